@@ -1,0 +1,40 @@
+"""Prefix tuning: trained keys and values in every layer (Li and Liang 2021, arXiv 2101.00190; Liu et al. 2021,
+P-tuning v2, arXiv 2110.07602). They are visible from every row, whatever the attention window, after any rotation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from bertology_serve.deltas.effects import Effects, Prefix
+from bertology_serve.deltas.kind import Kind, Tensors, check_choice, check_positive, normal
+from bertology_serve.deltas.slots import Anatomy
+
+
+@dataclass(frozen=True)
+class PrefixSpec:
+    """``length`` is V. ``positions="shifted"`` moves the text's positions by V, as peft does."""
+
+    length: int = 20
+    positions: str = "kept"
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_positive(length=self.length, init_std=self.init_std)
+        check_choice("positions", self.positions, ("kept", "shifted"))
+
+
+def init(spec: PrefixSpec, anatomy: Anatomy, generator: torch.Generator | None) -> Tensors:
+    """``keys`` and ``values`` [L, V, H] from N(0, init_std²), float32."""
+    shape = (anatomy.layers, spec.length, anatomy.hidden)
+    return {name: normal(shape, spec.init_std, generator) for name in ("keys", "values")}
+
+
+def effects(spec: PrefixSpec, tensors: Tensors, anatomy: Anatomy) -> Effects:
+    """The keys and values of every layer."""
+    return Effects(prefix=Prefix(tensors["keys"], tensors["values"], spec.positions))
+
+
+PREFIX = Kind("prefix", PrefixSpec, init, effects)

@@ -1,0 +1,98 @@
+"""Slots: the places of an encoder that a delta can change. Found by ``encoder.anatomy``; used by every floor above."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from bertology_serve.errors import SpecError, nearest
+
+QUERY, KEY, VALUE, OUTPUT = "query", "key", "value", "output"
+UP, GATE, DOWN = "up", "gate", "down"
+QKV, UP_GATE = "qkv", "up_gate"
+LINEAR_SLOTS = (QUERY, KEY, VALUE, OUTPUT, UP, GATE, DOWN, QKV, UP_GATE)
+ATTENTION_NORM, FFN_NORM, EMBEDDING_NORM, FINAL_NORM = "attention_norm", "ffn_norm", "embedding_norm", "final_norm"
+
+# The names people know from the checkpoints and papers, all of them accepted on the command line.
+ALIASES = {
+    "q": QUERY, "k": KEY, "v": VALUE, "o": OUTPUT,
+    "q_lin": QUERY, "k_lin": KEY, "v_lin": VALUE, "out_lin": OUTPUT,
+    "query_proj": QUERY, "key_proj": KEY, "value_proj": VALUE,
+    "attention_output": OUTPUT, "intermediate": UP, "ffn_up": UP, "ffn_down": DOWN,
+    "lin1": UP, "lin2": DOWN, "Wqkv": QKV, "Wi": UP_GATE,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One place of the anatomy, the same in every layer.
+
+    ``paths`` are dotted module names in the headless HuggingFace model, one a layer (``None`` where a layer lacks
+    the module, as ModernBERT's first attention norm); slots outside the layers have a single path. ``part`` is the
+    half-open column range ``(lo, hi)`` of the module's output that this slot names, for slices of packed
+    projections, else ``None``. ``inputs`` is K (0 for norms, which have a bias only), ``outputs`` is N.
+    """
+
+    name: str
+    paths: tuple[str | None, ...]
+    inputs: int
+    outputs: int
+    has_bias: bool
+    part: tuple[int, int] | None = None
+
+    @property
+    def depth(self) -> int:
+        """Number of layers in this slot's stacks (1 for slots outside the layers)."""
+        return len(self.paths)
+
+    @property
+    def present(self) -> tuple[int, ...]:
+        """The layers that have the module."""
+        return tuple(i for i, path in enumerate(self.paths) if path is not None)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What an encoder is made of.
+
+    ``family`` is the HuggingFace ``model_type``; ``prefix`` the name of the encoder inside HuggingFace's task models
+    (``bert``, ``roberta``, ``model``...), which peft's tensor names begin with. ``position_offset`` is the position
+    of the first token (2 for RoBERTa). ``max_tokens`` is the longest sequence. ``pre_norm`` says whether LayerNorms
+    stand before their blocks (ModernBERT).
+    """
+
+    family: str
+    prefix: str
+    layers: int
+    hidden: int
+    heads: int
+    embedding_width: int
+    max_tokens: int
+    position_offset: int
+    pre_norm: bool
+    slots: dict[str, Slot] = field(default_factory=dict)
+
+    @property
+    def head_width(self) -> int:
+        """D: the width of one attention head."""
+        return self.hidden // self.heads
+
+    def slot(self, name: str) -> Slot:
+        """The slot of that name or alias; raises SpecError naming the nearest known one."""
+        found = self.slots.get(ALIASES.get(name, name))
+        if found is None:
+            raise SpecError(f"{self.family} has no slot {name!r}; {nearest(name, self.slots)}")
+        return found
+
+    def resolve(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Canonical names of linear slots, each once, in the order given."""
+        resolved = dict.fromkeys(self.slot(name).name for name in names)
+        wrong = [name for name in resolved if name not in LINEAR_SLOTS]
+        if wrong:
+            raise SpecError(f"{', '.join(wrong)} is no linear projection; {nearest(wrong[0], self.linear_slots)}")
+        return tuple(resolved)
+
+    @property
+    def linear_slots(self) -> tuple[str, ...]:
+        """Names of the slots that are linear projections."""
+        return tuple(name for name in self.slots if name in LINEAR_SLOTS)

@@ -1,0 +1,77 @@
+"""Every error that this package raises on purpose.
+
+BertologyError
+├── InputError          what the caller gave cannot be used (CLI: exit code 2; HTTP: 400)
+│   ├── SpecError       an option or field has a value that makes no sense
+│   ├── DataError       a record or data file is malformed (names file, row and field)
+│   ├── LimitError      something is larger than its limit (HTTP: 413)
+│   ├── FormatError     a delta directory is malformed, truncated or unsafe
+│   └── BaseMismatch    a delta was made for other base weights
+├── NotFound            no delta, version or file of that name (HTTP: 404)
+├── Unsupported         a combination that this encoder or exporter does not do (CLI: 2; HTTP: 400)
+├── Overloaded          the queue is full or draining; try again later (HTTP: 503 with Retry-After)
+└── VerificationError   a result was checked against its reference and differs; nothing was published (CLI: 1)
+
+A message says what was given, what was expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BertologyError(Exception):
+    """Base of all errors raised on purpose by bertology_serve."""
+
+
+class InputError(BertologyError):
+    """What the caller gave cannot be used."""
+
+
+class SpecError(InputError):
+    """An option or field of a spec has a value that makes no sense."""
+
+
+class DataError(InputError):
+    """A record or a data file is malformed."""
+
+
+class LimitError(InputError):
+    """Something is larger than its limit."""
+
+
+class FormatError(InputError):
+    """A delta directory is malformed, truncated or unsafe."""
+
+
+class BaseMismatch(InputError):
+    """A delta was made for other base weights."""
+
+
+class NotFound(BertologyError):
+    """No delta, version or file of that name."""
+
+
+class Unsupported(BertologyError):
+    """A combination that this encoder or exporter does not do."""
+
+
+class Overloaded(BertologyError):
+    """The queue is full or draining; ``retry_after`` is in seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class VerificationError(BertologyError):
+    """A result differs from its reference."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown word: the nearest known one, and all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(known)}"

@@ -1,0 +1,97 @@
+"""The nouns of the tasks floor: what a delta is asked to answer, and one tokenised sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bertology_serve.errors import SpecError, nearest
+
+CLASSIFICATION = "classification"
+REGRESSION = "regression"
+TOKEN_CLASSIFICATION = "token-classification"
+QUESTION_ANSWERING = "question-answering"
+MULTIPLE_CHOICE = "multiple-choice"
+EMBEDDING = "embedding"
+TASK_KINDS = (
+    CLASSIFICATION,
+    REGRESSION,
+    TOKEN_CLASSIFICATION,
+    QUESTION_ANSWERING,
+    MULTIPLE_CHOICE,
+    EMBEDDING,
+)
+POOLINGS = ("cls", "mean", "max")
+HEADS = ("hf", "linear", "none")
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What one delta answers.
+
+    ``labels`` are the class names in logit order (BIO tags for token classification; empty where the task
+    has none). ``max_length`` is the longest tokenised sequence in tokens, special tokens included. ``pooling``
+    says which rows a sequence-level head reads: the first text row, or the mean or maximum over text rows.
+    ``head`` is ``hf`` (the form that HuggingFace gives the family), ``linear`` (one linear layer on the pooled
+    row) or ``none`` (embeddings). ``stride`` is the overlap in tokens of question-answering windows,
+    ``max_answer_length`` the longest answer in tokens, ``normalize`` scales embeddings to unit length.
+    """
+
+    kind: str
+    labels: tuple[str, ...] = ()
+    max_length: int = 128
+    pooling: str = "cls"
+    head: str = "hf"
+    stride: int = 64
+    max_answer_length: int = 30
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in TASK_KINDS:
+            raise SpecError(f"unknown task {self.kind!r}; {nearest(self.kind, TASK_KINDS)}")
+        if self.pooling not in POOLINGS:
+            raise SpecError(f"unknown pooling {self.pooling!r}; {nearest(self.pooling, POOLINGS)}")
+        if self.head not in HEADS:
+            raise SpecError(f"unknown head {self.head!r}; {nearest(self.head, HEADS)}")
+        if self.max_length < 3:
+            raise SpecError(f"max_length is {self.max_length}; at least 3 tokens are needed")
+        if len(set(self.labels)) != len(self.labels):
+            raise SpecError("labels repeat; each label must be named once")
+        if self.kind in (CLASSIFICATION, TOKEN_CLASSIFICATION) and not self.labels:
+            raise SpecError(f"{self.kind} needs labels")
+        if (self.head == "none") != (self.kind == EMBEDDING):
+            raise SpecError(f"head {self.head!r} does not fit {self.kind}: embeddings, and only they, have none")
+
+    @property
+    def outputs(self) -> int:
+        """C: the width of the head's output (0 for embeddings, which have no head)."""
+        return {
+            CLASSIFICATION: len(self.labels),
+            TOKEN_CLASSIFICATION: len(self.labels),
+            REGRESSION: 1,
+            MULTIPLE_CHOICE: 1,
+            QUESTION_ANSWERING: 2,
+            EMBEDDING: 0,
+        }[self.kind]
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the head answers for every text row rather than once a sequence."""
+        return self.kind in (TOKEN_CLASSIFICATION, QUESTION_ANSWERING)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """One tokenised sequence, special tokens included, not padded.
+
+    ``offsets`` are character spans in the text that each token came from, ``parts`` says which text that was
+    (0 first, 1 pair, -1 special token), ``words`` the word index for pre-split input (-1 special token).
+    """
+
+    ids: tuple[int, ...]
+    types: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...] = ()
+    parts: tuple[int, ...] = ()
+    words: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
