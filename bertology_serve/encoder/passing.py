@@ -1,0 +1,91 @@
+"""What the encoder's modules see while a batch passes through them, and what they do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from bertology_serve.encoder.attention import Layout
+from bertology_serve.encoder.bank import PREFIX, Entry, adapter
+from bertology_serve.encoder.packing import PackedBatch
+from bertology_serve.encoder.plan import BatchPlan
+from bertology_serve.kernels.segments import RowSegment, add_low_rank, bottleneck
+
+
+class Pools(Protocol):
+    """The rows of deltas: the resident ones (``DeltaBank``) or those under training (``LiveBank``)."""
+
+    entries: dict[str, Entry]
+
+    def layer(self, pool: str, column: str, layer: int) -> Tensor | None:
+        """One layer of a pool's column [P, width]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a wrapped module stands: a slot, a layer, and the columns of its output that the slot names."""
+
+    slot: str
+    layer: int
+    part: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One batch on its way through the encoder."""
+
+    batch: PackedBatch
+    plan: BatchPlan
+    pools: Pools
+    layout: Layout | None
+
+    def update(self, place: Place, x: Tensor | None, y: Tensor, segments: Sequence[RowSegment] | None = None) -> Tensor:
+        """Adds the low ranks and biases of a slot to its output y [T, N], given its input x [T, K]."""
+        active = self.plan.segments.get(place.slot) if segments is None else segments
+        if not active:
+            return y
+        a = self.pools.layer(place.slot, "a", place.layer) if x is not None else None
+        b = self.pools.layer(place.slot, "b", place.layer)
+        assert b is not None
+        if place.part is None:
+            return add_low_rank(y, x, a, b, active)
+        add_low_rank(y[:, place.part[0] : place.part[1]], x, a, b, active)
+        return y
+
+    def adapters(self, place: Place) -> list[RowSegment]:
+        """The row segments that have a bottleneck adapter at this place."""
+        name = adapter(place.slot)
+        return [
+            segment
+            for segment, run in zip(self.plan.segments.get(name, ()), self._owners(name), strict=True)
+            if place.layer in run.adapter_layers[name]
+        ]
+
+    def adapter(self, place: Place, segment: RowSegment, source: Tensor) -> Tensor:
+        """``act(source Dᵀ + b_d) U + b_u`` for a segment's rows [n, H]."""
+        columns = [self.pools.layer(adapter(place.slot), name, place.layer) for name in ("down", "down_bias", "up")]
+        down, down_bias, up = columns
+        assert down is not None and down_bias is not None and up is not None
+        return bottleneck(source, down, down_bias, up, segment)
+
+    def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """The pools [P, H] of prefix keys and values of a layer, ``None`` where no sequence has a prefix."""
+        if PREFIX not in self.plan.segments:
+            return None
+        keys, values = (self.pools.layer(PREFIX, column, layer) for column in ("k", "v"))
+        assert keys is not None and values is not None
+        return keys, values
+
+    def _owners(self, pool: str) -> list[Entry]:
+        return [run.entry for run in self.plan.runs if pool in run.entry.rows]
+
+
+class Current:
+    """Holds the pass that is under way; every wrapped module of an encoder refers to the same one."""
+
+    def __init__(self) -> None:
+        self.it: Pass | None = None
