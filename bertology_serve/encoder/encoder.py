@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bertology_serve.deltas.delta import BaseRef
+from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.encoder import families
 from bertology_serve.encoder.anatomy import find_anatomy
@@ -39,7 +38,7 @@ class Encoder:
         self.base_head = base_head or {}
         self.config = model.config
         self.anatomy: Anatomy = find_anatomy(model)
-        self.ref = BaseRef(name, weights_hash(model), self.anatomy.family)
+        self.ref = BaseRef(name, weights_hash(model.state_dict()), self.anatomy.family)
         self.lock = threading.RLock()
         self._current = Current()
         self._inputs = set(inspect.signature(model.forward).parameters)
@@ -64,6 +63,17 @@ class Encoder:
     def fresh(self) -> Encoder:
         """The same encoder loaded again from where it came, untouched by training."""
         return Encoder.load(self.name, device=str(self.device), dtype=self.dtype)
+
+    @classmethod
+    def for_delta(cls, delta: Delta, name: str | None = None, *, device: str = "cpu") -> Encoder:
+        """The encoder that a delta runs on: its base, or for full fine-tuning the base with the delta's weights."""
+        path = locate(name or delta.base.name)
+        model, head = load_model(path)
+        if delta.weights:
+            model.load_state_dict(delta.weights)
+        encoder = cls(model, load_tokenizer(path), name or delta.base.name, head)
+        model.to(torch.device(device))
+        return encoder
 
     @property
     def device(self) -> torch.device:
@@ -149,16 +159,10 @@ def _padding_mask(batch: PackedBatch) -> Tensor:
     return (torch.arange(batch.stride, device=lengths.device)[None, :] < lengths[:, None]).long()
 
 
-def weights_hash(model: Any) -> str:
-    """SHA-256 over the encoder's weights: names sorted, each with dtype, shape and bytes."""
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over an encoder's weights: names sorted, each with dtype, shape and bytes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if tensor.device.type != "meta":
-            digest.update(memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B"))
+        digest.update(memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B"))
     return digest.hexdigest()
-
-
-def is_local(name: str) -> bool:
-    """Whether an encoder's name is a directory here."""
-    return Path(name).is_dir()

@@ -27,7 +27,9 @@ def locate(name: str) -> str:
 def load_model(path: str) -> tuple[Any, dict[str, Tensor]]:
     """The headless float32 model and what the checkpoint has of a head; raises NotFound or Unsupported."""
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = _config(path)
     if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
         raise Unsupported(f"{path} is a {config.model_type} decoder; expected a BERT-like encoder")

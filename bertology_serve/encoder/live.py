@@ -1,0 +1,111 @@
+"""One delta under training: its parameters, its head, and the shared forward pass with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bertology_serve.deltas import kinds
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.bank import BARE, LiveBank
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.packing import pack
+from bertology_serve.encoder.reading import form_for, read
+from bertology_serve.tasks.heads import Head
+from bertology_serve.tasks.spec import Encoding, TaskSpec
+
+
+class LiveDelta(nn.Module):
+    """The trainable tensors of one delta on an encoder that stays frozen, or with ``full`` is trained itself.
+
+    ``trunk_dropout`` says whether the encoder's own dropout is active in training mode.
+    """
+
+    def __init__(
+        self, encoder: Encoder, specs: Sequence[Any], task: TaskSpec, seed: int = 0, full: bool = False
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.encoder, self.specs, self.task, self.full = encoder, tuple(specs), task, full
+        self.trunk_dropout = full
+        tensors = kinds.init(specs, encoder.anatomy, generator)
+        self._names = {name.replace(".", "-"): name for name in tensors}
+        self.tensors = nn.ParameterDict({name.replace(".", "-"): nn.Parameter(t) for name, t in tensors.items()})
+        dropout = _head_dropout(encoder.config)
+        self.head = Head.build(form_for(encoder, task), encoder.base_head, generator, dropout, adopt=full)
+        if full:
+            encoder.unpack_weights()
+            self.model = encoder.model.requires_grad_(True)
+        self.to(encoder.device)
+
+    def forward(self, encodings: Sequence[Encoding]) -> Tensor:
+        """The head's output for the sequences in the order given, as ``Task.loss`` takes it.
+
+        [S, C]; [sum of lengths, C] for tasks that answer for every token; [S, H] for embeddings; float32.
+        """
+        hidden, batch = self.hidden(encodings)
+        packed = sorted(range(batch.sequences), key=batch.order.__getitem__)
+        return read(hidden, batch, packed, self.task, self.head)
+
+    def hidden(self, encodings: Sequence[Encoding]) -> tuple[Tensor, Any]:
+        """The encoder's rows [T, H] and the packed batch that they belong to."""
+        effects = kinds.effects(self.specs, self.named_tensors(), self.encoder.anatomy)
+        pools = LiveBank([("live", effects)])
+        entry = pools.entries["live"] if self.specs else BARE
+        batch = pack(encodings, [entry] * len(encodings), self.encoder.anatomy, self.encoder.device,
+                     padded=not self.encoder.packs)  # fmt: skip
+        return self.encoder.run(batch, pools), batch
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The components' parameters by the names that the delta saves them under."""
+        return {self._names[key]: tensor for key, tensor in self.tensors.items()}
+
+    def train(self, mode: bool = True) -> LiveDelta:
+        """Training mode for the head, and for the encoder's dropout where ``trunk_dropout`` says so."""
+        super().train(mode)
+        self.encoder.model.train(mode and self.trunk_dropout)
+        return self
+
+    def no_decay(self) -> set[str]:
+        """Names (as in ``named_parameters``) that weight decay leaves alone: biases and LayerNorms."""
+        components = {f"tensors.{key}" for key, name in self._names.items() if _is_bias(name)}
+        others = {name for name, p in self.named_parameters() if not name.startswith("tensors.") and p.dim() < 2}
+        return components | others
+
+    def freeze(
+        self, name: str, version: str = "", metrics: Mapping[str, float] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Delta:  # fmt: skip
+        """What has been trained so far, as a delta of detached float32 CPU copies."""
+
+        def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in tensors.items()}
+
+        return Delta(
+            name=name,
+            base=self.encoder.ref,
+            task=self.task,
+            specs=self.specs,
+            tensors=own(self.named_tensors()),
+            head=self.head.own_tensors(),
+            weights=own(self.encoder.model.state_dict()) if self.full else {},
+            version=version,
+            metrics=metrics or {},
+            provenance=provenance or {},
+        )
+
+
+def _is_bias(name: str) -> bool:
+    return name.startswith("bitfit.") or name.endswith("_bias")
+
+
+def _head_dropout(config: Any) -> float:
+    """The rate that HuggingFace's task models put before their classifier."""
+    for field in ("classifier_dropout", "cls_dropout", "seq_classif_dropout", "hidden_dropout_prob", "dropout"):
+        rate = getattr(config, field, None)
+        if isinstance(rate, float):
+            return rate
+    return 0.0

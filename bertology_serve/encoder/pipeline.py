@@ -1,0 +1,223 @@
+"""Answers records for many deltas: tokenise, pack, one forward pass, each delta's head, decode.
+
+The one path that prediction, evaluation and serving share.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertology_serve.deltas.delta import Delta, bare
+from bertology_serve.encoder.bank import BARE, DeltaBank, Entry
+from bertology_serve.encoder.encoder import Encoder, weights_hash
+from bertology_serve.encoder.packing import PackedBatch, pack, rows_of
+from bertology_serve.encoder.plan import make_plan
+from bertology_serve.encoder.reading import form_for, read
+from bertology_serve.errors import BaseMismatch, LimitError, NotFound, Unsupported, nearest
+from bertology_serve.tasks.base import Example, Task
+from bertology_serve.tasks.heads import Head
+from bertology_serve.tasks.registry import task_for
+from bertology_serve.tasks.spec import Encoding
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One record for one delta; ``id`` is the caller's own, ``logits`` asks for the head's raw output too."""
+
+    delta: str
+    record: Mapping[str, Any]
+    id: str = ""
+    logits: bool = False
+    where: str = "request"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer, with the delta and version that gave it. ``answer`` holds the task's fields."""
+
+    delta: str
+    version: str
+    task: str
+    answer: Mapping[str, Any]
+    id: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, ready for JSON."""
+        own = {"delta": self.delta, "version": self.version, "task": self.task, **self.answer}
+        return {"id": self.id, **own} if self.id else own
+
+
+class Ready:
+    """A delta that can answer: its task, its head, and its rows in the bank, which live as long as it does."""
+
+    def __init__(self, delta: Delta, task: Task, head: Head, entry: Entry) -> None:
+        self.delta, self.task, self.head, self.entry = delta, task, head, entry
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked, tokenised request. It holds on to the version of the delta that it began with."""
+
+    request: Request
+    ready: Ready = field(repr=False)
+    example: Example = field(repr=False)
+    encodings: tuple[Encoding, ...] = field(repr=False)
+    cost: int = 0
+
+
+class Pipeline:
+    """An encoder with its resident deltas.
+
+    ``prepare`` may be called from many threads; ``run``, ``add`` and ``remove`` serialise themselves.
+    The name ``base`` is reserved: the bare encoder, answering mean-pooled, normalised embeddings.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
+        self._ready: dict[str, Ready] = {}
+        self._freed: deque[str] = deque()
+        self._keys = itertools.count(1)
+        base = bare(BASE, encoder.ref, min(256, encoder.max_tokens))
+        self._ready[BASE] = Ready(base, task_for(base.task), Head(()), BARE)
+
+    @property
+    def deltas(self) -> dict[str, Delta]:
+        """The deltas that answer now, by name, the bare base included."""
+        return {name: ready.delta for name, ready in list(self._ready.items())}
+
+    def add(self, delta: Delta) -> None:
+        """Makes a delta resident; one of the same name is replaced, its jobs under way finish on it.
+
+        Raises BaseMismatch for a delta of other weights, Unsupported for what this encoder cannot apply, LimitError
+        where its sequences do not fit.
+        """
+        self._check(delta)
+        head = Head.build(form_for(self.encoder, delta.task), self.encoder.base_head)
+        head.load(delta.head)
+        head.to(self.encoder.device).eval().requires_grad_(False)
+        with self.encoder.lock:
+            self._sweep()
+            key = f"{delta.name}#{next(self._keys)}"
+            entry = self.bank.add(key, delta.effects(self.encoder.anatomy)) if delta.specs else BARE
+            ready = Ready(delta, task_for(delta.task), head, entry)
+            weakref.finalize(ready, self._freed.append, key)
+            self._ready[delta.name] = ready
+
+    def remove(self, name: str) -> None:
+        """Takes a delta away; its rows are freed once the last job under way has finished."""
+        self._find(name)
+        if name == BASE:
+            raise Unsupported("the bare base cannot be removed")
+        del self._ready[name]
+        with self.encoder.lock:
+            self._sweep()
+
+    def prepare(self, request: Request) -> Job:
+        """Checks and tokenises one request. Raises NotFound, DataError."""
+        ready = self._find(request.delta)
+        example = ready.task.example(request.record, request.where, labelled=False)
+        encodings = tuple(ready.task.encode(example, self.encoder.tokenizer))
+        cost = sum(rows_of(encoding, ready.entry) for encoding in encodings)
+        return Job(request, ready, example, encodings, cost)
+
+    def run(self, jobs: Sequence[Job]) -> list[Prediction]:
+        """Answers all jobs, of whatever deltas, in one packed batch; in the order given."""
+        if not jobs:
+            return []
+        with self.encoder.lock, torch.inference_mode():
+            self._sweep()
+            outputs = self._forward(jobs)
+        predictions, at = [], 0
+        for job in jobs:
+            own = outputs[at : at + len(job.encodings)]
+            at += len(job.encodings)
+            predictions.append(_prediction(job, own))
+        return predictions
+
+    def answer(self, requests: Iterable[Request], max_tokens: int = 4096) -> Iterator[Prediction]:
+        """Answers in order, in batches of up to ``max_tokens`` rows; a longer request gets a batch of its own."""
+        waiting: list[Job] = []
+        for request in requests:
+            job = self.prepare(request)
+            if waiting and sum(other.cost for other in waiting) + job.cost > max_tokens:
+                yield from self.run(waiting)
+                waiting = []
+            waiting.append(job)
+        yield from self.run(waiting)
+
+    def _forward(self, jobs: Sequence[Job]) -> list[Tensor]:
+        """The head's output of every sequence of every job, in order: [C], [len, C] or [H], float32 on CPU."""
+        encodings = [encoding for job in jobs for encoding in job.encodings]
+        owners = [job.ready for job in jobs for _ in job.encodings]
+        encoder = self.encoder
+        entries = [ready.entry for ready in owners]
+        batch = pack(encodings, entries, encoder.anatomy, encoder.device, padded=not encoder.packs)
+        hidden = encoder.run(batch, self.bank, make_plan(batch))
+        return _outputs(hidden, batch, owners)
+
+    def _check(self, delta: Delta) -> None:
+        if delta.name == BASE:
+            raise Unsupported("the name 'base' is reserved for the bare encoder; rename the delta")
+        ref = self.encoder.ref
+        own = weights_hash(delta.weights) if delta.weights else delta.base.sha256
+        if own != ref.sha256 and delta.weights:
+            raise Unsupported(
+                f"delta {delta.name!r} is a whole checkpoint and shares no backbone; evaluate or export it by itself"
+            )
+        if own != ref.sha256:
+            raise BaseMismatch(
+                f"delta {delta.name!r} was made for {delta.base.name!r} (weights {delta.base.sha256[:12]}), but the "
+                f"encoder is {ref.name!r} (weights {ref.sha256[:12]}); load that backbone or train the delta again"
+            )
+        if delta.task.max_length > self.encoder.max_tokens:
+            raise LimitError(
+                f"delta {delta.name!r} reads up to {delta.task.max_length} tokens, the encoder only "
+                f"{self.encoder.max_tokens}; lower max_length"
+            )
+
+    def _find(self, name: str) -> Ready:
+        ready = self._ready.get(name)
+        if ready is None:
+            raise NotFound(f"no delta {name!r}; {nearest(name, self._ready)}")
+        return ready
+
+    def _sweep(self) -> None:
+        """Frees the rows of deltas that nothing refers to any more."""
+        while self._freed:
+            self.bank.remove(self._freed.popleft())
+
+
+def _outputs(hidden: Tensor, batch: PackedBatch, owners: Sequence[Ready]) -> list[Tensor]:
+    """Each delta's head over its sequences; one output a sequence, in the caller's order."""
+    members: dict[int, list[int]] = {}
+    for packed, original in enumerate(batch.order):
+        members.setdefault(id(owners[original]), []).append(packed)
+    outputs: list[Tensor] = [hidden] * len(owners)
+    for sequences in members.values():
+        ready = owners[batch.order[sequences[0]]]
+        out = read(hidden, batch, sequences, ready.delta.task, ready.head).cpu()
+        lengths = [batch.text_lengths[i] for i in sequences]
+        parts = out.split(lengths) if ready.delta.task.per_token else out.unbind(0)
+        for packed, part in zip(sequences, parts, strict=True):
+            outputs[batch.order[packed]] = part
+    return outputs
+
+
+def _prediction(job: Job, outputs: Sequence[Tensor]) -> Prediction:
+    delta = job.ready.delta
+    answer = dict(job.ready.task.decode(job.example, job.encodings, outputs))
+    if job.request.logits:
+        logits = [output.tolist() for output in outputs]
+        answer["logits"] = logits[0] if len(logits) == 1 else logits
+    return Prediction(delta.name, delta.version, delta.task.kind, answer, job.request.id)

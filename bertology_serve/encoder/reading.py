@@ -1,0 +1,41 @@
+"""From hidden rows to a head's output: which rows a delta's head reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertology_serve.encoder.packing import PackedBatch
+from bertology_serve.tasks.forms import head_form
+from bertology_serve.tasks.heads import Dense, Head, pool
+from bertology_serve.tasks.spec import TaskSpec
+
+
+def read(hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: TaskSpec, head: Head) -> Tensor:
+    """The head's output for packed sequences, in the order given.
+
+    hidden [T, H]. Returns [S, C], for tasks that answer for every token [sum of text lengths, C], for embeddings
+    [S, H]; float32.
+    """
+    rows = _read_rows(hidden, batch, sequences, task)
+    return head(rows.float())  # type: ignore[no-any-return]
+
+
+def _read_rows(hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: TaskSpec) -> Tensor:
+    if not task.per_token and task.pooling == "cls":
+        return hidden[batch.first_rows[list(sequences)]]
+    texts = batch.text_rows.split(batch.text_lengths)
+    rows = torch.cat([texts[i] for i in sequences])
+    if task.per_token:
+        return hidden[rows]
+    lengths = torch.tensor([batch.text_lengths[i] for i in sequences], device=hidden.device)
+    return pool(hidden, rows, lengths, task.pooling)
+
+
+def form_for(encoder: Any, task: TaskSpec) -> tuple[Dense, ...]:
+    """The head's form for an encoder's family and a task."""
+    anatomy = encoder.anatomy
+    return head_form(anatomy.family, anatomy.prefix, task, anatomy.hidden, encoder.config.to_dict())

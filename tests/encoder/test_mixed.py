@@ -1,0 +1,115 @@
+"""A mixed batch gives every sequence the answer that it gets alone, for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bertology_serve.deltas.bitfit import BitfitSpec
+from bertology_serve.deltas.bottleneck import AdapterSpec
+from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.prefix import PrefixSpec
+from bertology_serve.deltas.prompt import PromptSpec
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.tasks.spec import TaskSpec
+from tests import tiny
+
+LABELS = ("bad", "good", "none")
+CLASSES = TaskSpec("classification", LABELS, 32)
+TAGS = TaskSpec("token-classification", ("O", "B-LOC", "I-LOC", "B-PER", "I-PER"), 32)
+ANSWERS = TaskSpec("question-answering", max_length=24, stride=4)
+# name -> (components, task): all five kinds, four ranks, every task, kinds combined
+DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
+    "lora-1": ([LoraSpec(rank=1)], CLASSES),
+    "lora-4": ([LoraSpec(("query", "key", "value", "output", "up", "down"), rank=4)], TAGS),
+    "lora-8": ([LoraSpec(("key", "value"), rank=8, rslora=True)], ANSWERS),
+    "lora-3": ([LoraSpec(("query",), rank=3, layers=(1,))], TaskSpec("regression", max_length=32, pooling="mean")),
+    "bitfit": ([BitfitSpec()], CLASSES),
+    "bitfit-qkv": ([BitfitSpec("attention")], TaskSpec("multiple-choice", max_length=32)),
+    "houlsby": ([AdapterSpec(width=5)], CLASSES),
+    "pfeiffer": ([AdapterSpec("pfeiffer", width=7, drop_lowest=1)], TAGS),
+    "prompt": ([PromptSpec(3)], CLASSES),
+    "prompt-before": ([PromptSpec(2, "before_cls", "shifted", "first_row")], CLASSES),
+    "prefix": ([PrefixSpec(4)], ANSWERS),
+    "prefix-shifted": ([PrefixSpec(2, "shifted")], TaskSpec("embedding", max_length=32, head="none", pooling="mean")),
+    "all": ([LoraSpec(rank=2), BitfitSpec(), AdapterSpec("pfeiffer", 3), PromptSpec(1), PrefixSpec(2)], CLASSES),
+    "probe": ([], TaskSpec("classification", ("x", "y"), 32, "max", "linear")),
+    "base": ([], TaskSpec("embedding", max_length=32, head="none")),
+}
+TEXTS = (
+    "the cat was good",
+    "a very bad film . not great !",
+    "Ada went to Paris in the early red house on the river , very late",
+    "dog",
+)
+CONTEXT = "Ada met the dog in London . the cat was in the house on the river bank , where money was not very good ."
+
+
+def record(task: TaskSpec, i: int) -> dict[str, Any]:
+    """A record that fits the task."""
+    if task.kind == "question-answering":
+        return {"question": "where was the dog ?", "context": CONTEXT if i % 2 else "the dog was in Paris"}
+    if task.kind == "multiple-choice":
+        return {"question": TEXTS[i % 4], "choices": ["the house", "a very cold river bank"]}
+    if task.kind == "token-classification":
+        return {"tokens": TEXTS[i % 4].split()}
+    pair = {"text_pair": TEXTS[(i + 1) % 4]} if task.kind == "regression" and i % 2 else {}
+    return {"text": TEXTS[i % 4], **pair}
+
+
+def requests() -> list[Request]:
+    """45 requests, the deltas interleaved."""
+    return [
+        Request(name, record(task, i), id=f"{name}/{i}", logits=True)
+        for i in range(3)
+        for name, (_, task) in DELTAS.items()
+    ]
+
+
+def pipeline(encoder: Encoder) -> Pipeline:
+    """A pipeline with all the deltas."""
+    made = Pipeline(encoder)
+    for seed, (name, (specs, task)) in enumerate(DELTAS.items()):
+        if name != "base":
+            made.add(tiny.delta(encoder, name, specs, task, seed))
+    return made
+
+
+def logits(answer: dict[str, Any]) -> torch.Tensor:
+    """All logits of an answer, flat, in float64."""
+    windows = answer["logits"] if isinstance(answer["logits"][0], list) else [answer["logits"]]
+    return torch.cat([torch.tensor(window, dtype=torch.float64).flatten() for window in windows])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_mixed_batch_equals_solo(family: str, tmp_path: Path) -> None:
+    made = pipeline(tiny.encoder(family, tmp_path))
+    jobs = [made.prepare(request) for request in requests()]
+    together = made.run(jobs)
+    assert len(together) == 45
+    for job, mixed in zip(jobs, together, strict=True):
+        alone = made.run([job])[0]
+        assert mixed.id == alone.id == job.request.id
+        assert (logits(mixed.as_dict()) - logits(alone.as_dict())).abs().max() <= 1e-5
+        plain = {k: v for k, v in mixed.as_dict().items() if k in ("label", "choice", "entities")}
+        assert plain.keys() <= alone.as_dict().keys()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_delta_changes_the_answer(family: str, tmp_path: Path) -> None:
+    """A component that reached no module would leave the base's answer."""
+    encoder = tiny.encoder(family, tmp_path)
+    made = Pipeline(encoder)
+    task = TaskSpec("embedding", max_length=32, head="none")
+    made.add(tiny.delta(encoder, "none", [], task))
+    specs = [spec for parts, _ in DELTAS.values() for spec in parts]
+    for i, spec in enumerate(specs):
+        made.add(tiny.delta(encoder, f"d{i}", [spec], task, i))
+    names = ["none", *(f"d{i}" for i in range(len(specs)))]
+    out = made.run([made.prepare(Request(name, {"text": TEXTS[1]})) for name in names])
+    vectors = torch.tensor([prediction.answer["embedding"] for prediction in out])
+    assert ((vectors[1:] - vectors[0]).abs().amax(1) > 1e-4).all()
