@@ -38,22 +38,31 @@ def add_low_rank(
 ) -> Tensor:
     """``y[rows] += (x[rows] a_poolᵀ) b_pool`` over the active pool rows, and the bias rows.
 
-    y [T, N] (changed in place where a segment is not the whole batch), x [T, K] or ``None`` where a slot has biases
+    y [T, N] (changed in place, unless gradients are being recorded), x [T, K] or ``None`` where a slot has biases
     only, a_pool [P, K], b_pool [P, N]. Returns y [T, N].
     """
+    recording = torch.is_grad_enabled()
     for segment in segments:
+        rows = slice(segment.lo, segment.hi)
+        mine = y[rows]
         if segment.last > segment.first and x is not None and a_pool is not None:
             a, b = a_pool[segment.first : segment.last], b_pool[segment.first : segment.last]
-            rows = x[segment.lo : segment.hi]
-            if segment.dropout:
-                rows = F.dropout(rows, segment.dropout)
-            coefficients = rows @ a.T
-            if y.requires_grad and segment.lo == 0 and segment.hi == y.shape[0]:
-                y = torch.addmm(y, coefficients, b)
-            else:
-                y[segment.lo : segment.hi].addmm_(coefficients, b)
+            source = F.dropout(x[rows], segment.dropout) if segment.dropout else x[rows]
+            mine = torch.addmm(mine, source @ a.T, b) if recording else mine.addmm_(source @ a.T, b)
         if segment.bias >= 0:
-            y[segment.lo : segment.hi] += b_pool[segment.bias]
+            mine = mine + b_pool[segment.bias] if recording else mine.add_(b_pool[segment.bias])
+        if recording:
+            y = with_rows(y, segment.lo, segment.hi, mine)
+    return y
+
+
+def with_rows(y: Tensor, lo: int, hi: int, rows: Tensor) -> Tensor:
+    """y [T, N] with rows ``lo`` to ``hi`` replaced; in place only where no gradients are being recorded."""
+    if lo == 0 and hi == y.shape[0]:
+        return rows
+    if torch.is_grad_enabled():
+        return torch.cat([y[:lo], rows, y[hi:]])
+    y[lo:hi] = rows
     return y
 
 

@@ -13,17 +13,21 @@ import torch
 from torch import Tensor
 
 from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.effects import Effects
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.encoder import families
 from bertology_serve.encoder.anatomy import find_anatomy
 from bertology_serve.encoder.attention import make_layout
 from bertology_serve.encoder.bank import PROMPT
 from bertology_serve.encoder.loading import load_model, load_tokenizer, locate
+from bertology_serve.encoder.memory import keep_freed_memory
 from bertology_serve.encoder.packing import PackedBatch
 from bertology_serve.encoder.passing import Current, Pass, Pools
 from bertology_serve.encoder.plan import BatchPlan, make_plan
 from bertology_serve.encoder.prepacked import Prepacked, pays
+from bertology_serve.encoder.probe import Probe
 from bertology_serve.encoder.wrapped import SlotLinear, wrap
+from bertology_serve.errors import LimitError, Unsupported
 
 
 class Encoder:
@@ -42,11 +46,10 @@ class Encoder:
         self.lock = threading.RLock()
         self._current = Current()
         self._inputs = set(inspect.signature(model.forward).parameters)
-        self._dense_attention = self.config._attn_implementation
+        probe = Probe.of(model, self.anatomy)
         wrap(model, self.anatomy, self._current)
         self.packs = families.prepare(model, self.anatomy, self._current)
-        if self.packs:
-            self.config._attn_implementation = families.NAME
+        self._settle(probe)
 
     @classmethod
     def load(cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Encoder:
@@ -91,6 +94,17 @@ class Encoder:
         limit = int(getattr(self.tokenizer, "model_max_length", self.anatomy.max_tokens) or self.anatomy.max_tokens)
         return min(limit, self.anatomy.max_tokens)
 
+    def check_length(self, tokens: int) -> None:
+        """Raises LimitError where sequences of that many tokens do not fit."""
+        if tokens > self.max_tokens:
+            raise LimitError(f"max_length is {tokens}; {self.name} reads at most {self.max_tokens} tokens")
+
+    def allowed(self, effects: Effects) -> Effects:
+        """The effects, where this encoder can apply them; raises Unsupported for prefixes on a padded encoder."""
+        if effects.prefix is not None and not self.packs:
+            raise Unsupported(f"{self.anatomy.family} is run with its own attention, which takes no prefix")
+        return effects
+
     def prepack(self, wanted: bool | None = None) -> bool:
         """Lays the frozen linears out for oneDNN where that is faster (``None``: a short timing decides).
 
@@ -99,6 +113,7 @@ class Encoder:
         fits = self.device.type == "cpu" and self.dtype == torch.float32 and not self._trains
         if not fits or not (pays() if wanted is None else wanted):
             return False
+        keep_freed_memory()
         for module in self.model.modules():
             if isinstance(module, SlotLinear):
                 module.prepacked = Prepacked(module.weight, module.bias)
@@ -138,6 +153,18 @@ class Encoder:
         vectors = pools.layer(PROMPT, "v", 0)
         assert vectors is not None
         return words.index_copy(0, batch.prompt_rows, vectors[batch.prompt_vectors].to(words.dtype))
+
+    def _settle(self, probe: Probe) -> None:
+        """Packs if packed rows give the model's own answers; pads if only padded ones do; else refuses the model."""
+        if self.packs and probe.holds(self):
+            return
+        if self.packs:
+            self.packs = families.undo(self.model)
+        if not probe.holds(self):
+            raise Unsupported(
+                f"{self.name}: neither packed nor padded rows give the model's own output ({self.anatomy.family}); "
+                "this family is not supported"
+            )
 
     @property
     def _trains(self) -> bool:

@@ -77,4 +77,12 @@ def prepare(model: Any, anatomy: Anatomy, current: Current) -> bool:
         mpnet.prepare(model)
     if anatomy.family == "deberta-v2":
         deberta.prepare(model, current)
+    model.dense_attention = model.config._attn_implementation
+    model.config._attn_implementation = NAME
     return True
+
+
+def undo(model: Any) -> bool:
+    """Gives a model that goes through the attention interface its own attention back; it no longer packs."""
+    model.config._attn_implementation = model.dense_attention
+    return False

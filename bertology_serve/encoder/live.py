@@ -28,6 +28,7 @@ class LiveDelta(nn.Module):
         self, encoder: Encoder, specs: Sequence[Any], task: TaskSpec, seed: int = 0, full: bool = False
     ) -> None:
         super().__init__()
+        encoder.check_length(task.max_length)
         generator = torch.Generator().manual_seed(seed)
         self.encoder, self.specs, self.task, self.full = encoder, tuple(specs), task, full
         self.trunk_dropout = full
@@ -52,7 +53,7 @@ class LiveDelta(nn.Module):
 
     def hidden(self, encodings: Sequence[Encoding]) -> tuple[Tensor, Any]:
         """The encoder's rows [T, H] and the packed batch that they belong to."""
-        effects = kinds.effects(self.specs, self.named_tensors(), self.encoder.anatomy)
+        effects = self.encoder.allowed(kinds.effects(self.specs, self.named_tensors(), self.encoder.anatomy))
         pools = LiveBank([("live", effects)])
         entry = pools.entries["live"] if self.specs else BARE
         batch = pack(encodings, [entry] * len(encodings), self.encoder.anatomy, self.encoder.device,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from bertology_serve.encoder.attention import Layout
@@ -53,8 +54,9 @@ class Pass:
         assert b is not None
         if place.part is None:
             return add_low_rank(y, x, a, b, active)
-        add_low_rank(y[:, place.part[0] : place.part[1]], x, a, b, active)
-        return y
+        lo, hi = place.part
+        columns = add_low_rank(y[:, lo:hi], x, a, b, active)
+        return torch.cat([y[:, :lo], columns, y[:, hi:]], 1) if torch.is_grad_enabled() else y
 
     def adapters(self, place: Place) -> list[RowSegment]:
         """The row segments that have a bottleneck adapter at this place."""

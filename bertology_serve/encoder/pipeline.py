@@ -21,7 +21,7 @@ from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.packing import PackedBatch, pack, rows_of
 from bertology_serve.encoder.plan import make_plan
 from bertology_serve.encoder.reading import form_for, read
-from bertology_serve.errors import BaseMismatch, LimitError, NotFound, Unsupported, nearest
+from bertology_serve.errors import BaseMismatch, NotFound, Unsupported, nearest
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
@@ -109,7 +109,7 @@ class Pipeline:
         with self.encoder.lock:
             self._sweep()
             key = f"{delta.name}#{next(self._keys)}"
-            entry = self.bank.add(key, delta.effects(self.encoder.anatomy)) if delta.specs else BARE
+            entry = self.bank.add(key, self.encoder.allowed(delta.effects(self.encoder.anatomy))) if delta.specs else BARE
             ready = Ready(delta, task_for(delta.task), head, entry)
             weakref.finalize(ready, self._freed.append, key)
             self._ready[delta.name] = ready
@@ -180,11 +180,7 @@ class Pipeline:
                 f"delta {delta.name!r} was made for {delta.base.name!r} (weights {delta.base.sha256[:12]}), but the "
                 f"encoder is {ref.name!r} (weights {ref.sha256[:12]}); load that backbone or train the delta again"
             )
-        if delta.task.max_length > self.encoder.max_tokens:
-            raise LimitError(
-                f"delta {delta.name!r} reads up to {delta.task.max_length} tokens, the encoder only "
-                f"{self.encoder.max_tokens}; lower max_length"
-            )
+        self.encoder.check_length(delta.task.max_length)
 
     def _find(self, name: str) -> Ready:
         ready = self._ready.get(name)

@@ -18,10 +18,11 @@ def read(hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: Tas
     """The head's output for packed sequences, in the order given.
 
     hidden [T, H]. Returns [S, C], for tasks that answer for every token [sum of text lengths, C], for embeddings
-    [S, H]; float32.
+    [S, H]; in the head's own precision, float32 unless it was moved.
     """
     rows = _read_rows(hidden, batch, sequences, task)
-    return head(rows.float())  # type: ignore[no-any-return]
+    own = next((parameter.dtype for parameter in head.parameters()), torch.float32)
+    return head(rows.to(own))  # type: ignore[no-any-return]
 
 
 def _read_rows(hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: TaskSpec) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.encoder.passing import Current, Pass, Place
 from bertology_serve.encoder.prepacked import Prepacked
+from bertology_serve.kernels.segments import RowSegment, with_rows
 
 
 class SlotLinear(nn.Linear):
@@ -40,7 +40,7 @@ class SlotLinear(nn.Linear):
             out = now.update(place, x.reshape(-1, x.shape[-1]), out)
             for segment in now.adapters(place):
                 rows = slice(segment.lo, segment.hi)
-                out = _with_rows(out, segment.lo, segment.hi, out[rows] + now.adapter(place, segment, out[rows]))
+                out = with_rows(out, segment.lo, segment.hi, out[rows] + now.adapter(place, segment, out[rows]))
         return y if out is flat else out.view(y.shape)
 
 
@@ -71,7 +71,7 @@ class SlotNorm(nn.LayerNorm):
             out = self._pfeiffer(now, segment, x.reshape(-1, x.shape[-1]), out)
         return y if out is flat else out.view(y.shape)
 
-    def _pfeiffer(self, now: Pass, segment: Any, x: Tensor, y: Tensor) -> Tensor:
+    def _pfeiffer(self, now: Pass, segment: RowSegment, x: Tensor, y: Tensor) -> Tensor:
         """``LN(adapter(LN(s)) + s)`` for the segment's rows of s = x; y holds ``LN(s)``."""
         rows = slice(segment.lo, segment.hi)
         again = super().forward(now.adapter(self.place, segment, y[rows]) + x[rows])
@@ -80,17 +80,7 @@ class SlotNorm(nn.LayerNorm):
             bias = now.pools.layer(self.place.slot, "b", self.place.layer)
             assert bias is not None
             again = again + bias[shift.bias]
-        return _with_rows(y, segment.lo, segment.hi, again)
-
-
-def _with_rows(y: Tensor, lo: int, hi: int, rows: Tensor) -> Tensor:
-    """y with rows ``lo`` to ``hi`` replaced; in place only where no gradient needs the old ones."""
-    if lo == 0 and hi == y.shape[0]:
-        return rows
-    if torch.is_grad_enabled() and (y.requires_grad or rows.requires_grad):
-        return torch.cat([y[:lo], rows, y[hi:]])
-    y[lo:hi] = rows
-    return y
+        return with_rows(y, segment.lo, segment.hi, again)
 
 
 def wrap(model: nn.Module, anatomy: Anatomy, current: Current) -> None:

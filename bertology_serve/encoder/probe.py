@@ -1,0 +1,56 @@
+"""A few sequences and the model's own output for them, taken before anything is wrapped: what loading is proven on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.encoder.bank import BARE, LiveBank
+from bertology_serve.encoder.packing import pack
+from bertology_serve.tasks.spec import Encoding
+
+_LENGTHS = (3, 7, 3, 150)  # equal lengths share a group; the longest passes ModernBERT's window
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Random sequences, and for each the rows [length, H] that the untouched model gives it alone."""
+
+    encodings: tuple[Encoding, ...]
+    rows: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, model: Any, anatomy: Anatomy) -> Probe:
+        """Runs the untouched model; the token ids are drawn from a seed of their own."""
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = model.get_input_embeddings().num_embeddings
+        low = min(5, vocabulary - 1)  # padding ids stand first in most vocabularies
+        encodings, rows = [], []
+        with torch.inference_mode():
+            for length in (min(length, anatomy.max_tokens) for length in _LENGTHS):
+                ids = torch.randint(low, vocabulary, (1, length), generator=generator)
+                rows.append(model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0])
+                encodings.append(Encoding(tuple(ids[0].tolist()), (0,) * length))
+        return cls(tuple(encodings), tuple(rows))
+
+    def holds(self, encoder: Any) -> bool:
+        """Whether the encoder gives all the sequences, in one batch, the rows that they got alone."""
+        batch = pack(self.encodings, [BARE] * len(self.encodings), encoder.anatomy, encoder.device, not encoder.packs)
+        try:
+            with torch.inference_mode():
+                hidden = encoder.run(batch, LiveBank([]))
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            return False
+        return all(
+            _near(hidden[start : start + length], self.rows[original])
+            for start, length, original in zip(batch.starts, batch.lengths, batch.order, strict=True)
+        )
+
+
+def _near(rows: Tensor, own: Tensor) -> bool:
+    return bool((rows - own).abs().max() <= _TOLERANCE * max(1.0, float(own.abs().max())))

@@ -1,0 +1,130 @@
+"""A delta under training: gradients are those of finite differences, and what is frozen answers the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bertology_serve.deltas.bitfit import BitfitSpec
+from bertology_serve.deltas.bottleneck import AdapterSpec
+from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.prefix import PrefixSpec
+from bertology_serve.deltas.prompt import PromptSpec
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.errors import LimitError
+from bertology_serve.tasks.registry import task_for
+from bertology_serve.tasks.spec import TaskSpec
+from tests import tiny
+
+KINDS: dict[str, list[Any]] = {
+    "lora": [LoraSpec(("query", "value", "output", "up", "down"), rank=2)],
+    "bitfit": [BitfitSpec()],
+    "houlsby": [AdapterSpec(width=3)],
+    "pfeiffer": [AdapterSpec("pfeiffer", 3, activation="tanh", drop_lowest=1)],
+    "prompt": [PromptSpec(2)],
+    "prefix": [PrefixSpec(2)],
+    "probe": [],
+    "all": [LoraSpec(rank=1), BitfitSpec(), AdapterSpec("pfeiffer", 2, activation="gelu"), PromptSpec(1), PrefixSpec(1)],
+}  # fmt: skip
+TASK = TaskSpec("classification", ("x", "y", "z"), 24)
+STEP = 1e-3  # transformers rotates queries and keys in float32, which a smaller step would see
+TEXTS = ("the cat was good", "dog", "Ada met the cold river , late", "the house")
+
+
+def made(encoder: Encoder, specs: list[Any], task: TaskSpec = TASK) -> tuple[LiveDelta, list[Any], list[int]]:
+    """A live delta away from its zero start, four encodings and their targets."""
+    live = LiveDelta(encoder, specs, task, seed=1)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(2)
+        for parameter in live.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    tasks = task_for(task)
+    encodings = [tasks.encode(tasks.example({"text": t}, "x", False), encoder.tokenizer)[0] for t in TEXTS]
+    return live.eval(), encodings, [0, 2, 1, 1]
+
+
+def loss_of(live: LiveDelta, encodings: list[Any], targets: list[int]) -> torch.Tensor:
+    """The cross-entropy in the module's own precision."""
+    return F.cross_entropy(live(encodings), torch.tensor(targets))
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v3"])
+def test_gradients_equal_finite_differences(kinds: str, family: str, tmp_path: Path) -> None:
+    encoder = tiny.encoder(family, tmp_path)
+    encoder.model.double()
+    live, encodings, targets = made(encoder, KINDS[kinds])
+    live.double()
+    loss_of(live, encodings, targets).backward()
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in live.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        step = STEP * direction / direction.norm()
+        with torch.no_grad():
+            parameter.add_(step)
+            above = loss_of(live, encodings, targets)
+            parameter.sub_(2 * step)
+            below = loss_of(live, encodings, targets)
+            parameter.add_(step)
+        assert parameter.grad is not None, name
+        slope = float((parameter.grad * step).sum() / STEP)
+        assert slope == pytest.approx(float(above - below) / (2 * STEP), rel=5e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+def test_a_frozen_delta_answers_what_the_live_one_did(kinds: str, tmp_path: Path) -> None:
+    encoder = tiny.encoder("bert", tmp_path)
+    live, encodings, _ = made(encoder, KINDS[kinds])
+    pipeline = Pipeline(encoder)
+    pipeline.add(live.freeze("d"))
+    jobs = [pipeline.prepare(Request("d", {"text": text}, logits=True)) for text in TEXTS]
+    answers = torch.tensor([prediction.answer["logits"] for prediction in pipeline.run(jobs)])
+    with torch.inference_mode():
+        torch.testing.assert_close(answers, live(encodings), atol=1e-6, rtol=1e-5)
+
+
+def test_the_frozen_encoder_gets_no_gradient_and_full_tuning_all(tmp_path: Path) -> None:
+    encoder = tiny.encoder("bert", tmp_path)
+    live, encodings, targets = made(encoder, KINDS["lora"])
+    loss_of(live, encodings, targets).backward()
+    assert all(parameter.grad is None for parameter in encoder.model.parameters())
+    full = LiveDelta(encoder, [], TASK, full=True)
+    loss_of(full, encodings, targets).backward()
+    unread = {"model.embeddings.token_type_embeddings.weight"}
+    assert {n for n, p in full.named_parameters() if p.grad is None} <= unread
+
+
+def test_prepacked_training_has_the_same_gradients(tmp_path: Path) -> None:
+    encoder = tiny.encoder("bert", tmp_path)
+    live, encodings, targets = made(encoder, KINDS["all"])
+    loss_of(live, encodings, targets).backward()
+    plain = {name: p.grad.clone() for name, p in live.named_parameters() if p.grad is not None}
+    live.zero_grad()
+    assert encoder.prepack(True)
+    loss_of(live, encodings, targets).backward()
+    for name, parameter in live.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, plain[name], atol=2e-6, rtol=1e-4)
+
+
+def test_decay_spares_biases_and_norms(tmp_path: Path) -> None:
+    live = LiveDelta(tiny.encoder("modernbert", tmp_path), KINDS["all"], TASK)
+    assert live.no_decay() == {
+        name
+        for name, _ in live.named_parameters()
+        if "bias" in name or "bitfit" in name or "norm" in name
+    }
+
+
+def test_a_sequence_limit_beyond_the_encoder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LimitError, match="reads at most 64 tokens"):
+        LiveDelta(tiny.encoder("bert", tmp_path), [], TaskSpec("regression", max_length=65))
