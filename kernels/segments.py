@@ -7,14 +7,19 @@ with, and what runs where there is no kernel. Gradients flow through all of them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +71,7 @@ def with_rows(y: Tensor, lo: int, hi: int, rows: Tensor) -> Tensor:
     return y
 
 
-def bottleneck(
-    source: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, segment: RowSegment
-) -> Tensor:
+def bottleneck(source: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, segment: RowSegment) -> Tensor:
     """``act(source Dᵀ + b_d) U + b_u`` for one segment's rows.
 
     source [n, H]; pools down [P, H], down_bias [P, 1], up [P, H]; the row ``segment.bias`` of ``up`` is b_u.

@@ -25,10 +25,11 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.live import LiveDelta
 from bertology_serve.tasks.spec import TaskSpec
 
-WORDS = (
+TEXT = (
     "the a cat dog house river bank money good bad great film was is not very Paris London Ada met went to in on "
     "who where what when answer question red blue green cold warm early late . , ? !"
-).split()
+)
+WORDS = TEXT.split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _SIZE = {"vocab_size": len(WORDS) + len(SPECIAL), "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 _FFN = {"intermediate_size": 48, "max_position_embeddings": 66}

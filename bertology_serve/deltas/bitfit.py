@@ -43,9 +43,7 @@ def init(spec: BitfitSpec, anatomy: Anatomy, generator: torch.Generator | None) 
 def effects(spec: BitfitSpec, tensors: Tensors, anatomy: Anatomy) -> Effects:
     """One bias difference a slot."""
     return Effects(
-        bias={
-            slot.name: spread(tensors[slot.name], slot.present, slot.depth) for slot in slots(spec, anatomy)
-        }
+        bias={slot.name: spread(tensors[slot.name], slot.present, slot.depth) for slot in slots(spec, anatomy)}
     )
 
 

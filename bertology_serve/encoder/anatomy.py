@@ -95,9 +95,7 @@ def _layer_slots(stack_path: str, stack: nn.ModuleList, hidden: int) -> Iterator
     names = dict.fromkeys(name for layer in roles for name in layer)
     for name in names:
         _, module = next(layer[name] for layer in roles if name in layer)
-        paths = tuple(
-            f"{stack_path}.{i}.{layer[name][0]}" if name in layer else None for i, layer in enumerate(roles)
-        )
+        paths = tuple(f"{stack_path}.{i}.{layer[name][0]}" if name in layer else None for i, layer in enumerate(roles))
         yield from _slots_of(name, paths, module)
 
 
@@ -162,4 +160,4 @@ def empty_model(config: Any) -> Any:
     from transformers import AutoModel
 
     with torch.device("meta"):
-        return AutoModel.from_config(config)
+        return AutoModel.from_config(config)  # type: ignore[no-untyped-call]

@@ -98,9 +98,7 @@ def _slot_rows(effects: Effects, slot: str) -> tuple[Rows, RowSegment]:
 
 def _moved(template: RowSegment, by: int) -> RowSegment:
     bias = template.bias + by if template.bias >= 0 else -1
-    return RowSegment(
-        0, 0, template.first + by, template.last + by, bias, template.dropout, template.activation
-    )
+    return RowSegment(0, 0, template.first + by, template.last + by, bias, template.dropout, template.activation)
 
 
 def _entry(key: str, effects: Effects, parts: tuple[dict[str, RowSegment], dict[str, frozenset[int]]]) -> Entry:
@@ -118,10 +116,6 @@ class RowPool:
             name: torch.zeros(depth, self.capacity, width, dtype=dtype, device=device)
             for name, (depth, width) in columns.items()
         }
-
-    def layer(self, column: str, layer: int) -> Tensor:
-        """The pool [P, width] of one layer."""
-        return self.columns[column][layer]
 
     def put(self, rows: Rows) -> int:
         """Copies rows [L, n, width] into a free extent and returns its first row; columns not given hold zeros."""
@@ -197,10 +191,9 @@ class DeltaBank:
         for name, first, count in self._extents.pop(key, ()):
             self.pools[name].drop(first, count)
 
-    def layer(self, pool: str, column: str, layer: int) -> Tensor | None:
-        """One layer of a pool's column [P, width], ``None`` where the pool has no such column."""
-        columns = self.pools[pool].columns
-        return columns[column][layer] if column in columns else None
+    def layer(self, pool: str, column: str, layer: int) -> Tensor:
+        """One layer of a pool's column [P, width]."""
+        return self.pools[pool].columns[column][layer]
 
     @property
     def bytes(self) -> int:
@@ -233,10 +226,9 @@ class LiveBank:
                 heights[name] = heights.get(name, 0) + next(iter(columns.values())).shape[1]
         self._layers = {name: _unbound(parts) for name, parts in pieces.items()}
 
-    def layer(self, pool: str, column: str, layer: int) -> Tensor | None:
-        """One layer of a pool's column [P, width], ``None`` where the pool has no such column."""
-        columns = self._layers[pool]
-        return columns[column][layer] if column in columns else None
+    def layer(self, pool: str, column: str, layer: int) -> Tensor:
+        """One layer of a pool's column [P, width]."""
+        return self._layers[pool][column][layer]
 
 
 def _unbound(parts: list[Rows]) -> dict[str, tuple[Tensor, ...]]:

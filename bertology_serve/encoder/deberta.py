@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
 from bertology_serve.encoder.attention import Group, packed_attention
@@ -136,6 +137,5 @@ def _convolve(self: Any, hidden_states: Tensor, residual_states: Tensor, input_m
     out = self.conv(padded.transpose(1, 2)).transpose(1, 2)
     flat = torch.cat([out[i, :length] for i, length in enumerate(batch.lengths)])
     flat = now.update(Place("conv", 0), None, flat)
-    act = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}[self.conv_act]
-    normed: Tensor = self.LayerNorm(residual_states + act(self.dropout(flat))[None])
+    normed: Tensor = self.LayerNorm(residual_states + ACT2FN[self.conv_act](self.dropout(flat))[None])
     return normed

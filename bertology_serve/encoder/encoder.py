@@ -150,9 +150,8 @@ class Encoder:
         words: Tensor = self.model.get_input_embeddings()(batch.ids)
         if not batch.prompt_rows.numel():
             return words
-        vectors = pools.layer(PROMPT, "v", 0)
-        assert vectors is not None
-        return words.index_copy(0, batch.prompt_rows, vectors[batch.prompt_vectors].to(words.dtype))
+        vectors = pools.layer(PROMPT, "v", 0)[batch.prompt_vectors]
+        return words.index_copy(0, batch.prompt_rows, vectors.to(words.dtype))
 
     def _settle(self, probe: Probe) -> None:
         """Packs if packed rows give the model's own answers; pads if only padded ones do; else refuses the model."""
@@ -191,5 +190,5 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B"))
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

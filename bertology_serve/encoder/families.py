@@ -35,9 +35,10 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query, key, value [1, heads, T, D] -> [1, T, heads, D]."""
     now = module.current.it
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     out = packed_attention(
-        *rows,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
         now.layout,
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         window=None if sliding_window is None else sliding_window - 1,

@@ -21,7 +21,7 @@ class Pools(Protocol):
 
     entries: dict[str, Entry]
 
-    def layer(self, pool: str, column: str, layer: int) -> Tensor | None:
+    def layer(self, pool: str, column: str, layer: int) -> Tensor:
         """One layer of a pool's column [P, width]."""
         ...
 
@@ -49,9 +49,9 @@ class Pass:
         active = self.plan.segments.get(place.slot) if segments is None else segments
         if not active:
             return y
-        a = self.pools.layer(place.slot, "a", place.layer) if x is not None else None
+        ranked = x is not None and any(segment.last > segment.first for segment in active)
+        a = self.pools.layer(place.slot, "a", place.layer) if ranked else None
         b = self.pools.layer(place.slot, "b", place.layer)
-        assert b is not None
         if place.part is None:
             return add_low_rank(y, x, a, b, active)
         lo, hi = place.part
@@ -69,18 +69,15 @@ class Pass:
 
     def adapter(self, place: Place, segment: RowSegment, source: Tensor) -> Tensor:
         """``act(source Dᵀ + b_d) U + b_u`` for a segment's rows [n, H]."""
-        columns = [self.pools.layer(adapter(place.slot), name, place.layer) for name in ("down", "down_bias", "up")]
-        down, down_bias, up = columns
-        assert down is not None and down_bias is not None and up is not None
-        return bottleneck(source, down, down_bias, up, segment)
+        name, layer = adapter(place.slot), place.layer
+        down, down_bias = self.pools.layer(name, "down", layer), self.pools.layer(name, "down_bias", layer)
+        return bottleneck(source, down, down_bias, self.pools.layer(name, "up", layer), segment)
 
     def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """The pools [P, H] of prefix keys and values of a layer, ``None`` where no sequence has a prefix."""
         if PREFIX not in self.plan.segments:
             return None
-        keys, values = (self.pools.layer(PREFIX, column, layer) for column in ("k", "v"))
-        assert keys is not None and values is not None
-        return keys, values
+        return self.pools.layer(PREFIX, "k", layer), self.pools.layer(PREFIX, "v", layer)
 
     def _owners(self, pool: str) -> list[Entry]:
         return [run.entry for run in self.plan.runs if pool in run.entry.rows]

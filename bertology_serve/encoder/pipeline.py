@@ -109,7 +109,8 @@ class Pipeline:
         with self.encoder.lock:
             self._sweep()
             key = f"{delta.name}#{next(self._keys)}"
-            entry = self.bank.add(key, self.encoder.allowed(delta.effects(self.encoder.anatomy))) if delta.specs else BARE
+            effects = self.encoder.allowed(delta.effects(self.encoder.anatomy))
+            entry = self.bank.add(key, effects) if delta.specs else BARE
             ready = Ready(delta, task_for(delta.task), head, entry)
             weakref.finalize(ready, self._freed.append, key)
             self._ready[delta.name] = ready
@@ -204,7 +205,7 @@ def _outputs(hidden: Tensor, batch: PackedBatch, owners: Sequence[Ready]) -> lis
         ready = owners[batch.order[sequences[0]]]
         out = read(hidden, batch, sequences, ready.delta.task, ready.head).cpu()
         lengths = [batch.text_lengths[i] for i in sequences]
-        parts = out.split(lengths) if ready.delta.task.per_token else out.unbind(0)
+        parts = torch.split(out, lengths) if ready.delta.task.per_token else out.unbind(0)
         for packed, part in zip(sequences, parts, strict=True):
             outputs[batch.order[packed]] = part
     return outputs

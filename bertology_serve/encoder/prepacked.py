@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 def available() -> bool:
     """Whether this torch can run prepacked oneDNN linears."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Prepacked:

@@ -28,7 +28,7 @@ def read(hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: Tas
 def _read_rows(hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: TaskSpec) -> Tensor:
     if not task.per_token and task.pooling == "cls":
         return hidden[batch.first_rows[list(sequences)]]
-    texts = batch.text_rows.split(batch.text_lengths)
+    texts = torch.split(batch.text_rows, list(batch.text_lengths))
     rows = torch.cat([texts[i] for i in sequences])
     if task.per_token:
         return hidden[rows]

@@ -77,9 +77,7 @@ class SlotNorm(nn.LayerNorm):
         again = super().forward(now.adapter(self.place, segment, y[rows]) + x[rows])
         shifts = [s for s in now.plan.segments.get(self.place.slot, ()) if s.lo == segment.lo]
         for shift in shifts:
-            bias = now.pools.layer(self.place.slot, "b", self.place.layer)
-            assert bias is not None
-            again = again + bias[shift.bias]
+            again = again + now.pools.layer(self.place.slot, "b", self.place.layer)[shift.bias]
         return with_rows(y, segment.lo, segment.hi, again)
 
 

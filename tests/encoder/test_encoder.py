@@ -84,9 +84,7 @@ def test_padded_mixed_batch_equals_packed(tmp_path: Path, monkeypatch: pytest.Mo
         Pipeline(padded).add(prefix)
 
 
-def test_a_model_that_answers_otherwise_when_packed_falls_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_answers_otherwise_when_packed_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A family that took the registered attention's name and ignored it would attend across sequences."""
     tiny.save("bert", tmp_path)
     monkeypatch.setattr(families, "packed_attention", lambda query, *_, **__: query.flatten(1) * 0)

@@ -30,8 +30,8 @@ KINDS: dict[str, list[Any]] = {
     "prompt": [PromptSpec(2)],
     "prefix": [PrefixSpec(2)],
     "probe": [],
-    "all": [LoraSpec(rank=1), BitfitSpec(), AdapterSpec("pfeiffer", 2, activation="gelu"), PromptSpec(1), PrefixSpec(1)],
-}  # fmt: skip
+    "all": [LoraSpec(rank=1), BitfitSpec(), AdapterSpec("pfeiffer", 2, "both", "gelu"), PromptSpec(1), PrefixSpec(1)],
+}
 TASK = TaskSpec("classification", ("x", "y", "z"), 24)
 STEP = 1e-3  # transformers rotates queries and keys in float32, which a smaller step would see
 TEXTS = ("the cat was good", "dog", "Ada met the cold river , late", "the house")
@@ -119,9 +119,7 @@ def test_prepacked_training_has_the_same_gradients(tmp_path: Path) -> None:
 def test_decay_spares_biases_and_norms(tmp_path: Path) -> None:
     live = LiveDelta(tiny.encoder("modernbert", tmp_path), KINDS["all"], TASK)
     assert live.no_decay() == {
-        name
-        for name, _ in live.named_parameters()
-        if "bias" in name or "bitfit" in name or "norm" in name
+        name for name, _ in live.named_parameters() if "bias" in name or "bitfit" in name or "norm" in name
     }
 
 
