@@ -1,0 +1,85 @@
+"""Files and hub data sets -> records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bertology_serve.data import hub, jsonl, parquet, tables
+from bertology_serve.errors import DataError, NotFound, SpecError, nearest
+
+FIELDS = (
+    "text",
+    "text_pair",
+    "label",
+    "score",
+    "tokens",
+    "tags",
+    "question",
+    "context",
+    "answers",
+    "premise",
+    "choices",
+)
+ALIASES = {"text": "text_a", "text_pair": "text_b"}
+READERS = {
+    ".jsonl": jsonl.read,
+    ".ndjson": jsonl.read,
+    ".json": jsonl.read,
+    ".csv": tables.read_csv,
+    ".tsv": tables.read_tsv,
+    ".parquet": parquet.read,
+}
+
+
+class Record(NamedTuple):
+    """The fields of one record, and where it stands: ``train.csv:17`` is a line, or a row where there are no lines."""
+
+    fields: Mapping[str, Any]
+    where: str
+
+
+def read_records(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Record]:
+    """All records of a hub data set or a file: ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` (or ``.gz``), ``.parquet``.
+
+    A hub data set is written ``hub:NAME[:CONFIG][:SPLIT]``. ``columns`` maps a field to the column that holds it:
+    ``{"text": "sentence"}``. Cells of CSV and TSV are texts, but lists (``tokens``, ``tags``, ``choices``,
+    ``answers``) are written as JSON, and an empty cell is no value; TSV has no quoting.
+
+    Raises DataError naming file, row and column; NotFound when there is no such file; SpecError for a field in
+    ``columns`` that no task reads; Unsupported when the package for Parquet or the hub is missing.
+    """
+    for field in columns or {}:
+        if field not in FIELDS:
+            raise SpecError(f"no task reads the field {field!r}; {nearest(field, FIELDS)}")
+    rows = hub.read(str(path)) if str(path).startswith(hub.PREFIX) else _read_file(Path(path))
+    records = [_record(fields, where, columns or {}) for fields, where in rows]
+    if not records:
+        raise DataError(f"{path}: holds no records; expected at least one")
+    return records
+
+
+def _read_file(path: Path) -> Iterable[tuple[Mapping[str, Any], str]]:
+    if not path.exists():
+        raise NotFound(f"no file {path}; give a file that exists, or hub:NAME for a hub data set")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    zipped = suffixes[-1:] == [".gz"]
+    kind = (suffixes[:-1] if zipped else suffixes)[-1:]
+    reader = READERS.get(kind[0]) if kind else None
+    if reader is None or (zipped and reader is parquet.read):
+        raise DataError(f"{path}: unknown kind of file; expected {', '.join(READERS)}, all but the last also with .gz")
+    if not path.is_file():
+        raise DataError(f"{path}: not a file; give the file inside it")
+    return reader(path)
+
+
+def _record(fields: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> Record:
+    """Renames the mapped columns; a field that is mapped replaces its alias too."""
+    for field, column in columns.items():
+        if column not in fields:
+            raise DataError(f"{where}: no column {column!r} for {field!r}; {nearest(column, map(str, fields))}")
+    gone = {*columns.values(), *(ALIASES[field] for field in columns if field in ALIASES)}
+    kept = {name: value for name, value in fields.items() if name not in gone}
+    named = {**kept, **{field: fields[column] for field, column in columns.items()}}
+    return Record(tables.decode_lists(named, where), where)

@@ -1,0 +1,84 @@
+"""What every task provides. A new task is one file beside this one and one line in ``registry.py``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypeVar
+
+from bertology_serve.errors import SpecError
+from bertology_serve.tasks.spec import Encoding, TaskSpec
+
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One checked record. ``where`` says where it came from (``train.jsonl:17``), for error messages."""
+
+    where: str
+
+
+E = TypeVar("E", bound=Example, default=Any)
+
+
+class Task(ABC, Generic[E]):
+    """Turns records into sequences, the head's outputs into answers, and both into losses and metrics.
+
+    ``main_metric`` is the metric that early stopping watches; larger is better. A task holds nothing but its spec and
+    may be used from several threads.
+    """
+
+    kind: ClassVar[str]
+    main_metric: ClassVar[str]
+
+    def __init__(self, spec: TaskSpec) -> None:
+        if spec.kind != self.kind:
+            raise SpecError(f"the spec is for {spec.kind!r}; expected {self.kind!r}")
+        self.spec = spec
+
+    @classmethod
+    def labels_in(cls, records: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[str, ...]:
+        """The ``TaskSpec.labels`` that (fields, where) records call for; empty where the task has none."""
+        return ()
+
+    @abstractmethod
+    def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> E:
+        """Checks one record. Without ``labelled``, gold fields are ignored.
+
+        Raises DataError, naming ``where`` and the field; fields that the task does not read are ignored.
+        """
+
+    @abstractmethod
+    def encode(self, example: E, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
+        """The example's sequences, each at most ``spec.max_length`` tokens. Thread-safe."""
+
+    @abstractmethod
+    def target(self, example: E, encodings: Sequence[Encoding]) -> Any:
+        """What ``loss`` compares a labelled example with."""
+
+    def weight(self, targets: Sequence[Any]) -> int:
+        """The number of terms that ``loss`` sums; one an example unless the task says otherwise."""
+        return len(targets)
+
+    @abstractmethod
+    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Any]) -> Tensor:
+        """The sum of the loss terms, a scalar; divide by ``weight`` for their mean.
+
+        ``out`` is the head's output for all sequences of all examples in order: [S, C]; [sum(lengths), C] for tasks
+        that answer for each token; [S, H] for embeddings. ``lengths`` are text rows a sequence, ``targets`` one an
+        example.
+        """
+
+    @abstractmethod
+    def decode(self, example: E, encodings: Sequence[Encoding], outputs: Sequence[Tensor]) -> Answer:
+        """The answer's fields, ready for JSON. ``outputs`` (float32, on the CPU): [C], [len, C] or [H] a sequence."""
+
+    @abstractmethod
+    def metrics(self, answers: Sequence[Answer], examples: Sequence[E]) -> dict[str, float]:
+        """Metrics of decoded answers against labelled examples, as fractions (0.91, not 91)."""

@@ -1,0 +1,99 @@
+"""The form that HuggingFace's task models give the head, family by family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bertology_serve.tasks.spec import MULTIPLE_CHOICE, QUESTION_ANSWERING, TaskSpec
+
+ROBERTA_LIKE = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer")
+DEBERTA_LIKE = ("deberta", "deberta-v2")
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One layer of a head: ``norm(activation(x Wᵀ + b))`` for rows x [n, inputs] -> [n, outputs].
+
+    ``path`` and ``norm`` are the names of the linear and of the LayerNorm after it in HuggingFace's task model
+    (``classifier.out_proj``, ``bert.pooler.dense``). ``base_name`` and ``base_norm`` are their names in the headless
+    base model, where its checkpoint may hold them. ``dropout`` says whether the layer's input is dropped in training.
+    """
+
+    path: str
+    inputs: int
+    outputs: int
+    activation: str | None = None
+    norm: str | None = None
+    bias: bool = True
+    base_name: str | None = None
+    base_norm: str | None = None
+    dropout: bool = False
+    norm_eps: float = 1e-5
+    norm_bias: bool = True
+
+
+def head_form(family: str, prefix: str, spec: TaskSpec, hidden: int, options: Mapping[str, Any]) -> tuple[Dense, ...]:
+    """The layers of a head, first to last; empty for embeddings.
+
+    ``family`` is the model type of the configuration ("bert", "deberta-v2"), ``prefix`` the name of the encoder in
+    HuggingFace's task models ("bert", "roberta", "model"), ``hidden`` is H, ``options`` are values of the model's
+    configuration (``classifier_activation``, ``norm_eps`` ...; what is missing takes its default there). Multiple
+    choice and regression read the pooled row as classification does, with C = 1. A family that is not known here has
+    one linear layer.
+    """
+    if spec.head == "none":
+        return ()
+    if spec.head == "linear":
+        return (Dense("classifier", hidden, spec.outputs, dropout=True),)
+    if family == "modernbert":
+        return _modernbert(spec, hidden, options)
+    if spec.kind == QUESTION_ANSWERING:
+        return (Dense("qa_outputs", hidden, 2, dropout=family == "distilbert"),)
+    if spec.per_token:
+        return (Dense("classifier", hidden, spec.outputs, dropout=True),)
+    return _pooled(family, prefix, spec, hidden, options)
+
+
+def _pooled(family: str, prefix: str, spec: TaskSpec, hidden: int, options: Mapping[str, Any]) -> tuple[Dense, ...]:
+    """One answer for a sequence, every family but ModernBERT."""
+    choice = spec.kind == MULTIPLE_CHOICE
+    classifier = Dense("classifier", hidden, spec.outputs, dropout=True)
+    if family == "bert" or (choice and family in (*ROBERTA_LIKE, "mpnet")):
+        return Dense(f"{prefix}.pooler.dense", hidden, hidden, "tanh", base_name="pooler.dense"), classifier
+    if family in (*ROBERTA_LIKE, "mpnet"):
+        return _dense_out_proj(spec, hidden, "tanh")
+    if family == "electra" and not choice:
+        return _dense_out_proj(spec, hidden, "gelu")
+    if family == "electra":
+        activation = options.get("summary_activation", "gelu")
+        return Dense("sequence_summary.summary", hidden, hidden, activation), classifier
+    if family == "distilbert":
+        return Dense("pre_classifier", hidden, hidden, "relu"), classifier
+    if family in DEBERTA_LIKE:
+        return Dense("pooler.dense", hidden, hidden, options.get("pooler_hidden_act", "gelu")), classifier
+    return (classifier,)
+
+
+def _dense_out_proj(spec: TaskSpec, hidden: int, activation: str) -> tuple[Dense, ...]:
+    """RoBERTa's classification head: dense, activation, out_proj, dropout before both."""
+    dense = Dense("classifier.dense", hidden, hidden, activation, dropout=True)
+    return dense, Dense("classifier.out_proj", hidden, spec.outputs, dropout=True)
+
+
+def _modernbert(spec: TaskSpec, hidden: int, options: Mapping[str, Any]) -> tuple[Dense, ...]:
+    """ModernBERT's prediction head, the same for rows and for sequences."""
+    head = Dense(
+        "head.dense",
+        hidden,
+        hidden,
+        options.get("classifier_activation", "gelu"),
+        norm="head.norm",
+        bias=bool(options.get("classifier_bias", False)),
+        base_name="head.dense",
+        base_norm="head.norm",
+        norm_eps=float(options.get("norm_eps", 1e-5)),
+        norm_bias=bool(options.get("norm_bias", False)),
+    )
+    return head, Dense("classifier", hidden, spec.outputs, dropout=True)

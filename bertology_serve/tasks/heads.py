@@ -1,0 +1,155 @@
+"""Task heads: rows of the encoder's last hidden state -> logits. The forms are HuggingFace's (see ``forms``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from bertology_serve.errors import FormatError, SpecError, nearest
+from bertology_serve.tasks.forms import Dense, head_form
+
+__all__ = ["Dense", "Head", "head_form", "pool"]
+
+INIT_STD = 0.02
+
+
+class Layer(nn.Module):
+    """One ``Dense`` with parameters: dropout, linear (zero until drawn), activation, LayerNorm (weight 1, bias 0).
+
+    ``forward``: rows [n, inputs] -> [n, outputs].
+    """
+
+    def __init__(self, form: Dense, dropout: float) -> None:
+        super().__init__()
+        self.form = form
+        self.dropout = nn.Dropout(dropout if form.dropout else 0.0)
+        self.linear = nn.Linear(form.inputs, form.outputs, bias=form.bias, device="meta").to_empty(device="cpu")
+        for parameter in self.linear.parameters():
+            nn.init.zeros_(parameter)
+        self.activation = _activation(form.activation)
+        self.norm = nn.LayerNorm(form.outputs, form.norm_eps, bias=form.norm_bias) if form.norm else None
+
+    def forward(self, rows: Tensor) -> Tensor:
+        rows = self.activation(self.linear(self.dropout(rows)))
+        return rows if self.norm is None else self.norm(rows)
+
+    def named(self) -> Iterator[tuple[str, str | None, nn.Parameter]]:
+        """(name in HuggingFace's task model, name in the base or None, parameter) of everything trained here."""
+        for part, base in ((self.linear, self.form.base_name), (self.norm, self.form.base_norm)):
+            path = self.form.path if part is self.linear else self.form.norm
+            for name, parameter in part.named_parameters() if part is not None else ():
+                yield f"{path}.{name}", f"{base}.{name}" if base else None, parameter
+
+
+class Head(nn.Module):
+    """Layers in HuggingFace's form, in float32 unless moved. ``forward``: rows [n, H] -> [n, C].
+
+    A head without layers (embeddings) hands the rows through. What the base checkpoint brings is frozen and is not
+    among ``own_tensors``; everything else belongs to the delta.
+    """
+
+    def __init__(self, form: Sequence[Dense], dropout: float = 0.0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(dense, dropout) for dense in form)
+        self._base: set[str] = set()
+
+    @classmethod
+    def build(
+        cls,
+        form: Sequence[Dense],
+        base_tensors: Mapping[str, Tensor],
+        generator: torch.Generator | None = None,
+        dropout: float = 0.0,
+        adopt: bool = False,
+    ) -> Head:
+        """A fresh head: linear weights from N(0, 0.02²), biases 0, LayerNorms 1 and 0.
+
+        Without a ``generator`` the weights stay zero, for ``load`` to fill. Parts whose base name is in
+        ``base_tensors`` are copied from there and frozen; with ``adopt`` (full fine-tuning) they are copied, trained,
+        and belong to the delta.
+        """
+        head = cls(form, dropout)
+        with torch.no_grad():
+            for name, base, parameter in head.named():
+                if base is not None and base in base_tensors:
+                    _copy(name, parameter, base_tensors[base])
+                    parameter.requires_grad_(adopt)
+                    if not adopt:
+                        head._base.add(name)
+                elif parameter.dim() == 2 and generator is not None:
+                    parameter.normal_(0.0, INIT_STD, generator=generator)
+        return head
+
+    def forward(self, rows: Tensor) -> Tensor:
+        for layer in self.layers:
+            rows = layer(rows)
+        return rows
+
+    def named(self) -> Iterator[tuple[str, str | None, nn.Parameter]]:
+        """(name in HuggingFace's task model, name in the base or None, parameter) of every parameter."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            yield from layer.named()
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """The tensors that belong to the delta, by their HuggingFace names: detached float32 CPU copies."""
+        return {
+            name: parameter.detach().to("cpu", torch.float32, copy=True)
+            for name, _, parameter in self.named()
+            if name not in self._base
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies a delta's head tensors in; FormatError when one is missing, unknown or of another shape.
+
+        A tensor for a part that the base brought replaces it (full fine-tuning) and is the delta's from then on.
+        """
+        parameters = {name: parameter for name, _, parameter in self.named()}
+        for name in tensors:
+            if name not in parameters:
+                raise FormatError(f"this head has no tensor {name!r}; {nearest(name, parameters)}")
+        missing = sorted(parameters.keys() - self._base - tensors.keys())
+        if missing:
+            raise FormatError(f"the head lacks {', '.join(missing)}; save every parameter that the base lacks")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                _copy(name, parameters[name], tensor)
+        self._base -= tensors.keys()
+
+
+def pool(hidden: Tensor, text_rows: Tensor, lengths: Tensor, pooling: str) -> Tensor:
+    """One row a sequence: hidden [T, H] -> [S, H], differentiable.
+
+    ``text_rows`` [N] (int64) are the packed rows that are text, sequence after sequence, special tokens included and
+    prompts not; ``lengths`` [S] (int64, each at least 1) how many each sequence has. ``cls`` takes the first text
+    row, ``mean`` and ``max`` go over all of them.
+    """
+    if pooling == "cls":
+        return hidden[text_rows[lengths.cumsum(0) - lengths]]
+    rows = hidden[text_rows]
+    owner = torch.repeat_interleave(torch.arange(lengths.numel(), device=rows.device), lengths)
+    pooled = rows.new_zeros(lengths.numel(), rows.shape[1])
+    if pooling == "mean":
+        return pooled.index_add(0, owner, rows) / lengths.unsqueeze(1)
+    if pooling == "max":
+        return pooled.scatter_reduce(0, owner.unsqueeze(1).expand_as(rows), rows, "amax", include_self=False)
+    raise SpecError(f"unknown pooling {pooling!r}; {nearest(pooling, ('cls', 'mean', 'max'))}")
+
+
+def _copy(name: str, parameter: Tensor, tensor: Tensor) -> None:
+    if parameter.shape != tensor.shape:
+        raise FormatError(f"head tensor {name!r} has shape {list(tensor.shape)}; expected {list(parameter.shape)}")
+    parameter.copy_(tensor)
+
+
+def _activation(name: str | None) -> nn.Module:
+    if name is None:
+        return nn.Identity()
+    if name not in ACT2FN:
+        raise SpecError(f"unknown activation {name!r} of the head; {nearest(name, ACT2FN)}")
+    activation = ACT2FN[name]
+    assert isinstance(activation, nn.Module)
+    return activation

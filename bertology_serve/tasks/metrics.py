@@ -1,0 +1,68 @@
+"""Metrics over plain sequences, as fractions. Where a ratio is undefined it is 0, as scikit-learn has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+def accuracy(gold: Sequence[str], found: Sequence[str]) -> float:
+    """Share of equal entries."""
+    return sum(a == b for a, b in zip(gold, found, strict=True)) / len(gold) if gold else 0.0
+
+
+def macro_f1(gold: Sequence[str], found: Sequence[str]) -> float:
+    """Mean F1 over the labels that occur in gold or found."""
+    table = _confusion(gold, found)
+    total = table.sum(0) + table.sum(1)
+    return float(np.mean(2 * np.diag(table) / total)) if len(total) else 0.0
+
+
+def mcc(gold: Sequence[str], found: Sequence[str]) -> float:
+    """Matthews correlation for any number of labels (Gorodkin 2004)."""
+    table = _confusion(gold, found)
+    n, right = table.sum(), np.trace(table)
+    of_gold, of_found = table.sum(1), table.sum(0)
+    spread = (n * n - of_gold @ of_gold) * (n * n - of_found @ of_found)
+    return float((n * right - of_gold @ of_found) / np.sqrt(spread)) if spread > 0 else 0.0
+
+
+def mse(gold: Sequence[float], found: Sequence[float]) -> float:
+    """Mean squared error."""
+    return float(np.mean((np.asarray(gold) - np.asarray(found)) ** 2)) if gold else 0.0
+
+
+def pearson(gold: Sequence[float], found: Sequence[float]) -> float:
+    """Pearson correlation; 0 when one side is constant."""
+    return _correlation(np.asarray(gold, dtype=np.float64), np.asarray(found, dtype=np.float64))
+
+
+def spearman(gold: Sequence[float], found: Sequence[float]) -> float:
+    """Spearman correlation, ties sharing their mean rank; 0 when one side is constant."""
+    return _correlation(_ranks(gold), _ranks(found))
+
+
+def _correlation(a: Floats, b: Floats) -> float:
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    a, b = a - a.mean(), b - b.mean()
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+def _ranks(values: Sequence[float]) -> Floats:
+    _, place, count = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    ends = np.cumsum(count)
+    ranks: Floats = (ends - (count - 1) / 2)[place]
+    return ranks
+
+
+def _confusion(gold: Sequence[str], found: Sequence[str]) -> Floats:
+    """Counts [labels, labels], gold down and found across, over the labels that occur."""
+    labels, index = np.unique([*gold, *found], return_inverse=True)
+    table = np.zeros((len(labels), len(labels)))
+    np.add.at(table, (index[: len(gold)], index[len(gold) :]), 1.0)
+    return table

@@ -1,0 +1,56 @@
+"""Regression on one text or a pair: one number, mean squared error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bertology_serve.tasks import metrics
+from bertology_serve.tasks.base import Answer
+from bertology_serve.tasks.fields import read_score
+from bertology_serve.tasks.spec import REGRESSION, Encoding
+from bertology_serve.tasks.texts import TextExample, TextTask, read_pair
+
+
+@dataclass(frozen=True)
+class RegressionExample(TextExample):
+    """``score`` is the gold value, None where nothing is known."""
+
+    score: float | None = None
+
+
+class Regression(TextTask[RegressionExample]):
+    """Records ``{"text", "text_pair"?, "score"}`` (or ``label`` as a number); answers ``value``, in the same units."""
+
+    kind = REGRESSION
+    main_metric = "spearman"
+
+    def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> RegressionExample:
+        score = read_score(record, where) if labelled else None
+        return RegressionExample(where, *read_pair(record, where), score)
+
+    def target(self, example: RegressionExample, encodings: Sequence[Encoding]) -> float:
+        return float(example.score or 0.0)
+
+    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Any]) -> Tensor:
+        """Squared errors of out [S, 1]."""
+        gold = torch.tensor(targets, dtype=torch.float32, device=out.device)
+        return F.mse_loss(out.float().squeeze(1), gold, reduction="sum")
+
+    def decode(self, example: RegressionExample, encodings: Sequence[Encoding], outputs: Sequence[Tensor]) -> Answer:
+        return {"value": float(outputs[0][0])}
+
+    def metrics(self, answers: Sequence[Answer], examples: Sequence[RegressionExample]) -> dict[str, float]:
+        """Pearson and Spearman correlation, and the mean squared error."""
+        gold = [float(example.score or 0.0) for example in examples]
+        found = [answer["value"] for answer in answers]
+        return {
+            "pearson": metrics.pearson(gold, found),
+            "spearman": metrics.spearman(gold, found),
+            "mse": metrics.mse(gold, found),
+        }

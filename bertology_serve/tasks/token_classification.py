@@ -1,0 +1,130 @@
+"""Token classification: one tag a word, read from the word's first subword; BIO tags make entities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from bertology_serve.errors import DataError
+from bertology_serve.tasks.base import Answer, Example, Task
+from bertology_serve.tasks.encoding import encode_words
+from bertology_serve.tasks.fields import label_index, read_label, read_list, read_text, read_texts, sorted_labels
+from bertology_serve.tasks.metrics import accuracy
+from bertology_serve.tasks.spans import span_scores, spans_of
+from bertology_serve.tasks.spec import TOKEN_CLASSIFICATION, Encoding, TaskSpec
+from bertology_serve.tasks.words import Span, join_words, split_words
+
+IGNORED = -100
+MOST_WORDS = 1_000_000
+
+
+@dataclass(frozen=True)
+class TokensExample(Example):
+    """A text and the character spans of its words; ``split`` says that the words came apart (``tokens``)."""
+
+    text: str
+    spans: tuple[Span, ...]
+    split: bool
+    tags: tuple[str, ...] | None = None
+
+
+class TokenClassification(Task[TokensExample]):
+    """Records ``{"tokens", "tags"}``, or ``{"text"}`` where only an answer is wanted (cut as ``words`` says).
+
+    Answers ``entities [{label, start, end, text, score}]``, where offsets are characters of the text, or of the tokens
+    joined by one space, and the score is the mean probability of the entity's tags; for ``tokens`` also ``tags``, one
+    a token. Words that the maximum length cuts off are tagged ``O``.
+    """
+
+    kind = TOKEN_CLASSIFICATION
+    main_metric = "f1"
+
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec)
+        self.index = {label: index for index, label in enumerate(spec.labels)}
+
+    @classmethod
+    def labels_in(cls, records: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[str, ...]:
+        """The tags found, ``O`` first."""
+        found = {tag for fields, where in records for tag in _tags(fields, where)}
+        return sorted_labels({"O"} & found) + sorted_labels(found - {"O"})
+
+    def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> TokensExample:
+        if record.get("tokens") is None and not labelled:
+            text = read_text(record, where, "text", "text_a")
+            return TokensExample(where, text, tuple(split_words(text)), False)
+        words = read_texts(record, where, "tokens", 1, MOST_WORDS)
+        text, spans = join_words(words)
+        tags = None
+        if labelled:
+            tags = tuple(_tags(record, where))
+            if len(tags) != len(words):
+                raise DataError(f"{where}: field 'tags' has {len(tags)} items; expected {len(words)}, one a token")
+            for index, tag in enumerate(tags):
+                label_index(tag, self.index, where, f"tags[{index}]")
+        return TokensExample(where, text, tuple(spans), True, tags)
+
+    def encode(self, example: TokensExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
+        words = [example.text[start:end] for start, end in example.spans]
+        return [encode_words(tokenizer, words, [start for start, _ in example.spans], self.spec.max_length)]
+
+    def target(self, example: TokensExample, encodings: Sequence[Encoding]) -> tuple[int, ...]:
+        """The tag's index on each word's first subword, -100 on all other rows."""
+        target = [IGNORED] * len(encodings[0])
+        for word, row in _first_rows(encodings[0]).items():
+            target[row] = self.index[(example.tags or ())[word]]
+        return tuple(target)
+
+    def weight(self, targets: Sequence[Any]) -> int:
+        """The number of labelled rows."""
+        return sum(index != IGNORED for target in targets for index in target)
+
+    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Any]) -> Tensor:
+        """Cross-entropy of the labelled rows of out [T, C]."""
+        gold = torch.tensor([index for target in targets for index in target], device=out.device)
+        return F.cross_entropy(out.float(), gold, ignore_index=IGNORED, reduction="sum")
+
+    def decode(self, example: TokensExample, encodings: Sequence[Encoding], outputs: Sequence[Tensor]) -> Answer:
+        tags, scores = self._tagged(example, encodings[0], outputs[0])
+        entities = []
+        for label, first, last in spans_of(tags):
+            start, end = example.spans[first][0], example.spans[last - 1][1]
+            entity = {"label": label, "start": start, "end": end, "text": example.text[start:end]}
+            entities.append({**entity, "score": sum(scores[first:last]) / (last - first)})
+        return {"entities": entities, "tags": tags} if example.split else {"entities": entities}
+
+    def metrics(self, answers: Sequence[Answer], examples: Sequence[TokensExample]) -> dict[str, float]:
+        """Precision, recall and F1 of entities, and the accuracy of tags."""
+        gold = [example.tags or () for example in examples]
+        found = [answer["tags"] for answer in answers]
+        flat = [[tag for tags in side for tag in tags] for side in (gold, found)]
+        return {**span_scores(gold, found), "accuracy": accuracy(*flat)}
+
+    def _tagged(self, example: TokensExample, encoding: Encoding, out: Tensor) -> tuple[list[str], list[float]]:
+        """A tag and its probability for each word; ``O`` at probability 1 for words without a row."""
+        tags, scores = ["O"] * len(example.spans), [1.0] * len(example.spans)
+        rows = _first_rows(encoding)
+        best = out[list(rows.values())].double().softmax(1).max(1)
+        for word, score, index in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
+            tags[word], scores[word] = self.spec.labels[index], score
+        return tags, scores
+
+
+def _tags(record: Mapping[str, Any], where: str) -> list[str]:
+    tags = read_list(record, where, "tags")
+    return [read_label(tag, where, f"tags[{index}]") for index, tag in enumerate(tags)]
+
+
+def _first_rows(encoding: Encoding) -> dict[int, int]:
+    """Word -> the row of its first subword, for words that have one, in order."""
+    rows: dict[int, int] = {}
+    for row, word in enumerate(encoding.words):
+        if word >= 0 and word not in rows:
+            rows[word] = row
+    return rows

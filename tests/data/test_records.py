@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import builtins
+import csv
+import gzip
+import io
+import json
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bertology_serve.data.records import read_records
+from bertology_serve.errors import DataError, NotFound, SpecError, Unsupported
+
+ROWS = [{"text": 'caffè, "great"', "label": "good"}, {"text": "two\nlines", "label": "bad"}]
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def as_csv(rows):
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().encode()
+
+
+def parquet(rows):
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+WRITERS = {
+    "x.jsonl": jsonl,
+    "x.ndjson": jsonl,
+    "x.JSONL": jsonl,
+    "x.json": lambda rows: json.dumps(rows, indent=1).encode(),
+    "lines.json": jsonl,
+    "x.csv": as_csv,
+    "x.jsonl.gz": lambda rows: gzip.compress(jsonl(rows)),
+    "x.csv.gz": lambda rows: gzip.compress(as_csv(rows)),
+    "x.parquet": parquet,
+}
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(name, content):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_same_records(written, name):
+    path = written(name, WRITERS[name](ROWS))
+    records = read_records(path)
+    assert [dict(fields) for fields, _ in records] == ROWS
+    assert records[0].where in (f"{path}:1", f"{path}:2")
+    assert read_records(str(path)) == records
+
+
+def test_where_is_the_line_on_which_a_row_starts(written):
+    path = written("x.csv", 'text,label\n"a\nb",x\n\nc,y\n')
+    assert [where for _, where in read_records(path)] == [f"{path}:2", f"{path}:5"]
+    path = written("x.jsonl", '\n{"text": "a"}\n\n  \n{"text": "b"}')
+    assert [where for _, where in read_records(path)] == [f"{path}:2", f"{path}:5"]
+
+
+def test_byte_order_marks_and_windows_line_ends(written):
+    path = written("x.csv", "text,label\r\na,x\r\n".encode("utf-8-sig"))
+    assert [dict(fields) for fields, _ in read_records(path)] == [{"text": "a", "label": "x"}]
+    path = written("x.jsonl", '{"text": "a"}\r\n'.encode("utf-8-sig"))
+    assert [dict(fields) for fields, _ in read_records(path)] == [{"text": "a"}]
+
+
+def test_quotes_are_letters_in_tsv(written):
+    path = written("x.tsv", "sentence\tlabel\n\"it's\t1\n")
+    assert dict(read_records(path)[0].fields) == {"sentence": "\"it's", "label": "1"}
+
+
+def test_lists_in_cells_are_json_and_empty_cells_are_none(written):
+    path = written("x.csv", 'tokens,tags,text\n"[""a"", ""b""]","[0, 1]",\n')
+    assert dict(read_records(path)[0].fields) == {"tokens": ["a", "b"], "tags": [0, 1], "text": None}
+    path = written("x.csv", "tokens\n\"['a']\"\n")
+    with pytest.raises(DataError, match=r"x\.csv:2: column 'tokens': not JSON"):
+        read_records(path)
+
+
+def test_columns_are_renamed_and_replace_aliases(written):
+    path = written("x.jsonl", '{"text_a": "first", "text_b": "second", "body": "B", "y": 1}')
+    swapped = read_records(path, {"text": "text_b", "text_pair": "text_a", "label": "y"})
+    assert dict(swapped[0].fields) == {"text": "second", "text_pair": "first", "label": 1, "body": "B"}
+    mapped = read_records(path, {"text": "body"})
+    assert dict(mapped[0].fields) == {"text": "B", "text_b": "second", "y": 1}
+    assert read_records(written("t.csv", 'words\n"[""a""]"\n'), {"tokens": "words"})[0].fields == {"tokens": ["a"]}
+
+
+def test_wrong_columns_name_the_nearest(written):
+    path = written("x.jsonl", '{"sentence": "a"}\n')
+    with pytest.raises(DataError, match=r"x\.jsonl:1: no column 'sentense' for 'text'; did you mean 'sentence'"):
+        read_records(path, {"text": "sentense"})
+    with pytest.raises(SpecError, match="no task reads the field 'txt'; did you mean 'text'"):
+        read_records(path, {"txt": "sentence"})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("x.jsonl", b"", r"x\.jsonl: holds no records"),
+        ("x.jsonl", b"\n\n", r"x\.jsonl: holds no records"),
+        ("x.json", b"[]", r"x\.json: holds no records"),
+        ("x.csv", b"", r"x\.csv: empty file; expected a header line"),
+        ("x.csv", b"text,label\n", r"x\.csv: holds no records"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": \n', r"x\.jsonl:2: not JSON"),
+        ("x.jsonl", b'{"text": "a"}\n3\n', r"x\.jsonl:2: a JSON int; expected an object"),
+        ("x.json", b'[{"text": "a"}, null]', r"x\.json:2: a JSON NoneType; expected an object"),
+        ("x.jsonl", b"[" * 100_000, r"x\.jsonl: JSON nested too deeply"),
+        ("x.jsonl", b'{"text": "caf\xe9"}\n', r"x\.jsonl:1: byte 0xe9 is not UTF-8; save the file as UTF-8"),
+        ("x.csv", "text\nà\n".encode("utf-16"), r"x\.csv:1: byte 0xff is not UTF-8"),
+        ("x.csv", b"text\na\0b\n", r"x\.csv:2: a NUL byte"),
+        ("x.csv", b"text,label\na,b\nc\n", r"x\.csv:3: 1 cells; the header names 2 columns \(text, label\)"),
+        ("x.csv", b"text,label\na,b,c\n", r"x\.csv:2: 3 cells; the header names 2 columns"),
+        ("x.csv", b"text,text\na,b\n", r"x\.csv:1: the header names 'text' twice"),
+        ("x.csv", b"text,\na,b\n", r"x\.csv:1: the header has a column without a name"),
+        ("x.csv", b'text\n"open\n', r"x\.csv:2: malformed row"),
+        ("x.csv", b'text\n"a"b\n', r"x\.csv:2: malformed row"),
+        ("x.csv", b"text\n" + b"a" * 200_000, r"x\.csv:2: malformed row \(field larger than field limit"),
+        ("x.jsonl.gz", b"plain", r"x\.jsonl\.gz:1: broken gzip file"),
+        ("x.jsonl.gz", gzip.compress(jsonl(ROWS * 99))[:-30], r"x\.jsonl\.gz:\d+: broken gzip file"),
+        ("x.parquet", b"PAR1 but no", r"x\.parquet:1: broken Parquet file"),
+        ("x.parquet", parquet(ROWS)[:-40] + b"x" * 40, r"x\.parquet:1: broken Parquet file"),
+        ("x.xlsx", b"", r"x\.xlsx: unknown kind of file; expected \.jsonl, "),
+        ("x", b"", r"x: unknown kind of file"),
+        ("x.parquet.gz", b"", r"x\.parquet\.gz: unknown kind of file"),
+    ],
+)
+def test_bad_files_are_one_line(written, name, content, problem):
+    with pytest.raises(DataError, match=problem) as caught:
+        read_records(written(name, content))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_file_and_a_folder(tmp_path):
+    with pytest.raises(NotFound, match=r"no file .*none\.jsonl; give a file that exists"):
+        read_records(tmp_path / "none.jsonl")
+    folder = tmp_path / "x.jsonl"
+    folder.mkdir()
+    with pytest.raises(DataError, match="not a file; give the file inside it"):
+        read_records(folder)
+
+
+def test_parquet_without_pyarrow(written, monkeypatch):
+    path = written("x.parquet", parquet(ROWS))
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    for name in [name for name in sys.modules if name.startswith("pyarrow")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(Unsupported, match=r"Parquet needs pyarrow; pip install bertology-serve\[data\]"):
+        read_records(path)

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bertology_serve.errors import DataError
+from bertology_serve.tasks.classification import Classification
+from bertology_serve.tasks.spec import TaskSpec
+
+TASK = Classification(TaskSpec("classification", ("bad", "good", "mixed")))
+
+
+def test_answer_is_a_softmax():
+    answer = TASK.decode(TASK.example({"text": "x"}, "x:1", False), [], [torch.tensor([0.0, 2.0, 1.0])])
+    expected = torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64).softmax(0).tolist()
+    assert answer["label"] == "good"
+    assert answer["score"] == pytest.approx(expected[1])
+    assert answer["scores"] == pytest.approx(dict(zip(("bad", "good", "mixed"), expected, strict=True)))
+
+
+def test_target_and_loss():
+    targets = [TASK.target(TASK.example({"text": "x", "label": label}, "x:1", True), []) for label in ("mixed", "bad")]
+    assert targets == [2, 0]
+    out = torch.zeros(2, 3)
+    assert TASK.loss(out, [1, 1], targets).item() == pytest.approx(2 * torch.log(torch.tensor(3.0)).item())
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["b", "a", "b"], ("a", "b")),
+        ([10, 2, 1, "2"], ("1", "2", "10")),
+        ([1.0, 0.0], ("0", "1")),
+        ([True, False], ("false", "true")),
+        ([" a ", "b"], ("a", "b")),
+    ],
+)
+def test_labels_are_found_in_a_stable_order(labels, expected):
+    assert Classification.labels_in([({"label": label}, "x:1") for label in labels]) == expected
+
+
+def test_integer_labels_match_names_that_are_digits():
+    task = Classification(TaskSpec("classification", ("0", "1")))
+    assert task.target(task.example({"text": "x", "label": 1}, "x:1", True), []) == 1
+
+
+@pytest.mark.parametrize("label", [1.5, float("nan"), [], {}, "", "  "])
+def test_labels_of_no_sense_are_refused(label):
+    with pytest.raises(DataError, match=r"^x:9: field 'label' is .*expected a label"):
+        TASK.example({"text": "x", "label": label}, "x:9", True)
+
+
+def test_unknown_label_names_the_nearest():
+    with pytest.raises(DataError, match=r"^x:9: field 'label' has the unknown label 'god'; did you mean 'good'\?"):
+        TASK.example({"text": "x", "label": "god"}, "x:9", True)
+
+
+def test_metrics():
+    examples = [TASK.example({"text": "x", "label": label}, "x:1", True) for label in ("bad", "good", "good", "mixed")]
+    answers = [{"label": label} for label in ("bad", "good", "bad", "mixed")]
+    metrics = TASK.metrics(answers, examples)
+    assert metrics["accuracy"] == 0.75
+    assert metrics["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert set(metrics) == {"accuracy", "macro_f1", "mcc"}
+
+
+def test_real_labels(real_data):
+    records = real_data("banking77", "test", 3080)
+    labels = Classification.labels_in(records)
+    assert len(labels) == 77
+    task = Classification(TaskSpec("classification", labels))
+    assert all(task.example(fields, where, True).label in labels for fields, where in records)
