@@ -1,0 +1,103 @@
+"""Checks that tensors are what specs, task and encoder ask for; used before saving and after loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertology_serve.deltas import kinds
+from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.errors import BaseMismatch, FormatError, SpecError, nearest
+from bertology_serve.tasks.forms import Dense, head_form
+from bertology_serve.tasks.spec import TaskSpec
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def expected_shapes(specs: Sequence[Any], anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
+    """The components' shapes by name, nothing allocated; FormatError where the encoder cannot have such components."""
+    try:
+        return shapes_of(kinds.init(specs, anatomy, None))
+    except (SpecError, RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        raise FormatError(f"the kinds do not fit the encoder: {str(error).splitlines()[0][:200]}") from None
+
+
+def check_shapes(found: Shapes, expected: Shapes, what: str) -> None:
+    """Raises FormatError for a tensor that is missing, unknown or of another shape."""
+    for name in found.keys() - expected.keys():
+        hint = nearest(name[:120], expected) if expected else "expected none"
+        raise FormatError(f"{what}: unknown tensor {name[:120]!r}; {hint}")
+    for name, shape in expected.items():
+        if name not in found:
+            raise FormatError(f"{what}: the tensor {name!r} is missing; expected {list(shape)}")
+        if found[name] != shape:
+            raise FormatError(f"{what}: the tensor {name!r} has shape {list(found[name])}; expected {list(shape)}")
+
+
+def check_head(head: Shapes, task: TaskSpec, anatomy: Anatomy, options: Mapping[str, Any]) -> None:
+    """Raises FormatError for a head's tensor that is unknown, misshapen or missing.
+
+    ``head`` are shapes by HuggingFace name, ``options`` values of the encoder's configuration. Parts that the base
+    checkpoint may bring (BERT's pooler) are not missed here: the encoder that the delta is attached to knows.
+    """
+    form = head_form(anatomy.family, anatomy.prefix, task, anatomy.hidden, options)
+    known = {name: shape for dense in form for name, shape in _head_tensors(dense).items()}
+    needed = {f"{dense.path}.weight" for dense in form if dense.base_name is None}
+    lacking = [name for name in known if name in needed and name not in head]
+    if lacking:
+        raise FormatError(f"the head lacks {', '.join(lacking)}; a head must be saved with all that the base lacks")
+    wanted = {name: shape for name, shape in known.items() if name in head}
+    check_shapes(head, wanted, f"the head of {anatomy.family} for {task.kind}")
+
+
+def check_fits(delta: Delta, made_for: Anatomy, anatomy: Anatomy) -> None:
+    """Raises BaseMismatch unless an encoder has the dimensions of the one that the delta was made for."""
+    for field in ("family", "layers", "hidden", "heads", "embedding_width"):
+        ours, theirs = getattr(anatomy, field), getattr(made_for, field)
+        if ours != theirs:
+            raise BaseMismatch(
+                f"delta {delta.name!r} was made for {delta.base.name} with {field} {theirs}; this encoder has {ours}"
+            )
+    try:
+        fits = expected_shapes(delta.specs, anatomy) == shapes_of(delta.tensors)
+    except FormatError:
+        fits = False
+    if not fits:
+        raise BaseMismatch(f"delta {delta.name!r} was made for {delta.base.name}, whose projections have other shapes")
+
+
+def check_base(delta: Delta, ref: BaseRef) -> None:
+    """Raises BaseMismatch, naming both, unless the delta was made for exactly these weights."""
+    if delta.base.sha256 != ref.sha256:
+        raise BaseMismatch(
+            f"delta {delta.name!r} was made for {delta.base.name} (weights {delta.base.sha256[:12] or 'unknown'}), "
+            f"but the encoder is {ref.name} (weights {ref.sha256[:12]}); "
+            f"give the encoder that it was made for, or train it again on this one"
+        )
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises FormatError for NaN and infinity."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise FormatError(f"the tensor {name[:120]!r} holds NaN or infinity; train the delta again")
+
+
+def _head_tensors(dense: Dense) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that one layer of a head may have."""
+    found: dict[str, tuple[int, ...]] = {
+        f"{dense.path}.weight": (dense.outputs, dense.inputs),
+        f"{dense.path}.bias": (dense.outputs,),
+    }
+    if dense.norm:
+        found |= {f"{dense.norm}.weight": (dense.outputs,), f"{dense.norm}.bias": (dense.outputs,)}
+    return found

@@ -1,0 +1,132 @@
+"""LoRA and BitFit as peft stores them: tensors by module, where in memory they are stacks by slot.
+
+Slots that are slices of one packed module (query and value of ModernBERT's Wqkv) share the module's tensors: the A
+blocks stand one above the other, B is block-diagonal with zero rows where no slot reaches, so r' = n R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bertology_serve.deltas.bitfit import BitfitSpec
+from bertology_serve.deltas.bitfit import slots as bitfit_slots
+from bertology_serve.deltas.kind import Tensors, chosen_layers
+from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.slots import LINEAR_SLOTS, Anatomy
+from bertology_serve.errors import FormatError, Unsupported
+
+
+@dataclass(frozen=True)
+class Block:
+    """One slot's share of a module: rows ``lo`` to ``hi`` of its output, at ``index`` of the slot's stack."""
+
+    slot: str
+    index: int
+    lo: int
+    hi: int
+
+
+def modules(spec: LoraSpec | BitfitSpec, anatomy: Anatomy) -> dict[str, list[Block]]:
+    """The modules that a LoRA or BitFit spec changes, by path, with the slots that share each."""
+    found: dict[str, list[Block]] = {}
+    for name, layers in _reached(spec, anatomy):
+        slot = anatomy.slot(name)
+        lo, hi = slot.part or (0, slot.outputs)
+        for index, layer in enumerate(layers):
+            path = slot.paths[layer]
+            if path is None:
+                raise Unsupported(f"layer {layer} of {anatomy.family} has no {name}; choose other layers or targets")
+            found.setdefault(path, []).append(Block(name, index, lo, hi))
+    return found
+
+
+def is_beft(spec: BitfitSpec, anatomy: Anatomy) -> bool:
+    """Whether every bias of a BitFit spec belongs to a linear projection, which is all that peft's BEFT can change."""
+    return all(slot.name in LINEAR_SLOTS for slot in bitfit_slots(spec, anatomy))
+
+
+def take(written: Tensors, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    """Removes and returns a tensor; FormatError when it is missing or of another shape."""
+    if name not in written:
+        raise FormatError(f"the tensor {name!r} is missing; expected {list(shape) if shape else 'it'}")
+    found = written.pop(name)
+    if shape is not None and tuple(found.shape) != shape:
+        raise FormatError(f"the tensor {name!r} has shape {list(found.shape)}; expected {list(shape)}")
+    return found
+
+
+def width(path: str, anatomy: Anatomy) -> int:
+    """The number of outputs of the whole module at a path, of which a slot may be a slice."""
+    return max((slot.part or (0, slot.outputs))[1] for slot in anatomy.slots.values() if path in slot.paths)
+
+
+def _reached(spec: LoraSpec | BitfitSpec, anatomy: Anatomy) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Slot names with the layers of their stacks."""
+    if isinstance(spec, LoraSpec):
+        for name in anatomy.resolve(spec.targets):
+            yield name, chosen_layers(spec.layers, anatomy.slot(name).depth)
+    else:
+        for slot in bitfit_slots(spec, anatomy):
+            yield slot.name, slot.present
+
+
+def write_lora(own: Mapping[str, Tensor], spec: LoraSpec, anatomy: Anatomy, root: str) -> Tensors:
+    """Stacks ``{slot}.a`` [L, R, K] and ``.b`` [L, R, N] as ``lora_A`` [n R, K] and ``lora_B`` [N, n R] a module."""
+    written: Tensors = {}
+    for path, blocks in modules(spec, anatomy).items():
+        b = own[f"{blocks[0].slot}.b"].new_zeros(width(path, anatomy), spec.rank * len(blocks))
+        for i, block in enumerate(blocks):
+            b[block.lo : block.hi, i * spec.rank : (i + 1) * spec.rank] = own[f"{block.slot}.b"][block.index].T
+        written[f"{root}{path}.lora_A.weight"] = torch.cat([own[f"{x.slot}.a"][x.index] for x in blocks])
+        written[f"{root}{path}.lora_B.weight"] = b
+    return written
+
+
+def read_lora(written: Tensors, spec: LoraSpec, anatomy: Anatomy, root: str) -> Tensors:
+    """The inverse of ``write_lora``; takes what it reads out of ``written``."""
+    stacks: dict[str, list[Tensor]] = {}
+    for path, blocks in modules(spec, anatomy).items():
+        inputs, ranks = anatomy.slot(blocks[0].slot).inputs, spec.rank * len(blocks)
+        a = take(written, f"{root}{path}.lora_A.weight", (ranks, inputs))
+        b = take(written, f"{root}{path}.lora_B.weight", (width(path, anatomy), ranks))
+        rest = b.clone()
+        for i, block in enumerate(blocks):
+            mine = slice(i * spec.rank, (i + 1) * spec.rank)
+            stacks.setdefault(f"{block.slot}.a", []).append(a[mine])
+            stacks.setdefault(f"{block.slot}.b", []).append(b[block.lo : block.hi, mine].T)
+            rest[block.lo : block.hi, mine] = 0
+        _check_rest(rest, f"{root}{path}.lora_B.weight")
+    return {name: torch.stack(parts).contiguous() for name, parts in stacks.items()}
+
+
+def write_beft(own: Mapping[str, Tensor], spec: BitfitSpec, anatomy: Anatomy, root: str) -> Tensors:
+    """Stacks ``{slot}`` [L, N] as ``beft_bias`` [1, N] a module."""
+    written: Tensors = {}
+    for path, blocks in modules(spec, anatomy).items():
+        bias = own[blocks[0].slot].new_zeros(1, width(path, anatomy))
+        for block in blocks:
+            bias[0, block.lo : block.hi] = own[block.slot][block.index]
+        written[f"{root}{path}.beft_bias"] = bias
+    return written
+
+
+def read_beft(written: Tensors, spec: BitfitSpec, anatomy: Anatomy, root: str) -> Tensors:
+    """The inverse of ``write_beft``; takes what it reads out of ``written``."""
+    stacks: dict[str, list[Tensor]] = {}
+    for path, blocks in modules(spec, anatomy).items():
+        bias = take(written, f"{root}{path}.beft_bias", (1, width(path, anatomy)))
+        rest = bias.clone()
+        for block in blocks:
+            stacks.setdefault(block.slot, []).append(bias[0, block.lo : block.hi])
+            rest[0, block.lo : block.hi] = 0
+        _check_rest(rest, f"{root}{path}.beft_bias")
+    return {name: torch.stack(parts) for name, parts in stacks.items()}
+
+
+def _check_rest(rest: Tensor, name: str) -> None:
+    if rest.any():
+        raise FormatError(f"the tensor {name!r} changes outputs that the delta's slots do not reach; save it again")

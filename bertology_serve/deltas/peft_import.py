@@ -1,0 +1,183 @@
+"""Deltas from directories that peft wrote: LoRA, BEFT (biases), prompt tuning and prefix tuning.
+
+A setting of ``adapter_config.json`` that is not known to leave the function alone is refused by name, so that no
+checkpoint is answered differently without a word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, float32
+
+from bertology_serve.deltas.checks import check_head, shapes_of
+from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.kind import Tensors
+from bertology_serve.deltas.layout import MODEL_ROOT, PROMPT_EMBEDDINGS, PROMPT_ROOT, split_prefix
+from bertology_serve.deltas.modules import take
+from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from bertology_serve.deltas.peft_export import PREFIX_FAMILIES, TASK_TYPES, drops_types
+from bertology_serve.deltas.peft_modules import beft_delta, lora_delta
+from bertology_serve.deltas.prefix import PrefixSpec
+from bertology_serve.deltas.prompt import PromptSpec
+from bertology_serve.deltas.reading import Limits, read_json, read_tensors
+from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
+from bertology_serve.tasks.spec import (
+    CLASSIFICATION,
+    EMBEDDING,
+    QUESTION_ANSWERING,
+    REGRESSION,
+    TOKEN_CLASSIFICATION,
+    TaskSpec,
+)
+
+# Settings that leave the function alone, or are read here, whatever their value.
+_HARMLESS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "encoder_hidden_size", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save",
+    "num_attention_heads", "num_layers", "num_virtual_tokens", "peft_type", "peft_version", "prompt_tuning_init",
+    "prompt_tuning_init_text", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "task_type", "token_dim", "tokenizer_kwargs", "tokenizer_name_or_path", "use_rslora",
+}  # fmt: skip
+# Settings that are read at these values only. The other ways of initialising LoRA change the base weights.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "num_transformer_submodules": (None, 1),
+}
+_WRAPPED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
+_LONGEST = 512
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A peft directory as read: its configuration, its tensors (taken out as they are used) and what it is for."""
+
+    config: Mapping[str, Any]
+    tensors: Tensors
+    anatomy: Anatomy
+
+
+def import_peft(
+    directory: Path,
+    anatomy: Anatomy,
+    base: BaseRef,
+    known_as: Path,
+    *,
+    task: TaskSpec | None = None,
+    options: Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+    root: Path | None = None,
+) -> Delta:
+    """The delta ``known_as`` (NAME/VERSION) of a peft directory, for the encoder ``base``: peft names no weights.
+
+    ``task`` says what peft does not: labels, maximum length. Without it they follow from the task type and the head's
+    width (``LABEL_0``...). Raises FormatError for a malformed directory, Unsupported for what cannot be had here.
+    """
+    limits, root = limits or Limits(), root or directory
+    config, _ = read_json(directory / ADAPTER_CONFIG, limits, root)
+    tensors, _, _ = read_tensors(directory / ADAPTER_WEIGHTS, limits, root)
+    method = str(config.get("peft_type"))
+    if method not in _METHODS:
+        raise Unsupported(f"{directory} holds peft's {method[:40]}; {nearest(method[:40], _METHODS)}")
+    _check_settings(config, directory)
+    checkpoint = Checkpoint(config, {name: tensor.to(float32) for name, tensor in tensors.items()}, anatomy)
+    try:
+        spec, components = _METHODS[method](checkpoint)
+        head = _head(checkpoint.tensors, PROMPT_ROOT if method in ("PROMPT_TUNING", "PREFIX_TUNING") else MODEL_ROOT)
+        task = task or _task(config, head, anatomy, spec, options or {})
+        if config.get("task_type") and drops_types(task, anatomy.family, options or {}):
+            raise Unsupported(f"{directory}: peft trained it without the token types of {anatomy.family}, unlike here")
+        check_head(shapes_of(head), task, anatomy, options or {})
+    except (FormatError, SpecError) as error:
+        raise FormatError(f"{directory}: {error}") from None
+    origin = _provenance(config)
+    return Delta(known_as.parent.name, base, task, (spec,), components, head, version=known_as.name, provenance=origin)
+
+
+def _check_settings(config: Mapping[str, Any], directory: Path) -> None:
+    for name, value in config.items():
+        if name in _NEUTRAL:
+            fine = any(value is known or (type(value) is type(known) and value == known) for known in _NEUTRAL[name])
+        else:
+            fine = name in _HARMLESS or not value
+        if not fine:
+            raise Unsupported(f"{directory}: {name[:60]}={str(value)[:60]} is not read here; merge it with peft first")
+
+
+def _lora(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+    return lora_delta(checkpoint.config, checkpoint.tensors, checkpoint.anatomy)
+
+
+def _beft(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+    return beft_delta(checkpoint.tensors, checkpoint.anatomy)
+
+
+def _prompt(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+    vectors, wide = take(checkpoint.tensors, PROMPT_EMBEDDINGS), checkpoint.anatomy.embedding_width
+    if vectors.dim() != 2 or not len(vectors) or vectors.shape[1] != wide:
+        raise FormatError(f"{PROMPT_EMBEDDINGS} has shape {list(vectors.shape)}; expected [V, {wide}]")
+    spec = PromptSpec(len(vectors), placement="before_cls", positions="shifted", head_reads="first_row")
+    return spec, {"prompt.vectors": vectors}
+
+
+def _prefix(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+    family = checkpoint.anatomy.family
+    if family not in PREFIX_FAMILIES:
+        raise Unsupported(f"peft itself runs no prefixes on {family}; {nearest(family, PREFIX_FAMILIES)}")
+    own = split_prefix(take(checkpoint.tensors, PROMPT_EMBEDDINGS), checkpoint.anatomy)
+    spec = PrefixSpec(own["keys"].shape[1], positions="shifted")
+    return spec, {f"prefix.{name}": tensor for name, tensor in own.items()}
+
+
+_METHODS: dict[str, Callable[[Checkpoint], tuple[Any, Tensors]]] = {
+    "LORA": _lora,
+    "BEFT": _beft,
+    "PROMPT_TUNING": _prompt,
+    "PREFIX_TUNING": _prefix,
+}
+
+
+def _head(tensors: Tensors, root: str) -> Tensors:
+    """What is left when the method has taken its tensors, by HuggingFace names."""
+    head: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(root):
+            raise Unsupported(f"the tensor {name[:120]!r} belongs to no method that is read here; expected {root}...")
+        if ".original_module." not in name:
+            head[_WRAPPED.sub("", name.removeprefix(root), count=1)] = tensor
+    return head
+
+
+def _task(
+    config: Mapping[str, Any], head: Tensors, anatomy: Anatomy, spec: Any, options: Mapping[str, Any]
+) -> TaskSpec:
+    """The task as far as peft records it."""
+    kind = {t: k for k, t in TASK_TYPES.items() if t and k != REGRESSION}.get(str(config.get("task_type")))
+    if kind is None:
+        raise FormatError(f"task_type is {str(config.get('task_type'))[:40]!r}; say which task it is: give a TaskSpec")
+    virtual = spec.length if isinstance(spec, PromptSpec | PrefixSpec) else 0
+    longest = max(3, min(_LONGEST, anatomy.max_tokens - virtual))
+    if kind == EMBEDDING:
+        return TaskSpec(kind, max_length=longest, pooling="mean", head="none")
+    if kind == QUESTION_ANSWERING:
+        return TaskSpec(kind, max_length=longest, stride=min(128, longest // 4))
+    outputs = next((len(head[n]) for n in ("classifier.out_proj.weight", "classifier.weight") if n in head), 0)
+    if not outputs:
+        raise FormatError("the checkpoint holds no classifier; train it again with its head in modules_to_save")
+    pooling = str(options.get("classifier_pooling", "cls")) if anatomy.family == "modernbert" else "cls"
+    labels = tuple(f"LABEL_{i}" for i in range(outputs))
+    if kind == CLASSIFICATION and outputs == 1:
+        return TaskSpec(REGRESSION, max_length=longest, pooling=pooling)
+    return TaskSpec(kind, labels, max_length=longest, pooling="cls" if kind == TOKEN_CLASSIFICATION else pooling)
+
+
+def _provenance(config: Mapping[str, Any]) -> dict[str, Any]:
+    recorded = ("peft_type", "peft_version", "base_model_name_or_path", "revision")
+    return {"imported_from": "peft", **{name: str(config[name]) for name in recorded if config.get(name)}}

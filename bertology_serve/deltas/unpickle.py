@@ -1,0 +1,36 @@
+"""The explicit conversion of a pickled checkpoint to safetensors: the only place where one is opened."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bertology_serve.deltas.names import ADAPTER_WEIGHTS, PICKLES
+from bertology_serve.errors import FormatError, NotFound
+
+
+def convert_pickle(directory: Path) -> Path:
+    """Writes ``adapter_model.safetensors`` beside ``adapter_model.bin`` and returns its path.
+
+    torch unpickles tensors and plain containers only (``weights_only=True``); anything else is a FormatError.
+    """
+    source = next((directory / name for name in PICKLES if (directory / name).is_file()), None)
+    if source is None:
+        raise NotFound(f"{directory} has no {', '.join(PICKLES)}; there is nothing to convert")
+    try:
+        values = torch.load(source, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise FormatError(f"{source} holds more than tensors ({reason}); do not use it") from None
+    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+        raise FormatError(f"{source} holds no table of tensors; expected a peft checkpoint")
+    target = directory / ADAPTER_WEIGHTS
+    part = target.with_suffix(".tmp")
+    save_file({name: value.detach().clone().contiguous() for name, value in values.items()}, part, {"format": "pt"})
+    part.chmod(source.stat().st_mode & 0o666)
+    part.replace(target)
+    return target

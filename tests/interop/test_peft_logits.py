@@ -1,0 +1,228 @@
+"""Deltas made here give the same logits in peft, and what peft makes gives the same logits here.
+
+The task models are HuggingFace's, loaded from the same small checkpoint with heads of their own, random ones: what a
+delta does not bring differs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from bertology_serve.deltas import store
+from bertology_serve.deltas.bitfit import BitfitSpec
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pipeline import Job, Pipeline, Request
+from bertology_serve.tasks.spec import TaskSpec
+from tests import tiny
+from tests.deltas import samples
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*", "ignore:.*no bias term.*")
+
+AUTO: dict[str, Any] = {
+    "classification": transformers.AutoModelForSequenceClassification,
+    "regression": transformers.AutoModelForSequenceClassification,
+    "token-classification": transformers.AutoModelForTokenClassification,
+    "question-answering": transformers.AutoModelForQuestionAnswering,
+    "multiple-choice": transformers.AutoModelForMultipleChoice,
+    "embedding": transformers.AutoModel,
+}
+RECORDS: dict[str, dict[str, Any]] = {
+    "classification": {"text": "the cat was very good", "text_pair": "a dog , not"},
+    "regression": {"text": "the cat was very good", "text_pair": "a dog , not"},
+    "token-classification": {"tokens": "Ada met the cat in Paris".split()},
+    "question-answering": {"question": "where was the dog ?", "context": "the dog was in Paris , very late"},
+    "multiple-choice": {"question": "the cat", "choices": ["the house", "a very cold river bank"]},
+    "embedding": {"text": "the cat was very good"},
+}
+MATTERS = 1e-3
+LORA = LoraSpec(("query", "key", "value", "output", "up", "down"), rank=3)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A small checkpoint, and the encoder loaded from it."""
+
+    path: Path
+    encoder: Encoder
+
+    def task_model(self, task: TaskSpec) -> Any:
+        """HuggingFace's model for a task; what the checkpoint lacks is random."""
+        return copy.deepcopy(_task_model(self.path, task))
+
+    def ours(self, delta: Delta) -> tuple[Tensor, Job]:
+        """The logits that the engine gives, and what it was asked."""
+        pipeline = Pipeline(self.encoder)
+        pipeline.add(delta)
+        job = pipeline.prepare(Request(delta.name, RECORDS[delta.task.kind], logits=True))
+        answer = pipeline.run([job])[0].answer
+        return torch.tensor(answer["embedding" if delta.task.kind == "embedding" else "logits"]), job
+
+
+@functools.cache
+def _task_model(path: Path, task: TaskSpec) -> Any:
+    torch.manual_seed(7)
+    labelled = task.kind in ("classification", "regression", "token-classification")
+    return AUTO[task.kind].from_pretrained(path, **({"num_labels": task.outputs} if labelled else {})).eval()
+
+
+@pytest.fixture(scope="module", params=samples.FAMILIES)
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    path = tmp_path_factory.mktemp(request.param)
+    return Lab(path, tiny.encoder(request.param, path))
+
+
+@torch.no_grad()
+def theirs(model: Any, job: Job, kind: str) -> Tensor:
+    """What a HuggingFace or peft model answers to the same token ids, shaped as ours."""
+    longest = max(len(encoding) for encoding in job.encodings)
+
+    def padded(rows: list[tuple[int, ...]]) -> Tensor:
+        table = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+        return table[None] if kind == "multiple-choice" else table
+
+    inputs = {
+        "input_ids": padded([encoding.ids for encoding in job.encodings]),
+        "attention_mask": padded([(1,) * len(encoding) for encoding in job.encodings]),
+    }
+    if model.config.model_type in ("bert", "electra") and kind != "embedding":
+        inputs["token_type_ids"] = padded([encoding.types for encoding in job.encodings])
+    out = model(**inputs)
+    if kind == "question-answering":
+        return torch.stack([out.start_logits[0], out.end_logits[0]], -1)
+    return out.last_hidden_state[0].mean(0) if kind == "embedding" else out.logits[0]
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    assert one.numel() == other.numel()
+    return float((one.flatten() - other.flatten()).abs().max())
+
+
+def check_that_it_matters(lab: Lab, delta: Delta, logits: Tensor) -> None:
+    """Without its components the same head answers otherwise, by far more than the tolerance."""
+    silent = replace(delta, tensors={name: torch.zeros_like(tensor) for name, tensor in delta.tensors.items()})
+    assert difference(lab.ours(silent)[0], logits) > MATTERS
+
+
+def check_in_peft(lab: Lab, delta: Delta, directory: Path) -> None:
+    """Saved, loaded by peft into a fresh task model: the same logits, and the delta matters."""
+    store.save(delta, directory, lab.encoder.anatomy, lab.encoder.config.to_dict())
+    model = peft.PeftModel.from_pretrained(lab.task_model(delta.task), str(directory)).eval()
+    ours, job = lab.ours(store.load(directory, lab.encoder.anatomy))
+    found = theirs(model, job, delta.task.kind)
+    assert difference(ours, found) <= 1e-5
+    check_that_it_matters(lab, delta, found)
+
+
+@pytest.mark.parametrize("kind", samples.TASKS)
+def test_lora_made_here_answers_alike_in_peft(lab: Lab, tmp_path: Path, kind: str) -> None:
+    check_in_peft(lab, tiny.delta(lab.encoder, "x", [LORA], samples.TASKS[kind]), tmp_path / "x")
+
+
+def test_slices_and_rslora_and_chosen_layers_answer_alike_in_peft(lab: Lab, tmp_path: Path) -> None:
+    for i, spec in enumerate((LoraSpec(rank=2, rslora=True), LoraSpec(("value",), rank=3, alpha=5.5, layers=(0, 2)))):
+        check_in_peft(lab, tiny.delta(lab.encoder, "x", [spec], samples.CLASSES, size=0.2), tmp_path / f"x{i}")
+
+
+def test_attention_biases_made_here_answer_alike_in_peft(lab: Lab, tmp_path: Path) -> None:
+    delta = tiny.delta(lab.encoder, "x", [BitfitSpec("attention")], samples.CLASSES, size=0.3)
+    check_in_peft(lab, delta, tmp_path / "x")
+
+
+def test_prompts_and_prefixes_in_pefts_way_answer_alike_in_peft(lab: Lab, tmp_path: Path) -> None:
+    check_in_peft(lab, tiny.delta(lab.encoder, "x", [samples.PEFT_PROMPT], samples.CLASSES, size=0.3), tmp_path / "x")
+    if lab.encoder.anatomy.family in ("bert", "roberta", "electra"):
+        for kind in ("classification", "token-classification", "embedding"):
+            delta = tiny.delta(lab.encoder, "x", [samples.PEFT_PREFIX], samples.TASKS[kind], size=0.3)
+            check_in_peft(lab, delta, tmp_path / kind)
+
+
+def test_minilm_answers_alike_in_peft(tmp_path: Path, minilm_path: Path) -> None:
+    """The real one, with a rank and targets as people use them, and its 24 target modules."""
+    minilm = Lab(minilm_path, Encoder.load("minilm"))
+    spec = LoraSpec(("query", "value", "output"), rank=8)
+    check_in_peft(minilm, tiny.delta(minilm.encoder, "x", [spec], samples.CLASSES, size=0.02), tmp_path / "x")
+
+
+def trained(lab: Lab, task: TaskSpec, config: Any, directory: Path) -> Any:
+    """A peft model whose every trainable tensor has moved, saved by peft."""
+    model = peft.get_peft_model(lab.task_model(task), config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.save_pretrained(directory)
+    return model
+
+
+def targets(lab: Lab, *slots: str) -> list[str]:
+    """The modules of slots, packed ones as a whole, by their last names."""
+    anatomy = lab.encoder.anatomy
+    return sorted({str(anatomy.slot(slot).paths[0]).rpartition(".")[2] for slot in slots})
+
+
+def own_head(lab: Lab, task: TaskSpec) -> list[str]:
+    """What peft must be told to save, for it knows no more than ``classifier`` and ``qa_outputs``."""
+    lacking = {"deberta-v2": ["pooler"], "modernbert": ["head", "classifier"]}.get(lab.encoder.anatomy.family, [])
+    return [] if task.kind == "embedding" or (task.per_token and lacking == ["pooler"]) else lacking
+
+
+def check_here(lab: Lab, task: TaskSpec, config: Any, directory: Path) -> None:
+    """Trained and saved by peft, loaded here: the same logits."""
+    model = trained(lab, task, config, directory)
+    encoder = lab.encoder
+    delta = store.load(
+        directory, encoder.anatomy, base=encoder.ref, task=task, name="x", options=encoder.config.to_dict()
+    )
+    ours, job = lab.ours(delta)
+    found = theirs(model, job, task.kind)
+    assert difference(ours, found) <= 1e-5
+    check_that_it_matters(lab, delta, found)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in samples.TASKS if kind != "multiple-choice"])
+def test_lora_made_by_peft_answers_alike_here(lab: Lab, tmp_path: Path, kind: str) -> None:
+    task, family = samples.TASKS[kind], lab.encoder.anatomy.family
+    types = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
+    task_type = types.get(kind, "FEATURE_EXTRACTION" if kind == "embedding" else "QUESTION_ANS")
+    head = own_head(lab, task)
+    if kind == "question-answering" and family in ("bert", "electra"):
+        task_type, head = None, ["qa_outputs"]  # with a task type, peft drops the token types
+    config = peft.LoraConfig(
+        task_type=task_type,
+        target_modules=targets(lab, "query", "value"),
+        r=4,
+        lora_alpha=6,
+        alpha_pattern={targets(lab, "value")[0]: 3},
+        modules_to_save=head or None,
+    )
+    check_here(lab, task, config, tmp_path)
+
+
+def test_biases_made_by_peft_answer_alike_here(lab: Lab, tmp_path: Path) -> None:
+    modules = targets(lab, "query", "value")
+    config = peft.BeftConfig(
+        task_type="SEQ_CLS", target_modules=modules, modules_to_save=own_head(lab, samples.CLASSES) or None
+    )
+    check_here(lab, samples.CLASSES, config, tmp_path)
+
+
+def test_prompts_and_prefixes_made_by_peft_answer_alike_here(lab: Lab, tmp_path: Path) -> None:
+    anatomy, task = lab.encoder.anatomy, samples.CLASSES
+    sizes = {"num_layers": anatomy.layers, "num_attention_heads": anatomy.heads, "num_virtual_tokens": 3}
+    common = {"task_type": "SEQ_CLS", "modules_to_save": own_head(lab, task) or None, **sizes}
+    check_here(lab, task, peft.PromptTuningConfig(token_dim=anatomy.embedding_width, **common), tmp_path / "prompt")
+    if anatomy.family in ("bert", "roberta", "electra"):
+        check_here(lab, task, peft.PrefixTuningConfig(token_dim=anatomy.hidden, **common), tmp_path / "prefix")
