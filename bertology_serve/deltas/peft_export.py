@@ -55,7 +55,7 @@ def drops_types(task: TaskSpec, family: str, options: Mapping[str, Any]) -> bool
     ``PeftModelForQuestionAnswering.forward`` (0.21.2) takes ``token_type_ids`` and passes them to nobody.
     """
     types = int(options.get("type_vocab_size", _TOKEN_TYPES.get(family, 0)))
-    return task.kind == QUESTION_ANSWERING and family in _TOKEN_TYPES and types > 1
+    return task.kind == QUESTION_ANSWERING and task.token_types and family in _TOKEN_TYPES and types > 1
 
 
 def obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def import_peft(
         head = _head(checkpoint.tensors, PROMPT_ROOT if method in ("PROMPT_TUNING", "PREFIX_TUNING") else MODEL_ROOT)
         task = task or _task(config, head, anatomy, spec, options or {})
         if config.get("task_type") and drops_types(task, anatomy.family, options or {}):
-            raise Unsupported(f"{directory}: peft trained it without the token types of {anatomy.family}, unlike here")
+            task = replace(task, token_types=False)
         check_head(shapes_of(head), task, anatomy, options or {})
     except (FormatError, SpecError) as error:
         raise FormatError(f"{directory}: {error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,10 @@ class QuestionAnswering(Task[QuestionExample]):
 
     def encode(self, example: QuestionExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
         spec = self.spec
-        return encode_windows(tokenizer, example.question, example.context, spec.max_length, spec.stride)
+        windows = encode_windows(tokenizer, example.question, example.context, spec.max_length, spec.stride)
+        if spec.token_types:
+            return windows
+        return [replace(window, types=(0,) * len(window)) for window in windows]
 
     def target(self, example: QuestionExample, encodings: Sequence[Encoding]) -> tuple[tuple[int, int], ...]:
         """(start, end) row of the first gold answer in each window; (0, 0), [CLS], where it is not whole inside."""

@@ -33,7 +33,8 @@ class TaskSpec:
     says which rows a sequence-level head reads: the first text row, or the mean or maximum over text rows.
     ``head`` is ``hf`` (the form that HuggingFace gives the family), ``linear`` (one linear layer on the pooled
     row) or ``none`` (embeddings). ``stride`` is the overlap in tokens of question-answering windows,
-    ``max_answer_length`` the longest answer in tokens, ``normalize`` scales embeddings to unit length.
+    ``max_answer_length`` the longest answer in tokens, ``normalize`` scales embeddings to unit length. Without
+    ``token_types`` question and context are of one type, as deltas from peft's question answering have it.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class TaskSpec:
     stride: int = 64
     max_answer_length: int = 30
     normalize: bool = True
+    token_types: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in TASK_KINDS:

@@ -85,9 +85,9 @@ def logits(answer: dict[str, Any]) -> torch.Tensor:
     return torch.cat([torch.tensor(window, dtype=torch.float64).flatten() for window in windows])
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "minilm"])
 def test_mixed_batch_equals_solo(family: str, tmp_path: Path) -> None:
-    made = pipeline(tiny.encoder(family, tmp_path))
+    made = pipeline(Encoder.load("minilm") if family == "minilm" else tiny.encoder(family, tmp_path))
     jobs = [made.prepare(request) for request in requests()]
     together = made.run(jobs)
     assert len(together) == 45
