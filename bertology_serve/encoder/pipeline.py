@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bertology_serve.deltas.checks import check_base
 from bertology_serve.deltas.delta import Delta, bare
 from bertology_serve.encoder.bank import BARE, DeltaBank, Entry
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.packing import PackedBatch, pack, rows_of
 from bertology_serve.encoder.plan import make_plan
 from bertology_serve.encoder.reading import form_for, read
-from bertology_serve.errors import BaseMismatch, NotFound, Unsupported, nearest
+from bertology_serve.errors import NotFound, Unsupported, nearest
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
@@ -170,16 +171,11 @@ class Pipeline:
     def _check(self, delta: Delta) -> None:
         if delta.name == BASE:
             raise Unsupported("the name 'base' is reserved for the bare encoder; rename the delta")
-        ref = self.encoder.ref
-        own = weights_hash(delta.weights) if delta.weights else delta.base.sha256
-        if own != ref.sha256 and delta.weights:
+        if not delta.weights:
+            check_base(delta, self.encoder.ref)
+        elif weights_hash(delta.weights) != self.encoder.ref.sha256:
             raise Unsupported(
                 f"delta {delta.name!r} is a whole checkpoint and shares no backbone; evaluate or export it by itself"
-            )
-        if own != ref.sha256:
-            raise BaseMismatch(
-                f"delta {delta.name!r} was made for {delta.base.name!r} (weights {delta.base.sha256[:12]}), but the "
-                f"encoder is {ref.name!r} (weights {ref.sha256[:12]}); load that backbone or train the delta again"
             )
         self.encoder.check_length(delta.task.max_length)
 

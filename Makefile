@@ -1,0 +1,52 @@
+# One environment, $(VENV), for everything below; it is made on first use and again when what it is made from changes.
+# Settings of pip (PIP_INDEX_URL, PIP_FIND_LINKS, ...) and PYTHON=python3.12, VENV=DIR, COVERAGE=N are honoured.
+
+PYTHON ?= python3
+VENV ?= .venv
+COVERAGE ?= 90
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test check lint format install clean
+
+help:
+	@echo 'make demo     train one delta of each kind, serve a mixed batch, export one to ONNX'
+	@echo 'make test     run the tests'
+	@echo 'make check    what CI runs: format, lint, types, tests with coverage of at least $(COVERAGE) %'
+	@echo 'make lint     format, lint and types only'
+	@echo 'make format   rewrite the files as the formatter wants them'
+	@echo 'make install  make $(VENV), which all of these do on first use'
+	@echo 'make clean    remove $(VENV), caches and build outputs'
+
+demo: $(STAMP)
+	$(BIN)/bertology-serve demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: lint
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p bertology_serve
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, $(PYTHON) is %d.%d; name another: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	@echo 'making $(VENV) (some minutes the first time)'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) pip
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo-run *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

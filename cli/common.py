@@ -1,0 +1,90 @@
+"""What all commands share: how they fail, and how they speak to a person.
+
+Results go to stdout, everything else to stderr: ``predict --output - | head`` stays clean.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from bertology_serve.errors import BertologyError, VerificationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+DIFFERS, BAD_INPUT, FAULT, INTERRUPTED = 1, 2, 70, 130
+DEBUG = "BERTOLOGY_DEBUG"
+PIPE_WIDTH = 120
+
+
+def complain(problem: BaseException) -> int:
+    """Says in one line on stderr what went wrong, and returns the exit code (see ``main``)."""
+    if os.environ.get(DEBUG, "") not in ("", "0"):
+        traceback.print_exception(problem)
+    code, message = _judged(problem)
+    if message:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _judged(problem: BaseException) -> tuple[int, str]:
+    if isinstance(problem, BertologyError):
+        return DIFFERS if isinstance(problem, VerificationError) else BAD_INPUT, str(problem)
+    if isinstance(problem, KeyboardInterrupt):
+        return INTERRUPTED, ""
+    if hasattr(problem, "format_message"):  # a usage error of typer, whose classes are private
+        context = getattr(problem, "ctx", None)
+        return BAD_INPUT, problem.format_message() + (f" (see {context.command_path} --help)" if context else "")
+    if isinstance(problem, OSError) and problem.strerror:
+        return BAD_INPUT, f"{problem.strerror}: {problem.filename}" if problem.filename else problem.strerror
+    return FAULT, f"unexpected {type(problem).__name__}: {problem} (this is a fault; {DEBUG}=1 shows where)"
+
+
+def note(message: str) -> None:
+    """One line for the person, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], stderr: bool = True) -> None:
+    """Prints a table; numbers are set to the right. ``stderr=False`` where the table is the result."""
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left", title_style="bold")
+    cells = [list(row) for row in rows]
+    for index, column in enumerate(columns):
+        numeric = bool(cells) and all(isinstance(row[index], (int, float)) for row in cells)
+        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        drawn.add_row(*map(_shown, row))
+    _console(stderr).print(drawn)
+
+
+def progress(*fields: str) -> Progress:
+    """A progress bar on stderr, silent where that is no terminal.
+
+    ``fields`` are names of task fields that are shown after the bar, such as ``loss`` or ``speed``; give them as
+    strings: ``bar.update(task, advance=1, loss="0.412")``.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    shown = [TextColumn(f"{name} {{task.fields[{name}]}}") for name in fields]
+    console = _console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *shown, TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+def _console(stderr: bool) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else PIPE_WIDTH
+    return Console(file=stream, width=width, markup=False, emoji=False, highlight=False)
+
+
+def _shown(cell: object) -> str:
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

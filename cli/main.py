@@ -1,0 +1,78 @@
+"""The command ``bertology-serve``: one file per command in this folder, each imported when it is needed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import bertology_serve
+from bertology_serve.cli.common import complain
+
+PROGRAM = "bertology-serve"
+COMMANDS = {
+    "demo": "Try all of it on built-in examples, in a few minutes.",
+    "train": "Train one delta.",
+    "evaluate": "Measure a delta on labelled records.",
+    "predict": "Answer a file of records, for many deltas at once.",
+    "serve": "Answer over HTTP.",
+    "export": "Write a delta and its encoder as ONNX, compared with torch.",
+    "inspect": "Show and validate a delta.",
+    "bench": "Measure speed on this machine, beside the alternatives.",
+}
+"""Each is ``bertology_serve.cli.NAME`` with a function NAME or, for subcommands, an ``app``; its docstring is its own
+help, the line here is what ``bertology-serve --help`` says of it."""
+
+
+def application(asked: str | None = None) -> typer.Typer:
+    """The typer application. Only the command that is asked for is imported; the others are there to be listed."""
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
+    app.callback()(_program)
+    for name, line in COMMANDS.items():
+        if name != asked:
+            app.command(name, help=line)(lambda: None)
+            continue
+        module = importlib.import_module(f"bertology_serve.cli.{name}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=name)
+        else:
+            app.command(name)(getattr(module, name))
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line (``sys.argv`` by default) and returns its exit code.
+
+    0: done; 1: a result differs from its reference; 2: the input cannot be used; 70: a fault of this program;
+    130: interrupted. Errors are one line on stderr; ``BERTOLOGY_DEBUG=1`` shows where they came from.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    asked = next((argument for argument in arguments if argument in COMMANDS), None)
+    try:
+        command = typer.main.get_command(application(asked))
+        code = command.main(args=arguments, prog_name=PROGRAM, standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as problem:
+        return complain(problem)
+    return code if isinstance(code, int) else 0
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"{PROGRAM} {bertology_serve.__version__}")
+        raise typer.Exit
+
+
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """One frozen encoder, many small deltas of every kind, one packed batch."""

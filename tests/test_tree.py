@@ -1,0 +1,198 @@
+"""The promises of the tree: floors, links, names, and imports that cost nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import bertology_serve
+from bertology_serve.cli.main import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "bertology_serve"
+LINKED = ("kernels", "export", "cli")
+
+# Lower floors first. The sets of one floor may not import each other where ``SIBLINGS`` says so.
+FLOORS = (
+    {"errors", "kernels", "examples"},
+    {"data", "tasks"},
+    {"deltas"},
+    {"encoder"},
+    {"export"},
+    {"training", "analysis", "serving"},
+    {"scale"},
+    {"cli"},
+    {"", "__main__"},  # the public names of the package, imported on first use
+)
+SIBLINGS = ({"training", "analysis", "serving"},)
+HEAVY = ("torch", "transformers", "numpy", "onnx", "onnxruntime", "rich", "starlette", "uvicorn")
+
+
+def sources() -> list[Path]:
+    """Every module of the library once: its real path below the root."""
+    folders = [PACKAGE, *(ROOT / name for name in LINKED)]
+    return sorted(path for folder in folders for path in folder.rglob("*.py") if LINKED_DIRS.isdisjoint(path.parents))
+
+
+LINKED_DIRS = {PACKAGE / name for name in LINKED}
+
+
+def floor_of(module: str) -> int:
+    part = module.removeprefix("bertology_serve").lstrip(".").split(".")[0]
+    matches = [height for height, names in enumerate(FLOORS) if part in names]
+    assert matches, f"{module} has no floor: import a name from its module, or add the new folder to FLOORS"
+    return matches[0]
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    parts = parts if parts[0] == "bertology_serve" else ["bertology_serve", *parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, top_level_only: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, absolute module) of each import; ``from package import module`` counts as the module it may name."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = module_name(path).split(".")
+    package = package if path.name == "__init__.py" else package[:-1]
+    for node in at_import(tree) if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            if source == "bertology_serve":
+                yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, source
+
+
+def at_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported: none inside functions or ``if TYPE_CHECKING``."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
+        yield node
+        yield from at_import(node)
+
+
+def wrong_turns(path: Path) -> list[str]:
+    """Imports of that module that do not point down."""
+    here, wrong = module_name(path), []
+    mine = here.split(".")[1] if "." in here else ""
+    for line, target in imports(path):
+        if target.split(".")[0] != "bertology_serve" or target in ("bertology_serve", "bertology_serve.__version__"):
+            continue
+        theirs = target.split(".")[1]
+        if theirs == mine or mine == "":
+            continue
+        siblings = any({mine, theirs} <= group for group in SIBLINGS)
+        if floor_of(target) > floor_of(here) or siblings:
+            wrong.append(f"{path.relative_to(ROOT)}:{line} imports {target}, which is not below it")
+    return wrong
+
+
+def test_imports_point_down_the_floors_only():
+    assert [line for path in sources() for line in wrong_turns(path)] == []
+
+
+def test_the_floors_test_sees_a_wrong_import(tmp_path, monkeypatch):
+    module = tmp_path / "bertology_serve" / "encoder" / "bad.py"
+    module.parent.mkdir(parents=True)
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    module.write_text("from bertology_serve import export\nfrom ..serving.app import x\nfrom ..tasks import spec\n")
+    assert [line.split(" imports ")[1].split(",")[0] for line in wrong_turns(module)] == [
+        "bertology_serve.export",
+        "bertology_serve.serving.app",
+    ]
+
+
+def test_kernels_import_torch_and_triton_only():
+    allowed = {"torch", "triton", "bertology_serve", *sys.stdlib_module_names}
+    kernels = [path for path in sources() if path.relative_to(ROOT).parts[0] == "kernels"]
+    wrong = [(path.name, name) for path in kernels for _, name in imports(path) if name.split(".")[0] not in allowed]
+    assert kernels
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_root_folders_are_reached_through_relative_links(name):
+    link = PACKAGE / name
+    assert link.is_symlink()
+    assert link.readlink() == Path("..") / name
+    assert (ROOT / name).is_dir()
+    assert not (ROOT / name).is_symlink()
+
+
+def test_kernels_has_no_init():
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would shadow the HuggingFace package named kernels"
+
+
+def test_root_folders_are_never_imported_directly():
+    files = [*sources(), *(ROOT / "tests").rglob("*.py")]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in files
+        for line, name in imports(path)
+        if name.split(".")[0] in LINKED
+    ]
+    assert wrong == []
+
+
+def test_every_command_is_in_the_table():
+    modules = {path.stem for path in (ROOT / "cli").glob("*.py")} - {"__init__", "main", "common", "options"}
+    assert modules == set(COMMANDS)
+
+
+def test_commands_import_what_is_heavy_inside_functions():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in (ROOT / "cli").glob("*.py")
+        for line, name in imports(path, top_level_only=True)
+        if name.split(".")[0] in HEAVY
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_loads_nothing_heavy(arguments):
+    """What keeps ``--help`` under 0.35 s, said in a way that a busy machine cannot break."""
+    code = (
+        "import sys; from bertology_serve.cli.main import main; code = main(sys.argv[1:]); "
+        f"heavy = sorted(set({HEAVY!r}) & set(sys.modules)); assert code == 0 and not heavy, (code, heavy)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("Usage: bertology-serve")
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = f"import sys, bertology_serve; assert not set({HEAVY!r}) & set(sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_transformers_imports_from_the_root():
+    """The folder kernels stands in the root: transformers, which probes a package of that name, must not mind."""
+    run = subprocess.run(
+        [sys.executable, "-c", "from transformers import BertModel"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("name", bertology_serve.__all__)
+def test_public_names_exist(name):
+    assert getattr(bertology_serve, name) is not None
+    assert name in dir(bertology_serve)
+
+
+def test_unknown_public_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        bertology_serve.nothing  # noqa: B018
