@@ -1,0 +1,1 @@
+"""Export: a delta folded into its encoder's weights or standing beside them, as ONNX, verified against torch."""

@@ -8,7 +8,7 @@ by doubling; freed extents are reused. Row 0 is zero.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -96,9 +96,10 @@ def _slot_rows(effects: Effects, slot: str) -> tuple[Rows, RowSegment]:
     return columns, RowSegment(0, 0, 0, rank, bias=rank, dropout=update.dropout)
 
 
-def _moved(template: RowSegment, by: int) -> RowSegment:
+def _moved(template: RowSegment, by: int, training: bool = False) -> RowSegment:
     bias = template.bias + by if template.bias >= 0 else -1
-    return RowSegment(0, 0, template.first + by, template.last + by, bias, template.dropout, template.activation)
+    dropout = template.dropout if training else 0.0
+    return replace(template, first=template.first + by, last=template.last + by, bias=bias, dropout=dropout)
 
 
 def _entry(key: str, effects: Effects, parts: tuple[dict[str, RowSegment], dict[str, frozenset[int]]]) -> Entry:
@@ -211,15 +212,18 @@ class DeltaBank:
 
 
 class LiveBank:
-    """A bank whose rows are the deltas' own tensors, so that gradients reach them. Made anew for every step."""
+    """A bank whose rows are the deltas' own tensors, so that gradients reach them. Made anew for every step.
 
-    def __init__(self, effects: Sequence[tuple[str, Effects]]) -> None:
+    With ``training`` the updates' inputs are dropped at the rate that each delta asks for.
+    """
+
+    def __init__(self, effects: Sequence[tuple[str, Effects]], training: bool = False) -> None:
         self.entries: dict[str, Entry] = {}
         pieces: dict[str, list[Rows]] = {}
         heights: dict[str, int] = {}
         for key, effect in effects:
             rows, templates, layers = pool_rows(effect)
-            moved = {name: _moved(template, heights.get(name, 0)) for name, template in templates.items()}
+            moved = {name: _moved(row, heights.get(name, 0), training) for name, row in templates.items()}
             self.entries[key] = _entry(key, effect, (moved, layers))
             for name, columns in rows.items():
                 pieces.setdefault(name, []).append(columns)

@@ -54,7 +54,7 @@ class LiveDelta(nn.Module):
     def hidden(self, encodings: Sequence[Encoding]) -> tuple[Tensor, Any]:
         """The encoder's rows [T, H] and the packed batch that they belong to."""
         effects = self.encoder.allowed(kinds.effects(self.specs, self.named_tensors(), self.encoder.anatomy))
-        pools = LiveBank([("live", effects)])
+        pools = LiveBank([("live", effects)], self.training)
         entry = pools.entries["live"] if self.specs else BARE
         batch = pack(encodings, [entry] * len(encodings), self.encoder.anatomy, self.encoder.device,
                      padded=not self.encoder.packs)  # fmt: skip

@@ -94,7 +94,8 @@ def test_houlsby(setting: tuple[Encoder, Any, Tensor]) -> None:
     delta = tiny.delta(encoder, "d", [AdapterSpec(width=4)], TASK)
     for i, block in enumerate(own.encoder.layer):
         for place, module in (("output", block.attention.output.dense), ("down", block.output.dense)):
-            hook(module, lambda _, h, f=adapter(delta, place, i, F.silu): h + f(h))
+            f = adapter(delta, place, i, F.silu)
+            hook(module, lambda _, h, f=f: h + f(h))
     torch.testing.assert_close(engine(encoder, delta), first_row(own, input_ids=ids), atol=2e-6, rtol=1e-5)
 
 

@@ -126,3 +126,18 @@ def test_decay_spares_biases_and_norms(tmp_path: Path) -> None:
 def test_a_sequence_limit_beyond_the_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LimitError, match="reads at most 64 tokens"):
         LiveDelta(tiny.encoder("bert", tmp_path), [], TaskSpec("regression", max_length=65))
+
+
+def test_dropout_of_lora_acts_in_training_only(tmp_path: Path) -> None:
+    encoder = tiny.encoder("bert", tmp_path)
+    live, encodings, _ = made(encoder, [LoraSpec(dropout=0.5)])
+    with torch.inference_mode():
+        still = live(encodings)
+        assert torch.equal(live(encodings), still)
+        pipeline = Pipeline(encoder)
+        pipeline.add(live.freeze("d"))
+        answer = pipeline.run([pipeline.prepare(Request("d", {"text": TEXTS[0]}, logits=True))])[0]
+        torch.testing.assert_close(torch.tensor(answer.answer["logits"]), still[0], atol=1e-6, rtol=1e-5)
+        live.train()
+        live.head.eval()
+        assert not torch.allclose(live(encodings), still)

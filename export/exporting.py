@@ -1,0 +1,94 @@
+"""A delta and its encoder become a verified ONNX directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.writing import staging
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.errors import Unsupported
+from bertology_serve.export.graph import Graph
+from bertology_serve.export.layout import MODEL, example, write_around
+from bertology_serve.export.metadata import longest, metadata
+from bertology_serve.export.onnx_model import annotate, save, to_onnx
+from bertology_serve.export.publish import check_target, publish
+from bertology_serve.export.reference import Reference
+from bertology_serve.export.samples import built_in, of_encodings
+from bertology_serve.export.session import Session
+from bertology_serve.export.spec import ExportSpec
+from bertology_serve.export.verify import Report, check, verify
+from bertology_serve.tasks.spec import Encoding
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A published export. ``bytes`` are those of the model; ``export_seconds`` and ``verify_seconds`` wall time."""
+
+    directory: Path
+    report: Report
+    bytes: int
+    export_seconds: float
+    verify_seconds: float
+    example: str
+
+
+def export_delta(
+    encoder: Encoder,
+    delta: Delta,
+    out: Path,
+    spec: ExportSpec | None = None,
+    *,
+    name: str | None = None,
+    records: Iterable[Sequence[Encoding]] = (),
+) -> Exported:
+    """Writes ``out/onnx/model.onnx`` with tokenizer, config.json, model card and verification.json.
+
+    ``records`` are encoded records to verify with, beside the built-in sentences. Raises Unsupported, naming the
+    kinds, for a delta that cannot be folded (see ``check_foldable``); what ``Reference`` raises for a delta of another
+    base; SpecError where ``out`` may not be written; VerificationError, with nothing published, where ONNX Runtime and
+    torch differ.
+    """
+    spec, target = spec or ExportSpec(), out.absolute()
+    check_target(target, spec.overwrite)
+    _check_precision(encoder)
+    check_foldable(encoder, delta, spec)
+    reference = Reference(encoder, delta)
+    started = time.perf_counter()
+    graph = Graph(encoder, delta, spec.merge)
+    model = to_onnx(graph, spec.opset)
+    facts = metadata(encoder, delta, graph, spec, name or delta.name)
+    annotate(model, facts)
+    with staging(target) as stage:
+        (stage / MODEL).parent.mkdir()
+        size = save(model, stage / MODEL)
+        written = time.perf_counter()
+        cases = chain(built_in(encoder.tokenizer, longest(encoder, delta)), of_encodings(records))
+        report = verify(Session(stage / MODEL), reference, cases, encoder.tokenizer.pad_token_id or 0, spec.atol)
+        check(report)
+        write_around(stage, encoder, delta, facts, report)
+        publish(stage, target)
+    return Exported(out, report, size, written - started, time.perf_counter() - written, example(facts, str(out)))
+
+
+def _check_precision(encoder: Encoder) -> None:
+    if encoder.device.type != "cpu" or encoder.dtype != torch.float32:
+        raise Unsupported(
+            f"the encoder is {encoder.dtype} on {encoder.device}; load it in float32 on CPU: there weights fold exactly"
+        )
+
+
+def check_foldable(encoder: Encoder, delta: Delta, spec: ExportSpec) -> None:
+    """Raises Unsupported where merging was asked for and something cannot be folded, unless it may be baked."""
+    stuck = delta.effects(encoder.anatomy).unfoldable
+    if spec.merge and stuck and not spec.bake:
+        raise Unsupported(
+            f"delta {delta.name!r} cannot be merged: its {' and '.join(stuck)} cannot be folded into the weights; "
+            f"give --bake to make that part of the graph, or leave out --merge"
+        )

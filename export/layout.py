@@ -1,0 +1,109 @@
+"""What lies beside ``onnx/model.onnx``, as HuggingFace's tools expect it: tokenizer, config.json, a model card."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.export.verify import Report
+from bertology_serve.tasks.spec import (
+    CLASSIFICATION,
+    MULTIPLE_CHOICE,
+    QUESTION_ANSWERING,
+    REGRESSION,
+    TOKEN_CLASSIFICATION,
+)
+
+MODEL = "onnx/model.onnx"
+REPORT = "verification.json"
+_CLASSES = {
+    CLASSIFICATION: "SEQUENCE_CLASSIFICATION",
+    REGRESSION: "SEQUENCE_CLASSIFICATION",
+    TOKEN_CLASSIFICATION: "TOKEN_CLASSIFICATION",
+    QUESTION_ANSWERING: "QUESTION_ANSWERING",
+    MULTIPLE_CHOICE: "MULTIPLE_CHOICE",
+}
+_OF_THIS_MACHINE = (
+    "_name_or_path",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_attn_implementation_autoset",
+)
+
+
+def write_around(directory: Path, encoder: Encoder, delta: Delta, facts: Mapping[str, str], report: Report) -> None:
+    """Writes everything but the model into ``directory``."""
+    _write_tokenizer(directory, encoder, int(facts["max_length"]))
+    _write_json(directory / "config.json", config(encoder, delta, facts))
+    _write_json(directory / REPORT, report.as_dict())
+    (directory / "README.md").write_text(card(facts, report), encoding="utf-8")
+
+
+def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> dict[str, Any]:
+    """The encoder's configuration with the task's labels, class and, under ``bertology_serve``, the metadata."""
+    values = {key: value for key, value in encoder.config.to_dict().items() if key not in _OF_THIS_MACHINE}
+    labels = delta.task.labels or tuple(f"LABEL_{i}" for i in range(delta.task.outputs))
+    values |= {"bertology_serve": dict(facts), "dtype": "float32"}
+    if labels:
+        values["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        values["label2id"] = {label: i for i, label in enumerate(labels)}
+    if delta.task.kind in _CLASSES:
+        values["architectures"] = _architectures(delta)
+    if delta.task.kind in (CLASSIFICATION, REGRESSION):
+        values["problem_type"] = "regression" if delta.task.kind == REGRESSION else "single_label_classification"
+    return values
+
+
+def _architectures(delta: Delta) -> list[str]:
+    """The name of HuggingFace's task model; what serves the file tells the task by it."""
+    from transformers.models.auto import modeling_auto
+
+    known = getattr(modeling_auto, f"MODEL_FOR_{_CLASSES[delta.task.kind]}_MAPPING_NAMES")
+    found = known.get(delta.base.family)
+    return [found] if isinstance(found, str) else []
+
+
+def example(facts: Mapping[str, str], directory: str) -> str:
+    """Three lines of Python that run the file."""
+    inputs = facts["inputs"].split(":")[0].split(", ")
+    output = facts["outputs"].split(":")[0]
+    return (
+        f"import onnxruntime, transformers; tokenizer = transformers.AutoTokenizer.from_pretrained({directory!r})\n"
+        f"session = onnxruntime.InferenceSession({directory + '/' + MODEL!r}, providers=['CPUExecutionProvider'])\n"
+        f"texts = tokenizer(['A text.', 'Another one.'], padding=True, truncation=True, return_tensors='np'); "
+        f"print(session.run(['{output}'], {{name: texts[name] for name in {inputs!r}}})[0])"
+    )
+
+
+def card(facts: Mapping[str, str], report: Report) -> str:
+    """The model card."""
+    what = f"{facts['delta_name']} ({facts['task']}) on {facts['base_name']}"
+    rows = "".join(f"| {key} | {_cell(value)} |\n" for key, value in facts.items())
+    return (
+        f"# {facts['name']}\n\n`{MODEL}` is {what}, exported by {facts['tool']}.\n\n{report.line()}.\n\n"
+        f"```python\n{example(facts, '.')}\n```\n\n| | |\n|---|---|\n{rows}"
+    )
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _write_tokenizer(directory: Path, encoder: Encoder, max_length: int) -> None:
+    """The tokenizer as it was loaded, its limit the task's."""
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer.model_max_length = max_length
+    for of_this_machine in ("is_local", "local_files_only", "name_or_path"):
+        tokenizer.init_kwargs.pop(of_this_machine, None)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(directory)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,84 @@
+"""What an exported file says of itself. No time, no path of a machine: the same delta gives the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import PurePath
+from typing import Any
+
+import bertology_serve
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.encoder import Encoder, weights_hash
+from bertology_serve.export.graph import Graph
+from bertology_serve.export.spec import ExportSpec
+from bertology_serve.tasks.spec import EMBEDDING, MULTIPLE_CHOICE
+
+SEMANTICS = (
+    "int64 [batch, sequence]; attention_mask is 1 for tokens and 0 for padding, which may stand on either side; "
+    "a sequence is at most max_length tokens; a row of padding alone has no meaning"
+)
+
+
+def metadata(encoder: Encoder, delta: Delta, graph: Graph, spec: ExportSpec, name: str) -> dict[str, str]:
+    """Facts by name, all texts; lists and objects are JSON."""
+    task = delta.task
+    facts: dict[str, Any] = {
+        "name": name,
+        "task": task.kind,
+        "labels": list(task.labels),
+        "pooling": task.pooling,
+        "max_length": longest(encoder, delta),
+        "base_name": base_name(delta),
+        "base_sha256": delta.base.sha256,
+        "base_family": delta.base.family,
+        "delta_name": delta.name,
+        "delta_version": delta.version,
+        "delta_sha256": delta_hash(delta),
+        "kinds": list(delta.kinds),
+        "merged": spec.merge,
+        "inputs": f"{', '.join(graph.inputs)}: {SEMANTICS}",
+        "outputs": f"{graph.output}: {_output(delta)}",
+        "verification": f"{graph.output} within {spec.atol:g} of the unmerged torch engine in ONNX Runtime, "
+        "or this file would not have been published; the figures are in verification.json",
+        "opset": spec.opset,
+        "tool": f"bertology-serve {bertology_serve.__version__}",
+    }
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in facts.items()
+    }
+
+
+def longest(encoder: Encoder, delta: Delta) -> int:
+    """The longest sequence in tokens that the task reads and the encoder has positions for."""
+    effects = delta.effects(encoder.anatomy)
+    shifted = 0
+    if effects.prompt is not None and effects.prompt.positions == "shifted":
+        shifted += int(effects.prompt.vectors.shape[0])
+    if effects.prefix is not None and effects.prefix.positions == "shifted":
+        shifted += int(effects.prefix.keys.shape[1])
+    return min(delta.task.max_length, encoder.max_tokens, encoder.anatomy.max_tokens - shifted)
+
+
+def base_name(delta: Delta) -> str:
+    """The base as the delta calls it; of a directory, its last part."""
+    path = PurePath(delta.base.name)
+    return path.name if path.is_absolute() or delta.base.name.startswith((".", "~")) else delta.base.name
+
+
+def delta_hash(delta: Delta) -> str:
+    """SHA-256 over a delta's specs, task and tensors, however it is stored."""
+    digest = hashlib.sha256(f"{delta.specs!r}\n{delta.task!r}\n".encode())
+    for tensors in (delta.tensors, delta.head, delta.weights):
+        digest.update(weights_hash(tensors).encode())
+    return digest.hexdigest()
+
+
+def _output(delta: Delta) -> str:
+    task = delta.task
+    if task.kind == EMBEDDING:
+        return f"float32 [batch, hidden], {'of unit length' if task.normalize else 'not normalised'}"
+    if task.kind == MULTIPLE_CHOICE:
+        return "float32 [batch, 1], one row a choice: the caller groups a question's rows and takes the largest"
+    shape = f"[batch, sequence, {task.outputs}], zero at padding" if task.per_token else f"[batch, {task.outputs}]"
+    return f"float32 {shape}, before any softmax"

@@ -1,0 +1,45 @@
+"""Puts a finished directory in its place in one step."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bertology_serve.errors import SpecError
+from bertology_serve.export.layout import MODEL, REPORT
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises SpecError where ``target`` may not be written: only an earlier export is ever replaced."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / REPORT).is_file() or not (target / MODEL).is_file():
+        raise SpecError(f"{target} exists and is no export; give --out a new directory")
+    if not overwrite:
+        raise SpecError(f"{target} holds an export already; give --overwrite to replace it, or another --out")
+
+
+def publish(stage: Path, target: Path) -> None:
+    """Renames ``stage`` to ``target``, its files flushed to the disk first; what was there before goes last."""
+    for path in (*stage.rglob("*"), stage):
+        _flush(path)
+    if target.exists():
+        old = stage.with_name(stage.name + ".old")
+        target.rename(old)
+        try:
+            stage.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        old.rename(stage)  # removed with the stage
+    else:
+        stage.rename(target)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

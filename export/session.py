@@ -1,0 +1,52 @@
+"""ONNX Runtime, imported when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bertology_serve.errors import Unsupported, VerificationError
+
+CPU = "CPUExecutionProvider"
+
+
+class Session:
+    """A loaded ONNX file. ``provider`` is the one that really runs it, ``version`` that of ONNX Runtime.
+
+    Raises Unsupported without ONNX Runtime, VerificationError where it cannot load the file.
+    """
+
+    def __init__(self, path: Path, provider: str = CPU) -> None:
+        runtime = _runtime()
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self._session = runtime.InferenceSession(str(path), options, providers=[provider])
+        except Exception as error:  # ONNX Runtime's errors have no base of their own
+            reason = str(error).strip().splitlines()[0][:200]
+            raise VerificationError(f"ONNX Runtime {runtime.__version__} cannot load the file: {reason}") from error
+        self.provider: str = self._session.get_providers()[0]
+        self.version: str = runtime.__version__
+        self.inputs: tuple[str, ...] = tuple(found.name for found in self._session.get_inputs())
+
+    def run(self, arrays: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+        """The only output; arrays that the graph does not take are left out."""
+        outputs = self._session.run(None, {name: arrays[name] for name in self.inputs})
+        return np.asarray(outputs[0])
+
+
+def _runtime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise Unsupported(
+            "ONNX Runtime is not installed, and nothing is exported unverified; "
+            "pip install 'bertology-serve[cpu]', or 'bertology-serve[gpu]' with an NVIDIA GPU (never both)"
+        ) from None
+    return onnxruntime

@@ -1,0 +1,132 @@
+"""Runs an exported file in ONNX Runtime beside the torch engine; what does not agree is not published."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bertology_serve.errors import VerificationError
+from bertology_serve.export.reference import Reference
+from bertology_serve.export.samples import Case
+from bertology_serve.export.session import Session
+from bertology_serve.tasks.spec import CLASSIFICATION, QUESTION_ANSWERING, TOKEN_CLASSIFICATION, TaskSpec
+
+Output = NDArray[np.float32]
+NEIGHBOURS = 4
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One batch: its shape, |Δ| over all outputs of real rows, and the largest output."""
+
+    shape: str
+    largest: float
+    mean: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the verifier found. Differences are absolute, on logits or embedding components.
+
+    ``agreement`` is the share of decisions (the best class, tag, or start and end) that are the same, ``None`` for
+    tasks that decide nothing; ``neighbours`` the largest change of a row when it is run alone; ``scale`` the largest
+    |output|, which float32's own noise grows with.
+    """
+
+    runtime: str
+    provider: str
+    atol: float
+    largest: float
+    mean: float
+    agreement: float | None
+    neighbours: float
+    scale: float
+    sequences: int
+    shapes: tuple[Compared, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every difference is within ``atol``; NaN is not."""
+        return self.largest <= self.atol and self.neighbours <= self.atol
+
+    def line(self) -> str:
+        """The result in one line."""
+        shapes = len({one.shape for one in self.shapes})
+        decided = "" if self.agreement is None else f", {self.agreement:.2%} of decisions the same"
+        return (
+            f"{'agrees' if self.passed else 'DIFFERS'}: {self.runtime} ({self.provider}) against torch, "
+            f"{self.sequences} sequences in {shapes} shapes: max |Δ| {self.largest:.1e} (allowed {self.atol:.0e}), "
+            f"mean {self.mean:.1e}{decided}, neighbours change a row by {self.neighbours:.1e}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {"passed": self.passed, **asdict(self)}
+
+
+def verify(session: Session, reference: Reference, cases: Iterable[Case], pad: int, atol: float) -> Report:
+    """Compares a file with the torch engine on every case."""
+    task, compared, same, sequences = reference.task, [], list[bool](), 0
+    cases = list(cases)
+    for case in cases:
+        expected = [out.numpy() for out in reference.outputs(case.encodings)]
+        found = _rows(session, case, pad, task)
+        differences = np.concatenate([np.abs(e - f).ravel() for e, f in zip(expected, found, strict=True)])
+        scale = max(float(np.abs(one).max()) for one in expected)
+        compared.append(Compared(case.shape, float(differences.max()), float(differences.mean()), scale))
+        same += [a == b for e, f in zip(expected, found, strict=True) for a, b in _decisions(e, f, task)]
+        sequences += len(found)
+    return Report(
+        runtime=f"onnxruntime {session.version}",
+        provider=session.provider,
+        atol=atol,
+        largest=float(np.max([one.largest for one in compared])),
+        mean=float(np.mean([one.mean for one in compared])),
+        agreement=sum(same) / len(same) if same else None,
+        neighbours=_neighbours(session, cases, pad, task),
+        scale=max(one.scale for one in compared),
+        sequences=sequences,
+        shapes=tuple(compared),
+    )
+
+
+def check(report: Report) -> None:
+    """Raises VerificationError unless the report passed."""
+    if not report.passed:
+        worst = max(report.shapes, key=lambda one: (np.isnan(one.largest), one.largest))
+        raise VerificationError(
+            f"{report.line()}; worst at {worst.shape}, outputs reach {report.scale:.3g}; nothing was published: "
+            f"give a larger --atol if that will do, or leave out --merge to see whether folding is the cause"
+        )
+
+
+def _rows(session: Session, case: Case, pad: int, task: TaskSpec) -> list[Output]:
+    """A case's outputs in ONNX Runtime, a sequence each, padding left out."""
+    out = session.run(case.arrays(pad))
+    return [out[row, case.columns(row)] if task.per_token else out[row] for row in range(len(case.encodings))]
+
+
+def _decisions(expected: Output, found: Output, task: TaskSpec) -> list[tuple[int, int]]:
+    """Pairs of what each side decides for one sequence."""
+    axis = {CLASSIFICATION: -1, TOKEN_CLASSIFICATION: -1, QUESTION_ANSWERING: 0}.get(task.kind)
+    if axis is None:
+        return []
+    sides: Sequence[Any] = [np.atleast_1d(side.argmax(axis)).tolist() for side in (expected, found)]
+    return list(zip(*sides, strict=True))
+
+
+def _neighbours(session: Session, cases: Sequence[Case], pad: int, task: TaskSpec) -> float:
+    """The largest change of a row between its batch and alone, over the largest mixed batches."""
+    mixed = [case for case in cases if len({len(one) for one in case.encodings}) > 1]
+    changes = [0.0]
+    for case in sorted(mixed, key=lambda case: sum(map(len, case.encodings)))[-NEIGHBOURS:]:
+        together = _rows(session, case, pad, task)
+        for one, row in zip(case.encodings, together, strict=True):
+            alone = _rows(session, Case((one,), len(one), left=False), pad, task)[0]
+            changes.append(float(np.abs(alone - row).max()))
+    return float(np.max(changes))

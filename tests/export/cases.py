@@ -1,0 +1,75 @@
+"""Deltas of every kind and task, and batches as clients send them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bertology_serve.deltas.bitfit import BitfitSpec
+from bertology_serve.deltas.bottleneck import AdapterSpec
+from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.prefix import PrefixSpec
+from bertology_serve.deltas.prompt import PromptSpec
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.tasks.spec import Encoding, TaskSpec
+from tests import tiny
+
+CLASSES = TaskSpec("classification", ("bad", "good", "none"), max_length=48)
+TAGS = TaskSpec("token-classification", ("O", "B-LOC", "I-LOC"), max_length=48)
+ANSWERS = TaskSpec("question-answering", max_length=40, stride=4)
+VECTORS = TaskSpec("embedding", max_length=32, head="none", pooling="mean")
+SCORES = TaskSpec("regression", max_length=32, pooling="mean")
+ALL_LINEARS = ("query", "key", "value", "output", "up", "down")
+
+FOLDS = [LoraSpec(ALL_LINEARS, rank=3), BitfitSpec()]
+EVERYTHING = [LoraSpec(rank=2), BitfitSpec(), AdapterSpec("pfeiffer", 3), PromptSpec(3), PrefixSpec(2)]
+# name -> (components, task)
+DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
+    "folds": (FOLDS, CLASSES),
+    "lora": ([LoraSpec(("key", "value"), rank=4, rslora=True)], ANSWERS),
+    "lora-one-layer": ([LoraSpec(("query",), rank=3, layers=(1,))], SCORES),
+    "bitfit-attention": ([BitfitSpec("attention")], TaskSpec("multiple-choice", max_length=32)),
+    "houlsby": ([AdapterSpec(width=5)], CLASSES),
+    "houlsby-gelu": ([AdapterSpec(width=3, after="attention", activation="gelu")], TAGS),
+    "pfeiffer": ([AdapterSpec("pfeiffer", width=7, drop_lowest=1)], TAGS),
+    "prompt": ([PromptSpec(3)], CLASSES),
+    "prompt-tags": ([PromptSpec(2)], TAGS),
+    "prompt-before": ([PromptSpec(2, "before_cls")], ANSWERS),
+    "prompt-peft": ([PromptSpec(2, "before_cls", "shifted", "first_row")], CLASSES),
+    "prefix": ([PrefixSpec(4)], ANSWERS),
+    "prefix-shifted": ([PrefixSpec(2, "shifted")], VECTORS),
+    "everything": (EVERYTHING, CLASSES),
+    "probe": ([], TaskSpec("classification", ("x", "y"), max_length=48, pooling="max", head="linear")),
+}
+
+
+def small(family: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Encoder:
+    """A random encoder of two layers."""
+    monkeypatch.setitem(tiny._SIZE, "num_hidden_layers", 2)
+    if family == "distilbert":
+        config = tiny.CONFIGS[family]()
+        config.n_layers = 2
+        monkeypatch.setitem(tiny.CONFIGS, family, lambda: config)
+    return tiny.encoder(family, directory)
+
+
+def encodings(lengths: tuple[int, ...], typed: bool, seed: int = 3) -> list[Encoding]:
+    """Random sequences; the second half of each is of type 1 where the model has types."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [tuple(torch.randint(5, 40, (length,), generator=generator).tolist()) for length in lengths]
+    return [Encoding(ids, tuple(int(typed and i > len(ids) // 2) for i in range(len(ids)))) for ids in drawn]
+
+
+def padded(sequences: list[Encoding], left: bool, extra: int = 0) -> list[Tensor]:
+    """ids, mask and types [B, L], padded on one side with ids that would be noticed."""
+    length = max(map(len, sequences)) + extra
+    ids = torch.full((len(sequences), length), 7)
+    mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, one in enumerate(sequences):
+        at = slice(length - len(one), length) if left else slice(0, len(one))
+        ids[row, at], mask[row, at], types[row, at] = torch.tensor(one.ids), 1, torch.tensor(one.types)
+    return [ids, mask, types]

@@ -1,0 +1,134 @@
+"""The graph, before any exporter, against the engine: every family, every kind, merged and apart, padded either way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.effects import Effects
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.errors import Unsupported
+from bertology_serve.export.graph import Graph
+from bertology_serve.export.reference import Reference
+from bertology_serve.tasks.spec import TaskSpec
+from tests import tiny
+from tests.export.cases import CLASSES, DELTAS, EVERYTHING, encodings, padded
+
+LENGTHS = (1, 2, 5, 17, 32)
+
+
+def difference(encoder: Encoder, delta: Delta, merge: bool) -> float:
+    """The largest |Δ| from the engine over both sides of padding; NaN where anything is."""
+    graph = Graph(encoder, delta, merge)
+    sequences = encodings(LENGTHS, typed=len(graph.inputs) == 3)
+    expected = Reference(encoder, delta).outputs(sequences)
+    found = []
+    for left, extra in ((False, 0), (True, 3)):
+        ids, mask, types = padded(sequences, left, extra)
+        with torch.inference_mode():
+            out = graph(*[ids, mask, types][: len(graph.inputs)])
+        parts = [row[keep.bool()] for row, keep in zip(out, mask, strict=True)] if delta.task.per_token else out
+        found += [(part - one).abs().max() for part, one in zip(parts, expected, strict=True)]
+    return float(torch.stack(found).max())
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_graph_equals_the_engine(family, tmp_path):
+    encoder = tiny.encoder(family, tmp_path)
+    for seed, (name, (specs, task)) in enumerate(DELTAS.items()):
+        delta = tiny.delta(encoder, name, specs, task, seed)
+        for merge in (True, False):
+            assert difference(encoder, delta, merge) <= 1e-5, f"{name}, merge={merge}"
+
+
+def test_a_part_left_out_would_be_seen(tmp_path, monkeypatch):
+    """Each effect changes the outputs by far more than what is allowed."""
+    encoder = tiny.encoder("bert", tmp_path)
+    delta = tiny.delta(encoder, "x", EVERYTHING, CLASSES)
+    whole = delta.effects(encoder.anatomy)
+    for missing in ("low_rank", "bias", "bottleneck", "prompt", "prefix"):
+        parts = {name: getattr(whole, name) for name in whole.__dataclass_fields__ if name != missing}
+        reference = Reference(encoder, delta)
+        with monkeypatch.context() as patch:
+            patch.setattr(Delta, "effects", lambda *_, parts=parts: Effects(**parts))
+            graph = Graph(encoder, delta, True)
+        sequences = encodings((9,), typed=True)
+        out = graph(*padded(sequences, left=False))[0]
+        assert (out - reference.outputs(sequences)[0]).abs().max() > 1e-4, missing
+
+
+def test_padding_is_zero_for_tasks_that_answer_for_every_token(tmp_path):
+    encoder = tiny.encoder("bert", tmp_path)
+    graph = Graph(encoder, tiny.delta(encoder, "x", *DELTAS["prompt-tags"]), True)
+    ids, mask, types = padded(encodings((3, 8), typed=True), left=True)
+    out = graph(ids, mask, types)
+    assert out.shape == (2, 8, 3)
+    assert (out[0, :5] == 0).all()
+    assert (out[0, 5:] != 0).all()
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
+def test_every_pooling(pooling, tmp_path):
+    encoder = tiny.encoder("distilbert", tmp_path)
+    for normalize in (True, False):
+        task = TaskSpec("embedding", max_length=32, head="none", pooling=pooling, normalize=normalize)
+        delta = tiny.delta(encoder, "x", DELTAS["prompt"][0], task)
+        assert difference(encoder, delta, True) <= 1e-5
+        lengths = Graph(encoder, delta, True)(*padded(encodings((4, 9), typed=False), left=False)[:2]).norm(dim=1)
+        assert torch.allclose(lengths, torch.ones(2)) == normalize
+
+
+def test_a_row_of_padding_alone_is_finite_and_changes_nothing(tmp_path):
+    for family in ("modernbert", "mpnet"):
+        encoder = tiny.encoder(family, tmp_path / family)
+        graph = Graph(encoder, tiny.delta(encoder, "x", *DELTAS["prefix-shifted"]), True)
+        ids, mask, _ = padded(encodings((20, 9), typed=False), left=False)
+        with torch.inference_mode():
+            before = graph(ids, mask)
+            mask[1] = 0
+            after = graph(ids, mask)
+        assert torch.isfinite(after).all()
+        assert torch.equal(before[0], after[0])
+
+
+def test_full_fine_tuning_is_its_own_weights(tmp_path):
+    path = tiny.save("bert", tmp_path / "base")
+    trained = tiny.encoder("bert", tmp_path / "trained", seed=5)
+    weights = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
+    base = Encoder.load(path)
+    head = tiny.delta(base, "full", [], CLASSES).head
+    delta = Delta("full", base.ref, CLASSES, head=head, weights=weights)
+    encoder = Encoder.for_delta(delta)
+    assert difference(encoder, delta, True) <= 1e-5
+    assert torch.equal(
+        Graph(encoder, delta, True).model.embeddings.word_embeddings.weight,
+        weights["embeddings.word_embeddings.weight"],
+    )
+
+
+def test_tensors_are_named_by_the_delta(tmp_path):
+    encoder = tiny.encoder("bert", tmp_path)
+    apart = Graph(encoder, tiny.delta(encoder, "mine", EVERYTHING, CLASSES), merge=False)
+    merged = Graph(encoder, tiny.delta(encoder, "mine", EVERYTHING, CLASSES), merge=True)
+    names, left = (sorted(graph.names.values()) for graph in (apart, merged))
+    assert len(set(names)) == len(names) == len(list(apart.named_parameters()))
+    assert "encoder.layer.0.attention.self.query.weight" in names
+    kinds = {name.removeprefix("delta.mine.") for name in names if name.startswith("delta.mine.")}
+    assert {"query.0.a", "value.2.b", "key.1.bias", "ffn_norm.2.adapter.up", "prompt.vectors"} <= kinds
+    assert {"prefix.0.keys", "head.classifier.weight", "embedding_norm.0.bias"} <= kinds
+    folded = {name for name in names if name not in left}
+    assert {name.rsplit(".", 1)[1] for name in folded} == {"a", "b", "bias"}
+
+
+def test_a_family_with_attention_of_its_own_is_traced_as_it_is(tmp_path, monkeypatch):
+    """MegatronBERT knows no attention interface: all but prefixes work, and those are refused by name."""
+    sizes = {**tiny._SIZE, **tiny._FFN}
+    monkeypatch.setitem(tiny.CONFIGS, "megatron-bert", lambda: AutoConfig.for_model("megatron-bert", **sizes))
+    encoder = tiny.encoder("megatron-bert", tmp_path)
+    for name in ("folds", "houlsby", "pfeiffer", "prompt-tags"):
+        delta = tiny.delta(encoder, name, *DELTAS[name])
+        assert difference(encoder, delta, True) <= 1e-5, name
+    with pytest.raises(Unsupported, match="a prefix cannot be put into a graph of megatron-bert"):
+        Graph(encoder, tiny.delta(encoder, "x", *DELTAS["prefix"]), True)

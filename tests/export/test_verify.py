@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bertology_serve.errors import VerificationError
+from bertology_serve.export.samples import Case
+from bertology_serve.export.verify import check, verify
+from bertology_serve.tasks.spec import Encoding, TaskSpec
+
+CLASSES = TaskSpec("classification", ("a", "b"))
+
+
+class Reference:
+    """Answers the length of a sequence, and 2."""
+
+    def __init__(self, task=CLASSES):
+        self.task = task
+
+    def outputs(self, encodings):
+        rows = [torch.tensor([float(len(one)), 2.0]) for one in encodings]
+        return (
+            [row.expand(len(one), 2) for row, one in zip(rows, encodings, strict=True)] if self.task.per_token else rows
+        )
+
+
+class Session:
+    """The same from the mask, ``off`` added to rows of batches that hold several."""
+
+    provider, version = "TestProvider", "0.0"
+
+    def __init__(self, off=0.0, per_token=False):
+        self.off, self.per_token = off, per_token
+
+    def run(self, arrays):
+        lengths = arrays["attention_mask"].sum(1)
+        off = self.off if len(lengths) > 1 else 0.0
+        out = np.stack([lengths + off, np.full(len(lengths), 2.0)], 1).astype(np.float32)
+        if not self.per_token:
+            return out
+        return np.where(arrays["attention_mask"][..., None] == 1, out[:, None], np.nan)
+
+
+def case(*lengths, left=False):
+    return Case(tuple(Encoding((5,) * n, (0,) * n) for n in lengths), max(lengths), left)
+
+
+CASES = [case(1), case(3, 1), case(1, 4, left=True), case(7)]
+
+
+def test_agreement_is_reported():
+    report = verify(Session(), Reference(), CASES, 0, 1e-5)
+    assert report.passed
+    assert (report.largest, report.mean, report.neighbours, report.scale) == (0, 0, 0, 7)
+    assert (report.sequences, report.agreement) == (6, 1.0)
+    assert [one.shape for one in report.shapes] == ["1×1 right", "2×3 right", "2×4 left", "1×7 right"]
+    assert report.line().startswith("agrees: onnxruntime 0.0 (TestProvider) against torch, 6 sequences in 4 shapes: ")
+    assert report.as_dict()["passed"] is True
+    check(report)
+
+
+@pytest.mark.parametrize("off", [1.5, 1e-4, float("nan"), float("inf")])
+def test_what_differs_is_found_and_named(off):
+    report = verify(Session(off), Reference(), CASES, 0, 1e-5)
+    assert not report.passed
+    assert report.neighbours == pytest.approx(off, rel=0.01, nan_ok=True)
+    assert report.largest == pytest.approx(off, rel=0.01, nan_ok=True)
+    with pytest.raises(
+        VerificationError, match=r"^DIFFERS: .*worst at 2×[34] (left|right), outputs reach 7; nothing was published"
+    ):
+        check(report)
+
+
+def test_decisions_that_flip_are_counted():
+    report = verify(Session(1.5), Reference(), CASES, 0, 1e-5)
+    assert report.agreement == pytest.approx(4 / 6)  # lengths 1 of the two mixed batches become 2.5 > 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "agreement"),
+    [("token-classification", 1.0), ("question-answering", 1.0), ("regression", None), ("multiple-choice", None)],
+)
+def test_padding_is_not_compared_and_only_decisions_are_counted(kind, agreement):
+    task = TaskSpec(kind, ("O", "B-X") if kind == "token-classification" else ())
+    report = verify(Session(per_token=task.per_token), Reference(task), CASES, 0, 1e-5)
+    assert report.passed
+    assert report.agreement == agreement
