@@ -1,0 +1,135 @@
+"""Device code that the matrix kernels share: tile loads, the K loops, and the rank columns of a tile.
+
+Shapes in BM rows, BN output columns, BK of the K loop, RT rank columns. Row indices are clamped rather than masked:
+rows beyond T or N repeat the last one, and only stores are masked.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from bertology_serve.kernels.launching import Block, Int, Ptr, jit
+
+
+@jit
+def grouped_order(program: Int, tiles_m: Int, tiles_n: Int, GROUP: tl.constexpr) -> tuple[Int, Int]:
+    """(m, n) of a program, so that GROUP tiles of M share the tiles of W that they read, in L2."""
+    width = GROUP * tiles_n
+    first = (program // width) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    return first + (program % width) % height, (program % width) // height
+
+
+@jit
+def x_tile(
+    x: Ptr, m0: Int, k0: Int, T: Int, K: Int, stride: Int,
+    BM: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+) -> Block:  # fmt: skip
+    """x[m0 : m0 + BM, k0 : k0 + BK] of x [T, K]; zeros beyond K."""
+    if TMA:
+        tile = x.load([m0, k0])
+    else:
+        ks = tl.arange(0, BK)
+        ms = tl.minimum(tl.arange(0, BM), T - 1 - m0)
+        at = x + m0.to(tl.int64) * stride + k0 + (ms[:, None] * stride + ks[None, :])
+        tile = tl.load(at) if EVEN_K else tl.load(at, mask=(ks < K - k0)[None, :], other=0.0)
+    return tile
+
+
+@jit
+def w_tile(
+    w: Ptr, n0: Int, k0: Int, N: Int, K: Int, stride_n: Int, stride_k: Int,
+    BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, TMA: tl.constexpr,
+) -> Block:  # fmt: skip
+    """W[n0 : n0 + BN, k0 : k0 + BK] of W [N, K], of any strides; zeros beyond K."""
+    if TMA:
+        tile = w.load([n0, k0])
+    else:
+        ks = tl.arange(0, BK)
+        ns = tl.minimum(tl.arange(0, BN), N - 1 - n0)
+        at = w + n0.to(tl.int64) * stride_n + k0 * stride_k + (ns[:, None] * stride_n + ks[None, :] * stride_k)
+        tile = tl.load(at) if EVEN_K else tl.load(at, mask=(ks < K - k0)[None, :], other=0.0)
+    return tile
+
+
+@jit
+def base_product(
+    x: Ptr, w: Ptr, m0: Int, n0: Int, T: Int, N: Int, K: Int, stride_x: Int, stride_n: Int, stride_k: Int,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+) -> Block:  # fmt: skip
+    """x Wᵀ of one tile, fp32 [BM, BN]."""
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k0 in range(0, K, BK):
+        xs = x_tile(x, m0, k0, T, K, stride_x, BM, BK, EVEN_K, TMA)
+        ws = w_tile(w, n0, k0, N, K, stride_n, stride_k, BN, BK, EVEN_K, TMA)
+        acc = tl.dot(xs, ws.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@jit
+def column_rows(rows: Ptr, ranges: Ptr, first: Int, last: Int, RT: tl.constexpr) -> tuple[Block, Block]:
+    """Pool rows int64 and ranges int32 [RT] of the columns from ``first``; beyond ``last``: row 0, never active."""
+    at = first + tl.arange(0, RT)
+    row = tl.load(rows + at, mask=at < last, other=0).to(tl.int64)
+    return row, tl.load(ranges + at, mask=at < last, other=0)
+
+
+@jit
+def a_tile(
+    a: Ptr, row: Block, ranges: Block, k0: Int, K: Int, stride: Int, BK: tl.constexpr, EVEN_K: tl.constexpr,
+) -> Block:  # fmt: skip
+    """A_pool[row, k0 : k0 + BK], [RT, BK]; bias columns read row 0, since a pool of biases may have no A."""
+    ks = tl.arange(0, BK)
+    mine = tl.where(ranges >> 24 > 0, 0, row)
+    at = a + mine[:, None] * stride + (k0 + ks)[None, :]
+    return tl.load(at) if EVEN_K else tl.load(at, mask=(ks < K - k0)[None, :], other=0.0)
+
+
+@jit
+def b_tile(b: Ptr, row: Block, n: Block, n_end: Int, stride: Int) -> Block:
+    """B_pool[row, n], [RT, BN]; zeros beyond ``n_end``."""
+    return tl.load(b + row[:, None] * stride + n[None, :], mask=(n < n_end)[None, :], other=0.0)
+
+
+@jit
+def masked(s: Block, ranges: Block, BM: tl.constexpr, BIAS: tl.constexpr) -> Block:
+    """Coefficients fp32 [BM, RT]: BIAS in bias columns, xA in the others, zero where a column is not active."""
+    m = tl.arange(0, BM)[:, None]
+    lo, hi, kind = ranges & 4095, (ranges >> 12) & 4095, ranges >> 24
+    s = tl.where(kind[None, :] > 0, BIAS, s)
+    return tl.where((m >= lo[None, :]) & (m < hi[None, :]), s, 0.0)
+
+
+@jit
+def shrunk(
+    x: Ptr, a: Ptr, row: Block, ranges: Block, m0: Int, T: Int, K: Int, stride_x: Int, stride_a: Int,
+    BM: tl.constexpr, BK: tl.constexpr, RT: tl.constexpr, BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+) -> Block:  # fmt: skip
+    """Coefficients fp32 [BM, RT] of one tile's columns: a K loop of their own."""
+    s = tl.zeros([BM, RT], tl.float32)
+    for k0 in range(0, K, BK):
+        xs = x_tile(x, m0, k0, T, K, stride_x, BM, BK, EVEN_K, TMA)
+        rows = a_tile(a, row, ranges, k0, K, stride_a, BK, EVEN_K)
+        s = tl.dot(xs, rows.T, s, input_precision=PRECISION)
+    return masked(s, ranges, BM, BIAS)
+
+
+@jit
+def fused_product(
+    x: Ptr, w: Ptr, a: Ptr, row: Block, ranges: Block, m0: Int, n0: Int, T: Int, N: Int, K: Int,
+    stride_x: Int, stride_n: Int, stride_k: Int, stride_a: Int,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RT: tl.constexpr, BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+) -> tuple[Block, Block]:  # fmt: skip
+    """x Wᵀ fp32 [BM, BN], term by term as ``base_product``, and the coefficients [BM, RT], from one pass over x."""
+    acc = tl.zeros([BM, BN], tl.float32)
+    s = tl.zeros([BM, RT], tl.float32)
+    for k0 in range(0, K, BK):
+        xs = x_tile(x, m0, k0, T, K, stride_x, BM, BK, EVEN_K, TMA)
+        ws = w_tile(w, n0, k0, N, K, stride_n, stride_k, BN, BK, EVEN_K, TMA)
+        acc = tl.dot(xs, ws.T, acc, input_precision=PRECISION)
+        rows = a_tile(a, row, ranges, k0, K, stride_a, BK, EVEN_K)
+        s = tl.dot(xs, rows.T, s, input_precision=PRECISION)
+    return acc, masked(s, ranges, BM, BIAS)

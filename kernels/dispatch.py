@@ -1,0 +1,202 @@
+"""Which kernel runs a linear with rank columns, and why.
+
+The choice is looked up by (architecture, dtype, K, N, T, rank columns) in committed tables and is never searched for
+while serving. Without CUDA or without Triton, with dropout, and where a table says so, torch does it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bertology_serve.kernels.columns import Pools, TileColumns, tile_columns
+from bertology_serve.kernels.config import Config
+from bertology_serve.kernels.heuristics import SPLIT, TORCH
+from bertology_serve.kernels.segments import ACTIVATIONS, RowSegment, add_low_rank
+from bertology_serve.kernels.tuning import COLUMNS, Point, table
+
+DTYPES = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float"}
+TYPICAL = 4 / 3  # the widest tile counts up to this many times the mean: a rare wider one takes another chunk
+Segments = Sequence[RowSegment]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A form ("fused", "split" or "torch"), how it is launched, and the reason in words."""
+
+    form: str
+    config: Config
+    why: str
+
+
+class BatchColumns:
+    """The column lists of one batch, made once for each set of slots and tile height and shared by all layers."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.rows, self.device = rows, device
+        self._made: dict[tuple[tuple[int, ...], int], tuple[Sequence[Segments], TileColumns]] = {}
+        self._widths: dict[int, tuple[Segments, int]] = {}
+        self._picked: dict[tuple[int, str], tuple[Segments, list[RowSegment]]] = {}
+
+    def get(self, slices: Sequence[Segments], block_m: int) -> TileColumns:
+        """The lists of these segment lists (told apart by identity, as the plan hands out the same ones)."""
+        key = tuple(map(id, slices)), block_m
+        if key not in self._made:
+            self._made[key] = slices, tile_columns(slices, self.rows, block_m).to(self.device)
+        return self._made[key][1]
+
+    def columns(self, segments: Segments) -> int:
+        """The number of columns that a launch over these segments is laid out for; counted once."""
+        if id(segments) not in self._widths:
+            self._widths[id(segments)] = segments, typical(*tile_width(segments, self.rows))
+        return self._widths[id(segments)][1]
+
+    def of_activation(self, segments: Segments, activation: str) -> list[RowSegment]:
+        """The segments with one activation: the same list every time, as ``get`` asks for."""
+        key = id(segments), activation
+        if key not in self._picked:
+            self._picked[key] = segments, [s for s in segments if s.activation == activation]
+        return self._picked[key][1]
+
+
+def architecture(device: torch.device) -> tuple[str, str]:
+    """(table name, reason) for a device; the name is empty where torch must do the work."""
+    if device.type != "cuda":
+        return "", f"the device is {device.type}, and kernels need CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "", "Triton is not installed"
+    return _table_of(torch.cuda.get_device_capability(device))
+
+
+@cache
+def _table_of(capability: tuple[int, int]) -> tuple[str, str]:
+    major, minor = capability
+    if major < 8:
+        return "", f"sm_{major}{minor} has no bf16 matrix instructions; kernels need sm_80 or newer"
+    if (major, minor) in ((9, 0), (10, 0), (10, 3)):
+        return "sm_90", "" if major == 9 else f"sm_{major}{minor} has no table of its own; sm_90 is nearest"
+    return "sm_80", "" if (major, minor) == (8, 0) else f"sm_{major}{minor} has no table of its own; sm_80 is nearest"
+
+
+def typical(mean: float, widest: int) -> int:
+    """The number of columns that a launch is laid out for."""
+    return min(widest, math.ceil(TYPICAL * mean))
+
+
+@cache
+def _chosen(arch: str, kind: str, k: int, n: int, slices: int, bucket: int, columns: int) -> Choice:
+    """The row of a table, looked for once: a lookup walks through all of them."""
+    tables = table(arch)
+    row = tables.nearest(Point(kind, k, n, slices, bucket, columns))
+    near = row.point
+    origin = ", ".join(f"{key} {value}" for key, value in tables.measured.items()) or "by rule, not measured"
+    why = f"table {arch} ({origin}): nearest row K {near.k}, N {near.n}, T {near.rows}, columns {near.columns}"
+    return Choice(row.form, row.config, why)
+
+
+def choose(arch: str, dtype: torch.dtype, k: int, n: int, slices: int, rows: int, columns: int) -> Choice:
+    """The committed choice at a point: T to the nearest power of two, ``columns`` (of ``typical``) up to a class."""
+    kind = DTYPES.get(dtype)
+    if kind is None or slices not in (1, 3):
+        return Choice(TORCH, Config(), f"no kernel for {slices} slices of {dtype}")
+    column_class = next((c for c in COLUMNS if columns <= c), COLUMNS[-1])
+    bucket = 1 << round(math.log2(max(1, rows)))
+    return _chosen(arch, kind, k, n, slices, bucket, column_class)
+
+
+def lora_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    pools: Sequence[Pools],
+    slices: Sequence[Segments],
+    batch: BatchColumns,
+    activation: str = "",
+) -> Tensor:
+    """y [T, N] = act(x Wᵀ + bias + every segment's low-rank update and bias), by whatever is best here.
+
+    x [T, K], w [N, K], bias [N]; ``pools`` and ``slices`` one per equal slice of N. Differentiable.
+    """
+    choice = pick(x, w, slices, batch)
+    if choice.form == TORCH:
+        return torch_linear(x, w, bias, pools, slices, activation)
+    columns = batch.get(slices, choice.config.block_m)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in _tensors(x, w, bias, pools)):
+        from bertology_serve.kernels.autograd import differentiable_lora_linear
+
+        y = differentiable_lora_linear(x, w, bias, pools, columns, choice.config)
+        return ACTIVATIONS[activation](y) if activation else y
+    if choice.form == SPLIT:
+        from bertology_serve.kernels.shrink_expand import split_lora_linear
+
+        return split_lora_linear(x, w, bias, pools, columns, activation, choice.config)
+    from bertology_serve.kernels.fused_lora_linear import fused_lora_linear
+
+    return fused_lora_linear(x, w, bias, pools, columns, activation, choice.config)
+
+
+def pick(x: Tensor, w: Tensor, slices: Sequence[Segments], batch: BatchColumns) -> Choice:
+    """What ``lora_linear`` does with these, and why."""
+    arch, reason = architecture(x.device)
+    if not arch:
+        return Choice(TORCH, Config(), reason)
+    if any(segment.dropout for part in slices for segment in part):
+        return Choice(TORCH, Config(), "dropout acts on the update's input only, which kernels do not do")
+    columns = max(map(batch.columns, slices), default=0)
+    choice = choose(arch, x.dtype, x.shape[1], w.shape[0], len(slices), batch.rows, columns)
+    return replace(choice, why=f"{choice.why}; {reason}") if reason else choice
+
+
+def explain(x: Tensor, w: Tensor, slices: Sequence[Segments], batch: BatchColumns) -> str:
+    """One line: what runs this linear, how it is launched, and why."""
+    choice = pick(x, w, slices, batch)
+    if choice.form == TORCH:
+        return f"torch: {choice.why}"
+    c = choice.config
+    shape = f"{c.block_m}x{c.block_n}x{c.block_k}, RT {c.rank_tile}, sweep {c.sweep}"
+    return f"{choice.form} {shape}, {c.warps} warps, {c.stages} stages{', TMA' if c.tma else ''}: {choice.why}"
+
+
+def tile_width(segments: Segments, rows: int, block_m: int = 128) -> tuple[float, int]:
+    """(mean, largest) number of columns in tiles of 128 rows: what the tables' ``columns`` counts."""
+    tiles = max(1, -(-rows // block_m))
+    counts = [0] * tiles
+    for segment in segments:
+        if segment.hi > segment.lo:
+            width = segment.last - segment.first + (segment.bias >= 0)
+            for tile in range(segment.lo // block_m, (segment.hi - 1) // block_m + 1):
+                counts[tile] += width
+    return sum(counts) / tiles, max(counts)
+
+
+def torch_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    pools: Sequence[Pools],
+    slices: Sequence[Segments],
+    activation: str = "",
+) -> Tensor:
+    """The same with torch alone: base product, then a loop over segments."""
+    y = F.linear(x, w, bias)
+    parts = torch.split(y, w.shape[0] // max(1, len(slices)), 1)
+    done = [
+        add_low_rank(part, x, pool.a, pool.b, segments)
+        for part, pool, segments in zip(parts, pools, slices, strict=bool(slices))
+    ]
+    if len(done) == 1:
+        y = done[0]
+    elif torch.is_grad_enabled() and done:  # otherwise y changed in place
+        y = torch.cat(done, 1)
+    return ACTIVATIONS[activation](y) if activation else y
+
+
+def _tensors(x: Tensor, w: Tensor, bias: Tensor | None, pools: Sequence[Pools]) -> list[Tensor | None]:
+    return [x, w, bias, *(tensor for pool in pools for tensor in pool)]

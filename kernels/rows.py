@@ -1,0 +1,99 @@
+"""What is not a linear, by the best way here: adapters, LayerNorm, embeddings and heads, on a GPU or by torch.
+
+Each function takes segments, as the plan has them, runs the kernel of that name on a GPU and torch elsewhere, and while
+gradients are recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bertology_serve.kernels.dispatch import DTYPES, BatchColumns, architecture
+from bertology_serve.kernels.heuristics import adapter_config
+from bertology_serve.kernels.segments import RowSegment, add_low_rank, bottleneck, with_rows
+
+NORM_ROWS = 4
+
+
+def adapters(
+    residual: Tensor,
+    source: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    up: Tensor,
+    segments: Sequence[RowSegment],
+    batch: BatchColumns,
+) -> Tensor:
+    """y [T, H] = residual plus each segment's bottleneck adapter of source; activations may differ by segment.
+
+    residual and source [T, H]; pools down [P, H], down_bias [P, 1], up [P, H].
+    """
+    if not on_kernels(residual):
+        y = residual if torch.is_grad_enabled() else residual.clone()
+        for s in segments:
+            rows = slice(s.lo, s.hi)
+            y = with_rows(y, s.lo, s.hi, y[rows] + bottleneck(source[rows], down, down_bias, up, s))
+        return y
+    from bertology_serve.kernels.bottleneck import grouped_bottleneck_adapter
+
+    config = adapter_config(residual.dtype != torch.float32)
+    for activation in dict.fromkeys(s.activation for s in segments):
+        mine = batch.of_activation(segments, activation)
+        columns = batch.get([mine], config.block_m)
+        residual = grouped_bottleneck_adapter(residual, source, down, down_bias, up, columns, activation, config)
+    return residual
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    pool: Tensor | None = None,
+    segments: Sequence[RowSegment] = (),
+    batch: BatchColumns | None = None,
+) -> Tensor:
+    """y [T, H] = LayerNorm(x + residual) with each segment's bias: x and residual [T, H], pool [P, H]."""
+    if not on_kernels(x):
+        y = F.layer_norm(x if residual is None else x + residual, x.shape[1:], weight, bias, eps)
+        return y if pool is None else add_low_rank(y, None, None, pool, segments)
+    from bertology_serve.kernels.layernorm import layer_norm
+
+    columns = batch.get([segments], NORM_ROWS) if batch is not None and pool is not None and segments else None
+    return layer_norm(x, weight, bias, eps, residual, pool, columns)
+
+
+def embeddings(
+    sources: Tensor,
+    words: Tensor,
+    prompts: Tensor | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
+    types: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """y [T, H] of token and prompt rows, plus (table, indices) of positions and types; see ``embed``."""
+    if on_kernels(words):
+        from bertology_serve.kernels.embed import packed_embed_with_prompts as run
+    else:
+        from bertology_serve.kernels.reference import packed_embed_with_prompts as run
+    return run(sources, words, prompts, positions, types)
+
+
+def heads(
+    x: Tensor, weights: Tensor, bias: Tensor, firsts: Tensor, counts: Tensor, total: int, activation: str = ""
+) -> tuple[Tensor, Tensor]:
+    """(flat outputs [total], begins [S]) of each row's own classifier; see ``head``."""
+    if on_kernels(x):
+        from bertology_serve.kernels.head import grouped_head as run
+    else:
+        from bertology_serve.kernels.reference import grouped_head as run
+    return run(x, weights, bias, firsts, counts, total, activation)
+
+
+def on_kernels(tensor: Tensor) -> bool:
+    """Whether kernels take this tensor: on a GPU that has them, in their dtypes, with no gradients recorded."""
+    return not torch.is_grad_enabled() and tensor.dtype in DTYPES and bool(architecture(tensor.device)[0])

@@ -1,0 +1,207 @@
+"""Shrink and expand as kernels of their own: for high ranks, wide outputs, and as the baseline that others ship.
+
+``segmented_lora_shrink`` writes the coefficients of every tile column; ``linear_lora_epilogue`` is the base linear
+whose epilogue reads them. With programmatic dependent launch (Hopper and later) the second starts beside the first and
+waits only before its epilogue. ``lora_expand`` adds to an output that another linear has written: together with the
+shrink it is the pair that multi-LoRA servers run after cuBLAS (S-LoRA, arXiv 2311.03285; Punica, arXiv 2310.18547).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from bertology_serve.kernels.blocks import b_tile, column_rows, shrunk
+from bertology_serve.kernels.columns import Pools, TileColumns
+from bertology_serve.kernels.config import Config, cdiv
+from bertology_serve.kernels.fused_lora_linear import launch_linear, pool_arguments
+from bertology_serve.kernels.launching import Int, Ptr, check_dtypes, check_matrix, jit
+
+
+@jit
+def shrink_kernel(
+    x: Ptr,  # [T, K]
+    out: Ptr,  # [C, BM]
+    a0: Ptr, a1: Ptr, a2: Ptr,  # [P, K] of each slice
+    starts: Ptr,  # int32 [SLICES * tiles + 1]
+    rows: Ptr, ranges: Ptr,  # int32 [C]
+    T: Int, K: Int, stride_x: Int, stride_a: Int,
+    SLICES: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RT: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+) -> None:  # fmt: skip
+    """All columns of one tile of one slice, RT at a time."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # the epilogue may start; this kernel itself waits for all before it
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    a = a0
+    if SLICES > 1:
+        if part == 1:
+            a = a1
+        if part == 2:
+            a = a2
+    at = starts + part * tl.cdiv(T, BM) + tile
+    first = tl.load(at)
+    last = tl.load(at + 1)
+    m = tl.arange(0, BM)
+    for c in range(first, last, RT):
+        row, own = column_rows(rows, ranges, c, last, RT)
+        s = shrunk(x, a, row, own, tile * BM, T, K, stride_x, stride_a, BM, BK, RT, BIAS, EVEN_K, False, PRECISION)
+        column = c + tl.arange(0, RT)
+        to = out + column.to(tl.int64)[None, :] * BM + m[:, None]
+        tl.store(to, s.to(out.dtype.element_ty), mask=(column < last)[None, :])
+
+
+@jit
+def expand_kernel(
+    y: Ptr,  # [T, N], read and written
+    coefficients: Ptr,  # [C, BM]
+    b0: Ptr, b1: Ptr, b2: Ptr,  # [P, width] of each slice
+    starts: Ptr,  # int32 [SLICES * tiles + 1]
+    rows: Ptr, ranges: Ptr,  # int32 [C]
+    T: Int, width: Int, stride_y: Int, stride_b: Int,
+    SLICES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RT: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
+    """``y += s B`` of one tile, BN columns of one slice."""
+    tile = tl.program_id(0)
+    part = tl.program_id(2)
+    b = b0
+    if SLICES > 1:
+        if part == 1:
+            b = b1
+        if part == 2:
+            b = b2
+    at = starts + part * tl.cdiv(T, BM) + tile
+    first = tl.load(at)
+    last = tl.load(at + 1)
+    if first < last:
+        m = tl.arange(0, BM)
+        n = tl.program_id(1) * BN + tl.arange(0, BN)
+        acc = tl.zeros([BM, BN], tl.float32)
+        for c in range(first, last, RT):
+            row, _ = column_rows(rows, ranges, c, last, RT)
+            column = (c + tl.arange(0, RT)).to(tl.int64)
+            read = coefficients + column[None, :] * BM + m[:, None]
+            s = tl.load(read, mask=(column < last)[None, :], other=0.0)
+            acc = tl.dot(s, b_tile(b, row, n, width, stride_b), acc, input_precision=PRECISION)
+        to = y + (tile * BM).to(tl.int64) * stride_y + part * width + (m[:, None] * stride_y + n[None, :])
+        mask = (m < T - tile * BM)[:, None] & (n < width)[None, :]
+        tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + acc).to(y.dtype.element_ty), mask=mask)
+
+
+def segmented_lora_shrink(
+    x: Tensor,
+    pools: Sequence[Pools],
+    columns: TileColumns,
+    config: Config | None = None,
+    bias_coefficient: float = 1.0,
+    pdl: bool = False,
+) -> Tensor:
+    """The coefficients [C, block_m] of every tile column: xA where it is active, 1 for a bias, zero elsewhere.
+
+    x [T, K]; a pools [P, K], or ``None`` for slots with biases only. Raises ValueError for shapes that do not fit.
+    """
+    config = config or Config()
+    check_matrix("x", x)
+    check_dtypes(x=x, **{f"pool {i}": pool.a for i, pool in enumerate(pools)})
+    if columns.block_m != config.block_m or columns.rows != x.shape[0] or columns.slices != len(pools):
+        raise ValueError(
+            f"got lists of {columns.slices} slices for T = {columns.rows} in tiles of {columns.block_m} rows, expected "
+            f"{len(pools)} slices, T = {x.shape[0]}, tiles of {config.block_m}"
+        )
+    out = torch.empty(columns.capacity, config.block_m, dtype=x.dtype, device=x.device)
+    if not columns.count:
+        return out
+    shrink_kernel[(columns.tiles, columns.slices)](
+        x,
+        out,
+        *pool_arguments(x, pools)[:3],
+        columns.starts,
+        columns.pool_rows,
+        columns.ranges,
+        x.shape[0],
+        x.shape[1],
+        x.stride(0),
+        x.shape[1],
+        SLICES=columns.slices,
+        BIAS=bias_coefficient,
+        BM=config.block_m,
+        BK=config.block_k,
+        RT=config.rank_tile,
+        EVEN_K=x.shape[1] % config.block_k == 0,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        PDL=pdl,
+        enable_fp_fusion=True,
+        num_warps=4,
+        num_stages=config.stages,
+    )
+    return out
+
+
+def linear_lora_epilogue(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    pools: Sequence[Pools],
+    columns: TileColumns,
+    coefficients: Tensor,
+    activation: str = "",
+    config: Config | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """y [T, N] = act(x Wᵀ + bias + coefficients B): the base linear, whose epilogue reads what a shrink wrote.
+
+    x [T, K], w [N, K], bias [N], b pools [P, N of a slice], coefficients [C, block_m].
+    """
+    return launch_linear(x, w, bias, pools, columns, activation, config or Config(), coefficients, pdl=pdl)
+
+
+def split_lora_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    pools: Sequence[Pools],
+    columns: TileColumns,
+    activation: str = "",
+    config: Config | None = None,
+) -> Tensor:
+    """``fused_lora_linear`` in two launches, overlapping where the GPU has programmatic dependent launch."""
+    pdl = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    coefficients = segmented_lora_shrink(x, pools, columns, config, pdl=pdl)
+    return linear_lora_epilogue(x, w, bias, pools, columns, coefficients, activation, config, pdl)
+
+
+def lora_expand(
+    y: Tensor, coefficients: Tensor, pools: Sequence[Pools], columns: TileColumns, config: Config | None = None
+) -> Tensor:
+    """``y += coefficients B`` in place, y [T, N]: the second half of the unfused pair. Returns y."""
+    config = config or Config()
+    check_matrix("y", y)
+    check_dtypes(y=y, coefficients=coefficients, **{f"pool {i}": pool.b for i, pool in enumerate(pools)})
+    if not columns.count:
+        return y
+    width = y.shape[1] // columns.slices
+    expand_kernel[(columns.tiles, cdiv(width, config.block_n), columns.slices)](
+        y,
+        coefficients,
+        *pool_arguments(y, pools)[3:],
+        columns.starts,
+        columns.pool_rows,
+        columns.ranges,
+        y.shape[0],
+        width,
+        y.stride(0),
+        width,
+        SLICES=columns.slices,
+        BM=config.block_m,
+        BN=config.block_n,
+        RT=config.rank_tile,
+        PRECISION="ieee" if y.dtype == torch.float32 else "tf32",
+        enable_fp_fusion=True,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return y
