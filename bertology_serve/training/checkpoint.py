@@ -1,0 +1,64 @@
+"""One file that a run continues from: tensors and a JSON state, written whole or not at all. No pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bertology_serve.errors import FormatError
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Writes beside ``path``, flushes, and moves into place: a kill at any moment leaves the old file or the new."""
+    beside = path.with_name(path.name + ".new")
+    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    save_file(own, beside, metadata={"state": json.dumps(state)})
+    _flush(beside)
+    os.replace(beside, path)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the state; raises FormatError where the file is not a whole checkpoint."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            return tensors, json.loads(file.metadata()["state"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        line = " ".join(str(error).split())
+        raise FormatError(f"{path} is no checkpoint of a run: {line}; begin again with --overwrite") from None
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A JSON file, moved into place when it is whole."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    _flush(beside)
+    os.replace(beside, path)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's random generators as tensors [bytes]."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(device: torch.device, states: Mapping[str, Tensor]) -> None:
+    """The inverse of ``random_state``."""
+    torch.set_rng_state(states["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in states:
+        torch.cuda.set_rng_state(states["rng.cuda"], device)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,186 @@
+"""How one delta is trained: everything that a run depends on but its data and its encoder. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from bertology_serve.errors import SpecError, nearest
+from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, TASK_KINDS, TaskSpec
+
+PROBE, FULL = "probe", "full"
+METHODS = ("lora", "bitfit", "adapter", "prompt", "prefix", PROBE, FULL)
+
+# Tried on MiniLM with batches of 32 and a few hundred steps (docs/training.md). The head starts at random beside a
+# delta that starts at nothing, so it takes larger steps: with 77 labels, LoRA's own rate leaves it far behind.
+LEARNING_RATES: Mapping[str, float] = {
+    "lora": 1e-3,
+    "bitfit": 4e-3,
+    "adapter": 2e-3,
+    "prompt": 5e-2,
+    "prefix": 3e-2,
+    PROBE: 1e-2,
+    FULL: 1e-4,
+}
+HEAD_RATES: Mapping[str, float] = {FULL: 1e-3}
+HEAD_RATE = 5e-3
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Steps are updates of the optimizer; a batch is ``batch_size`` examples.
+
+    A batch is run in micro-batches of up to ``max_tokens`` packed rows, whose gradients add up to exactly that of the
+    whole batch, so memory bounds ``max_tokens`` and nothing else. ``None`` means the default of the method, the task
+    or the machine, as each field says. ``options`` holds fields of the kinds' specs: ``{"lora": {"rank": 4}}``.
+    """
+
+    task: str = field(metadata={"help": "What the delta answers: " + ", ".join(TASK_KINDS) + "."})
+    method: tuple[str, ...] = _option(("lora",), "One or several, with commas: " + ", ".join(METHODS) + ".")
+    epochs: int = _option(3, "Passes over the training data.")
+    max_steps: int | None = _option(None, "Stop after so many steps, whatever the epochs.")
+    batch_size: int = _option(32, "Examples a step.")
+    max_tokens: int = _option(4096, "Tokens a micro-batch; a batch of more is accumulated, with the same gradient.")
+    learning_rate: float | None = _option(None, "Highest learning rate. Default: the method's.")
+    head_learning_rate: float | None = _option(None, "Highest learning rate of the head. Default: the method's.")
+    schedule: Literal["linear", "cosine", "constant"] = _option("linear", "How the learning rate falls.")
+    warmup: float = _option(0.06, "Share of the steps over which the learning rate rises.")
+    weight_decay: float = _option(0.01, "AdamW's; biases and LayerNorms have none.")
+    clip: float = _option(1.0, "Longest gradient; 0: no clipping.")
+    seed: int = _option(0, "Decides the first weights, the order of examples and dropout.")
+    labels: tuple[str, ...] = _option((), "Labels in logit order, with commas. Default: those of the training data.")
+    max_length: int | None = _option(None, "Longest sequence in tokens. Default: 384 for question answering, else 128.")
+    pooling: Literal["cls", "mean", "max"] | None = _option(
+        None, "Rows that the head reads. Default: mean for embeddings and the probe, else cls."
+    )
+    head: Literal["hf", "linear", "none"] | None = _option(
+        None,
+        "hf: the form that HuggingFace gives the family; linear: one layer. Default: none for embeddings, else hf.",
+    )
+    stride: int | None = _option(None, "Overlap in tokens of question-answering windows. Default: 64.")
+    max_answer_length: int | None = _option(None, "Longest answer in tokens (question answering). Default: 30.")
+    trunk_dropout: bool | None = _option(
+        None, "Whether the encoder's own dropout is active. Default: only for full fine-tuning."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = _option(
+        "auto", "bf16: the encoder runs under autocast; auto: bf16 on GPUs that have it, else fp32."
+    )
+    eval_every: int | None = _option(None, "Steps between evaluations. Default: one an epoch.")
+    patience: int | None = _option(None, "Stop after so many evaluations without a better one. Default: never.")
+    keep: Literal["best", "last"] = _option("best", "Which state is saved where there is evaluation data.")
+    save_every: int = _option(200, "Steps between checkpoints; one is written after each evaluation too.")
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "method", _methods(self.method))
+        object.__setattr__(self, "labels", tuple(self.labels))
+        _check_known("task", self.task, TASK_KINDS)
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) is not None:
+                _check_known(name, getattr(self, name), allowed)
+        for name, least in _LEAST.items():
+            _check_number(name, getattr(self, name), least)
+        _check_number("warmup", self.warmup, 0, most=1)
+        for name in ("learning_rate", "head_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < 10:
+                raise SpecError(f"{name} is {rate!r}; expected a number above 0, such as 1e-3")
+        for name in self.options:
+            if name not in self.method:
+                raise SpecError(f"options of {name!r} were given, but the method is {','.join(self.method)}")
+        self.task_spec(("O",) if self._labelled and not self.labels else self.labels)
+
+    @property
+    def full(self) -> bool:
+        """Whether the encoder itself is trained."""
+        return self.method == (FULL,)
+
+    @property
+    def _labelled(self) -> bool:
+        return self.task in ("classification", "token-classification")
+
+    def rate(self, method: str) -> float:
+        """The highest learning rate of one method's parameters."""
+        return LEARNING_RATES[method] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def head_rate(self) -> float:
+        """The highest learning rate of the head's parameters; the probe's is its learning rate."""
+        if self.head_learning_rate is not None:
+            return self.head_learning_rate
+        return self.rate(PROBE) if self.method == (PROBE,) else HEAD_RATES.get(self.method[0], HEAD_RATE)
+
+    def task_spec(self, labels: tuple[str, ...]) -> TaskSpec:
+        """The task with its defaults filled in."""
+        embedding, probe = self.task == EMBEDDING, self.method == (PROBE,)
+        return TaskSpec(
+            self.task,
+            labels=labels,
+            max_length=self.max_length or (384 if self.task == QUESTION_ANSWERING else TaskSpec.max_length),
+            pooling=self.pooling or ("mean" if embedding or probe else TaskSpec.pooling),
+            head=self.head or ("none" if embedding else "linear" if probe else TaskSpec.head),
+            stride=TaskSpec.stride if self.stride is None else self.stride,
+            max_answer_length=self.max_answer_length or TaskSpec.max_answer_length,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {**asdict(self), "method": list(self.method), "labels": list(self.labels)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of ``as_dict``; an unknown key is an error that names the nearest known one."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise SpecError(f"training has no field {name!r}; {nearest(name, known)}")
+        if "task" not in values:
+            raise SpecError(f"field 'task' is missing; expected one of {', '.join(TASK_KINDS)}")
+        return cls(**values)
+
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "schedule": ("linear", "cosine", "constant"),
+    "pooling": ("cls", "mean", "max"),
+    "head": ("hf", "linear", "none"),
+    "precision": ("auto", "fp32", "bf16"),
+    "keep": ("best", "last"),
+}
+_LEAST: Mapping[str, float] = {
+    "epochs": 1, "max_steps": 1, "batch_size": 1, "max_tokens": 1, "weight_decay": 0, "clip": 0, "seed": 0,
+    "max_length": 3, "stride": 0, "max_answer_length": 1, "eval_every": 1, "patience": 1, "save_every": 1,
+}  # fmt: skip
+
+
+def _methods(given: Any) -> tuple[str, ...]:
+    """``lora,bitfit`` or a list of names -> names, each once; ``probe`` and ``full`` stand alone."""
+    names = tuple(given.split(",")) if isinstance(given, str) else tuple(given)
+    for name in names:
+        _check_known("method", name, METHODS)
+    if not names:
+        raise SpecError(f"no method was given; known: {', '.join(METHODS)}")
+    if len(set(names)) != len(names):
+        raise SpecError(f"method {','.join(names)} names a kind twice; name each once")
+    alone = {PROBE, FULL} & set(names)
+    if alone and len(names) > 1:
+        raise SpecError(f"method {alone.pop()!r} stands alone; got {','.join(names)}")
+    return names
+
+
+def _check_known(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise SpecError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
+
+
+def _check_number(name: str, value: Any, least: float, most: float | None = None) -> None:
+    if value is None:
+        return
+    limits = f"from {least}" + (f" to {most}" if most is not None else " up")
+    wrong = isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf")
+    if wrong or (most is not None and value > most):
+        raise SpecError(f"{name} is {value!r}; expected a number {limits}")

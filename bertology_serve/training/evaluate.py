@@ -1,0 +1,87 @@
+"""Metrics of a delta: while it is in training, and of a saved one through the engine that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.errors import DataError
+from bertology_serve.tasks.base import Answer, Task
+from bertology_serve.tasks.registry import task_for
+from bertology_serve.training.items import WHOLE_BATCH, Item, micro_batches
+
+Records = Iterable[tuple[Mapping[str, Any], str]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``metrics`` as fractions, and the answer to each example, in order."""
+
+    metrics: dict[str, float]
+    answers: list[Answer]
+
+
+def evaluate(
+    delta: Delta,
+    records: Records,
+    encoder: Encoder | None = None,
+    max_tokens: int = 4096,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Evaluation:
+    """Answers labelled (fields, where) records with a delta, as the server would, and compares.
+
+    ``encoder`` defaults to the delta's base. ``advance`` is told the number of records as they are answered. Raises
+    DataError naming the record that is wrong, a label that the delta does not know included.
+    """
+    encoder = encoder or Encoder.for_delta(delta)
+    task = task_for(delta.task)
+    pipeline = Pipeline(encoder)
+    pipeline.add(delta)
+    rows = list(records)
+    if not rows:
+        raise DataError("no records were found; expected at least one")
+    examples = [task.example(fields, where, labelled=True) for fields, where in rows]
+    requests = (Request(delta.name, fields, where=where) for fields, where in rows)
+    answers: list[Answer] = []
+    for prediction in pipeline.answer(requests, max_tokens):
+        answers.append(dict(prediction.answer))
+        advance(1)
+    return Evaluation(task.metrics(answers, examples), answers)
+
+
+def measure(live: LiveDelta, task: Task, items: Sequence[Item], max_tokens: int) -> dict[str, float]:
+    """Metrics of a delta under training, in float32 and without dropout; ``loss`` too where it adds up over batches."""
+    answers: dict[int, Answer] = {}
+    loss = 0.0
+    for group in micro_batches(items, max_tokens, not live.encoder.packs):
+        out, outputs = run(live, group)
+        for item, own in zip(group, outputs, strict=True):
+            answers[id(item)] = task.decode(item.example, item.encodings, own)
+        loss += float(task.loss(out, _lengths(group), [item.target for item in group]))
+    metrics = task.metrics([answers[id(item)] for item in items], [item.example for item in items])
+    weight = max(1, task.weight([item.target for item in items]))
+    return metrics if task.kind in WHOLE_BATCH else {**metrics, "loss": loss / weight}
+
+
+@torch.inference_mode()
+def run(live: LiveDelta, items: Sequence[Item]) -> tuple[Tensor, list[list[Tensor]]]:
+    """The head's output for one batch as the loss takes it, and for each item one float32 CPU tensor a sequence."""
+    mode = live.training
+    live.eval()
+    out: Tensor = live([encoding for item in items for encoding in item.encodings])
+    live.train(mode)
+    rows = out.float().cpu()
+    parts = iter(torch.split(rows, _lengths(items)) if live.task.per_token else rows.unbind(0))
+    return out, [[next(parts) for _ in item.encodings] for item in items]
+
+
+def _lengths(items: Sequence[Item]) -> list[int]:
+    return [len(encoding) for item in items for encoding in item.encodings]

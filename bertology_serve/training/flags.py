@@ -1,0 +1,44 @@
+"""The kinds' options as the command line names them. Imports no torch; defaults are those of the kinds' specs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def _flag(kind: str, spec_field: str, text: str) -> Any:
+    return field(default=None, metadata={"kind": kind, "field": spec_field, "help": f"{kind}: {text}"})
+
+
+@dataclass(frozen=True)
+class KindFlags:
+    """One field for each option of each kind; ``None`` leaves the kind's default."""
+
+    rank: int | None = _flag("lora", "rank", "rank of the update.")
+    targets: tuple[str, ...] | None = _flag("lora", "targets", "linears to change, with commas (query,key,value,...).")
+    alpha: float | None = _flag("lora", "alpha", "the update is scaled by alpha / rank.")
+    dropout: float | None = _flag("lora", "dropout", "share of the update's inputs dropped in training.")
+    rslora: bool | None = _flag("lora", "rslora", "scale by alpha / sqrt(rank) instead.")
+    lora_init: str | None = _flag("lora", "init", "how A is drawn: kaiming or gaussian.")
+    layers: tuple[int, ...] | None = _flag("lora", "layers", "layers to change, from 0, with commas.")
+    biases: str | None = _flag("bitfit", "biases", "all, or attention (query, key and value).")
+    adapter_preset: str | None = _flag("adapter", "preset", "houlsby or pfeiffer.")
+    adapter_width: int | None = _flag("adapter", "width", "width of the bottleneck.")
+    adapter_after: str | None = _flag("adapter", "after", "houlsby stands after attention, ffn, or both.")
+    adapter_activation: str | None = _flag("adapter", "activation", "relu, gelu, silu or tanh.")
+    adapter_drop_lowest: int | None = _flag("adapter", "drop_lowest", "lowest layers without an adapter (AdapterDrop).")
+    prompt_length: int | None = _flag("prompt", "length", "number of vectors.")
+    prompt_placement: str | None = _flag("prompt", "placement", "after_cls or before_cls.")
+    prompt_positions: str | None = _flag("prompt", "positions", "kept, or shifted as peft has it.")
+    prompt_head_reads: str | None = _flag("prompt", "head_reads", "cls, or first_row as peft has it.")
+    prefix_length: int | None = _flag("prefix", "length", "keys and values a layer.")
+    prefix_positions: str | None = _flag("prefix", "positions", "kept, or shifted as peft has it.")
+
+    def by_kind(self) -> dict[str, dict[str, Any]]:
+        """What was given, as ``TrainConfig.options`` takes it."""
+        given: dict[str, dict[str, Any]] = {}
+        for flag in fields(self):
+            value = getattr(self, flag.name)
+            if value is not None:
+                given.setdefault(flag.metadata["kind"], {})[flag.metadata["field"]] = value
+        return given

@@ -1,0 +1,189 @@
+"""The step loop: one delta, one optimizer, batches of examples, and a run that can be killed at any moment."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.errors import SpecError
+from bertology_serve.tasks.base import Task
+from bertology_serve.training.checkpoint import random_state, set_random_state
+from bertology_serve.training.config import TrainConfig
+from bertology_serve.training.device import uses_bf16
+from bertology_serve.training.evaluate import measure
+from bertology_serve.training.items import WHOLE_BATCH, Item, micro_batches
+from bertology_serve.training.methods import count_parameters
+from bertology_serve.training.optimizer import make_optimizer, moments, set_moments, set_rate, trained
+from bertology_serve.training.rundir import RunDirectory
+from bertology_serve.training.sampler import Sampler
+from bertology_serve.training.schedule import factor
+from bertology_serve.training.state import RunState
+from bertology_serve.training.watch import Silent, Watcher
+
+
+class Trainer:
+    """Trains a live delta on items, and measures it on ``dev`` items where there are any.
+
+    With a run directory the run continues from its checkpoint, if it has one, and writes them: N steps give the same
+    bits as N/2 steps, a kill, and N/2 steps more (on CPU, with the same number of threads). Every step is a log line
+    ``{step, epoch, loss, lr, grad_norm, tokens, tokens_per_s}``, every evaluation ``{step, epoch, eval: metrics}``.
+    """
+
+    def __init__(
+        self,
+        live: LiveDelta,
+        task: Task,
+        items: Sequence[Item],
+        config: TrainConfig,
+        dev: Sequence[Item] = (),
+        directory: RunDirectory | None = None,
+        watcher: Watcher | None = None,
+    ) -> None:
+        self.live, self.task, self.items, self.config, self.dev = live, task, items, config, dev
+        self.directory, self.watcher = directory, watcher or Silent()
+        self.parameters = trained(live)
+        self.optimizer = make_optimizer(live, config)
+        self.sampler = Sampler(len(items), config.seed)
+        steps_an_epoch = math.ceil(len(items) / config.batch_size)
+        self.eval_every = config.eval_every or steps_an_epoch
+        self.total = min(config.epochs * steps_an_epoch, config.max_steps or config.epochs * steps_an_epoch)
+        self.state = RunState()
+        self.best: dict[str, Tensor] = {}
+
+    def run(self) -> RunState:
+        """Trains to the end; the live delta then holds what is to be kept."""
+        self._begin()
+        while self.state.step < self.total and not self.state.stopped:
+            started = time.perf_counter()
+            batch = [self.items[i] for i in self.sampler.take(self.config.batch_size)]
+            loss = self.gradient(batch)
+            rate, norm = self._update(loss)
+            self._log_step(batch, loss, rate, norm, started)
+            if self._is_due(self.eval_every):
+                self._evaluate()
+            if self._is_due(self.eval_every) or self._is_due(self.config.save_every):
+                self._save()
+        self._end()
+        return self.state
+
+    def gradient(self, batch: Sequence[Item]) -> float:
+        """Adds the gradient of the batch's mean loss, micro-batch by micro-batch; returns that loss."""
+        weight = max(1, self.task.weight([item.target for item in batch]))
+        whole, padded = self.task.kind in WHOLE_BATCH, not self.live.encoder.packs
+        total = 0.0
+        for group in micro_batches(batch, self.config.max_tokens, padded, whole):
+            encodings = [encoding for item in group for encoding in item.encodings]
+            with _autocast(self.config.precision, self.live.encoder.device):
+                out = self.live(encodings)
+            lengths = [len(encoding) for encoding in encodings]
+            loss = self.task.loss(out, lengths, [item.target for item in group]) / weight
+            torch.autograd.backward(loss)
+            total += loss.item()
+        return total
+
+    def _update(self, loss: float) -> tuple[float, float]:
+        """One step of the optimizer on the gradients; returns the learning rate and the gradient's norm."""
+        rate = set_rate(self.optimizer, factor(self.state.step, self.total, self.config.warmup, self.config.schedule))
+        norm = float(clip_grad_norm_(self.parameters.values(), self.config.clip or math.inf, foreach=True))
+        self.state.step += 1
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise SpecError(
+                f"step {self.state.step}: the loss is {loss:g} and its gradient {norm:g} long; "
+                f"lower --learning-rate (it is {self.optimizer.param_groups[0]['initial_rate']:g})"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.epoch, self.state.offset = self.sampler.epoch, self.sampler.offset
+        return rate, norm
+
+    def _log_step(self, batch: Sequence[Item], loss: float, rate: float, norm: float, started: float) -> None:
+        seconds, tokens = time.perf_counter() - started, sum(item.tokens for item in batch)
+        self.state.seconds += seconds
+        line = {**self._place(), "loss": loss, "lr": rate, "grad_norm": norm}
+        line |= {"tokens": tokens, "tokens_per_s": round(tokens / seconds, 1)}
+        self._log(line)
+        self.watcher.stepped(line)
+
+    def _evaluate(self) -> None:
+        """Measures the delta, remembers the best state, and stops where patience runs out."""
+        if not self.dev:
+            return
+        started, state = time.perf_counter(), self.state
+        metrics = measure(self.live, self.task, self.dev, self.config.max_tokens)
+        rank = [metrics[self.task.main_metric], -metrics.get("loss", 0.0)]
+        better = not state.best or rank > state.best
+        state.stale = 0 if better else state.stale + 1
+        if better:
+            state.best, state.best_step = rank, state.step
+        if better or self.config.keep == "last":
+            state.metrics = metrics
+        if better and self.config.keep == "best":
+            self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        state.stopped = self.config.patience is not None and state.stale >= self.config.patience
+        state.seconds += time.perf_counter() - started
+        line = {**self._place(), "eval": metrics}
+        self._log(line)
+        self.watcher.evaluated(line)
+
+    def _begin(self) -> None:
+        """From the first step, or from where the checkpoint stands."""
+        torch.manual_seed(self.config.seed)
+        found = self.directory.load() if self.directory else None
+        if found is not None:
+            self._restore(*found)
+        self.live.train()
+        self.watcher.began(self.state.step, self.total, count_parameters(self.live))
+
+    def _end(self) -> None:
+        self.live.eval()
+        self._set_parameters(self.best)
+
+    def _save(self) -> None:
+        if self.directory is None:
+            return
+        tensors: dict[str, Tensor] = {f"parameter.{name}": parameter for name, parameter in self.parameters.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= moments(self.optimizer, self.parameters) | random_state(self.live.encoder.device)
+        self.directory.save(tensors, self.state.as_dict())
+
+    def _restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        self.state = RunState.from_dict(state)
+        self.sampler.epoch, self.sampler.offset = self.state.epoch, self.state.offset
+        self._set_parameters(_named(tensors, "parameter."))
+        self.best = _named(tensors, "best.")
+        set_moments(self.optimizer, self.parameters, tensors)
+        set_random_state(self.live.encoder.device, tensors)
+
+    def _set_parameters(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                self.parameters[name].copy_(value)
+
+    def _is_due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.total
+
+    def _place(self) -> dict[str, Any]:
+        epoch = self.state.epoch + self.state.offset / len(self.items)
+        return {"step": self.state.step, "epoch": round(epoch, 4)}
+
+    def _log(self, line: Mapping[str, Any]) -> None:
+        if self.directory is not None:
+            self.directory.log(line)
+
+
+def _named(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 for the products where the configuration and the hardware say so; parameters stay float32."""
+    bf16 = uses_bf16(precision, device)
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()

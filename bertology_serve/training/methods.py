@@ -1,0 +1,73 @@
+"""From a configuration to a live delta: its kinds' specs, its parameters, and how many they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bertology_serve.deltas.kind import spec_from_dict
+from bertology_serve.deltas.kinds import kind_named
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.errors import LimitError, SpecError
+from bertology_serve.tasks.spec import REGRESSION, TaskSpec
+from bertology_serve.training.config import FULL, PROBE, TrainConfig
+from bertology_serve.training.items import Item
+from bertology_serve.training.optimizer import trained
+
+
+def specs_for(config: TrainConfig) -> tuple[Any, ...]:
+    """The specs of the configuration's kinds; none for ``probe`` and ``full``. Raises SpecError."""
+    names = [name for name in config.method if name not in (PROBE, FULL)]
+    return tuple(spec_from_dict(kind_named(name), config.options.get(name, {})) for name in names)
+
+
+def make_live(encoder: Encoder, config: TrainConfig, spec: TaskSpec) -> LiveDelta:
+    """A fresh delta on that encoder. Raises SpecError where nothing would be trained, LimitError for long sequences."""
+    if spec.max_length > encoder.max_tokens:
+        raise LimitError(
+            f"max_length is {spec.max_length}, but {encoder.name} reads at most {encoder.max_tokens} tokens; lower it"
+        )
+    live = LiveDelta(encoder, specs_for(config), spec, config.seed, full=config.full)
+    live.trunk_dropout = config.full if config.trunk_dropout is None else config.trunk_dropout
+    if not trained(live):
+        raise SpecError(f"method {','.join(config.method)} trains nothing for {spec.kind}, which has no head; add lora")
+    return live
+
+
+def start_at_mean(live: LiveDelta, items: Sequence[Item]) -> None:
+    """Regression begins at the mean of the training scores, so that steps are spent on what explains them."""
+    bias = live.head.layers[-1].linear.bias if live.task.kind == REGRESSION else None  # type: ignore[union-attr]
+    if bias is not None:
+        with torch.no_grad():
+            bias.fill_(sum(float(item.target) for item in items) / len(items))  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Trained parameters of the components (or the encoder), of the head, and the encoder's own."""
+
+    delta: int
+    head: int
+    encoder: int
+
+    @property
+    def trained(self) -> int:
+        """All that is trained."""
+        return self.delta + self.head
+
+    @property
+    def share(self) -> float:
+        """Trained parameters as a share of encoder and head."""
+        return self.trained / (self.encoder + self.head)
+
+
+def count_parameters(live: LiveDelta) -> ParameterCount:
+    """Counts what a live delta trains."""
+    sizes = {name: parameter.numel() for name, parameter in trained(live).items()}
+    head = sum(size for name, size in sizes.items() if name.startswith("head."))
+    encoder = sum(parameter.numel() for parameter in live.encoder.model.parameters())
+    return ParameterCount(sum(sizes.values()) - head, head, encoder)

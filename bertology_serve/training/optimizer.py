@@ -1,0 +1,69 @@
+"""AdamW over a live delta: a learning rate a method, and no decay of biases and LayerNorms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.training.config import TrainConfig
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def trained(live: LiveDelta) -> dict[str, torch.nn.Parameter]:
+    """The parameters under training by name, in a fixed order."""
+    return {name: parameter for name, parameter in live.named_parameters() if parameter.requires_grad}
+
+
+def make_optimizer(live: LiveDelta, config: TrainConfig) -> AdamW:
+    """AdamW with one group for each learning rate and decay; ``initial_rate`` is each group's highest rate."""
+    spared = live.no_decay()
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in trained(live).items():
+        key = (_rate(name, config), 0.0 if name in spared else config.weight_decay)
+        groups.setdefault(key, []).append(parameter)
+    return AdamW(
+        [
+            {"params": parameters, "lr": rate, "initial_rate": rate, "weight_decay": decay}
+            for (rate, decay), parameters in groups.items()
+        ],
+        fused=True,
+    )
+
+
+def _rate(name: str, config: TrainConfig) -> float:
+    """The highest learning rate of a parameter; its name begins with ``tensors.KIND-``, ``head.`` or ``model.``."""
+    if name.startswith("head."):
+        return config.head_rate
+    kind = name.removeprefix("tensors.").partition("-")[0]
+    return config.rate(kind if kind in config.method else config.method[0])
+
+
+def set_rate(optimizer: AdamW, share: float) -> float:
+    """Sets every group to a share of its highest rate; returns the first group's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_rate"] * share
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def moments(optimizer: AdamW, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's state as tensors named ``MOMENT.PARAMETER``."""
+    return {
+        f"{moment}.{name}": optimizer.state[parameter][moment]
+        for name, parameter in parameters.items()
+        if optimizer.state[parameter]
+        for moment in MOMENTS
+    }
+
+
+def set_moments(optimizer: AdamW, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """The inverse of ``moments``."""
+    for name, parameter in parameters.items():
+        if f"step.{name}" in values:
+            optimizer.state[parameter] = {
+                moment: values[f"{moment}.{name}"].to(parameter.device, copy=True) for moment in MOMENTS
+            }

@@ -1,0 +1,110 @@
+"""Saves a trained delta, proves the copy on disk, and only then gives it its name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bertology_serve.data.records import Record
+from bertology_serve.deltas import store
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.errors import VerificationError
+from bertology_serve.training.evaluate import run
+from bertology_serve.training.items import Item
+
+TOLERANCE = 1e-5
+MOST_TOKENS, MOST_ITEMS = 4096, 64
+
+
+def publish(
+    delta: Delta,
+    live: LiveDelta,
+    out: Path,
+    items: Sequence[Item],
+    records: Sequence[Record],
+    extra: Iterable[Path] = (),
+) -> float:
+    """Writes ``delta`` to the directory ``out``, with copies of the files ``extra`` beside it.
+
+    It is written under a hidden name, loaded from there into a fresh encoder, and asked the first of the ``records``
+    (whose ``items`` are ready for training) through the serving engine. Raises VerificationError, with nothing
+    published, where a logit differs from the live delta's by more than 1e-5 of the largest (or of 1, if that is more).
+    Returns the largest difference.
+    """
+    hidden = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    stage = hidden / "delta"
+    try:
+        store.save(delta, stage, live.encoder.anatomy, live.encoder.config.to_dict())
+        difference = compare(stage, live, items, records)
+        for path in extra:
+            if path.exists():
+                shutil.copy(path, stage)
+        _take_place(stage, out)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    return difference
+
+
+def compare(directory: Path, live: LiveDelta, items: Sequence[Item], records: Sequence[Record]) -> float:
+    """The largest difference of logits between a live delta and its saved copy; raises VerificationError."""
+    count = _count(items)
+    expected = torch.cat([part.flatten() for item in items[:count] for part in run(live, [item])[1][0]])
+    delta = store.load(directory)
+    encoder = Encoder.for_delta(delta, live.encoder.name, device=str(live.encoder.device))
+    pipeline = Pipeline(encoder)
+    pipeline.add(delta)
+    requests = (Request(delta.name, fields, logits=True, where=where) for fields, where in records[:count])
+    found = torch.tensor([value for answer in pipeline.answer(requests) for value in _flat(answer.answer["logits"])])
+    return _difference(expected, found, delta.name)
+
+
+def _difference(expected: Tensor, found: Tensor, name: str) -> float:
+    if expected.shape != found.shape:
+        raise VerificationError(
+            f"delta {name!r}, loaded again, gives {found.numel()} logits for {expected.numel()}; nothing was published"
+        )
+    difference = float((expected - found).abs().max())
+    allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
+    if not difference <= allowed:
+        raise VerificationError(
+            f"delta {name!r}, loaded again, gives logits that differ by {difference:.2g} (allowed: {allowed:.2g}); "
+            "nothing was published"
+        )
+    return difference
+
+
+def _count(items: Sequence[Item]) -> int:
+    """How many of the first items are compared: at least one, and no more than a few seconds' worth."""
+    tokens = 0
+    for count, item in enumerate(items[:MOST_ITEMS]):
+        tokens += item.tokens
+        if count and tokens > MOST_TOKENS:
+            return count
+    return min(len(items), MOST_ITEMS)
+
+
+def _flat(values: Iterable[object]) -> Iterator[float]:
+    for value in values:
+        if isinstance(value, float):
+            yield value
+        else:
+            yield from _flat(value)  # type: ignore[arg-type]  # lists of lists of floats
+
+
+def _take_place(stage: Path, out: Path) -> None:
+    """``stage`` becomes ``out``; what stood there steps aside first and is removed last."""
+    if not out.exists():
+        stage.rename(out)
+        return
+    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    out.rename(old)
+    stage.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

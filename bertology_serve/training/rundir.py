@@ -1,0 +1,109 @@
+"""The run directory: what an unfinished run needs to continue, hidden beside the delta that it will give.
+
+``PARENT/.NAME.run/`` holds ``run.json`` (what the run is), ``checkpoint.safetensors`` (where it stands) and
+``log.jsonl`` (what it did). It goes when the delta is published; the log goes into the delta's directory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bertology_serve.deltas.catalog import is_delta
+from bertology_serve.errors import FormatError, InputError
+from bertology_serve.training.checkpoint import read_checkpoint, write_checkpoint, write_json
+
+LOG = "log.jsonl"
+
+
+class RunDirectory:
+    """The run that will write the delta ``out``."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.path = out.parent / f".{out.name}.run"
+
+    def check_free(self, resume: bool, overwrite: bool) -> None:
+        """Raises InputError where a delta or an unfinished run is in the way."""
+        empty = not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir()))
+        if not empty and not is_delta(self.out):
+            raise InputError(f"{self.out} exists and is no delta's directory; choose another --out")
+        if not empty and not overwrite:
+            raise InputError(f"{self.out} exists; choose another --out, or replace it with --overwrite")
+        if self._stored.exists() and not (resume or overwrite):
+            raise InputError(
+                f"an unfinished run for {self.out} lies in {self.path}; continue it with --resume, or discard it with "
+                "--overwrite"
+            )
+
+    def open(self, identity: Mapping[str, Any], machine: Mapping[str, Any], resume: bool) -> dict[str, Any]:
+        """Begins a run or, with ``resume``, finds the one to continue; returns ``machine`` as it was at the beginning.
+
+        Raises InputError where the run found has another ``identity``, naming the field.
+        """
+        stored = self._read() if resume else None
+        if stored is not None:
+            self._check_same(stored["identity"], identity)
+            return dict(stored["machine"])
+        self.remove()
+        self.path.mkdir(parents=True)
+        write_json(self._stored, {"identity": identity, "machine": machine})
+        return dict(machine)
+
+    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Writes the checkpoint."""
+        write_checkpoint(self._checkpoint, tensors, state)
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The checkpoint to continue from; the log is cut back to it. ``None``: begin at the first step."""
+        found = read_checkpoint(self._checkpoint) if self._checkpoint.exists() else None
+        self._cut_log(found[1]["step"] if found else 0)
+        return found
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Appends one line to the log."""
+        with (self.path / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def remove(self) -> None:
+        """Forgets the run."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def _stored(self) -> Path:
+        return self.path / "run.json"
+
+    def _read(self) -> dict[str, Any] | None:
+        if not self._stored.exists():
+            return None
+        try:
+            stored: dict[str, Any] = json.loads(self._stored.read_text(encoding="utf-8"))
+            if isinstance(stored["identity"], dict) and isinstance(stored["machine"], dict):
+                return stored
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        raise FormatError(f"{self._stored} does not describe a run; begin again with --overwrite")
+
+    def _check_same(self, stored: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        known = json.loads(json.dumps(identity))
+        for name in sorted({*stored, *known}):
+            if stored.get(name) != known.get(name):
+                raise InputError(
+                    f"{self.path} holds another run: {name} was {stored.get(name)!r} and is now {known.get(name)!r}; "
+                    "give what it was to --resume, or begin again with --overwrite"
+                )
+
+    def _cut_log(self, step: int) -> None:
+        path = self.path / LOG
+        if path.exists():
+            whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")

@@ -1,0 +1,72 @@
+"""Deltas on disk, from the side of whoever measures or inspects them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bertology_serve.deltas import store
+from bertology_serve.deltas.catalog import is_delta
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.kinds import kind_of
+from bertology_serve.deltas.names import ADAPTER_CONFIG, MANIFEST
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.errors import InputError
+
+
+def open_delta(directory: Path, backbone: str | None, device: str = "cpu") -> tuple[Delta, Encoder]:
+    """A delta and the encoder that it runs on: ``backbone``, or the base that it names.
+
+    ``directory`` may also hold the versions of one delta; the newest is taken. Raises NotFound, FormatError,
+    BaseMismatch, and InputError where there are several deltas.
+    """
+    path = newest(directory)
+    if not (path / MANIFEST).exists() and backbone is not None:  # peft's: only the encoder can say what fits
+        encoder = Encoder.load(backbone, device=device)
+        return load_delta(path, encoder), encoder
+    delta = store.load(path)
+    return delta, Encoder.for_delta(delta, backbone, device=device)
+
+
+def newest(directory: Path) -> Path:
+    """The delta's directory itself, or its newest version where it is ``NAME`` of ``NAME/VERSION``."""
+    if is_delta(directory) or not directory.is_dir():
+        return directory
+    found = store.discover(directory)
+    if len(found) > 1:
+        raise InputError(f"{directory} holds {len(found)} deltas; give one of them: {', '.join(sorted(found))}")
+    return next(iter(found.values()))[-1] if found else directory
+
+
+def load_delta(path: Path, encoder: Encoder | None = None) -> Delta:
+    """A delta, every byte of it checked; with an encoder also that it was made for it, and runs on it."""
+    if encoder is None:
+        return store.load(path)
+    delta = store.load(path, encoder.anatomy, base=encoder.ref, options=encoder.config.to_dict())
+    if not delta.weights:
+        Pipeline(encoder).add(delta)
+    return delta
+
+
+def describe(path: Path, delta: Delta) -> dict[str, Any]:
+    """What there is to know about a delta that was loaded from ``path``, ready for JSON."""
+    components, head, weights = (
+        sum(tensor.numel() for tensor in group.values()) for group in (delta.tensors, delta.head, delta.weights)
+    )
+    return {
+        "name": delta.name,
+        "version": delta.version,
+        "kinds": list(delta.kinds),
+        "specs": {kind_of(spec).name: asdict(spec) for spec in delta.specs},
+        "task": {**asdict(delta.task), "labels": list(delta.task.labels)},
+        "base": asdict(delta.base),
+        "parameters": {"delta": components + weights, "head": head},
+        "bytes": delta.bytes,
+        "files": {file.name: file.stat().st_size for file in sorted(path.iterdir()) if file.is_file()},
+        "peft": (path / ADAPTER_CONFIG).exists(),
+        "metrics": dict(delta.metrics),
+        "provenance": dict(delta.provenance),
+        "valid": True,
+    }

@@ -1,0 +1,42 @@
+"""The data of a run, and the facts about it that a delta remembers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from bertology_serve.data.records import Record, read_records
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records, and the name of the file or data set that they came from."""
+
+    name: str
+    records: Sequence[Record]
+
+    @classmethod
+    def read(cls, path: str | Path, columns: Mapping[str, str] | None = None) -> Source:
+        """All records of a file or hub data set; see ``read_records``."""
+        return cls(str(path) if str(path).startswith("hub:") else Path(path).name, read_records(path, columns))
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of the fields of all records, in order."""
+        digest = hashlib.sha256()
+        for fields, _ in self.records:
+            digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """What two equal sources have in common."""
+        return f"{len(self.records)} rows, sha256 {self.sha256[:12]}"
+
+    def facts(self) -> dict[str, object]:
+        """Name, rows and hash, for provenance."""
+        return {"name": self.name, "rows": len(self.records), "sha256": self.sha256}

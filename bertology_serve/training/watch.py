@@ -1,0 +1,36 @@
+"""What a run tells whoever watches it. Records are plain: they are the lines of ``log.jsonl``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from bertology_serve.training.methods import ParameterCount
+
+Line = Mapping[str, Any]
+
+
+class Watcher(Protocol):
+    """Sees a run from outside; see ``Trainer`` for what the lines hold."""
+
+    def began(self, step: int, total: int, parameters: ParameterCount) -> None:
+        """Training begins after ``step`` of ``total`` steps."""
+
+    def stepped(self, line: Line) -> None:
+        """A step was made."""
+
+    def evaluated(self, line: Line) -> None:
+        """The evaluation data was answered."""
+
+
+class Silent:
+    """Watches nothing."""
+
+    def began(self, step: int, total: int, parameters: ParameterCount) -> None:
+        """Nothing."""
+
+    def stepped(self, line: Line) -> None:
+        """Nothing."""
+
+    def evaluated(self, line: Line) -> None:
+        """Nothing."""

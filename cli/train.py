@@ -1,0 +1,158 @@
+"""``bertology-serve train``: one delta, from a file of records to a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bertology_serve.cli.common import note, progress, table
+from bertology_serve.cli.options import listed, options
+from bertology_serve.errors import SpecError
+from bertology_serve.training.config import TrainConfig
+from bertology_serve.training.flags import KindFlags
+
+if TYPE_CHECKING:
+    from bertology_serve.encoder.live import LiveDelta
+    from bertology_serve.training.methods import ParameterCount
+    from bertology_serve.training.train import Outcome
+
+
+@options(KindFlags, into="kinds")
+@options(TrainConfig, skip=("options",))
+def train(
+    backbone: Annotated[str, typer.Option(help="Encoder: a hub id, a directory, or minilm.")],
+    train: Annotated[str, typer.Option(help="Records: .jsonl, .csv, .tsv (also .gz), .parquet, or hub:NAME.")],
+    eval: Annotated[str | None, typer.Option(help="Records to measure on; they choose the state that is kept.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The delta's directory.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Where fields stand: text=sentence,label=y.")] = None,
+    name: Annotated[str | None, typer.Option(help="The delta's name. Default: that of --out.")] = None,
+    version: Annotated[str | None, typer.Option(help="Write OUT/VERSION instead of OUT itself.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue where an unfinished run stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the parameters and stop.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    *,
+    config: TrainConfig,
+    kinds: KindFlags,
+) -> None:
+    """Train one delta; it is saved once the saved copy has given the same answers."""
+    config = replace(config, options=kinds.by_kind())
+    if out is None and not dry_run:
+        raise SpecError("no --out was given; say where the delta shall lie, or count its parameters with --dry-run")
+
+    from bertology_serve.encoder.encoder import Encoder
+    from bertology_serve.training import train as training
+    from bertology_serve.training.destination import Destination
+    from bertology_serve.training.device import find_device
+    from bertology_serve.training.methods import make_live
+    from bertology_serve.training.sources import Source
+
+    place = Destination(out or Path("dry-run"), name, version, resume, overwrite)
+    if not dry_run:
+        place.open()  # what is wrong there is said before anything is read
+    source = Source.read(train, read_columns(columns))
+    dev = Source.read(eval, read_columns(columns)) if eval else None
+    encoder = Encoder.load(backbone, device=find_device(device))
+    if dry_run:
+        return show_dry_run(make_live(encoder, config, training.task_spec(config, encoder, source)))
+    with Bar() as bar:
+        outcome = training.train(config, encoder, source, dev, place=place, watcher=bar)
+    show(outcome, eval)
+
+
+def read_columns(text: str | None) -> dict[str, str]:
+    """``text=sentence,label=y`` -> field to column. Raises SpecError."""
+    pairs = [part.partition("=") for part in listed(text) or ()]
+    for field, _, column in pairs:
+        if not field.strip() or not column.strip():
+            raise SpecError(f"--columns is {text!r}; expected FIELD=COLUMN with commas, such as text=sentence,label=y")
+    return {field.strip(): column.strip() for field, _, column in pairs}
+
+
+class Bar:
+    """A progress bar on a terminal, else a line an epoch and an evaluation. See ``training.watch.Watcher``."""
+
+    def __init__(self) -> None:
+        self.bar = progress("loss", "speed")
+        self.total = self.step = 0
+        self.loss = self.speed = 0.0
+        self.epoch = 0
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.bar.stop()
+        if kind is KeyboardInterrupt and self.step:
+            note(f"stopped at step {self.step}; --resume continues from the last checkpoint")
+
+    def began(self, step: int, total: int, parameters: ParameterCount) -> None:
+        """Says what is trained, and draws the bar."""
+        note(f"training {counted(parameters)}")
+        if step:
+            note(f"continuing after step {step} of {total}")
+        self.total, self.step = total, step
+        self.task = self.bar.add_task("train", total=total, completed=step, loss="-", speed="-")
+        self.bar.start()
+
+    def stepped(self, line: Mapping[str, Any]) -> None:
+        """Moves the bar; loss and speed are smoothed over some twenty steps."""
+        fresh = self.loss == 0.0
+        self.loss = line["loss"] if fresh else 0.95 * self.loss + 0.05 * line["loss"]
+        self.speed = line["tokens_per_s"] if fresh else 0.95 * self.speed + 0.05 * line["tokens_per_s"]
+        self.step = line["step"]
+        self.bar.update(self.task, completed=self.step, loss=f"{self.loss:.3f}", speed=f"{self.speed:,.0f} tokens/s")
+        if int(line["epoch"]) > self.epoch or self.step == self.total:
+            self.epoch = int(line["epoch"])
+            place = f"epoch {line['epoch']:g}, step {self.step} of {self.total}"
+            self._say(f"{place}: loss {self.loss:.3f}, {self.speed:,.0f} tokens/s")
+
+    def evaluated(self, line: Mapping[str, Any]) -> None:
+        """Shows the metrics."""
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in line["eval"].items())
+        self._say(f"step {line['step']}: {metrics}", always=True)
+
+    def _say(self, text: str, always: bool = False) -> None:
+        if self.bar.disable:
+            note(text)
+        elif always:
+            self.bar.console.print(text)
+
+
+def counted(parameters: ParameterCount) -> str:
+    """``74,498 parameters (0.33 % of the encoder), 770 of them in the head``."""
+    share = f"{100 * parameters.share:.2g} % of the encoder and head"
+    return f"{parameters.trained:,} parameters ({share}), {parameters.head:,} of them in the head"
+
+
+def show_dry_run(live: LiveDelta) -> None:
+    """What would be trained, and nothing else."""
+    from bertology_serve.deltas.kinds import kind_of
+    from bertology_serve.training.methods import count_parameters
+
+    count = count_parameters(live)
+    rows = [[kind_of(spec).name, field, str(value)] for spec in live.specs for field, value in asdict(spec).items()]
+    rows += [["task", field, str(value)] for field, value in asdict(live.task).items()]
+    rows += [["parameters", "delta", f"{count.delta:,}"], ["parameters", "head", f"{count.head:,}"]]
+    table(f"would train {counted(count)}", ["part", "field", "value"], rows, stderr=False)
+
+
+def show(outcome: Outcome, eval: str | None) -> None:
+    """The evaluation table, and what to type next."""
+    delta, state, count = outcome.delta, outcome.state, outcome.parameters
+    rows: list[tuple[str, str]] = [(name, f"{value:.4f}") for name, value in delta.metrics.items()]
+    rows += [
+        ("kind", " + ".join(delta.kinds)),
+        ("parameters", f"{count.trained:,} ({100 * count.share:.2g} %)"),
+        ("steps", f"{state.step} (kept: {state.best_step})" if delta.metrics else str(state.step)),
+        ("time", f"{state.seconds:.1f} s"),
+        ("saved copy differs by", f"{outcome.difference:.1e}"),
+    ]
+    table(f"{delta.name} {delta.version}" + (f" on {eval}" if eval else ""), ["", "value"], rows, stderr=False)
+    note(f"saved to {outcome.path}; next:")
+    note(f"  bertology-serve evaluate {outcome.path} --input {eval or 'FILE'}")
+    note(f"  bertology-serve serve --backbone {delta.base.name} --deltas {outcome.path.parent} --port 8000")

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bertology_serve.cli.main import main
+from bertology_serve.deltas import store
+from tests import tiny
+from tests.training import sets
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small BERT, its data, and a delta trained on it."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    bert = tiny.save("bert", folder / "bert")
+    train = sets.write(folder / "train.jsonl", sets.classification())
+    command = ["train", "--backbone", bert, "--task", "classification", "--train", train, "--eval", train]
+    assert main([*command, "--out", str(folder / "mood"), "--epochs", "1"]) == 0
+    return folder
+
+
+def test_gives_the_metrics_that_training_saw(made, capsys):
+    assert main(["evaluate", str(made / "mood"), "--input", str(made / "train.jsonl"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = dict(store.load(made / "mood").metrics)
+    expected.pop("loss")
+    assert found["metrics"] == pytest.approx(expected)
+    assert (found["delta"], found["task"], found["rows"]) == ("mood", "classification", 16)
+
+
+def test_table_and_columns(made, capsys):
+    rows = made / "rows.tsv"
+    rows.write_text("body\tmood\nthe film was good\tup\nthe film was bad\tdown\n")
+    arguments = ["evaluate", str(made / "mood"), "--input", str(rows), "--columns", "text=body,label=mood"]
+    assert main([*arguments, "--backbone", str(made / "bert")]) == 0
+    out, err = capsys.readouterr()
+    assert "accuracy" in out
+    assert "macro_f1" in out
+    assert err.startswith("2 records in ")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ('{"text": "good", "label": "sideways"}', "rows.jsonl:1: field 'label' has the unknown label 'sideways'"),
+        ('{"text": "good"}', "rows.jsonl:1: field 'label' is missing"),
+    ],
+)
+def test_bad_records_are_one_line(made, tmp_path, capsys, rows, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(rows)
+    assert main(["evaluate", str(made / "mood"), "--input", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_another_base_and_a_missing_delta(made, tmp_path, capsys):
+    other = tiny.save("bert", tmp_path / "other", seed=1)
+    capsys.readouterr()
+    arguments = ["--input", str(made / "train.jsonl")]
+    assert main(["evaluate", str(made / "mood"), *arguments, "--backbone", other]) == 2
+    assert "was made for" in capsys.readouterr().err
+    assert main(["evaluate", str(made / "nothing"), *arguments]) == 2
+    assert capsys.readouterr().err.startswith("error: no directory")

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bertology_serve.cli.main import main
+from bertology_serve.cli.train import read_columns
+from bertology_serve.errors import SpecError
+from tests import tiny
+from tests.training import sets
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The directory of a small random BERT."""
+    return tiny.save("bert", tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def train_file(tmp_path: Path) -> str:
+    """Sixteen plain sentences."""
+    return sets.write(tmp_path / "train.jsonl", sets.classification())
+
+
+def arguments(bert: str, train_file: str, out: Path, *more: str) -> list[str]:
+    return ["train", "--backbone", bert, "--task", "classification", "--train", train_file, "--out", str(out), *more]
+
+
+def test_trains_measures_and_says_what_is_next(bert, train_file, tmp_path, capsys):
+    out = tmp_path / "deltas" / "mood"
+    assert main(arguments(bert, train_file, out, "--eval", train_file, "--epochs", "2", "--rank", "2")) == 0
+    table, notes = capsys.readouterr()
+    assert "accuracy" in table
+    assert "834 (3.2 %)" in table, "2 matrices of 3 layers, and 66 in the head"
+    assert notes.startswith("training ")
+    assert "epoch 1, step 1 of 2: loss 0." in notes
+    assert f"bertology-serve evaluate {out} --input {train_file}" in notes
+    assert json.loads((out / "delta.json").read_text())["kinds"]["lora"]["rank"] == 2
+    assert [path.name for path in out.parent.iterdir()] == ["mood"]
+
+
+def test_columns_methods_and_their_options(bert, tmp_path, capsys):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("sentence,y\n" + "".join(f"{r['text']},{r['label']}\n" for r in sets.classification()))
+    more = [
+        "--columns",
+        "text=sentence, label=y",
+        "--method",
+        "lora,bitfit",
+        "--targets",
+        "q,v,key",
+        "--biases",
+        "attention",
+    ]
+    more += ["--name", "mood", "--version", "3", "--epochs", "1", "--pooling", "mean", "--no-trunk-dropout"]
+    assert main(arguments(bert, str(rows), tmp_path / "mood", *more)) == 0
+    values = json.loads((tmp_path / "mood" / "3" / "delta.json").read_text())
+    assert values["kinds"]["lora"]["targets"] == ["q", "v", "key"]
+    assert values["kinds"]["bitfit"] == {"biases": "attention"}
+    assert values["task"]["pooling"] == "mean"
+    assert values["provenance"]["training"]["trunk_dropout"] is False
+    assert "mood 3" in capsys.readouterr().out
+
+
+def test_dry_run_counts_and_writes_nothing(bert, train_file, tmp_path, capsys):
+    before = sorted(tmp_path.iterdir())
+    assert (
+        main(arguments(bert, train_file, tmp_path / "x", "--dry-run", "--method", "prompt", "--prompt-length", "5"))
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "would train 226 parameters" in out
+    assert "after_cls" in out
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--method", "lore"], "unknown method 'lore'; did you mean 'lora'"),
+        (["--task", "clasification"], "unknown task 'clasification'; did you mean 'classification'"),
+        (["--rank", "0"], "rank is 0; expected a number above 0"),
+        (["--targets", "querry"], "bert has no slot 'querry'; did you mean 'query'"),
+        (["--biases", "all"], "options of 'bitfit' were given, but the method is lora"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--columns", "text"], "--columns is 'text'; expected FIELD=COLUMN"),
+        (["--columns", "text=body"], "no column 'body' for 'text'"),
+        (["--train", "nowhere.jsonl"], "no file nowhere.jsonl"),
+        (["--backbone", "/no/such/model"], "no encoder '/no/such/model'"),
+        (["--name", "../up"], "delta name '../up' cannot be used"),
+        (["--name", "base"], "delta name 'base' is taken by the encoder itself"),
+        (["--max-length", "1000"], "max_length is 1000, but"),
+        (["--task", "regression"], "field 'label' is 'up' (str); expected a finite number"),
+        (["--task", "embedding", "--method", "probe"], "no head"),
+        (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--layers", "0,x"], "layers is '0,x'"),
+        (["--layers", "7"], "layers [7] must rise and lie in 0..2"),
+        (["--labels", "up"], "has the unknown label 'down'"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(bert, train_file, tmp_path, capsys, more, message):
+    before = sorted(tmp_path.iterdir())
+    assert main(arguments(bert, train_file, tmp_path / "x", *more)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"text": "good", "label": "up"}\n{"text": "bad", "la', "rows.jsonl:2"),
+        ('{"text": "", "label": "up"}\n{"text": "bad", "label": "down"}\n', "rows.jsonl:1: field 'text' is empty"),
+        ('{"label": "up"}\n{"label": "down"}\n', "field 'text' is missing"),
+        ('{"text": "good", "label": "up"}\n', "holds only the label up; expected at least two"),
+        ("", "holds no records"),
+    ],
+)
+def test_bad_data_names_file_and_row(bert, tmp_path, capsys, text, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    assert main(arguments(bert, str(path), tmp_path / "x")) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_what_stands_there_is_not_overwritten(bert, train_file, tmp_path, capsys):
+    out = tmp_path / "x"
+    assert main(arguments(bert, train_file, out, "--epochs", "1")) == 0
+    assert main(arguments(bert, train_file, out, "--epochs", "1")) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {out} exists; choose another --out")
+    assert main(arguments(bert, train_file, out, "--epochs", "1", "--overwrite")) == 0
+
+
+def test_a_copy_that_differs_is_exit_code_1(bert, train_file, tmp_path, capsys, monkeypatch):
+    import bertology_serve.training.publish as publishing
+
+    monkeypatch.setattr(publishing, "TOLERANCE", -1.0)
+    assert main(arguments(bert, train_file, tmp_path / "x", "--epochs", "1")) == 1
+    assert "nothing was published" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_interrupt_says_how_to_continue(bert, train_file, tmp_path, capsys, monkeypatch):
+    import bertology_serve.training.loop as loop
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "measure", interrupted)
+    assert main(arguments(bert, train_file, tmp_path / "x", "--eval", train_file)) == 130
+    assert "stopped at step 1; --resume continues from the last checkpoint" in capsys.readouterr().err
+
+
+def test_killed_run_resumes_to_the_same_bytes(bert, train_file, tmp_path):
+    """kill -9 in the middle, then --resume: the file of weights is that of a run that was left alone."""
+    more = ["--eval", train_file, "--epochs", "20", "--batch-size", "4", "--save-every", "3", "--dropout", "0.1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def command(out: Path, *flags: str) -> list[str]:
+        return [sys.executable, "-m", "bertology_serve", *arguments(bert, train_file, out, *more, *flags)]
+
+    process = subprocess.Popen(command(tmp_path / "killed"), env=environment, stderr=subprocess.DEVNULL)
+    log = tmp_path / ".killed.run" / "log.jsonl"
+    until = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 20) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    for command_line in (command(tmp_path / "killed", "--resume"), command(tmp_path / "straight")):
+        done = subprocess.run(command_line, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if "--resume" in command_line:
+            assert "continuing after step" in done.stderr
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("killed", "straight")]
+    assert weights[0] == weights[1]
+    steps = [len((tmp_path / name / "log.jsonl").read_text().splitlines()) for name in ("killed", "straight")]
+    assert steps == [100, 100]
+
+
+def test_columns_are_pairs():
+    assert read_columns(None) == {}
+    assert read_columns("text=a, label = b") == {"text": "a", "label": "b"}
+    for text in ("text", "=a", "text="):
+        with pytest.raises(SpecError, match="expected FIELD=COLUMN"):
+            read_columns(text)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bertology_serve.data.records import Record
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.errors import BaseMismatch, DataError
+from bertology_serve.training.config import TrainConfig
+from bertology_serve.training.evaluate import evaluate, measure
+from bertology_serve.training.train import prepare
+from tests import tiny
+from tests.training import sets
+
+
+@pytest.mark.parametrize("task", sets.SETS)
+def test_serving_engine_and_live_delta_measure_the_same(bert: Encoder, task: str):
+    source = sets.source(task)
+    ready = prepare(TrainConfig(task, max_length=sets.LENGTHS.get(task, 32)), bert, source)
+    counted = []
+    found = evaluate(ready.live.freeze("mine"), source.records, bert, max_tokens=50, advance=counted.append)
+    live = measure(ready.live, ready.task, ready.items, 50)
+    loss = live.pop("loss", None)
+    assert (loss is None) == (task == "embedding")
+    assert found.metrics == pytest.approx(live, abs=1e-5)
+    assert len(found.answers) == sum(counted) == len(source.records)
+
+
+def test_measuring_leaves_the_mode_and_does_not_depend_on_batches(bert: Encoder):
+    config = TrainConfig("classification", max_length=32, trunk_dropout=True)
+    ready = prepare(config, bert, sets.source("classification"))
+    ready.live.train()
+    first, second = (measure(ready.live, ready.task, ready.items, most) for most in (1, 10_000))
+    assert first == pytest.approx(second, rel=1e-5)
+    assert ready.live.training
+    assert bert.model.training
+
+
+def test_an_unknown_label_names_its_row(bert: Encoder):
+    source = sets.source("classification")
+    delta = prepare(TrainConfig("classification", max_length=32), bert, source).live.freeze("mine")
+    records = [*source.records, Record({"text": "cold", "label": "left"}, "test.jsonl:9")]
+    with pytest.raises(DataError, match=r"test\.jsonl:9: field 'label' has the unknown label 'left'"):
+        evaluate(delta, records, bert)
+    with pytest.raises(DataError, match="no records"):
+        evaluate(delta, [], bert)
+
+
+def test_another_base_is_refused_by_name(tmp_path: Path, bert: Encoder):
+    source = sets.source("classification")
+    delta = prepare(TrainConfig("classification", max_length=32), bert, source).live.freeze("mine")
+    with pytest.raises(BaseMismatch, match="delta 'mine' was made for"):
+        evaluate(delta, source.records, tiny.encoder("bert", tmp_path, seed=1))

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bertology_serve.data.records import Record
+from bertology_serve.deltas import store
+from bertology_serve.deltas.kinds import parameter_count
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.errors import DataError, InputError, SpecError
+from bertology_serve.training.config import TrainConfig
+from bertology_serve.training.destination import Destination
+from bertology_serve.training.device import find_device
+from bertology_serve.training.evaluate import evaluate
+from bertology_serve.training.methods import count_parameters, make_live, specs_for
+from bertology_serve.training.saved import describe, newest, open_delta
+from bertology_serve.training.sources import Source
+from bertology_serve.training.train import Outcome, train
+from bertology_serve.training.watch import Silent
+from tests.training import sets
+
+
+def run(encoder: Encoder, out: Path, task: str = "classification", **values: Any) -> Outcome:
+    place = {name: values.pop(name) for name in ("name", "version", "resume", "overwrite") if name in values}
+    watcher = values.pop("watcher", None)
+    dev = None if values.pop("without_dev", False) else sets.source(task, "dev.jsonl")
+    config = TrainConfig(task, **{"max_length": sets.LENGTHS.get(task), "epochs": 2, **values})
+    return train(config, encoder, sets.source(task), dev, place=Destination(out, **place), watcher=watcher)
+
+
+@pytest.mark.parametrize("task", sets.SETS)
+def test_a_delta_is_trained_published_and_measured(tmp_path: Path, bert: Encoder, task: str):
+    outcome = run(bert, tmp_path / "mine", task)
+    delta, encoder = open_delta(tmp_path / "mine", None)
+    assert delta.version == outcome.delta.version
+    found = evaluate(delta, sets.source(task).records, encoder).metrics
+    assert {name: value for name, value in delta.metrics.items() if name != "loss"} == pytest.approx(found, abs=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"], "the run directory is gone"
+    assert len((tmp_path / "mine" / "log.jsonl").read_text().splitlines()) == outcome.state.step + 2
+    assert outcome.difference < 1e-5
+
+
+@pytest.mark.parametrize("method", ["bitfit", "adapter", "prompt", "prefix", "probe", "full", "lora,bitfit"])
+def test_every_method_becomes_a_delta(tmp_path: Path, bert: Encoder, method: str):
+    outcome = run(bert, tmp_path / "mine", method=method, without_dev=True)
+    delta, _ = open_delta(tmp_path / "mine", None)
+    assert ",".join(delta.kinds) == method
+    assert outcome.state.metrics == {}
+    assert outcome.delta.metrics == {}
+
+
+def test_provenance_tells_how_it_came_to_be(tmp_path: Path, bert: Encoder):
+    outcome = run(bert, tmp_path / "mine", seed=3)
+    facts = store.load(outcome.path).provenance
+    assert TrainConfig.from_dict(facts["training"]) == TrainConfig("classification", epochs=2, seed=3)
+    assert facts["train"]["rows"] == 16
+    assert facts["train"]["sha256"] == sets.source("classification").sha256
+    assert facts["kept"].endswith(f"of {outcome.state.step}")
+    assert str(tmp_path) not in json.dumps(facts), "a path of this machine"
+
+
+def test_versions_lie_below_the_name(tmp_path: Path, bert: Encoder):
+    first = run(bert, tmp_path / "mine", version="1")
+    second = run(bert, tmp_path / "mine", version="2", seed=1)
+    assert [outcome.delta.version for outcome in (first, second)] == ["1", "2"]
+    assert newest(tmp_path / "mine") == tmp_path / "mine" / "2"
+    assert open_delta(tmp_path, None)[0].version == "2"
+    assert store.discover(tmp_path) == {"mine": [first.path, second.path]}
+
+
+def test_same_seed_same_delta_other_seed_another(tmp_path: Path, bert_path: Path):
+    seeds = enumerate((0, 0, 1))
+    deltas = [run(Encoder.load(str(bert_path)), tmp_path / f"d{i}", seed=seed).delta for i, seed in seeds]
+    same, other = ([torch.equal(deltas[0].tensors[n], d.tensors[n]) for n in d.tensors] for d in deltas[1:])
+    assert all(same)
+    assert not any(other)
+
+
+def test_what_stands_there_is_replaced_only_when_asked(tmp_path: Path, bert: Encoder):
+    run(bert, tmp_path / "mine")
+    before = store.load(tmp_path / "mine").version
+    with pytest.raises(InputError, match="exists; choose another --out, or replace it with --overwrite"):
+        run(bert, tmp_path / "mine", seed=1)
+    assert store.load(tmp_path / "mine").version == before
+    run(bert, tmp_path / "mine", seed=1, overwrite=True)
+    assert store.load(tmp_path / "mine").version != before
+
+
+class Killed(Exception):
+    pass
+
+
+class Killer(Silent):
+    def stepped(self, line: Any) -> None:
+        if line["step"] == 2:
+            raise Killed
+
+
+def test_a_killed_run_is_continued_only_as_itself(tmp_path: Path, bert: Encoder):
+    values = {"batch_size": 4, "save_every": 1}
+    with pytest.raises(Killed):
+        run(bert, tmp_path / "mine", watcher=Killer(), **values)
+    assert not (tmp_path / "mine").exists()
+    with pytest.raises(InputError, match=r"an unfinished run .* continue it with --resume"):
+        run(bert, tmp_path / "mine", **values)
+    with pytest.raises(InputError, match="seed was 0 and is now 1"):
+        run(bert, tmp_path / "mine", resume=True, seed=1, **values)
+    with pytest.raises(InputError, match=r"eval was '16 rows, sha256 .*' and is now None"):
+        run(bert, tmp_path / "mine", resume=True, without_dev=True, **values)
+    resumed = run(bert, tmp_path / "mine", resume=True, **{**values, "save_every": 7})
+    straight = run(bert, tmp_path / "straight", resume=True, **values)
+    assert all(torch.equal(resumed.delta.tensors[name], t) for name, t in straight.delta.tensors.items())
+
+
+def test_continuation_runs_the_linears_as_the_run_did(tmp_path: Path, bert: Encoder, monkeypatch: pytest.MonkeyPatch):
+    """Prepacked linears differ in the last bits, and whether they pay is timed: a run must not change over."""
+    values = {"batch_size": 4, "save_every": 1}
+    with pytest.raises(Killed):
+        run(bert, tmp_path / "mine", watcher=Killer(), **values)
+    asked: list[bool | None] = []
+    path = tmp_path / ".mine.run" / "run.json"
+    stored = json.loads(path.read_text())["machine"]["prepacked"]
+    monkeypatch.setattr(bert, "prepack", lambda wanted=None: asked.append(wanted) or not stored)
+    monkeypatch.setattr(bert, "unpack_weights", lambda: asked.append(False))
+    run(bert, tmp_path / "mine", resume=True, **values)
+    assert asked == [None, stored]
+
+
+def test_bf16_is_not_for_prepacked_linears(tmp_path: Path):
+    encoder = Encoder.load("minilm")
+    outcome = run(encoder, tmp_path / "mine", precision="bf16", epochs=1, max_steps=1)
+    assert outcome.state.step == 1
+    assert outcome.difference < 1e-5, "the saved delta is compared in float32"
+
+
+def test_an_unseen_label_names_file_and_row(tmp_path: Path, bert: Encoder):
+    dev = Source("dev.jsonl", [Record({"text": "good", "label": "sideways"}, "dev.jsonl:1")])
+    config = TrainConfig("classification")
+    with pytest.raises(DataError, match=r"dev\.jsonl:1: field 'label' has the unknown label 'sideways'"):
+        train(config, bert, sets.source("classification"), dev, place=Destination(tmp_path / "mine"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_may_be_given_in_order(tmp_path: Path, bert: Encoder):
+    outcome = run(bert, tmp_path / "mine", labels=("up", "down", "never"))
+    assert outcome.delta.task.labels == ("up", "down", "never")
+
+
+def test_counts_are_the_formulas(bert: Encoder):
+    config = TrainConfig("classification", "lora,prompt", labels=("a", "b"), max_length=32)
+    live = make_live(bert, config, config.task_spec(config.labels))
+    count = count_parameters(live)
+    assert count.delta == parameter_count(specs_for(config), bert.anatomy) == 3 * 2 * 8 * 64 + 20 * 32
+    assert count.head == 32 * 2 + 2
+    assert count.share == pytest.approx(count.trained / (count.encoder + count.head))
+
+
+def test_full_trains_the_encoder_and_the_pooler(bert: Encoder):
+    config = TrainConfig("classification", "full", labels=("a", "b"), max_length=32)
+    count = count_parameters(make_live(bert, config, config.task_spec(config.labels)))
+    assert count.delta == count.encoder
+    assert count.head == 32 * 32 + 32 + 32 * 2 + 2
+
+
+def test_several_deltas_are_no_delta(tmp_path: Path, bert: Encoder):
+    for name in ("a", "b"):
+        run(bert, tmp_path / name, method="probe", epochs=1)
+    with pytest.raises(InputError, match="holds 2 deltas; give one of them: a, b"):
+        open_delta(tmp_path, None)
+
+
+def test_description_is_plain_json(tmp_path: Path, bert: Encoder):
+    outcome = run(bert, tmp_path / "mine", method="lora,bitfit", epochs=1)
+    facts = json.loads(json.dumps(describe(outcome.path, outcome.delta)))
+    assert facts["kinds"] == ["lora", "bitfit"]
+    assert facts["specs"]["lora"]["rank"] == 8
+    assert facts["task"]["labels"] == ["down", "up"]
+    assert facts["peft"] is False
+    assert facts["files"]["log.jsonl"] > 0
+
+
+def test_devices_are_checked():
+    assert find_device("cpu") == "cpu"
+    assert find_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(SpecError, match="unknown device 'gpu'"):
+        find_device("gpu")
+    with pytest.raises(SpecError, match=r"torch sees .* CUDA GPUs"):
+        find_device("cuda:99")
