@@ -1,0 +1,112 @@
+"""The HTTP application: routes, and errors as answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from bertology_serve.errors import BertologyError
+from bertology_serve.serving.engine import ClientGone, Engine
+from bertology_serve.serving.faults import place_of
+from bertology_serve.serving.handlers import Handlers
+from bertology_serve.serving.http import json_response, problem_response
+from bertology_serve.serving.metrics import Metrics
+from bertology_serve.serving.registry import Registry
+
+log = logging.getLogger(__name__)
+Endpoint = Callable[[Request], Awaitable[Response]]
+CLIENT_GONE = 499  # nobody reads it; it tells the metrics
+
+
+def make_app(engine: Engine, registry: Registry, metrics: Metrics) -> Starlette:
+    """The application around an engine, which it starts and stops."""
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        if not await engine.stop():
+            log.error("stopped with %d items unanswered", engine.queue.items)
+
+    metrics.deltas(len(registry.all()))
+    routes = make_routes(Handlers(engine, registry, metrics), metrics)
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _refused})
+    app.router.redirect_slashes = False
+    return app
+
+
+def make_routes(handlers: Handlers, metrics: Metrics) -> list[Route]:
+    """All routes, those that answer items first."""
+    h, model, version = handlers, "/v2/models/{delta}", "/versions/{version}"
+
+    def both(path: str, on_get: Endpoint, on_post: Endpoint) -> Route:
+        return Route(path, _by_method(_guarded(on_get, metrics), _guarded(on_post, metrics)), methods=["GET", "POST"])
+
+    def post(path: str, endpoint: Endpoint) -> Route:
+        return Route(path, _guarded(endpoint, metrics), methods=["POST"])
+
+    def get(path: str, endpoint: Endpoint) -> Route:
+        return Route(path, _guarded(endpoint, metrics), methods=["GET"])
+
+    return [
+        post("/predict", h.predict),
+        post(f"{model}/infer", h.infer),
+        post(f"{model}{version}/infer", h.infer),
+        both("/models/{delta}", h.model, h.task),
+        get("/models/{delta}/info", h.model),
+        get("/models/{delta}/health", h.model_health),
+        get("/models", h.models),
+        get("/v2/health/live", h.live),
+        get("/v2/health/ready", h.ready),
+        get("/v2/models", h.oip_models),
+        get(model, h.oip_model),
+        get(f"{model}{version}", h.oip_model),
+        get(f"{model}/ready", h.oip_model_ready),
+        get(f"{model}{version}/ready", h.oip_model_ready),
+        get("/v2", h.server),
+        get("/health", h.health),
+        get("/metrics", h.metrics_page),
+        get("/openapi.json", h.openapi),
+        get("/", h.about),
+    ]
+
+
+def _guarded(endpoint: Endpoint, metrics: Metrics) -> Endpoint:
+    """An endpoint whose errors are answers, and whose status is counted."""
+
+    async def run(request: Request) -> Response:
+        try:
+            response = await endpoint(request)
+        except BertologyError as problem:
+            response = problem_response(problem)
+        except (ClientGone, ClientDisconnect):
+            response = Response(status_code=CLIENT_GONE)
+        except Exception as problem:
+            log.error("%s %s raised %s", request.method, request.scope["path"], place_of(problem))
+            response = problem_response(problem)
+        metrics.call(response.status_code)
+        return response
+
+    return run
+
+
+def _by_method(get: Endpoint, post: Endpoint) -> Endpoint:
+    async def run(request: Request) -> Response:
+        return await (post if request.method == "POST" else get)(request)
+
+    return run
+
+
+async def _refused(request: Request, problem: Exception) -> Response:
+    """404 for unknown paths and 405 for other methods."""
+    assert isinstance(problem, HTTPException)
+    known = {404: "no such path; GET /openapi.json lists them", 405: f"{request.method} is not for this path"}
+    message = known.get(problem.status_code, problem.detail)
+    return json_response({"error": message}, problem.status_code, problem.headers)

@@ -1,0 +1,53 @@
+"""What the server can be told, every limit in one place. The command line takes its options from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from bertology_serve.errors import SpecError
+
+HELPS = {
+    "host": "Address to listen on.",
+    "port": "Port to listen on; 0 takes a free one.",
+    "max_batch_tokens": "Most tokens in one batch of several items.",
+    "max_queue_tokens": "Most tokens waiting; beyond that, calls are answered 503 with Retry-After.",
+    "max_item_tokens": "Most tokens of one item, all its windows or choices together; beyond that 413.",
+    "max_text_characters": "Longest text of one item; beyond that 413. Texts are cut to the delta's maximum length.",
+    "max_items": "Most items in one call; beyond that 413.",
+    "max_body_bytes": "Largest body of a call, decompressed; beyond that 413.",
+    "drain_seconds": "How long to go on accepting calls after SIGTERM while readiness already answers 503.",
+    "shutdown_seconds": "How long accepted calls may take to finish after that.",
+    "log_level": "What to log on stderr; texts are never logged.",
+}
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The server's options; ``HELPS`` says what each is. SpecError for values that make no sense."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_batch_tokens: int = 1024
+    max_queue_tokens: int = 65_536
+    max_item_tokens: int = 8192
+    max_text_characters: int = 100_000
+    max_items: int = 1024
+    max_body_bytes: int = 4 * 2**20
+    drain_seconds: float = 1.0
+    shutdown_seconds: float = 30.0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    def __post_init__(self) -> None:
+        for name in (field.name for field in fields(self) if field.name.startswith("max_")):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not 0 <= self.port <= 65_535:
+            raise SpecError(f"port is {self.port}; expected 0 to 65535")
+        if self.drain_seconds < 0 or self.shutdown_seconds < 0:
+            raise SpecError("drain_seconds and shutdown_seconds are durations; expected numbers from 0")
+        if self.max_queue_tokens < self.max_item_tokens:
+            raise SpecError(
+                f"max_queue_tokens ({self.max_queue_tokens}) is below max_item_tokens ({self.max_item_tokens}): "
+                "the largest item could never wait; raise the one or lower the other"
+            )

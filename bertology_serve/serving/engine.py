@@ -1,0 +1,171 @@
+"""Calls in, answers out: limits, tokenising, the queue, the executor. HTTP lies above, all numerics below."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from bertology_serve.encoder.pipeline import BASE, Job, Pipeline, Prediction, Request
+from bertology_serve.errors import DataError, LimitError
+from bertology_serve.serving import metrics as outcomes
+from bertology_serve.serving.config import ServerConfig
+from bertology_serve.serving.executor import Executor
+from bertology_serve.serving.metrics import Metrics
+from bertology_serve.serving.queue import WorkQueue
+from bertology_serve.serving.scheduler import OldestFirst, Scheduler
+from bertology_serve.serving.sizes import check_size
+from bertology_serve.serving.work import Outcome, Ticket, Work
+
+log = logging.getLogger(__name__)
+INLINE_CHARACTERS = 8192
+WARM_UP = ("warm", "a warm-up sentence of some length", "another one, " * 20)
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class Engine:
+    """Answers calls with one pipeline. Belongs to the event loop that ``start`` was called in.
+
+    ``ready`` says whether new calls are welcome; while the server drains it is false, yet calls are still answered.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, config: ServerConfig, metrics: Metrics, scheduler: Scheduler | None = None
+    ) -> None:
+        self.config, self.pipeline, self._metrics = config, pipeline, metrics
+        self.queue = WorkQueue(scheduler or OldestFirst(config.max_batch_tokens), config.max_queue_tokens)
+        self._executor = Executor(self.queue, pipeline.run, self._deliver, metrics.batch)
+        self._tokenizers = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ready = False
+        metrics.watch(self.queue)
+
+    @property
+    def ready(self) -> bool:
+        """Whether new calls are welcome."""
+        return self._ready
+
+    def warm_up(self) -> None:
+        """Runs a few sentences, so that the first call finds kernels and memory in place."""
+        for count in (1, 4):
+            requests = [Request(BASE, {"text": text}) for text in WARM_UP * count]
+            self.pipeline.run([self.pipeline.prepare(request) for request in requests])
+
+    def start(self) -> None:
+        """Takes calls from now on."""
+        self._loop = asyncio.get_running_loop()
+        self._executor.start()
+        self._set_ready(True)
+
+    def drain(self) -> None:
+        """Tells the world to send calls elsewhere; those that come anyway are answered. For any thread."""
+        self._set_ready(False)
+
+    async def stop(self) -> bool:
+        """Refuses new calls and answers those accepted; whether all of them were, within the configured time."""
+        self.drain()
+        done = await asyncio.to_thread(self._executor.stop, self.config.shutdown_seconds)
+        self._tokenizers.shutdown(wait=False)
+        return done
+
+    async def answer(
+        self, requests: Sequence[Request], gone: Callable[[], Awaitable[None]] | None = None
+    ) -> list[Prediction]:
+        """The answers of one call, in order.
+
+        ``gone()`` returns when the caller has left: what is still queued is then dropped and ClientGone raised.
+        Raises what is wrong with the first bad request (DataError, NotFound, LimitError), or Overloaded.
+        """
+        assert self._loop is not None, "start() comes first"
+        jobs = await self._prepare(requests)
+        ticket = Ticket(jobs, self._loop)
+        try:
+            self.queue.put(ticket.works)
+        except Exception:
+            self._finished(ticket.works, outcomes.REFUSED)
+            raise
+        try:
+            await _first(ticket, gone)
+        except (asyncio.CancelledError, ClientGone):
+            self.queue.drop(ticket.works)
+            self._finished(ticket.works, outcomes.DROPPED)
+            raise
+        return self._answers(ticket)
+
+    async def _prepare(self, requests: Sequence[Request]) -> list[Job]:
+        """Checks and tokenises; long texts in a thread of their own, so that short calls need not wait for them."""
+        config = self.config
+        if not requests:
+            raise DataError("the call holds no items; expected at least one")
+        if len(requests) > config.max_items:
+            raise LimitError(
+                f"the call holds {len(requests)} items; at most {config.max_items} are taken, send several"
+            )
+        characters = sum(check_size(request, config.max_text_characters) for request in requests)
+        if characters <= INLINE_CHARACTERS:
+            return self._jobs(requests)
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizers, self._jobs, requests)
+
+    def _jobs(self, requests: Sequence[Request]) -> list[Job]:
+        jobs = [self.pipeline.prepare(request) for request in requests]
+        for job in jobs:
+            if job.cost > self.config.max_item_tokens:
+                raise LimitError(
+                    f"{job.request.where}: {job.cost} tokens, all windows or choices together; at most "
+                    f"{self.config.max_item_tokens} are taken, send a shorter text"
+                )
+        cost = sum(job.cost for job in jobs)
+        if cost > self.config.max_queue_tokens:
+            raise LimitError(
+                f"the call holds {cost} tokens; at most {self.config.max_queue_tokens} are taken, send several"
+            )
+        return jobs
+
+    def _answers(self, ticket: Ticket) -> list[Prediction]:
+        answers: list[Prediction] = []
+        for outcome in ticket.done.result():
+            if isinstance(outcome, Exception):
+                self._finished(ticket.works, outcomes.FAILED)
+                raise outcome
+            answers.append(outcome)
+        self._finished(ticket.works, outcomes.ANSWERED)
+        return answers
+
+    def _finished(self, works: Sequence[Work], outcome: str) -> None:
+        self._metrics.finished(works, outcome, time.monotonic())
+
+    def _deliver(self, batch: Sequence[Work], results: Sequence[Outcome]) -> None:
+        """Hands outcomes over to the event loop, one wake-up a batch. In the executor's thread."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(_settle, batch, results)
+        except RuntimeError:  # the loop has closed: nobody is left to be answered
+            log.warning("%d answers came after the server had stopped", len(batch))
+
+    def _set_ready(self, is_ready: bool) -> None:
+        self._ready = is_ready
+        self._metrics.ready(is_ready)
+
+
+def _settle(batch: Sequence[Work], results: Sequence[Outcome]) -> None:
+    for work, outcome in zip(batch, results, strict=True):
+        work.ticket.settle(work.index, outcome)
+
+
+async def _first(ticket: Ticket, gone: Callable[[], Awaitable[None]] | None) -> None:
+    """Waits for the ticket; ClientGone when the caller leaves before."""
+    if gone is None:
+        await ticket.done
+        return
+    watcher = asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((ticket.done, watcher), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        watcher.cancel()
+    if not ticket.done.done():
+        raise ClientGone

@@ -1,0 +1,44 @@
+"""Errors as HTTP answers."""
+
+from __future__ import annotations
+
+import math
+from http import HTTPStatus
+
+from bertology_serve.errors import (
+    BertologyError,
+    InputError,
+    LimitError,
+    NotFound,
+    Overloaded,
+    Unsupported,
+    VerificationError,
+)
+
+_STATUS: tuple[tuple[type[BertologyError], HTTPStatus], ...] = (
+    (LimitError, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
+    (InputError, HTTPStatus.BAD_REQUEST),
+    (NotFound, HTTPStatus.NOT_FOUND),
+    (Unsupported, HTTPStatus.BAD_REQUEST),
+    (Overloaded, HTTPStatus.SERVICE_UNAVAILABLE),
+    (VerificationError, HTTPStatus.INTERNAL_SERVER_ERROR),
+)
+UNEXPECTED = "the server failed on this call; the fault is in its log"
+
+
+def status_of(problem: Exception) -> HTTPStatus:
+    """400 bad input, 404 unknown name, 413 over a limit, 503 overloaded; 500 for what nobody raised on purpose."""
+    for kind, status in _STATUS:
+        if isinstance(problem, kind):
+            return status
+    return HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def message_of(problem: Exception) -> str:
+    """What the caller is told: the message of errors raised on purpose, nothing of others."""
+    return " ".join(str(problem).split()) if isinstance(problem, BertologyError) else UNEXPECTED
+
+
+def headers_of(problem: Exception) -> dict[str, str]:
+    """Retry-After in whole seconds where trying again makes sense."""
+    return {"Retry-After": str(math.ceil(problem.retry_after))} if isinstance(problem, Overloaded) else {}

@@ -1,0 +1,62 @@
+"""The one thread that runs batches."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from bertology_serve.encoder.pipeline import Job, Prediction
+from bertology_serve.errors import BertologyError
+from bertology_serve.serving.faults import place_of
+from bertology_serve.serving.queue import WorkQueue
+from bertology_serve.serving.work import Outcome, Work
+
+log = logging.getLogger(__name__)
+Run = Callable[[Sequence[Job]], list[Prediction]]
+Deliver = Callable[[Sequence[Work], Sequence[Outcome]], None]
+Observe = Callable[[Sequence[Work], float], None]
+
+
+class Executor:
+    """Takes batches from the queue, runs them, and delivers an outcome for every piece of work.
+
+    ``run`` answers the jobs of one batch; when it raises, each job is run by itself, so that one bad job spoils no
+    other. ``deliver`` and ``observe(batch, seconds)`` are called in this thread.
+    """
+
+    def __init__(self, queue: WorkQueue, run: Run, deliver: Deliver, observe: Observe) -> None:
+        self._queue, self._run, self._deliver, self._observe = queue, run, deliver, observe
+        self._thread = threading.Thread(target=self._loop, name="executor", daemon=True)
+
+    def start(self) -> None:
+        """Begins to take batches."""
+        self._thread.start()
+
+    def stop(self, timeout: float) -> bool:
+        """Closes the queue and waits for what is in it, at most ``timeout`` seconds; whether all was answered."""
+        self._queue.close()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _loop(self) -> None:
+        while batch := self._queue.take():
+            start = time.perf_counter()
+            outcomes = self._outcomes([work.job for work in batch])
+            seconds = time.perf_counter() - start
+            self._queue.served(sum(work.cost for work in batch), seconds)
+            self._deliver(batch, outcomes)
+            self._observe(batch, seconds)
+
+    def _outcomes(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
+        try:
+            outcomes = self._run(jobs)
+            if len(outcomes) != len(jobs):
+                raise RuntimeError(f"{len(outcomes)} answers to {len(jobs)} jobs")
+            return outcomes
+        except Exception as problem:
+            if not isinstance(problem, BertologyError):
+                log.error("a batch of %d raised %s", len(jobs), place_of(problem))
+            return [problem] if len(jobs) == 1 else [self._outcomes([job])[0] for job in jobs]

@@ -1,0 +1,84 @@
+"""Bodies in and answers out, with their limits. No Content-Type is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from bertology_serve.errors import DataError, LimitError
+from bertology_serve.serving.errors import headers_of, message_of, status_of
+from bertology_serve.serving.protocol.bodies import encode
+
+JSON, BINARY = "application/json", "application/octet-stream"
+JSON_LENGTH = "Inference-Header-Content-Length"
+_WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A value as JSON."""
+    return Response(encode(value), status, headers, JSON)
+
+
+def problem_response(problem: Exception) -> Response:
+    """``{"error": message}`` with the error's status."""
+    return json_response({"error": message_of(problem)}, status_of(problem), headers_of(problem))
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """The whole body, decompressed; LimitError beyond ``most`` bytes, as soon as that is known."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:18]) > most:
+        raise _too_large(most)
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > most:
+            raise _too_large(most)
+        chunks.append(chunk)
+    body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    return body if encoding in ("", "identity") else _decompressed(body, encoding, most)
+
+
+def header_length(request: Request) -> int | None:
+    """The length of the JSON part of a body with binary tensors, ``None`` for JSON alone."""
+    value = request.headers.get(JSON_LENGTH)
+    if value is None:
+        return None
+    if not value.isascii() or not value.isdecimal() or len(value) > 18:
+        raise DataError(f"header {JSON_LENGTH} is {value[:40]!r}; expected a number of bytes")
+    return int(value)
+
+
+async def departure(request: Request) -> None:
+    """Returns when the client has hung up. For after the body was read."""
+    try:
+        while (await request.receive())["type"] != "http.disconnect":
+            await asyncio.sleep(0)
+    except ClientDisconnect:
+        return
+
+
+def _decompressed(body: bytes, encoding: str, most: int) -> bytes:
+    if encoding not in _WINDOW:
+        raise DataError(f"Content-Encoding {encoding[:40]!r} is not supported; expected gzip, deflate or none")
+    reader = zlib.decompressobj(_WINDOW[encoding])
+    try:
+        plain = reader.decompress(body, most + 1)
+    except zlib.error:
+        raise DataError(f"the body is not valid {encoding}") from None
+    if len(plain) > most:
+        raise _too_large(most)
+    if not reader.eof:
+        raise DataError(f"the {encoding} body is cut short")
+    return plain
+
+
+def _too_large(most: int) -> LimitError:
+    return LimitError(f"the body is larger than {most} bytes; send less in one call")

@@ -1,0 +1,77 @@
+"""What the server measures, for Prometheus. Names begin with ``bertology_``; durations are in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from bertology_serve.serving.queue import WorkQueue
+from bertology_serve.serving.work import Work
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+ANSWERED, REFUSED, FAILED, DROPPED = "answered", "refused", "failed", "dropped"
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16_384)
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """One server's counters, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own = self.registry
+        self._items = Counter("bertology_items", "Items by delta and outcome", ("delta", "outcome"), registry=own)
+        self._tokens = Counter(
+            "bertology_tokens", "Tokens answered by delta, prompts included", ("delta",), registry=own
+        )
+        self._latency = Histogram(
+            "bertology_item_seconds", "From queueing an item to its answer", ("delta",), buckets=_SECONDS, registry=own
+        )
+        self._calls = Counter("bertology_calls", "Calls by HTTP status", ("status",), registry=own)
+        self._batch = Histogram("bertology_batch_seconds", "Time of one batch", buckets=_SECONDS, registry=own)
+        self._batch_tokens = Histogram("bertology_batch_tokens", "Tokens in one batch", buckets=_TOKENS, registry=own)
+        self._batch_items = Histogram("bertology_batch_items", "Items in one batch", buckets=_COUNTS, registry=own)
+        self._batch_deltas = Histogram("bertology_batch_deltas", "Deltas in one batch", buckets=_COUNTS, registry=own)
+        self._deltas = Gauge("bertology_deltas", "Deltas that answer", registry=own)
+        self._ready = Gauge("bertology_ready", "1 while readiness answers 200", registry=own)
+
+    def watch(self, queue: WorkQueue) -> None:
+        """Shows what waits in a queue."""
+        items = Gauge("bertology_queue_items", "Items waiting", registry=self.registry)
+        tokens = Gauge("bertology_queue_tokens", "Tokens waiting", registry=self.registry)
+        items.set_function(lambda: queue.items)
+        tokens.set_function(lambda: queue.tokens)
+
+    def batch(self, works: Sequence[Work], seconds: float) -> None:
+        """Notes one batch that ran."""
+        self._batch.observe(seconds)
+        self._batch_tokens.observe(sum(work.cost for work in works))
+        self._batch_items.observe(len(works))
+        self._batch_deltas.observe(len({work.delta for work in works}))
+
+    def finished(self, works: Iterable[Work], outcome: str, now: float) -> None:
+        """Notes what became of queued items; ``now`` is the time of the queue's clock."""
+        for work in works:
+            self._items.labels(work.delta, outcome).inc()
+            if outcome == ANSWERED:
+                self._tokens.labels(work.delta).inc(work.cost)
+                self._latency.labels(work.delta).observe(now - work.arrived)
+
+    def call(self, status: int) -> None:
+        """Notes the status of one call."""
+        self._calls.labels(str(status)).inc()
+
+    def deltas(self, count: int) -> None:
+        """Notes how many deltas answer."""
+        self._deltas.set(count)
+
+    def ready(self, is_ready: bool) -> None:
+        """Notes whether the server is ready."""
+        self._ready.set(is_ready)
+
+    def render(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self.registry)

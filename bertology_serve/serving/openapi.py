@@ -1,0 +1,112 @@
+"""The OpenAPI 3.1 document: every route with every answer that it gives."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import msgspec
+
+from bertology_serve import __version__
+from bertology_serve.serving.protocol.schemas import BODIES
+
+REF = "#/components/schemas/{name}"
+_BAD, _UNKNOWN, _LARGE, _BUSY = "400", "404", "413", "503"
+_MEANINGS = {
+    _BAD: "The body, a field or an option cannot be used.",
+    _UNKNOWN: "There is no such delta or version.",
+    _LARGE: "The body, a text or the number of items is over its limit.",
+    "500": "A fault of the server.",
+}
+_ITEMS = (_BAD, _UNKNOWN, _LARGE, "500")
+
+
+@cache
+def document() -> dict[str, Any]:
+    """The document; the same for every server of this version."""
+    _, components = msgspec.json.schema_components(BODIES, ref_template=REF)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "bertology-serve",
+            "version": __version__,
+            "description": "Many deltas on one encoder, answered in one packed batch. No Content-Type is needed.",
+        },
+        "paths": _paths(),
+        "components": {"schemas": components},
+    }
+
+
+def _paths() -> dict[str, Any]:
+    item, answer, model = _ref("Item"), _ref("Answer"), _ref("Model")
+    infer = _post("Infer (Open Inference Protocol v2)", _ref("InferRequest"), _ref("InferResponse"), binary=True)
+    about = _get("Metadata of a delta", _ref("ModelMetadata"), _UNKNOWN)
+    is_ready = _get("Readiness", {"type": "object"}, _UNKNOWN, _BUSY)
+    paths = {
+        "/predict": {"post": _post("Answer items of any deltas", _one_or_list(item), _one_or_list(answer))},
+        "/models": {"get": _get("The deltas that answer", {"type": "array", "items": model})},
+        "/models/{delta}": {
+            "get": _get("About a delta", model, _UNKNOWN),
+            "post": _post("Answer in HuggingFace's task shape", _ref("TaskBody"), {}),
+        },
+        "/models/{delta}/info": {"get": _get("About a delta", model, _UNKNOWN)},
+        "/models/{delta}/health": {"get": is_ready},
+        "/v2": {"get": _get("About the server", _ref("ServerMetadata"))},
+        "/v2/health/live": {"get": _get("Liveness", {"type": "object"})},
+        "/v2/health/ready": {"get": _get("Readiness", {"type": "object"}, _BUSY)},
+        "/v2/models": {"get": _get("Names of the deltas that answer", {"type": "object"})},
+        **{
+            f"/v2/models/{{delta}}{version}{end}": {method: operation}
+            for version in ("", "/versions/{version}")
+            for end, method, operation in (("", "get", about), ("/ready", "get", is_ready), ("/infer", "post", infer))
+        },
+        "/health": {"get": _get("State of the server", {"type": "object"})},
+        "/metrics": {"get": _get("Prometheus metrics", None)},
+        "/openapi.json": {"get": _get("This document", {"type": "object"})},
+        "/": {"get": _get("About the server", {"type": "object"})},
+    }
+    return {path: _with_parameters(path, operations) for path, operations in paths.items()}
+
+
+def _get(summary: str, schema: dict[str, Any] | None, *problems: str) -> dict[str, Any]:
+    content = {"text/plain": {}} if schema is None else {"application/json": {"schema": schema}}
+    found = {"200": {"description": "OK", "content": content}} | {code: _problem(code) for code in (*problems, "500")}
+    if _BUSY in problems:
+        found[_BUSY] = {"description": "The server is draining.", "content": content}
+    return {"summary": summary, "responses": found}
+
+
+def _post(summary: str, body: dict[str, Any], answer: dict[str, Any], binary: bool = False) -> dict[str, Any]:
+    accepted, given = {"application/json": {"schema": body}}, {"application/json": {"schema": answer}}
+    if binary:
+        octets: dict[str, Any] = {"application/octet-stream": {}}
+        accepted, given = accepted | octets, given | octets
+    retry = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
+    busy = _problem(_BUSY) | {"description": "The queue is full, or the server is stopping.", "headers": retry}
+    return {
+        "summary": summary,
+        "requestBody": {"required": True, "content": accepted},
+        "responses": {
+            "200": {"description": "OK", "content": given},
+            **{code: _problem(code) for code in _ITEMS},
+            _BUSY: busy,
+        },
+    }
+
+
+def _problem(code: str) -> dict[str, Any]:
+    return {"description": _MEANINGS.get(code, ""), "content": {"application/json": {"schema": _ref("Problem")}}}
+
+
+def _with_parameters(path: str, operations: dict[str, Any]) -> dict[str, Any]:
+    names = [name for name in ("delta", "version") if f"{{{name}}}" in path]
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    return {"parameters": parameters, **operations} if parameters else operations
+
+
+def _one_or_list(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"oneOf": [schema, {"type": "array", "items": schema}]}
+
+
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": REF.format(name=name)}

@@ -1,0 +1,71 @@
+"""This project's own shape: requests with the fields of a record, answers as in the README. Pure: bytes and structs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.pipeline import Prediction, Request
+from bertology_serve.errors import DataError
+from bertology_serve.serving.protocol.bodies import decode, encode, shown
+
+
+@dataclass(frozen=True)
+class Call:
+    """The requests of one body; ``single`` says that it held one object rather than a list."""
+
+    requests: list[Request]
+    single: bool
+
+
+def read_call(body: bytes) -> Call:
+    """``{"delta", "id"?, "logits"?, ...fields of the record}`` or a list of those, for any deltas together."""
+    value: Any = decode(body)
+    if isinstance(value, dict):
+        return Call([read_request(value, "request")], single=True)
+    if not isinstance(value, list):
+        raise DataError(f"the body is {shown(value)}; expected an object with 'delta' and 'text', or a list of those")
+    return Call([read_request(item, f"item {index}") for index, item in enumerate(value)], single=False)
+
+
+def read_request(item: Any, where: str) -> Request:
+    """One request; ``where`` is how messages call it. Fields that nobody reads are ignored."""
+    if not isinstance(item, dict):
+        raise DataError(f"{where}: is {shown(item)}; expected an object with 'delta' and the fields of its task")
+    delta, name, logits = item.get("delta"), item.get("id"), item.get("logits")
+    if not isinstance(delta, str) or not delta:
+        raise DataError(f"{where}: field 'delta' is {shown(delta)}; expected the name of a delta")
+    if isinstance(name, bool) or not isinstance(name, str | int | None):
+        raise DataError(f"{where}: field 'id' is {shown(name)}; expected a text")
+    if logits is not None and not isinstance(logits, bool):
+        raise DataError(f"{where}: field 'logits' is {shown(logits)}; expected true or false")
+    return Request(delta, item, logits=bool(logits), where=where)
+
+
+def write_answers(call: Call, predictions: Sequence[Prediction]) -> bytes:
+    """The answers in the order of the requests: a list for a list, an object for an object."""
+    answers = [answer_of(*pair) for pair in zip(call.requests, predictions, strict=True)]
+    return encode(answers[0] if call.single else answers)
+
+
+def answer_of(request: Request, prediction: Prediction) -> dict[str, Any]:
+    """One answer, with the request's own id as it was sent."""
+    name = request.record.get("id")
+    return prediction.as_dict() if name is None else {"id": name, **prediction.as_dict()}
+
+
+def describe(delta: Delta) -> dict[str, Any]:
+    """What ``GET /models`` tells about a delta."""
+    task = delta.task
+    return {
+        "name": delta.name,
+        "version": delta.version,
+        "task": task.kind,
+        "labels": list(task.labels),
+        "kinds": list(delta.kinds) if delta.name != "base" else [],
+        "max_length": task.max_length,
+        "bytes": delta.bytes,
+        "metrics": dict(delta.metrics),
+    }

@@ -1,0 +1,188 @@
+"""Open Inference Protocol v2 (KServe v2): infer requests and responses. Pure: bytes to requests, answers to bytes.
+
+A model is a delta. Each row of the input tensors is one item. Rows may name deltas of their own, in
+``parameters.deltas`` (a list, or names with commas between them) or in an input tensor ``delta``; an empty name is the
+model of the URL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.pipeline import Prediction, Request
+from bertology_serve.errors import DataError, nearest
+from bertology_serve.serving.protocol.bodies import decode, encode, shown
+from bertology_serve.serving.protocol.oip_model import (
+    ANY_TASK,
+    INPUTS,
+    Field,
+    default_outputs,
+    outputs_of,
+    record_of,
+)
+from bertology_serve.serving.protocol.tensors import InputTensor, OutputTensor, Parameters, read_texts, split
+
+DELTA = "delta"
+Find = Callable[[str], Delta]
+
+
+class AskedOutput(msgspec.Struct):
+    """One output that the caller wants."""
+
+    name: str
+    parameters: Parameters | None = None
+
+
+class InferRequest(msgspec.Struct):
+    """The JSON part of an infer request; other keys are ignored."""
+
+    inputs: list[InputTensor]
+    id: str | None = None
+    parameters: Parameters | None = None
+    outputs: list[AskedOutput] | None = None
+
+
+@dataclass(frozen=True)
+class InferCall:
+    """A checked infer request: one request a row, and the outputs wanted, each in JSON or (true) in binary."""
+
+    model: Delta
+    id: str | None
+    requests: list[Request]
+    outputs: Mapping[str, bool]
+    fields: Mapping[str, Field]
+
+
+def read_infer(body: bytes, json_length: int | None, model: Delta, find: Find, most: int) -> InferCall:
+    """An infer request for ``model``; ``json_length`` is the header Inference-Header-Content-Length.
+
+    ``find`` gives the delta of a name or raises NotFound; ``most`` bounds rows and columns. Raises DataError and
+    LimitError.
+    """
+    asked, columns = _read_columns(body, json_length, most)
+    parameters = asked.parameters or {}
+    deltas = _deltas(parameters, columns, model, find)
+    fields = _common_outputs(deltas)
+    outputs = _wanted(asked, deltas, fields)
+    logits = _flag(parameters, "logits") or "logits" in outputs
+    if _flag(parameters, "logits") and "logits" in fields and not asked.outputs:
+        outputs["logits"] = _flag(parameters, "binary_data_output")
+    requests = []
+    for row, delta in enumerate(deltas):
+        texts = {name: column[row] for name, column in columns.items() if name != DELTA}
+        requests.append(Request(delta.name, record_of(delta, texts), "", logits, f"row {row}"))
+    return InferCall(model, asked.id, requests, outputs, fields)
+
+
+def write_infer(call: InferCall, predictions: Sequence[Prediction]) -> tuple[bytes, int | None]:
+    """The response's body, and the length of its JSON part where binary tensors follow it."""
+    parts, blobs = [], []
+    for name, binary in call.outputs.items():
+        tensor = _tensor(name, call.fields[name], predictions)
+        if binary:
+            part, blob = tensor.as_binary()
+            blobs.append(blob)
+        else:
+            part = tensor.as_json()
+        parts.append(part)
+    response: dict[str, Any] = {"model_name": call.model.name}
+    versions = {prediction.version for prediction in predictions if prediction.delta == call.model.name}
+    if len(versions) == 1:
+        response["model_version"] = versions.pop()
+    if call.id is not None:
+        response["id"] = call.id
+    header = encode(response | {"outputs": parts})
+    return (header + b"".join(blobs), len(header)) if blobs else (header, None)
+
+
+def _read_columns(body: bytes, json_length: int | None, most: int) -> tuple[InferRequest, dict[str, list[list[str]]]]:
+    """The JSON part, and each input tensor as rows of texts, all of the same length."""
+    if json_length is not None and not 0 <= json_length <= len(body):
+        raise DataError(f"Inference-Header-Content-Length is {json_length}; the body has {len(body)} bytes")
+    end = len(body) if json_length is None else json_length
+    asked: InferRequest = decode(body[:end], InferRequest)
+    blobs = split(asked.inputs, body[end:])
+    columns: dict[str, list[list[str]]] = {}
+    for tensor, blob in zip(asked.inputs, blobs, strict=True):
+        if tensor.name not in (*INPUTS, DELTA):
+            raise DataError(f"unknown input {tensor.name[:80]!r}; {nearest(tensor.name[:80], (*INPUTS, DELTA))}")
+        if tensor.name in columns:
+            raise DataError(f"input {tensor.name!r} is given twice")
+        columns[tensor.name] = read_texts(tensor, blob, most)
+    if not columns:
+        raise DataError(f"there are no inputs; expected some of {', '.join(INPUTS)}")
+    sizes = {name: len(rows) for name, rows in columns.items()}
+    if len(set(sizes.values())) > 1:
+        raise DataError(f"inputs differ in rows: {', '.join(f'{name} {count}' for name, count in sizes.items())}")
+    return asked, columns
+
+
+def _deltas(parameters: Parameters, columns: dict[str, list[list[str]]], model: Delta, find: Find) -> list[Delta]:
+    """The delta of each row."""
+    rows = len(next(iter(columns.values())))
+    named = parameters.get("deltas")
+    if isinstance(named, str):
+        named = [name.strip() for name in named.split(",")]
+    if named is None:
+        named = [row[0] if row else "" for row in columns[DELTA]] if DELTA in columns else [""] * rows
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise DataError("parameter 'deltas' is no list of names; expected one name of a delta for each row")
+    if len(named) != rows:
+        raise DataError(f"parameter 'deltas' names {len(named)} deltas for {rows} rows; expected one for each row")
+    found = {name: find(name) for name in dict.fromkeys(named) if name}
+    return [found.get(name, model) for name in named]
+
+
+def _common_outputs(deltas: Sequence[Delta]) -> dict[str, Field]:
+    """The outputs that all rows can give in one tensor."""
+    distinct = {delta.name: outputs_of(delta) for delta in deltas}
+    tables = list(distinct.values()) or [ANY_TASK]
+    return {name: field for name, field in tables[0].items() if all(table.get(name) == field for table in tables)}
+
+
+def _wanted(asked: InferRequest, deltas: Sequence[Delta], fields: Mapping[str, Field]) -> dict[str, bool]:
+    """Names of the outputs to give, each with whether it goes into the binary part."""
+    binary = _flag(asked.parameters or {}, "binary_data_output")
+    if not asked.outputs:
+        names = {delta.name for delta in deltas}
+        chosen = default_outputs(deltas[0]) if len(names) == 1 else list(ANY_TASK)
+        return dict.fromkeys(chosen, binary)
+    wanted = {}
+    for output in asked.outputs:
+        if output.name not in fields:
+            raise DataError(
+                f"output {output.name[:80]!r} is not given by the deltas of all rows; "
+                f"{nearest(output.name[:80], fields)}"
+            )
+        own = (output.parameters or {}).get("binary_data")
+        wanted[output.name] = binary if own is None else _flag(output.parameters or {}, "binary_data")
+    return wanted
+
+
+def _flag(parameters: Parameters, name: str) -> bool:
+    value = parameters.get(name, False)
+    if not isinstance(value, bool):
+        raise DataError(f"parameter {name!r} is {shown(value)}; expected true or false")
+    return value
+
+
+def _tensor(name: str, field: Field, predictions: Sequence[Prediction]) -> OutputTensor:
+    rows = [_value(name, prediction) for prediction in predictions]
+    if not field.width:
+        return OutputTensor(name, field.datatype, (len(rows),), rows)
+    width = field.width if field.width > 0 else len(rows[0]) if rows else 0
+    return OutputTensor(name, field.datatype, (len(rows), width), [number for row in rows for number in row])
+
+
+def _value(name: str, prediction: Prediction) -> Any:
+    if name == "result_json":
+        return encode(prediction.as_dict()).decode()
+    if name in ANY_TASK:
+        return getattr(prediction, name)
+    value = prediction.answer[name]
+    return list(value.values()) if name == "scores" else value

@@ -1,0 +1,106 @@
+"""A delta as a model of the Open Inference Protocol: its input and output tensors, its metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bertology_serve import __version__
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.tasks.spec import (
+    CLASSIFICATION,
+    EMBEDDING,
+    MULTIPLE_CHOICE,
+    QUESTION_ANSWERING,
+    REGRESSION,
+    TOKEN_CLASSIFICATION,
+)
+
+PLATFORM = "bertology_packed"
+EXTENSIONS = ("binary_tensor_data",)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One output: its tensor type, and the size of its second dimension (0: none, -1: known only with the answer)."""
+
+    datatype: str
+    width: int = 0
+
+
+TEXT, NUMBER, INDEX = Field("BYTES"), Field("FP32"), Field("INT64")
+ANY_TASK = {"delta": TEXT, "version": TEXT, "result_json": TEXT}
+_INPUTS: dict[str, dict[str, int]] = {  # name -> dimensions
+    CLASSIFICATION: {"text": 1, "text_pair": 1},
+    REGRESSION: {"text": 1, "text_pair": 1},
+    EMBEDDING: {"text": 1, "text_pair": 1},
+    TOKEN_CLASSIFICATION: {"text": 1, "tokens": 2},
+    QUESTION_ANSWERING: {"question": 1, "context": 1},
+    MULTIPLE_CHOICE: {"premise": 1, "question": 1, "choices": 2},
+}
+# One pair of tensors for every task, so that rows of different tasks can share a request
+_GENERAL = {
+    QUESTION_ANSWERING: {"text": "question", "text_pair": "context"},
+    MULTIPLE_CHOICE: {"text": "premise", "text_pair": "choices"},
+}
+LISTS = ("tokens", "choices")
+INPUTS = tuple(dict.fromkeys(name for inputs in _INPUTS.values() for name in inputs))
+
+
+def record_of(delta: Delta, row: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """One row's texts by input name as the record that the delta's task reads; empty texts count as absent."""
+    names = _GENERAL.get(delta.task.kind, {})
+    record: dict[str, Any] = {}
+    for name, texts in row.items():
+        field = names.get(name, name)
+        if field in LISTS:
+            record.setdefault(field, list(texts))
+        elif texts:
+            record.setdefault(field, texts[0])
+    return record
+
+
+def outputs_of(delta: Delta) -> dict[str, Field]:
+    """The outputs that a delta can give, those of its task first."""
+    labels = len(delta.task.labels)
+    own = {
+        CLASSIFICATION: {
+            "label": TEXT, "score": NUMBER, "scores": Field("FP32", labels), "logits": Field("FP32", labels),
+        },
+        REGRESSION: {"value": NUMBER, "logits": Field("FP32", 1)},
+        EMBEDDING: {"embedding": Field("FP32", -1)},
+        MULTIPLE_CHOICE: {"choice": INDEX, "score": NUMBER},
+    }  # fmt: skip
+    return own.get(delta.task.kind, {}) | ANY_TASK
+
+
+def default_outputs(delta: Delta) -> list[str]:
+    """What is given when nothing is asked for."""
+    own = [name for name in outputs_of(delta) if name not in (*ANY_TASK, "logits")]
+    return own or ["result_json"]
+
+
+def metadata(delta: Delta) -> dict[str, Any]:
+    """The answer to ``GET /v2/models/{name}``."""
+    inputs = [
+        {"name": name, "datatype": "BYTES", "shape": [-1] * dimensions}
+        for name, dimensions in _INPUTS[delta.task.kind].items()
+    ]
+    outputs = [
+        {"name": name, "datatype": field.datatype, "shape": [-1, field.width] if field.width else [-1]}
+        for name, field in outputs_of(delta).items()
+    ]
+    return {
+        "name": delta.name,
+        "versions": [delta.version],
+        "platform": PLATFORM,
+        "inputs": inputs,
+        "outputs": outputs,
+        "parameters": {"task": delta.task.kind, "max_length": delta.task.max_length},
+    }
+
+
+def server_metadata() -> dict[str, Any]:
+    """The answer to ``GET /v2``."""
+    return {"name": "bertology-serve", "version": __version__, "extensions": list(EXTENSIONS)}

@@ -1,0 +1,143 @@
+"""The bodies that calls and answers have, as structs: what the OpenAPI document is made from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+from bertology_serve.serving.protocol.oip import InferRequest
+
+
+class Item(Struct, omit_defaults=True):
+    """One item for one delta: the fields that its task reads."""
+
+    delta: Annotated[str, Meta(description="Name of a delta, or 'base' for the bare encoder's embeddings.")]
+    id: Annotated[str | int | None, Meta(description="Repeated in the answer.")] = None
+    logits: Annotated[bool, Meta(description="Give the head's raw output too.")] = False
+    text: str | None = None
+    text_pair: str | None = None
+    tokens: list[str] | None = None
+    question: str | None = None
+    context: str | None = None
+    premise: str | None = None
+    choices: list[str] | None = None
+
+
+class Entity(Struct):
+    """One entity; offsets are characters of the text, or of the tokens joined by one space."""
+
+    label: str
+    start: int
+    end: int
+    text: str
+    score: float
+
+
+class Span(Struct):
+    """One answer; offsets are characters of the context."""
+
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+class Answer(Struct, omit_defaults=True):
+    """One answer; which fields there are depends on the delta's task."""
+
+    delta: str
+    version: str
+    task: str
+    id: str = ""
+    label: str | None = None
+    score: float | None = None
+    scores: dict[str, float] | list[float] | None = None
+    value: float | None = None
+    entities: list[Entity] | None = None
+    tags: list[str] | None = None
+    answer: Span | None = None
+    answers: list[Span] | None = None
+    choice: int | None = None
+    embedding: list[float] | None = None
+    embedding_pair: list[float] | None = None
+    similarity: float | None = None
+    logits: list[Any] | None = None
+
+
+class TaskBody(Struct, omit_defaults=True):
+    """HuggingFace's task shape; options may stand under ``parameters`` or beside ``inputs``."""
+
+    inputs: Annotated[
+        str | dict[str, Any] | list[str | dict[str, Any]],
+        Meta(description="A text; an object with the task's fields, or source_sentence and sentences; or a list."),
+    ]
+    parameters: dict[str, Any] | None = None
+
+
+class Model(Struct):
+    """A delta that answers."""
+
+    name: str
+    version: str
+    task: str
+    labels: list[str]
+    kinds: list[str]
+    max_length: int
+    bytes: int
+    metrics: dict[str, float | None]
+
+
+class ServerMetadata(Struct):
+    """What GET /v2 answers."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class TensorMetadata(Struct):
+    """A tensor of a model; -1 is any size."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(Struct):
+    """A delta as a model of the Open Inference Protocol."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+    parameters: dict[str, Any]
+
+
+class Tensor(Struct):
+    """An output tensor; its data is flat, row-major, and missing where binary bytes follow the JSON."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: list[Any] | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class InferResponse(Struct, omit_defaults=True):
+    """The answer to an infer request."""
+
+    model_name: str
+    outputs: list[Tensor]
+    model_version: str | None = None
+    id: str | None = None
+
+
+class Problem(Struct):
+    """What went wrong."""
+
+    error: str
+
+
+BODIES = (Item, Answer, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest, InferResponse, Problem)

@@ -1,0 +1,108 @@
+"""The server process: a bound socket, uvicorn, and the way it stops.
+
+SIGTERM or SIGINT: readiness answers 503 at once, calls are still taken for ``drain_seconds`` (so that load balancers
+can notice), then the socket closes and what was accepted is answered. A second signal skips the waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.errors import InputError
+from bertology_serve.serving.app import make_app
+from bertology_serve.serving.config import ServerConfig
+from bertology_serve.serving.engine import Engine
+from bertology_serve.serving.metrics import Metrics
+from bertology_serve.serving.registry import Registry
+
+log = logging.getLogger(__name__)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at that address, not yet listening; InputError where it cannot be had.
+
+    Made before anything is loaded, so that a port that is taken is known at once.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as problem:
+        taken = problem.errno == errno.EADDRINUSE
+        raise InputError(
+            f"port {port} of {host} is taken; stop what listens there or choose another --port"
+            if taken
+            else f"cannot listen on {host}:{port}: {problem.strerror or problem}; choose another --host"
+        ) from None
+    return bound
+
+
+def url_of(bound: socket.socket) -> str:
+    """The address of a bound socket, for people."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """One engine behind HTTP. ``announce`` is called once it answers."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        registry: Registry,
+        config: ServerConfig,
+        announce: Callable[[], None] = lambda: None,
+    ) -> None:
+        metrics = Metrics()
+        self._announce = announce
+        self.engine = Engine(pipeline, config, metrics)
+        self._drain_seconds = config.drain_seconds
+        super().__init__(
+            uvicorn.Config(
+                make_app(self.engine, registry, metrics),
+                http="httptools",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="on",
+                timeout_graceful_shutdown=max(1, round(config.shutdown_seconds)),
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain; second: close the socket now; third: do not even answer what was accepted."""
+        if not self.engine.ready:
+            self.force_exit = self.should_exit
+            self.should_exit = True
+            return
+        log.info("%s: not ready any more, stopping in %g s", signal.Signals(sig).name, self._drain_seconds)
+        self.drain()
+
+    def drain(self) -> None:
+        """Readiness turns false now, the socket closes after the configured time. For signal handlers and threads."""
+        self.engine.drain()
+        self._loop.call_soon_threadsafe(self._loop.call_later, self._drain_seconds, self._exit)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to listen."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self._announce()
+
+    def _exit(self) -> None:
+        self.should_exit = True

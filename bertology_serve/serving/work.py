@@ -1,0 +1,53 @@
+"""The nouns of the queue: a call's ticket, and the pieces of work that it is waiting for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from enum import Enum
+
+from bertology_serve.encoder.pipeline import Job, Prediction
+
+Outcome = Prediction | Exception
+
+
+class State(Enum):
+    """Where a piece of work is: a batch takes it once, or nobody wants it any more."""
+
+    WAITING = "waiting"
+    TAKEN = "taken"
+    DROPPED = "dropped"
+
+
+class Work:
+    """One job of one call. ``cost`` is in tokens, ``arrived`` in seconds of the queue's clock."""
+
+    __slots__ = ("arrived", "cost", "index", "job", "state", "ticket")
+
+    def __init__(self, job: Job, ticket: Ticket, index: int) -> None:
+        self.job, self.ticket, self.index = job, ticket, index
+        self.cost, self.arrived, self.state = job.cost, 0.0, State.WAITING
+
+    @property
+    def delta(self) -> str:
+        """The name of the delta that it waits for."""
+        return self.job.request.delta
+
+
+class Ticket:
+    """What one call waits for: an outcome for each of its jobs, in order. Belongs to the event loop's thread."""
+
+    def __init__(self, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop) -> None:
+        self.works = [Work(job, self, index) for index, job in enumerate(jobs)]
+        self.done: asyncio.Future[list[Outcome]] = loop.create_future()
+        self._outcomes: list[Outcome | None] = [None] * len(jobs)
+        self._left = len(jobs)
+
+    def settle(self, index: int, outcome: Outcome) -> None:
+        """Notes one outcome; the last one wakes the call. An outcome that comes twice is kept once."""
+        if self._outcomes[index] is not None:
+            return
+        self._outcomes[index] = outcome
+        self._left -= 1
+        if not self._left and not self.done.done():
+            self.done.set_result([outcome for outcome in self._outcomes if outcome is not None])

@@ -1,0 +1,84 @@
+"""``bertology-serve predict``: a file of items, each for a delta of its own, answered in mixed batches."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated
+
+import typer
+
+from bertology_serve.cli.common import note, progress
+from bertology_serve.serving.threads import share_cores
+
+if TYPE_CHECKING:
+    from bertology_serve.encoder.pipeline import Pipeline
+    from bertology_serve.serving.offline import Lines
+
+
+def predict(
+    backbone: Annotated[str, typer.Option(help="Encoder: a hub id, a directory, or minilm.")],
+    deltas: Annotated[Path, typer.Option(help="Directory of deltas: NAME/VERSION/ or bare ones.")],
+    input: Annotated[
+        str, typer.Option(help="JSON lines (.gz too), each with its delta and the fields of its task; - is stdin.")
+    ],
+    output: Annotated[str, typer.Option(help="Where the answers go, a line each; - is stdout.")],
+    logits: Annotated[bool, typer.Option("--logits", help="Give the logits too.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Answer bad lines with their error and go on.")] = False,
+    skip_bad_deltas: Annotated[
+        bool, typer.Option("--skip-bad-deltas", help="Leave out deltas that cannot be loaded.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(help="Tokens a batch.", min=1)] = 2048,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+) -> None:
+    """Answer a file of JSON lines; lines for different deltas, kinds and tasks share their batches.
+
+    The output appears when every line is answered. The first bad line ends the run (exit code 2) unless --skip-bad.
+    """
+    share_cores()
+    from bertology_serve.serving.files import STANDARD, reading
+    from bertology_serve.serving.offline import Lines
+
+    with reading(input) as source:  # what is wrong there is said before anything is loaded
+        options = Lines("stdin" if input == STANDARD else input, logits, skip_bad, max_tokens)
+        pipeline = _open(backbone, deltas, skip_bad_deltas, device)
+        started = time.perf_counter()
+        count = _answer(pipeline, source, output, options, _lines_in(input))
+    seconds = time.perf_counter() - started
+    note(f"{count:,} answers in {seconds:.1f} s ({count / max(seconds, 1e-9):,.0f} a second)")
+
+
+def _open(backbone: str, deltas: Path, skip_bad: bool, device: str) -> Pipeline:
+    from bertology_serve.encoder.encoder import Encoder
+    from bertology_serve.encoder.pipeline import Pipeline
+    from bertology_serve.serving.registry import Registry
+    from bertology_serve.training.device import find_device
+
+    encoder = Encoder.load(backbone, device=find_device(device))
+    registry = Registry(Pipeline(encoder))
+    for refused in registry.load(deltas, skip_bad):
+        note(f"left out: {refused.reason}")
+    encoder.prepack()
+    return registry.pipeline
+
+
+def _lines_in(name: str) -> int | None:
+    """How many lines there are to answer, ``None`` where that is known only at the end."""
+    if name.endswith(".gz") or not Path(name).is_file():
+        return None
+    with open(name, "rb") as file:
+        return sum(1 for line in file if not line.isspace())
+
+
+def _answer(pipeline: Pipeline, source: IO[bytes], output: str, options: Lines, total: int | None) -> int:
+    from bertology_serve.serving.files import writing
+    from bertology_serve.serving.offline import answer_lines
+
+    count = 0
+    with writing(output) as target, progress() as bar:
+        task = bar.add_task("predict", total=total)
+        for answer in answer_lines(pipeline, source, options):
+            target.write(answer)
+            count += 1
+            bar.advance(task)
+    return count

@@ -1,0 +1,83 @@
+"""``bertology-serve serve``: deltas over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bertology_serve.cli.common import note
+from bertology_serve.cli.options import options
+from bertology_serve.serving.config import HELPS, ServerConfig
+from bertology_serve.serving.threads import share_cores
+
+if TYPE_CHECKING:
+    from bertology_serve.deltas.delta import Delta
+    from bertology_serve.serving.registry import Registry
+
+Backbone = Annotated[str, typer.Option(help="The encoder: a hub id, a directory, or minilm.")]
+Deltas = Annotated[Path, typer.Option(help="Directory of deltas: NAME/VERSION/ or bare ones.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad-deltas", help="Leave out deltas that cannot be loaded.")]
+
+
+@options(ServerConfig, helps=HELPS)
+def serve(
+    backbone: Backbone, deltas: Deltas, config: ServerConfig, skip_bad_deltas: SkipBad = False, device: Device = "auto"
+) -> None:
+    """Serve deltas over HTTP: /v2 (Open Inference Protocol), /models (HuggingFace's shape), /predict, /metrics.
+
+    Calls for all deltas share their batches; /openapi.json describes every route. SIGTERM drains: readiness answers
+    503 at once, every accepted call is answered.
+    """
+    started = time.monotonic()
+    _log(config.log_level)
+    share_cores()
+    from bertology_serve.serving.server import Server, bind, url_of
+
+    with bind(config.host, config.port) as bound:  # before anything is loaded: a port that is taken is said at once
+        registry = _load(backbone, device, deltas, skip_bad_deltas)
+        found, url = registry.all(), url_of(bound)
+
+        def announce() -> None:
+            note(f"{len(found) - 1} deltas on {backbone}, ready after {time.monotonic() - started:.1f} s: {url}")
+            note(f"try: {example(url, found[-1])}")
+
+        server = Server(registry.pipeline, registry, config, announce)
+        server.engine.warm_up()
+        server.run(sockets=[bound])
+
+
+def example(url: str, delta: Delta) -> str:
+    """A curl command that asks a delta something."""
+    fields = {
+        "token-classification": '"text": "Ada Lovelace lived in London."',
+        "question-answering": '"question": "Who lived in London?", "context": "Ada Lovelace lived in London."',
+        "multiple-choice": '"premise": "It rained.", "choices": ["The street is wet.", "The street is dry."]',
+    }.get(delta.task.kind, '"text": "What a lovely day."')
+    return f'curl {url}/predict -d \'{{"delta": "{delta.name}", {fields}}}\''
+
+
+def _load(backbone: str, device: str, deltas: Path, skip_bad: bool) -> Registry:
+    from bertology_serve.encoder.encoder import Encoder
+    from bertology_serve.encoder.pipeline import Pipeline
+    from bertology_serve.serving.registry import Registry
+    from bertology_serve.training.device import find_device
+
+    encoder = Encoder.load(backbone, device=find_device(device))
+    registry = Registry(Pipeline(encoder))
+    registry.load(deltas, skip_bad)
+    encoder.prepack()
+    return registry
+
+
+def _log(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    for chatty in ("uvicorn.error", "httpx", "transformers"):
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bertology_serve.cli.main import main
+from tests.serving.conftest import encoder  # noqa: F401 - fixture
+
+SMALL = ("--rounds", "1", "--sequences", "12", "--deltas", "2")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Lengths that the tiny encoder has positions for."""
+    from bertology_serve.serving.bench import workload
+
+    monkeypatch.setattr(workload.Workload.__init__, "__defaults__", (64, 8, 10.0, 32, 8, 0))
+
+
+@pytest.mark.usefixtures("small")
+def test_two_tables_and_a_file(encoder, tmp_path, capsys):  # noqa: F811
+    path = tmp_path / "out.json"
+    assert main(["bench", "serving", "--backbone", encoder.name, *SMALL, "--output", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert "peft, sorted in 16s" in out
+    assert "≥ 8×" in out
+    assert "torch" in err
+    assert len(json.loads(path.read_text())["contenders"]) == 4
+
+
+@pytest.mark.usefixtures("small")
+def test_missed_bars_are_an_error_when_asked(encoder, monkeypatch, capsys):  # noqa: F811
+    from bertology_serve.serving.bench import report
+
+    monkeypatch.setattr(report.Bar, "holds", lambda bar, measured: False)
+    assert main(["bench", "serving", "--backbone", encoder.name, *SMALL, "--check"]) == 1
+    assert "error: missed: peft as it arrives ÷ ours" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_said_first(capsys, tmp_path):
+    assert main(["bench", "serving", "--backbone", "nowhere", "--output", str(tmp_path / "x.txt")]) == 2
+    assert "ends in .json or .csv" in capsys.readouterr().err

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from io import BytesIO, TextIOWrapper
+
+import pytest
+
+from bertology_serve.cli.main import main
+from tests.serving.conftest import RECORDS, deltas, encoder  # noqa: F401 - fixtures
+
+
+@pytest.fixture
+def predict(encoder, deltas, tmp_path):  # noqa: F811
+    def run(*options: str, lines: bytes | None = None, source: str | None = None) -> int:
+        path = tmp_path / "in.jsonl"
+        if lines is not None:
+            path.write_bytes(lines)
+        arguments = ["predict", "--backbone", encoder.name, "--deltas", str(deltas), "--input", source or str(path)]
+        return main([*arguments, *(options or ("--output", str(tmp_path / "out.jsonl")))])
+
+    return run
+
+
+def line(**fields):
+    return json.dumps(fields).encode() + b"\n"
+
+
+LINES = b"".join(line(delta=name, id=i, **record) for i, (name, record) in enumerate(RECORDS.items()))
+
+
+def test_every_line_is_answered_in_order(predict, tmp_path, capsys):
+    assert predict(lines=LINES) == 0
+    answers = [json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(answer["id"], answer["delta"]) for answer in answers] == list(enumerate(RECORDS))
+    assert all(answer["version"] for answer in answers)
+    assert f"{len(RECORDS)} answers in" in capsys.readouterr().err
+
+
+def test_from_standard_input_to_standard_output(predict, monkeypatch, capfdbinary):
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(LINES)))
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(BytesIO()))
+    assert predict("--output", "-", "--logits", source="-") == 0
+    answers = [json.loads(text) for text in sys.stdout.buffer.getvalue().splitlines()]
+    assert [answer["delta"] for answer in answers] == list(RECORDS)
+    assert all("logits" in answer for answer in answers)
+
+
+def test_a_bad_line_leaves_no_output(predict, tmp_path, capsys):
+    assert predict(lines=LINES + line(delta="mood", text="")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    number = len(RECORDS) + 1
+    assert error.startswith(f"error: {tmp_path}/in.jsonl:{number}: field 'text' is empty")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_bad_lines_can_be_answered_with_their_error(predict, tmp_path):
+    output = str(tmp_path / "out.jsonl")
+    assert predict("--output", output, "--skip-bad", lines=b"{\n" + LINES) == 0
+    first, *rest = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert json.loads(first).keys() == {"error"}
+    assert len(rest) == len(RECORDS)
+
+
+def test_an_input_that_is_not_there_is_said_before_anything_is_loaded(predict, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bertology_serve.encoder.encoder", None)
+    assert predict(source="/no/such/file") == 2
+    assert "error: no file /no/such/file" in capsys.readouterr().err
+
+
+def truncate(root):
+    weights = root / "mood" / "1" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+
+
+def leave_a_pickle(root):
+    (root / "mood" / "1" / "delta.json").unlink()
+    (root / "mood" / "1" / "adapter_config.json").write_text("{}")
+    (root / "mood" / "1" / "adapter_model.safetensors").rename(root / "mood" / "1" / "adapter_model.bin")
+
+
+def point_outside(root):
+    (root / "mood" / "1").rename(root.parent / "elsewhere")
+    (root / "mood" / "1").symlink_to(root.parent / "elsewhere")
+
+
+def trick_the_path(root):
+    manifest = root / "mood" / "1" / "delta.json"
+    manifest.write_text(manifest.read_text().replace('"mood"', '"../../mood"', 1))
+
+
+def change_the_base(root):
+    manifest = root / "mood" / "1" / "delta.json"
+    facts = json.loads(manifest.read_text())
+    facts["base"]["sha256"] = "0" * 64
+    manifest.write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (truncate, "is truncated"),
+        (leave_a_pickle, "adapter_model.bin, a pickle"),
+        (point_outside, "points outside"),
+        (trick_the_path, "'../../mood' cannot be used"),
+        (change_the_base, "(weights 000000000000), but the encoder is"),
+    ],
+)
+def test_bad_deltas_are_one_line_and_code_2(encoder, deltas, tmp_path, capsys, spoil, message):  # noqa: F811
+    shutil.copytree(deltas / "mood", tmp_path / "deltas" / "mood")
+    spoil(tmp_path / "deltas")
+    arguments = ["--backbone", encoder.name, "--deltas", str(tmp_path / "deltas"), "--output", str(tmp_path / "out")]
+    (tmp_path / "in.jsonl").write_bytes(LINES)
+    assert main(["predict", *arguments, "--input", str(tmp_path / "in.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bertology_serve.cli.main import main
+from bertology_serve.cli.serve import example
+from bertology_serve.serving.server import bind
+from tests.serving.conftest import RECORDS, deltas, encoder, registry  # noqa: F401 - fixtures
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def serving(backbone: str, directory: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """The command in a process of its own: process, URL, lines that it has printed."""
+    command = [sys.executable, "-m", "bertology_serve", "serve", "--backbone", backbone, "--deltas", str(directory)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--port", "0", *options], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    lines: list[str] = []
+    try:
+        while not any("try: curl" in line for line in lines):
+            line = process.stderr.readline()
+            assert line, f"the server ended: {lines}"
+            lines.append(line)
+        url = re.search(r"http://\S+", lines[-1])
+        assert url is not None
+        address = url[0].removesuffix("/predict")
+        yield process, address, lines
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_sigterm_turns_readiness_off_and_answers_what_was_accepted(encoder, deltas):  # noqa: F811
+    with serving(encoder.name, deltas, "--drain-seconds", "1.5") as (process, url, _):
+        answers: list[int] = []
+        item = {"delta": "mood", "text": "the cat was good"}
+        stop = threading.Event()
+
+        def send() -> None:
+            with httpx.Client(base_url=url, timeout=20) as client:
+                while not stop.is_set():
+                    try:
+                        answers.append(client.post("/predict", json=[item] * 8).status_code)
+                    except httpx.TransportError:  # the socket has closed: the call was not accepted
+                        return
+
+        threads = [threading.Thread(target=send) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        assert httpx.get(f"{url}/v2/health/ready").status_code == 503
+        for thread in threads:
+            thread.join(20)
+        stop.set()
+        assert process.wait(20) == 0
+        assert set(answers) <= {200, 503}
+        assert answers[0] == 200
+
+
+def test_the_example_that_is_printed_works(encoder, deltas):  # noqa: F811
+    with serving(encoder.name, deltas) as (_, _, lines):
+        command = shlex.split(lines[-1].removeprefix("try: "))
+        assert command[0] == "curl"
+        response = httpx.post(command[1], content=command[3])
+        assert response.status_code == 200, response.text
+        assert "7 deltas on" in "".join(lines)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_there_is_an_example_for_every_task(registry, name):  # noqa: F811
+    from bertology_serve.encoder.pipeline import Request
+
+    body = json.loads(shlex.split(example("http://x", registry.find(name)))[3])
+    registry.pipeline.prepare(Request(body.pop("delta"), body))
+
+
+def test_a_taken_port_is_one_line_and_code_2(encoder, deltas, capsys):  # noqa: F811
+    with bind("127.0.0.1", 0) as bound:
+        bound.listen()
+        port = bound.getsockname()[1]
+        assert main(["serve", "--backbone", encoder.name, "--deltas", str(deltas), "--port", str(port)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: port {port} of 127.0.0.1 is taken; stop what listens there or choose another --port\n"
+    )
+
+
+def test_options_that_make_no_sense(capsys):
+    assert main(["serve", "--backbone", "x", "--deltas", "y", "--max-items", "0"]) == 2
+    assert "error: max_items is 0" in capsys.readouterr().err

@@ -1,0 +1,76 @@
+"""One tiny encoder with a delta of every task, for all tests of this floor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bertology_serve.deltas import store
+from bertology_serve.deltas.bitfit import BitfitSpec
+from bertology_serve.deltas.bottleneck import AdapterSpec
+from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.prefix import PrefixSpec
+from bertology_serve.deltas.prompt import PromptSpec
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.serving.registry import Registry
+from bertology_serve.tasks.spec import TaskSpec
+from tests import tiny
+from tests.serving.running import Running, running
+
+TAGS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
+DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
+    "mood": ([LoraSpec(rank=2)], TaskSpec("classification", ("bad", "good", "so-so"), 32)),
+    "grade": ([BitfitSpec()], TaskSpec("regression", max_length=32)),
+    "names": ([AdapterSpec(width=4)], TaskSpec("token-classification", TAGS, 32)),
+    "finder": ([PrefixSpec(3)], TaskSpec("question-answering", max_length=24, stride=4)),
+    "chooser": ([PromptSpec(2)], TaskSpec("multiple-choice", max_length=32)),
+    "sense": ([LoraSpec(("key",), rank=3)], TaskSpec("embedding", head="none", pooling="mean", max_length=32)),
+    "raw": ([], TaskSpec("embedding", head="none", max_length=32, normalize=False)),
+}
+RECORDS: dict[str, dict[str, Any]] = {
+    "mood": {"text": "the cat was good"},
+    "grade": {"text": "the dog", "text_pair": "a cat"},
+    "names": {"tokens": ["Ada", "went", "to", "Paris"]},
+    "finder": {"question": "where was the dog ?", "context": "Ada met the dog in London . the cat was in the house"},
+    "chooser": {"premise": "the river was cold", "choices": ["the house", "a very cold river bank"]},
+    "sense": {"text": "money was not very good"},
+    "raw": {"text": "a great film"},
+    "base": {"text": "the red house"},
+}
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    return tiny.encoder("bert", tmp_path_factory.mktemp("encoder") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def deltas(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of one delta of every task, each NAME/1."""
+    root = tmp_path_factory.mktemp("deltas")
+    for seed, (name, (specs, task)) in enumerate(DELTAS.items()):
+        delta = tiny.delta(encoder, name, specs, task, seed)
+        store.save(delta, root / name / "1", encoder.anatomy, encoder.config.to_dict())
+    return root
+
+
+@pytest.fixture(scope="session")
+def registry(encoder: Encoder, deltas: Path) -> Registry:
+    made = Registry(Pipeline(encoder))
+    assert made.load(deltas) == []
+    return made
+
+
+@pytest.fixture(scope="session")
+def pipeline(registry: Registry) -> Pipeline:
+    return registry.pipeline
+
+
+@pytest.fixture(scope="session")
+def server(pipeline: Pipeline) -> Iterator[Running]:
+    with running(pipeline) as started:
+        yield started

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bertology_serve.errors import DataError
+from bertology_serve.serving.protocol.bodies import decode, shown
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the body is empty"),
+        (b"{", "is not JSON"),
+        (b"NaN", "is not JSON"),
+        (b'{"a": 1} x', "is not JSON"),
+        (b"[1e999]", "wrong shape: Number out of range"),
+        (b"9" * 5000, "wrong shape: Integer value out of range"),
+        (b'"\xff"', "not UTF-8"),
+        (b'"\\ud800"', "is not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_whatever_is_wrong_is_a_data_error(body, message):
+    with pytest.raises(DataError, match=message):
+        decode(body)
+
+
+def test_a_wrong_type_is_named_with_its_place():
+    with pytest.raises(DataError, match=r"Expected `int`, got `str` - at `\$\[1\]`"):
+        decode(b'[1, "a"]', list[int])
+
+
+@given(st.binary())
+def test_any_bytes_give_a_value_or_a_data_error(body):
+    with contextlib.suppress(DataError):
+        decode(body)
+
+
+def test_values_are_shown_without_their_text():
+    assert [shown(value) for value in (None, True, 1, 0.5, "secret", [], {})] == [
+        "null", "a boolean", "a number", "a number", "a text", "a list", "an object",
+    ]  # fmt: skip

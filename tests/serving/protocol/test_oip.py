@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.errors import DataError, LimitError, NotFound
+from bertology_serve.serving.protocol.oip import InferCall, read_infer, write_infer
+from bertology_serve.serving.registry import Registry
+
+
+def read(registry: Registry, model: str, body: Any, length: int | None = None) -> InferCall:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return read_infer(raw, length, registry.find(model), registry.find, 100)
+
+
+def infer(registry: Registry, model: str, body: Any) -> dict[str, Any]:
+    """The response's JSON, outputs by name."""
+    call = read(registry, model, body)
+    pipeline: Pipeline = registry.pipeline
+    content, length = write_infer(call, pipeline.run([pipeline.prepare(request) for request in call.requests]))
+    assert length is None
+    response = json.loads(content)
+    return response | {"outputs": {output["name"]: output for output in response["outputs"]}}
+
+
+def texts(name: str, *rows: Any) -> dict[str, Any]:
+    width = [len(rows[0])] if isinstance(rows[0], list) else []
+    return {"name": name, "shape": [len(rows), *width], "datatype": "BYTES", "data": list(rows)}
+
+
+def test_classification(registry):
+    found = infer(registry, "mood", {"id": "7", "inputs": [texts("text", "the cat", "a dog")], "model_name": "ignored"})
+    assert (found["model_name"], found["model_version"], found["id"]) == ("mood", "1", "7")
+    outputs = found["outputs"]
+    assert list(outputs) == ["label", "score", "scores"]
+    assert outputs["scores"]["shape"] == [2, 3]
+    scores = np.reshape(outputs["scores"]["data"], (2, 3))
+    assert scores.sum(1) == pytest.approx([1, 1])
+    labels = ["bad", "good", "so-so"]
+    assert [labels[i] for i in scores.argmax(1)] == outputs["label"]["data"]
+    assert outputs["score"]["data"] == pytest.approx(scores.max(1))
+
+
+def test_logits_are_given_when_asked_for(registry):
+    body = {"inputs": [texts("text", "the cat")]}
+    by_parameter = infer(registry, "mood", {**body, "parameters": {"logits": True}})["outputs"]
+    assert list(by_parameter) == ["label", "score", "scores", "logits"]
+    by_name = infer(registry, "mood", {**body, "outputs": [{"name": "logits"}]})["outputs"]
+    assert by_name["logits"] == by_parameter["logits"]
+    assert by_name["logits"]["shape"] == [1, 3]
+    assert infer(registry, "grade", {**body, "outputs": [{"name": "logits"}, {"name": "value"}]})["outputs"]["logits"][
+        "data"
+    ] == pytest.approx(infer(registry, "grade", body)["outputs"]["value"]["data"])
+
+
+CHOICE = {"choice": ("INT64", [1]), "score": ("FP32", [1])}
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "outputs"),
+    [
+        ("grade", [texts("text", "the cat")], {"value": ("FP32", [1])}),
+        ("sense", [texts("text", "the cat", "a dog")], {"embedding": ("FP32", [2, 32])}),
+        ("chooser", [texts("premise", "the river"), texts("choices", ["cold", "red", ""])], CHOICE),
+        ("chooser", [texts("text", "the river"), texts("text_pair", ["cold", "red"])], CHOICE),
+        ("names", [texts("tokens", ["Ada", "went"])], {"result_json": ("BYTES", [1])}),
+        ("names", [texts("text", "Ada went")], {"result_json": ("BYTES", [1])}),
+        ("finder", [texts("question", "who"), texts("context", "Ada went")], {"result_json": ("BYTES", [1])}),
+        ("finder", [texts("text", "who"), texts("text_pair", "Ada went")], {"result_json": ("BYTES", [1])}),
+    ],
+)  # fmt: skip
+def test_every_task_has_its_tensors(registry, model, inputs, outputs):
+    found = infer(registry, model, {"inputs": inputs})["outputs"]
+    assert {name: (output["datatype"], output["shape"]) for name, output in found.items()} == outputs
+
+
+@pytest.mark.parametrize("named", [["mood", "finder", ""], "mood, finder,"])
+def test_rows_may_name_their_deltas(registry, named):
+    body = {
+        "parameters": {"deltas": named},
+        "inputs": [texts("text", "the cat", "who", "a dog"), texts("text_pair", "", "Ada went", "")],
+    }
+    outputs = infer(registry, "grade", body)["outputs"]
+    assert outputs["delta"]["data"] == ["mood", "finder", "grade"]
+    assert outputs["version"]["data"] == ["1", "1", "1"]
+    answers = [json.loads(text) for text in outputs["result_json"]["data"]]
+    assert ["label" in answers[0], "answer" in answers[1], "value" in answers[2]] == [True] * 3
+
+
+def test_or_name_them_in_a_tensor(registry):
+    body = {
+        "inputs": [texts("text", "the cat", "a dog"), texts("delta", "sense", "raw")],
+        "outputs": [{"name": "embedding"}],
+    }
+    assert infer(registry, "mood", body)["outputs"]["embedding"]["shape"] == [2, 32]
+    assert "model_version" not in infer(registry, "mood", body)
+
+
+def test_binary_in_and_out(registry):
+    raw = b"".join(struct.pack("<I", len(text)) + text for text in (b"the cat", b"a dog"))
+    head = json.dumps(
+        {
+            "inputs": [
+                {"name": "text", "shape": [2], "datatype": "BYTES", "parameters": {"binary_data_size": len(raw)}}
+            ],
+            "parameters": {"binary_data_output": True},
+            "outputs": [{"name": "score"}, {"name": "label", "parameters": {"binary_data": False}}],
+        }
+    ).encode()
+    call = read(registry, "mood", head + raw, len(head))
+    pipeline = registry.pipeline
+    content, length = write_infer(call, pipeline.run([pipeline.prepare(request) for request in call.requests]))
+    assert length is not None
+    score, label = json.loads(content[:length])["outputs"]
+    assert score["parameters"] == {"binary_data_size": 8}
+    assert "data" not in score
+    plain = infer(registry, "mood", {"inputs": [texts("text", "the cat", "a dog")]})["outputs"]
+    assert np.frombuffer(content[length:], "<f4") == pytest.approx(plain["score"]["data"], abs=1e-6)
+    assert label["data"] == plain["label"]["data"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "missing required field `inputs`"),
+        ({"inputs": []}, "there are no inputs"),
+        ({"inputs": [texts("tekst", "a")]}, "unknown input 'tekst'; did you mean 'text'?"),
+        ({"inputs": [texts("text", "a"), texts("text", "a")]}, "input 'text' is given twice"),
+        ({"inputs": [texts("text", "a"), texts("text_pair", "a", "b")]}, "inputs differ in rows: text 1, text_pair 2"),
+        ({"inputs": [texts("text", "a")], "parameters": {"deltas": 7}}, "parameter 'deltas' is no list of names"),
+        ({"inputs": [texts("text", "a")], "parameters": {"deltas": ["a", "b"]}}, "names 2 deltas for 1 rows"),
+        ({"inputs": [texts("text", "a")], "parameters": {"logits": 1}}, "parameter 'logits' is a number"),
+        ({"inputs": [texts("text", "a")], "outputs": [{"name": "value"}]}, "output 'value' is not given by the deltas"),
+        ({"inputs": [texts("text", "a")], "parameters": []}, "wrong shape"),
+        ({"inputs": [texts("text", "a", "b")], "parameters": {"deltas": "mood,grade"}, "outputs": [{"name": "logits"}]},
+         "output 'logits' is not given by the deltas of all rows"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(registry, body, message):
+    with pytest.raises(DataError) as problem:
+        read(registry, "mood", body)
+    assert message in str(problem.value)
+
+
+def test_unknown_deltas_of_rows_and_too_many_rows(registry):
+    with pytest.raises(NotFound, match="no delta 'nope'"):
+        read(registry, "mood", {"inputs": [texts("text", "a")], "parameters": {"deltas": "nope"}})
+    with pytest.raises(LimitError, match="at most 100 rows"):
+        read(registry, "mood", {"inputs": [texts("text", *["a"] * 101)]})
+
+
+@pytest.mark.parametrize("length", [-1, 10_000])
+def test_the_json_length_must_lie_within_the_body(registry, length):
+    with pytest.raises(DataError, match="the body has"):
+        read(registry, "mood", {"inputs": [texts("text", "a")]}, length)
+
+
+def test_no_rows_are_no_requests(registry):
+    assert (
+        read(registry, "mood", {"inputs": [{"name": "text", "shape": [0], "datatype": "BYTES", "data": []}]}).requests
+        == []
+    )

@@ -1,0 +1,54 @@
+"""A server that runs while a test does: a real socket, a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.serving.config import ServerConfig
+from bertology_serve.serving.registry import Registry
+from bertology_serve.serving.server import Server, bind, url_of
+
+
+class Running:
+    """A started server, its address, and a client for it."""
+
+    def __init__(self, server: Server, url: str, client: httpx.Client) -> None:
+        self.server, self.url, self.client = server, url, client
+
+    def post(self, path: str, body: Any) -> httpx.Response:
+        """Posts JSON, or bytes as they are, without a Content-Type."""
+        if isinstance(body, bytes):
+            return self.client.post(path, content=body)
+        return self.client.post(path, json=body)
+
+
+@contextmanager
+def running(pipeline: Pipeline, **options: Any) -> Iterator[Running]:
+    """A server on a free port, stopped and joined at the end."""
+    config = ServerConfig(**{"port": 0, "drain_seconds": 0.0, "shutdown_seconds": 20.0, **options})
+    bound = bind(config.host, config.port)
+    server = Server(pipeline, Registry(pipeline), config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    try:
+        wait(lambda: server.started or not thread.is_alive())
+        with httpx.Client(base_url=url_of(bound), timeout=20) as client:
+            yield Running(server, str(client.base_url), client)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive(), "the server did not stop"
+
+
+def wait(condition: Any, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)

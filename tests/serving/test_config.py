@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from bertology_serve.errors import SpecError
+from bertology_serve.serving.config import HELPS, ServerConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_items": 0}, "max_items is 0; expected at least 1"),
+        ({"port": 70_000}, "port is 70000"),
+        ({"drain_seconds": -1}, "expected numbers from 0"),
+        ({"max_queue_tokens": 100, "max_item_tokens": 200}, "could never wait"),
+    ],
+)
+def test_nonsense_is_refused(options, message):
+    with pytest.raises(SpecError, match=message):
+        ServerConfig(**options)
+
+
+def test_every_option_has_a_help_text():
+    assert HELPS.keys() == {field.name for field in fields(ServerConfig)}

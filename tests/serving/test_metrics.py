@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from bertology_serve.serving.metrics import ANSWERED, REFUSED, Metrics
+from tests.serving.test_queue import queue
+from tests.serving.test_scheduler import work
+
+
+def test_items_tokens_and_latency_by_delta():
+    metrics = Metrics()
+    works = [work(3, "a"), work(4, "a"), work(5, "b")]
+    for one in works:
+        one.arrived = 10.0
+    metrics.finished(works, ANSWERED, now=10.5)
+    metrics.finished([work(9, "a")], REFUSED, now=11.0)
+    text = metrics.render().decode()
+    assert 'bertology_items_total{delta="a",outcome="answered"} 2.0' in text
+    assert 'bertology_items_total{delta="a",outcome="refused"} 1.0' in text
+    assert 'bertology_tokens_total{delta="a"} 7.0' in text
+    assert 'bertology_item_seconds_sum{delta="b"} 0.5' in text
+
+
+def test_a_batch_and_the_queue():
+    metrics, made = Metrics(), queue()
+    metrics.watch(made)
+    made.put([work(2), work(3)])
+    metrics.batch([work(3, "a"), work(4, "b"), work(5, "b")], 0.02)
+    text = metrics.render().decode()
+    for line in (
+        "bertology_batch_tokens_sum 12.0",
+        "bertology_batch_items_sum 3.0",
+        "bertology_batch_deltas_sum 2.0",
+        "bertology_batch_seconds_sum 0.02",
+        "bertology_queue_items 2.0",
+        "bertology_queue_tokens 5.0",
+    ):
+        assert line in text
+
+
+def test_two_servers_do_not_share_their_numbers():
+    one, other = Metrics(), Metrics()
+    one.call(200)
+    one.ready(True)
+    assert 'bertology_calls_total{status="200"} 1.0' in one.render().decode()
+    assert "bertology_ready 1.0" in one.render().decode()
+    assert "bertology_ready 0.0" in other.render().decode()

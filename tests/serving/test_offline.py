@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.errors import DataError
+from bertology_serve.serving.offline import Lines, answer_lines, batches
+from tests.serving.conftest import RECORDS
+
+
+def run(pipeline: Pipeline, lines: list[bytes], **options: Any) -> list[Any]:
+    return [json.loads(answer) for answer in answer_lines(pipeline, lines, Lines("in.jsonl", **options))]
+
+
+def line(**fields: Any) -> bytes:
+    return json.dumps(fields).encode() + b"\n"
+
+
+def test_answers_come_in_order_whatever_the_batches(pipeline):
+    records = [{"delta": name, "id": f"{name}-{i}", **record} for i in range(3) for name, record in RECORDS.items()]
+    answers = run(pipeline, [line(**record) for record in records], max_tokens=30)
+    assert [answer["id"] for answer in answers] == [record["id"] for record in records]
+    for record, answer in zip(records, answers, strict=True):
+        alone = pipeline.run([pipeline.prepare(Request(record["delta"], record))])[0].as_dict()
+        assert answer["delta"] == record["delta"]
+        assert answer["version"] == alone["version"]
+        for name in ("value", "score", "similarity"):
+            if name in alone:
+                assert answer[name] == pytest.approx(alone[name], abs=1e-5)
+
+
+def test_ids_keep_their_type_and_blank_lines_are_passed_over(pipeline):
+    lines = [b"\xef\xbb\xbf" + line(delta="mood", text="cat", id=7), b"\n", b"  \n", line(delta="mood", text="dog")]
+    first, second = run(pipeline, lines)
+    assert first["id"] == 7
+    assert "id" not in second
+
+
+def test_logits_for_all_lines_or_for_those_that_ask(pipeline):
+    lines = [line(delta="mood", text="cat", logits=True), line(delta="mood", text="cat")]
+    assert ["logits" in answer for answer in run(pipeline, lines)] == [True, False]
+    assert ["logits" in answer for answer in run(pipeline, lines, logits=True)] == [True, True]
+
+
+BAD = [
+    (b"{", "in.jsonl:2: the line is not JSON"),
+    (b'{"delta": "\xff"}', "in.jsonl:2: the line is not UTF-8"),
+    (b"[1]", "in.jsonl:2: is a list; expected an object"),
+    (line(text="cat"), "in.jsonl:2: field 'delta' is null"),
+    (line(delta="moot", text="cat"), "in.jsonl:2: no delta 'moot'"),
+    (line(delta="mood", text=""), "in.jsonl:2: field 'text' is empty"),
+    (b"[" * 100_000, "in.jsonl:2: the line is nested too deeply"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD, ids=[message.split(":2: ")[1] for _, message in BAD])
+def test_a_bad_line_is_named(pipeline, bad, message):
+    good = line(delta="mood", text="cat")
+    with pytest.raises(DataError) as problem:
+        run(pipeline, [good, bad, good])
+    assert str(problem.value).startswith(message)
+    assert str(problem.value).endswith("(--skip-bad goes on)")
+    first, error, last = run(pipeline, [good, bad, good], skip_bad=True)
+    assert error["error"].startswith(message)
+    assert first == last
+    assert "label" in first
+
+
+def test_a_skipped_line_keeps_what_names_it(pipeline):
+    (answer,) = run(pipeline, [line(delta="moot", text="cat", id="a")], skip_bad=True)
+    assert (answer["id"], answer["delta"]) == ("a", "moot")
+
+
+def test_lines_are_read_a_window_at_a_time(pipeline):
+    read = 0
+
+    def lines() -> Any:
+        nonlocal read
+        for _ in range(1000):
+            read += 1
+            yield line(delta="mood", text="the cat was good")
+
+    answers = answer_lines(pipeline, lines(), Lines("x", max_tokens=12))
+    next(answers)
+    assert read < 50
+    answers.close()
+
+
+@given(st.lists(st.integers(1, 20)), st.integers(1, 30))
+def test_batches_hold_everything_once_within_the_budget(costs, budget):
+    found = batches(costs, budget)
+    assert sorted(index for batch in found for index in batch) == list(range(len(costs)))
+    assert all(len(batch) == 1 or sum(costs[i] for i in batch) <= budget for batch in found)
+    assert all(found)

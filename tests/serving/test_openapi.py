@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from bertology_serve.serving.openapi import document
+from tests.serving.conftest import RECORDS
+
+
+def operations():
+    return {
+        (method.upper(), path): operation
+        for path, item in document()["paths"].items()
+        for method, operation in item.items()
+        if method in ("get", "post")
+    }
+
+
+def test_every_route_is_documented_and_nothing_else(server):
+    app = server.server.config.app
+    routes = {(method, route.path) for route in app.routes for method in route.methods - {"HEAD"}}
+    assert routes == set(operations())
+
+
+def test_references_lead_somewhere():
+    text = repr(document())
+    named = set(re.findall(r"#/components/schemas/(\w+)", text))
+    assert named <= document()["components"]["schemas"].keys()
+    assert {"Item", "Answer", "TaskBody", "InferRequest", "Problem"} <= named
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_answers_have_only_documented_fields(server, name):
+    known = document()["components"]["schemas"]["Answer"]["properties"].keys()
+    answer = server.post("/predict", {"delta": name, "logits": True, **RECORDS[name]}).json()
+    assert answer.keys() <= known
+    assert RECORDS[name].keys() <= document()["components"]["schemas"]["Item"]["properties"].keys()
+
+
+def test_each_operation_names_its_answers():
+    for (method, path), operation in operations().items():
+        codes = set(operation["responses"])
+        assert "200" in codes
+        if method == "POST":
+            assert codes == {"200", "400", "404", "413", "500", "503"}, path
+        elif "{delta}" in path:
+            assert "404" in codes, path
+
+
+def test_the_server_gives_the_document(server):
+    assert server.client.get("/openapi.json").json() == document()

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from bertology_serve.errors import Overloaded
+from bertology_serve.serving.queue import WorkQueue
+from bertology_serve.serving.scheduler import OldestFirst
+from bertology_serve.serving.work import State
+from tests.serving.test_scheduler import work
+
+
+def queue(limit: int = 100, budget: int = 10) -> WorkQueue:
+    return WorkQueue(OldestFirst(budget), limit, clock=lambda: 5.0)
+
+
+def test_counts_what_waits():
+    made = queue()
+    made.put([work(4), work(7)])
+    assert (made.items, made.tokens) == (2, 11)
+    batch = made.take()
+    assert [one.cost for one in batch] == [4]
+    assert batch[0].arrived == 5.0
+    assert batch[0].state is State.TAKEN
+    assert (made.items, made.tokens) == (1, 7)
+
+
+def test_a_call_that_does_not_fit_is_refused_whole_and_told_when_to_come_back():
+    made = queue(limit=10)
+    made.put([work(8)])
+    made.served(tokens=8, seconds=1.0)
+    made.rate = 2.0
+    with pytest.raises(Overloaded, match="8 tokens wait, 3 more do not fit into 10; try again in 4 s") as refused:
+        made.put([work(1), work(2)])
+    assert refused.value.retry_after == 4.0
+    assert made.items == 1
+
+
+def test_retry_after_is_between_a_second_and_a_minute():
+    made = queue(limit=10)
+    made.put([work(8)])
+    for rate, wait in ((1e9, 1.0), (1e-9, 60.0)):
+        made.rate = rate
+        with pytest.raises(Overloaded) as refused:
+            made.put([work(8)])
+        assert refused.value.retry_after == wait
+
+
+def test_dropping_makes_room_and_is_counted_once():
+    made = queue(limit=10)
+    first = work(8)
+    made.put([first])
+    assert made.drop([first]) == 1
+    assert made.drop([first]) == 0
+    assert (made.items, made.tokens) == (0, 0)
+    second = work(9)
+    made.put([second])
+    assert made.take() == [second]
+    assert made.drop([second]) == 0
+
+
+def test_take_waits_for_work():
+    made, found = queue(), []
+    thread = threading.Thread(target=lambda: found.append(made.take()))
+    thread.start()
+    late = work(1)
+    made.put([late])
+    thread.join(10)
+    assert found == [[late]]
+
+
+def test_a_closed_queue_hands_out_the_rest_and_takes_no_more():
+    made, rest = queue(), work(1)
+    made.put([rest])
+    made.close()
+    with pytest.raises(Overloaded, match="stopping"):
+        made.put([work(1)])
+    assert made.take() == [rest]
+    assert made.take() == []
+
+
+def test_many_threads_lose_nothing():
+    made, taken = queue(limit=10**9, budget=7), []
+    works = [[work(1 + i % 3) for i in range(50)] for _ in range(4)]
+    takers = [threading.Thread(target=lambda: taken.extend(_drain(made))) for _ in range(2)]
+    putters = [threading.Thread(target=lambda mine=mine: [made.put([one]) for one in mine]) for mine in works]
+    for thread in (*takers, *putters):
+        thread.start()
+    for thread in putters:
+        thread.join(10)
+    made.close()
+    for thread in takers:
+        thread.join(10)
+    assert sorted(map(id, taken)) == sorted(id(one) for mine in works for one in mine)
+    assert (made.items, made.tokens) == (0, 0)
+
+
+def _drain(made: WorkQueue) -> list:
+    found = []
+    while batch := made.take():
+        found += batch
+    return found
