@@ -56,18 +56,18 @@ class Set:
 
 _WIDE = {"lora": {"targets": EVERY_LINEAR, "rank": 16, "alpha": 32.0}}
 SETS = (
-    Set("stsb", "regression", "spearman", "dev", {"method": "lora", "epochs": 2}, {"epochs": 4}),
-    Set("wnut17", "token-classification", "f1", "dev", {"method": "lora", "epochs": 3}, {"epochs": 6}),
+    Set("stsb", "regression", "spearman", "dev", {"method": "lora", "epochs": 2}, {"epochs": 2}),
+    Set("wnut17", "token-classification", "f1", "dev", {"method": "lora", "epochs": 3}, {"epochs": 3}),
     Set("copa", "multiple-choice", "accuracy", "dev", {"method": "lora", "epochs": 8}, {"epochs": 8}, seeds=(0, 1, 2)),
-    Set("sst2", "classification", "accuracy", "dev", {"method": "lora", "epochs": 2}, {"epochs": 4}, rows=4000),
-    Set("mrpc", "classification", "accuracy", "dev", {"method": "lora", "epochs": 3}, {"epochs": 6}, majority=True),
+    Set("sst2", "classification", "accuracy", "dev", {"method": "lora", "epochs": 2}, {"epochs": 2}, rows=4000),
+    Set("mrpc", "classification", "accuracy", "dev", {"method": "lora", "epochs": 3}, {"epochs": 3}, majority=True),
     Set(
         "squad",
         "question-answering",
         "f1",
         "dev",
-        {"method": "lora", "epochs": 2, "learning_rate": 2e-3, "options": _WIDE},
-        {"epochs": 2},
+        {"method": "lora", "epochs": 1, "learning_rate": 2e-3, "options": _WIDE},
+        {"epochs": 1},
     ),
     Set(
         "banking77",
@@ -76,15 +76,14 @@ SETS = (
         "test",
         {
             "method": "lora",
-            "epochs": 10,
+            "epochs": 6,
             "learning_rate": 1.5e-3,
             "schedule": "cosine",
-            "trunk_dropout": True,
             "pooling": "mean",
             "head": "linear",
             "options": _WIDE,
         },
-        {"epochs": 6},
+        {"epochs": 3},
     ),
 )
 
