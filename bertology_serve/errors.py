@@ -69,9 +69,12 @@ class VerificationError(BertologyError):
     """A result differs from its reference."""
 
 
+MOST_NAMED = 50
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown word: the nearest known one, and all of them."""
+    """The end of an error message about an unknown word: the nearest known one, and all of them if they are few."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(word[:80], known[:1000], n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}known: {', '.join(known)}"
+    return f"{hint}known: {', '.join(known) if len(known) <= MOST_NAMED else f'{len(known)} others'}"

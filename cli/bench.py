@@ -11,7 +11,6 @@ import typer
 from bertology_serve.cli.bench_kernels import kernels
 from bertology_serve.cli.common import note, progress, table
 from bertology_serve.errors import VerificationError
-from bertology_serve.serving.threads import share_cores
 
 if TYPE_CHECKING:
     from bertology_serve.serving.bench.serving import Result
@@ -42,7 +41,6 @@ def serving(
 
     Lengths are lognormal, mean 24 tokens, at most 128. Contenders take turns; ratios are medians over the rounds.
     """
-    share_cores()
     from bertology_serve.serving.bench.report import check_suffix, write
     from bertology_serve.serving.bench.serving import run
     from bertology_serve.serving.bench.workload import Workload

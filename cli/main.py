@@ -11,6 +11,7 @@ import typer
 
 import bertology_serve
 from bertology_serve.cli.common import complain
+from bertology_serve.cli.threads import share_cores
 
 PROGRAM = "bertology-serve"
 COMMANDS = {
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 1: a result differs from its reference; 2: the input cannot be used; 70: a fault of this program;
     130: interrupted. Errors are one line on stderr; ``BERTOLOGY_DEBUG=1`` shows where they came from.
     """
+    share_cores()
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     asked = next((argument for argument in arguments if argument in COMMANDS), None)
     try:

@@ -9,7 +9,6 @@ from typing import IO, TYPE_CHECKING, Annotated
 import typer
 
 from bertology_serve.cli.common import note, progress
-from bertology_serve.serving.threads import share_cores
 
 if TYPE_CHECKING:
     from bertology_serve.encoder.pipeline import Pipeline
@@ -35,7 +34,6 @@ def predict(
 
     The output appears when every line is answered. The first bad line ends the run (exit code 2) unless --skip-bad.
     """
-    share_cores()
     from bertology_serve.serving.files import STANDARD, reading
     from bertology_serve.serving.offline import Lines
 

@@ -13,7 +13,6 @@ import typer
 from bertology_serve.cli.common import note
 from bertology_serve.cli.options import options
 from bertology_serve.serving.config import HELPS, ServerConfig
-from bertology_serve.serving.threads import share_cores
 
 if TYPE_CHECKING:
     from bertology_serve.deltas.delta import Delta
@@ -36,7 +35,6 @@ def serve(
     """
     started = time.monotonic()
     _log(config.log_level)
-    share_cores()
     from bertology_serve.serving.server import Server, bind, url_of
 
     with bind(config.host, config.port) as bound:  # before anything is loaded: a port that is taken is said at once

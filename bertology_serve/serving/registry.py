@@ -12,7 +12,6 @@ from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import BertologyError, NotFound, nearest
 
 log = logging.getLogger(__name__)
-MOST_NAMES = 50
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ class Registry:
         """The delta of that name, at that version where one is named; raises NotFound."""
         delta = self._deltas.get(name)
         if delta is None:
-            known = f"; {nearest(name, self._deltas)}" if len(self._deltas) <= MOST_NAMES else ""
-            raise NotFound(f"no delta {name[:80]!r}{known}; GET /models lists them")
+            raise NotFound(f"no delta {name[:80]!r}; {nearest(name, self._deltas)}; GET /models lists them")
         if version is not None and version != delta.version:
             raise NotFound(f"delta {name!r} has no version {version[:80]!r} here; it answers with {delta.version!r}")
         return delta

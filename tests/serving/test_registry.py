@@ -84,7 +84,8 @@ def test_another_base_is_refused_by_name_and_hash(encoder, with_strangers):
 
 
 def test_many_names_are_not_repeated_in_a_message(registry, monkeypatch):
-    monkeypatch.setattr("bertology_serve.serving.registry.MOST_NAMES", 3)
+    monkeypatch.setattr("bertology_serve.errors.MOST_NAMED", 3)
     with pytest.raises(NotFound) as problem:
         registry.find("x" * 500)
-    assert str(problem.value) == f"no delta {'x' * 80!r}; GET /models lists them"
+    count = len(registry.all())
+    assert str(problem.value) == f"no delta {'x' * 80!r}; known: {count} others; GET /models lists them"
