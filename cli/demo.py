@@ -34,16 +34,17 @@ class Lesson:
     method: str
     epochs: int
     pooling: str | None = None
+    rate: float | None = None
 
 
 LESSONS = (
-    Lesson("sentiment", "sentiment", "classification", "lora", 6, "mean"),
-    Lesson("intent", "intent", "classification", "bitfit", 10, "mean"),
-    Lesson("entities", "entities", "token-classification", "adapter", 10),
-    Lesson("similarity", "similarity", "regression", "prefix", 10, "mean"),
-    Lesson("answers", "qa", "question-answering", "lora,bitfit", 8),
-    Lesson("choice", "choice", "multiple-choice", "prompt", 6, "mean"),
-    Lesson("intent-probe", "intent", "classification", "probe", 20, "mean"),
+    Lesson("sentiment", "sentiment", "classification", "lora", 5, "mean"),
+    Lesson("intent", "intent", "classification", "bitfit", 6, "mean"),
+    Lesson("entities", "entities", "token-classification", "adapter", 6),
+    Lesson("similarity", "similarity", "regression", "prefix", 8, "mean"),
+    Lesson("answers", "qa", "question-answering", "lora,bitfit", 12, rate=2e-3),
+    Lesson("choice", "choice", "multiple-choice", "prompt", 5, "mean"),
+    Lesson("intent-probe", "intent", "classification", "probe", 8, "mean"),
 )
 QUESTIONS: tuple[dict[str, Any], ...] = (
     {"delta": "sentiment", "text": "The plot was thin, but I left the cinema smiling."},
@@ -83,6 +84,7 @@ def demo(
 def _train(encoder: Encoder, deltas: Path) -> None:
     """One delta a lesson, all on the same frozen encoder."""
     from bertology_serve.examples import path
+    from bertology_serve.tasks.registry import task_named
     from bertology_serve.training.config import TrainConfig
     from bertology_serve.training.destination import Destination
     from bertology_serve.training.sources import Source
@@ -96,24 +98,30 @@ def _train(encoder: Encoder, deltas: Path) -> None:
             method=tuple(lesson.method.split(",")),
             epochs=lesson.epochs,
             pooling=lesson.pooling,  # type: ignore[arg-type]
-            batch_size=16,
+            learning_rate=lesson.rate,
+            batch_size=8,
         )
         place = Destination(deltas / lesson.name, overwrite=True)
         data = [Source.read(path(lesson.examples, split)) for split in ("train", "dev")]
         done = train(config, encoder, *data, place=place)
-        metric, value = next(iter(done.delta.metrics.items()))
+        metric = task_named(lesson.task).main_metric
         rows.append(
             [
                 lesson.name,
                 lesson.task,
                 " + ".join(done.delta.kinds),
                 f"{done.parameters.trained:,}",
-                f"{metric} {value:.3f}",
+                len(data[0].records),
+                f"{metric} {done.delta.metrics[metric]:.3f}",
                 f"{done.state.seconds:.1f} s",
             ]
         )
-    title = f"trained on {len(data[0].records)} to 160 examples each, measured on examples held out"
-    table(title, ["delta", "task", "kind", "parameters", "metric", "time"], rows, stderr=False)
+    table(
+        "measured on examples held out",
+        ["delta", "task", "kind", "parameters", "examples", "metric", "time"],
+        rows,
+        stderr=False,
+    )
 
 
 def _serve(deltas: Path) -> None:

@@ -147,7 +147,14 @@ def test_root_folders_are_never_imported_directly():
 
 
 def test_every_command_is_in_the_table():
-    modules = {path.stem for path in (ROOT / "cli").glob("*.py")} - {"__init__", "main", "common", "options", "bench_kernels", "threads"}
+    modules = {path.stem for path in (ROOT / "cli").glob("*.py")} - {
+        "__init__",
+        "main",
+        "common",
+        "options",
+        "bench_kernels",
+        "threads",
+    }
     assert modules == set(COMMANDS)
 
 

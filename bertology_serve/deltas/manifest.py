@@ -77,9 +77,7 @@ def from_json(values: Mapping[str, Any], where: str) -> Manifest:
     """The manifest that ``values`` hold; raises FormatError naming the field, what it is and what it should be."""
     if values.get("format") != FORMAT:
         got = str(values.get("format"))[:40]
-        raise FormatError(
-            f"{where} has format {got}; expected {FORMAT}: upgrade, or save the delta again"
-        )
+        raise FormatError(f"{where} has format {got}; expected {FORMAT}: upgrade, or save the delta again")
     known = {field.name: field for field in fields(Manifest) if field.name != "specs"} | {"format": None, "kinds": None}
     check_keys(values, known, where)
     lacking = sorted(known.keys() - values.keys())

@@ -80,9 +80,7 @@ def _path(module: str, anatomy: Anatomy, places: Mapping[str, Any]) -> str:
     for path in (module, module.removeprefix(f"{anatomy.prefix}.")):
         if path in places:
             return path
-    raise Unsupported(
-        f"{module[:120]!r} is no linear projection of a layer of {anatomy.family}; merge it first"
-    )
+    raise Unsupported(f"{module[:120]!r} is no linear projection of a layer of {anatomy.family}; merge it first")
 
 
 def _pair(module: str, name: str, tensors: Tensors, config: Mapping[str, Any], inputs: int, outputs: int) -> Pair:

@@ -262,9 +262,7 @@ QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_"
         ({"base_model.model.classifier.bias": torch.full((3,), torch.nan)}, "NaN"),
     ],
 )
-def test_malformed_tensors_are_refused(
-    tmp_path: Path, changes: dict[str, torch.Tensor | None], message: str
-) -> None:
+def test_malformed_tensors_are_refused(tmp_path: Path, changes: dict[str, torch.Tensor | None], message: str) -> None:
     path = saved(tmp_path, "bert", lora())
     tensors = {name: tensor for name, tensor in (load_file(path / WEIGHTS) | changes).items() if tensor is not None}
     save_file(tensors, path / WEIGHTS)
