@@ -15,6 +15,7 @@ from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.encoder.prepacked import available
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 
@@ -71,11 +72,12 @@ def requests() -> list[Request]:
 
 
 def pipeline(encoder: Encoder) -> Pipeline:
-    """A pipeline with all the deltas."""
+    """A pipeline with all the deltas, whose updates are as large beside the weights at every width."""
+    size = 0.1 * (32 / encoder.anatomy.hidden) ** 0.5
     made = Pipeline(encoder)
     for seed, (name, (specs, task)) in enumerate(DELTAS.items()):
         if name != "base":
-            made.add(tiny.delta(encoder, name, specs, task, seed))
+            made.add(tiny.delta(encoder, name, specs, task, seed, size))
     return made
 
 
@@ -85,9 +87,13 @@ def logits(answer: dict[str, Any]) -> torch.Tensor:
     return torch.cat([torch.tensor(window, dtype=torch.float64).flatten() for window in windows])
 
 
+@pytest.mark.parametrize("prepacked", [False, True])
 @pytest.mark.parametrize("family", [*tiny.FAMILIES, "minilm"])
-def test_mixed_batch_equals_solo(family: str, tmp_path: Path) -> None:
-    made = pipeline(Encoder.load("minilm") if family == "minilm" else tiny.encoder(family, tmp_path))
+def test_mixed_batch_equals_solo(family: str, prepacked: bool, tmp_path: Path) -> None:
+    encoder = Encoder.load("minilm") if family == "minilm" else tiny.encoder(family, tmp_path)
+    if prepacked and not (available() and encoder.prepack(True)):
+        pytest.skip("this torch has no prepacked oneDNN linears")
+    made = pipeline(encoder)
     jobs = [made.prepare(request) for request in requests()]
     together = made.run(jobs)
     assert len(together) == 45
