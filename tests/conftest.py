@@ -10,7 +10,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as every command has it; see cli/threads.py
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as every command has it; see cli/threads.py
 THREADS = 2
 
 
