@@ -28,6 +28,7 @@ from bertology_serve.encoder.prepacked import Prepacked, pays
 from bertology_serve.encoder.probe import Probe
 from bertology_serve.encoder.wrapped import SlotLinear, wrap
 from bertology_serve.errors import LimitError, Unsupported
+from bertology_serve.kernels.dispatch import BatchColumns
 
 
 class Encoder:
@@ -131,7 +132,8 @@ class Encoder:
         Differentiable in the rows of ``pools`` and, where they require gradients, the encoder's weights.
         """
         layout = make_layout(batch) if self.packs else None
-        with self._running(Pass(batch, plan or make_plan(batch), pools, layout)):
+        lists = BatchColumns(batch.rows, batch.ids.device)
+        with self._running(Pass(batch, plan or make_plan(batch), pools, layout, lists)):
             embeddings = self._embed(batch, pools)
             shape = (1, -1) if self.packs else (batch.sequences, batch.stride)
             inputs: dict[str, Any] = {

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bertology_serve.encoder.attention import Layout
 from bertology_serve.encoder.bank import PREFIX, Entry, adapter
 from bertology_serve.encoder.packing import PackedBatch
 from bertology_serve.encoder.plan import BatchPlan
-from bertology_serve.kernels.segments import RowSegment, add_low_rank, bottleneck
+from bertology_serve.kernels import rows
+from bertology_serve.kernels.columns import Pools as SlotPools
+from bertology_serve.kernels.dispatch import BatchColumns, Segments
+from bertology_serve.kernels.segments import RowSegment, add_low_rank
 
 
 class Pools(Protocol):
@@ -37,41 +40,62 @@ class Place:
 
 @dataclass(frozen=True)
 class Pass:
-    """One batch on its way through the encoder."""
+    """One batch on its way through the encoder; ``lists`` are the kernels' column lists, shared by all layers."""
 
     batch: PackedBatch
     plan: BatchPlan
     pools: Pools
     layout: Layout | None
+    lists: BatchColumns
+    _kept: dict[tuple[str, tuple[bool, ...]], list[RowSegment]] = field(default_factory=dict)
 
-    def update(self, place: Place, x: Tensor | None, y: Tensor, segments: Sequence[RowSegment] | None = None) -> Tensor:
+    def slices(self, places: Sequence[Place], weight: Tensor) -> tuple[list[SlotPools], list[Segments]] | None:
+        """Pools and segments of the equal slices of a linear's outputs (its weight [N, K]), one for each place.
+
+        ``None`` where no delta of the batch changes the linear, or the places do not divide it evenly.
+        """
+        found = [self.plan.segments.get(place.slot, ()) for place in places]
+        width = weight.shape[0]
+        step = width // max(1, len(places))
+        even = [(at, at + step) for at in range(0, width, step)]
+        if not any(found) or [place.part or (0, width) for place in places] != even:
+            return None
+        absent = SlotPools(None, weight.new_zeros(1, step)) if not all(found) else None
+        pools = [
+            self._slot_pools(place, part) if part or absent is None else absent
+            for place, part in zip(places, found, strict=True)
+        ]
+        return pools, found
+
+    def update(self, place: Place, x: Tensor | None, y: Tensor, segments: Segments | None = None) -> Tensor:
         """Adds the low ranks and biases of a slot to its output y [T, N], given its input x [T, K]."""
         active = self.plan.segments.get(place.slot) if segments is None else segments
         if not active:
             return y
-        ranked = x is not None and any(segment.last > segment.first for segment in active)
-        a = self.pools.layer(place.slot, "a", place.layer) if ranked else None
-        b = self.pools.layer(place.slot, "b", place.layer)
+        a, b = self._slot_pools(place, active if x is not None else ())
         if place.part is None:
             return add_low_rank(y, x, a, b, active)
         lo, hi = place.part
         columns = add_low_rank(y[:, lo:hi], x, a, b, active)
         return torch.cat([y[:, :lo], columns, y[:, hi:]], 1) if torch.is_grad_enabled() else y
 
-    def adapters(self, place: Place) -> list[RowSegment]:
-        """The row segments that have a bottleneck adapter at this place."""
-        name = adapter(place.slot)
-        return [
-            segment
-            for segment, run in zip(self.plan.segments.get(name, ()), self._owners(name), strict=True)
-            if place.layer in run.adapter_layers[name]
-        ]
+    def norm(self, place: Place, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """LayerNorm of x [T, H] with the slot's biases."""
+        active = self.plan.segments.get(place.slot, ())
+        pool = self.pools.layer(place.slot, "b", place.layer) if active else None
+        return rows.norm(x, norm.weight, norm.bias, norm.eps, None, pool, active, self.lists)
 
-    def adapter(self, place: Place, segment: RowSegment, source: Tensor) -> Tensor:
-        """``act(source Dᵀ + b_d) U + b_u`` for a segment's rows [n, H]."""
+    def adapted(self, place: Place, residual: Tensor, source: Tensor) -> Tensor:
+        """residual [T, H] plus ``act(source Dᵀ + b_d) U + b_u`` for the rows that have an adapter here.
+
+        residual itself where none has.
+        """
         name, layer = adapter(place.slot), place.layer
-        down, down_bias = self.pools.layer(name, "down", layer), self.pools.layer(name, "down_bias", layer)
-        return bottleneck(source, down, down_bias, self.pools.layer(name, "up", layer), segment)
+        segments = self._adapters(name, layer)
+        if not segments:
+            return residual
+        down, shift, up = (self.pools.layer(name, column, layer) for column in ("down", "down_bias", "up"))
+        return rows.adapters(residual, source, down, shift, up, segments, self.lists)
 
     def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """The pools [P, H] of prefix keys and values of a layer, ``None`` where no sequence has a prefix."""
@@ -79,8 +103,20 @@ class Pass:
             return None
         return self.pools.layer(PREFIX, "k", layer), self.pools.layer(PREFIX, "v", layer)
 
-    def _owners(self, pool: str) -> list[Entry]:
-        return [run.entry for run in self.plan.runs if pool in run.entry.rows]
+    def _slot_pools(self, place: Place, segments: Segments) -> SlotPools:
+        """A slot's pools in one layer; without A where the segments have biases only."""
+        ranked = any(segment.last > segment.first for segment in segments)
+        a = self.pools.layer(place.slot, "a", place.layer) if ranked else None
+        return SlotPools(a, self.pools.layer(place.slot, "b", place.layer))
+
+    def _adapters(self, name: str, layer: int) -> Segments:
+        """The segments of a pool whose deltas have an adapter in a layer: the same list for the same deltas."""
+        segments = self.plan.segments.get(name, ())
+        kept = tuple(layer in run.entry.adapter_layers[name] for run in self.plan.runs if name in run.entry.rows)
+        if all(kept):
+            return segments
+        picked = [segment for segment, keep in zip(segments, kept, strict=True) if keep]
+        return self._kept.setdefault((name, kept), picked)
 
 
 class Current:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.encoder.passing import Current, Pass, Place
 from bertology_serve.encoder.prepacked import Prepacked
-from bertology_serve.kernels.segments import RowSegment, with_rows
+from bertology_serve.kernels.dispatch import lora_linear
 
 
 class SlotLinear(nn.Linear):
@@ -30,18 +30,27 @@ class SlotLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]; the leading dimensions are the batch's rows while a pass is under way."""
-        y = super().forward(x) if self.prepacked is None else self.prepacked(x)
         now = self.current.it
         if now is None:
-            return y
-        flat = y.view(-1, y.shape[-1])
-        out = flat
+            return self._base(x)
+        flat = x.reshape(-1, self.in_features)
+        y = self._updated(now, flat)
         for place in self.places:
-            out = now.update(place, x.reshape(-1, x.shape[-1]), out)
-            for segment in now.adapters(place):
-                rows = slice(segment.lo, segment.hi)
-                out = with_rows(out, segment.lo, segment.hi, out[rows] + now.adapter(place, segment, out[rows]))
-        return y if out is flat else out.view(y.shape)
+            y = now.adapted(place, y, y)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _updated(self, now: Pass, x: Tensor) -> Tensor:
+        """x [T, K] -> [T, N] with low ranks and biases: by one kernel where there is one, else after the base."""
+        slices = now.slices(self.places, self.weight) if self.prepacked is None else None
+        if slices is not None:
+            return lora_linear(x, self.weight, self.bias, *slices, now.lists)
+        y = self._base(x)
+        for place in self.places:
+            y = now.update(place, x, y)
+        return y
+
+    def _base(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.prepacked is None else self.prepacked(x)
 
 
 class SlotNorm(nn.LayerNorm):
@@ -60,25 +69,16 @@ class SlotNorm(nn.LayerNorm):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., H] -> [..., H]."""
-        y = super().forward(x)
+        """x [..., H] -> [..., H]; where s = x has a Pfeiffer adapter, ``LN(adapter(LN(s)) + s)``."""
         now = self.current.it
         if now is None:
-            return y
-        flat = y.view(-1, y.shape[-1])
-        out = now.update(self.place, None, flat)
-        for segment in now.adapters(self.place):
-            out = self._pfeiffer(now, segment, x.reshape(-1, x.shape[-1]), out)
-        return y if out is flat else out.view(y.shape)
-
-    def _pfeiffer(self, now: Pass, segment: RowSegment, x: Tensor, y: Tensor) -> Tensor:
-        """``LN(adapter(LN(s)) + s)`` for the segment's rows of s = x; y holds ``LN(s)``."""
-        rows = slice(segment.lo, segment.hi)
-        again = super().forward(now.adapter(self.place, segment, y[rows]) + x[rows])
-        shifts = [s for s in now.plan.segments.get(self.place.slot, ()) if s.lo == segment.lo]
-        for shift in shifts:
-            again = again + now.pools.layer(self.place.slot, "b", self.place.layer)[shift.bias]
-        return with_rows(y, segment.lo, segment.hi, again)
+            return super().forward(x)
+        flat = x.reshape(-1, x.shape[-1])
+        y = now.norm(self.place, flat, self)
+        summed = now.adapted(self.place, flat, y)
+        if summed is not flat:
+            y = now.norm(self.place, summed, self)
+        return y.view(x.shape)
 
 
 def wrap(model: nn.Module, anatomy: Anatomy, current: Current) -> None:
@@ -91,6 +91,7 @@ def wrap(model: nn.Module, anatomy: Anatomy, current: Current) -> None:
             if isinstance(module, nn.Linear):
                 linear = _adopted(model, path, module, SlotLinear, current)
                 linear.places.append(Place(slot.name, layer, slot.part))
+                linear.places.sort(key=lambda place: place.part or (0, 0))
             elif isinstance(module, nn.LayerNorm):
                 norm = _adopted(model, path, module, SlotNorm, current)
                 norm.place = Place(slot.name, layer)

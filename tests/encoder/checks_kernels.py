@@ -1,0 +1,94 @@
+"""The whole pass by the kernels, in Triton's interpreter, against the whole pass by torch; see ``test_kernels``."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from bertology_serve.deltas.bitfit import BitfitSpec
+from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.kernels import autograd, bottleneck, dispatch, fused_lora_linear, layernorm, rows, shrink_expand
+from bertology_serve.tasks.registry import task_for
+from tests import tiny
+from tests.encoder.test_mixed import DELTAS, TEXTS, logits, pipeline, requests
+from tests.kernels.deltas import Setting
+
+LAUNCHES = (
+    (fused_lora_linear, "fused_lora_linear"),
+    (shrink_expand, "split_lora_linear"),
+    (bottleneck, "grouped_bottleneck_adapter"),
+    (layernorm, "layer_norm"),
+)
+
+
+@contextmanager
+def as_on_hopper() -> Iterator[dict[str, mock.Mock]]:
+    """What ``dispatch`` does on a GPU of compute capability 9.0, here; each kernel's calls by its name."""
+    hopper = mock.Mock(return_value=("sm_90", ""))
+    with ExitStack() as stack:
+        for module in (dispatch, rows):
+            stack.enter_context(mock.patch.object(module, "architecture", hopper))
+        yield {name: stack.enter_context(_spied(module, name)) for module, name in LAUNCHES}
+
+
+def _spied(module: Any, name: str) -> Any:
+    return mock.patch.object(module, name, wraps=getattr(module, name))
+
+
+def _same_answers(family: str) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        made = pipeline(tiny.encoder(family, Path(folder)))
+    jobs = [made.prepare(request) for request in requests()]
+    by_torch = made.run(jobs)
+    with as_on_hopper() as calls:
+        by_kernels = made.run(jobs)
+    for one, other in zip(by_torch, by_kernels, strict=True):
+        assert (logits(one.as_dict()) - logits(other.as_dict())).abs().max() <= 1e-5, one.delta
+    return {name: spy.call_count for name, spy in calls.items()}
+
+
+def check_bert(setting: Setting) -> None:
+    """Separate query, key and value; Houlsby and Pfeiffer adapters."""
+    calls = _same_answers("bert")
+    assert calls["fused_lora_linear"] + calls["split_lora_linear"] >= 3 * 6, calls
+    assert calls["grouped_bottleneck_adapter"] >= 3, calls
+    assert calls["layer_norm"] >= 2 * 3, calls
+
+
+def check_modernbert(setting: Setting) -> None:
+    """One projection for query, key and value: three slices of one launch."""
+    calls = _same_answers("modernbert")
+    assert calls["fused_lora_linear"] + calls["split_lora_linear"] >= 3, calls
+
+
+def check_gradients(setting: Setting) -> None:
+    """A training step's gradients, by the kernels' own backward passes and by torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = tiny.encoder("bert", Path(folder))
+    task = DELTAS["lora-1"][1]
+    live = LiveDelta(encoder, [LoraSpec(("query", "value", "up"), rank=4, dropout=0.0), BitfitSpec()], task, 0)
+    with torch.no_grad():
+        for parameter in live.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    live.eval()
+    made = task_for(task)
+    encodings = [
+        encoding
+        for text in TEXTS
+        for encoding in made.encode(made.example({"text": text}, "here", labelled=False), encoder.tokenizer)
+    ]
+    leaves = [parameter for parameter in live.parameters() if parameter.requires_grad]
+    by_torch = torch.autograd.grad(live(encodings).square().sum(), leaves)
+    with as_on_hopper(), _spied(autograd, "differentiable_lora_linear") as launched:
+        by_kernels = torch.autograd.grad(live(encodings).square().sum(), leaves)
+    assert launched.call_count >= 3 * 3
+    largest = max(gradient.norm() for gradient in by_torch)  # a key's bias has none but rounding
+    for one, other in zip(by_torch, by_kernels, strict=True):
+        assert (one - other).norm() <= 1e-6 * largest
