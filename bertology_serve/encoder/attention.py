@@ -1,7 +1,8 @@
 """Attention over packed rows: each sequence sees itself and its delta's prefix.
 
 Rows are brought into groups of sequences of equal length (one gather a layer), and each group is one call of torch's
-scaled dot product attention. Nothing is padded and no [T, T] mask is made.
+scaled dot product attention. Nothing is padded and no [T, T] mask is made. On a GPU one launch does all groups, where
+torch can (``varlen``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from bertology_serve.encoder.bank import PREFIX
 from bertology_serve.encoder.packing import PackedBatch
+from bertology_serve.encoder.varlen import Extents, extents, fits, varlen_attention
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """``permutation`` [T] brings packed rows into the grouped order, ``inverse`` back (``None``: same order)."""
+    """``permutation`` [T] brings packed rows into the grouped order, ``inverse`` back (``None``: same order).
+
+    ``extents`` is what attention in one launch needs, on a GPU.
+    """
 
     permutation: Tensor | None
     inverse: Tensor | None
     groups: tuple[Group, ...]
+    extents: Extents | None = None
 
 
 # bias(group, q, k) -> [count, heads, length, length], added to the scaled scores
@@ -61,11 +67,13 @@ def make_layout(batch: PackedBatch) -> Layout:
         groups.append(Group(at, at + count * length, count, length, tuple(sequences), prefix))
         at += count * length
     order = np.concatenate(pieces)
+    one_launch = extents(batch) if device.type == "cuda" else None
     if (order == np.arange(at)).all():
-        return Layout(None, None, tuple(groups))
+        return Layout(None, None, tuple(groups), one_launch)
     inverse = np.empty_like(order)
     inverse[order] = np.arange(at)
-    return Layout(torch.from_numpy(order).to(device), torch.from_numpy(inverse).to(device), tuple(groups))
+    back = torch.from_numpy(inverse).to(device)
+    return Layout(torch.from_numpy(order).to(device), back, tuple(groups), one_launch)
 
 
 def _prefix_rows(batch: PackedBatch, sequences: list[int], device: torch.device) -> Tensor:
@@ -90,6 +98,9 @@ def packed_attention(
     query, key, value [T, heads, D]; ``prefix`` are the pools [P, H] of keys and values; ``window`` lets a row see
     only rows at most that far away (prefixes are always seen). Returns [T, heads * D].
     """
+    special = bias is not None or dropout > 0 or (window is not None and prefix is not None)
+    if layout.extents is not None and not special and fits(query):
+        return varlen_attention(query, key, value, layout.extents, scale=scale, window=window, prefix=prefix)
     if layout.permutation is not None:
         query, key, value = (rows.index_select(0, layout.permutation) for rows in (query, key, value))
     outputs = [
