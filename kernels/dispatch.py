@@ -36,6 +36,10 @@ class Choice:
     why: str
 
 
+class HostPath(Exception):
+    """Raised where a batch's segments would be looped over by the host while its work is being recorded."""
+
+
 class BatchColumns:
     """The column lists of one batch, made once for each set of slots and tile height and shared by all layers."""
 
@@ -51,6 +55,9 @@ class BatchColumns:
         if key not in self._made:
             self._made[key] = slices, tile_columns(slices, self.rows, block_m).to(self.device)
         return self._made[key][1]
+
+    def by_host(self) -> None:
+        """Called before torch loops over segments: what is recorded for other batches too raises HostPath here."""
 
     def columns(self, segments: Segments) -> int:
         """The number of columns that a launch over these segments is laid out for; counted once."""
@@ -126,6 +133,8 @@ def lora_linear(
     """
     choice = pick(x, w, slices, batch)
     if choice.form == TORCH:
+        if any(slices):
+            batch.by_host()
         return torch_linear(x, w, bias, pools, slices, activation)
     columns = batch.get(slices, choice.config.block_m)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in _tensors(x, w, bias, pools)):

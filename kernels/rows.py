@@ -33,6 +33,7 @@ def adapters(
     residual and source [T, H]; pools down [P, H], down_bias [P, 1], up [P, H].
     """
     if not on_kernels(residual):
+        batch.by_host()
         y = residual if torch.is_grad_enabled() else residual.clone()
         for s in segments:
             rows = slice(s.lo, s.hi)
@@ -60,6 +61,8 @@ def norm(
 ) -> Tensor:
     """y [T, H] = LayerNorm(x + residual) with each segment's bias: x and residual [T, H], pool [P, H]."""
     if not on_kernels(x):
+        if segments and batch is not None:
+            batch.by_host()
         y = F.layer_norm(x if residual is None else x + residual, x.shape[1:], weight, bias, eps)
         return y if pool is None else add_low_rank(y, None, None, pool, segments)
     from bertology_serve.kernels.layernorm import layer_norm

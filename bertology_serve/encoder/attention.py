@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from bertology_serve.encoder.bank import PREFIX
 from bertology_serve.encoder.packing import PackedBatch
 from bertology_serve.encoder.varlen import Extents, extents, fits, varlen_attention
+from bertology_serve.kernels.dispatch import HostPath
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def packed_attention(
     special = bias is not None or dropout > 0 or (window is not None and prefix is not None)
     if layout.extents is not None and not special and fits(query):
         return varlen_attention(query, key, value, layout.extents, scale=scale, window=window, prefix=prefix)
+    if not layout.groups:
+        raise HostPath("attention group by group is not recorded")
     if layout.permutation is not None:
         query, key, value = (rows.index_select(0, layout.permutation) for rows in (query, key, value))
     outputs = [

@@ -26,6 +26,11 @@ def adapter(place: str) -> str:
     return f"{place}.adapter"
 
 
+def is_adapter(pool: str) -> bool:
+    """Whether a pool holds bottleneck adapters."""
+    return pool.endswith(".adapter")
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where one delta stands in the pools.
@@ -195,6 +200,14 @@ class DeltaBank:
     def layer(self, pool: str, column: str, layer: int) -> Tensor:
         """One layer of a pool's column [P, width]."""
         return self.pools[pool].columns[column][layer]
+
+    def depth(self, pool: str) -> int:
+        """L of a pool."""
+        return next(iter(self.pools[pool].columns.values())).shape[0]
+
+    def addresses(self, pool: str) -> tuple[int, ...]:
+        """Where a pool's tensors lie; other ones once it has grown."""
+        return tuple(column.data_ptr() for column in self.pools[pool].columns.values())
 
     @property
     def bytes(self) -> int:

@@ -18,7 +18,8 @@ from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.encoder import families
 from bertology_serve.encoder.anatomy import find_anatomy
 from bertology_serve.encoder.attention import make_layout
-from bertology_serve.encoder.bank import PROMPT
+from bertology_serve.encoder.bank import PROMPT, DeltaBank
+from bertology_serve.encoder.graphs import Graphs, Record
 from bertology_serve.encoder.loading import load_model, load_tokenizer, locate
 from bertology_serve.encoder.memory import keep_freed_memory
 from bertology_serve.encoder.packing import PackedBatch
@@ -26,6 +27,7 @@ from bertology_serve.encoder.passing import Current, Pass, Pools
 from bertology_serve.encoder.plan import BatchPlan, make_plan
 from bertology_serve.encoder.prepacked import Prepacked, pays
 from bertology_serve.encoder.probe import Probe
+from bertology_serve.encoder.varlen import HALVES
 from bertology_serve.encoder.wrapped import SlotLinear, wrap
 from bertology_serve.errors import LimitError, Unsupported
 from bertology_serve.kernels.dispatch import BatchColumns
@@ -45,6 +47,7 @@ class Encoder:
         self.anatomy: Anatomy = find_anatomy(model)
         self.ref = BaseRef(name, weights_hash(model.state_dict()), self.anatomy.family)
         self.lock = threading.RLock()
+        self.graphs: Graphs | None = None
         self._current = Current()
         self._inputs = set(inspect.signature(model.forward).parameters)
         probe = Probe.of(model, self.anatomy)
@@ -131,10 +134,31 @@ class Encoder:
 
         Differentiable in the rows of ``pools`` and, where they require gradients, the encoder's weights.
         """
+        plan = plan or make_plan(batch)
+        if self.graphs is not None and isinstance(pools, DeltaBank) and not torch.is_grad_enabled():
+            with self.lock:
+                hidden = self.graphs.run(batch, plan, pools)
+            if hidden is not None:
+                return hidden
         layout = make_layout(batch) if self.packs else None
-        lists = BatchColumns(batch.rows, batch.ids.device)
-        with self._running(Pass(batch, plan or make_plan(batch), pools, layout, lists)):
-            embeddings = self._embed(batch, pools)
+        now = Pass(batch, plan, pools, layout, BatchColumns(batch.rows, batch.ids.device))
+        return self._compute(now).reshape(batch.rows, -1)
+
+    def use_graphs(self, record: Record | None = None) -> bool:
+        """Replays the pass as CUDA graphs from now on, where that can be; says whether it can.
+
+        For packed encoders on a GPU in 16 bits. ``record`` takes the place of CUDA's own recording.
+        """
+        if not self.packs or (record is None and (self.device.type != "cuda" or self.dtype not in HALVES)):
+            return False
+        self.graphs = Graphs(self._compute, record)
+        return True
+
+    def _compute(self, now: Pass) -> Tensor:
+        """The model's last hidden states for one pass: [1, T, H], or padded [S, Lmax, H]."""
+        batch = now.batch
+        with self._running(now):
+            embeddings = self._embed(batch, now.pools)
             shape = (1, -1) if self.packs else (batch.sequences, batch.stride)
             inputs: dict[str, Any] = {
                 "inputs_embeds": embeddings.view(*shape, embeddings.shape[-1]),
@@ -145,7 +169,7 @@ class Encoder:
                 inputs["attention_mask"] = _padding_mask(batch)
             used = {name: value for name, value in inputs.items() if name in self._inputs}
             hidden: Tensor = self.model(**used).last_hidden_state
-        return hidden.reshape(batch.rows, -1)
+        return hidden
 
     def _embed(self, batch: PackedBatch, pools: Pools) -> Tensor:
         """Word vectors [T, E], prompt rows replaced by their deltas' vectors."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from bertology_serve.encoder.plan import BatchPlan
 from bertology_serve.kernels import rows
 from bertology_serve.kernels.columns import Pools as SlotPools
 from bertology_serve.kernels.dispatch import BatchColumns, Segments
-from bertology_serve.kernels.segments import RowSegment, add_low_rank
+from bertology_serve.kernels.segments import add_low_rank
 
 
 class Pools(Protocol):
@@ -47,7 +47,6 @@ class Pass:
     pools: Pools
     layout: Layout | None
     lists: BatchColumns
-    _kept: dict[tuple[str, tuple[bool, ...]], list[RowSegment]] = field(default_factory=dict)
 
     def slices(self, places: Sequence[Place], weight: Tensor) -> tuple[list[SlotPools], list[Segments]] | None:
         """Pools and segments of the equal slices of a linear's outputs (its weight [N, K]), one for each place.
@@ -72,6 +71,7 @@ class Pass:
         active = self.plan.segments.get(place.slot) if segments is None else segments
         if not active:
             return y
+        self.lists.by_host()
         a, b = self._slot_pools(place, active if x is not None else ())
         if place.part is None:
             return add_low_rank(y, x, a, b, active)
@@ -91,7 +91,7 @@ class Pass:
         residual itself where none has.
         """
         name, layer = adapter(place.slot), place.layer
-        segments = self._adapters(name, layer)
+        segments = self.plan.adapters(name, layer)
         if not segments:
             return residual
         down, shift, up = (self.pools.layer(name, column, layer) for column in ("down", "down_bias", "up"))
@@ -108,15 +108,6 @@ class Pass:
         ranked = any(segment.last > segment.first for segment in segments)
         a = self.pools.layer(place.slot, "a", place.layer) if ranked else None
         return SlotPools(a, self.pools.layer(place.slot, "b", place.layer))
-
-    def _adapters(self, name: str, layer: int) -> Segments:
-        """The segments of a pool whose deltas have an adapter in a layer: the same list for the same deltas."""
-        segments = self.plan.segments.get(name, ())
-        kept = tuple(layer in run.entry.adapter_layers[name] for run in self.plan.runs if name in run.entry.rows)
-        if all(kept):
-            return segments
-        picked = [segment for segment, keep in zip(segments, kept, strict=True) if keep]
-        return self._kept.setdefault((name, kept), picked)
 
 
 class Current:

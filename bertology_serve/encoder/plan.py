@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from bertology_serve.encoder.bank import Entry
 from bertology_serve.encoder.packing import PackedBatch
@@ -27,6 +27,16 @@ class BatchPlan:
 
     runs: tuple[Run, ...]
     segments: Mapping[str, Sequence[RowSegment]]
+    _kept: dict[tuple[str, tuple[bool, ...]], list[RowSegment]] = field(default_factory=dict)
+
+    def adapters(self, pool: str, layer: int) -> Sequence[RowSegment]:
+        """The segments of a pool whose deltas have an adapter in a layer: the same list for the same deltas."""
+        segments = self.segments.get(pool, ())
+        kept = tuple(layer in run.entry.adapter_layers[pool] for run in self.runs if pool in run.entry.rows)
+        if all(kept):
+            return segments
+        picked = [segment for segment, keep in zip(segments, kept, strict=True) if keep]
+        return self._kept.setdefault((pool, kept), picked)
 
 
 def make_plan(batch: PackedBatch) -> BatchPlan:

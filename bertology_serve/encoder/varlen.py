@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,17 @@ from bertology_serve.encoder.packing import PackedBatch
 
 HALVES = (torch.float16, torch.bfloat16)
 WIDEST = 256
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a recorded batch has room for: rows, sequences, prefix rows, the longest sequence (with a prefix)."""
+
+    rows: int
+    sequences: int
+    prefix: int
+    longest_row: int
+    longest_key: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,13 @@ class Extents:
     longest_key: int
     prefix: Tensor | None = None
     keys_at: Tensor | None = None
+
+    def copy_(self, other: Extents) -> None:
+        """Takes over another batch's extents, made for the same room."""
+        for name in ("rows", "keys", "prefix", "keys_at"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is not None:
+                mine.copy_(theirs, non_blocking=True)
 
 
 @cache
@@ -59,29 +77,28 @@ def fits(query: Tensor) -> bool:
     )
 
 
-def extents(batch: PackedBatch) -> Extents:
-    """The extents of a packed batch, on its device."""
-    device, lengths = batch.ids.device, np.array(batch.lengths)
-    virtual = np.array([entry.prefix_length for entry in batch.entries])
-    rows = _cumulative(lengths)
-    if not virtual.any():
-        edges = torch.from_numpy(rows).to(device)
-        return Extents(edges, edges, int(lengths.max()), int(lengths.max()))
-    keys, past = _cumulative(lengths + virtual), _cumulative(virtual)
+def extents(batch: PackedBatch, room: Room | None = None) -> Extents:
+    """The extents of a packed batch, on its device; with a room, filler sequences take the rows that are left."""
+    lengths, virtual = np.array(batch.lengths), np.array([entry.prefix_length for entry in batch.entries])
+    if room is not None:
+        lengths, virtual = _filled(lengths, room), _widened(virtual, room.sequences)
+    rows, keys, past = _cumulative(lengths), _cumulative(lengths + virtual), _cumulative(virtual)
+    longest = (room.longest_row, room.longest_key) if room else (int(lengths.max()), int((lengths + virtual).max()))
+    count = room.prefix if room else int(past[-1])
+    put = partial(_put, device=batch.ids.device)
+    if not count:
+        edges = put(rows)
+        return Extents(edges, edges, *longest)
     at = [
         piece
-        for i in range(batch.sequences)
-        for piece in (np.arange(past[i], past[i + 1]), past[-1] + np.arange(rows[i], rows[i + 1]))
+        for i in range(len(lengths))
+        for piece in (np.arange(past[i], past[i + 1]), count + np.arange(rows[i], rows[i + 1]))
     ]
     owned = [np.arange(e.rows[PREFIX].first, e.rows[PREFIX].last) for e in batch.entries if PREFIX in e.rows]
-    return Extents(
-        torch.from_numpy(rows).to(device),
-        torch.from_numpy(keys).to(device),
-        int(lengths.max()),
-        int((lengths + virtual).max()),
-        torch.from_numpy(np.concatenate(owned)).to(device),
-        torch.from_numpy(np.concatenate(at).astype(np.int64)).to(device),
-    )
+    prefix, keys_at = np.concatenate(owned), np.concatenate(at)
+    if room is not None:
+        prefix, keys_at = _widened(prefix, count), _widened(keys_at, count + room.rows)
+    return Extents(put(rows), put(keys), *longest, put(prefix.astype(np.int64)), put(keys_at.astype(np.int64)))
 
 
 def varlen_attention(
@@ -121,3 +138,19 @@ def varlen_attention(
 
 def _cumulative(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+
+
+def _filled(lengths: np.ndarray, room: Room) -> np.ndarray:
+    """The lengths, then filler sequences for the rows that are left, then empty ones."""
+    left = room.rows - int(lengths.sum())
+    filler = [min(room.longest_row, left - at) for at in range(0, left, room.longest_row)]
+    return _widened(np.concatenate([lengths, np.array(filler, dtype=lengths.dtype)]), room.sequences)
+
+
+def _widened(values: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([values, np.zeros(size - len(values), dtype=values.dtype)])
+
+
+def _put(values: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,15 @@ import torch
 
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.encoder import attention, varlen
+from bertology_serve.encoder.graphs import Graphs
 from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.encoder.pipeline import Request
 from bertology_serve.kernels import autograd, bottleneck, dispatch, fused_lora_linear, layernorm, rows, shrink_expand
 from bertology_serve.tasks.registry import task_for
 from tests import tiny
-from tests.encoder.test_mixed import DELTAS, TEXTS, logits, pipeline, requests
+from tests.encoder.test_mixed import DELTAS, TEXTS, logits, pipeline, record, requests
+from tests.encoder.test_varlen import by_definition
 from tests.kernels.deltas import Setting
 
 LAUNCHES = (
@@ -92,3 +96,46 @@ def check_gradients(setting: Setting) -> None:
     largest = max(gradient.norm() for gradient in by_torch)  # a key's bias has none but rounding
     for one, other in zip(by_torch, by_kernels, strict=True):
         assert (one - other).norm() <= 1e-6 * largest
+
+
+def _again(compute: Callable[[], torch.Tensor]) -> tuple[Callable[[], Any], torch.Tensor]:
+    """Stands in for CUDA's recording: the same function on the same tensors, told nothing of the new batch."""
+    out = compute()
+    return (lambda: out.copy_(compute())), out
+
+
+def _replayed(family: str, deltas: Iterable[str] = DELTAS) -> tuple[Graphs, float]:
+    """Two batches with other texts and lengths: (what was recorded, largest difference of the second's logits)."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = pipeline(tiny.encoder(family, Path(folder)))
+    first, second = (
+        [made.prepare(Request(name, record(DELTAS[name][1], i + by), logits=True)) for i, name in enumerate(deltas)]
+        for by in (0, 2)
+    )
+    with as_on_hopper():
+        want = made.run(second)
+        with (
+            mock.patch.object(attention, "fits", return_value=True),
+            mock.patch.object(varlen, "_torch_varlen", return_value=by_definition),
+        ):
+            assert made.encoder.use_graphs(_again)
+            made.run(first)
+            found = made.run(second)
+    pairs = zip(want, found, strict=True)
+    graphs = made.encoder.graphs
+    assert graphs is not None
+    return graphs, max(float((logits(a.as_dict()) - logits(b.as_dict())).abs().max()) for a, b in pairs)
+
+
+def check_replay(setting: Setting) -> None:
+    """A replay answers for other sequences of other lengths than those that it was recorded with."""
+    graphs, difference = _replayed("bert")
+    assert difference <= 1e-5, difference
+    assert len(graphs) == 1, list(graphs)
+
+
+def check_no_replay_by_host(setting: Setting) -> None:
+    """MPNet's biased attention is done group by group: nothing is recorded, and the answers are right."""
+    graphs, difference = _replayed("mpnet", ("lora-4", "bitfit", "base"))
+    assert difference <= 1e-5, difference
+    assert len(graphs) == 0

@@ -24,3 +24,18 @@ def test_minilm_on_gpu():
     pairs = [made.run([made.prepare(request) for request in requests()]) for made in (on_cpu, on_gpu)]
     for one, other in zip(*pairs, strict=True):
         assert (logits(one.as_dict()) - logits(other.as_dict())).abs().max() <= 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_graphs_give_eager_answers_on_gpu(dtype):
+    made = pipeline(Encoder.load("minilm", device="cuda", dtype=dtype))
+    jobs = [made.prepare(request) for request in requests()]
+    batches = [jobs, jobs[::-1], jobs[:30], jobs[15:]]
+    eager = [made.run(batch) for batch in batches]
+    assert made.encoder.use_graphs()
+    for _ in range(2):
+        for batch, want in zip(batches, eager, strict=True):
+            for one, other in zip(want, made.run(batch), strict=True):
+                assert (logits(one.as_dict()) - logits(other.as_dict())).abs().max() <= 0.05
+    assert made.encoder.graphs
