@@ -196,15 +196,24 @@ def _outputs(hidden: Tensor, batch: PackedBatch, owners: Sequence[Ready]) -> lis
     members: dict[int, list[int]] = {}
     for packed, original in enumerate(batch.order):
         members.setdefault(id(owners[original]), []).append(packed)
+    groups = [(owners[batch.order[sequences[0]]], sequences) for sequences in members.values()]
+    found = [read(hidden, batch, sequences, ready.delta.task, ready.head) for ready, sequences in groups]
     outputs: list[Tensor] = [hidden] * len(owners)
-    for sequences in members.values():
-        ready = owners[batch.order[sequences[0]]]
-        out = read(hidden, batch, sequences, ready.delta.task, ready.head).cpu()
+    for (ready, sequences), out in zip(groups, _on_cpu(found), strict=True):
         lengths = [batch.text_lengths[i] for i in sequences]
         parts = torch.split(out, lengths) if ready.delta.task.per_token else out.unbind(0)
         for packed, part in zip(sequences, parts, strict=True):
             outputs[batch.order[packed]] = part
     return outputs
+
+
+def _on_cpu(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors on the CPU, in one copy: every copy waits for the GPU."""
+    if tensors[0].device.type == "cpu":
+        return tensors
+    whole = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    parts = torch.split(whole, [tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _prediction(job: Job, outputs: Sequence[Tensor]) -> Prediction:
