@@ -22,7 +22,7 @@ from bertology_serve.encoder.bank import PROMPT
 from bertology_serve.encoder.loading import load_model, load_tokenizer, locate
 from bertology_serve.encoder.memory import keep_freed_memory
 from bertology_serve.encoder.packing import PackedBatch
-from bertology_serve.encoder.passing import Current, Pass, Pools
+from bertology_serve.encoder.passing import Current, Heads, Pass, Pools
 from bertology_serve.encoder.plan import BatchPlan, make_plan
 from bertology_serve.encoder.prepacked import Prepacked, pays
 from bertology_serve.encoder.probe import Probe
@@ -125,13 +125,30 @@ class Encoder:
             if isinstance(module, SlotLinear):
                 module.prepacked = None
 
-    def run(self, batch: PackedBatch, pools: Pools, plan: BatchPlan | None = None) -> Tensor:
+    def run(
+        self, batch: PackedBatch, pools: Pools, plan: BatchPlan | None = None, heads: Heads | None = None
+    ) -> Tensor:
         """The hidden states [T, H] of every row of a batch, each row's delta applied.
 
-        Differentiable in the rows of ``pools`` and, where they require gradients, the encoder's weights.
+        Differentiable in the rows of ``pools`` and, where they require gradients, the encoder's weights. ``heads``
+        takes the place of torch's attention; raises Unsupported where the family keeps its own.
         """
+        if heads is not None and not self.packs:
+            raise Unsupported(f"{self.anatomy.family} is run with its own attention, whose heads cannot be watched")
+        hidden: Tensor = self._forward(batch, pools, plan, heads).last_hidden_state
+        return hidden.reshape(batch.rows, -1)
+
+    def layers(self, batch: PackedBatch, pools: Pools) -> tuple[Tensor, ...]:
+        """The hidden states [T, H] after the embeddings and after each layer, L + 1 of them, from one pass."""
+        found = self._forward(batch, pools, output_hidden_states=True).hidden_states
+        return tuple(hidden.reshape(batch.rows, -1) for hidden in found)
+
+    def _forward(
+        self, batch: PackedBatch, pools: Pools, plan: BatchPlan | None = None, heads: Heads | None = None, **more: bool
+    ) -> Any:
+        """The model's own output for a batch; ``more`` goes to the model."""
         layout = make_layout(batch) if self.packs else None
-        with self._running(Pass(batch, plan or make_plan(batch), pools, layout)):
+        with self._running(Pass(batch, plan or make_plan(batch), pools, layout, heads)):
             embeddings = self._embed(batch, pools)
             shape = (1, -1) if self.packs else (batch.sequences, batch.stride)
             inputs: dict[str, Any] = {
@@ -142,8 +159,7 @@ class Encoder:
             if not self.packs:
                 inputs["attention_mask"] = _padding_mask(batch)
             used = {name: value for name, value in inputs.items() if name in self._inputs}
-            hidden: Tensor = self.model(**used).last_hidden_state
-        return hidden.reshape(batch.rows, -1)
+            return self.model(**used, **more)
 
     def _embed(self, batch: PackedBatch, pools: Pools) -> Tensor:
         """Word vectors [T, E], prompt rows replaced by their deltas' vectors."""
