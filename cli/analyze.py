@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertology_serve.analysis.settings import AttentionSettings
+from bertology_serve.analysis.settings import AttentionSettings, HeadSettings
 from bertology_serve.cli.common import note, progress, table
 from bertology_serve.cli.options import options
 
@@ -55,6 +55,30 @@ def attention(
     written(report, out)
 
 
+@app.command()
+@options(HeadSettings, into="settings")
+def heads(
+    delta: Annotated[Path, typer.Option(metavar="DIR", help="The delta whose task judges the heads.")],
+    input: Annotated[str, typer.Option(help="Labelled records that importance is measured on.")],
+    eval: Annotated[str | None, typer.Option(help="Labelled records for the pruning curve. Default: --input.")] = None,
+    backbone: Backbone = None,
+    out: Out = Path("analysis"),
+    device: Device = "auto",
+    *,
+    settings: HeadSettings,
+) -> None:
+    """Which heads a delta's task needs: |dL/dξ|, and the metric as heads are masked (Michel et al. 2019)."""
+    from bertology_serve.analysis.heads import heads as run
+
+    with bar("heads") as advance:
+        report = run(subject(backbone, delta, device), input, settings, eval=eval, advance=advance)
+    facts = report.facts
+    rows = [(order, f"{share:.0%}") for order, share in facts["share_within_tolerance"].items()]
+    title = f"{facts['metric']} {facts['unmasked']:.4f} unmasked; heads that go within {facts['tolerance']:g}"
+    table(title, ("order", "share"), rows, stderr=False)
+    written(report, out)
+
+
 def extreme(rows: object, name: str) -> tuple[float, float, str]:
     """Mean and largest value of a column of the heads' table, and the head that has it."""
     cells = list(rows)  # type: ignore[call-overload]
@@ -70,8 +94,10 @@ def subject(backbone: str | None, delta: Path | None, device: str) -> Subject:
     from bertology_serve.training.saved import open_delta
 
     if delta is None:
-        return Subject(Encoder.load(backbone or "minilm", device=find_device(device)))
-    loaded, encoder = open_delta(delta, backbone, find_device(device))
+        loaded, encoder = None, Encoder.load(backbone or "minilm", device=find_device(device))
+    else:
+        loaded, encoder = open_delta(delta, backbone, find_device(device))
+    encoder.prepack()
     return Subject(encoder, loaded).checked()
 
 

@@ -28,3 +28,21 @@ class AttentionSettings:
 
     def __post_init__(self) -> None:
         at_least_one(self, "max_length", "max_tokens", "most", "clusters", "js_rows")
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """How heads are judged."""
+
+    steps: int = field(default=10, metadata={"help": "Equal steps from no head masked to all of them."})
+    seeds: int = field(default=3, metadata={"help": "Random orders to compare with."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random orders."})
+    most: int | None = field(default=None, metadata={"help": "Measure importance on the first so many records."})
+    leave_one_out: bool = field(default=False, metadata={"help": "Mask each head alone too: a pass over --input each."})
+    tolerance: float = field(default=0.01, metadata={"help": "How far the metric may fall, as a fraction."})
+    max_tokens: int = field(default=4096, metadata={"help": "Tokens a batch."})
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "steps", "most", "max_tokens")
+        if self.seeds < 0:
+            raise SpecError(f"seeds is {self.seeds}; expected 0 or more")

@@ -79,9 +79,10 @@ class Subject:
         if self.delta is None or not self.delta.specs:
             return LiveBank([])
         device, dtype = self.encoder.device, self.encoder.dtype
-        moved = {name: tensor.to(device, dtype) for name, tensor in self.delta.tensors.items()}
-        effects = replace(self.delta, tensors=moved).effects(self.encoder.anatomy)
-        return LiveBank([(KEY, self.encoder.allowed(effects))])
+        with torch.inference_mode(False), torch.no_grad():  # made once, used with and without gradients
+            moved = {name: tensor.to(device, dtype) for name, tensor in self.delta.tensors.items()}
+            effects = replace(self.delta, tensors=moved).effects(self.encoder.anatomy)
+            return LiveBank([(KEY, self.encoder.allowed(effects))])
 
     @property
     def virtual(self) -> int:
@@ -93,9 +94,10 @@ class Subject:
     def head(self) -> Head:
         """The delta's task head, frozen."""
         assert self.delta is not None
-        head = Head.build(form_for(self.encoder, self.delta.task), self.encoder.base_head)
-        head.load(self.delta.head)
-        return head.to(self.encoder.device).eval().requires_grad_(False)
+        with torch.inference_mode(False):
+            head = Head.build(form_for(self.encoder, self.delta.task), self.encoder.base_head)
+            head.load(self.delta.head)
+            return head.to(self.encoder.device).eval().requires_grad_(False)
 
     def pack(self, encodings: Sequence[Encoding]) -> PackedBatch:
         """One batch of sequences, the delta on all of them."""

@@ -49,3 +49,11 @@ def test_bad_corpora_are_one_line(made, tmp_path, capsys, corpus, message):
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_heads(made, tmp_path, capsys):
+    rows = str(made / "train.jsonl")
+    arguments = ["--delta", str(made / "mood"), "--input", rows, "--eval", rows, "--out", str(tmp_path)]
+    assert main(["analyze", "heads", *arguments, "--steps", "2", "--seeds", "1"]) == 0
+    assert "least important first" in capsys.readouterr().out
+    assert json.loads((tmp_path / "heads.json").read_text())["facts"]["eval_examples"] == 16
