@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": "Answer a file of records, for many deltas at once.",
     "serve": "Answer over HTTP.",
     "export": "Write a delta and its encoder as ONNX, compared with torch.",
+    "analyze": "See what heads, layers and deltas do.",
     "inspect": "Show and validate a delta.",
     "bench": "Measure speed on this machine, beside the alternatives.",
 }

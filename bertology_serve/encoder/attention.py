@@ -52,6 +52,10 @@ class Layout:
 # bias(group, q, k) -> [count, heads, length, length], added to the scaled scores
 Bias = Callable[[Group, Tensor, Tensor], Tensor]
 
+# attend(group, q, k, v, mask, scale) -> [count, heads, length, D], in place of torch's attention. q [count, heads,
+# length, D]; k, v with the prefix's rows first; mask is boolean, added to the scaled scores, or None. For analyses.
+Attend = Callable[[Group, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
 
 def make_layout(batch: PackedBatch) -> Layout:
     """Groups a packed batch's sequences by length and prefix length."""
@@ -93,13 +97,15 @@ def packed_attention(
     prefix: tuple[Tensor, Tensor] | None = None,
     bias: Bias | None = None,
     dropout: float = 0.0,
+    attend: Attend | None = None,
 ) -> Tensor:
     """Attention of every row to its own sequence and prefix.
 
     query, key, value [T, heads, D]; ``prefix`` are the pools [P, H] of keys and values; ``window`` lets a row see
-    only rows at most that far away (prefixes are always seen). Returns [T, heads * D].
+    only rows at most that far away (prefixes are always seen); ``attend`` takes the place of torch's attention.
+    Returns [T, heads * D].
     """
-    special = bias is not None or dropout > 0 or (window is not None and prefix is not None)
+    special = bias is not None or dropout > 0 or attend is not None or (window is not None and prefix is not None)
     if layout.extents is not None and not special and fits(query):
         return varlen_attention(query, key, value, layout.extents, scale=scale, window=window, prefix=prefix)
     if not layout.groups:
@@ -107,7 +113,8 @@ def packed_attention(
     if layout.permutation is not None:
         query, key, value = (rows.index_select(0, layout.permutation) for rows in (query, key, value))
     outputs = [
-        _group_attention(group, query, key, value, scale, window, prefix, bias, dropout) for group in layout.groups
+        _group_attention(group, query, key, value, scale, window, prefix, bias, dropout, attend)
+        for group in layout.groups
     ]
     grouped = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return grouped if layout.inverse is None else grouped.index_select(0, layout.inverse)
@@ -123,6 +130,7 @@ def _group_attention(
     prefix: tuple[Tensor, Tensor] | None,
     bias: Bias | None,
     dropout: float,
+    attend: Attend | None,
 ) -> Tensor:
     heads, width = query.shape[1:]
     shape = (group.count, group.length, heads, width)
@@ -137,7 +145,10 @@ def _group_attention(
         k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         if mask is not None:
             mask = F.pad(mask, (past[0].shape[2], 0), value=True if mask.dtype == torch.bool else 0.0)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    if attend is not None:
+        out = attend(group, q, k, v, mask, scale)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     return out.transpose(1, 2).reshape(group.count * group.length, heads * width)
 
 

@@ -54,6 +54,7 @@ def attend(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor
         prefix=now.prefix(self.layer_number),
         bias=None if positions is None else lambda group, q, k: positions.bias(group, q, k) * scale,
         dropout=self.dropout.p if self.training else 0.0,
+        attend=now.attend(self.layer_number),
     )
     return out[None], None
 

@@ -23,7 +23,7 @@ from bertology_serve.encoder.graphs import Graphs, Record
 from bertology_serve.encoder.loading import load_model, load_tokenizer, locate
 from bertology_serve.encoder.memory import keep_freed_memory
 from bertology_serve.encoder.packing import PackedBatch
-from bertology_serve.encoder.passing import Current, Pass, Pools
+from bertology_serve.encoder.passing import Current, Heads, Pass, Pools
 from bertology_serve.encoder.plan import BatchPlan, make_plan
 from bertology_serve.encoder.prepacked import Prepacked, pays
 from bertology_serve.encoder.probe import Probe
@@ -129,20 +129,28 @@ class Encoder:
             if isinstance(module, SlotLinear):
                 module.prepacked = None
 
-    def run(self, batch: PackedBatch, pools: Pools, plan: BatchPlan | None = None) -> Tensor:
+    def run(
+        self, batch: PackedBatch, pools: Pools, plan: BatchPlan | None = None, heads: Heads | None = None
+    ) -> Tensor:
         """The hidden states [T, H] of every row of a batch, each row's delta applied.
 
-        Differentiable in the rows of ``pools`` and, where they require gradients, the encoder's weights.
+        Differentiable in the rows of ``pools`` and, where they require gradients, the encoder's weights. ``heads``
+        takes the place of torch's attention; raises Unsupported where the family keeps its own.
         """
+        if heads is not None and not self.packs:
+            raise Unsupported(f"{self.anatomy.family} is run with its own attention, whose heads cannot be watched")
         plan = plan or make_plan(batch)
-        if self.graphs is not None and isinstance(pools, DeltaBank) and not torch.is_grad_enabled():
+        if self.graphs is not None and heads is None and isinstance(pools, DeltaBank) and not torch.is_grad_enabled():
             with self.lock:
-                hidden = self.graphs.run(batch, plan, pools)
-            if hidden is not None:
-                return hidden
-        layout = make_layout(batch) if self.packs else None
-        now = Pass(batch, plan, pools, layout, BatchColumns(batch.rows, batch.ids.device))
-        return self._compute(now).reshape(batch.rows, -1)
+                replayed = self.graphs.run(batch, plan, pools)
+            if replayed is not None:
+                return replayed
+        return self._last_hidden(self._pass(batch, pools, plan, heads)).reshape(batch.rows, -1)
+
+    def layers(self, batch: PackedBatch, pools: Pools) -> tuple[Tensor, ...]:
+        """The hidden states [T, H] after the embeddings and after each layer, L + 1 of them, from one pass."""
+        found = self._output(self._pass(batch, pools, make_plan(batch)), output_hidden_states=True).hidden_states
+        return tuple(hidden.reshape(batch.rows, -1) for hidden in found)
 
     def use_graphs(self, record: Record | None = None) -> bool:
         """Replays the pass as CUDA graphs from now on, where that can be; says whether it can.
@@ -151,11 +159,19 @@ class Encoder:
         """
         if not self.packs or (record is None and (self.device.type != "cuda" or self.dtype not in HALVES)):
             return False
-        self.graphs = Graphs(self._compute, record)
+        self.graphs = Graphs(self._last_hidden, record)
         return True
 
-    def _compute(self, now: Pass) -> Tensor:
-        """The model's last hidden states for one pass: [1, T, H], or padded [S, Lmax, H]."""
+    def _pass(self, batch: PackedBatch, pools: Pools, plan: BatchPlan, heads: Heads | None = None) -> Pass:
+        layout = make_layout(batch) if self.packs else None
+        return Pass(batch, plan, pools, layout, BatchColumns(batch.rows, batch.ids.device), heads)
+
+    def _last_hidden(self, now: Pass) -> Tensor:
+        """The last hidden states of a pass: [1, T, H], or padded [S, Lmax, H]."""
+        return self._output(now).last_hidden_state  # type: ignore[no-any-return]
+
+    def _output(self, now: Pass, **more: bool) -> Any:
+        """The model's own output for a pass; ``more`` goes to the model."""
         batch = now.batch
         with self._running(now):
             embeddings = self._embed(batch, now.pools)
@@ -168,8 +184,7 @@ class Encoder:
             if not self.packs:
                 inputs["attention_mask"] = _padding_mask(batch)
             used = {name: value for name, value in inputs.items() if name in self._inputs}
-            hidden: Tensor = self.model(**used).last_hidden_state
-        return hidden
+            return self.model(**used, **more)
 
     def _embed(self, batch: PackedBatch, pools: Pools) -> Tensor:
         """Word vectors [T, E], prompt rows replaced by their deltas' vectors."""

@@ -44,6 +44,7 @@ def _attend(
         window=None if sliding_window is None else sliding_window - 1,
         prefix=now.prefix(module.layer_number),
         dropout=dropout,
+        attend=now.attend(module.layer_number),
     )
     return out.view(1, query.shape[2], query.shape[1], query.shape[3]), None
 

@@ -32,6 +32,7 @@ def attend(self: Any, hidden_states: Tensor, attention_mask: Any = None, positio
         prefix=now.prefix(self.layer_number),
         bias=lambda group, q, _: _bias(self.shared[0], group).to(q.dtype),
         dropout=self.dropout.p if self.training else 0.0,
+        attend=now.attend(self.layer_number),
     )
     return (self.o(out[None]),)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from bertology_serve.encoder.attention import Layout
+from bertology_serve.encoder.attention import Attend, Group, Layout
 from bertology_serve.encoder.bank import PREFIX, Entry, adapter
 from bertology_serve.encoder.packing import PackedBatch
 from bertology_serve.encoder.plan import BatchPlan
@@ -38,6 +39,16 @@ class Place:
     part: tuple[int, int] | None = None
 
 
+class Heads(Protocol):
+    """Computes attention in place of torch, layer by layer: what analyses watch and gate heads with."""
+
+    def __call__(
+        self, layer: int, group: Group, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        """See ``attention.Attend``."""
+        ...
+
+
 @dataclass(frozen=True)
 class Pass:
     """One batch on its way through the encoder; ``lists`` are the kernels' column lists, shared by all layers."""
@@ -47,6 +58,11 @@ class Pass:
     pools: Pools
     layout: Layout | None
     lists: BatchColumns
+    heads: Heads | None = None
+
+    def attend(self, layer: int) -> Attend | None:
+        """What takes the place of torch's attention in a layer, if anything."""
+        return None if self.heads is None else partial(self.heads, layer)
 
     def slices(self, places: Sequence[Place], weight: Tensor) -> tuple[list[SlotPools], list[Segments]] | None:
         """Pools and segments of the equal slices of a linear's outputs (its weight [N, K]), one for each place.

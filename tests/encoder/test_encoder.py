@@ -52,6 +52,20 @@ def test_packed_rows_equal_transformers_own(family: str, tmp_path: Path) -> None
         torch.testing.assert_close(rows, expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_layers_equal_transformers_hidden_states(family: str, tmp_path: Path) -> None:
+    encoder = tiny.encoder(family, tmp_path)
+    own = AutoModel.from_pretrained(tmp_path).eval()
+    sequence = encodings((9,))
+    batch = pack(sequence, [BARE], encoder.anatomy, encoder.device)
+    with torch.inference_mode():
+        found = encoder.layers(batch, DeltaBank(encoder.anatomy, encoder.dtype, encoder.device))
+        expected = own(input_ids=torch.tensor([sequence[0].ids]), output_hidden_states=True).hidden_states
+    assert len(found) == len(expected) == 4
+    for rows, whole in zip(found, expected, strict=True):
+        torch.testing.assert_close(rows, whole[0], atol=2e-6, rtol=1e-5)
+
+
 def test_a_family_that_cannot_be_packed_is_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = encodings((5, 1, 9, 5, 40, 2))
     packed = run(tiny.encoder("bert", tmp_path), sequences)

@@ -1,0 +1,100 @@
+"""``analyze attention``: what each head attends to on a corpus, and which heads attend alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bertology_serve.analysis.corpus import Corpus, corpus_name, read_corpus
+from bertology_serve.analysis.divergence import Divergences, clusters, flat_map
+from bertology_serve.analysis.figures import Figure, HeatMap, Scatter
+from bertology_serve.analysis.head_statistics import STATISTICS, TITLES, UNITS, HeadStatistics
+from bertology_serve.analysis.report import Report, origin
+from bertology_serve.analysis.settings import AttentionSettings
+from bertology_serve.analysis.subject import Advance, Subject, batches, silent
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.tasks.spec import Encoding
+
+
+def attention(
+    backbone: str | Encoder | Subject | None = "minilm",
+    corpus: Corpus = None,
+    settings: AttentionSettings | None = None,
+    *,
+    delta: Delta | str | Path | None = None,
+    advance: Advance = silent,
+) -> Report:
+    """The statistics of every head (see ``head_statistics``) over a corpus, one pass, memory bounded by a batch.
+
+    Divergences between heads are measured on whole sequences spread over the corpus, about ``js_rows`` rows of them.
+    Raises Unsupported for encoders that keep their own attention.
+    """
+    subject, settings = Subject.of(backbone, delta), settings or AttentionSettings()
+    encoder = subject.encoder
+    length = min(settings.max_length, encoder.max_tokens - subject.virtual)
+    encodings = read_corpus(corpus, encoder.tokenizer, length, settings.most)
+    started = time.perf_counter()
+    statistics, divergences = _gather(subject, encodings, settings, advance)
+    facts = {
+        **subject.facts(), "corpus": corpus_name(corpus), "sequences": len(encodings), "tokens": statistics.rows,
+        "divergence_rows": divergences.rows, "seconds": round(time.perf_counter() - started, 3), **origin(),
+    }  # fmt: skip
+    return _report(subject, statistics.means().tolist(), divergences.means(), settings.clusters, facts)
+
+
+@torch.inference_mode()
+def _gather(
+    subject: Subject, encodings: Sequence[Encoding], settings: AttentionSettings, advance: Advance
+) -> tuple[HeadStatistics, Divergences]:
+    encoder, anatomy = subject.encoder, subject.encoder.anatomy
+    special = (encoder.tokenizer.cls_token_id, encoder.tokenizer.sep_token_id)
+    statistics = HeadStatistics(anatomy.layers, anatomy.heads, *special)
+    divergences = Divergences(anatomy.layers * anatomy.heads)
+    lengths = [len(encoding) for encoding in encodings]
+    every = max(1, math.ceil(sum(lengths) / settings.js_rows))
+    done = 0
+    for members in batches(lengths, settings.max_tokens):
+        batch = subject.pack([encodings[i] for i in members])
+        chosen = frozenset(s for s, original in enumerate(batch.order) if members[original] % every == 0)
+        statistics.begin(batch, chosen)
+        subject.run(batch, statistics)
+        for maps in statistics.kept.values():
+            divergences.add(maps)
+        done += len(members)
+        advance(done, len(encodings))
+    return statistics, divergences
+
+
+def _report(subject: Subject, means: Any, apart: np.ndarray, count: int, facts: dict[str, Any]) -> Report:
+    layers, heads = len(means), len(means[0])
+    virtual = max(value[-1] for layer in means for value in layer) > 1e-4
+    shown = STATISTICS if virtual else STATISTICS[:-1]
+    groups, points = clusters(apart, count), flat_map(apart)
+    names = [f"layer {layer} head {head}" for layer in range(layers) for head in range(heads)]
+    table = [
+        {"layer": n // heads, "head": n % heads, "cluster": groups[n] + 1,
+         **dict(zip(shown, means[n // heads][n % heads], strict=False))}
+        for n in range(layers * heads)
+    ]  # fmt: skip
+    pairs = [
+        {"first": names[i], "second": names[j], "divergence": float(apart[i, j])}
+        for i in range(len(names)) for j in range(i + 1, len(names))
+    ]  # fmt: skip
+    panels = [
+        HeatMap(TITLES[statistic], [[head[n] for head in layer] for layer in means], "layer", "head", UNITS[statistic])
+        for n, statistic in enumerate(shown)
+    ]
+    scatter = Scatter("", points[:, 0].tolist(), points[:, 1].tolist(), names, groups,
+                      "first coordinate (bits)", "second coordinate (bits)")  # fmt: skip
+    figures = {
+        "heads": Figure(f"What heads attend to: {subject.name}", panels, 4),
+        "clusters": Figure(f"Heads by Jensen-Shannon divergence: {subject.name}", [scatter]),
+    }
+    return Report("attention", facts, {"heads": table, "divergences": pairs}, figures)

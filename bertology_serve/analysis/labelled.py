@@ -1,0 +1,92 @@
+"""Labelled examples of a delta's task, and the delta's answers to them with heads masked or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertology_serve.analysis.gates import Gates
+from bertology_serve.analysis.subject import Subject, batches
+from bertology_serve.data.records import read_records
+from bertology_serve.encoder.packing import PackedBatch
+from bertology_serve.encoder.passing import Heads
+from bertology_serve.encoder.reading import read
+from bertology_serve.errors import SpecError, Unsupported
+from bertology_serve.tasks.base import Example, Task
+from bertology_serve.tasks.registry import task_for
+from bertology_serve.tasks.spec import EMBEDDING, Encoding
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A labelled example, its sequences, and what the loss compares them with."""
+
+    example: Example
+    encodings: tuple[Encoding, ...]
+    target: Any
+
+
+class Trial:
+    """A subject's task and its examples, answered again and again. Raises SpecError without a delta."""
+
+    def __init__(self, subject: Subject, path: str | Path, most: int | None, max_tokens: int) -> None:
+        if subject.delta is None:
+            raise SpecError("heads are judged by a task; give the delta that does it (--delta DIR)")
+        if subject.delta.task.kind == EMBEDDING:
+            raise Unsupported("the loss of embeddings compares examples with each other; expected a task with labels")
+        self.subject, self.max_tokens = subject, max_tokens
+        self.task: Task = task_for(subject.delta.task)
+        self.name = str(path)
+        self.items = [self._item(record.fields, record.where) for record in read_records(path)[:most]]
+
+    def _item(self, fields: Any, where: str) -> Labelled:
+        example = self.task.example(fields, where, labelled=True)
+        encodings = tuple(self.task.encode(example, self.subject.encoder.tokenizer))
+        return Labelled(example, encodings, self.task.target(example, encodings))
+
+    def groups(self) -> Iterator[list[Labelled]]:
+        """The examples in batches, shortest first."""
+        lengths = [sum(map(len, item.encodings)) for item in self.items]
+        for members in batches(lengths, self.max_tokens):
+            yield [self.items[i] for i in members]
+
+    def pack(self, items: Sequence[Labelled]) -> PackedBatch:
+        """One batch of all sequences of the items."""
+        return self.subject.pack([encoding for item in items for encoding in item.encodings])
+
+    def output(self, batch: PackedBatch, heads: Heads | None = None) -> Tensor:
+        """The task head's output in the order of the sequences, as ``Task.loss`` takes it."""
+        packed = sorted(range(batch.sequences), key=batch.order.__getitem__)
+        assert self.subject.delta is not None
+        return read(self.subject.run(batch, heads), batch, packed, self.subject.delta.task, self.subject.head)
+
+    def loss(self, out: Tensor, items: Sequence[Labelled]) -> Tensor:
+        """The sum of the items' losses, a scalar."""
+        lengths = [len(encoding) for item in items for encoding in item.encodings]
+        return self.task.loss(out, lengths, [item.target for item in items])
+
+    @torch.inference_mode()
+    def measure(self, gates: Tensor | None = None) -> dict[str, float]:
+        """The task's metrics, and ``loss``, with heads gated by [L, heads]."""
+        heads = None if gates is None else Gates(gates)
+        answers, examples, loss = [], [], 0.0
+        for items in self.groups():
+            out = self.output(self.pack(items), heads)
+            loss += float(self.loss(out, items))
+            for item, parts in zip(items, self._parts(out.float().cpu(), items), strict=True):
+                answers.append(self.task.decode(item.example, item.encodings, parts))
+                examples.append(item.example)
+        weight = max(1, self.task.weight([item.target for item in self.items]))
+        return {**self.task.metrics(answers, examples), "loss": loss / weight}
+
+    def _parts(self, out: Tensor, items: Sequence[Labelled]) -> Iterator[list[Tensor]]:
+        """For each item one output a sequence."""
+        lengths = [len(encoding) for item in items for encoding in item.encodings]
+        parts = iter(torch.split(out, lengths) if self.task.spec.per_token else out.unbind(0))
+        for item in items:
+            yield [next(parts) for _ in item.encodings]

@@ -1,0 +1,157 @@
+"""A report as one HTML file that needs nothing else: figures as SVG, their numbers shown by hovering."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from bertology_serve.analysis.figures import Figure, HeatMap, Lines, Panel, Scatter
+
+# viridis at ninths, and Okabe and Ito's colours
+VIRIDIS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+STYLE = """body{font:14px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:80rem;padding:0 1rem;color:#1a1a1a}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}figure{display:inline-block;margin:.6rem 1.4rem .6rem 0;
+vertical-align:top}figcaption{font-weight:600;margin-bottom:.2rem}svg text{font:11px system-ui,sans-serif}
+pre{background:#f5f5f5;padding:.7rem;overflow:auto;max-height:24rem}rect:hover,circle:hover{stroke:#000;stroke-width:2}
+.key{font-size:12px;margin-right:.9rem;white-space:nowrap}.key i{display:inline-block;width:.8em;height:.8em;
+margin-right:.3em}"""
+WIDTH, HEIGHT, LEFT, BOTTOM = 560, 280, 56, 40
+
+
+def render(name: str, facts: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
+    """The whole page."""
+    sections = "\n".join(f"<h2>{escape(figure.title)}</h2>\n" + "\n".join(map(_panel, figure.panels))
+                         for figure in figures.values())  # fmt: skip
+    shown = escape(json.dumps(facts, indent=1))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
+        f"<style>{STYLE}</style></head><body>\n<h1>{escape(name)}</h1>\n{sections}\n"
+        f"<h2>Facts</h2>\n<pre>{shown}</pre>\n</body></html>\n"
+    )
+
+
+def _panel(panel: Panel) -> str:
+    body = {HeatMap: _heat_map, Lines: _lines, Scatter: _scatter}[type(panel)](panel)  # type: ignore[operator]
+    return f"<figure><figcaption>{escape(panel.title)}</figcaption>{body}</figure>"
+
+
+def _heat_map(panel: HeatMap) -> str:
+    known = [v for row in panel.values for v in row if v is not None and math.isfinite(v)]
+    low, high = panel.limits or (min(known, default=0.0), max(known, default=1.0))
+    wide = max(map(len, panel.row_names), default=2) * 6.5 + 30
+    tall = max(map(len, panel.column_names), default=1) * 6 + 34
+    side, rows, columns = 22, len(panel.values), len(panel.values[0])
+    cells = []
+    for i, row in enumerate(panel.values):
+        cells.append(_text(wide - 6, i * side + 15, panel.row_names[i] if panel.row_names else str(i), "end"))
+        for j, value in enumerate(row):
+            where = f"{_named(panel.rows, panel.row_names, i)}, {_named(panel.columns, panel.column_names, j)}"
+            tip = f"{where}: {_number(value)} ({panel.unit})"
+            cells.append(f'<rect x="{wide + j * side:.0f}" y="{i * side}" width="{side - 1}" height="{side - 1}" '
+                         f'fill="{_colour(value, low, high)}"><title>{escape(tip)}</title></rect>')  # fmt: skip
+    for j in range(columns):
+        at, label = wide + j * side + side / 2, panel.column_names[j] if panel.column_names else str(j)
+        cells.append(_text(at, rows * side + 13, label, "middle") if len(label) < 3 else
+                     _text(at + 4, rows * side + 10, label, "end", -60))  # fmt: skip
+    cells.append(_text(wide + columns * side / 2, rows * side + tall - 4, panel.columns, "middle"))
+    cells.append(_text(11, rows * side / 2, panel.rows, "middle", -90))
+    scale = f'<div class="key">{escape(panel.unit)}: {_number(low)} ' + "".join(
+        f'<i style="background:{colour};margin:0"></i>' for colour in VIRIDIS) + f" {_number(high)}</div>"  # fmt: skip
+    return _svg(wide + max(columns * side, 8 * len(panel.columns)), rows * side + tall, cells) + scale
+
+
+def _lines(panel: Lines) -> str:
+    values = [v for curve in panel.curves.values() for v in curve if v is not None and math.isfinite(v)]
+    frame = _Frame(panel.x, [*values, *([] if panel.level is None else [panel.level])])
+    parts = list(frame.axes(panel.x_label, panel.y_label))
+    for n, (name, curve) in enumerate(panel.curves.items()):
+        points = [(x, v) for x, v in zip(panel.x, curve, strict=True) if v is not None and math.isfinite(v)]
+        path = " ".join(f"{frame.x(x):.1f},{frame.y(v):.1f}" for x, v in points)
+        colour = PALETTE[n % len(PALETTE)]
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+        parts += [frame.point(x, v, colour, f"{name}, {panel.x_label} {_number(x)}: {_number(v)}") for x, v in points]
+    if panel.level is not None:
+        y = frame.y(panel.level)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#555" stroke-dasharray="2 3"/>')
+    level = f'<span class="key">dotted: {escape(panel.level_name)}</span>' if panel.level_name else ""
+    return _svg(WIDTH + 10, HEIGHT + BOTTOM + 10, parts) + _keys(panel.curves) + level
+
+
+def _scatter(panel: Scatter) -> str:
+    frame = _Frame(panel.x, panel.y)
+    parts = list(frame.axes(panel.x_label, panel.y_label))
+    for x, y, name, group in zip(panel.x, panel.y, panel.names, panel.groups, strict=True):
+        tip = f"{name}: {panel.group_label} {group + 1}"
+        parts.append(frame.point(x, y, PALETTE[group % len(PALETTE)], tip, 5))
+    return _svg(WIDTH + 10, HEIGHT + BOTTOM + 10, parts) + _keys(
+        [f"{panel.group_label} {group + 1}" for group in sorted(set(panel.groups))]
+    )
+
+
+class _Frame:
+    """Data coordinates to those of the picture."""
+
+    def __init__(self, x: Sequence[float], y: Sequence[float]) -> None:
+        self.low_x, self.high_x = min(x, default=0.0), max(x, default=1.0)
+        low, high = min(y, default=0.0), max(y, default=1.0)
+        margin = 0.06 * (high - low) or 0.5
+        self.low_y, self.high_y = low - margin, high + margin
+
+    def x(self, value: float) -> float:
+        return LEFT + 10 + (WIDTH - LEFT - 20) * (value - self.low_x) / ((self.high_x - self.low_x) or 1.0)
+
+    def y(self, value: float) -> float:
+        return 6 + (HEIGHT - 6) * (self.high_y - value) / (self.high_y - self.low_y)
+
+    def point(self, x: float, y: float, colour: str, tip: str, radius: float = 3.5) -> str:
+        return (f'<circle cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="{radius}" fill="{colour}">'
+                f"<title>{escape(tip)}</title></circle>")  # fmt: skip
+
+    def axes(self, x_label: str, y_label: str) -> Iterator[str]:
+        yield f'<path d="M{LEFT},6V{HEIGHT}H{WIDTH}" fill="none" stroke="#888"/>'
+        for step in range(5):
+            y = self.low_y + (self.high_y - self.low_y) * step / 4
+            x = self.low_x + (self.high_x - self.low_x) * step / 4
+            yield _text(LEFT - 5, self.y(y) + 4, _number(y), "end")
+            yield _text(self.x(x), HEIGHT + 15, _number(x), "middle")
+        yield _text((LEFT + WIDTH) / 2, HEIGHT + 34, x_label, "middle")
+        yield _text(11, HEIGHT / 2, y_label, "middle", -90)
+
+
+def _keys(names: Any) -> str:
+    spans = (
+        f'<span class="key"><i style="background:{PALETTE[n % len(PALETTE)]}"></i>{escape(name)}</span>'
+        for n, name in enumerate(names)
+    )
+    return f'<div style="max-width:{WIDTH}px">{" ".join(spans)}</div>'
+
+
+def _svg(width: float, height: float, parts: Sequence[str]) -> str:
+    return f'<svg width="{width:.0f}" height="{height:.0f}" role="img">{"".join(parts)}</svg>'
+
+
+def _text(x: float, y: float, text: str, anchor: str, turn: int = 0) -> str:
+    turned = f' transform="rotate({turn} {x:.1f} {y:.1f})"' if turn else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turned}>{escape(text)}</text>'
+
+
+def _named(axis: str, names: Sequence[str], index: int) -> str:
+    return names[index] if names else f"{axis} {index}"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def _colour(value: float | None, low: float, high: float) -> str:
+    if value is None or not math.isfinite(value):
+        return "#dddddd"
+    at = min(max((value - low) / ((high - low) or 1.0), 0.0), 1.0) * (len(VIRIDIS) - 1)
+    first = min(int(at), len(VIRIDIS) - 2)
+    ends = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in VIRIDIS[first : first + 2]]
+    mixed = [round(a + (b - a) * (at - first)) for a, b in zip(*ends, strict=True)]
+    return "#" + "".join(f"{part:02x}" for part in mixed)

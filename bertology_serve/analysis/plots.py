@@ -1,0 +1,113 @@
+"""Figures as PNG, by matplotlib (the extra ``plots``), in colours that the colour-blind can tell apart."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bertology_serve.analysis.figures import Figure, HeatMap, Lines, Panel, Scatter
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", "-.", ":")
+MOST_TICKS = 16
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, 150 dots an inch."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    columns = min(figure.columns, len(figure.panels))
+    rows = math.ceil(len(figure.panels) / columns)
+    width, height = _size(figure.panels[0])
+    canvas = Canvas(figsize=(width * columns, height * rows + 0.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = canvas.subplots(rows, columns, squeeze=False).ravel()
+    for axis, panel in zip(axes, figure.panels, strict=False):
+        _draw_panel(canvas, axis, panel)
+    for axis in axes[len(figure.panels) :]:
+        axis.set_visible(False)
+    canvas.suptitle(figure.title, fontsize=12)
+    canvas.savefig(path)
+
+
+def _size(panel: Panel) -> tuple[float, float]:
+    """Inches of one panel."""
+    if isinstance(panel, HeatMap):
+        columns, rows = len(panel.values[0]), len(panel.values)
+        names = max(map(len, panel.row_names), default=0)
+        return min(max(3.6, 0.28 * columns + 1.6 + 0.07 * names), 16), min(max(2.6, 0.26 * rows + 1.2), 14)
+    return (6.4, 5.4) if isinstance(panel, Scatter) else (7.6, 4.4)
+
+
+def _draw_panel(canvas: Any, axis: Any, panel: Panel) -> None:
+    axis.set_title(panel.title, fontsize=10)
+    if isinstance(panel, HeatMap):
+        _heat_map(canvas, axis, panel)
+    elif isinstance(panel, Lines):
+        _lines(axis, panel)
+    else:
+        _scatter(axis, panel)
+
+
+def _heat_map(canvas: Any, axis: Any, panel: HeatMap) -> None:
+    values = np.array([[math.nan if v is None else v for v in row] for row in panel.values], dtype=float)
+    low, high = panel.limits or (None, None)
+    image = axis.imshow(values, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+    axis.set_xlabel(panel.columns)
+    axis.set_ylabel(panel.rows)
+    _ticks(axis.set_xticks, values.shape[1], panel.column_names, rotation=45 if panel.column_names else 0)
+    _ticks(axis.set_yticks, values.shape[0], panel.row_names)
+    canvas.colorbar(image, ax=axis, label=panel.unit, fraction=0.08, pad=0.03)
+
+
+def _ticks(place: Any, count: int, names: Any, rotation: float = 0) -> None:
+    step = 1 if names else max(1, math.ceil(count / MOST_TICKS))
+    at = list(range(0, count, step))
+    labels = [names[i] for i in at] if names else [str(i) for i in at]
+    extra = {"rotation": rotation, "ha": "right"} if rotation else {}
+    place(at, labels=labels, fontsize=8, **extra)
+
+
+def _lines(axis: Any, panel: Lines) -> None:
+    styles = zip(cycle(PALETTE), cycle(MARKERS), cycle(DASHES), strict=False)
+    x = np.array(panel.x, dtype=float)
+    for (name, values), (color, marker, dash) in zip(panel.curves.items(), styles, strict=False):
+        y = np.array([math.nan if v is None else v for v in values], dtype=float)
+        axis.plot(x, y, color=color, marker=marker, linestyle=dash, markersize=4, linewidth=1.5, label=name)
+        if name in panel.spread:
+            band = np.array(panel.spread[name], dtype=float)
+            axis.fill_between(x, y - band, y + band, color=color, alpha=0.18, linewidth=0)
+    if panel.level is not None:
+        axis.axhline(panel.level, color="#555555", linewidth=1, linestyle=":", label=panel.level_name or None)
+    axis.set_xlabel(panel.x_label)
+    axis.set_ylabel(panel.y_label)
+    axis.grid(alpha=0.3)
+    if len(panel.curves) > 1 or panel.level_name:
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def _scatter(axis: Any, panel: Scatter) -> None:
+    for group in sorted(set(panel.groups)):
+        members = [i for i, other in enumerate(panel.groups) if other == group]
+        axis.scatter(
+            [panel.x[i] for i in members], [panel.y[i] for i in members], s=28, alpha=0.85,
+            color=PALETTE[group % len(PALETTE)], marker=MARKERS[group % len(MARKERS)],
+            label=f"{panel.group_label} {group + 1} ({len(members)})",
+        )  # fmt: skip
+    axis.set_xlabel(panel.x_label)
+    axis.set_ylabel(panel.y_label)
+    axis.set_aspect("equal", adjustable="datalim")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

@@ -1,0 +1,48 @@
+"""The settings of each analysis; their help is that of the command line. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from bertology_serve.errors import SpecError
+
+
+def at_least_one(settings: Any, *names: str) -> None:
+    """Raises SpecError for a field below 1."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise SpecError(f"{name} is {value}; expected at least 1")
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """How attention is looked at."""
+
+    max_length: int = field(default=128, metadata={"help": "Tokens a sequence is cut to."})
+    max_tokens: int = field(default=2048, metadata={"help": "Tokens a batch: bounds the maps that are held at once."})
+    most: int | None = field(default=None, metadata={"help": "Take the first so many texts."})
+    clusters: int = field(default=6, metadata={"help": "Clusters of heads."})
+    js_rows: int = field(default=4096, metadata={"help": "Rows that divergences between heads are measured on."})
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "max_length", "max_tokens", "most", "clusters", "js_rows")
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """How heads are judged."""
+
+    steps: int = field(default=10, metadata={"help": "Equal steps from no head masked to all of them."})
+    seeds: int = field(default=3, metadata={"help": "Random orders to compare with."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random orders."})
+    most: int | None = field(default=None, metadata={"help": "Measure importance on the first so many records."})
+    leave_one_out: bool = field(default=False, metadata={"help": "Mask each head alone too: a pass over --input each."})
+    tolerance: float = field(default=0.01, metadata={"help": "How far the metric may fall, as a fraction."})
+    max_tokens: int = field(default=4096, metadata={"help": "Tokens a batch."})
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "steps", "most", "max_tokens")
+        if self.seeds < 0:
+            raise SpecError(f"seeds is {self.seeds}; expected 0 or more")

@@ -1,0 +1,119 @@
+"""``bertology-serve analyze``: what heads, layers and deltas do; each analysis writes JSON, CSV, PNG and HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bertology_serve.analysis.settings import AttentionSettings, HeadSettings
+from bertology_serve.cli.common import note, progress, table
+from bertology_serve.cli.options import options
+
+if TYPE_CHECKING:
+    from bertology_serve.analysis.report import Report
+    from bertology_serve.analysis.subject import Advance, Subject
+
+app = typer.Typer(help="See what heads, layers and deltas do.", rich_markup_mode=None)
+
+Backbone = Annotated[str | None, typer.Option(help="Encoder: a hub id, a directory, or minilm (the default).")]
+DeltaDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Apply this delta.")]
+Out = Annotated[Path, typer.Option(help="Directory for JSON, CSV, PNG and HTML.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")]
+
+
+@app.callback()
+def _analyze() -> None:
+    """See what heads, layers and deltas do."""
+
+
+@app.command()
+@options(AttentionSettings, into="settings")
+def attention(
+    backbone: Backbone = None,
+    delta: DeltaDir = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Texts: .txt, a line each, or records as for train. Default: built-in ones.")
+    ] = None,
+    out: Out = Path("analysis"),
+    device: Device = "auto",
+    *,
+    settings: AttentionSettings,
+) -> None:
+    """What each head attends to on a corpus, and which heads attend alike (Clark et al. 2019)."""
+    from bertology_serve.analysis.attention import attention as run
+
+    with bar("attention") as advance:
+        report = run(subject(backbone, delta, device), corpus, settings, advance=advance)
+    rows = report.tables["heads"]
+    shown = [name for name in rows[0] if name not in ("layer", "head", "cluster")]
+    extremes = [(name, *extreme(rows, name)) for name in shown]
+    table("heads", ("statistic", "mean", "most", "where"), extremes, stderr=False)
+    written(report, out)
+
+
+@app.command()
+@options(HeadSettings, into="settings")
+def heads(
+    delta: Annotated[Path, typer.Option(metavar="DIR", help="The delta whose task judges the heads.")],
+    input: Annotated[str, typer.Option(help="Labelled records that importance is measured on.")],
+    eval: Annotated[str | None, typer.Option(help="Labelled records for the pruning curve. Default: --input.")] = None,
+    backbone: Backbone = None,
+    out: Out = Path("analysis"),
+    device: Device = "auto",
+    *,
+    settings: HeadSettings,
+) -> None:
+    """Which heads a delta's task needs: |dL/dξ|, and the metric as heads are masked (Michel et al. 2019)."""
+    from bertology_serve.analysis.heads import heads as run
+
+    with bar("heads") as advance:
+        report = run(subject(backbone, delta, device), input, settings, eval=eval, advance=advance)
+    facts = report.facts
+    rows = [(order, f"{share:.0%}") for order, share in facts["share_within_tolerance"].items()]
+    title = f"{facts['metric']} {facts['unmasked']:.4f} unmasked; heads that go within {facts['tolerance']:g}"
+    table(title, ("order", "share"), rows, stderr=False)
+    written(report, out)
+
+
+def extreme(rows: object, name: str) -> tuple[float, float, str]:
+    """Mean and largest value of a column of the heads' table, and the head that has it."""
+    cells = list(rows)  # type: ignore[call-overload]
+    best = max(cells, key=lambda row: row[name])
+    return sum(row[name] for row in cells) / len(cells), best[name], f"layer {best['layer']} head {best['head']}"
+
+
+def subject(backbone: str | None, delta: Path | None, device: str) -> Subject:
+    """The encoder, with the delta of a directory (or the newest of its versions) if there is one."""
+    from bertology_serve.analysis.subject import Subject
+    from bertology_serve.encoder.encoder import Encoder
+    from bertology_serve.training.device import find_device
+    from bertology_serve.training.saved import open_delta
+
+    if delta is None:
+        loaded, encoder = None, Encoder.load(backbone or "minilm", device=find_device(device))
+    else:
+        loaded, encoder = open_delta(delta, backbone, find_device(device))
+    encoder.prepack()
+    return Subject(encoder, loaded).checked()
+
+
+@contextmanager
+def bar(name: str) -> Iterator[Advance]:
+    """A progress bar as the analyses tell it: (done, total)."""
+    with progress() as shown:
+        task = shown.add_task(name, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def written(report: Report, out: Path) -> None:
+    """Saves a report and says where it lies."""
+    from bertology_serve.analysis import plots
+
+    paths = report.save(out)
+    note(f"{len(paths)} files in {out}: {', '.join(path.name for path in paths)}")
+    if not plots.available():
+        note("no PNG: matplotlib is missing (pip install 'bertology-serve[plots]'); the HTML page has the figures")

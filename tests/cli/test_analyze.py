@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bertology_serve.cli.main import main
+from tests import tiny
+from tests.training import sets
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small BERT, its data, and a delta trained on it."""
+    folder = tmp_path_factory.mktemp("analyze")
+    bert = tiny.save("bert", folder / "bert")
+    train = sets.write(folder / "train.jsonl", sets.classification())
+    sets.write(folder / "tags.jsonl", sets.token_classification())
+    command = ["train", "--backbone", bert, "--task", "classification", "--train", train]
+    assert main([*command, "--out", str(folder / "mood"), "--epochs", "1"]) == 0
+    return folder
+
+
+def test_attention_with_and_without_a_delta(made, tmp_path, capsys):
+    arguments = ["analyze", "attention", "--corpus", str(made / "train.jsonl"), "--out", str(tmp_path)]
+    assert main([*arguments, "--backbone", str(made / "bert"), "--clusters", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert "entropy" in out
+    assert "attention-heads.png" in err
+    base = json.loads((tmp_path / "attention.json").read_text())
+    assert main([*arguments, "--delta", str(made / "mood")]) == 0
+    tuned = json.loads((tmp_path / "attention.json").read_text())
+    assert (base["facts"]["delta"], tuned["facts"]["delta"]["name"]) == (None, "mood")
+    assert {row["cluster"] for row in base["tables"]["heads"]} == {1, 2, 3}
+    assert base["tables"]["heads"] != tuned["tables"]["heads"]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "message"),
+    [("", "holds no text"), ('{"number": 3}', "no text; expected a field text"), (None, "no file")],
+)
+def test_bad_corpora_are_one_line(made, tmp_path, capsys, corpus, message):
+    path = tmp_path / ("corpus.txt" if corpus in ("", None) else "corpus.jsonl")
+    if corpus is not None:
+        path.write_text(corpus)
+    arguments = ["--backbone", str(made / "bert"), "--corpus", str(path), "--out", str(tmp_path)]
+    assert main(["analyze", "attention", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_heads(made, tmp_path, capsys):
+    rows = str(made / "train.jsonl")
+    arguments = ["--delta", str(made / "mood"), "--input", rows, "--eval", rows, "--out", str(tmp_path)]
+    assert main(["analyze", "heads", *arguments, "--steps", "2", "--seeds", "1"]) == 0
+    assert "least important first" in capsys.readouterr().out
+    assert json.loads((tmp_path / "heads.json").read_text())["facts"]["eval_examples"] == 16
