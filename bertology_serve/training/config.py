@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from bertology_serve.errors import SpecError, nearest
 from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, TASK_KINDS, TaskSpec
+from bertology_serve.training.full_options import CHILD_TUNING, MIXOUT, REGULARISED, TOP_K, read_options
 
 PROBE, FULL = "probe", "full"
-METHODS = ("lora", "bitfit", "adapter", "prompt", "prefix", PROBE, FULL)
+METHODS = ("lora", "bitfit", "adapter", "prompt", "prefix", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K)
+ALONE = (PROBE, FULL, *REGULARISED)
 
 # Tried on MiniLM with batches of 32 and a few hundred steps (docs/training.md). The head starts at random beside a
 # delta that starts at nothing, so it takes larger steps: with 77 labels, LoRA's own rate leaves it far behind.
@@ -21,9 +23,9 @@ LEARNING_RATES: Mapping[str, float] = {
     "prompt": 5e-2,
     "prefix": 3e-2,
     PROBE: 1e-2,
-    FULL: 1e-4,
+    **dict.fromkeys((FULL, *REGULARISED), 1e-4),
 }
-HEAD_RATES: Mapping[str, float] = {FULL: 1e-3}
+HEAD_RATES: Mapping[str, float] = dict.fromkeys((FULL, *REGULARISED), 1e-3)
 HEAD_RATE = 5e-3
 
 
@@ -37,7 +39,7 @@ class TrainConfig:
 
     A batch is run in micro-batches of up to ``max_tokens`` packed rows, whose gradients add up to exactly that of the
     whole batch, so memory bounds ``max_tokens`` and nothing else. ``None`` means the default of the method, the task
-    or the machine, as each field says. ``options`` holds fields of the kinds' specs: ``{"lora": {"rank": 4}}``.
+    or the machine, as each field says. ``options`` holds fields of the methods' specs: ``{"lora": {"rank": 4}}``.
     """
 
     task: str = field(metadata={"help": "What the delta answers: " + ", ".join(TASK_KINDS) + "."})
@@ -65,7 +67,7 @@ class TrainConfig:
     stride: int | None = _option(None, "Overlap in tokens of question-answering windows. Default: 64.")
     max_answer_length: int | None = _option(None, "Longest answer in tokens (question answering). Default: 30.")
     trunk_dropout: bool | None = _option(
-        None, "Whether the encoder's own dropout is active. Default: only for full fine-tuning."
+        None, "Whether the encoder's own dropout is active. Default: only where it is trained, without mixout."
     )
     precision: Literal["auto", "fp32", "bf16"] = _option(
         "auto", "bf16: the encoder runs under autocast; auto: bf16 on GPUs that have it, else fp32."
@@ -93,12 +95,14 @@ class TrainConfig:
         for name in self.options:
             if name not in self.method:
                 raise SpecError(f"options of {name!r} were given, but the method is {','.join(self.method)}")
+            if name in REGULARISED:
+                read_options(name, self.options[name])
         self.task_spec(("O",) if self._labelled and not self.labels else self.labels)
 
     @property
     def full(self) -> bool:
         """Whether the encoder itself is trained."""
-        return self.method == (FULL,)
+        return self.method[0] == FULL or self.method[0] in REGULARISED
 
     @property
     def _labelled(self) -> bool:
@@ -158,7 +162,7 @@ _LEAST: Mapping[str, float] = {
 
 
 def _methods(given: Any) -> tuple[str, ...]:
-    """``lora,bitfit`` or a list of names -> names, each once; ``probe`` and ``full`` stand alone."""
+    """``lora,bitfit`` or a list of names -> names, each once; what is no kind of delta stands alone."""
     names = tuple(given.split(",")) if isinstance(given, str) else tuple(given)
     for name in names:
         _check_known("method", name, METHODS)
@@ -166,9 +170,9 @@ def _methods(given: Any) -> tuple[str, ...]:
         raise SpecError(f"no method was given; known: {', '.join(METHODS)}")
     if len(set(names)) != len(names):
         raise SpecError(f"method {','.join(names)} names a kind twice; name each once")
-    alone = {PROBE, FULL} & set(names)
+    alone = [name for name in names if name in ALONE]
     if alone and len(names) > 1:
-        raise SpecError(f"method {alone.pop()!r} stands alone; got {','.join(names)}")
+        raise SpecError(f"method {alone[0]!r} stands alone; got {','.join(names)}")
     return names
 
 

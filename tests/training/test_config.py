@@ -10,11 +10,12 @@ from bertology_serve.deltas.kinds import KINDS
 from bertology_serve.errors import SpecError
 from bertology_serve.training.config import FULL, HEAD_RATE, HEAD_RATES, LEARNING_RATES, METHODS, PROBE, TrainConfig
 from bertology_serve.training.flags import KindFlags
+from bertology_serve.training.full_options import REGULARISED
 from bertology_serve.training.methods import specs_for
 
 
-def test_methods_are_the_kinds_and_two_more():
-    assert (*KINDS, PROBE, FULL) == METHODS
+def test_methods_are_the_kinds_the_probe_and_the_forms_of_full_fine_tuning():
+    assert (*KINDS, PROBE, FULL, *REGULARISED) == METHODS
     assert set(LEARNING_RATES) == set(METHODS)
 
 
@@ -47,6 +48,15 @@ def test_unknown_key_names_the_nearest():
         ({"max_length": 2}, "max_length is 2"),
         ({"head": "none"}, "head 'none' does not fit"),
         ({"labels": ("a", "a")}, "labels repeat"),
+        ({"method": "mixout,lora"}, "'mixout' stands alone"),
+        ({"method": "mixout", "options": {"mixout": {"p": 1.0}}}, "p is 1.0; expected a number from 0 up to"),
+        ({"method": "mixout", "options": {"mixout": {"q": 1.0}}}, "mixout has no field 'q'; known: p"),
+        ({"method": "child-tuning", "options": {"child-tuning": {"mode": "g"}}}, "unknown mode 'g' of child-tuning"),
+        (
+            {"method": "child-tuning", "options": {"child-tuning": {"share": 0}}},
+            "share is 0; expected a number above 0",
+        ),
+        ({"method": "top-k", "options": {"top-k": {"layers": 0}}}, "layers of top-k is 0; expected a whole number"),
         ({"options": {"bitfit": {"biases": "all"}}}, "options of 'bitfit' were given, but the method is lora"),
     ],
 )
@@ -92,7 +102,8 @@ def test_every_flag_is_a_field_of_its_kind():
     from dataclasses import fields
 
     for flag in fields(KindFlags):
-        spec = KINDS[flag.metadata["kind"]].spec
+        kind = flag.metadata["kind"]
+        spec = REGULARISED[kind] if kind in REGULARISED else KINDS[kind].spec
         assert flag.metadata["field"] in {field.name for field in fields(spec)}
 
 
