@@ -34,7 +34,8 @@ class Trainer:
 
     With a run directory the run continues from its checkpoint, if it has one, and writes them: N steps give the same
     bits as N/2 steps, a kill, and N/2 steps more (on CPU, with the same number of threads). Every step is a log line
-    ``{step, epoch, loss, lr, grad_norm, tokens, tokens_per_s}``, every evaluation ``{step, epoch, eval: metrics}``.
+    ``{step, epoch, loss, lr, grad_norm, tokens, tokens_per_s}``, every evaluation ``{step, epoch, eval: metrics}``;
+    the lines of a recipe begin with ``stage``, from 1.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Trainer:
         dev: Sequence[Item] = (),
         directory: RunDirectory | None = None,
         watcher: Watcher | None = None,
+        stage: int = 0,
     ) -> None:
         self.live, self.task, self.items, self.config, self.dev = live, task, items, config, dev
         self.directory, self.watcher = directory, watcher or Silent()
@@ -56,7 +58,7 @@ class Trainer:
         steps_an_epoch = math.ceil(len(items) / config.batch_size)
         self.eval_every = config.eval_every or steps_an_epoch
         self.total = min(config.epochs * steps_an_epoch, config.max_steps or config.epochs * steps_an_epoch)
-        self.state = RunState()
+        self.state = RunState(stage)
         self.best: dict[str, Tensor] = {}
 
     def run(self) -> RunState:
@@ -138,7 +140,7 @@ class Trainer:
     def _begin(self) -> None:
         """From the first step, or from where the checkpoint stands."""
         torch.manual_seed(self.config.seed)
-        found = self.directory.load() if self.directory else None
+        found = self.directory.load(self.state.stage) if self.directory else None
         if found is not None:
             self._restore(*found)
         else:
@@ -186,7 +188,8 @@ class Trainer:
 
     def _place(self) -> dict[str, Any]:
         epoch = self.state.epoch + self.state.offset / len(self.items)
-        return {"step": self.state.step, "epoch": round(epoch, 4)}
+        stage = {"stage": self.state.stage} if self.state.stage else {}
+        return {**stage, "step": self.state.step, "epoch": round(epoch, 4)}
 
     def _log(self, line: Mapping[str, Any]) -> None:
         if self.directory is not None:

@@ -38,7 +38,7 @@ def test_unknown_key_names_the_nearest():
         ({"method": "lore"}, "unknown method 'lore'; did you mean 'lora'"),
         ({"method": "lora,lora"}, "names a kind twice"),
         ({"method": "full,lora"}, "'full' stands alone"),
-        ({"method": ()}, "no method was given"),
+        ({"method": "lora,"}, "unknown method ''"),
         ({"epochs": 0}, "epochs is 0; expected a number from 1 up"),
         ({"warmup": 1.5}, "warmup is 1.5; expected a number from 0 to 1"),
         ({"learning_rate": -1e-3}, "learning_rate is -0.001"),
@@ -79,6 +79,11 @@ def test_defaults_depend_on_the_task():
 def test_learning_rate_is_the_method_s_unless_given():
     assert TrainConfig("regression").rate("lora") == 1e-3
     assert TrainConfig("regression", learning_rate=0.5).rate("prompt") == 0.5
+
+
+def test_method_defaults_to_what_the_recipe_needs():
+    methods = [TrainConfig("regression", recipe=recipe).method for recipe in (None, "lp-ft", "eh-ft")]
+    assert methods == [("lora",), ("full",), ("lora",)]
 
 
 def test_head_has_a_learning_rate_of_its_own():
