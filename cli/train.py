@@ -49,6 +49,7 @@ def train(
     from bertology_serve.training.destination import Destination
     from bertology_serve.training.device import find_device
     from bertology_serve.training.methods import make_live
+    from bertology_serve.training.recipes import stages
     from bertology_serve.training.sources import Source
 
     place = Destination(out or Path("dry-run"), name, version, resume, overwrite)
@@ -58,7 +59,10 @@ def train(
     dev = Source.read(eval, read_columns(columns)) if eval else None
     encoder = Encoder.load(backbone, device=find_device(device))
     if dry_run:
-        return show_dry_run(make_live(encoder, config, training.task_spec(config, encoder, source)))
+        spec = training.task_spec(config, encoder, source)
+        for stage in stages(config):
+            show_dry_run(make_live(encoder, stage.config, spec))
+        return
     with Bar() as bar:
         outcome = training.train(config, encoder, source, dev, place=place, watcher=bar)
     show(outcome, eval)
@@ -78,7 +82,7 @@ class Bar:
 
     def __init__(self) -> None:
         self.bar = progress("loss", "speed")
-        self.total = self.step = 0
+        self.title, self.total, self.step = "train", 0, 0
         self.loss = self.speed = 0.0
         self.epoch = 0
 
@@ -90,13 +94,18 @@ class Bar:
         if kind is KeyboardInterrupt and self.step:
             note(f"stopped at step {self.step}; --resume continues from the last checkpoint")
 
+    def staged(self, stage: int, count: int, title: str) -> None:
+        """Says which stage of a recipe comes next; its bar begins anew."""
+        note(f"stage {stage} of {count}: {title}")
+        self.title, self.loss, self.epoch = f"stage {stage} of {count}", 0.0, 0
+
     def began(self, step: int, total: int, parameters: ParameterCount) -> None:
         """Says what is trained, and draws the bar."""
         note(f"training {counted(parameters)}")
         if step:
             note(f"continuing after step {step} of {total}")
         self.total, self.step = total, step
-        self.task = self.bar.add_task("train", total=total, completed=step, loss="-", speed="-")
+        self.task = self.bar.add_task(self.title, total=total, completed=step, loss="-", speed="-")
         self.bar.start()
 
     def stepped(self, line: Mapping[str, Any]) -> None:

@@ -119,6 +119,13 @@ class Head(nn.Module):
                 _copy(name, parameters[name], tensor)
         self._base -= tensors.keys()
 
+    def adopt(self, tensors: Mapping[str, Tensor]) -> None:
+        """Starts from another head's own tensors; what they lack stays as it is."""
+        with torch.no_grad():
+            for name, _, parameter in self.named():
+                if name in tensors:
+                    _copy(name, parameter, tensors[name])
+
 
 def pool(hidden: Tensor, text_rows: Tensor, lengths: Tensor, pooling: str) -> Tensor:
     """One row a sequence: hidden [T, H] -> [S, H], differentiable.

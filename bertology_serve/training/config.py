@@ -8,9 +8,13 @@ from typing import Any, Literal
 
 from bertology_serve.errors import SpecError, nearest
 from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, TASK_KINDS, TaskSpec
+from bertology_serve.training.full_options import CHILD_TUNING, MIXOUT, REGULARISED, TOP_K, read_options
 
 PROBE, FULL = "probe", "full"
-METHODS = ("lora", "bitfit", "adapter", "prompt", "prefix", PROBE, FULL)
+METHODS = ("lora", "bitfit", "adapter", "prompt", "prefix", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K)
+ALONE = (PROBE, FULL, *REGULARISED)
+LP_FT, EH_FT = "lp-ft", "eh-ft"
+DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP_FT: FULL, EH_FT: "lora"}
 
 # Tried on MiniLM with batches of 32 and a few hundred steps (docs/training.md). The head starts at random beside a
 # delta that starts at nothing, so it takes larger steps: with 77 labels, LoRA's own rate leaves it far behind.
@@ -21,9 +25,9 @@ LEARNING_RATES: Mapping[str, float] = {
     "prompt": 5e-2,
     "prefix": 3e-2,
     PROBE: 1e-2,
-    FULL: 1e-4,
+    **dict.fromkeys((FULL, *REGULARISED), 1e-4),
 }
-HEAD_RATES: Mapping[str, float] = {FULL: 1e-3}
+HEAD_RATES: Mapping[str, float] = dict.fromkeys((FULL, *REGULARISED), 1e-3)
 HEAD_RATE = 5e-3
 
 
@@ -37,12 +41,21 @@ class TrainConfig:
 
     A batch is run in micro-batches of up to ``max_tokens`` packed rows, whose gradients add up to exactly that of the
     whole batch, so memory bounds ``max_tokens`` and nothing else. ``None`` means the default of the method, the task
-    or the machine, as each field says. ``options`` holds fields of the kinds' specs: ``{"lora": {"rank": 4}}``.
+    or the machine, as each field says. ``options`` holds fields of the methods' specs: ``{"lora": {"rank": 4}}``.
     """
 
     task: str = field(metadata={"help": "What the delta answers: " + ", ".join(TASK_KINDS) + "."})
-    method: tuple[str, ...] = _option(("lora",), "One or several, with commas: " + ", ".join(METHODS) + ".")
+    method: tuple[str, ...] = _option(
+        (), "One kind of delta or several, with commas, or another method: " + ", ".join(METHODS) + ". Default: lora."
+    )
+    recipe: Literal["lp-ft", "eh-ft"] | None = _option(
+        None,
+        "Two stages. lp-ft: a probe, then --method (default: full) with its head; "
+        "eh-ft: --method (a delta, which is kept too), then full with its head.",
+    )
     epochs: int = _option(3, "Passes over the training data.")
+    first_epochs: int | None = _option(None, "Those of a recipe's first stage. Default: --epochs.")
+    first_learning_rate: float | None = _option(None, "Likewise. Default: the method's.")
     max_steps: int | None = _option(None, "Stop after so many steps, whatever the epochs.")
     batch_size: int = _option(32, "Examples a step.")
     max_tokens: int = _option(4096, "Tokens a micro-batch; a batch of more is accumulated, with the same gradient.")
@@ -65,7 +78,7 @@ class TrainConfig:
     stride: int | None = _option(None, "Overlap in tokens of question-answering windows. Default: 64.")
     max_answer_length: int | None = _option(None, "Longest answer in tokens (question answering). Default: 30.")
     trunk_dropout: bool | None = _option(
-        None, "Whether the encoder's own dropout is active. Default: only for full fine-tuning."
+        None, "Whether the encoder's own dropout is active. Default: only where it is trained, without mixout."
     )
     precision: Literal["auto", "fp32", "bf16"] = _option(
         "auto", "bf16: the encoder runs under autocast; auto: bf16 on GPUs that have it, else fp32."
@@ -77,7 +90,10 @@ class TrainConfig:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "method", _methods(self.method))
+        if self.recipe is not None:
+            _check_known("recipe", self.recipe, tuple(name for name in DEFAULT_METHODS if name))
+        object.__setattr__(self, "method", _methods(self.method or DEFAULT_METHODS[self.recipe]))
+        _check_recipe(self)
         object.__setattr__(self, "labels", tuple(self.labels))
         _check_known("task", self.task, TASK_KINDS)
         for name, allowed in _CHOICES.items():
@@ -86,23 +102,27 @@ class TrainConfig:
         for name, least in _LEAST.items():
             _check_number(name, getattr(self, name), least)
         _check_number("warmup", self.warmup, 0, most=1)
-        for name in ("learning_rate", "head_learning_rate"):
+        for name in ("learning_rate", "head_learning_rate", "first_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < 10:
                 raise SpecError(f"{name} is {rate!r}; expected a number above 0, such as 1e-3")
         for name in self.options:
             if name not in self.method:
                 raise SpecError(f"options of {name!r} were given, but the method is {','.join(self.method)}")
-        self.task_spec(("O",) if self._labelled and not self.labels else self.labels)
+            if name in REGULARISED:
+                read_options(name, self.options[name])
+        _ = self.form
 
     @property
     def full(self) -> bool:
         """Whether the encoder itself is trained."""
-        return self.method == (FULL,)
+        return self.method[0] == FULL or self.method[0] in REGULARISED
 
     @property
-    def _labelled(self) -> bool:
-        return self.task in ("classification", "token-classification")
+    def form(self) -> TaskSpec:
+        """The task as far as it is known without data: labels may stand for others."""
+        labelled = self.task in ("classification", "token-classification")
+        return self.task_spec(("O",) if labelled and not self.labels else self.labels)
 
     def rate(self, method: str) -> float:
         """The highest learning rate of one method's parameters."""
@@ -117,7 +137,7 @@ class TrainConfig:
 
     def task_spec(self, labels: tuple[str, ...]) -> TaskSpec:
         """The task with its defaults filled in."""
-        embedding, probe = self.task == EMBEDDING, self.method == (PROBE,)
+        embedding, probe = self.task == EMBEDDING, self.method == (PROBE,) or self.recipe == LP_FT
         return TaskSpec(
             self.task,
             labels=labels,
@@ -152,24 +172,36 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "keep": ("best", "last"),
 }
 _LEAST: Mapping[str, float] = {
-    "epochs": 1, "max_steps": 1, "batch_size": 1, "max_tokens": 1, "weight_decay": 0, "clip": 0, "seed": 0,
-    "max_length": 3, "stride": 0, "max_answer_length": 1, "eval_every": 1, "patience": 1, "save_every": 1,
+    "epochs": 1, "first_epochs": 1, "max_steps": 1, "batch_size": 1, "max_tokens": 1, "weight_decay": 0,
+    "clip": 0, "seed": 0, "max_length": 3, "stride": 0, "max_answer_length": 1, "eval_every": 1, "patience": 1,
+    "save_every": 1,
 }  # fmt: skip
 
 
 def _methods(given: Any) -> tuple[str, ...]:
-    """``lora,bitfit`` or a list of names -> names, each once; ``probe`` and ``full`` stand alone."""
+    """``lora,bitfit`` or a list of names -> names, each once; what is no kind of delta stands alone."""
     names = tuple(given.split(",")) if isinstance(given, str) else tuple(given)
     for name in names:
         _check_known("method", name, METHODS)
-    if not names:
-        raise SpecError(f"no method was given; known: {', '.join(METHODS)}")
     if len(set(names)) != len(names):
         raise SpecError(f"method {','.join(names)} names a kind twice; name each once")
-    alone = {PROBE, FULL} & set(names)
+    alone = [name for name in names if name in ALONE]
     if alone and len(names) > 1:
-        raise SpecError(f"method {alone.pop()!r} stands alone; got {','.join(names)}")
+        raise SpecError(f"method {alone[0]!r} stands alone; got {','.join(names)}")
     return names
+
+
+def _check_recipe(config: TrainConfig) -> None:
+    """Raises SpecError where a recipe and its method do not go together."""
+    names = ",".join(config.method)
+    if config.recipe is None and (config.first_epochs or config.first_learning_rate):
+        raise SpecError("first_epochs and first_learning_rate are those of a recipe's first stage; give --recipe too")
+    if config.recipe == EH_FT and config.method[0] in ALONE:
+        raise SpecError(
+            f"recipe eh-ft begins with a delta, but the method is {names}; expected lora, bitfit or another"
+        )
+    if config.recipe == LP_FT and config.method == (PROBE,):
+        raise SpecError("recipe lp-ft begins with the probe, and goes on with another method; expected full or another")
 
 
 def _check_known(name: str, value: Any, known: tuple[str, ...]) -> None:

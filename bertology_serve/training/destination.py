@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bertology_serve.deltas.names import check_name
@@ -25,6 +25,13 @@ class Destination:
     version: str | None = None
     resume: bool = False
     overwrite: bool = False
+
+    def beside(self, suffix: str) -> Destination:
+        """The place of a second product, ``NAME-SUFFIX``. A run that is continued may have published it already."""
+        name, directory = self.open()
+        replaces = self.overwrite or (self.resume and directory.unfinished)
+        out = Path(os.path.abspath(self.out))
+        return replace(self, out=out.with_name(f"{out.name}-{suffix}"), name=f"{name}-{suffix}", overwrite=replaces)
 
     def open(self) -> tuple[str, RunDirectory]:
         """The delta's name, and the run directory beside its place, which must be free.

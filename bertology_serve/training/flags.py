@@ -1,4 +1,4 @@
-"""The kinds' options as the command line names them. Imports no torch; defaults are those of the kinds' specs."""
+"""The methods' options as the command line names them. Imports no torch; defaults are those of their specs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _flag(kind: str, spec_field: str, text: str) -> Any:
 
 @dataclass(frozen=True)
 class KindFlags:
-    """One field for each option of each kind; ``None`` leaves the kind's default."""
+    """One field for each option of each method; ``None`` leaves the method's default."""
 
     rank: int | None = _flag("lora", "rank", "rank of the update.")
     targets: tuple[str, ...] | None = _flag("lora", "targets", "linears to change, with commas (query,key,value,...).")
@@ -33,6 +33,11 @@ class KindFlags:
     prompt_head_reads: str | None = _flag("prompt", "head_reads", "cls, or first_row as peft has it.")
     prefix_length: int | None = _flag("prefix", "length", "keys and values a layer.")
     prefix_positions: str | None = _flag("prefix", "positions", "kept, or shifted as peft has it.")
+
+    mixout_p: float | None = _flag("mixout", "p", "share of the weights put back for a step. Default: 0.7.")
+    child_mode: str | None = _flag("child-tuning", "mode", "d (chosen once, by Fisher information) or f (drawn anew).")
+    child_share: float | None = _flag("child-tuning", "share", "share of the weights that is trained. Default: 0.3.")
+    top_k: int | None = _flag("top-k", "layers", "upper layers to train. Default: 3.")
 
     def by_kind(self) -> dict[str, dict[str, Any]]:
         """What was given, as ``TrainConfig.options`` takes it."""

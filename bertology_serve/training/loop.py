@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,7 +20,7 @@ from bertology_serve.training.config import TrainConfig
 from bertology_serve.training.device import uses_bf16
 from bertology_serve.training.evaluate import measure
 from bertology_serve.training.items import WHOLE_BATCH, Item, micro_batches
-from bertology_serve.training.methods import count_parameters
+from bertology_serve.training.methods import count_parameters, regulariser_for
 from bertology_serve.training.optimizer import make_optimizer, moments, set_moments, set_rate, trained
 from bertology_serve.training.rundir import RunDirectory
 from bertology_serve.training.sampler import Sampler
@@ -34,7 +34,8 @@ class Trainer:
 
     With a run directory the run continues from its checkpoint, if it has one, and writes them: N steps give the same
     bits as N/2 steps, a kill, and N/2 steps more (on CPU, with the same number of threads). Every step is a log line
-    ``{step, epoch, loss, lr, grad_norm, tokens, tokens_per_s}``, every evaluation ``{step, epoch, eval: metrics}``.
+    ``{step, epoch, loss, lr, grad_norm, tokens, tokens_per_s}``, every evaluation ``{step, epoch, eval: metrics}``;
+    the lines of a recipe begin with ``stage``, from 1.
     """
 
     def __init__(
@@ -46,16 +47,18 @@ class Trainer:
         dev: Sequence[Item] = (),
         directory: RunDirectory | None = None,
         watcher: Watcher | None = None,
+        stage: int = 0,
     ) -> None:
         self.live, self.task, self.items, self.config, self.dev = live, task, items, config, dev
         self.directory, self.watcher = directory, watcher or Silent()
         self.parameters = trained(live)
         self.optimizer = make_optimizer(live, config)
+        self.regulariser = regulariser_for(live, config)
         self.sampler = Sampler(len(items), config.seed)
         steps_an_epoch = math.ceil(len(items) / config.batch_size)
         self.eval_every = config.eval_every or steps_an_epoch
         self.total = min(config.epochs * steps_an_epoch, config.max_steps or config.epochs * steps_an_epoch)
-        self.state = RunState()
+        self.state = RunState(stage)
         self.best: dict[str, Tensor] = {}
 
     def run(self) -> RunState:
@@ -64,7 +67,8 @@ class Trainer:
         while self.state.step < self.total and not self.state.stopped:
             started = time.perf_counter()
             batch = [self.items[i] for i in self.sampler.take(self.config.batch_size)]
-            loss = self.gradient(batch)
+            with self.regulariser.mixed():
+                loss = self.gradient(batch)
             rate, norm = self._update(loss)
             self._log_step(batch, loss, rate, norm, started)
             if self._is_due(self.eval_every):
@@ -99,7 +103,7 @@ class Trainer:
                 f"step {self.state.step}: the loss is {loss:g} and its gradient {norm:g} long; "
                 f"lower --learning-rate (it is {self.optimizer.param_groups[0]['initial_rate']:g})"
             )
-        self.optimizer.step()
+        self.regulariser.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self.state.epoch, self.state.offset = self.sampler.epoch, self.sampler.offset
         return rate, norm
@@ -136,11 +140,21 @@ class Trainer:
     def _begin(self) -> None:
         """From the first step, or from where the checkpoint stands."""
         torch.manual_seed(self.config.seed)
-        found = self.directory.load() if self.directory else None
+        found = self.directory.load(self.state.stage) if self.directory else None
         if found is not None:
             self._restore(*found)
+        else:
+            self.live.eval()
+            self.regulariser.begin(self._gradients)
         self.live.train()
         self.watcher.began(self.state.step, self.total, count_parameters(self.live))
+
+    def _gradients(self) -> Iterator[None]:
+        """Leaves the gradient of each batch of the data, in its order, in the parameters, and clears them after."""
+        for start in range(0, len(self.items), self.config.batch_size):
+            self.gradient(self.items[start : start + self.config.batch_size])
+            yield
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _end(self) -> None:
         self.live.eval()
@@ -151,6 +165,7 @@ class Trainer:
             return
         tensors: dict[str, Tensor] = {f"parameter.{name}": parameter for name, parameter in self.parameters.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"regulariser.{name}": tensor for name, tensor in self.regulariser.tensors().items()}
         tensors |= moments(self.optimizer, self.parameters) | random_state(self.live.encoder.device)
         self.directory.save(tensors, self.state.as_dict())
 
@@ -159,6 +174,7 @@ class Trainer:
         self.sampler.epoch, self.sampler.offset = self.state.epoch, self.state.offset
         self._set_parameters(_named(tensors, "parameter."))
         self.best = _named(tensors, "best.")
+        self.regulariser.restore(_named(tensors, "regulariser."))
         set_moments(self.optimizer, self.parameters, tensors)
         set_random_state(self.live.encoder.device, tensors)
 
@@ -172,7 +188,8 @@ class Trainer:
 
     def _place(self) -> dict[str, Any]:
         epoch = self.state.epoch + self.state.offset / len(self.items)
-        return {"step": self.state.step, "epoch": round(epoch, 4)}
+        stage = {"stage": self.state.stage} if self.state.stage else {}
+        return {**stage, "step": self.state.step, "epoch": round(epoch, 4)}
 
     def _log(self, line: Mapping[str, Any]) -> None:
         if self.directory is not None:

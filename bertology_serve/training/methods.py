@@ -14,14 +14,19 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.live import LiveDelta
 from bertology_serve.errors import LimitError, SpecError
 from bertology_serve.tasks.spec import REGRESSION, TaskSpec
-from bertology_serve.training.config import FULL, PROBE, TrainConfig
+from bertology_serve.training.child_tuning import ChildNetwork
+from bertology_serve.training.config import ALONE, TrainConfig
+from bertology_serve.training.full_options import MIXOUT, REGULARISED, ChildTuning, Mixout, TopK, read_options
 from bertology_serve.training.items import Item
+from bertology_serve.training.layers import train_upper_layers
+from bertology_serve.training.mixout import MixedWeights
 from bertology_serve.training.optimizer import trained
+from bertology_serve.training.regulariser import Regulariser
 
 
 def specs_for(config: TrainConfig) -> tuple[Any, ...]:
-    """The specs of the configuration's kinds; none for ``probe`` and ``full``. Raises SpecError."""
-    names = [name for name in config.method if name not in (PROBE, FULL)]
+    """The specs of the configuration's kinds; none for ``probe``, ``full`` and its forms. Raises SpecError."""
+    names = [name for name in config.method if name not in ALONE]
     return tuple(spec_from_dict(kind_named(name), config.options.get(name, {})) for name in names)
 
 
@@ -32,10 +37,28 @@ def make_live(encoder: Encoder, config: TrainConfig, spec: TaskSpec) -> LiveDelt
             f"max_length is {spec.max_length}, but {encoder.name} reads at most {encoder.max_tokens} tokens; lower it"
         )
     live = LiveDelta(encoder, specs_for(config), spec, config.seed, full=config.full)
-    live.trunk_dropout = config.full if config.trunk_dropout is None else config.trunk_dropout
+    wanted = config.full and config.method != (MIXOUT,)
+    live.trunk_dropout = wanted if config.trunk_dropout is None else config.trunk_dropout
+    options = _form(config)
+    if isinstance(options, TopK):
+        train_upper_layers(live, options.layers)
     if not trained(live):
         raise SpecError(f"method {','.join(config.method)} trains nothing for {spec.kind}, which has no head; add lora")
     return live
+
+
+def regulariser_for(live: LiveDelta, config: TrainConfig) -> Regulariser:
+    """What is done around each step; ``live`` still stands where training starts."""
+    options = _form(config)
+    if isinstance(options, Mixout):
+        return MixedWeights(live, options)
+    return ChildNetwork(live, options) if isinstance(options, ChildTuning) else Regulariser(live)
+
+
+def _form(config: TrainConfig) -> Mixout | ChildTuning | TopK | None:
+    """The options of a regularised form of full fine-tuning."""
+    name = config.method[0]
+    return read_options(name, config.options.get(name, {})) if name in REGULARISED else None
 
 
 def start_at_mean(live: LiveDelta, items: Sequence[Item]) -> None:

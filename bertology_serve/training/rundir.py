@@ -1,7 +1,8 @@
 """The run directory: what an unfinished run needs to continue, hidden beside the delta that it will give.
 
 ``PARENT/.NAME.run/`` holds ``run.json`` (what the run is), ``checkpoint.safetensors`` (where it stands) and
-``log.jsonl`` (what it did). It goes when the delta is published; the log goes into the delta's directory.
+``log.jsonl`` (what it did); a recipe's finished stages lie in ``stage-N/``, each the directory of a delta. It goes when
+the delta is published; the log goes into the delta's directory.
 """
 
 from __future__ import annotations
@@ -59,11 +60,22 @@ class RunDirectory:
         """Writes the checkpoint."""
         write_checkpoint(self._checkpoint, tensors, state)
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The checkpoint to continue from; the log is cut back to it. ``None``: begin at the first step."""
+    def load(self, stage: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The stage's checkpoint to continue from; the log is cut back to it. ``None``: begin at the first step."""
         found = read_checkpoint(self._checkpoint) if self._checkpoint.exists() else None
-        self._cut_log(found[1]["step"] if found else 0)
+        if found is not None and found[1].get("stage", 0) != stage:
+            found = None  # of the stage before
+        self._cut_log(stage, found[1]["step"] if found else 0)
         return found
+
+    def stage(self, number: int) -> Path:
+        """Where the delta of a recipe's finished stage lies."""
+        return self.path / f"stage-{number}"
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a run can be continued."""
+        return self._stored.exists()
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends one line to the log."""
@@ -102,8 +114,14 @@ class RunDirectory:
                     "give what it was to --resume, or begin again with --overwrite"
                 )
 
-    def _cut_log(self, step: int) -> None:
+    def _cut_log(self, stage: int, step: int) -> None:
         path = self.path / LOG
         if path.exists():
             whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")
+            path.write_text("".join(line for line in whole if _place(line) <= (stage, step)), encoding="utf-8")
+
+
+def _place(line: str) -> tuple[int, int]:
+    """Stage and step of a line of the log."""
+    values = json.loads(line)
+    return values.get("stage", 0), values["step"]

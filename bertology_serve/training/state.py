@@ -9,13 +9,15 @@ from typing import Any
 
 @dataclass
 class RunState:
-    """``epoch`` and ``offset`` are the sampler's place; ``best`` is the highest dev metric and, where several steps
-    reached it, the highest negative loss among them; ``best_step`` got there.
+    """``stage`` counts a recipe's stages from 1, and is 0 where there is but one. ``epoch`` and ``offset`` are the
+    sampler's place; ``best`` is the highest dev metric and, where several steps reached it, the highest negative loss
+    among them; ``best_step`` got there.
 
     ``metrics`` are those of the state that is kept, ``stale`` counts evaluations since ``best_step``, ``stopped`` says
     that patience ran out, ``seconds`` is the time spent so far.
     """
 
+    stage: int = 0
     step: int = 0
     epoch: int = 0
     offset: int = 0

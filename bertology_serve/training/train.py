@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import torch
-import transformers
-
-import bertology_serve
 from bertology_serve.data.examples import infer_labels
+from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import identify
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
@@ -27,14 +21,13 @@ from bertology_serve.training.device import uses_bf16
 from bertology_serve.training.items import Item, make_items
 from bertology_serve.training.loop import Trainer
 from bertology_serve.training.methods import ParameterCount, count_parameters, make_live, start_at_mean
-from bertology_serve.training.publish import publish
-from bertology_serve.training.rundir import LOG
+from bertology_serve.training.provenance import identity, provenance
+from bertology_serve.training.publish import publish, publish_copy
+from bertology_serve.training.recipes import Stage, stages
+from bertology_serve.training.rundir import LOG, RunDirectory
 from bertology_serve.training.sources import Source
 from bertology_serve.training.state import RunState
 from bertology_serve.training.watch import Silent, Watcher
-
-# What may change between a run and its continuation, because no number depends on it.
-FREE = ("save_every",)
 
 
 @dataclass(frozen=True)
@@ -79,23 +72,66 @@ def train(
     place: Destination,
     watcher: Watcher | None = None,
 ) -> Outcome:
-    """Trains, saves, compares and publishes one delta.
+    """Trains, saves, compares and publishes one delta, stage by stage where the configuration is a recipe.
 
-    The encoder is changed by ``full``, and must not be used for anything else meanwhile.
+    A stage ends in the directory of a delta: the last one's is ``place``, the others' lie in the run directory, where a
+    continued run finds them. The encoder is changed by ``full``, and must not be used for anything else meanwhile.
     """
+    plan = stages(config)
     name, directory = place.open()
-    ready = prepare(config, encoder, train, dev)
-    began = directory.open(_identity(config, encoder, name, train, dev), machine(config, encoder), place.resume)
+    products = {stage.kept: place.beside(stage.kept).open() for stage in plan if stage.kept}
+    ready = prepare(plan[0].config, encoder, train, dev)
+    began = directory.open(identity(config, encoder, name, train, dev), machine(config, encoder), place.resume)
     lay_out(encoder, began)
-    state = Trainer(ready.live, ready.task, ready.items, config, ready.dev, directory, watcher or Silent()).run()
-    counts = count_parameters(ready.live)
-    delta = ready.live.freeze(
-        name, place.version or "", state.metrics, _provenance(config, counts, state, train, dev, encoder)
-    )
-    sample = (ready.dev, dev.records) if dev else (ready.items, train.records)
-    difference = publish(delta, ready.live, directory.out, *sample, extra=[directory.path / LOG])
+    run = Run(config, train, dev, directory, place.version or "", watcher or Silent())
+    for number, stage in enumerate(plan[:-1], 1):
+        own, product = products.get(stage.kept, (name, None))
+        if not directory.stage(number).exists():
+            run.stage(stage, number, len(plan), ready, own, directory.stage(number))
+        if product is not None:
+            publish_copy(directory.stage(number), product.out)
+    outcome = run.stage(plan[-1], len(plan), len(plan), ready, name, directory.out)
     directory.remove()
-    return Outcome(replace(delta, version=identify(directory.out).version), directory.out, counts, state, difference)
+    return replace(outcome, delta=replace(outcome.delta, version=identify(directory.out).version))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the stages of one run have in common."""
+
+    config: TrainConfig
+    train: Source
+    dev: Source | None
+    directory: RunDirectory
+    version: str
+    watcher: Watcher
+
+    def stage(self, stage: Stage, number: int, count: int, ready: Prepared, name: str, out: Path) -> Outcome:
+        """Trains one stage and publishes its delta in ``out``."""
+        before = store.load(self.directory.stage(number - 1)) if number > 1 else None
+        live = ready.live if before is None else _continued(stage, ready, before)
+        if count > 1:
+            self.watcher.staged(number, count, stage.title)
+        trainer = Trainer(
+            live, ready.task, ready.items, stage.config, ready.dev, self.directory, self.watcher, number * (count > 1)
+        )
+        trainer.state.seconds = before.provenance["seconds"] if before else 0.0
+        state = trainer.run()
+        counts = count_parameters(live)
+        config = self.config if number == count else stage.config
+        facts = provenance(config, counts, state, self.train, self.dev, live.encoder)
+        delta = live.freeze(name, self.version, state.metrics, facts)
+        sample = (ready.dev, self.dev.records) if self.dev else (ready.items, self.train.records)
+        difference = publish(delta, live, out, *sample, extra=[self.directory.path / LOG])
+        return Outcome(delta, out, counts, state, difference)
+
+
+def _continued(stage: Stage, ready: Prepared, before: Delta) -> LiveDelta:
+    """The next stage's live delta: the pretrained encoder, and the head that the stage before ended with."""
+    live = make_live(ready.live.encoder, stage.config, ready.live.task)
+    if stage.given_head:
+        live.head.adopt(before.head)
+    return live
 
 
 def machine(config: TrainConfig, encoder: Encoder) -> dict[str, bool]:
@@ -112,40 +148,3 @@ def task_spec(config: TrainConfig, encoder: Encoder, train: Source) -> TaskSpec:
     """The task, with the labels of the training data and a length that the encoder reads, where none were given."""
     spec = config.task_spec(config.labels or infer_labels(config.task, train.records))
     return spec if config.max_length else replace(spec, max_length=min(spec.max_length, encoder.max_tokens))
-
-
-def _identity(config: TrainConfig, encoder: Encoder, name: str, train: Source, dev: Source | None) -> dict[str, Any]:
-    """What a run and its continuation must have in common."""
-    own = {key: value for key, value in config.as_dict().items() if key not in FREE}
-    return own | {
-        "name": name,
-        "backbone": f"{encoder.name}, weights {encoder.ref.sha256[:12]}",
-        "device": encoder.device.type,
-        "train": train.fingerprint,
-        "eval": dev.fingerprint if dev else None,
-    }
-
-
-def _provenance(
-    config: TrainConfig, counts: ParameterCount, state: RunState, train: Source, dev: Source | None, encoder: Encoder
-) -> dict[str, Any]:
-    """How the delta came to be, for its manifest and card."""
-    device = encoder.device
-    return {
-        "training": config.as_dict(),
-        "train": train.facts(),
-        "eval": dev.facts() if dev else None,
-        "kept": f"step {state.best_step if config.keep == 'best' and dev else state.step} of {state.step}",
-        "trained_parameters": counts.trained,
-        "seconds": round(state.seconds, 1),
-        "hardware": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
-        "versions": {
-            "bertology-serve": bertology_serve.__version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "date": datetime.now(UTC).date().isoformat(),
-    }

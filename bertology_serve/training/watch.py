@@ -13,6 +13,9 @@ Line = Mapping[str, Any]
 class Watcher(Protocol):
     """Sees a run from outside; see ``Trainer`` for what the lines hold."""
 
+    def staged(self, stage: int, count: int, title: str) -> None:
+        """Stage ``stage`` (from 1) of a recipe's ``count`` comes next."""
+
     def began(self, step: int, total: int, parameters: ParameterCount) -> None:
         """Training begins after ``step`` of ``total`` steps."""
 
@@ -25,6 +28,9 @@ class Watcher(Protocol):
 
 class Silent:
     """Watches nothing."""
+
+    def staged(self, stage: int, count: int, title: str) -> None:
+        """Nothing."""
 
     def began(self, step: int, total: int, parameters: ParameterCount) -> None:
         """Nothing."""

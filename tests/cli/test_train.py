@@ -69,6 +69,17 @@ def test_columns_methods_and_their_options(bert, tmp_path, capsys):
     assert "mood 3" in capsys.readouterr().out
 
 
+def test_recipe_says_its_stages_and_gives_two_products(bert, train_file, tmp_path, capsys):
+    more = ["--recipe", "eh-ft", "--method", "bitfit", "--epochs", "1"]
+    assert main(arguments(bert, train_file, tmp_path / "deltas" / "x", *more)) == 0
+    notes = capsys.readouterr().err.splitlines()
+    assert notes[0] == "stage 1 of 2: bitfit"
+    assert "stage 2 of 2: full, with the head of the stage before" in notes
+    assert sorted(path.name for path in (tmp_path / "deltas").iterdir()) == ["x", "x-bitfit"]
+    assert main(arguments(bert, train_file, tmp_path / "deltas" / "y", *more, "--dry-run")) == 0
+    assert capsys.readouterr().out.count("would train") == 2
+
+
 def test_dry_run_counts_and_writes_nothing(bert, train_file, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
     assert (
@@ -163,9 +174,17 @@ def test_interrupt_says_how_to_continue(bert, train_file, tmp_path, capsys, monk
     assert "stopped at step 1; --resume continues from the last checkpoint" in capsys.readouterr().err
 
 
-def test_killed_run_resumes_to_the_same_bytes(bert, train_file, tmp_path):
+@pytest.mark.parametrize(
+    ("own", "lines", "file"),
+    [
+        (["--epochs", "20"], 20, "adapter_model.safetensors"),
+        (["--epochs", "10", "--recipe", "eh-ft"], 60, "model.safetensors"),
+    ],
+    ids=["lora", "eh-ft"],
+)
+def test_killed_run_resumes_to_the_same_bytes(bert, train_file, tmp_path, own, lines, file):
     """kill -9 in the middle, then --resume: the file of weights is that of a run that was left alone."""
-    more = ["--eval", train_file, "--epochs", "20", "--batch-size", "4", "--save-every", "3", "--dropout", "0.1"]
+    more = ["--eval", train_file, "--batch-size", "4", "--save-every", "3", "--dropout", "0.1", *own]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
     def command(out: Path, *flags: str) -> list[str]:
@@ -174,7 +193,7 @@ def test_killed_run_resumes_to_the_same_bytes(bert, train_file, tmp_path):
     process = subprocess.Popen(command(tmp_path / "killed"), env=environment, stderr=subprocess.DEVNULL)
     log = tmp_path / ".killed.run" / "log.jsonl"
     until = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 20) and time.monotonic() < until:
+    while not (log.exists() and log.read_text().count("\n") > lines) and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -184,7 +203,7 @@ def test_killed_run_resumes_to_the_same_bytes(bert, train_file, tmp_path):
         assert done.returncode == 0, done.stderr
         if "--resume" in command_line:
             assert "continuing after step" in done.stderr
-    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("killed", "straight")]
+    weights = [(tmp_path / name / file).read_bytes() for name in ("killed", "straight")]
     assert weights[0] == weights[1]
     steps = [len((tmp_path / name / "log.jsonl").read_text().splitlines()) for name in ("killed", "straight")]
     assert steps == [100, 100]

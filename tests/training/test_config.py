@@ -10,11 +10,12 @@ from bertology_serve.deltas.kinds import KINDS
 from bertology_serve.errors import SpecError
 from bertology_serve.training.config import FULL, HEAD_RATE, HEAD_RATES, LEARNING_RATES, METHODS, PROBE, TrainConfig
 from bertology_serve.training.flags import KindFlags
+from bertology_serve.training.full_options import REGULARISED
 from bertology_serve.training.methods import specs_for
 
 
-def test_methods_are_the_kinds_and_two_more():
-    assert (*KINDS, PROBE, FULL) == METHODS
+def test_methods_are_the_kinds_the_probe_and_the_forms_of_full_fine_tuning():
+    assert (*KINDS, PROBE, FULL, *REGULARISED) == METHODS
     assert set(LEARNING_RATES) == set(METHODS)
 
 
@@ -37,7 +38,7 @@ def test_unknown_key_names_the_nearest():
         ({"method": "lore"}, "unknown method 'lore'; did you mean 'lora'"),
         ({"method": "lora,lora"}, "names a kind twice"),
         ({"method": "full,lora"}, "'full' stands alone"),
-        ({"method": ()}, "no method was given"),
+        ({"method": "lora,"}, "unknown method ''"),
         ({"epochs": 0}, "epochs is 0; expected a number from 1 up"),
         ({"warmup": 1.5}, "warmup is 1.5; expected a number from 0 to 1"),
         ({"learning_rate": -1e-3}, "learning_rate is -0.001"),
@@ -47,6 +48,15 @@ def test_unknown_key_names_the_nearest():
         ({"max_length": 2}, "max_length is 2"),
         ({"head": "none"}, "head 'none' does not fit"),
         ({"labels": ("a", "a")}, "labels repeat"),
+        ({"method": "mixout,lora"}, "'mixout' stands alone"),
+        ({"method": "mixout", "options": {"mixout": {"p": 1.0}}}, "p is 1.0; expected a number from 0 up to"),
+        ({"method": "mixout", "options": {"mixout": {"q": 1.0}}}, "mixout has no field 'q'; known: p"),
+        ({"method": "child-tuning", "options": {"child-tuning": {"mode": "g"}}}, "unknown mode 'g' of child-tuning"),
+        (
+            {"method": "child-tuning", "options": {"child-tuning": {"share": 0}}},
+            "share is 0; expected a number above 0",
+        ),
+        ({"method": "top-k", "options": {"top-k": {"layers": 0}}}, "layers of top-k is 0; expected a whole number"),
         ({"options": {"bitfit": {"biases": "all"}}}, "options of 'bitfit' were given, but the method is lora"),
     ],
 )
@@ -71,6 +81,11 @@ def test_learning_rate_is_the_method_s_unless_given():
     assert TrainConfig("regression", learning_rate=0.5).rate("prompt") == 0.5
 
 
+def test_method_defaults_to_what_the_recipe_needs():
+    methods = [TrainConfig("regression", recipe=recipe).method for recipe in (None, "lp-ft", "eh-ft")]
+    assert methods == [("lora",), ("full",), ("lora",)]
+
+
 def test_head_has_a_learning_rate_of_its_own():
     assert TrainConfig("regression", learning_rate=0.5).head_rate == HEAD_RATE
     assert TrainConfig("regression", "full").head_rate == HEAD_RATES[FULL]
@@ -92,7 +107,8 @@ def test_every_flag_is_a_field_of_its_kind():
     from dataclasses import fields
 
     for flag in fields(KindFlags):
-        spec = KINDS[flag.metadata["kind"]].spec
+        kind = flag.metadata["kind"]
+        spec = REGULARISED[kind] if kind in REGULARISED else KINDS[kind].spec
         assert flag.metadata["field"] in {field.name for field in fields(spec)}
 
 

@@ -129,8 +129,12 @@ def straight_and_resumed(path: Path, bert_path: Path, kill_at: int, **values: An
         {"method": "adapter,bitfit,prompt", "trunk_dropout": True},
         {"method": "full", "schedule": "cosine"},
         {"method": "lora", "keep": "last", "patience": 3, "max_steps": 13},
+        {"method": "mixout"},
+        {"method": "child-tuning", "options": {"child-tuning": {"mode": "d"}}},
+        {"method": "child-tuning", "options": {"child-tuning": {"mode": "f"}}},
+        {"method": "top-k", "options": {"top-k": {"layers": 1}}},
     ],
-    ids=["dropout", "kinds", "full", "last"],
+    ids=["dropout", "kinds", "full", "last", "mixout", "child-d", "child-f", "top-k"],
 )
 @pytest.mark.parametrize("kill_at", [2, 11])
 def test_resumed_run_is_the_straight_run_bit_for_bit(tmp_path, bert_path, values, kill_at):

@@ -62,6 +62,18 @@ def test_resume_without_a_run_begins_one(tmp_path):
     assert not directory.path.exists()
 
 
+def test_checkpoint_of_another_stage_is_not_this_one_s(tmp_path):
+    directory = RunDirectory(tmp_path / "d")
+    directory.open(IDENTITY, {}, resume=False)
+    for stage, step in ((1, 1), (1, 2), (2, 1)):
+        directory.log({"stage": stage, "step": step})
+    directory.save({"a": torch.ones(1)}, {"stage": 1, "step": 2})
+    assert directory.load(2) is None
+    lines = (directory.path / "log.jsonl").read_text().splitlines()
+    assert lines == ['{"stage": 1, "step": 1}', '{"stage": 1, "step": 2}']
+    assert directory.load(1)[1] == {"stage": 1, "step": 2}
+
+
 def test_log_is_cut_back_to_the_checkpoint(tmp_path):
     directory = RunDirectory(tmp_path / "d")
     directory.open(IDENTITY, {}, resume=False)

@@ -1,0 +1,74 @@
+"""Recipes: compositions of stages, each naming what is trained and from what start. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bertology_serve.training.config import EH_FT, FULL, LP_FT, PROBE, TrainConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training, always from the pretrained encoder.
+
+    ``config`` names what is trained. The head starts at random, or with ``given_head`` as the stage before left it.
+    ``kept`` is what the delta of a stage that is not the last adds to the name when it is published as a product of its
+    own; without it that delta serves the next stage only.
+    """
+
+    config: TrainConfig
+    given_head: bool = False
+    kept: str = ""
+
+    @property
+    def title(self) -> str:
+        """What a person is told."""
+        what = " + ".join(self.config.method)
+        return f"{what}, with the head of the stage before" if self.given_head else what
+
+
+def stages(config: TrainConfig) -> tuple[Stage, ...]:
+    """The stages of a configuration's recipe, in order; one where it has none."""
+    return RECIPES[config.recipe](config) if config.recipe else (Stage(config),)
+
+
+def _lp_ft(config: TrainConfig) -> tuple[Stage, ...]:
+    """LP-FT (Kumar et al. 2022, arXiv 2202.10054): a linear probe, then fine-tuning with that head."""
+    return Stage(_first(config, (PROBE,))), Stage(_last(config, config.method), given_head=True)
+
+
+def _eh_ft(config: TrainConfig) -> tuple[Stage, ...]:
+    """EH-FT (Yang et al. 2022, arXiv 2210.16771): a delta and its head, then full fine-tuning with that head alone."""
+    first = Stage(_first(config, config.method), kept="-".join(config.method))
+    return first, Stage(_last(config, (FULL,)), given_head=True)
+
+
+RECIPES: Mapping[str, Callable[[TrainConfig], tuple[Stage, ...]]] = {LP_FT: _lp_ft, EH_FT: _eh_ft}
+
+
+def _first(config: TrainConfig, method: tuple[str, ...]) -> TrainConfig:
+    """The stage that finds the head: its own epochs and rate; the rates and dropout that were given are the last's."""
+    return _stage(
+        config,
+        method,
+        epochs=config.first_epochs or config.epochs,
+        learning_rate=config.first_learning_rate,
+        head_learning_rate=None,
+        trunk_dropout=None,
+    )
+
+
+def _last(config: TrainConfig, method: tuple[str, ...]) -> TrainConfig:
+    """The stage that begins with a head: that no longer learns faster than the rest."""
+    rate = _stage(config, method).rate(method[0])
+    return _stage(config, method, head_learning_rate=config.head_learning_rate or rate)
+
+
+def _stage(config: TrainConfig, method: tuple[str, ...], **values: Any) -> TrainConfig:
+    """One method of a recipe; all stages have the head's form in common."""
+    own = {name: fields for name, fields in config.options.items() if name in method}
+    shared: dict[str, Any] = {"pooling": config.form.pooling, "head": config.form.head}
+    plain: dict[str, Any] = {"recipe": None, "first_epochs": None, "first_learning_rate": None}
+    return replace(config, method=method, options=own, **shared, **plain, **values)

@@ -1,0 +1,18 @@
+"""A live delta on the tiny encoder, and its trainer, as the tests of the methods want them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.training.config import TrainConfig
+from bertology_serve.training.loop import Trainer
+from bertology_serve.training.train import prepare
+from tests.training import sets
+
+
+def trainer(encoder: Encoder, task: str = "classification", **values: Any) -> Trainer:
+    """A trainer that has not begun."""
+    config = TrainConfig(task, **{"max_length": 32, "batch_size": 5, **values})
+    made = prepare(config, encoder, sets.source(task))
+    return Trainer(made.live, made.task, made.items, config)
