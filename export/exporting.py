@@ -14,10 +14,11 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.writing import staging
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import Unsupported
-from bertology_serve.export.graph import Graph
+from bertology_serve.export.back_ends import choose, write
 from bertology_serve.export.layout import MODEL, example, write_around
 from bertology_serve.export.metadata import longest, metadata
-from bertology_serve.export.onnx_model import annotate, save, to_onnx
+from bertology_serve.export.onnx_model import annotate, save
+from bertology_serve.export.parts import parts_of
 from bertology_serve.export.publish import check_target, publish
 from bertology_serve.export.reference import Reference
 from bertology_serve.export.samples import built_in, of_encodings
@@ -61,9 +62,10 @@ def export_delta(
     check_foldable(encoder, delta, spec)
     reference = Reference(encoder, delta)
     started = time.perf_counter()
-    graph = Graph(encoder, delta, spec.merge)
-    model = to_onnx(graph, spec.opset)
-    facts = metadata(encoder, delta, graph, spec, name or delta.name)
+    parts = parts_of(encoder, delta, spec.merge)
+    chosen = choose(parts, spec)
+    model = write(parts, chosen, spec.opset)
+    facts = metadata(encoder, delta, parts, spec, chosen, name or delta.name)
     annotate(model, facts)
     with staging(target) as stage:
         (stage / MODEL).parent.mkdir()

@@ -5,14 +5,16 @@ import json
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from bertology_serve.export.graph import Graph
+from bertology_serve.export.back_ends import Chosen
 from bertology_serve.export.layout import card, config, example, write_around
 from bertology_serve.export.metadata import metadata
+from bertology_serve.export.parts import parts_of
 from bertology_serve.export.spec import ExportSpec
 from bertology_serve.export.verify import Report
 from tests import tiny
 from tests.export.cases import DELTAS
 
+DENSE = Chosen(True, False)
 REPORT = Report("onnxruntime 1", "P", 1e-5, 1e-7, 1e-8, 1.0, 0.0, 2.5, 3, ())
 
 
@@ -29,7 +31,7 @@ REPORT = Report("onnxruntime 1", "P", 1e-5, 1e-7, 1e-8, 1.0, 0.0, 2.5, 3, ())
 def test_huggingface_reads_what_is_beside_the_model(family, name, architecture, labels, tmp_path):
     encoder = tiny.encoder(family, tmp_path / "base")
     delta = tiny.delta(encoder, "x", *DELTAS[name])
-    facts = metadata(encoder, delta, Graph(encoder, delta, True), ExportSpec(), "x")
+    facts = metadata(encoder, delta, parts_of(encoder, delta, True), ExportSpec(), DENSE, "x")
     out = tmp_path / "out"
     out.mkdir()
     encoder.tokenizer("a b", padding="max_length", max_length=9, truncation=True)  # leaves its switches on
@@ -52,7 +54,7 @@ def test_huggingface_reads_what_is_beside_the_model(family, name, architecture, 
 def test_embeddings_keep_the_architecture_of_the_base(tmp_path):
     encoder = tiny.encoder("bert", tmp_path)
     delta = tiny.delta(encoder, "x", *DELTAS["prefix-shifted"])
-    facts = metadata(encoder, delta, Graph(encoder, delta, False), ExportSpec(), "x")
+    facts = metadata(encoder, delta, parts_of(encoder, delta, False), ExportSpec(), DENSE, "x")
     assert config(encoder, delta, facts)["architectures"] == ["BertModel"]
     assert "session.run(['embedding']" in example(facts, "there")
 
