@@ -8,6 +8,8 @@ from typing import Literal
 from bertology_serve.errors import SpecError
 
 OPSETS = (18, 23)
+MODEL = {"hf": "onnx/model.onnx", "flat": "model.onnx", "triton": "1/model.onnx"}
+"""Where the file lies in a directory, by layout."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class ExportSpec:
     back_end: Literal["auto", "direct", "torch"] = field(
         default="auto", metadata={"help": "Written from the weights, or by torch's exporter; auto: direct if it can."}
     )
+    layout: Literal["hf", "flat", "triton"] = field(
+        default="hf",
+        metadata={"help": "onnx/model.onnx as HuggingFace's tools look for it; flat; a model of NVIDIA Triton's."},
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace an earlier export."})
 
     def __post_init__(self) -> None:
@@ -41,6 +47,11 @@ class ExportSpec:
             raise SpecError(f"atol is {self.atol}; expected a number above 0, such as 1e-5")
         if self.unpad and self.back_end == "torch":
             raise SpecError("torch's exporter does not unpad; leave out --unpad, or take the direct back end")
+
+    @property
+    def model(self) -> str:
+        """Where the file lies in the directory."""
+        return MODEL[self.layout]
 
     @property
     def unpads(self) -> bool:

@@ -35,7 +35,7 @@ def test_huggingface_reads_what_is_beside_the_model(family, name, architecture, 
     out = tmp_path / "out"
     out.mkdir()
     encoder.tokenizer("a b", padding="max_length", max_length=9, truncation=True)  # leaves its switches on
-    write_around(out, encoder, delta, facts, REPORT)
+    write_around(out, "onnx/model.onnx", encoder, delta, facts, REPORT)
     read = AutoConfig.from_pretrained(out)
     assert [read.id2label[i] for i in range(len(read.id2label))] == labels
     assert read.architectures == [architecture]
@@ -56,10 +56,10 @@ def test_embeddings_keep_the_architecture_of_the_base(tmp_path):
     delta = tiny.delta(encoder, "x", *DELTAS["prefix-shifted"])
     facts = metadata(encoder, delta, parts_of(encoder, delta, False), ExportSpec(), DENSE, "x")
     assert config(encoder, delta, facts)["architectures"] == ["BertModel"]
-    assert "session.run(['embedding']" in example(facts, "there")
+    assert "session.run(['embedding']" in example("model.onnx", facts, "there")
 
 
 def test_the_card_survives_any_label(tmp_path):
     facts = {"name": "x", "delta_name": "x", "task": "t", "base_name": "b", "tool": "t", "inputs": "input_ids: i"}
-    text = card({**facts, "outputs": "logits: o", "labels": '["a|b\\nc", "d\ne"]'}, REPORT)
+    text = card("model.onnx", {**facts, "outputs": "logits: o", "labels": '["a|b\\nc", "d\ne"]'}, REPORT)
     assert '| labels | ["a\\|b\\nc", "d e"] |' in text
