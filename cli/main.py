@@ -24,6 +24,7 @@ COMMANDS = {
     "analyze": "See what heads, layers and deltas do.",
     "inspect": "Show and validate a delta.",
     "bench": "Measure speed on this machine, beside the alternatives.",
+    "doctor": "Find what is wrong with this installation.",
 }
 """Each is ``bertology_serve.cli.NAME`` with a function NAME or, for subcommands, an ``app``; its docstring is its own
 help, the line here is what ``bertology-serve --help`` says of it."""

@@ -14,15 +14,17 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.writing import staging
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import Unsupported
-from bertology_serve.export.graph import Graph
-from bertology_serve.export.layout import MODEL, example, write_around
+from bertology_serve.export.back_ends import choose, write
+from bertology_serve.export.layout import example, write_around
 from bertology_serve.export.metadata import longest, metadata
-from bertology_serve.export.onnx_model import annotate, save, to_onnx
+from bertology_serve.export.onnx_model import annotate, save
+from bertology_serve.export.parts import parts_of
 from bertology_serve.export.publish import check_target, publish
 from bertology_serve.export.reference import Reference
 from bertology_serve.export.samples import built_in, of_encodings
 from bertology_serve.export.session import Session
 from bertology_serve.export.spec import ExportSpec
+from bertology_serve.export.triton_server import write_config
 from bertology_serve.export.verify import Report, check, verify
 from bertology_serve.tasks.spec import Encoding
 
@@ -48,7 +50,7 @@ def export_delta(
     name: str | None = None,
     records: Iterable[Sequence[Encoding]] = (),
 ) -> Exported:
-    """Writes ``out/onnx/model.onnx`` with tokenizer, config.json, model card and verification.json.
+    """Writes ``out/onnx/model.onnx``, or where the layout has it, tokenizer, config.json, card and verification.json.
 
     ``records`` are encoded records to verify with, beside the built-in sentences. Raises Unsupported, naming the
     kinds, for a delta that cannot be folded (see ``check_foldable``); what ``Reference`` raises for a delta of another
@@ -61,20 +63,26 @@ def export_delta(
     check_foldable(encoder, delta, spec)
     reference = Reference(encoder, delta)
     started = time.perf_counter()
-    graph = Graph(encoder, delta, spec.merge)
-    model = to_onnx(graph, spec.opset)
-    facts = metadata(encoder, delta, graph, spec, name or delta.name)
+    parts = parts_of(encoder, delta, spec.merge)
+    chosen = choose(parts, spec)
+    model = write(parts, chosen, spec.opset)
+    facts = metadata(encoder, delta, parts, spec, chosen, name or delta.name)
     annotate(model, facts)
     with staging(target) as stage:
-        (stage / MODEL).parent.mkdir()
-        size = save(model, stage / MODEL)
+        file = stage / spec.model
+        file.parent.mkdir(exist_ok=True)
+        size = save(model, file)
         written = time.perf_counter()
         cases = chain(built_in(encoder.tokenizer, longest(encoder, delta)), of_encodings(records))
-        report = verify(Session(stage / MODEL), reference, cases, encoder.tokenizer.pad_token_id or 0, spec.atol)
+        report = verify(Session(file), reference, cases, encoder.tokenizer.pad_token_id or 0, spec.atol)
         check(report)
-        write_around(stage, encoder, delta, facts, report)
+        write_around(stage, spec.model, encoder, delta, facts, report)
+        if spec.layout == "triton":
+            write_config(stage, parts)
         publish(stage, target)
-    return Exported(out, report, size, written - started, time.perf_counter() - written, example(facts, str(out)))
+    return Exported(
+        out, report, size, written - started, time.perf_counter() - written, example(spec.model, facts, str(out))
+    )
 
 
 def _check_precision(encoder: Encoder) -> None:

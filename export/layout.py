@@ -1,4 +1,4 @@
-"""What lies beside ``onnx/model.onnx``, as HuggingFace's tools expect it: tokenizer, config.json, a model card."""
+"""What lies beside the model, as HuggingFace's tools expect it: tokenizer, config.json, a model card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from bertology_serve.tasks.spec import (
     TOKEN_CLASSIFICATION,
 )
 
-MODEL = "onnx/model.onnx"
 REPORT = "verification.json"
 _CLASSES = {
     CLASSIFICATION: "SEQUENCE_CLASSIFICATION",
@@ -36,12 +35,14 @@ _OF_THIS_MACHINE = (
 )
 
 
-def write_around(directory: Path, encoder: Encoder, delta: Delta, facts: Mapping[str, str], report: Report) -> None:
-    """Writes everything but the model into ``directory``."""
+def write_around(
+    directory: Path, model: str, encoder: Encoder, delta: Delta, facts: Mapping[str, str], report: Report
+) -> None:
+    """Writes everything but the model, which lies at ``model``, into ``directory``."""
     _write_tokenizer(directory, encoder, int(facts["max_length"]))
     _write_json(directory / "config.json", config(encoder, delta, facts))
     _write_json(directory / REPORT, report.as_dict())
-    (directory / "README.md").write_text(card(facts, report), encoding="utf-8")
+    (directory / "README.md").write_text(card(model, facts, report), encoding="utf-8")
 
 
 def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> dict[str, Any]:
@@ -68,25 +69,25 @@ def _architectures(delta: Delta) -> list[str]:
     return [found] if isinstance(found, str) else []
 
 
-def example(facts: Mapping[str, str], directory: str) -> str:
-    """Three lines of Python that run the file."""
+def example(model: str, facts: Mapping[str, str], directory: str) -> str:
+    """Three lines of Python that run the file ``directory/model``."""
     inputs = facts["inputs"].split(":")[0].split(", ")
     output = facts["outputs"].split(":")[0]
     return (
         f"import onnxruntime, transformers; tokenizer = transformers.AutoTokenizer.from_pretrained({directory!r})\n"
-        f"session = onnxruntime.InferenceSession({directory + '/' + MODEL!r}, providers=['CPUExecutionProvider'])\n"
+        f"session = onnxruntime.InferenceSession({directory + '/' + model!r}, providers=['CPUExecutionProvider'])\n"
         f"texts = tokenizer(['A text.', 'Another one.'], padding=True, truncation=True, return_tensors='np'); "
         f"print(session.run(['{output}'], {{name: texts[name] for name in {inputs!r}}})[0])"
     )
 
 
-def card(facts: Mapping[str, str], report: Report) -> str:
+def card(model: str, facts: Mapping[str, str], report: Report) -> str:
     """The model card."""
     what = f"{facts['delta_name']} ({facts['task']}) on {facts['base_name']}"
     rows = "".join(f"| {key} | {_cell(value)} |\n" for key, value in facts.items())
     return (
-        f"# {facts['name']}\n\n`{MODEL}` is {what}, exported by {facts['tool']}.\n\n{report.line()}.\n\n"
-        f"```python\n{example(facts, '.')}\n```\n\n| | |\n|---|---|\n{rows}"
+        f"# {facts['name']}\n\n`{model}` is {what}, exported by {facts['tool']}.\n\n{report.line()}.\n\n"
+        f"```python\n{example(model, facts, '.')}\n```\n\n| | |\n|---|---|\n{rows}"
     )
 
 

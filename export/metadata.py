@@ -10,7 +10,8 @@ from typing import Any
 import bertology_serve
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder, weights_hash
-from bertology_serve.export.graph import Graph
+from bertology_serve.export.back_ends import Chosen
+from bertology_serve.export.parts import Parts
 from bertology_serve.export.spec import ExportSpec
 from bertology_serve.tasks.spec import EMBEDDING, MULTIPLE_CHOICE
 
@@ -20,7 +21,9 @@ SEMANTICS = (
 )
 
 
-def metadata(encoder: Encoder, delta: Delta, graph: Graph, spec: ExportSpec, name: str) -> dict[str, str]:
+def metadata(
+    encoder: Encoder, delta: Delta, parts: Parts, spec: ExportSpec, chosen: Chosen, name: str
+) -> dict[str, str]:
     """Facts by name, all texts; lists and objects are JSON."""
     task = delta.task
     facts: dict[str, Any] = {
@@ -37,11 +40,13 @@ def metadata(encoder: Encoder, delta: Delta, graph: Graph, spec: ExportSpec, nam
         "delta_sha256": delta_hash(delta),
         "kinds": list(delta.kinds),
         "merged": spec.merge,
-        "inputs": f"{', '.join(graph.inputs)}: {SEMANTICS}",
-        "outputs": f"{graph.output}: {_output(delta)}",
-        "verification": f"{graph.output} within {spec.atol:g} of the unmerged torch engine in ONNX Runtime, "
+        "inputs": f"{', '.join(parts.inputs)}: {SEMANTICS}",
+        "outputs": f"{parts.output}: {_output(delta)}",
+        "verification": f"{parts.output} within {spec.atol:g} of the unmerged torch engine in ONNX Runtime, "
         "or this file would not have been published; the figures are in verification.json",
         "opset": spec.opset,
+        "back_end": chosen.name,
+        "unpadded": chosen.unpad,
         "tool": f"bertology-serve {bertology_serve.__version__}",
     }
     return {

@@ -41,6 +41,11 @@ class Session:
         return np.asarray(outputs[0])
 
 
+def silence() -> None:
+    """ONNX Runtime says nothing on stderr any more; raises Unsupported where it is not installed."""
+    _runtime().set_default_logger_severity(4)
+
+
 def _runtime() -> Any:
     try:
         import onnxruntime

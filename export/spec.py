@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from bertology_serve.errors import SpecError
 
 OPSETS = (18, 23)
+MODEL = {"hf": "onnx/model.onnx", "flat": "model.onnx", "triton": "1/model.onnx"}
+"""Where the file lies in a directory, by layout."""
 
 
 @dataclass(frozen=True)
 class ExportSpec:
-    """``atol`` bounds |Δ| of every output between ONNX Runtime and torch; ``opset`` is the ONNX operator set."""
+    """``atol`` bounds |Δ| of every output between ONNX Runtime and torch; ``opset`` is the ONNX operator set.
+
+    ``unpad`` of ``None`` means: for the target ``cpu``, where the direct back end writes the file.
+    """
 
     merge: bool = field(default=False, metadata={"help": "Fold LoRA, BitFit and head into the weights."})
     bake: bool = field(
         default=False, metadata={"help": "With --merge: adapters, prompts and prefixes become nodes of the graph."}
     )
     atol: float = field(default=1e-5, metadata={"help": "Largest difference from torch that is accepted."})
-    opset: int = field(default=20, metadata={"help": "ONNX operator set, 18 to 23."})
+    opset: int = field(default=20, metadata={"help": "ONNX operator set, 18 to 23; 23 has an attention of its own."})
+    target: Literal["cpu", "portable"] = field(
+        default="cpu", metadata={"help": "What it is to run on: portable computes padding too, in fixed shapes."}
+    )
+    unpad: bool | None = field(
+        default=None, metadata={"help": "Leave padding out of the work. Default: for the target cpu."}
+    )
+    back_end: Literal["auto", "direct", "torch"] = field(
+        default="auto", metadata={"help": "Written from the weights, or by torch's exporter; auto: direct if it can."}
+    )
+    layout: Literal["hf", "flat", "triton"] = field(
+        default="hf",
+        metadata={"help": "onnx/model.onnx as HuggingFace's tools look for it; flat; a model of NVIDIA Triton's."},
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace an earlier export."})
 
     def __post_init__(self) -> None:
@@ -26,3 +45,15 @@ class ExportSpec:
             raise SpecError(f"opset is {self.opset}; expected {OPSETS[0]} to {OPSETS[1]}")
         if not self.atol > 0:
             raise SpecError(f"atol is {self.atol}; expected a number above 0, such as 1e-5")
+        if self.unpad and self.back_end == "torch":
+            raise SpecError("torch's exporter does not unpad; leave out --unpad, or take the direct back end")
+
+    @property
+    def model(self) -> str:
+        """Where the file lies in the directory."""
+        return MODEL[self.layout]
+
+    @property
+    def unpads(self) -> bool:
+        """Whether padding is left out, where the direct back end writes the file."""
+        return self.target == "cpu" if self.unpad is None else self.unpad

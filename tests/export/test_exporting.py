@@ -1,4 +1,5 @@
-"""Whole exports: dynamo takes seconds each, so every family gets one with everything in it, and the rest share them."""
+"""Whole exports: torch's exporter takes seconds each, so a family gets one with everything in it, and the rest share
+them. The direct back end is tried in every combination by ``direct/test_emit.py``."""
 
 from __future__ import annotations
 
@@ -40,14 +41,14 @@ from tests.export.cases import (
 )
 
 ROOT = Path(__file__).parents[2]
-BAKED = ExportSpec(merge=True, bake=True)
+BAKED = {name: ExportSpec(merge=True, bake=True, back_end=name) for name in ("auto", "direct", "torch")}
 TASKS = {"bert": CLASSES, "modernbert": ANSWERS, "deberta-v2": TAGS, "distilbert": SCORES, "mpnet": VECTORS}
 
 
 class Made:
     """An export and what it was made of."""
 
-    def __init__(self, family: str, directory: Path, specs=EVERYTHING, task=None, spec=BAKED) -> None:
+    def __init__(self, family: str, directory: Path, specs=EVERYTHING, task=None, spec=BAKED["auto"]) -> None:
         with pytest.MonkeyPatch.context() as patch:
             self.encoder = small(family, directory / "base", patch)
         self.delta = tiny.delta(self.encoder, "mine", specs, task or TASKS[family])
@@ -59,14 +60,14 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory) -> Callable[[str], Made]:
-    """A family with every kind baked, each family with another task; exported once."""
-    return functools.cache(lambda family: Made(family, tmp_path_factory.mktemp(family)))
+def exports(tmp_path_factory) -> Callable[[str, str], Made]:
+    """A family with every kind baked, each family with another task; exported once by each back end."""
+    return functools.cache(lambda family, back_end: Made(family, tmp_path_factory.mktemp(family), spec=BAKED[back_end]))
 
 
-@pytest.fixture(params=list(TASKS))
+@pytest.fixture(params=[*((family, "torch") for family in TASKS), *((f, "direct") for f in TASKS if f != "deberta-v2")])
 def made(request, exports) -> Made:
-    return exports(request.param)
+    return exports(*request.param)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,9 @@ def test_the_file_says_what_it_is(made):
     assert facts["base_name"] == "base"
     assert facts["max_length"] == str(task.max_length)
     assert facts["pooling"] == task.pooling
+    direct = facts["back_end"] == "direct"
+    assert json.loads(facts["unpadded"]) is direct
+    assert any(node.op_type == "NonZero" for node in model.graph.node) is direct
     assert facts["tool"] == f"bertology-serve {bertology_serve.__version__}"
     dims = [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim]
     assert dims == ["batch", "sequence"]
@@ -127,12 +131,13 @@ def test_nothing_of_this_machine_is_in_any_file(made):
     assert not any(node.metadata_props or node.doc_string for node in onnx.load(made.file).graph.node)
 
 
-def test_another_process_writes_the_same_bytes(exports, tmp_path):
+@pytest.mark.parametrize("back_end", ["direct", "torch"])
+def test_another_process_writes_the_same_bytes(back_end, exports, tmp_path):
     """With another hash seed and another place on disk; ModernBERT walks a set of strings."""
-    first = exports("modernbert")
+    first = exports("modernbert", back_end)
     code = (
-        "import sys; from pathlib import Path; from tests.export.test_exporting import Made; "
-        "Made('modernbert', Path(sys.argv[1]))"
+        "import sys; from pathlib import Path; from tests.export.test_exporting import BAKED, Made; "
+        f"Made('modernbert', Path(sys.argv[1]), spec=BAKED[{back_end!r}])"
     )
     seed = "7" if os.environ.get("PYTHONHASHSEED") != "7" else "8"
     process = subprocess.run(
@@ -179,7 +184,7 @@ def test_merging_what_cannot_be_folded_is_refused_by_name(name, what, tmp_path):
 
 def test_what_differs_is_not_published(bert, tmp_path, monkeypatch):
     """The file of one delta, offered for another."""
-    monkeypatch.setattr(exporting, "to_onnx", lambda *_: onnx_ir.load(bert.file))
+    monkeypatch.setattr(exporting, "write", lambda *_: onnx_ir.load(bert.file))
     other = tiny.delta(bert.encoder, "other", FOLDS, CLASSES, seed=8)
     with pytest.raises(VerificationError, match=r"DIFFERS: onnxruntime .* nothing was published"):
         export_delta(bert.encoder, other, tmp_path / "out", ExportSpec(merge=True))
@@ -193,7 +198,7 @@ def test_what_differs_is_not_published(bert, tmp_path, monkeypatch):
 
 
 def test_an_earlier_export_is_replaced_only_when_asked(bert, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "to_onnx", lambda *_: onnx_ir.load(bert.file))
+    monkeypatch.setattr(exporting, "write", lambda *_: onnx_ir.load(bert.file))
     export_delta(bert.encoder, bert.delta, tmp_path / "out", ExportSpec(merge=True))
     (tmp_path / "out" / "stale.txt").write_text("x")
     with pytest.raises(SpecError, match="give --overwrite"):
@@ -205,7 +210,7 @@ def test_an_earlier_export_is_replaced_only_when_asked(bert, tmp_path, monkeypat
 
 
 def test_the_current_directory_may_be_filled(bert, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "to_onnx", lambda *_: onnx_ir.load(bert.file))
+    monkeypatch.setattr(exporting, "write", lambda *_: onnx_ir.load(bert.file))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     export_delta(bert.encoder, bert.delta, Path(), ExportSpec(merge=True))
@@ -214,7 +219,7 @@ def test_the_current_directory_may_be_filled(bert, tmp_path, monkeypatch):
 
 
 def test_records_of_the_caller_are_verified_too(bert, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "to_onnx", lambda *_: onnx_ir.load(bert.file))
+    monkeypatch.setattr(exporting, "write", lambda *_: onnx_ir.load(bert.file))
     own = [[one] for one in encodings(tuple(range(3, 22)), typed=True)]
     done = export_delta(bert.encoder, bert.delta, tmp_path / "out", ExportSpec(merge=True), records=own)
     assert done.report.sequences == bert.done.report.sequences + 19

@@ -11,6 +11,7 @@ from bertology_serve.deltas.effects import Effects
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.graph import Graph
+from bertology_serve.export.parts import parts_of
 from bertology_serve.export.reference import Reference
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
@@ -21,7 +22,7 @@ LENGTHS = (1, 2, 5, 17, 32)
 
 def difference(encoder: Encoder, delta: Delta, merge: bool) -> float:
     """The largest |Δ| from the engine over both sides of padding; NaN where anything is."""
-    graph = Graph(encoder, delta, merge)
+    graph = Graph(parts_of(encoder, delta, merge))
     sequences = encodings(LENGTHS, typed=len(graph.inputs) == 3)
     expected = Reference(encoder, delta).outputs(sequences)
     found = []
@@ -53,7 +54,7 @@ def test_a_part_left_out_would_be_seen(tmp_path, monkeypatch):
         reference = Reference(encoder, delta)
         with monkeypatch.context() as patch:
             patch.setattr(Delta, "effects", lambda *_, parts=parts: Effects(**parts))
-            graph = Graph(encoder, delta, True)
+            graph = Graph(parts_of(encoder, delta, True))
         sequences = encodings((9,), typed=True)
         out = graph(*padded(sequences, left=False))[0]
         assert (out - reference.outputs(sequences)[0]).abs().max() > 1e-4, missing
@@ -61,7 +62,7 @@ def test_a_part_left_out_would_be_seen(tmp_path, monkeypatch):
 
 def test_padding_is_zero_for_tasks_that_answer_for_every_token(tmp_path):
     encoder = tiny.encoder("bert", tmp_path)
-    graph = Graph(encoder, tiny.delta(encoder, "x", *DELTAS["prompt-tags"]), True)
+    graph = Graph(parts_of(encoder, tiny.delta(encoder, "x", *DELTAS["prompt-tags"]), True))
     ids, mask, types = padded(encodings((3, 8), typed=True), left=True)
     out = graph(ids, mask, types)
     assert out.shape == (2, 8, 3)
@@ -76,14 +77,16 @@ def test_every_pooling(pooling, tmp_path):
         task = TaskSpec("embedding", max_length=32, head="none", pooling=pooling, normalize=normalize)
         delta = tiny.delta(encoder, "x", DELTAS["prompt"][0], task)
         assert difference(encoder, delta, True) <= 1e-5
-        lengths = Graph(encoder, delta, True)(*padded(encodings((4, 9), typed=False), left=False)[:2]).norm(dim=1)
+        lengths = Graph(parts_of(encoder, delta, True))(*padded(encodings((4, 9), typed=False), left=False)[:2]).norm(
+            dim=1
+        )
         assert torch.allclose(lengths, torch.ones(2)) == normalize
 
 
 def test_a_row_of_padding_alone_is_finite_and_changes_nothing(tmp_path):
     for family in ("modernbert", "mpnet"):
         encoder = tiny.encoder(family, tmp_path / family)
-        graph = Graph(encoder, tiny.delta(encoder, "x", *DELTAS["prefix-shifted"]), True)
+        graph = Graph(parts_of(encoder, tiny.delta(encoder, "x", *DELTAS["prefix-shifted"]), True))
         ids, mask, _ = padded(encodings((20, 9), typed=False), left=False)
         with torch.inference_mode():
             before = graph(ids, mask)
@@ -103,15 +106,15 @@ def test_full_fine_tuning_is_its_own_weights(tmp_path):
     encoder = Encoder.for_delta(delta)
     assert difference(encoder, delta, True) <= 1e-5
     assert torch.equal(
-        Graph(encoder, delta, True).model.embeddings.word_embeddings.weight,
+        Graph(parts_of(encoder, delta, True)).model.embeddings.word_embeddings.weight,
         weights["embeddings.word_embeddings.weight"],
     )
 
 
 def test_tensors_are_named_by_the_delta(tmp_path):
     encoder = tiny.encoder("bert", tmp_path)
-    apart = Graph(encoder, tiny.delta(encoder, "mine", EVERYTHING, CLASSES), merge=False)
-    merged = Graph(encoder, tiny.delta(encoder, "mine", EVERYTHING, CLASSES), merge=True)
+    apart = Graph(parts_of(encoder, tiny.delta(encoder, "mine", EVERYTHING, CLASSES), merge=False))
+    merged = Graph(parts_of(encoder, tiny.delta(encoder, "mine", EVERYTHING, CLASSES), merge=True))
     names, left = (sorted(graph.names.values()) for graph in (apart, merged))
     assert len(set(names)) == len(names) == len(list(apart.named_parameters()))
     assert "encoder.layer.0.attention.self.query.weight" in names
@@ -131,4 +134,4 @@ def test_a_family_with_attention_of_its_own_is_traced_as_it_is(tmp_path, monkeyp
         delta = tiny.delta(encoder, name, *DELTAS[name])
         assert difference(encoder, delta, True) <= 1e-5, name
     with pytest.raises(Unsupported, match="a prefix cannot be put into a graph of megatron-bert"):
-        Graph(encoder, tiny.delta(encoder, "x", *DELTAS["prefix"]), True)
+        Graph(parts_of(encoder, tiny.delta(encoder, "x", *DELTAS["prefix"]), True))

@@ -7,8 +7,9 @@ import pytest
 from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
-from bertology_serve.export.graph import Graph
+from bertology_serve.export.back_ends import Chosen
 from bertology_serve.export.metadata import base_name, delta_hash, longest, metadata
+from bertology_serve.export.parts import parts_of
 from bertology_serve.export.spec import ExportSpec
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
@@ -67,7 +68,7 @@ def test_shifted_virtual_tokens_take_room_from_the_text(tmp_path):
 def test_inputs_and_outputs_are_explained(name, output, tmp_path):
     encoder = tiny.encoder("bert", tmp_path)
     delta = tiny.delta(encoder, "x", *DELTAS[name])
-    facts = metadata(encoder, delta, Graph(encoder, delta, False), ExportSpec(), "shown")
+    facts = metadata(encoder, delta, parts_of(encoder, delta, False), ExportSpec(), Chosen(True, True), "shown")
     assert facts["outputs"] == output
     assert facts["inputs"].startswith("input_ids, attention_mask, token_type_ids: int64 [batch, sequence]; ")
     assert facts["name"] == "shown"

@@ -1,0 +1,22 @@
+"""``bertology-serve doctor``: what is wrong with this installation, one line each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+BROKEN = 1
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False) -> None:
+    """Look at versions, ONNX Runtime, CUDA and Triton; say how to mend what is wrong. Exit code 1 if something is."""
+    from bertology_serve.export.checkup import findings
+    from bertology_serve.export.machine import look
+
+    found = findings(look())
+    print(json.dumps([asdict(one) for one in found], indent=2) if as_json else "\n".join(one.line() for one in found))
+    if any(one.state == "broken" for one in found):
+        raise typer.Exit(BROKEN)

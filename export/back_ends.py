@@ -1,0 +1,45 @@
+"""Which back end writes a file, and the file's graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir
+
+from bertology_serve.errors import Unsupported
+from bertology_serve.export.direct.emit import emit, obstacle
+from bertology_serve.export.graph import Graph
+from bertology_serve.export.onnx_model import to_onnx
+from bertology_serve.export.parts import Parts
+from bertology_serve.export.spec import ExportSpec
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """``direct`` or torch's exporter, and whether padding is left out of the work."""
+
+    direct: bool
+    unpad: bool
+
+    @property
+    def name(self) -> str:
+        """As ``--back-end`` has it."""
+        return "direct" if self.direct else "torch"
+
+
+def choose(parts: Parts, spec: ExportSpec) -> Chosen:
+    """The direct back end where it can; raises Unsupported where it was asked for by name and cannot."""
+    stands_in_the_way = obstacle(parts) if spec.back_end != "torch" else "another was asked for"
+    if stands_in_the_way is None:
+        return Chosen(True, spec.unpads)
+    if spec.back_end == "direct" or spec.unpad:
+        raise Unsupported(
+            f"the direct back end cannot write this model: {stands_in_the_way}; "
+            "leave out --back-end and --unpad: torch's exporter then writes it, padded"
+        )
+    return Chosen(False, False)
+
+
+def write(parts: Parts, chosen: Chosen, opset: int) -> onnx_ir.Model:
+    """The ONNX model; raises what ``to_onnx`` raises."""
+    return emit(parts, opset, chosen.unpad) if chosen.direct else to_onnx(Graph(parts), opset)

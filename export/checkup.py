@@ -1,0 +1,119 @@
+"""What is wrong with an installation, and how to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from packaging.requirements import Requirement
+
+from bertology_serve.export.machine import CUDA, OURSELVES, Machine, normalised
+
+CPU_RUNTIME, GPU_RUNTIME = "onnxruntime", "onnxruntime-gpu"
+RUNTIMES = (CPU_RUNTIME, GPU_RUNTIME, "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-rocm")
+_CPU, _GPU = f"pip install '{OURSELVES}[cpu]'", f"pip install '{OURSELVES}[gpu]'"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: ``state`` says whether it works, ``mend`` what to do, empty where nothing is to be done."""
+
+    state: Literal["ok", "note", "broken"]
+    what: str
+    found: str
+    mend: str = ""
+
+    def line(self) -> str:
+        """State, subject, finding and remedy."""
+        return f"{self.state:6}  {self.what}: {self.found}" + (f"; {self.mend}" if self.mend else "")
+
+
+def findings(machine: Machine) -> list[Finding]:
+    """Everything that was looked at, in a fixed order."""
+    return [*_versions(machine), *_runtime(machine), *_cuda(machine), *_torch(machine), *_triton(machine)]
+
+
+def _versions(machine: Machine) -> Iterator[Finding]:
+    """Each requirement beside what is installed; what only extras ask for may be missing."""
+    if machine.required is None:
+        yield Finding("note", OURSELVES, "runs from a source tree: versions were not checked", "pip install -e .")
+        return
+    wrong = list(_wrong_versions(machine, machine.required))
+    yield from wrong
+    if not wrong:
+        yield Finding("ok", OURSELVES, f"{machine.installed[OURSELVES]}, and every version it asks for")
+
+
+def _wrong_versions(machine: Machine, required: tuple[str, ...]) -> Iterator[Finding]:
+    for requirement in map(Requirement, required):
+        name = normalised(requirement.name)
+        optional, have = "extra" in str(requirement.marker or ""), machine.installed.get(name)
+        applies = optional or requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if not applies or name == OURSELVES or (have is None and optional):
+            continue
+        if have is None or not requirement.specifier.contains(have, prereleases=True):
+            found = f"{have or 'nothing'} is installed, {requirement.specifier} is needed"
+            yield Finding("broken", name, found, f"pip install '{name}{requirement.specifier}'")
+
+
+def _runtime(machine: Machine) -> Iterator[Finding]:
+    there = [name for name in RUNTIMES if name in machine.installed]
+    shown = " and ".join(f"{name} {machine.installed[name]}" for name in there)
+    if len(there) > 1:
+        again = _GPU if machine.gpu else _CPU
+        mend = f"pip uninstall -y {' '.join(there)} && {again}"
+        yield Finding(
+            "broken", "onnxruntime", f"{shown} share one module; the one installed last hides the other", mend
+        )
+    elif not there:
+        extra = _GPU if machine.gpu else _CPU
+        yield Finding("note", "onnxruntime", "not installed: export does not work, all else does", extra)
+    elif machine.runtime_error is not None:
+        mend = f"pip install --force-reinstall --no-deps {there[0]}=={machine.installed[there[0]]}"
+        yield Finding("broken", "onnxruntime", f"{shown} does not run: {machine.runtime_error}", mend)
+    else:
+        yield Finding("ok", "onnxruntime", shown)
+
+
+def _cuda(machine: Machine) -> Iterator[Finding]:
+    """Whether ONNX Runtime's CUDA is really used where its GPU build is installed: it falls back without an error."""
+    if machine.provider is None:
+        return
+    if machine.provider == CUDA:
+        yield Finding("ok", "CUDA in onnxruntime", "used when asked for")
+    elif GPU_RUNTIME in machine.installed and machine.gpu:
+        yield Finding(
+            "broken", "CUDA in onnxruntime", f"asked for, but {machine.provider} runs: its libraries were not found",
+            f"pip install --upgrade '{GPU_RUNTIME}[cuda,cudnn]'",
+        )  # fmt: skip
+    elif GPU_RUNTIME in machine.installed:
+        smaller = f"pip uninstall -y {GPU_RUNTIME} && {_CPU} is a third of the size"
+        yield Finding("note", "CUDA in onnxruntime", "there is no NVIDIA GPU here, so the CPU is used", smaller)
+    elif machine.gpu:
+        mend = f"pip uninstall -y {CPU_RUNTIME} && {_GPU}"
+        yield Finding("note", "CUDA in onnxruntime", "the CPU build is installed beside an NVIDIA GPU", mend)
+
+
+def _torch(machine: Machine) -> Iterator[Finding]:
+    version = machine.installed.get("torch", "of unknown version")
+    if machine.torch_sees:
+        yield Finding("ok", "torch", f"{version}, CUDA {machine.torch_cuda}")
+    elif not machine.gpu:
+        yield Finding("ok", "torch", f"{version}, on CPU: there is no NVIDIA GPU")
+    elif machine.torch_cuda is None:
+        mend = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+        yield Finding("broken", "torch", f"{version} was built without CUDA, and there is an NVIDIA GPU", mend)
+    else:
+        found = f"{version} wants CUDA {machine.torch_cuda} and cannot use the GPU"
+        yield Finding("broken", "torch", found, "update the NVIDIA driver, or install a torch for an older CUDA")
+
+
+def _triton(machine: Machine) -> Iterator[Finding]:
+    version = machine.installed.get("triton")
+    if version is not None:
+        yield Finding("ok", "triton", version if machine.torch_sees else f"{version}, not used without CUDA")
+    elif machine.torch_sees:
+        yield Finding("broken", "triton", "not installed, and there is a GPU for its kernels", "pip install triton")
+    else:
+        yield Finding("note", "triton", "not installed: kernels cannot be imported, which only a GPU needs")

@@ -1,0 +1,50 @@
+"""The direct back end's one call: parts in, ONNX out."""
+
+from __future__ import annotations
+
+import onnx_ir
+
+from bertology_serve.export.direct.activations import ACTIVATIONS
+from bertology_serve.export.direct.layers import activation_of, encode
+from bertology_serve.export.direct.modules import Modules
+from bertology_serve.export.direct.nodes import Nodes
+from bertology_serve.export.direct.reading import activations_of, read
+from bertology_serve.export.direct.rows import Packed, Padded, gather
+from bertology_serve.export.parts import Parts
+from bertology_serve.export.rows import Weave
+from bertology_serve.tasks.spec import EMBEDDING
+
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet", "modernbert")
+
+
+def obstacle(parts: Parts) -> str | None:
+    """Why this back end cannot write a model, or ``None`` where it can."""
+    if parts.anatomy.family not in FAMILIES:
+        return f"{parts.anatomy.family} is not among {', '.join(FAMILIES)}"
+    activations = [activation_of(parts), *activations_of(parts.head)]
+    unknown = [str(name) for name in activations if name not in ACTIVATIONS]
+    if unknown:
+        return f"the activation {unknown[0]} is not among {', '.join(name for name in ACTIVATIONS if name)}"
+    ropes = getattr(parts.config, "rope_parameters", None) or {}
+    scaled = [kind for kind, values in ropes.items() if values and values.get("rope_type") != "default"]
+    return f"the rotary positions of {scaled[0]} are scaled" if scaled else None
+
+
+def emit(parts: Parts, opset: int, unpad: bool) -> onnx_ir.Model:
+    """The graph of ``parts``, for which there is no ``obstacle``; with ``unpad`` padding is left out of the work.
+
+    Inputs and output are those of ``graph.Graph``; weights have the same names.
+    """
+    nodes = Nodes(opset)
+    inputs = [nodes.input(name) for name in parts.inputs]
+    text = gather(inputs[0], inputs[1], inputs[2] if len(inputs) > 2 else None)
+    rows = (Packed if unpad else Padded)(text, Weave(parts.effects.prompt, parts.first_position))
+    hidden = encode(Modules(nodes, parts), rows)
+    return nodes.model(inputs, parts.output, read(nodes, parts, rows, hidden), output_shape(parts))
+
+
+def output_shape(parts: Parts) -> tuple[str | int, ...]:
+    """Of the only output."""
+    if parts.task.kind == EMBEDDING:
+        return "batch", parts.anatomy.hidden
+    return ("batch", "sequence", parts.task.outputs) if parts.task.per_token else ("batch", parts.task.outputs)

@@ -1,0 +1,77 @@
+"""Encoders as their papers write them: embeddings, then layers with the norm behind each block or before it."""
+
+from __future__ import annotations
+
+from bertology_serve.deltas.slots import (
+    ATTENTION_NORM,
+    DOWN,
+    EMBEDDING_NORM,
+    FFN_NORM,
+    FINAL_NORM,
+    KEY,
+    OUTPUT,
+    QKV,
+    QUERY,
+    UP,
+    UP_GATE,
+    VALUE,
+)
+from bertology_serve.export.direct.activations import ACTIVATIONS
+from bertology_serve.export.direct.attention import Attention
+from bertology_serve.export.direct.modules import Modules
+from bertology_serve.export.direct.nodes import Value
+from bertology_serve.export.direct.rows import Rows
+from bertology_serve.export.parts import Parts
+
+PROJECTION = "embedding_projection"
+WORDS = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight")
+POSITIONS, TYPES = "embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"
+
+
+def activation_of(parts: Parts) -> str:
+    """The name of the activation between up and down."""
+    names = ("hidden_activation", "hidden_act", "activation")
+    return next(str(getattr(parts.config, name)) for name in names if hasattr(parts.config, name))
+
+
+def encode(modules: Modules, rows: Rows) -> Value:
+    """The last hidden states [T, H]."""
+    attend, layer_of = Attention(modules, rows), pre_norm if modules.parts.anatomy.pre_norm else post_norm
+    x = embed(modules, rows)
+    for layer in range(modules.parts.anatomy.layers):
+        x = layer_of(modules, attend, layer, x)
+    return modules.norm(FINAL_NORM, 0, x) if modules.has(FINAL_NORM) else x
+
+
+def embed(modules: Modules, rows: Rows) -> Value:
+    """Words or prompt vectors, plus positions and types, normed; [T, H]."""
+    table = next(found for found in map(modules.own, WORDS) if found is not None)
+    words, prompt = table.gather(rows.ids), modules.parts.effects.prompt
+    if prompt is not None and rows.virtual is not None:
+        vectors = modules.mine("prompt.vectors", prompt.vectors[None]).squeeze(0)
+        words = rows.virtual.unsqueeze(1).where(vectors.gather(rows.which), words)
+    positions, types = modules.own(POSITIONS), modules.own(TYPES)
+    terms = [words]
+    if positions is not None:
+        terms.append(positions.gather(rows.positions))
+    if types is not None:
+        terms.append(types.gather(0 if rows.types is None else rows.types))
+    x = modules.norm(EMBEDDING_NORM, 0, modules.nodes.total(*terms))
+    return modules.linear(PROJECTION, 0, x) if modules.has(PROJECTION) else x
+
+
+def post_norm(m: Modules, attend: Attention, layer: int, x: Value) -> Value:
+    """BERT (Devlin et al. 2019): ``x = LN(x + attention(x)); x = LN(x + FFN(x))``."""
+    act = ACTIVATIONS[activation_of(m.parts)]
+    seen = attend(layer, m.linear(QUERY, layer, x), m.linear(KEY, layer, x), m.linear(VALUE, layer, x))
+    x = m.norm(ATTENTION_NORM, layer, m.linear(OUTPUT, layer, seen, residual=x))
+    return m.norm(FFN_NORM, layer, m.linear(DOWN, layer, act(m.linear(UP, layer, x)), residual=x))
+
+
+def pre_norm(m: Modules, attend: Attention, layer: int, x: Value) -> Value:
+    """ModernBERT (Warner et al. 2024): ``x = x + attention(LN(x)); x = x + GeGLU(LN(x))``; layer 0 lacks a norm."""
+    act = ACTIVATIONS[activation_of(m.parts)]
+    normed = m.norm(ATTENTION_NORM, layer, x) if m.has(ATTENTION_NORM, layer) else x
+    x = m.linear(OUTPUT, layer, attend(layer, *m.linear(QKV, layer, normed).split(3, axis=1)), residual=x)
+    up, gate = m.linear(UP_GATE, layer, m.norm(FFN_NORM, layer, x)).split(2, axis=1)
+    return m.linear(DOWN, layer, act(up) * gate, residual=x)

@@ -1,0 +1,107 @@
+"""The encoder's linears and norms, each with what the delta adds to it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from bertology_serve.deltas.slots import Slot
+from bertology_serve.export.direct.activations import ACTIVATIONS
+from bertology_serve.export.direct.nodes import Nodes, Value
+from bertology_serve.export.parts import Parts
+
+
+class Modules:
+    """Linears and norms by slot and layer; rows [T, K] -> [T, N]."""
+
+    def __init__(self, nodes: Nodes, parts: Parts) -> None:
+        self.nodes, self.parts = nodes, parts
+        self._updates: dict[str, list[tuple[Slot, int]]] = defaultdict(list)
+        self._adapters: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        effects = parts.effects
+        for name in sorted(effects.low_rank.keys() | effects.bias.keys()):
+            slot = parts.anatomy.slot(name)
+            for layer in slot.present:
+                self._updates[str(slot.paths[layer])].append((slot, layer))
+        for name, unit in effects.bottleneck.items():
+            for layer in unit.layers:
+                self._adapters[str(parts.anatomy.slot(name).paths[layer])].append((name, layer))
+
+    def has(self, slot: str, layer: int = 0) -> bool:
+        """Whether a layer has the module."""
+        found = self.parts.anatomy.slots.get(slot)
+        return found is not None and found.paths[layer] is not None
+
+    def own(self, name: str, transposed: bool = False) -> Value | None:
+        """A tensor of the encoder; ``None`` where it has none of that name."""
+        tensor = self.parts.state.get(name)
+        return None if tensor is None else self.nodes.weight(name, tensor.T if transposed else tensor)
+
+    def mine(self, name: str, tensor: Tensor) -> Value:
+        """A tensor of the delta."""
+        return self.nodes.weight(self.parts.named(name), tensor)
+
+    def linear(self, slot: str, layer: int, x: Value, residual: Value | None = None) -> Value:
+        """``x W + b + Σ updates``, through the adapters that stand behind it, ``+ residual``."""
+        path = self._path(slot, layer)
+        weight, bias = self.own(f"{path}.weight", transposed=True), self.own(f"{path}.bias")
+        assert weight is not None
+        terms = [x @ weight, *([] if bias is None else [bias]), *self._added(path, x)]
+        adapters = self._adapters.get(path, [])
+        if adapters:
+            y = self.nodes.total(*terms)
+            for name, at in adapters:
+                y = y + self._adapter(name, at, y)
+            terms = [y]
+        if residual is None and len(terms) == 2:
+            return terms[0] + terms[1]
+        return self.nodes.total(*terms, *([] if residual is None else [residual]))
+
+    def norm(self, slot: str, layer: int, x: Value) -> Value:
+        """``LN(x) + Σ updates``; used again around an adapter: ``LN(adapter(LN(x)) + x)`` (Pfeiffer et al. 2020)."""
+        path = self._path(slot, layer)
+        y = self._normed(path, x)
+        for name, at in self._adapters.get(path, []):
+            y = self._normed(path, self._adapter(name, at, y) + x)
+        return y
+
+    def _normed(self, path: str, x: Value) -> Value:
+        scale, bias = self.own(f"{path}.weight"), self.own(f"{path}.bias")
+        y = self.nodes("LayerNormalization", x, scale, bias, axis=-1, epsilon=self._epsilon)
+        return self.nodes.total(y, *self._added(path, x))
+
+    @property
+    def _epsilon(self) -> float:
+        config = self.parts.config
+        names = ("layer_norm_eps", "norm_eps")
+        return next((float(getattr(config, name)) for name in names if hasattr(config, name)), 1e-12)
+
+    def _added(self, path: str, x: Value) -> Iterator[Value]:
+        """What low ranks and biases add to a module's output."""
+        effects = self.parts.effects
+        width = self.parts.state[f"{path}.weight"].shape[0]
+        for slot, layer in self._updates.get(path, []):
+            place, low, shift = f"{slot.name}.{layer}", effects.low_rank.get(slot.name), effects.bias.get(slot.name)
+            lo, hi = slot.part or (0, width)
+            if low is not None:
+                a, b = self.mine(f"{place}.a", low.a[layer].T), self.mine(f"{place}.b", low.b[layer])
+                yield self._widened(x @ a @ b, [0, lo, 0, width - hi])
+            if shift is not None:
+                yield self._widened(self.mine(f"{place}.bias", shift[layer]), [lo, width - hi])
+
+    def _widened(self, value: Value, pads: list[int]) -> Value:
+        """Zeros around the columns that a slot names of a packed projection."""
+        return self.nodes("Pad", value, pads, 0.0) if any(pads) else value
+
+    def _adapter(self, name: str, layer: int, x: Value) -> Value:
+        """``act(x D + b_d) U + b_u`` (Houlsby et al. 2019)."""
+        unit, place = self.parts.effects.bottleneck[name], f"{name}.{layer}.adapter"
+        down, up = self.mine(f"{place}.down", unit.down[layer].T), self.mine(f"{place}.up", unit.up[layer])
+        down_bias = self.mine(f"{place}.down_bias", unit.down_bias[layer])
+        up_bias = self.mine(f"{place}.up_bias", unit.up_bias[layer])
+        return ACTIVATIONS[unit.activation](x @ down + down_bias) @ up + up_bias
+
+    def _path(self, slot: str, layer: int) -> str:
+        return str(self.parts.anatomy.slot(slot).paths[layer])

@@ -1,0 +1,207 @@
+"""One vocabulary for building ONNX graphs: values that are added, multiplied and gathered as arrays are.
+
+Equal nodes and equal constants are made once; weights keep a name of their own each. Names count up, so the same
+calls give the same graph to the byte.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[Any]
+LOWEST = float(np.finfo(np.float32).min)
+
+
+class Nodes:
+    """A graph in the making. Calling it adds a node: ``nodes("MatMul", x, w)``.
+
+    Operands are values, numbers (int64, or float32 where they have a point), lists of whole numbers; ``None`` at the
+    end leaves an optional one out.
+    """
+
+    def __init__(self, opset: int) -> None:
+        self.opset = opset
+        self._nodes: list[ir.Node] = []
+        self._weights: dict[str, ir.Value] = {}
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
+        self._made: dict[tuple[object, ...], tuple[Value, ...]] = {}
+        self._count: Counter[str] = Counter()
+
+    def __call__(self, op: str, *operands: Operand, **attributes: Any) -> Value:
+        """The only output of a node."""
+        return self.several(op, 1, *operands, **attributes)[0]
+
+    def several(self, op: str, outputs: int, *operands: Operand, **attributes: Any) -> tuple[Value, ...]:
+        """All outputs of a node; the same ones again where the same was asked before."""
+        inputs = [self.value(operand).ir for operand in operands if operand is not None]
+        key = (op, outputs, tuple(map(id, inputs)), repr(sorted(attributes.items())))
+        if key not in self._made:
+            node = ir.node(op, inputs, attributes, num_outputs=outputs)
+            self._nodes.append(node)
+            self._made[key] = tuple(Value(self, self._called(found, op)) for found in node.outputs)
+        return self._made[key]
+
+    def _called(self, value: ir.Value, op: str) -> ir.Value:
+        value.name = f"{op}_{self._count[op]}"
+        self._count[op] += 1
+        return value
+
+    def input(self, name: str) -> Value:
+        """An int64 input [batch, sequence]."""
+        return Value(self, ir.val(name, ir.DataType.INT64, ["batch", "sequence"]))
+
+    def value(self, operand: Value | float | Sequence[int]) -> Value:
+        """A value as it is, a number or list of whole numbers as a constant."""
+        if isinstance(operand, Value):
+            return operand
+        return self.constant(np.array(operand, dtype=np.float32 if isinstance(operand, float) else np.int64))
+
+    def constant(self, array: Array) -> Value:
+        """A constant, which has no name that means anything."""
+        key = (str(array.dtype), array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self._initializer(f"constant_{len(self._constants)}", array)
+        return self._constants[key]
+
+    def weight(self, name: str, tensor: Tensor) -> Value:
+        """A tensor under its own name, float32; asked for again it is the same."""
+        if name not in self._weights:
+            return self._initializer(name, tensor.detach().float().contiguous().numpy())
+        return Value(self, self._weights[name])
+
+    def _initializer(self, name: str, array: Array) -> Value:
+        self._weights[name] = ir.val(name, const_value=ir.tensor(array, name=name))
+        return Value(self, self._weights[name])
+
+    def total(self, *terms: Value) -> Value:
+        """The sum as one node.
+
+        ONNX Runtime fuses ``Add`` before a LayerNorm into a kernel that is slower than the two; a ``Sum`` it leaves.
+        """
+        return terms[0] if len(terms) == 1 else self("Sum", *terms)
+
+    def model(self, inputs: Sequence[Value], name: str, output: Value, shape: Sequence[str | int]) -> ir.Model:
+        """The finished model with one float32 output."""
+        result = self("Identity", output).ir
+        result.name, result.shape = name, ir.Shape(shape)
+        result.type = ir.TensorType(ir.DataType.FLOAT)
+        graph = ir.Graph(
+            [one.ir for one in inputs],
+            [result],
+            nodes=self._nodes,
+            initializers=list(self._weights.values()),
+            opset_imports={"": self.opset},
+            name="main",
+        )
+        return ir.Model(graph, ir_version=9 if self.opset <= 20 else 10, producer_name="bertology-serve")
+
+
+class Value:
+    """One value of a graph. Operators build nodes; shapes are NumPy's."""
+
+    def __init__(self, nodes: Nodes, value: ir.Value) -> None:
+        self.nodes, self.ir = nodes, value
+
+    def __add__(self, other: Operand) -> Value:
+        return self.nodes("Add", self, other)
+
+    def __sub__(self, other: Operand) -> Value:
+        return self.nodes("Sub", self, other)
+
+    def __mul__(self, other: Operand) -> Value:
+        return self.nodes("Mul", self, other)
+
+    def __truediv__(self, other: Operand) -> Value:
+        return self.nodes("Div", self, other)
+
+    def __mod__(self, other: Operand) -> Value:
+        return self.nodes("Mod", self, other)
+
+    def __matmul__(self, other: Operand) -> Value:
+        return self.nodes("MatMul", self, other)
+
+    def __lt__(self, other: Operand) -> Value:
+        return self.nodes("Less", self, other)
+
+    def __le__(self, other: Operand) -> Value:
+        return self.nodes("LessOrEqual", self, other)
+
+    def __and__(self, other: Operand) -> Value:
+        return self.nodes("And", self, other)
+
+    def __or__(self, other: Operand) -> Value:
+        return self.nodes("Or", self, other)
+
+    def __invert__(self) -> Value:
+        return self.nodes("Not", self)
+
+    def integer(self) -> Value:
+        """As int64."""
+        return self.nodes("Cast", self, to=ir.DataType.INT64.value)
+
+    def real(self) -> Value:
+        """As float32."""
+        return self.nodes("Cast", self, to=ir.DataType.FLOAT.value)
+
+    def size(self, axis: int) -> Value:
+        """[1]: the length of an axis."""
+        return self.nodes("Shape", self, start=axis, end=axis + 1)
+
+    def reshape(self, *shape: int | Value) -> Value:
+        """Lengths are numbers or values [1]; -1 is what is left."""
+        if all(isinstance(length, int) for length in shape):
+            return self.nodes("Reshape", self, [length for length in shape if isinstance(length, int)])
+        parts = [length if isinstance(length, Value) else [length] for length in shape]
+        return self.nodes("Reshape", self, self.nodes("Concat", *parts, axis=0))
+
+    def transpose(self, *order: int) -> Value:
+        """Axes in that order."""
+        return self.nodes("Transpose", self, perm=list(order))
+
+    def unsqueeze(self, *axes: int) -> Value:
+        """New axes of length 1."""
+        return self.nodes("Unsqueeze", self, list(axes))
+
+    def squeeze(self, axis: int) -> Value:
+        """Without an axis of length 1."""
+        return self.nodes("Squeeze", self, [axis])
+
+    def gather(self, index: Operand, axis: int = 0) -> Value:
+        """The entries at ``index`` of an axis."""
+        return self.nodes("Gather", self, index, axis=axis)
+
+    def split(self, count: int, axis: int) -> tuple[Value, ...]:
+        """Equal parts."""
+        return self.nodes.several("Split", count, self, axis=axis, num_outputs=count)
+
+    def where(self, yes: Operand, no: Operand) -> Value:
+        """``yes`` where this is true, ``no`` elsewhere."""
+        return self.nodes("Where", self, yes, no)
+
+    def clip(self, low: int, high: int) -> Value:
+        """Bounded on both sides."""
+        return self.nodes("Clip", self, low, high)
+
+    def reduce(self, how: str, axis: int, keep: bool = False) -> Value:
+        """``how``: Sum, Max."""
+        return self.nodes(f"Reduce{how}", self, [axis], keepdims=int(keep))
+
+
+Operand = Value | float | Sequence[int] | None
+
+
+def joined(axis: int, *parts: Value) -> Value:
+    """Values one after the other along an axis."""
+    return parts[0].nodes("Concat", *parts, axis=axis)
+
+
+def counted(nodes: Nodes, length: Value) -> Value:
+    """[n]: 0, 1, ... below ``length`` [1]."""
+    return nodes("Range", 0, length.squeeze(0), 1)

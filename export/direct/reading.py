@@ -1,0 +1,61 @@
+"""From the last hidden rows to the output: pooling and head, or the head at every token."""
+
+from __future__ import annotations
+
+from bertology_serve.export.direct.activations import ACTIVATIONS
+from bertology_serve.export.direct.nodes import LOWEST, Nodes, Value
+from bertology_serve.export.direct.rows import Rows
+from bertology_serve.export.parts import Parts
+from bertology_serve.tasks.heads import Head, Layer
+from bertology_serve.tasks.spec import EMBEDDING
+
+
+def read(nodes: Nodes, parts: Parts, rows: Rows, hidden: Value) -> Value:
+    """hidden [T, H] -> logits [B, C] or [B, L, C], embeddings [B, H]."""
+    task = parts.task
+    if task.per_token:
+        return rows.callers(answered(nodes, parts, hidden))
+    out = answered(nodes, parts, pooled(parts, rows, hidden))
+    return unit(nodes, out) if task.kind == EMBEDDING and task.normalize else out
+
+
+def pooled(parts: Parts, rows: Rows, hidden: Value) -> Value:
+    """One row a sequence, of text alone: [T, H] -> [B, H]."""
+    if parts.task.pooling == "cls":
+        return rows.first(hidden)
+    grid = rows.grid(hidden, 1, parts.anatomy.hidden).squeeze(1)
+    spoken = rows.spoken.unsqueeze(2)
+    if parts.task.pooling == "max":
+        return spoken.where(grid, LOWEST).reduce("Max", 1)
+    return spoken.where(grid, 0.0).reduce("Sum", 1) / rows.text.count.real()
+
+
+def answered(nodes: Nodes, parts: Parts, rows: Value) -> Value:
+    """The head: ``LN(act(x W + b))`` layer after layer, as ``tasks.heads`` has it."""
+    for layer in parts.head.layers:
+        assert isinstance(layer, Layer)
+        rows = _dense(nodes, parts, layer, rows)
+    return rows
+
+
+def _dense(nodes: Nodes, parts: Parts, layer: Layer, x: Value) -> Value:
+    form, linear, norm = layer.form, layer.linear, layer.norm
+    y = x @ nodes.weight(parts.named_in_head(f"{form.path}.weight"), linear.weight.T)
+    if linear.bias is not None:
+        y = y + nodes.weight(parts.named_in_head(f"{form.path}.bias"), linear.bias)
+    y = ACTIVATIONS[form.activation](y)
+    if norm is None:
+        return y
+    scale = nodes.weight(parts.named_in_head(f"{form.norm}.weight"), norm.weight)
+    shift = None if norm.bias is None else nodes.weight(parts.named_in_head(f"{form.norm}.bias"), norm.bias)
+    return nodes("LayerNormalization", y, scale, shift, axis=-1, epsilon=norm.eps)
+
+
+def unit(nodes: Nodes, x: Value) -> Value:
+    """Rows of length 1."""
+    return x / nodes("Max", nodes("ReduceL2", x, [1], keepdims=1), 1e-12)
+
+
+def activations_of(head: Head) -> list[str | None]:
+    """The names of the activations in a head."""
+    return [layer.form.activation for layer in head.layers if isinstance(layer, Layer)]

@@ -1,0 +1,50 @@
+"""What NVIDIA Triton Inference Server reads beside a model: config.pbtxt and the file of labels.
+
+The directory is one model of a model repository; Triton takes its name from the directory's. Tokenisation is left
+out: clients send ids. Triton batches only requests of one length together, so clients do well to pad to a few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bertology_serve.export.parts import Parts
+from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING
+
+CONFIG, LABELS = "config.pbtxt", "labels.txt"
+MOST_ROWS, THREADS = 64, 1
+
+
+def write_config(directory: Path, parts: Parts) -> None:
+    """Writes both files; labels where a row of the output is one decision."""
+    labels = parts.task.labels if parts.task.kind == CLASSIFICATION else ()
+    if labels:
+        text = "".join(" ".join(label.split()) + "\n" for label in labels)
+        (directory / LABELS).write_text(text, encoding="utf-8")
+    (directory / CONFIG).write_text(config(parts, labelled=bool(labels)), encoding="utf-8")
+
+
+def config(parts: Parts, labelled: bool) -> str:
+    """The model configuration, in protobuf's text format (``model_config.proto``); batch is its first dimension."""
+    inputs = ",\n".join(_tensor(name, "TYPE_INT64", [-1]) for name in parts.inputs)
+    output = _tensor(parts.output, "TYPE_FP32", _row(parts), LABELS if labelled else None)
+    return (
+        f'backend: "onnxruntime"\nmax_batch_size: {MOST_ROWS}\n'
+        f"input [\n{inputs}\n]\noutput [\n{output}\n]\n"
+        "dynamic_batching { }\n"
+        "instance_group [ { kind: KIND_CPU, count: 1 } ]\n"
+        f'parameters {{ key: "intra_op_thread_count", value: {{ string_value: "{THREADS}" }} }}\n'
+    )
+
+
+def _row(parts: Parts) -> Sequence[int]:
+    """The shape of one sequence's output."""
+    if parts.task.kind == EMBEDDING:
+        return [parts.anatomy.hidden]
+    return [-1, parts.task.outputs] if parts.task.per_token else [parts.task.outputs]
+
+
+def _tensor(name: str, kind: str, dims: Sequence[int], labels: str | None = None) -> str:
+    more = f', label_filename: "{labels}"' if labels else ""
+    return f'  {{ name: "{name}", data_type: {kind}, dims: [ {", ".join(map(str, dims))} ]{more} }}'

@@ -1,0 +1,50 @@
+"""``bertology-serve doctor`` on machines that it is told of."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bertology_serve.cli.main import main
+from bertology_serve.export import machine
+from bertology_serve.export.machine import Machine
+
+BOTH = {"torch": "2.13", "triton": "3.9", "onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Says what machine this is."""
+    return lambda installed: monkeypatch.setattr(
+        machine, "look", lambda: Machine(installed=installed, provider="CPUExecutionProvider")
+    )
+
+
+def test_exit_code_1_where_something_is_broken(told, capsys):
+    told(BOTH)
+    assert main(["doctor"]) == 1
+    printed, said = capsys.readouterr()
+    assert said == ""
+    assert printed.splitlines()[1].startswith("broken  onnxruntime: onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 ")
+
+
+def test_notes_are_not_broken(told, capsys):
+    told({name: version for name, version in BOTH.items() if name != "onnxruntime-gpu"})
+    assert main(["doctor"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["note", "ok", "ok", "ok"]
+
+
+def test_json(told, capsys):
+    told(BOTH)
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert {"state", "what", "found", "mend"} == set(found[1])
+    assert [one["what"] for one in found if one["state"] == "broken"] == ["onnxruntime"]
+
+
+def test_this_machine(capsys):
+    main(["doctor"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("ok      onnxruntime: onnxruntime") for line in lines)
+    assert all(line.split()[0] in ("ok", "note", "broken") for line in lines)

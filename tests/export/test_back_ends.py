@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from bertology_serve.errors import SpecError, Unsupported
+from bertology_serve.export.back_ends import Chosen, choose
+from bertology_serve.export.parts import parts_of
+from bertology_serve.export.spec import ExportSpec
+from tests import tiny
+from tests.export.cases import DELTAS
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "chosen"),
+    [
+        ("bert", {}, Chosen(True, True)),
+        ("bert", {"target": "portable"}, Chosen(True, False)),
+        ("bert", {"target": "portable", "unpad": True}, Chosen(True, True)),
+        ("bert", {"unpad": False}, Chosen(True, False)),
+        ("bert", {"back_end": "torch"}, Chosen(False, False)),
+        ("deberta-v3", {}, Chosen(False, False)),
+        ("deberta-v3", {"unpad": False}, Chosen(False, False)),
+    ],
+)
+def test_the_direct_back_end_where_it_can(family, options, chosen, tmp_path):
+    encoder = tiny.encoder(family, tmp_path)
+    parts = parts_of(encoder, tiny.delta(encoder, "x", *DELTAS["folds"]), True)
+    assert choose(parts, ExportSpec(**options)) == chosen
+    assert chosen.name == ("direct" if chosen.direct else "torch")
+
+
+@pytest.mark.parametrize("options", [{"unpad": True}, {"back_end": "direct"}])
+def test_what_only_the_direct_back_end_does_is_refused_elsewhere(options, tmp_path):
+    encoder = tiny.encoder("deberta-v3", tmp_path)
+    parts = parts_of(encoder, tiny.delta(encoder, "x", *DELTAS["folds"]), True)
+    with pytest.raises(Unsupported, match=r"cannot write this model: deberta-v2 is not among .*; leave out --back-end"):
+        choose(parts, ExportSpec(**options))
+
+
+def test_torch_does_not_unpad():
+    with pytest.raises(SpecError, match="torch's exporter does not unpad"):
+        ExportSpec(back_end="torch", unpad=True)

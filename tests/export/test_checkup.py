@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bertology_serve.export.checkup import findings
+from bertology_serve.export.machine import CUDA, Machine
+
+CPU = "CPUExecutionProvider"
+REQUIRED = ("torch>=2.9", "onnxruntime>=1.23; extra == 'cpu'", "bertology-serve[cpu]; extra == 'dev'",
+            "triton>=3.5; sys_platform == 'never'")  # fmt: skip
+HEALTHY: dict[str, Any] = {
+    "installed": {"bertology-serve": "0.3", "torch": "2.13.0", "onnxruntime": "1.32.0", "triton": "3.9"},
+    "required": REQUIRED,
+    "provider": CPU,
+}
+GPU = {"gpu": True, "torch_cuda": "13.0", "torch_sees": True}
+
+
+def found(installed: dict[str, str | None] | None = None, **facts: Any) -> dict[str, tuple[str, str]]:
+    """Subject -> (state, its line) of a healthy machine with some facts changed; ``None`` uninstalls."""
+    have = {name: one for name, one in (HEALTHY["installed"] | (installed or {})).items() if one is not None}
+    lines = findings(Machine(**HEALTHY | facts | {"installed": have}))
+    return {one.what: (one.state, one.line()) for one in lines}
+
+
+def test_a_healthy_machine():
+    assert {state for state, _ in found().values()} == {"ok"}
+    gpu = found({"onnxruntime": None, "onnxruntime-gpu": "1.31.1"}, **GPU, provider=CUDA)
+    assert {state for state, _ in gpu.values()} == {"ok"}
+    assert gpu["CUDA in onnxruntime"][1] == "ok      CUDA in onnxruntime: used when asked for"
+
+
+def test_both_onnx_runtimes_at_once():
+    for facts, extra in (({}, "cpu"), (GPU, "gpu")):
+        state, line = found({"onnxruntime-gpu": "1.31.1"}, **facts)["onnxruntime"]
+        assert state == "broken"
+        assert line == (
+            "broken  onnxruntime: onnxruntime 1.32.0 and onnxruntime-gpu 1.31.1 share one module; the one installed "
+            "last hides the other; pip uninstall -y onnxruntime onnxruntime-gpu && "
+            f"pip install 'bertology-serve[{extra}]'"
+        )
+
+
+@pytest.mark.parametrize(
+    ("installed", "facts", "what", "state", "said"),
+    [
+        ({"onnxruntime": None}, {"provider": None}, "onnxruntime", "note", "pip install 'bertology-serve[cpu]'"),
+        ({"onnxruntime": None}, {"provider": None, **GPU}, "onnxruntime", "note", "pip install 'bertology-serve[gpu]'"),
+        ({}, {"provider": None, "runtime_error": "no InferenceSession"}, "onnxruntime", "broken", "no InferenceSess"),
+        ({"onnxruntime": None, "onnxruntime-gpu": "1.31"}, {}, "CUDA in onnxruntime", "note", "no NVIDIA GPU here"),
+        ({"onnxruntime": None, "onnxruntime-gpu": "1.31"}, GPU, "CUDA in onnxruntime", "broken", "[cuda,cudnn]"),
+        ({}, GPU, "CUDA in onnxruntime", "note", "the CPU build is installed beside an NVIDIA GPU"),
+        ({"onnxruntime": "1.20"}, {}, "onnxruntime", "broken", "1.20 is installed, >=1.23 is needed; pip install"),
+        ({"torch": "2.8"}, {}, "torch", "broken", "2.8 is installed, >=2.9 is needed; pip install 'torch>=2.9'"),
+        ({"torch": None}, {}, "torch", "broken", "nothing is installed, >=2.9 is needed"),
+        ({}, {"gpu": True}, "torch", "broken", "was built without CUDA"),
+        ({}, {"gpu": True, "torch_cuda": "13.0"}, "torch", "broken", "update the NVIDIA driver"),
+        ({"triton": None}, GPU, "triton", "broken", "pip install triton"),
+        ({"triton": None}, {}, "triton", "note", "not installed"),
+        ({}, {"required": None}, "bertology-serve", "note", "versions were not checked; pip install -e ."),
+    ],
+)
+def test_what_is_wrong_and_how_to_mend_it(installed, facts, what, state, said):
+    lines = findings(Machine(**HEALTHY | facts | {"installed": _with(installed)}))
+    matching = [one for one in lines if one.what == what and one.state == state]
+    assert len(matching) == 1
+    assert said in matching[0].line()
+    assert "\n" not in matching[0].line()
+
+
+def _with(changes: dict[str, str | None]) -> dict[str, str]:
+    return {name: one for name, one in (HEALTHY["installed"] | changes).items() if one is not None}
