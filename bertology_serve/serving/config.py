@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from bertology_serve.errors import SpecError
@@ -15,6 +16,9 @@ HELPS = {
     "max_item_tokens": "Most tokens of one item, all its windows or choices together; beyond that 413.",
     "max_text_characters": "Longest text of one item; beyond that 413. Texts are cut to the delta's maximum length.",
     "max_items": "Most items in one call; beyond that 413.",
+    "keys_file": 'JSON file of API keys: {"keys": [{"name", "key" or "sha256", "admin", "deltas", ...}]}. '
+    "BERTOLOGY_API_KEYS and BERTOLOGY_ADMIN_KEYS add plain ones. Without keys every route but management is open.",
+    "max_header_bytes": "Largest path and headers of a call; beyond that 431.",
     "max_body_bytes": "Largest body of a call, decompressed; beyond that 413.",
     "drain_seconds": "How long to go on accepting calls after SIGTERM while readiness already answers 503.",
     "shutdown_seconds": "How long accepted calls may take to finish after that.",
@@ -33,7 +37,9 @@ class ServerConfig:
     max_item_tokens: int = 8192
     max_text_characters: int = 100_000
     max_items: int = 1024
+    max_header_bytes: int = 16_384
     max_body_bytes: int = 4 * 2**20
+    keys_file: Path | None = None
     drain_seconds: float = 1.0
     shutdown_seconds: float = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"

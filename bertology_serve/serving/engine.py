@@ -74,17 +74,22 @@ class Engine:
         return done
 
     async def answer(
-        self, requests: Sequence[Request], gone: Callable[[], Awaitable[None]] | None = None
+        self,
+        requests: Sequence[Request],
+        gone: Callable[[], Awaitable[None]] | None = None,
+        charge: Callable[[int], None] = lambda tokens: None,
     ) -> list[Prediction]:
         """The answers of one call, in order.
 
         ``gone()`` returns when the caller has left: what is still queued is then dropped and ClientGone raised.
-        Raises what is wrong with the first bad request (DataError, NotFound, LimitError), or Overloaded.
+        ``charge(tokens)`` hears what the call costs before it is queued, and may raise. Raises
+        what is wrong with the first bad request (DataError, NotFound, LimitError), or Overloaded.
         """
         assert self._loop is not None, "start() comes first"
         jobs = await self._prepare(requests)
         ticket = Ticket(jobs, self._loop)
         try:
+            charge(sum(job.cost for job in jobs))
             self.queue.put(ticket.works)
         except Exception:
             self._finished(ticket.works, outcomes.REFUSED)
