@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from bertology_serve.serving.http import (
     header_length,
     json_response,
     read_body,
+    timeout_of,
 )
 from bertology_serve.serving.keys import Access
 from bertology_serve.serving.metrics import CONTENT_TYPE, Metrics
@@ -56,7 +58,7 @@ class Handlers:
         find = partial(self._find, access_of(request.scope))
         body = await self._body(request)
         call = oip.read_infer(body, header_length(request), model, find, self.config.max_items)
-        content, json_length = oip.write_infer(call, await self._answer(request, call.requests))
+        content, json_length = oip.write_infer(call, await self._answer(request, call.requests, call.seconds))
         if json_length is None:
             return _json(content)
         return Response(content, headers={JSON_LENGTH: str(json_length)}, media_type=BINARY)
@@ -142,12 +144,13 @@ class Handlers:
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, self.config.max_body_bytes)
 
-    async def _answer(self, request: Request, items: Sequence[Item]) -> list[Prediction]:
+    async def _answer(self, request: Request, items: Sequence[Item], seconds: float = math.inf) -> list[Prediction]:
+        seconds = min(seconds, timeout_of(request))
         access = access_of(request.scope)
         if access.restricted:
             for name in dict.fromkeys(item.delta for item in items):
                 self._find(access, name)
-        return await self.engine.answer(items, lambda: departure(request), access.charge)
+        return await self.engine.answer(items, lambda: departure(request), access.charge, seconds)
 
 
 def _json(content: bytes) -> Response:

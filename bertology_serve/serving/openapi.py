@@ -9,10 +9,11 @@ import msgspec
 
 from bertology_serve import __version__
 from bertology_serve.serving.gate import PUBLIC
+from bertology_serve.serving.http import TIMEOUT
 from bertology_serve.serving.protocol.schemas import BODIES
 
 REF = "#/components/schemas/{name}"
-_BAD, _UNKNOWN, _LARGE, _BUSY = "400", "404", "413", "503"
+_BAD, _UNKNOWN, _LARGE, _BUSY, _LATE = "400", "404", "413", "503", "504"
 _MEANINGS = {
     _BAD: "The body, a field or an option cannot be used.",
     _UNKNOWN: "There is no such delta or version.",
@@ -21,10 +22,17 @@ _MEANINGS = {
     "403": "The API key does not open this.",
     "429": "The API key's rate is used up; Retry-After says for how long.",
     "431": "The path and headers are over their limit.",
+    _LATE: "The deadline came before the answer; what was queued is not computed.",
     "500": "A fault of the server.",
 }
 _GATE = ("401", "403", "429", "431")
 _RETRY = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
+_TIMEOUT = {
+    "name": TIMEOUT,
+    "in": "header",
+    "description": "Milliseconds that the caller will wait",
+    "schema": {"type": "integer", "minimum": 1},
+}
 _SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
@@ -100,11 +108,13 @@ def _post(summary: str, body: dict[str, Any], answer: dict[str, Any], binary: bo
     busy = _problem(_BUSY) | {"description": "The queue is full, or the server is stopping.", "headers": _RETRY}
     return {
         "summary": summary,
+        "parameters": [_TIMEOUT],
         "requestBody": {"required": True, "content": accepted},
         "responses": {
             "200": {"description": "OK", "content": given},
             **{code: _problem(code) for code in _ITEMS},
             _BUSY: busy,
+            _LATE: _problem(_LATE),
         },
     }
 
