@@ -9,7 +9,11 @@ BertologyError
 │   └── BaseMismatch    a delta was made for other base weights
 ├── NotFound            no delta, version or file of that name (HTTP: 404)
 ├── Unsupported         a combination that this encoder or exporter does not do (CLI: 2; HTTP: 400)
+├── Unauthorized        no API key, or an unknown one (HTTP: 401)
+├── Forbidden           the API key does not open this (HTTP: 403)
 ├── Overloaded          the queue is full or draining; try again later (HTTP: 503 with Retry-After)
+│   └── RateLimited     the caller has sent too much for its share (HTTP: 429 with Retry-After)
+├── Expired             the answer would have come after its deadline; nothing was computed (HTTP: 504)
 └── VerificationError   a result was checked against its reference and differs; nothing was published (CLI: 1)
 
 A message says what was given, what was expected, and what to do next.
@@ -63,6 +67,22 @@ class Overloaded(BertologyError):
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class RateLimited(Overloaded):
+    """The caller has sent too much for its share; the server has room for others."""
+
+
+class Unauthorized(BertologyError):
+    """No API key was sent, or one that is not known."""
+
+
+class Forbidden(BertologyError):
+    """The API key is known, but does not open this."""
+
+
+class Expired(BertologyError):
+    """The deadline came before the answer; what was still queued was not computed."""
 
 
 class VerificationError(BertologyError):

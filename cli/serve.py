@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -35,8 +36,12 @@ def serve(
     """
     started = time.monotonic()
     _log(config.log_level)
+    from bertology_serve.serving.keyfile import read_keyring
     from bertology_serve.serving.server import Server, bind, url_of
 
+    keyring = read_keyring(config.keys_file, os.environ)
+    if not keyring and config.host not in ("127.0.0.1", "::1", "localhost"):
+        note(f"anyone who reaches {config.host} may ask: there are no API keys (--keys-file)")
     with bind(config.host, config.port) as bound:  # before anything is loaded: a port that is taken is said at once
         registry = _load(backbone, device, deltas, skip_bad_deltas)
         found, url = registry.all(), url_of(bound)
@@ -45,7 +50,7 @@ def serve(
             note(f"{len(found) - 1} deltas on {backbone}, ready after {time.monotonic() - started:.1f} s: {url}")
             note(f"try: {example(url, found[-1])}")
 
-        server = Server(registry.pipeline, registry, config, announce)
+        server = Server(registry.pipeline, registry, config, announce, keyring)
         server.engine.warm_up()
         server.run(sockets=[bound])
 

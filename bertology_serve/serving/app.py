@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -15,8 +16,10 @@ from starlette.routing import Route
 from bertology_serve.errors import BertologyError
 from bertology_serve.serving.engine import ClientGone, Engine
 from bertology_serve.serving.faults import place_of
+from bertology_serve.serving.gate import Gate
 from bertology_serve.serving.handlers import Handlers
 from bertology_serve.serving.http import json_response, problem_response
+from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.registry import Registry
 
@@ -25,7 +28,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 CLIENT_GONE = 499  # nobody reads it; it tells the metrics
 
 
-def make_app(engine: Engine, registry: Registry, metrics: Metrics) -> Starlette:
+def make_app(engine: Engine, registry: Registry, metrics: Metrics, keyring: Keyring) -> Starlette:
     """The application around an engine, which it starts and stops."""
 
     @asynccontextmanager
@@ -37,7 +40,8 @@ def make_app(engine: Engine, registry: Registry, metrics: Metrics) -> Starlette:
 
     metrics.deltas(len(registry.all()))
     routes = make_routes(Handlers(engine, registry, metrics), metrics)
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _refused})
+    gate = Middleware(Gate, keyring, metrics, engine.config.max_header_bytes)
+    app = Starlette(routes=routes, middleware=[gate], lifespan=lifespan, exception_handlers={HTTPException: _refused})
     app.router.redirect_slashes = False
     return app
 

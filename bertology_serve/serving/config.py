@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from bertology_serve.errors import SpecError
@@ -10,11 +11,19 @@ from bertology_serve.errors import SpecError
 HELPS = {
     "host": "Address to listen on.",
     "port": "Port to listen on; 0 takes a free one.",
-    "max_batch_tokens": "Most tokens in one batch of several items.",
+    "max_batch_ms": "Longest that a batch may take, in milliseconds. How many tokens that is, is found at start-up.",
+    "max_batch_tokens": "Most tokens in one batch of several items, however fast the machine.",
     "max_queue_tokens": "Most tokens waiting; beyond that, calls are answered 503 with Retry-After.",
+    "max_delta_tokens": "Most tokens waiting for one delta; beyond that 429 with Retry-After.",
+    "max_call_seconds": "Longest that a call may wait; it is then answered 504, and what was queued is not computed. "
+    "Calls may ask for less: header X-Request-Timeout-Ms, or parameter timeout (microseconds) of /v2.",
+    "weights": "Shares of the deltas when all have work waiting: NAME=WEIGHT,... The others have 1.",
     "max_item_tokens": "Most tokens of one item, all its windows or choices together; beyond that 413.",
     "max_text_characters": "Longest text of one item; beyond that 413. Texts are cut to the delta's maximum length.",
     "max_items": "Most items in one call; beyond that 413.",
+    "keys_file": 'JSON file of API keys: {"keys": [{"name", "key" or "sha256", "admin", "deltas", ...}]}. '
+    "BERTOLOGY_API_KEYS and BERTOLOGY_ADMIN_KEYS add plain ones. Without keys every route but management is open.",
+    "max_header_bytes": "Largest path and headers of a call; beyond that 431.",
     "max_body_bytes": "Largest body of a call, decompressed; beyond that 413.",
     "drain_seconds": "How long to go on accepting calls after SIGTERM while readiness already answers 503.",
     "shutdown_seconds": "How long accepted calls may take to finish after that.",
@@ -28,26 +37,47 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    max_batch_tokens: int = 1024
+    max_batch_ms: float = 50.0
+    max_batch_tokens: int = 8192
     max_queue_tokens: int = 65_536
+    max_delta_tokens: int = 32_768
+    max_call_seconds: float = 30.0
+    weights: tuple[str, ...] = ()
     max_item_tokens: int = 8192
     max_text_characters: int = 100_000
     max_items: int = 1024
+    max_header_bytes: int = 16_384
     max_body_bytes: int = 4 * 2**20
+    keys_file: Path | None = None
     drain_seconds: float = 1.0
     shutdown_seconds: float = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self) if field.name.startswith("max_")):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) <= 1e12:
                 raise SpecError(f"{name} is {getattr(self, name)}; expected at least 1")
         if not 0 <= self.port <= 65_535:
             raise SpecError(f"port is {self.port}; expected 0 to 65535")
         if self.drain_seconds < 0 or self.shutdown_seconds < 0:
             raise SpecError("drain_seconds and shutdown_seconds are durations; expected numbers from 0")
-        if self.max_queue_tokens < self.max_item_tokens:
-            raise SpecError(
-                f"max_queue_tokens ({self.max_queue_tokens}) is below max_item_tokens ({self.max_item_tokens}): "
-                "the largest item could never wait; raise the one or lower the other"
-            )
+        for name in ("max_queue_tokens", "max_delta_tokens"):
+            if getattr(self, name) < self.max_item_tokens:
+                raise SpecError(
+                    f"{name} ({getattr(self, name)}) is below max_item_tokens ({self.max_item_tokens}): "
+                    "the largest item could never wait; raise the one or lower the other"
+                )
+        self.weight_of()
+
+    def weight_of(self) -> dict[str, float]:
+        """The weights by delta. SpecError for what is no NAME=WEIGHT, or no weight above 0."""
+        found: dict[str, float] = {}
+        for part in self.weights:
+            name, _, number = part.partition("=")
+            try:
+                found[name] = float(number)
+            except ValueError:
+                found[name] = 0.0
+            if not name or not 1e-6 <= found[name] <= 1e6:
+                raise SpecError(f"weight {part!r}; expected NAME=WEIGHT with a weight from 1e-6 to 1e6")
+        return found

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from bertology_serve.encoder.pipeline import BASE, Job, Pipeline, Prediction, Request
-from bertology_serve.errors import DataError, LimitError
+from bertology_serve.errors import DataError, Expired, LimitError
 from bertology_serve.serving import metrics as outcomes
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.executor import Executor
+from bertology_serve.serving.ladder import climb
 from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.queue import WorkQueue
-from bertology_serve.serving.scheduler import OldestFirst, Scheduler
+from bertology_serve.serving.scheduler import FairScheduler
 from bertology_serve.serving.sizes import check_size
+from bertology_serve.serving.times import BatchTimes
 from bertology_serve.serving.work import Outcome, Ticket, Work
 
 log = logging.getLogger(__name__)
@@ -34,11 +37,11 @@ class Engine:
     ``ready`` says whether new calls are welcome; while the server drains it is false, yet calls are still answered.
     """
 
-    def __init__(
-        self, pipeline: Pipeline, config: ServerConfig, metrics: Metrics, scheduler: Scheduler | None = None
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, config: ServerConfig, metrics: Metrics) -> None:
         self.config, self.pipeline, self._metrics = config, pipeline, metrics
-        self.queue = WorkQueue(scheduler or OldestFirst(config.max_batch_tokens), config.max_queue_tokens)
+        times = BatchTimes(1e-3 * config.max_batch_ms, config.max_batch_tokens)
+        scheduler = FairScheduler(times.budget, config.weight_of())
+        self.queue = WorkQueue(scheduler, times, config.max_queue_tokens, config.max_delta_tokens)
         self._executor = Executor(self.queue, pipeline.run, self._deliver, metrics.batch)
         self._tokenizers = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -51,10 +54,16 @@ class Engine:
         return self._ready
 
     def warm_up(self) -> None:
-        """Runs a few sentences, so that the first call finds kernels and memory in place."""
+        """Runs a few sentences, so that the first call finds kernels and memory in place; times a ladder of sizes."""
         for count in (1, 4):
             requests = [Request(BASE, {"text": text}) for text in WARM_UP * count]
             self.pipeline.run([self.pipeline.prepare(request) for request in requests])
+        times = self.queue.times
+        times.start(climb(self.pipeline, times.cap, times.most))
+        log.info(
+            "a batch takes %.1f ms and %.1f µs a token: %d tokens fit into %g ms",
+            1e3 * times.fixed, 1e6 * times.per_token, times.budget, 1e3 * times.cap,
+        )  # fmt: skip
 
     def start(self) -> None:
         """Takes calls from now on."""
@@ -74,28 +83,43 @@ class Engine:
         return done
 
     async def answer(
-        self, requests: Sequence[Request], gone: Callable[[], Awaitable[None]] | None = None
+        self,
+        requests: Sequence[Request],
+        gone: Callable[[], Awaitable[None]] | None = None,
+        charge: Callable[[int], None] = lambda tokens: None,
+        seconds: float = math.inf,
     ) -> list[Prediction]:
         """The answers of one call, in order.
 
         ``gone()`` returns when the caller has left: what is still queued is then dropped and ClientGone raised.
-        Raises what is wrong with the first bad request (DataError, NotFound, LimitError), or Overloaded.
+        Expired is raised where the answer takes longer than ``seconds``, or than the configuration allows.
+        ``charge(tokens)`` hears what the call costs before it is queued, and may raise. Raises
+        what is wrong with the first bad request (DataError, NotFound, LimitError), or Overloaded.
         """
         assert self._loop is not None, "start() comes first"
+        seconds = min(seconds, self.config.max_call_seconds)
+        deadline = time.monotonic() + seconds
         jobs = await self._prepare(requests)
-        ticket = Ticket(jobs, self._loop)
+        ticket = Ticket(jobs, self._loop, deadline)
         try:
+            charge(sum(job.cost for job in jobs))
             self.queue.put(ticket.works)
         except Exception:
             self._finished(ticket.works, outcomes.REFUSED)
             raise
         try:
-            await _first(ticket, gone)
+            await _first(ticket, gone, deadline)
         except (asyncio.CancelledError, ClientGone):
-            self.queue.drop(ticket.works)
-            self._finished(ticket.works, outcomes.DROPPED)
+            self._drop(ticket, outcomes.DROPPED)
             raise
+        except Expired:
+            self._drop(ticket, outcomes.EXPIRED)
+            raise Expired(f"no answer within {seconds:g} s; send less, later, or allow more time") from None
         return self._answers(ticket)
+
+    def _drop(self, ticket: Ticket, outcome: str) -> None:
+        self.queue.drop(ticket.works)
+        self._finished(ticket.works, outcome)
 
     async def _prepare(self, requests: Sequence[Request]) -> list[Job]:
         """Checks and tokenises; long texts in a thread of their own, so that short calls need not wait for them."""
@@ -119,12 +143,20 @@ class Engine:
                     f"{job.request.where}: {job.cost} tokens, all windows or choices together; at most "
                     f"{self.config.max_item_tokens} are taken, send a shorter text"
                 )
-        cost = sum(job.cost for job in jobs)
-        if cost > self.config.max_queue_tokens:
-            raise LimitError(
-                f"the call holds {cost} tokens; at most {self.config.max_queue_tokens} are taken, send several"
-            )
+        self._check_total(jobs)
         return jobs
+
+    def _check_total(self, jobs: Sequence[Job]) -> None:
+        """LimitError for a call that could not enter the queue even if it were empty."""
+        costs: dict[str, int] = {}
+        for job in jobs:
+            costs[job.request.delta] = costs.get(job.request.delta, 0) + job.cost
+        for cost, most, where in (
+            (sum(costs.values()), self.config.max_queue_tokens, ""),
+            (max(costs.values()), self.config.max_delta_tokens, " for one delta"),
+        ):
+            if cost > most:
+                raise LimitError(f"the call holds {cost} tokens{where}; at most {most} are taken, send several")
 
     def _answers(self, ticket: Ticket) -> list[Prediction]:
         answers: list[Prediction] = []
@@ -157,15 +189,14 @@ def _settle(batch: Sequence[Work], results: Sequence[Outcome]) -> None:
         work.ticket.settle(work.index, outcome)
 
 
-async def _first(ticket: Ticket, gone: Callable[[], Awaitable[None]] | None) -> None:
-    """Waits for the ticket; ClientGone when the caller leaves before."""
-    if gone is None:
-        await ticket.done
-        return
-    watcher = asyncio.ensure_future(gone())
+async def _first(ticket: Ticket, gone: Callable[[], Awaitable[None]] | None, deadline: float) -> None:
+    """Waits for the ticket; ClientGone when the caller leaves before, Expired at the deadline (of time.monotonic)."""
+    watcher = asyncio.ensure_future(gone()) if gone else None
+    waited = (ticket.done, watcher) if watcher else (ticket.done,)
     try:
-        await asyncio.wait((ticket.done, watcher), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waited, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
     finally:
-        watcher.cancel()
+        if watcher:
+            watcher.cancel()
     if not ticket.done.done():
-        raise ClientGone
+        raise ClientGone if watcher and watcher.done() else Expired

@@ -7,10 +7,14 @@ from http import HTTPStatus
 
 from bertology_serve.errors import (
     BertologyError,
+    Expired,
+    Forbidden,
     InputError,
     LimitError,
     NotFound,
     Overloaded,
+    RateLimited,
+    Unauthorized,
     Unsupported,
     VerificationError,
 )
@@ -20,14 +24,18 @@ _STATUS: tuple[tuple[type[BertologyError], HTTPStatus], ...] = (
     (InputError, HTTPStatus.BAD_REQUEST),
     (NotFound, HTTPStatus.NOT_FOUND),
     (Unsupported, HTTPStatus.BAD_REQUEST),
+    (Unauthorized, HTTPStatus.UNAUTHORIZED),
+    (Forbidden, HTTPStatus.FORBIDDEN),
+    (RateLimited, HTTPStatus.TOO_MANY_REQUESTS),
     (Overloaded, HTTPStatus.SERVICE_UNAVAILABLE),
+    (Expired, HTTPStatus.GATEWAY_TIMEOUT),
     (VerificationError, HTTPStatus.INTERNAL_SERVER_ERROR),
 )
 UNEXPECTED = "the server failed on this call; the fault is in its log"
 
 
 def status_of(problem: Exception) -> HTTPStatus:
-    """400 bad input, 404 unknown name, 413 over a limit, 503 overloaded; 500 for what nobody raised on purpose."""
+    """The status of an error, by its place in the tree of ``errors``; 500 for what nobody raised on purpose."""
     for kind, status in _STATUS:
         if isinstance(problem, kind):
             return status
@@ -40,5 +48,7 @@ def message_of(problem: Exception) -> str:
 
 
 def headers_of(problem: Exception) -> dict[str, str]:
-    """Retry-After in whole seconds where trying again makes sense."""
+    """Retry-After in whole seconds where trying again makes sense; how to show a key where none was shown."""
+    if isinstance(problem, Unauthorized):
+        return {"WWW-Authenticate": "Bearer"}
     return {"Retry-After": str(math.ceil(problem.retry_after))} if isinstance(problem, Overloaded) else {}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from bertology_serve import __version__
+from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction
 from bertology_serve.encoder.pipeline import Request as Item
+from bertology_serve.errors import Forbidden
 from bertology_serve.serving.engine import Engine
+from bertology_serve.serving.gate import access_of
 from bertology_serve.serving.http import (
     BINARY,
     JSON,
@@ -20,7 +25,9 @@ from bertology_serve.serving.http import (
     header_length,
     json_response,
     read_body,
+    timeout_of,
 )
+from bertology_serve.serving.keys import Access
 from bertology_serve.serving.metrics import CONTENT_TYPE, Metrics
 from bertology_serve.serving.openapi import document
 from bertology_serve.serving.protocol import hf, native, oip, oip_model
@@ -41,17 +48,17 @@ class Handlers:
 
     async def task(self, request: Request) -> Response:
         """POST /models/{delta}"""
-        delta = self.registry.find(request.path_params["delta"])
+        delta = self._named(request)
         call = hf.read_task(await self._body(request), delta)
         return _json(hf.write_task(call, await self._answer(request, call.requests)))
 
     async def infer(self, request: Request) -> Response:
         """POST /v2/models/{delta}[/versions/{version}]/infer"""
-        find = self.registry.find
-        model = find(request.path_params["delta"], request.path_params.get("version"))
+        model = self._named(request)
+        find = partial(self._find, access_of(request.scope))
         body = await self._body(request)
         call = oip.read_infer(body, header_length(request), model, find, self.config.max_items)
-        content, json_length = oip.write_infer(call, await self._answer(request, call.requests))
+        content, json_length = oip.write_infer(call, await self._answer(request, call.requests, call.seconds))
         if json_length is None:
             return _json(content)
         return Response(content, headers={JSON_LENGTH: str(json_length)}, media_type=BINARY)
@@ -63,22 +70,22 @@ class Handlers:
                 "name": "bertology-serve",
                 "version": __version__,
                 "backbone": self.registry.pipeline.encoder.name,
-                "deltas": len(self.registry.all()),
+                "deltas": len(self._visible(request)),
                 "openapi": "/openapi.json",
             }
         )
 
     async def models(self, request: Request) -> Response:
         """GET /models"""
-        return json_response([native.describe(delta) for delta in self.registry.all()])
+        return json_response([native.describe(delta) for delta in self._visible(request)])
 
     async def model(self, request: Request) -> Response:
         """GET /models/{delta} and /models/{delta}/info"""
-        return json_response(native.describe(self.registry.find(request.path_params["delta"])))
+        return json_response(native.describe(self._named(request)))
 
     async def model_health(self, request: Request) -> Response:
         """GET /models/{delta}/health"""
-        self.registry.find(request.path_params["delta"])
+        self._named(request)
         return self._readiness({"ready": self.engine.ready})
 
     async def health(self, request: Request) -> Response:
@@ -86,7 +93,9 @@ class Handlers:
         return json_response({"status": "ready" if self.engine.ready else "draining"})
 
     async def metrics_page(self, request: Request) -> Response:
-        """GET /metrics"""
+        """GET /metrics; its labels name every delta, so it needs a key that opens all"""
+        if access_of(request.scope).restricted:
+            raise Forbidden("the metrics name every delta; use an API key that opens all of them")
         return Response(self.metrics.render(), media_type=CONTENT_TYPE)
 
     async def openapi(self, request: Request) -> Response:
@@ -107,7 +116,7 @@ class Handlers:
 
     async def oip_models(self, request: Request) -> Response:
         """GET /v2/models"""
-        return json_response({"models": [delta.name for delta in self.registry.all()]})
+        return json_response({"models": [delta.name for delta in self._visible(request)]})
 
     async def oip_model(self, request: Request) -> Response:
         """GET /v2/models/{delta}[/versions/{version}]"""
@@ -117,8 +126,17 @@ class Handlers:
         """GET /v2/models/{delta}[/versions/{version}]/ready"""
         return self._readiness({"name": self._named(request).name, "ready": self.engine.ready})
 
-    def _named(self, request: Request) -> Any:
-        return self.registry.find(request.path_params["delta"], request.path_params.get("version"))
+    def _named(self, request: Request) -> Delta:
+        """The delta that the path names."""
+        return self._find(access_of(request.scope), request.path_params["delta"], request.path_params.get("version"))
+
+    def _find(self, access: Access, name: str, version: str | None = None) -> Delta:
+        access.check(name)
+        return self.registry.find(name, version, access.allows)
+
+    def _visible(self, request: Request) -> list[Delta]:
+        access = access_of(request.scope)
+        return [delta for delta in self.registry.all() if access.allows(delta.name)]
 
     def _readiness(self, body: dict[str, Any]) -> Response:
         return json_response(body, 200 if self.engine.ready else 503)
@@ -126,8 +144,13 @@ class Handlers:
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, self.config.max_body_bytes)
 
-    async def _answer(self, request: Request, items: Sequence[Item]) -> list[Prediction]:
-        return await self.engine.answer(items, lambda: departure(request))
+    async def _answer(self, request: Request, items: Sequence[Item], seconds: float = math.inf) -> list[Prediction]:
+        seconds = min(seconds, timeout_of(request))
+        access = access_of(request.scope)
+        if access.restricted:
+            for name in dict.fromkeys(item.delta for item in items):
+                self._find(access, name)
+        return await self.engine.answer(items, lambda: departure(request), access.charge, seconds)
 
 
 def _json(content: bytes) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from bertology_serve.serving.protocol.bodies import encode
 
 JSON, BINARY = "application/json", "application/octet-stream"
 JSON_LENGTH = "Inference-Header-Content-Length"
+TIMEOUT = "X-Request-Timeout-Ms"
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits
 
 
@@ -54,6 +56,16 @@ def header_length(request: Request) -> int | None:
     if not value.isascii() or not value.isdecimal() or len(value) > 18:
         raise DataError(f"header {JSON_LENGTH} is {value[:40]!r}; expected a number of bytes")
     return int(value)
+
+
+def timeout_of(request: Request) -> float:
+    """The seconds that the caller allows, by X-Request-Timeout-Ms; without end where it says nothing."""
+    value = request.headers.get(TIMEOUT)
+    if value is None:
+        return math.inf
+    if not value.isascii() or not value.isdecimal() or int(value[:11]) == 0 or len(value) > 10:
+        raise DataError(f"header {TIMEOUT} is {value[:40]!r}; expected a whole number of milliseconds above 0")
+    return int(value) / 1000
 
 
 async def departure(request: Request) -> None:

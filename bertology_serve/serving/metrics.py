@@ -11,7 +11,7 @@ from bertology_serve.serving.queue import WorkQueue
 from bertology_serve.serving.work import Work
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-ANSWERED, REFUSED, FAILED, DROPPED = "answered", "refused", "failed", "dropped"
+ANSWERED, REFUSED, FAILED, DROPPED, EXPIRED = "answered", "refused", "failed", "dropped", "expired"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -44,6 +44,8 @@ class Metrics:
         tokens = Gauge("bertology_queue_tokens", "Tokens waiting", registry=self.registry)
         items.set_function(lambda: queue.items)
         tokens.set_function(lambda: queue.tokens)
+        budget = Gauge("bertology_batch_budget_tokens", "Tokens that a batch may hold now", registry=self.registry)
+        budget.set_function(lambda: queue.times.budget)
 
     def batch(self, works: Sequence[Work], seconds: float) -> None:
         """Notes one batch that ran."""

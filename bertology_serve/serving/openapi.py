@@ -8,17 +8,36 @@ from typing import Any
 import msgspec
 
 from bertology_serve import __version__
+from bertology_serve.serving.gate import PUBLIC
+from bertology_serve.serving.http import TIMEOUT
 from bertology_serve.serving.protocol.schemas import BODIES
 
 REF = "#/components/schemas/{name}"
-_BAD, _UNKNOWN, _LARGE, _BUSY = "400", "404", "413", "503"
+_BAD, _UNKNOWN, _LARGE, _BUSY, _LATE = "400", "404", "413", "503", "504"
 _MEANINGS = {
     _BAD: "The body, a field or an option cannot be used.",
     _UNKNOWN: "There is no such delta or version.",
     _LARGE: "The body, a text or the number of items is over its limit.",
+    "401": "There is no valid API key.",
+    "403": "The API key does not open this.",
+    "429": "The API key's rate is used up; Retry-After says for how long.",
+    "431": "The path and headers are over their limit.",
+    _LATE: "The deadline came before the answer; what was queued is not computed.",
     "500": "A fault of the server.",
 }
-_ITEMS = (_BAD, _UNKNOWN, _LARGE, "500")
+_GATE = ("401", "403", "429", "431")
+_RETRY = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
+_TIMEOUT = {
+    "name": TIMEOUT,
+    "in": "header",
+    "description": "Milliseconds that the caller will wait",
+    "schema": {"type": "integer", "minimum": 1},
+}
+_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+_ITEMS = (_BAD, _UNKNOWN, _LARGE, *_GATE, "500")
 
 
 @cache
@@ -33,7 +52,8 @@ def document() -> dict[str, Any]:
             "description": "Many deltas on one encoder, answered in one packed batch. No Content-Type is needed.",
         },
         "paths": _paths(),
-        "components": {"schemas": components},
+        "components": {"schemas": components, "securitySchemes": _SCHEMES},
+        "security": [{name: []} for name in _SCHEMES],
     }
 
 
@@ -65,12 +85,16 @@ def _paths() -> dict[str, Any]:
         "/openapi.json": {"get": _get("This document", {"type": "object"})},
         "/": {"get": _get("About the server", {"type": "object"})},
     }
+    for path in PUBLIC:
+        paths[path]["get"]["security"] = []
     return {path: _with_parameters(path, operations) for path, operations in paths.items()}
 
 
 def _get(summary: str, schema: dict[str, Any] | None, *problems: str) -> dict[str, Any]:
     content = {"text/plain": {}} if schema is None else {"application/json": {"schema": schema}}
-    found = {"200": {"description": "OK", "content": content}} | {code: _problem(code) for code in (*problems, "500")}
+    found = {"200": {"description": "OK", "content": content}} | {
+        code: _problem(code) for code in (*problems, *_GATE, "500")
+    }
     if _BUSY in problems:
         found[_BUSY] = {"description": "The server is draining.", "content": content}
     return {"summary": summary, "responses": found}
@@ -81,21 +105,24 @@ def _post(summary: str, body: dict[str, Any], answer: dict[str, Any], binary: bo
     if binary:
         octets: dict[str, Any] = {"application/octet-stream": {}}
         accepted, given = accepted | octets, given | octets
-    retry = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
-    busy = _problem(_BUSY) | {"description": "The queue is full, or the server is stopping.", "headers": retry}
+    busy = _problem(_BUSY) | {"description": "The queue is full, or the server is stopping.", "headers": _RETRY}
     return {
         "summary": summary,
+        "parameters": [_TIMEOUT],
         "requestBody": {"required": True, "content": accepted},
         "responses": {
             "200": {"description": "OK", "content": given},
             **{code: _problem(code) for code in _ITEMS},
             _BUSY: busy,
+            _LATE: _problem(_LATE),
         },
     }
 
 
 def _problem(code: str) -> dict[str, Any]:
-    return {"description": _MEANINGS.get(code, ""), "content": {"application/json": {"schema": _ref("Problem")}}}
+    content = {"application/json": {"schema": _ref("Problem")}}
+    found = {"description": _MEANINGS.get(code, ""), "content": content}
+    return found | {"headers": _RETRY} if code == "429" else found
 
 
 def _with_parameters(path: str, operations: dict[str, Any]) -> dict[str, Any]:

@@ -7,47 +7,85 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from bertology_serve.errors import Overloaded
-from bertology_serve.serving.scheduler import Scheduler
+from bertology_serve.errors import Overloaded, RateLimited
+from bertology_serve.serving.scheduler import FairScheduler
+from bertology_serve.serving.times import BatchTimes
 from bertology_serve.serving.work import State, Work
 
-FIRST_GUESS = 10_000.0
 LONGEST_WAIT = 60.0
 
 
 class WorkQueue:
     """Work waits here until a batch takes it. Thread-safe; ``clock`` gives seconds.
 
-    ``put`` takes all of a call's work or none of it. ``tokens`` and ``items`` count what is waiting.
+    ``put`` takes all of a call's work or none of it: at most ``max_tokens`` wait, and ``max_delta_tokens`` for one
+    delta, so that a flood for one leaves room for the others. ``times`` learns how long batches take and says how large
+    the next one may be.
     """
 
-    def __init__(self, scheduler: Scheduler, max_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.max_tokens = max_tokens
-        self.tokens = self.items = 0
-        self.rate = FIRST_GUESS  # tokens answered a second, for Retry-After
+    def __init__(
+        self,
+        scheduler: FairScheduler,
+        times: BatchTimes,
+        max_tokens: int,
+        max_delta_tokens: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.max_tokens, self.max_delta_tokens = max_tokens, max_delta_tokens or max_tokens
+        self.times = times
         self._scheduler, self._clock = scheduler, clock
         self._changed = threading.Condition()
         self._closed = False
 
+    @property
+    def items(self) -> int:
+        """Pieces of work that wait."""
+        return self._scheduler.total.items
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that wait."""
+        return self._scheduler.total.tokens
+
     def put(self, works: Sequence[Work]) -> None:
-        """Queues a call's work; Overloaded when it does not fit or the server is stopping."""
-        cost = sum(work.cost for work in works)
+        """Queues a call's work. Overloaded when it does not fit or the server is stopping; RateLimited when there is
+        room, but not for that delta.
+        """
         with self._changed:
             if self._closed:
                 raise Overloaded("the server is stopping; send the call to another one", retry_after=1.0)
-            if self.tokens + cost > self.max_tokens:
-                wait = min(max(self.tokens / self.rate, 1.0), LONGEST_WAIT)
-                raise Overloaded(
-                    f"the queue is full: {self.tokens} tokens wait, {cost} more do not fit into {self.max_tokens}; "
-                    f"try again in {math.ceil(wait)} s",
-                    retry_after=wait,
-                )
+            self._check(works)
             now = self._clock()
             for work in works:
                 work.arrived = now
-                self._scheduler.push(work, now)
-            self._count(len(works), cost)
+                self._scheduler.push(work)
             self._changed.notify()
+
+    def _check(self, works: Sequence[Work]) -> None:
+        costs: dict[str, int] = {}
+        for work in works:
+            costs[work.delta] = costs.get(work.delta, 0) + work.cost
+        cost = sum(costs.values())
+        if self.tokens + cost > self.max_tokens:
+            wait = self._seconds(self.tokens)
+            raise Overloaded(
+                f"the queue is full: {self.tokens} tokens wait, {cost} more do not fit into {self.max_tokens}; "
+                f"try again in {math.ceil(wait)} s",
+                retry_after=wait,
+            )
+        for delta, own in costs.items():
+            waiting = self._scheduler.waiting(delta)
+            if waiting + own > self.max_delta_tokens:
+                wait = self._seconds(min(waiting / self._scheduler.share(delta), self.tokens))
+                raise RateLimited(
+                    f"the queue of delta {delta!r} is full: {waiting} tokens wait, {own} more do not fit into "
+                    f"{self.max_delta_tokens}; try again in {math.ceil(wait)} s",
+                    retry_after=wait,
+                )
+
+    def _seconds(self, tokens: float) -> float:
+        """How long that many tokens take, within reason."""
+        return min(max(tokens / self.times.rate, 1.0), LONGEST_WAIT)
 
     def take(self) -> list[Work]:
         """The next batch; waits for one. Empty once the queue is closed and everything in it was taken."""
@@ -55,9 +93,6 @@ class WorkQueue:
             while True:
                 batch = self._scheduler.pick(self._clock())
                 if batch:
-                    for work in batch:
-                        work.state = State.TAKEN
-                    self._count(-len(batch), -sum(work.cost for work in batch))
                     return batch
                 if self._closed:
                     return []
@@ -68,20 +103,16 @@ class WorkQueue:
         with self._changed:
             waiting = [work for work in works if work.state is State.WAITING]
             for work in waiting:
-                work.state = State.DROPPED
-            self._count(-len(waiting), -sum(work.cost for work in waiting))
+                self._scheduler.drop(work)
             return len(waiting)
 
     def served(self, tokens: int, seconds: float) -> None:
-        """Tells the queue how fast work goes."""
-        self.rate += 0.2 * (tokens / max(seconds, 1e-6) - self.rate)
+        """Tells the queue how long a batch took; the next are as large as fits into the time that they may take."""
+        self.times.observe(tokens, seconds)
+        self._scheduler.max_tokens = self.times.budget
 
     def close(self) -> None:
         """Takes no more work; what is queued is still handed out."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-
-    def _count(self, items: int, tokens: int) -> None:
-        self.items += items
-        self.tokens += tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +53,15 @@ class Registry:
         encoder = self.pipeline.encoder
         return store.load(path, encoder.anatomy, base=encoder.ref, name=name, options=encoder.config.to_dict())
 
-    def find(self, name: str, version: str | None = None) -> Delta:
-        """The delta of that name, at that version where one is named; raises NotFound."""
+    def find(self, name: str, version: str | None = None, visible: Callable[[str], bool] = lambda _: True) -> Delta:
+        """The delta of that name, at that version where one is named.
+
+        Raises NotFound, whose message names only deltas that are ``visible`` to the caller.
+        """
         delta = self._deltas.get(name)
         if delta is None:
-            raise NotFound(f"no delta {name[:80]!r}; {nearest(name, self._deltas)}; GET /models lists them")
+            known = [other for other in list(self._deltas) if visible(other)]
+            raise NotFound(f"no delta {name[:80]!r}; {nearest(name, known)}; GET /models lists them")
         if version is not None and version != delta.version:
             raise NotFound(f"delta {name!r} has no version {version[:80]!r} here; it answers with {delta.version!r}")
         return delta

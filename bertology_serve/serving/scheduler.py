@@ -1,49 +1,114 @@
-"""Which of the waiting work makes the next batch. Schedulers are pure: no clock, no lock, no thread of their own."""
+"""Which of the waiting work makes the next batch: fair between deltas, earliest deadline first within each.
+
+Virtual token counters (VTC; Sheng et al., Fairness in Serving Large Language Models, OSDI 2024), which are exact here:
+an encoder's cost is known on arrival. Each delta that waits has a counter of tokens served over its weight; the lowest
+goes next, and is charged as it goes. A delta that begins to wait is lifted to the lowest counter of those that wait, so
+that idling earns no credit. For any two deltas that wait, the counters differ by at most ``max(cost / weight)`` of one
+piece of work; over any time in which both wait, their service over weight differs by at most twice that.
+
+Pure: no clock, no lock, no thread of its own.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from typing import Protocol
+import heapq
+import itertools
+from collections.abc import Mapping
 
-from bertology_serve.serving.work import State, Work
+from bertology_serve.serving.lane import Lane, Tally
+from bertology_serve.serving.work import Work
+
+DEFAULT_WEIGHT = 1.0
 
 
-class Scheduler(Protocol):
-    """The order of the queue. ``WorkQueue`` calls it under its lock, with its own clock's time in seconds."""
+class FairScheduler:
+    """The order of the queue. ``WorkQueue`` calls it under its lock, with its own clock's time in seconds.
 
-    def push(self, work: Work, now: float) -> None:
+    Batches hold up to ``max_tokens``, of whatever deltas; work beyond that goes alone. A batch ends at the first piece
+    that does not fit, so that nothing overtakes it. ``weights`` are by delta, 1 for those not named.
+    ``total`` counts what waits.
+    """
+
+    def __init__(self, max_tokens: int, weights: Mapping[str, float] | None = None) -> None:
+        self.max_tokens = max_tokens
+        self._weights = dict(weights or {})
+        self.total = Tally()
+        self._lanes: dict[str, Lane] = {}
+        self._queue: list[tuple[float, int, Lane]] = []  # a heap over the lanes that wait; empty lanes are stale
+        self._order = itertools.count()
+        self._floor = 0.0
+        self._spent: dict[str, float] = {}  # counters above the floor of deltas that do not wait now
+
+    def waiting(self, delta: str) -> int:
+        """Tokens that wait for one delta."""
+        lane = self._lanes.get(delta)
+        return lane.waiting.tokens if lane else 0
+
+    def share(self, delta: str) -> float:
+        """The part of the service that a delta would get now, beside those that wait."""
+        others = sum(lane.weight for name, lane in self._lanes.items() if name != delta)
+        own = self._weights.get(delta, DEFAULT_WEIGHT)
+        return own / (own + others)
+
+    def counters(self) -> dict[str, float]:
+        """The counters of the deltas that wait."""
+        return {name: lane.counter for name, lane in self._lanes.items()}
+
+    def push(self, work: Work) -> None:
         """Takes in one piece of waiting work."""
-        ...
+        lane = self._lanes.get(work.delta)
+        if lane is None:
+            lane = self._opened(work.delta)
+        lane.push(work)
 
     def pick(self, now: float) -> list[Work]:
         """Removes and returns the next batch, work of any deltas together; empty when nothing waits."""
-        ...
-
-
-class OldestFirst:
-    """In order of arrival, whatever the delta, up to ``max_tokens``; work beyond the budget goes alone.
-
-    The batch ends at the first piece that does not fit: nothing is overtaken, so nothing starves.
-    """
-
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self._waiting: deque[Work] = deque()
-
-    def push(self, work: Work, now: float) -> None:
-        """Takes in one piece of waiting work."""
-        self._waiting.append(work)
-
-    def pick(self, now: float) -> list[Work]:
-        """The oldest work that fits the budget; dropped work is forgotten on the way."""
         batch: list[Work] = []
         tokens = 0
-        while self._waiting:
-            work = self._waiting[0]
-            if work.state is State.WAITING:
-                if batch and tokens + work.cost > self.max_tokens:
-                    break
-                batch.append(work)
-                tokens += work.cost
-            self._waiting.popleft()
+        while self._queue:
+            lane = self._queue[0][2]
+            work = lane.first(now)
+            if work is None:
+                heapq.heappop(self._queue)
+                self._closed(lane)
+                continue
+            if batch and tokens + work.cost > self.max_tokens:
+                break
+            self._floor = lane.counter
+            batch.append(lane.take())
+            tokens += work.cost
+            if lane.waiting.items:
+                heapq.heapreplace(self._queue, (lane.counter, next(self._order), lane))
+            else:
+                heapq.heappop(self._queue)
+                self._closed(lane)
         return batch
+
+    def drop(self, work: Work) -> None:
+        """Forgets one piece of waiting work."""
+        lane = self._lanes[work.delta]
+        lane.drop(work)
+        if not lane.waiting.items:
+            self._closed(lane)
+
+    def _opened(self, name: str) -> Lane:
+        """A lane for a delta that begins to wait, lifted to those that wait already."""
+        while self._queue and not self._queue[0][2].waiting.items:
+            heapq.heappop(self._queue)
+        lowest = self._queue[0][0] if self._queue else self._floor
+        counter = max(self._spent.pop(name, 0.0), lowest)
+        weight = self._weights.get(name, DEFAULT_WEIGHT)
+        lane = self._lanes[name] = Lane(name, weight, counter, self.total)
+        heapq.heappush(self._queue, (counter, next(self._order), lane))
+        return lane
+
+    def _closed(self, lane: Lane) -> None:
+        """Nothing of a delta waits any more. What it has spent beyond the others is remembered while others wait."""
+        if self._lanes.get(lane.name) is lane:
+            del self._lanes[lane.name]
+            self._spent[lane.name] = lane.counter
+        if not self._lanes:
+            self._spent.clear()
+            self._floor = 0.0
+        elif len(self._spent) > 2 * len(self._lanes) + 64:
+            self._spent = {name: spent for name, spent in self._spent.items() if spent > self._floor}

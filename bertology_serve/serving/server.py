@@ -20,7 +20,9 @@ from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import InputError
 from bertology_serve.serving.app import make_app
 from bertology_serve.serving.config import ServerConfig
+from bertology_serve.serving.connection import limited
 from bertology_serve.serving.engine import Engine
+from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.registry import Registry
 
@@ -66,6 +68,7 @@ class Server(uvicorn.Server):
         registry: Registry,
         config: ServerConfig,
         announce: Callable[[], None] = lambda: None,
+        keyring: Keyring | None = None,
     ) -> None:
         metrics = Metrics()
         self._announce = announce
@@ -73,8 +76,8 @@ class Server(uvicorn.Server):
         self._drain_seconds = config.drain_seconds
         super().__init__(
             uvicorn.Config(
-                make_app(self.engine, registry, metrics),
-                http="httptools",
+                make_app(self.engine, registry, metrics, keyring or Keyring()),
+                http=limited(config.max_header_bytes),
                 ws="none",
                 log_config=None,
                 access_log=False,

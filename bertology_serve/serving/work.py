@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from enum import Enum
 
@@ -20,12 +21,12 @@ class State(Enum):
 
 
 class Work:
-    """One job of one call. ``cost`` is in tokens, ``arrived`` in seconds of the queue's clock."""
+    """One job of one call. ``cost`` is in tokens, ``arrived`` and ``deadline`` in seconds of the queue's clock."""
 
-    __slots__ = ("arrived", "cost", "index", "job", "state", "ticket")
+    __slots__ = ("arrived", "cost", "deadline", "index", "job", "state", "ticket")
 
-    def __init__(self, job: Job, ticket: Ticket, index: int) -> None:
-        self.job, self.ticket, self.index = job, ticket, index
+    def __init__(self, job: Job, ticket: Ticket, index: int, deadline: float = math.inf) -> None:
+        self.job, self.ticket, self.index, self.deadline = job, ticket, index, deadline
         self.cost, self.arrived, self.state = job.cost, 0.0, State.WAITING
 
     @property
@@ -37,8 +38,8 @@ class Work:
 class Ticket:
     """What one call waits for: an outcome for each of its jobs, in order. Belongs to the event loop's thread."""
 
-    def __init__(self, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop) -> None:
-        self.works = [Work(job, self, index) for index, job in enumerate(jobs)]
+    def __init__(self, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop, deadline: float = math.inf) -> None:
+        self.works = [Work(job, self, index, deadline) for index, job in enumerate(jobs)]
         self.done: asyncio.Future[list[Outcome]] = loop.create_future()
         self._outcomes: list[Outcome | None] = [None] * len(jobs)
         self._left = len(jobs)

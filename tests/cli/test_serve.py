@@ -107,3 +107,8 @@ def test_a_taken_port_is_one_line_and_code_2(encoder, deltas, capsys):  # noqa: 
 def test_options_that_make_no_sense(capsys):
     assert main(["serve", "--backbone", "x", "--deltas", "y", "--max-items", "0"]) == 2
     assert "error: max_items is 0" in capsys.readouterr().err
+
+
+def test_bad_keys_are_said_before_anything_is_loaded(tmp_path, capsys):
+    assert main(["serve", "--backbone", "x", "--deltas", "y", "--keys-file", str(tmp_path / "keys.json")]) == 2
+    assert "expected a JSON file of API keys" in capsys.readouterr().err

@@ -13,7 +13,6 @@ class Held:
     """Batches wait for ``go``; ``busy`` is set while one does. ``batches`` are the texts that were computed."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        self.encoder, self.prepare, self.deltas = pipeline.encoder, pipeline.prepare, pipeline.deltas
         self.pipeline, self.go, self.busy = pipeline, threading.Event(), threading.Event()
         self.batches: list[list[Any]] = []
 
@@ -22,6 +21,9 @@ class Held:
         assert self.go.wait(20)
         self.batches.append([job.request.record["text"] for job in jobs])
         return self.pipeline.run(jobs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pipeline, name)
 
     @property
     def texts(self) -> list[Any]:

@@ -12,6 +12,7 @@ import httpx
 
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.serving.config import ServerConfig
+from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.registry import Registry
 from bertology_serve.serving.server import Server, bind, url_of
 
@@ -30,11 +31,11 @@ class Running:
 
 
 @contextmanager
-def running(pipeline: Pipeline, **options: Any) -> Iterator[Running]:
+def running(pipeline: Pipeline, keyring: Keyring | None = None, **options: Any) -> Iterator[Running]:
     """A server on a free port, stopped and joined at the end."""
     config = ServerConfig(**{"port": 0, "drain_seconds": 0.0, "shutdown_seconds": 20.0, **options})
     bound = bind(config.host, config.port)
-    server = Server(pipeline, Registry(pipeline), config)
+    server = Server(pipeline, Registry(pipeline), config, keyring=keyring)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:

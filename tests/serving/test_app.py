@@ -245,6 +245,69 @@ def test_who_hangs_up_costs_nothing(pipeline):
         assert held.texts == ["first"]
 
 
+INFER = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["late"]}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers"),
+    [
+        ("/predict", {"delta": "mood", "text": "late"}, {"X-Request-Timeout-Ms": "20"}),
+        ("/models/mood", {"inputs": "late"}, {"X-Request-Timeout-Ms": "20"}),
+        ("/v2/models/mood/infer", INFER, {"X-Request-Timeout-Ms": "20"}),
+        ("/v2/models/mood/infer", INFER | {"parameters": {"timeout": 20_000}}, {}),
+    ],
+)
+def test_a_caller_may_set_a_deadline(pipeline, path, body, headers):
+    held = Held(pipeline)
+    with running(held) as server:
+        first = threading.Thread(target=send, args=(server, "first"))
+        first.start()
+        assert held.busy.wait(20)
+        response = server.client.post(path, json=body, headers=headers)
+        assert (response.status_code, response.json()) == (
+            504,
+            {"error": "no answer within 0.02 s; send less, later, or allow more time"},
+        )
+        held.go.set()
+        first.join(20)
+        assert held.texts == ["first"]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "x", "", "9" * 30])
+def test_deadlines_that_make_no_sense(server, value):
+    headers = {"X-Request-Timeout-Ms": value}
+    response = server.client.post("/predict", json={"delta": "mood", "text": "cat"}, headers=headers)
+    assert response.status_code == 400
+    assert "expected a whole number of milliseconds" in response.json()["error"]
+    infer = INFER | {"parameters": {"timeout": value}}
+    assert server.post("/v2/models/mood/infer", infer).status_code == 400
+
+
+def test_a_deadline_beyond_all_numbers_is_none(server):
+    for timeout in (0, 2**63, 10**17):
+        assert server.post("/v2/models/mood/infer", INFER | {"parameters": {"timeout": timeout}}).status_code == 200
+
+
+def test_a_full_queue_of_one_delta_is_a_429_with_retry_after(pipeline):
+    held = Held(pipeline)
+    with running(held, max_delta_tokens=8, max_item_tokens=8) as server:
+        threads = [threading.Thread(target=send, args=(server, "the cat")) for _ in range(3)]
+        queue = server.server.engine.queue
+        for number, thread in enumerate(threads):
+            thread.start()
+            assert held.busy.wait(20)
+            wait(lambda number=number: queue.items == number)
+        response = server.post("/predict", {"delta": "mood", "text": "a dog"})
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "1"
+        other = threading.Thread(target=server.post, args=("/predict", {"delta": "sense", "text": "a dog"}))
+        other.start()
+        wait(lambda: queue.items == 3)
+        held.go.set()
+        for thread in (*threads, other):
+            thread.join(20)
+
+
 def test_readiness_and_answers_while_draining(pipeline):
     held = Held(pipeline)
     with running(held, drain_seconds=0.5) as server:

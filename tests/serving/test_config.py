@@ -14,12 +14,23 @@ from bertology_serve.serving.config import HELPS, ServerConfig
         ({"max_items": 0}, "max_items is 0; expected at least 1"),
         ({"port": 70_000}, "port is 70000"),
         ({"drain_seconds": -1}, "expected numbers from 0"),
-        ({"max_queue_tokens": 100, "max_item_tokens": 200}, "could never wait"),
+        ({"max_queue_tokens": 100, "max_item_tokens": 200}, "max_queue_tokens .* could never wait"),
+        ({"max_delta_tokens": 100}, "max_delta_tokens .* could never wait"),
+        ({"max_call_seconds": float("inf")}, "max_call_seconds is inf"),
+        ({"max_batch_ms": float("nan")}, "max_batch_ms is nan"),
+        ({"weights": ("mood",)}, "weight 'mood'; expected NAME=WEIGHT"),
+        ({"weights": ("mood=0",)}, "weight 'mood=0'"),
+        ({"weights": ("=2",)}, "weight '=2'"),
+        ({"weights": ("mood=nan",)}, "weight 'mood=nan'"),
     ],
 )
 def test_nonsense_is_refused(options, message):
     with pytest.raises(SpecError, match=message):
         ServerConfig(**options)
+
+
+def test_weights():
+    assert ServerConfig(weights=("mood=2", "grade=0.5")).weight_of() == {"mood": 2.0, "grade": 0.5}
 
 
 def test_every_option_has_a_help_text():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bertology_serve.encoder.pipeline import Request
-from bertology_serve.errors import DataError, LimitError, NotFound, Overloaded
+from bertology_serve.errors import DataError, Expired, LimitError, NotFound, Overloaded, RateLimited
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.engine import ClientGone, Engine
 from bertology_serve.serving.metrics import Metrics
@@ -72,6 +72,7 @@ def test_the_first_bad_item_is_what_a_call_hears_of(pipeline):
         ({"max_text_characters": 5}, 1, "field 'text' holds 16 characters; at most 5"),
         ({"max_item_tokens": 4}, 1, "6 tokens, all windows or choices together; at most 4"),
         ({"max_item_tokens": 10, "max_queue_tokens": 20}, 4, "the call holds 24 tokens; at most 20"),
+        ({"max_item_tokens": 10, "max_delta_tokens": 20}, 4, "the call holds 24 tokens for one delta; at most 20"),
     ],
 )
 def test_limits(pipeline, options, count, message):
@@ -141,6 +142,99 @@ def test_who_has_left_costs_no_compute(pipeline):
     assert 'bertology_items_total{delta="mood",outcome="dropped"} 2.0' in metrics
 
 
+def test_a_deadline_that_passes_in_the_queue_costs_no_compute(pipeline):
+    held = Held(pipeline)
+
+    async def use(engine: Engine) -> Any:
+        first = asyncio.ensure_future(engine.answer([text("the cat")]))
+        await asyncio.to_thread(held.busy.wait, 20)
+        with pytest.raises(Expired, match=r"no answer within 0.02 s"):
+            await engine.answer([text("the dog")] * 2, seconds=0.02)
+        assert engine.queue.tokens == 0
+        patient = asyncio.ensure_future(engine.answer([text("the house")], seconds=20))
+        await asyncio.sleep(0.01)
+        held.go.set()
+        return [await first, await patient]
+
+    _, metrics = with_engine(held, use)
+    assert held.texts == ["the cat", "the house"]
+    assert 'bertology_items_total{delta="mood",outcome="expired"} 2.0' in metrics
+
+
+def test_no_call_waits_longer_than_the_configuration_allows(pipeline):
+    held = Held(pipeline)
+
+    async def use(engine: Engine) -> Any:
+        with pytest.raises(Expired, match=r"no answer within 1 s"):
+            await engine.answer([text("the cat")], seconds=50)
+        held.go.set()
+
+    with_engine(held, use, max_call_seconds=1.0)
+
+
+def test_what_is_charged_too_much_is_never_queued(pipeline):
+    heard: list[int] = []
+
+    def charge(tokens: int) -> None:
+        heard.append(tokens)
+        raise RateLimited("too much")
+
+    async def use(engine: Engine) -> Any:
+        with pytest.raises(RateLimited, match="too much"):
+            await engine.answer([text("the cat was good")] * 2, charge=charge)
+        assert engine.queue.items == 0
+
+    with_engine(pipeline, use)
+    assert heard == [12]
+
+
+def test_a_flood_for_one_delta_is_refused_while_others_are_served_next(pipeline):
+    """The flood fills its own lane only, and a batch after the light delta's arrival holds its work."""
+    held = Held(pipeline)
+
+    async def use(engine: Engine) -> Any:
+        first = asyncio.ensure_future(engine.answer([text("first")]))
+        await asyncio.to_thread(held.busy.wait, 20)
+        flood = [asyncio.ensure_future(engine.answer([text("flood")])) for _ in range(20)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(RateLimited, match="queue of delta 'mood' is full"):
+            await engine.answer([text("flood")])
+        light = asyncio.ensure_future(engine.answer([Request("grade", {"text": "light"})]))
+        await asyncio.sleep(0.01)
+        held.go.set()
+        return await asyncio.gather(first, *flood, light)
+
+    answers, _ = with_engine(held, use, max_batch_tokens=12, max_delta_tokens=60, max_item_tokens=60)
+    assert len(answers) == 22
+    assert held.batches[0] == ["first"]
+    assert "light" in held.batches[1]
+
+
+def test_what_waits_together_is_answered_in_one_batch_of_all_kinds_and_tasks(pipeline):
+    requests = [Request(name, record) for name, record in RECORDS.items()]
+    batches: list[set[str]] = []
+
+    class Seen(Held):
+        def run(self, jobs: Any) -> Any:
+            self.busy.set()
+            assert self.go.wait(20)
+            batches.append({job.request.delta for job in jobs})
+            return self.pipeline.run(jobs)
+
+    held = Seen(pipeline)
+
+    async def use(engine: Engine) -> Any:
+        first = asyncio.ensure_future(engine.answer([text("the cat")]))
+        await asyncio.to_thread(held.busy.wait, 20)
+        calls = [asyncio.ensure_future(engine.answer([request])) for request in requests]
+        await asyncio.sleep(0.02)
+        held.go.set()
+        return await asyncio.gather(first, *calls)
+
+    with_engine(held, use)
+    assert batches == [{"mood"}, set(RECORDS)]
+
+
 def test_a_failing_batch_hurts_only_its_own_call(pipeline, monkeypatch):
     run = pipeline.run
 
@@ -184,8 +278,13 @@ def test_stopping_answers_what_was_accepted_and_refuses_the_rest(pipeline):
     assert len(answers) == 6
 
 
-def test_warm_up_answers_before_the_engine_starts(pipeline):
-    Engine(pipeline, ServerConfig(), Metrics()).warm_up()
+def test_warm_up_answers_before_the_engine_starts_and_finds_the_size_of_batches(pipeline):
+    metrics = Metrics()
+    engine = Engine(pipeline, ServerConfig(max_batch_tokens=256), metrics)
+    guess = engine.queue.times.per_token
+    engine.warm_up()
+    assert engine.queue.times.per_token != guess
+    assert f"bertology_batch_budget_tokens {engine.queue.times.budget}.0" in metrics.render().decode()
 
 
 def test_answers_after_the_loop_has_closed_are_logged_not_raised(pipeline, caplog):

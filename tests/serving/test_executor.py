@@ -8,7 +8,8 @@ from typing import Any
 from bertology_serve.errors import DataError
 from bertology_serve.serving.executor import Executor
 from bertology_serve.serving.queue import WorkQueue
-from bertology_serve.serving.scheduler import OldestFirst
+from bertology_serve.serving.scheduler import FairScheduler
+from bertology_serve.serving.times import BatchTimes
 from tests.serving.test_scheduler import work
 
 
@@ -20,7 +21,7 @@ class Harness:
         self.batches: list[list[int]] = []
         self.outcomes: dict[int, Any] = {}
         self.observed: list[int] = []
-        self.queue = WorkQueue(OldestFirst(100), 1000)
+        self.queue = WorkQueue(FairScheduler(100), BatchTimes(1.0, 100), 1000)
         self.executor = Executor(self.queue, self.run, self.deliver, lambda batch, _: self.observed.append(len(batch)))
 
     def run(self, jobs: Sequence[Any]) -> list[Any]:

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from bertology_serve.serving.gate import PUBLIC
 from bertology_serve.serving.openapi import document
 from tests.serving.conftest import RECORDS
 
@@ -43,9 +44,15 @@ def test_each_operation_names_its_answers():
         codes = set(operation["responses"])
         assert "200" in codes
         if method == "POST":
-            assert codes == {"200", "400", "404", "413", "500", "503"}, path
+            assert codes == {"200", "400", "401", "403", "404", "413", "429", "431", "500", "503", "504"}, path
         elif "{delta}" in path:
             assert "404" in codes, path
+
+
+def test_only_health_needs_no_key():
+    public = {path for (_, path), operation in operations().items() if operation.get("security") == []}
+    assert public == PUBLIC
+    assert document()["security"] == [{"bearer": []}, {"apiKey": []}]
 
 
 def test_the_server_gives_the_document(server):

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
-from bertology_serve.errors import Overloaded
+from bertology_serve.errors import Overloaded, RateLimited
 from bertology_serve.serving.queue import WorkQueue
-from bertology_serve.serving.scheduler import OldestFirst
+from bertology_serve.serving.scheduler import FairScheduler
+from bertology_serve.serving.times import BatchTimes
 from bertology_serve.serving.work import State
 from tests.serving.test_scheduler import work
 
 
-def queue(limit: int = 100, budget: int = 10) -> WorkQueue:
-    return WorkQueue(OldestFirst(budget), limit, clock=lambda: 5.0)
+def queue(limit: int = 100, budget: int = 10, rate: float = 1e6, **options: Any) -> WorkQueue:
+    """Batches of exactly ``budget`` tokens, ``rate`` of them a second."""
+    times = BatchTimes(1e9, budget, [(1, 1 / rate), (2, 2 / rate)])
+    return WorkQueue(FairScheduler(budget), times, limit, clock=lambda: 5.0, **options)
 
 
 def test_counts_what_waits():
@@ -27,10 +31,8 @@ def test_counts_what_waits():
 
 
 def test_a_call_that_does_not_fit_is_refused_whole_and_told_when_to_come_back():
-    made = queue(limit=10)
+    made = queue(limit=10, rate=2.0)
     made.put([work(8)])
-    made.served(tokens=8, seconds=1.0)
-    made.rate = 2.0
     with pytest.raises(Overloaded, match="8 tokens wait, 3 more do not fit into 10; try again in 4 s") as refused:
         made.put([work(1), work(2)])
     assert refused.value.retry_after == 4.0
@@ -38,10 +40,9 @@ def test_a_call_that_does_not_fit_is_refused_whole_and_told_when_to_come_back():
 
 
 def test_retry_after_is_between_a_second_and_a_minute():
-    made = queue(limit=10)
-    made.put([work(8)])
-    for rate, wait in ((1e9, 1.0), (1e-9, 60.0)):
-        made.rate = rate
+    for rate, wait in ((1e8, 1.0), (1e-8, 60.0)):
+        made = queue(limit=10, rate=rate)
+        made.put([work(8)])
         with pytest.raises(Overloaded) as refused:
             made.put([work(8)])
         assert refused.value.retry_after == wait
@@ -101,3 +102,33 @@ def _drain(made: WorkQueue) -> list:
     while batch := made.take():
         found += batch
     return found
+
+
+def test_one_delta_cannot_fill_the_queue():
+    made = queue(limit=100, rate=1.0, max_delta_tokens=20)
+    made.put([work(15, "flood"), work(5, "flood")])
+    with pytest.raises(RateLimited, match="queue of delta 'flood' is full: 20 tokens wait, 1 more do not fit into 20"):
+        made.put([work(1, "flood")])
+    made.put([work(10, "light")])
+    with pytest.raises(RateLimited) as refused:
+        made.put([work(1, "light"), work(1, "flood")])
+    assert refused.value.retry_after == 30.0  # no longer than all that waits takes, and at half the service
+    assert (made.items, made.tokens) == (3, 30)
+
+
+def test_batches_follow_the_time_that_they_take():
+    made = WorkQueue(FairScheduler(100), BatchTimes(0.1, 100, [(10, 0.01), (100, 0.1)]), 10_000)
+    for _ in range(200):
+        made.served(100, 0.2)
+    made.put([work(1) for _ in range(100)])
+    assert 45 <= len(made.take()) <= 55
+
+
+def test_expired_work_is_never_handed_out():
+    made = queue()
+    late, good = work(4, deadline=5.0), work(4, deadline=5.1)
+    made.put([late, good])
+    assert made.take() == [good]
+    assert late.state is State.DROPPED
+    assert (made.items, made.tokens) == (0, 0)
+    assert made.drop([late]) == 0

@@ -7,6 +7,7 @@ model of the URL.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,13 +50,17 @@ class InferRequest(msgspec.Struct):
 
 @dataclass(frozen=True)
 class InferCall:
-    """A checked infer request: one request a row, and the outputs wanted, each in JSON or (true) in binary."""
+    """A checked infer request: one request a row, and the outputs wanted, each in JSON or (true) in binary.
+
+    ``seconds`` is how long the caller will wait.
+    """
 
     model: Delta
     id: str | None
     requests: list[Request]
     outputs: Mapping[str, bool]
     fields: Mapping[str, Field]
+    seconds: float = math.inf
 
 
 def read_infer(body: bytes, json_length: int | None, model: Delta, find: Find, most: int) -> InferCall:
@@ -76,7 +81,7 @@ def read_infer(body: bytes, json_length: int | None, model: Delta, find: Find, m
     for row, delta in enumerate(deltas):
         texts = {name: column[row] for name, column in columns.items() if name != DELTA}
         requests.append(Request(delta.name, record_of(delta, texts), "", logits, f"row {row}"))
-    return InferCall(model, asked.id, requests, outputs, fields)
+    return InferCall(model, asked.id, requests, outputs, fields, _seconds(parameters))
 
 
 def write_infer(call: InferCall, predictions: Sequence[Prediction]) -> tuple[bytes, int | None]:
@@ -162,6 +167,14 @@ def _wanted(asked: InferRequest, deltas: Sequence[Delta], fields: Mapping[str, F
         own = (output.parameters or {}).get("binary_data")
         wanted[output.name] = binary if own is None else _flag(output.parameters or {}, "binary_data")
     return wanted
+
+
+def _seconds(parameters: Parameters) -> float:
+    """``parameters.timeout`` is in microseconds; 0 is none."""
+    value = parameters.get("timeout", 0)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise DataError(f"parameter 'timeout' is {shown(value)}; expected a whole number of microseconds")
+    return min(value, 10**15) / 1e6 if value else math.inf
 
 
 def _flag(parameters: Parameters, name: str) -> bool:

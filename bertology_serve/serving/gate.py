@@ -1,0 +1,53 @@
+"""The gate before every route: default-deny. What is not listed here needs an API key, paths that do not exist too."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from bertology_serve.errors import BertologyError
+from bertology_serve.serving.http import json_response, problem_response
+from bertology_serve.serving.keys import Access, Keyring
+from bertology_serve.serving.metrics import Metrics
+
+PUBLIC = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
+ACCESS = "bertology.access"
+
+
+class Gate:
+    """ASGI middleware: heads over their limit are 431, callers without a key 401, those with too many calls 429.
+
+    What passes finds its ``Access`` by ``access_of``. It reads heads only, never a body.
+    """
+
+    def __init__(self, app: ASGIApp, keyring: Keyring, metrics: Metrics, max_header_bytes: int) -> None:
+        self._app, self._keyring, self._metrics, self._most = app, keyring, metrics, max_header_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets a call through, or answers it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = scope["headers"]
+        size = (
+            len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) for name, value in headers)
+        )
+        try:
+            if scope["path"] not in PUBLIC:
+                scope[ACCESS] = access = self._keyring.find(headers)
+                access.call()
+        except BertologyError as problem:
+            refusal = problem_response(problem)
+        else:
+            if size <= self._most:
+                await self._app(scope, receive, send)
+                return
+            message = f"the path and headers hold {size} bytes; at most {self._most} are taken"
+            refusal = json_response({"error": message}, 431)
+        self._metrics.call(refusal.status_code)
+        await refusal(scope, receive, send)
+
+
+def access_of(scope: Scope) -> Access:
+    """Who calls. For routes behind the gate that are not public."""
+    access: Access = scope[ACCESS]
+    return access

@@ -1,0 +1,151 @@
+"""API keys: who may ask which deltas for how much. Keys are kept and compared as digests, and never logged."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from bertology_serve.errors import Forbidden, RateLimited, SpecError, Unauthorized
+from bertology_serve.serving.buckets import Bucket
+
+SHORTEST = 16
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def digest_of(key: str, name: str) -> str:
+    """The SHA-256 of a key in hex; SpecError for a key that is too short or cannot stand in a header."""
+    if len(key) < SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
+        raise SpecError(
+            f"key {name!r}: expected at least {SHORTEST} ASCII characters without spaces; "
+            "try: python -c 'import secrets; print(secrets.token_urlsafe())'"
+        )
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is known about one API key. SpecError for values that make no sense.
+
+    ``name`` is what logs call it, ``sha256`` the key's digest in hex (``digest_of``). ``deltas`` are names or patterns
+    (``team-*``) of the deltas that it opens, ``None`` for all. ``admin`` opens the management routes. Rates are
+    averages, ``None`` is no limit; ``burst_seconds`` worth of them may come at once.
+    """
+
+    name: str
+    sha256: str = field(repr=False)
+    admin: bool = False
+    deltas: tuple[str, ...] | None = None
+    calls_per_second: float | None = None
+    tokens_per_second: float | None = None
+    burst_seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.name or len(self.name) > 64 or not self.name.isprintable():
+            raise SpecError(f"a key's name is {self.name[:64]!r}; expected 1 to 64 printable characters")
+        if not _DIGEST.fullmatch(self.sha256):
+            raise SpecError(f"key {self.name!r}: sha256 is no digest; expected 64 of 0-9 a-f")
+        for what in ("calls_per_second", "tokens_per_second", "burst_seconds"):
+            value = getattr(self, what)
+            if value is not None and not 0 < value < float("inf"):
+                raise SpecError(f"key {self.name!r}: {what} is {value}; expected a number above 0")
+
+
+class Access:
+    """What one caller may do. ``check`` and ``charge`` raise; ``allows`` says."""
+
+    def __init__(self, key: Key, clock: Callable[[], float] = time.monotonic) -> None:
+        self.name, self.admin, self._patterns, self._clock = key.name, key.admin, key.deltas, clock
+        self._calls = _bucket(key.calls_per_second, key.burst_seconds)
+        self._tokens = _bucket(key.tokens_per_second, key.burst_seconds)
+
+    @property
+    def restricted(self) -> bool:
+        """Whether some deltas are closed to it."""
+        return self._patterns is not None
+
+    def allows(self, delta: str) -> bool:
+        """Whether it opens the delta of that name."""
+        return self._patterns is None or any(fnmatchcase(delta, pattern) for pattern in self._patterns)
+
+    def check(self, delta: str) -> None:
+        """Raises Forbidden for a delta that it does not open, in the same words whether there is one or not."""
+        if not self.allows(delta):
+            raise Forbidden(f"this API key does not open delta {delta[:80]!r}; ask for a key that does")
+
+    def check_admin(self) -> None:
+        """Raises Forbidden where it does not open the management routes."""
+        if not self.admin:
+            raise Forbidden("this route needs an API key with admin rights; start the server with one (--keys-file)")
+
+    def call(self) -> None:
+        """Counts one call; RateLimited where there were too many."""
+        _take(self._calls, 1, "calls", self._clock)
+
+    def charge(self, tokens: int) -> None:
+        """Counts tokens about to be queued; RateLimited where there were too many."""
+        _take(self._tokens, tokens, "tokens", self._clock)
+
+
+def _bucket(rate: float | None, seconds: float) -> Bucket | None:
+    return None if rate is None else Bucket(rate, rate * seconds)
+
+
+def _take(bucket: Bucket | None, amount: int, what: str, clock: Callable[[], float]) -> None:
+    if bucket is None:
+        return
+    wait = bucket.take(amount, clock())
+    if wait:
+        raise RateLimited(f"this API key may send {bucket.rate:g} {what} a second; try again in {wait:.1f} s", wait)
+
+
+class Keyring:
+    """The keys of one server. Finding one takes the same time whatever was presented.
+
+    Keys are kept as HMACs under a secret of this process: what a look-up compares tells nothing about a key.
+    """
+
+    def __init__(self, keys: Iterable[Key] = ()) -> None:
+        self._secret = secrets.token_bytes(32)
+        self._access: dict[bytes, tuple[bytes, Access]] = {}
+        self._everyone = Access(Key("everyone", "0" * 64))
+        names: set[str] = set()
+        for key in keys:
+            digest = self._mark(bytes.fromhex(key.sha256))
+            if digest in self._access or key.name in names:
+                raise SpecError(f"key {key.name!r} is there twice; expected every key and name once")
+            names.add(key.name)
+            self._access[digest] = (digest, Access(key))
+
+    def __len__(self) -> int:
+        return len(self._access)
+
+    def find(self, headers: Iterable[tuple[bytes, bytes]]) -> Access:
+        """Who calls, by ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``; Unauthorized without a known key.
+
+        Without any keys everyone may ask any delta, and nobody manages.
+        """
+        if not self._access:
+            return self._everyone
+        for presented in _presented(headers):
+            digest = self._mark(hashlib.sha256(presented).digest())
+            known, access = self._access.get(digest, (b"", self._everyone))
+            if hmac.compare_digest(known, digest):
+                return access
+        raise Unauthorized("no valid API key; send one as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
+
+    def _mark(self, digest: bytes) -> bytes:
+        return hmac.digest(self._secret, digest, "sha256")
+
+
+def _presented(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:
+    for name, value in headers:
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            yield value[7:].strip()
+        elif name == b"x-api-key":
+            yield value.strip()

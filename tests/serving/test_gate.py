@@ -1,0 +1,158 @@
+"""Keys, rights and rates over a real socket."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from bertology_serve.serving.gate import PUBLIC
+from bertology_serve.serving.keys import Key, Keyring, digest_of
+from tests.serving.conftest import DELTAS
+from tests.serving.running import Running, running
+
+PLAIN = {name: f"{name}-0123456789abcdef" for name in ("admin", "all", "some", "slow", "thrifty")}
+FIELDS = {
+    "admin": {"admin": True},
+    "some": {"deltas": ("mood", "gr*", "gone")},
+    "slow": {"calls_per_second": 0.5, "burst_seconds": 4.0},
+    "thrifty": {"tokens_per_second": 4.0},
+}
+
+
+def keyring() -> Keyring:
+    return Keyring([Key(name, digest_of(plain, name), **FIELDS.get(name, {})) for name, plain in PLAIN.items()])
+
+
+@pytest.fixture(scope="module")
+def guarded(pipeline) -> Iterator[Running]:
+    with running(pipeline, keyring=keyring(), max_header_bytes=2000) as started:
+        yield started
+
+
+def call(server: Running, name: str | None, method: str, path: str, body=None) -> httpx.Response:
+    headers = {} if name is None else {"Authorization": f"Bearer {PLAIN[name]}"}
+    return server.client.request(method, path, json=body, headers=headers)
+
+
+def test_every_route_but_health_needs_a_key(guarded):
+    """Read from the application itself, so that a new route is closed unless this list says otherwise."""
+    assert {"/health", "/v2/health/live", "/v2/health/ready"} == PUBLIC
+    for route in guarded.server.config.app.routes:
+        path = route.path.replace("{delta}", "mood").replace("{version}", "1")
+        for method in route.methods:
+            status = call(guarded, None, method, path).status_code
+            assert status == (200 if route.path in PUBLIC else 401), (method, path)
+            wrong = guarded.client.request(method, path, headers={"X-API-Key": "wrong-wrong-wrong-wrong"})
+            assert wrong.status_code == status
+
+
+def test_paths_that_are_not_there_tell_strangers_nothing(guarded):
+    response = call(guarded, None, "GET", "/nothing")
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert response.json()["error"].startswith("no valid API key")
+    assert call(guarded, "all", "GET", "/nothing").status_code == 404
+
+
+def test_a_key_without_limits_asks_anything(guarded):
+    item = {"delta": "mood", "text": "the cat"}
+    assert call(guarded, "all", "POST", "/predict", item).status_code == 200
+    assert guarded.client.post("/predict", json=item, headers={"X-API-Key": PLAIN["all"]}).status_code == 200
+    assert call(guarded, "all", "GET", "/metrics").status_code == 200
+
+
+INFER = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["cat"]}]}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/predict", {"delta": "sense", "text": "cat"}),
+        ("POST", "/predict", [{"delta": "mood", "text": "cat"}, {"delta": "sense", "text": "cat"}]),
+        ("POST", "/predict", {"delta": "nothing-like-it", "text": "cat"}),
+        ("POST", "/models/sense", {"inputs": "cat"}),
+        ("GET", "/models/sense", None),
+        ("GET", "/models/sense/health", None),
+        ("POST", "/v2/models/sense/infer", INFER),
+        ("POST", "/v2/models/mood/infer", {**INFER, "parameters": {"deltas": ["sense"]}}),
+        ("GET", "/v2/models/sense", None),
+        ("GET", "/v2/models/sense/versions/1", None),
+        ("GET", "/v2/models/sense/ready", None),
+        ("GET", "/metrics", None),
+    ],
+)
+def test_a_key_opens_its_own_deltas_only(guarded, method, path, body):
+    response = call(guarded, "some", method, path, body)
+    assert response.status_code == 403
+    assert call(guarded, "all", method, path, body).status_code == (404 if "nothing" in str(body) else 200)
+
+
+def test_a_key_learns_no_other_names(guarded):
+    assert call(guarded, "some", "POST", "/predict", {"delta": "mood", "text": "cat"}).status_code == 200
+    assert [model["name"] for model in call(guarded, "some", "GET", "/models").json()] == ["grade", "mood"]
+    assert call(guarded, "some", "GET", "/v2/models").json() == {"models": ["grade", "mood"]}
+    assert call(guarded, "some", "GET", "/").json()["deltas"] == 2
+    for response in (
+        call(guarded, "some", "POST", "/predict", {"delta": "gone", "text": "cat"}),
+        call(guarded, "some", "POST", "/models/gone", {"inputs": "cat"}),
+        call(guarded, "some", "POST", "/v2/models/gone/infer", INFER),
+    ):
+        assert response.status_code == 404
+        assert not [name for name in DELTAS.keys() - {"mood", "grade"} if name in response.text]
+
+
+def test_too_many_calls_are_429_with_retry_after(guarded):
+    assert [call(guarded, "slow", "GET", "/v2").status_code for _ in range(2)] == [200, 200]
+    response = call(guarded, "slow", "GET", "/v2")
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "2"
+    assert "0.5 calls a second" in response.json()["error"]
+    assert call(guarded, "all", "GET", "/v2").status_code == 200
+
+
+def test_too_many_tokens_are_429_and_never_queued(guarded):
+    item = {"delta": "mood", "text": "the cat was good"}
+    assert call(guarded, "thrifty", "POST", "/predict", item).status_code == 200
+    response = call(guarded, "thrifty", "POST", "/predict", item)
+    assert response.status_code == 429
+    assert 1 <= int(response.headers["retry-after"]) <= 2
+    assert guarded.server.engine.queue.items == 0
+
+
+def test_no_key_reaches_the_log_or_an_answer(guarded, caplog):
+    caplog.set_level("DEBUG")
+    for name in PLAIN:
+        response = call(guarded, name, "POST", "/predict", {"delta": "moot", "text": "cat"})
+        assert PLAIN[name] not in response.text
+    assert not [plain for plain in PLAIN.values() if plain in caplog.text]
+
+
+def test_heads_over_the_limit(guarded):
+    response = guarded.client.get("/health", headers={"X-Long": "x" * 2000})
+    assert response.status_code == 431
+    assert "at most 2000 are taken" in response.json()["error"]
+    assert guarded.client.get("/health?" + "x" * 2000).status_code == 431
+
+
+@pytest.mark.parametrize("piece", [b"X-Long: " + b"x" * 500, b"X-Many: x\r\n" * 50])
+def test_a_head_that_never_ends_is_cut_off(guarded, piece):
+    url = httpx.URL(guarded.url)
+    with socket.create_connection((url.host, url.port), timeout=10) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        sent, end = 0, time.monotonic() + 10
+        with contextlib.suppress(OSError):
+            while time.monotonic() < end and sent < 10**7:
+                client.sendall(piece)
+                sent += len(piece)
+                time.sleep(0.005)
+        assert sent < 10**6
+        answer = b""
+        with contextlib.suppress(OSError):  # it may have closed while we were still sending
+            answer = client.recv(1000)
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")
+    assert guarded.client.get("/health").status_code == 200

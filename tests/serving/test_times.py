@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bertology_serve.serving.times import BatchTimes
+
+LADDER = [(size, 0.002 + 0.0001 * size) for size in (32, 64, 128, 256, 512)]
+
+
+def test_the_line_through_exact_measurements_and_the_budget_that_follows():
+    times = BatchTimes(0.05, 10_000, LADDER)
+    assert times.fixed == pytest.approx(0.002)
+    assert times.per_token == pytest.approx(0.0001)
+    assert times.budget == pytest.approx(480, abs=1)
+    assert times.seconds(100) == pytest.approx(0.012)
+    assert times.rate == pytest.approx(9600, rel=0.01)
+
+
+def test_the_budget_stays_within_its_bounds():
+    assert BatchTimes(0.05, 100, LADDER).budget == 100
+    assert BatchTimes(0.001, 100, LADDER).budget == 1
+
+
+def test_a_machine_that_slows_down_gets_smaller_batches_and_recovers():
+    times = BatchTimes(0.05, 10_000, LADDER)
+    for _ in range(300):
+        times.observe(times.budget, 3 * (0.002 + 0.0001 * times.budget))
+    assert times.budget == pytest.approx(160, rel=0.25)
+    for _ in range(600):
+        times.observe(times.budget, 0.002 + 0.0001 * times.budget)
+    assert times.budget == pytest.approx(480, rel=0.1)
+
+
+def test_batches_of_one_size_do_not_turn_the_line():
+    times = BatchTimes(0.05, 10_000, LADDER)
+    for number in range(500):
+        times.observe(10, 0.003 + 0.0002 * (number % 3 - 1))
+    assert times.budget == pytest.approx(480, rel=0.1)
+
+
+def test_one_stall_counts_a_little():
+    times = BatchTimes(0.05, 10_000, LADDER)
+    for _ in range(50):
+        times.observe(400, 0.042)
+    times.observe(400, 30.0)
+    assert times.budget > 400
+
+
+@given(st.lists(st.tuples(st.integers(1, 10_000), st.floats(0, 100)), min_size=1, max_size=50))
+def test_whatever_is_measured_the_budget_is_usable(points):
+    times = BatchTimes(0.05, 1000, points)
+    for tokens, seconds in points:
+        times.observe(tokens, seconds)
+        assert 1 <= times.budget <= 1000
+        assert times.fixed >= 0
+        assert times.per_token > 0
+        assert times.rate > 0
