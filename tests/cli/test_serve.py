@@ -112,3 +112,16 @@ def test_options_that_make_no_sense(capsys):
 def test_bad_keys_are_said_before_anything_is_loaded(tmp_path, capsys):
     assert main(["serve", "--backbone", "x", "--deltas", "y", "--keys-file", str(tmp_path / "keys.json")]) == 2
     assert "expected a JSON file of API keys" in capsys.readouterr().err
+
+
+def test_graphs_are_for_gpus(encoder, deltas, capsys):  # noqa: F811
+    command = ["serve", "--backbone", encoder.name, "--deltas", str(deltas), "--port", "0", "--cuda-graphs"]
+    assert main([*command, "--device", "cpu"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "error: --cuda-graphs: got float32 on cpu, expected float16 or bfloat16 on cuda"
+
+
+def test_serving_in_16_bits(encoder, deltas):  # noqa: F811
+    with serving(encoder.name, deltas, "--device", "cpu", "--dtype", "bfloat16") as (_, url, _):
+        answer = httpx.post(f"{url}/predict", json=[{"delta": "mood", "text": "the cat was good"}], timeout=20)
+        assert answer.status_code == 200, answer.text
