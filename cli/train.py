@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -122,8 +123,10 @@ class Bar:
 
     def evaluated(self, line: Mapping[str, Any]) -> None:
         """Shows the metrics."""
+        self.bar.update(self.task, completed=line["step"])
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in line["eval"].items())
-        self._say(f"step {line['step']}: {metrics}", always=True)
+        where = f"layer {line['layer']}, C {line['c']:.1e}" if "c" in line else f"step {line['step']}"
+        self._say(f"{where}: {metrics}", always=True)
 
     def _say(self, text: str, always: bool = False) -> None:
         if self.bar.disable:
@@ -162,6 +165,18 @@ def show(outcome: Outcome, eval: str | None) -> None:
         ("saved copy differs by", f"{outcome.difference:.1e}"),
     ]
     table(f"{delta.name} {delta.version}" + (f" on {eval}" if eval else ""), ["", "value"], rows, stderr=False)
+    show_layers(outcome.path)
     note(f"saved to {outcome.path}; next:")
     note(f"  bertology-serve evaluate {outcome.path} --input {eval or 'FILE'}")
     note(f"  bertology-serve serve --backbone {delta.base.name} --deltas {outcome.path.parent} --port 8000")
+
+
+def show_layers(directory: Path) -> None:
+    """The probe of every layer, where they were asked for."""
+    from bertology_serve.training.rundir import LAYERS
+
+    if not (directory / LAYERS).exists():
+        return
+    layers = json.loads((directory / LAYERS).read_text(encoding="utf-8"))["layers"]
+    names = list(layers[0])
+    table("one probe a layer", names, [[layer[name] for name in names] for layer in layers], stderr=False)

@@ -24,7 +24,8 @@ from bertology_serve.training.methods import ParameterCount, count_parameters, m
 from bertology_serve.training.provenance import identity, provenance
 from bertology_serve.training.publish import publish, publish_copy
 from bertology_serve.training.recipes import Stage, stages
-from bertology_serve.training.rundir import LOG, RunDirectory
+from bertology_serve.training.rundir import LAYERS, LOG, RunDirectory
+from bertology_serve.training.solve import Solver
 from bertology_serve.training.sources import Source
 from bertology_serve.training.state import RunState
 from bertology_serve.training.watch import Silent, Watcher
@@ -112,7 +113,7 @@ class Run:
         live = ready.live if before is None else _continued(stage, ready, before)
         if count > 1:
             self.watcher.staged(number, count, stage.title)
-        trainer = Trainer(
+        trainer = (Solver if stage.solved else Trainer)(
             live, ready.task, ready.items, stage.config, ready.dev, self.directory, self.watcher, number * (count > 1)
         )
         trainer.state.seconds = before.provenance["seconds"] if before else 0.0
@@ -122,7 +123,7 @@ class Run:
         facts = provenance(config, counts, state, self.train, self.dev, live.encoder)
         delta = live.freeze(name, self.version, state.metrics, facts)
         sample = (ready.dev, self.dev.records) if self.dev else (ready.items, self.train.records)
-        difference = publish(delta, live, out, *sample, extra=[self.directory.path / LOG])
+        difference = publish(delta, live, out, *sample, extra=[self.directory.path / LOG, self.directory.path / LAYERS])
         return Outcome(delta, out, counts, state, difference)
 
 
