@@ -28,6 +28,7 @@ def train(
     backbone: Annotated[str, typer.Option(help="Encoder: a hub id, a directory, or minilm.")],
     train: Annotated[str, typer.Option(help="Records: .jsonl, .csv, .tsv (also .gz), .parquet, or hub:NAME.")],
     eval: Annotated[str | None, typer.Option(help="Records to measure on; they choose the state that is kept.")] = None,
+    ood: Annotated[str | None, typer.Option(help="Records of another domain; they choose nothing.")] = None,
     out: Annotated[Path | None, typer.Option(help="The delta's directory.")] = None,
     columns: Annotated[str | None, typer.Option(help="Where fields stand: text=sentence,label=y.")] = None,
     name: Annotated[str | None, typer.Option(help="The delta's name. Default: that of --out.")] = None,
@@ -35,6 +36,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue where an unfinished run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the parameters and stop.")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw curve.png into the delta's directory.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
     *,
     config: TrainConfig,
@@ -46,7 +48,9 @@ def train(
         raise SpecError("no --out was given; say where the delta shall lie, or count its parameters with --dry-run")
 
     from bertology_serve.encoder.encoder import Encoder
+    from bertology_serve.tasks.registry import task_for
     from bertology_serve.training import train as training
+    from bertology_serve.training.curve import check_plots, draw_curve
     from bertology_serve.training.destination import Destination
     from bertology_serve.training.device import find_device
     from bertology_serve.training.methods import make_live
@@ -54,10 +58,12 @@ def train(
     from bertology_serve.training.sources import Source
 
     place = Destination(out or Path("dry-run"), name, version, resume, overwrite)
+    if plot:
+        check_plots()
     if not dry_run:
         place.open()  # what is wrong there is said before anything is read
     source = Source.read(train, read_columns(columns))
-    dev = Source.read(eval, read_columns(columns)) if eval else None
+    dev, other = (Source.read(path, read_columns(columns)) if path else None for path in (eval, ood))
     encoder = Encoder.load(backbone, device=find_device(device))
     if dry_run:
         spec = training.task_spec(config, encoder, source)
@@ -65,7 +71,9 @@ def train(
             show_dry_run(make_live(encoder, stage.config, spec))
         return
     with Bar() as bar:
-        outcome = training.train(config, encoder, source, dev, place=place, watcher=bar)
+        outcome = training.train(config, encoder, source, dev, ood=other, place=place, watcher=bar)
+    if plot:
+        draw_curve(outcome.path, task_for(outcome.delta.task).main_metric)
     show(outcome, eval)
 
 
@@ -160,7 +168,7 @@ def show(outcome: Outcome, eval: str | None) -> None:
     rows += [
         ("kind", " + ".join(delta.kinds)),
         ("parameters", f"{count.trained:,} ({100 * count.share:.2g} %)"),
-        ("steps", f"{state.step} (kept: {state.best_step})" if delta.metrics else str(state.step)),
+        ("steps", f"{state.step} (kept: {state.best_step})" if state.metrics else str(state.step)),
         ("time", f"{state.seconds:.1f} s"),
         ("saved copy differs by", f"{outcome.difference:.1e}"),
     ]
