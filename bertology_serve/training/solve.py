@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Choice:
-    """The value of C that did best on one layer, and how: ``rank`` is the main metric, then the negative loss."""
+    """The value of C that did best on one layer, and how: ``rank`` is accuracy, then the negative loss."""
 
     layer: int
     index: int
@@ -96,8 +96,9 @@ class Solver:
         """The best C of the path for one layer."""
         found = [self._tried(layer, index, solution, held) for index, solution in self._solutions(layer, fit)]
         best = max(found, key=lambda choice: (choice.rank, -choice.index))
-        self.watcher.evaluated({**self._place(), "layer": layer, "c": best.c, "eval": best.metrics})
-        return best
+        metrics = self._measure(best.solution.logits(held.rows[layer]).float(), held)
+        self.watcher.evaluated({**self._place(), "layer": layer, "c": best.c, "eval": metrics})
+        return replace(best, metrics=metrics)
 
     def _solutions(self, layer: int, fit: Part) -> Iterator[tuple[int, Solution]]:
         problem, start = Logistic(fit.rows[layer], fit.labels, len(self.live.task.labels)), None
@@ -107,12 +108,13 @@ class Solver:
             yield index, solution
 
     def _tried(self, layer: int, index: int, solution: Solution, held: Part) -> Choice:
-        metrics = self._measure(solution.logits(held.rows[layer]).float(), held)
+        logits = solution.logits(held.rows[layer])
+        accuracy = (logits.argmax(1) == held.labels).double().mean().item()
+        metrics = {"accuracy": accuracy, "loss": F.cross_entropy(logits, held.labels).item()}
         self.state.step += 1
         about = {"layer": layer, "c": self.path[index], "loss": solution.loss, "eval": metrics}
         self.directory.log({**self._place(), **about})
-        rank = [metrics[self.task.main_metric], -metrics["loss"]]
-        return Choice(layer, index, self.path[index], rank, metrics, solution)
+        return Choice(layer, index, self.path[index], [accuracy, -metrics["loss"]], metrics, solution)
 
     def _place(self) -> dict[str, Any]:
         stage = {"stage": self.state.stage} if self.state.stage else {}
