@@ -102,7 +102,7 @@ def main() -> None:
         if only and one.name not in only:
             continue
         for key, config in runs(one):
-            if arguments.fresh or found.get(key, {}).get("config") != plain(config):
+            if arguments.fresh or key not in found or not same(found[key]["config"], config):
                 found[key] = measured(one, config)
                 path.write_text(json.dumps(found, indent=1) + "\n")
                 print(key, found[key]["metrics"], f"{found[key]['seconds']:.0f} s", flush=True)
@@ -120,6 +120,11 @@ def runs(one: Set) -> Iterator[tuple[str, TrainConfig]]:
 def plain(config: TrainConfig) -> Any:
     """A configuration as JSON gives it back."""
     return json.loads(json.dumps(config.as_dict()))
+
+
+def same(stored: Mapping[str, Any], config: TrainConfig) -> bool:
+    """Whether a result's configuration is this one; fields that are newer than the result had their defaults."""
+    return plain(TrainConfig.from_dict(stored)) == plain(config)
 
 
 def measured(one: Set, config: TrainConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ def train(
     backbone: Annotated[str, typer.Option(help="Encoder: a hub id, a directory, or minilm.")],
     train: Annotated[str, typer.Option(help="Records: .jsonl, .csv, .tsv (also .gz), .parquet, or hub:NAME.")],
     eval: Annotated[str | None, typer.Option(help="Records to measure on; they choose the state that is kept.")] = None,
+    ood: Annotated[str | None, typer.Option(help="Records of another domain; they choose nothing.")] = None,
     out: Annotated[Path | None, typer.Option(help="The delta's directory.")] = None,
     columns: Annotated[str | None, typer.Option(help="Where fields stand: text=sentence,label=y.")] = None,
     name: Annotated[str | None, typer.Option(help="The delta's name. Default: that of --out.")] = None,
@@ -34,6 +36,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue where an unfinished run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the parameters and stop.")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw curve.png into the delta's directory.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
     *,
     config: TrainConfig,
@@ -45,7 +48,9 @@ def train(
         raise SpecError("no --out was given; say where the delta shall lie, or count its parameters with --dry-run")
 
     from bertology_serve.encoder.encoder import Encoder
+    from bertology_serve.tasks.registry import task_for
     from bertology_serve.training import train as training
+    from bertology_serve.training.curve import check_plots, draw_curve
     from bertology_serve.training.destination import Destination
     from bertology_serve.training.device import find_device
     from bertology_serve.training.methods import make_live
@@ -53,10 +58,12 @@ def train(
     from bertology_serve.training.sources import Source
 
     place = Destination(out or Path("dry-run"), name, version, resume, overwrite)
+    if plot:
+        check_plots()
     if not dry_run:
         place.open()  # what is wrong there is said before anything is read
     source = Source.read(train, read_columns(columns))
-    dev = Source.read(eval, read_columns(columns)) if eval else None
+    dev, other = (Source.read(path, read_columns(columns)) if path else None for path in (eval, ood))
     encoder = Encoder.load(backbone, device=find_device(device))
     if dry_run:
         spec = training.task_spec(config, encoder, source)
@@ -64,7 +71,9 @@ def train(
             show_dry_run(make_live(encoder, stage.config, spec))
         return
     with Bar() as bar:
-        outcome = training.train(config, encoder, source, dev, place=place, watcher=bar)
+        outcome = training.train(config, encoder, source, dev, ood=other, place=place, watcher=bar)
+    if plot:
+        draw_curve(outcome.path, task_for(outcome.delta.task).main_metric)
     show(outcome, eval)
 
 
@@ -122,8 +131,10 @@ class Bar:
 
     def evaluated(self, line: Mapping[str, Any]) -> None:
         """Shows the metrics."""
+        self.bar.update(self.task, completed=line["step"])
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in line["eval"].items())
-        self._say(f"step {line['step']}: {metrics}", always=True)
+        where = f"layer {line['layer']}, C {line['c']:.1e}" if "c" in line else f"step {line['step']}"
+        self._say(f"{where}: {metrics}", always=True)
 
     def _say(self, text: str, always: bool = False) -> None:
         if self.bar.disable:
@@ -157,11 +168,23 @@ def show(outcome: Outcome, eval: str | None) -> None:
     rows += [
         ("kind", " + ".join(delta.kinds)),
         ("parameters", f"{count.trained:,} ({100 * count.share:.2g} %)"),
-        ("steps", f"{state.step} (kept: {state.best_step})" if delta.metrics else str(state.step)),
+        ("steps", f"{state.step} (kept: {state.best_step})" if state.metrics else str(state.step)),
         ("time", f"{state.seconds:.1f} s"),
         ("saved copy differs by", f"{outcome.difference:.1e}"),
     ]
     table(f"{delta.name} {delta.version}" + (f" on {eval}" if eval else ""), ["", "value"], rows, stderr=False)
+    show_layers(outcome.path)
     note(f"saved to {outcome.path}; next:")
     note(f"  bertology-serve evaluate {outcome.path} --input {eval or 'FILE'}")
     note(f"  bertology-serve serve --backbone {delta.base.name} --deltas {outcome.path.parent} --port 8000")
+
+
+def show_layers(directory: Path) -> None:
+    """The probe of every layer, where they were asked for."""
+    from bertology_serve.training.rundir import LAYERS
+
+    if not (directory / LAYERS).exists():
+        return
+    layers = json.loads((directory / LAYERS).read_text(encoding="utf-8"))["layers"]
+    names = list(layers[0])
+    table("one probe a layer", names, [[layer[name] for name in names] for layer in layers], stderr=False)

@@ -20,12 +20,13 @@ def read(hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: Tas
     hidden [T, H]. Returns [S, C], for tasks that answer for every token [sum of text lengths, C], for embeddings
     [S, H]; in the head's own precision, float32 unless it was moved.
     """
-    rows = _read_rows(hidden, batch, sequences, task)
+    rows = read_rows(hidden, batch, sequences, task)
     own = next((parameter.dtype for parameter in head.parameters()), torch.float32)
     return head(rows.to(own))  # type: ignore[no-any-return]
 
 
-def _read_rows(hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: TaskSpec) -> Tensor:
+def read_rows(hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: TaskSpec) -> Tensor:
+    """The rows that a task's head reads: [S, H] pooled, or for tasks that answer for every token all of the text."""
     if not task.per_token and task.pooling == "cls":
         return hidden[batch.first_rows[list(sequences)]]
     texts = torch.split(batch.text_rows, list(batch.text_lengths))

@@ -13,8 +13,8 @@ from bertology_serve.training.full_options import CHILD_TUNING, MIXOUT, REGULARI
 PROBE, FULL = "probe", "full"
 METHODS = ("lora", "bitfit", "adapter", "prompt", "prefix", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K)
 ALONE = (PROBE, FULL, *REGULARISED)
-LP_FT, EH_FT = "lp-ft", "eh-ft"
-DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP_FT: FULL, EH_FT: "lora"}
+LP, LP_FT, EH_FT = "lp", "lp-ft", "eh-ft"
+DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP: PROBE, LP_FT: FULL, EH_FT: "lora"}
 
 # Tried on MiniLM with batches of 32 and a few hundred steps (docs/training.md). The head starts at random beside a
 # delta that starts at nothing, so it takes larger steps: with 77 labels, LoRA's own rate leaves it far behind.
@@ -48,14 +48,18 @@ class TrainConfig:
     method: tuple[str, ...] = _option(
         (), "One kind of delta or several, with commas, or another method: " + ", ".join(METHODS) + ". Default: lora."
     )
-    recipe: Literal["lp-ft", "eh-ft"] | None = _option(
+    recipe: Literal["lp", "lp-ft", "eh-ft"] | None = _option(
         None,
-        "Two stages. lp-ft: a probe, then --method (default: full) with its head; "
-        "eh-ft: --method (a delta, which is kept too), then full with its head.",
+        "lp: the probe, solved to its optimum on cached features; lp-ft: that, then --method (default: full) with its "
+        "head; eh-ft: --method (a delta, which is kept too), then full with its head.",
     )
+    lp_path: int = _option(10, "lp: values of C that are tried, from 1e-7 to 1e2.")
+    lp_layers: Literal["last", "all"] = _option("last", "lp: all: every layer gets a probe, from the same pass.")
     epochs: int = _option(3, "Passes over the training data.")
-    first_epochs: int | None = _option(None, "Those of a recipe's first stage. Default: --epochs.")
-    first_learning_rate: float | None = _option(None, "Likewise. Default: the method's.")
+    first_epochs: int | None = _option(
+        None, "Those of a recipe's first stage; with it AdamW trains the probe of lp-ft. Default: --epochs."
+    )
+    first_learning_rate: float | None = _option(None, "That of a recipe's first stage. Default: the method's.")
     max_steps: int | None = _option(None, "Stop after so many steps, whatever the epochs.")
     batch_size: int = _option(32, "Examples a step.")
     max_tokens: int = _option(4096, "Tokens a micro-batch; a batch of more is accumulated, with the same gradient.")
@@ -114,6 +118,11 @@ class TrainConfig:
         _ = self.form
 
     @property
+    def solvable(self) -> bool:
+        """Whether the head is one linear layer that gives a text its label."""
+        return self.task == "classification" and self.form.head == "linear"
+
+    @property
     def full(self) -> bool:
         """Whether the encoder itself is trained."""
         return self.method[0] == FULL or self.method[0] in REGULARISED
@@ -137,7 +146,7 @@ class TrainConfig:
 
     def task_spec(self, labels: tuple[str, ...]) -> TaskSpec:
         """The task with its defaults filled in."""
-        embedding, probe = self.task == EMBEDDING, self.method == (PROBE,) or self.recipe == LP_FT
+        embedding, probe = self.task == EMBEDDING, PROBE in self.method or self.recipe == LP_FT
         return TaskSpec(
             self.task,
             labels=labels,
@@ -170,11 +179,12 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "head": ("hf", "linear", "none"),
     "precision": ("auto", "fp32", "bf16"),
     "keep": ("best", "last"),
+    "lp_layers": ("last", "all"),
 }
 _LEAST: Mapping[str, float] = {
     "epochs": 1, "first_epochs": 1, "max_steps": 1, "batch_size": 1, "max_tokens": 1, "weight_decay": 0,
     "clip": 0, "seed": 0, "max_length": 3, "stride": 0, "max_answer_length": 1, "eval_every": 1, "patience": 1,
-    "save_every": 1,
+    "save_every": 1, "lp_path": 1,
 }  # fmt: skip
 
 
@@ -194,8 +204,17 @@ def _methods(given: Any) -> tuple[str, ...]:
 def _check_recipe(config: TrainConfig) -> None:
     """Raises SpecError where a recipe and its method do not go together."""
     names = ",".join(config.method)
-    if config.recipe is None and (config.first_epochs or config.first_learning_rate):
-        raise SpecError("first_epochs and first_learning_rate are those of a recipe's first stage; give --recipe too")
+    if config.recipe in (None, LP) and (config.first_epochs or config.first_learning_rate):
+        raise SpecError(
+            "first_epochs and first_learning_rate are those of a recipe's first stage; give --recipe lp-ft or eh-ft too"
+        )
+    if config.recipe == LP and (config.method != (PROBE,) or config.task != "classification"):
+        raise SpecError(
+            f"recipe lp solves a probe for classification; got method {names} and task {config.task}; "
+            "leave --recipe out, or take lp-ft"
+        )
+    if config.recipe == LP and config.head not in (None, "linear"):
+        raise SpecError(f"recipe lp solves one linear layer; got head {config.head!r}; leave --head out")
     if config.recipe == EH_FT and config.method[0] in ALONE:
         raise SpecError(
             f"recipe eh-ft begins with a delta, but the method is {names}; expected lora, bitfit or another"

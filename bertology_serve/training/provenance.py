@@ -14,35 +14,37 @@ import bertology_serve
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.training.config import TrainConfig
 from bertology_serve.training.methods import ParameterCount
-from bertology_serve.training.sources import Source
+from bertology_serve.training.sources import Data
 from bertology_serve.training.state import RunState
 
 # What may change between a run and its continuation, because no number depends on it.
 FREE = ("save_every",)
 
 
-def identity(config: TrainConfig, encoder: Encoder, name: str, train: Source, dev: Source | None) -> dict[str, Any]:
+def identity(config: TrainConfig, encoder: Encoder, name: str, data: Data) -> dict[str, Any]:
     """What a run and its continuation must have in common."""
     own = {key: value for key, value in config.as_dict().items() if key not in FREE}
     return own | {
         "name": name,
         "backbone": f"{encoder.name}, weights {encoder.ref.sha256[:12]}",
         "device": encoder.device.type,
-        "train": train.fingerprint,
-        "eval": dev.fingerprint if dev else None,
+        "train": data.train.fingerprint,
+        "eval": data.dev.fingerprint if data.dev else None,
+        "ood": data.ood.fingerprint if data.ood else None,
     }
 
 
 def provenance(
-    config: TrainConfig, counts: ParameterCount, state: RunState, train: Source, dev: Source | None, encoder: Encoder
+    config: TrainConfig, counts: ParameterCount, state: RunState, data: Data, encoder: Encoder
 ) -> Mapping[str, Any]:
     """How the delta came to be."""
     device = encoder.device
     return {
         "training": config.as_dict(),
-        "train": train.facts(),
-        "eval": dev.facts() if dev else None,
-        "kept": f"step {state.best_step if config.keep == 'best' and dev else state.step} of {state.step}",
+        "train": data.train.facts(),
+        "eval": data.dev.facts() if data.dev else None,
+        **({"ood": data.ood.facts()} if data.ood else {}),
+        "kept": f"step {state.best_step if config.keep == 'best' and data.dev else state.step} of {state.step}",
         "trained_parameters": counts.trained,
         "seconds": round(state.seconds, 1),
         "hardware": torch.cuda.get_device_name(device)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bertology_serve.training.config import EH_FT, FULL, LP_FT, PROBE, TrainConfig
+from bertology_serve.training.config import EH_FT, FULL, LP, LP_FT, PROBE, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -14,18 +14,19 @@ class Stage:
     """One training, always from the pretrained encoder.
 
     ``config`` names what is trained. The head starts at random, or with ``given_head`` as the stage before left it.
-    ``kept`` is what the delta of a stage that is not the last adds to the name when it is published as a product of its
-    own; without it that delta serves the next stage only.
+    ``solved``: the head is found as an optimum, without steps. ``kept`` is what the delta of a stage that is not the
+    last adds to the name when it is published as a product of its own; without it that delta serves the next only.
     """
 
     config: TrainConfig
     given_head: bool = False
+    solved: bool = False
     kept: str = ""
 
     @property
     def title(self) -> str:
         """What a person is told."""
-        what = " + ".join(self.config.method)
+        what = " + ".join(self.config.method) + (", solved" if self.solved else "")
         return f"{what}, with the head of the stage before" if self.given_head else what
 
 
@@ -34,9 +35,18 @@ def stages(config: TrainConfig) -> tuple[Stage, ...]:
     return RECIPES[config.recipe](config) if config.recipe else (Stage(config),)
 
 
+def _lp(config: TrainConfig) -> tuple[Stage, ...]:
+    """A linear probe at its optimum."""
+    return (Stage(_first(config, (PROBE,)), solved=True),)
+
+
 def _lp_ft(config: TrainConfig) -> tuple[Stage, ...]:
-    """LP-FT (Kumar et al. 2022, arXiv 2202.10054): a linear probe, then fine-tuning with that head."""
-    return Stage(_first(config, (PROBE,))), Stage(_last(config, config.method), given_head=True)
+    """LP-FT (Kumar et al. 2022, arXiv 2202.10054): a linear probe, then fine-tuning with that head.
+
+    The probe is solved where that can be done and no epochs are given for it.
+    """
+    solved = config.solvable and config.first_epochs is None
+    return Stage(_first(config, (PROBE,)), solved=solved), Stage(_last(config, config.method), given_head=True)
 
 
 def _eh_ft(config: TrainConfig) -> tuple[Stage, ...]:
@@ -45,7 +55,7 @@ def _eh_ft(config: TrainConfig) -> tuple[Stage, ...]:
     return first, Stage(_last(config, (FULL,)), given_head=True)
 
 
-RECIPES: Mapping[str, Callable[[TrainConfig], tuple[Stage, ...]]] = {LP_FT: _lp_ft, EH_FT: _eh_ft}
+RECIPES: Mapping[str, Callable[[TrainConfig], tuple[Stage, ...]]] = {LP: _lp, LP_FT: _lp_ft, EH_FT: _eh_ft}
 
 
 def _first(config: TrainConfig, method: tuple[str, ...]) -> TrainConfig:

@@ -19,7 +19,7 @@ from bertology_serve.deltas.catalog import is_delta
 from bertology_serve.errors import FormatError, InputError
 from bertology_serve.training.checkpoint import read_checkpoint, write_checkpoint, write_json
 
-LOG = "log.jsonl"
+LOG, LAYERS = "log.jsonl", "layers.json"
 
 
 class RunDirectory:
@@ -71,6 +71,11 @@ class RunDirectory:
     def stage(self, number: int) -> Path:
         """Where the delta of a recipe's finished stage lies."""
         return self.path / f"stage-{number}"
+
+    @property
+    def features(self) -> Path:
+        """Where features of the frozen encoder are kept, for every run whose delta lies beside this one."""
+        return self.out.parent / ".features"
 
     @property
     def unfinished(self) -> bool:

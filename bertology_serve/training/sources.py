@@ -40,3 +40,12 @@ class Source:
     def facts(self) -> dict[str, object]:
         """Name, rows and hash, for provenance."""
         return {"name": self.name, "rows": len(self.records), "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class Data:
+    """The sources of a run: ``dev`` chooses the state that is kept, ``ood``, of another domain, is only measured."""
+
+    train: Source
+    dev: Source | None = None
+    ood: Source | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bertology_serve.data.examples import infer_labels
@@ -18,14 +18,16 @@ from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.config import TrainConfig
 from bertology_serve.training.destination import Destination
 from bertology_serve.training.device import uses_bf16
+from bertology_serve.training.evaluate import measure
 from bertology_serve.training.items import Item, make_items
 from bertology_serve.training.loop import Trainer
 from bertology_serve.training.methods import ParameterCount, count_parameters, make_live, start_at_mean
 from bertology_serve.training.provenance import identity, provenance
 from bertology_serve.training.publish import publish, publish_copy
 from bertology_serve.training.recipes import Stage, stages
-from bertology_serve.training.rundir import LOG, RunDirectory
-from bertology_serve.training.sources import Source
+from bertology_serve.training.rundir import LAYERS, LOG, RunDirectory
+from bertology_serve.training.solve import Solver
+from bertology_serve.training.sources import Data, Source
 from bertology_serve.training.state import RunState
 from bertology_serve.training.watch import Silent, Watcher
 
@@ -38,6 +40,7 @@ class Prepared:
     task: Task
     items: list[Item]
     dev: list[Item]
+    ood: list[Item] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,19 @@ class Outcome:
     difference: float
 
 
-def prepare(config: TrainConfig, encoder: Encoder, train: Source, dev: Source | None = None) -> Prepared:
+def prepare(
+    config: TrainConfig, encoder: Encoder, train: Source, dev: Source | None = None, ood: Source | None = None
+) -> Prepared:
     """Finds the labels, checks and tokenises every record, and makes the live delta.
 
-    Raises DataError naming file and row: for a label of ``dev`` that ``train`` does not have, too.
+    Raises DataError naming file and row: for a label of ``dev`` or ``ood`` that ``train`` does not have, too.
     """
     spec = task_spec(config, encoder, train)
     live, task = make_live(encoder, config, spec), task_for(spec)
     items = make_items(task, train.records, encoder.tokenizer)
     start_at_mean(live, items)
-    return Prepared(live, task, items, make_items(task, dev.records, encoder.tokenizer) if dev else [])
+    others = [make_items(task, source.records, encoder.tokenizer) if source else [] for source in (dev, ood)]
+    return Prepared(live, task, items, *others)
 
 
 def train(
@@ -69,21 +75,25 @@ def train(
     train: Source,
     dev: Source | None = None,
     *,
+    ood: Source | None = None,
     place: Destination,
     watcher: Watcher | None = None,
 ) -> Outcome:
     """Trains, saves, compares and publishes one delta, stage by stage where the configuration is a recipe.
 
     A stage ends in the directory of a delta: the last one's is ``place``, the others' lie in the run directory, where a
-    continued run finds them. The encoder is changed by ``full``, and must not be used for anything else meanwhile.
+    continued run finds them. ``ood`` records, of another domain than ``dev``, choose nothing; what is kept is measured
+    on them once, and the metrics' names begin with ``ood_``. The encoder is changed by ``full``, and must not be used
+    for anything else meanwhile.
     """
     plan = stages(config)
     name, directory = place.open()
     products = {stage.kept: place.beside(stage.kept).open() for stage in plan if stage.kept}
-    ready = prepare(plan[0].config, encoder, train, dev)
-    began = directory.open(identity(config, encoder, name, train, dev), machine(config, encoder), place.resume)
+    ready = prepare(plan[0].config, encoder, train, dev, ood)
+    data = Data(train, dev, ood)
+    began = directory.open(identity(config, encoder, name, data), machine(config, encoder), place.resume)
     lay_out(encoder, began)
-    run = Run(config, train, dev, directory, place.version or "", watcher or Silent())
+    run = Run(config, data, directory, place.version or "", watcher or Silent())
     for number, stage in enumerate(plan[:-1], 1):
         own, product = products.get(stage.kept, (name, None))
         if not directory.stage(number).exists():
@@ -100,8 +110,7 @@ class Run:
     """What the stages of one run have in common."""
 
     config: TrainConfig
-    train: Source
-    dev: Source | None
+    data: Data
     directory: RunDirectory
     version: str
     watcher: Watcher
@@ -112,18 +121,27 @@ class Run:
         live = ready.live if before is None else _continued(stage, ready, before)
         if count > 1:
             self.watcher.staged(number, count, stage.title)
-        trainer = Trainer(
+        trainer = (Solver if stage.solved else Trainer)(
             live, ready.task, ready.items, stage.config, ready.dev, self.directory, self.watcher, number * (count > 1)
         )
         trainer.state.seconds = before.provenance["seconds"] if before else 0.0
         state = trainer.run()
         counts = count_parameters(live)
         config = self.config if number == count else stage.config
-        facts = provenance(config, counts, state, self.train, self.dev, live.encoder)
-        delta = live.freeze(name, self.version, state.metrics, facts)
-        sample = (ready.dev, self.dev.records) if self.dev else (ready.items, self.train.records)
-        difference = publish(delta, live, out, *sample, extra=[self.directory.path / LOG])
+        facts = provenance(config, counts, state, self.data, live.encoder)
+        metrics = {**state.metrics, **_elsewhere(live, ready, stage.config)}
+        delta = live.freeze(name, self.version, metrics, facts)
+        dev = self.data.dev
+        sample = (ready.dev, dev.records) if dev else (ready.items, self.data.train.records)
+        difference = publish(delta, live, out, *sample, extra=[self.directory.path / LOG, self.directory.path / LAYERS])
         return Outcome(delta, out, counts, state, difference)
+
+
+def _elsewhere(live: LiveDelta, ready: Prepared, config: TrainConfig) -> dict[str, float]:
+    """The metrics on ``ood`` items."""
+    if not ready.ood:
+        return {}
+    return {f"ood_{name}": value for name, value in measure(live, ready.task, ready.ood, config.max_tokens).items()}
 
 
 def _continued(stage: Stage, ready: Prepared, before: Delta) -> LiveDelta:

@@ -80,6 +80,24 @@ def test_recipe_says_its_stages_and_gives_two_products(bert, train_file, tmp_pat
     assert capsys.readouterr().out.count("would train") == 2
 
 
+def test_lp_shows_what_every_layer_can_do(bert, train_file, tmp_path, capsys):
+    more = ["--recipe", "lp", "--lp-layers", "all", "--lp-path", "3", "--eval", train_file]
+    assert main(arguments(bert, train_file, tmp_path / "x", *more)) == 0
+    out, notes = capsys.readouterr()
+    assert "one probe a layer" in out
+    assert sum(line.startswith("layer ") for line in notes.splitlines()) == 4
+    assert "steps                 │ 12 (kept:" in out
+
+
+def test_plot_and_another_domain(bert, train_file, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the plots extra is not installed")
+    more = ["--plot", "--eval", train_file, "--ood", train_file, "--recipe", "lp-ft", "--epochs", "1"]
+    assert main(arguments(bert, train_file, tmp_path / "x", *more)) == 0
+    assert "ood_accuracy" in capsys.readouterr().out
+    assert (tmp_path / "x" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["inspect", str(tmp_path / "x")]) == 0
+
+
 def test_dry_run_counts_and_writes_nothing(bert, train_file, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
     assert (

@@ -165,6 +165,19 @@ def test_load_refuses_what_does_not_fit():
         head.load({**good, "classifier.bias": torch.zeros(2)})
 
 
+def test_adopt_takes_what_another_head_has_and_keeps_the_rest():
+    form = head_form("bert", "bert", TaskSpec("classification", LABELS), H, {})
+    pooler = {"pooler.dense.weight": torch.randn(H, H), "pooler.dense.bias": torch.randn(H)}
+    before = Head.build(form, pooler, torch.Generator().manual_seed(0))
+    head = Head.build(form, pooler, torch.Generator().manual_seed(1), adopt=True)
+    head.adopt(before.own_tensors())
+    rows = torch.randn(2, H)
+    torch.testing.assert_close(head(rows), before(rows), atol=0, rtol=0)
+    assert all(parameter.requires_grad for parameter in head.parameters())
+    with pytest.raises(FormatError, match=r"shape \[2\]; expected \[3\]"):
+        head.adopt({"classifier.bias": torch.zeros(2)})
+
+
 def test_unknown_activation_is_refused():
     form = head_form("deberta-v2", "deberta", TaskSpec("regression"), H, {"pooler_hidden_act": "gelo"})
     with pytest.raises(SpecError, match="did you mean 'gelu'"):

@@ -40,6 +40,10 @@ def tensors(outcome: Outcome) -> dict[str, Tensor]:
 
 def test_stages_say_what_is_trained_and_from_what_start():
     probe, full = stages(TrainConfig("classification", recipe="lp-ft", epochs=5, first_epochs=2, learning_rate=1e-5))
+    assert not probe.solved, "epochs were given for it"
+    assert [stage.solved for stage in stages(TrainConfig("classification", recipe="lp-ft"))] == [True, False]
+    assert [stage.solved for stage in stages(TrainConfig("regression", recipe="lp-ft"))] == [False, False]
+    assert [stage.solved for stage in stages(TrainConfig("classification", recipe="lp"))] == [True]
     assert (probe.config.method, probe.config.epochs, probe.config.learning_rate) == (("probe",), 2, None)
     assert (full.config.method, full.config.epochs, full.config.head_rate) == (("full",), 5, 1e-5)
     assert (probe.given_head, full.given_head, probe.kept, full.kept) == (False, True, "", "")
@@ -62,14 +66,19 @@ def test_stages_say_what_is_trained_and_from_what_start():
         ({"recipe": "lpft"}, "unknown recipe 'lpft'; did you mean 'lp-ft'"),
         ({"recipe": "eh-ft", "method": "full"}, "recipe eh-ft begins with a delta, but the method is full"),
         ({"recipe": "lp-ft", "method": "probe"}, "recipe lp-ft begins with the probe"),
-        ({"first_epochs": 2}, "those of a recipe's first stage; give --recipe too"),
+        ({"first_epochs": 2}, "those of a recipe's first stage; give --recipe lp-ft or eh-ft too"),
+        ({"recipe": "lp", "method": "lora"}, "recipe lp solves a probe for classification; got method lora"),
+        ({"recipe": "lp", "task": "regression"}, "recipe lp solves a probe for classification; got .* task regression"),
+        ({"recipe": "lp", "head": "hf"}, "recipe lp solves one linear layer; got head 'hf'"),
+        ({"recipe": "lp", "lp_path": 0}, "lp_path is 0"),
+        ({"recipe": "lp", "lp_layers": "some"}, "unknown lp_layers 'some'"),
         ({"recipe": "eh-ft", "first_epochs": 0}, "first_epochs is 0"),
         ({"recipe": "eh-ft", "first_learning_rate": -1.0}, "first_learning_rate is -1.0"),
     ],
 )
 def test_senseless_recipes_are_refused(values: dict[str, Any], message: str):
     with pytest.raises(SpecError, match=message):
-        TrainConfig("classification", **values)
+        TrainConfig(**{"task": "classification", **values})
 
 
 def test_imports_no_torch():
@@ -102,7 +111,7 @@ def test_last_stage_begins_at_the_pretrained_weights_with_the_head(
 
     monkeypatch.setattr(Trainer, "_begin", spied)
     watcher = Starts()
-    outcome = run(bert, tmp_path / "mine", recipe, watcher=watcher, learning_rate=1e-3)
+    outcome = run(bert, tmp_path / "mine", recipe, watcher=watcher, learning_rate=1e-3, first_epochs=2)
     ends = [kind, "full"]
     assert [(stage, count) for stage, count, _ in watcher.said] == [(1, 2), (2, 2)]
     assert [title.split(",")[0] for _, _, title in watcher.said] == ends
@@ -170,7 +179,7 @@ class Killer(Silent):
 @pytest.mark.parametrize("recipe", ["lp-ft", "eh-ft"])
 @pytest.mark.parametrize("at", [(1, 3), (1, 8), (2, 1), (2, 5)], ids=str)
 def test_killed_in_any_stage_it_ends_at_the_same_bits(tmp_path: Path, bert_path: Path, recipe: str, at: Any):
-    values = {"save_every": 2, "trunk_dropout": True}
+    values = {"save_every": 2, "trunk_dropout": True, "first_epochs": 2}
     straight = run(Encoder.load(str(bert_path)), tmp_path / "straight", recipe, **values)
     with pytest.raises(Killed):
         run(Encoder.load(str(bert_path)), tmp_path / "killed", recipe, watcher=Killer(*at), **values)

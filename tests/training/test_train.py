@@ -145,6 +145,27 @@ def test_an_unseen_label_names_file_and_row(tmp_path: Path, bert: Encoder):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_domain_is_measured_and_chooses_nothing(tmp_path: Path, bert: Encoder, bert_path: Path):
+    rows = [Record({"text": f"the {thing} was {word}", "label": "up"}, "ood.jsonl:1") for thing in ("dog", "cat")
+            for word in ("good", "bad")]  # fmt: skip
+    config = TrainConfig("classification", "full", max_length=32, epochs=2, learning_rate=1e-3)
+    data = sets.source("classification"), sets.source("classification", "dev.jsonl")
+    ood = Source("ood.jsonl", rows)
+    delta = train(config, bert, *data, ood=ood, place=Destination(tmp_path / "mine")).delta
+    plain = train(config, Encoder.load(str(bert_path)), *data, place=Destination(tmp_path / "plain")).delta
+    assert all(torch.equal(plain.weights[name], tensor) for name, tensor in delta.weights.items())
+    mine, encoder = open_delta(tmp_path / "mine", None)
+    found = evaluate(mine, rows, encoder).metrics
+    assert {name.removeprefix("ood_"): v for name, v in delta.metrics.items() if name.startswith("ood_")} == (
+        pytest.approx(found | {"loss": delta.metrics["ood_loss"]}, abs=1e-5)
+    )
+    assert {name: v for name, v in delta.metrics.items() if not name.startswith("ood_")} == plain.metrics
+    assert delta.provenance["ood"]["rows"] == 4
+    strange = Source("ood.jsonl", [Record({"text": "good", "label": "sideways"}, "ood.jsonl:7")])
+    with pytest.raises(DataError, match=r"ood\.jsonl:7: field 'label' has the unknown label 'sideways'"):
+        train(config, bert, *data, ood=strange, place=Destination(tmp_path / "other"))
+
+
 def test_labels_may_be_given_in_order(tmp_path: Path, bert: Encoder):
     outcome = run(bert, tmp_path / "mine", labels=("up", "down", "never"))
     assert outcome.delta.task.labels == ("up", "down", "never")

@@ -1,0 +1,118 @@
+"""Pooled rows of the frozen encoder, from one pass over the data, kept on disk under the hash of what made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.encoder.reading import read_rows
+from bertology_serve.errors import FormatError
+from bertology_serve.training.checkpoint import read_checkpoint, write_checkpoint
+from bertology_serve.training.items import Item, micro_batches
+from bertology_serve.training.layers import layer_paths
+
+Features = dict[int, Tensor]
+
+
+def features(live: LiveDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int, folder: Path) -> Features:
+    """By layer the rows [N, H] (float32) that a head of the live delta's task would read there, an item each.
+
+    Layer 0 is what the embeddings put out, the last what the encoder does. Each item has one sequence. The rows are
+    read from ``folder`` where the same encoder, token ids, pooling and layers, run in the same way, left them; else
+    they are computed and left there.
+    """
+    key = _key(live, items, layers, max_tokens)
+    path = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
+    found = _read(path, key)
+    if found is None:
+        found = pooled(live, items, layers, max_tokens)
+        _write(path, found, key)
+    return found
+
+
+@torch.inference_mode()
+def pooled(live: LiveDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int) -> Features:
+    """The rows themselves, from one pass."""
+    encoder, mode = live.encoder, live.training
+    live.eval()
+    rows = {layer: torch.empty(len(items), encoder.anatomy.hidden) for layer in layers}
+    place = {id(item): i for i, item in enumerate(items)}
+    with _tapped(live, layers) as seen:
+        for group in micro_batches(items, max_tokens, not encoder.packs):
+            hidden, batch = live.hidden([item.encodings[0] for item in group])
+            seen[encoder.anatomy.layers] = hidden
+            order = sorted(range(batch.sequences), key=batch.order.__getitem__)
+            at = torch.tensor([place[id(item)] for item in group])
+            for layer in layers:
+                own = seen[layer].reshape(batch.rows, -1)
+                rows[layer][at] = read_rows(own, batch, order, live.task).float().cpu()
+    live.train(mode)
+    return rows
+
+
+@contextmanager
+def _tapped(live: LiveDelta, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """What enters each layer during a pass, by the layer below that put it out."""
+    seen: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for number, path in enumerate(layer_paths(live.encoder.anatomy)):
+            if number in layers:
+                stack.enter_context(_tap(live.encoder.model.get_submodule(path), number, seen))
+        yield seen
+
+
+@contextmanager
+def _tap(module: torch.nn.Module, number: int, seen: dict[int, Tensor]) -> Iterator[None]:
+    def keep(_: torch.nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        seen[number] = inputs[0] if inputs else named["hidden_states"]
+
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _key(live: LiveDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int) -> dict[str, Any]:
+    """Everything that the rows' bits depend on."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr([(encoding.ids, encoding.types) for encoding in item.encodings]).encode())
+    encoder = live.encoder
+    return {
+        "weights": encoder.ref.sha256,
+        "dtype": str(encoder.dtype),
+        "device": encoder.device.type,
+        "prepacked": any(getattr(module, "prepacked", None) is not None for module in encoder.model.modules()),
+        "tokens": digest.hexdigest(),
+        "pooling": live.task.pooling,
+        "layers": list(layers),
+        "max_tokens": max_tokens,
+    }
+
+
+def _read(path: Path, key: Mapping[str, Any]) -> Features | None:
+    """What lies there, if it is whole and what it is called; a damaged file is made anew."""
+    if not path.exists():
+        return None
+    try:
+        tensors, state = read_checkpoint(path)
+    except FormatError:
+        return None
+    return {int(name): tensor for name, tensor in tensors.items()} if state == key else None
+
+
+def _write(path: Path, rows: Features, key: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_name(f".{path.stem}.{os.getpid()}")
+    write_checkpoint(own, {str(layer): tensor for layer, tensor in rows.items()}, key)
+    os.replace(own, path)

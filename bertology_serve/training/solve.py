@@ -1,0 +1,163 @@
+"""The linear probe solved to its optimum, on features of one pass: the stage of a recipe that needs no steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.tasks.base import Task
+from bertology_serve.training.checkpoint import write_json
+from bertology_serve.training.config import TrainConfig
+from bertology_serve.training.features import Features, features
+from bertology_serve.training.items import Item
+from bertology_serve.training.logistic import LOOSE, Logistic, Solution
+from bertology_serve.training.methods import count_parameters
+from bertology_serve.training.rundir import LAYERS, RunDirectory
+from bertology_serve.training.state import RunState
+from bertology_serve.training.watch import Silent, Watcher
+
+HELD_OUT = 0.1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some items, their features by layer, and their labels [N]."""
+
+    items: Sequence[Item]
+    rows: Features
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The value of C that did best on one layer, and how: ``rank`` is accuracy, then the negative loss."""
+
+    layer: int
+    index: int
+    c: float
+    rank: list[float]
+    metrics: dict[str, float]
+    solution: Solution
+
+
+class Solver:
+    """Solves a live probe for every C of a path from 1e-7 to 1e2 (LP-FT's), each from the one before.
+
+    C is chosen on ``dev`` items or, without any, on a tenth of the items that is held out; the probe is then solved
+    tightly for that C on all items. Every C is a log line ``{step, epoch, layer, c, loss, eval}``, ``loss`` the
+    objective reached. With all layers each gets a probe of its own from the same pass; the last one's is the live
+    delta's, and ``layers.json`` says how the others do. It is deterministic and short: one that was interrupted begins
+    again, on the features that were kept.
+    """
+
+    def __init__(
+        self,
+        live: LiveDelta,
+        task: Task,
+        items: Sequence[Item],
+        config: TrainConfig,
+        dev: Sequence[Item],
+        directory: RunDirectory,
+        watcher: Watcher | None = None,
+        stage: int = 0,
+    ) -> None:
+        self.live, self.task, self.items, self.config, self.dev = live, task, items, config, dev
+        self.directory, self.watcher, self.state = directory, watcher or Silent(), RunState(stage)
+        depth = live.encoder.anatomy.layers
+        self.layers = tuple(range(depth + 1)) if config.lp_layers == "all" else (depth,)
+        self.path = torch.logspace(-7, 2, config.lp_path, dtype=torch.float64).tolist()
+
+    def run(self) -> RunState:
+        """Solves; the live delta's head then holds the last layer's probe."""
+        started, state = time.perf_counter(), self.state
+        self.directory.load(state.stage)
+        self.watcher.began(0, len(self.path) * len(self.layers), count_parameters(self.live))
+        whole = self._part(self.items)
+        fit, held = (whole, self._part(self.dev)) if self.dev else _split(whole, self.config.seed)
+        choices = [self._choose(layer, fit, held) for layer in self.layers]
+        best, last = choices[-1], self.layers[-1]
+        problem = Logistic(whole.rows[last], whole.labels, len(self.live.task.labels))
+        self._set(problem.solve(best.c, best.solution.raw if self.dev else None))
+        state.best, state.best_step = best.rank, state.step - len(self.path) + best.index + 1
+        state.metrics = self._measure(self._logits(held), held) if self.dev else {}
+        state.seconds += time.perf_counter() - started
+        if len(choices) > 1:
+            write_json(self.directory.path / LAYERS, {"layers": [_shown(choice) for choice in choices]})
+        return state
+
+    def _choose(self, layer: int, fit: Part, held: Part) -> Choice:
+        """The best C of the path for one layer."""
+        found = [self._tried(layer, index, solution, held) for index, solution in self._solutions(layer, fit)]
+        best = max(found, key=lambda choice: (choice.rank, -choice.index))
+        metrics = self._measure(best.solution.logits(held.rows[layer]).float(), held)
+        self.watcher.evaluated({**self._place(), "layer": layer, "c": best.c, "eval": metrics})
+        return replace(best, metrics=metrics)
+
+    def _solutions(self, layer: int, fit: Part) -> Iterator[tuple[int, Solution]]:
+        problem, start = Logistic(fit.rows[layer], fit.labels, len(self.live.task.labels)), None
+        for index, c in enumerate(self.path):
+            solution = problem.solve(c, start, LOOSE)
+            start = solution.raw
+            yield index, solution
+
+    def _tried(self, layer: int, index: int, solution: Solution, held: Part) -> Choice:
+        logits = solution.logits(held.rows[layer])
+        accuracy = (logits.argmax(1) == held.labels).double().mean().item()
+        metrics = {"accuracy": accuracy, "loss": F.cross_entropy(logits, held.labels).item()}
+        self.state.step += 1
+        about = {"layer": layer, "c": self.path[index], "loss": solution.loss, "eval": metrics}
+        self.directory.log({**self._place(), **about})
+        return Choice(layer, index, self.path[index], [accuracy, -metrics["loss"]], metrics, solution)
+
+    def _place(self) -> dict[str, Any]:
+        stage = {"stage": self.state.stage} if self.state.stage else {}
+        return {**stage, "step": self.state.step, "epoch": 0.0}
+
+    def _part(self, items: Sequence[Item]) -> Part:
+        rows = features(self.live, items, self.layers, self.config.max_tokens, self.directory.features)
+        return Part(items, rows, torch.tensor([item.target for item in items]))
+
+    @torch.no_grad()
+    def _set(self, solution: Solution) -> None:
+        linear = self.live.head.layers[-1].linear
+        linear.weight.copy_(solution.weight)  # type: ignore[union-attr,operator]
+        linear.bias.copy_(solution.bias)  # type: ignore[union-attr,operator]
+        self.live.eval()
+
+    @torch.no_grad()
+    def _logits(self, part: Part) -> Tensor:
+        """What the head, in float32, says of the last layer's rows."""
+        rows = part.rows[self.layers[-1]].to(self.live.encoder.device)
+        out: Tensor = self.live.head(rows)
+        return out.cpu()
+
+    def _measure(self, logits: Tensor, part: Part) -> dict[str, float]:
+        """The task's metrics, and the mean loss, of logits [N, C]."""
+        answers = [
+            self.task.decode(item.example, item.encodings, [own]) for item, own in zip(part.items, logits, strict=True)
+        ]
+        metrics = self.task.metrics(answers, [item.example for item in part.items])
+        return {**metrics, "loss": float(F.cross_entropy(logits, part.labels))}
+
+
+def _split(whole: Part, seed: int) -> tuple[Part, Part]:
+    """All but a tenth, and that tenth, drawn by the seed."""
+    order = torch.randperm(len(whole.items), generator=torch.Generator().manual_seed(seed))
+    count = max(1, round(HELD_OUT * len(order)))
+    return _chosen(whole, order[count:]), _chosen(whole, order[:count])
+
+
+def _chosen(part: Part, at: Tensor) -> Part:
+    rows = {layer: rows[at] for layer, rows in part.rows.items()}
+    return Part([part.items[i] for i in at.tolist()], rows, part.labels[at])
+
+
+def _shown(choice: Choice) -> dict[str, Any]:
+    return {"layer": choice.layer, "c": choice.c, "train_loss": choice.solution.loss, **choice.metrics}

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bertology_serve.deltas import store
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.training.config import TrainConfig
+from bertology_serve.training.destination import Destination
+from bertology_serve.training.evaluate import evaluate
+from bertology_serve.training.features import pooled
+from bertology_serve.training.saved import open_delta
+from bertology_serve.training.solve import Solver
+from bertology_serve.training.train import Outcome, prepare, train
+from bertology_serve.training.watch import Silent
+from tests.training import sets
+
+
+def run(encoder: Encoder, out: Path, **values: Any) -> Outcome:
+    place = {name: values.pop(name) for name in ("resume", "overwrite") if name in values}
+    watcher, dev = values.pop("watcher", None), values.pop("dev", sets.source("classification", "dev.jsonl"))
+    config = TrainConfig("classification", **{"recipe": "lp", "max_length": 32, "epochs": 2, "batch_size": 4, **values})
+    data = sets.source("classification"), dev
+    return train(config, encoder, *data, place=Destination(out, **place), watcher=watcher)
+
+
+def lines(outcome: Outcome) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (outcome.path / "log.jsonl").read_text().splitlines()]
+
+
+def test_probe_is_published_at_the_optimum_for_its_c(tmp_path: Path, bert: Encoder):
+    outcome = run(bert, tmp_path / "mine")
+    delta, encoder = open_delta(tmp_path / "mine", None)
+    assert delta.kinds == ("probe",)
+    found = evaluate(delta, sets.source("classification").records, encoder).metrics
+    assert {name: value for name, value in delta.metrics.items() if name != "loss"} == pytest.approx(found, abs=1e-5)
+    tried = lines(outcome)
+    assert [line["c"] for line in tried] == pytest.approx([10.0**exponent for exponent in range(-7, 3)])
+    best = max(tried, key=lambda line: (line["eval"]["accuracy"], -line["eval"]["loss"]))
+    assert outcome.state.best_step == best["step"]
+    made = prepare(TrainConfig("classification", recipe="lp", max_length=32), bert, sets.source("classification"))
+    x = pooled(made.live, made.items, (3,), 4096)[3].double()
+    weight, bias = (delta.head[f"classifier.{name}"].double().requires_grad_(True) for name in ("weight", "bias"))
+    penalty = (x.std(correction=0) * (weight[1] - weight[0])).square().sum() / (2 * best["c"] * len(x))
+    loss = F.cross_entropy(x @ weight.T + bias, torch.tensor([item.target for item in made.items])) + penalty
+    gradients = torch.autograd.grad(loss, [weight, bias])
+    assert max(float(gradient.abs().max()) for gradient in gradients) < 1e-5 * max(1.0, float(x.std()))
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", ".features"}
+
+
+def test_every_layer_has_a_probe_from_one_pass(tmp_path: Path, bert: Encoder, monkeypatch: pytest.MonkeyPatch):
+    passes: list[int] = []
+    hidden = LiveDelta.hidden
+    monkeypatch.setattr(LiveDelta, "hidden", lambda self, own: (passes.append(len(own)), hidden(self, own))[1])
+    seen: list[int] = []
+
+    class Watch(Silent):
+        def evaluated(self, line: Any) -> None:
+            seen.append(line["layer"])
+
+    outcome = run(bert, tmp_path / "mine", lp_layers="all", lp_path=3, watcher=Watch())
+    layers = json.loads((outcome.path / "layers.json").read_text())["layers"]
+    assert [layer["layer"] for layer in layers] == seen == [0, 1, 2, 3]
+    assert sum(passes) <= 16 + 16 + 16, "training rows, evaluation rows, and those that were compared"
+    assert layers[3]["accuracy"] == pytest.approx(outcome.delta.metrics["accuracy"])
+    assert outcome.state.step == 12
+    alone = run(bert, tmp_path / "alone", lp_path=3)
+    for name, tensor in alone.delta.head.items():
+        assert torch.allclose(tensor, outcome.delta.head[name], atol=1e-5)
+    assert not (alone.path / "layers.json").exists()
+
+
+def test_without_evaluation_data_c_is_chosen_on_a_held_out_part(tmp_path: Path, bert: Encoder):
+    outcome = run(bert, tmp_path / "mine", dev=None)
+    assert outcome.delta.metrics == {}
+    accuracies = {line["eval"]["accuracy"] for line in lines(outcome)}
+    assert accuracies <= {0.0, 0.5, 1.0}, "two of sixteen rows are held out"
+    other = run(bert, tmp_path / "other", dev=None, seed=1)
+    assert [line["eval"]["loss"] for line in lines(other)] != [line["eval"]["loss"] for line in lines(outcome)]
+
+
+def test_lp_ft_begins_with_the_solved_probe(tmp_path: Path, bert_path: Path):
+    probe = run(Encoder.load(str(bert_path)), tmp_path / "probe").delta
+    said: list[str] = []
+
+    class Watch(Silent):
+        def staged(self, stage: int, count: int, title: str) -> None:
+            said.append(title)
+
+    outcome = run(Encoder.load(str(bert_path)), tmp_path / "mine", recipe="lp-ft", learning_rate=1e-9, watcher=Watch())
+    assert said == ["probe, solved", "full, with the head of the stage before"]
+    for name, tensor in probe.head.items():
+        assert torch.allclose(outcome.delta.head[name], tensor, atol=1e-6), "a rate of 1e-9 moves nothing to speak of"
+    assert outcome.delta.kinds == ("full",)
+    assert {line["stage"] for line in lines(outcome)} == {1, 2}
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("recipe", ["lp", "lp-ft"])
+def test_killed_in_the_path_it_ends_at_the_same_bits(
+    tmp_path: Path, bert_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+):
+    straight = run(Encoder.load(str(bert_path)), tmp_path / "straight", recipe=recipe)
+    tried = Solver._tried
+
+    def stops(self: Solver, layer: int, index: int, *rest: Any) -> Any:
+        if index == 4:
+            raise Killed
+        return tried(self, layer, index, *rest)
+
+    monkeypatch.setattr(Solver, "_tried", stops)
+    with pytest.raises(Killed):
+        run(Encoder.load(str(bert_path)), tmp_path / "killed", recipe=recipe)
+    monkeypatch.undo()
+    resumed = run(Encoder.load(str(bert_path)), tmp_path / "killed", recipe=recipe, resume=True)
+    for group in ("head", "weights"):
+        for name, tensor in getattr(straight.delta, group).items():
+            assert torch.equal(getattr(resumed.delta, group)[name], tensor), name
+    assert len(lines(resumed)) == len(lines(straight))
+    assert store.load(resumed.path).metrics == store.load(straight.path).metrics
