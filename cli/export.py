@@ -31,7 +31,9 @@ def export(
     """Export a delta with its encoder to ONNX, run it in ONNX Runtime against torch, publish it if they agree.
 
     With --merge LoRA and BitFit are folded into the weights; without it the delta stays apart in the graph, as
-    initialisers called delta.NAME.SLOT.LAYER.
+    initialisers called delta.NAME.SLOT.LAYER. BERT, RoBERTa, DistilBERT, ELECTRA, MPNet and ModernBERT are written
+    straight from their weights, and padding costs no work; other encoders go through torch's exporter. With
+    --layout triton, --out is REPOSITORY/NAME.
     """
     from bertology_serve.export.exporting import export_delta
     from bertology_serve.training.saved import open_delta

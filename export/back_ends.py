@@ -32,14 +32,16 @@ def choose(parts: Parts, spec: ExportSpec) -> Chosen:
     stands_in_the_way = obstacle(parts) if spec.back_end != "torch" else "another was asked for"
     if stands_in_the_way is None:
         return Chosen(True, spec.unpads)
-    if spec.back_end == "direct" or spec.unpad:
+    if spec.back_end == "direct" or spec.unpad or spec.precision != "fp32":
         raise Unsupported(
-            f"the direct back end cannot write this model: {stands_in_the_way}; "
-            "leave out --back-end and --unpad: torch's exporter then writes it, padded"
+            f"the direct back end cannot write this model: {stands_in_the_way}; leave out --back-end, --unpad and "
+            "--precision: torch's exporter then writes it, padded and in float32"
         )
     return Chosen(False, False)
 
 
-def write(parts: Parts, chosen: Chosen, opset: int) -> onnx_ir.Model:
+def write(parts: Parts, chosen: Chosen, spec: ExportSpec) -> onnx_ir.Model:
     """The ONNX model; raises what ``to_onnx`` raises."""
-    return emit(parts, opset, chosen.unpad) if chosen.direct else to_onnx(Graph(parts), opset)
+    if chosen.direct:
+        return emit(parts, spec.opset, chosen.unpad, spec.precision)
+    return to_onnx(Graph(parts), spec.opset)

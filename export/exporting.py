@@ -65,7 +65,7 @@ def export_delta(
     started = time.perf_counter()
     parts = parts_of(encoder, delta, spec.merge)
     chosen = choose(parts, spec)
-    model = write(parts, chosen, spec.opset)
+    model = write(parts, chosen, spec)
     facts = metadata(encoder, delta, parts, spec, chosen, name or delta.name)
     annotate(model, facts)
     with staging(target) as stage:
@@ -74,7 +74,7 @@ def export_delta(
         size = save(model, file)
         written = time.perf_counter()
         cases = chain(built_in(encoder.tokenizer, longest(encoder, delta)), of_encodings(records))
-        report = verify(Session(file), reference, cases, encoder.tokenizer.pad_token_id or 0, spec.atol)
+        report = verify(Session(file), reference, cases, encoder.tokenizer.pad_token_id or 0, spec.atol, spec.drift)
         check(report)
         write_around(stage, spec.model, encoder, delta, facts, report)
         if spec.layout == "triton":

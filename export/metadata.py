@@ -42,7 +42,8 @@ def metadata(
         "merged": spec.merge,
         "inputs": f"{', '.join(parts.inputs)}: {SEMANTICS}",
         "outputs": f"{parts.output}: {_output(delta)}",
-        "verification": f"{parts.output} within {spec.atol:g} of the unmerged torch engine in ONNX Runtime, "
+        "precision": spec.precision,
+        "verification": f"{parts.output} {_bound(spec)} the unmerged float32 torch engine in ONNX Runtime, "
         "or this file would not have been published; the figures are in verification.json",
         "opset": spec.opset,
         "back_end": chosen.name,
@@ -52,6 +53,10 @@ def metadata(
     return {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in facts.items()
     }
+
+
+def _bound(spec: ExportSpec) -> str:
+    return f"within {spec.atol:g} of" if not spec.drift else f"with ‖Δ‖/‖·‖ at most {spec.drift:g} against"
 
 
 def longest(encoder: Encoder, delta: Delta) -> int:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from bertology_serve.errors import SpecError
 
+Precision = Literal["fp32", "int8-row"]
 OPSETS = (18, 23)
 MODEL = {"hf": "onnx/model.onnx", "flat": "model.onnx", "triton": "1/model.onnx"}
 """Where the file lies in a directory, by layout."""
@@ -34,6 +35,12 @@ class ExportSpec:
     back_end: Literal["auto", "direct", "torch"] = field(
         default="auto", metadata={"help": "Written from the weights, or by torch's exporter; auto: direct if it can."}
     )
+    precision: Precision = field(
+        default="fp32", metadata={"help": "int8-row: the encoder's products in 8 bits, each row with its own scale."}
+    )
+    max_drift: float = field(
+        default=0.1, metadata={"help": "In 8 bits: largest ‖Δ‖/‖torch‖ of all outputs that is accepted."}
+    )
     layout: Literal["hf", "flat", "triton"] = field(
         default="hf",
         metadata={"help": "onnx/model.onnx as HuggingFace's tools look for it; flat; a model of NVIDIA Triton's."},
@@ -45,8 +52,15 @@ class ExportSpec:
             raise SpecError(f"opset is {self.opset}; expected {OPSETS[0]} to {OPSETS[1]}")
         if not self.atol > 0:
             raise SpecError(f"atol is {self.atol}; expected a number above 0, such as 1e-5")
-        if self.unpad and self.back_end == "torch":
-            raise SpecError("torch's exporter does not unpad; leave out --unpad, or take the direct back end")
+        if not self.max_drift > 0:
+            raise SpecError(f"max_drift is {self.max_drift}; expected a number above 0, such as 0.1")
+        if self.back_end == "torch" and (self.unpad or self.precision != "fp32"):
+            raise SpecError("torch's exporter neither unpads nor quantises; take the direct back end for it")
+
+    @property
+    def drift(self) -> float:
+        """The largest ‖Δ‖/‖torch‖ that passes although single outputs are further off than ``atol``; 0 in float32."""
+        return 0.0 if self.precision == "fp32" else self.max_drift
 
     @property
     def model(self) -> str:

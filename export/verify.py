@@ -33,6 +33,8 @@ class Compared:
 class Report:
     """What the verifier found. Differences are absolute, on logits or embedding components.
 
+    ``drift`` is ‖Δ‖/‖expected‖ over all outputs; ``max_drift`` is above 0 for quantised files, and then what counts.
+
     ``agreement`` is the share of decisions (the best class, tag, or start and end) that are the same, ``None`` for
     tasks that decide nothing; ``neighbours`` the largest change of a row when it is run alone; ``scale`` the largest
     |output|, which float32's own noise grows with.
@@ -48,19 +50,27 @@ class Report:
     scale: float
     sequences: int
     shapes: tuple[Compared, ...]
+    drift: float = 0.0
+    max_drift: float = 0.0
 
     @property
     def passed(self) -> bool:
-        """Whether every difference is within ``atol``; NaN is not."""
-        return self.largest <= self.atol and self.neighbours <= self.atol
+        """Whether every difference is within ``atol``, or the drift within ``max_drift``; NaN is not.
+
+        What neighbours change in a row must be within ``atol`` either way.
+        """
+        close = self.drift <= self.max_drift if self.max_drift else self.largest <= self.atol
+        return close and self.neighbours <= self.atol
 
     def line(self) -> str:
         """The result in one line."""
         shapes = len({one.shape for one in self.shapes})
         decided = "" if self.agreement is None else f", {self.agreement:.2%} of decisions the same"
+        drifted = f"drift {self.drift:.2%} (allowed {self.max_drift:.0%}), " if self.max_drift else ""
+        allowed = "" if self.max_drift else f" (allowed {self.atol:.0e})"
         return (
             f"{'agrees' if self.passed else 'DIFFERS'}: {self.runtime} ({self.provider}) against torch, "
-            f"{self.sequences} sequences in {shapes} shapes: max |Δ| {self.largest:.1e} (allowed {self.atol:.0e}), "
+            f"{self.sequences} sequences in {shapes} shapes: {drifted}max |Δ| {self.largest:.1e}{allowed}, "
             f"mean {self.mean:.1e}{decided}, neighbours change a row by {self.neighbours:.1e}"
         )
 
@@ -69,14 +79,17 @@ class Report:
         return {"passed": self.passed, **asdict(self)}
 
 
-def verify(session: Session, reference: Reference, cases: Iterable[Case], pad: int, atol: float) -> Report:
+def verify(
+    session: Session, reference: Reference, cases: Iterable[Case], pad: int, atol: float, max_drift: float = 0.0
+) -> Report:
     """Compares a file with the torch engine on every case."""
     task, compared, same, sequences = reference.task, [], list[bool](), 0
-    cases = list(cases)
+    cases, squares = list(cases), np.zeros(2)
     for case in cases:
         expected = [out.numpy() for out in reference.outputs(case.encodings)]
         found = _rows(session, case, pad, task)
         differences = np.concatenate([np.abs(e - f).ravel() for e, f in zip(expected, found, strict=True)])
+        squares += [_square(differences), sum(map(_square, expected))]
         scale = max(float(np.abs(one).max()) for one in expected)
         compared.append(Compared(case.shape, float(differences.max()), float(differences.mean()), scale))
         same += [a == b for e, f in zip(expected, found, strict=True) for a, b in _decisions(e, f, task)]
@@ -92,7 +105,14 @@ def verify(session: Session, reference: Reference, cases: Iterable[Case], pad: i
         scale=max(one.scale for one in compared),
         sequences=sequences,
         shapes=tuple(compared),
+        drift=float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0,
+        max_drift=max_drift,
     )
+
+
+def _square(values: Output) -> float:
+    """The squared norm."""
+    return float(np.square(values, dtype=np.float64).sum())
 
 
 def check(report: Report) -> None:
@@ -101,7 +121,8 @@ def check(report: Report) -> None:
         worst = max(report.shapes, key=lambda one: (np.isnan(one.largest), one.largest))
         raise VerificationError(
             f"{report.line()}; worst at {worst.shape}, outputs reach {report.scale:.3g}; nothing was published: "
-            f"give a larger --atol if that will do, or leave out --merge to see whether folding is the cause"
+            f"give a larger --{'max-drift' if report.max_drift else 'atol'} if that will do, or leave out "
+            f"{'--precision' if report.max_drift else '--merge to see whether folding is the cause'}"
         )
 
 

@@ -12,6 +12,7 @@ from bertology_serve.export.direct.reading import activations_of, read
 from bertology_serve.export.direct.rows import Packed, Padded, gather
 from bertology_serve.export.parts import Parts
 from bertology_serve.export.rows import Weave
+from bertology_serve.export.spec import Precision
 from bertology_serve.tasks.spec import EMBEDDING
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet", "modernbert")
@@ -30,8 +31,10 @@ def obstacle(parts: Parts) -> str | None:
     return f"the rotary positions of {scaled[0]} are scaled" if scaled else None
 
 
-def emit(parts: Parts, opset: int, unpad: bool) -> onnx_ir.Model:
+def emit(parts: Parts, opset: int, unpad: bool, precision: Precision = "fp32") -> onnx_ir.Model:
     """The graph of ``parts``, for which there is no ``obstacle``; with ``unpad`` padding is left out of the work.
+
+    ``precision`` is that of the encoder's linears; all else is float32.
 
     Inputs and output are those of ``graph.Graph``; weights have the same names.
     """
@@ -39,7 +42,7 @@ def emit(parts: Parts, opset: int, unpad: bool) -> onnx_ir.Model:
     inputs = [nodes.input(name) for name in parts.inputs]
     text = gather(inputs[0], inputs[1], inputs[2] if len(inputs) > 2 else None)
     rows = (Packed if unpad else Padded)(text, Weave(parts.effects.prompt, parts.first_position))
-    hidden = encode(Modules(nodes, parts), rows)
+    hidden = encode(Modules(nodes, parts, precision), rows)
     return nodes.model(inputs, parts.output, read(nodes, parts, rows, hidden), output_shape(parts))
 
 

@@ -10,14 +10,17 @@ from torch import Tensor
 from bertology_serve.deltas.slots import Slot
 from bertology_serve.export.direct.activations import ACTIVATIONS
 from bertology_serve.export.direct.nodes import Nodes, Value
+from bertology_serve.export.direct.products import product, quantised_product
 from bertology_serve.export.parts import Parts
+from bertology_serve.export.spec import Precision
 
 
 class Modules:
     """Linears and norms by slot and layer; rows [T, K] -> [T, N]."""
 
-    def __init__(self, nodes: Nodes, parts: Parts) -> None:
+    def __init__(self, nodes: Nodes, parts: Parts, precision: Precision = "fp32") -> None:
         self.nodes, self.parts = nodes, parts
+        self._product = {"fp32": product, "int8-row": quantised_product}[precision]
         self._updates: dict[str, list[tuple[Slot, int]]] = defaultdict(list)
         self._adapters: dict[str, list[tuple[str, int]]] = defaultdict(list)
         effects = parts.effects
@@ -34,10 +37,10 @@ class Modules:
         found = self.parts.anatomy.slots.get(slot)
         return found is not None and found.paths[layer] is not None
 
-    def own(self, name: str, transposed: bool = False) -> Value | None:
+    def own(self, name: str) -> Value | None:
         """A tensor of the encoder; ``None`` where it has none of that name."""
         tensor = self.parts.state.get(name)
-        return None if tensor is None else self.nodes.weight(name, tensor.T if transposed else tensor)
+        return None if tensor is None else self.nodes.weight(name, tensor)
 
     def mine(self, name: str, tensor: Tensor) -> Value:
         """A tensor of the delta."""
@@ -46,9 +49,8 @@ class Modules:
     def linear(self, slot: str, layer: int, x: Value, residual: Value | None = None) -> Value:
         """``x W + b + Σ updates``, through the adapters that stand behind it, ``+ residual``."""
         path = self._path(slot, layer)
-        weight, bias = self.own(f"{path}.weight", transposed=True), self.own(f"{path}.bias")
-        assert weight is not None
-        terms = [x @ weight, *([] if bias is None else [bias]), *self._added(path, x)]
+        y, bias = self._product(x, f"{path}.weight", self.parts.state[f"{path}.weight"]), self.own(f"{path}.bias")
+        terms = [y, *([] if bias is None else [bias]), *self._added(path, x)]
         adapters = self._adapters.get(path, [])
         if adapters:
             y = self.nodes.total(*terms)

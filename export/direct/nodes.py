@@ -72,9 +72,11 @@ class Nodes:
 
     def weight(self, name: str, tensor: Tensor) -> Value:
         """A tensor under its own name, float32; asked for again it is the same."""
-        if name not in self._weights:
-            return self._initializer(name, tensor.detach().float().contiguous().numpy())
-        return Value(self, self._weights[name])
+        return self.array(name, tensor.detach().float().contiguous().numpy())
+
+    def array(self, name: str, array: Array) -> Value:
+        """The same for an array of any type."""
+        return Value(self, self._weights[name]) if name in self._weights else self._initializer(name, array)
 
     def _initializer(self, name: str, array: Array) -> Value:
         self._weights[name] = ir.val(name, const_value=ir.tensor(array, name=name))

@@ -29,7 +29,7 @@ def test_the_direct_back_end_where_it_can(family, options, chosen, tmp_path):
     assert chosen.name == ("direct" if chosen.direct else "torch")
 
 
-@pytest.mark.parametrize("options", [{"unpad": True}, {"back_end": "direct"}])
+@pytest.mark.parametrize("options", [{"unpad": True}, {"back_end": "direct"}, {"precision": "int8-row"}])
 def test_what_only_the_direct_back_end_does_is_refused_elsewhere(options, tmp_path):
     encoder = tiny.encoder("deberta-v3", tmp_path)
     parts = parts_of(encoder, tiny.delta(encoder, "x", *DELTAS["folds"]), True)
@@ -37,6 +37,7 @@ def test_what_only_the_direct_back_end_does_is_refused_elsewhere(options, tmp_pa
         choose(parts, ExportSpec(**options))
 
 
-def test_torch_does_not_unpad():
-    with pytest.raises(SpecError, match="torch's exporter does not unpad"):
-        ExportSpec(back_end="torch", unpad=True)
+@pytest.mark.parametrize("options", [{"unpad": True}, {"precision": "int8-row"}])
+def test_torch_does_neither(options):
+    with pytest.raises(SpecError, match="torch's exporter neither unpads nor quantises"):
+        ExportSpec(back_end="torch", **options)

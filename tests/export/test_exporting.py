@@ -226,6 +226,23 @@ def test_records_of_the_caller_are_verified_too(bert, tmp_path, monkeypatch):
     assert [one.shape for one in done.report.shapes[-3:]] == ["8×10 right", "8×18 left", "3×21 right"]
 
 
+def test_8_bits_are_published_where_they_stay_close(bert, tmp_path):
+    spec = ExportSpec(merge=True, precision="int8-row")
+    done = export_delta(bert.encoder, bert.delta, tmp_path / "out", spec)
+    assert 0 < done.report.drift < 0.05
+    assert done.report.neighbours <= 1e-5
+    model = onnx.load(done.directory / "onnx" / "model.onnx")
+    facts = {prop.key: prop.value for prop in model.metadata_props}
+    assert facts["precision"] == "int8-row"
+    assert "‖Δ‖/‖·‖ at most 0.1 against the unmerged float32" in facts["verification"]
+    kinds = {one.name: one.data_type for one in model.graph.initializer}
+    assert kinds["encoder.layer.0.attention.self.query.weight"] == onnx.TensorProto.INT8
+    assert kinds["encoder.layer.0.attention.self.query.weight_scale"] == onnx.TensorProto.FLOAT
+    with pytest.raises(VerificationError, match=r"drift .* nothing was published: give a larger --max-drift"):
+        export_delta(bert.encoder, bert.delta, tmp_path / "no", ExportSpec(precision="int8-row", max_drift=1e-4))
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_delta_of_other_weights_is_refused(bert, tmp_path):
     stranger = tiny.encoder("bert", tmp_path / "stranger", seed=4)
     with pytest.raises(BaseMismatch):

@@ -86,3 +86,28 @@ def test_padding_is_not_compared_and_only_decisions_are_counted(kind, agreement)
     report = verify(Session(per_token=task.per_token), Reference(task), CASES, 0, 1e-5)
     assert report.passed
     assert report.agreement == agreement
+
+
+@pytest.mark.parametrize(("allowed", "passes"), [(0.3, True), (0.1, False)])
+def test_drift_counts_where_it_is_allowed(allowed, passes):
+    """A session that adds 1 to each first output: ‖Δ‖ = √4 of the four cases' norms."""
+
+    class Off(Session):
+        def run(self, arrays):
+            return super().run(arrays) + np.array([1.0, 0.0], dtype=np.float32)
+
+    report = verify(Off(), Reference(), CASES, 0, 1e-5, allowed)
+    expected = np.sqrt(6 / sum(n * n + 4 for n in (1, 3, 1, 1, 4, 7)))
+    assert report.drift == pytest.approx(expected)
+    assert report.passed is passes
+    assert f"drift {expected:.2%} (allowed {allowed:.0%})" in report.line()
+    if not passes:
+        with pytest.raises(VerificationError, match="give a larger --max-drift if that will do, or leave out --precis"):
+            check(report)
+
+
+def test_no_drift_excuses_neighbours():
+    report = verify(Session(1e-3), Reference(), CASES, 0, 1e-5, 0.1)
+    assert report.drift < 0.1
+    assert not report.passed
+    assert not verify(Session(float("nan")), Reference(), CASES, 0, 1e-5, 0.1).passed

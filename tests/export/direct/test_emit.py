@@ -13,6 +13,7 @@ from bertology_serve.export.direct.emit import FAMILIES, emit, obstacle
 from bertology_serve.export.graph import Graph
 from bertology_serve.export.parts import Parts, parts_of
 from bertology_serve.export.reference import Reference
+from bertology_serve.export.spec import Precision
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.export.cases import CLASSES, DELTAS, EVERYTHING, encodings, padded, small
@@ -24,9 +25,9 @@ LENGTHS = (1, 2, 5, 17, 32)
 class Run:
     """An emitted graph, checked by ONNX and loaded into ONNX Runtime."""
 
-    def __init__(self, parts: Parts, opset: int = 20, unpad: bool = True) -> None:
+    def __init__(self, parts: Parts, opset: int = 20, unpad: bool = True, precision: Precision = "fp32") -> None:
         self.parts = parts
-        model = onnx_ir.to_proto(emit(parts, opset, unpad))
+        model = onnx_ir.to_proto(emit(parts, opset, unpad, precision))
         onnx.checker.check_model(model, full_check=opset < 23)
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 

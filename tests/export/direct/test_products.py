@@ -1,0 +1,94 @@
+"""Products in 8 bits against float64, and the promises that they make."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir
+import onnxruntime
+import pytest
+import torch
+
+from bertology_serve.export.direct.nodes import Nodes
+from bertology_serve.export.direct.products import product, quantised, quantised_product
+from bertology_serve.export.parts import parts_of
+from bertology_serve.export.reference import Reference
+from tests import tiny
+from tests.export.cases import DELTAS, encodings, padded
+from tests.export.direct.test_emit import Run
+
+SIZES = [(1, 1, 1), (5, 33, 17), (64, 384, 96)]
+
+
+def rows_and_weight(rows: int, inputs: int, outputs: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Whole numbers, for they are the input; rows and columns of very different sizes."""
+    generator = np.random.default_rng(rows)
+    x = np.round(generator.normal(size=(rows, inputs)) * 10.0 ** generator.integers(1, 6, (rows, 1)))
+    return x.astype(np.int64), torch.from_numpy(
+        (generator.normal(size=(outputs, inputs)) * 10.0 ** generator.integers(-3, 2, (outputs, 1))).astype(np.float32)
+    )
+
+
+def run(multiply, x: np.ndarray, weight: torch.Tensor) -> np.ndarray:
+    nodes = Nodes(18)
+    given = nodes.input("x")
+    model = nodes.model([given], "y", multiply(given.real(), "w", weight), ("rows", "columns"))
+    return onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString()).run(None, {"x": x})[0]
+
+
+def naive(x: np.ndarray, weight: torch.Tensor) -> np.ndarray:
+    """Every number rounded to a 127th of the largest in its row or column, multiplied in float64."""
+
+    def rounded(values: np.ndarray) -> np.ndarray:
+        scales = np.abs(values).max(1, keepdims=True) / 127
+        return np.round(values / scales) * scales
+
+    return rounded(x.astype(np.float64)) @ rounded(weight.double().numpy()).T
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_both_precisions_against_float64(size):
+    x, weight = rows_and_weight(*size)
+    exact = x.astype(np.float64) @ weight.double().numpy().T
+    norms = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(weight, axis=1)
+    assert (np.abs(run(product, x, weight) - exact) / norms).max() < 1e-6
+    assert (np.abs(run(quantised_product, x, weight) - exact) / norms).max() < 0.02
+    # a value halfway between two integers may be rounded either way: one step of the row or the column
+    assert (np.abs(run(quantised_product, x, weight) - naive(x, weight)) / norms).max() < 0.002
+
+
+def test_a_row_of_zeros_stays_zero():
+    x, weight = rows_and_weight(4, 16, 8)
+    x[1] = 0
+    weight[2] = 0
+    out = run(quantised_product, x, weight)
+    assert not out[1].any()
+    assert not out[:, 2].any()
+    assert out[0, 0] != 0
+
+
+def test_a_row_never_sees_its_neighbours():
+    x, weight = rows_and_weight(64, 384, 96)
+    together = run(quantised_product, x, weight)
+    assert all(np.array_equal(run(quantised_product, x[i : i + 1], weight)[0], together[i]) for i in range(0, 64, 7))
+
+
+def test_weights_use_the_whole_range():
+    integers, scales = quantised(torch.tensor([[0.5, -2.0], [0.0, 0.0], [3.0, 1.5]]))
+    assert integers.tolist() == [[32, -127], [0, 0], [127, 64]]
+    assert scales[[0, 2]].tolist() == pytest.approx([2 / 127, 3 / 127])
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "mpnet"])
+@pytest.mark.parametrize("name", ["folds", "everything"])
+def test_an_encoder_in_8_bits_stays_close_and_its_rows_apart(family, name, tmp_path):
+    encoder = tiny.encoder(family, tmp_path)
+    delta = tiny.delta(encoder, "x", *DELTAS[name])
+    expected = Reference(encoder, delta)
+    sequences = encodings((20, 3, 9), typed=family == "bert")
+    exact = np.stack([row.numpy() for row in expected.outputs(sequences)])
+    for unpad in (False, True):
+        run = Run(parts_of(encoder, delta, name == "folds"), unpad=unpad, precision="int8-row")
+        out = run(*padded(sequences, left=True))
+        assert 1e-5 < np.linalg.norm(out - exact) / np.linalg.norm(exact) < 0.05
+        alone = np.concatenate([run(*padded([one], left=False)) for one in sequences])
+        assert np.abs(alone - out).max() <= 1e-6
