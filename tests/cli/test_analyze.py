@@ -57,3 +57,13 @@ def test_heads(made, tmp_path, capsys):
     assert main(["analyze", "heads", *arguments, "--steps", "2", "--seeds", "1"]) == 0
     assert "least important first" in capsys.readouterr().out
     assert json.loads((tmp_path / "heads.json").read_text())["facts"]["eval_examples"] == 16
+
+
+def test_probe(made, tmp_path, capsys):
+    arguments = ["--backbone", str(made / "bert"), "--input", str(made / "tags.jsonl"), "--out", str(tmp_path)]
+    assert main(["analyze", "probe", *arguments, "--tasks", "tags,position"]) == 0
+    assert "selectivity" in capsys.readouterr().out
+    assert {row["task"] for row in json.loads((tmp_path / "probe.json").read_text())["tables"]["layers"]} == {
+        "tags",
+        "position",
+    }
