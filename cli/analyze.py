@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertology_serve.analysis.settings import AttentionSettings, HeadSettings, ProbeSettings
+from bertology_serve.analysis.settings import AttentionSettings, DistanceSettings, HeadSettings, ProbeSettings
 from bertology_serve.cli.common import note, progress, table
 from bertology_serve.cli.options import options
 
@@ -99,6 +99,27 @@ def probe(
     columns = ("task", "layer", "accuracy", "macro_f1", "control_accuracy", "selectivity", "majority")
     rows = [[row[column] for column in columns] for row in report.tables["layers"]]
     table("probes; layer 0 is the embeddings", columns, rows, stderr=False)
+    written(report, out)
+
+
+@app.command()
+@options(DistanceSettings, into="settings")
+def distance(
+    delta: Annotated[Path, typer.Option(metavar="DIR", help="The delta, or a whole tuned model.")],
+    backbone: Backbone = None,
+    corpus: Annotated[str | None, typer.Option(help="Texts for the features, as for attention.")] = None,
+    out: Out = Path("analysis"),
+    device: Device = "auto",
+    *,
+    settings: DistanceSettings,
+) -> None:
+    """How far a delta moved the weights and the features: norms, spectra, linear CKA (Kornblith et al. 2019)."""
+    from bertology_serve.analysis.distance import distance as run
+
+    with bar("distance") as advance:
+        report = run(subject(backbone, delta, device), None, corpus, settings, advance=advance)
+    rows = [(row["layer"], row["cka"], row["drift"]) for row in report.tables["features"]]
+    table("features beside the base's; layer 0 is the embeddings", ("layer", "CKA", "drift"), rows, stderr=False)
     written(report, out)
 
 

@@ -69,3 +69,15 @@ class ProbeSettings:
         at_least_one(self, "rows", "most", "max_length", "max_tokens")
         if self.penalty <= 0:
             raise SpecError(f"penalty is {self.penalty}; expected more than 0")
+
+
+@dataclass(frozen=True)
+class DistanceSettings:
+    """How features are compared with the base's."""
+
+    most: int | None = field(default=512, metadata={"help": "Compare features on the first so many texts."})
+    max_length: int = field(default=128, metadata={"help": "Tokens a sequence is cut to."})
+    max_tokens: int = field(default=4096, metadata={"help": "Tokens a batch."})
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "most", "max_length", "max_tokens")

@@ -67,3 +67,12 @@ def test_probe(made, tmp_path, capsys):
         "tags",
         "position",
     }
+
+
+def test_distance(made, tmp_path, capsys):
+    arguments = ["--delta", str(made / "mood"), "--corpus", str(made / "train.jsonl"), "--out", str(tmp_path)]
+    assert main(["analyze", "distance", *arguments]) == 0
+    assert "CKA" in capsys.readouterr().out
+    held = json.loads((tmp_path / "distance.json").read_text())
+    assert {row["slot"] for row in held["tables"]["weights"]} == {"query", "value"}
+    assert main(["analyze", "distance", "--delta", str(made / "nothing")]) == 2
