@@ -100,9 +100,12 @@ def _report(subject: Subject, moves: Sequence[Move], features: Sequence[LinearCk
     rows = [{"layer": layer, "cka": one.value, "drift": one.drift} for layer, one in enumerate(features)]
     facts = {**facts, "frobenius": sum(move.frobenius**2 for move in moves) ** 0.5}
     figures = {"features": Figure(f"Features beside the base's: {subject.name}", _feature_panels(rows), 2)}
-    panels = list(_weight_panels(moves, subject.encoder.anatomy.layers))
-    if panels:
-        figures["weights"] = Figure(f"How far the weights moved: {subject.name}", panels, 2)
+    inside = [move for move in moves if move.layer is not None]
+    if inside:
+        panels = _weight_panels(inside, subject.encoder.anatomy.layers)
+        figures["weights"] = Figure(f"How far the weights moved: {subject.name}", panels, 3)
+    if any(move.singular for move in inside):
+        figures["spectra"] = Figure(f"Singular values of the change: {subject.name}", [_spectra(inside)])
     tables = {"weights": [move.as_row() for move in moves], "spectra": spectra, "features": rows}
     return Report("distance", facts, {name: table for name, table in tables.items() if table}, figures)
 
@@ -115,30 +118,40 @@ def _feature_panels(rows: Sequence[dict[str, Any]]) -> list[Panel]:
     ]
 
 
+def _name(move: Move) -> str:
+    return f"{move.slot} {move.part}"
+
+
 def _weight_panels(moves: Sequence[Move], layers: int) -> list[Panel]:
-    """Layer by module: the relative change (or its norm, where nothing is relative), the effective rank, spectra."""
-    inside = [move for move in moves if move.layer is not None]
-    names = list(dict.fromkeys(f"{move.slot} {move.part}" for move in inside))
+    """Layer by module, each where there is something to show: relative change, its norm, its effective rank."""
+    names = list(dict.fromkeys(map(_name, moves)))
     panels: list[Panel] = []
     for title, unit, attribute in (
-        ("change beside the base's norm", "‖ΔW‖ / ‖W‖", "relative"),
-        ("change", "‖ΔW‖ (Frobenius)", "frobenius"),
-        ("effective rank of the change", "effective rank", "effective_rank"),
+        ("beside the base's norm", "‖change‖ / ‖base‖", "relative"),
+        ("norm", "‖change‖ (Frobenius)", "frobenius"),
+        ("effective rank", "effective rank", "effective_rank"),
     ):
-        cells = {(move.layer, f"{move.slot} {move.part}"): getattr(move, attribute) for move in inside}
+        cells = {(move.layer, _name(move)): getattr(move, attribute) for move in moves}
         kept = [name for name in names if any(cells.get((layer, name)) is not None for layer in range(layers))]
         if kept:
             values = [[cells.get((layer, name)) for name in kept] for layer in range(layers)]
             panels.append(HeatMap(title, values, "layer", "module", unit, column_names=kept))
-    spectra = {name: [move.singular for move in inside if f"{move.slot} {move.part}" == name and move.singular]
-               for name in names}  # fmt: skip
-    curves = {name: _mean_spectrum(own) for name, own in spectra.items() if own}
-    if curves:
-        longest = max(map(len, curves.values()))
-        padded = {name: [*own, *[None] * (longest - len(own))] for name, own in curves.items()}
-        panels.append(Lines("spectra, mean over layers", list(range(1, longest + 1)), padded,
-                            "singular value number", "singular value"))  # fmt: skip
     return panels
+
+
+def _spectra(moves: Sequence[Move]) -> Lines:
+    """The singular values of each module's change, averaged over the layers."""
+    spectra: dict[str, list[Sequence[float]]] = {}
+    for move in moves:
+        if move.singular:
+            spectra.setdefault(_name(move), []).append(move.singular)
+    curves = {name: _mean_spectrum(own) for name, own in spectra.items()}
+    longest = max(map(len, curves.values()))
+    padded: dict[str, list[float | None]] = {
+        name: [*own, *[None] * (longest - len(own))] for name, own in curves.items()
+    }
+    numbers = [float(number) for number in range(1, longest + 1)]
+    return Lines("mean over layers", numbers, padded, "singular value number", "singular value")
 
 
 def _mean_spectrum(spectra: Sequence[Sequence[float]]) -> list[float]:

@@ -76,3 +76,11 @@ def test_distance(made, tmp_path, capsys):
     held = json.loads((tmp_path / "distance.json").read_text())
     assert {row["slot"] for row in held["tables"]["weights"]} == {"query", "value"}
     assert main(["analyze", "distance", "--delta", str(made / "nothing")]) == 2
+
+
+def test_without_matplotlib_the_page_is_left(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("bertology_serve.analysis.plots.available", lambda: False)
+    arguments = ["--backbone", str(made / "bert"), "--corpus", str(made / "train.jsonl"), "--out", str(tmp_path)]
+    assert main(["analyze", "attention", *arguments]) == 0
+    assert "no PNG: matplotlib is missing" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.png"))
