@@ -21,6 +21,8 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import BaseMismatch, SpecError
 from bertology_serve.tasks.spec import Encoding
 
+WIDE = 8  # modules, beyond which heat-maps stand below each other
+
 
 def distance(
     backbone: str | Encoder | Subject | None = None,
@@ -103,7 +105,8 @@ def _report(subject: Subject, moves: Sequence[Move], features: Sequence[LinearCk
     inside = [move for move in moves if move.layer is not None]
     if inside:
         panels = _weight_panels(inside, subject.encoder.anatomy.layers)
-        figures["weights"] = Figure(f"How far the weights moved: {subject.name}", panels, 3)
+        wide = len(set(map(_name, inside))) > WIDE
+        figures["weights"] = Figure(f"How far the weights moved: {subject.name}", panels, 1 if wide else 3)
     if any(move.singular for move in inside):
         figures["spectra"] = Figure(f"Singular values of the change: {subject.name}", [_spectra(inside)])
     tables = {"weights": [move.as_row() for move in moves], "spectra": spectra, "features": rows}

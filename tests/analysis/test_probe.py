@@ -18,6 +18,8 @@ from bertology_serve.analysis.settings import ProbeSettings
 from bertology_serve.analysis.subject import Subject
 from bertology_serve.data.records import Record
 from bertology_serve.deltas.prompt import PromptSpec
+from bertology_serve.encoder import families
+from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
@@ -62,6 +64,21 @@ def test_features_of_all_layers_are_those_of_one_text_alone(tmp_path: Path) -> N
         torch.testing.assert_close(found.texts[:, number], alone.mean(1), atol=1e-5, rtol=1e-5)
         first = 0 if number == 0 else 2
         torch.testing.assert_close(found.words[:, first : first + len(rows)], alone[:, rows], atol=1e-5, rtol=1e-5)
+
+
+def test_padded_rows_give_the_same_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny.save("electra", tmp_path)
+    words = [["Ada", "went", "to", "Paris"], ["the", "film"]]
+    sides = []
+    for padded in (False, True):
+        if padded:
+            monkeypatch.setattr(families, "prepare", lambda *_: False)
+        encoder = Encoder.load(path)
+        assert encoder.packs is not padded
+        texts = [make_text(Record({"tokens": own}, "here"), encoder.tokenizer, 16) for own in words]
+        sides.append(gather(Subject(encoder), [text.encoding for text in texts], [[2], [1, 2]]))
+    torch.testing.assert_close(sides[0].texts, sides[1].texts, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sides[0].words, sides[1].words, atol=1e-5, rtol=1e-5)
 
 
 def test_items_and_control_labels(tmp_path: Path) -> None:
