@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertology_serve.analysis.settings import AttentionSettings, HeadSettings
+from bertology_serve.analysis.settings import AttentionSettings, DistanceSettings, HeadSettings, ProbeSettings
 from bertology_serve.cli.common import note, progress, table
 from bertology_serve.cli.options import options
 
@@ -76,6 +76,50 @@ def heads(
     rows = [(order, f"{share:.0%}") for order, share in facts["share_within_tolerance"].items()]
     title = f"{facts['metric']} {facts['unmasked']:.4f} unmasked; heads that go within {facts['tolerance']:g}"
     table(title, ("order", "share"), rows, stderr=False)
+    written(report, out)
+
+
+@app.command()
+@options(ProbeSettings, into="settings")
+def probe(
+    input: Annotated[str, typer.Option(help="Records with text or tokens, and label or tags where those are probed.")],
+    eval: Annotated[str | None, typer.Option(help="Records to judge on. Default: a quarter of --input.")] = None,
+    backbone: Backbone = None,
+    delta: DeltaDir = None,
+    out: Out = Path("analysis"),
+    device: Device = "auto",
+    *,
+    settings: ProbeSettings,
+) -> None:
+    """What a linear probe reads from each layer, beside control tasks (Hewitt and Liang 2019)."""
+    from bertology_serve.analysis.probe import probe as run
+
+    with bar("probe") as advance:
+        report = run(subject(backbone, delta, device), input, settings, eval=eval, advance=advance)
+    columns = ("task", "layer", "accuracy", "macro_f1", "control_accuracy", "selectivity", "majority")
+    rows = [[row[column] for column in columns] for row in report.tables["layers"]]
+    table("probes; layer 0 is the embeddings", columns, rows, stderr=False)
+    written(report, out)
+
+
+@app.command()
+@options(DistanceSettings, into="settings")
+def distance(
+    delta: Annotated[Path, typer.Option(metavar="DIR", help="The delta, or a whole tuned model.")],
+    backbone: Backbone = None,
+    corpus: Annotated[str | None, typer.Option(help="Texts for the features, as for attention.")] = None,
+    out: Out = Path("analysis"),
+    device: Device = "auto",
+    *,
+    settings: DistanceSettings,
+) -> None:
+    """How far a delta moved the weights and the features: norms, spectra, linear CKA (Kornblith et al. 2019)."""
+    from bertology_serve.analysis.distance import distance as run
+
+    with bar("distance") as advance:
+        report = run(subject(backbone, delta, device), None, corpus, settings, advance=advance)
+    rows = [(row["layer"], row["cka"], row["drift"]) for row in report.tables["features"]]
+    table("features beside the base's; layer 0 is the embeddings", ("layer", "CKA", "drift"), rows, stderr=False)
     written(report, out)
 
 

@@ -17,7 +17,7 @@ from bertology_serve.tasks.spec import Encoding
 from bertology_serve.tasks.words import join_words
 
 Corpus = str | Path | Sequence[str] | None
-_PAIRS = (("text", "text_pair"), ("text_a", "text_b"), ("question", "context"), ("premise", "question"))
+_PAIRS = (("text", "text_pair"), ("text_a", "text_b"), ("premise", "question"), ("question", "context"))
 
 
 def corpus_name(corpus: Corpus) -> str:

@@ -125,6 +125,8 @@ def _report(
     spread = {name: [pstdev(values) for values in zip(*runs, strict=True)] for name, runs in curves.items()
               if len(runs) > 1}  # fmt: skip
     level = facts["unmasked"] - facts["tolerance"]
+    means, spread = ({f"{name} (mean ± s.d. of {len(curves[name])})" if name in spread else name: values
+                      for name, values in found.items()} for found in (means, spread))  # fmt: skip
     lines = Lines("", [100 * share for share in shares], means, "heads masked (%)", f"{facts['metric']} (fraction)",
                   spread, level, f"{facts['tolerance']:g} below unmasked")  # fmt: skip
     figures = {

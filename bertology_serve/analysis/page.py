@@ -19,7 +19,7 @@ vertical-align:top}figcaption{font-weight:600;margin-bottom:.2rem}svg text{font:
 pre{background:#f5f5f5;padding:.7rem;overflow:auto;max-height:24rem}rect:hover,circle:hover{stroke:#000;stroke-width:2}
 .key{font-size:12px;margin-right:.9rem;white-space:nowrap}.key i{display:inline-block;width:.8em;height:.8em;
 margin-right:.3em}"""
-WIDTH, HEIGHT, LEFT, BOTTOM = 560, 280, 56, 40
+WIDTH, HEIGHT, LEFT, BOTTOM = 580, 280, 72, 40
 
 
 def render(name: str, facts: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
@@ -113,13 +113,22 @@ class _Frame:
 
     def axes(self, x_label: str, y_label: str) -> Iterator[str]:
         yield f'<path d="M{LEFT},6V{HEIGHT}H{WIDTH}" fill="none" stroke="#888"/>'
-        for step in range(5):
-            y = self.low_y + (self.high_y - self.low_y) * step / 4
-            x = self.low_x + (self.high_x - self.low_x) * step / 4
+        for y in _ticks(self.low_y, self.high_y):
             yield _text(LEFT - 5, self.y(y) + 4, _number(y), "end")
+        for x in _ticks(self.low_x, self.high_x):
             yield _text(self.x(x), HEIGHT + 15, _number(x), "middle")
         yield _text((LEFT + WIDTH) / 2, HEIGHT + 34, x_label, "middle")
         yield _text(11, HEIGHT / 2, y_label, "middle", -90)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two ends, at most eleven."""
+    size = high - low
+    if size <= 0:
+        return [low]
+    power = 10.0 ** math.floor(math.log10(size / 5))
+    step = next(power * factor for factor in (1, 2, 5, 10) if size / (power * factor) <= 10)
+    return [round(number * step, 12) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _keys(names: Any) -> str:

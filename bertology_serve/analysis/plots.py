@@ -69,7 +69,7 @@ def _heat_map(canvas: Any, axis: Any, panel: HeatMap) -> None:
     axis.set_ylabel(panel.rows)
     _ticks(axis.set_xticks, values.shape[1], panel.column_names, rotation=45 if panel.column_names else 0)
     _ticks(axis.set_yticks, values.shape[0], panel.row_names)
-    canvas.colorbar(image, ax=axis, label=panel.unit, fraction=0.08, pad=0.03)
+    canvas.colorbar(image, ax=axis, label=panel.unit, fraction=0.06, pad=0.02)
 
 
 def _ticks(place: Any, count: int, names: Any, rotation: float = 0) -> None:
@@ -85,7 +85,8 @@ def _lines(axis: Any, panel: Lines) -> None:
     x = np.array(panel.x, dtype=float)
     for (name, values), (color, marker, dash) in zip(panel.curves.items(), styles, strict=False):
         y = np.array([math.nan if v is None else v for v in values], dtype=float)
-        axis.plot(x, y, color=color, marker=marker, linestyle=dash, markersize=4, linewidth=1.5, label=name)
+        axis.plot(x, y, color=color, marker=marker, linestyle=dash, markersize=4, linewidth=1.5, label=name,
+                  markevery=max(1, len(x) // MOST_TICKS))  # fmt: skip
         if name in panel.spread:
             band = np.array(panel.spread[name], dtype=float)
             axis.fill_between(x, y - band, y + band, color=color, alpha=0.18, linewidth=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from bertology_serve.errors import SpecError
 
@@ -46,3 +46,38 @@ class HeadSettings:
         at_least_one(self, "steps", "most", "max_tokens")
         if self.seeds < 0:
             raise SpecError(f"seeds is {self.seeds}; expected 0 or more")
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How layers are probed."""
+
+    tasks: tuple[str, ...] = field(
+        default=(), metadata={"help": "Among length, position, tags, label. Default: all that the records can answer."}
+    )
+    rows: int = field(
+        default=10_000, metadata={"help": "Most texts or words that one probe trains on, and is judged on."}
+    )
+    most: int | None = field(default=None, metadata={"help": "Take the first so many records of each file."})
+    pooling: Literal["mean", "max", "cls"] = field(default="mean", metadata={"help": "How a text's rows become one."})
+    penalty: float = field(default=1e-3, metadata={"help": "Weight of the probe's squared norm."})
+    seed: int = field(default=0, metadata={"help": "Seed of samples, the held-out quarter and control labels."})
+    max_length: int = field(default=128, metadata={"help": "Tokens a sequence is cut to."})
+    max_tokens: int = field(default=4096, metadata={"help": "Tokens a batch."})
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "rows", "most", "max_length", "max_tokens")
+        if self.penalty <= 0:
+            raise SpecError(f"penalty is {self.penalty}; expected more than 0")
+
+
+@dataclass(frozen=True)
+class DistanceSettings:
+    """How features are compared with the base's."""
+
+    most: int | None = field(default=512, metadata={"help": "Compare features on the first so many texts."})
+    max_length: int = field(default=128, metadata={"help": "Tokens a sequence is cut to."})
+    max_tokens: int = field(default=4096, metadata={"help": "Tokens a batch."})
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "most", "max_length", "max_tokens")

@@ -57,3 +57,30 @@ def test_heads(made, tmp_path, capsys):
     assert main(["analyze", "heads", *arguments, "--steps", "2", "--seeds", "1"]) == 0
     assert "least important first" in capsys.readouterr().out
     assert json.loads((tmp_path / "heads.json").read_text())["facts"]["eval_examples"] == 16
+
+
+def test_probe(made, tmp_path, capsys):
+    arguments = ["--backbone", str(made / "bert"), "--input", str(made / "tags.jsonl"), "--out", str(tmp_path)]
+    assert main(["analyze", "probe", *arguments, "--tasks", "tags,position"]) == 0
+    assert "selectivity" in capsys.readouterr().out
+    assert {row["task"] for row in json.loads((tmp_path / "probe.json").read_text())["tables"]["layers"]} == {
+        "tags",
+        "position",
+    }
+
+
+def test_distance(made, tmp_path, capsys):
+    arguments = ["--delta", str(made / "mood"), "--corpus", str(made / "train.jsonl"), "--out", str(tmp_path)]
+    assert main(["analyze", "distance", *arguments]) == 0
+    assert "CKA" in capsys.readouterr().out
+    held = json.loads((tmp_path / "distance.json").read_text())
+    assert {row["slot"] for row in held["tables"]["weights"]} == {"query", "value"}
+    assert main(["analyze", "distance", "--delta", str(made / "nothing")]) == 2
+
+
+def test_without_matplotlib_the_page_is_left(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("bertology_serve.analysis.plots.available", lambda: False)
+    arguments = ["--backbone", str(made / "bert"), "--corpus", str(made / "train.jsonl"), "--out", str(tmp_path)]
+    assert main(["analyze", "attention", *arguments]) == 0
+    assert "no PNG: matplotlib is missing" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.png"))

@@ -1,0 +1,174 @@
+"""``analyze probe``: what a linear probe can read from each layer, and how much of that is the probe's own doing."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertology_serve.analysis.features import Features, gather
+from bertology_serve.analysis.figures import Figure, Lines
+from bertology_serve.analysis.logistic import fit, score
+from bertology_serve.analysis.probe_tasks import (
+    OF_WORDS,
+    Control,
+    Item,
+    Text,
+    chosen,
+    items,
+    length_edges,
+    make_text,
+    sampled,
+)
+from bertology_serve.analysis.report import Report, origin
+from bertology_serve.analysis.settings import ProbeSettings
+from bertology_serve.analysis.subject import Advance, Subject, silent
+from bertology_serve.data.records import read_records
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.errors import DataError
+
+
+@dataclass(frozen=True)
+class Side:
+    """Texts to train or to judge probes on: the items of each task, and the features of all that they name."""
+
+    texts: Sequence[Text]
+    items: dict[str, list[Item]]
+    features: Features
+    places: dict[tuple[int, int], int]
+
+    def rows(self, task: str) -> Tensor:
+        """[L + 1, items, H]."""
+        own = self.items[task]
+        if task not in OF_WORDS:
+            return self.features.texts[:, [item.text for item in own]]
+        return self.features.words[:, [self.places[item.text, item.row] for item in own]]
+
+
+def probe(
+    backbone: str | Encoder | Subject | None = "minilm",
+    input: str | Path = "",
+    settings: ProbeSettings | None = None,
+    *,
+    eval: str | Path | None = None,
+    delta: Delta | str | Path | None = None,
+    advance: Advance = silent,
+) -> Report:
+    """Trains a linear probe a task and layer on the records of ``input``, judges it on ``eval``.
+
+    Without ``eval`` a quarter of the records, drawn from the seed, is held out. All layers come from one pass.
+    Selectivity is the probe's accuracy minus that of a probe of the same form on the control task. Raises SpecError
+    for tasks that the records cannot answer.
+    """
+    settings = settings or ProbeSettings()
+    subject = Subject.of(backbone, delta)
+    texts, judged = _texts(subject, input, eval, settings)
+    tasks = chosen(settings.tasks or None, [*texts, *judged])
+    edges = length_edges(texts)
+    started = time.perf_counter()
+    train, held = (_side(subject, own, tasks, edges, settings, advance) for own in (texts, judged))
+    passed = time.perf_counter() - started
+    table: list[dict[str, Any]] = []
+    layers = subject.encoder.anatomy.layers + 1
+    for task in tasks:
+        table += _probe_task(task, train, held, settings)
+        advance(len(table), layers * len(tasks))
+    facts = {
+        **subject.facts(), "input": str(input), "eval": None if eval is None else str(eval),
+        "texts": [len(texts), len(judged)],
+        "items": {task: [len(side.items[task]) for side in (train, held)] for task in tasks},
+        "length_edges_words": edges,
+        "best_layer": {task: _best_layer(table, task) for task in tasks},
+        "pass_seconds": round(passed, 3), "seconds": round(time.perf_counter() - started, 3), **origin(),
+    }  # fmt: skip
+    return _report(subject, table, tasks, facts)
+
+
+def _best_layer(table: Sequence[dict[str, Any]], task: str) -> int:
+    """The layer, 0 for the embeddings, that the task is read from best; the lowest of equals."""
+    rows = [row for row in table if row["task"] == task]
+    return int(max(rows, key=lambda row: row["accuracy"])["layer"])
+
+
+def _texts(
+    subject: Subject, input: str | Path, eval: str | Path | None, settings: ProbeSettings
+) -> tuple[list[Text], list[Text]]:
+    encoder = subject.encoder
+    length = min(settings.max_length, encoder.max_tokens - subject.virtual)
+    read = [
+        [make_text(record, encoder.tokenizer, length) for record in read_records(path)[: settings.most]]
+        for path in (input, eval)
+        if path is not None
+    ]
+    if eval is not None:
+        return read[0], read[1]
+    order = random.Random(settings.seed).sample(range(len(read[0])), len(read[0]))
+    held = sorted(order[: max(1, len(order) // 4)])
+    if len(order) < 2:
+        raise DataError(f"{input}: holds one record; expected more, or records to judge on (--eval FILE)")
+    return [text for i, text in enumerate(read[0]) if i not in set(held)], [read[0][i] for i in held]
+
+
+def _side(
+    subject: Subject, texts: list[Text], tasks: Sequence[str], edges: Sequence[float], settings: ProbeSettings,
+    advance: Advance,
+) -> Side:  # fmt: skip
+    found = {task: sampled(items(task, texts, edges), settings.rows, settings.seed) for task in tasks}
+    wanted: list[set[int]] = [set() for _ in texts]
+    for task in set(OF_WORDS) & set(tasks):
+        for item in found[task]:
+            wanted[item.text].add(item.row)
+    rows = [sorted(own) for own in wanted]
+    named = [(number, row) for number, own in enumerate(rows) for row in own]
+    places = {key: place for place, key in enumerate(named)}
+    encodings = [text.encoding for text in texts]
+    features = gather(subject, encodings, rows, settings.pooling, settings.max_tokens, advance)
+    return Side(texts, found, features, places)
+
+
+def _probe_task(task: str, train: Side, judged: Side, settings: ProbeSettings) -> list[dict[str, Any]]:
+    """One row a layer."""
+    control = Control(train.items[task], settings.seed)
+    names = sorted({item.answer for side in (train, judged) for item in side.items[task]})
+    index = {name: number for number, name in enumerate(names)}
+    real, random_ones = (
+        [torch.tensor([index[answer(item)] for item in side.items[task]]) for side in (train, judged)]
+        for answer in (lambda item: item.answer, control.answer)
+    )
+    common = Counter(real[0].tolist()).most_common(1)[0][0]
+    majority = (real[1] == common).double().mean().item()
+    rows = []
+    for layer, (x, held) in enumerate(zip(train.rows(task), judged.rows(task), strict=True)):
+        own = score(fit(x, real[0], len(names), settings.penalty), held, real[1])
+        other = score(fit(x, random_ones[0], len(names), settings.penalty), held, random_ones[1])
+        rows.append({
+            "task": task, "layer": layer, "accuracy": own.accuracy, "macro_f1": own.macro_f1, "bits": own.bits,
+            "control_accuracy": other.accuracy, "selectivity": own.accuracy - other.accuracy, "majority": majority,
+        })  # fmt: skip
+    return rows
+
+
+def _report(subject: Subject, table: list[dict[str, Any]], tasks: Sequence[str], facts: dict[str, Any]) -> Report:
+    layers = sorted({row["layer"] for row in table})
+    panels = [
+        Lines(
+            title, layers,
+            {task: [row[column] for row in table if row["task"] == task] for task in tasks},
+            "layer (0: embeddings)", unit,
+        )
+        for column, title, unit in (
+            ("accuracy", "what a linear probe reads", "accuracy (fraction)"),
+            ("macro_f1", "every class counting the same", "macro F1 (fraction)"),
+            ("selectivity", "less what it learns by heart", "selectivity (fraction)"),
+            ("bits", "what it leaves open", "cross-entropy (bits)"),
+        )
+    ]  # fmt: skip
+    return Report("probe", facts, {"layers": table}, {"layers": Figure(f"Linear probes: {subject.name}", panels, 2)})

@@ -1,0 +1,122 @@
+"""What probes are asked to read: labels of whole texts and of single words, and control labels beside them."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from bertology_serve.data.records import Record
+from bertology_serve.errors import DataError, SpecError, nearest
+from bertology_serve.tasks.encoding import encode_words
+from bertology_serve.tasks.spec import Encoding
+from bertology_serve.tasks.words import join_words, split_words
+
+LENGTH, POSITION, TAGS, LABEL = "length", "position", "tags", "label"
+TASKS = (LENGTH, POSITION, TAGS, LABEL)
+OF_WORDS = (POSITION, TAGS)
+LENGTH_CLASSES, POSITIONS = 6, 10
+
+
+@dataclass(frozen=True)
+class Text:
+    """A record made ready: its words, its sequence, and the first row of each word that the length left."""
+
+    words: tuple[str, ...]
+    encoding: Encoding
+    rows: Mapping[int, int]
+    tags: tuple[str, ...] | None
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to read: text number, its row (0 for whole texts), the answer, and the type that controls go by."""
+
+    text: int
+    row: int
+    answer: str
+    type: str
+
+
+def make_text(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Text:
+    """From ``tokens`` (with ``tags``) or ``text`` (cut into words); raises DataError for pairs and other records."""
+    fields, where = record
+    words = fields.get("tokens")
+    if words is None:
+        text = fields.get("text", fields.get("text_a"))
+        if not isinstance(text, str) or fields.get("text_pair", fields.get("text_b")) is not None:
+            raise DataError(f"{where}: expected one field text, or tokens; probes read single texts")
+        words = [text[start:end] for start, end in split_words(text)]
+    if not words or not all(isinstance(word, str) for word in words):
+        raise DataError(f"{where}: no words; expected a text or a list of tokens")
+    _, spans = join_words(tuple(words))
+    encoding = encode_words(tokenizer, words, [start for start, _ in spans], max_length)
+    rows: dict[int, int] = {}
+    for row, word in enumerate(encoding.words):
+        if word >= 0:
+            rows.setdefault(word, row)
+    tags, label = fields.get("tags"), fields.get("label")
+    if tags is not None and len(tags) != len(words):
+        raise DataError(f"{where}: field 'tags' has {len(tags)} items; expected {len(words)}, one a token")
+    return Text(tuple(words), encoding, rows, tags and tuple(map(str, tags)), None if label is None else str(label))
+
+
+def chosen(asked: Sequence[str] | None, texts: Sequence[Text]) -> tuple[str, ...]:
+    """The probes asked for, or all that the texts can answer; raises SpecError for others."""
+    lacking = {TAGS: any(text.tags is None for text in texts), LABEL: any(text.label is None for text in texts)}
+    for name in asked or ():
+        if name not in TASKS:
+            raise SpecError(f"unknown probe {name!r}; {nearest(name, TASKS)}")
+        if lacking.get(name):
+            raise SpecError(f"the probe {name!r} needs a field {name!r} in every record; expected it, or other --tasks")
+    return tuple(asked) if asked else tuple(name for name in TASKS if not lacking.get(name))
+
+
+def length_edges(texts: Sequence[Text]) -> list[float]:
+    """Upper ends of up to six classes of words a text, equally full (Conneau et al. 2018 have six, too)."""
+    quantiles = np.quantile([len(text.words) for text in texts], np.arange(1, LENGTH_CLASSES) / LENGTH_CLASSES)
+    return sorted(set(quantiles.tolist()))
+
+
+def items(task: str, texts: Sequence[Text], edges: Sequence[float]) -> list[Item]:
+    """Everything that a probe is asked about those texts."""
+    if task in OF_WORDS:
+        return [
+            Item(number, row, str(word) if task == POSITION else (text.tags or ())[word], text.words[word])
+            for number, text in enumerate(texts)
+            for word, row in text.rows.items()
+            if task == TAGS or word < POSITIONS
+        ]
+    answers: list[Any] = [
+        int(np.searchsorted(edges, len(text.words))) if task == LENGTH else text.label for text in texts
+    ]
+    return [Item(n, 0, str(answer), text.words[0]) for n, (text, answer) in enumerate(zip(texts, answers, strict=True))]
+
+
+def sampled(found: list[Item], most: int, seed: int) -> list[Item]:
+    """At most so many items, drawn from a seed, in order."""
+    if len(found) <= most:
+        return found
+    return [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), most))]
+
+
+class Control:
+    """A control task (Hewitt and Liang 2019, arXiv 1909.03368): every word type has one answer, drawn at random.
+
+    Answers are drawn from those of the real task as often as they occur. For whole texts the type is the first word.
+    """
+
+    def __init__(self, train: Sequence[Item], seed: int) -> None:
+        counts = sorted(Counter(item.answer for item in train).items())
+        self.answers, self.weights = [a for a, _ in counts], [n for _, n in counts]
+        self.seed = seed
+
+    def answer(self, item: Item) -> str:
+        """The type's answer, whatever the text."""
+        return random.Random(f"{self.seed} {item.type}").choices(self.answers, self.weights)[0]

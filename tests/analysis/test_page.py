@@ -1,0 +1,74 @@
+"""The HTML page: every number by hovering, nothing from elsewhere, nothing unescaped."""
+
+from __future__ import annotations
+
+import math
+from html.parser import HTMLParser
+
+import pytest
+
+from bertology_serve.analysis.figures import Figure, HeatMap, Lines, Scatter
+from bertology_serve.analysis.page import _colour, _ticks, render
+
+FIGURE = Figure(
+    "all <kinds>",
+    [
+        HeatMap("map", [[0.0, None], [0.25, 1.0]], "layer", "module", "share", (0, 1), column_names=["query", "up"]),
+        Lines("lines", [0, 1, 2], {"a": [0.5, None, 0.75], "b & c": [1, 2, math.nan]}, "x", "y", level=0.6,
+              level_name="limit"),
+        Scatter("points", [0.0, 1.0], [2.0, 3.0], ["first", "second"], [0, 1], "x", "y"),
+    ],
+)  # fmt: skip
+
+
+class Tips(HTMLParser):
+    """Collects what is shown on hovering, and whatever the page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tips: list[str] = []
+        self.fetched: list[str] = []
+        self.inside = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.inside = tag
+        self.fetched += [f"{tag} {name}" for name, _ in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "title":
+            self.tips.append(data)
+        self.inside = ""
+
+
+def test_every_number_is_shown_by_hovering() -> None:
+    page = Tips()
+    page.feed(render("report", {"text": "<script>"}, {"one": FIGURE}))
+    assert page.tips == [
+        "report",
+        "layer 0, query: 0 (share)", "layer 0, up: none (share)",
+        "layer 1, query: 0.25 (share)", "layer 1, up: 1 (share)",
+        "a, x 0: 0.5", "a, x 2: 0.75", "b & c, x 0: 1", "b & c, x 1: 2",
+        "first: cluster 1", "second: cluster 2",
+    ]  # fmt: skip
+    assert page.fetched == []
+
+
+def test_names_are_escaped() -> None:
+    page = render("report", {"text": "<script>"}, {"one": FIGURE})
+    assert "<script" not in page
+    assert "all &lt;kinds&gt;" in page
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(0, 6, [0, 1, 2, 3, 4, 5, 6]), (0.3773, 1.035, [0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]), (2, 2, [2]),
+     (-7, 93, [0, 10, 20, 30, 40, 50, 60, 70, 80, 90])],
+)  # fmt: skip
+def test_ticks_are_round(low: float, high: float, ticks: list[float]) -> None:
+    assert _ticks(low, high) == pytest.approx(ticks)
+
+
+def test_colours_run_from_end_to_end() -> None:
+    assert [_colour(value, 0, 1) for value in (-1, 0, 1, 2, None, math.nan)] == [
+        "#440154", "#440154", "#fde725", "#fde725", "#dddddd", "#dddddd",
+    ]  # fmt: skip

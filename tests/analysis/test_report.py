@@ -1,0 +1,44 @@
+"""Files of a report: numbers as they were, null for what is not finite, no PNG where matplotlib is missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from bertology_serve.analysis import plots
+from bertology_serve.analysis.figures import Figure, HeatMap, Lines
+from bertology_serve.analysis.report import Report
+
+REPORT = Report(
+    "trial",
+    {"share": math.nan, "names": ("a", "b")},
+    {"rows": [{"a": 0.1 + 0.2, "b": None}, {"a": 2, "c": "x,y"}]},
+    {
+        "lines": Figure("lines", [Lines("", [0, 1], {"a": [1, math.inf]}, "x", "y", {"a": [0.1, 0.1]}, 0.5, "half")]),
+        "maps": Figure("maps", [HeatMap("", [[1.0, None]], "r", "c", "unit", row_names=["one"])] * 3, 2),
+    },
+)
+
+
+def test_files(tmp_path: Path) -> None:
+    paths = REPORT.save(tmp_path / "new" / "folder")
+    assert [path.name for path in paths] == [
+        "trial.json", "trial.html", "trial-rows.csv", "trial-lines.png", "trial-maps.png",
+    ]  # fmt: skip
+    held = json.loads(paths[0].read_text())
+    assert held["facts"] == {"share": None, "names": ["a", "b"]}
+    assert held["tables"]["rows"][0]["a"] == 0.1 + 0.2
+    assert held["figures"]["lines"]["panels"][0]["curves"] == {"a": [1, None]}
+    assert held["figures"]["maps"]["panels"][0]["kind"] == "HeatMap"
+    rows = list(csv.DictReader(paths[2].read_text().splitlines()))
+    assert rows == [{"a": "0.30000000000000004", "b": "", "c": ""}, {"a": "2", "b": "", "c": "x,y"}]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[3:])
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "available", lambda: False)
+    assert [path.suffix for path in REPORT.save(tmp_path)] == [".json", ".html", ".csv"]
