@@ -84,6 +84,44 @@ def find(root: Path, name: str, version: str | None = None) -> Path:
     return versions[version]
 
 
+def versions(root: Path, name: str, limits: Limits | None = None) -> dict[str, Path]:
+    """The directories of one delta's versions under ``root``, the newest last; other deltas' faults do not matter.
+
+    Raises NotFound where there is none, FormatError for a name that cannot be one and for what points outside.
+    """
+    limits, holder = limits or Limits(), root / check_name(name, "delta name")
+    try:
+        found = [(identify(path, limits, root, name), path) for path in _held(holder, root)]
+        found += [(identity, path) for identity, path in _bare(root, name, limits) if identity.name == name]
+        ordered = sorted((_age(path, identity), identity.version, path) for identity, path in found)
+    except OSError as error:
+        raise FormatError(f"cannot read {error.filename}: {error.strerror}; check its permissions") from None
+    if not ordered:
+        raise NotFound(f"no delta {name!r} in {root}; expected {name}/VERSION/{MANIFEST} there")
+    return {version: path for _, version, path in ordered}
+
+
+def _held(holder: Path, root: Path) -> list[Path]:
+    """The delta directories in ``NAME/``."""
+    if not holder.is_dir() or is_delta(holder):
+        return []
+    if not holder.resolve().is_relative_to(root.resolve()):
+        raise FormatError(f"{holder} points outside {root}, to {holder.resolve()}; copy the directory there (cp -rL)")
+    return [path for path in _children(holder, root) if is_delta(path)]
+
+
+def _bare(root: Path, name: str, limits: Limits) -> Iterator[tuple[Identity, Path]]:
+    """Bare directories that may hold a delta of that name; those that cannot be read are passed over."""
+    children = [path for path in root.iterdir() if not path.name.startswith(".")] if root.is_dir() else []
+    for path in [root] if is_delta(root) else children:
+        if not is_delta(path) or (not (path / MANIFEST).exists() and path.name != name):
+            continue
+        try:
+            yield identify(path, limits, root), path
+        except FormatError:
+            continue
+
+
 def _discover(root: Path, limits: Limits) -> dict[str, list[Path]]:
     found: dict[str, dict[str, tuple[tuple[object, ...], Path]]] = {}
     for path, name in _directories(root):

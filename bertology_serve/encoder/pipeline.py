@@ -22,7 +22,7 @@ from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.packing import PackedBatch, pack, rows_of
 from bertology_serve.encoder.plan import make_plan
 from bertology_serve.encoder.reading import form_for, read
-from bertology_serve.errors import NotFound, Unsupported, nearest
+from bertology_serve.errors import NotFound, Unsupported, VersionGone, nearest
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
@@ -33,13 +33,17 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Request:
-    """One record for one delta; ``id`` is the caller's own, ``logits`` asks for the head's raw output too."""
+    """One record for one delta; ``id`` is the caller's own, ``logits`` asks for the head's raw output too.
+
+    With ``version`` no other version of the delta may answer.
+    """
 
     delta: str
     record: Mapping[str, Any]
     id: str = ""
     logits: bool = False
     where: str = "request"
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,27 +111,37 @@ class Pipeline:
         head = Head.build(form_for(self.encoder, delta.task), self.encoder.base_head)
         head.load(delta.head)
         head.to(self.encoder.device).eval().requires_grad_(False)
-        with self.encoder.lock:
+        effects = self.encoder.allowed(delta.effects(self.encoder.anatomy))
+        with self.encoder.lock:  # no batch runs meanwhile, so nothing is done here but copying rows
             self._sweep()
             key = f"{delta.name}#{next(self._keys)}"
-            effects = self.encoder.allowed(delta.effects(self.encoder.anatomy))
             entry = self.bank.add(key, effects) if delta.specs else BARE
             ready = Ready(delta, task_for(delta.task), head, entry)
             weakref.finalize(ready, self._freed.append, key)
             self._ready[delta.name] = ready
 
+    def resident(self, name: str) -> Delta | None:
+        """The delta that answers under that name now."""
+        ready = self._ready.get(name)
+        return ready.delta if ready else None
+
     def remove(self, name: str) -> None:
         """Takes a delta away; its rows are freed once the last job under way has finished."""
-        self._find(name)
         if name == BASE:
             raise Unsupported("the bare base cannot be removed")
-        del self._ready[name]
+        if self._ready.pop(name, None) is None:
+            self._find(name)
         with self.encoder.lock:
             self._sweep()
 
     def prepare(self, request: Request) -> Job:
-        """Checks and tokenises one request. Raises NotFound, DataError."""
+        """Checks and tokenises one request. Raises NotFound (VersionGone), DataError."""
         ready = self._find(request.delta)
+        if request.version and request.version != ready.delta.version:
+            raise VersionGone(
+                f"delta {request.delta!r} has no version {request.version[:80]!r} here; it answers with "
+                f"{ready.delta.version!r}"
+            )
         example = ready.task.example(request.record, request.where, labelled=False)
         encodings = tuple(ready.task.encode(example, self.encoder.tokenizer))
         cost = sum(rows_of(encoding, ready.entry) for encoding in encodings)

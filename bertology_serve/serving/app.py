@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -20,8 +21,11 @@ from bertology_serve.serving.gate import Gate
 from bertology_serve.serving.handlers import Handlers
 from bertology_serve.serving.http import json_response, problem_response
 from bertology_serve.serving.keys import Keyring
+from bertology_serve.serving.lifecycle import Lifecycle
+from bertology_serve.serving.management import Management
 from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.registry import Registry
+from bertology_serve.serving.watcher import Watcher
 
 log = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -34,19 +38,26 @@ def make_app(engine: Engine, registry: Registry, metrics: Metrics, keyring: Keyr
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         engine.start()
+        every = engine.config.watch_seconds
+        watching = asyncio.create_task(Watcher(lifecycle, every).run()) if every else None
         yield
+        if watching:
+            watching.cancel()
+        lifecycle.close()
         if not await engine.stop():
             log.error("stopped with %d items unanswered", engine.queue.items)
 
     metrics.deltas(len(registry.all()))
-    routes = make_routes(Handlers(engine, registry, metrics), metrics)
+    lifecycle = Lifecycle(registry, metrics)
+    management = Management(lifecycle, engine.config.max_body_bytes)
+    routes = make_routes(Handlers(engine, registry, metrics), management, metrics)
     gate = Middleware(Gate, keyring, metrics, engine.config.max_header_bytes)
     app = Starlette(routes=routes, middleware=[gate], lifespan=lifespan, exception_handlers={HTTPException: _refused})
     app.router.redirect_slashes = False
     return app
 
 
-def make_routes(handlers: Handlers, metrics: Metrics) -> list[Route]:
+def make_routes(handlers: Handlers, management: Management, metrics: Metrics) -> list[Route]:
     """All routes, those that answer items first."""
     h, model, version = handlers, "/v2/models/{delta}", "/versions/{version}"
 
@@ -75,6 +86,9 @@ def make_routes(handlers: Handlers, metrics: Metrics) -> list[Route]:
         get(f"{model}/ready", h.oip_model_ready),
         get(f"{model}{version}/ready", h.oip_model_ready),
         get("/v2", h.server),
+        post("/v2/repository/index", management.index),
+        post("/v2/repository/models/{delta}/load", management.load),
+        post("/v2/repository/models/{delta}/unload", management.unload),
         get("/health", h.health),
         get("/metrics", h.metrics_page),
         get("/openapi.json", h.openapi),

@@ -25,6 +25,8 @@ HELPS = {
     "BERTOLOGY_API_KEYS and BERTOLOGY_ADMIN_KEYS add plain ones. Without keys every route but management is open.",
     "max_header_bytes": "Largest path and headers of a call; beyond that 431.",
     "max_body_bytes": "Largest body of a call, decompressed; beyond that 413.",
+    "watch_seconds": "Look at the directory of deltas that often: new versions answer, what has gone is taken away. "
+    "0: only when told to, by /v2/repository.",
     "drain_seconds": "How long to go on accepting calls after SIGTERM while readiness already answers 503.",
     "shutdown_seconds": "How long accepted calls may take to finish after that.",
     "log_level": "What to log on stderr; texts are never logged.",
@@ -49,6 +51,7 @@ class ServerConfig:
     max_header_bytes: int = 16_384
     max_body_bytes: int = 4 * 2**20
     keys_file: Path | None = None
+    watch_seconds: float = 0.0
     drain_seconds: float = 1.0
     shutdown_seconds: float = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -59,8 +62,8 @@ class ServerConfig:
                 raise SpecError(f"{name} is {getattr(self, name)}; expected at least 1")
         if not 0 <= self.port <= 65_535:
             raise SpecError(f"port is {self.port}; expected 0 to 65535")
-        if self.drain_seconds < 0 or self.shutdown_seconds < 0:
-            raise SpecError("drain_seconds and shutdown_seconds are durations; expected numbers from 0")
+        if min(self.watch_seconds, self.drain_seconds, self.shutdown_seconds) < 0:
+            raise SpecError("watch_seconds, drain_seconds and shutdown_seconds are durations; expected numbers from 0")
         for name in ("max_queue_tokens", "max_delta_tokens"):
             if getattr(self, name) < self.max_item_tokens:
                 raise SpecError(

@@ -108,7 +108,7 @@ class Engine:
             self._finished(ticket.works, outcomes.REFUSED)
             raise
         try:
-            await _first(ticket, gone, deadline)
+            await _settled(ticket, gone, deadline)
         except (asyncio.CancelledError, ClientGone):
             self._drop(ticket, outcomes.DROPPED)
             raise
@@ -189,14 +189,16 @@ def _settle(batch: Sequence[Work], results: Sequence[Outcome]) -> None:
         work.ticket.settle(work.index, outcome)
 
 
-async def _first(ticket: Ticket, gone: Callable[[], Awaitable[None]] | None, deadline: float) -> None:
+async def _settled(ticket: Ticket, gone: Callable[[], Awaitable[None]] | None, deadline: float) -> None:
     """Waits for the ticket; ClientGone when the caller leaves before, Expired at the deadline (of time.monotonic)."""
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(deadline - time.monotonic(), ticket.fail, Expired())
     watcher = asyncio.ensure_future(gone()) if gone else None
-    waited = (ticket.done, watcher) if watcher else (ticket.done,)
+    if watcher:
+        watcher.add_done_callback(lambda _: ticket.fail(ClientGone()))
     try:
-        await asyncio.wait(waited, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
+        await ticket.done
     finally:
+        timer.cancel()
         if watcher:
             watcher.cancel()
-    if not ticket.done.done():
-        raise ClientGone if watcher and watcher.done() else Expired

@@ -27,10 +27,10 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = scope["headers"]
-        size = (
-            len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) for name, value in headers)
-        )
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        for name, value in headers:
+            size += len(name) + len(value)
         try:
             if scope["path"] not in PUBLIC:
                 scope[ACCESS] = access = self._keyring.find(headers)

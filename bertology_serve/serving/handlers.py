@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from bertology_serve import __version__
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction
 from bertology_serve.encoder.pipeline import Request as Item
-from bertology_serve.errors import Forbidden
+from bertology_serve.errors import Forbidden, VersionGone
 from bertology_serve.serving.engine import Engine
 from bertology_serve.serving.gate import access_of
 from bertology_serve.serving.http import (
@@ -33,6 +33,8 @@ from bertology_serve.serving.openapi import document
 from bertology_serve.serving.protocol import hf, native, oip, oip_model
 from bertology_serve.serving.registry import Registry
 
+SWAPS = 8
+
 
 class Handlers:
     """The endpoints of one server."""
@@ -48,20 +50,28 @@ class Handlers:
 
     async def task(self, request: Request) -> Response:
         """POST /models/{delta}"""
-        delta = self._named(request)
-        call = hf.read_task(await self._body(request), delta)
-        return _json(hf.write_task(call, await self._answer(request, call.requests)))
+        body = await self._body(request)
+
+        async def answer() -> Response:
+            call = hf.read_task(body, self._named(request))
+            return _json(hf.write_task(call, await self._answer(request, call.requests)))
+
+        return await _of_one_version(answer)
 
     async def infer(self, request: Request) -> Response:
         """POST /v2/models/{delta}[/versions/{version}]/infer"""
-        model = self._named(request)
+        self._named(request)  # an unknown name is told before the body is read
+        body, length = await self._body(request), header_length(request)
         find = partial(self._find, access_of(request.scope))
-        body = await self._body(request)
-        call = oip.read_infer(body, header_length(request), model, find, self.config.max_items)
-        content, json_length = oip.write_infer(call, await self._answer(request, call.requests, call.seconds))
-        if json_length is None:
-            return _json(content)
-        return Response(content, headers={JSON_LENGTH: str(json_length)}, media_type=BINARY)
+
+        async def answer() -> Response:
+            call = oip.read_infer(body, length, self._named(request), find, self.config.max_items)
+            content, json_length = oip.write_infer(call, await self._answer(request, call.requests, call.seconds))
+            if json_length is None:
+                return _json(content)
+            return Response(content, headers={JSON_LENGTH: str(json_length)}, media_type=BINARY)
+
+        return await _of_one_version(answer)
 
     async def about(self, request: Request) -> Response:
         """GET /"""
@@ -151,6 +161,16 @@ class Handlers:
             for name in dict.fromkeys(item.delta for item in items):
                 self._find(access, name)
         return await self.engine.answer(items, lambda: departure(request), access.charge, seconds)
+
+
+async def _of_one_version(answer: Callable[[], Awaitable[Response]]) -> Response:
+    """Reads the call again where another version came between reading and queueing it, so that both are of one."""
+    for _ in range(SWAPS):
+        try:
+            return await answer()
+        except VersionGone:
+            continue
+    return await answer()
 
 
 def _json(content: bytes) -> Response:

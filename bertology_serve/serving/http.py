@@ -18,6 +18,7 @@ from bertology_serve.serving.protocol.bodies import encode
 JSON, BINARY = "application/json", "application/octet-stream"
 JSON_LENGTH = "Inference-Header-Content-Length"
 TIMEOUT = "X-Request-Timeout-Ms"
+_TIMEOUT = TIMEOUT.lower().encode()
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits
 
 
@@ -60,12 +61,15 @@ def header_length(request: Request) -> int | None:
 
 def timeout_of(request: Request) -> float:
     """The seconds that the caller allows, by X-Request-Timeout-Ms; without end where it says nothing."""
-    value = request.headers.get(TIMEOUT)
-    if value is None:
-        return math.inf
-    if not value.isascii() or not value.isdecimal() or int(value[:11]) == 0 or len(value) > 10:
-        raise DataError(f"header {TIMEOUT} is {value[:40]!r}; expected a whole number of milliseconds above 0")
-    return int(value) / 1000
+    for name, value in request.scope["headers"]:
+        if name == _TIMEOUT:
+            if not value.isdigit() or len(value) > 10 or int(value) == 0:
+                raise DataError(
+                    f"header {TIMEOUT} is {value[:40].decode('latin-1')!r}; expected a whole number of milliseconds "
+                    "above 0"
+                )
+            return int(value) / 1000
+    return math.inf
 
 
 async def departure(request: Request) -> None:

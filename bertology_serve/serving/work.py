@@ -52,3 +52,8 @@ class Ticket:
         self._left -= 1
         if not self._left and not self.done.done():
             self.done.set_result([outcome for outcome in self._outcomes if outcome is not None])
+
+    def fail(self, problem: Exception) -> None:
+        """Wakes the call with an error, unless it has been woken before."""
+        if not self.done.done():
+            self.done.set_exception(problem)

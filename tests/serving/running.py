@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -31,11 +32,13 @@ class Running:
 
 
 @contextmanager
-def running(pipeline: Pipeline, keyring: Keyring | None = None, **options: Any) -> Iterator[Running]:
+def running(
+    pipeline: Pipeline, keyring: Keyring | None = None, root: Path | None = None, **options: Any
+) -> Iterator[Running]:
     """A server on a free port, stopped and joined at the end."""
     config = ServerConfig(**{"port": 0, "drain_seconds": 0.0, "shutdown_seconds": 20.0, **options})
     bound = bind(config.host, config.port)
-    server = Server(pipeline, Registry(pipeline), config, keyring=keyring)
+    server = Server(pipeline, Registry(pipeline, root), config, keyring=keyring)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:

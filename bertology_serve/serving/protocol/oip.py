@@ -80,7 +80,7 @@ def read_infer(body: bytes, json_length: int | None, model: Delta, find: Find, m
     requests = []
     for row, delta in enumerate(deltas):
         texts = {name: column[row] for name, column in columns.items() if name != DELTA}
-        requests.append(Request(delta.name, record_of(delta, texts), "", logits, f"row {row}"))
+        requests.append(Request(delta.name, record_of(delta, texts), "", logits, f"row {row}", delta.version))
     return InferCall(model, asked.id, requests, outputs, fields, _seconds(parameters))
 
 

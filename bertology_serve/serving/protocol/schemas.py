@@ -134,10 +134,34 @@ class InferResponse(Struct, omit_defaults=True):
     id: str | None = None
 
 
+class IndexRequest(Struct):
+    """What to list; the body may be empty."""
+
+    ready: bool = False
+
+
+class LoadRequest(Struct):
+    """``parameters.version`` names a version of the served directory; without it, or without a body, the newest."""
+
+    parameters: dict[str, Any] | None = None
+
+
+class RepositoryEntry(Struct):
+    """One version of a delta; state is READY, UNAVAILABLE, LOADING or UNLOADING."""
+
+    name: str
+    version: str
+    state: str
+    reason: str
+
+
 class Problem(Struct):
     """What went wrong."""
 
     error: str
 
 
-BODIES = (Item, Answer, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest, InferResponse, Problem)
+BODIES = (
+    Item, Answer, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest, InferResponse,
+    IndexRequest, LoadRequest, RepositoryEntry, Problem,
+)  # fmt: skip

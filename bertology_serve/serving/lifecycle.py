@@ -1,0 +1,104 @@
+"""Deltas come and go while the server answers: on threads of their own, one change of a delta after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.errors import BertologyError
+from bertology_serve.serving.metrics import Metrics
+from bertology_serve.serving.registry import Registry
+
+log = logging.getLogger(__name__)
+READY, UNAVAILABLE, LOADING, UNLOADING = "READY", "UNAVAILABLE", "LOADING", "UNLOADING"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One version of a delta, as the repository's index tells of it. ``reason``: why it is not ready."""
+
+    name: str
+    version: str
+    state: str
+    reason: str = ""
+
+
+class Lifecycle:
+    """Loads and unloads. Belongs to the event loop; threads of its own do the work, never the one of the batches."""
+
+    def __init__(self, registry: Registry, metrics: Metrics) -> None:
+        self.registry, self._metrics = registry, metrics
+        self._loaders = ThreadPoolExecutor(2, thread_name_prefix="loader")
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._doing: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
+
+    async def load(self, name: str, version: str | None = None) -> Delta:
+        """Makes a version answer; the newest where none is named. Raises what is wrong with it, and nothing changes."""
+        async with self._lock(name):
+            with self._telling(name, LOADING):
+                delta = await self._run(lambda: self.registry.put(name, version))
+        log.info("delta %s: version %s answers", delta.name, delta.version)
+        return delta
+
+    async def unload(self, name: str) -> None:
+        """Takes a delta away; calls under way are answered."""
+        async with self._lock(name):
+            with self._telling(name, UNLOADING):
+                await self._run(lambda: self.registry.remove(name))
+            self._reasons[name] = "unloaded"
+        log.info("delta %s: unloaded", name)
+
+    async def index(self, ready_only: bool = False) -> list[Entry]:
+        """Every version that lies in the served directory or answers, by name."""
+        shelf = await self.shelf()
+        answering = {delta.name: delta.version for delta in self.registry.all()}
+        entries: list[Entry] = []
+        for name in sorted(shelf.keys() | answering.keys(), key=lambda name: (name != "base", name)):
+            current = answering.get(name)
+            others = [version for version in shelf.get(name, ()) if version != current]
+            if not ready_only:
+                entries += [self._entry(name, version, current) for version in others]
+            if current is not None:
+                entries.append(Entry(name, current, READY))
+        return entries
+
+    async def shelf(self) -> dict[str, list[str]]:
+        """What lies in the served directory, see ``Registry.shelf``."""
+        return await self._run(self.registry.shelf)
+
+    def close(self) -> None:
+        """Starts nothing more."""
+        self._loaders.shutdown(wait=False, cancel_futures=True)
+
+    def _entry(self, name: str, version: str, current: str | None) -> Entry:
+        state = self._doing.get(name, UNAVAILABLE)
+        reason = f"version {current} answers" if current else self._reasons.get(name, "not loaded")
+        return Entry(name, version, state, reason if state == UNAVAILABLE else "")
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._loaders, work)
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    @contextmanager
+    def _telling(self, name: str, state: str) -> Iterator[None]:
+        """The state while it lasts, and the reason where it ends badly."""
+        self._doing[name] = state
+        try:
+            yield
+            self._reasons.pop(name, None)
+        except BertologyError as problem:
+            self._reasons[name] = str(problem)
+            raise
+        finally:
+            del self._doing[name]
+            self._metrics.deltas(len(self.registry.all()))
