@@ -7,6 +7,7 @@ T rows, and the attention alone brings them into the grid [B, R] and back.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +45,7 @@ def gather(ids: Value, mask: Value, types: Value | None) -> Text:
     return Text(ids, types, nodes("Max", count, 1), seen, home)
 
 
-class Rows:
+class Rows(ABC):
     """Rows [T, ...] of a batch, all of the grid's.
 
     ``ids``, ``positions`` and ``types`` (``None`` without) [T]; ``virtual`` [T] says which rows are the prompt's and
@@ -66,34 +67,34 @@ class Rows:
             self.seen, self.spoken = self.seen | virtual, self.spoken & ~virtual
         self.place = self._numbered()
         self.ids = self.pick(text.ids.gather(told, 1))
-        self.types = None if text.types is None else self.pick(virtual_free(text.types.gather(told, 1), virtual))
+        self.types = None if text.types is None else self.pick(_untyped(text.types.gather(told, 1), virtual))
         self.positions = self.by_column((column if weave.shifts else told) + weave.offset)
         self.virtual = None if virtual is None else self.by_column(virtual)
         self.which = None if virtual is None else self.by_column((column - weave.lead).clip(0, weave.length - 1))
 
+    @abstractmethod
     def grid(self, rows: Value, heads: int, width: int) -> Value:
         """[T, heads · width] -> [B, heads, R, width]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flat(self, grid: Value, heads: int, width: int) -> Value:
         """The way back: [B, heads, R, width] -> [T, heads · width]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pick(self, grid: Value) -> Value:
         """[B, R] -> [T]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def by_column(self, values: Value) -> Value:
         """[R] -> [T]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _length(self) -> Value:
         """[1]: columns of text in the grid."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _numbered(self) -> Value:
         """``place``."""
-        raise NotImplementedError
 
     def first(self, rows: Value) -> Value:
         """The row that a [CLS] head reads: [T, H] -> [B, H]."""
@@ -166,6 +167,6 @@ class Packed(Rows):
         return self.nodes("NonZero", self.seen.reshape(-1)).squeeze(0)
 
 
-def virtual_free(types: Value, virtual: Value | None) -> Value:
+def _untyped(types: Value, virtual: Value | None) -> Value:
     """Token types with 0 at the prompt's rows."""
     return types if virtual is None else virtual.where(0, types)
