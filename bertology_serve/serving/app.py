@@ -19,7 +19,7 @@ from bertology_serve.serving.engine import ClientGone, Engine
 from bertology_serve.serving.faults import place_of
 from bertology_serve.serving.gate import Gate
 from bertology_serve.serving.handlers import Handlers
-from bertology_serve.serving.http import json_response, problem_response
+from bertology_serve.serving.http import error_response, problem_response
 from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.lifecycle import Lifecycle
 from bertology_serve.serving.management import Management
@@ -78,6 +78,9 @@ def make_routes(handlers: Handlers, management: Management, metrics: Metrics) ->
         get("/models/{delta}/info", h.model),
         get("/models/{delta}/health", h.model_health),
         get("/models", h.models),
+        post("/v1/embeddings", h.embeddings),
+        get("/v1/models", h.openai_models),
+        get("/v1/models/{delta}", h.openai_model),
         get("/v2/health/live", h.live),
         get("/v2/health/ready", h.ready),
         get("/v2/models", h.oip_models),
@@ -103,12 +106,12 @@ def _guarded(endpoint: Endpoint, metrics: Metrics) -> Endpoint:
         try:
             response = await endpoint(request)
         except BertologyError as problem:
-            response = problem_response(problem)
+            response = problem_response(problem, request.scope["path"])
         except (ClientGone, ClientDisconnect):
             response = Response(status_code=CLIENT_GONE)
         except Exception as problem:
             log.error("%s %s raised %s", request.method, request.scope["path"], place_of(problem))
-            response = problem_response(problem)
+            response = problem_response(problem, request.scope["path"])
         metrics.call(response.status_code)
         return response
 
@@ -127,4 +130,4 @@ async def _refused(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, HTTPException)
     known = {404: "no such path; GET /openapi.json lists them", 405: f"{request.method} is not for this path"}
     message = known.get(problem.status_code, problem.detail)
-    return json_response({"error": message}, problem.status_code, problem.headers)
+    return error_response(message, problem.status_code, request.scope["path"], problem.headers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bertology_serve.errors import BertologyError
-from bertology_serve.serving.http import json_response, problem_response
+from bertology_serve.serving.http import error_response, problem_response
 from bertology_serve.serving.keys import Access, Keyring
 from bertology_serve.serving.metrics import Metrics
 
@@ -36,13 +36,13 @@ class Gate:
                 scope[ACCESS] = access = self._keyring.find(headers)
                 access.call()
         except BertologyError as problem:
-            refusal = problem_response(problem)
+            refusal = problem_response(problem, scope["path"])
         else:
             if size <= self._most:
                 await self._app(scope, receive, send)
                 return
             message = f"the path and headers hold {size} bytes; at most {self._most} are taken"
-            refusal = json_response({"error": message}, 431)
+            refusal = error_response(message, 431, scope["path"])
         self._metrics.call(refusal.status_code)
         await refusal(scope, receive, send)
 

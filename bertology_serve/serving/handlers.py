@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ from bertology_serve.serving.http import (
 from bertology_serve.serving.keys import Access
 from bertology_serve.serving.metrics import CONTENT_TYPE, Metrics
 from bertology_serve.serving.openapi import document
-from bertology_serve.serving.protocol import hf, native, oip, oip_model
+from bertology_serve.serving.protocol import hf, native, oip, oip_model, openai
 from bertology_serve.serving.registry import Registry
 
 SWAPS = 8
@@ -42,6 +43,7 @@ class Handlers:
     def __init__(self, engine: Engine, registry: Registry, metrics: Metrics) -> None:
         self.engine, self.registry, self.metrics = engine, registry, metrics
         self.config = engine.config
+        self._started = int(time.time())
 
     async def predict(self, request: Request) -> Response:
         """POST /predict"""
@@ -72,6 +74,33 @@ class Handlers:
             return Response(content, headers={JSON_LENGTH: str(json_length)}, media_type=BINARY)
 
         return await _of_one_version(answer)
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings"""
+        body = await self._body(request)
+        access = access_of(request.scope)
+        tokens = 0
+
+        def charge(cost: int) -> None:
+            nonlocal tokens
+            access.charge(cost)
+            tokens = cost
+
+        async def answer() -> Response:
+            call = openai.read_embeddings(body, partial(self._find, access))
+            predictions = await self._answer(request, call.requests, charge=charge)
+            return _json(openai.write_embeddings(call, predictions, tokens))
+
+        return await _of_one_version(answer)
+
+    async def openai_models(self, request: Request) -> Response:
+        """GET /v1/models"""
+        data = [openai.describe(delta, self._started) for delta in self._visible(request)]
+        return json_response({"object": "list", "data": data})
+
+    async def openai_model(self, request: Request) -> Response:
+        """GET /v1/models/{delta}"""
+        return json_response(openai.describe(self._named(request), self._started))
 
     async def about(self, request: Request) -> Response:
         """GET /"""
@@ -154,13 +183,20 @@ class Handlers:
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, self.config.max_body_bytes)
 
-    async def _answer(self, request: Request, items: Sequence[Item], seconds: float = math.inf) -> list[Prediction]:
+    async def _answer(
+        self,
+        request: Request,
+        items: Sequence[Item],
+        seconds: float = math.inf,
+        charge: Callable[[int], None] | None = None,
+    ) -> list[Prediction]:
+        """The answers, within the caller's rights, rates and time."""
         seconds = min(seconds, timeout_of(request))
         access = access_of(request.scope)
         if access.restricted:
             for name in dict.fromkeys(item.delta for item in items):
                 self._find(access, name)
-        return await self.engine.answer(items, lambda: departure(request), access.charge, seconds)
+        return await self.engine.answer(items, lambda: departure(request), charge or access.charge, seconds)
 
 
 async def _of_one_version(answer: Callable[[], Awaitable[Response]]) -> Response:

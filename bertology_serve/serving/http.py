@@ -27,9 +27,18 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
     return Response(encode(value), status, headers, JSON)
 
 
-def problem_response(problem: Exception) -> Response:
-    """``{"error": message}`` with the error's status."""
-    return json_response({"error": message_of(problem)}, status_of(problem), headers_of(problem))
+def problem_response(problem: Exception, path: str) -> Response:
+    """An error with its status, in the shape of the path."""
+    return error_response(message_of(problem), status_of(problem), path, headers_of(problem))
+
+
+def error_response(message: str, status: int, path: str, headers: Mapping[str, str] | None = None) -> Response:
+    """``{"error": message}``; under ``/v1`` an object, as OpenAI's client reads it."""
+    error: Any = message
+    if path.startswith("/v1/"):
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        error = {"message": message, "type": kind, "param": None, "code": None}
+    return json_response({"error": error}, status, headers)
 
 
 async def read_body(request: Request, most: int) -> bytes:

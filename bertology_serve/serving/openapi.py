@@ -71,6 +71,9 @@ def _paths() -> dict[str, Any]:
         },
         "/models/{delta}/info": {"get": _get("About a delta", model, _UNKNOWN)},
         "/models/{delta}/health": {"get": is_ready},
+        "/v1/embeddings": {"post": _post("Embeddings in OpenAI's shape", _ref("EmbeddingsBody"), _ref("Embeddings"))},
+        "/v1/models": {"get": _get("The deltas in OpenAI's shape", {"type": "object"})},
+        "/v1/models/{delta}": {"get": _get("A delta in OpenAI's shape", {"type": "object"}, _UNKNOWN)},
         "/v2": {"get": _get("About the server", _ref("ServerMetadata"))},
         "/v2/health/live": {"get": _get("Liveness", {"type": "object"})},
         "/v2/health/ready": {"get": _get("Readiness", {"type": "object"}, _BUSY)},
@@ -90,7 +93,18 @@ def _paths() -> dict[str, Any]:
     }
     for path in PUBLIC:
         paths[path]["get"]["security"] = []
+    for path in paths:
+        if path.startswith("/v1/"):
+            _in_openai_s_shape(paths[path])
     return {path: _with_parameters(path, operations) for path, operations in paths.items()}
+
+
+def _in_openai_s_shape(operations: dict[str, Any]) -> None:
+    """The errors under /v1 are objects."""
+    for operation in operations.values():
+        for code, response in operation["responses"].items():
+            if code != "200":
+                response["content"] = {"application/json": {"schema": _ref("OpenAIProblem")}}
 
 
 def _get(summary: str, schema: dict[str, Any] | None, *problems: str) -> dict[str, Any]:

@@ -52,8 +52,10 @@ def check(server: Running, path: str, template: str, body: Any, **headers: str) 
     assert response.status_code < 500, response.text
     if response.status_code >= 400:
         assert response.json().keys() == {"error"}
-        assert "\n" not in response.json()["error"]
-        assert len(response.json()["error"]) < 1000
+        error = response.json()["error"]
+        error = error["message"] if path.startswith("/v1/") else error
+        assert "\n" not in error
+        assert len(error) < 1000
 
 
 @FAST
@@ -86,6 +88,18 @@ def test_infer(server, name, body, tail, length):
     check(
         server, f"/v2/models/{name}/infer", "/v2/models/{delta}/infer", content + tail * (length is not None), **headers
     )
+
+
+@FAST
+@given(
+    st.fixed_dictionaries(
+        {"model": st.sampled_from(["sense", "raw", "base", "mood", "x"]) | VALUES, "input": VALUES | st.just("a cat")},
+        optional={"encoding_format": st.sampled_from(["float", "base64"]) | VALUES, "dimensions": VALUES},
+    )
+    | VALUES
+)
+def test_embeddings(server, body):
+    check(server, "/v1/embeddings", "/v1/embeddings", body)
 
 
 @FAST

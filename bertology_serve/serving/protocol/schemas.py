@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -73,6 +73,39 @@ class TaskBody(Struct, omit_defaults=True):
         Meta(description="A text; an object with the task's fields, or source_sentence and sentences; or a list."),
     ]
     parameters: dict[str, Any] | None = None
+
+
+class EmbeddingsBody(Struct, omit_defaults=True):
+    """OpenAI's embeddings request; other keys are ignored."""
+
+    model: Annotated[str, Meta(description="Name of a delta whose task is embedding, or 'base'.")]
+    input: str | list[str]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+
+class Vector(Struct):
+    """One embedding: numbers, or base64 of little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(Struct):
+    """What the texts cost, prompts of the delta included."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(Struct):
+    """OpenAI's embeddings answer."""
+
+    object: Literal["list"]
+    data: list[Vector]
+    model: str
+    usage: Usage
 
 
 class Model(Struct):
@@ -161,7 +194,22 @@ class Problem(Struct):
     error: str
 
 
+class OpenAIError(Struct):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class OpenAIProblem(Struct):
+    """What went wrong, under /v1."""
+
+    error: OpenAIError
+
+
 BODIES = (
     Item, Answer, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest, InferResponse,
-    IndexRequest, LoadRequest, RepositoryEntry, Problem,
+    EmbeddingsBody, Embeddings, IndexRequest, LoadRequest, RepositoryEntry, Problem, OpenAIProblem,
 )  # fmt: skip

@@ -1,0 +1,93 @@
+"""OpenAI's shape: ``/v1/models`` and ``/v1/embeddings``, as its own client sends and parses them. Pure.
+
+A model is a delta; ``parent`` names the encoder that it shares. Vectors go out as numbers, or, as that client asks
+unless told otherwise, as base64 of little-endian float32.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.pipeline import Prediction, Request
+from bertology_serve.errors import DataError, Unsupported
+from bertology_serve.serving.protocol.bodies import decode, encode, shown
+from bertology_serve.serving.protocol.hf_options import Options
+from bertology_serve.serving.protocol.hf_shapes import embedding
+from bertology_serve.tasks.spec import EMBEDDING
+
+FORMATS = ("float", "base64")
+OWNER = "bertology-serve"
+
+
+@dataclass(frozen=True)
+class EmbeddingsCall:
+    """One request a text, and how the vectors are wanted."""
+
+    delta: Delta
+    requests: list[Request]
+    options: Options
+    base64: bool
+
+
+def read_embeddings(body: bytes, find: Callable[[str], Delta]) -> EmbeddingsCall:
+    """A call of ``POST /v1/embeddings``. Raises DataError, NotFound, and Unsupported for token ids and other tasks."""
+    value: Any = decode(body)
+    if not isinstance(value, dict):
+        raise DataError(f"the body is {shown(value)}; expected an object with 'model' and 'input'")
+    name, wanted = value.get("model"), value.get("encoding_format")
+    if not isinstance(name, str) or not name:
+        raise DataError(f"field 'model' is {shown(name)}; expected the name of a delta")
+    if wanted not in (None, *FORMATS):
+        raise DataError(f"field 'encoding_format' is not supported with this value; expected {' or '.join(FORMATS)}")
+    delta = find(name)
+    if delta.task.kind != EMBEDDING:
+        raise Unsupported(f"delta {delta.name!r} does {delta.task.kind}, not embeddings; POST /models/{delta.name}")
+    unit = delta.task.normalize
+    options = Options(normalize=unit, unit=unit, dimensions=_dimensions(value.get("dimensions")))
+    requests = [
+        Request(delta.name, {"text": text}, where=f"input[{index}]", version=delta.version)
+        for index, text in enumerate(_texts(value.get("input")))
+    ]
+    return EmbeddingsCall(delta, requests, options, wanted == "base64")
+
+
+def write_embeddings(call: EmbeddingsCall, predictions: Sequence[Prediction], tokens: int) -> bytes:
+    """The vectors in the order of the texts; ``tokens`` is what they cost together."""
+    data = []
+    for index, prediction in enumerate(predictions):
+        vector: Any = embedding(prediction, call.options)
+        if call.base64:
+            vector = base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
+        data.append({"object": "embedding", "index": index, "embedding": vector})
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return encode({"object": "list", "data": data, "model": call.delta.name, "usage": usage})
+
+
+def describe(delta: Delta, started: int) -> dict[str, Any]:
+    """A delta as a model; ``started`` stands for the date of making, which a delta does not know."""
+    return {"id": delta.name, "object": "model", "created": started, "owned_by": OWNER, "root": delta.name,
+            "parent": None if delta.name == "base" else "base"}  # fmt: skip
+
+
+def _texts(value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts:
+        raise DataError(f"field 'input' is {shown(value)}; expected a text or a list of texts")
+    for text in texts:
+        if isinstance(text, int | list) and not isinstance(text, bool):
+            raise Unsupported("field 'input' holds token ids, which belong to another tokenizer; send texts")
+        if not isinstance(text, str):
+            raise DataError(f"field 'input' holds {shown(text)}; expected texts")
+    return texts
+
+
+def _dimensions(value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise DataError(f"field 'dimensions' is {shown(value)}; expected an integer from 1")
+    return value
