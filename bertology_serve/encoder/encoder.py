@@ -7,13 +7,17 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.effects import Effects
+from bertology_serve.deltas.names import MANIFEST
+from bertology_serve.deltas.pruning import Pruning, fitted, sliced_state
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.encoder import families
 from bertology_serve.encoder.anatomy import find_anatomy
@@ -27,6 +31,7 @@ from bertology_serve.encoder.passing import Current, Heads, Pass, Pools
 from bertology_serve.encoder.plan import BatchPlan, make_plan
 from bertology_serve.encoder.prepacked import Prepacked, pays
 from bertology_serve.encoder.probe import Probe
+from bertology_serve.encoder.pruned import read_pruning
 from bertology_serve.encoder.varlen import HALVES
 from bertology_serve.encoder.wrapped import SlotLinear, wrap
 from bertology_serve.errors import LimitError, Unsupported
@@ -37,13 +42,17 @@ class Encoder:
     """A frozen encoder that takes packed batches with the deltas of their sequences applied.
 
     ``model`` is the headless HuggingFace model, its linears and norms wrapped; ``base_head`` holds what the base
-    checkpoint has of a head (BERT's pooler), by its name there; ``packs`` says whether rows travel unpadded.
+    checkpoint has of a head (BERT's pooler), by its name there; ``packs`` says whether rows travel unpadded;
+    ``pruning`` what it was pruned from, if it was.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, base_head: dict[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, name: str, base_head: dict[str, Tensor] | None = None,
+        pruning: Pruning | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.base_head = base_head or {}
-        self.config = model.config
+        self.config, self.pruning = model.config, pruning
         self.anatomy: Anatomy = find_anatomy(model)
         self.ref = BaseRef(name, weights_hash(model.state_dict()), self.anatomy.family)
         self.lock = threading.RLock()
@@ -63,7 +72,7 @@ class Encoder:
         """
         path = locate(name)
         model, head = load_model(path)
-        encoder = cls(model, load_tokenizer(path), name, head)
+        encoder = cls(model, load_tokenizer(path), name, head, read_pruning(path))
         model.to(device=torch.device(device), dtype=dtype)
         return encoder
 
@@ -75,10 +84,11 @@ class Encoder:
     def for_delta(cls, delta: Delta, name: str | None = None, *, device: str = "cpu") -> Encoder:
         """The encoder that a delta runs on: its base, or for full fine-tuning the base with the delta's weights."""
         path = locate(name or delta.base.name)
-        model, head = load_model(path)
+        (model, head), pruning = load_model(path), read_pruning(path)
         if delta.weights:
-            model.load_state_dict(delta.weights)
-        encoder = cls(model, load_tokenizer(path), name or delta.base.name, head)
+            whole = pruning is not None and delta.base.sha256 == pruning.parent.sha256
+            model.load_state_dict(sliced_state(delta.weights, pruning) if pruning and whole else delta.weights)
+        encoder = cls(model, load_tokenizer(path), name or delta.base.name, head, pruning)
         model.to(torch.device(device))
         return encoder
 
@@ -97,6 +107,19 @@ class Encoder:
         """The longest sequence, special tokens included."""
         limit = int(getattr(self.tokenizer, "model_max_length", self.anatomy.max_tokens) or self.anatomy.max_tokens)
         return min(limit, self.anatomy.max_tokens)
+
+    def fitted(self, delta: Delta) -> Delta:
+        """The delta as this encoder takes it: itself, or sliced where it was made for what this was pruned from."""
+        return fitted(delta, self.anatomy, self.ref, self.pruning)
+
+    def read_delta(self, path: Path, name: str | None = None) -> Delta:
+        """A delta from its directory, fitted; raises what ``store.load`` raises."""
+        anatomy: Anatomy | None = self.anatomy
+        base: BaseRef | None = self.ref
+        if self.pruning is not None:  # what it was pruned from is what peft's deltas were made for
+            own = (path / MANIFEST).exists()
+            anatomy, base = (None, None) if own else (self.pruning.anatomy, self.pruning.parent)
+        return self.fitted(store.load(path, anatomy, base=base, name=name, options=self.config.to_dict()))
 
     def check_length(self, tokens: int) -> None:
         """Raises LimitError where sequences of that many tokens do not fit."""

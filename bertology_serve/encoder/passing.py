@@ -77,7 +77,7 @@ class Pass:
             return None
         absent = SlotPools(None, weight.new_zeros(1, step)) if not all(found) else None
         pools = [
-            self._slot_pools(place, part) if part or absent is None else absent
+            self._slot_pools(place, part, weight.shape[1], step) if part or absent is None else absent
             for place, part in zip(places, found, strict=True)
         ]
         return pools, found
@@ -88,10 +88,10 @@ class Pass:
         if not active:
             return y
         self.lists.by_host()
-        a, b = self._slot_pools(place, active if x is not None else ())
+        lo, hi = place.part or (0, y.shape[1])
+        a, b = self._slot_pools(place, active if x is not None else (), 0 if x is None else x.shape[1], hi - lo)
         if place.part is None:
             return add_low_rank(y, x, a, b, active)
-        lo, hi = place.part
         columns = add_low_rank(y[:, lo:hi], x, a, b, active)
         return torch.cat([y[:, :lo], columns, y[:, hi:]], 1) if torch.is_grad_enabled() else y
 
@@ -119,11 +119,18 @@ class Pass:
             return None
         return self.pools.layer(PREFIX, "k", layer), self.pools.layer(PREFIX, "v", layer)
 
-    def _slot_pools(self, place: Place, segments: Segments) -> SlotPools:
-        """A slot's pools in one layer; without A where the segments have biases only."""
+    def _slot_pools(self, place: Place, segments: Segments, inputs: int, outputs: int) -> SlotPools:
+        """A slot's pools in one layer, as wide as it is there; without A where the segments have biases only."""
         ranked = any(segment.last > segment.first for segment in segments)
-        a = self.pools.layer(place.slot, "a", place.layer) if ranked else None
-        return SlotPools(a, self.pools.layer(place.slot, "b", place.layer))
+        a = _wide(self.pools.layer(place.slot, "a", place.layer), inputs) if ranked else None
+        return SlotPools(a, _wide(self.pools.layer(place.slot, "b", place.layer), outputs))
+
+
+def _wide(pool: Tensor, width: int) -> Tensor:
+    """A pool [P, N] cut to a layer's width: layers of pruned encoders differ. Kernels want rows without gaps."""
+    if pool.shape[1] == width:
+        return pool
+    return pool[:, :width].contiguous() if pool.is_cuda else pool[:, :width]
 
 
 class Current:

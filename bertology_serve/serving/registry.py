@@ -93,8 +93,7 @@ class Registry:
         return found
 
     def _read(self, path: Path, name: str) -> Delta:
-        encoder = self.pipeline.encoder
-        return store.load(path, encoder.anatomy, base=encoder.ref, name=name, options=encoder.config.to_dict())
+        return self.pipeline.encoder.read_delta(path, name)
 
     def find(self, name: str, version: str | None = None, visible: Callable[[str], bool] = lambda _: True) -> Delta:
         """The delta of that name, at that version where one is named.

@@ -88,10 +88,13 @@ class Modules:
             place, low, shift = f"{slot.name}.{layer}", effects.low_rank.get(slot.name), effects.bias.get(slot.name)
             lo, hi = slot.part or (0, width)
             if low is not None:
-                a, b = self.mine(f"{place}.a", low.a[layer].T), self.mine(f"{place}.b", low.b[layer])
+                right, left = low.at(slot, layer)
+                a, b = self.mine(f"{place}.a", right.T), self.mine(f"{place}.b", left)
                 yield self._widened(x @ a @ b, [0, lo, 0, width - hi])
             if shift is not None:
-                yield self._widened(self.mine(f"{place}.bias", shift[layer]), [lo, width - hi])
+                yield self._widened(
+                    self.mine(f"{place}.bias", shift[layer, : slot.outputs_of(layer)]), [lo, width - hi]
+                )
 
     def _widened(self, value: Value, pads: list[int]) -> Value:
         """Zeros around the columns that a slot names of a packed projection."""
