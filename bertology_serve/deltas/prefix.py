@@ -27,7 +27,7 @@ class PrefixSpec:
 
 
 def init(spec: PrefixSpec, anatomy: Anatomy, generator: torch.Generator | None) -> Tensors:
-    """``keys`` and ``values`` [L, V, H] from N(0, init_std²), float32; in a pruned encoder as wide as the widest keys."""
+    """``keys`` and ``values`` [L, V, H] from N(0, init_std²), float32; pruned, as wide as the widest layer."""
     slot = anatomy.slot(KEY)
     tensors = {name: normal((anatomy.layers, spec.length, slot.outputs), spec.init_std, generator)
                for name in ("keys", "values")}  # fmt: skip
