@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertology_serve.analysis.settings import AttentionSettings, DistanceSettings, HeadSettings, ProbeSettings
+from bertology_serve.analysis.settings import (
+    AttentionSettings,
+    DistanceSettings,
+    HeadSettings,
+    ProbeSettings,
+    PruneSettings,
+)
 from bertology_serve.cli.common import note, progress, table
 from bertology_serve.cli.options import options
 
@@ -77,6 +83,37 @@ def heads(
     title = f"{facts['metric']} {facts['unmasked']:.4f} unmasked; heads that go within {facts['tolerance']:g}"
     table(title, ("order", "share"), rows, stderr=False)
     written(report, out)
+
+
+@app.command()
+@options(PruneSettings, into="settings")
+def prune(
+    delta: Annotated[Path, typer.Option(metavar="DIR", help="The delta whose task judges heads and neurons.")],
+    input: Annotated[str, typer.Option(help="Labelled records that importance is measured on.")],
+    save: Annotated[Path, typer.Option(metavar="DIR", help="Where the pruned encoder goes: a new directory.")],
+    eval: Annotated[str | None, typer.Option(help="Labelled records to measure on. Default: --input.")] = None,
+    backbone: Backbone = None,
+    out: Out = Path("analysis"),
+    device: Device = "auto",
+    *,
+    settings: PruneSettings,
+) -> None:
+    """Cut out the heads and FFN neurons that a delta's task needs least; its base's deltas run on what is left."""
+    from bertology_serve.analysis.prune import prune as run
+
+    with bar("prune") as advance:
+        report = run(subject(backbone, delta, device), input, save, settings, eval=eval, advance=advance)
+    facts = report.facts
+    rows = [
+        ("heads", *facts["heads"]), ("neurons", *facts["neurons"]), ("parameters", *facts["parameters"]),
+        (facts["metric"], facts["metric_before"], facts["metric_after"]),
+        ("tokens/s", *(round(speed) for speed in facts["tokens_per_s"])),
+    ]  # fmt: skip
+    table(f"{facts['speed_up']:.2f} times as fast", ("", "before", "after"), rows, stderr=False)
+    written(report, out)
+    note(f"saved to {save}; next:")
+    note(f"  bertology-serve train --backbone {save} ...")
+    note(f"  bertology-serve serve --backbone {save} --deltas {delta.parent}")
 
 
 @app.command()

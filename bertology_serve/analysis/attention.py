@@ -17,7 +17,7 @@ from bertology_serve.analysis.figures import Figure, HeatMap, Scatter
 from bertology_serve.analysis.head_statistics import STATISTICS, TITLES, UNITS, HeadStatistics
 from bertology_serve.analysis.report import Report, origin
 from bertology_serve.analysis.settings import AttentionSettings
-from bertology_serve.analysis.subject import Advance, Subject, batches, silent
+from bertology_serve.analysis.subject import Advance, Subject, batches, head_numbers, mapped, silent
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.tasks.spec import Encoding
@@ -56,7 +56,7 @@ def _gather(
     encoder, anatomy = subject.encoder, subject.encoder.anatomy
     special = (encoder.tokenizer.cls_token_id, encoder.tokenizer.sep_token_id)
     statistics = HeadStatistics(anatomy.layers, anatomy.heads, *special)
-    divergences = Divergences(anatomy.layers * anatomy.heads)
+    divergences = Divergences(len(head_numbers(anatomy)))
     lengths = [len(encoding) for encoding in encodings]
     every = max(1, math.ceil(sum(lengths) / settings.js_rows))
     done = 0
@@ -73,22 +73,29 @@ def _gather(
 
 
 def _report(subject: Subject, means: Any, apart: np.ndarray, count: int, facts: dict[str, Any]) -> Report:
-    layers, heads = len(means), len(means[0])
+    heads = len(means[0])
+    numbers = head_numbers(subject.encoder.anatomy)
     virtual = max(value[-1] for layer in means for value in layer) > 1e-4
     shown = STATISTICS if virtual else STATISTICS[:-1]
     groups, points = clusters(apart, count), flat_map(apart)
-    names = [f"layer {layer} head {head}" for layer in range(layers) for head in range(heads)]
+    names = [f"layer {n // heads} head {n % heads}" for n in numbers]
     table = [
-        {"layer": n // heads, "head": n % heads, "cluster": groups[n] + 1,
+        {"layer": n // heads, "head": n % heads, "cluster": groups[place] + 1,
          **dict(zip(shown, means[n // heads][n % heads], strict=False))}
-        for n in range(layers * heads)
+        for place, n in enumerate(numbers)
     ]  # fmt: skip
     pairs = [
         {"first": names[i], "second": names[j], "divergence": float(apart[i, j])}
         for i in range(len(names)) for j in range(i + 1, len(names))
     ]  # fmt: skip
     panels = [
-        HeatMap(TITLES[statistic], [[head[n] for head in layer] for layer in means], "layer", "head", UNITS[statistic])
+        HeatMap(
+            TITLES[statistic],
+            mapped(torch.tensor(means, dtype=torch.float64)[..., n], numbers),
+            "layer",
+            "head",
+            UNITS[statistic],
+        )
         for n, statistic in enumerate(shown)
     ]
     scatter = Scatter("", points[:, 0].tolist(), points[:, 1].tolist(), names, groups,
