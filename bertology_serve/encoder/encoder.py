@@ -19,7 +19,7 @@ from bertology_serve.deltas.effects import Effects
 from bertology_serve.deltas.names import MANIFEST
 from bertology_serve.deltas.pruning import Pruning, fitted, sliced_state
 from bertology_serve.deltas.slots import Anatomy
-from bertology_serve.encoder import families
+from bertology_serve.encoder import families, joined
 from bertology_serve.encoder.anatomy import find_anatomy
 from bertology_serve.encoder.attention import make_layout
 from bertology_serve.encoder.bank import PROMPT, DeltaBank
@@ -133,24 +133,27 @@ class Encoder:
         return effects
 
     def prepack(self, wanted: bool | None = None) -> bool:
-        """Lays the frozen linears out for oneDNN where that is faster (``None``: a short timing decides).
+        """Lays the frozen linears out for where they are, as long as their weights no longer change.
 
-        Only for float32 on CPU with weights that no longer change. Says whether it was done.
+        On CPU in float32 for oneDNN where that is faster (``None``: a short timing decides); on a GPU query, key and
+        value as one, for a single launch. Says whether it was done.
         """
-        fits = self.device.type == "cpu" and self.dtype == torch.float32 and not self._trains
-        if not fits or not (pays() if wanted is None else wanted):
+        if self._trains:
+            return False
+        if self.device.type == "cuda":
+            return wanted is not False and joined.join(self.model, self.anatomy)
+        if self.device.type != "cpu" or self.dtype != torch.float32 or not (pays() if wanted is None else wanted):
             return False
         keep_freed_memory()
-        for module in self.model.modules():
-            if isinstance(module, SlotLinear):
-                module.prepacked = Prepacked(module.weight, module.bias)
+        for module in self._linears():
+            module.prepacked = Prepacked(module.weight, module.bias)
         return True
 
     def unpack_weights(self) -> None:
         """Back to plain linears, for weights that are about to change."""
-        for module in self.model.modules():
-            if isinstance(module, SlotLinear):
-                module.prepacked = None
+        joined.part(self.model, self.anatomy)
+        for module in self._linears():
+            module.prepacked = None
 
     def run(
         self, batch: PackedBatch, pools: Pools, plan: BatchPlan | None = None, heads: Heads | None = None
@@ -228,6 +231,9 @@ class Encoder:
                 f"{self.name}: neither packed nor padded rows give the model's own output ({self.anatomy.family}); "
                 "this family is not supported"
             )
+
+    def _linears(self) -> Iterator[SlotLinear]:
+        return (module for module in self.model.modules() if isinstance(module, SlotLinear))
 
     @property
     def _trains(self) -> bool:

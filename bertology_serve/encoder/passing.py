@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bertology_serve.encoder.attention import Attend, Group, Layout
 from bertology_serve.encoder.bank import PREFIX, Entry, adapter
@@ -16,7 +17,7 @@ from bertology_serve.encoder.packing import PackedBatch
 from bertology_serve.encoder.plan import BatchPlan
 from bertology_serve.kernels import rows
 from bertology_serve.kernels.columns import Pools as SlotPools
-from bertology_serve.kernels.dispatch import BatchColumns, Segments
+from bertology_serve.kernels.dispatch import BatchColumns, Segments, lora_linear
 from bertology_serve.kernels.segments import add_low_rank
 
 
@@ -64,7 +65,20 @@ class Pass:
         """What takes the place of torch's attention in a layer, if anything."""
         return None if self.heads is None else partial(self.heads, layer)
 
-    def slices(self, places: Sequence[Place], weight: Tensor) -> tuple[list[SlotPools], list[Segments]] | None:
+    def linear(self, places: Sequence[Place], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """y [T, N] = x [T, K] Wᵀ + bias with the low ranks and biases of the places: one launch where it can be."""
+        slices = self._slices(places, weight)
+        if slices is not None:
+            return lora_linear(x, weight, bias, *slices, self.lists)
+        return self.updated(places, x, F.linear(x, weight, bias))
+
+    def updated(self, places: Sequence[Place], x: Tensor, y: Tensor) -> Tensor:
+        """The base's y [T, N] for x [T, K] with the low ranks and biases of the places."""
+        for place in places:
+            y = self.update(place, x, y)
+        return y
+
+    def _slices(self, places: Sequence[Place], weight: Tensor) -> tuple[list[SlotPools], list[Segments]] | None:
         """Pools and segments of the equal slices of a linear's outputs (its weight [N, K]), one for each place.
 
         ``None`` where no delta of the batch changes the linear, or the places do not divide it evenly.

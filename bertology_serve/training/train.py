@@ -154,7 +154,8 @@ def _continued(stage: Stage, ready: Prepared, before: Delta) -> LiveDelta:
 
 def machine(config: TrainConfig, encoder: Encoder) -> dict[str, bool]:
     """What a timing decides, and must not change in the course of a run."""
-    return {"prepacked": not uses_bf16(config.precision, encoder.device) and encoder.prepack()}
+    lowered = encoder.device.type == "cpu" and uses_bf16(config.precision, encoder.device)
+    return {"prepacked": not lowered and encoder.prepack()}
 
 
 def lay_out(encoder: Encoder, chosen: Mapping[str, bool]) -> None:
