@@ -44,6 +44,12 @@ def attention(
     corpus: Annotated[
         str | None, typer.Option(help="Texts: .txt, a line each, or records as for train. Default: built-in ones.")
     ] = None,
+    dependencies: Annotated[
+        str | None, typer.Option(help="Parsed sentences: a CoNLL-U file, or example for built-in ones.")
+    ] = None,
+    sentence: Annotated[
+        list[str] | None, typer.Option(help="Show every head's map of this sentence; may be given several times.")
+    ] = None,
     out: Out = Path("analysis"),
     device: Device = "auto",
     *,
@@ -53,11 +59,16 @@ def attention(
     from bertology_serve.analysis.attention import attention as run
 
     with bar("attention") as advance:
-        report = run(subject(backbone, delta, device), corpus, settings, advance=advance)
+        one = subject(backbone, delta, device)
+        report = run(one, corpus, settings, dependencies=dependencies, sentences=sentence or (), advance=advance)
     rows = report.tables["heads"]
     shown = [name for name in rows[0] if name not in ("layer", "head", "cluster")]
     extremes = [(name, *extreme(rows, name)) for name in shown]
     table("heads", ("statistic", "mean", "most", "where"), extremes, stderr=False)
+    if dependencies is not None:
+        columns = ("relation", "arcs", "layer", "head", "direction", "accuracy", "offset", "offset_accuracy")
+        cells = [[row[column] for column in columns] for row in report.tables["relations"]]
+        table("the best head of each relation", columns, cells, stderr=False)
     written(report, out)
 
 

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 
 from bertology_serve.analysis.corpus import Corpus, corpus_name, read_corpus
+from bertology_serve.analysis.dependencies import dependencies as follow
 from bertology_serve.analysis.divergence import Divergences, clusters, flat_map
 from bertology_serve.analysis.figures import Figure, HeatMap, Scatter
 from bertology_serve.analysis.head_statistics import STATISTICS, TITLES, UNITS, HeadStatistics
 from bertology_serve.analysis.report import Report, origin
+from bertology_serve.analysis.sentence_maps import sentence_maps
 from bertology_serve.analysis.settings import AttentionSettings
 from bertology_serve.analysis.subject import Advance, Subject, batches, head_numbers, mapped, silent
 from bertology_serve.deltas.delta import Delta
@@ -29,9 +31,14 @@ def attention(
     settings: AttentionSettings | None = None,
     *,
     delta: Delta | str | Path | None = None,
+    dependencies: str | Path | None = None,
+    sentences: Sequence[str] = (),
     advance: Advance = silent,
 ) -> Report:
     """The statistics of every head (see ``head_statistics``) over a corpus, one pass, memory bounded by a batch.
+
+    With ``dependencies``, a CoNLL-U file or ``example`` (the built-in sentences), also how well heads follow them;
+    with ``sentences`` the maps of every head for each.
 
     Divergences between heads are measured on whole sequences spread over the corpus, about ``js_rows`` rows of them.
     Raises Unsupported for encoders that keep their own attention.
@@ -46,7 +53,25 @@ def attention(
         **subject.facts(), "corpus": corpus_name(corpus), "sequences": len(encodings), "tokens": statistics.rows,
         "divergence_rows": divergences.rows, "seconds": round(time.perf_counter() - started, 3), **origin(),
     }  # fmt: skip
-    return _report(subject, statistics.means().tolist(), divergences.means(), settings.clusters, facts)
+    report = _report(subject, statistics.means().tolist(), divergences.means(), settings.clusters, facts)
+    return _more(report, subject, length, settings, dependencies, sentences)
+
+
+def _more(
+    report: Report, subject: Subject, length: int, settings: AttentionSettings, path: str | Path | None,
+    sentences: Sequence[str],
+) -> Report:  # fmt: skip
+    """The report with dependencies and the maps of single sentences."""
+    facts, tables, figures = dict(report.facts), dict(report.tables), dict(report.figures)
+    if path is not None:
+        found = follow(subject, path, length, settings.max_tokens, settings.fewest_arcs)
+        facts, tables = facts | found.facts, tables | found.tables
+        figures["dependencies"] = found.figure
+    rows: list[dict[str, Any]] = []
+    for number, text in enumerate(sentences, 1):
+        maps, own = sentence_maps(subject, text, number)
+        figures, rows = figures | maps, rows + own
+    return Report(report.name, facts, tables | ({"maps": rows} if rows else {}), figures)
 
 
 @torch.inference_mode()

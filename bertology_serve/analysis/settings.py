@@ -25,9 +25,10 @@ class AttentionSettings:
     most: int | None = field(default=None, metadata={"help": "Take the first so many texts."})
     clusters: int = field(default=6, metadata={"help": "Clusters of heads."})
     js_rows: int = field(default=4096, metadata={"help": "Rows that divergences between heads are measured on."})
+    fewest_arcs: int = field(default=20, metadata={"help": "Relations with fewer dependencies are not looked at."})
 
     def __post_init__(self) -> None:
-        at_least_one(self, "max_length", "max_tokens", "most", "clusters", "js_rows")
+        at_least_one(self, "max_length", "max_tokens", "most", "clusters", "js_rows", "fewest_arcs")
 
 
 @dataclass(frozen=True)
