@@ -79,6 +79,7 @@ def progress(*fields: str) -> Progress:
 
 
 def console_of(stderr: bool) -> Console:
+    """The console that tables and bars are drawn on."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout

@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "Try all of it on built-in examples, in a few minutes.",
     "train": "Train one delta.",
     "train-fleet": "Train many deltas at once over one frozen encoder.",
+    "compress": "Write a fully tuned model as a small delta.",
     "evaluate": "Measure a delta on labelled records.",
     "predict": "Answer a file of records, for many deltas at once.",
     "serve": "Answer over HTTP.",

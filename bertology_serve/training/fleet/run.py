@@ -27,6 +27,10 @@ from bertology_serve.training.publish import publish
 from bertology_serve.training.sources import Data, Source
 from bertology_serve.training.train import lay_out, machine, task_spec
 
+# Rows of one pass where none were asked for. On a CPU more no longer fit its caches; a GPU wants to be full.
+ROWS = {"cpu": 1024}
+ROWS_ELSEWHERE = 8192
+
 Columns = tuple[tuple[str, str], ...]
 
 
@@ -103,10 +107,11 @@ def train_fleet(
     directory = FleetDirectory(root)
     directory.check_members([one.name for one in spec.members], resume, overwrite)
     crew = enrol(spec, encoder, directory, watcher)
-    began = directory.open(_identity(spec, encoder, crew), machine(crew[0].member.config, encoder), resume)
+    rows = spec.max_tokens or ROWS.get(encoder.device.type, ROWS_ELSEWHERE)
+    began = directory.open(_identity(rows, encoder, crew), machine(crew[0].member.config, encoder), resume)
     lay_out(encoder, began)
     publisher = Publisher(crew, root, directory, watcher)
-    fleet = Fleet([one.member for one in crew], spec.max_tokens, directory, spec.save_every, publisher.finished)
+    fleet = Fleet([one.member for one in crew], rows, directory, spec.save_every, publisher.finished)
     fleet.run()
     directory.remove()
     failed = {one.member.name: one.member.failure for one in crew if one.member.failure}
@@ -115,14 +120,14 @@ def train_fleet(
     return publisher.deltas
 
 
-def _identity(spec: FleetSpec, encoder: Encoder, crew: list[Enrolled]) -> dict[str, Any]:
+def _identity(rows: int, encoder: Encoder, crew: list[Enrolled]) -> dict[str, Any]:
     """What a fleet and its continuation must have in common, each member's fields under its name."""
     own = {
         f"{one.member.name}.{key}": value
         for one in crew
         for key, value in identity(one.member.config, encoder, one.member.name, one.data).items()
     }
-    return {"deltas": [one.name for one in spec.members], "max_tokens": spec.max_tokens, **own}
+    return {"deltas": [one.member.name for one in crew], "max_tokens": rows, **own}
 
 
 class Publisher:

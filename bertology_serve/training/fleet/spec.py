@@ -56,11 +56,11 @@ class MemberSpec:
 
 @dataclass(frozen=True)
 class FleetSpec:
-    """The deltas, their encoder, the rows of one pass, and the steps between checkpoints."""
+    """The deltas, their encoder, the rows of one pass (``None``: see ``run``), and the steps between checkpoints."""
 
     members: tuple[MemberSpec, ...]
     backbone: str | None = None
-    max_tokens: int = 4096
+    max_tokens: int | None = None
     save_every: int = 200
 
 
