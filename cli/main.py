@@ -17,6 +17,7 @@ PROGRAM = "bertology-serve"
 COMMANDS = {
     "demo": "Try all of it on built-in examples, in a few minutes.",
     "train": "Train one delta.",
+    "reproduce": "Run a grid of trainings; its table.",
     "evaluate": "Measure a delta on labelled records.",
     "predict": "Answer a file of records, for many deltas at once.",
     "serve": "Answer over HTTP.",

@@ -91,6 +91,7 @@ class TrainConfig:
     patience: int | None = _option(None, "Stop after so many evaluations without a better one. Default: never.")
     keep: Literal["best", "last"] = _option("best", "Which state is saved where there is evaluation data.")
     save_every: int = _option(200, "Steps between checkpoints; one is written after each evaluation too.")
+    gradient_steps: int = _option(0, "First steps whose gradient's length is logged for every layer.")
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -184,7 +185,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 _LEAST: Mapping[str, float] = {
     "epochs": 1, "first_epochs": 1, "max_steps": 1, "batch_size": 1, "max_tokens": 1, "weight_decay": 0,
     "clip": 0, "seed": 0, "max_length": 3, "stride": 0, "max_answer_length": 1, "eval_every": 1, "patience": 1,
-    "save_every": 1, "lp_path": 1,
+    "save_every": 1, "lp_path": 1, "gradient_steps": 0,
 }  # fmt: skip
 
 

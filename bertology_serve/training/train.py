@@ -22,6 +22,7 @@ from bertology_serve.training.evaluate import measure
 from bertology_serve.training.items import Item, make_items
 from bertology_serve.training.loop import Trainer
 from bertology_serve.training.methods import ParameterCount, count_parameters, make_live, start_at_mean
+from bertology_serve.training.optimizer import state_bytes
 from bertology_serve.training.provenance import identity, provenance
 from bertology_serve.training.publish import publish, publish_copy
 from bertology_serve.training.recipes import Stage, stages
@@ -45,13 +46,17 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run: the delta, where it lies, and how the copy there compares (see ``publish``)."""
+    """What came of a run: the delta, where it lies, and how the copy there compares (see ``publish``).
+
+    ``optimizer_bytes`` is what the last stage's optimizer held; a probe that was solved had none.
+    """
 
     delta: Delta
     path: Path
     parameters: ParameterCount
     state: RunState
     difference: float
+    optimizer_bytes: int = 0
 
 
 def prepare(
@@ -134,7 +139,8 @@ class Run:
         dev = self.data.dev
         sample = (ready.dev, dev.records) if dev else (ready.items, self.data.train.records)
         difference = publish(delta, live, out, *sample, extra=[self.directory.path / LOG, self.directory.path / LAYERS])
-        return Outcome(delta, out, counts, state, difference)
+        held = state_bytes(trainer.optimizer) if isinstance(trainer, Trainer) else 0
+        return Outcome(delta, out, counts, state, difference, held)
 
 
 def _elsewhere(live: LiveDelta, ready: Prepared, config: TrainConfig) -> dict[str, float]:
