@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, get_type_hints
@@ -12,6 +13,7 @@ from bertology_serve.training.flags import KindFlags
 
 OWN = tuple(field.name for field in fields(TrainConfig) if field.name != "options")
 KINDS = tuple(field.name for field in fields(KindFlags))
+HEADER = "# bertology-serve train --config THIS --out DIR; a flag that is given too counts before this file.\n"
 LISTS: Mapping[type[Any], frozenset[str]] = {
     owner: frozenset(name for name, hint in get_type_hints(owner).items() if "tuple" in str(hint))
     for owner in (TrainConfig, KindFlags)
@@ -47,6 +49,30 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
         for name, value in own.items()
         if value not in (None, ())
     }
+
+
+def settings_text(config: TrainConfig, files: Mapping[str, str], prepack: bool) -> str:
+    """``config.toml``: the flags of a run, ``files`` among them; options without a flag are in a comment."""
+    known = {field.name for field in fields(KindFlags)}
+    try:
+        own = settings_of(config)
+    except SpecError as problem:
+        own, lost = settings_of(replace(config, options={})), f"# not a whole run: {problem}\n"
+    else:
+        lost = ""
+    order = {**files, **{name: own[name] for name in own if name not in known}, **own, "prepack": prepack}
+    return HEADER + lost + "".join(f"{name} = {_toml(value)}\n" for name, value in order.items())
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _listed(owner: type[Any], name: str, value: Any) -> Any:

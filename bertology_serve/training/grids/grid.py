@@ -32,6 +32,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from bertology_serve.data.sets import set_named
 from bertology_serve.errors import NotFound, SpecError, nearest
 from bertology_serve.training.config import TrainConfig
 from bertology_serve.training.settings import read_settings
@@ -44,19 +45,38 @@ class GridTask:
     """One column: a task, its files, and the metric that is shown.
 
     ``rows`` and ``eval_rows`` bound what is read of each file, drawn at random (always the same). ``ood`` names files
-    of other domains by the name of their columns. ``train`` are flags for its runs.
+    of other domains by the name of their columns. ``train`` are flags for its runs. With ``data``, the name of a
+    well-known set, what is left out is that set's.
     """
 
     name: str
-    task: str
-    train_file: str
-    eval_file: str
-    metric: str
+    task: str = ""
+    train_file: str = ""
+    eval_file: str = ""
+    metric: str = ""
+    data: str = ""
     ood: Mapping[str, str] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
     rows: int | None = None
     eval_rows: int | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.data:
+            found = set_named(self.data)
+            usual = {
+                "task": found.task,
+                "train_file": f"set:{found.name}:train",
+                "eval_file": f"set:{found.name}:dev",
+                "metric": found.metrics[0],
+            }
+            for name, value in usual.items():
+                object.__setattr__(self, name, getattr(self, name) or value)
+        for name in ("task", "train_file", "eval_file", "metric"):
+            if not getattr(self, name):
+                raise SpecError(
+                    f"task {self.name!r} has no {name.removesuffix('_file')}; give it, or data = 'glue/mrpc'"
+                )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ import torch
 import transformers
 
 import bertology_serve
+from bertology_serve.data.official import official_metrics
 from bertology_serve.data.records import Record
+from bertology_serve.data.sets import set_named
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import InputError
@@ -32,6 +34,8 @@ from bertology_serve.training.memory import Peak
 from bertology_serve.training.rundir import LOG
 from bertology_serve.training.sources import Source
 from bertology_serve.training.train import Outcome, train
+
+Measured = dict[str, dict[str, float]]
 
 RESULT, SPEC, DELTA = "result.json", "spec.json", "delta"
 
@@ -76,7 +80,7 @@ def execute(run: GridRun, place: Place) -> dict[str, Any]:
     where = Destination(directory / DELTA, name="delta", resume=True, overwrite=True)
     outcome = train(run.config, encoder, source, dev, place=where)
     result = {**_facts(outcome, peak, encoder), "rows": len(source.records)}
-    result["measured"] = _measured(outcome, others, place)
+    result["measured"] = _measured(outcome, others, place, run.task.data)
     result["measured_rows"] = {name: len(other.records) for name, other in others.items()}
     shutil.copy(outcome.path / LOG, directory / LOG)
     write_json(directory / RESULT, result)
@@ -87,11 +91,17 @@ def execute(run: GridRun, place: Place) -> dict[str, Any]:
     return result
 
 
-def _measured(outcome: Outcome, others: Mapping[str, Source], place: Place) -> dict[str, dict[str, float]]:
-    """Metrics of the published delta by column; the task's own is called ``""``."""
+def _measured(outcome: Outcome, others: Mapping[str, Source], place: Place, known: str) -> Measured:
+    """Metrics of the published delta by column, the task's own called ``""``; the official ones of a ``known`` set."""
     delta = store.load(outcome.path)
     encoder = Encoder.for_delta(delta, place.backbone, device=place.device)
-    return {name: evaluate(delta, other.records, encoder).metrics for name, other in others.items()}
+    found = {name: evaluate(delta, other.records, encoder) for name, other in others.items()}
+    if not known:
+        return {name: one.metrics for name, one in found.items()}
+    return {
+        name: one.metrics | official_metrics(set_named(known), one.metrics, one.answers, others[name].records)
+        for name, one in found.items()
+    }
 
 
 def _facts(outcome: Outcome, peak: Peak, encoder: Encoder) -> dict[str, Any]:
@@ -123,7 +133,7 @@ def _work(line: Mapping[str, Any]) -> tuple[int, float]:
 
 def _source(task: GridTask, file: str, rows: int | None, place: Place) -> Source:
     """A file's records; ``rows`` of them, drawn by a seed that is always the same, in their order."""
-    source = Source.read(file if file.startswith("hub:") else place.data / file, task.columns)
+    source = Source.read(file if file.startswith(("hub:", "set:")) else place.data / file, task.columns)
     if rows is None or rows >= len(source.records):
         return source
     chosen: list[Record] = [
@@ -134,7 +144,8 @@ def _source(task: GridTask, file: str, rows: int | None, place: Place) -> Source
 
 def _spec(run: GridRun, place: Place) -> dict[str, Any]:
     """All that a run's figures depend on, as JSON gives it back."""
-    task = {name: value for name, value in asdict(run.task).items() if name not in ("name", "metric", "train")}
+    task = {name: value for name, value in asdict(run.task).items() if name not in ("name", "metric", "train", "data")}
+    task |= {"data": run.task.data} if run.task.data else {}
     spec = {"backbone": place.backbone, "task": task, "training": run.config.as_dict()}
     plain: dict[str, Any] = json.loads(json.dumps(spec))
     return plain

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bertology_serve.errors import NotFound, SpecError
-from bertology_serve.training.grids.grid import Grid, read_grid, slug
+from bertology_serve.training.grids.grid import Grid, GridTask, read_grid, slug
 from bertology_serve.training.grids.presets import find_grid, presets
 from tests.training.grids import made
 
@@ -71,7 +71,8 @@ def test_a_part_of_a_grid_is_named_as_people_name_it():
     ("change", "message"),
     [
         (("title = ", "titel = "), r"grid.toml: the grid has no field 'titel'; did you mean 'title'"),
-        (('metric = "accuracy"\n', ""), r"grid.toml: \[\[tasks\]\] lacks a field .*metric"),
+        (('metric = "accuracy"\n', ""), r"grid.toml: task .Mood \(2\). has no metric; give it, or data = .glue/mrpc."),
+        (('name = "LoRA"\n', ""), r"\[\[methods\]\] lacks a field .*name"),
         (("vary = ", "varies = "), r"\[\[methods\]\] has no field 'varies'; did you mean 'vary'"),
         (("seeds = [0, 1]", "seeds = []"), "seeds is empty"),
         (("seeds = [0, 1]", 'seeds = [0]\nstatistic = "medain"'), "unknown statistic 'medain'; did you mean 'median'"),
@@ -91,6 +92,13 @@ def test_a_run_that_makes_no_sense_is_named_before_any_is_made(tmp_path: Path):
         list(grid.runs())
     with pytest.raises(SpecError, match="at least one task"):
         Grid("empty", "tiny", (), made.grid().methods)
+
+
+def test_a_known_set_says_what_is_left_out():
+    task = GridTask("MRPC", data="glue/mrpc", rows=10)
+    assert (task.task, task.train_file, task.metric) == ("classification", "set:glue/mrpc:train", "accuracy")
+    mismatched = GridTask("MNLI", data="glue/mnli", eval_file="set:glue/mnli:mismatched", metric="mcc")
+    assert (mismatched.eval_file, mismatched.metric) == ("set:glue/mnli:mismatched", "mcc")
 
 
 def test_names_are_files():

@@ -83,6 +83,18 @@ def test_the_best_state_may_be_kept_and_so_may_deltas(place: Place):
     assert manifest["provenance"]["eval"]["rows"] == 8
 
 
+def test_a_known_set_is_measured_as_its_makers_do(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names = {"up": "equivalent", "down": "not"}
+    rows = [{"text_a": row["text"], "text_b": "a film", "label": names[row["label"]]} for row in sets.classification()]
+    (tmp_path / "glue" / "mrpc").mkdir(parents=True)
+    for split in ("train", "dev"):
+        sets.write(tmp_path / "glue" / "mrpc" / f"{split}.jsonl", rows)
+    monkeypatch.setenv("BERTOLOGY_DATA", str(tmp_path))
+    task = GridTask("MRPC", data="mrpc")
+    found = execute(next(replace(grid(place, LORA), tasks=(task,)).runs()), place)
+    assert set(found["measured"][""]) == {"accuracy", "macro_f1", "mcc", "f1"}
+
+
 def test_report_is_of_what_is_there(place: Place):
     made = grid(place, LORA, EH)
     execute(next(made.runs()), place)
