@@ -75,9 +75,10 @@ class TrainConfig:
     pooling: Literal["cls", "mean", "max"] | None = _option(
         None, "Rows that the head reads. Default: mean for embeddings and the probe, else cls."
     )
-    head: Literal["hf", "linear", "none"] | None = _option(
+    head: Literal["hf", "linear", "mlp", "none"] | None = _option(
         None,
-        "hf: the form that HuggingFace gives the family; linear: one layer. Default: none for embeddings, else hf.",
+        "hf: the form that HuggingFace gives the family; linear: one layer; mlp: EH-FT's, a hidden one of 2,048. "
+        "Default: none for embeddings, else hf.",
     )
     stride: int | None = _option(None, "Overlap in tokens of question-answering windows. Default: 64.")
     max_answer_length: int | None = _option(None, "Longest answer in tokens (question answering). Default: 30.")
@@ -177,7 +178,7 @@ class TrainConfig:
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "schedule": ("linear", "cosine", "constant"),
     "pooling": ("cls", "mean", "max"),
-    "head": ("hf", "linear", "none"),
+    "head": ("hf", "linear", "mlp", "none"),
     "precision": ("auto", "fp32", "bf16"),
     "keep": ("best", "last"),
     "lp_layers": ("last", "all"),
