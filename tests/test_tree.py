@@ -158,6 +158,7 @@ def test_every_command_is_in_the_table():
         "common",
         "options",
         "bench_kernels",
+        "filling",
         "threads",
     }
     assert modules == {command.replace("-", "_") for command in COMMANDS}
