@@ -84,6 +84,9 @@ def make_routes(handlers: Handlers, management: Management, metrics: Metrics) ->
         get("/v2/health/live", h.live),
         get("/v2/health/ready", h.ready),
         get("/v2/models", h.oip_models),
+        get("/v2/models/stats", h.statistics),
+        get(f"{model}/stats", h.statistics),
+        get(f"{model}{version}/stats", h.statistics),
         get(model, h.oip_model),
         get(f"{model}{version}", h.oip_model),
         get(f"{model}/ready", h.oip_model_ready),
@@ -92,6 +95,20 @@ def make_routes(handlers: Handlers, management: Management, metrics: Metrics) ->
         post("/v2/repository/index", management.index),
         post("/v2/repository/models/{delta}/load", management.load),
         post("/v2/repository/models/{delta}/unload", management.unload),
+        *(
+            post(f"{base}/{name}", endpoint)
+            for base in ("", "/tei/{delta}")
+            for name, endpoint in {
+                "embed": h.tei.embed,
+                "rerank": h.tei.rerank,
+                "similarity": h.tei.similarity,
+                "tokenize": h.tei.tokenize,
+                "decode": h.tei.decode,
+            }.items()
+        ),
+        post("/tei/{delta}/predict", h.tei.predict),
+        get("/tei/{delta}/info", h.tei.info),
+        get("/info", h.tei.info),
         get("/health", h.health),
         get("/metrics", h.metrics_page),
         get("/openapi.json", h.openapi),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from bertology_serve.serving.queue import WorkQueue
+from bertology_serve.serving.statistics import Statistics
 from bertology_serve.serving.work import Work
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -19,10 +21,11 @@ _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """One server's counters, in a registry of their own."""
+    """One server's counters, in a registry of their own; ``statistics`` are those of the Open Inference Protocol."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.statistics = Statistics()
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         own = self.registry
         self._items = Counter("bertology_items", "Items by delta and outcome", ("delta", "outcome"), registry=own)
@@ -55,9 +58,12 @@ class Metrics:
         self._batch_tokens.observe(sum(work.cost for work in works))
         self._batch_items.observe(len(works))
         self._batch_deltas.observe(len({work.delta for work in works}))
+        self.statistics.batch(works, seconds, time.monotonic())
 
-    def finished(self, works: Iterable[Work], outcome: str, now: float) -> None:
+    def finished(self, works: Sequence[Work], outcome: str, now: float) -> None:
         """Notes what became of queued items; ``now`` is the time of the queue's clock."""
+        if outcome in (ANSWERED, FAILED):
+            self.statistics.finished(works, outcome == ANSWERED, now)
         for work in works:
             self._child(self._items, (work.delta, outcome)).inc()
             if outcome == ANSWERED:

@@ -34,6 +34,11 @@ class Work:
         """The name of the delta that it waits for."""
         return self.job.request.delta
 
+    @property
+    def version(self) -> str:
+        """The version of it that the call began with."""
+        return self.job.ready.delta.version
+
 
 class Ticket:
     """What one call waits for: an outcome for each of its jobs, in order. Belongs to the event loop's thread."""

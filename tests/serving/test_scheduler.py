@@ -14,7 +14,8 @@ from bertology_serve.serving.work import State, Work
 
 
 def work(cost: int, delta: str = "d", deadline: float = math.inf) -> Work:
-    job: Any = SimpleNamespace(cost=cost, request=SimpleNamespace(delta=delta))
+    ready = SimpleNamespace(delta=SimpleNamespace(version="1"))
+    job: Any = SimpleNamespace(cost=cost, request=SimpleNamespace(delta=delta), ready=ready)
     ticket: Any = None
     return Work(job, ticket, 0, deadline)
 
