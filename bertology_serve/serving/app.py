@@ -25,6 +25,7 @@ from bertology_serve.serving.lifecycle import Lifecycle
 from bertology_serve.serving.management import Management
 from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.registry import Registry
+from bertology_serve.serving.rpc.server import GrpcServer
 from bertology_serve.serving.watcher import Watcher
 
 log = logging.getLogger(__name__)
@@ -32,17 +33,23 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 CLIENT_GONE = 499  # nobody reads it; it tells the metrics
 
 
-def make_app(engine: Engine, registry: Registry, metrics: Metrics, keyring: Keyring) -> Starlette:
-    """The application around an engine, which it starts and stops."""
+def make_app(
+    engine: Engine, registry: Registry, metrics: Metrics, keyring: Keyring, rpc: GrpcServer | None = None
+) -> Starlette:
+    """The application around an engine, which it starts and stops, and a gRPC port beside it."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         engine.start()
         every = engine.config.watch_seconds
         watching = asyncio.create_task(Watcher(lifecycle, every).run()) if every else None
+        if rpc:
+            await rpc.start(handlers.answering, lifecycle, metrics, keyring)
         yield
         if watching:
             watching.cancel()
+        if rpc:
+            await rpc.stop(engine.config.shutdown_seconds)
         lifecycle.close()
         if not await engine.stop():
             log.error("stopped with %d items unanswered", engine.queue.items)
@@ -50,7 +57,8 @@ def make_app(engine: Engine, registry: Registry, metrics: Metrics, keyring: Keyr
     metrics.deltas(len(registry.all()))
     lifecycle = Lifecycle(registry, metrics)
     management = Management(lifecycle, engine.config.max_body_bytes)
-    routes = make_routes(Handlers(engine, registry, metrics), management, metrics)
+    handlers = Handlers(engine, registry, metrics)
+    routes = make_routes(handlers, management, metrics)
     gate = Middleware(Gate, keyring, metrics, engine.config.max_header_bytes)
     app = Starlette(routes=routes, middleware=[gate], lifespan=lifespan, exception_handlers={HTTPException: _refused})
     app.router.redirect_slashes = False

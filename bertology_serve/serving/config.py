@@ -11,6 +11,8 @@ from bertology_serve.errors import SpecError
 HELPS = {
     "host": "Address to listen on.",
     "port": "Port to listen on; 0 takes a free one.",
+    "grpc_port": "Port for the Open Inference Protocol over gRPC; 0 takes a free one. Without it there is none. "
+    "Needs the extra grpc.",
     "max_batch_ms": "Longest that a batch may take, in milliseconds. How many tokens that is, is found at start-up.",
     "max_batch_tokens": "Most tokens in one batch of several items, however fast the machine.",
     "max_queue_tokens": "Most tokens waiting; beyond that, calls are answered 503 with Retry-After.",
@@ -39,6 +41,7 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = None
     max_batch_ms: float = 50.0
     max_batch_tokens: int = 8192
     max_queue_tokens: int = 65_536
@@ -60,8 +63,9 @@ class ServerConfig:
         for name in (field.name for field in fields(self) if field.name.startswith("max_")):
             if not 1 <= getattr(self, name) <= 1e12:
                 raise SpecError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if not 0 <= self.port <= 65_535:
-            raise SpecError(f"port is {self.port}; expected 0 to 65535")
+        for name in ("port", "grpc_port"):
+            if not 0 <= (getattr(self, name) or 0) <= 65_535:
+                raise SpecError(f"{name} is {getattr(self, name)}; expected 0 to 65535")
         if min(self.watch_seconds, self.drain_seconds, self.shutdown_seconds) < 0:
             raise SpecError("watch_seconds, drain_seconds and shutdown_seconds are durations; expected numbers from 0")
         for name in ("max_queue_tokens", "max_delta_tokens"):
