@@ -29,5 +29,5 @@ def test_a_port_that_is_taken():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(InputError, match="cannot listen on .* for gRPC; choose another --grpc-port"):
+        with pytest.raises(InputError, match=r"cannot listen on .* for gRPC; choose another --grpc-port"):
             asyncio.run(start(taken.getsockname()[1]))
