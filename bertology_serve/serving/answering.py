@@ -39,12 +39,13 @@ class Answering:
         gone: Callable[[], Awaitable[None]] | None = None,
         charge: Callable[[int], None] | None = None,
         seconds: float = math.inf,
+        priority: int = 0,
     ) -> list[Prediction]:
         """The answers, within the caller's rights, rates and time. See ``Engine.answer``."""
         if access.restricted:
             for name in dict.fromkeys(item.delta for item in items):
                 self.find(access, name)
-        return await self.engine.answer(items, gone, charge or access.charge, seconds)
+        return await self.engine.answer(items, gone, charge or access.charge, seconds, priority)
 
 
 async def of_one_version(answer: Callable[[], Awaitable[T]]) -> T:

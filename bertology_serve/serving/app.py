@@ -30,6 +30,7 @@ from bertology_serve.serving.watcher import Watcher
 
 log = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
+SLOTS = 10_000  # deltas that fit, as far as routers are told: memory is the bound
 CLIENT_GONE = 499  # nobody reads it; it tells the metrics
 
 
@@ -55,11 +56,12 @@ def make_app(
             log.error("stopped with %d items unanswered", engine.queue.items)
 
     metrics.deltas(len(registry.all()))
+    metrics.affinity(registry.names, engine.queue.waiting, SLOTS)
     lifecycle = Lifecycle(registry, metrics)
-    management = Management(lifecycle, engine.config.max_body_bytes)
+    management = Management(lifecycle, engine.config)
     handlers = Handlers(engine, registry, metrics)
     routes = make_routes(handlers, management, metrics)
-    gate = Middleware(Gate, keyring, metrics, engine.config.max_header_bytes)
+    gate = Middleware(Gate, keyring, metrics, engine.config.max_header_bytes, engine.config.log_calls)
     app = Starlette(routes=routes, middleware=[gate], lifespan=lifespan, exception_handlers={HTTPException: _refused})
     app.router.redirect_slashes = False
     return app

@@ -27,10 +27,14 @@ HELPS = {
     "BERTOLOGY_API_KEYS and BERTOLOGY_ADMIN_KEYS add plain ones. Without keys every route but management is open.",
     "max_header_bytes": "Largest path and headers of a call; beyond that 431.",
     "max_body_bytes": "Largest body of a call, decompressed; beyond that 413.",
+    "max_body_seconds": "Longest that a body or a head may take to arrive; beyond that 408, or the line is cut.",
+    "max_metric_deltas": "Most deltas that metrics name; those that come later are counted together, as 'other'.",
     "watch_seconds": "Look at the directory of deltas that often: new versions answer, what has gone is taken away. "
     "0: only when told to, by /v2/repository.",
     "drain_seconds": "How long to go on accepting calls after SIGTERM while readiness already answers 503.",
     "shutdown_seconds": "How long accepted calls may take to finish after that.",
+    "log_format": "Lines for people, or JSON objects for machines.",
+    "log_calls": "Log every call: method, path, status, milliseconds, and the name of its key. No texts.",
     "log_level": "What to log on stderr; texts are never logged.",
 }
 
@@ -53,16 +57,21 @@ class ServerConfig:
     max_items: int = 1024
     max_header_bytes: int = 16_384
     max_body_bytes: int = 4 * 2**20
+    max_body_seconds: float = 20.0
+    max_metric_deltas: int = 200
     keys_file: Path | None = None
     watch_seconds: float = 0.0
     drain_seconds: float = 1.0
     shutdown_seconds: float = 30.0
+    log_format: Literal["text", "json"] = "text"
+    log_calls: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self) if field.name.startswith("max_")):
-            if not 1 <= getattr(self, name) <= 1e12:
-                raise SpecError(f"{name} is {getattr(self, name)}; expected at least 1")
+            least = 0.01 if name.endswith("_seconds") else 1
+            if not least <= getattr(self, name) <= 1e12:
+                raise SpecError(f"{name} is {getattr(self, name)}; expected at least {least}")
         for name in ("port", "grpc_port"):
             if not 0 <= (getattr(self, name) or 0) <= 65_535:
                 raise SpecError(f"{name} is {getattr(self, name)}; expected 0 to 65535")

@@ -26,6 +26,7 @@ from bertology_serve.serving.http import (
     departure,
     header_length,
     json_response,
+    priority_of,
     read_body,
     timeout_of,
 )
@@ -73,7 +74,9 @@ class Handlers:
 
         async def answer() -> Response:
             call = oip.read_infer(body, length, self._named(request), find, self.config.max_items)
-            content, json_length = oip.write_infer(call, await self._answer(request, call.requests, call.seconds))
+            content, json_length = oip.write_infer(
+                call, await self._answer(request, call.requests, call.seconds, priority=call.priority)
+            )
             if json_length is None:
                 return _json(content)
             return Response(content, headers={JSON_LENGTH: str(json_length)}, media_type=BINARY)
@@ -188,7 +191,7 @@ class Handlers:
         return json_response(body, 200 if self.engine.ready else 503)
 
     async def _body(self, request: Request) -> bytes:
-        return await read_body(request, self.config.max_body_bytes)
+        return await read_body(request, self.config.max_body_bytes, self.config.max_body_seconds)
 
     async def _answer(
         self,
@@ -196,11 +199,14 @@ class Handlers:
         items: Sequence[Item],
         seconds: float = math.inf,
         charge: Callable[[int], None] | None = None,
+        priority: int = 0,
     ) -> list[Prediction]:
         """The answers, within the caller's rights, rates and time."""
         seconds = min(seconds, timeout_of(request))
         access = access_of(request.scope)
-        return await self.answering.answer(access, items, lambda: departure(request), charge, seconds)
+        return await self.answering.answer(
+            access, items, lambda: departure(request), charge, seconds, priority or priority_of(request)
+        )
 
 
 def _json(content: bytes) -> Response:

@@ -9,7 +9,7 @@ import msgspec
 
 from bertology_serve import __version__
 from bertology_serve.serving.gate import PUBLIC
-from bertology_serve.serving.http import TIMEOUT
+from bertology_serve.serving.http import PRIORITY, TIMEOUT
 from bertology_serve.serving.protocol.schemas import BODIES
 
 REF = "#/components/schemas/{name}"
@@ -17,6 +17,7 @@ _BAD, _UNKNOWN, _LARGE, _BUSY, _LATE = "400", "404", "413", "503", "504"
 _MEANINGS = {
     _BAD: "The body, a field or an option cannot be used.",
     _UNKNOWN: "There is no such delta or version.",
+    "408": "The body came too slowly.",
     _LARGE: "The body, a text or the number of items is over its limit.",
     "401": "There is no valid API key.",
     "403": "The API key does not open this.",
@@ -33,11 +34,17 @@ _TIMEOUT = {
     "description": "Milliseconds that the caller will wait",
     "schema": {"type": "integer", "minimum": 1},
 }
+_PRIORITY = {
+    "name": PRIORITY,
+    "in": "header",
+    "description": "Of one delta's waiting work the lowest number goes first; 5 where nothing is said",
+    "schema": {"type": "integer", "minimum": 0, "maximum": 999_999_999},
+}
 _SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
-_ITEMS = (_BAD, _UNKNOWN, _LARGE, *_GATE, "500")
+_ITEMS = (_BAD, _UNKNOWN, "408", _LARGE, *_GATE, "500")
 
 
 @cache
@@ -154,7 +161,7 @@ def _post(summary: str, body: dict[str, Any], answer: dict[str, Any], binary: bo
     busy = _problem(_BUSY) | {"description": "The queue is full, or the server is stopping.", "headers": _RETRY}
     return {
         "summary": summary,
-        "parameters": [_TIMEOUT],
+        "parameters": [_TIMEOUT, _PRIORITY],
         "requestBody": {"required": True, "content": accepted},
         "responses": {
             "200": {"description": "OK", "content": given},

@@ -71,7 +71,7 @@ class Server(uvicorn.Server):
         announce: Callable[[], None] = lambda: None,
         keyring: Keyring | None = None,
     ) -> None:
-        metrics = Metrics()
+        metrics = Metrics(config.max_metric_deltas)
         self._announce = announce
         self.engine = Engine(pipeline, config, metrics)
         self._drain_seconds = config.drain_seconds
@@ -79,7 +79,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(self.engine, registry, metrics, keyring or Keyring(), self.rpc),
-                http=limited(config.max_header_bytes),
+                http=limited(config.max_header_bytes, config.max_body_seconds),
                 ws="none",
                 log_config=None,
                 access_log=False,

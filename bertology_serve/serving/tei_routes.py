@@ -11,7 +11,7 @@ from starlette.responses import Response
 from bertology_serve.encoder.pipeline import BASE
 from bertology_serve.serving.answering import Answering, of_one_version
 from bertology_serve.serving.gate import access_of
-from bertology_serve.serving.http import JSON, departure, json_response, read_body, timeout_of
+from bertology_serve.serving.http import JSON, departure, json_response, priority_of, read_body, timeout_of
 from bertology_serve.serving.protocol.tei import EMBED, PREDICT, RERANK, SIMILARITY, read_tei, write_tei
 from bertology_serve.serving.protocol.tei_tokens import check_fit, ids, info, tokenize
 
@@ -48,7 +48,11 @@ class TeiRoutes:
             call = read_tei(content, what, partial(self._answering.find, access), named)
             check_fit(call, self._encoder.tokenizer)
             found = await self._answering.answer(
-                access, call.requests, lambda: departure(request), seconds=timeout_of(request)
+                access,
+                call.requests,
+                lambda: departure(request),
+                seconds=timeout_of(request),
+                priority=priority_of(request),
             )
             return Response(write_tei(call, found), media_type=JSON)
 
@@ -69,4 +73,4 @@ class TeiRoutes:
         return Response(ids(await self._body(request), self._encoder.tokenizer), media_type=JSON)
 
     async def _body(self, request: Request) -> bytes:
-        return await read_body(request, self._config.max_body_bytes)
+        return await read_body(request, self._config.max_body_bytes, self._config.max_body_seconds)

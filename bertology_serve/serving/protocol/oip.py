@@ -52,7 +52,7 @@ class InferRequest(msgspec.Struct):
 class InferCall:
     """A checked infer request: one request a row, and the outputs wanted, each in JSON or (true) in binary.
 
-    ``seconds`` is how long the caller will wait.
+    ``seconds`` is how long the caller will wait, ``priority`` 1 goes first, 0 is none.
     """
 
     model: Delta
@@ -61,6 +61,7 @@ class InferCall:
     outputs: Mapping[str, bool]
     fields: Mapping[str, Field]
     seconds: float = math.inf
+    priority: int = 0
 
 
 def read_infer(body: bytes, json_length: int | None, model: Delta, find: Find, most: int) -> InferCall:
@@ -93,7 +94,7 @@ def read_call(asked: InferRequest, blobs: Sequence[bytes | None], model: Delta, 
     for row, delta in enumerate(deltas):
         texts = {name: column[row] for name, column in columns.items() if name != DELTA}
         requests.append(Request(delta.name, record_of(delta, texts), "", logits, f"row {row}", delta.version))
-    return InferCall(model, asked.id, requests, outputs, fields, _seconds(parameters))
+    return InferCall(model, asked.id, requests, outputs, fields, _seconds(parameters), _priority(parameters))
 
 
 def tensors_of(call: InferCall, predictions: Sequence[Prediction]) -> list[OutputTensor]:
@@ -192,6 +193,13 @@ def _seconds(parameters: Parameters) -> float:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise DataError(f"parameter 'timeout' is {shown(value)}; expected a whole number of microseconds")
     return min(value, 10**15) / 1e6 if value else math.inf
+
+
+def _priority(parameters: Parameters) -> int:
+    value = parameters.get("priority", 0)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10**9:
+        raise DataError(f"parameter 'priority' is {shown(value)}; expected a whole number, 1 goes first")
+    return value
 
 
 def _flag(parameters: Parameters, name: str) -> bool:

@@ -145,7 +145,9 @@ class Service:
         async def answer() -> tuple[oip.InferCall, list[Prediction]]:
             model = find(asked.model_name, asked.model_version or None)
             call = oip.read_call(request, blobs, model, find, most)
-            return call, await self._answering.answer(access, call.requests, seconds=min(seconds, call.seconds))
+            return call, await self._answering.answer(
+                access, call.requests, seconds=min(seconds, call.seconds), priority=call.priority
+            )
 
         return codec.write_infer(*await of_one_version(answer))
 
