@@ -78,7 +78,7 @@ def effects(spec: LoraSpec, tensors: Tensors, anatomy: Anatomy) -> Effects:
         depth = anatomy.slot(name).depth
         layers = chosen_layers(spec.layers, depth)
         a, b = tensors[f"{name}.a"], tensors[f"{name}.b"] * spec.scale
-        updates[name] = LowRank(spread(a, layers, depth), spread(b, layers, depth), spec.dropout)
+        updates[name] = LowRank(spread(a, layers, depth), spread(b, layers, depth), spec.dropout, spec.layers)
     return Effects(low_rank=updates)
 
 

@@ -83,7 +83,7 @@ class Pass:
 
         ``None`` where no delta of the batch changes the linear, or the places do not divide it evenly.
         """
-        found = [self.plan.segments.get(place.slot, ()) for place in places]
+        found = [self.plan.active(place.slot, place.layer) for place in places]
         width = weight.shape[0]
         step = width // max(1, len(places))
         even = [(at, at + step) for at in range(0, width, step)]
@@ -98,7 +98,7 @@ class Pass:
 
     def update(self, place: Place, x: Tensor | None, y: Tensor, segments: Segments | None = None) -> Tensor:
         """Adds the low ranks and biases of a slot to its output y [T, N], given its input x [T, K]."""
-        active = self.plan.segments.get(place.slot) if segments is None else segments
+        active = self.plan.active(place.slot, place.layer) if segments is None else segments
         if not active:
             return y
         self.lists.by_host()
@@ -121,7 +121,7 @@ class Pass:
         residual itself where none has.
         """
         name, layer = adapter(place.slot), place.layer
-        segments = self.plan.adapters(name, layer)
+        segments = self.plan.active(name, layer)
         if not segments:
             return residual
         down, shift, up = (self.pools.layer(name, column, layer) for column in ("down", "down_bias", "up"))

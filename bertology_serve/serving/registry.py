@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bertology_serve.deltas import catalog, store
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.encoder.pipeline import BASE, Pipeline
 from bertology_serve.errors import BertologyError, NotFound, nearest
 
 log = logging.getLogger(__name__)
@@ -107,6 +107,10 @@ class Registry:
         if version is not None and version != delta.version:
             raise NotFound(f"delta {name!r} has no version {version[:80]!r} here; it answers with {delta.version!r}")
         return delta
+
+    def names(self) -> list[str]:
+        """The deltas that answer, without the bare base."""
+        return [name for name in self.pipeline.deltas if name != BASE]
 
     def all(self) -> list[Delta]:
         """The deltas that answer, the bare base first, the others by name."""

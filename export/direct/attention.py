@@ -26,19 +26,31 @@ class Attention:
 
     def __call__(self, layer: int, query: Value, key: Value, value: Value) -> Value:
         """query, key, value [T, H] -> [T, H]; H as wide as the layer's heads."""
-        heads = self.parts.anatomy.heads_of(layer)
         if self.parts.anatomy.family == "modernbert":
             query, key = self._rotated(query, layer), self._rotated(key, layer)
-        q, k, v = (self.rows.grid(x, heads, self.width) for x in (query, key, value))
-        mask = self._mask(layer)
+        return self.grids(layer, *(self.grid(layer, x) for x in (query, key, value)))
+
+    def grid(self, layer: int, x: Value) -> Value:
+        """[T, H] -> [B, heads, R, D]."""
+        return self.rows.grid(x, self.parts.anatomy.heads_of(layer), self.width)
+
+    def grids(self, layer: int, q: Value, k: Value, v: Value) -> Value:
+        """q, k, v [B, heads, R, D], rotated already -> [T, H]."""
+        out = self._prefixed(layer, q, k, v, self._mask(layer))
+        return self.rows.flat(out, self.parts.anatomy.heads_of(layer), self.width)
+
+    def _prefixed(self, layer: int, q: Value, k: Value, v: Value, mask: Value) -> Value:
+        """q, k, v [B, heads, R, D], the delta's prefix put before k and v -> [B, heads, R, D]."""
         if self.parts.effects.prefix is not None:
             k, v, mask = self._before(layer, "keys", k), self._before(layer, "values", v), self._opened(mask)
+        return self._attended(q, k, v, mask)
+
+    def _attended(self, q: Value, k: Value, v: Value, mask: Value) -> Value:
+        """q [B, heads, R, D]; k, v [B, heads, V + R, D] -> [B, heads, R, D]."""
         scale = self.width**-0.5
         if self.nodes.opset >= NATIVE_SINCE:
-            out = self.nodes("Attention", q, k, v, self._square(mask), scale=scale)
-        else:
-            out = self.nodes("Softmax", q * scale @ k.transpose(0, 1, 3, 2) + mask, axis=-1) @ v
-        return self.rows.flat(out, heads, self.width)
+            return self.nodes("Attention", q, k, v, self._square(mask), scale=scale)
+        return self.nodes("Softmax", q * scale @ k.transpose(0, 1, 3, 2) + mask, axis=-1) @ v
 
     def _mask(self, layer: int) -> Value:
         """[B, 1 or heads, 1 or R, R], the lowest float where a row may not look, distances' biases added.
@@ -64,7 +76,7 @@ class Attention:
 
     def _relative(self) -> Value:
         """[1, heads, R, R]: MPNet's bias for the distance between two rows, from a table of all distances."""
-        most = self.parts.anatomy.max_tokens + self.rows.weave.length
+        most = self.parts.anatomy.max_tokens + self.rows.prompt
         encoder: Any = MPNetEncoder
         buckets = encoder.relative_position_bucket(-torch.arange(1 - most, most))
         table = self.modules.own("encoder.relative_attention_bias.weight")
