@@ -167,19 +167,44 @@ def distance(
     backbone: Backbone = None,
     corpus: Annotated[str | None, typer.Option(help="Texts for the features, as for attention.")] = None,
     out: Out = Path("analysis"),
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Another delta of the same base; may be given several times."),
+    ] = None,
     device: Device = "auto",
     again: Again = False,
     *,
     settings: DistanceSettings,
 ) -> None:
-    """How far a delta moved the weights and the features: norms, spectra, linear CKA (Kornblith et al. 2019)."""
+    """How far a delta moved the weights and the features: norms, spectra, linear CKA (Kornblith et al. 2019).
+
+    With --beside several deltas are set beside each other instead: distances per layer, metrics, likeness of every two.
+    """
     from bertology_serve.analysis.distance import distance as run
 
+    if beside:
+        return side_by_side([delta, *beside], backbone, corpus, out, device, again, settings)
     one = subject(backbone, delta, device)
     with kept(out, "distance", again, [one], (corpus,), settings) as (ask, advance):
         report = ask(lambda: run(one, None, corpus, settings, advance=advance))
     rows = [(row["layer"], row["cka"], row["drift"]) for row in report.tables["features"]]
     table("features beside the base's; layer 0 is the embeddings", ("layer", "CKA", "drift"), rows, stderr=False)
+    written(report, out)
+
+
+def side_by_side(
+    deltas: Sequence[Path], backbone: str | None, corpus: str | None, out: Path, device: str, again: bool,
+    settings: DistanceSettings,
+) -> None:  # fmt: skip
+    """``distance --beside``."""
+    from bertology_serve.analysis.beside import beside as run
+
+    subjects = [subject(backbone, delta, device) for delta in deltas]
+    with kept(out, "beside", again, subjects, (corpus,), settings) as (ask, advance):
+        report = ask(lambda: run(subjects, corpus, settings, advance=advance))
+    for name, title in (("deltas", "distance and metrics"), ("pairs", "every two deltas")):
+        rows = report.tables[name]
+        table(title, tuple(rows[0]), [tuple(row.values()) for row in rows], stderr=False)
     written(report, out)
 
 

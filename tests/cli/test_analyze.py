@@ -115,6 +115,8 @@ def test_distance(made, tmp_path, capsys):
     assert "CKA" in capsys.readouterr().out
     held = json.loads((tmp_path / "distance.json").read_text())
     assert {row["slot"] for row in held["tables"]["weights"]} == {"query", "value"}
+    assert main(["analyze", "distance", *arguments, "--beside", str(made / "mood")]) == 0
+    assert "out_of_domain" in capsys.readouterr().out
     assert main(["analyze", "distance", "--delta", str(made / "nothing")]) == 2
 
 
