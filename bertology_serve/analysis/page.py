@@ -10,8 +10,9 @@ from typing import Any
 
 from bertology_serve.analysis.figures import Bars, Figure, HeatMap, Lines, Panel, Scatter
 
-# viridis at ninths, and Okabe and Ito's colours
+# viridis and PuOr at ninths, and Okabe and Ito's colours
 VIRIDIS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
+PURPLE_ORANGE = ("#7f3b08", "#c1690b", "#f6ac51", "#fddfb6", "#f7f7f7", "#d8daeb", "#b2abd2", "#7f70ab", "#2d004b")
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 STYLE = """body{font:14px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:80rem;padding:0 1rem;color:#1a1a1a}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}figure{display:inline-block;margin:.6rem 1.4rem .6rem 0;
@@ -44,6 +45,7 @@ def _heat_map(panel: HeatMap) -> str:
     low, high = panel.limits or (min(known, default=0.0), max(known, default=1.0))
     wide = max(map(len, panel.row_names), default=2) * 6.5 + 30
     tall = max(map(len, panel.column_names), default=1) * 6 + 34
+    scale = PURPLE_ORANGE if panel.diverging else VIRIDIS
     side, rows, columns = 22, len(panel.values), len(panel.values[0])
     cells = []
     for i, row in enumerate(panel.values):
@@ -52,16 +54,16 @@ def _heat_map(panel: HeatMap) -> str:
             where = f"{_named(panel.rows, panel.row_names, i)}, {_named(panel.columns, panel.column_names, j)}"
             tip = f"{where}: {_number(value)} ({panel.unit})"
             cells.append(f'<rect x="{wide + j * side:.0f}" y="{i * side}" width="{side - 1}" height="{side - 1}" '
-                         f'fill="{_colour(value, low, high)}"><title>{escape(tip)}</title></rect>')  # fmt: skip
+                         f'fill="{_colour(value, low, high, scale)}"><title>{escape(tip)}</title></rect>')  # fmt: skip
     for j in range(columns):
         at, label = wide + j * side + side / 2, panel.column_names[j] if panel.column_names else str(j)
         cells.append(_text(at, rows * side + 13, label, "middle") if len(label) < 3 else
                      _text(at + 4, rows * side + 10, label, "end", -60))  # fmt: skip
     cells.append(_text(wide + columns * side / 2, rows * side + tall - 4, panel.columns, "middle"))
     cells.append(_text(11, rows * side / 2, panel.rows, "middle", -90))
-    scale = f'<div class="key">{escape(panel.unit)}: {_number(low)} ' + "".join(
-        f'<i style="background:{colour};margin:0"></i>' for colour in VIRIDIS) + f" {_number(high)}</div>"  # fmt: skip
-    return _svg(wide + max(columns * side, 8 * len(panel.columns)), rows * side + tall, cells) + scale
+    key = f'<div class="key">{escape(panel.unit)}: {_number(low)} ' + "".join(
+        f'<i style="background:{colour};margin:0"></i>' for colour in scale) + f" {_number(high)}</div>"  # fmt: skip
+    return _svg(wide + max(columns * side, 8 * len(panel.columns)), rows * side + tall, cells) + key
 
 
 def _lines(panel: Lines) -> str:
@@ -179,11 +181,11 @@ def _number(value: float | None) -> str:
     return "none" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
-def _colour(value: float | None, low: float, high: float) -> str:
+def _colour(value: float | None, low: float, high: float, scale: Sequence[str] = VIRIDIS) -> str:
     if value is None or not math.isfinite(value):
         return "#dddddd"
-    at = min(max((value - low) / ((high - low) or 1.0), 0.0), 1.0) * (len(VIRIDIS) - 1)
-    first = min(int(at), len(VIRIDIS) - 2)
-    ends = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in VIRIDIS[first : first + 2]]
+    at = min(max((value - low) / ((high - low) or 1.0), 0.0), 1.0) * (len(scale) - 1)
+    first = min(int(at), len(scale) - 2)
+    ends = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in scale[first : first + 2]]
     mixed = [round(a + (b - a) * (at - first)) for a, b in zip(*ends, strict=True)]
     return "#" + "".join(f"{part:02x}" for part in mixed)
