@@ -201,9 +201,11 @@ def _record(
             panels.append(HeatMap(f"what each token adds to the {what}", [found[i] for i in group], "", "token",
                                   "logits" if not regression else "value", (-most, most), [titles[i] for i in group],
                                   names[group[0]], True))  # fmt: skip
+    words = [value for layers in maps for row in layers for value in row[1:-1]]
     for title, layers, tokens in zip(titles, filter(None, maps), names, strict=False):
         panels.append(HeatMap(f"attention from the first row: {title}", layers, "layer", "token",
-                              "share, mean over heads", (0.0, 1.0), (), tokens))  # fmt: skip
+                              "share, mean over heads (scale: up to the most on a word)",
+                              (0.0, max(words, default=1.0)), (), tokens))  # fmt: skip
     rows = [
         {"side": title, "token": token, "place": place,
          "attribution": found[side][place] if found else None,
