@@ -70,7 +70,8 @@ class Registry:
             delta = self._read(path, name)
             self.tiers.put(card_of(delta, path), delta)
             return
-        self.pipeline.check(card)
+        if self.pipeline.encoder.pruning is None:  # else it is for what this was pruned from, and cut as it is read
+            self.pipeline.check(card)
         self.tiers.register(card)
         if self.tiers.has_room(card):
             self.tiers.raise_up(name)
@@ -117,8 +118,7 @@ class Registry:
         return found
 
     def _read(self, path: Path, name: str) -> Delta:
-        encoder = self.pipeline.encoder
-        return store.load(path, encoder.anatomy, base=encoder.ref, name=name, options=encoder.config.to_dict())
+        return self.pipeline.encoder.read_delta(path, name)
 
     def find(self, name: str, version: str | None = None, visible: Callable[[str], bool] = lambda _: True) -> Delta:
         """The delta of that name, at that version where one is named.
