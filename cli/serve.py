@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -55,7 +56,7 @@ def serve(
     if not keyring and config.host not in ("127.0.0.1", "::1", "localhost"):
         note(f"anyone who reaches {config.host} may ask: there are no API keys (--keys-file)")
     with bind(config.host, config.port) as bound:  # before anything is loaded: a port that is taken is said at once
-        registry = _load(backbone, device, dtype, deltas, skip_bad_deltas)
+        registry = _load(backbone, device, dtype, deltas, skip_bad_deltas, config)
         if cuda_graphs and not registry.pipeline.encoder.use_graphs():
             where = registry.pipeline.encoder.device
             raise Unsupported(f"--cuda-graphs: got {dtype} on {where}, expected float16 or bfloat16 on cuda")
@@ -80,7 +81,7 @@ def example(url: str, delta: Delta) -> str:
     return f'curl {url}/predict -d \'{{"delta": "{delta.name}", {fields}}}\''
 
 
-def _load(backbone: str, device: str, dtype: str, deltas: Path, skip_bad: bool) -> Registry:
+def _load(backbone: str, device: str, dtype: str, deltas: Path, skip_bad: bool, config: ServerConfig) -> Registry:
     import torch
 
     from bertology_serve.encoder.encoder import Encoder
@@ -89,7 +90,8 @@ def _load(backbone: str, device: str, dtype: str, deltas: Path, skip_bad: bool) 
     from bertology_serve.training.device import find_device
 
     encoder = Encoder.load(backbone, device=find_device(device), dtype=getattr(torch, dtype))
-    registry = Registry(Pipeline(encoder))
+    room = math.inf if config.device_mb is None else config.device_mb * 2**20
+    registry = Registry(Pipeline(encoder), device_bytes=room, host_bytes=config.host_mb * 2**20)
     registry.load(deltas, skip_bad)
     encoder.prepack()
     return registry

@@ -109,7 +109,7 @@ class Pipeline:
         where its sequences do not fit.
         """
         delta = self.encoder.fitted(delta)
-        self._check(delta)
+        self.check(delta)
         head = Head.build(form_for(self.encoder, delta.task), self.encoder.base_head)
         head.load(delta.head)
         head.to(self.encoder.device).eval().requires_grad_(False)
@@ -131,10 +131,14 @@ class Pipeline:
         """Takes a delta away; its rows are freed once the last job under way has finished."""
         if name == BASE:
             raise Unsupported("the bare base cannot be removed")
-        if self._ready.pop(name, None) is None:
+        if not self.retire(name):
             self._find(name)
         with self.encoder.lock:
             self._sweep()
+
+    def retire(self, name: str) -> bool:
+        """Takes a delta away without waiting for a batch, the next of which frees its rows; whether it was there."""
+        return self._ready.pop(name, None) is not None
 
     def prepare(self, request: Request) -> Job:
         """Checks and tokenises one request. Raises NotFound (VersionGone), DataError."""
@@ -184,7 +188,8 @@ class Pipeline:
         hidden = encoder.run(batch, self.bank, make_plan(batch))
         return _outputs(hidden, batch, owners)
 
-    def _check(self, delta: Delta) -> None:
+    def check(self, delta: Delta) -> None:
+        """Raises what ``add`` would for a delta that is not for this encoder; its tensors do not matter."""
         if delta.name == BASE:
             raise Unsupported("the name 'base' is reserved for the bare encoder; rename the delta")
         if not delta.weights:
