@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bertology_serve.data import conll, hub, jsonl, parquet, set_files, tables
+from bertology_serve.data import conll, conllu, hub, jsonl, parquet, set_files, tables
 from bertology_serve.errors import DataError, NotFound, SpecError, nearest
 
 FIELDS = (
@@ -29,6 +29,7 @@ READERS = {
     ".json": jsonl.read,
     ".csv": tables.read_csv,
     ".tsv": tables.read_tsv,
+    ".conllu": conllu.read,
     ".parquet": parquet.read,
     ".conll": conll.read,
 }
@@ -42,7 +43,8 @@ class Record(NamedTuple):
 
 
 def read_records(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Record]:
-    """All records of a hub data set or a file: ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` (or ``.gz``), ``.parquet``.
+    """All records of a hub data set or a file: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.conllu``
+    (or ``.gz``), ``.parquet``.
 
     A hub data set is written ``hub:NAME[:CONFIG][:SPLIT]``, a well-known one ``set:NAME:SPLIT`` (see ``set_files``);
     ``.conll`` files hold a word and its tag a line. ``columns`` maps a field to the column that holds it:

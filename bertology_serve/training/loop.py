@@ -65,7 +65,7 @@ class Trainer:
     def run(self) -> RunState:
         """Trains to the end; the live delta then holds what is to be kept."""
         self._begin()
-        while self.state.step < self.total and not self.state.stopped:
+        while not self.done:
             started = time.perf_counter()
             batch = [self.items[i] for i in self.sampler.take(self.config.batch_size)]
             with self.regulariser.mixed():
@@ -80,6 +80,11 @@ class Trainer:
         self._end()
         return self.state
 
+    @property
+    def done(self) -> bool:
+        """Whether there is no further step to make."""
+        return self.state.step >= self.total or self.state.stopped
+
     def gradient(self, batch: Sequence[Item]) -> float:
         """Adds the gradient of the batch's mean loss, micro-batch by micro-batch; returns that loss."""
         weight = max(1, self.task.weight([item.target for item in batch]))
@@ -87,7 +92,7 @@ class Trainer:
         total = 0.0
         for group in micro_batches(batch, self.config.max_tokens, padded, whole):
             encodings = [encoding for item in group for encoding in item.encodings]
-            with _autocast(self.config.precision, self.live.encoder.device):
+            with autocast(self.config.precision, self.live.encoder.device):
                 out = self.live(encodings)
             lengths = [len(encoding) for encoding in encodings]
             loss = self.task.loss(out, lengths, [item.target for item in group]) / weight
@@ -150,7 +155,8 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         found = self.directory.load(self.state.stage) if self.directory else None
         if found is not None:
-            self._restore(*found)
+            self.restore(*found)
+            set_random_state(self.live.encoder.device, found[0])
         else:
             self.live.eval()
             self.regulariser.begin(self._gradients)
@@ -169,22 +175,24 @@ class Trainer:
         self._set_parameters(self.best)
 
     def _save(self) -> None:
-        if self.directory is None:
-            return
+        if self.directory is not None:
+            self.directory.save(self.tensors() | random_state(self.live.encoder.device), self.state.as_dict())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold to continue, beside ``state`` and the state of the random generators."""
         tensors: dict[str, Tensor] = {f"parameter.{name}": parameter for name, parameter in self.parameters.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         tensors |= {f"regulariser.{name}": tensor for name, tensor in self.regulariser.tensors().items()}
-        tensors |= moments(self.optimizer, self.parameters) | random_state(self.live.encoder.device)
-        self.directory.save(tensors, self.state.as_dict())
+        return tensors | moments(self.optimizer, self.parameters)
 
-    def _restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """The inverse of ``tensors``."""
         self.state = RunState.from_dict(state)
         self.sampler.epoch, self.sampler.offset = self.state.epoch, self.state.offset
         self._set_parameters(_named(tensors, "parameter."))
         self.best = _named(tensors, "best.")
         self.regulariser.restore(_named(tensors, "regulariser."))
         set_moments(self.optimizer, self.parameters, tensors)
-        set_random_state(self.live.encoder.device, tensors)
 
     def _set_parameters(self, values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -208,7 +216,7 @@ def _named(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 for the products where the configuration and the hardware say so; parameters stay float32."""
     bf16 = uses_bf16(precision, device)
     return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()

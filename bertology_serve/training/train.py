@@ -167,7 +167,8 @@ def _continued(stage: Stage, ready: Prepared, before: Delta) -> LiveDelta:
 
 def machine(config: TrainConfig, encoder: Encoder, prepack: bool | None = None) -> dict[str, bool]:
     """What a timing decides unless ``prepack`` says it, and must not change in the course of a run."""
-    return {"prepacked": not uses_bf16(config.precision, encoder.device) and encoder.prepack(prepack)}
+    lowered = encoder.device.type == "cpu" and uses_bf16(config.precision, encoder.device)
+    return {"prepacked": not lowered and encoder.prepack(prepack)}
 
 
 def lay_out(encoder: Encoder, chosen: Mapping[str, bool]) -> None:
