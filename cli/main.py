@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "Train one delta.",
     "train-fleet": "Train many deltas at once over one frozen encoder.",
     "compress": "Write a fully tuned model as a small delta.",
+    "reproduce": "Run a grid of trainings; its table.",
     "evaluate": "Measure a delta on labelled records.",
     "predict": "Answer a file of records, for many deltas at once.",
     "serve": "Answer over HTTP.",

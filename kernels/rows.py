@@ -111,5 +111,7 @@ def heads(
 
 
 def on_kernels(tensor: Tensor) -> bool:
-    """Whether kernels take this tensor: on a GPU that has them, in their dtypes, with no gradients recorded."""
-    return not torch.is_grad_enabled() and tensor.dtype in DTYPES and bool(architecture(tensor.device)[0])
+    """Whether kernels take this tensor: on a GPU that has them, in their dtypes, no gradients recorded, no autocast."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(tensor.device.type):
+        return False
+    return tensor.dtype in DTYPES and bool(architecture(tensor.device)[0])

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bertology_serve.deltas.slots import Slot
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -26,6 +28,10 @@ class LowRank:
     b: Tensor
     dropout: float = 0.0
     layers: tuple[int, ...] | None = None
+
+    def at(self, slot: Slot, layer: int) -> tuple[Tensor, Tensor]:
+        """A [R, K] and B [R, N] of one layer, as wide as the slot is there."""
+        return self.a[layer, :, : slot.inputs_of(layer)], self.b[layer, :, : slot.outputs_of(layer)]
 
 
 @dataclass(frozen=True)

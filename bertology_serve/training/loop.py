@@ -19,6 +19,7 @@ from bertology_serve.training.checkpoint import random_state, set_random_state
 from bertology_serve.training.config import TrainConfig
 from bertology_serve.training.device import uses_bf16
 from bertology_serve.training.evaluate import measure
+from bertology_serve.training.gradients import layer_norms
 from bertology_serve.training.items import WHOLE_BATCH, Item, micro_batches
 from bertology_serve.training.methods import count_parameters, regulariser_for
 from bertology_serve.training.optimizer import make_optimizer, moments, set_moments, set_rate, trained
@@ -69,8 +70,9 @@ class Trainer:
             batch = [self.items[i] for i in self.sampler.take(self.config.batch_size)]
             with self.regulariser.mixed():
                 loss = self.gradient(batch)
+            norms = self._layer_norms()
             rate, norm = self._update(loss)
-            self._log_step(batch, loss, rate, norm, started)
+            self._log_step(batch, {"loss": loss, "lr": rate, "grad_norm": norm, **norms}, started)
             if self._is_due(self.eval_every):
                 self._evaluate()
             if self._is_due(self.eval_every) or self._is_due(self.config.save_every):
@@ -113,10 +115,16 @@ class Trainer:
         self.state.epoch, self.state.offset = self.sampler.epoch, self.sampler.offset
         return rate, norm
 
-    def _log_step(self, batch: Sequence[Item], loss: float, rate: float, norm: float, started: float) -> None:
+    def _layer_norms(self) -> dict[str, Any]:
+        """What the log says of the first steps' gradients, before they are clipped."""
+        if self.state.step >= self.config.gradient_steps:
+            return {}
+        return {"layer_norms": layer_norms(self.parameters, self.live.encoder.anatomy)}
+
+    def _log_step(self, batch: Sequence[Item], facts: Mapping[str, Any], started: float) -> None:
         seconds, tokens = time.perf_counter() - started, sum(item.tokens for item in batch)
         self.state.seconds += seconds
-        line = {**self._place(), "loss": loss, "lr": rate, "grad_norm": norm}
+        line = {**self._place(), **facts}
         line |= {"tokens": tokens, "tokens_per_s": round(tokens / seconds, 1)}
         self._log(line)
         self.watcher.stepped(line)

@@ -22,22 +22,35 @@ class Attention:
 
     def __init__(self, modules: Modules, rows: Rows) -> None:
         self.modules, self.rows, self.nodes, self.parts = modules, rows, modules.nodes, modules.parts
-        self.heads, self.width = self.parts.anatomy.heads, self.parts.anatomy.head_width
+        self.width = self.parts.anatomy.head_width
 
     def __call__(self, layer: int, query: Value, key: Value, value: Value) -> Value:
-        """query, key, value [T, H] -> [T, H]."""
+        """query, key, value [T, H] -> [T, H]; H as wide as the layer's heads."""
         if self.parts.anatomy.family == "modernbert":
             query, key = self._rotated(query, layer), self._rotated(key, layer)
-        q, k, v = (self.rows.grid(x, self.heads, self.width) for x in (query, key, value))
-        mask = self._mask(layer)
+        return self.grids(layer, *(self.grid(layer, x) for x in (query, key, value)))
+
+    def grid(self, layer: int, x: Value) -> Value:
+        """[T, H] -> [B, heads, R, D]."""
+        return self.rows.grid(x, self.parts.anatomy.heads_of(layer), self.width)
+
+    def grids(self, layer: int, q: Value, k: Value, v: Value) -> Value:
+        """q, k, v [B, heads, R, D], rotated already -> [T, H]."""
+        out = self._prefixed(layer, q, k, v, self._mask(layer))
+        return self.rows.flat(out, self.parts.anatomy.heads_of(layer), self.width)
+
+    def _prefixed(self, layer: int, q: Value, k: Value, v: Value, mask: Value) -> Value:
+        """q, k, v [B, heads, R, D], the delta's prefix put before k and v -> [B, heads, R, D]."""
         if self.parts.effects.prefix is not None:
             k, v, mask = self._before(layer, "keys", k), self._before(layer, "values", v), self._opened(mask)
+        return self._attended(q, k, v, mask)
+
+    def _attended(self, q: Value, k: Value, v: Value, mask: Value) -> Value:
+        """q [B, heads, R, D]; k, v [B, heads, V + R, D] -> [B, heads, R, D]."""
         scale = self.width**-0.5
         if self.nodes.opset >= NATIVE_SINCE:
-            out = self.nodes("Attention", q, k, v, self._square(mask), scale=scale)
-        else:
-            out = self.nodes("Softmax", q * scale @ k.transpose(0, 1, 3, 2) + mask, axis=-1) @ v
-        return self.rows.flat(out, self.heads, self.width)
+            return self.nodes("Attention", q, k, v, self._square(mask), scale=scale)
+        return self.nodes("Softmax", q * scale @ k.transpose(0, 1, 3, 2) + mask, axis=-1) @ v
 
     def _mask(self, layer: int) -> Value:
         """[B, 1 or heads, 1 or R, R], the lowest float where a row may not look, distances' biases added.
@@ -63,7 +76,7 @@ class Attention:
 
     def _relative(self) -> Value:
         """[1, heads, R, R]: MPNet's bias for the distance between two rows, from a table of all distances."""
-        most = self.parts.anatomy.max_tokens + self.rows.weave.length
+        most = self.parts.anatomy.max_tokens + self.rows.prompt
         encoder: Any = MPNetEncoder
         buckets = encoder.relative_position_bucket(-torch.arange(1 - most, most))
         table = self.modules.own("encoder.relative_attention_bias.weight")
@@ -77,15 +90,17 @@ class Attention:
         rates, _ = ModernBertRotaryEmbedding.compute_default_rope_parameters(config, None, config.layer_types[layer])
         angles = self.rows.positions.real().unsqueeze(1, 2) * self.nodes.constant(rates.numpy())
         cos, sin = self.nodes("Cos", angles), self.nodes("Sin", angles)
-        a, b = x.reshape(-1, self.heads, self.width).split(2, axis=2)
-        return joined(2, a * cos - b * sin, b * cos + a * sin).reshape(-1, self.heads * self.width)
+        heads = self.parts.anatomy.heads_of(layer)
+        a, b = x.reshape(-1, heads, self.width).split(2, axis=2)
+        return joined(2, a * cos - b * sin, b * cos + a * sin).reshape(-1, heads * self.width)
 
     def _before(self, layer: int, part: str, after: Value) -> Value:
         """The prefix's rows [V, H] in front of [B, heads, R, D]."""
         prefix = self.parts.effects.prefix
         assert prefix is not None
-        trained = (prefix.keys if part == "keys" else prefix.values)[layer]
-        by_head = trained.view(1, trained.shape[0], self.heads, self.width).transpose(1, 2)
+        heads = self.parts.anatomy.heads_of(layer)
+        trained = (prefix.keys if part == "keys" else prefix.values)[layer, :, : heads * self.width]
+        by_head = trained.reshape(1, trained.shape[0], heads, self.width).transpose(1, 2)
         rows = self.modules.mine(f"prefix.{layer}.{part}", by_head)
         everywhere = self.nodes("Concat", self.rows.batch, [1], [1], [1], axis=0)
         return joined(2, self.nodes("Expand", rows, everywhere), after)
