@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from bertology_serve.export.direct.modules import Modules
-from bertology_serve.export.direct.nodes import LOWEST, Value, counted, joined
+from bertology_serve.export.direct.nodes import CONTRIB, Value, counted, joined
 from bertology_serve.export.direct.rows import Rows
 
 NATIVE_SINCE = 23
 """The opset from which ONNX has an attention of its own."""
 SLIDING = "sliding_attention"
+FLOAT, INT32 = ir.DataType.FLOAT.value, ir.DataType.INT32.value
 
 
 class Attention:
-    """``softmax(q kᵀ / √D + mask) v`` in the grid [B, R], prefixes in front of the keys."""
+    """``softmax(q kᵀ / √D + mask) v`` in the grid [B, R], prefixes in front of the keys.
+
+    In fused graphs ONNX Runtime's ``MultiHeadAttention`` does it, which has the grid's rows as [B, R, H].
+    """
 
     def __init__(self, modules: Modules, rows: Rows) -> None:
         self.modules, self.rows, self.nodes, self.parts = modules, rows, modules.nodes, modules.parts
@@ -28,10 +33,16 @@ class Attention:
         """query, key, value [T, H] -> [T, H]."""
         if self.parts.anatomy.family == "modernbert":
             query, key = self._rotated(query, layer), self._rotated(key, layer)
+        if self.nodes.fused:
+            return self._fused(layer, query, key, value)
         q, k, v = (self.rows.grid(x, self.heads, self.width) for x in (query, key, value))
         mask = self._mask(layer)
         if self.parts.effects.prefix is not None:
-            k, v, mask = self._before(layer, "keys", k), self._before(layer, "values", v), self._opened(mask)
+            k, v, mask = (
+                self._before(layer, "keys", k, self.heads),
+                self._before(layer, "values", v, self.heads),
+                self._opened(mask),
+            )
         scale = self.width**-0.5
         if self.nodes.opset >= NATIVE_SINCE:
             out = self.nodes("Attention", q, k, v, self._square(mask), scale=scale)
@@ -39,16 +50,42 @@ class Attention:
             out = self.nodes("Softmax", q * scale @ k.transpose(0, 1, 3, 2) + mask, axis=-1) @ v
         return self.rows.flat(out, self.heads, self.width)
 
+    def _fused(self, layer: int, query: Value, key: Value, value: Value) -> Value:
+        """By the number of keys of each sequence where that says all, by the mask where windows or distances matter."""
+        hidden = self.heads * self.width
+        q, k, v = (self.rows.grid(x, 1, hidden) for x in (query, key, value))
+        ahead = 0
+        if self.parts.effects.prefix is not None:
+            ahead = int(self.parts.effects.prefix.keys.shape[1])
+            k, v = self._before(layer, "keys", k, 1), self._before(layer, "values", v, 1)
+        q, k, v = (x.squeeze(1) for x in (q, k, v))
+        count, bias = None, None
+        if self._slides(layer) or self.parts.anatomy.family == "mpnet":
+            mask = self._mask(layer)
+            bias = self._square(self._opened(mask) if ahead else mask)
+        else:
+            keys = (self.rows.text.count + self.rows.weave.length + ahead).squeeze(1)
+            count = self.nodes("Cast", keys, to=INT32)
+        out = self.nodes(
+            "MultiHeadAttention", q, k, v, None, count, bias,
+            domain=CONTRIB, num_heads=self.heads, scale=self.width**-0.5,
+        )  # fmt: skip
+        return self.rows.flat(out.unsqueeze(1), 1, hidden)
+
+    def _slides(self, layer: int) -> bool:
+        """Whether a row sees only those near it."""
+        kinds: list[str] | None = getattr(self.parts.config, "layer_types", None)
+        return kinds is not None and kinds[layer] == SLIDING
+
     def _mask(self, layer: int) -> Value:
         """[B, 1 or heads, 1 or R, R], the lowest float where a row may not look, distances' biases added.
 
         Not minus infinity: rows of padding that see nothing would be NaN.
         """
         may = self.rows.seen.unsqueeze(1, 2)
-        config = self.parts.config
-        if getattr(config, "layer_types", None) and config.layer_types[layer] == SLIDING:
-            may = may & (self.nodes("Abs", self._apart) <= config.sliding_window)
-        mask = may.where(0.0, LOWEST)
+        if self._slides(layer):
+            may = may & (self.nodes("Abs", self._apart) <= self.parts.config.sliding_window)
+        mask = may.where(0.0, self.nodes.lowest)
         return mask + self._relative() if self.parts.anatomy.family == "mpnet" else mask
 
     def _square(self, mask: Value) -> Value:
@@ -75,17 +112,18 @@ class Attention:
         """Rotary positions (Su et al. 2021): halves (a, b) of each head become (a cos - b sin, b cos + a sin)."""
         config = self.parts.config
         rates, _ = ModernBertRotaryEmbedding.compute_default_rope_parameters(config, None, config.layer_types[layer])
-        angles = self.rows.positions.real().unsqueeze(1, 2) * self.nodes.constant(rates.numpy())
-        cos, sin = self.nodes("Cos", angles), self.nodes("Sin", angles)
+        positions = self.nodes("Cast", self.rows.positions, to=FLOAT)  # float16 ends at 2048 whole numbers
+        angles = positions.unsqueeze(1, 2) * self.nodes.constant(rates.numpy())
+        cos, sin = self.nodes("Cos", angles).real(), self.nodes("Sin", angles).real()
         a, b = x.reshape(-1, self.heads, self.width).split(2, axis=2)
         return joined(2, a * cos - b * sin, b * cos + a * sin).reshape(-1, self.heads * self.width)
 
-    def _before(self, layer: int, part: str, after: Value) -> Value:
+    def _before(self, layer: int, part: str, after: Value, heads: int) -> Value:
         """The prefix's rows [V, H] in front of [B, heads, R, D]."""
         prefix = self.parts.effects.prefix
         assert prefix is not None
         trained = (prefix.keys if part == "keys" else prefix.values)[layer]
-        by_head = trained.view(1, trained.shape[0], self.heads, self.width).transpose(1, 2)
+        by_head = trained.view(1, trained.shape[0], heads, -1).transpose(1, 2)
         rows = self.modules.mine(f"prefix.{layer}.{part}", by_head)
         everywhere = self.nodes("Concat", self.rows.batch, [1], [1], [1], axis=0)
         return joined(2, self.nodes("Expand", rows, everywhere), after)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bertology_serve.export.direct.activations import ACTIVATIONS
-from bertology_serve.export.direct.nodes import LOWEST, Nodes, Value
+from bertology_serve.export.direct.nodes import Nodes, Value
 from bertology_serve.export.direct.rows import Rows
 from bertology_serve.export.parts import Parts
 from bertology_serve.tasks.heads import Head, Layer
@@ -26,7 +26,7 @@ def pooled(parts: Parts, rows: Rows, hidden: Value) -> Value:
     grid = rows.grid(hidden, 1, parts.anatomy.hidden).squeeze(1)
     spoken = rows.spoken.unsqueeze(2)
     if parts.task.pooling == "max":
-        return spoken.where(grid, LOWEST).reduce("Max", 1)
+        return spoken.where(grid, rows.nodes.lowest).reduce("Max", 1)
     return spoken.where(grid, 0.0).reduce("Sum", 1) / rows.text.count.real()
 
 
