@@ -60,13 +60,13 @@ def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> dict[str
         values["id2label"] = {str(i): label for i, label in enumerate(labels)}
         values["label2id"] = {label: i for i, label in enumerate(labels)}
     if delta.task.kind in _CLASSES:
-        values["architectures"] = _architectures(delta)
+        values["architectures"] = architectures(delta)
     if delta.task.kind in (CLASSIFICATION, REGRESSION):
         values["problem_type"] = "regression" if delta.task.kind == REGRESSION else "single_label_classification"
     return values
 
 
-def _architectures(delta: Delta) -> list[str]:
+def architectures(delta: Delta) -> list[str]:
     """The name of HuggingFace's task model; what serves the file tells the task by it."""
     from transformers.models.auto import modeling_auto
 
