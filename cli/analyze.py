@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertology_serve.analysis.settings import AttentionSettings, DistanceSettings, HeadSettings, ProbeSettings
+from bertology_serve.analysis.settings import (
+    AttentionSettings,
+    DistanceSettings,
+    HeadSettings,
+    ProbeSettings,
+    PruneSettings,
+)
 from bertology_serve.cli.common import note, progress, table
 from bertology_serve.cli.options import options
 
@@ -38,6 +44,12 @@ def attention(
     corpus: Annotated[
         str | None, typer.Option(help="Texts: .txt, a line each, or records as for train. Default: built-in ones.")
     ] = None,
+    dependencies: Annotated[
+        str | None, typer.Option(help="Parsed sentences: a CoNLL-U file, or example for built-in ones.")
+    ] = None,
+    sentence: Annotated[
+        list[str] | None, typer.Option(help="Show every head's map of this sentence; may be given several times.")
+    ] = None,
     out: Out = Path("analysis"),
     device: Device = "auto",
     *,
@@ -47,11 +59,16 @@ def attention(
     from bertology_serve.analysis.attention import attention as run
 
     with bar("attention") as advance:
-        report = run(subject(backbone, delta, device), corpus, settings, advance=advance)
+        one = subject(backbone, delta, device)
+        report = run(one, corpus, settings, dependencies=dependencies, sentences=sentence or (), advance=advance)
     rows = report.tables["heads"]
     shown = [name for name in rows[0] if name not in ("layer", "head", "cluster")]
     extremes = [(name, *extreme(rows, name)) for name in shown]
     table("heads", ("statistic", "mean", "most", "where"), extremes, stderr=False)
+    if dependencies is not None:
+        columns = ("relation", "arcs", "layer", "head", "direction", "accuracy", "offset", "offset_accuracy")
+        cells = [[row[column] for column in columns] for row in report.tables["relations"]]
+        table("the best head of each relation", columns, cells, stderr=False)
     written(report, out)
 
 
@@ -77,6 +94,37 @@ def heads(
     title = f"{facts['metric']} {facts['unmasked']:.4f} unmasked; heads that go within {facts['tolerance']:g}"
     table(title, ("order", "share"), rows, stderr=False)
     written(report, out)
+
+
+@app.command()
+@options(PruneSettings, into="settings")
+def prune(
+    delta: Annotated[Path, typer.Option(metavar="DIR", help="The delta whose task judges heads and neurons.")],
+    input: Annotated[str, typer.Option(help="Labelled records that importance is measured on.")],
+    save: Annotated[Path, typer.Option(metavar="DIR", help="Where the pruned encoder goes: a new directory.")],
+    eval: Annotated[str | None, typer.Option(help="Labelled records to measure on. Default: --input.")] = None,
+    backbone: Backbone = None,
+    out: Out = Path("analysis"),
+    device: Device = "auto",
+    *,
+    settings: PruneSettings,
+) -> None:
+    """Cut out the heads and FFN neurons that a delta's task needs least; its base's deltas run on what is left."""
+    from bertology_serve.analysis.prune import prune as run
+
+    with bar("prune") as advance:
+        report = run(subject(backbone, delta, device), input, save, settings, eval=eval, advance=advance)
+    facts = report.facts
+    rows = [
+        ("heads", *facts["heads"]), ("neurons", *facts["neurons"]), ("parameters", *facts["parameters"]),
+        (facts["metric"], facts["metric_before"], facts["metric_after"]),
+        ("tokens/s", *(round(speed) for speed in facts["tokens_per_s"])),
+    ]  # fmt: skip
+    table(f"{facts['speed_up']:.2f} times as fast", ("", "before", "after"), rows, stderr=False)
+    written(report, out)
+    note(f"saved to {save}; next:")
+    note(f"  bertology-serve train --backbone {save} ...")
+    note(f"  bertology-serve serve --backbone {save} --deltas {delta.parent}")
 
 
 @app.command()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -48,10 +46,11 @@ def serve(
     503 at once, every accepted call is answered.
     """
     started = time.monotonic()
-    _log(config.log_level)
+    from bertology_serve.serving import logs
     from bertology_serve.serving.keyfile import read_keyring
     from bertology_serve.serving.server import Server, bind, url_of
 
+    logs.set_up(config.log_level, config.log_format)
     keyring = read_keyring(config.keys_file, os.environ)
     if not keyring and config.host not in ("127.0.0.1", "::1", "localhost"):
         note(f"anyone who reaches {config.host} may ask: there are no API keys (--keys-file)")
@@ -94,11 +93,3 @@ def _load(backbone: str, device: str, dtype: str, deltas: Path, skip_bad: bool) 
     registry.load(deltas, skip_bad)
     encoder.prepack()
     return registry
-
-
-def _log(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
-    for chatty in ("uvicorn.error", "httpx", "transformers"):
-        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bertology_serve.cli.common import note, progress, table
+from bertology_serve.cli.filling import from_file, from_set
 from bertology_serve.cli.options import listed, options
 from bertology_serve.errors import SpecError
 from bertology_serve.training.config import TrainConfig
@@ -38,6 +40,19 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the parameters and stop.")] = False,
     plot: Annotated[bool, typer.Option("--plot", help="Draw curve.png into the delta's directory.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    prepack: Annotated[
+        bool | None, typer.Option(help="Lay frozen linears out for oneDNN (CPU). Default: where a timing says so.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", is_eager=True, callback=from_file, help="TOML with flags, such as a run's config.toml."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(is_eager=True, callback=from_set, help="A known set: glue/mrpc, or the folder that holds it."),
+    ] = None,
     *,
     config: TrainConfig,
     kinds: KindFlags,
@@ -70,11 +85,21 @@ def train(
         for stage in stages(config):
             show_dry_run(make_live(encoder, stage.config, spec))
         return
+    files = {"backbone": backbone, "train": train, "eval": eval, "ood": ood}
+    named = {flag: _lasting(path) for flag, path in files.items() if path} | {"device": device}
+    named |= {"columns": columns} if columns else {}
     with Bar() as bar:
-        outcome = training.train(config, encoder, source, dev, ood=other, place=place, watcher=bar)
+        outcome = training.train(
+            config, encoder, source, dev, ood=other, place=place, watcher=bar, prepack=prepack, files=named
+        )
     if plot:
         draw_curve(outcome.path, task_for(outcome.delta.task).main_metric)
     show(outcome, eval)
+
+
+def _lasting(path: str) -> str:
+    """A path that means the same from another folder; what is no path stays as it is."""
+    return os.path.abspath(path) if os.path.exists(path) else path
 
 
 def read_columns(text: str | None) -> dict[str, str]:

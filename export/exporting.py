@@ -66,6 +66,7 @@ def export_delta(
     spec, target = spec or ExportSpec(), out.absolute()
     check_target(target, spec.overwrite)
     _check_precision(encoder)
+    delta = encoder.fitted(delta)
     check_foldable(encoder, delta, spec)
     reference = Reference(encoder, delta)
     started = time.perf_counter()

@@ -25,12 +25,13 @@ def fold(state: Mapping[str, Tensor], effects: Effects, anatomy: Anatomy) -> dic
     for name, update in effects.low_rank.items():
         slot = anatomy.slot(name)
         for layer in slot.present:
-            change = update.b[layer].double().T @ update.a[layer].double()
+            a, b = update.at(slot, layer)
+            change = b.double().T @ a.double()
             sums.rows(slot, layer, "weight").add_(change.to(sums.device))
     for name, shift in effects.bias.items():
         slot = anatomy.slot(name)
         for layer in slot.present:
-            sums.rows(slot, layer, "bias").add_(shift[layer].double().to(sums.device))
+            sums.rows(slot, layer, "bias").add_(shift[layer, : slot.outputs_of(layer)].double().to(sums.device))
     return sums.result()
 
 

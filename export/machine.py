@@ -72,7 +72,7 @@ def _torch() -> tuple[str | None, bool]:
 def _runtime() -> tuple[str | None, str | None]:
     """The provider that runs a small file when CUDA is asked for, or why none does."""
     try:
-        from bertology_serve.export.direct.nodes import Nodes
+        from bertology_serve.export.direct.nodes import Nodes, Output
         from bertology_serve.export.onnx_model import save
         from bertology_serve.export.session import Session, silence
     except (ImportError, OSError):  # not ONNX Runtime's fault: what is missing is among the versions
@@ -82,7 +82,7 @@ def _runtime() -> tuple[str | None, str | None]:
     with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that CUDA is not there is what we want to know
         path = Path(directory) / "model.onnx"
-        save(nodes.model([x], "y", x.real(), ("batch", "sequence")), path)
+        save(nodes.model([x], Output("y", x.real(), ("batch", "sequence"))), path)
         try:
             silence()
             return Session(path, CUDA).provider, None

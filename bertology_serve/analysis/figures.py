@@ -51,7 +51,17 @@ class Scatter:
     group_label: str = "cluster"
 
 
-Panel = HeatMap | Lines | Scatter
+@dataclass(frozen=True)
+class Bars:
+    """For every name a bar a series, lying; ``unit`` is that of all of them."""
+
+    title: str
+    names: Sequence[str]
+    series: Mapping[str, Numbers]
+    unit: str
+
+
+Panel = HeatMap | Lines | Scatter | Bars
 
 
 @dataclass(frozen=True)

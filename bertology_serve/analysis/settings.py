@@ -25,9 +25,10 @@ class AttentionSettings:
     most: int | None = field(default=None, metadata={"help": "Take the first so many texts."})
     clusters: int = field(default=6, metadata={"help": "Clusters of heads."})
     js_rows: int = field(default=4096, metadata={"help": "Rows that divergences between heads are measured on."})
+    fewest_arcs: int = field(default=20, metadata={"help": "Relations with fewer dependencies are not looked at."})
 
     def __post_init__(self) -> None:
-        at_least_one(self, "max_length", "max_tokens", "most", "clusters", "js_rows")
+        at_least_one(self, "max_length", "max_tokens", "most", "clusters", "js_rows", "fewest_arcs")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,27 @@ class HeadSettings:
         at_least_one(self, "steps", "most", "max_tokens")
         if self.seeds < 0:
             raise SpecError(f"seeds is {self.seeds}; expected 0 or more")
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """What goes, and how what is left is measured."""
+
+    heads: float = field(default=0.3, metadata={"help": "Share of all attention heads that goes."})
+    neurons: float = field(default=0.0, metadata={"help": "Share of all FFN neurons that goes."})
+    multiple: int = field(default=8, metadata={"help": "Neurons a layer stay a multiple of this."})
+    most: int | None = field(default=None, metadata={"help": "Measure importance on the first so many records."})
+    max_tokens: int = field(default=2048, metadata={"help": "Tokens a batch."})
+    atol: float = field(default=1e-5, metadata={"help": "Largest difference from the masked model that is accepted."})
+    rounds: int = field(default=5, metadata={"help": "Turns in which both encoders are timed, one after the other."})
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "multiple", "most", "max_tokens", "rounds")
+        for name in ("heads", "neurons"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SpecError(f"{name} is {getattr(self, name)}; expected a share from 0 up to, not including, 1")
+        if not self.atol > 0:
+            raise SpecError(f"atol is {self.atol}; expected a number above 0, such as 1e-5")
 
 
 @dataclass(frozen=True)

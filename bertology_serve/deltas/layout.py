@@ -29,7 +29,7 @@ from bertology_serve.deltas.modules import is_beft, read_beft, read_lora, take, 
 from bertology_serve.deltas.names import OWN_PREFIX
 from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
-from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.deltas.slots import KEY, Anatomy
 from bertology_serve.errors import FormatError
 
 MODEL_ROOT, PROMPT_ROOT = "base_model.model.", "base_model."
@@ -96,8 +96,9 @@ def join_prefix(own: Mapping[str, Tensor]) -> Tensor:
 
 def split_prefix(embeddings: Tensor, anatomy: Anatomy) -> Tensors:
     """peft's [V, 2 L H] as ``keys`` and ``values`` [L, V, H]."""
-    wanted = 2 * anatomy.layers * anatomy.hidden
+    width = anatomy.slot(KEY).outputs
+    wanted = 2 * anatomy.layers * width
     if embeddings.dim() != 2 or embeddings.shape[1] != wanted:
         raise FormatError(f"{PROMPT_EMBEDDINGS} has shape {list(embeddings.shape)}; expected [V, {wanted}]")
-    both = embeddings.view(-1, anatomy.layers, 2, anatomy.hidden).permute(2, 1, 0, 3)
+    both = embeddings.view(-1, anatomy.layers, 2, width).permute(2, 1, 0, 3)
     return {"keys": both[0].contiguous(), "values": both[1].contiguous()}

@@ -13,6 +13,7 @@ from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.deltas.modules import is_beft, modules
 from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
+from bertology_serve.deltas.pruning import PRUNED
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
@@ -60,6 +61,8 @@ def drops_types(task: TaskSpec, family: str, options: Mapping[str, Any]) -> bool
 
 def obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> str:
     """Why peft does not compute the same function; empty where it does. ``options`` are the encoder's configuration."""
+    if options.get(PRUNED):
+        return "peft cannot load the encoder, which was pruned"
     if delta.weights or len(delta.specs) != 1:
         return f"peft has no single method for {', '.join(delta.kinds)}"
     return _method_obstacle(delta, anatomy, options) or _head_obstacle(delta.task, anatomy.family, options)

@@ -36,12 +36,12 @@ class Entry:
     """Where one delta stands in the pools.
 
     ``rows`` maps a pool's name to the segment template (pool rows ``first``..``last``, bias row, dropout, activation)
-    that its sequences get; ``adapter_layers`` the layers in which a pool's adapters exist.
+    that its sequences get; ``layers`` the layers in which they are active, for pools where these are not all.
     """
 
     key: str
     rows: Mapping[str, RowSegment] = field(default_factory=dict)
-    adapter_layers: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    layers: Mapping[str, frozenset[int]] = field(default_factory=dict)
     prompt: Prompt | None = None
     prefix: Prefix | None = None
 
@@ -227,7 +227,8 @@ class DeltaBank:
 class LiveBank:
     """A bank whose rows are the deltas' own tensors, so that gradients reach them. Made anew for every step.
 
-    With ``training`` the updates' inputs are dropped at the rate that each delta asks for.
+    With ``training`` the updates' inputs are dropped at the rate that each delta asks for. Updates of some layers are
+    active there alone, so that no graph is built below the lowest.
     """
 
     def __init__(self, effects: Sequence[tuple[str, Effects]], training: bool = False) -> None:
@@ -236,6 +237,7 @@ class LiveBank:
         heights: dict[str, int] = {}
         for key, effect in effects:
             rows, templates, layers = pool_rows(effect)
+            layers |= _update_layers(effect)
             moved = {name: _moved(row, heights.get(name, 0), training) for name, row in templates.items()}
             self.entries[key] = _entry(key, effect, (moved, layers))
             for name, columns in rows.items():
@@ -246,6 +248,15 @@ class LiveBank:
     def layer(self, pool: str, column: str, layer: int) -> Tensor:
         """One layer of a pool's column [P, width]."""
         return self._layers[pool][column][layer]
+
+
+def _update_layers(effects: Effects) -> dict[str, frozenset[int]]:
+    """The layers of the low-rank updates that are not in all of them."""
+    return {
+        slot: frozenset(update.layers)
+        for slot, update in effects.low_rank.items()
+        if update.layers is not None and slot not in effects.bias
+    }
 
 
 def _unbound(parts: list[Rows]) -> dict[str, tuple[Tensor, ...]]:

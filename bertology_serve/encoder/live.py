@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bertology_serve.deltas import kinds
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.effects import Effects
 from bertology_serve.encoder.bank import BARE, LiveBank
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.packing import pack
@@ -53,12 +54,15 @@ class LiveDelta(nn.Module):
 
     def hidden(self, encodings: Sequence[Encoding]) -> tuple[Tensor, Any]:
         """The encoder's rows [T, H] and the packed batch that they belong to."""
-        effects = self.encoder.allowed(kinds.effects(self.specs, self.named_tensors(), self.encoder.anatomy))
-        pools = LiveBank([("live", effects)], self.training)
+        pools = LiveBank([("live", self.effects())], self.training)
         entry = pools.entries["live"] if self.specs else BARE
         batch = pack(encodings, [entry] * len(encodings), self.encoder.anatomy, self.encoder.device,
                      padded=not self.encoder.packs)  # fmt: skip
         return self.encoder.run(batch, pools), batch
+
+    def effects(self) -> Effects:
+        """What the components do at this moment, differentiable in them."""
+        return self.encoder.allowed(kinds.effects(self.specs, self.named_tensors(), self.encoder.anatomy))
 
     def named_tensors(self) -> dict[str, Tensor]:
         """The components' parameters by the names that the delta saves them under."""

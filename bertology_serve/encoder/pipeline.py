@@ -104,9 +104,11 @@ class Pipeline:
     def add(self, delta: Delta) -> None:
         """Makes a delta resident; one of the same name is replaced, its jobs under way finish on it.
 
+        On a pruned encoder the deltas of what it was pruned from are sliced.
         Raises BaseMismatch for a delta of other weights, Unsupported for what this encoder cannot apply, LimitError
         where its sequences do not fit.
         """
+        delta = self.encoder.fitted(delta)
         self._check(delta)
         head = Head.build(form_for(self.encoder, delta.task), self.encoder.base_head)
         head.load(delta.head)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bertology_serve.deltas import catalog, store
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.encoder.pipeline import BASE, Pipeline
 from bertology_serve.errors import BertologyError, NotFound, nearest
 
 log = logging.getLogger(__name__)
@@ -93,8 +93,7 @@ class Registry:
         return found
 
     def _read(self, path: Path, name: str) -> Delta:
-        encoder = self.pipeline.encoder
-        return store.load(path, encoder.anatomy, base=encoder.ref, name=name, options=encoder.config.to_dict())
+        return self.pipeline.encoder.read_delta(path, name)
 
     def find(self, name: str, version: str | None = None, visible: Callable[[str], bool] = lambda _: True) -> Delta:
         """The delta of that name, at that version where one is named.
@@ -108,6 +107,10 @@ class Registry:
         if version is not None and version != delta.version:
             raise NotFound(f"delta {name!r} has no version {version[:80]!r} here; it answers with {delta.version!r}")
         return delta
+
+    def names(self) -> list[str]:
+        """The deltas that answer, without the bare base."""
+        return [name for name in self.pipeline.deltas if name != BASE]
 
     def all(self) -> list[Delta]:
         """The deltas that answer, the bare base first, the others by name."""

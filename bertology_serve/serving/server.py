@@ -25,6 +25,7 @@ from bertology_serve.serving.engine import Engine
 from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.registry import Registry
+from bertology_serve.serving.rpc.server import GrpcServer
 
 log = logging.getLogger(__name__)
 
@@ -70,14 +71,15 @@ class Server(uvicorn.Server):
         announce: Callable[[], None] = lambda: None,
         keyring: Keyring | None = None,
     ) -> None:
-        metrics = Metrics()
+        metrics = Metrics(config.max_metric_deltas)
         self._announce = announce
         self.engine = Engine(pipeline, config, metrics)
         self._drain_seconds = config.drain_seconds
+        self.rpc = None if config.grpc_port is None else GrpcServer(config.host, config.grpc_port)
         super().__init__(
             uvicorn.Config(
-                make_app(self.engine, registry, metrics, keyring or Keyring()),
-                http=limited(config.max_header_bytes),
+                make_app(self.engine, registry, metrics, keyring or Keyring(), self.rpc),
+                http=limited(config.max_header_bytes, config.max_body_seconds),
                 ws="none",
                 log_config=None,
                 access_log=False,

@@ -75,9 +75,10 @@ class TrainConfig:
     pooling: Literal["cls", "mean", "max"] | None = _option(
         None, "Rows that the head reads. Default: mean for embeddings and the probe, else cls."
     )
-    head: Literal["hf", "linear", "none"] | None = _option(
+    head: Literal["hf", "linear", "mlp", "none"] | None = _option(
         None,
-        "hf: the form that HuggingFace gives the family; linear: one layer. Default: none for embeddings, else hf.",
+        "hf: the form that HuggingFace gives the family; linear: one layer; mlp: EH-FT's, a hidden one of 2,048. "
+        "Default: none for embeddings, else hf.",
     )
     stride: int | None = _option(None, "Overlap in tokens of question-answering windows. Default: 64.")
     max_answer_length: int | None = _option(None, "Longest answer in tokens (question answering). Default: 30.")
@@ -91,6 +92,7 @@ class TrainConfig:
     patience: int | None = _option(None, "Stop after so many evaluations without a better one. Default: never.")
     keep: Literal["best", "last"] = _option("best", "Which state is saved where there is evaluation data.")
     save_every: int = _option(200, "Steps between checkpoints; one is written after each evaluation too.")
+    gradient_steps: int = _option(0, "First steps whose gradient's length is logged for every layer.")
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -176,7 +178,7 @@ class TrainConfig:
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "schedule": ("linear", "cosine", "constant"),
     "pooling": ("cls", "mean", "max"),
-    "head": ("hf", "linear", "none"),
+    "head": ("hf", "linear", "mlp", "none"),
     "precision": ("auto", "fp32", "bf16"),
     "keep": ("best", "last"),
     "lp_layers": ("last", "all"),
@@ -184,7 +186,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 _LEAST: Mapping[str, float] = {
     "epochs": 1, "first_epochs": 1, "max_steps": 1, "batch_size": 1, "max_tokens": 1, "weight_decay": 0,
     "clip": 0, "seed": 0, "max_length": 3, "stride": 0, "max_answer_length": 1, "eval_every": 1, "patience": 1,
-    "save_every": 1, "lp_path": 1,
+    "save_every": 1, "lp_path": 1, "gradient_steps": 0,
 }  # fmt: skip
 
 

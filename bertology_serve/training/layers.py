@@ -15,6 +15,11 @@ def layer_paths(anatomy: Anatomy) -> tuple[str, ...]:
     return tuple(".".join(path[: at + 1]) for path in paths)
 
 
+def lowest_trained(live: LiveDelta) -> int:
+    """The lowest layer whose output a live delta changes: the encoder's depth where only the head is trained."""
+    return 0 if live.full else live.effects().lowest(live.encoder.anatomy.layers)
+
+
 def train_upper_layers(live: LiveDelta, count: int) -> None:
     """Freezes all of the encoder but its upper ``count`` layers: no graph is then built below them.
 

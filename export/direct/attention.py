@@ -27,34 +27,44 @@ class Attention:
 
     def __init__(self, modules: Modules, rows: Rows) -> None:
         self.modules, self.rows, self.nodes, self.parts = modules, rows, modules.nodes, modules.parts
-        self.heads, self.width = self.parts.anatomy.heads, self.parts.anatomy.head_width
+        self.width = self.parts.anatomy.head_width
 
     def __call__(self, layer: int, query: Value, key: Value, value: Value) -> Value:
-        """query, key, value [T, H] -> [T, H]."""
+        """query, key, value [T, H] -> [T, H]; H as wide as the layer's heads."""
         if self.parts.anatomy.family == "modernbert":
             query, key = self._rotated(query, layer), self._rotated(key, layer)
+        return self.grids(layer, *(self.grid(layer, x) for x in (query, key, value)))
+
+    def grid(self, layer: int, x: Value) -> Value:
+        """[T, H] -> [B, heads, R, D]; in fused graphs [B, 1, R, H]."""
+        heads = self.parts.anatomy.heads_of(layer)
+        return self.rows.grid(x, 1, heads * self.width) if self.nodes.fused else self.rows.grid(x, heads, self.width)
+
+    def grids(self, layer: int, q: Value, k: Value, v: Value) -> Value:
+        """q, k, v as ``grid`` makes them, rotated already -> [T, H]."""
         if self.nodes.fused:
-            return self._fused(layer, query, key, value)
-        q, k, v = (self.rows.grid(x, self.heads, self.width) for x in (query, key, value))
-        mask = self._mask(layer)
+            return self._fused(layer, q, k, v)
+        out = self._prefixed(layer, q, k, v, self._mask(layer))
+        return self.rows.flat(out, self.parts.anatomy.heads_of(layer), self.width)
+
+    def _prefixed(self, layer: int, q: Value, k: Value, v: Value, mask: Value) -> Value:
+        """q, k, v [B, heads, R, D], the delta's prefix put before k and v -> [B, heads, R, D]."""
         if self.parts.effects.prefix is not None:
-            k, v, mask = (
-                self._before(layer, "keys", k, self.heads),
-                self._before(layer, "values", v, self.heads),
-                self._opened(mask),
-            )
+            heads = self.parts.anatomy.heads_of(layer)
+            k, v = self._before(layer, "keys", k, heads), self._before(layer, "values", v, heads)
+            mask = self._opened(mask)
+        return self._attended(q, k, v, mask)
+
+    def _attended(self, q: Value, k: Value, v: Value, mask: Value) -> Value:
+        """q [B, heads, R, D]; k, v [B, heads, V + R, D] -> [B, heads, R, D]."""
         scale = self.width**-0.5
         if self.nodes.opset >= NATIVE_SINCE:
-            out = self.nodes("Attention", q, k, v, self._square(mask), scale=scale)
-        else:
-            out = self.nodes("Softmax", q * scale @ k.transpose(0, 1, 3, 2) + mask, axis=-1) @ v
-        return self.rows.flat(out, self.heads, self.width)
+            return self.nodes("Attention", q, k, v, self._square(mask), scale=scale)
+        return self.nodes("Softmax", q * scale @ k.transpose(0, 1, 3, 2) + mask, axis=-1) @ v
 
-    def _fused(self, layer: int, query: Value, key: Value, value: Value) -> Value:
+    def _fused(self, layer: int, q: Value, k: Value, v: Value) -> Value:
         """By the number of keys of each sequence where that says all, by the mask where windows or distances matter."""
-        hidden = self.heads * self.width
-        q, k, v = (self.rows.grid(x, 1, hidden) for x in (query, key, value))
-        ahead = 0
+        heads, ahead = self.parts.anatomy.heads_of(layer), 0
         if self.parts.effects.prefix is not None:
             ahead = int(self.parts.effects.prefix.keys.shape[1])
             k, v = self._before(layer, "keys", k, 1), self._before(layer, "values", v, 1)
@@ -64,13 +74,13 @@ class Attention:
             mask = self._mask(layer)
             bias = self._square(self._opened(mask) if ahead else mask)
         else:
-            keys = (self.rows.text.count + self.rows.weave.length + ahead).squeeze(1)
+            keys = (self.rows.text.count + self.rows.prompt + ahead).squeeze(1)
             count = self.nodes("Cast", keys, to=INT32)
         out = self.nodes(
             "MultiHeadAttention", q, k, v, None, count, bias,
-            domain=CONTRIB, num_heads=self.heads, scale=self.width**-0.5,
+            domain=CONTRIB, num_heads=heads, scale=self.width**-0.5,
         )  # fmt: skip
-        return self.rows.flat(out.unsqueeze(1), 1, hidden)
+        return self.rows.flat(out.unsqueeze(1), 1, heads * self.width)
 
     def _slides(self, layer: int) -> bool:
         """Whether a row sees only those near it."""
@@ -100,7 +110,7 @@ class Attention:
 
     def _relative(self) -> Value:
         """[1, heads, R, R]: MPNet's bias for the distance between two rows, from a table of all distances."""
-        most = self.parts.anatomy.max_tokens + self.rows.weave.length
+        most = self.parts.anatomy.max_tokens + self.rows.prompt
         encoder: Any = MPNetEncoder
         buckets = encoder.relative_position_bucket(-torch.arange(1 - most, most))
         table = self.modules.own("encoder.relative_attention_bias.weight")
@@ -115,15 +125,17 @@ class Attention:
         positions = self.nodes("Cast", self.rows.positions, to=FLOAT)  # float16 ends at 2048 whole numbers
         angles = positions.unsqueeze(1, 2) * self.nodes.constant(rates.numpy())
         cos, sin = self.nodes("Cos", angles).real(), self.nodes("Sin", angles).real()
-        a, b = x.reshape(-1, self.heads, self.width).split(2, axis=2)
-        return joined(2, a * cos - b * sin, b * cos + a * sin).reshape(-1, self.heads * self.width)
+        heads = self.parts.anatomy.heads_of(layer)
+        a, b = x.reshape(-1, heads, self.width).split(2, axis=2)
+        return joined(2, a * cos - b * sin, b * cos + a * sin).reshape(-1, heads * self.width)
 
     def _before(self, layer: int, part: str, after: Value, heads: int) -> Value:
         """The prefix's rows [V, H] in front of [B, heads, R, D]."""
         prefix = self.parts.effects.prefix
         assert prefix is not None
-        trained = (prefix.keys if part == "keys" else prefix.values)[layer]
-        by_head = trained.view(1, trained.shape[0], heads, -1).transpose(1, 2)
+        width = self.parts.anatomy.heads_of(layer) * self.width
+        trained = (prefix.keys if part == "keys" else prefix.values)[layer, :, :width]
+        by_head = trained.reshape(1, trained.shape[0], heads, width // heads).transpose(1, 2)
         rows = self.modules.mine(f"prefix.{layer}.{part}", by_head)
         everywhere = self.nodes("Concat", self.rows.batch, [1], [1], [1], axis=0)
         return joined(2, self.nodes("Expand", rows, everywhere), after)

@@ -7,7 +7,7 @@ import onnx_ir
 from bertology_serve.export.direct.activations import ACTIVATIONS
 from bertology_serve.export.direct.layers import activation_of, encode
 from bertology_serve.export.direct.modules import Modules
-from bertology_serve.export.direct.nodes import Nodes
+from bertology_serve.export.direct.nodes import Nodes, Output
 from bertology_serve.export.direct.reading import activations_of, read
 from bertology_serve.export.direct.rows import Packed, Padded, gather
 from bertology_serve.export.parts import Parts
@@ -46,7 +46,7 @@ def emit(parts: Parts, opset: int, unpad: bool, precision: Precision = "fp32", f
     with nodes.halves(precision == "fp16"):
         hidden = encode(Modules(nodes, parts, precision), rows)
     hidden = hidden.real() if precision == "fp16" else hidden
-    return nodes.model(inputs, parts.output, read(nodes, parts, rows, hidden), output_shape(parts))
+    return nodes.model(inputs, Output(parts.output, read(nodes, parts, rows, hidden), output_shape(parts)))
 
 
 def output_shape(parts: Parts) -> tuple[str | int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from bertology_serve.deltas.slots import (
     ATTENTION_NORM,
     DOWN,
@@ -34,9 +36,9 @@ def activation_of(parts: Parts) -> str:
     return next(str(getattr(parts.config, name)) for name in names if hasattr(parts.config, name))
 
 
-def encode(modules: Modules, rows: Rows) -> Value:
+def encode(modules: Modules, rows: Rows, attend: Attention | None = None) -> Value:
     """The last hidden states [T, H]."""
-    attend, layer_of = Attention(modules, rows), pre_norm if modules.parts.anatomy.pre_norm else post_norm
+    attend, layer_of = attend or Attention(modules, rows), pre_norm if modules.parts.anatomy.pre_norm else post_norm
     x = embed(modules, rows)
     for layer in range(modules.parts.anatomy.layers):
         x = layer_of(modules, attend, layer, x)
@@ -46,12 +48,8 @@ def encode(modules: Modules, rows: Rows) -> Value:
 def embed(modules: Modules, rows: Rows) -> Value:
     """Words or prompt vectors, plus positions and types, normed; [T, H]."""
     table = next(found for found in map(modules.own, WORDS) if found is not None)
-    words, prompt = table.gather(rows.ids), modules.parts.effects.prompt
-    if prompt is not None and rows.virtual is not None:
-        vectors = modules.mine("prompt.vectors", prompt.vectors[None]).squeeze(0)
-        words = rows.virtual.unsqueeze(1).where(vectors.gather(rows.which), words)
     positions, types = modules.own(POSITIONS), modules.own(TYPES)
-    terms = [words]
+    terms = [modules.prompted(table.gather(rows.ids), rows)]
     if positions is not None:
         terms.append(positions.gather(rows.positions))
     if types is not None:
@@ -63,9 +61,10 @@ def embed(modules: Modules, rows: Rows) -> Value:
 def post_norm(m: Modules, attend: Attention, layer: int, x: Value) -> Value:
     """BERT (Devlin et al. 2019): ``x = LN(x + attention(x)); x = LN(x + FFN(x))``."""
     act = ACTIVATIONS[activation_of(m.parts)]
-    seen = attend(layer, m.linear(QUERY, layer, x), m.linear(KEY, layer, x), m.linear(VALUE, layer, x))
+    grid = partial(attend.grid, layer)
+    seen = attend.grids(layer, *(m.linear(slot, layer, x, then=grid) for slot in (QUERY, KEY, VALUE)))
     x = m.norm(ATTENTION_NORM, layer, m.linear(OUTPUT, layer, seen, residual=x))
-    return m.norm(FFN_NORM, layer, m.linear(DOWN, layer, act(m.linear(UP, layer, x)), residual=x))
+    return m.norm(FFN_NORM, layer, m.linear(DOWN, layer, m.linear(UP, layer, x, then=act), residual=x))
 
 
 def pre_norm(m: Modules, attend: Attention, layer: int, x: Value) -> Value:

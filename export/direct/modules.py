@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -11,8 +11,16 @@ from bertology_serve.deltas.slots import Slot
 from bertology_serve.export.direct.activations import ACTIVATIONS
 from bertology_serve.export.direct.nodes import Nodes, Value
 from bertology_serve.export.direct.products import PRODUCTS
+from bertology_serve.export.direct.rows import Rows
 from bertology_serve.export.parts import Parts
 from bertology_serve.export.spec import Precision
+
+Then = Callable[[Value], Value]
+
+
+def same(y: Value) -> Value:
+    """Nothing more is done with it."""
+    return y
 
 
 class Modules:
@@ -46,24 +54,39 @@ class Modules:
         """A tensor of the delta."""
         return self.nodes.weight(self.parts.named(name), tensor)
 
-    def linear(self, slot: str, layer: int, x: Value, residual: Value | None = None) -> Value:
-        """``x W + b + Σ updates``, through the adapters that stand behind it, ``+ residual``."""
-        path = self._path(slot, layer)
-        y, bias = self._product(x, f"{path}.weight", self.parts.state[f"{path}.weight"]), self.own(f"{path}.bias")
-        terms = [y, *([] if bias is None else [bias]), *self._added(path, x)]
+    def prompted(self, words: Value, rows: Rows) -> Value:
+        """The words' vectors [T, E], at the prompt's rows the prompt's."""
+        prompt = self.parts.effects.prompt
+        if prompt is None or rows.virtual is None:
+            return words
+        vectors = self.mine("prompt.vectors", prompt.vectors[None]).squeeze(0)
+        return rows.virtual.unsqueeze(1).where(vectors.gather(rows.which), words)
+
+    def linear(self, slot: str, layer: int, x: Value, residual: Value | None = None, then: Then = same) -> Value:
+        """``then(x W + b + Σ updates)``, through the adapters that stand behind it, ``+ residual``."""
+        path = self.path(slot, layer)
+        terms = [*self.frozen(path, x), *self._added(path, x)]
         adapters = self._adapters.get(path, [])
         if adapters:
             y = self.nodes.total(*terms)
             for name, at in adapters:
                 y = y + self._adapter(name, at, y)
             terms = [y]
+        return then(self.summed(terms, residual))
+
+    def frozen(self, path: str, x: Value) -> list[Value]:
+        """``x W`` and, where there is one, ``b``."""
+        y, bias = self._product(x, f"{path}.weight", self.parts.state[f"{path}.weight"]), self.own(f"{path}.bias")
+        return [y] if bias is None else [y, bias]
+
+    def summed(self, terms: list[Value], residual: Value | None) -> Value:
         if residual is None and len(terms) == 2:
             return terms[0] + terms[1]
         return self.nodes.total(*terms, *([] if residual is None else [residual]))
 
     def norm(self, slot: str, layer: int, x: Value) -> Value:
         """``LN(x) + Σ updates``; used again around an adapter: ``LN(adapter(LN(x)) + x)`` (Pfeiffer et al. 2020)."""
-        path = self._path(slot, layer)
+        path = self.path(slot, layer)
         y = self._normed(path, x)
         for name, at in self._adapters.get(path, []):
             y = self._normed(path, self._adapter(name, at, y) + x)
@@ -88,10 +111,13 @@ class Modules:
             place, low, shift = f"{slot.name}.{layer}", effects.low_rank.get(slot.name), effects.bias.get(slot.name)
             lo, hi = slot.part or (0, width)
             if low is not None:
-                a, b = self.mine(f"{place}.a", low.a[layer].T), self.mine(f"{place}.b", low.b[layer])
+                right, left = low.at(slot, layer)
+                a, b = self.mine(f"{place}.a", right.T), self.mine(f"{place}.b", left)
                 yield self._widened(x @ a @ b, [0, lo, 0, width - hi])
             if shift is not None:
-                yield self._widened(self.mine(f"{place}.bias", shift[layer]), [lo, width - hi])
+                yield self._widened(
+                    self.mine(f"{place}.bias", shift[layer, : slot.outputs_of(layer)]), [lo, width - hi]
+                )
 
     def _widened(self, value: Value, pads: list[int]) -> Value:
         """Zeros around the columns that a slot names of a packed projection."""
@@ -105,5 +131,5 @@ class Modules:
         up_bias = self.mine(f"{place}.up_bias", unit.up_bias[layer])
         return ACTIVATIONS[unit.activation](x @ down + down_bias) @ up + up_bias
 
-    def _path(self, slot: str, layer: int) -> str:
+    def path(self, slot: str, layer: int) -> str:
         return str(self.parts.anatomy.slot(slot).paths[layer])

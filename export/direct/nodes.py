@@ -7,9 +7,10 @@ calls give the same graph to the byte.
 from __future__ import annotations
 
 import functools
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import ChainMap, Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,16 @@ from torch import Tensor
 Array = NDArray[Any]
 CONTRIB = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
+Shape = Sequence[str | int]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A float32 output of a graph."""
+
+    name: str
+    value: Value
+    shape: Shape
 
 
 class Nodes:
@@ -36,7 +47,7 @@ class Nodes:
         self._nodes: list[ir.Node] = []
         self._weights: dict[str, ir.Value] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
-        self._made: dict[tuple[object, ...], tuple[Value, ...]] = {}
+        self._made: ChainMap[tuple[object, ...], tuple[Value, ...]] = ChainMap()
         self._count: Counter[str] = Counter()
         self._domains: set[str] = set()
 
@@ -77,9 +88,27 @@ class Nodes:
         self._count[op] += 1
         return value
 
-    def input(self, name: str) -> Value:
-        """An int64 input [batch, sequence]."""
-        return Value(self, ir.val(name, ir.DataType.INT64, ["batch", "sequence"]))
+    def choose(self, condition: Value, then: Callable[[], Value], otherwise: Callable[[], Value]) -> Value:
+        """A float32 value: what ``then`` builds where the condition, one boolean, is true, else what the other does.
+
+        Only one of the two is computed. Both may use every value made before; what they make is theirs alone.
+        """
+        branches = {"then_branch": self._branch(then), "else_branch": self._branch(otherwise)}
+        node = ir.node("If", [condition.ir], branches)
+        self._nodes.append(node)
+        return Value(self, self._called(node.outputs[0], "If"))
+
+    def _branch(self, build: Callable[[], Value]) -> ir.Graph:
+        outside, self._nodes, self._made = self._nodes, [], self._made.new_child()
+        out = self("Identity", build()).ir
+        out.type = ir.TensorType(ir.DataType.FLOAT)
+        graph = ir.Graph([], [out], nodes=self._nodes, name=f"{out.name}_branch")
+        self._nodes, self._made = outside, self._made.parents
+        return graph
+
+    def input(self, name: str, shape: Shape = ("batch", "sequence"), kind: ir.DataType = ir.DataType.INT64) -> Value:
+        """An input, int64 [batch, sequence] unless said otherwise."""
+        return Value(self, ir.val(name, kind, list(shape)))
 
     def value(self, operand: Value | float | Sequence[int]) -> Value:
         """A value as it is, a number or list of whole numbers as a constant."""
@@ -116,20 +145,23 @@ class Nodes:
             return functools.reduce(lambda sum_, term: sum_ + term, terms)
         return terms[0] if len(terms) == 1 else self("Sum", *terms)
 
-    def model(self, inputs: Sequence[Value], name: str, output: Value, shape: Sequence[str | int]) -> ir.Model:
-        """The finished model with one float32 output."""
-        result = self("Identity", output).ir
-        result.name, result.shape = name, ir.Shape(shape)
-        result.type = ir.TensorType(ir.DataType.FLOAT)
+    def model(self, inputs: Sequence[Value], *outputs: Output) -> ir.Model:
+        """The finished model."""
         graph = ir.Graph(
             [one.ir for one in inputs],
-            [result],
+            [self._result(one) for one in outputs],
             nodes=self._nodes,
             initializers=list(self._weights.values()),
             opset_imports={"": self.opset} | {domain: 1 for domain in sorted(self._domains) if domain},
             name="main",
         )
         return ir.Model(graph, ir_version=9 if self.opset <= 20 else 10, producer_name="bertology-serve")
+
+    def _result(self, output: Output) -> ir.Value:
+        result = self("Identity", output.value).ir
+        result.name, result.shape = output.name, ir.Shape(output.shape)
+        result.type = ir.TensorType(ir.DataType.FLOAT)
+        return result
 
 
 class Value:

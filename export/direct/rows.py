@@ -46,7 +46,7 @@ def gather(ids: Value, mask: Value, types: Value | None) -> Text:
 
 
 class Rows(ABC):
-    """Rows [T, ...] of a batch, all of the grid's.
+    """Rows [T, ...] of a batch. ``prompt`` is the longest prompt that may stand in it.
 
     ``ids``, ``positions`` and ``types`` (``None`` without) [T]; ``virtual`` [T] says which rows are the prompt's and
     ``which`` [T] of its vectors they are (``None`` without a prompt); ``seen`` [B, R] what may be attended to,
@@ -54,7 +54,7 @@ class Rows(ABC):
     """
 
     def __init__(self, text: Text, weave: Weave) -> None:
-        self.text, self.weave, self.nodes = text, weave, text.ids.nodes
+        self.text, self.weave, self.nodes, self.prompt = text, weave, text.ids.nodes, weave.length
         self.batch = text.ids.size(0)
         self.columns = self._length() + weave.length if weave.length else self._length()
         column = counted(self.nodes, self.columns)

@@ -59,6 +59,21 @@ def test_heads(made, tmp_path, capsys):
     assert json.loads((tmp_path / "heads.json").read_text())["facts"]["eval_examples"] == 16
 
 
+def test_prune_then_train_again(made, tmp_path, capsys):
+    rows, small = str(made / "train.jsonl"), str(tmp_path / "small")
+    arguments = ["--delta", str(made / "mood"), "--input", rows, "--out", str(tmp_path), "--rounds", "1"]
+    assert main(["analyze", "prune", *arguments, "--save", small, "--heads", "0.5", "--neurons", "0.3"]) == 0
+    shown = capsys.readouterr()
+    assert "heads" in shown.out
+    assert f"--backbone {small}" in shown.err
+    command = ["train", "--backbone", small, "--task", "classification", "--train", rows, "--epochs", "1"]
+    assert main([*command, "--out", str(tmp_path / "again")]) == 0
+    for delta in (made / "mood", tmp_path / "again"):
+        assert main(["evaluate", str(delta), "--input", rows, "--backbone", small]) == 0
+    assert main(["analyze", "prune", *arguments, "--save", small]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
 def test_probe(made, tmp_path, capsys):
     arguments = ["--backbone", str(made / "bert"), "--input", str(made / "tags.jsonl"), "--out", str(tmp_path)]
     assert main(["analyze", "probe", *arguments, "--tasks", "tags,position"]) == 0

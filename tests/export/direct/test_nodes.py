@@ -5,14 +5,14 @@ import onnx_ir
 import onnxruntime
 import torch
 
-from bertology_serve.export.direct.nodes import Nodes, Value, counted, joined
+from bertology_serve.export.direct.nodes import Nodes, Output, Value, counted, joined
 
 
 def run(build, x: np.ndarray) -> np.ndarray:
     """What a formula makes of the int64 input x [B, L]."""
     nodes = Nodes(20)
     given = nodes.input("x")
-    model = nodes.model([given], "y", build(nodes, given).real(), ("batch", "sequence"))
+    model = nodes.model([given], Output("y", build(nodes, given).real(), ("batch", "sequence")))
     session = onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString())
     return session.run(None, {"x": x})[0]
 
@@ -55,6 +55,6 @@ def test_the_same_calls_give_the_same_bytes():
         nodes = Nodes(23)
         x: Value = nodes.input("x")
         weight = nodes.weight("w", torch.arange(6.0).view(2, 3).T)
-        return onnx_ir.to_proto(nodes.model([x], "y", x.real() @ weight, ("batch", 2))).SerializeToString()
+        return onnx_ir.to_proto(nodes.model([x], Output("y", x.real() @ weight, ("batch", 2)))).SerializeToString()
 
     assert made() == made()

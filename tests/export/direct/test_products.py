@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
-from bertology_serve.export.direct.nodes import Nodes
+from bertology_serve.export.direct.nodes import Nodes, Output
 from bertology_serve.export.direct.products import (
     BLOCK,
     blocked_product,
@@ -41,7 +41,7 @@ def rows_and_weight(rows: int, inputs: int, outputs: int) -> tuple[np.ndarray, t
 def run(multiply, x: np.ndarray, weight: torch.Tensor) -> np.ndarray:
     nodes = Nodes(18)
     given = nodes.input("x")
-    model = nodes.model([given], "y", multiply(given.real(), "w", weight), ("rows", "columns"))
+    model = nodes.model([given], Output("y", multiply(given.real(), "w", weight), ("rows", "columns")))
     return onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString()).run(None, {"x": x})[0]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bertology_serve.deltas.effects import Prompt
-from bertology_serve.export.direct.nodes import Nodes
+from bertology_serve.export.direct.nodes import Nodes, Output
 from bertology_serve.export.direct.rows import Packed, Padded, gather
 from bertology_serve.export.rows import Weave
 
@@ -22,7 +22,7 @@ def run(kind, prompt, ask):
     nodes = Nodes(20)
     ids, mask = nodes.input("ids"), nodes.input("mask")
     rows = kind(gather(ids, mask, ids + 10), Weave(prompt, offset=2))
-    model = nodes.model([ids, mask], "y", ask(rows).real(), ("batch",))
+    model = nodes.model([ids, mask], Output("y", ask(rows).real(), ("batch",)))
     session = onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString())
     return session.run(None, {"ids": IDS, "mask": MASK})[0]
 

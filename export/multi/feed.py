@@ -1,0 +1,91 @@
+"""The graph's inputs for one batch, from the bank of resident deltas: nothing of the stacks is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.encoder.bank import PREFIX, PROMPT, DeltaBank, Entry
+from bertology_serve.export.multi.stacks import ACTIVATIONS, INDEX, Stack, stacks
+from bertology_serve.kernels.segments import RowSegment
+
+Arrays = dict[str, NDArray[Any]]
+_BLANK = RowSegment(0, 0, 0, 0)
+_COUNTED = {"ranks", "units", "rows"}
+
+
+class Feed:
+    """Makes inputs for the graph of an anatomy."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.places = stacks(anatomy)
+        self._empty = {
+            place.input(column): np.zeros((place.depth, 1, width), np.float32)
+            for place in self.places.values()
+            for column, width in place.columns.items()
+        }
+
+    def stacks(self, bank: DeltaBank) -> Arrays:
+        """The bank's pools, float32 and on the CPU, as they lie in memory; one row of zeros where it has none."""
+        found: Arrays = {}
+        for name, pool in list(bank.pools.items()):
+            for column, tensor in pool.columns.items():
+                found[self.places[name].input(column)] = tensor.numpy()
+        return self._empty | found
+
+    def tables(self, entries: Sequence[Entry]) -> Arrays:
+        """``delta`` [S] and the tables, a row for each delta among the sequences' entries, in order of appearance."""
+        deltas = {entry.key: entry for entry in entries}
+        numbers = {key: number for number, key in enumerate(deltas)}
+        found: Arrays = {INDEX: np.array([numbers[entry.key] for entry in entries], np.int64)}
+        for place in self.places.values():
+            rows = [entry.rows.get(place.name) for entry in deltas.values()]
+            for table in place.tables:
+                found[place.input(table)] = _table(place, table, rows, list(deltas.values()))
+        return found
+
+
+def _table(place: Stack, table: str, rows: Sequence[RowSegment | None], deltas: Sequence[Entry]) -> NDArray[np.int64]:
+    """[D, n]: one of a place's tables; no columns where no delta is there."""
+    if table == "form":
+        return np.array([(_prompt if place.name == PROMPT else _prefix)(delta) for delta in deltas], np.int64)
+    if not any(rows):
+        return np.zeros((len(rows), 0), np.int64)
+    segments = [row or _BLANK for row in rows]
+    if table == "bias":
+        return np.array([[max(one.bias, 0)] for one in segments], np.int64)
+    if table == "activation":
+        return np.array([[ACTIVATIONS.index(one.activation or ACTIVATIONS[0])] for one in segments], np.int64)
+    width = max(one.last - one.first for one in segments)
+    numbers = np.zeros((len(rows), width), np.int64)
+    for number, one in enumerate(segments):
+        numbers[number, : one.last - one.first] = np.arange(one.first, one.last)
+    return numbers
+
+
+def _prompt(entry: Entry) -> tuple[int, int, int, int]:
+    """Length, lead, shifted, first."""
+    prompt, length = entry.prompt, entry.prompt_length
+    if prompt is None:
+        return 0, 0, 0, 0
+    before = prompt.placement == "before_cls"
+    first = length if before and prompt.head_reads == "cls" else 0
+    return length, 0 if before else 1, int(prompt.positions == "shifted"), first
+
+
+def _prefix(entry: Entry) -> tuple[int, int]:
+    """Length, shifted."""
+    return entry.prefix_length, int(entry.prefix is not None and entry.prefix.positions == "shifted")
+
+
+def texts(ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]], names: Sequence[str]) -> Mapping[str, Any]:
+    """Sequences as ``input_ids``, ``attention_mask`` and ``token_type_ids``, int64 [S, L], padded on the right."""
+    width = max(map(len, ids))
+    table = np.zeros((3, len(ids), width), np.int64)
+    for row, (own, kinds) in enumerate(zip(ids, types, strict=True)):
+        table[0, row, : len(own)], table[1, row, : len(own)], table[2, row, : len(own)] = own, 1, kinds
+    return dict(zip(names, table, strict=False))

@@ -1,0 +1,41 @@
+"""Stacks and tables as inputs of the graph, and what the modules ask of them."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.export.direct.nodes import Nodes, Value
+from bertology_serve.export.multi.stacks import stacks
+
+
+class Tables:
+    """The inputs, by the names that ``stacks`` gives them."""
+
+    def __init__(self, nodes: Nodes, anatomy: Anatomy) -> None:
+        self.nodes, self.places = nodes, stacks(anatomy)
+        self.inputs: dict[str, Value] = {}
+        for place in self.places.values():
+            for column, width in place.columns.items():
+                self._add(place.input(column), (place.depth, f"{place.name}.height", width), ir.DataType.FLOAT)
+            for table in place.tables:
+                width = place.fixed.get(table, f"{place.input(table)}.width")
+                self._add(place.input(table), ("deltas", width), ir.DataType.INT64)
+
+    def _add(self, name: str, shape: tuple[str | int, ...], kind: ir.DataType) -> None:
+        self.inputs[name] = self.nodes.input(name, shape, kind)
+
+    def table(self, place: str, table: str) -> Value:
+        """[D, n], int64."""
+        return self.inputs[self.places[place].input(table)]
+
+    def used(self, place: str, table: str) -> Value:
+        """Whether a table has columns: then a delta of the batch has something there."""
+        return self.nodes("Greater", self.table(place, table).size(1).squeeze(0), 0)
+
+    def rows(self, place: str, column: str, layer: int, numbers: Value) -> Value:
+        """Rows of one layer's stack: numbers [...] -> [..., width]."""
+        stack, width = self.inputs[self.places[place].input(column)], self.places[place].columns[column]
+        if self.places[place].depth > 1:
+            numbers = numbers + stack.size(1) * layer
+        return stack.reshape(-1, width).gather(numbers)

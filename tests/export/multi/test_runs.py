@@ -1,0 +1,45 @@
+"""Tiles of a batch and the deltas that own their rows, against what they must be."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir
+import onnxruntime
+import pytest
+
+from bertology_serve.export.direct.nodes import Nodes, Output
+from bertology_serve.export.multi.runs import LARGEST, SMALLEST, Runs, tile
+
+
+def cut(rows: int, runs: int) -> tuple[int, int]:
+    nodes = Nodes(20)
+    given = [nodes.input(name, (1,)) for name in ("rows", "runs")]
+    outputs = [Output(name, one.real(), (1,)) for name, one in zip(("each", "tiles"), tile(*given), strict=True)]
+    session = onnxruntime.InferenceSession(onnx_ir.to_proto(nodes.model(given, *outputs)).SerializeToString())
+    each, tiles = session.run(None, {"rows": np.array([rows]), "runs": np.array([runs])})
+    return int(each[0]), int(tiles[0])
+
+
+@pytest.mark.parametrize(("rows", "runs"), [(1, 1), (1500, 1), (7, 3), (17, 2), (33, 3), (768, 32), (1536, 8)])
+def test_tiles_cover_the_rows_and_waste_less_than_one_tile(rows, runs):
+    each, tiles = cut(rows, runs)
+    assert 0 <= each * tiles - rows < each
+    assert each == rows if runs == 1 else each <= LARGEST
+    assert each >= min(SMALLEST // 2, rows // 2)
+
+
+@pytest.mark.parametrize("each", [1, 3, 4, 12])
+def test_every_row_finds_its_owner_and_no_other(each):
+    index = np.array([2, 2, 2, 0, 0, 1, 2, 2, 2, 2, 2, 1])
+    table = np.array([[10, 11], [20, 21], [30, 31]])
+    nodes = Nodes(20)
+    given, known = nodes.input("index", ("rows",)), nodes.input("table", ("deltas", "columns"))
+    runs = Runs(given, nodes.value([each]))
+    numbers = runs.of(known)
+    ones = runs.owned(numbers.real().unsqueeze(1) * runs.tiled(given.unsqueeze(1).real() * 0.0 + 1.0), known)
+    outputs = [Output("numbers", numbers.real(), ("t", "n")), Output("ones", ones, ("t", "c", "n"))]
+    session = onnxruntime.InferenceSession(onnx_ir.to_proto(nodes.model([given, known], *outputs)).SerializeToString())
+    numbers, owned = session.run(None, {"index": index, "table": table})
+    assert owned.shape[:2] == (len(index) // each, each)
+    for row, delta in zip(owned.reshape(len(index), -1), index, strict=True):
+        assert sorted(row[row > 0]) == table[delta].tolist()
