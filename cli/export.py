@@ -41,7 +41,9 @@ def export(
     loaded, encoder = open_delta(delta, backbone, "cpu")
     records = _encoded(verify, loaded, encoder) if verify else []
     done = export_delta(encoder, loaded, out, spec, name=name, records=records)
-    note(f"{done.report.line()}")
+    note(done.report.line())
+    for caution in done.cautions:
+        note(f"warning: {caution}")
     note(
         f"{out}: {done.bytes / 1e6:,.1f} MB, exported in {done.export_seconds:.1f} s, "
         f"verified in {done.verify_seconds:.1f} s; to run it:"
