@@ -85,6 +85,11 @@ class TrainConfig:
     trunk_dropout: bool | None = _option(
         None, "Whether the encoder's own dropout is active. Default: only where it is trained, without mixout."
     )
+    trunk_cache: bool = _option(
+        False,
+        "Keep on disk what enters the lowest trained layer, and skip the frozen layers below it, whose dropout is then "
+        "off, from the first step on.",
+    )
     precision: Literal["auto", "fp32", "bf16"] = _option(
         "auto", "bf16: the encoder runs under autocast; auto: bf16 on GPUs that have it, else fp32."
     )

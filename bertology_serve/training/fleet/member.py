@@ -77,7 +77,7 @@ class Member(Trainer):
         except SpecError as error:
             self.fail(str(error))
             return
-        self._log_step(batch, loss, rate, norm, started)
+        self._log_step(batch, {"loss": loss, "lr": rate, "grad_norm": norm}, started)
         if self._is_due(self.eval_every):
             self._evaluate()
         if self.done:
