@@ -61,7 +61,7 @@ class Place:
             return file if file.startswith("hub:") else str(self.data / file)
         name, split = parse(file)
         folders = (self.data / name, self.data / name.rpartition("/")[2])
-        return next((f"{PREFIX}{folder}:{split}" for folder in folders if folder.is_dir()), file)
+        return next((f"{PREFIX}{name}@{folder}:{split}" for folder in folders if folder.is_dir()), file)
 
 
 def result_of(run: GridRun, place: Place) -> dict[str, Any] | None:

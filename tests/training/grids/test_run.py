@@ -90,7 +90,7 @@ def test_a_known_set_is_measured_as_its_makers_do(place: Place, tmp_path: Path):
     for split in ("train", "dev"):
         sets.write(tmp_path / "glue" / "mrpc" / f"{split}.jsonl", rows)
     task = GridTask("MRPC", data="mrpc")
-    assert place.find("set:glue/mrpc:dev") == f"set:{tmp_path / 'glue' / 'mrpc'}:dev"
+    assert place.find("set:glue/mrpc:dev") == f"set:glue/mrpc@{tmp_path / 'glue' / 'mrpc'}:dev"
     assert (place.find("set:glue/rte:dev"), place.find("hub:x")) == ("set:glue/rte:dev", "hub:x")
     found = execute(next(replace(grid(place, LORA), tasks=(task,)).runs()), place)
     assert set(found["measured"][""]) == {"accuracy", "macro_f1", "mcc", "f1"}
