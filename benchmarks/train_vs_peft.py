@@ -1,11 +1,12 @@
 """Training with bertology-serve beside peft and transformers' Trainer: the same rows, steps, rates and seeds.
 
-    BERTOLOGY_DATA=../shared/data python benchmarks/train_vs_peft.py [--tasks sst2,mrpc] [--methods lora] [--seeds 3]
+    BERTOLOGY_DATA=../shared/data python benchmarks/train_vs_peft.py [--tasks sst2,mrpc] [--seeds 3]
+    ... --rows 128 --epochs 1 --seeds 5 --dev-rows 64 --out results/train_speed.json     # the speeds alone
 
 Both train MiniLM with HuggingFace's head, one learning rate, AdamW, linear decay after a warm-up of 6 %, no dropout of
 LoRA, and measure the last state. Tokens are those of the records, padding not counted; seconds are those of the steps
 (ours) and Trainer's own train_runtime. Runs alternate, seed by seed, ours first on even seeds, so that a busy machine
-disturbs both. Each run is made once and kept in ``results/train_vs_peft.json``.
+disturbs both. Each run is made once and kept in ``--out``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from bertology_serve.training.sources import Source
 from bertology_serve.training.train import train
 
 RESULTS = Path(__file__).parent / "results"
-ROWS, EPOCHS, BATCH, LENGTH = 1000, 2, 16, 128
+BATCH, LENGTH = 16, 128
 TASKS = {"sst2": "dev", "mrpc": "dev", "rte": "dev", "cola": "dev", "stsb": "dev", "banking77": "test"}
 RATES = {"lora": 1e-3, "prefix": 3e-2, "prompt": 5e-2}
 PEFT = {
@@ -58,6 +59,7 @@ class Work:
     dev: Sequence[Record]
     method: str
     seed: int
+    epochs: int
 
     @property
     def labels(self) -> list[str]:
@@ -72,7 +74,7 @@ def ours(work: Work) -> dict[str, Any]:
     rate = RATES[work.method]
     options = {work.method: OURS[work.method]}
     config = TrainConfig(
-        work.known.task, work.method, epochs=EPOCHS, batch_size=BATCH, learning_rate=rate, head_learning_rate=rate,
+        work.known.task, work.method, epochs=work.epochs, batch_size=BATCH, learning_rate=rate, head_learning_rate=rate,
         max_length=LENGTH, seed=work.seed, keep="last", options=options, labels=tuple(work.labels),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +98,7 @@ def theirs(work: Work, folder: Path) -> dict[str, Any]:
     model = peft.get_peft_model(model, PEFT[work.method]())
     rows = [_features(tokenizer, record, labels) for record in work.train]
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, seed=work.seed,
+        output_dir=str(folder), num_train_epochs=work.epochs, per_device_train_batch_size=BATCH, seed=work.seed,
         learning_rate=RATES[work.method], weight_decay=0.01, warmup_steps=0.06, max_grad_norm=1.0, use_cpu=True,
         lr_scheduler_type="linear", report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
@@ -104,7 +106,7 @@ def theirs(work: Work, folder: Path) -> dict[str, Any]:
     trainer = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collate)
     done = trainer.train()
     answers = _answers(model.eval(), tokenizer, work, list(labels))
-    tokens = EPOCHS * sum(len(row["input_ids"]) for row in rows)
+    tokens = work.epochs * sum(len(row["input_ids"]) for row in rows)
     metrics = _measured(work, answers)
     return {"metrics": metrics, "tokens": tokens, "seconds": done.metrics["train_runtime"], "backbone": name}
 
@@ -152,12 +154,12 @@ def _measured(work: Work, answers: Sequence[Mapping[str, Any]]) -> dict[str, flo
     return official_metrics(work.known, task.metrics(list(map(dict, answers)), examples), answers, work.dev)
 
 
-def works(task: str, method: str, seeds: int) -> list[Work]:
+def works(task: str, method: str, asked: argparse.Namespace) -> list[Work]:
     """The trainings of one cell."""
     known = set_named(task)
     rows, dev = (read_records(f"set:{known.name}:{split}") for split in ("train", TASKS[task]))
-    chosen = Random(0).sample(rows, min(ROWS, len(rows)))
-    return [Work(known, chosen, dev, method, seed) for seed in range(seeds)]
+    chosen = Random(0).sample(rows, min(asked.rows, len(rows)))
+    return [Work(known, chosen, dev[: asked.dev_rows], method, seed, asked.epochs) for seed in range(asked.seeds)]
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -182,7 +184,7 @@ def table(found: Mapping[str, Any]) -> str:
             f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
         )
     facts = sorted({run["facts"] for run in found.values()})
-    return "\n".join([*lines, "", f"{ROWS:,} rows, {EPOCHS} epochs, batches of {BATCH}. " + " · ".join(facts), ""])
+    return "\n".join([*lines, "", " · ".join(facts) + ".", ""])
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -196,15 +198,22 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--methods", default="lora")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--dev-rows", type=int)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS / "train_vs_peft.json")
     arguments = parser.parse_args()
-    path = RESULTS / "train_vs_peft.json"
+    path = arguments.out
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
-    facts = f"CPU, {torch.get_num_threads()} threads; bertology-serve {bertology_serve.__version__}, {versions}; "
+    budget = f"{arguments.rows:,} rows, {arguments.epochs} epochs, batches of {BATCH}"
+    facts = (
+        f"{budget}; CPU, {torch.get_num_threads()} threads; bertology-serve {bertology_serve.__version__}, {versions}; "
+    )
     facts += f"{datetime.now(UTC).date().isoformat()}{os.environ.get('BENCH_NOTE', '')}"
     for method in arguments.methods.split(","):
         for task in arguments.tasks.split(","):
-            for work in works(task, method, arguments.seeds):
+            for work in works(task, method, arguments):
                 for side in ("ours", "peft") if work.seed % 2 == 0 else ("peft", "ours"):
                     key = f"{method}/{task}/{work.seed}/{side}"
                     if key in found:
@@ -214,7 +223,7 @@ def main() -> None:
                     found[key] = {**run, "facts": facts}
                     path.write_text(json.dumps(found, indent=1) + "\n")
                     print(key, run["metrics"], f"{run['seconds']:.0f} s", flush=True)
-    (RESULTS / "train_vs_peft.md").write_text(table(found))
+    path.with_suffix(".md").write_text(table(found))
     print(table(found))
 
 
