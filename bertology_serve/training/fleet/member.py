@@ -71,13 +71,13 @@ class Member(Trainer):
 
     def learn(self, batch: Sequence[Item], loss: float, seconds: float) -> None:
         """One step on the gradients that the batch of that mean loss left; it took ``seconds``."""
-        started = time.perf_counter() - seconds
+        started, norms = time.perf_counter() - seconds, self._layer_norms()
         try:
             rate, norm = self._update(loss)
         except SpecError as error:
             self.fail(str(error))
             return
-        self._log_step(batch, {"loss": loss, "lr": rate, "grad_norm": norm}, started)
+        self._log_step(batch, {"loss": loss, "lr": rate, "grad_norm": norm, **norms}, started)
         if self._is_due(self.eval_every):
             self._evaluate()
         if self.done:
