@@ -10,7 +10,9 @@ import torch
 
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.bottleneck import AdapterSpec
+from bertology_serve.deltas.ia3 import Ia3Spec
 from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.norms import NormsSpec
 from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder
@@ -23,7 +25,7 @@ LABELS = ("bad", "good", "none")
 CLASSES = TaskSpec("classification", LABELS, 32)
 TAGS = TaskSpec("token-classification", ("O", "B-LOC", "I-LOC", "B-PER", "I-PER"), 32)
 ANSWERS = TaskSpec("question-answering", max_length=24, stride=4)
-# name -> (components, task): all five kinds, four ranks, every task, kinds combined
+# name -> (components, task): all seven kinds, four ranks, every task, kinds combined
 DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "lora-1": ([LoraSpec(rank=1)], CLASSES),
     "lora-4": ([LoraSpec(("query", "key", "value", "output", "up", "down"), rank=4)], TAGS),
@@ -33,6 +35,8 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "bitfit-qkv": ([BitfitSpec("attention")], TaskSpec("multiple-choice", max_length=32)),
     "houlsby": ([AdapterSpec(width=5)], CLASSES),
     "pfeiffer": ([AdapterSpec("pfeiffer", width=7, drop_lowest=1)], TAGS),
+    "ia3": ([Ia3Spec(("value", "output"), ("down",))], CLASSES),
+    "norms": ([NormsSpec()], TAGS),
     "prompt": ([PromptSpec(3)], CLASSES),
     "prompt-before": ([PromptSpec(2, "before_cls", "shifted", "first_row")], CLASSES),
     "prefix": ([PrefixSpec(4)], ANSWERS),
@@ -63,7 +67,7 @@ def record(task: TaskSpec, i: int) -> dict[str, Any]:
 
 
 def requests() -> list[Request]:
-    """45 requests, the deltas interleaved."""
+    """51 requests, the deltas interleaved."""
     return [
         Request(name, record(task, i), id=f"{name}/{i}", logits=True)
         for i in range(3)
@@ -96,7 +100,7 @@ def test_mixed_batch_equals_solo(family: str, prepacked: bool, tmp_path: Path) -
     made = pipeline(encoder)
     jobs = [made.prepare(request) for request in requests()]
     together = made.run(jobs)
-    assert len(together) == 45
+    assert len(together) == 51
     for job, mixed in zip(jobs, together, strict=True):
         alone = made.run([job])[0]
         assert mixed.id == alone.id == job.request.id
