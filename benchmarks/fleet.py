@@ -3,7 +3,7 @@
     python benchmarks/fleet.py [--backbone minilm] [--rows FILE.jsonl.gz] [--rounds 7] [--out results/fleet.json]
 
 Each round trains both ways for a few steps from the same start, in turn; what is reported is the median over rounds of
-the ratio of times (on a CPU: of processor seconds). Evaluation, publishing and the making of the deltas are left out on both sides.
+the ratio of times (on a CPU: of processor seconds). Evaluation, publishing and the making of the deltas are left out.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ def probe(
 
     with bar("probe") as advance:
         report = run(subject(backbone, delta, device), input, settings, eval=eval, advance=advance)
-    columns = ("task", "layer", "accuracy", "macro_f1", "control_accuracy", "selectivity", "majority")
+    columns = ("task", "layer", "accuracy", "macro_f1", "control_accuracy", "selectivity", "majority", "compression")
     rows = [[row[column] for column in columns] for row in report.tables["layers"]]
     table("probes; layer 0 is the embeddings", columns, rows, stderr=False)
     written(report, out)

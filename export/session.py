@@ -51,7 +51,7 @@ def _runtime() -> Any:
         import onnxruntime
     except ImportError:
         raise Unsupported(
-            "ONNX Runtime is not installed, and nothing is exported unverified; "
+            "ONNX Runtime is not installed, which runs the ONNX engine and verifies every export; "
             "pip install 'bertology-serve[cpu]', or 'bertology-serve[gpu]' with an NVIDIA GPU (never both)"
         ) from None
     return onnxruntime

@@ -26,7 +26,7 @@ def emit_hidden(parts: Parts, opset: int, precision: Precision = "fp32") -> onnx
     nodes = Nodes(opset)
     texts = [nodes.input(name) for name in parts.inputs]
     delta, tables = nodes.input(INDEX, ("batch",)), Tables(nodes, parts.anatomy)
-    rows, hidden = encoded(parts, texts, delta, tables, precision)
+    _, hidden = encoded(parts, texts, delta, tables, precision)
     inputs = [*texts, delta, *tables.inputs.values()]
     return nodes.model(inputs, Output(HIDDEN, hidden, ("rows", parts.anatomy.hidden)))
 

@@ -76,7 +76,7 @@ def test_prune_then_train_again(made, tmp_path, capsys):
 
 def test_probe(made, tmp_path, capsys):
     arguments = ["--backbone", str(made / "bert"), "--input", str(made / "tags.jsonl"), "--out", str(tmp_path)]
-    assert main(["analyze", "probe", *arguments, "--tasks", "tags,position"]) == 0
+    assert main(["analyze", "probe", *arguments, "--tasks", "tags,position", "--no-code"]) == 0
     assert "selectivity" in capsys.readouterr().out
     assert {row["task"] for row in json.loads((tmp_path / "probe.json").read_text())["tables"]["layers"]} == {
         "tags",

@@ -89,13 +89,9 @@ def test_ia3(setting: tuple[Encoder, Any, Tensor]) -> None:
     delta = tiny.delta(encoder, "d", [Ia3Spec(("key", "value", "output"), ("down",))], TASK, size=0.3)
     for i, block in enumerate(own.encoder.layer):
         attention = block.attention
-        for name, module in (
-            ("key", attention.self.key),
-            ("value", attention.self.value),
-            ("output", attention.output),
-        ):
+        linears = {"key": attention.self.key, "value": attention.self.value, "output": attention.output.dense}
+        for name, linear in linears.items():
             factors = delta.tensors[f"ia3.{name}"][i]
-            linear = module.dense if name == "output" else module
             hook(linear, lambda _, y, factors=factors: factors * y)
         inner = delta.tensors["ia3.down"][i]
         block.output.dense.register_forward_pre_hook(lambda _, inputs, inner=inner: (inner * inputs[0],))
