@@ -175,5 +175,5 @@ def _neighbours(session: Session, cases: Sequence[Case], pad: int, task: TaskSpe
         for one, row in zip(case.encodings, together, strict=True):
             alone = _rows(session, Case((one,), len(one), left=False), pad, task)[0]
             changes.append(float(np.abs(alone - row).max()))
-            flips += [a != b for a, b in _decisions(alone, row, task)]
+            flips += [a != b for a, b in decisions(alone, row, task)]
     return float(np.max(changes)), sum(flips) / len(flips) if flips else None
