@@ -75,8 +75,11 @@ def _heat_map(panel: HeatMap) -> str:
 
 def _lines(panel: Lines) -> str:
     values = [v for curve in panel.curves.values() for v in curve if v is not None and math.isfinite(v)]
-    edges = [v + way * s for name, band in panel.spread.items() for v, s in zip(panel.curves[name], band, strict=True)
-             if v is not None for way in (-1, 1)]  # fmt: skip
+    edges = [
+        value + way * width
+        for name, band in panel.spread.items() for value, width in zip(panel.curves[name], band, strict=True)
+        if value is not None and math.isfinite(value + width) for way in (-1, 1)
+    ]  # fmt: skip
     frame = _Frame(panel.x, [*values, *edges, *([] if panel.level is None else [panel.level])])
     radius = 3.5 if len(panel.x) <= MANY else 1.5
     parts = list(frame.axes(panel.x_label, panel.y_label))
