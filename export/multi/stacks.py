@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from bertology_serve.deltas.slots import DOWN, FFN_NORM, OUTPUT, Anatomy
+from bertology_serve.deltas.slots import DOWN, FFN_NORM, KEY, OUTPUT, Anatomy
 from bertology_serve.encoder.bank import PREFIX, PROMPT, adapter
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
@@ -34,7 +34,8 @@ PREFIX_SHIFTED = 1
 class Stack:
     """One place: ``columns`` are its stacks' names and widths, ``tables`` its tables' names, each int64.
 
-    ``fixed`` are the widths of tables that are always as wide.
+    ``fixed`` are the widths of tables that are always as wide. ``sizes`` holds (K, N) of each layer where layers differ
+    (a pruned encoder): a narrower layer's columns stand first.
     """
 
     name: str
@@ -42,6 +43,11 @@ class Stack:
     columns: dict[str, int]
     tables: tuple[str, ...]
     fixed: dict[str, int]
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def width(self, column: str, layer: int) -> int:
+        """The columns of a stack that a layer has."""
+        return self.sizes[layer][0 if column == "a" else 1] if self.sizes else self.columns[column]
 
     def input(self, column: str) -> str:
         """The name that a stack or table has as an input."""
@@ -63,11 +69,13 @@ def _stacks(anatomy: Anatomy) -> Iterator[Stack]:
     for slot in anatomy.slots.values():
         if slot.inputs:
             columns = {"a": slot.inputs, "b": slot.outputs}
-            yield Stack(slot.name, slot.depth, columns, ("ranks", "bias"), {})
+            yield Stack(slot.name, slot.depth, columns, ("ranks", "bias"), {}, slot.sizes)
         else:
             yield Stack(slot.name, slot.depth, {"b": slot.outputs}, ("bias",), {})
     for place in adapter_places(anatomy):
         columns = {"down": hidden, "down_bias": 1, "up": hidden}
         yield Stack(adapter(place), depth, columns, ("units", "bias", "activation"), {})
     yield Stack(PROMPT, 1, {"v": anatomy.embedding_width}, ("rows", "form"), {"form": 4})
-    yield Stack(PREFIX, depth, {"k": hidden, "v": hidden}, ("rows", "form"), {"form": 2})
+    keys = anatomy.slot(KEY)
+    columns = {"k": keys.outputs, "v": keys.outputs}
+    yield Stack(PREFIX, depth, columns, ("rows", "form"), {"form": 2}, keys.sizes)

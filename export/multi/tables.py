@@ -34,8 +34,10 @@ class Tables:
         return self.nodes("Greater", self.table(place, table).size(1).squeeze(0), 0)
 
     def rows(self, place: str, column: str, layer: int, numbers: Value) -> Value:
-        """Rows of one layer's stack: numbers [...] -> [..., width]."""
-        stack, width = self.inputs[self.places[place].input(column)], self.places[place].columns[column]
-        if self.places[place].depth > 1:
+        """Rows of one layer's stack: numbers [...] -> [..., width], as wide as the layer."""
+        own = self.places[place]
+        stack, width, mine = self.inputs[own.input(column)], own.columns[column], own.width(column, layer)
+        if own.depth > 1:
             numbers = numbers + stack.size(1) * layer
-        return stack.reshape(-1, width).gather(numbers)
+        rows = stack.reshape(-1, width).gather(numbers)
+        return rows if mine == width else self.nodes("Slice", rows, [0], [mine], [-1])
