@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from bertology_serve.cli.common import note
 from bertology_serve.cli.options import options
 from bertology_serve.errors import Unsupported
+from bertology_serve.export.spec import Precision
 from bertology_serve.serving.config import HELPS, ServerConfig
 
 if TYPE_CHECKING:
@@ -27,6 +29,13 @@ Dtype = Annotated[
 CudaGraphs = Annotated[
     bool, typer.Option("--cuda-graphs", help="Replay recorded passes: fewer launches. On a GPU, in 16 bits.")
 ]
+Engine = Annotated[
+    Literal["auto", "torch", "onnx"],
+    typer.Option(help="What runs the batches. auto: on a CPU ONNX Runtime where it is there and, timed once, faster."),
+]
+EnginePrecision = Annotated[
+    Precision, typer.Option(help="Of the ONNX engine. int8-row: the encoder's products in 8 bits, row by row.")
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad-deltas", help="Leave out deltas that cannot be loaded.")]
 
 
@@ -38,6 +47,8 @@ def serve(
     skip_bad_deltas: SkipBad = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    engine: Engine = "auto",
+    precision: EnginePrecision = "fp32",
     cuda_graphs: CudaGraphs = False,
 ) -> None:
     """Serve deltas over HTTP: /v2 (Open Inference Protocol), /models (HuggingFace's shape), /predict, /metrics.
@@ -47,22 +58,27 @@ def serve(
     """
     started = time.monotonic()
     from bertology_serve.serving import logs
+    from bertology_serve.serving.engines import check, settle
     from bertology_serve.serving.keyfile import read_keyring
     from bertology_serve.serving.server import Server, bind, url_of
 
+    check(engine, precision)
     logs.set_up(config.log_level, config.log_format)
     keyring = read_keyring(config.keys_file, os.environ)
     if not keyring and config.host not in ("127.0.0.1", "::1", "localhost"):
         note(f"anyone who reaches {config.host} may ask: there are no API keys (--keys-file)")
     with bind(config.host, config.port) as bound:  # before anything is loaded: a port that is taken is said at once
-        registry = _load(backbone, device, dtype, deltas, skip_bad_deltas)
+        registry = _load(backbone, device, dtype, deltas, skip_bad_deltas, config)
         if cuda_graphs and not registry.pipeline.encoder.use_graphs():
             where = registry.pipeline.encoder.device
             raise Unsupported(f"--cuda-graphs: got {dtype} on {where}, expected float16 or bfloat16 on cuda")
+        runs = settle(registry.pipeline, engine, precision)
         found, url = registry.all(), url_of(bound)
 
         def announce() -> None:
-            note(f"{len(found) - 1} deltas on {backbone}, ready after {time.monotonic() - started:.1f} s: {url}")
+            note(
+                f"{len(found) - 1} deltas on {backbone} ({runs}), ready after {time.monotonic() - started:.1f} s: {url}"
+            )
             note(f"try: {example(url, found[-1])}")
 
         server = Server(registry.pipeline, registry, config, announce, keyring)
@@ -80,7 +96,7 @@ def example(url: str, delta: Delta) -> str:
     return f'curl {url}/predict -d \'{{"delta": "{delta.name}", {fields}}}\''
 
 
-def _load(backbone: str, device: str, dtype: str, deltas: Path, skip_bad: bool) -> Registry:
+def _load(backbone: str, device: str, dtype: str, deltas: Path, skip_bad: bool, config: ServerConfig) -> Registry:
     import torch
 
     from bertology_serve.encoder.encoder import Encoder
@@ -89,7 +105,8 @@ def _load(backbone: str, device: str, dtype: str, deltas: Path, skip_bad: bool) 
     from bertology_serve.training.device import find_device
 
     encoder = Encoder.load(backbone, device=find_device(device), dtype=getattr(torch, dtype))
-    registry = Registry(Pipeline(encoder))
+    room = math.inf if config.device_mb is None else config.device_mb * 2**20
+    registry = Registry(Pipeline(encoder), device_bytes=room, host_bytes=config.host_mb * 2**20)
     registry.load(deltas, skip_bad)
     encoder.prepack()
     return registry

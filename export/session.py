@@ -37,10 +37,15 @@ class Session:
         self.version: str = runtime.__version__
         self.inputs: tuple[str, ...] = tuple(found.name for found in self._session.get_inputs())
 
-    def run(self, arrays: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+    def run(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """The only output; arrays that the graph does not take are left out."""
         outputs = self._session.run(None, {name: arrays[name] for name in self.inputs})
         return np.asarray(outputs[0])
+
+    def outputs(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        """All outputs, by name."""
+        names = [found.name for found in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(names, {name: arrays[name] for name in self.inputs}), strict=True))
 
 
 def silence() -> None:
@@ -53,7 +58,7 @@ def _runtime() -> Any:
         import onnxruntime
     except ImportError:
         raise Unsupported(
-            "ONNX Runtime is not installed, and nothing is exported unverified; "
+            "ONNX Runtime is not installed, which runs the ONNX engine and verifies every export; "
             "pip install 'bertology-serve[cpu]', or 'bertology-serve[gpu]' with an NVIDIA GPU (never both)"
         ) from None
     return onnxruntime

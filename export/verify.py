@@ -108,10 +108,10 @@ def verify(
         expected = [out.numpy() for out in reference.outputs(case.encodings)]
         found = _rows(session, case, pad, task)
         differences = np.concatenate([np.abs(e - f).ravel() for e, f in zip(expected, found, strict=True)])
-        squares += [_square(differences), sum(map(_square, expected))]
+        squares += [square(differences), sum(map(square, expected))]
         scale = max(float(np.abs(one).max()) for one in expected)
         compared.append(Compared(case.shape, float(differences.max()), float(differences.mean()), scale))
-        same += [a == b for e, f in zip(expected, found, strict=True) for a, b in _decisions(e, f, task)]
+        same += [a == b for e, f in zip(expected, found, strict=True) for a, b in decisions(e, f, task)]
         sequences += len(found)
     scale = max(one.scale for one in compared)
     changed, flips = _neighbours(session, cases, pad, task)
@@ -134,7 +134,7 @@ def verify(
     )
 
 
-def _square(values: Output) -> float:
+def square(values: Output) -> float:
     """The squared norm."""
     return float(np.square(values, dtype=np.float64).sum())
 
@@ -156,7 +156,7 @@ def _rows(session: Session, case: Case, pad: int, task: TaskSpec) -> list[Output
     return [out[row, case.columns(row)] if task.per_token else out[row] for row in range(len(case.encodings))]
 
 
-def _decisions(expected: Output, found: Output, task: TaskSpec) -> list[tuple[int, int]]:
+def decisions(expected: Output, found: Output, task: TaskSpec) -> list[tuple[int, int]]:
     """Pairs of what each side decides for one sequence."""
     axis = {CLASSIFICATION: -1, TOKEN_CLASSIFICATION: -1, QUESTION_ANSWERING: 0}.get(task.kind)
     if axis is None:
@@ -175,5 +175,5 @@ def _neighbours(session: Session, cases: Sequence[Case], pad: int, task: TaskSpe
         for one, row in zip(case.encodings, together, strict=True):
             alone = _rows(session, Case((one,), len(one), left=False), pad, task)[0]
             changes.append(float(np.abs(alone - row).max()))
-            flips += [a != b for a, b in _decisions(alone, row, task)]
+            flips += [a != b for a, b in decisions(alone, row, task)]
     return float(np.max(changes)), sum(flips) / len(flips) if flips else None

@@ -15,7 +15,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from bertology_serve.errors import BertologyError
-from bertology_serve.serving.engine import ClientGone, Engine
+from bertology_serve.serving.answering import Answering
+from bertology_serve.serving.engine import ClientGone
 from bertology_serve.serving.faults import place_of
 from bertology_serve.serving.gate import Gate
 from bertology_serve.serving.handlers import Handlers
@@ -24,8 +25,8 @@ from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.lifecycle import Lifecycle
 from bertology_serve.serving.management import Management
 from bertology_serve.serving.metrics import Metrics
-from bertology_serve.serving.registry import Registry
 from bertology_serve.serving.rpc.server import GrpcServer
+from bertology_serve.serving.tiers.gauges import TierGauges
 from bertology_serve.serving.watcher import Watcher
 
 log = logging.getLogger(__name__)
@@ -34,9 +35,7 @@ SLOTS = 10_000  # deltas that fit, as far as routers are told: memory is the bou
 CLIENT_GONE = 499  # nobody reads it; it tells the metrics
 
 
-def make_app(
-    engine: Engine, registry: Registry, metrics: Metrics, keyring: Keyring, rpc: GrpcServer | None = None
-) -> Starlette:
+def make_app(answering: Answering, metrics: Metrics, keyring: Keyring, rpc: GrpcServer | None = None) -> Starlette:
     """The application around an engine, which it starts and stops, and a gRPC port beside it."""
 
     @asynccontextmanager
@@ -45,21 +44,24 @@ def make_app(
         every = engine.config.watch_seconds
         watching = asyncio.create_task(Watcher(lifecycle, every).run()) if every else None
         if rpc:
-            await rpc.start(handlers.answering, lifecycle, metrics, keyring)
+            await rpc.start(answering, lifecycle, metrics, keyring)
         yield
         if watching:
             watching.cancel()
         if rpc:
             await rpc.stop(engine.config.shutdown_seconds)
         lifecycle.close()
+        cold.close()
         if not await engine.stop():
             log.error("stopped with %d items unanswered", engine.queue.items)
 
+    engine, registry, cold = answering.engine, answering.registry, answering.cold
     metrics.deltas(len(registry.all()))
-    metrics.affinity(registry.names, engine.queue.waiting, SLOTS)
+    metrics.affinity(registry.resident, lambda: [*engine.queue.waiting(), *cold.names()], SLOTS)
+    metrics.registry.register(TierGauges(registry.tiers))
     lifecycle = Lifecycle(registry, metrics)
     management = Management(lifecycle, engine.config)
-    handlers = Handlers(engine, registry, metrics)
+    handlers = Handlers(answering, metrics)
     routes = make_routes(handlers, management, metrics)
     gate = Middleware(Gate, keyring, metrics, engine.config.max_header_bytes, engine.config.log_calls)
     app = Starlette(routes=routes, middleware=[gate], lifespan=lifespan, exception_handlers={HTTPException: _refused})

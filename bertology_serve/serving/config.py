@@ -29,6 +29,10 @@ HELPS = {
     "max_body_bytes": "Largest body of a call, decompressed; beyond that 413.",
     "max_body_seconds": "Longest that a body or a head may take to arrive; beyond that 408, or the line is cut.",
     "max_metric_deltas": "Most deltas that metrics name; those that come later are counted together, as 'other'.",
+    "device_mb": "Memory for the deltas that are resident, in MiB of their tensors; others wait on disk until they are "
+    "asked. Without it all of them are resident.",
+    "host_mb": "Memory for deltas that had to leave the device, in MiB: they come back without being read.",
+    "max_cold_calls": "Most calls that wait for deltas to be loaded; beyond that 503 with Retry-After.",
     "watch_seconds": "Look at the directory of deltas that often: new versions answer, what has gone is taken away. "
     "0: only when told to, by /v2/repository.",
     "drain_seconds": "How long to go on accepting calls after SIGTERM while readiness already answers 503.",
@@ -59,6 +63,9 @@ class ServerConfig:
     max_body_bytes: int = 4 * 2**20
     max_body_seconds: float = 20.0
     max_metric_deltas: int = 200
+    device_mb: int | None = None
+    host_mb: int = 1024
+    max_cold_calls: int = 256
     keys_file: Path | None = None
     watch_seconds: float = 0.0
     drain_seconds: float = 1.0
@@ -77,6 +84,8 @@ class ServerConfig:
                 raise SpecError(f"{name} is {getattr(self, name)}; expected 0 to 65535")
         if min(self.watch_seconds, self.drain_seconds, self.shutdown_seconds) < 0:
             raise SpecError("watch_seconds, drain_seconds and shutdown_seconds are durations; expected numbers from 0")
+        if self.host_mb < 0 or (self.device_mb is not None and self.device_mb < 1):
+            raise SpecError("device_mb and host_mb are sizes in MiB; expected at least 1, and 0")
         for name in ("max_queue_tokens", "max_delta_tokens"):
             if getattr(self, name) < self.max_item_tokens:
                 raise SpecError(

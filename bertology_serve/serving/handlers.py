@@ -17,7 +17,6 @@ from bertology_serve.encoder.pipeline import Prediction
 from bertology_serve.encoder.pipeline import Request as Item
 from bertology_serve.errors import Forbidden
 from bertology_serve.serving.answering import Answering, of_one_version
-from bertology_serve.serving.engine import Engine
 from bertology_serve.serving.gate import access_of
 from bertology_serve.serving.http import (
     BINARY,
@@ -34,17 +33,16 @@ from bertology_serve.serving.metrics import CONTENT_TYPE, Metrics
 from bertology_serve.serving.openapi import document
 from bertology_serve.serving.protocol import hf, native, oip, oip_model, openai
 from bertology_serve.serving.protocol.tei import PREDICT
-from bertology_serve.serving.registry import Registry
 from bertology_serve.serving.tei_routes import TeiRoutes
 
 
 class Handlers:
     """The endpoints of one server."""
 
-    def __init__(self, engine: Engine, registry: Registry, metrics: Metrics) -> None:
-        self.engine, self.registry, self.metrics = engine, registry, metrics
-        self.answering = Answering(engine, registry)
-        self.config = engine.config
+    def __init__(self, answering: Answering, metrics: Metrics) -> None:
+        self.engine, self.registry, self.metrics = answering.engine, answering.registry, metrics
+        self.answering = answering
+        self.config = self.engine.config
         self.tei = TeiRoutes(self.answering)
         self._started = int(time.time())
 
