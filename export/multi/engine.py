@@ -54,7 +54,7 @@ class OnnxEngine:
         hidden = torch.empty(batch.rows, self._hidden)
         for group in groups:
             at = np.concatenate([np.arange(batch.starts[i], batch.starts[i] + batch.lengths[i]) for i in group])
-            hidden[torch.from_numpy(at)] = torch.from_numpy(self._rows(batch, group, stacks))
+            hidden.index_copy_(0, torch.from_numpy(at), torch.from_numpy(self._rows(batch, group, stacks)))
         return hidden
 
     def _rows(self, batch: PackedBatch, group: list[int], stacks: dict[str, np.ndarray]) -> np.ndarray:
