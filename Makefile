@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check lint format install clean
+.PHONY: help demo test check gpu lint format install clean
 
 help:
 	@echo 'make demo     train one delta of each kind, serve a mixed batch, export one to ONNX'
 	@echo 'make test     run the tests'
 	@echo 'make check    what CI runs: format, lint, types, tests with coverage of at least $(COVERAGE) %'
+	@echo 'make gpu      on a machine with a CUDA GPU: its tests, then every measurement of it, into benchmarks/results'
 	@echo 'make lint     format, lint and types only'
 	@echo 'make format   rewrite the files as the formatter wants them'
 	@echo 'make install  make $(VENV), which all of these do on first use'
@@ -27,6 +28,11 @@ test: $(STAMP)
 
 check: lint
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+
+gpu:
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m bertology_serve bench kernels --csv benchmarks/results/kernels.csv --plot benchmarks/results/kernels.png
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_model.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -68,6 +68,7 @@ def make_encoder(config: BertConfig, name: str, device: str, dtype: torch.dtype)
     torch.manual_seed(SEED)
     encoder = Encoder(BertModel(copy.deepcopy(config)), None, name)
     encoder.model.to(device=torch.device(device), dtype=dtype)
+    encoder.prepack()
     return encoder
 
 

@@ -5,6 +5,7 @@ BertologyError
 │   ├── SpecError       an option or field has a value that makes no sense
 │   ├── DataError       a record or data file is malformed (names file, row and field)
 │   ├── LimitError      something is larger than its limit (HTTP: 413)
+│   ├── SlowBody        a call's body came too slowly (HTTP: 408)
 │   ├── FormatError     a delta directory is malformed, truncated or unsafe
 │   └── BaseMismatch    a delta was made for other base weights
 ├── NotFound            no delta, version or file of that name (HTTP: 404)
@@ -44,6 +45,10 @@ class DataError(InputError):
 
 class LimitError(InputError):
     """Something is larger than its limit."""
+
+
+class SlowBody(InputError):
+    """A call's body did not come in time."""
 
 
 class FormatError(InputError):

@@ -14,6 +14,7 @@ from bertology_serve.errors import SpecError
 def kernels(
     quick: Annotated[bool, typer.Option("--quick", help="Eight points instead of the whole sweep.")] = False,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write every figure there.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the ratios over T and deltas (PNG).")] = None,
     shapes: Annotated[str, typer.Option("--shapes", help="Only these, such as 768x768,768x3072 (K x N).")] = "",
     rows: Annotated[str, typer.Option("--rows", help="Only these T, such as 4096,16384.")] = "",
     dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")] = "bfloat16",
@@ -22,16 +23,17 @@ def kernels(
 ) -> None:
     """Measure the kernels against cuBLAS and the ways that others take, on this machine's GPU.
 
-    Prints time, ratio to cuBLAS alone, the floor under that ratio and the gap, losses included. Without a CUDA GPU it
-    says so and exits with 2.
+    Prints time, ratio to cuBLAS alone, the floor under that ratio and the gap, losses included; then adapters and
+    norms beside a copy of their rows. Without a CUDA GPU it says so and exits with 2.
     """
     sizes = [_shape(text) for text in _listed(shapes)]
     heights = [_number(text) for text in _listed(rows)]
     if dtype not in ("bfloat16", "float16", "float32"):
         raise SpecError(f"got --dtype {dtype}, expected bfloat16, float16 or float32")
-    from bertology_serve.kernels import bench_run
+    from bertology_serve.kernels import bench_plot, bench_run
 
     device = bench_run.cuda()
+    bench_plot.check(plot)
     if tune is not None:
         table = bench_run.tune(
             device,
@@ -43,13 +45,21 @@ def kernels(
         table.save(tune)
         note(f"wrote {tune}; commit it as kernels/tuning.{table.arch}.json")
         return
-    _sweep(quick, csv, sizes, heights, dtype, also)
+    _sweep(quick, csv, plot, sizes, heights, dtype, also)
 
 
 def _sweep(
-    quick: bool, csv: Path | None, sizes: list[tuple[int, int]], heights: list[int], dtype: str, also: str
+    quick: bool,
+    csv: Path | None,
+    plot: Path | None,
+    sizes: list[tuple[int, int]],
+    heights: list[int],
+    dtype: str,
+    also: str,
 ) -> None:
-    from bertology_serve.kernels import bench_report, bench_run
+    import torch
+
+    from bertology_serve.kernels import bench_plot, bench_report, bench_rows, bench_run
     from bertology_serve.kernels.bench_methods import BASELINE, OURS
     from bertology_serve.kernels.bench_timing import machine
     from bertology_serve.kernels.bench_workload import sweep
@@ -69,6 +79,10 @@ def _sweep(
         if csv is not None:
             bench_report.write_csv(csv, figures, about)
     print("\n".join([*bench_report.lines(figures), *bench_report.losses(figures, OURS, BASELINE)]))
+    if plot is not None:
+        bench_plot.draw(figures, about, plot)
+    if not sizes and not heights:
+        print("\n".join(bench_rows.lines(bench_rows.measure(bench_rows.sweep(getattr(torch, dtype)), device))))
 
 
 def _listed(text: str) -> list[str]:

@@ -61,7 +61,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
         drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in cells:
         drawn.add_row(*map(_shown, row))
-    _console(stderr).print(drawn)
+    console_of(stderr).print(drawn)
 
 
 def progress(*fields: str) -> Progress:
@@ -73,12 +73,13 @@ def progress(*fields: str) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     shown = [TextColumn(f"{name} {{task.fields[{name}]}}") for name in fields]
-    console = _console(stderr=True)
+    console = console_of(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *shown, TimeRemainingColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def _console(stderr: bool) -> Console:
+def console_of(stderr: bool) -> Console:
+    """The console that tables and bars are drawn on."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bertology_serve.cli.common import note, progress, table
 from bertology_serve.cli.train import read_columns
+
+if TYPE_CHECKING:
+    from bertology_serve.data.official import Answers, Records
 
 
 def evaluate(
@@ -35,9 +39,18 @@ def evaluate(
         task = bar.add_task("evaluate", total=len(records))
         found = run(loaded, records, encoder, max_tokens, advance=lambda count: bar.advance(task, count))
     seconds = time.perf_counter() - started
+    metrics = {**official(input, found.metrics, found.answers, records), **found.metrics}
     if as_json:
         facts = {"delta": loaded.name, "version": loaded.version, "task": loaded.task.kind, "rows": len(records)}
-        return print(json.dumps({**facts, "metrics": found.metrics, "seconds": round(seconds, 3)}))
-    rows = [(name, f"{value:.4f}") for name, value in found.metrics.items()]
+        return print(json.dumps({**facts, "metrics": metrics, "seconds": round(seconds, 3)}))
+    rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
     table(f"{loaded.name} {loaded.version} on {input}", [loaded.task.kind, "value"], rows, stderr=False)
     note(f"{len(records):,} records in {seconds:.1f} s")
+
+
+def official(input: str, metrics: Mapping[str, float], answers: Answers, records: Records) -> dict[str, float]:
+    """The official metrics where the records are of a known set; they stand first."""
+    from bertology_serve.data.official import official_metrics
+    from bertology_serve.data.set_files import PREFIX, find_set, parse
+
+    return official_metrics(find_set(parse(input)[0]), metrics, answers, records) if input.startswith(PREFIX) else {}

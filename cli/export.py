@@ -54,7 +54,9 @@ def export(
         raise SpecError(f"got {len(delta)} deltas{' and --join' * join}; one graph for several of them is --multi")
     else:
         done = _one(delta[0], out, spec, backbone, name, verify)
-    note(f"{done.report.line()}")
+    note(done.report.line())
+    for caution in done.cautions:
+        note(f"warning: {caution}")
     note(
         f"{out}: {done.bytes / 1e6:,.1f} MB, exported in {done.export_seconds:.1f} s, "
         f"verified in {done.verify_seconds:.1f} s; to run it:"

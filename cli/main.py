@@ -17,6 +17,9 @@ PROGRAM = "bertology-serve"
 COMMANDS = {
     "demo": "Try all of it on built-in examples, in a few minutes.",
     "train": "Train one delta.",
+    "train-fleet": "Train many deltas at once over one frozen encoder.",
+    "compress": "Write a fully tuned model as a small delta.",
+    "reproduce": "Run a grid of trainings; its table.",
     "evaluate": "Measure a delta on labelled records.",
     "predict": "Answer a file of records, for many deltas at once.",
     "serve": "Answer over HTTP.",
@@ -24,10 +27,11 @@ COMMANDS = {
     "analyze": "See what heads, layers and deltas do.",
     "inspect": "Show and validate a delta.",
     "bench": "Measure speed on this machine, beside the alternatives.",
+    "prove": "Measure what the server promises.",
     "doctor": "Find what is wrong with this installation.",
 }
-"""Each is ``bertology_serve.cli.NAME`` with a function NAME or, for subcommands, an ``app``; its docstring is its own
-help, the line here is what ``bertology-serve --help`` says of it."""
+"""Each is ``bertology_serve.cli.NAME`` (``-`` as ``_``) with a function NAME or, for subcommands, an ``app``; its
+docstring is its own help, the line here is what ``bertology-serve --help`` says of it."""
 
 
 def application(asked: str | None = None) -> typer.Typer:
@@ -43,11 +47,11 @@ def application(asked: str | None = None) -> typer.Typer:
         if name != asked:
             app.command(name, help=line)(lambda: None)
             continue
-        module = importlib.import_module(f"bertology_serve.cli.{name}")
+        module = importlib.import_module(f"bertology_serve.cli.{name.replace('-', '_')}")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=name)
         else:
-            app.command(name)(getattr(module, name))
+            app.command(name)(getattr(module, name.replace("-", "_")))
     return app
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -58,17 +57,18 @@ def serve(
     503 at once, every accepted call is answered.
     """
     started = time.monotonic()
-    _log(config.log_level)
+    from bertology_serve.serving import logs
     from bertology_serve.serving.engines import check, settle
     from bertology_serve.serving.keyfile import read_keyring
     from bertology_serve.serving.server import Server, bind, url_of
 
     check(engine, precision)
+    logs.set_up(config.log_level, config.log_format)
     keyring = read_keyring(config.keys_file, os.environ)
     if not keyring and config.host not in ("127.0.0.1", "::1", "localhost"):
         note(f"anyone who reaches {config.host} may ask: there are no API keys (--keys-file)")
     with bind(config.host, config.port) as bound:  # before anything is loaded: a port that is taken is said at once
-        registry = _load(backbone, device, dtype, deltas, skip_bad_deltas)
+        registry = _load(backbone, device, dtype, deltas, skip_bad_deltas, config)
         if cuda_graphs and not registry.pipeline.encoder.use_graphs():
             where = registry.pipeline.encoder.device
             raise Unsupported(f"--cuda-graphs: got {dtype} on {where}, expected float16 or bfloat16 on cuda")
@@ -96,7 +96,7 @@ def example(url: str, delta: Delta) -> str:
     return f'curl {url}/predict -d \'{{"delta": "{delta.name}", {fields}}}\''
 
 
-def _load(backbone: str, device: str, dtype: str, deltas: Path, skip_bad: bool) -> Registry:
+def _load(backbone: str, device: str, dtype: str, deltas: Path, skip_bad: bool, config: ServerConfig) -> Registry:
     import torch
 
     from bertology_serve.encoder.encoder import Encoder
@@ -105,15 +105,8 @@ def _load(backbone: str, device: str, dtype: str, deltas: Path, skip_bad: bool) 
     from bertology_serve.training.device import find_device
 
     encoder = Encoder.load(backbone, device=find_device(device), dtype=getattr(torch, dtype))
-    registry = Registry(Pipeline(encoder))
+    room = math.inf if config.device_mb is None else config.device_mb * 2**20
+    registry = Registry(Pipeline(encoder), device_bytes=room, host_bytes=config.host_mb * 2**20)
     registry.load(deltas, skip_bad)
     encoder.prepack()
     return registry
-
-
-def _log(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
-    for chatty in ("uvicorn.error", "httpx", "transformers"):
-        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -109,8 +109,8 @@ def attach(model: nn.Module, effects: Effects, anatomy: Anatomy) -> dict[str, st
 
 def _update(effects: Effects, slot: Slot, layer: int, outputs: int) -> Update:
     low, shift = effects.low_rank.get(slot.name), effects.bias.get(slot.name)
-    a, b = (None, None) if low is None else (low.a[layer], low.b[layer])
-    return Update(slot, outputs, a, b, None if shift is None else shift[layer])
+    a, b = (None, None) if low is None else low.at(slot, layer)
+    return Update(slot, outputs, a, b, None if shift is None else shift[layer, : slot.outputs_of(layer)])
 
 
 def _around(model: nn.Module, path: str) -> tuple[Beside, int]:

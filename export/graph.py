@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bertology_serve.deltas.effects import Prefix
+from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.encoder.families import attention_modules
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.attention import PrefixRows, Scene, register
@@ -52,7 +53,7 @@ class Graph(nn.Module):
             raise Unsupported(f"a prefix cannot be put into a graph of {anatomy.family}; train another kind for it")
         self._attentions = attention_modules(self.model, anatomy)
         for layer, module in enumerate(self._attentions):
-            module.scene, module.prefix_rows = self.scene, _prefix_rows(prefix, layer, anatomy.heads)
+            module.scene, module.prefix_rows = self.scene, _prefix_rows(prefix, layer, anatomy)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -105,5 +106,9 @@ class Graph(nn.Module):
         return names | {path: parts.named(name) for path, name in own.items() if path in names}
 
 
-def _prefix_rows(prefix: Prefix | None, layer: int, heads: int) -> PrefixRows | None:
-    return None if prefix is None else PrefixRows(prefix.keys[layer], prefix.values[layer], heads)
+def _prefix_rows(prefix: Prefix | None, layer: int, anatomy: Anatomy) -> PrefixRows | None:
+    if prefix is None:
+        return None
+    heads = anatomy.heads_of(layer)
+    keys, values = (rows[layer, :, : heads * anatomy.head_width] for rows in (prefix.keys, prefix.values))
+    return PrefixRows(keys, values, heads)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bertology_serve.encoder.pruned import shrink
+
 
 def plain_model(kind: type[Any], config: Any, state: Mapping[str, Tensor], attention: str) -> Any:
     """A headless HuggingFace model of class ``kind``, float32, on CPU, not training.
@@ -21,6 +23,7 @@ def plain_model(kind: type[Any], config: Any, state: Mapping[str, Tensor], atten
     with torch.random.fork_rng(devices=[]):
         model = kind(config)
     model.pooler = None
+    shrink(model, state)
     for name in state.keys() - model.state_dict().keys():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)

@@ -40,10 +40,11 @@ def methods(workload: Workload, segments: list[RowSegment], device: torch.device
     }
     if choice.form != TORCH:
         ways[PLAIN] = plain(choice.config)
+    if choice.form != TORCH and segments:
         ways["cublas_pair"] = pair(workload, segments, device)
-    if _grouped() is not None and workload.dtype == "bfloat16" and workload.rank % 8 == 0:
+    if segments and _grouped() is not None and workload.dtype == "bfloat16" and workload.rank % 8 == 0:
         ways["grouped_mm"] = grouped(segments, device)
-    if len(segments) <= MOST_MERGED:
+    if 0 < len(segments) <= MOST_MERGED:
         ways["merged"] = merged(segments)
     if also:
         module, _, function = also.partition(":")

@@ -7,14 +7,13 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from bertology_serve.kernels.bench_workload import Inputs
-
-Call = Callable[[Inputs], Tensor]
+Set = TypeVar("Set")
+Call = Callable[[Set], Tensor]
 Stream: Callable[[], Any] = torch.cuda.Stream
 Event: Callable[..., Any] = torch.cuda.Event
 CALLS, FEWER_CALLS, REPLAYS, LEAST_SETS, MOST_SETS = 20, 4, 12, 4, 64
@@ -46,7 +45,7 @@ def sets_needed(one: int, device: torch.device) -> int:
     return min(MOST_SETS, max(LEAST_SETS, 2 * cache // max(1, one) + 1))
 
 
-def compare(calls: Mapping[str, Call], sets: Sequence[Inputs]) -> dict[str, Spread]:
+def compare(calls: Mapping[str, Call[Set]], sets: Sequence[Set]) -> dict[str, Spread]:
     """Times every call in turns: replay by replay, A B C A B C, so that a drift of the clock meets all alike."""
     cold = {name: _graph(call, sets) for name, call in calls.items()}
     warm = {name: _graph(call, sets[:1]) for name, call in calls.items()}
@@ -63,7 +62,7 @@ def _spread(cold: list[float], warm: list[float]) -> Spread:
     return Spread(cuts[0], statistics.median(cold), cuts[3], statistics.median(warm))
 
 
-def _graph(call: Call, sets: Sequence[Inputs]) -> tuple[torch.cuda.CUDAGraph, int]:
+def _graph(call: Call[Set], sets: Sequence[Set]) -> tuple[torch.cuda.CUDAGraph, int]:
     """A captured graph of at least 20 calls (4 where one takes 5 ms or more), and their number."""
     stream = Stream()
     with torch.cuda.stream(stream):

@@ -14,6 +14,7 @@ from bertology_serve.kernels.segments import RowSegment
 SHAPES = ((768, 768), (768, 2304), (768, 3072), (3072, 768), (1024, 1024), (1024, 3072), (1024, 4096), (4096, 1024))
 ROWS = (128, 1024, 4096, 16384, 65536)
 MIXES = ("uniform", "distinct", "zipf", "single")
+NOBODY = "none"
 LENGTHS = ("lognormal", "16", "64", "128")
 RANKS_AND_DELTAS = ((16, 1), (16, 8), (16, 64), (16, 1000), (4, 64), (8, 64), (32, 64), (64, 64))
 LONGEST, MEDIAN_LENGTH, SPREAD, ZIPF = 512, 64.0, 0.7, 1.5
@@ -23,8 +24,8 @@ LONGEST, MEDIAN_LENGTH, SPREAD, ZIPF = 512, 64.0, 0.7, 1.5
 class Workload:
     """A point of the sweep: x [rows, k], W [n, k], ``deltas`` resident deltas of rank ``rank``.
 
-    ``mix``: which delta a sequence asks for: any alike, one each, Zipf with exponent 1.5, or all the same. ``lengths``:
-    rows of a sequence, a number or lognormal with a median of 64 and 512 at most.
+    ``mix``: which delta a sequence asks for: any alike, one each, Zipf with exponent 1.5, all the same, or none.
+    ``lengths``: rows of a sequence, a number or lognormal with a median of 64 and 512 at most.
     """
 
     k: int
@@ -54,10 +55,13 @@ def sweep(quick: bool, dtype: str = "bfloat16") -> Iterator[Workload]:
         for lengths in LENGTHS:
             if (mix, lengths) != (base.mix, base.lengths):
                 yield replace(base, mix=mix, lengths=lengths)
+    yield replace(base, deltas=1000, mix=NOBODY)
 
 
 def batch_segments(workload: Workload, seed: int = 0) -> list[RowSegment]:
     """The segments of a random batch of that kind: sequences sorted by delta, ``rows`` rows in all."""
+    if workload.mix == NOBODY:
+        return []
     generator = torch.Generator().manual_seed(seed)
     lengths = _lengths(workload, generator)
     asked = _asked(workload, len(lengths), generator).sort().values.tolist()

@@ -129,13 +129,18 @@ def lora_linear(
 ) -> Tensor:
     """y [T, N] = act(x Wᵀ + bias + every segment's low-rank update and bias), by whatever is best here.
 
-    x [T, K], w [N, K], bias [N]; ``pools`` and ``slices`` one per equal slice of N. Differentiable.
+    x [T, K], w [N, K], bias [N]; ``pools`` and ``slices`` one per equal slice of N. Differentiable. Under autocast all
+    are taken in its dtype, as torch takes them.
     """
     choice = pick(x, w, slices, batch)
     if choice.form == TORCH:
         if any(slices):
             batch.by_host()
         return torch_linear(x, w, bias, pools, slices, activation)
+    if torch.is_autocast_enabled(x.device.type):
+        kind = _computed_in(x)
+        x, w, bias = x.to(kind), w.to(kind), None if bias is None else bias.to(kind)
+        pools = [Pools(None if pool.a is None else pool.a.to(kind), pool.b.to(kind)) for pool in pools]
     columns = batch.get(slices, choice.config.block_m)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in _tensors(x, w, bias, pools)):
         from bertology_serve.kernels.autograd import differentiable_lora_linear
@@ -159,8 +164,14 @@ def pick(x: Tensor, w: Tensor, slices: Sequence[Segments], batch: BatchColumns) 
     if any(segment.dropout for part in slices for segment in part):
         return Choice(TORCH, Config(), "dropout acts on the update's input only, which kernels do not do")
     columns = max(map(batch.columns, slices), default=0)
-    choice = choose(arch, x.dtype, x.shape[1], w.shape[0], len(slices), batch.rows, columns)
+    choice = choose(arch, _computed_in(x), x.shape[1], w.shape[0], len(slices), batch.rows, columns)
     return replace(choice, why=f"{choice.why}; {reason}") if reason else choice
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """The dtype that a product with x is done in: autocast's, else its own."""
+    lowered = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if lowered else x.dtype
 
 
 def explain(x: Tensor, w: Tensor, slices: Sequence[Segments], batch: BatchColumns) -> str:

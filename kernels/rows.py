@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bertology_serve.kernels.dispatch import DTYPES, BatchColumns, architecture
 from bertology_serve.kernels.heuristics import adapter_config
-from bertology_serve.kernels.segments import RowSegment, add_low_rank, bottleneck, with_rows
+from bertology_serve.kernels.segments import RowSegment, add_low_rank, bottleneck, cuts
 
 NORM_ROWS = 4
 
@@ -34,10 +34,11 @@ def adapters(
     """
     if not on_kernels(residual):
         batch.by_host()
-        y = residual if torch.is_grad_enabled() else residual.clone()
+        if torch.is_grad_enabled():
+            return _recorded_adapters(residual, source, down, down_bias, up, segments)
+        y = residual.clone()
         for s in segments:
-            rows = slice(s.lo, s.hi)
-            y = with_rows(y, s.lo, s.hi, y[rows] + bottleneck(source[rows], down, down_bias, up, s))
+            y[s.lo : s.hi] += bottleneck(source[s.lo : s.hi], down, down_bias, up, s)
         return y
     from bertology_serve.kernels.bottleneck import grouped_bottleneck_adapter
 
@@ -47,6 +48,18 @@ def adapters(
         columns = batch.get([mine], config.block_m)
         residual = grouped_bottleneck_adapter(residual, source, down, down_bias, up, columns, activation, config)
     return residual
+
+
+def _recorded_adapters(
+    residual: Tensor, source: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, segments: Sequence[RowSegment]
+) -> Tensor:
+    """``adapters`` while gradients are recorded: rows are split once and joined once, whatever the segments."""
+    segments = [segment for segment in segments if segment.hi > segment.lo]
+    sizes, owners = cuts(residual.shape[0], segments)
+    pieces, sources = list(torch.split(residual, sizes)), torch.split(source, sizes)
+    for segment, at in zip(segments, owners, strict=True):
+        pieces[at] = pieces[at] + bottleneck(sources[at], down, down_bias, up, segment)
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def norm(
@@ -98,5 +111,7 @@ def heads(
 
 
 def on_kernels(tensor: Tensor) -> bool:
-    """Whether kernels take this tensor: on a GPU that has them, in their dtypes, with no gradients recorded."""
-    return not torch.is_grad_enabled() and tensor.dtype in DTYPES and bool(architecture(tensor.device)[0])
+    """Whether kernels take this tensor: on a GPU that has them, in their dtypes, no gradients recorded, no autocast."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(tensor.device.type):
+        return False
+    return tensor.dtype in DTYPES and bool(architecture(tensor.device)[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,29 +47,63 @@ def add_low_rank(
     y [T, N] (changed in place, unless gradients are being recorded), x [T, K] or ``None`` where a slot has biases
     only, a_pool [P, K], b_pool [P, N]. Returns y [T, N].
     """
-    recording = torch.is_grad_enabled()
+    if torch.is_grad_enabled():
+        return _recorded(y, x, a_pool, b_pool, segments)
     for segment in segments:
-        rows = slice(segment.lo, segment.hi)
-        mine = y[rows]
+        mine = y[segment.lo : segment.hi]
         if segment.last > segment.first and x is not None and a_pool is not None:
             a, b = a_pool[segment.first : segment.last], b_pool[segment.first : segment.last]
-            source = F.dropout(x[rows], segment.dropout) if segment.dropout else x[rows]
-            mine = torch.addmm(mine, source @ a.T, b) if recording else mine.addmm_(source @ a.T, b)
+            mine.addmm_(dropped(x[segment.lo : segment.hi], segment) @ a.T, b)
         if segment.bias >= 0:
-            mine = mine + b_pool[segment.bias] if recording else mine.add_(b_pool[segment.bias])
-        if recording:
-            y = with_rows(y, segment.lo, segment.hi, mine)
+            mine.add_(b_pool[segment.bias])
     return y
 
 
-def with_rows(y: Tensor, lo: int, hi: int, rows: Tensor) -> Tensor:
-    """y [T, N] with rows ``lo`` to ``hi`` replaced; in place only where no gradients are being recorded."""
-    if lo == 0 and hi == y.shape[0]:
-        return rows
-    if torch.is_grad_enabled():
-        return torch.cat([y[:lo], rows, y[hi:]])
-    y[lo:hi] = rows
-    return y
+def dropped(rows: Tensor, segment: RowSegment) -> Tensor:
+    """A segment's rows of the update's input, after dropout."""
+    return F.dropout(rows, segment.dropout) if segment.dropout else rows
+
+
+def _recorded(
+    y: Tensor, x: Tensor | None, a_pool: Tensor | None, b_pool: Tensor, segments: Sequence[RowSegment]
+) -> Tensor:
+    """``add_low_rank`` while gradients are recorded: rows are split once and joined once, whatever the segments."""
+    segments = [segment for segment in segments if segment.hi > segment.lo]
+    sizes, owners = cuts(y.shape[0], segments)
+    pieces = list(torch.split(y, sizes))
+    sources = torch.split(x, sizes) if x is not None and a_pool is not None else None
+    for segment, at in zip(segments, owners, strict=True):
+        if segment.last > segment.first and sources is not None and a_pool is not None:
+            a, b = a_pool[segment.first : segment.last], b_pool[segment.first : segment.last]
+            pieces[at] = torch.addmm(pieces[at], dropped(sources[at], segment) @ a.T, b)
+        if segment.bias >= 0:
+            pieces[at] = pieces[at] + b_pool[segment.bias]
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def add_scaled(y: Tensor, source: Tensor, pool: Tensor, segments: Sequence[RowSegment]) -> Tensor:
+    """``y[rows] += source[rows] * pool[bias]`` for every segment: y and source [T, N], pool [P, N].
+
+    y is changed in place, unless gradients are being recorded, and may be the source.
+    """
+    segments = [segment for segment in segments if segment.hi > segment.lo]
+    if not torch.is_grad_enabled():
+        for segment in segments:
+            rows = slice(segment.lo, segment.hi)
+            y[rows].addcmul_(source[rows], pool[segment.bias])
+        return y
+    sizes, owners = cuts(y.shape[0], segments)
+    pieces, sources = list(torch.split(y, sizes)), torch.split(source, sizes)
+    for segment, at in zip(segments, owners, strict=True):
+        pieces[at] = torch.addcmul(pieces[at], sources[at], pool[segment.bias])
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def cuts(rows: int, segments: Sequence[RowSegment]) -> tuple[list[int], list[int]]:
+    """Sizes of the pieces that ``rows`` fall into at the bounds of disjoint segments, and each segment's piece."""
+    bounds = sorted({0, rows, *(segment.lo for segment in segments), *(segment.hi for segment in segments)})
+    at = {lo: piece for piece, lo in enumerate(bounds)}
+    return [hi - lo for lo, hi in pairwise(bounds)], [at[segment.lo] for segment in segments]
 
 
 def bottleneck(source: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, segment: RowSegment) -> Tensor:

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 
 from bertology_serve.analysis.corpus import Corpus, corpus_name, read_corpus
+from bertology_serve.analysis.dependencies import dependencies as follow
 from bertology_serve.analysis.divergence import Divergences, clusters, flat_map
 from bertology_serve.analysis.figures import Figure, HeatMap, Scatter
 from bertology_serve.analysis.head_statistics import STATISTICS, TITLES, UNITS, HeadStatistics
 from bertology_serve.analysis.report import Report, origin
+from bertology_serve.analysis.sentence_maps import sentence_maps
 from bertology_serve.analysis.settings import AttentionSettings
-from bertology_serve.analysis.subject import Advance, Subject, batches, silent
+from bertology_serve.analysis.subject import Advance, Subject, batches, head_numbers, mapped, silent
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.tasks.spec import Encoding
@@ -29,9 +31,14 @@ def attention(
     settings: AttentionSettings | None = None,
     *,
     delta: Delta | str | Path | None = None,
+    dependencies: str | Path | None = None,
+    sentences: Sequence[str] = (),
     advance: Advance = silent,
 ) -> Report:
     """The statistics of every head (see ``head_statistics``) over a corpus, one pass, memory bounded by a batch.
+
+    With ``dependencies``, a CoNLL-U file or ``example`` (the built-in sentences), also how well heads follow them;
+    with ``sentences`` the maps of every head for each.
 
     Divergences between heads are measured on whole sequences spread over the corpus, about ``js_rows`` rows of them.
     Raises Unsupported for encoders that keep their own attention.
@@ -46,7 +53,25 @@ def attention(
         **subject.facts(), "corpus": corpus_name(corpus), "sequences": len(encodings), "tokens": statistics.rows,
         "divergence_rows": divergences.rows, "seconds": round(time.perf_counter() - started, 3), **origin(),
     }  # fmt: skip
-    return _report(subject, statistics.means().tolist(), divergences.means(), settings.clusters, facts)
+    report = _report(subject, statistics.means().tolist(), divergences.means(), settings.clusters, facts)
+    return _more(report, subject, length, settings, dependencies, sentences)
+
+
+def _more(
+    report: Report, subject: Subject, length: int, settings: AttentionSettings, path: str | Path | None,
+    sentences: Sequence[str],
+) -> Report:  # fmt: skip
+    """The report with dependencies and the maps of single sentences."""
+    facts, tables, figures = dict(report.facts), dict(report.tables), dict(report.figures)
+    if path is not None:
+        found = follow(subject, path, length, settings.max_tokens, settings.fewest_arcs)
+        facts, tables = facts | found.facts, tables | found.tables
+        figures["dependencies"] = found.figure
+    rows: list[dict[str, Any]] = []
+    for number, text in enumerate(sentences, 1):
+        maps, own = sentence_maps(subject, text, number)
+        figures, rows = figures | maps, rows + own
+    return Report(report.name, facts, tables | ({"maps": rows} if rows else {}), figures)
 
 
 @torch.inference_mode()
@@ -56,7 +81,7 @@ def _gather(
     encoder, anatomy = subject.encoder, subject.encoder.anatomy
     special = (encoder.tokenizer.cls_token_id, encoder.tokenizer.sep_token_id)
     statistics = HeadStatistics(anatomy.layers, anatomy.heads, *special)
-    divergences = Divergences(anatomy.layers * anatomy.heads)
+    divergences = Divergences(len(head_numbers(anatomy)))
     lengths = [len(encoding) for encoding in encodings]
     every = max(1, math.ceil(sum(lengths) / settings.js_rows))
     done = 0
@@ -73,22 +98,29 @@ def _gather(
 
 
 def _report(subject: Subject, means: Any, apart: np.ndarray, count: int, facts: dict[str, Any]) -> Report:
-    layers, heads = len(means), len(means[0])
+    heads = len(means[0])
+    numbers = head_numbers(subject.encoder.anatomy)
     virtual = max(value[-1] for layer in means for value in layer) > 1e-4
     shown = STATISTICS if virtual else STATISTICS[:-1]
     groups, points = clusters(apart, count), flat_map(apart)
-    names = [f"layer {layer} head {head}" for layer in range(layers) for head in range(heads)]
+    names = [f"layer {n // heads} head {n % heads}" for n in numbers]
     table = [
-        {"layer": n // heads, "head": n % heads, "cluster": groups[n] + 1,
+        {"layer": n // heads, "head": n % heads, "cluster": groups[place] + 1,
          **dict(zip(shown, means[n // heads][n % heads], strict=False))}
-        for n in range(layers * heads)
+        for place, n in enumerate(numbers)
     ]  # fmt: skip
     pairs = [
         {"first": names[i], "second": names[j], "divergence": float(apart[i, j])}
         for i in range(len(names)) for j in range(i + 1, len(names))
     ]  # fmt: skip
     panels = [
-        HeatMap(TITLES[statistic], [[head[n] for head in layer] for layer in means], "layer", "head", UNITS[statistic])
+        HeatMap(
+            TITLES[statistic],
+            mapped(torch.tensor(means, dtype=torch.float64)[..., n], numbers),
+            "layer",
+            "head",
+            UNITS[statistic],
+        )
         for n, statistic in enumerate(shown)
     ]
     scatter = Scatter("", points[:, 0].tolist(), points[:, 1].tolist(), names, groups,

@@ -21,6 +21,7 @@ class Gates:
         self, layer: int, group: Group, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     ) -> Tensor:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        if self.values.dim() == 2:
-            return out * self.values[layer][:, None, None]
-        return out * self.values[list(group.sequences), layer][:, :, None, None]
+        values = self.values[..., : out.shape[1]]  # a pruned layer has fewer heads
+        if values.dim() == 2:
+            return out * values[layer][:, None, None]
+        return out * values[list(group.sequences), layer][:, :, None, None]

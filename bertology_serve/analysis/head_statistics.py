@@ -63,7 +63,7 @@ class HeadStatistics:
         first = group.sequences[0]
         text = self.texts[first] - self.batch.starts[first]  # the same in the whole group: one delta, one length
         rows = attention[:, :, text]
-        self.sums[layer] += self._statistics(rows, group, text + k.shape[2] - group.length).cpu()
+        self.sums[layer, : q.shape[1]] += self._statistics(rows, group, text + k.shape[2] - group.length).cpu()
         for i, sequence in enumerate(group.sequences):
             if sequence in self.chosen:
                 self.kept[sequence].append(rows[i])

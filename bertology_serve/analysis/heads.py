@@ -16,7 +16,7 @@ from bertology_serve.analysis.importance import importance, left_out, normalised
 from bertology_serve.analysis.labelled import Trial
 from bertology_serve.analysis.report import Report, origin
 from bertology_serve.analysis.settings import HeadSettings
-from bertology_serve.analysis.subject import Advance, Subject, silent
+from bertology_serve.analysis.subject import Advance, Subject, head_numbers, mapped, silent
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 
@@ -45,7 +45,7 @@ def heads(
     started = time.perf_counter()
     raw = importance(judged, advance)
     rises = left_out(judged, advance) if settings.leave_one_out else None
-    orders = _orders(normalised(raw), rises, settings)
+    orders = _orders(normalised(raw), rises, settings, head_numbers(subject.encoder.anatomy))
     shares = [step / settings.steps for step in range(settings.steps + 1)]
     curves = _curves(trial, orders, shares, advance)
     facts = {
@@ -58,14 +58,21 @@ def heads(
     return _report(subject, raw, rises, curves, shares, facts)
 
 
-def _orders(values: Tensor, rises: Tensor | None, settings: HeadSettings) -> dict[str, list[list[int]]]:
+def _orders(
+    values: Tensor, rises: Tensor | None, settings: HeadSettings, numbers: Sequence[int]
+) -> dict[str, list[list[int]]]:
     """Flat head numbers in the order in which they go; several for the random one."""
     generator = torch.Generator().manual_seed(settings.seed)
-    orders = {IMPORTANCE: [values.flatten().argsort(stable=True).tolist()]}
+    orders = {IMPORTANCE: [going(values, numbers)]}
     if rises is not None:
-        orders[LEFT_OUT] = [rises.flatten().argsort(stable=True).tolist()]
-    drawn = [torch.randperm(values.numel(), generator=generator).tolist() for _ in range(settings.seeds)]
+        orders[LEFT_OUT] = [going(rises, numbers)]
+    drawn = [[numbers[i] for i in torch.randperm(len(numbers), generator=generator)] for _ in range(settings.seeds)]
     return {**orders, RANDOM: drawn} if drawn else orders
+
+
+def going(values: Tensor, numbers: Sequence[int]) -> list[int]:
+    """Flat numbers of heads, that of the lowest value [L, heads] first."""
+    return [numbers[i] for i in values.flatten()[list(numbers)].argsort(stable=True)]
 
 
 def _curves(trial: Trial, orders: Mapping[str, list[list[int]]], shares: Sequence[float], advance: Advance) -> Curves:
@@ -80,10 +87,11 @@ def _curves(trial: Trial, orders: Mapping[str, list[list[int]]], shares: Sequenc
             for share in shares:
                 gone = frozenset(order[: round(share * len(order))])
                 if gone not in known:
-                    gates = torch.ones(len(order), dtype=encoder.dtype, device=encoder.device)
-                    gates[list(gone)] = 0.0
-                    shaped = gates.view(encoder.anatomy.layers, encoder.anatomy.heads)
-                    known[gone] = trial.measure(shaped)[trial.task.main_metric]
+                    gates = torch.ones(
+                        encoder.anatomy.layers, encoder.anatomy.heads, dtype=encoder.dtype, device=encoder.device
+                    )
+                    gates.view(-1)[list(gone)] = 0.0
+                    known[gone] = trial.measure(gates)[trial.task.main_metric]
                 curve.append(known[gone])
                 done += 1
                 advance(done, total)
@@ -105,22 +113,24 @@ def _within(curves: Sequence[Sequence[float]], shares: Sequence[float], toleranc
 def _report(
     subject: Subject, raw: Tensor, rises: Tensor | None, curves: Curves, shares: Sequence[float], facts: dict[str, Any]
 ) -> Report:
-    scaled, count = normalised(raw), raw.numel()
-    rank = {head: place for place, head in enumerate(scaled.flatten().argsort(stable=True).tolist(), 1)}
+    scaled, numbers = normalised(raw), head_numbers(subject.encoder.anatomy)
+    rank = {head: place for place, head in enumerate(going(scaled, numbers), 1)}
     table = [
         {"layer": n // raw.shape[1], "head": n % raw.shape[1], "importance": float(raw.flatten()[n]),
          "normalised": float(scaled.flatten()[n]), "goes": rank[n],
          **({} if rises is None else {"loss_rise": float(rises.flatten()[n])})}
-        for n in range(count)
+        for n in numbers
     ]  # fmt: skip
     rows = [
-        {"order": name, "run": run, "share": share, "heads_masked": round(share * count), facts["metric"]: value}
+        {"order": name, "run": run, "share": share, "heads_masked": round(share * len(numbers)), facts["metric"]: value}
         for name, runs in curves.items() for run, curve in enumerate(runs)
         for share, value in zip(shares, curve, strict=True)
     ]  # fmt: skip
-    panels = [HeatMap("importance, each layer scaled to norm 1", scaled.tolist(), "layer", "head", "|∂L/∂ξ|, scaled")]
+    panels = [
+        HeatMap("importance, each layer scaled to norm 1", mapped(scaled, numbers), "layer", "head", "|∂L/∂ξ|, scaled")
+    ]
     if rises is not None:
-        panels.append(HeatMap("left out alone", rises.tolist(), "layer", "head", "rise of the loss"))
+        panels.append(HeatMap("left out alone", mapped(rises, numbers), "layer", "head", "rise of the loss"))
     means = {name: [mean(values) for values in zip(*runs, strict=True)] for name, runs in curves.items()}
     spread = {name: [pstdev(values) for values in zip(*runs, strict=True)] for name, runs in curves.items()
               if len(runs) > 1}  # fmt: skip

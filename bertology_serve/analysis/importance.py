@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bertology_serve.analysis.gates import Gates
 from bertology_serve.analysis.labelled import Trial
-from bertology_serve.analysis.subject import Advance, silent
+from bertology_serve.analysis.subject import Advance, head_numbers, silent
 
 
 def importance(trial: Trial, advance: Advance = silent) -> Tensor:
@@ -46,9 +46,10 @@ def left_out(trial: Trial, advance: Advance = silent) -> Tensor:
     anatomy = trial.subject.encoder.anatomy
     rises = torch.zeros(anatomy.layers, anatomy.heads, dtype=torch.float64)
     whole = trial.measure()["loss"]
-    for number in range(rises.numel()):
+    numbers = head_numbers(anatomy)
+    for done, number in enumerate(numbers, 1):
         gates = torch.ones(rises.shape, dtype=trial.subject.encoder.dtype, device=trial.subject.encoder.device)
         gates.view(-1)[number] = 0.0
         rises.view(-1)[number] = trial.measure(gates)["loss"] - whole
-        advance(number + 1, rises.numel())
+        advance(done, len(numbers))
     return rises

@@ -59,6 +59,13 @@ class Trial:
         """One batch of all sequences of the items."""
         return self.subject.pack([encoding for item in items for encoding in item.encodings])
 
+    def owners(self, batch: PackedBatch, items: Sequence[Labelled]) -> Tensor:
+        """The number of the item that each of the batch's rows belongs to: [T], padded [S · Lmax]."""
+        numbers = [number for number, item in enumerate(items) for _ in item.encodings]
+        own = torch.tensor([numbers[original] for original in batch.order], device=batch.ids.device)
+        lengths = batch.lengths if self.subject.encoder.packs else [batch.stride] * batch.sequences
+        return own.repeat_interleave(torch.tensor(lengths, device=own.device))
+
     def output(self, batch: PackedBatch, heads: Heads | None = None) -> Tensor:
         """The task head's output in the order of the sequences, as ``Task.loss`` takes it."""
         packed = sorted(range(batch.sequences), key=batch.order.__getitem__)

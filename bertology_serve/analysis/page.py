@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from bertology_serve.analysis.figures import Figure, HeatMap, Lines, Panel, Scatter
+from bertology_serve.analysis.figures import Bars, Figure, HeatMap, Lines, Panel, Scatter
 
 # viridis at ninths, and Okabe and Ito's colours
 VIRIDIS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
@@ -35,7 +35,7 @@ def render(name: str, facts: Mapping[str, Any], figures: Mapping[str, Figure]) -
 
 
 def _panel(panel: Panel) -> str:
-    body = {HeatMap: _heat_map, Lines: _lines, Scatter: _scatter}[type(panel)](panel)  # type: ignore[operator]
+    body = {HeatMap: _heat_map, Lines: _lines, Scatter: _scatter, Bars: _bars}[type(panel)](panel)  # type: ignore[operator]
     return f"<figure><figcaption>{escape(panel.title)}</figcaption>{body}</figure>"
 
 
@@ -90,6 +90,29 @@ def _scatter(panel: Scatter) -> str:
     return _svg(WIDTH + 10, HEIGHT + BOTTOM + 10, parts) + _keys(
         [f"{panel.group_label} {group + 1}" for group in sorted(set(panel.groups))]
     )
+
+
+def _bars(panel: Bars) -> str:
+    known = [v for own in panel.series.values() for v in own if v is not None and math.isfinite(v)]
+    low, high = min(0.0, *known, 0.0), max(0.0, *known, 0.0) or 1.0
+    wide, thick = max(map(len, panel.names), default=2) * 6 + 20, 9
+    step = thick * len(panel.series) + 8
+    tall, right = step * len(panel.names), wide + 330
+    at = {value: wide + (right - wide) * (value - low) / (high - low) for value in [0.0, *known, *_ticks(low, high)]}
+    parts = [_text(at[tick], tall + 14, _number(tick), "middle") for tick in _ticks(low, high)]
+    parts += [f'<path d="M{at[tick]:.1f},0V{tall}" stroke="#ddd"/>' for tick in _ticks(low, high)]
+    for i, name in enumerate(panel.names):
+        parts.append(_text(wide - 6, i * step + step / 2 + 2, name, "end"))
+        for n, (series, values) in enumerate(panel.series.items()):
+            value = values[i]
+            if value is not None and math.isfinite(value):
+                start, end = sorted((at[0.0], at[value]))
+                tip = escape(f"{name}, {series}: {_number(value)} ({panel.unit})")
+                colour, y = PALETTE[n % len(PALETTE)], i * step + n * thick + 2
+                parts.append(f'<rect x="{start:.1f}" y="{y}" width="{end - start:.1f}" height="{thick - 1}" '
+                             f'fill="{colour}"><title>{tip}</title></rect>')  # fmt: skip
+    parts.append(_text((wide + right) / 2, tall + 32, panel.unit, "middle"))
+    return _svg(right + 24, tall + 40, parts) + _keys(panel.series)
 
 
 class _Frame:

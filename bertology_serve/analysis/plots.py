@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bertology_serve.analysis.figures import Figure, HeatMap, Lines, Panel, Scatter
+from bertology_serve.analysis.figures import Bars, Figure, HeatMap, Lines, Panel, Scatter
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -48,6 +48,8 @@ def _size(panel: Panel) -> tuple[float, float]:
         columns, rows = len(panel.values[0]), len(panel.values)
         names = max(map(len, panel.row_names), default=0)
         return min(max(3.6, 0.28 * columns + 1.6 + 0.07 * names), 16), min(max(2.6, 0.26 * rows + 1.2), 14)
+    if isinstance(panel, Bars):
+        return 8.4, 1.2 + len(panel.names) * (0.13 * len(panel.series) + 0.1)
     return (6.4, 5.4) if isinstance(panel, Scatter) else (7.6, 4.4)
 
 
@@ -57,6 +59,8 @@ def _draw_panel(canvas: Any, axis: Any, panel: Panel) -> None:
         _heat_map(canvas, axis, panel)
     elif isinstance(panel, Lines):
         _lines(axis, panel)
+    elif isinstance(panel, Bars):
+        _bars(axis, panel)
     else:
         _scatter(axis, panel)
 
@@ -112,3 +116,16 @@ def _scatter(axis: Any, panel: Scatter) -> None:
     axis.set_aspect("equal", adjustable="datalim")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+
+
+def _bars(axis: Any, panel: Bars) -> None:
+    thick = 0.8 / len(panel.series)
+    for n, (series, values) in enumerate(panel.series.items()):
+        at = [i - 0.4 + (n + 0.5) * thick for i in range(len(panel.names))]
+        lengths = [math.nan if value is None else value for value in values]
+        axis.barh(at, lengths, height=0.9 * thick, color=PALETTE[n % len(PALETTE)], label=series)
+    axis.set_yticks(range(len(panel.names)), labels=panel.names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel(panel.unit)
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.05), ncols=3, frameon=False)

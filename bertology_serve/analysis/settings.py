@@ -25,9 +25,10 @@ class AttentionSettings:
     most: int | None = field(default=None, metadata={"help": "Take the first so many texts."})
     clusters: int = field(default=6, metadata={"help": "Clusters of heads."})
     js_rows: int = field(default=4096, metadata={"help": "Rows that divergences between heads are measured on."})
+    fewest_arcs: int = field(default=20, metadata={"help": "Relations with fewer dependencies are not looked at."})
 
     def __post_init__(self) -> None:
-        at_least_one(self, "max_length", "max_tokens", "most", "clusters", "js_rows")
+        at_least_one(self, "max_length", "max_tokens", "most", "clusters", "js_rows", "fewest_arcs")
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,43 @@ class HeadSettings:
 
 
 @dataclass(frozen=True)
+class PruneSettings:
+    """What goes, and how what is left is measured."""
+
+    heads: float = field(default=0.3, metadata={"help": "Share of all attention heads that goes."})
+    neurons: float = field(default=0.0, metadata={"help": "Share of all FFN neurons that goes."})
+    multiple: int = field(default=8, metadata={"help": "Neurons a layer stay a multiple of this."})
+    most: int | None = field(default=None, metadata={"help": "Measure importance on the first so many records."})
+    max_tokens: int = field(default=2048, metadata={"help": "Tokens a batch."})
+    atol: float = field(default=1e-5, metadata={"help": "Largest difference from the masked model that is accepted."})
+    rounds: int = field(default=5, metadata={"help": "Turns in which both encoders are timed, one after the other."})
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "multiple", "most", "max_tokens", "rounds")
+        for name in ("heads", "neurons"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SpecError(f"{name} is {getattr(self, name)}; expected a share from 0 up to, not including, 1")
+        if not self.atol > 0:
+            raise SpecError(f"atol is {self.atol}; expected a number above 0, such as 1e-5")
+
+
+@dataclass(frozen=True)
 class ProbeSettings:
     """How layers are probed."""
 
     tasks: tuple[str, ...] = field(
-        default=(), metadata={"help": "Among length, position, tags, label. Default: all that the records can answer."}
+        default=(),
+        metadata={
+            "help": "Among length, position, content, tags, depth, label. Default: all that the records can answer."
+        },
     )
     rows: int = field(
         default=10_000, metadata={"help": "Most texts or words that one probe trains on, and is judged on."}
     )
     most: int | None = field(default=None, metadata={"help": "Take the first so many records of each file."})
     pooling: Literal["mean", "max", "cls"] = field(default="mean", metadata={"help": "How a text's rows become one."})
+    code: bool = field(default=True, metadata={"help": "Measure the online code too."})
+    mix: bool = field(default=True, metadata={"help": "Fit a probe on a mix of all layers too."})
     penalty: float = field(default=1e-3, metadata={"help": "Weight of the probe's squared norm."})
     seed: int = field(default=0, metadata={"help": "Seed of samples, the held-out quarter and control labels."})
     max_length: int = field(default=128, metadata={"help": "Tokens a sequence is cut to."})

@@ -14,6 +14,7 @@ from torch import Tensor
 from bertology_serve.deltas import store
 from bertology_serve.deltas.checks import check_base
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.encoder.bank import BARE, Entry, LiveBank
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.packing import PackedBatch, pack
@@ -59,14 +60,15 @@ class Subject:
         return cls(encoder, delta).checked()
 
     def checked(self) -> Subject:
-        """Itself; raises BaseMismatch where the delta was made for other weights."""
+        """Itself, the delta fitted to a pruned encoder; raises BaseMismatch where it was made for other weights."""
         if self.delta is None:
             return self
-        if not self.delta.weights:
-            check_base(self.delta, self.encoder.ref)
-        elif weights_hash(self.delta.weights) != self.encoder.ref.sha256:
-            raise BaseMismatch(f"delta {self.delta.name!r} is a whole checkpoint; give no other encoder with it")
-        return self
+        delta = self.encoder.fitted(self.delta)
+        if not delta.weights:
+            check_base(delta, self.encoder.ref)
+        elif weights_hash(delta.weights) != self.encoder.ref.sha256:
+            raise BaseMismatch(f"delta {delta.name!r} is a whole checkpoint; give no other encoder with it")
+        return replace(self, delta=delta)
 
     @property
     def name(self) -> str:
@@ -130,6 +132,20 @@ def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         waiting.append(index)
     if waiting:
         yield waiting
+
+
+def head_numbers(anatomy: Anatomy) -> list[int]:
+    """The flat numbers, ``layer * heads + head``, of the heads that there are: all of them, unless it was pruned."""
+    return [layer * anatomy.heads + head for layer in range(anatomy.layers) for head in range(anatomy.heads_of(layer))]
+
+
+def mapped(values: Tensor, numbers: Sequence[int]) -> list[list[float | None]]:
+    """Values [L, heads] for a heat-map: nothing where a pruned layer has no head."""
+    there = set(numbers)
+    return [
+        [value if layer * len(row) + head in there else None for head, value in enumerate(row)]
+        for layer, row in enumerate(values.tolist())
+    ]
 
 
 def text_rows(batch: PackedBatch) -> tuple[Tensor, ...]:

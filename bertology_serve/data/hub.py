@@ -12,7 +12,7 @@ SPLITS = ("train", "validation", "dev", "test")
 
 
 def read(name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """(fields, where) of each row of ``hub:NAME[:CONFIG][:SPLIT]``; the split is ``train`` unless it is named.
+    """(fields, where) of each row of ``hub:NAME[@REVISION][:CONFIG][:SPLIT]``; ``train`` unless a split is named.
 
     A single part after the name is the split when it is called train, validation, dev or test. Class indices become
     the names that the data set gives them, and -1 (a hidden label) becomes None.
@@ -24,8 +24,10 @@ def read(name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
             f"{name}: hub data sets need the package datasets; pip install bertology-serve[data]"
         ) from None
     repository, config, split = parse_name(name)
+    repository, _, revision = repository.partition("@")
+    at = {"revision": revision} if revision else {}
     try:
-        rows = datasets.load_dataset(repository, config, split=split)
+        rows = datasets.load_dataset(repository, config, split=split, **at)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{name}: the data set cannot be loaded ({reason})") from None

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bertology_serve.data import hub, jsonl, parquet, tables
+from bertology_serve.data import conll, conllu, hub, jsonl, parquet, set_files, tables
 from bertology_serve.errors import DataError, NotFound, SpecError, nearest
 
 FIELDS = (
@@ -29,7 +29,9 @@ READERS = {
     ".json": jsonl.read,
     ".csv": tables.read_csv,
     ".tsv": tables.read_tsv,
+    ".conllu": conllu.read,
     ".parquet": parquet.read,
+    ".conll": conll.read,
 }
 
 
@@ -41,9 +43,11 @@ class Record(NamedTuple):
 
 
 def read_records(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Record]:
-    """All records of a hub data set or a file: ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` (or ``.gz``), ``.parquet``.
+    """All records of a hub data set or a file: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.conllu``
+    (or ``.gz``), ``.parquet``.
 
-    A hub data set is written ``hub:NAME[:CONFIG][:SPLIT]``. ``columns`` maps a field to the column that holds it:
+    A hub data set is written ``hub:NAME[:CONFIG][:SPLIT]``, a well-known one ``set:NAME:SPLIT`` (see ``set_files``);
+    ``.conll`` files hold a word and its tag a line. ``columns`` maps a field to the column that holds it:
     ``{"text": "sentence"}``. Cells of CSV and TSV are texts, but lists (``tokens``, ``tags``, ``choices``,
     ``answers``) are written as JSON, and an empty cell is no value; TSV has no quoting.
 
@@ -53,11 +57,21 @@ def read_records(path: str | Path, columns: Mapping[str, str] | None = None) -> 
     for field in columns or {}:
         if field not in FIELDS:
             raise SpecError(f"no task reads the field {field!r}; {nearest(field, FIELDS)}")
-    rows = hub.read(str(path)) if str(path).startswith(hub.PREFIX) else _read_file(Path(path))
+    rows = _rows(path)
     records = [_record(fields, where, columns or {}) for fields, where in rows]
     if not records:
         raise DataError(f"{path}: holds no records; expected at least one")
     return records
+
+
+def _rows(path: str | Path) -> Iterable[tuple[Mapping[str, Any], str]]:
+    if str(path).startswith(hub.PREFIX):
+        return hub.read(str(path))
+    return (
+        set_files.read_split(str(path), _read_file)
+        if str(path).startswith(set_files.PREFIX)
+        else _read_file(Path(path))
+    )
 
 
 def _read_file(path: Path) -> Iterable[tuple[Mapping[str, Any], str]]:
@@ -68,7 +82,7 @@ def _read_file(path: Path) -> Iterable[tuple[Mapping[str, Any], str]]:
     kind = (suffixes[:-1] if zipped else suffixes)[-1:]
     reader = READERS.get(kind[0]) if kind else None
     if reader is None or (zipped and reader is parquet.read):
-        raise DataError(f"{path}: unknown kind of file; expected {', '.join(READERS)}, all but the last also with .gz")
+        raise DataError(f"{path}: unknown kind of file; expected {', '.join(READERS)}, all but .parquet also with .gz")
     if not path.is_file():
         raise DataError(f"{path}: not a file; give the file inside it")
     return reader(path)

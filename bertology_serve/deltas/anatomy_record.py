@@ -42,7 +42,7 @@ def restore(values: object, family: str, where: str) -> Anatomy:
 
 
 def _slot_record(slot: Slot, layers: int) -> dict[str, Any]:
-    values = {name: value for name, value in asdict(slot).items() if name != "name" and value is not None}
+    values = {name: value for name, value in asdict(slot).items() if name != "name" and value not in (None, ())}
     return {**values, "paths": _template(slot.paths, layers) or list(slot.paths)}
 
 
@@ -67,4 +67,9 @@ def _slot(name: str, values: object, layers: int, where: str) -> Slot:
     lo, hi = slot.part or (0, slot.outputs)
     if slot.inputs < 0 or slot.outputs < 1 or lo < 0 or hi - lo != slot.outputs:
         raise FormatError(f"{where} has {slot.inputs} inputs, {slot.outputs} outputs, part {slot.part}: no such slot")
+    if slot.sizes:
+        largest = tuple(max(side) for side in zip(*slot.sizes, strict=True))
+        lowest = min(min(size) for size in slot.sizes)
+        if len(slot.sizes) != slot.depth or largest != (slot.inputs, slot.outputs) or lowest < 0 or slot.part:
+            raise FormatError(f"{where}.sizes are not those of {slot.depth} layers of at most {largest}; save it again")
     return slot

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from bertology_serve.deltas.effects import Effects, spread
-from bertology_serve.deltas.kind import Kind, Tensors, check_choice, zeros
+from bertology_serve.deltas.kind import Cut, Kind, Tensors, check_choice, zeros
 from bertology_serve.deltas.slots import LINEAR_SLOTS, QKV, UP_GATE, Anatomy, Slot
 
 
@@ -47,4 +47,9 @@ def effects(spec: BitfitSpec, tensors: Tensors, anatomy: Anatomy) -> Effects:
     )
 
 
-BITFIT = Kind("bitfit", BitfitSpec, init, effects)
+def cut(spec: BitfitSpec, tensors: Tensors, anatomy: Anatomy, left: Cut) -> Tensors:
+    """Biases by their outputs."""
+    return {slot.name: left.outputs(tensors[slot.name], slot, slot.present) for slot in slots(spec, anatomy)}
+
+
+BITFIT = Kind("bitfit", BitfitSpec, init, effects, cut)

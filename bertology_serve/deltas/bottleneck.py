@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from bertology_serve.deltas.effects import Bottleneck, Effects, spread
-from bertology_serve.deltas.kind import Kind, Tensors, check_choice, check_positive, normal, zeros
+from bertology_serve.deltas.kind import Kind, Tensors, check_choice, check_positive, normal, uncut, zeros
 from bertology_serve.deltas.slots import DOWN, FFN_NORM, OUTPUT, Anatomy
 from bertology_serve.errors import SpecError
 
@@ -98,4 +98,4 @@ def effects(spec: AdapterSpec, tensors: Tensors, anatomy: Anatomy) -> Effects:
     )
 
 
-ADAPTER = Kind("adapter", AdapterSpec, init, effects)
+ADAPTER = Kind("adapter", AdapterSpec, init, effects, uncut)

@@ -14,14 +14,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bertology_serve.deltas.slots import Slot
+
 
 @dataclass(frozen=True)
 class LowRank:
-    """``y += dropout(x) Aᵀ B`` on a linear slot. ``a`` [L, R, K]; ``b`` [L, R, N], the scale already in it."""
+    """``y += dropout(x) Aᵀ B`` on a linear slot. ``a`` [L, R, K]; ``b`` [L, R, N], the scale already in it.
+
+    ``layers`` are those that have an update (``None``: all); the stacks hold zeros elsewhere.
+    """
 
     a: Tensor
     b: Tensor
     dropout: float = 0.0
+    layers: tuple[int, ...] | None = None
+
+    def at(self, slot: Slot, layer: int) -> tuple[Tensor, Tensor]:
+        """A [R, K] and B [R, N] of one layer, as wide as the slot is there."""
+        return self.a[layer, :, : slot.inputs_of(layer)], self.b[layer, :, : slot.outputs_of(layer)]
 
 
 @dataclass(frozen=True)
@@ -71,19 +81,32 @@ class Prefix:
 
 @dataclass
 class Effects:
-    """All that a delta does to the encoder: per slot name low-rank updates, bias differences [L, N] and adapters."""
+    """All that a delta does to the encoder: per slot name low-rank updates, bias differences [L, N] and adapters.
+
+    ``scale`` [L, N] multiplies the base's own output of a linear slot by ``1 + scale``; on a LayerNorm slot it is added
+    to the norm's weight. ``inner`` [L, K] multiplies the input of a linear slot by ``1 + inner``.
+    """
 
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     bias: dict[str, Tensor] = field(default_factory=dict)
     bottleneck: dict[str, Bottleneck] = field(default_factory=dict)
     prompt: Prompt | None = None
     prefix: Prefix | None = None
+    scale: dict[str, Tensor] = field(default_factory=dict)
+    inner: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def unfoldable(self) -> tuple[str, ...]:
         """Names of what cannot be folded into the weights."""
         found = {"bottleneck adapter": self.bottleneck, "soft prompt": self.prompt, "prefix": self.prefix}
         return tuple(name for name, part in found.items() if part)
+
+    def lowest(self, depth: int) -> int:
+        """The lowest of ``depth`` layers whose output is changed; ``depth`` where none is."""
+        if self.bias or self.prompt or self.prefix or self.scale or self.inner:
+            return 0
+        chosen = [update.layers for update in self.low_rank.values()] + [b.layers for b in self.bottleneck.values()]
+        return min((0 if layers is None else min(layers) for layers in chosen), default=depth)
 
 
 def merged(parts: Iterable[Effects]) -> Effects:
@@ -97,14 +120,21 @@ def merged(parts: Iterable[Effects]) -> Effects:
                     torch.cat([first.a, update.a], 1),
                     torch.cat([first.b, update.b], 1),
                     max(first.dropout, update.dropout),
+                    _either(first.layers, update.layers),
                 )
             total.low_rank[slot] = update
         for slot, shift in part.bias.items():
             total.bias[slot] = total.bias[slot] + shift if slot in total.bias else shift
+        for own, more in ((total.scale, part.scale), (total.inner, part.inner)):
+            own |= {slot: own[slot] + factor if slot in own else factor for slot, factor in more.items()}
         total.bottleneck |= part.bottleneck
         total.prompt = part.prompt or total.prompt
         total.prefix = part.prefix or total.prefix
     return total
+
+
+def _either(first: tuple[int, ...] | None, second: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    return None if first is None or second is None else tuple(sorted({*first, *second}))
 
 
 def spread(stack: Tensor, layers: tuple[int, ...], depth: int) -> Tensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from bertology_serve.deltas.effects import Effects
-from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.deltas.slots import Anatomy, Slot
 from bertology_serve.errors import SpecError, nearest
 
 Tensors = dict[str, Tensor]
@@ -22,13 +22,32 @@ class Kind:
 
     ``spec`` is its frozen dataclass. ``init(spec, anatomy, generator)`` draws the trainable tensors (float32; names
     without the kind's own name); with ``generator=None`` they are on the meta device, for counting. ``effects``
-    turns spec, tensors and anatomy into what the engines apply.
+    turns spec, tensors and anatomy into what the engines apply. ``cut`` slices tensors made for an anatomy to what
+    ``Cut`` leaves of it; a kind without it cannot be taken over by a pruned encoder.
     """
 
     name: str
     spec: type[Any]
     init: Callable[[Any, Anatomy, torch.Generator | None], Tensors]
     effects: Callable[[Any, Tensors, Anatomy], Effects]
+    cut: Callable[[Any, Tensors, Anatomy, Cut], Tensors] | None = None
+
+
+class Cut(Protocol):
+    """What of a parent's columns is left in an encoder pruned from it: ``stack`` [n, ..., width], a layer each."""
+
+    def inputs(self, stack: Tensor, slot: Slot, layers: Sequence[int]) -> Tensor:
+        """The columns of a slot's inputs that are left, zeros behind a narrower layer's."""
+        ...
+
+    def outputs(self, stack: Tensor, slot: Slot, layers: Sequence[int]) -> Tensor:
+        """The same of its outputs."""
+        ...
+
+
+def uncut(_: Any, tensors: Tensors, __: Anatomy, ___: Cut) -> Tensors:
+    """For kinds that no heads and neurons reach."""
+    return tensors
 
 
 def normal(shape: tuple[int, ...], std: float, generator: torch.Generator | None) -> Tensor:

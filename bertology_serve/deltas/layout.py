@@ -3,6 +3,7 @@
 * LoRA: ``{root}{module}.lora_A.weight`` [R, K] and ``.lora_B.weight`` [N, R], one pair a module. Slots that are
   slices of one packed module share its pair: the A blocks stand one above the other, B is block-diagonal with zero
   rows where no slot reaches, so r' = n R.
+* IA3: ``{root}{module}.ia3_l`` [N, 1], of a feedforward module [1, K].
 * BitFit on linear projections only: ``{root}{module}.beft_bias`` [1, N].
 * a soft prompt or prefix that works as peft's does: ``prompt_embeddings`` [V, E], or [V, 2 L H] with layer i's keys
   in block 2i and its values in block 2i + 1.
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 
 from bertology_serve.deltas.bitfit import BitfitSpec
+from bertology_serve.deltas.ia3 import Ia3Spec
+from bertology_serve.deltas.ia3_modules import read_ia3, write_ia3
 from bertology_serve.deltas.kind import Tensors
 from bertology_serve.deltas.kinds import kind_of
 from bertology_serve.deltas.lora import LoraSpec
@@ -29,7 +32,7 @@ from bertology_serve.deltas.modules import is_beft, read_beft, read_lora, take, 
 from bertology_serve.deltas.names import OWN_PREFIX
 from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
-from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.deltas.slots import KEY, Anatomy
 from bertology_serve.errors import FormatError
 
 MODEL_ROOT, PROMPT_ROOT = "base_model.model.", "base_model."
@@ -62,6 +65,8 @@ def to_disk(tensors: Mapping[str, Tensor], specs: Sequence[Any], anatomy: Anatom
             written |= write_lora(own, spec, anatomy, root)
         elif isinstance(spec, BitfitSpec) and is_beft(spec, anatomy):
             written |= write_beft(own, spec, anatomy, root)
+        elif isinstance(spec, Ia3Spec):
+            written |= write_ia3(own, spec, anatomy, root)
         elif as_peft_does(specs) == kind:
             written[PROMPT_EMBEDDINGS] = own["vectors"] if kind == "prompt" else join_prefix(own)
         else:
@@ -78,6 +83,8 @@ def from_disk(written: Tensors, specs: Sequence[Any], anatomy: Anatomy, root: st
             own = read_lora(written, spec, anatomy, root)
         elif isinstance(spec, BitfitSpec) and is_beft(spec, anatomy):
             own = read_beft(written, spec, anatomy, root)
+        elif isinstance(spec, Ia3Spec):
+            own = read_ia3(written, spec, anatomy, root)
         elif as_peft_does(specs) == kind:
             found = take(written, PROMPT_EMBEDDINGS)
             own = {"vectors": found} if kind == "prompt" else split_prefix(found, anatomy)
@@ -96,8 +103,9 @@ def join_prefix(own: Mapping[str, Tensor]) -> Tensor:
 
 def split_prefix(embeddings: Tensor, anatomy: Anatomy) -> Tensors:
     """peft's [V, 2 L H] as ``keys`` and ``values`` [L, V, H]."""
-    wanted = 2 * anatomy.layers * anatomy.hidden
+    width = anatomy.slot(KEY).outputs
+    wanted = 2 * anatomy.layers * width
     if embeddings.dim() != 2 or embeddings.shape[1] != wanted:
         raise FormatError(f"{PROMPT_EMBEDDINGS} has shape {list(embeddings.shape)}; expected [V, {wanted}]")
-    both = embeddings.view(-1, anatomy.layers, 2, anatomy.hidden).permute(2, 1, 0, 3)
+    both = embeddings.view(-1, anatomy.layers, 2, width).permute(2, 1, 0, 3)
     return {"keys": both[0].contiguous(), "values": both[1].contiguous()}

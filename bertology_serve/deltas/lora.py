@@ -12,7 +12,16 @@ from dataclasses import dataclass
 import torch
 
 from bertology_serve.deltas.effects import Effects, LowRank, spread
-from bertology_serve.deltas.kind import Kind, Tensors, check_choice, check_positive, check_share, chosen_layers, zeros
+from bertology_serve.deltas.kind import (
+    Cut,
+    Kind,
+    Tensors,
+    check_choice,
+    check_positive,
+    check_share,
+    chosen_layers,
+    zeros,
+)
 from bertology_serve.deltas.slots import Anatomy
 
 
@@ -55,6 +64,8 @@ def init(spec: LoraSpec, anatomy: Anatomy, generator: torch.Generator | None) ->
         elif generator is not None:
             bound = 1.0 / math.sqrt(slot.inputs)
             a.uniform_(-bound, bound, generator=generator)
+        for index, layer in enumerate(chosen_layers(spec.layers, slot.depth)):
+            a[index, :, slot.inputs_of(layer) :] = 0.0  # columns that a narrower layer lacks
         tensors[f"{name}.a"] = a
         tensors[f"{name}.b"] = zeros((depth, spec.rank, slot.outputs), generator)
     return tensors
@@ -67,8 +78,19 @@ def effects(spec: LoraSpec, tensors: Tensors, anatomy: Anatomy) -> Effects:
         depth = anatomy.slot(name).depth
         layers = chosen_layers(spec.layers, depth)
         a, b = tensors[f"{name}.a"], tensors[f"{name}.b"] * spec.scale
-        updates[name] = LowRank(spread(a, layers, depth), spread(b, layers, depth), spec.dropout)
+        updates[name] = LowRank(spread(a, layers, depth), spread(b, layers, depth), spec.dropout, spec.layers)
     return Effects(low_rank=updates)
 
 
-LORA = Kind("lora", LoraSpec, init, effects)
+def cut(spec: LoraSpec, tensors: Tensors, anatomy: Anatomy, left: Cut) -> Tensors:
+    """A by its inputs, B by its outputs."""
+    found: Tensors = {}
+    for name in anatomy.resolve(spec.targets):
+        slot = anatomy.slot(name)
+        layers = chosen_layers(spec.layers, slot.depth)
+        found[f"{name}.a"] = left.inputs(tensors[f"{name}.a"], slot, layers)
+        found[f"{name}.b"] = left.outputs(tensors[f"{name}.b"], slot, layers)
+    return found
+
+
+LORA = Kind("lora", LoraSpec, init, effects, cut)

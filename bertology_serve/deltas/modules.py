@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.bitfit import slots as bitfit_slots
@@ -22,12 +23,21 @@ from bertology_serve.errors import FormatError, Unsupported
 
 @dataclass(frozen=True)
 class Block:
-    """One slot's share of a module: rows ``lo`` to ``hi`` of its output, at ``index`` of the slot's stack."""
+    """One slot's share of a module: rows ``lo`` to ``hi`` of its output, at ``index`` of the slot's stack.
+
+    In a pruned encoder the stack may be wider than the module, whose inputs are ``inputs``.
+    """
 
     slot: str
     index: int
     lo: int
     hi: int
+    inputs: int
+
+    @property
+    def width(self) -> int:
+        """N of the slot in this layer."""
+        return self.hi - self.lo
 
 
 def modules(spec: LoraSpec | BitfitSpec, anatomy: Anatomy) -> dict[str, list[Block]]:
@@ -35,12 +45,12 @@ def modules(spec: LoraSpec | BitfitSpec, anatomy: Anatomy) -> dict[str, list[Blo
     found: dict[str, list[Block]] = {}
     for name, layers in _reached(spec, anatomy):
         slot = anatomy.slot(name)
-        lo, hi = slot.part or (0, slot.outputs)
         for index, layer in enumerate(layers):
+            lo, hi = slot.part or (0, slot.outputs_of(layer))
             path = slot.paths[layer]
             if path is None:
                 raise Unsupported(f"layer {layer} of {anatomy.family} has no {name}; choose other layers or targets")
-            found.setdefault(path, []).append(Block(name, index, lo, hi))
+            found.setdefault(path, []).append(Block(name, index, lo, hi, slot.inputs_of(layer)))
     return found
 
 
@@ -61,7 +71,8 @@ def take(written: Tensors, name: str, shape: tuple[int, ...] | None = None) -> T
 
 def width(path: str, anatomy: Anatomy) -> int:
     """The number of outputs of the whole module at a path, of which a slot may be a slice."""
-    return max((slot.part or (0, slot.outputs))[1] for slot in anatomy.slots.values() if path in slot.paths)
+    found = [slot for slot in anatomy.slots.values() if path in slot.paths]
+    return max((slot.part or (0, slot.outputs_of(slot.paths.index(path))))[1] for slot in found)
 
 
 def _reached(spec: LoraSpec | BitfitSpec, anatomy: Anatomy) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -80,8 +91,10 @@ def write_lora(own: Mapping[str, Tensor], spec: LoraSpec, anatomy: Anatomy, root
     for path, blocks in modules(spec, anatomy).items():
         b = own[f"{blocks[0].slot}.b"].new_zeros(width(path, anatomy), spec.rank * len(blocks))
         for i, block in enumerate(blocks):
-            b[block.lo : block.hi, i * spec.rank : (i + 1) * spec.rank] = own[f"{block.slot}.b"][block.index].T
-        written[f"{root}{path}.lora_A.weight"] = torch.cat([own[f"{x.slot}.a"][x.index] for x in blocks])
+            b[block.lo : block.hi, i * spec.rank : (i + 1) * spec.rank] = own[f"{block.slot}.b"][
+                block.index, :, : block.width
+            ].T
+        written[f"{root}{path}.lora_A.weight"] = torch.cat([own[f"{x.slot}.a"][x.index, :, : x.inputs] for x in blocks])
         written[f"{root}{path}.lora_B.weight"] = b
     return written
 
@@ -90,14 +103,15 @@ def read_lora(written: Tensors, spec: LoraSpec, anatomy: Anatomy, root: str) -> 
     """The inverse of ``write_lora``; takes what it reads out of ``written``."""
     stacks: dict[str, list[Tensor]] = {}
     for path, blocks in modules(spec, anatomy).items():
-        inputs, ranks = anatomy.slot(blocks[0].slot).inputs, spec.rank * len(blocks)
-        a = take(written, f"{root}{path}.lora_A.weight", (ranks, inputs))
+        ranks = spec.rank * len(blocks)
+        a = take(written, f"{root}{path}.lora_A.weight", (ranks, blocks[0].inputs))
         b = take(written, f"{root}{path}.lora_B.weight", (width(path, anatomy), ranks))
         rest = b.clone()
         for i, block in enumerate(blocks):
             mine = slice(i * spec.rank, (i + 1) * spec.rank)
-            stacks.setdefault(f"{block.slot}.a", []).append(a[mine])
-            stacks.setdefault(f"{block.slot}.b", []).append(b[block.lo : block.hi, mine].T)
+            slot = anatomy.slot(block.slot)
+            stacks.setdefault(f"{block.slot}.a", []).append(_padded(a[mine], slot.inputs))
+            stacks.setdefault(f"{block.slot}.b", []).append(_padded(b[block.lo : block.hi, mine].T, slot.outputs))
             rest[block.lo : block.hi, mine] = 0
         _check_rest(rest, f"{root}{path}.lora_B.weight")
     return {name: torch.stack(parts).contiguous() for name, parts in stacks.items()}
@@ -109,7 +123,7 @@ def write_beft(own: Mapping[str, Tensor], spec: BitfitSpec, anatomy: Anatomy, ro
     for path, blocks in modules(spec, anatomy).items():
         bias = own[blocks[0].slot].new_zeros(1, width(path, anatomy))
         for block in blocks:
-            bias[0, block.lo : block.hi] = own[block.slot][block.index]
+            bias[0, block.lo : block.hi] = own[block.slot][block.index, : block.width]
         written[f"{root}{path}.beft_bias"] = bias
     return written
 
@@ -121,10 +135,17 @@ def read_beft(written: Tensors, spec: BitfitSpec, anatomy: Anatomy, root: str) -
         bias = take(written, f"{root}{path}.beft_bias", (1, width(path, anatomy)))
         rest = bias.clone()
         for block in blocks:
-            stacks.setdefault(block.slot, []).append(bias[0, block.lo : block.hi])
+            stacks.setdefault(block.slot, []).append(
+                _padded(bias[0, block.lo : block.hi], anatomy.slot(block.slot).outputs)
+            )
             rest[0, block.lo : block.hi] = 0
         _check_rest(rest, f"{root}{path}.beft_bias")
     return {name: torch.stack(parts) for name, parts in stacks.items()}
+
+
+def _padded(rows: Tensor, width: int) -> Tensor:
+    """Zeros behind the columns, up to the stack's width."""
+    return F.pad(rows, (0, width - rows.shape[-1])) if rows.shape[-1] < width else rows
 
 
 def _check_rest(rest: Tensor, name: str) -> None:

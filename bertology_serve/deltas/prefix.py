@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from bertology_serve.deltas.effects import Effects, Prefix
-from bertology_serve.deltas.kind import Kind, Tensors, check_choice, check_positive, normal
-from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.deltas.kind import Cut, Kind, Tensors, check_choice, check_positive, normal
+from bertology_serve.deltas.slots import KEY, Anatomy
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,14 @@ class PrefixSpec:
 
 
 def init(spec: PrefixSpec, anatomy: Anatomy, generator: torch.Generator | None) -> Tensors:
-    """``keys`` and ``values`` [L, V, H] from N(0, init_std²), float32."""
-    shape = (anatomy.layers, spec.length, anatomy.hidden)
-    return {name: normal(shape, spec.init_std, generator) for name in ("keys", "values")}
+    """``keys`` and ``values`` [L, V, H] from N(0, init_std²), float32; pruned, as wide as the widest layer."""
+    slot = anatomy.slot(KEY)
+    tensors = {name: normal((anatomy.layers, spec.length, slot.outputs), spec.init_std, generator)
+               for name in ("keys", "values")}  # fmt: skip
+    for rows in tensors.values():
+        for layer in range(anatomy.layers):
+            rows[layer, :, slot.outputs_of(layer) :] = 0.0  # heads that a pruned layer lacks
+    return tensors
 
 
 def effects(spec: PrefixSpec, tensors: Tensors, anatomy: Anatomy) -> Effects:
@@ -37,4 +42,9 @@ def effects(spec: PrefixSpec, tensors: Tensors, anatomy: Anatomy) -> Effects:
     return Effects(prefix=Prefix(tensors["keys"], tensors["values"], spec.positions))
 
 
-PREFIX = Kind("prefix", PrefixSpec, init, effects)
+def cut(_: PrefixSpec, tensors: Tensors, anatomy: Anatomy, left: Cut) -> Tensors:
+    """Keys and values by head."""
+    return {name: left.outputs(rows, anatomy.slot(KEY), range(anatomy.layers)) for name, rows in tensors.items()}
+
+
+PREFIX = Kind("prefix", PrefixSpec, init, effects, cut)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from bertology_serve.deltas.effects import Effects, Prompt
-from bertology_serve.deltas.kind import Kind, Tensors, check_choice, check_positive, normal
+from bertology_serve.deltas.kind import Kind, Tensors, check_choice, check_positive, normal, uncut
 from bertology_serve.deltas.slots import Anatomy
 
 
@@ -45,4 +45,4 @@ def effects(spec: PromptSpec, tensors: Tensors, anatomy: Anatomy) -> Effects:
     return Effects(prompt=Prompt(tensors["vectors"], spec.placement, spec.positions, spec.head_reads))
 
 
-PROMPT = Kind("prompt", PromptSpec, init, effects)
+PROMPT = Kind("prompt", PromptSpec, init, effects, uncut)

@@ -30,7 +30,9 @@ class Slot:
     ``paths`` are dotted module names in the headless HuggingFace model, one a layer (``None`` where a layer lacks
     the module, as ModernBERT's first attention norm); slots outside the layers have a single path. ``part`` is the
     half-open column range ``(lo, hi)`` of the module's output that this slot names, for slices of packed
-    projections, else ``None``. ``inputs`` is K (0 for norms, which have a bias only), ``outputs`` is N.
+    projections, else ``None``. ``inputs`` is K (0 for norms, which have a bias only), ``outputs`` is N. Where layers
+    differ, as in a pruned encoder, ``sizes`` holds (K, N) of each layer and ``inputs`` and ``outputs`` are the
+    largest: stacks are as wide as those, with zeros behind a narrower layer's columns.
     """
 
     name: str
@@ -39,6 +41,15 @@ class Slot:
     outputs: int
     has_bias: bool
     part: tuple[int, int] | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def inputs_of(self, layer: int) -> int:
+        """K in one layer."""
+        return self.sizes[layer][0] if self.sizes else self.inputs
+
+    def outputs_of(self, layer: int) -> int:
+        """N in one layer."""
+        return self.sizes[layer][1] if self.sizes else self.outputs
 
     @property
     def depth(self) -> int:
@@ -58,7 +69,7 @@ class Anatomy:
     ``family`` is the HuggingFace ``model_type``; ``prefix`` the name of the encoder inside HuggingFace's task models
     (``bert``, ``roberta``, ``model``...), which peft's tensor names begin with. ``position_offset`` is the position
     of the first token (2 for RoBERTa). ``max_tokens`` is the longest sequence. ``pre_norm`` says whether LayerNorms
-    stand before their blocks (ModernBERT).
+    stand before their blocks (ModernBERT). ``heads`` is the number before any pruning, as ``hidden`` and D are.
     """
 
     family: str
@@ -76,6 +87,10 @@ class Anatomy:
     def head_width(self) -> int:
         """D: the width of one attention head."""
         return self.hidden // self.heads
+
+    def heads_of(self, layer: int) -> int:
+        """The attention heads of one layer: fewer than ``heads`` in a pruned encoder."""
+        return self.slots[QUERY].outputs_of(layer) // self.head_width
 
     def slot(self, name: str) -> Slot:
         """The slot of that name or alias; raises SpecError naming the nearest known one."""

@@ -7,7 +7,7 @@ projections are told apart by the role names that BERT-like models share and by 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -94,27 +94,33 @@ def _layer_slots(stack_path: str, stack: nn.ModuleList, hidden: int) -> Iterator
     roles: list[dict[str, tuple[str, nn.Module]]] = [dict(_roles_of(layer, hidden)) for layer in stack]
     names = dict.fromkeys(name for layer in roles for name in layer)
     for name in names:
-        _, module = next(layer[name] for layer in roles if name in layer)
+        modules = [layer[name][1] if name in layer else None for layer in roles]
         paths = tuple(f"{stack_path}.{i}.{layer[name][0]}" if name in layer else None for i, layer in enumerate(roles))
-        yield from _slots_of(name, paths, module)
+        yield from _slots_of(name, paths, modules)
 
 
-def _slots_of(name: str, paths: tuple[str | None, ...], module: nn.Module) -> Iterator[Slot]:
+def _slots_of(name: str, paths: tuple[str | None, ...], modules: Sequence[nn.Module | None]) -> Iterator[Slot]:
     slices = {QKV: (QUERY, KEY, VALUE), UP_GATE: (UP, GATE)}.get(name, ())
-    whole = _slot(name, paths, module)
+    whole = _slot(name, paths, modules)
     yield whole
     width = whole.outputs // max(1, len(slices))
     for i, part in enumerate(slices):
         yield Slot(part, paths, whole.inputs, width, whole.has_bias, (i * width, (i + 1) * width))
 
 
-def _slot(name: str, paths: tuple[str | None, ...], module: Any) -> Slot:
-    has_bias = getattr(module, "bias", None) is not None
+def _slot(name: str, paths: tuple[str | None, ...], modules: Sequence[Any]) -> Slot:
+    has_bias = getattr(next(filter(None, modules)), "bias", None) is not None
+    sizes = tuple(_size(module) if module is not None else (0, 0) for module in modules)
+    inputs, outputs = (max(side) for side in zip(*sizes, strict=True))
+    differ = len({size for size, module in zip(sizes, modules, strict=True) if module is not None}) > 1
+    return Slot(name, paths, inputs, outputs, has_bias, sizes=sizes if differ else ())
+
+
+def _size(module: Any) -> tuple[int, int]:
+    """(K, N); norms and convolutions have a bias only, and so no K."""
     if isinstance(module, nn.Linear):
-        return Slot(name, paths, module.in_features, module.out_features, has_bias)
-    if isinstance(module, nn.Conv1d):
-        return Slot(name, paths, 0, module.out_channels, has_bias)
-    return Slot(name, paths, 0, int(module.weight.numel()), has_bias)
+        return module.in_features, module.out_features
+    return 0, module.out_channels if isinstance(module, nn.Conv1d) else int(module.weight.numel())
 
 
 def _roles_of(layer: nn.Module, hidden: int) -> Iterator[tuple[str, tuple[str, nn.Module]]]:
@@ -147,7 +153,7 @@ def _outside_slots(model: nn.Module, stack_path: str) -> Iterator[Slot]:
             continue
         for name, pattern in _OUTSIDE.items():
             if pattern.search(path) and isinstance(module, nn.Linear | nn.LayerNorm | nn.Conv1d):
-                yield _slot(name, (path,), module)
+                yield _slot(name, (path,), [module])
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:

@@ -101,8 +101,8 @@ def packed_attention(
 ) -> Tensor:
     """Attention of every row to its own sequence and prefix.
 
-    query, key, value [T, heads, D]; ``prefix`` are the pools [P, H] of keys and values; ``window`` lets a row see
-    only rows at most that far away (prefixes are always seen); ``attend`` takes the place of torch's attention.
+    query, key, value [T, heads, D]; ``prefix`` are the pools [P, H or more] of keys and values; ``window`` lets a row
+    see only rows at most that far away (prefixes are always seen); ``attend`` takes the place of torch's attention.
     Returns [T, heads * D].
     """
     special = bias is not None or dropout > 0 or attend is not None or (window is not None and prefix is not None)
@@ -140,8 +140,8 @@ def _group_attention(
         scores = bias(group, q, k)
         mask = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
     if group.prefix is not None and prefix is not None:
-        past = [pool.index_select(0, group.prefix).view(group.count, -1, heads, width).transpose(1, 2)
-                for pool in prefix]  # fmt: skip
+        own = [pool[:, : heads * width].index_select(0, group.prefix) for pool in prefix]
+        past = [rows.view(group.count, -1, heads, width).transpose(1, 2) for rows in own]
         k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         if mask is not None:
             mask = F.pad(mask, (past[0].shape[2], 0), value=True if mask.dtype == torch.bool else 0.0)

@@ -26,6 +26,16 @@ def adapter(place: str) -> str:
     return f"{place}.adapter"
 
 
+def scale(slot: str) -> str:
+    """The name of the pool of the factors on a slot's outputs."""
+    return f"{slot}.scale"
+
+
+def inner(slot: str) -> str:
+    """The name of the pool of the factors on a slot's inputs."""
+    return f"{slot}.inner"
+
+
 def is_adapter(pool: str) -> bool:
     """Whether a pool holds bottleneck adapters."""
     return pool.endswith(".adapter")
@@ -36,12 +46,12 @@ class Entry:
     """Where one delta stands in the pools.
 
     ``rows`` maps a pool's name to the segment template (pool rows ``first``..``last``, bias row, dropout, activation)
-    that its sequences get; ``adapter_layers`` the layers in which a pool's adapters exist.
+    that its sequences get; ``layers`` the layers in which they are active, for pools where these are not all.
     """
 
     key: str
     rows: Mapping[str, RowSegment] = field(default_factory=dict)
-    adapter_layers: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    layers: Mapping[str, frozenset[int]] = field(default_factory=dict)
     prompt: Prompt | None = None
     prefix: Prefix | None = None
 
@@ -77,6 +87,9 @@ def pool_rows(effects: Effects) -> tuple[dict[str, Rows], dict[str, RowSegment],
             "up": torch.cat([unit.up, one], 1),
         }
         templates[adapter(place)] = RowSegment(0, 0, 0, width, bias=width, activation=unit.activation)
+    for name, stacks in ((scale, effects.scale), (inner, effects.inner)):
+        for slot, factors in stacks.items():
+            rows[name(slot)], templates[name(slot)] = {"g": factors.unsqueeze(1)}, RowSegment(0, 0, 0, 0, bias=0)
     if effects.prompt:
         rows[PROMPT] = {"v": effects.prompt.vectors.unsqueeze(0)}
         templates[PROMPT] = RowSegment(0, 0, 0, effects.prompt.vectors.shape[0])
@@ -227,7 +240,8 @@ class DeltaBank:
 class LiveBank:
     """A bank whose rows are the deltas' own tensors, so that gradients reach them. Made anew for every step.
 
-    With ``training`` the updates' inputs are dropped at the rate that each delta asks for.
+    With ``training`` the updates' inputs are dropped at the rate that each delta asks for. Updates of some layers are
+    active there alone, so that no graph is built below the lowest.
     """
 
     def __init__(self, effects: Sequence[tuple[str, Effects]], training: bool = False) -> None:
@@ -236,6 +250,7 @@ class LiveBank:
         heights: dict[str, int] = {}
         for key, effect in effects:
             rows, templates, layers = pool_rows(effect)
+            layers |= _update_layers(effect)
             moved = {name: _moved(row, heights.get(name, 0), training) for name, row in templates.items()}
             self.entries[key] = _entry(key, effect, (moved, layers))
             for name, columns in rows.items():
@@ -246,6 +261,15 @@ class LiveBank:
     def layer(self, pool: str, column: str, layer: int) -> Tensor:
         """One layer of a pool's column [P, width]."""
         return self._layers[pool][column][layer]
+
+
+def _update_layers(effects: Effects) -> dict[str, frozenset[int]]:
+    """The layers of the low-rank updates that are not in all of them."""
+    return {
+        slot: frozenset(update.layers)
+        for slot, update in effects.low_rank.items()
+        if update.layers is not None and slot not in effects.bias
+    }
 
 
 def _unbound(parts: list[Rows]) -> dict[str, tuple[Tensor, ...]]:

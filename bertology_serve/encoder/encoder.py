@@ -7,15 +7,19 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.effects import Effects
-from bertology_serve.deltas.slots import Anatomy
-from bertology_serve.encoder import families
+from bertology_serve.deltas.names import MANIFEST
+from bertology_serve.deltas.pruning import Pruning, fitted, sliced_state
+from bertology_serve.deltas.slots import KEY, QUERY, Anatomy
+from bertology_serve.encoder import families, joined
 from bertology_serve.encoder.anatomy import find_anatomy
 from bertology_serve.encoder.attention import make_layout
 from bertology_serve.encoder.bank import PROMPT, DeltaBank
@@ -27,6 +31,7 @@ from bertology_serve.encoder.passing import Current, Heads, Pass, Pools
 from bertology_serve.encoder.plan import BatchPlan, make_plan
 from bertology_serve.encoder.prepacked import Prepacked, pays
 from bertology_serve.encoder.probe import Probe
+from bertology_serve.encoder.pruned import read_pruning
 from bertology_serve.encoder.varlen import HALVES
 from bertology_serve.encoder.wrapped import SlotLinear, wrap
 from bertology_serve.errors import LimitError, Unsupported
@@ -37,13 +42,17 @@ class Encoder:
     """A frozen encoder that takes packed batches with the deltas of their sequences applied.
 
     ``model`` is the headless HuggingFace model, its linears and norms wrapped; ``base_head`` holds what the base
-    checkpoint has of a head (BERT's pooler), by its name there; ``packs`` says whether rows travel unpadded.
+    checkpoint has of a head (BERT's pooler), by its name there; ``packs`` says whether rows travel unpadded;
+    ``pruning`` what it was pruned from, if it was.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, base_head: dict[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, name: str, base_head: dict[str, Tensor] | None = None,
+        pruning: Pruning | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.base_head = base_head or {}
-        self.config = model.config
+        self.config, self.pruning = model.config, pruning
         self.anatomy: Anatomy = find_anatomy(model)
         self.ref = BaseRef(name, weights_hash(model.state_dict()), self.anatomy.family)
         self.lock = threading.RLock()
@@ -63,7 +72,7 @@ class Encoder:
         """
         path = locate(name)
         model, head = load_model(path)
-        encoder = cls(model, load_tokenizer(path), name, head)
+        encoder = cls(model, load_tokenizer(path), name, head, read_pruning(path))
         model.to(device=torch.device(device), dtype=dtype)
         return encoder
 
@@ -75,10 +84,11 @@ class Encoder:
     def for_delta(cls, delta: Delta, name: str | None = None, *, device: str = "cpu") -> Encoder:
         """The encoder that a delta runs on: its base, or for full fine-tuning the base with the delta's weights."""
         path = locate(name or delta.base.name)
-        model, head = load_model(path)
+        (model, head), pruning = load_model(path), read_pruning(path)
         if delta.weights:
-            model.load_state_dict(delta.weights)
-        encoder = cls(model, load_tokenizer(path), name or delta.base.name, head)
+            whole = pruning is not None and delta.base.sha256 == pruning.parent.sha256
+            model.load_state_dict(sliced_state(delta.weights, pruning) if pruning and whole else delta.weights)
+        encoder = cls(model, load_tokenizer(path), name or delta.base.name, head, pruning)
         model.to(torch.device(device))
         return encoder
 
@@ -98,36 +108,56 @@ class Encoder:
         limit = int(getattr(self.tokenizer, "model_max_length", self.anatomy.max_tokens) or self.anatomy.max_tokens)
         return min(limit, self.anatomy.max_tokens)
 
+    def fitted(self, delta: Delta) -> Delta:
+        """The delta as this encoder takes it: itself, or sliced where it was made for what this was pruned from."""
+        return fitted(delta, self.anatomy, self.ref, self.pruning)
+
+    def read_delta(self, path: Path, name: str | None = None) -> Delta:
+        """A delta from its directory, fitted; raises what ``store.load`` raises."""
+        anatomy: Anatomy | None = self.anatomy
+        base: BaseRef | None = self.ref
+        if self.pruning is not None:  # what it was pruned from is what peft's deltas were made for
+            own = (path / MANIFEST).exists()
+            anatomy, base = (None, None) if own else (self.pruning.anatomy, self.pruning.parent)
+        return self.fitted(store.load(path, anatomy, base=base, name=name, options=self.config.to_dict()))
+
     def check_length(self, tokens: int) -> None:
         """Raises LimitError where sequences of that many tokens do not fit."""
         if tokens > self.max_tokens:
             raise LimitError(f"max_length is {tokens}; {self.name} reads at most {self.max_tokens} tokens")
 
     def allowed(self, effects: Effects) -> Effects:
-        """The effects, where this encoder can apply them; raises Unsupported for prefixes on a padded encoder."""
+        """The effects, where this encoder can apply them; raises Unsupported for those that it cannot."""
         if effects.prefix is not None and not self.packs:
             raise Unsupported(f"{self.anatomy.family} is run with its own attention, which takes no prefix")
+        if {QUERY, KEY} & effects.scale.keys() and self.anatomy.family == "deberta-v2":
+            raise Unsupported(
+                "deberta-v2 projects positions with query and key too, which no factors reach; target others"
+            )
         return effects
 
     def prepack(self, wanted: bool | None = None) -> bool:
-        """Lays the frozen linears out for oneDNN where that is faster (``None``: a short timing decides).
+        """Lays the frozen linears out for where they are, as long as their weights no longer change.
 
-        Only for float32 on CPU with weights that no longer change. Says whether it was done.
+        On CPU in float32 for oneDNN where that is faster (``None``: a short timing decides); on a GPU query, key and
+        value as one, for a single launch. Says whether it was done.
         """
-        fits = self.device.type == "cpu" and self.dtype == torch.float32 and not self._trains
-        if not fits or not (pays() if wanted is None else wanted):
+        if self._trains:
+            return False
+        if self.device.type == "cuda":
+            return wanted is not False and joined.join(self.model, self.anatomy)
+        if self.device.type != "cpu" or self.dtype != torch.float32 or not (pays() if wanted is None else wanted):
             return False
         keep_freed_memory()
-        for module in self.model.modules():
-            if isinstance(module, SlotLinear):
-                module.prepacked = Prepacked(module.weight, module.bias)
+        for module in self._linears():
+            module.prepacked = Prepacked(module.weight, module.bias)
         return True
 
     def unpack_weights(self) -> None:
         """Back to plain linears, for weights that are about to change."""
-        for module in self.model.modules():
-            if isinstance(module, SlotLinear):
-                module.prepacked = None
+        joined.part(self.model, self.anatomy)
+        for module in self._linears():
+            module.prepacked = None
 
     def run(
         self, batch: PackedBatch, pools: Pools, plan: BatchPlan | None = None, heads: Heads | None = None
@@ -205,6 +235,9 @@ class Encoder:
                 f"{self.name}: neither packed nor padded rows give the model's own output ({self.anatomy.family}); "
                 "this family is not supported"
             )
+
+    def _linears(self) -> Iterator[SlotLinear]:
+        return (module for module in self.model.modules() if isinstance(module, SlotLinear))
 
     @property
     def _trains(self) -> bool:

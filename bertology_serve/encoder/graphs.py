@@ -77,7 +77,7 @@ def _activity(name: str, segments: Segments, plan: BatchPlan, bank: DeltaBank, l
     layers: tuple[int, ...] = ()
     if is_adapter(name):
         seen: dict[int, int] = {}
-        alike = [plan.adapters(name, layer) for layer in range(bank.depth(name))]
+        alike = [plan.active(name, layer) for layer in range(bank.depth(name))]
         layers = tuple(seen.setdefault(id(part), i) if part else -1 for i, part in enumerate(alike))
     activations = tuple(sorted({segment.activation for segment in segments}))
     return name, column_class, ranked, activations, layers, bank.addresses(name)
@@ -94,7 +94,7 @@ class FixedColumns(BatchColumns):
         for name, segments in plan.segments.items():
             self._names[id(segments)] = (name, -1, "")
             for layer in reversed(range(depths.get(name, 0))):  # lists that layers share bear the first one's number
-                self._names[id(plan.adapters(name, layer))] = (name, layer, "")
+                self._names[id(plan.active(name, layer))] = (name, layer, "")
 
     def get(self, slices: Sequence[Segments], block_m: int) -> TileColumns:
         """The fixed lists of these segments."""
@@ -130,7 +130,7 @@ def _named(plan: BatchPlan, name: Name) -> Segments:
     if name is None:
         return ()
     pool, layer, activation = name
-    segments = plan.segments[pool] if layer < 0 else plan.adapters(pool, layer)
+    segments = plan.segments[pool] if layer < 0 else plan.active(pool, layer)
     return [s for s in segments if s.activation == activation] if activation else segments
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, float32
 
+from bertology_serve.deltas.pruning import PRUNED
+from bertology_serve.encoder.pruned import pruned_model
 from bertology_serve.errors import InputError, NotFound, Unsupported
 
 MINILM = "minilm"
@@ -33,6 +35,8 @@ def load_model(path: str) -> tuple[Any, dict[str, Tensor]]:
     config = _config(path)
     if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
         raise Unsupported(f"{path} is a {config.model_type} decoder; expected a BERT-like encoder")
+    if getattr(config, PRUNED, False):
+        return pruned_model(path, config), _head_parts(path, config.model_type)
     try:
         model = AutoModel.from_pretrained(path, config=config, dtype=float32, use_safetensors=True)
     except (OSError, ValueError) as error:

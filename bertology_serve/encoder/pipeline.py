@@ -112,14 +112,18 @@ class Pipeline:
     def add(self, delta: Delta) -> None:
         """Makes a delta resident; one of the same name is replaced, its jobs under way finish on it.
 
+        On a pruned encoder the deltas of what it was pruned from are sliced.
         Raises BaseMismatch for a delta of other weights, Unsupported for what this encoder cannot apply, LimitError
         where its sequences do not fit.
         """
-        self._check(delta)
+        delta = self.encoder.fitted(delta)
+        self.check(delta)
         head = Head.build(form_for(self.encoder, delta.task), self.encoder.base_head)
         head.load(delta.head)
         head.to(self.encoder.device).eval().requires_grad_(False)
         effects = self.encoder.allowed(delta.effects(self.encoder.anatomy))
+        if self.engine is not self.encoder and (effects.scale or effects.inner):
+            raise Unsupported(f"delta {delta.name!r} scales the encoder's rows: serve it with --engine torch")
         with self.encoder.lock:  # no batch runs meanwhile, so nothing is done here but copying rows
             self._sweep()
             key = f"{delta.name}#{next(self._keys)}"
@@ -137,10 +141,14 @@ class Pipeline:
         """Takes a delta away; its rows are freed once the last job under way has finished."""
         if name == BASE:
             raise Unsupported("the bare base cannot be removed")
-        if self._ready.pop(name, None) is None:
+        if not self.retire(name):
             self._find(name)
         with self.encoder.lock:
             self._sweep()
+
+    def retire(self, name: str) -> bool:
+        """Takes a delta away without waiting for a batch, the next of which frees its rows; whether it was there."""
+        return self._ready.pop(name, None) is not None
 
     def prepare(self, request: Request) -> Job:
         """Checks and tokenises one request. Raises NotFound (VersionGone), DataError."""
@@ -189,7 +197,8 @@ class Pipeline:
         batch = pack(encodings, entries, encoder.anatomy, encoder.device, padded=not encoder.packs)
         return _outputs(self.engine.run(batch, self.bank), batch, owners)
 
-    def _check(self, delta: Delta) -> None:
+    def check(self, delta: Delta) -> None:
+        """Raises what ``add`` would for a delta that is not for this encoder; its tensors do not matter."""
         if delta.name == BASE:
             raise Unsupported("the name 'base' is reserved for the bare encoder; rename the delta")
         if not delta.weights:

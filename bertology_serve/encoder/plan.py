@@ -23,20 +23,30 @@ class Run:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """``runs``: the deltas of the batch in order. ``segments``: for each pool, its active row segments."""
+    """``runs``: the deltas of the batch in order. ``segments``: for each pool, its active row segments.
+
+    ``partial`` are the pools that some delta does not use in every layer.
+    """
 
     runs: tuple[Run, ...]
     segments: Mapping[str, Sequence[RowSegment]]
+    partial: frozenset[str] = frozenset()
     _kept: dict[tuple[str, tuple[bool, ...]], list[RowSegment]] = field(default_factory=dict)
 
-    def adapters(self, pool: str, layer: int) -> Sequence[RowSegment]:
-        """The segments of a pool whose deltas have an adapter in a layer: the same list for the same deltas."""
+    def active(self, pool: str, layer: int) -> Sequence[RowSegment]:
+        """The segments of a pool whose deltas use it in a layer: the same list for the same deltas."""
         segments = self.segments.get(pool, ())
-        kept = tuple(layer in run.entry.adapter_layers[pool] for run in self.runs if pool in run.entry.rows)
+        if pool not in self.partial:
+            return segments
+        kept = tuple(_uses(run.entry, pool, layer) for run in self.runs if pool in run.entry.rows)
         if all(kept):
             return segments
         picked = [segment for segment, keep in zip(segments, kept, strict=True) if keep]
         return self._kept.setdefault((pool, kept), picked)
+
+
+def _uses(entry: Entry, pool: str, layer: int) -> bool:
+    return pool not in entry.layers or layer in entry.layers[pool]
 
 
 def make_plan(batch: PackedBatch) -> BatchPlan:
@@ -46,7 +56,7 @@ def make_plan(batch: PackedBatch) -> BatchPlan:
     for run in runs:
         for pool, template in run.entry.rows.items():
             segments.setdefault(pool, []).append(replace(template, lo=run.lo, hi=run.hi))
-    return BatchPlan(runs, segments)
+    return BatchPlan(runs, segments, frozenset(pool for run in runs for pool in run.entry.layers))
 
 
 def _runs(batch: PackedBatch) -> Iterator[Run]:

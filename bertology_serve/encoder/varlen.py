@@ -113,10 +113,11 @@ def varlen_attention(
 ) -> Tensor:
     """Attention of every row to its own sequence and prefix, as ``packed_attention``; no window beside prefixes.
 
-    query, key, value [T, heads, D]; ``prefix`` are the pools [P, H]. Returns [T, heads * D].
+    query, key, value [T, heads, D]; ``prefix`` are the pools [P, H or more]. Returns [T, heads * D].
     """
     if prefix is not None and extents.prefix is not None and extents.keys_at is not None:
-        past = [pool.index_select(0, extents.prefix).view(-1, *key.shape[1:]) for pool in prefix]
+        width = key.shape[1] * key.shape[2]
+        past = [pool[:, :width].index_select(0, extents.prefix).view(-1, *key.shape[1:]) for pool in prefix]
         key, value = (
             torch.cat([before, own]).index_select(0, extents.keys_at)
             for before, own in zip(past, (key, value), strict=True)

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.encoder.joined import Joined
 from bertology_serve.encoder.passing import Current, Pass, Place
 from bertology_serve.encoder.prepacked import Prepacked
-from bertology_serve.kernels.dispatch import lora_linear
 
 
 class SlotLinear(nn.Linear):
@@ -18,13 +18,14 @@ class SlotLinear(nn.Linear):
     current: Current
     places: list[Place]
     prepacked: Prepacked | None
+    joined: Joined | None
 
     @classmethod
     def adopt(cls, linear: nn.Linear, current: Current) -> SlotLinear:
         """The same linear, with the very same parameters."""
         module = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         module.weight, module.bias = linear.weight, linear.bias
-        module.current, module.places, module.prepacked = current, [], None
+        module.current, module.places, module.prepacked, module.joined = current, [], None, None
         module.train(linear.training)
         return module
 
@@ -33,21 +34,22 @@ class SlotLinear(nn.Linear):
         now = self.current.it
         if now is None:
             return self._base(x)
-        flat = x.reshape(-1, self.in_features)
-        y = self._updated(now, flat)
+        y = self._updated(now, x)
         for place in self.places:
             y = now.adapted(place, y, y)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _updated(self, now: Pass, x: Tensor) -> Tensor:
-        """x [T, K] -> [T, N] with low ranks and biases: by one kernel where there is one, else after the base."""
-        slices = now.slices(self.places, self.weight) if self.prepacked is None else None
-        if slices is not None:
-            return lora_linear(x, self.weight, self.bias, *slices, now.lists)
-        y = self._base(x)
-        for place in self.places:
-            y = now.update(place, x, y)
-        return y
+        """x [..., K] -> [T, N] with low ranks and biases."""
+        if now.gates(self.places):
+            x = now.gated(self.places, x.reshape(-1, self.in_features))
+        joined = None if now.scales(self.places) else self.joined
+        if joined is not None and (found := joined.slice(now, self, x)) is not None:
+            return found
+        flat = x.reshape(-1, self.in_features)
+        if self.prepacked is None:
+            return now.linear(self.places, flat, self.weight, self.bias)
+        return now.updated(self.places, flat, self.prepacked(flat))
 
     def _base(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.prepacked is None else self.prepacked(x)

@@ -9,6 +9,8 @@
 | qa | question answering | ``question``, ``context``, ``answers`` as in SQuAD |
 | choice | multiple choice | ``premise``, ``question``: cause or effect, ``choices``, ``label`` as in COPA |
 
+``trees`` are sixty parsed sentences in CoNLL-U: what attention heads are compared with.
+
 They are large enough to see a delta learn, and too small to compare methods with.
 """
 
@@ -29,3 +31,8 @@ def path(name: str, split: str) -> Path:
     if split not in SPLITS:
         raise NotFound(f"built-in examples have no split {split!r}; {nearest(split, SPLITS)}")
     return Path(__file__).parent / f"{name}.{split}.jsonl"
+
+
+def trees() -> Path:
+    """The parsed sentences."""
+    return Path(__file__).parent / "trees.conllu"

@@ -15,7 +15,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from bertology_serve.errors import BertologyError
-from bertology_serve.serving.engine import ClientGone, Engine
+from bertology_serve.serving.answering import Answering
+from bertology_serve.serving.engine import ClientGone
 from bertology_serve.serving.faults import place_of
 from bertology_serve.serving.gate import Gate
 from bertology_serve.serving.handlers import Handlers
@@ -24,34 +25,45 @@ from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.lifecycle import Lifecycle
 from bertology_serve.serving.management import Management
 from bertology_serve.serving.metrics import Metrics
-from bertology_serve.serving.registry import Registry
+from bertology_serve.serving.rpc.server import GrpcServer
+from bertology_serve.serving.tiers.gauges import TierGauges
 from bertology_serve.serving.watcher import Watcher
 
 log = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
+SLOTS = 10_000  # deltas that fit, as far as routers are told: memory is the bound
 CLIENT_GONE = 499  # nobody reads it; it tells the metrics
 
 
-def make_app(engine: Engine, registry: Registry, metrics: Metrics, keyring: Keyring) -> Starlette:
-    """The application around an engine, which it starts and stops."""
+def make_app(answering: Answering, metrics: Metrics, keyring: Keyring, rpc: GrpcServer | None = None) -> Starlette:
+    """The application around an engine, which it starts and stops, and a gRPC port beside it."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         engine.start()
         every = engine.config.watch_seconds
         watching = asyncio.create_task(Watcher(lifecycle, every).run()) if every else None
+        if rpc:
+            await rpc.start(answering, lifecycle, metrics, keyring)
         yield
         if watching:
             watching.cancel()
+        if rpc:
+            await rpc.stop(engine.config.shutdown_seconds)
         lifecycle.close()
+        cold.close()
         if not await engine.stop():
             log.error("stopped with %d items unanswered", engine.queue.items)
 
+    engine, registry, cold = answering.engine, answering.registry, answering.cold
     metrics.deltas(len(registry.all()))
+    metrics.affinity(registry.resident, lambda: [*engine.queue.waiting(), *cold.names()], SLOTS)
+    metrics.registry.register(TierGauges(registry.tiers))
     lifecycle = Lifecycle(registry, metrics)
-    management = Management(lifecycle, engine.config.max_body_bytes)
-    routes = make_routes(Handlers(engine, registry, metrics), management, metrics)
-    gate = Middleware(Gate, keyring, metrics, engine.config.max_header_bytes)
+    management = Management(lifecycle, engine.config)
+    handlers = Handlers(answering, metrics)
+    routes = make_routes(handlers, management, metrics)
+    gate = Middleware(Gate, keyring, metrics, engine.config.max_header_bytes, engine.config.log_calls)
     app = Starlette(routes=routes, middleware=[gate], lifespan=lifespan, exception_handlers={HTTPException: _refused})
     app.router.redirect_slashes = False
     return app
@@ -84,6 +96,9 @@ def make_routes(handlers: Handlers, management: Management, metrics: Metrics) ->
         get("/v2/health/live", h.live),
         get("/v2/health/ready", h.ready),
         get("/v2/models", h.oip_models),
+        get("/v2/models/stats", h.statistics),
+        get(f"{model}/stats", h.statistics),
+        get(f"{model}{version}/stats", h.statistics),
         get(model, h.oip_model),
         get(f"{model}{version}", h.oip_model),
         get(f"{model}/ready", h.oip_model_ready),
@@ -92,6 +107,20 @@ def make_routes(handlers: Handlers, management: Management, metrics: Metrics) ->
         post("/v2/repository/index", management.index),
         post("/v2/repository/models/{delta}/load", management.load),
         post("/v2/repository/models/{delta}/unload", management.unload),
+        *(
+            post(f"{base}/{name}", endpoint)
+            for base in ("", "/tei/{delta}")
+            for name, endpoint in {
+                "embed": h.tei.embed,
+                "rerank": h.tei.rerank,
+                "similarity": h.tei.similarity,
+                "tokenize": h.tei.tokenize,
+                "decode": h.tei.decode,
+            }.items()
+        ),
+        post("/tei/{delta}/predict", h.tei.predict),
+        get("/tei/{delta}/info", h.tei.info),
+        get("/info", h.tei.info),
         get("/health", h.health),
         get("/metrics", h.metrics_page),
         get("/openapi.json", h.openapi),

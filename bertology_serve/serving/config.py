@@ -11,6 +11,8 @@ from bertology_serve.errors import SpecError
 HELPS = {
     "host": "Address to listen on.",
     "port": "Port to listen on; 0 takes a free one.",
+    "grpc_port": "Port for the Open Inference Protocol over gRPC; 0 takes a free one. Without it there is none. "
+    "Needs the extra grpc.",
     "max_batch_ms": "Longest that a batch may take, in milliseconds. How many tokens that is, is found at start-up.",
     "max_batch_tokens": "Most tokens in one batch of several items, however fast the machine.",
     "max_queue_tokens": "Most tokens waiting; beyond that, calls are answered 503 with Retry-After.",
@@ -25,10 +27,18 @@ HELPS = {
     "BERTOLOGY_API_KEYS and BERTOLOGY_ADMIN_KEYS add plain ones. Without keys every route but management is open.",
     "max_header_bytes": "Largest path and headers of a call; beyond that 431.",
     "max_body_bytes": "Largest body of a call, decompressed; beyond that 413.",
+    "max_body_seconds": "Longest that a body or a head may take to arrive; beyond that 408, or the line is cut.",
+    "max_metric_deltas": "Most deltas that metrics name; those that come later are counted together, as 'other'.",
+    "device_mb": "Memory for the deltas that are resident, in MiB of their tensors; others wait on disk until they are "
+    "asked. Without it all of them are resident.",
+    "host_mb": "Memory for deltas that had to leave the device, in MiB: they come back without being read.",
+    "max_cold_calls": "Most calls that wait for deltas to be loaded; beyond that 503 with Retry-After.",
     "watch_seconds": "Look at the directory of deltas that often: new versions answer, what has gone is taken away. "
     "0: only when told to, by /v2/repository.",
     "drain_seconds": "How long to go on accepting calls after SIGTERM while readiness already answers 503.",
     "shutdown_seconds": "How long accepted calls may take to finish after that.",
+    "log_format": "Lines for people, or JSON objects for machines.",
+    "log_calls": "Log every call: method, path, status, milliseconds, and the name of its key. No texts.",
     "log_level": "What to log on stderr; texts are never logged.",
 }
 
@@ -39,6 +49,7 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = None
     max_batch_ms: float = 50.0
     max_batch_tokens: int = 8192
     max_queue_tokens: int = 65_536
@@ -50,20 +61,31 @@ class ServerConfig:
     max_items: int = 1024
     max_header_bytes: int = 16_384
     max_body_bytes: int = 4 * 2**20
+    max_body_seconds: float = 20.0
+    max_metric_deltas: int = 200
+    device_mb: int | None = None
+    host_mb: int = 1024
+    max_cold_calls: int = 256
     keys_file: Path | None = None
     watch_seconds: float = 0.0
     drain_seconds: float = 1.0
     shutdown_seconds: float = 30.0
+    log_format: Literal["text", "json"] = "text"
+    log_calls: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self) if field.name.startswith("max_")):
-            if not 1 <= getattr(self, name) <= 1e12:
-                raise SpecError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if not 0 <= self.port <= 65_535:
-            raise SpecError(f"port is {self.port}; expected 0 to 65535")
+            least = 0.01 if name.endswith("_seconds") else 1
+            if not least <= getattr(self, name) <= 1e12:
+                raise SpecError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        for name in ("port", "grpc_port"):
+            if not 0 <= (getattr(self, name) or 0) <= 65_535:
+                raise SpecError(f"{name} is {getattr(self, name)}; expected 0 to 65535")
         if min(self.watch_seconds, self.drain_seconds, self.shutdown_seconds) < 0:
             raise SpecError("watch_seconds, drain_seconds and shutdown_seconds are durations; expected numbers from 0")
+        if self.host_mb < 0 or (self.device_mb is not None and self.device_mb < 1):
+            raise SpecError("device_mb and host_mb are sizes in MiB; expected at least 1, and 0")
         for name in ("max_queue_tokens", "max_delta_tokens"):
             if getattr(self, name) < self.max_item_tokens:
                 raise SpecError(

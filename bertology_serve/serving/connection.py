@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from asyncio import Protocol
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -13,24 +14,47 @@ REFUSAL = (
 
 
 class Connection(HttpToolsProtocol):
-    """Closes where a head goes on beyond ``max_head`` bytes, before it is read to its end.
+    """Closes where a head goes on beyond ``max_head`` bytes, or for longer than ``max_seconds``.
 
     Heads that came whole in one piece of data are the gate's to judge.
     """
 
     max_head = 0
+    max_seconds = 0.0
+    _timer: asyncio.TimerHandle | None = None
     _in_head = False
     _pending = 0
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The first head is due."""
+        super().connection_made(transport)
+        self._due()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is due."""
+        self._came()
+        super().connection_lost(exc)
+
     def on_message_begin(self) -> None:
         """A request line begins."""
+        if self._timer is None:
+            self._due()
         self._in_head, self._pending = True, 0
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """The head is there."""
         self._in_head = False
+        self._came()
         super().on_headers_complete()
+
+    def _due(self) -> None:
+        self._timer = self.loop.call_later(self.max_seconds, self.transport.abort)
+
+    def _came(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def data_received(self, data: bytes) -> None:
         """Counts what belongs to a head that has not ended."""
@@ -44,6 +68,6 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
 
-def limited(most: int) -> type[Protocol]:
-    """The protocol with that bound."""
-    return type("Connection", (Connection,), {"max_head": most})
+def limited(most: int, seconds: float) -> type[Protocol]:
+    """The protocol with those bounds, in bytes and in seconds from a head's beginning to its end."""
+    return type("Connection", (Connection,), {"max_head": most, "max_seconds": seconds})

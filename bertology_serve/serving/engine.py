@@ -6,11 +6,12 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from bertology_serve.encoder.pipeline import BASE, Job, Pipeline, Prediction, Request
-from bertology_serve.errors import DataError, Expired, LimitError
+from bertology_serve.errors import DataError, Expired, LimitError, Overloaded
 from bertology_serve.serving import metrics as outcomes
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.executor import Executor
@@ -88,11 +89,13 @@ class Engine:
         gone: Callable[[], Awaitable[None]] | None = None,
         charge: Callable[[int], None] = lambda tokens: None,
         seconds: float = math.inf,
+        priority: int = 0,
     ) -> list[Prediction]:
         """The answers of one call, in order.
 
         ``gone()`` returns when the caller has left: what is still queued is then dropped and ClientGone raised.
         Expired is raised where the answer takes longer than ``seconds``, or than the configuration allows.
+        Of one delta's work the lowest ``priority`` goes first (0: the default one).
         ``charge(tokens)`` hears what the call costs before it is queued, and may raise. Raises
         what is wrong with the first bad request (DataError, NotFound, LimitError), or Overloaded.
         """
@@ -100,7 +103,7 @@ class Engine:
         seconds = min(seconds, self.config.max_call_seconds)
         deadline = time.monotonic() + seconds
         jobs = await self._prepare(requests)
-        ticket = Ticket(jobs, self._loop, deadline)
+        ticket = Ticket(jobs, self._loop, deadline, priority)
         try:
             charge(sum(job.cost for job in jobs))
             self.queue.put(ticket.works)
@@ -130,10 +133,20 @@ class Engine:
             raise LimitError(
                 f"the call holds {len(requests)} items; at most {config.max_items} are taken, send several"
             )
+        self._check_room(requests)
         characters = sum(check_size(request, config.max_text_characters) for request in requests)
         if characters <= INLINE_CHARACTERS:
             return self._jobs(requests)
         return await asyncio.get_running_loop().run_in_executor(self._tokenizers, self._jobs, requests)
+
+    def _check_room(self, requests: Sequence[Request]) -> None:
+        """Overloaded where there is no room even for one token an item: told before any work is done."""
+        least = Counter(request.delta for request in requests)
+        try:
+            self.queue.check(least)
+        except Overloaded:
+            self._metrics.refused({name: count for name, count in least.items() if self.pipeline.resident(name)})
+            raise
 
     def _jobs(self, requests: Sequence[Request]) -> list[Job]:
         jobs = [self.pipeline.prepare(request) for request in requests]

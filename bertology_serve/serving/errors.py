@@ -14,6 +14,7 @@ from bertology_serve.errors import (
     NotFound,
     Overloaded,
     RateLimited,
+    SlowBody,
     Unauthorized,
     Unsupported,
     VerificationError,
@@ -21,6 +22,7 @@ from bertology_serve.errors import (
 
 _STATUS: tuple[tuple[type[BertologyError], HTTPStatus], ...] = (
     (LimitError, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
+    (SlowBody, HTTPStatus.REQUEST_TIMEOUT),
     (InputError, HTTPStatus.BAD_REQUEST),
     (NotFound, HTTPStatus.NOT_FOUND),
     (Unsupported, HTTPStatus.BAD_REQUEST),
@@ -51,4 +53,6 @@ def headers_of(problem: Exception) -> dict[str, str]:
     """Retry-After in whole seconds where trying again makes sense; how to show a key where none was shown."""
     if isinstance(problem, Unauthorized):
         return {"WWW-Authenticate": "Bearer"}
+    if isinstance(problem, SlowBody):
+        return {"Connection": "close"}  # the rest of the body would be read as the next call
     return {"Retry-After": str(math.ceil(problem.retry_after))} if isinstance(problem, Overloaded) else {}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+import logging
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertology_serve.errors import BertologyError
+from bertology_serve.serving import logs
 from bertology_serve.serving.http import error_response, problem_response
 from bertology_serve.serving.keys import Access, Keyring
 from bertology_serve.serving.metrics import Metrics
 
+log = logging.getLogger(__name__)
 PUBLIC = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
 ACCESS = "bertology.access"
 
@@ -19,14 +24,18 @@ class Gate:
     What passes finds its ``Access`` by ``access_of``. It reads heads only, never a body.
     """
 
-    def __init__(self, app: ASGIApp, keyring: Keyring, metrics: Metrics, max_header_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, keyring: Keyring, metrics: Metrics, max_header_bytes: int, log_calls: bool = False
+    ) -> None:
         self._app, self._keyring, self._metrics, self._most = app, keyring, metrics, max_header_bytes
+        self._log_calls = log_calls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a call through, or answers it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        send = _noting(scope, send) if self._log_calls else send
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         size = len(scope["raw_path"]) + len(scope["query_string"])
         for name, value in headers:
@@ -45,6 +54,20 @@ class Gate:
             refusal = error_response(message, 431, scope["path"])
         self._metrics.call(refusal.status_code)
         await refusal(scope, receive, send)
+
+
+def _noting(scope: Scope, send: Send) -> Send:
+    """Logs a call as its answer begins. The path is logged as it was sent: escaped, so that no line breaks in it."""
+    started = time.perf_counter()
+
+    async def noting(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            access: Access | None = scope.get(ACCESS)
+            name, path = access.name if access else "", scope["raw_path"].decode("ascii", "replace")
+            logs.call(log, scope["method"], path, message["status"], time.perf_counter() - started, name)
+        await send(message)
+
+    return noting
 
 
 def access_of(scope: Scope) -> Access:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,8 @@ from bertology_serve import __version__
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction
 from bertology_serve.encoder.pipeline import Request as Item
-from bertology_serve.errors import Forbidden, VersionGone
-from bertology_serve.serving.engine import Engine
+from bertology_serve.errors import Forbidden
+from bertology_serve.serving.answering import Answering, of_one_version
 from bertology_serve.serving.gate import access_of
 from bertology_serve.serving.http import (
     BINARY,
@@ -25,29 +25,33 @@ from bertology_serve.serving.http import (
     departure,
     header_length,
     json_response,
+    priority_of,
     read_body,
     timeout_of,
 )
-from bertology_serve.serving.keys import Access
 from bertology_serve.serving.metrics import CONTENT_TYPE, Metrics
 from bertology_serve.serving.openapi import document
 from bertology_serve.serving.protocol import hf, native, oip, oip_model, openai
-from bertology_serve.serving.registry import Registry
-
-SWAPS = 8
+from bertology_serve.serving.protocol.tei import PREDICT
+from bertology_serve.serving.tei_routes import TeiRoutes
 
 
 class Handlers:
     """The endpoints of one server."""
 
-    def __init__(self, engine: Engine, registry: Registry, metrics: Metrics) -> None:
-        self.engine, self.registry, self.metrics = engine, registry, metrics
-        self.config = engine.config
+    def __init__(self, answering: Answering, metrics: Metrics) -> None:
+        self.engine, self.registry, self.metrics = answering.engine, answering.registry, metrics
+        self.answering = answering
+        self.config = self.engine.config
+        self.tei = TeiRoutes(self.answering)
         self._started = int(time.time())
 
     async def predict(self, request: Request) -> Response:
-        """POST /predict"""
-        call = native.read_call(await self._body(request))
+        """POST /predict, in this project's shape or in TEI's"""
+        body = await self._body(request)
+        if native.is_tei(body):
+            return await self.tei.call(request, PREDICT, body)
+        call = native.read_call(body)
         return _json(native.write_answers(call, await self._answer(request, call.requests)))
 
     async def task(self, request: Request) -> Response:
@@ -58,22 +62,24 @@ class Handlers:
             call = hf.read_task(body, self._named(request))
             return _json(hf.write_task(call, await self._answer(request, call.requests)))
 
-        return await _of_one_version(answer)
+        return await of_one_version(answer)
 
     async def infer(self, request: Request) -> Response:
         """POST /v2/models/{delta}[/versions/{version}]/infer"""
         self._named(request)  # an unknown name is told before the body is read
         body, length = await self._body(request), header_length(request)
-        find = partial(self._find, access_of(request.scope))
+        find = partial(self.answering.find, access_of(request.scope))
 
         async def answer() -> Response:
             call = oip.read_infer(body, length, self._named(request), find, self.config.max_items)
-            content, json_length = oip.write_infer(call, await self._answer(request, call.requests, call.seconds))
+            content, json_length = oip.write_infer(
+                call, await self._answer(request, call.requests, call.seconds, priority=call.priority)
+            )
             if json_length is None:
                 return _json(content)
             return Response(content, headers={JSON_LENGTH: str(json_length)}, media_type=BINARY)
 
-        return await _of_one_version(answer)
+        return await of_one_version(answer)
 
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings"""
@@ -87,11 +93,11 @@ class Handlers:
             tokens = cost
 
         async def answer() -> Response:
-            call = openai.read_embeddings(body, partial(self._find, access))
+            call = openai.read_embeddings(body, partial(self.answering.find, access))
             predictions = await self._answer(request, call.requests, charge=charge)
             return _json(openai.write_embeddings(call, predictions, tokens))
 
-        return await _of_one_version(answer)
+        return await of_one_version(answer)
 
     async def openai_models(self, request: Request) -> Response:
         """GET /v1/models"""
@@ -161,27 +167,29 @@ class Handlers:
         """GET /v2/models/{delta}[/versions/{version}]"""
         return json_response(oip_model.metadata(self._named(request)))
 
+    async def statistics(self, request: Request) -> Response:
+        """GET /v2/models/stats and /v2/models/{delta}[/versions/{version}]/stats"""
+        deltas = [self._named(request)] if "delta" in request.path_params else self._visible(request)
+        return json_response(self.metrics.statistics.of(deltas))
+
     async def oip_model_ready(self, request: Request) -> Response:
         """GET /v2/models/{delta}[/versions/{version}]/ready"""
         return self._readiness({"name": self._named(request).name, "ready": self.engine.ready})
 
     def _named(self, request: Request) -> Delta:
         """The delta that the path names."""
-        return self._find(access_of(request.scope), request.path_params["delta"], request.path_params.get("version"))
-
-    def _find(self, access: Access, name: str, version: str | None = None) -> Delta:
-        access.check(name)
-        return self.registry.find(name, version, access.allows)
+        return self.answering.find(
+            access_of(request.scope), request.path_params["delta"], request.path_params.get("version")
+        )
 
     def _visible(self, request: Request) -> list[Delta]:
-        access = access_of(request.scope)
-        return [delta for delta in self.registry.all() if access.allows(delta.name)]
+        return self.answering.visible(access_of(request.scope))
 
     def _readiness(self, body: dict[str, Any]) -> Response:
         return json_response(body, 200 if self.engine.ready else 503)
 
     async def _body(self, request: Request) -> bytes:
-        return await read_body(request, self.config.max_body_bytes)
+        return await read_body(request, self.config.max_body_bytes, self.config.max_body_seconds)
 
     async def _answer(
         self,
@@ -189,24 +197,14 @@ class Handlers:
         items: Sequence[Item],
         seconds: float = math.inf,
         charge: Callable[[int], None] | None = None,
+        priority: int = 0,
     ) -> list[Prediction]:
         """The answers, within the caller's rights, rates and time."""
         seconds = min(seconds, timeout_of(request))
         access = access_of(request.scope)
-        if access.restricted:
-            for name in dict.fromkeys(item.delta for item in items):
-                self._find(access, name)
-        return await self.engine.answer(items, lambda: departure(request), charge or access.charge, seconds)
-
-
-async def _of_one_version(answer: Callable[[], Awaitable[Response]]) -> Response:
-    """Reads the call again where another version came between reading and queueing it, so that both are of one."""
-    for _ in range(SWAPS):
-        try:
-            return await answer()
-        except VersionGone:
-            continue
-    return await answer()
+        return await self.answering.answer(
+            access, items, lambda: departure(request), charge, seconds, priority or priority_of(request)
+        )
 
 
 def _json(content: bytes) -> Response:

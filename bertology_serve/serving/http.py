@@ -11,14 +11,14 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from bertology_serve.errors import DataError, LimitError
+from bertology_serve.errors import DataError, LimitError, SlowBody
 from bertology_serve.serving.errors import headers_of, message_of, status_of
 from bertology_serve.serving.protocol.bodies import encode
 
 JSON, BINARY = "application/json", "application/octet-stream"
 JSON_LENGTH = "Inference-Header-Content-Length"
-TIMEOUT = "X-Request-Timeout-Ms"
-_TIMEOUT = TIMEOUT.lower().encode()
+TIMEOUT, PRIORITY = "X-Request-Timeout-Ms", "X-Request-Priority"
+_TIMEOUT, _PRIORITY = TIMEOUT.lower().encode(), PRIORITY.lower().encode()
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits
 
 
@@ -41,11 +41,24 @@ def error_response(message: str, status: int, path: str, headers: Mapping[str, s
     return json_response({"error": error}, status, headers)
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """The whole body, decompressed; LimitError beyond ``most`` bytes, as soon as that is known."""
+async def read_body(request: Request, most: int, seconds: float) -> bytes:
+    """The whole body, decompressed; LimitError beyond ``most`` bytes, as soon as that is known.
+
+    SlowBody where it is not there after so many seconds.
+    """
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:18]) > most:
         raise _too_large(most)
+    try:
+        async with asyncio.timeout(seconds):
+            body = await _read(request, most)
+    except TimeoutError:
+        raise SlowBody(f"the body was not there after {seconds:g} s; send it faster, or less in one call") from None
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    return body if encoding in ("", "identity") else _decompressed(body, encoding, most)
+
+
+async def _read(request: Request, most: int) -> bytes:
     chunks: list[bytes] = []
     size = 0
     async for chunk in request.stream():
@@ -53,9 +66,7 @@ async def read_body(request: Request, most: int) -> bytes:
         if size > most:
             raise _too_large(most)
         chunks.append(chunk)
-    body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    return body if encoding in ("", "identity") else _decompressed(body, encoding, most)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def header_length(request: Request) -> int | None:
@@ -79,6 +90,18 @@ def timeout_of(request: Request) -> float:
                 )
             return int(value) / 1000
     return math.inf
+
+
+def priority_of(request: Request) -> int:
+    """The priority that the caller asks for, by X-Request-Priority; 0 where it says nothing."""
+    for name, value in request.scope["headers"]:
+        if name == _PRIORITY:
+            if not value.isdigit() or len(value) > 9:
+                raise DataError(
+                    f"header {PRIORITY} is {value[:40].decode('latin-1')!r}; expected a whole number, 1 goes first"
+                )
+            return int(value)
+    return 0
 
 
 async def departure(request: Request) -> None:

@@ -101,4 +101,6 @@ class Lifecycle:
             raise
         finally:
             del self._doing[name]
-            self._metrics.deltas(len(self.registry.all()))
+            deltas = self.registry.all()
+            self._metrics.deltas(len(deltas))
+            self._metrics.statistics.keep(deltas)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from bertology_serve.serving.affinity import Affinity
 from bertology_serve.serving.queue import WorkQueue
+from bertology_serve.serving.statistics import Statistics
 from bertology_serve.serving.work import Work
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+OTHER = "other"
 ANSWERED, REFUSED, FAILED, DROPPED, EXPIRED = "answered", "refused", "failed", "dropped", "expired"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16_384)
@@ -19,10 +23,13 @@ _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """One server's counters, in a registry of their own."""
+    """One server's counters, in a registry of their own. ``most_deltas`` are named, later ones are ``other``;
+    ``statistics`` are those of the Open Inference Protocol."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_deltas: int = 200) -> None:
+        self._most, self._named = most_deltas, set[str]()
         self.registry = CollectorRegistry()
+        self.statistics = Statistics()
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         own = self.registry
         self._items = Counter("bertology_items", "Items by delta and outcome", ("delta", "outcome"), registry=own)
@@ -55,14 +62,23 @@ class Metrics:
         self._batch_tokens.observe(sum(work.cost for work in works))
         self._batch_items.observe(len(works))
         self._batch_deltas.observe(len({work.delta for work in works}))
+        self.statistics.batch(works, seconds, time.monotonic())
 
-    def finished(self, works: Iterable[Work], outcome: str, now: float) -> None:
+    def finished(self, works: Sequence[Work], outcome: str, now: float) -> None:
         """Notes what became of queued items; ``now`` is the time of the queue's clock."""
+        if outcome in (ANSWERED, FAILED):
+            self.statistics.finished(works, outcome == ANSWERED, now)
         for work in works:
-            self._child(self._items, (work.delta, outcome)).inc()
+            name = self._label(work.delta)
+            self._child(self._items, (name, outcome)).inc()
             if outcome == ANSWERED:
-                self._child(self._tokens, (work.delta,)).inc(work.cost)
-                self._child(self._latency, (work.delta,)).observe(now - work.arrived)
+                self._child(self._tokens, (name,)).inc(work.cost)
+                self._child(self._latency, (name,)).observe(now - work.arrived)
+
+    def refused(self, items: Mapping[str, int]) -> None:
+        """Notes how many items of each delta were refused before they were read."""
+        for delta, count in items.items():
+            self._child(self._items, (self._label(delta), REFUSED)).inc(count)
 
     def call(self, status: int) -> None:
         """Notes the status of one call."""
@@ -75,9 +91,21 @@ class Metrics:
             child = self._children[metric, labels] = metric.labels(*labels)
         return child
 
+    def _label(self, delta: str) -> str:
+        if delta in self._named:
+            return delta
+        if len(self._named) >= self._most:
+            return OTHER
+        self._named.add(delta)
+        return delta
+
     def deltas(self, count: int) -> None:
         """Notes how many deltas answer."""
         self._deltas.set(count)
+
+    def affinity(self, resident: Callable[[], Iterable[str]], waiting: Callable[[], Iterable[str]], slots: int) -> None:
+        """Shows which deltas are here, in the gauge that Kubernetes' endpoint pickers route by."""
+        self.registry.register(Affinity(resident, waiting, slots))
 
     def ready(self, is_ready: bool) -> None:
         """Notes whether the server is ready."""

@@ -9,7 +9,7 @@ import msgspec
 
 from bertology_serve import __version__
 from bertology_serve.serving.gate import PUBLIC
-from bertology_serve.serving.http import TIMEOUT
+from bertology_serve.serving.http import PRIORITY, TIMEOUT
 from bertology_serve.serving.protocol.schemas import BODIES
 
 REF = "#/components/schemas/{name}"
@@ -17,6 +17,7 @@ _BAD, _UNKNOWN, _LARGE, _BUSY, _LATE = "400", "404", "413", "503", "504"
 _MEANINGS = {
     _BAD: "The body, a field or an option cannot be used.",
     _UNKNOWN: "There is no such delta or version.",
+    "408": "The body came too slowly.",
     _LARGE: "The body, a text or the number of items is over its limit.",
     "401": "There is no valid API key.",
     "403": "The API key does not open this.",
@@ -33,11 +34,17 @@ _TIMEOUT = {
     "description": "Milliseconds that the caller will wait",
     "schema": {"type": "integer", "minimum": 1},
 }
+_PRIORITY = {
+    "name": PRIORITY,
+    "in": "header",
+    "description": "Of one delta's waiting work the lowest number goes first; 5 where nothing is said",
+    "schema": {"type": "integer", "minimum": 0, "maximum": 999_999_999},
+}
 _SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
-_ITEMS = (_BAD, _UNKNOWN, _LARGE, *_GATE, "500")
+_ITEMS = (_BAD, _UNKNOWN, "408", _LARGE, *_GATE, "500")
 
 
 @cache
@@ -58,12 +65,13 @@ def document() -> dict[str, Any]:
 
 
 def _paths() -> dict[str, Any]:
-    item, answer, model = _ref("Item"), _ref("Answer"), _ref("Model")
+    item, model = _ref("Item"), _ref("Model")
     infer = _post("Infer (Open Inference Protocol v2)", _ref("InferRequest"), _ref("InferResponse"), binary=True)
     about = _get("Metadata of a delta", _ref("ModelMetadata"), _UNKNOWN)
+    done = _get("What a delta has done", {"type": "object"}, _UNKNOWN)
     is_ready = _get("Readiness", {"type": "object"}, _UNKNOWN, _BUSY)
     paths = {
-        "/predict": {"post": _post("Answer items of any deltas", _one_or_list(item), _one_or_list(answer))},
+        "/predict": {"post": _post("Answer items of any deltas, or TEI's /predict", _items(item), _answers())},
         "/models": {"get": _get("The deltas that answer", {"type": "array", "items": model})},
         "/models/{delta}": {
             "get": _get("About a delta", model, _UNKNOWN),
@@ -78,14 +86,21 @@ def _paths() -> dict[str, Any]:
         "/v2/health/live": {"get": _get("Liveness", {"type": "object"})},
         "/v2/health/ready": {"get": _get("Readiness", {"type": "object"}, _BUSY)},
         "/v2/models": {"get": _get("Names of the deltas that answer", {"type": "object"})},
+        "/v2/models/stats": {"get": _get("What each delta has done", {"type": "object"})},
         **{
             f"/v2/models/{{delta}}{version}{end}": {method: operation}
             for version in ("", "/versions/{version}")
-            for end, method, operation in (("", "get", about), ("/ready", "get", is_ready), ("/infer", "post", infer))
+            for end, method, operation in (
+                ("", "get", about),
+                ("/ready", "get", is_ready),
+                ("/stats", "get", done),
+                ("/infer", "post", infer),
+            )
         },
         "/v2/repository/index": {"post": _manage("Every version on disk or in service", "index")},
         "/v2/repository/models/{delta}/load": {"post": _manage("Load a version, or swap to it", "load")},
         "/v2/repository/models/{delta}/unload": {"post": _manage("Take a delta away", "unload")},
+        **_tei_paths(),
         "/health": {"get": _get("State of the server", {"type": "object"})},
         "/metrics": {"get": _get("Prometheus metrics", None)},
         "/openapi.json": {"get": _get("This document", {"type": "object"})},
@@ -97,6 +112,27 @@ def _paths() -> dict[str, Any]:
         if path.startswith("/v1/"):
             _in_openai_s_shape(paths[path])
     return {path: _with_parameters(path, operations) for path, operations in paths.items()}
+
+
+def _tei_paths() -> dict[str, Any]:
+    """Text Embeddings Inference's routes, at the root and below a delta's name; /predict at the root is ours too."""
+    posts = {
+        "embed": ("Embeddings", "TeiBody"),
+        "rerank": ("Rank texts", "TeiRerankBody"),
+        "similarity": ("Compare texts", "TeiSimilarityBody"),
+        "tokenize": ("Texts to tokens", "TeiTokenizeBody"),
+        "decode": ("Tokens to texts", "TeiDecodeBody"),
+        "predict": ("Classify", "TeiBody"),
+    }
+    paths = {}
+    for base in ("", "/tei/{delta}"):
+        for name, (summary, body) in posts.items():
+            if base or name != "predict":
+                paths[f"{base}/{name}"] = {"post": _post(f"{summary} (TEI's shape)", _ref(body), {"type": "array"})}
+        paths[f"{base}/info"] = {"get": _get("About a delta (TEI's shape)", {"type": "object"}, _BAD, _UNKNOWN)}
+    model = {"name": "model", "in": "query", "description": "Name of a delta", "schema": {"type": "string"}}
+    paths["/info"]["get"]["parameters"] = [model]
+    return paths
 
 
 def _in_openai_s_shape(operations: dict[str, Any]) -> None:
@@ -125,7 +161,7 @@ def _post(summary: str, body: dict[str, Any], answer: dict[str, Any], binary: bo
     busy = _problem(_BUSY) | {"description": "The queue is full, or the server is stopping.", "headers": _RETRY}
     return {
         "summary": summary,
-        "parameters": [_TIMEOUT],
+        "parameters": [_TIMEOUT, _PRIORITY],
         "requestBody": {"required": True, "content": accepted},
         "responses": {
             "200": {"description": "OK", "content": given},
@@ -162,8 +198,13 @@ def _with_parameters(path: str, operations: dict[str, Any]) -> dict[str, Any]:
     return {"parameters": parameters, **operations} if parameters else operations
 
 
-def _one_or_list(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"oneOf": [schema, {"type": "array", "items": schema}]}
+def _answers() -> dict[str, Any]:
+    """An answer, a list of them, or TEI's labels with scores."""
+    return {"anyOf": [_ref("Answer"), {"type": "array", "items": {"anyOf": [_ref("Answer"), {}]}}]}
+
+
+def _items(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [schema, {"type": "array", "items": schema}, _ref("TeiBody")]}
 
 
 def _ref(name: str) -> dict[str, Any]:

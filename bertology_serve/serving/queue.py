@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from bertology_serve.errors import Overloaded, RateLimited
 from bertology_serve.serving.scheduler import FairScheduler
@@ -52,19 +52,21 @@ class WorkQueue:
         room, but not for that delta.
         """
         with self._changed:
-            if self._closed:
-                raise Overloaded("the server is stopping; send the call to another one", retry_after=1.0)
-            self._check(works)
+            self._check(_costs(works))
             now = self._clock()
             for work in works:
                 work.arrived = now
                 self._scheduler.push(work)
             self._changed.notify()
 
-    def _check(self, works: Sequence[Work]) -> None:
-        costs: dict[str, int] = {}
-        for work in works:
-            costs[work.delta] = costs.get(work.delta, 0) + work.cost
+    def check(self, costs: Mapping[str, int]) -> None:
+        """Raises what ``put`` would for work of these tokens by delta."""
+        with self._changed:
+            self._check(costs)
+
+    def _check(self, costs: Mapping[str, int]) -> None:
+        if self._closed:
+            raise Overloaded("the server is stopping; send the call to another one", retry_after=1.0)
         cost = sum(costs.values())
         if self.tokens + cost > self.max_tokens:
             wait = self._seconds(self.tokens)
@@ -86,6 +88,11 @@ class WorkQueue:
     def _seconds(self, tokens: float) -> float:
         """How long that many tokens take, within reason."""
         return min(max(tokens / self.times.rate, 1.0), LONGEST_WAIT)
+
+    def waiting(self) -> list[str]:
+        """The deltas that work waits for."""
+        with self._changed:
+            return list(self._scheduler.counters())
 
     def take(self) -> list[Work]:
         """The next batch; waits for one. Empty once the queue is closed and everything in it was taken."""
@@ -116,3 +123,11 @@ class WorkQueue:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+
+def _costs(works: Sequence[Work]) -> dict[str, int]:
+    """Tokens by delta."""
+    costs: dict[str, int] = {}
+    for work in works:
+        costs[work.delta] = costs.get(work.delta, 0) + work.cost
+    return costs

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from bertology_serve.deltas import catalog, store
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.encoder.pipeline import BASE, Pipeline
 from bertology_serve.errors import BertologyError, NotFound, nearest
+from bertology_serve.serving.tiers.cards import card_of, read_card
+from bertology_serve.serving.tiers.tiers import Tiers
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +29,25 @@ class Refused:
 class Registry:
     """What answers under which name: one version of each delta, swapped as a whole. ``root`` is where they lie.
 
-    For any thread; what changes the same delta belongs one after the other (``Lifecycle`` sees to it).
+    With ``device_bytes`` only so many deltas are resident at a time, others are loaded when they are asked (``tiers``);
+    ``host_bytes`` of those that had to leave stay in memory. For any thread; what changes the same delta belongs one
+    after the other (``Lifecycle`` sees to it).
     """
 
-    def __init__(self, pipeline: Pipeline, root: Path | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        root: Path | None = None,
+        device_bytes: float = math.inf,
+        host_bytes: float = 0,
+    ) -> None:
         self.pipeline, self.root = pipeline, root
+        self.tiers = Tiers(pipeline, lambda card: self._read(card.path, card.name), device_bytes, host_bytes)
 
     def load(self, root: Path, skip_bad: bool = False) -> list[Refused]:
-        """Makes every delta below ``root`` resident.
+        """Makes the newest version of every delta below ``root`` answer.
 
+        All of them are read and resident, or, where the device is bounded, known, and as many resident as fit.
         A delta that is malformed, unsafe or made for other weights raises what is wrong with it, or with ``skip_bad``
         is logged and returned. Raises NotFound where there is no delta at all.
         """
@@ -42,7 +55,7 @@ class Registry:
         self.root = root
         for name, path in newest(root, skip_bad, refused).items():
             try:
-                self.pipeline.add(self._read(path, name))
+                self._take_in(path, name)
             except BertologyError as problem:
                 if not skip_bad:
                     raise
@@ -50,6 +63,18 @@ class Registry:
         for refusal in refused:
             log.warning("left out: %s", refusal.reason)
         return refused
+
+    def _take_in(self, path: Path, name: str) -> None:
+        card = read_card(path, name, path) if self.tiers.bounded else None
+        if card is None:
+            delta = self._read(path, name)
+            self.tiers.put(card_of(delta, path), delta)
+            return
+        if self.pipeline.encoder.pruning is None:  # else it is for what this was pruned from, and cut as it is read
+            self.pipeline.check(card)
+        self.tiers.register(card)
+        if self.tiers.has_room(card):
+            self.tiers.raise_up(name)
 
     def put(self, name: str, version: str | None = None) -> Delta:
         """Makes a version from the served directory answer under ``name`` (``None``: the newest), from one moment on.
@@ -67,12 +92,12 @@ class Registry:
         if resident is not None and resident.version == chosen:
             return resident
         delta = self._read(known[chosen], name)
-        self.pipeline.add(delta)
+        self.tiers.put(card_of(delta, known[chosen]), delta)
         return delta
 
     def remove(self, name: str) -> None:
         """Takes a delta away; its rows are freed once the last call under way has finished. NotFound, Unsupported."""
-        self.pipeline.remove(name)
+        self.tiers.remove(name)
 
     def shelf(self) -> dict[str, list[str]]:
         """The versions that lie in the served directory, by delta, the newest last.
@@ -93,25 +118,29 @@ class Registry:
         return found
 
     def _read(self, path: Path, name: str) -> Delta:
-        encoder = self.pipeline.encoder
-        return store.load(path, encoder.anatomy, base=encoder.ref, name=name, options=encoder.config.to_dict())
+        return self.pipeline.encoder.read_delta(path, name)
 
     def find(self, name: str, version: str | None = None, visible: Callable[[str], bool] = lambda _: True) -> Delta:
         """The delta of that name, at that version where one is named.
 
         Raises NotFound, whose message names only deltas that are ``visible`` to the caller.
         """
-        delta = self.pipeline.resident(name)
+        delta = self.pipeline.resident(name) or self.tiers.cards.get(name)
         if delta is None:
-            known = [other for other in self.pipeline.deltas if visible(other)]
+            known = [other for other in {**self.pipeline.deltas, **self.tiers.cards} if visible(other)]
             raise NotFound(f"no delta {name[:80]!r}; {nearest(name, known)}; GET /models lists them")
         if version is not None and version != delta.version:
             raise NotFound(f"delta {name!r} has no version {version[:80]!r} here; it answers with {delta.version!r}")
         return delta
 
+    def resident(self) -> list[str]:
+        """The deltas that answer at once, without the bare base."""
+        return [name for name in self.pipeline.deltas if name != BASE]
+
     def all(self) -> list[Delta]:
-        """The deltas that answer, the bare base first, the others by name."""
-        return sorted(self.pipeline.deltas.values(), key=lambda delta: (delta.name != "base", delta.name))
+        """The deltas that answer, the bare base first, the others by name; of those on disk only what they say."""
+        known = {**self.tiers.cards, **self.pipeline.deltas}
+        return sorted(known.values(), key=lambda delta: (delta.name != "base", delta.name))
 
 
 def newest(root: Path, skip_bad: bool, refused: list[Refused]) -> dict[str, Path]:

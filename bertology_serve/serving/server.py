@@ -18,6 +18,7 @@ import uvicorn
 
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import InputError
+from bertology_serve.serving.answering import Answering
 from bertology_serve.serving.app import make_app
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.connection import limited
@@ -25,6 +26,8 @@ from bertology_serve.serving.engine import Engine
 from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.registry import Registry
+from bertology_serve.serving.rpc.server import GrpcServer
+from bertology_serve.serving.tiers.cold import Cold
 
 log = logging.getLogger(__name__)
 
@@ -70,14 +73,17 @@ class Server(uvicorn.Server):
         announce: Callable[[], None] = lambda: None,
         keyring: Keyring | None = None,
     ) -> None:
-        metrics = Metrics()
+        metrics = Metrics(config.max_metric_deltas)
         self._announce = announce
         self.engine = Engine(pipeline, config, metrics)
+        cold = Cold(registry.tiers, config.max_cold_calls)
+        self.answering = Answering(self.engine, registry, cold)
         self._drain_seconds = config.drain_seconds
+        self.rpc = None if config.grpc_port is None else GrpcServer(config.host, config.grpc_port)
         super().__init__(
             uvicorn.Config(
-                make_app(self.engine, registry, metrics, keyring or Keyring()),
-                http=limited(config.max_header_bytes),
+                make_app(self.answering, metrics, keyring or Keyring(), self.rpc),
+                http=limited(config.max_header_bytes, config.max_body_seconds),
                 ws="none",
                 log_config=None,
                 access_log=False,

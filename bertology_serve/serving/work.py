@@ -20,13 +20,20 @@ class State(Enum):
     DROPPED = "dropped"
 
 
+DEFAULT_PRIORITY = 5  # of calls that ask for none
+
+
 class Work:
-    """One job of one call. ``cost`` is in tokens, ``arrived`` and ``deadline`` in seconds of the queue's clock."""
+    """One job of one call. ``cost`` is in tokens, ``arrived`` and ``deadline`` in seconds of the queue's clock.
 
-    __slots__ = ("arrived", "cost", "deadline", "index", "job", "state", "ticket")
+    Of one delta's work that with the lowest ``priority`` goes first; 0 asks for none.
+    """
 
-    def __init__(self, job: Job, ticket: Ticket, index: int, deadline: float = math.inf) -> None:
+    __slots__ = ("arrived", "cost", "deadline", "index", "job", "priority", "state", "ticket")
+
+    def __init__(self, job: Job, ticket: Ticket, index: int, deadline: float = math.inf, priority: int = 0) -> None:
         self.job, self.ticket, self.index, self.deadline = job, ticket, index, deadline
+        self.priority = priority or DEFAULT_PRIORITY
         self.cost, self.arrived, self.state = job.cost, 0.0, State.WAITING
 
     @property
@@ -34,12 +41,19 @@ class Work:
         """The name of the delta that it waits for."""
         return self.job.request.delta
 
+    @property
+    def version(self) -> str:
+        """The version of it that the call began with."""
+        return self.job.ready.delta.version
+
 
 class Ticket:
     """What one call waits for: an outcome for each of its jobs, in order. Belongs to the event loop's thread."""
 
-    def __init__(self, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop, deadline: float = math.inf) -> None:
-        self.works = [Work(job, self, index, deadline) for index, job in enumerate(jobs)]
+    def __init__(
+        self, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop, deadline: float = math.inf, priority: int = 0
+    ) -> None:
+        self.works = [Work(job, self, index, deadline, priority) for index, job in enumerate(jobs)]
         self.done: asyncio.Future[list[Outcome]] = loop.create_future()
         self._outcomes: list[Outcome | None] = [None] * len(jobs)
         self._left = len(jobs)

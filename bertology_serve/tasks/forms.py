@@ -10,6 +10,7 @@ from bertology_serve.tasks.spec import MULTIPLE_CHOICE, QUESTION_ANSWERING, Task
 
 ROBERTA_LIKE = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer")
 DEBERTA_LIKE = ("deberta", "deberta-v2")
+MLP_WIDTH, MLP_STD = 2048, 0.005
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Dense:
 
     ``path`` and ``norm`` are the names of the linear and of the LayerNorm after it in HuggingFace's task model
     (``classifier.out_proj``, ``bert.pooler.dense``). ``base_name`` and ``base_norm`` are their names in the headless
-    base model, where its checkpoint may hold them. ``dropout`` says whether the layer's input is dropped in training.
+    base model, where its checkpoint may hold them. ``dropout`` says whether the layer's input is dropped in training,
+    ``std`` how far its weights are drawn from zero.
     """
 
     path: str
@@ -32,6 +34,7 @@ class Dense:
     dropout: bool = False
     norm_eps: float = 1e-5
     norm_bias: bool = True
+    std: float = 0.02
 
 
 def head_form(family: str, prefix: str, spec: TaskSpec, hidden: int, options: Mapping[str, Any]) -> tuple[Dense, ...]:
@@ -47,6 +50,8 @@ def head_form(family: str, prefix: str, spec: TaskSpec, hidden: int, options: Ma
         return ()
     if spec.head == "linear":
         return (Dense("classifier", hidden, spec.outputs, dropout=True),)
+    if spec.head == "mlp":
+        return _mlp(spec, hidden)
     if family == "modernbert":
         return _modernbert(spec, hidden, options)
     if spec.kind == QUESTION_ANSWERING:
@@ -80,6 +85,12 @@ def _dense_out_proj(spec: TaskSpec, hidden: int, activation: str) -> tuple[Dense
     """RoBERTa's classification head: dense, activation, out_proj, dropout before both."""
     dense = Dense("classifier.dense", hidden, hidden, activation, dropout=True)
     return dense, Dense("classifier.out_proj", hidden, spec.outputs, dropout=True)
+
+
+def _mlp(spec: TaskSpec, hidden: int) -> tuple[Dense, ...]:
+    """The head of EH-FT's authors (Yang et al. 2022, arXiv 2210.16771): H -> 2048 -> C, weights from N(0, 0.005²)."""
+    first = Dense("classifier.dense", hidden, MLP_WIDTH, "relu", std=MLP_STD)
+    return first, Dense("classifier.out_proj", MLP_WIDTH, spec.outputs, std=MLP_STD)
 
 
 def _modernbert(spec: TaskSpec, hidden: int, options: Mapping[str, Any]) -> tuple[Dense, ...]:

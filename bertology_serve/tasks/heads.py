@@ -13,8 +13,6 @@ from bertology_serve.tasks.forms import Dense, head_form
 
 __all__ = ["Dense", "Head", "head_form", "pool"]
 
-INIT_STD = 0.02
-
 
 class Layer(nn.Module):
     """One ``Dense`` with parameters: dropout, linear (zero until drawn), activation, LayerNorm (weight 1, bias 0).
@@ -65,7 +63,7 @@ class Head(nn.Module):
         dropout: float = 0.0,
         adopt: bool = False,
     ) -> Head:
-        """A fresh head: linear weights from N(0, 0.02²), biases 0, LayerNorms 1 and 0.
+        """A fresh head: linear weights from N(0, std²) of their form, biases 0, LayerNorms 1 and 0.
 
         Without a ``generator`` the weights stay zero, for ``load`` to fill. Parts whose base name is in
         ``base_tensors`` are copied from there and frozen; with ``adopt`` (full fine-tuning) they are copied, trained,
@@ -73,14 +71,14 @@ class Head(nn.Module):
         """
         head = cls(form, dropout)
         with torch.no_grad():
-            for name, base, parameter in head.named():
+            for std, (name, base, parameter) in head._drawn():
                 if base is not None and base in base_tensors:
                     _copy(name, parameter, base_tensors[base])
                     parameter.requires_grad_(adopt)
                     if not adopt:
                         head._base.add(name)
                 elif parameter.dim() == 2 and generator is not None:
-                    parameter.normal_(0.0, INIT_STD, generator=generator)
+                    parameter.normal_(0.0, std, generator=generator)
         return head
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -93,6 +91,12 @@ class Head(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, Layer)
             yield from layer.named()
+
+    def _drawn(self) -> Iterator[tuple[float, tuple[str, str | None, nn.Parameter]]]:
+        """What ``named`` gives, each with the deviation that it is drawn from."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            yield from ((layer.form.std, entry) for entry in layer.named())
 
     def own_tensors(self) -> dict[str, Tensor]:
         """The tensors that belong to the delta, by their HuggingFace names: detached float32 CPU copies."""

@@ -22,6 +22,13 @@ def macro_f1(gold: Sequence[str], found: Sequence[str]) -> float:
     return float(np.mean(2 * np.diag(table) / total)) if len(total) else 0.0
 
 
+def positive_f1(gold: Sequence[str], found: Sequence[str], positive: str) -> float:
+    """F1 of one label."""
+    right = sum(a == b == positive for a, b in zip(gold, found, strict=True))
+    count = sum(a == positive for a in (*gold, *found))
+    return 2 * right / count if count else 0.0
+
+
 def mcc(gold: Sequence[str], found: Sequence[str]) -> float:
     """Matthews correlation for any number of labels (Gorodkin 2004)."""
     table = _confusion(gold, found)

@@ -21,7 +21,7 @@ TASK_KINDS = (
     EMBEDDING,
 )
 POOLINGS = ("cls", "mean", "max")
-HEADS = ("hf", "linear", "none")
+HEADS = ("hf", "linear", "mlp", "none")
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,10 @@ class TaskSpec:
     has none). ``max_length`` is the longest tokenised sequence in tokens, special tokens included. ``pooling``
     says which rows a sequence-level head reads: the first text row, or the mean or maximum over text rows.
     ``head`` is ``hf`` (the form that HuggingFace gives the family), ``linear`` (one linear layer on the pooled
-    row) or ``none`` (embeddings). ``stride`` is the overlap in tokens of question-answering windows,
-    ``max_answer_length`` the longest answer in tokens, ``normalize`` scales embeddings to unit length. Without
-    ``token_types`` question and context are of one type, as deltas from peft's question answering have it.
+    row), ``mlp`` (EH-FT's: a hidden layer of 2,048 between) or ``none`` (embeddings). ``stride`` is the overlap in
+    tokens of question-answering windows, ``max_answer_length`` the longest answer in tokens, ``normalize`` scales
+    embeddings to unit length. Without ``token_types`` question and context are of one type, as deltas from peft's
+    question answering have it.
     """
 
     kind: str

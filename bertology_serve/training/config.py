@@ -11,7 +11,7 @@ from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, TASK_KINDS
 from bertology_serve.training.full_options import CHILD_TUNING, MIXOUT, REGULARISED, TOP_K, read_options
 
 PROBE, FULL = "probe", "full"
-METHODS = ("lora", "bitfit", "adapter", "prompt", "prefix", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K)
+METHODS = ("lora", "bitfit", "adapter", "prompt", "prefix", "ia3", "norms", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K)
 ALONE = (PROBE, FULL, *REGULARISED)
 LP, LP_FT, EH_FT = "lp", "lp-ft", "eh-ft"
 DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP: PROBE, LP_FT: FULL, EH_FT: "lora"}
@@ -24,6 +24,8 @@ LEARNING_RATES: Mapping[str, float] = {
     "adapter": 2e-3,
     "prompt": 5e-2,
     "prefix": 3e-2,
+    "ia3": 1e-2,
+    "norms": 4e-3,
     PROBE: 1e-2,
     **dict.fromkeys((FULL, *REGULARISED), 1e-4),
 }
@@ -75,14 +77,20 @@ class TrainConfig:
     pooling: Literal["cls", "mean", "max"] | None = _option(
         None, "Rows that the head reads. Default: mean for embeddings and the probe, else cls."
     )
-    head: Literal["hf", "linear", "none"] | None = _option(
+    head: Literal["hf", "linear", "mlp", "none"] | None = _option(
         None,
-        "hf: the form that HuggingFace gives the family; linear: one layer. Default: none for embeddings, else hf.",
+        "hf: the form that HuggingFace gives the family; linear: one layer; mlp: EH-FT's, a hidden one of 2,048. "
+        "Default: none for embeddings, else hf.",
     )
     stride: int | None = _option(None, "Overlap in tokens of question-answering windows. Default: 64.")
     max_answer_length: int | None = _option(None, "Longest answer in tokens (question answering). Default: 30.")
     trunk_dropout: bool | None = _option(
         None, "Whether the encoder's own dropout is active. Default: only where it is trained, without mixout."
+    )
+    trunk_cache: bool = _option(
+        False,
+        "Keep on disk what enters the lowest trained layer, and skip the frozen layers below it, whose dropout is then "
+        "off, from the first step on.",
     )
     precision: Literal["auto", "fp32", "bf16"] = _option(
         "auto", "bf16: the encoder runs under autocast; auto: bf16 on GPUs that have it, else fp32."
@@ -91,6 +99,7 @@ class TrainConfig:
     patience: int | None = _option(None, "Stop after so many evaluations without a better one. Default: never.")
     keep: Literal["best", "last"] = _option("best", "Which state is saved where there is evaluation data.")
     save_every: int = _option(200, "Steps between checkpoints; one is written after each evaluation too.")
+    gradient_steps: int = _option(0, "First steps whose gradient's length is logged for every layer.")
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -176,7 +185,7 @@ class TrainConfig:
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "schedule": ("linear", "cosine", "constant"),
     "pooling": ("cls", "mean", "max"),
-    "head": ("hf", "linear", "none"),
+    "head": ("hf", "linear", "mlp", "none"),
     "precision": ("auto", "fp32", "bf16"),
     "keep": ("best", "last"),
     "lp_layers": ("last", "all"),
@@ -184,7 +193,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 _LEAST: Mapping[str, float] = {
     "epochs": 1, "first_epochs": 1, "max_steps": 1, "batch_size": 1, "max_tokens": 1, "weight_decay": 0,
     "clip": 0, "seed": 0, "max_length": 3, "stride": 0, "max_answer_length": 1, "eval_every": 1, "patience": 1,
-    "save_every": 1, "lp_path": 1,
+    "save_every": 1, "lp_path": 1, "gradient_steps": 0,
 }  # fmt: skip
 
 

@@ -15,6 +15,20 @@ def layer_paths(anatomy: Anatomy) -> tuple[str, ...]:
     return tuple(".".join(path[: at + 1]) for path in paths)
 
 
+def lowest_trained(live: LiveDelta) -> int:
+    """The lowest layer whose output a live delta changes: the encoder's depth where only the head is trained."""
+    anatomy = live.encoder.anatomy
+    if not live.full:
+        return live.effects().lowest(anatomy.layers)
+    starts = [f"{path}." for path in layer_paths(anatomy)]
+    owners = [
+        next((layer for layer, start in enumerate(starts) if name.startswith(start)), 0)
+        for name, parameter in live.encoder.model.named_parameters()
+        if parameter.requires_grad
+    ]
+    return min(owners)
+
+
 def train_upper_layers(live: LiveDelta, count: int) -> None:
     """Freezes all of the encoder but its upper ``count`` layers: no graph is then built below them.
 

@@ -19,6 +19,7 @@ from bertology_serve.training.checkpoint import random_state, set_random_state
 from bertology_serve.training.config import TrainConfig
 from bertology_serve.training.device import uses_bf16
 from bertology_serve.training.evaluate import measure
+from bertology_serve.training.gradients import layer_norms
 from bertology_serve.training.items import WHOLE_BATCH, Item, micro_batches
 from bertology_serve.training.methods import count_parameters, regulariser_for
 from bertology_serve.training.optimizer import make_optimizer, moments, set_moments, set_rate, trained
@@ -64,19 +65,21 @@ class Trainer:
     def run(self) -> RunState:
         """Trains to the end; the live delta then holds what is to be kept."""
         self._begin()
-        while self.state.step < self.total and not self.state.stopped:
+        while not self.done:
             started = time.perf_counter()
             batch = [self.items[i] for i in self.sampler.take(self.config.batch_size)]
             with self.regulariser.mixed():
                 loss = self.gradient(batch)
-            rate, norm = self._update(loss)
-            self._log_step(batch, loss, rate, norm, started)
-            if self._is_due(self.eval_every):
-                self._evaluate()
+            self._learn(batch, loss, started)
             if self._is_due(self.eval_every) or self._is_due(self.config.save_every):
                 self._save()
         self._end()
         return self.state
+
+    @property
+    def done(self) -> bool:
+        """Whether there is no further step to make."""
+        return self.state.step >= self.total or self.state.stopped
 
     def gradient(self, batch: Sequence[Item]) -> float:
         """Adds the gradient of the batch's mean loss, micro-batch by micro-batch; returns that loss."""
@@ -85,13 +88,21 @@ class Trainer:
         total = 0.0
         for group in micro_batches(batch, self.config.max_tokens, padded, whole):
             encodings = [encoding for item in group for encoding in item.encodings]
-            with _autocast(self.config.precision, self.live.encoder.device):
+            with autocast(self.config.precision, self.live.encoder.device):
                 out = self.live(encodings)
             lengths = [len(encoding) for encoding in encodings]
             loss = self.task.loss(out, lengths, [item.target for item in group]) / weight
             torch.autograd.backward(loss)
             total += loss.item()
         return total
+
+    def _learn(self, batch: Sequence[Item], loss: float, started: float) -> None:
+        """One step on the gradients that a batch of that mean loss left, and an evaluation where it is due."""
+        norms = self._layer_norms()
+        rate, norm = self._update(loss)
+        self._log_step(batch, {"loss": loss, "lr": rate, "grad_norm": norm, **norms}, started)
+        if self._is_due(self.eval_every):
+            self._evaluate()
 
     def _update(self, loss: float) -> tuple[float, float]:
         """One step of the optimizer on the gradients; returns the learning rate and the gradient's norm."""
@@ -108,10 +119,16 @@ class Trainer:
         self.state.epoch, self.state.offset = self.sampler.epoch, self.sampler.offset
         return rate, norm
 
-    def _log_step(self, batch: Sequence[Item], loss: float, rate: float, norm: float, started: float) -> None:
+    def _layer_norms(self) -> dict[str, Any]:
+        """What the log says of the first steps' gradients, before they are clipped."""
+        if self.state.step >= self.config.gradient_steps:
+            return {}
+        return {"layer_norms": layer_norms(self.parameters, self.live.encoder.anatomy)}
+
+    def _log_step(self, batch: Sequence[Item], facts: Mapping[str, Any], started: float) -> None:
         seconds, tokens = time.perf_counter() - started, sum(item.tokens for item in batch)
         self.state.seconds += seconds
-        line = {**self._place(), "loss": loss, "lr": rate, "grad_norm": norm}
+        line = {**self._place(), **facts}
         line |= {"tokens": tokens, "tokens_per_s": round(tokens / seconds, 1)}
         self._log(line)
         self.watcher.stepped(line)
@@ -142,7 +159,8 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         found = self.directory.load(self.state.stage) if self.directory else None
         if found is not None:
-            self._restore(*found)
+            self.restore(*found)
+            set_random_state(self.live.encoder.device, found[0])
         else:
             self.live.eval()
             self.regulariser.begin(self._gradients)
@@ -161,22 +179,24 @@ class Trainer:
         self._set_parameters(self.best)
 
     def _save(self) -> None:
-        if self.directory is None:
-            return
+        if self.directory is not None:
+            self.directory.save(self.tensors() | random_state(self.live.encoder.device), self.state.as_dict())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold to continue, beside ``state`` and the state of the random generators."""
         tensors: dict[str, Tensor] = {f"parameter.{name}": parameter for name, parameter in self.parameters.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         tensors |= {f"regulariser.{name}": tensor for name, tensor in self.regulariser.tensors().items()}
-        tensors |= moments(self.optimizer, self.parameters) | random_state(self.live.encoder.device)
-        self.directory.save(tensors, self.state.as_dict())
+        return tensors | moments(self.optimizer, self.parameters)
 
-    def _restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """The inverse of ``tensors``."""
         self.state = RunState.from_dict(state)
         self.sampler.epoch, self.sampler.offset = self.state.epoch, self.state.offset
         self._set_parameters(_named(tensors, "parameter."))
         self.best = _named(tensors, "best.")
         self.regulariser.restore(_named(tensors, "regulariser."))
         set_moments(self.optimizer, self.parameters, tensors)
-        set_random_state(self.live.encoder.device, tensors)
 
     def _set_parameters(self, values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -200,7 +220,7 @@ def _named(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """bf16 for the products where the configuration and the hardware say so; parameters stay float32."""
     bf16 = uses_bf16(precision, device)
     return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()

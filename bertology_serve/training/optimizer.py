@@ -67,3 +67,9 @@ def set_moments(optimizer: AdamW, parameters: Mapping[str, Tensor], values: Mapp
             optimizer.state[parameter] = {
                 moment: values[f"{moment}.{name}"].to(parameter.device, copy=True) for moment in MOMENTS
             }
+
+
+def state_bytes(optimizer: AdamW) -> int:
+    """Bytes of all that the optimizer remembers."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))

@@ -31,19 +31,21 @@ def publish(
     items: Sequence[Item],
     records: Sequence[Record],
     extra: Iterable[Path] = (),
+    fresh: Encoder | None = None,
 ) -> float:
     """Writes ``delta`` to the directory ``out``, with copies of the files ``extra`` beside it.
 
     It is written under a hidden name, loaded from there into a fresh encoder, and asked the first of the ``records``
     (whose ``items`` are ready for training) through the serving engine. Raises VerificationError, with nothing
     published, where a logit differs from the live delta's by more than 1e-5 of the largest (or of 1, if that is more).
-    Returns the largest difference.
+    ``fresh`` takes the place of that encoder where it was loaded before (for deltas that leave it as it is). Returns
+    the largest difference.
     """
     hidden = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     stage = hidden / "delta"
     try:
         store.save(delta, stage, live.encoder.anatomy, live.encoder.config.to_dict())
-        difference = compare(stage, live, items, records)
+        difference = compare(stage, live, items, records, fresh)
         for path in extra:
             if path.exists():
                 shutil.copy(path, stage)
@@ -64,12 +66,14 @@ def publish_copy(directory: Path, out: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def compare(directory: Path, live: LiveDelta, items: Sequence[Item], records: Sequence[Record]) -> float:
+def compare(
+    directory: Path, live: LiveDelta, items: Sequence[Item], records: Sequence[Record], fresh: Encoder | None = None
+) -> float:
     """The largest difference of logits between a live delta and its saved copy; raises VerificationError."""
     count = _count(items)
     expected = torch.cat([part.flatten() for item in items[:count] for part in run(live, [item])[1][0]])
     delta = store.load(directory)
-    encoder = Encoder.for_delta(delta, live.encoder.name, device=str(live.encoder.device))
+    encoder = fresh or Encoder.for_delta(delta, live.encoder.name, device=str(live.encoder.device))
     pipeline = Pipeline(encoder)
     pipeline.add(delta)
     requests = (Request(delta.name, fields, logits=True, where=where) for fields, where in records[:count])

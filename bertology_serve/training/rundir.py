@@ -1,8 +1,9 @@
 """The run directory: what an unfinished run needs to continue, hidden beside the delta that it will give.
 
-``PARENT/.NAME.run/`` holds ``run.json`` (what the run is), ``checkpoint.safetensors`` (where it stands) and
-``log.jsonl`` (what it did); a recipe's finished stages lie in ``stage-N/``, each the directory of a delta. It goes when
-the delta is published; the log goes into the delta's directory.
+``PARENT/.NAME.run/`` holds ``run.json`` (what the run is), ``config.toml`` (the same as flags),
+``checkpoint.safetensors`` (where it stands) and ``log.jsonl`` (what it did); a recipe's finished stages lie in
+``stage-N/``, each the directory of a delta. It goes when the delta is published; the log and the settings go into the
+delta's directory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bertology_serve.deltas.catalog import is_delta
 from bertology_serve.errors import FormatError, InputError
 from bertology_serve.training.checkpoint import read_checkpoint, write_checkpoint, write_json
 
-LOG, LAYERS = "log.jsonl", "layers.json"
+LOG, LAYERS, CONFIG = "log.jsonl", "layers.json", "config.toml"
 
 
 class RunDirectory:
@@ -86,6 +87,14 @@ class RunDirectory:
         """Appends one line to the log."""
         with (self.path / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+    def write_config(self, text: str) -> None:
+        """Leaves the settings of the run, as ``train --config`` takes them."""
+        (self.path / CONFIG).write_text(text, encoding="utf-8")
+
+    def extras(self) -> list[Path]:
+        """The files that are to lie beside the delta, those that there are."""
+        return [self.path / name for name in (LOG, LAYERS, CONFIG)]
 
     def remove(self) -> None:
         """Forgets the run."""

@@ -27,7 +27,8 @@ def open_delta(directory: Path, backbone: str | None, device: str = "cpu") -> tu
         encoder = Encoder.load(backbone, device=device)
         return load_delta(path, encoder), encoder
     delta = store.load(path)
-    return delta, Encoder.for_delta(delta, backbone, device=device)
+    encoder = Encoder.for_delta(delta, backbone, device=device)
+    return encoder.fitted(delta), encoder
 
 
 def newest(directory: Path) -> Path:
@@ -44,7 +45,7 @@ def load_delta(path: Path, encoder: Encoder | None = None) -> Delta:
     """A delta, every byte of it checked; with an encoder also that it was made for it, and runs on it."""
     if encoder is None:
         return store.load(path)
-    delta = store.load(path, encoder.anatomy, base=encoder.ref, options=encoder.config.to_dict())
+    delta = encoder.read_delta(path)
     if not delta.weights:
         Pipeline(encoder).add(delta)
     return delta

@@ -22,7 +22,8 @@ class Source:
     @classmethod
     def read(cls, path: str | Path, columns: Mapping[str, str] | None = None) -> Source:
         """All records of a file or hub data set; see ``read_records``."""
-        return cls(str(path) if str(path).startswith("hub:") else Path(path).name, read_records(path, columns))
+        named = str(path).startswith(("hub:", "set:"))
+        return cls(str(path) if named else Path(path).name, read_records(path, columns))
 
     @cached_property
     def sha256(self) -> str:
@@ -49,3 +50,9 @@ class Data:
     train: Source
     dev: Source | None = None
     ood: Source | None = None
+
+    def names(self, backbone: str) -> dict[str, str]:
+        """The backbone and the sources by the names of their flags."""
+        named = {"backbone": backbone, "train": self.train.name}
+        others = {"eval": self.dev, "ood": self.ood}
+        return named | {flag: source.name for flag, source in others.items() if source is not None}

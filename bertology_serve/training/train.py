@@ -22,13 +22,16 @@ from bertology_serve.training.evaluate import measure
 from bertology_serve.training.items import Item, make_items
 from bertology_serve.training.loop import Trainer
 from bertology_serve.training.methods import ParameterCount, count_parameters, make_live, start_at_mean
+from bertology_serve.training.optimizer import state_bytes
 from bertology_serve.training.provenance import identity, provenance
 from bertology_serve.training.publish import publish, publish_copy
 from bertology_serve.training.recipes import Stage, stages
-from bertology_serve.training.rundir import LAYERS, LOG, RunDirectory
+from bertology_serve.training.rundir import RunDirectory
+from bertology_serve.training.settings import settings_text
 from bertology_serve.training.solve import Solver
 from bertology_serve.training.sources import Data, Source
 from bertology_serve.training.state import RunState
+from bertology_serve.training.trunk import Trunk
 from bertology_serve.training.watch import Silent, Watcher
 
 
@@ -45,13 +48,17 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run: the delta, where it lies, and how the copy there compares (see ``publish``)."""
+    """What came of a run: the delta, where it lies, and how the copy there compares (see ``publish``).
+
+    ``optimizer_bytes`` is what the last stage's optimizer held; a probe that was solved had none.
+    """
 
     delta: Delta
     path: Path
     parameters: ParameterCount
     state: RunState
     difference: float
+    optimizer_bytes: int = 0
 
 
 def prepare(
@@ -78,6 +85,8 @@ def train(
     ood: Source | None = None,
     place: Destination,
     watcher: Watcher | None = None,
+    prepack: bool | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Trains, saves, compares and publishes one delta, stage by stage where the configuration is a recipe.
 
@@ -85,14 +94,18 @@ def train(
     continued run finds them. ``ood`` records, of another domain than ``dev``, choose nothing; what is kept is measured
     on them once, and the metrics' names begin with ``ood_``. The encoder is changed by ``full``, and must not be used
     for anything else meanwhile.
+
+    ``prepack`` says whether frozen linears are laid out for oneDNN (``None``: a short timing decides). ``files`` are
+    what ``config.toml``, which lies beside the delta in the end, says of the backbone and the data; names by default.
     """
     plan = stages(config)
     name, directory = place.open()
     products = {stage.kept: place.beside(stage.kept).open() for stage in plan if stage.kept}
     ready = prepare(plan[0].config, encoder, train, dev, ood)
     data = Data(train, dev, ood)
-    began = directory.open(identity(config, encoder, name, data), machine(config, encoder), place.resume)
+    began = directory.open(identity(config, encoder, name, data), machine(config, encoder, prepack), place.resume)
     lay_out(encoder, began)
+    directory.write_config(settings_text(config, files or data.names(encoder.name), began["prepacked"]))
     run = Run(config, data, directory, place.version or "", watcher or Silent())
     for number, stage in enumerate(plan[:-1], 1):
         own, product = products.get(stage.kept, (name, None))
@@ -119,6 +132,9 @@ class Run:
         """Trains one stage and publishes its delta in ``out``."""
         before = store.load(self.directory.stage(number - 1)) if number > 1 else None
         live = ready.live if before is None else _continued(stage, ready, before)
+        if stage.config.trunk_cache:
+            items, folder = [*ready.items, *ready.dev], self.directory.features
+            live.around = Trunk(live, items, stage.config.max_tokens, folder).over
         if count > 1:
             self.watcher.staged(number, count, stage.title)
         trainer = (Solver if stage.solved else Trainer)(
@@ -133,8 +149,9 @@ class Run:
         delta = live.freeze(name, self.version, metrics, facts)
         dev = self.data.dev
         sample = (ready.dev, dev.records) if dev else (ready.items, self.data.train.records)
-        difference = publish(delta, live, out, *sample, extra=[self.directory.path / LOG, self.directory.path / LAYERS])
-        return Outcome(delta, out, counts, state, difference)
+        difference = publish(delta, live, out, *sample, extra=self.directory.extras())
+        held = state_bytes(trainer.optimizer) if isinstance(trainer, Trainer) else 0
+        return Outcome(delta, out, counts, state, difference, held)
 
 
 def _elsewhere(live: LiveDelta, ready: Prepared, config: TrainConfig) -> dict[str, float]:
@@ -152,9 +169,10 @@ def _continued(stage: Stage, ready: Prepared, before: Delta) -> LiveDelta:
     return live
 
 
-def machine(config: TrainConfig, encoder: Encoder) -> dict[str, bool]:
-    """What a timing decides, and must not change in the course of a run."""
-    return {"prepacked": not uses_bf16(config.precision, encoder.device) and encoder.prepack()}
+def machine(config: TrainConfig, encoder: Encoder, prepack: bool | None = None) -> dict[str, bool]:
+    """What a timing decides unless ``prepack`` says it, and must not change in the course of a run."""
+    lowered = encoder.device.type == "cpu" and uses_bf16(config.precision, encoder.device)
+    return {"prepacked": not lowered and encoder.prepack(prepack)}
 
 
 def lay_out(encoder: Encoder, chosen: Mapping[str, bool]) -> None:

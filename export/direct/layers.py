@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from bertology_serve.deltas.slots import (
     ATTENTION_NORM,
     DOWN,
@@ -59,7 +61,8 @@ def embed(modules: Modules, rows: Rows) -> Value:
 def post_norm(m: Modules, attend: Attention, layer: int, x: Value) -> Value:
     """BERT (Devlin et al. 2019): ``x = LN(x + attention(x)); x = LN(x + FFN(x))``."""
     act = ACTIVATIONS[activation_of(m.parts)]
-    seen = attend.grids(layer, *(m.linear(slot, layer, x, then=attend.grid) for slot in (QUERY, KEY, VALUE)))
+    grid = partial(attend.grid, layer)
+    seen = attend.grids(layer, *(m.linear(slot, layer, x, then=grid) for slot in (QUERY, KEY, VALUE)))
     x = m.norm(ATTENTION_NORM, layer, m.linear(OUTPUT, layer, seen, residual=x))
     return m.norm(FFN_NORM, layer, m.linear(DOWN, layer, m.linear(UP, layer, x, then=act), residual=x))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from bertology_serve.deltas.slots import Slot
 from bertology_serve.export.direct.activations import ACTIVATIONS
 from bertology_serve.export.direct.nodes import Nodes, Value
-from bertology_serve.export.direct.products import product, quantised_product
+from bertology_serve.export.direct.products import PRODUCTS
 from bertology_serve.export.direct.rows import Rows
 from bertology_serve.export.parts import Parts
 from bertology_serve.export.spec import Precision
@@ -28,7 +28,7 @@ class Modules:
 
     def __init__(self, nodes: Nodes, parts: Parts, precision: Precision = "fp32") -> None:
         self.nodes, self.parts = nodes, parts
-        self._product = {"fp32": product, "int8-row": quantised_product}[precision]
+        self._product = PRODUCTS[precision]
         self._updates: dict[str, list[tuple[Slot, int]]] = defaultdict(list)
         self._adapters: dict[str, list[tuple[str, int]]] = defaultdict(list)
         effects = parts.effects
@@ -111,10 +111,13 @@ class Modules:
             place, low, shift = f"{slot.name}.{layer}", effects.low_rank.get(slot.name), effects.bias.get(slot.name)
             lo, hi = slot.part or (0, width)
             if low is not None:
-                a, b = self.mine(f"{place}.a", low.a[layer].T), self.mine(f"{place}.b", low.b[layer])
+                right, left = low.at(slot, layer)
+                a, b = self.mine(f"{place}.a", right.T), self.mine(f"{place}.b", left)
                 yield self._widened(x @ a @ b, [0, lo, 0, width - hi])
             if shift is not None:
-                yield self._widened(self.mine(f"{place}.bias", shift[layer]), [lo, width - hi])
+                yield self._widened(
+                    self.mine(f"{place}.bias", shift[layer, : slot.outputs_of(layer)]), [lo, width - hi]
+                )
 
     def _widened(self, value: Value, pads: list[int]) -> Value:
         """Zeros around the columns that a slot names of a packed projection."""

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from bertology_serve.export.direct.activations import ACTIVATIONS as NODES
-from bertology_serve.export.direct.nodes import LOWEST, Nodes, Value, counted, joined
+from bertology_serve.export.direct.nodes import Nodes, Value, counted, joined
 from bertology_serve.export.direct.reading import unit
 from bertology_serve.export.multi.rows import Mixed
 from bertology_serve.export.multi.runs import Runs, changes, tile
@@ -52,7 +52,7 @@ class Heads:
         def spread() -> Value:
             grid, spoken = rows.grid(hidden, 1, self.hidden).squeeze(1), rows.spoken.unsqueeze(2)
             mean = spoken.where(grid, 0.0).reduce("Sum", 1) / rows.text.count.real()
-            most = spoken.where(grid, LOWEST).reduce("Max", 1)
+            most = spoken.where(grid, nodes.lowest).reduce("Max", 1)
             return nodes("Equal", kind, 0).where(rows.first(hidden), nodes("Equal", kind, 1).where(mean, most))
 
         return nodes.choose(self._any(kind), spread, lambda: rows.first(hidden))

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from bertology_serve.analysis.figures import Figure, HeatMap, Lines, Scatter
+from bertology_serve.analysis.figures import Bars, Figure, HeatMap, Lines, Scatter
 from bertology_serve.analysis.page import _colour, _ticks, render
 
 FIGURE = Figure(
@@ -17,6 +17,7 @@ FIGURE = Figure(
         Lines("lines", [0, 1, 2], {"a": [0.5, None, 0.75], "b & c": [1, 2, math.nan]}, "x", "y", level=0.6,
               level_name="limit"),
         Scatter("points", [0.0, 1.0], [2.0, 3.0], ["first", "second"], [0, 1], "x", "y"),
+        Bars("bars", ["one", "two"], {"this": [0.5, None], "that": [-0.25, 2.0]}, "share"),
     ],
 )  # fmt: skip
 
@@ -49,6 +50,7 @@ def test_every_number_is_shown_by_hovering() -> None:
         "layer 1, query: 0.25 (share)", "layer 1, up: 1 (share)",
         "a, x 0: 0.5", "a, x 2: 0.75", "b & c, x 0: 1", "b & c, x 1: 2",
         "first: cluster 1", "second: cluster 2",
+        "one, this: 0.5 (share)", "one, that: -0.25 (share)", "two, that: 2 (share)",
     ]  # fmt: skip
     assert page.fetched == []
 

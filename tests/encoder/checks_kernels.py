@@ -13,7 +13,7 @@ import torch
 
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.encoder import attention, varlen
+from bertology_serve.encoder import attention, joined, varlen
 from bertology_serve.encoder.graphs import Graphs
 from bertology_serve.encoder.live import LiveDelta
 from bertology_serve.encoder.pipeline import Request
@@ -24,6 +24,7 @@ from tests.encoder.test_mixed import DELTAS, TEXTS, logits, pipeline, record, re
 from tests.encoder.test_varlen import by_definition
 from tests.kernels.deltas import Setting
 
+LAYERS = 3  # of the tiny models
 LAUNCHES = (
     (fused_lora_linear, "fused_lora_linear"),
     (shrink_expand, "split_lora_linear"),
@@ -46,11 +47,12 @@ def _spied(module: Any, name: str) -> Any:
     return mock.patch.object(module, name, wraps=getattr(module, name))
 
 
-def _same_answers(family: str) -> dict[str, int]:
+def _same_answers(family: str, joins: bool = False) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         made = pipeline(tiny.encoder(family, Path(folder)))
     jobs = [made.prepare(request) for request in requests()]
     by_torch = made.run(jobs)
+    assert not joins or joined.join(made.encoder.model, made.encoder.anatomy)
     with as_on_hopper() as calls:
         by_kernels = made.run(jobs)
     for one, other in zip(by_torch, by_kernels, strict=True):
@@ -66,14 +68,22 @@ def check_bert(setting: Setting) -> None:
     assert calls["layer_norm"] >= 2 * 3, calls
 
 
+def check_joined(setting: Setting) -> None:
+    """BERT's query, key and value as three slices of one launch."""
+    apart, together = _same_answers("bert"), _same_answers("bert", joins=True)
+    assert together["fused_lora_linear"] + together["split_lora_linear"] == (
+        apart["fused_lora_linear"] + apart["split_lora_linear"] - 2 * LAYERS
+    ), (apart, together)
+
+
 def check_modernbert(setting: Setting) -> None:
     """One projection for query, key and value: three slices of one launch."""
     calls = _same_answers("modernbert")
     assert calls["fused_lora_linear"] + calls["split_lora_linear"] >= 3, calls
 
 
-def check_gradients(setting: Setting) -> None:
-    """A training step's gradients, by the kernels' own backward passes and by torch."""
+def _step() -> tuple[LiveDelta, list[Any], list[torch.Tensor]]:
+    """A live delta with BERT's every kind of column, encoded texts, and the parameters that it trains."""
     with tempfile.TemporaryDirectory() as folder:
         encoder = tiny.encoder("bert", Path(folder))
     task = DELTAS["lora-1"][1]
@@ -88,14 +98,41 @@ def check_gradients(setting: Setting) -> None:
         for text in TEXTS
         for encoding in made.encode(made.example({"text": text}, "here", labelled=False), encoder.tokenizer)
     ]
-    leaves = [parameter for parameter in live.parameters() if parameter.requires_grad]
-    by_torch = torch.autograd.grad(live(encodings).square().sum(), leaves)
-    with as_on_hopper(), _spied(autograd, "differentiable_lora_linear") as launched:
-        by_kernels = torch.autograd.grad(live(encodings).square().sum(), leaves)
-    assert launched.call_count >= 3 * 3
+    return live, encodings, [parameter for parameter in live.parameters() if parameter.requires_grad]
+
+
+def _gradients(live: LiveDelta, encodings: list[Any], leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(live(encodings).square().sum(), leaves)
+
+
+def _nearly(by_torch: tuple[torch.Tensor, ...], by_kernels: tuple[torch.Tensor, ...], tolerance: float) -> None:
     largest = max(gradient.norm() for gradient in by_torch)  # a key's bias has none but rounding
     for one, other in zip(by_torch, by_kernels, strict=True):
-        assert (one - other).norm() <= 1e-6 * largest
+        assert (one - other).norm() <= tolerance * largest
+
+
+def check_gradients(setting: Setting) -> None:
+    """A training step's gradients, by the kernels' own backward passes and by torch; joined projections too."""
+    step = _step()
+    by_torch = _gradients(*step)
+    with as_on_hopper(), _spied(autograd, "differentiable_lora_linear") as launched:
+        _nearly(by_torch, _gradients(*step), 1e-6)
+        apart = launched.call_count
+        assert apart >= 3 * 3
+        assert joined.join(step[0].encoder.model, step[0].encoder.anatomy)
+        _nearly(by_torch, _gradients(*step), 1e-6)
+        assert launched.call_count - apart == apart - 2 * LAYERS
+
+
+def check_autocast(setting: Setting) -> None:
+    """Training under autocast: the kernels take parameters and rows in its dtype, as torch does."""
+    step = _step()
+    by_torch = _gradients(*step)
+    with as_on_hopper(), _spied(autograd, "differentiable_lora_linear") as launched:
+        with torch.autocast("cpu", dtype=torch.float16):
+            by_kernels = _gradients(*step)
+        assert {call.args[0].dtype for call in launched.call_args_list} == {torch.float16}
+    _nearly(by_torch, by_kernels, 2e-2)
 
 
 def _again(compute: Callable[[], torch.Tensor]) -> tuple[Callable[[], Any], torch.Tensor]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.tasks.spec import Encoding
 from tests.encoder import checks_kernels
-from tests.encoder.test_mixed import logits, pipeline, requests
+from tests.encoder.test_mixed import DELTAS, logits, pipeline, requests
 from tests.kernels.interpreting import checks, interpreted
 
 
@@ -24,6 +27,24 @@ def test_minilm_on_gpu():
     pairs = [made.run([made.prepare(request) for request in requests()]) for made in (on_cpu, on_gpu)]
     for one, other in zip(*pairs, strict=True):
         assert (logits(one.as_dict()) - logits(other.as_dict())).abs().max() <= 1e-4
+
+
+@pytest.mark.gpu
+def test_training_under_autocast_on_gpu():
+    task = DELTAS["lora-1"][1]
+    losses = []
+    for device in ("cpu", "cuda"):
+        live = LiveDelta(Encoder.load("minilm", device=device), [LoraSpec(rank=4, dropout=0.0)], task)
+        encodings = [Encoding((101, 2000 + i, 102), (0, 0, 0)) for i in range(40)]
+        optimizer = torch.optim.SGD(live.parameters(), 0.1)
+        for _ in range(5):
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+                loss = live(encodings).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 @pytest.mark.gpu

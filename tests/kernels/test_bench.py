@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,10 +13,10 @@ import torch
 
 from bertology_serve.cli.bench_kernels import kernels
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
-from bertology_serve.kernels import bench_methods, bench_run, tuning
+from bertology_serve.kernels import bench_methods, bench_plot, bench_rows, bench_run, tuning
 from bertology_serve.kernels.bench_report import Figure, floor_ratio, lines, losses, write_csv
 from bertology_serve.kernels.bench_timing import Ceilings, Spread
-from bertology_serve.kernels.bench_workload import LENGTHS, MIXES, Workload, batch_segments, inputs, sweep
+from bertology_serve.kernels.bench_workload import LENGTHS, MIXES, NOBODY, Workload, batch_segments, inputs, sweep
 from bertology_serve.kernels.config import Config
 from bertology_serve.kernels.segments import RowSegment
 from tests.kernels import checks_bench
@@ -47,10 +48,11 @@ def test_batches_fill_their_rows_sorted_by_delta(mix, lengths):
 
 def test_the_sweep_covers_what_is_promised():
     whole = list(sweep(False))
-    assert len(whole) == len(set(whole)) == 8 * 5 * 8 + 15
+    assert len(whole) == len(set(whole)) == 8 * 5 * 8 + 15 + 1
     assert {w.deltas for w in whole} == {1, 8, 64, 1000}
     assert {w.rank for w in whole} == {4, 8, 16, 32, 64}
-    assert {(w.mix, w.lengths) for w in whole} == {(m, n) for m in MIXES for n in LENGTHS}
+    mixes = {(m, n) for m in MIXES for n in LENGTHS} | {(NOBODY, "lognormal")}
+    assert {(w.mix, w.lengths) for w in whole} == mixes
     assert len(list(sweep(True))) == 8
 
 
@@ -113,6 +115,43 @@ def test_a_measurement_compares_before_it_times(monkeypatch):
     monkeypatch.setitem(bench_run.ALLOWED, "float32", 0.0)
     with pytest.raises(VerificationError, match="against float64 on Workload"):
         list(bench_run.measure([work], CPU))
+
+
+@pytest.mark.usefixtures("timed")
+def test_a_batch_that_asks_for_no_delta_is_plain():
+    [found] = bench_run.measure([Workload(32, 48, 70, 8, 5, NOBODY, dtype="float32")], CPU)
+    assert [f.method for f in found] == ["cublas", "ours", "torch_loop"]
+    assert found[1].floor == 1.0
+    assert found[1].error < 1e-6
+
+
+@pytest.mark.parametrize("kernel", ["adapter", "norm"])
+def test_row_kernels_are_compared_before_they_are_timed(kernel, monkeypatch):
+    times = {"copy": Spread(1, 2, 3, 1), "ours": Spread(2, 3, 4, 2), "torch": Spread(8, 9, 10, 7)}
+    monkeypatch.setattr(bench_rows, "sets_needed", lambda size, device: 2)
+    monkeypatch.setattr(bench_rows, "compare", lambda calls, sets: {name: times[name] for name in calls})
+    work = bench_rows.RowWork(kernel, 70, 32, torch.float32)
+    [found] = bench_rows.measure([work], CPU)
+    assert found.ratio == 1.5
+    assert 0 < found.error < 1e-6
+    assert bench_rows.lines([found])[1].split()[:6] == [kernel, "70", "32", "2.0", "3.0", "9.0"]
+    monkeypatch.setitem(bench_rows.ALLOWED, torch.float32, 0.0)
+    with pytest.raises(VerificationError, match="against float64 on RowWork"):
+        list(bench_rows.measure([work], CPU))
+
+
+def test_the_picture_has_geometric_means(tmp_path):
+    work = Workload(768, 768, 16384)
+    some = [
+        Figure(replace(work, k=k, rows=rows), name, "", Spread(1, 2, 3, 1), ratio, 1.05, 1e-3)
+        for k, factor in ((768, 1.0), (3072, 4.0))
+        for rows in (1024, 16384)
+        for name, ratio in (("cublas", 1.0), ("ours", 1.1 * factor), ("cublas_pair", 1.5))
+    ]
+    assert bench_plot.over_rows(some)["ours"] == [(1024, pytest.approx(2.2)), (16384, pytest.approx(2.2))]
+    assert bench_plot.over_deltas(some).keys() == {"ours", "floor", "cublas_pair"}
+    bench_plot.draw(some, {"gpu": "none"}, tmp_path / "ratio.png")
+    assert (tmp_path / "ratio.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.usefixtures("timed")

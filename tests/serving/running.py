@@ -33,12 +33,16 @@ class Running:
 
 @contextmanager
 def running(
-    pipeline: Pipeline, keyring: Keyring | None = None, root: Path | None = None, **options: Any
+    pipeline: Pipeline,
+    keyring: Keyring | None = None,
+    root: Path | None = None,
+    registry: Registry | None = None,
+    **options: Any,
 ) -> Iterator[Running]:
     """A server on a free port, stopped and joined at the end."""
     config = ServerConfig(**{"port": 0, "drain_seconds": 0.0, "shutdown_seconds": 20.0, **options})
     bound = bind(config.host, config.port)
-    server = Server(pipeline, Registry(pipeline, root), config, keyring=keyring)
+    server = Server(pipeline, registry or Registry(pipeline, root), config, keyring=keyring)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:

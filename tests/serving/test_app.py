@@ -45,7 +45,7 @@ def test_compressed_bodies(server, encoding):
 
 def test_open_inference_protocol(server):
     get = server.client.get
-    assert get("/v2").json()["extensions"] == ["binary_tensor_data", "model_repository"]
+    assert get("/v2").json()["extensions"] == ["binary_tensor_data", "model_repository", "statistics"]
     assert get("/v2/health/live").json() == {"live": True}
     assert get("/v2/health/ready").json() == {"ready": True}
     assert set(get("/v2/models").json()["models"]) == {"base", *DELTAS}
@@ -339,3 +339,42 @@ def test_many_clients_at_once_get_their_own_answers(server, pipeline):
     for text, answer in zip(texts, asyncio.run(go()), strict=True):
         assert answer["id"] == text
         assert answer["scores"] == pytest.approx(alone[text], abs=1e-5)
+
+
+@pytest.mark.parametrize("value", ["-1", "x", "1.5", "9" * 12])
+def test_priorities_that_make_no_sense(server, value):
+    headers = {"X-Request-Priority": value}
+    response = server.client.post("/predict", json={"delta": "mood", "text": "cat"}, headers=headers)
+    assert response.status_code == 400
+    assert "1 goes first" in response.json()["error"]
+    assert server.post("/v2/models/mood/infer", INFER | {"parameters": {"priority": value}}).status_code == 400
+
+
+def test_what_is_urgent_goes_first_and_a_full_queue_is_told_before_tokenising(pipeline, monkeypatch):
+    held = Held(pipeline)
+    with running(held, max_queue_tokens=8, max_item_tokens=8) as server:
+        queue = server.server.engine.queue
+
+        def ask(text: str, **headers: str) -> threading.Thread:
+            call = lambda: server.client.post("/predict", json={"delta": "mood", "text": text}, headers=headers)  # noqa: E731
+            thread = threading.Thread(target=call)
+            thread.start()
+            return thread
+
+        threads = [ask("first")]
+        assert held.busy.wait(20)
+        threads.append(ask("patient"))
+        wait(lambda: queue.items == 1)
+        server.server.engine.queue.times.budget = 1
+        queue._scheduler.max_tokens = 1
+        threads.append(ask("urgent", **{"X-Request-Priority": "1"}))
+        wait(lambda: queue.items == 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(queue, "max_tokens", queue.tokens)
+            patch.setattr(held, "prepare", lambda request: pytest.fail("tokenised in vain"), raising=False)
+            assert server.post("/predict", {"delta": "mood", "text": "late"}).status_code == 503
+        held.go.set()
+        for thread in threads:
+            thread.join(20)
+        assert held.texts[0] == "first"
+        assert held.texts.index("urgent") < held.texts.index("patient")

@@ -156,3 +156,43 @@ def test_a_head_that_never_ends_is_cut_off(guarded, piece):
             answer = client.recv(1000)
     assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")
     assert guarded.client.get("/health").status_code == 200
+
+
+def slowly(server: Running, data: bytes, patience: float = 10) -> bytes:
+    """What comes back of a connection that sends this and no more."""
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port), timeout=patience) as client:
+        client.sendall(data)
+        with contextlib.suppress(OSError):
+            return client.recv(10_000)
+    return b"reset"
+
+
+def test_heads_and_bodies_that_come_too_slowly(pipeline):
+    with running(pipeline, max_body_seconds=0.2) as server:
+        assert slowly(server, b"") in (b"", b"reset")
+        assert slowly(server, b"POST /predict HTTP/1.1\r\nHost: x\r\n") in (b"", b"reset")
+        answer = slowly(server, b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"connection: close" in answer
+        assert b"the body was not there after 0.2 s" in answer
+        with socket.create_connection((httpx.URL(server.url).host, httpx.URL(server.url).port), timeout=10) as client:
+            for _ in range(2):  # a connection that has answered may rest, and goes on
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert client.recv(10_000).startswith(b"HTTP/1.1 200")
+                time.sleep(0.3)
+
+
+def test_calls_are_logged_without_texts(pipeline, caplog):
+    caplog.set_level("INFO")
+    with running(pipeline, log_calls=True) as server:
+        server.post("/predict?secret=1", {"delta": "mood", "text": "SECRET"})
+        server.client.get("/nothing%0aINFO%20forged")
+    calls = [record.call for record in caplog.records if hasattr(record, "call")]
+    assert [(one["method"], one["path"], one["status"], one["key"]) for one in calls] == [
+        ("POST", "/predict", 200, "everyone"),
+        ("GET", "/nothing%0aINFO%20forged", 404, "everyone"),
+    ]
+    assert calls[0]["ms"] > 0
+    own = [record.getMessage() for record in caplog.records if record.name.startswith("bertology")]
+    assert "secret" not in " ".join(own).lower()

@@ -43,3 +43,22 @@ def test_two_servers_do_not_share_their_numbers():
     assert 'bertology_calls_total{status="200"} 1.0' in one.render().decode()
     assert "bertology_ready 1.0" in one.render().decode()
     assert "bertology_ready 0.0" in other.render().decode()
+
+
+def test_only_so_many_deltas_are_named():
+    metrics = Metrics(most_deltas=2)
+    for name in ("a", "b", "c", "d", "a"):
+        metrics.finished([work(1, name)], ANSWERED, now=0.0)
+    text = metrics.render().decode()
+    assert 'bertology_items_total{delta="a",outcome="answered"} 2.0' in text
+    assert 'bertology_items_total{delta="other",outcome="answered"} 2.0' in text
+    assert 'delta="c"' not in text
+
+
+def test_what_endpoint_pickers_read():
+    metrics, made = Metrics(), queue()
+    metrics.affinity(lambda: ["b", "a"], made.waiting, 7)
+    made.put([work(2, "c")])
+    line = next(line for line in metrics.render().decode().splitlines() if line.startswith("vllm:lora_requests_info{"))
+    assert 'max_lora="7",running_lora_adapters="a,b",waiting_lora_adapters="c"' in line
+    assert float(line.split()[-1]) > 1e9

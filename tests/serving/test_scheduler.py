@@ -13,10 +13,11 @@ from bertology_serve.serving.scheduler import FairScheduler
 from bertology_serve.serving.work import State, Work
 
 
-def work(cost: int, delta: str = "d", deadline: float = math.inf) -> Work:
-    job: Any = SimpleNamespace(cost=cost, request=SimpleNamespace(delta=delta))
+def work(cost: int, delta: str = "d", deadline: float = math.inf, priority: int = 0) -> Work:
+    ready = SimpleNamespace(delta=SimpleNamespace(version="1"))
+    job: Any = SimpleNamespace(cost=cost, request=SimpleNamespace(delta=delta), ready=ready)
     ticket: Any = None
-    return Work(job, ticket, 0, deadline)
+    return Work(job, ticket, 0, deadline, priority)
 
 
 def scheduler(works: list[Work], budget: int, **weights: float) -> FairScheduler:
@@ -217,3 +218,9 @@ def pick_and_check(watch: Watch, times: int) -> None:
     for _ in range(times):
         watch.pick()
         watch.check()
+
+
+def test_priorities_order_one_delta_s_work_and_change_no_shares():
+    works = [work(1, "a", 9.0), work(1, "a", 8.0, priority=7), work(1, "a", 9.0, priority=1), work(1, "b", 9.0)]
+    made = scheduler(works, 1)
+    assert [made.pick(0.0)[0] for _ in works] == [works[2], works[3], works[0], works[1]]

@@ -202,3 +202,18 @@ def test_pool_equals_a_loop_and_is_differentiable(pooling):
 def test_pool_refuses_an_unknown_pooling():
     with pytest.raises(SpecError, match="did you mean 'mean'"):
         pool(torch.zeros(1, 2), torch.tensor([0]), torch.tensor([1]), "maen")
+
+
+def test_the_mlp_is_eh_ft_s():
+    """H -> 2048 -> C with a ReLU between, drawn from N(0, 0.005²), the same for every family."""
+    spec = TaskSpec("classification", LABELS, head="mlp")
+    head = Head.build(head_form("bert", "bert", spec, H, {}), {}, torch.Generator().manual_seed(0), dropout=0.5)
+    weights = head.own_tensors()
+    first, last = weights["classifier.dense.weight"], weights["classifier.out_proj.weight"]
+    assert (first.shape, last.shape) == ((2048, H), (3, 2048))
+    assert first.std().item() == pytest.approx(0.005, rel=0.02)
+    assert last.std().item() == pytest.approx(0.005, rel=0.05)
+    rows = torch.randn(4, H, generator=torch.Generator().manual_seed(1))
+    expected = torch.relu(rows @ first.T) @ last.T
+    torch.testing.assert_close(head(rows), expected, rtol=1e-5, atol=1e-7)
+    assert head_form("roberta", "roberta", spec, H, {}) == head_form("modernbert", "model", spec, H, {})

@@ -224,3 +224,11 @@ def test_what_stands_in_the_product_s_place_is_not_overwritten(tmp_path: Path, b
         with pytest.raises(InputError, match=r"other-lora exists; choose another --out, or replace it"):
             run(Encoder.load(bert.name), tmp_path / "other", "eh-ft", epochs=1, resume=resume)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine-lora", "other-lora"]
+
+
+def test_the_head_may_be_the_authors_mlp(tmp_path: Path, bert: Encoder):
+    """Its logits survive the way to disk and back, or nothing would be published."""
+    outcome = run(bert, tmp_path / "x", "eh-ft", method="bitfit", head="mlp", epochs=1)
+    assert outcome.delta.head["classifier.dense.weight"].shape[0] == 2048
+    assert not TrainConfig("classification", recipe="lp-ft", head="mlp").solvable
+    assert [stage.solved for stage in stages(TrainConfig("classification", recipe="lp-ft", head="mlp"))] == [False] * 2

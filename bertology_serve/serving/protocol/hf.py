@@ -52,7 +52,7 @@ def write_task(call: TaskCall, predictions: Sequence[Prediction]) -> bytes:
     """The answers in the shape of the delta's task."""
     if call.similarity:
         source, *others = (prediction.answer["embedding"] for prediction in predictions)
-        return encode([_cosine(source, other) for other in others])
+        return encode([cosine(source, other) for other in others])
     shape = SHAPES[call.delta.task.kind]
     answers = [shape.answer(prediction, call.options) for prediction in predictions]
     return encode(answers[0] if call.single and not shape.nested else answers)
@@ -81,7 +81,8 @@ def _similarity(inputs: dict[str, Any], delta: Delta, options: Options) -> TaskC
     return TaskCall(delta, options, requests, single=False, similarity=True)
 
 
-def _cosine(one: Sequence[float], other: Sequence[float]) -> float:
+def cosine(one: Sequence[float], other: Sequence[float]) -> float:
+    """Of two vectors; 0 where one of them is."""
     product = sum(a * b for a, b in zip(one, other, strict=True))
     sizes = sum(a * a for a in one) * sum(b * b for b in other)
     return float(product / sizes**0.5) if sizes else 0.0

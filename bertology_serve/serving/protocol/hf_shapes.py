@@ -34,7 +34,7 @@ def classification(prediction: Prediction, options: Options) -> list[dict[str, A
     if options.needs_logits:
         scores = dict(zip(scores, prediction.answer["logits"], strict=True))
     if options.transform == "sigmoid":
-        scores = {label: _sigmoid(logit) for label, logit in scores.items()}
+        scores = {label: sigmoid(logit) for label, logit in scores.items()}
     ranked = sorted(scores.items(), key=lambda item: -item[1])
     return [{"label": label, "score": score} for label, score in ranked[: options.top_k]]
 
@@ -96,5 +96,6 @@ SHAPES = {
 }
 
 
-def _sigmoid(logit: float) -> float:
+def sigmoid(logit: float) -> float:
+    """1 / (1 + exp(-logit)) that does not overflow."""
     return 1.0 / (1.0 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1.0 + math.exp(logit))

@@ -20,6 +20,14 @@ class Call:
     single: bool
 
 
+def is_tei(body: bytes) -> bool:
+    """Whether a body is one for TEI's ``/predict``: an object with ``inputs``, without ``delta``."""
+    if b'"inputs"' not in body:
+        return False
+    value: Any = decode(body)
+    return isinstance(value, dict) and "inputs" in value and "delta" not in value
+
+
 def read_call(body: bytes) -> Call:
     """``{"delta", "id"?, "logits"?, ...fields of the record}`` or a list of those, for any deltas together."""
     value: Any = decode(body)

@@ -52,7 +52,7 @@ class InferRequest(msgspec.Struct):
 class InferCall:
     """A checked infer request: one request a row, and the outputs wanted, each in JSON or (true) in binary.
 
-    ``seconds`` is how long the caller will wait.
+    ``seconds`` is how long the caller will wait, ``priority`` 1 goes first, 0 is none.
     """
 
     model: Delta
@@ -61,15 +61,28 @@ class InferCall:
     outputs: Mapping[str, bool]
     fields: Mapping[str, Field]
     seconds: float = math.inf
+    priority: int = 0
 
 
 def read_infer(body: bytes, json_length: int | None, model: Delta, find: Find, most: int) -> InferCall:
     """An infer request for ``model``; ``json_length`` is the header Inference-Header-Content-Length.
 
+    See ``read_call``.
+    """
+    if json_length is not None and not 0 <= json_length <= len(body):
+        raise DataError(f"Inference-Header-Content-Length is {json_length}; the body has {len(body)} bytes")
+    end = len(body) if json_length is None else json_length
+    asked: InferRequest = decode(body[:end], InferRequest)
+    return read_call(asked, split(asked.inputs, body[end:]), model, find, most)
+
+
+def read_call(asked: InferRequest, blobs: Sequence[bytes | None], model: Delta, find: Find, most: int) -> InferCall:
+    """A request whose tensors' binary parts lie apart (``None``: the data is in the tensor).
+
     ``find`` gives the delta of a name or raises NotFound; ``most`` bounds rows and columns. Raises DataError and
     LimitError.
     """
-    asked, columns = _read_columns(body, json_length, most)
+    columns = _columns(asked, blobs, most)
     parameters = asked.parameters or {}
     deltas = _deltas(parameters, columns, model, find)
     fields = _common_outputs(deltas)
@@ -81,37 +94,42 @@ def read_infer(body: bytes, json_length: int | None, model: Delta, find: Find, m
     for row, delta in enumerate(deltas):
         texts = {name: column[row] for name, column in columns.items() if name != DELTA}
         requests.append(Request(delta.name, record_of(delta, texts), "", logits, f"row {row}", delta.version))
-    return InferCall(model, asked.id, requests, outputs, fields, _seconds(parameters))
+    return InferCall(model, asked.id, requests, outputs, fields, _seconds(parameters), _priority(parameters))
+
+
+def tensors_of(call: InferCall, predictions: Sequence[Prediction]) -> list[OutputTensor]:
+    """The outputs that the call wants."""
+    return [_tensor(name, call.fields[name], predictions) for name in call.outputs]
+
+
+def version_of(call: InferCall, predictions: Sequence[Prediction]) -> str | None:
+    """The version of the model of the URL that answered, where there was one."""
+    versions = {prediction.version for prediction in predictions if prediction.delta == call.model.name}
+    return versions.pop() if len(versions) == 1 else None
 
 
 def write_infer(call: InferCall, predictions: Sequence[Prediction]) -> tuple[bytes, int | None]:
     """The response's body, and the length of its JSON part where binary tensors follow it."""
     parts, blobs = [], []
-    for name, binary in call.outputs.items():
-        tensor = _tensor(name, call.fields[name], predictions)
-        if binary:
+    for tensor in tensors_of(call, predictions):
+        if call.outputs[tensor.name]:
             part, blob = tensor.as_binary()
             blobs.append(blob)
         else:
             part = tensor.as_json()
         parts.append(part)
     response: dict[str, Any] = {"model_name": call.model.name}
-    versions = {prediction.version for prediction in predictions if prediction.delta == call.model.name}
-    if len(versions) == 1:
-        response["model_version"] = versions.pop()
+    version = version_of(call, predictions)
+    if version is not None:
+        response["model_version"] = version
     if call.id is not None:
         response["id"] = call.id
     header = encode(response | {"outputs": parts})
     return (header + b"".join(blobs), len(header)) if blobs else (header, None)
 
 
-def _read_columns(body: bytes, json_length: int | None, most: int) -> tuple[InferRequest, dict[str, list[list[str]]]]:
-    """The JSON part, and each input tensor as rows of texts, all of the same length."""
-    if json_length is not None and not 0 <= json_length <= len(body):
-        raise DataError(f"Inference-Header-Content-Length is {json_length}; the body has {len(body)} bytes")
-    end = len(body) if json_length is None else json_length
-    asked: InferRequest = decode(body[:end], InferRequest)
-    blobs = split(asked.inputs, body[end:])
+def _columns(asked: InferRequest, blobs: Sequence[bytes | None], most: int) -> dict[str, list[list[str]]]:
+    """Each input tensor as rows of texts, all of the same length."""
     columns: dict[str, list[list[str]]] = {}
     for tensor, blob in zip(asked.inputs, blobs, strict=True):
         if tensor.name not in (*INPUTS, DELTA):
@@ -124,7 +142,7 @@ def _read_columns(body: bytes, json_length: int | None, most: int) -> tuple[Infe
     sizes = {name: len(rows) for name, rows in columns.items()}
     if len(set(sizes.values())) > 1:
         raise DataError(f"inputs differ in rows: {', '.join(f'{name} {count}' for name, count in sizes.items())}")
-    return asked, columns
+    return columns
 
 
 def _deltas(parameters: Parameters, columns: dict[str, list[list[str]]], model: Delta, find: Find) -> list[Delta]:
@@ -175,6 +193,13 @@ def _seconds(parameters: Parameters) -> float:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise DataError(f"parameter 'timeout' is {shown(value)}; expected a whole number of microseconds")
     return min(value, 10**15) / 1e6 if value else math.inf
+
+
+def _priority(parameters: Parameters) -> int:
+    value = parameters.get("priority", 0)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10**9:
+        raise DataError(f"parameter 'priority' is {shown(value)}; expected a whole number, 1 goes first")
+    return value
 
 
 def _flag(parameters: Parameters, name: str) -> bool:

@@ -18,7 +18,7 @@ from bertology_serve.tasks.spec import (
 )
 
 PLATFORM = "bertology_packed"
-EXTENSIONS = ("binary_tensor_data", "model_repository")
+EXTENSIONS = ("binary_tensor_data", "model_repository", "statistics")
 
 
 @dataclass(frozen=True)

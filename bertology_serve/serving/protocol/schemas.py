@@ -108,6 +108,57 @@ class Embeddings(Struct):
     usage: Usage
 
 
+class TeiBody(Struct, omit_defaults=True):
+    """A body of Text Embeddings Inference, with ``model`` added; other keys are ignored."""
+
+    inputs: str | list[str | list[str]]
+    model: Annotated[str | None, Meta(description="Name of a delta; not needed below /tei/{delta}.")] = None
+    normalize: bool = True
+    truncate: bool = False
+    dimensions: int | None = None
+    raw_scores: bool = False
+
+
+class TeiSentences(Struct):
+    """A sentence, and others that it is compared with."""
+
+    source_sentence: str
+    sentences: list[str]
+
+
+class TeiSimilarityBody(Struct, omit_defaults=True):
+    """Cosines of embeddings."""
+
+    inputs: TeiSentences
+    model: str | None = None
+    truncate: bool = False
+
+
+class TeiRerankBody(Struct, omit_defaults=True):
+    """Texts to be ranked for a query, by a regression on pairs."""
+
+    query: str
+    texts: list[str]
+    model: str | None = None
+    raw_scores: bool = False
+    return_text: bool = False
+    truncate: bool = False
+
+
+class TeiTokenizeBody(Struct, omit_defaults=True):
+    """Texts to be cut into tokens."""
+
+    inputs: str | list[str]
+    add_special_tokens: bool = True
+
+
+class TeiDecodeBody(Struct, omit_defaults=True):
+    """Token ids to be made texts."""
+
+    ids: list[int | list[int]]
+    skip_special_tokens: bool = True
+
+
 class Model(Struct):
     """A delta that answers."""
 
@@ -211,5 +262,6 @@ class OpenAIProblem(Struct):
 
 BODIES = (
     Item, Answer, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest, InferResponse,
+    TeiBody, TeiSimilarityBody, TeiRerankBody, TeiTokenizeBody, TeiDecodeBody,
     EmbeddingsBody, Embeddings, IndexRequest, LoadRequest, RepositoryEntry, Problem, OpenAIProblem,
 )  # fmt: skip

@@ -35,4 +35,4 @@ def test_the_general_pair_of_texts_serves_every_task(registry):
 
 
 def test_server_metadata():
-    assert oip_model.server_metadata()["extensions"] == ["binary_tensor_data", "model_repository"]
+    assert oip_model.server_metadata()["extensions"] == ["binary_tensor_data", "model_repository", "statistics"]

@@ -1,0 +1,97 @@
+"""The asynchronous client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from bertology_serve.client import calls
+from bertology_serve.client.answers import Answer, Model, Version
+from bertology_serve.client.calls import Call
+from bertology_serve.errors import BertologyError, Overloaded
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """Asks one server. ``key`` is an API key; ``seconds`` is how long a call may take on the way and there together;
+    ``retries`` how often a call is repeated that met a full server or a broken connection. Use it in an ``async with``.
+
+    Raises the errors of ``bertology_serve.errors`` that the server meant: NotFound, RateLimited, Expired ...
+    """
+
+    def __init__(self, url: str, key: str | None = None, seconds: float = 30.0, retries: int = 2) -> None:
+        self._http = httpx.AsyncClient(base_url=url, headers=calls.headers_of(key), timeout=seconds)
+        self._retries = retries
+
+    async def ask(self, delta: str, text: str | Mapping[str, Any], *, seconds: float | None = None) -> Answer:
+        """One delta's answer to a text, or to a record of its task's fields (``question`` and ``context`` ...)."""
+        return (await self.answer(calls.items_of(delta, [text]), seconds=seconds))[0]
+
+    async def answer(self, items: Iterable[Mapping[str, Any]], *, seconds: float | None = None) -> tuple[Answer, ...]:
+        """The answers to items of any deltas, ``{"delta", "text", ...}``, in order.
+
+        Expired is raised where they are not there within ``seconds``; what was still queued is then not computed.
+        """
+        return await self._send(calls.answer(items, seconds))
+
+    async def embed(self, delta: str, texts: Sequence[str], *, seconds: float | None = None) -> list[tuple[float, ...]]:
+        """The vectors of texts; ``base`` is the bare encoder."""
+        return calls.vectors_of(await self.answer(calls.items_of(delta, texts), seconds=seconds))
+
+    async def deltas(self) -> tuple[Model, ...]:
+        """What answers."""
+        return await self._send(calls.models())
+
+    async def ready(self) -> bool:
+        """Whether the server takes calls; false where there is none."""
+        try:
+            return (await self._once(calls.ready()))["ready"]
+        except (BertologyError, httpx.TransportError):
+            return False
+
+    async def index(self) -> tuple[Version, ...]:
+        """Every version on the server's disk or in its memory. Needs a key with admin rights, as what follows."""
+        return await self._send(calls.index())
+
+    async def load(self, delta: str, version: str | None = None) -> Version:
+        """Makes a version answer; the newest where none is named."""
+        return await self._send(calls.load(delta, version))
+
+    async def unload(self, delta: str) -> Version:
+        """Takes a delta away."""
+        return await self._send(calls.unload(delta))
+
+    async def aclose(self) -> None:
+        """Closes its connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        """Itself."""
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Closes it."""
+        await self.aclose()
+
+    async def _send(self, call: Call[T]) -> T:
+        for left in range(self._retries, -1, -1):
+            try:
+                return await self._once(call)
+            except Overloaded as problem:
+                if not left:
+                    raise
+                await asyncio.sleep(problem.retry_after)
+            except httpx.TransportError as problem:
+                if not left:
+                    raise BertologyError(
+                        f"no answer from {self._http.base_url}: {problem or type(problem).__name__}"
+                    ) from None
+        raise AssertionError("unreachable")
+
+    async def _once(self, call: Call[T]) -> T:
+        reply = await self._http.request(call.method, call.path, content=call.content, headers=call.headers)
+        return call.read(reply.status_code, reply.content, reply.headers.get("retry-after"))

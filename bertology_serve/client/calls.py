@@ -1,0 +1,122 @@
+"""What the two clients share: calls as data, replies as typed answers or as the errors that the server meant.
+
+A server's answer to a call depends on nothing but the call, so it is safe to send it again: calls that were refused
+because the server was full (429, 503) are repeated after ``Retry-After``, those whose connection broke at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from bertology_serve.client.answers import Answer, Model, Version
+from bertology_serve.errors import (
+    BertologyError,
+    Expired,
+    Forbidden,
+    InputError,
+    LimitError,
+    NotFound,
+    Overloaded,
+    RateLimited,
+    Unauthorized,
+)
+
+T = TypeVar("T")
+LONGEST_WAIT = 60.0
+_ERRORS: Mapping[int, type[BertologyError]] = {
+    400: InputError, 401: Unauthorized, 403: Forbidden, 404: NotFound, 413: LimitError, 431: LimitError, 504: Expired,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """One call: ``kind`` is what its reply is read as. ``body`` is sent as JSON, ``None`` without one."""
+
+    method: str
+    path: str
+    kind: type[T] | Any
+    body: Any = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def content(self) -> bytes | None:
+        """The body's bytes."""
+        return None if self.body is None else msgspec.json.encode(self.body)
+
+    def read(self, status: int, content: bytes, retry_after: str | None) -> T:
+        """The reply, or the error that it tells of."""
+        if status != 200:
+            raise problem_of(status, content, retry_after)
+        try:
+            found: T = msgspec.json.decode(content, type=self.kind)
+        except (msgspec.DecodeError, UnicodeDecodeError) as problem:
+            raise BertologyError(f"{self.path}: no answer of bertology-serve ({problem}); check the address") from None
+        return found
+
+
+def problem_of(status: int, content: bytes, retry_after: str | None) -> BertologyError:
+    """The error of a reply, by its status."""
+    try:
+        message = str(msgspec.json.decode(content)["error"])
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
+        message = f"the server answered {status}"
+    if status in (429, 503):
+        wait = float(retry_after) if retry_after and retry_after.isdecimal() else 1.0
+        return (RateLimited if status == 429 else Overloaded)(message, min(wait, LONGEST_WAIT))
+    return _ERRORS.get(status, BertologyError)(message)
+
+
+def headers_of(key: str | None) -> dict[str, str]:
+    """What every call carries."""
+    return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+
+def answer(items: Iterable[Mapping[str, Any]], seconds: float | None) -> Call[tuple[Answer, ...]]:
+    """Items of any deltas."""
+    headers = {} if seconds is None else {"X-Request-Timeout-Ms": str(max(1, round(1e3 * seconds)))}
+    return Call("POST", "/predict", tuple[Answer, ...], list(items), headers)
+
+
+def items_of(delta: str, texts: Iterable[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Texts, or records of the task's fields, as items for one delta."""
+    return [{"delta": delta, **({"text": text} if isinstance(text, str) else text)} for text in texts]
+
+
+def vectors_of(answers: Sequence[Answer]) -> list[tuple[float, ...]]:
+    """The embeddings of answers. InputError where a delta does not embed."""
+    found = []
+    for one in answers:
+        if one.embedding is None:
+            raise InputError(f"delta {one.delta!r} does {one.task}, not embeddings; ask another")
+        found.append(one.embedding)
+    return found
+
+
+def models() -> Call[tuple[Model, ...]]:
+    """The deltas that answer."""
+    return Call("GET", "/models", tuple[Model, ...])
+
+
+def ready() -> Call[dict[str, bool]]:
+    """Readiness."""
+    return Call("GET", "/v2/health/ready", dict[str, bool])
+
+
+def index() -> Call[tuple[Version, ...]]:
+    """Every version."""
+    return Call("POST", "/v2/repository/index", tuple[Version, ...])
+
+
+def load(name: str, version: str | None) -> Call[Version]:
+    """A swap."""
+    body = None if version is None else {"parameters": {"version": version}}
+    return Call("POST", f"/v2/repository/models/{name}/load", Version, body)
+
+
+def unload(name: str) -> Call[Version]:
+    """Taking away."""
+    return Call("POST", f"/v2/repository/models/{name}/unload", Version)

@@ -1,0 +1,45 @@
+"""The official metrics of well-known data sets, from a delta's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bertology_serve.data.sets import DataSet
+from bertology_serve.tasks.metrics import positive_f1
+from bertology_serve.tasks.squad import exact, overlap_f1
+
+Answers = Sequence[Mapping[str, Any]]
+Records = Sequence[tuple[Mapping[str, Any], str]]
+
+
+def official_metrics(
+    found: DataSet, measured: Mapping[str, float], answers: Answers, records: Records
+) -> dict[str, float]:
+    """The set's metrics by name, the main one first, as fractions.
+
+    ``measured`` are those of the task. ``f1`` of a classification is the F1 of the set's ``positive`` label; MultiRC's
+    ``f1a`` is that over all answers and ``em`` the share of questions answered without a mistake; ReCoRD's
+    ``entity_em`` and ``entity_f1`` compare each query's likeliest entity with its gold ones.
+    """
+    own = dict(measured)
+    if found.positive:
+        gold, given = [str(fields["label"]) for fields, _ in records], [str(one["label"]) for one in answers]
+        own["f1"] = own["f1a"] = positive_f1(gold, given, found.positive)
+        own |= _by_group(found, answers, records) if any("group" in fields for fields, _ in records) else {}
+    return {name: own[name] for name in found.metrics if name in own}
+
+
+def _by_group(found: DataSet, answers: Answers, records: Records) -> dict[str, float]:
+    """The metrics over questions or queries."""
+    groups: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    for answer, (fields, _) in zip(answers, records, strict=True):
+        groups.setdefault(fields["group"], []).append((answer, fields))
+    whole = [all(answer["label"] == str(fields["label"]) for answer, fields in own) for own in groups.values()]
+    scores = {"em": sum(whole) / len(whole)}
+    if "entity_f1" in found.metrics:
+        chosen = [max(own, key=lambda pair: pair[0]["scores"][found.positive])[1] for own in groups.values()]
+        for name, score in (("entity_em", exact), ("entity_f1", overlap_f1)):
+            best = [max((score(gold, one["entity"]) for gold in one["golds"]), default=0.0) for one in chosen]
+            scores[name] = sum(best) / len(best)
+    return scores

@@ -1,0 +1,110 @@
+"""Reads the splits of well-known data sets: from a folder where it has them, else from the hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bertology_serve.data import hub
+from bertology_serve.data.sets import SETS, DataSet, set_named
+from bertology_serve.errors import DataError, NotFound, nearest
+
+PREFIX = "set:"
+FOLDER = "BERTOLOGY_DATA"
+ENDS = (".jsonl", ".jsonl.gz", ".parquet", ".tsv", ".tsv.gz", ".csv", ".csv.gz", ".json", ".conll")
+ALSO: Mapping[str, tuple[str, ...]] = {
+    "dev": ("validation", "val", "valid", "validation_matched", "dev_matched"),
+    "mismatched": ("validation_mismatched", "dev_mismatched"),
+}
+Row = tuple[Mapping[str, Any], str]
+
+
+def find_set(name: str) -> DataSet:
+    """The set of ``NAME``, ``NAME@FOLDER`` or a folder that is called as its set. Raises NotFound."""
+    return _split_name(name)[0]
+
+
+def read_split(text: str, read_file: Any) -> Iterator[Row]:
+    """(record, where) of each row of ``set:NAME:SPLIT``; NAME may be the folder that holds the set, or NAME@FOLDER.
+
+    Without a folder, files are looked for below the one that ``BERTOLOGY_DATA`` names, as ``NAME/SPLIT.jsonl`` and the
+    like, and then the hub is asked. ``read_file`` reads one file. Raises NotFound, DataError.
+    """
+    name, split = parse(text)
+    found, folder = _split_name(name)
+    file = locate(found, split, folder)
+    for row, where in read_file(file) if file else _hub_rows(found, split, text):
+        if found.subset and row.get("subset", found.subset) != found.subset:
+            continue
+        for record in _records(found, row, where):
+            yield record, where
+
+
+def has_split(name: str, split: str) -> bool:
+    """Whether a split is there to be read: as a file, or, where no folder was named, on the hub."""
+    found, folder = _split_name(name)
+    try:
+        file = locate(found, split, folder)
+    except NotFound:
+        return False
+    return file is not None or (bool(found.hub) and split in found.splits)
+
+
+def parse(text: str) -> tuple[str, str]:
+    """Name and split of ``set:NAME[:SPLIT]``; the split is ``train`` unless it is named."""
+    name, _, split = text.removeprefix(PREFIX).rpartition(":")
+    return (name, split) if name else (split, "train")
+
+
+def locate(found: DataSet, split: str, folder: Path | None = None) -> Path | None:
+    """The file of a split: in the folder, which must hold it, else below that of ``BERTOLOGY_DATA``, if it is there."""
+    home = os.environ.get(FOLDER)
+    below = [Path(home, *found.name.split("/")), Path(home, found.name.rpartition("/")[2])] if home else []
+    names = (split, *ALSO.get(split, ()))
+    paths = (place / f"{name}{end}" for place in ([folder] if folder else below) for name in names for end in ENDS)
+    there = next((path for path in paths if path.is_file()), None)
+    if there is None and folder:
+        ends = ", ".join(ENDS)
+        raise NotFound(f"{folder} holds no file of the split {split!r}; expected {split}.jsonl or another of {ends}")
+    return there
+
+
+def _split_name(name: str) -> tuple[DataSet, Path | None]:
+    """The set, and the folder that was named with it."""
+    known, at, folder = name.partition("@")
+    if at:
+        return set_named(known), Path(folder)
+    if name in SETS or not Path(name).is_dir():
+        return set_named(name), None
+    parts = Path(os.path.abspath(name)).parts
+    whole = "/".join(parts[-2:])
+    return set_named(whole if whole in SETS else parts[-1]), Path(name)
+
+
+def _hub_rows(found: DataSet, split: str, text: str) -> Iterable[Row]:
+    if split not in found.splits:
+        raise NotFound(f"{found.name} has no split {split!r}; {nearest(split, found.splits)}")
+    if not found.hub:
+        raise NotFound(f"{text}: {found.name} is read from files; put them below the folder that {FOLDER} names")
+    place, _, config = found.hub.partition(":")
+    return hub.read(f"{hub.PREFIX}{place}:{config}:{found.splits[split]}")
+
+
+def _records(found: DataSet, row: Mapping[str, Any], where: str) -> Iterator[Mapping[str, Any]]:
+    """A row's records; rows that are in our shape already stay as they are."""
+    if _is_ours(row):
+        yield row
+        return
+    for field, column in found.columns.items():
+        if column not in row and field not in row:
+            raise DataError(f"{where}: no column {column!r} for {field!r}; {nearest(column, map(str, row))}")
+    taken = {field: row[column] for field, column in found.columns.items() if column in row}
+    kept = {name: value for name, value in row.items() if name not in (*taken, *found.columns.values())}
+    yield from found.shape({**kept, **taken}, where)
+
+
+def _is_ours(row: Mapping[str, Any]) -> bool:
+    """Whether a row has our names where the sets have others."""
+    return not {"text_a", "text_pair", "choices"}.isdisjoint(row)

@@ -1,0 +1,88 @@
+"""What every protocol does between reading a call and writing its answer: rights, rates, time, one version."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.pipeline import Prediction, Request
+from bertology_serve.errors import NotFound, VersionGone
+from bertology_serve.serving.engine import Engine
+from bertology_serve.serving.keys import Access
+from bertology_serve.serving.registry import Registry
+from bertology_serve.serving.tiers.cold import Cold
+
+SWAPS = 8
+T = TypeVar("T")
+
+
+class Answering:
+    """An engine and its deltas, as one caller may use them; ``cold`` brings those that are not resident."""
+
+    def __init__(self, engine: Engine, registry: Registry, cold: Cold) -> None:
+        self.engine, self.registry, self.cold = engine, registry, cold
+
+    def find(self, access: Access, name: str, version: str | None = None) -> Delta:
+        """The delta of that name, where the caller may ask it. Raises Forbidden, NotFound."""
+        access.check(name)
+        return self.registry.find(name, version, access.allows)
+
+    def visible(self, access: Access) -> list[Delta]:
+        """The deltas that answer the caller."""
+        return [delta for delta in self.registry.all() if access.allows(delta.name)]
+
+    async def answer(
+        self,
+        access: Access,
+        items: Sequence[Request],
+        gone: Callable[[], Awaitable[None]] | None = None,
+        charge: Callable[[int], None] | None = None,
+        seconds: float = math.inf,
+        priority: int = 0,
+    ) -> list[Prediction]:
+        """The answers, within the caller's rights, rates and time. See ``Engine.answer``."""
+        names = list(dict.fromkeys(item.delta for item in items))
+        if access.restricted:
+            for name in names:
+                self.find(access, name)
+        tiers, charge = self.registry.tiers, charge or access.charge
+        if not any(tiers.is_cold(name) for name in names):
+            tiers.touch(names)
+            try:
+                return await self.engine.answer(items, gone, charge, seconds, priority)
+            except VersionGone:
+                raise
+            except NotFound:
+                if not any(tiers.is_cold(name) for name in names):  # else one left for disk just now
+                    raise
+        return await self._warmed(names, items, gone, charge, seconds, priority)
+
+    async def _warmed(
+        self,
+        names: Sequence[str],
+        items: Sequence[Request],
+        gone: Callable[[], Awaitable[None]] | None,
+        charge: Callable[[int], None],
+        seconds: float,
+        priority: int,
+    ) -> list[Prediction]:
+        """The answers once the deltas are there; leased, so that none leaves before its work is done."""
+        seconds = min(seconds, self.engine.config.max_call_seconds)
+        started = time.monotonic()
+        with self.registry.tiers.lease(names):
+            await self.cold.ensure(names, seconds)
+            left = seconds - (time.monotonic() - started)
+            return await self.engine.answer(items, gone, charge, max(left, 1e-3), priority)
+
+
+async def of_one_version(answer: Callable[[], Awaitable[T]]) -> T:
+    """Reads the call again where another version came between reading and queueing it, so that both are of one."""
+    for _ in range(SWAPS):
+        try:
+            return await answer()
+        except VersionGone:
+            continue
+    return await answer()

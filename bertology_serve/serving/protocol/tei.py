@@ -1,0 +1,180 @@
+"""Text Embeddings Inference's shapes, with ``model`` added to the body. Pure: bytes to requests, answers to bytes.
+
+``/embed`` ``{inputs, normalize?, dimensions?}`` -> vectors; ``/predict`` ``{inputs, raw_scores?}`` -> scores by label;
+``/rerank`` ``{query, texts, raw_scores?, return_text?}`` -> texts by score; ``/similarity``
+``{inputs: {source_sentence, sentences}}`` -> cosines. Embeddings come from embedding deltas (``base`` where none is
+named), predictions from classifications, ranks from regressions on pairs. Texts longer than the delta reads are
+refused unless ``truncate`` is true, as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.pipeline import BASE, Prediction, Request
+from bertology_serve.errors import DataError, Unsupported
+from bertology_serve.serving.protocol.bodies import decode, encode, shown
+from bertology_serve.serving.protocol.hf import cosine
+from bertology_serve.serving.protocol.hf_options import Options
+from bertology_serve.serving.protocol.hf_shapes import classification, embedding, sigmoid
+from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
+
+Find = Callable[[str], Delta]
+Body = Mapping[str, Any]
+EMBED, PREDICT, RERANK, SIMILARITY = "embed", "predict", "rerank", "similarity"
+TASKS = {EMBED: EMBEDDING, SIMILARITY: EMBEDDING, PREDICT: CLASSIFICATION, RERANK: REGRESSION}
+
+
+@dataclass(frozen=True)
+class TeiCall:
+    """One body: ``what`` is its route, ``texts`` are those to rank, ``flat`` says that one text was classified.
+
+    With ``truncate`` false no text may be longer than the delta reads.
+    """
+
+    what: str
+    delta: Delta
+    requests: list[Request]
+    options: Options
+    truncate: bool
+    raw: bool = False
+    flat: bool = False
+    texts: tuple[str, ...] = ()
+    with_text: bool = False
+
+
+def read_tei(body: bytes, what: str, find: Find, named: str | None = None) -> TeiCall:
+    """A call of one of TEI's routes; ``named`` is the delta that the path names, before ``model`` of the body.
+
+    Raises DataError, NotFound, and Unsupported for what would not be honoured.
+    """
+    value: Any = decode(body)
+    if not isinstance(value, dict):
+        raise DataError(f"the body is {shown(value)}; expected an object")
+    delta = _delta(value, what, find, named)
+    records, names, more = _RECORDS[what](value)
+    requests = [
+        Request(delta.name, record, "", _flag(value, "raw_scores"), where, delta.version)
+        for record, where in zip(records, names, strict=True)
+    ]
+    _refuse(value)
+    return TeiCall(
+        what, delta, requests, _options(value, delta), _flag(value, "truncate"), _flag(value, "raw_scores"), **more
+    )
+
+
+def write_tei(call: TeiCall, predictions: Sequence[Prediction]) -> bytes:
+    """The answers as TEI gives them."""
+    if call.what == RERANK:
+        return encode(_ranks(call, predictions))
+    if call.what == PREDICT:
+        options = Options(transform="none" if call.raw else "softmax")
+        found = [classification(prediction, options) for prediction in predictions]
+        return encode(found[0] if call.flat else found)
+    vectors = [embedding(prediction, call.options) for prediction in predictions]
+    return encode(vectors if call.what == EMBED else [cosine(vectors[0], other) for other in vectors[1:]])
+
+
+def _ranks(call: TeiCall, predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+    """The texts, best first; a regression's value is squeezed into 0..1 unless raw scores are asked for."""
+    values = [prediction.answer["value"] for prediction in predictions]
+    scores = values if call.raw else [sigmoid(value) for value in values]
+    ranks = [{"index": index, "score": score} for index, score in enumerate(scores)]
+    if call.with_text:
+        ranks = [rank | {"text": text} for rank, text in zip(ranks, call.texts, strict=True)]
+    return sorted(ranks, key=lambda rank: -float(rank["score"]))
+
+
+def _delta(value: Body, what: str, find: Find, named: str | None) -> Delta:
+    name = named or value.get("model") or (BASE if TASKS[what] == EMBEDDING else None)
+    if not isinstance(name, str):
+        raise DataError(f"field 'model' is {shown(value.get('model'))}; expected the name of a delta")
+    delta = find(name)
+    if delta.task.kind != TASKS[what]:
+        raise Unsupported(f"/{what} is for {TASKS[what]}; delta {delta.name!r} does {delta.task.kind}")
+    return delta
+
+
+def _refuse(value: Body) -> None:
+    if value.get("prompt_name") is not None:
+        raise Unsupported("option 'prompt_name' is not supported: a delta brings its own prompt; leave it out")
+    if str(value.get("truncation_direction") or "right").lower() != "right":
+        raise Unsupported("option 'truncation_direction' is not supported with this value; texts are cut on the right")
+
+
+def _options(value: Body, delta: Delta) -> Options:
+    unit = delta.task.kind == EMBEDDING and delta.task.normalize
+    normalize, dimensions = _flag(value, "normalize", True), value.get("dimensions")
+    if unit and not normalize:
+        raise Unsupported(f"delta {delta.name!r} gives normalised embeddings; leave 'normalize' out")
+    if dimensions is not None and (isinstance(dimensions, bool) or not isinstance(dimensions, int) or dimensions < 1):
+        raise DataError(f"field 'dimensions' is {shown(dimensions)}; expected an integer from 1")
+    return Options(normalize=normalize, unit=unit, dimensions=dimensions)
+
+
+Records = tuple[list[dict[str, Any]], list[str], dict[str, Any]]
+
+
+def _embed(value: Body) -> Records:
+    inputs = value.get("inputs")
+    texts = [inputs] if isinstance(inputs, str) else inputs
+    if not isinstance(texts, list) or not texts:
+        raise DataError(f"field 'inputs' is {shown(inputs)}; expected a text or a list of texts")
+    if any(isinstance(text, int | list) and not isinstance(text, bool) for text in texts):
+        raise Unsupported("field 'inputs' holds token ids, which belong to another tokenizer; send texts")
+    return [{"text": text} for text in texts], _places("inputs", texts), {}
+
+
+def _predict(value: Body) -> Records:
+    """One text, ``[text]``, a pair ``[text, pair]``, or a list of those lists."""
+    inputs = value.get("inputs")
+    if isinstance(inputs, str):
+        return [{"text": inputs}], ["inputs"], {"flat": True}
+    if not isinstance(inputs, list) or not inputs:
+        raise DataError(f"field 'inputs' is {shown(inputs)}; expected a text, a pair, or a list of those")
+    if not isinstance(inputs[0], list):
+        return [_pair(inputs, "inputs")], ["inputs"], {"flat": True}
+    places = _places("inputs", inputs)
+    return [_pair(item, place) for item, place in zip(inputs, places, strict=True)], places, {}
+
+
+def _pair(item: Any, where: str) -> dict[str, Any]:
+    if not isinstance(item, list) or len(item) not in (1, 2):
+        raise DataError(f"{where} is {shown(item)}; expected [text] or [text, pair]")
+    return dict(zip(("text", "text_pair"), item, strict=False))
+
+
+def _rerank(value: Body) -> Records:
+    texts = value.get("texts")
+    if not isinstance(texts, list) or not texts:
+        raise DataError(f"field 'texts' is {shown(texts)}; expected a list of texts")
+    records = [{"text": value.get("query"), "text_pair": text} for text in texts]
+    return records, _places("texts", texts), {"texts": tuple(texts), "with_text": _flag(value, "return_text")}
+
+
+def _similarity(value: Body) -> Records:
+    inputs = value.get("inputs")
+    sentences = inputs.get("sentences") if isinstance(inputs, dict) else None
+    if not isinstance(inputs, dict) or not isinstance(sentences, list) or not sentences:
+        raise DataError("field 'inputs' holds no sentences; expected {source_sentence, sentences}")
+    texts = [inputs.get("source_sentence"), *sentences]
+    return [{"text": text} for text in texts], ["source_sentence", *_places("sentences", sentences)], {}
+
+
+_RECORDS: dict[str, Callable[[Body], Records]] = {
+    EMBED: _embed, PREDICT: _predict, RERANK: _rerank, SIMILARITY: _similarity,
+}  # fmt: skip
+
+
+def _places(name: str, items: Sequence[Any]) -> list[str]:
+    return [f"{name}[{index}]" for index in range(len(items))]
+
+
+def _flag(value: Body, name: str, default: bool = False) -> bool:
+    found = value.get(name)
+    if found is not None and not isinstance(found, bool):
+        raise DataError(f"field {name!r} is {shown(found)}; expected true or false")
+    return default if found is None else found

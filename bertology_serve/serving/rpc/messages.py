@@ -1,0 +1,107 @@
+"""The messages of the Open Inference Protocol's gRPC form, and of NVIDIA's repository and statistics extensions.
+
+Written out from the public definitions. They live in a descriptor pool of their own: clients in the same process, which
+bring generated ones of the same names, do not meet them. Fields are numbered from 1 in the order given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+PACKAGE, SERVICE = "inference", "inference.GRPCInferenceService"
+# message: fields; "*" repeats, "name{}" is a map from strings, "|" stands between the members of a oneof
+TABLE = """
+ServerLiveRequest:
+ServerLiveResponse: bool live
+ServerReadyRequest:
+ServerReadyResponse: bool ready
+ModelReadyRequest: string name, string version
+ModelReadyResponse: bool ready
+ServerMetadataRequest:
+ServerMetadataResponse: string name, string version, string* extensions
+ModelMetadataRequest: string name, string version
+TensorMetadata: string name, string datatype, int64* shape
+ModelMetadataResponse: string name, string* versions, string platform, TensorMetadata* inputs, TensorMetadata* outputs
+InferParameter: bool bool_param | int64 int64_param | string string_param | double double_param | uint64 uint64_param
+InferTensorContents: bool* bool_contents, int32* int_contents, int64* int64_contents, uint32* uint_contents, \
+uint64* uint64_contents, float* fp32_contents, double* fp64_contents, bytes* bytes_contents
+InferInputTensor: string name, string datatype, int64* shape, InferParameter{} parameters, InferTensorContents contents
+InferRequestedOutputTensor: string name, InferParameter{} parameters
+ModelInferRequest: string model_name, string model_version, string id, InferParameter{} parameters, \
+InferInputTensor* inputs, InferRequestedOutputTensor* outputs, bytes* raw_input_contents
+InferOutputTensor: string name, string datatype, int64* shape, InferParameter{} parameters, InferTensorContents contents
+ModelInferResponse: string model_name, string model_version, string id, InferParameter{} parameters, \
+InferOutputTensor* outputs, bytes* raw_output_contents
+ModelStatisticsRequest: string name, string version
+StatisticDuration: uint64 count, uint64 ns
+InferStatistics: StatisticDuration success, StatisticDuration fail, StatisticDuration queue, \
+StatisticDuration compute_input, StatisticDuration compute_infer, StatisticDuration compute_output, \
+StatisticDuration cache_hit, StatisticDuration cache_miss
+ModelStatistics: string name, string version, uint64 last_inference, uint64 inference_count, uint64 execution_count, \
+InferStatistics inference_stats
+ModelStatisticsResponse: ModelStatistics* model_stats
+ModelRepositoryParameter: bool bool_param | int64 int64_param | string string_param | bytes bytes_param
+RepositoryIndexRequest: string repository_name, bool ready
+ModelIndex: string name, string version, string state, string reason
+RepositoryIndexResponse: ModelIndex* models
+RepositoryModelLoadRequest: string repository_name, string model_name, ModelRepositoryParameter{} parameters
+RepositoryModelLoadResponse:
+RepositoryModelUnloadRequest: string repository_name, string model_name, ModelRepositoryParameter{} parameters
+RepositoryModelUnloadResponse:
+"""
+_Field = descriptor_pb2.FieldDescriptorProto
+_SCALARS = {
+    name: getattr(_Field, f"TYPE_{name.upper()}")
+    for name in ("bool", "int32", "int64", "uint32", "uint64", "float", "double", "string", "bytes")
+}
+
+
+def _file() -> descriptor_pb2.FileDescriptorProto:
+    found = descriptor_pb2.FileDescriptorProto(name="open_inference.proto", package=PACKAGE, syntax="proto3")
+    for line in filter(None, TABLE.splitlines()):
+        name, _, fields = line.partition(":")
+        message = found.message_type.add(name=name)
+        union = "|" in fields
+        if union:
+            message.oneof_decl.add(name="parameter_choice")
+        for number, (kind, label) in enumerate(_parts(fields.replace("|", ",")), 1):
+            field = _field(message, kind, label, number)
+            if union:
+                field.oneof_index = 0
+    return found
+
+
+def _parts(fields: str) -> Iterator[tuple[str, str]]:
+    for part in filter(None, (part.strip() for part in fields.split(","))):
+        kind, _, label = part.partition(" ")
+        yield kind, label
+
+
+def _field(message: Any, kind: str, label: str, number: int) -> Any:
+    """One field of a message; a map is a repeated message of keys and values, as protobuf has it."""
+    many = kind.endswith(("*", "{}"))
+    field = message.field.add(name=label, number=number, label=_Field.LABEL_REPEATED if many else _Field.LABEL_OPTIONAL)
+    bare = kind.removesuffix("*").removesuffix("{}")
+    if kind.endswith("{}"):
+        entry = message.nested_type.add(name=f"{label.title()}Entry")
+        entry.options.map_entry = True
+        _field(entry, "string", "key", 1)
+        _field(entry, bare, "value", 2)
+        field.type, field.type_name = _Field.TYPE_MESSAGE, f".{PACKAGE}.{message.name}.{entry.name}"
+    elif bare in _SCALARS:
+        field.type = _SCALARS[bare]
+    else:
+        field.type, field.type_name = _Field.TYPE_MESSAGE, f".{PACKAGE}.{bare}"
+    return field
+
+
+_POOL = descriptor_pool.DescriptorPool()
+_POOL.Add(_file())
+
+
+def message(name: str) -> Any:
+    """The class of a message."""
+    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(f"{PACKAGE}.{name}"))

@@ -1,0 +1,259 @@
+"""The tiers of deltas: disk, host, device. What moves them runs on threads of its own, never on that of the batches.
+
+    DISK --read, check--> HOST --copy rows--> DEVICE --evict--> HOST --evict--> DISK
+
+A delta on its way up is LOADING: one flight a delta, whoever waits for it. Resident deltas never wait for cold ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.pipeline import BASE, Pipeline
+from bertology_serve.errors import BertologyError, LimitError, NotFound, Overloaded
+from bertology_serve.serving.tiers.cards import Card
+from bertology_serve.serving.tiers.greedy import Greedy
+
+log = logging.getLogger(__name__)
+REMEMBERED = 5.0  # seconds for which a delta that could not be loaded is not tried again
+CHEAPEST = 1e-3  # seconds that any read counts as
+THRASH = 10.0  # seconds within which nothing that was evicted should be wanted again
+Read = Callable[[Card], Delta]
+
+
+class Tier(Enum):
+    """Where a registered delta is."""
+
+    DISK = "disk"
+    LOADING = "loading"
+    HOST = "host"
+    DEVICE = "device"
+
+
+class Tiers:
+    """Registered deltas by name (``cards``), of which as many are on host and device as fit. For any thread.
+
+    ``read`` gives the whole delta of a card. Capacities are bytes of the deltas' tensors.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        read: Read,
+        device_bytes: float = float("inf"),
+        host_bytes: float = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pipeline, self._read, self._clock = pipeline, read, clock
+        self.cards: dict[str, Card] = {}
+        self.pins: set[str] = set()
+        self.loads, self.evictions, self.failures, self.thrashed = 0, 0, 0, 0
+        self._device, self._host = Greedy(device_bytes), Greedy(host_bytes)
+        self._deltas: dict[str, Delta] = {}
+        self._costs: dict[str, float] = {}
+        self._flying: set[str] = set()
+        self._leases: Counter[str] = Counter()
+        self._failed: dict[str, tuple[float, BertologyError]] = {}
+        self._left: dict[str, float] = {}
+        self._room = threading.RLock()
+        self._locks: dict[str, threading.Lock] = {}
+
+    @property
+    def bounded(self) -> bool:
+        """Whether not all of them need fit."""
+        return self._device.capacity != float("inf")
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the tensors of the resident deltas."""
+        return self._device.used
+
+    def tier(self, name: str) -> Tier:
+        """Where a delta is; NotFound for one that is not registered."""
+        if name not in self.cards:
+            raise NotFound(f"no delta {name[:80]!r} is registered")
+        if self.pipeline.resident(name) is not None:
+            return Tier.DEVICE
+        if name in self._flying:
+            return Tier.LOADING
+        return Tier.HOST if name in self._deltas else Tier.DISK
+
+    def counts(self) -> dict[Tier, int]:
+        """How many deltas there are in each tier."""
+        found = Counter(self.tier(name) for name in list(self.cards))
+        return {tier: found[tier] for tier in Tier}
+
+    def is_cold(self, name: str) -> bool:
+        """Whether a delta is registered and does not answer at once."""
+        return name in self.cards and self.pipeline.resident(name) is None
+
+    def touch(self, names: Iterable[str]) -> None:
+        """Notes that deltas were asked."""
+        if self.bounded:
+            for name in names:
+                self._device.touch(name)
+
+    @contextmanager
+    def lease(self, names: Iterable[str]) -> Iterator[None]:
+        """Keeps deltas from being evicted meanwhile."""
+        held = list(names)
+        with self._room:
+            self._leases.update(held)
+        try:
+            yield
+        finally:
+            with self._room:
+                self._leases.subtract(held)
+                for name in held:
+                    if not self._leases[name]:
+                        del self._leases[name]
+
+    def has_room(self, card: Card) -> bool:
+        """Whether a delta fits without another leaving."""
+        with self._room:
+            return not self._device.too_much(card.size)
+
+    def register(self, card: Card) -> None:
+        """Makes a delta known; it is read when it is first asked."""
+        with self._room:
+            self.cards[card.name] = card
+            self._failed.pop(card.name, None)
+
+    def raise_up(self, name: str) -> Delta:
+        """Brings a registered delta to the device, now, in this thread; the resident one where it is there.
+
+        Raises NotFound, what is wrong with its files, Overloaded where nothing may leave for it.
+        """
+        with self._lock(name):
+            resident = self.pipeline.resident(name)
+            card = self.cards.get(name)
+            if card is None:
+                raise NotFound(f"no delta {name[:80]!r} is registered")
+            if resident is not None and resident.version == card.version:
+                return resident
+            self._check_failed(name)
+            self._flying.add(name)
+            try:
+                delta = self._fetched(card)
+                self._publish(delta)
+            except BertologyError as problem:
+                self.failures += 1
+                if not isinstance(problem, Overloaded):
+                    self._failed[name] = (self._clock() + REMEMBERED, problem)
+                raise
+            finally:
+                self._flying.discard(name)
+            return delta
+
+    def put(self, card: Card, delta: Delta) -> None:
+        """Makes a version that was read answer from one moment on; calls under way finish on the one before."""
+        with self._lock(card.name):
+            with self._room:
+                self._forget(card.name)
+            self._publish(delta)
+            self.register(card)
+
+    def remove(self, name: str) -> None:
+        """Takes a delta out of all tiers. NotFound, Unsupported."""
+        with self._lock(name):
+            with self._room:
+                known = self.cards.pop(name, None)
+                self.pins.discard(name)
+                self._forget(name)
+                self._device.drop(name)
+            if name == BASE or known is None or self.pipeline.resident(name) is not None:
+                self.pipeline.remove(name)
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Keeps a delta on the device whatever else is asked, or no longer."""
+        with self._room:
+            (self.pins.add if pinned else self.pins.discard)(name)
+
+    def _fetched(self, card: Card) -> Delta:
+        """From the host, or from disk."""
+        known = self._deltas.get(card.name)
+        if known is not None and known.version == card.version:
+            return known
+        started = self._clock()
+        delta = self._read(card)
+        self._costs[card.name] = max(self._clock() - started, CHEAPEST)
+        self.loads += 1
+        return delta
+
+    def _publish(self, delta: Delta) -> None:
+        """Makes room, then copies rows; the copying is all that batches wait for."""
+        name, size, cost = delta.name, delta.bytes, self._costs.get(delta.name, CHEAPEST)
+        if size > self._device.capacity:
+            raise LimitError(f"delta {name!r} has {size} bytes; the device takes {self._device.capacity:g} in all")
+        with self._room:
+            self._device.drop(name)
+            while self._device.too_much(size):
+                self._evict(self._device.victim(self._spared(name)), size)
+            self._device.put(name, size, cost)
+        try:
+            self.pipeline.add(delta)
+        except BaseException:
+            with self._room:
+                self._device.drop(name)
+            raise
+        with self._room:
+            self._forget(name)
+            self._note_return(name)
+
+    def _spared(self, name: str) -> Callable[[str], bool]:
+        return lambda other: other == name or other in self.pins or other in self._leases or other in self._flying
+
+    def _evict(self, name: str | None, size: int) -> None:
+        """From device to host, and from host to disk what no longer fits there."""
+        if name is None:
+            raise Overloaded(
+                f"no room for {size} bytes on the device: all that is there is pinned or in use; try again", 1.0
+            )
+        delta = self.pipeline.resident(name)
+        self._device.drop(name)
+        self.evictions += 1
+        self._left[name] = self._clock()
+        if delta is None:
+            return
+        self.pipeline.retire(name)  # its rows are freed between two batches: nobody waits for that here
+        if delta.bytes > self._host.capacity or name not in self.cards:
+            return
+        while self._host.too_much(delta.bytes):
+            gone = self._host.victim()
+            assert gone is not None
+            self._forget(gone)
+        self._host.put(name, delta.bytes, self._costs.get(name, CHEAPEST))
+        self._deltas[name] = delta
+
+    def _forget(self, name: str) -> None:
+        self._host.drop(name)
+        self._deltas.pop(name, None)
+
+    def _note_return(self, name: str) -> None:
+        """The alarm: what was evicted a moment ago is here again, so the pool is too small for what is asked."""
+        left = self._left.pop(name, None)
+        if len(self._left) > 2 * len(self._device) + 64:
+            self._left.clear()
+        if left is not None and self._clock() - left < THRASH:
+            self.thrashed += 1
+            if self.thrashed & (self.thrashed - 1) == 0:
+                log.warning(
+                    "%d deltas came back within %g s of leaving: the device holds too few", self.thrashed, THRASH
+                )
+
+    def _check_failed(self, name: str) -> None:
+        until, problem = self._failed.get(name, (0.0, BertologyError()))
+        if self._clock() < until:
+            raise problem.with_traceback(None)
+        self._failed.pop(name, None)
+
+    def _lock(self, name: str) -> threading.Lock:
+        with self._room:
+            return self._locks.setdefault(name, threading.Lock())

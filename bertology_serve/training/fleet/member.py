@@ -1,0 +1,131 @@
+"""One delta of a fleet: a trainer that is driven step by step, with random numbers of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.errors import SpecError
+from bertology_serve.tasks.base import Task
+from bertology_serve.training.checkpoint import random_state, set_random_state
+from bertology_serve.training.config import TrainConfig
+from bertology_serve.training.fleet.directory import FleetDirectory
+from bertology_serve.training.fleet.watch import FleetWatcher, Quiet
+from bertology_serve.training.items import Item
+from bertology_serve.training.layers import lowest_trained
+from bertology_serve.training.loop import Trainer
+from bertology_serve.training.methods import count_parameters
+
+RANDOM = "rng."
+
+
+class Member(Trainer):
+    """A ``Trainer`` whose steps a ``Fleet`` makes. Its optimizer, clipping, schedule and early stop are its own.
+
+    So is the dropout of its head, which is that of a run by itself. ``failure`` says why it was given up; the others
+    go on.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        live: LiveDelta,
+        task: Task,
+        items: Sequence[Item],
+        config: TrainConfig,
+        dev: Sequence[Item] = (),
+        directory: FleetDirectory | None = None,
+        watcher: FleetWatcher | None = None,
+    ) -> None:
+        check_frozen(name, config)
+        super().__init__(live, task, items, config, dev)
+        self.name, self.fleet, self.fleet_watcher = name, directory, watcher or Quiet()
+        self.failure = ""
+        self.random = _seeded(live, config.seed)
+        self.lowest = lowest_trained(live)
+
+    @property
+    def done(self) -> bool:
+        """Whether there is no further step to make."""
+        return super().done or bool(self.failure)
+
+    def begin(self, found: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None) -> None:
+        """From the first step, or from where a checkpoint stands."""
+        if found is not None:
+            tensors, state = found
+            self.failure = state["failure"]
+            self.restore(tensors, state["run"])
+            self.random = {name: tensor for name, tensor in tensors.items() if name.startswith(RANDOM)}
+        self.live.train()
+        self.fleet_watcher.joined(self.name, self.state.step, self.total, count_parameters(self.live))
+
+    def take(self) -> list[Item]:
+        """The next batch."""
+        return [self.items[i] for i in self.sampler.take(self.config.batch_size)]
+
+    def learn(self, batch: Sequence[Item], loss: float, seconds: float) -> None:
+        """One step on the gradients that the batch of that mean loss left; it took ``seconds``."""
+        try:
+            self._learn(batch, loss, time.perf_counter() - seconds)
+        except SpecError as error:
+            self.fail(str(error))
+            return
+        if self.done:
+            self._end()
+            self.best = {}
+            self.optimizer.state.clear()
+
+    def fail(self, reason: str) -> None:
+        """Gives the member up."""
+        self.failure = reason
+        self.optimizer.zero_grad(set_to_none=True)
+        self.fleet_watcher.failed(self.name, reason)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Random numbers come from the member's own generators."""
+        device = self.live.encoder.device
+        outside = random_state(device)
+        set_random_state(device, self.random)
+        try:
+            yield
+        finally:
+            self.random = random_state(device)
+            set_random_state(device, outside)
+
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What ``begin`` continues from."""
+        return {**self.tensors(), **self.random}, {"run": self.state.as_dict(), "failure": self.failure}
+
+    def _log(self, line: Mapping[str, Any]) -> None:
+        if self.fleet is not None:
+            self.fleet.log_of(self.name, line)
+        if "eval" in line:
+            self.fleet_watcher.evaluated(self.name, line)
+        else:
+            self.fleet_watcher.stepped(self.name, line)
+
+
+def check_frozen(name: str, config: TrainConfig) -> None:
+    """Raises SpecError where a delta trains the encoder that all share."""
+    if config.full or config.recipe:
+        raise SpecError(
+            f"{name}: a fleet shares one frozen encoder, but {config.recipe or config.method[0]} trains its own; "
+            "take a kind of delta or the probe, or run it with train"
+        )
+
+
+def _seeded(live: LiveDelta, seed: int) -> dict[str, Tensor]:
+    """The state of the random generators after ``torch.manual_seed(seed)``."""
+    device = live.encoder.device
+    outside = random_state(device)
+    torch.manual_seed(seed)
+    mine = random_state(device)
+    set_random_state(device, outside)
+    return mine

@@ -1,0 +1,42 @@
+"""Writes what a grid's finished runs say: ``table.md``, ``table.csv``, ``runs.csv`` and the plots."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bertology_serve.training.grids import plots
+from bertology_serve.training.grids.grid import Grid
+from bertology_serve.training.grids.results import Results
+from bertology_serve.training.grids.run import Place, result_of
+from bertology_serve.training.grids.tables import long_csv, markdown, wide_csv
+from bertology_serve.training.rundir import LOG
+
+TABLE, WIDE, LONG = "table.md", "table.csv", "runs.csv"
+
+
+def collect(grid: Grid, place: Place) -> Results:
+    """The finished runs of a grid."""
+    return Results(grid, [(run, found) for run in grid.runs() if (found := result_of(run, place)) is not None])
+
+
+def write_report(grid: Grid, place: Place, draw: bool = True) -> Results:
+    """Writes the tables and, with ``draw`` and where matplotlib is, the plots, of whatever is finished."""
+    results = collect(grid, place)
+    place.out.mkdir(parents=True, exist_ok=True)
+    for name, text in ((TABLE, markdown(results)), (WIDE, wide_csv(results)), (LONG, long_csv(results))):
+        _write(place.out / name, text)
+    if draw and results.found and plots.available():
+        logs: dict[tuple[str, str], list[Path]] = {}
+        for run, _ in results.found:
+            logs.setdefault((run.row, run.task.name), []).append(place.directory(run) / LOG)
+        plots.draw_axes(results, place.out)
+        plots.draw_parameters(results, place.out)
+        plots.draw_gradients(results, logs, place.out)
+    return results
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

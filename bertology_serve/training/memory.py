@@ -1,0 +1,98 @@
+"""The memory of a training run: what it will need, and the most that a piece of work held."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.training.items import WHOLE_BATCH, Item, micro_batches
+from bertology_serve.training.loop import Trainer
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Peak:
+    """Measures from its making to ``bytes()``: the GPU's allocations, or the resident memory of the whole process.
+
+    ``bytes()`` is ``None`` where the system does not tell (Linux does).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.known = device.type == "cuda" or self._reset()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def bytes(self) -> int | None:
+        """The peak so far."""
+        if not self.known:
+            return None
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        lines = _STATUS.read_text(encoding="utf-8").splitlines()
+        found = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+        return int(found[0]) * 1024 if found else None
+
+    @staticmethod
+    def _reset() -> bool:
+        """Lets the kernel forget the process's earlier peak."""
+        try:
+            _RESET.write_text("5", encoding="utf-8")
+        except OSError:
+            return False
+        return True
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that training needs: the encoder's and all trained weights, gradients, the optimizer's two moments, and
+    what the largest micro-batch keeps for its backward pass."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def estimate(trainer: Trainer) -> Estimate:
+    """What a trainer that has not begun will need: counted, and for the activations tried on its longest items.
+
+    Buffers of single operations, oneDNN's copies of frozen weights, and torch itself come on top.
+    """
+    live, config = trainer.live, trainer.config
+    held = {parameter.data_ptr(): parameter for parameter in (*live.encoder.model.parameters(), *live.parameters())}
+    trained = sum(parameter.nbytes for parameter in trainer.parameters.values())
+    batch = sorted(trainer.items, key=lambda item: item.tokens)[-config.batch_size :]
+    group = micro_batches(batch, config.max_tokens, not live.encoder.packs, trainer.task.kind in WHOLE_BATCH)[-1]
+    activations = saved_bytes(live, group, set(held))
+    return Estimate(sum(parameter.nbytes for parameter in held.values()), trained, 2 * trained, activations)
+
+
+def saved_bytes(live: LiveDelta, items: Sequence[Item], held: Collection[int] = ()) -> int:
+    """Bytes that one forward pass in training mode keeps for its backward pass, those at ``held`` addresses apart."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    mode, state = live.training, torch.get_rng_state()
+    live.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = live([encoding for item in items for encoding in item.encodings])  # alive until all is counted
+    live.train(mode)
+    torch.set_rng_state(state)
+    del out
+    return sum(storages.values())

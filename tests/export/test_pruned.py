@@ -1,0 +1,37 @@
+"""A pruned encoder's exports, by both back ends: the parent's deltas sliced, layers of different widths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pruned import prune
+from bertology_serve.export.exporting import export_delta
+from bertology_serve.export.spec import ExportSpec
+from tests import tiny
+from tests.export.cases import CLASSES, EVERYTHING, FOLDS, small
+from tests.export.test_graph import difference
+
+HEADS, NEURONS = ((0, 2, 3), (1,)), ((1, 5), tuple(range(0, 48, 3)))
+
+
+@pytest.fixture(params=["bert", "roberta", "distilbert"])
+def pair(request, tmp_path: Path, monkeypatch) -> tuple[Encoder, Encoder]:
+    """Whole and pruned."""
+    whole = small(request.param, tmp_path / "whole", monkeypatch)
+    prune(whole, HEADS, NEURONS, tmp_path / "pruned")
+    return whole, Encoder.load(str(tmp_path / "pruned"))
+
+
+@pytest.mark.parametrize("specs", [EVERYTHING, FOLDS], ids=["everything", "folds"])
+def test_exports_equal_the_pruned_encoder(pair, specs, tmp_path: Path) -> None:
+    whole, pruned = pair
+    delta = tiny.delta(whole, "d", specs, CLASSES)
+    spec = ExportSpec(merge=specs is EVERYTHING, bake=True, back_end="direct")
+    done = export_delta(pruned, delta, tmp_path / "out", spec)
+    assert done.report.largest < 1e-5
+    assert done.report.scale > 0.1
+    for merge in (True, False):
+        assert difference(pruned, pruned.fitted(delta), merge) <= 1e-5  # what torch's exporter writes

@@ -1,0 +1,141 @@
+"""NVIDIA's ``tritonclient[grpc]``, unmodified, beside our own messages in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
+
+from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.errors import Expired, Overloaded
+from bertology_serve.serving.keys import Key, Keyring, digest_of
+from bertology_serve.serving.registry import Registry
+from tests.serving.conftest import DELTAS
+from tests.serving.running import Running, running
+
+ADMIN, USER = "an-admin-key-of-the-tests", "a-user-key-of-the-tests"
+HEADERS = {"authorization": f"Bearer {ADMIN}"}
+TEXTS = ["the cat was good", "Ada met the dög"]
+
+
+@pytest.fixture(scope="module")
+def served(encoder, deltas) -> Iterator[Running]:
+    registry = Registry(Pipeline(encoder), deltas)
+    for name in DELTAS:
+        registry.put(name)
+    keys = [Key("admin", digest_of(ADMIN, ""), admin=True), Key("user", digest_of(USER, ""), deltas=("sense",))]
+    with running(registry.pipeline, Keyring(keys), deltas, grpc_port=0) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(served) -> Iterator[Any]:
+    with triton.InferenceServerClient(f"127.0.0.1:{served.server.rpc.port}") as made:
+        yield made
+
+
+def tensor(name: str, values: list[str]) -> Any:
+    made = triton.InferInput(name, [len(values)], "BYTES")
+    made.set_data_from_numpy(np.array([value.encode() for value in values], object))
+    return made
+
+
+def test_health_and_metadata(client):
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("mood", headers=HEADERS)
+    assert client.get_server_metadata(headers=HEADERS).name == "bertology-serve"
+    metadata = client.get_model_metadata("mood", headers=HEADERS)
+    assert list(metadata.versions) == ["1"]
+    assert {one.name: list(one.shape) for one in metadata.outputs}["scores"] == [-1, 3]
+
+
+def test_infer(client, served):
+    found = client.infer("mood", [tensor("text", TEXTS)], request_id="7", headers=HEADERS)
+    response = found.get_response()
+    assert (response.id, response.model_name, response.model_version) == ("7", "mood", "1")
+    scores = found.as_numpy("scores")
+    body = [{"delta": "mood", "text": text} for text in TEXTS]
+    over_http = served.client.post("/predict", json=body, headers=HEADERS).json()
+    assert scores[1] == pytest.approx(list(over_http[1]["scores"].values()), abs=1e-5)
+    wanted = [triton.InferRequestedOutput("logits")]
+    only = client.infer("mood", [tensor("text", TEXTS)], "1", outputs=wanted, headers=HEADERS)
+    assert only.as_numpy("logits").shape == (2, 3)
+    mixed = client.infer("mood", [tensor("text", TEXTS)], parameters={"deltas": "mood,names"}, headers=HEADERS)
+    assert list(mixed.as_numpy("delta")) == [b"mood", b"names"]
+
+
+def test_typed_contents_as_other_clients_send_them(served):
+    import grpc
+
+    from bertology_serve.serving.rpc.messages import SERVICE, message
+
+    request = message("ModelInferRequest")(model_name="sense")
+    request.inputs.add(name="text", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"the cat")
+    with grpc.insecure_channel(f"127.0.0.1:{served.server.rpc.port}") as channel:
+        infer = channel.unary_unary(
+            f"/{SERVICE}/ModelInfer",
+            message("ModelInferRequest").SerializeToString,
+            message("ModelInferResponse").FromString,
+        )
+        answer = infer(request, metadata=(("x-api-key", USER),), timeout=20)
+        assert np.linalg.norm(np.frombuffer(answer.raw_output_contents[0], "<f4")) == pytest.approx(1, abs=1e-6)
+        request.inputs[0].contents.bytes_contents[0] = b"\xff"
+        with pytest.raises(grpc.RpcError, match="not UTF-8"):
+            infer(request, metadata=(("x-api-key", USER),), timeout=20)
+        request.raw_input_contents.extend([b"", b""])
+        with pytest.raises(grpc.RpcError, match="2 entries for 1 inputs"):
+            infer(request, metadata=(("x-api-key", USER),), timeout=20)
+
+
+def test_statistics_and_the_repository(client):
+    client.infer("raw", [tensor("text", TEXTS)], headers=HEADERS)
+    (stats,) = client.get_inference_statistics("raw", headers=HEADERS).model_stats
+    assert stats.inference_count == stats.inference_stats.success.count >= 2
+    assert len(client.get_inference_statistics(headers=HEADERS).model_stats) == len(DELTAS) + 1
+    client.unload_model("grade", headers=HEADERS)
+    with pytest.raises(InferenceServerException, match="no delta 'grade'"):
+        client.is_model_ready("grade", headers=HEADERS)
+    client.load_model("grade", config='{"version": "1"}', headers=HEADERS)
+    index = {one.name: one.state for one in client.get_model_repository_index(headers=HEADERS).models}
+    assert index["grade"] == "READY"
+    with pytest.raises(InferenceServerException, match="files are not taken"):
+        client.load_model("grade", config="{}", files={"file:1/delta.json": b"{}"}, headers=HEADERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "headers", "options", "status", "text"),
+    [
+        ("moot", ["text"], HEADERS, {}, "NOT_FOUND", "no delta 'moot'"),
+        ("mood", ["txt"], HEADERS, {}, "INVALID_ARGUMENT", "unknown input 'txt'"),
+        ("mood", ["text"], {}, {}, "UNAUTHENTICATED", "no valid API key"),
+        ("mood", ["text"], {"x-api-key": USER}, {}, "PERMISSION_DENIED", "does not open delta 'mood'"),
+        ("mood", ["text"], HEADERS, {"timeout": 1}, "DEADLINE_EXCEEDED", "no answer within"),
+    ],
+)
+def test_errors(client, name, inputs, headers, options, status, text):
+    with pytest.raises(InferenceServerException, match=text) as told:
+        client.infer(name, [tensor(inputs[0], TEXTS)], headers=headers, **options)
+    assert told.value.status() == f"StatusCode.{status}"
+
+
+@pytest.mark.parametrize(
+    ("problem", "status", "text"),
+    [
+        (Overloaded("full", 3), "UNAVAILABLE", "full"),
+        (Expired("late"), "DEADLINE_EXCEEDED", "late"),
+        (RuntimeError("SECRET"), "INTERNAL", "the fault is in its log"),
+    ],
+)
+def test_faults_and_overload(client, served, monkeypatch, problem, status, text):
+    async def fail(*args: Any, **kwargs: Any) -> Any:
+        raise problem
+
+    monkeypatch.setattr(served.server.engine, "answer", fail)
+    with pytest.raises(InferenceServerException, match=text) as told:
+        client.infer("mood", [tensor("text", TEXTS)], headers=HEADERS)
+    assert told.value.status() == f"StatusCode.{status}"

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bertology_serve.deltas import store
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.errors import BaseMismatch, SpecError
+from bertology_serve.tasks.spec import TaskSpec
+from bertology_serve.training.compress import Budget, compress
+from tests import tiny
+
+TASK = TaskSpec("classification", labels=("up", "down"), max_length=32)
+TEXTS = ["the film was good", "the river was not bad ."]
+
+
+def whole(encoder: Encoder, rank: int | None = None, only: str = "") -> Delta:
+    """A fully tuned model: weights moved by matrices of a rank (``None``: any), biases at random."""
+    live = LiveDelta(encoder.fresh(), (), TASK, full=True)
+    delta, generator = live.freeze("tuned"), torch.Generator().manual_seed(0)
+    weights = dict(delta.weights)
+    for path, tensor in weights.items():
+        linear = tensor.dim() == 2 and "embeddings" not in path
+        if not path.startswith(only) or not (linear or (path.endswith("bias") and tensor.dim() == 1)):
+            continue
+        change = torch.randn(tensor.shape, generator=generator)
+        if linear and rank is not None:
+            left, singular, right = torch.linalg.svd(change, full_matrices=False)
+            change = left[:, :rank] * singular[:rank] @ right[:rank]
+        weights[path] = tensor + 0.1 * change
+    return replace(delta, weights=weights)
+
+
+def logits(encoder: Encoder, delta: Delta) -> torch.Tensor:
+    pipeline = Pipeline(encoder)
+    pipeline.add(delta)
+    answers = pipeline.answer(Request(delta.name, {"text": text}, logits=True) for text in TEXTS)
+    return torch.tensor([answer.answer["logits"] for answer in answers])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert", "distilbert", "deberta-v3"])
+def test_a_difference_of_low_rank_is_kept_whole(tmp_path: Path, family: str):
+    encoder = tiny.encoder(family, tmp_path / "base")
+    tuned = whole(encoder, rank=3)
+    found = compress(tuned, encoder, Budget(rank=3), "small")
+    expected = logits(Encoder.for_delta(tuned), tuned)
+    store.save(found.delta, tmp_path / "small", encoder.anatomy, encoder.config.to_dict())
+    got = logits(encoder, store.load(tmp_path / "small"))
+    assert (expected - logits(encoder, whole_base(encoder, tuned))).abs().max() > 1e-3
+    assert (got - expected).abs().max() < 2e-5 * expected.abs().max().clamp_min(1)
+    assert found.kept["all"] == pytest.approx(1.0)
+    assert not found.delta.weights
+
+
+def whole_base(encoder: Encoder, tuned: Delta) -> Delta:
+    """The base with the tuned model's head."""
+    return replace(tuned, name="plain", weights={})
+
+
+def test_more_rank_is_nearer(bert: Encoder):
+    tuned = whole(bert)
+    expected = logits(Encoder.for_delta(tuned), tuned)
+    kept, errors = [], []
+    for rank in (1, 8, 32):
+        found = compress(tuned, bert, Budget(rank=rank), "small")
+        kept.append(found.kept["all"])
+        errors.append(float((logits(bert, found.delta) - expected).abs().max()))
+    assert kept == sorted(kept)
+    assert errors == sorted(errors, reverse=True)
+    assert kept[0] < 0.3 < 0.999 < kept[2]
+    assert errors[2] < 1e-4 < errors[0]
+
+
+def test_energy_asks_for_the_least_rank_that_keeps_it(bert: Encoder):
+    tuned = whole(bert)
+    found = compress(tuned, bert, Budget(energy=0.8), "small")
+    below = compress(tuned, bert, Budget(rank=found.rank - 1), "small")
+    assert below.kept["all"] < 0.8 <= found.kept["all"]
+    assert compress(tuned, bert, Budget(energy=1.0), "small").rank == 32
+    assert compress(whole(bert, rank=2), bert, Budget(energy=0.99999), "small").rank == 2
+
+
+def test_layers_that_stayed_are_left_out(bert: Encoder):
+    found = compress(whole(bert, only="encoder.layer.2"), bert, Budget(rank=4), "small")
+    assert found.delta.specs[0].layers == (2,)
+    assert set(found.kept) == {"2", "all"}
+    assert found.delta.tensors["lora.query.a"].shape == (1, 4, 32)
+
+
+def test_what_no_delta_holds_is_named(bert: Encoder):
+    tuned = whole(bert, rank=1)
+    moved = {name: tensor + 0.5 for name, tensor in tuned.weights.items() if "word_embeddings" in name}
+    found = compress(replace(tuned, weights={**tuned.weights, **moved}), bert, Budget(rank=1), "small")
+    size = next(iter(moved.values())).numel()
+    assert found.dropped == pytest.approx({"embeddings.word_embeddings.weight": 0.5 * size**0.5})
+
+
+def test_what_cannot_be_compressed_is_said(bert: Encoder, tmp_path: Path):
+    tuned = whole(bert, rank=1)
+    with pytest.raises(SpecError, match="plain is a delta already"):
+        compress(whole_base(bert, tuned), bert, Budget(rank=1), "small")
+    with pytest.raises(SpecError, match="nothing to compress"):
+        compress(replace(tuned, weights=bert.model.state_dict()), bert, Budget(rank=1), "small")
+    with pytest.raises(BaseMismatch, match="tuned was tuned from"):
+        compress(tuned, tiny.encoder("bert", tmp_path, seed=5), Budget(rank=1), "small")
+
+
+@pytest.mark.parametrize("values", [{}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.1}])
+def test_budgets_that_make_no_sense(values):
+    with pytest.raises(SpecError, match=r"rank|energy"):
+        Budget(**values)
