@@ -21,6 +21,8 @@ from bertology_serve.training.flags import KindFlags
 if TYPE_CHECKING:
     from bertology_serve.encoder.live import LiveDelta
     from bertology_serve.training.methods import ParameterCount
+    from bertology_serve.training.recipes import Stage
+    from bertology_serve.training.sources import Source
     from bertology_serve.training.train import Outcome
 
 
@@ -37,8 +39,9 @@ def train(
     version: Annotated[str | None, typer.Option(help="Write OUT/VERSION instead of OUT itself.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue where an unfinished run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count the parameters and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Count parameters and memory, and stop.")] = False,
     plot: Annotated[bool, typer.Option("--plot", help="Draw curve.png into the delta's directory.")] = False,
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard's event files.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
     prepack: Annotated[
         bool | None, typer.Option(help="Lay frozen linears out for oneDNN (CPU). Default: where a timing says so.")
@@ -68,9 +71,11 @@ def train(
     from bertology_serve.training.curve import check_plots, draw_curve
     from bertology_serve.training.destination import Destination
     from bertology_serve.training.device import find_device
+    from bertology_serve.training.events import Board
     from bertology_serve.training.methods import make_live
     from bertology_serve.training.recipes import stages
     from bertology_serve.training.sources import Source
+    from bertology_serve.training.watch import Several
 
     place = Destination(out or Path("dry-run"), name, version, resume, overwrite)
     if plot:
@@ -83,14 +88,23 @@ def train(
     if dry_run:
         spec = training.task_spec(config, encoder, source)
         for stage in stages(config):
-            show_dry_run(make_live(encoder, stage.config, spec))
+            show_dry_run(make_live(encoder, stage.config, spec), stage, source)
         return
     files = {"backbone": backbone, "train": train, "eval": eval, "ood": ood}
     named = {flag: _lasting(path) for flag, path in files.items() if path} | {"device": device}
     named |= {"columns": columns} if columns else {}
+    boards = [Board(tensorboard / place.open()[0])] if tensorboard else []
     with Bar() as bar:
         outcome = training.train(
-            config, encoder, source, dev, ood=other, place=place, watcher=bar, prepack=prepack, files=named
+            config,
+            encoder,
+            source,
+            dev,
+            ood=other,
+            place=place,
+            watcher=Several([bar, *boards]),
+            prepack=prepack,
+            files=named,
         )
     if plot:
         draw_curve(outcome.path, task_for(outcome.delta.task).main_metric)
@@ -174,8 +188,8 @@ def counted(parameters: ParameterCount) -> str:
     return f"{parameters.trained:,} parameters ({share}), {parameters.head:,} of them in the head"
 
 
-def show_dry_run(live: LiveDelta) -> None:
-    """What would be trained, and nothing else."""
+def show_dry_run(live: LiveDelta, stage: Stage, source: Source) -> None:
+    """What a stage would train, and the memory that it would need."""
     from bertology_serve.deltas.kinds import kind_of
     from bertology_serve.training.methods import count_parameters
 
@@ -183,7 +197,22 @@ def show_dry_run(live: LiveDelta) -> None:
     rows = [[kind_of(spec).name, field, str(value)] for spec in live.specs for field, value in asdict(spec).items()]
     rows += [["task", field, str(value)] for field, value in asdict(live.task).items()]
     rows += [["parameters", "delta", f"{count.delta:,}"], ["parameters", "head", f"{count.head:,}"]]
+    if not stage.solved:
+        rows += [["memory", name, f"{value / 2**20:,.1f} MiB"] for name, value in needed(live, stage, source).items()]
     table(f"would train {counted(count)}", ["part", "field", "value"], rows, stderr=False)
+
+
+def needed(live: LiveDelta, stage: Stage, source: Source) -> dict[str, int]:
+    """Bytes that training needs by their use; activations are tried on the longest of the first thousand records."""
+    from bertology_serve.tasks.registry import task_for
+    from bertology_serve.training.items import make_items
+    from bertology_serve.training.loop import Trainer
+    from bertology_serve.training.memory import estimate
+
+    task = task_for(live.task)
+    items = make_items(task, source.records[:1000], live.encoder.tokenizer)
+    found = estimate(Trainer(live, task, items, stage.config))
+    return asdict(found) | {"total": found.total}
 
 
 def show(outcome: Outcome, eval: str | None) -> None:

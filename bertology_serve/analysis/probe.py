@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import Counter
@@ -13,15 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bertology_serve.analysis.coding import online_code
 from bertology_serve.analysis.features import Features, gather
 from bertology_serve.analysis.figures import Figure, Lines
 from bertology_serve.analysis.logistic import fit, score
+from bertology_serve.analysis.mixing import fit_mix
 from bertology_serve.analysis.probe_tasks import (
     OF_WORDS,
     Control,
     Item,
     Text,
     chosen,
+    content_words,
     items,
     length_edges,
     make_text,
@@ -72,24 +76,27 @@ def probe(
     subject = Subject.of(backbone, delta)
     texts, judged = _texts(subject, input, eval, settings)
     tasks = chosen(settings.tasks or None, [*texts, *judged])
-    edges = length_edges(texts)
+    edges, words = length_edges(texts), content_words(texts)
     started = time.perf_counter()
-    train, held = (_side(subject, own, tasks, edges, settings, advance) for own in (texts, judged))
+    train, held = (_side(subject, own, tasks, (edges, words), settings, advance) for own in (texts, judged))
     passed = time.perf_counter() - started
     table: list[dict[str, Any]] = []
+    mixes: list[dict[str, Any]] = []
     layers = subject.encoder.anatomy.layers + 1
     for task in tasks:
         table += _probe_task(task, train, held, settings)
+        mixes += _mixed(task, train, held, settings) if settings.mix else []
         advance(len(table), layers * len(tasks))
     facts = {
         **subject.facts(), "input": str(input), "eval": None if eval is None else str(eval),
         "texts": [len(texts), len(judged)],
         "items": {task: [len(side.items[task]) for side in (train, held)] for task in tasks},
-        "length_edges_words": edges,
+        "length_edges_words": edges, "content_words": words,
         "best_layer": {task: _best_layer(table, task) for task in tasks},
+        "mix": {row["task"]: {"accuracy": row["accuracy"], "centre": row["centre"]} for row in mixes},
         "pass_seconds": round(passed, 3), "seconds": round(time.perf_counter() - started, 3), **origin(),
     }  # fmt: skip
-    return _report(subject, table, tasks, facts)
+    return _report(subject, table, mixes, tasks, facts)
 
 
 def _best_layer(table: Sequence[dict[str, Any]], task: str) -> int:
@@ -118,10 +125,10 @@ def _texts(
 
 
 def _side(
-    subject: Subject, texts: list[Text], tasks: Sequence[str], edges: Sequence[float], settings: ProbeSettings,
-    advance: Advance,
+    subject: Subject, texts: list[Text], tasks: Sequence[str], classes: tuple[Sequence[float], Sequence[str]],
+    settings: ProbeSettings, advance: Advance,
 ) -> Side:  # fmt: skip
-    found = {task: sampled(items(task, texts, edges), settings.rows, settings.seed) for task in tasks}
+    found = {task: sampled(items(task, texts, *classes), settings.rows, settings.seed) for task in tasks}
     wanted: list[set[int]] = [set() for _ in texts]
     for task in set(OF_WORDS) & set(tasks):
         for item in found[task]:
@@ -137,38 +144,60 @@ def _side(
 def _probe_task(task: str, train: Side, judged: Side, settings: ProbeSettings) -> list[dict[str, Any]]:
     """One row a layer."""
     control = Control(train.items[task], settings.seed)
-    names = sorted({item.answer for side in (train, judged) for item in side.items[task]})
-    index = {name: number for number, name in enumerate(names)}
-    real, random_ones = (
-        [torch.tensor([index[answer(item)] for item in side.items[task]]) for side in (train, judged)]
-        for answer in (lambda item: item.answer, control.answer)
-    )
+    real, index = _answers(task, train, judged)
+    random_ones = [torch.tensor([index[control.answer(item)] for item in side.items[task]]) for side in (train, judged)]
     common = Counter(real[0].tolist()).most_common(1)[0][0]
     majority = (real[1] == common).double().mean().item()
     rows = []
     for layer, (x, held) in enumerate(zip(train.rows(task), judged.rows(task), strict=True)):
-        own = score(fit(x, real[0], len(names), settings.penalty), held, real[1])
-        other = score(fit(x, random_ones[0], len(names), settings.penalty), held, random_ones[1])
+        own = score(fit(x, real[0], len(index), settings.penalty), held, real[1])
+        other = score(fit(x, random_ones[0], len(index), settings.penalty), held, random_ones[1])
+        code = online_code(x, real[0], len(index), settings.penalty, settings.seed) if settings.code else None
+        flat = len(real[0]) * math.log2(len(index))
         rows.append({
             "task": task, "layer": layer, "accuracy": own.accuracy, "macro_f1": own.macro_f1, "bits": own.bits,
             "control_accuracy": other.accuracy, "selectivity": own.accuracy - other.accuracy, "majority": majority,
+            "code_kbits": None if code is None else code / 1000, "compression": flat / code if code else None,
         })  # fmt: skip
     return rows
 
 
-def _report(subject: Subject, table: list[dict[str, Any]], tasks: Sequence[str], facts: dict[str, Any]) -> Report:
+def _answers(task: str, train: Side, judged: Side) -> tuple[list[Tensor], dict[str, int]]:
+    """The right answers of both sides as numbers, and the number of each."""
+    names = sorted({item.answer for side in (train, judged) for item in side.items[task]})
+    index = {name: number for number, name in enumerate(names)}
+    return [torch.tensor([index[item.answer] for item in side.items[task]]) for side in (train, judged)], index
+
+
+def _mixed(task: str, train: Side, judged: Side, settings: ProbeSettings) -> list[dict[str, Any]]:
+    """One row a layer, of the probe on a mix of all of them."""
+    real, index = _answers(task, train, judged)
+    found = fit_mix(train.rows(task), real[0], judged.rows(task), real[1], len(index), settings.penalty)
+    return [
+        {"task": task, "layer": layer, "weight": weight, "accuracy": found.accuracy, "centre": found.centre}
+        for layer, weight in enumerate(found.weights.tolist())
+    ]
+
+
+def _report(
+    subject: Subject, table: list[dict[str, Any]], mixes: list[dict[str, Any]], tasks: Sequence[str],
+    facts: dict[str, Any],
+) -> Report:  # fmt: skip
     layers = sorted({row["layer"] for row in table})
-    panels = [
-        Lines(
-            title, layers,
-            {task: [row[column] for row in table if row["task"] == task] for task in tasks},
-            "layer (0: embeddings)", unit,
-        )
-        for column, title, unit in (
-            ("accuracy", "what a linear probe reads", "accuracy (fraction)"),
-            ("macro_f1", "every class counting the same", "macro F1 (fraction)"),
-            ("selectivity", "less what it learns by heart", "selectivity (fraction)"),
-            ("bits", "what it leaves open", "cross-entropy (bits)"),
-        )
-    ]  # fmt: skip
-    return Report("probe", facts, {"layers": table}, {"layers": Figure(f"Linear probes: {subject.name}", panels, 2)})
+
+    def lines(rows: Sequence[dict[str, Any]], column: str, title: str, unit: str) -> Lines:
+        curves = {task: [row[column] for row in rows if row["task"] == task] for task in tasks}
+        return Lines(title, layers, curves, "layer (0: embeddings)", unit)
+
+    shown = [
+        ("accuracy", "what a linear probe reads", "accuracy (fraction)"),
+        ("macro_f1", "every class counting the same", "macro F1 (fraction)"),
+        ("selectivity", "less what it learns by heart", "selectivity (fraction)"),
+        ("bits", "what it leaves open", "cross-entropy (bits)"),
+        ("compression", "online code against a uniform one", "compression (times shorter)"),
+    ]
+    panels = [lines(table, *one) for one in shown if any(row[one[0]] is not None for row in table)]
+    if mixes:
+        panels.append(lines(mixes, "weight", "where a mix of all layers reads", "weight of the layer (fraction)"))
+    tables = {"layers": table} | ({"mix": mixes} if mixes else {})
+    return Report("probe", facts, tables, {"layers": Figure(f"Linear probes: {subject.name}", panels, 2)})

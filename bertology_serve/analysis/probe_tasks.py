@@ -17,10 +17,11 @@ from bertology_serve.tasks.encoding import encode_words
 from bertology_serve.tasks.spec import Encoding
 from bertology_serve.tasks.words import join_words, split_words
 
-LENGTH, POSITION, TAGS, LABEL = "length", "position", "tags", "label"
-TASKS = (LENGTH, POSITION, TAGS, LABEL)
-OF_WORDS = (POSITION, TAGS)
-LENGTH_CLASSES, POSITIONS = 6, 10
+LENGTH, POSITION, CONTENT, TAGS, DEPTH, LABEL = "length", "position", "content", "tags", "depth", "label"
+TASKS = (LENGTH, POSITION, CONTENT, TAGS, DEPTH, LABEL)
+OF_WORDS = (POSITION, TAGS, DEPTH)
+LENGTH_CLASSES, POSITIONS, DEEPEST = 6, 10, 6
+CONTENT_WORDS, CONTENT_TEXTS, CONTENT_SHARE = 20, 10, 0.1  # words, texts that each needs, share of texts it may reach
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Text:
     rows: Mapping[int, int]
     tags: tuple[str, ...] | None
     label: str | None
+    depths: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,40 @@ def make_text(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: in
     tags, label = fields.get("tags"), fields.get("label")
     if tags is not None and len(tags) != len(words):
         raise DataError(f"{where}: field 'tags' has {len(tags)} items; expected {len(words)}, one a token")
-    return Text(tuple(words), encoding, rows, tags and tuple(map(str, tags)), None if label is None else str(label))
+    depths = _depths(fields["heads"], where) if isinstance(fields.get("heads"), list) else None
+    named = None if label is None else str(label)
+    return Text(tuple(words), encoding, rows, tags and tuple(map(str, tags)), named, depths)
+
+
+def _depths(heads: Sequence[int], where: str) -> tuple[int, ...]:
+    """How many steps each word stands below the root; raises DataError for what is no tree."""
+    found = []
+    for word in range(len(heads)):
+        at, steps = word, 0
+        while heads[at] and steps <= len(heads):
+            at, steps = heads[at] - 1, steps + 1
+        if steps > len(heads):
+            raise DataError(f"{where}: the heads of word {word + 1} go in a circle; expected a tree")
+        found.append(steps)
+    return tuple(found)
 
 
 def chosen(asked: Sequence[str] | None, texts: Sequence[Text]) -> tuple[str, ...]:
     """The probes asked for, or all that the texts can answer; raises SpecError for others."""
-    lacking = {TAGS: any(text.tags is None for text in texts), LABEL: any(text.label is None for text in texts)}
+    lacking = {
+        TAGS: any(text.tags is None for text in texts),
+        LABEL: any(text.label is None for text in texts),
+        DEPTH: any(text.depths is None for text in texts),
+        CONTENT: len(content_words(texts)) < 2,
+    }
+    fields = {TAGS: "a field 'tags' in every record", LABEL: "a field 'label' in every record",
+              DEPTH: "a field 'heads' in every record (CoNLL-U)",
+              CONTENT: f"two words that occur in {CONTENT_TEXTS} texts each, and not in many"}  # fmt: skip
     for name in asked or ():
         if name not in TASKS:
             raise SpecError(f"unknown probe {name!r}; {nearest(name, TASKS)}")
         if lacking.get(name):
-            raise SpecError(f"the probe {name!r} needs a field {name!r} in every record; expected it, or other --tasks")
+            raise SpecError(f"the probe {name!r} needs {fields[name]}; expected that, or other --tasks")
     return tuple(asked) if asked else tuple(name for name in TASKS if not lacking.get(name))
 
 
@@ -84,19 +109,39 @@ def length_edges(texts: Sequence[Text]) -> list[float]:
     return sorted(set(quantiles.tolist()))
 
 
-def items(task: str, texts: Sequence[Text], edges: Sequence[float]) -> list[Item]:
-    """Everything that a probe is asked about those texts."""
+def content_words(texts: Sequence[Text]) -> list[str]:
+    """Up to twenty words, the commonest of those in ten texts or more, yet in at most a tenth of them."""
+    counts = Counter(word for text in texts for word in {word.lower() for word in text.words} if word.isalpha())
+    most = CONTENT_SHARE * len(texts)
+    fitting = [(-count, word) for word, count in counts.items() if CONTENT_TEXTS <= count <= most]
+    return [word for _, word in sorted(fitting)[:CONTENT_WORDS]]
+
+
+def items(task: str, texts: Sequence[Text], edges: Sequence[float], words: Sequence[str] = ()) -> list[Item]:
+    """Everything that a probe is asked about those texts; ``words`` are those of ``content``.
+
+    ``content`` (Conneau et al. 2018): which one of those words a text holds, for the texts that hold exactly one.
+    """
     if task in OF_WORDS:
         return [
-            Item(number, row, str(word) if task == POSITION else (text.tags or ())[word], text.words[word])
+            Item(number, row, _of_word(task, text, word), text.words[word])
             for number, text in enumerate(texts)
             for word, row in text.rows.items()
-            if task == TAGS or word < POSITIONS
+            if task != POSITION or word < POSITIONS
         ]
+    if task == CONTENT:
+        held = [{word.lower() for word in text.words} & set(words) for text in texts]
+        return [Item(n, 0, next(iter(own)), texts[n].words[0]) for n, own in enumerate(held) if len(own) == 1]
     answers: list[Any] = [
         int(np.searchsorted(edges, len(text.words))) if task == LENGTH else text.label for text in texts
     ]
     return [Item(n, 0, str(answer), text.words[0]) for n, (text, answer) in enumerate(zip(texts, answers, strict=True))]
+
+
+def _of_word(task: str, text: Text, word: int) -> str:
+    if task == DEPTH:
+        return str(min((text.depths or ())[word], DEEPEST))
+    return str(word) if task == POSITION else (text.tags or ())[word]
 
 
 def sampled(found: list[Item], most: int, seed: int) -> list[Item]:

@@ -75,13 +75,18 @@ class ProbeSettings:
     """How layers are probed."""
 
     tasks: tuple[str, ...] = field(
-        default=(), metadata={"help": "Among length, position, tags, label. Default: all that the records can answer."}
+        default=(),
+        metadata={
+            "help": "Among length, position, content, tags, depth, label. Default: all that the records can answer."
+        },
     )
     rows: int = field(
         default=10_000, metadata={"help": "Most texts or words that one probe trains on, and is judged on."}
     )
     most: int | None = field(default=None, metadata={"help": "Take the first so many records of each file."})
     pooling: Literal["mean", "max", "cls"] = field(default="mean", metadata={"help": "How a text's rows become one."})
+    code: bool = field(default=True, metadata={"help": "Measure the online code too."})
+    mix: bool = field(default=True, metadata={"help": "Fit a probe on a mix of all layers too."})
     penalty: float = field(default=1e-3, metadata={"help": "Weight of the probe's squared norm."})
     seed: int = field(default=0, metadata={"help": "Seed of samples, the held-out quarter and control labels."})
     max_length: int = field(default=128, metadata={"help": "Tokens a sequence is cut to."})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,16 +14,19 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.effects import Effects
 from bertology_serve.encoder.bank import BARE, LiveBank
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.packing import pack
+from bertology_serve.encoder.packing import PackedBatch, pack
 from bertology_serve.encoder.reading import form_for, read
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.spec import Encoding, TaskSpec
+
+Around = Callable[[Sequence[Encoding], PackedBatch], AbstractContextManager[None]]
 
 
 class LiveDelta(nn.Module):
     """The trainable tensors of one delta on an encoder that stays frozen, or with ``full`` is trained itself.
 
-    ``trunk_dropout`` says whether the encoder's own dropout is active in training mode.
+    ``trunk_dropout`` says whether the encoder's own dropout is active in training mode; ``around`` makes a context that
+    holds while the encoder runs.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class LiveDelta(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.encoder, self.specs, self.task, self.full = encoder, tuple(specs), task, full
         self.trunk_dropout = full
+        self.around: Around = lambda encodings, batch: nullcontext()
         tensors = kinds.init(specs, encoder.anatomy, generator)
         self._names = {name.replace(".", "-"): name for name in tensors}
         self.tensors = nn.ParameterDict({name.replace(".", "-"): nn.Parameter(t) for name, t in tensors.items()})
@@ -52,13 +57,14 @@ class LiveDelta(nn.Module):
         packed = sorted(range(batch.sequences), key=batch.order.__getitem__)
         return read(hidden, batch, packed, self.task, self.head)
 
-    def hidden(self, encodings: Sequence[Encoding]) -> tuple[Tensor, Any]:
+    def hidden(self, encodings: Sequence[Encoding]) -> tuple[Tensor, PackedBatch]:
         """The encoder's rows [T, H] and the packed batch that they belong to."""
         pools = LiveBank([("live", self.effects())], self.training)
         entry = pools.entries["live"] if self.specs else BARE
         batch = pack(encodings, [entry] * len(encodings), self.encoder.anatomy, self.encoder.device,
                      padded=not self.encoder.packs)  # fmt: skip
-        return self.encoder.run(batch, pools), batch
+        with self.around(encodings, batch):
+            return self.encoder.run(batch, pools), batch
 
     def effects(self) -> Effects:
         """What the components do at this moment, differentiable in them."""
@@ -75,7 +81,7 @@ class LiveDelta(nn.Module):
         return self
 
     def no_decay(self) -> set[str]:
-        """Names (as in ``named_parameters``) that weight decay leaves alone: biases and LayerNorms."""
+        """Names (as in ``named_parameters``) that weight decay leaves alone: biases, LayerNorms and factors."""
         components = {f"tensors.{key}" for key, name in self._names.items() if _is_bias(name)}
         others = {name for name, p in self.named_parameters() if not name.startswith("tensors.") and p.dim() < 2}
         return components | others
@@ -104,7 +110,7 @@ class LiveDelta(nn.Module):
 
 
 def _is_bias(name: str) -> bool:
-    return name.startswith("bitfit.") or name.endswith("_bias")
+    return name.startswith(("bitfit.", "ia3.", "norms.")) or name.endswith("_bias")
 
 
 def _head_dropout(config: Any) -> float:

@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from bertology_serve.deltas.delta import Delta, bare
 from bertology_serve.encoder.bank import BARE, DeltaBank, Entry
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.packing import PackedBatch, pack, rows_of
-from bertology_serve.encoder.plan import make_plan
 from bertology_serve.encoder.reading import form_for, read
 from bertology_serve.errors import NotFound, Unsupported, VersionGone, nearest
 from bertology_serve.tasks.base import Example, Task
@@ -80,8 +79,16 @@ class Job:
     cost: int = 0
 
 
+class Engine(Protocol):
+    """What runs batches: the encoder itself, or what gives the same rows faster."""
+
+    def run(self, batch: PackedBatch, pools: DeltaBank) -> Tensor:
+        """The hidden states [T, H] of every row of a batch, float32 or the encoder's type."""
+        ...
+
+
 class Pipeline:
-    """An encoder with its resident deltas.
+    """An encoder with its resident deltas. ``engine`` runs their batches; it is the encoder unless it was replaced.
 
     ``prepare`` may be called from many threads; ``run``, ``add`` and ``remove`` serialise themselves.
     The name ``base`` is reserved: the bare encoder, answering mean-pooled, normalised embeddings.
@@ -89,6 +96,7 @@ class Pipeline:
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
+        self.engine: Engine = encoder
         self.bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
         self._ready: dict[str, Ready] = {}
         self._freed: deque[str] = deque()
@@ -114,6 +122,8 @@ class Pipeline:
         head.load(delta.head)
         head.to(self.encoder.device).eval().requires_grad_(False)
         effects = self.encoder.allowed(delta.effects(self.encoder.anatomy))
+        if self.engine is not self.encoder and (effects.scale or effects.inner):
+            raise Unsupported(f"delta {delta.name!r} scales the encoder's rows: serve it with --engine torch")
         with self.encoder.lock:  # no batch runs meanwhile, so nothing is done here but copying rows
             self._sweep()
             key = f"{delta.name}#{next(self._keys)}"
@@ -185,8 +195,7 @@ class Pipeline:
         encoder = self.encoder
         entries = [ready.entry for ready in owners]
         batch = pack(encodings, entries, encoder.anatomy, encoder.device, padded=not encoder.packs)
-        hidden = encoder.run(batch, self.bank, make_plan(batch))
-        return _outputs(hidden, batch, owners)
+        return _outputs(self.engine.run(batch, self.bank), batch, owners)
 
     def check(self, delta: Delta) -> None:
         """Raises what ``add`` would for a delta that is not for this encoder; its tensors do not matter."""

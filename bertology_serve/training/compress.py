@@ -131,7 +131,7 @@ def _low_rank(
     """The LoRA spec and stacks ``a`` [L, R, K], ``b`` [L, R, N]: each singular value shared between the two."""
     names = [slot.name for slot in _slots(anatomy) if any(place[0] == slot.name for place in cut)]
     layers = tuple(sorted({layer for _, layer in cut}))
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name in names:
         slot = anatomy.slot(name)
         a, b = torch.zeros(len(layers), rank, slot.inputs), torch.zeros(len(layers), rank, slot.outputs)
@@ -148,7 +148,8 @@ def _low_rank(
 
 def _biases(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
     """The differences of all biases as BitFit holds them; none where no bias moved."""
-    tensors, any_moved = {}, False
+    tensors: dict[str, Tensor] = {}
+    any_moved = False
     for slot in bias_slots(BitfitSpec(), anatomy):
         stack = torch.zeros(len(slot.present), slot.outputs)
         for index, layer in enumerate(slot.present):

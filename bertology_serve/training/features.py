@@ -84,6 +84,12 @@ def _tap(module: torch.nn.Module, number: int, seen: dict[int, Tensor]) -> Itera
 
 def _key(live: LiveDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int) -> dict[str, Any]:
     """Everything that the rows' bits depend on."""
+    own = {"pooling": live.task.pooling, "layers": list(layers), "max_tokens": max_tokens}
+    return origin(live, items) | own
+
+
+def origin(live: LiveDelta, items: Sequence[Item]) -> dict[str, Any]:
+    """What the bits of any rows of the frozen encoder depend on."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(repr([(encoding.ids, encoding.types) for encoding in item.encodings]).encode())
@@ -94,9 +100,6 @@ def _key(live: LiveDelta, items: Sequence[Item], layers: Sequence[int], max_toke
         "device": encoder.device.type,
         "prepacked": any(getattr(module, "prepacked", None) is not None for module in encoder.model.modules()),
         "tokens": digest.hexdigest(),
-        "pooling": live.task.pooling,
-        "layers": list(layers),
-        "max_tokens": max_tokens,
     }
 
 

@@ -17,7 +17,16 @@ def layer_paths(anatomy: Anatomy) -> tuple[str, ...]:
 
 def lowest_trained(live: LiveDelta) -> int:
     """The lowest layer whose output a live delta changes: the encoder's depth where only the head is trained."""
-    return 0 if live.full else live.effects().lowest(live.encoder.anatomy.layers)
+    anatomy = live.encoder.anatomy
+    if not live.full:
+        return live.effects().lowest(anatomy.layers)
+    starts = [f"{path}." for path in layer_paths(anatomy)]
+    owners = [
+        next((layer for layer, start in enumerate(starts) if name.startswith(start)), 0)
+        for name, parameter in live.encoder.model.named_parameters()
+        if parameter.requires_grad
+    ]
+    return min(owners)
 
 
 def train_upper_layers(live: LiveDelta, count: int) -> None:

@@ -1,10 +1,17 @@
-"""The most memory that a piece of work held."""
+"""The memory of a training run: what it will need, and the most that a piece of work held."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.training.items import WHOLE_BATCH, Item, micro_batches
+from bertology_serve.training.loop import Trainer
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -39,3 +46,53 @@ class Peak:
         except OSError:
             return False
         return True
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that training needs: the encoder's and all trained weights, gradients, the optimizer's two moments, and
+    what the largest micro-batch keeps for its backward pass."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def estimate(trainer: Trainer) -> Estimate:
+    """What a trainer that has not begun will need: counted, and for the activations tried on its longest items.
+
+    Buffers of single operations, oneDNN's copies of frozen weights, and torch itself come on top.
+    """
+    live, config = trainer.live, trainer.config
+    held = {parameter.data_ptr(): parameter for parameter in (*live.encoder.model.parameters(), *live.parameters())}
+    trained = sum(parameter.nbytes for parameter in trainer.parameters.values())
+    batch = sorted(trainer.items, key=lambda item: item.tokens)[-config.batch_size :]
+    group = micro_batches(batch, config.max_tokens, not live.encoder.packs, trainer.task.kind in WHOLE_BATCH)[-1]
+    activations = saved_bytes(live, group, set(held))
+    return Estimate(sum(parameter.nbytes for parameter in held.values()), trained, 2 * trained, activations)
+
+
+def saved_bytes(live: LiveDelta, items: Sequence[Item], held: Collection[int] = ()) -> int:
+    """Bytes that one forward pass in training mode keeps for its backward pass, those at ``held`` addresses apart."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    mode, state = live.training, torch.get_rng_state()
+    live.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = live([encoding for item in items for encoding in item.encodings])  # alive until all is counted
+    live.train(mode)
+    torch.set_rng_state(state)
+    del out
+    return sum(storages.values())

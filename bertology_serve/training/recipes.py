@@ -67,6 +67,7 @@ def _first(config: TrainConfig, method: tuple[str, ...]) -> TrainConfig:
         learning_rate=config.first_learning_rate,
         head_learning_rate=None,
         trunk_dropout=None,
+        trunk_cache=False,
     )
 
 

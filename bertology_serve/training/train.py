@@ -31,6 +31,7 @@ from bertology_serve.training.settings import settings_text
 from bertology_serve.training.solve import Solver
 from bertology_serve.training.sources import Data, Source
 from bertology_serve.training.state import RunState
+from bertology_serve.training.trunk import Trunk
 from bertology_serve.training.watch import Silent, Watcher
 
 
@@ -131,6 +132,9 @@ class Run:
         """Trains one stage and publishes its delta in ``out``."""
         before = store.load(self.directory.stage(number - 1)) if number > 1 else None
         live = ready.live if before is None else _continued(stage, ready, before)
+        if stage.config.trunk_cache:
+            items, folder = [*ready.items, *ready.dev], self.directory.features
+            live.around = Trunk(live, items, stage.config.max_tokens, folder).over
         if count > 1:
             self.watcher.staged(number, count, stage.title)
         trainer = (Solver if stage.solved else Trainer)(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from bertology_serve.training.methods import ParameterCount
@@ -40,3 +40,30 @@ class Silent:
 
     def evaluated(self, line: Line) -> None:
         """Nothing."""
+
+
+class Several:
+    """Tells several watchers, in their order."""
+
+    def __init__(self, watchers: Sequence[Watcher]) -> None:
+        self.watchers = watchers
+
+    def staged(self, stage: int, count: int, title: str) -> None:
+        """To all."""
+        for watcher in self.watchers:
+            watcher.staged(stage, count, title)
+
+    def began(self, step: int, total: int, parameters: ParameterCount) -> None:
+        """To all."""
+        for watcher in self.watchers:
+            watcher.began(step, total, parameters)
+
+    def stepped(self, line: Line) -> None:
+        """To all."""
+        for watcher in self.watchers:
+            watcher.stepped(line)
+
+    def evaluated(self, line: Line) -> None:
+        """To all."""
+        for watcher in self.watchers:
+            watcher.evaluated(line)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bertology_serve.deltas.slots import Anatomy
-from bertology_serve.encoder.bank import PREFIX, PROMPT, DeltaBank, Entry
+from bertology_serve.encoder.bank import PROMPT, DeltaBank, Entry
+from bertology_serve.encoder.packing import PackedBatch
+from bertology_serve.errors import Unsupported
 from bertology_serve.export.multi.stacks import ACTIVATIONS, INDEX, Stack, stacks
 from bertology_serve.kernels.segments import RowSegment
 
 Arrays = dict[str, NDArray[Any]]
 _BLANK = RowSegment(0, 0, 0, 0)
-_COUNTED = {"ranks", "units", "rows"}
 
 
 class Feed:
@@ -33,6 +34,8 @@ class Feed:
         """The bank's pools, float32 and on the CPU, as they lie in memory; one row of zeros where it has none."""
         found: Arrays = {}
         for name, pool in list(bank.pools.items()):
+            if name not in self.places:
+                raise Unsupported(f"the graph of many deltas has no place for {name}; serve that delta with torch")
             for column, tensor in pool.columns.items():
                 found[self.places[name].input(column)] = tensor.numpy()
         return self._empty | found
@@ -82,10 +85,19 @@ def _prefix(entry: Entry) -> tuple[int, int]:
     return entry.prefix_length, int(entry.prefix is not None and entry.prefix.positions == "shifted")
 
 
-def texts(ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]], names: Sequence[str]) -> Mapping[str, Any]:
-    """Sequences as ``input_ids``, ``attention_mask`` and ``token_type_ids``, int64 [S, L], padded on the right."""
-    width = max(map(len, ids))
-    table = np.zeros((3, len(ids), width), np.int64)
-    for row, (own, kinds) in enumerate(zip(ids, types, strict=True)):
-        table[0, row, : len(own)], table[1, row, : len(own)], table[2, row, : len(own)] = own, 1, kinds
+def texts(batch: PackedBatch, chosen: Sequence[int], names: Sequence[str]) -> Arrays:
+    """The text of chosen sequences of a batch as ``input_ids``, ``attention_mask`` and ``token_type_ids``.
+
+    int64 [S, L], padded on the right.
+    """
+    lengths, ends = np.array(batch.text_lengths), np.cumsum(batch.text_lengths)
+    own = lengths[list(chosen)]
+    row, column = np.repeat(np.arange(len(own)), own), np.arange(own.sum()) - np.repeat(np.cumsum(own) - own, own)
+    at = batch.text_rows.numpy()[np.repeat((ends - lengths)[list(chosen)], own) + column]
+    table = np.zeros((3, len(own), int(own.max())), np.int64)
+    table[0, row, column], table[1, row, column], table[2, row, column] = (
+        batch.ids.numpy()[at],
+        1,
+        batch.types.numpy()[at],
+    )
     return dict(zip(names, table, strict=False))

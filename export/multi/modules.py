@@ -27,7 +27,8 @@ class MixedModules(Modules):
         self.tables, self.changes, self.adapters = tables, Updates(tables, rows.runs), adapter_places(parts.anatomy)
 
     def prompted(self, words: Value, rows: Rows) -> Value:
-        assert rows.virtual is not None and rows.which is not None
+        assert rows.virtual is not None
+        assert rows.which is not None
         virtual, which = rows.virtual.unsqueeze(1), rows.which
         return self.nodes.choose(
             self.tables.used(PROMPT, "rows"),

@@ -19,8 +19,8 @@ class Tables:
             for column, width in place.columns.items():
                 self._add(place.input(column), (place.depth, f"{place.name}.height", width), ir.DataType.FLOAT)
             for table in place.tables:
-                width = place.fixed.get(table, f"{place.input(table)}.width")
-                self._add(place.input(table), ("deltas", width), ir.DataType.INT64)
+                columns = place.fixed.get(table, f"{place.input(table)}.width")
+                self._add(place.input(table), ("deltas", columns), ir.DataType.INT64)
 
     def _add(self, name: str, shape: tuple[str | int, ...], kind: ir.DataType) -> None:
         self.inputs[name] = self.nodes.input(name, shape, kind)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from bertology_serve import examples
 from bertology_serve.analysis import probe as probing
+from bertology_serve.analysis.coding import STEPS, block_ends, online_code
 from bertology_serve.analysis.features import Features, gather
 from bertology_serve.analysis.logistic import Logistic, fit, score
+from bertology_serve.analysis.mixing import fit_mix
 from bertology_serve.analysis.probe import probe
-from bertology_serve.analysis.probe_tasks import Control, Item, items, length_edges, make_text
+from bertology_serve.analysis.probe_tasks import Control, Item, content_words, items, length_edges, make_text
 from bertology_serve.analysis.settings import ProbeSettings
 from bertology_serve.analysis.subject import Subject
 from bertology_serve.data.records import Record
@@ -114,7 +118,8 @@ def test_a_planted_answer_is_found_in_its_layer(tmp_path: Path, monkeypatch: pyt
     tags = {len(own): [row["tags"] for row in own] for own in split.values()}
     paths = {name: sets.write(tmp_path / f"{name}.jsonl", own) for name, own in split.items()}
     monkeypatch.setattr(probing, "gather", planted)
-    report = probe(encoder, paths["train"], ProbeSettings(tasks=("tags",)), eval=paths["eval"])
+    settings = ProbeSettings(tasks=("tags",), code=False, mix=False)
+    report = probe(encoder, paths["train"], settings, eval=paths["eval"])
     accuracies = [row["accuracy"] for row in report.tables["layers"]]
     assert accuracies[2] == 1.0
     assert max(accuracies[:2] + accuracies[3:]) < 0.8
@@ -126,7 +131,7 @@ def test_a_planted_answer_is_found_in_its_layer(tmp_path: Path, monkeypatch: pyt
 def test_report_of_real_layers(tmp_path: Path) -> None:
     encoder = tiny.encoder("bert", tmp_path)
     rows = sets.write(tmp_path / "rows.jsonl", sets.token_classification() * 4)
-    report = probe(encoder, rows)
+    report = probe(encoder, rows, ProbeSettings(code=False, mix=False))
     table = report.tables["layers"]
     assert [(row["task"], row["layer"]) for row in table[::4]] == [("length", 0), ("position", 0), ("tags", 0)]
     assert table[8]["accuracy"] == 1.0  # five words, each always of the same tag
@@ -140,6 +145,9 @@ def test_report_of_real_layers(tmp_path: Path) -> None:
     ("row", "settings", "error", "message"),
     [
         ({"text": "good"}, {"tasks": ("tags",)}, SpecError, "needs a field 'tags'"),
+        ({"text": "good"}, {"tasks": ("depth",)}, SpecError, "needs a field 'heads'"),
+        ({"text": "good"}, {"tasks": ("content",)}, SpecError, "needs two words"),
+        ({"tokens": ["a", "b"], "heads": [2, 1]}, {}, DataError, "go in a circle"),
         ({"text": "good"}, {"tasks": ("lenght",)}, SpecError, "did you mean 'length'"),
         ({"text": "good", "text_pair": "bad"}, {}, DataError, "single texts"),
         ({"tokens": ["a", "b"], "tags": ["O"]}, {}, DataError, "has 1 items; expected 2"),
@@ -157,3 +165,64 @@ def test_one_record_is_not_enough(tmp_path: Path) -> None:
     encoder = tiny.encoder("bert", tmp_path)
     with pytest.raises(DataError, match="holds one record"):
         probe(encoder, sets.write(tmp_path / "rows.jsonl", [{"text": "good"}]))
+
+
+def test_depth_and_content(tmp_path: Path) -> None:
+    tokenizer = tiny.encoder("bert", tmp_path).tokenizer
+    tree = make_text(
+        Record({"tokens": ["the", "cat", "was", "in", "Paris"], "heads": [2, 3, 0, 5, 3]}, "x"), tokenizer, 16
+    )
+    assert [item.answer for item in items("depth", [tree], [])] == ["2", "1", "0", "2", "1"]
+    chain = make_text(Record({"tokens": ["a"] * 9, "heads": [*range(9)]}, "x"), tokenizer, 16)
+    assert [item.answer for item in items("depth", [chain], [])][-4:] == ["5", "6", "6", "6"]
+    rows = ["the cat is red"] * 11 + ["the dog is red"] * 10 + ["a Dog and a cat"] + ["the house"] * 200
+    texts = [make_text(Record({"text": row}, "x"), tokenizer, 16) for row in rows]
+    words = content_words(texts)
+    assert words == ["is", "red", "cat", "dog"]
+    found = items("content", texts, [], ["cat", "dog"])
+    assert [item.answer for item in found] == ["cat"] * 11 + ["dog"] * 10
+
+
+def test_the_online_code_is_the_sum_of_its_blocks() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(300, 4, generator=generator), torch.randint(3, (300,), generator=generator)
+    x[:, 0] += 2 * y
+    assert block_ends(300) == [19, 38, 75, 150, 300]
+    assert block_ends(5) == [5]
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(7))
+    expected = 19 * math.log2(3)
+    for start, end in ((19, 38), (38, 75), (75, 150), (150, 300)):
+        own = fit(x[order[:start]], y[order[:start]], 3, 1e-2, STEPS).logits(x[order[start:end]]).softmax(1)
+        expected -= sum(
+            math.log2(row[label]) for row, label in zip(own.tolist(), y[order[start:end]].tolist(), strict=True)
+        )
+    assert online_code(x, y, 3, 1e-2, 7) == pytest.approx(expected, rel=1e-4)
+    assert online_code(x, y, 3, 1e-2, 7) < 300 * math.log2(3) < online_code(x, y.flip(0), 3, 1e-2, 7) * 1.1
+
+
+def test_a_mix_reads_where_the_answer_lies() -> None:
+    generator = torch.Generator().manual_seed(2)
+    y, gold = torch.randint(2, (200,), generator=generator), torch.randint(2, (50,), generator=generator)
+    x, held = torch.randn(3, 200, 6, generator=generator), torch.randn(3, 50, 6, generator=generator)
+    x[2, :, 0] += 3 * y
+    held[2, :, 0] += 3 * gold
+    found = fit_mix(x, y, held, gold, 2, 1e-3)
+    assert float(found.weights.sum()) == pytest.approx(1.0, abs=1e-5)
+    assert int(found.weights.argmax()) == 2
+    assert found.accuracy > 0.85
+    assert found.centre > 1.0
+
+
+def test_parsed_sentences_are_probed(tmp_path: Path) -> None:
+    encoder = tiny.encoder("bert", tmp_path)
+    settings = ProbeSettings(tasks=("depth",), rows=40, most=10, penalty=0.1)
+    report = probe(encoder, examples.trees(), settings)
+    assert {row["task"] for row in report.tables["mix"]} == {"depth"}
+    assert [row["weight"] for row in report.tables["mix"]][:4] != [0.25] * 4
+    for row in report.tables["layers"]:
+        assert row["code_kbits"] > 0
+        assert 0.1 < row["compression"] < 5
+    assert report.facts["mix"]["depth"]["centre"] <= 3
+    assert [panel.y_label for panel in report.figures["layers"].panels][-2:] == [
+        "compression (times shorter)", "weight of the layer (fraction)",
+    ]  # fmt: skip

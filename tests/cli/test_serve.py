@@ -78,12 +78,13 @@ def test_sigterm_turns_readiness_off_and_answers_what_was_accepted(encoder, delt
 
 
 def test_the_example_that_is_printed_works(encoder, deltas):  # noqa: F811
-    with serving(encoder.name, deltas) as (_, _, lines):
+    with serving(encoder.name, deltas, "--engine", "onnx") as (_, _, lines):
         command = shlex.split(lines[-1].removeprefix("try: "))
         assert command[0] == "curl"
         response = httpx.post(command[1], content=command[3])
         assert response.status_code == 200, response.text
         assert "7 deltas on" in "".join(lines)
+        assert ", fp32), ready after" in "".join(lines)
 
 
 @pytest.mark.parametrize("name", RECORDS)

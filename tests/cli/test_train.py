@@ -91,11 +91,25 @@ def test_lp_shows_what_every_layer_can_do(bert, train_file, tmp_path, capsys):
 
 def test_plot_and_another_domain(bert, train_file, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the plots extra is not installed")
-    more = ["--plot", "--eval", train_file, "--ood", train_file, "--recipe", "lp-ft", "--epochs", "1"]
+    more = [
+        "--tensorboard",
+        str(tmp_path / "board"),
+        "--plot",
+        "--eval",
+        train_file,
+        "--ood",
+        train_file,
+        "--recipe",
+        "lp-ft",
+        "--epochs",
+        "1",
+    ]
     assert main(arguments(bert, train_file, tmp_path / "x", *more)) == 0
     assert "ood_accuracy" in capsys.readouterr().out
     assert (tmp_path / "x" / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert main(["inspect", str(tmp_path / "x")]) == 0
+    (events,) = (tmp_path / "board" / "x").iterdir()
+    assert b"stage 2/eval/accuracy" in events.read_bytes()
 
 
 def test_dry_run_counts_and_writes_nothing(bert, train_file, tmp_path, capsys):
@@ -107,6 +121,7 @@ def test_dry_run_counts_and_writes_nothing(bert, train_file, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "would train 226 parameters" in out
     assert "after_cls" in out
+    assert "activations" in out
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -15,7 +15,7 @@ from bertology_serve.training.loop import autocast
 
 @dataclass(frozen=True)
 class Piece:
-    """Some items of one member's batch, which go through the encoder together; ``weight`` is that of the whole batch."""
+    """Some items of one member's batch, which share a pass; ``weight`` is that of the whole batch."""
 
     member: Member
     items: tuple[Item, ...]

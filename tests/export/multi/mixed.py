@@ -54,8 +54,7 @@ class Both:
 
     def run(self, batch) -> np.ndarray:
         """The graph's rows for a packed batch, the last tile's copies left out."""
-        parts = torch.split(batch.text_rows, list(batch.text_lengths))
-        arrays = texts([batch.ids[rows] for rows in parts], [batch.types[rows] for rows in parts], self.parts.inputs)
+        arrays = texts(batch, range(batch.sequences), self.parts.inputs)
         fed = arrays | self.feed.stacks(self.bank) | self.feed.tables(batch.entries)
         return self.session.run(None, fed)[0][: batch.rows]
 

@@ -1,0 +1,104 @@
+"""Which engine runs the batches: torch's, which is the reference, or ONNX Runtime's, where that is faster."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bertology_serve.encoder.bank import BARE, Entry
+from bertology_serve.encoder.packing import PackedBatch, pack
+from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.errors import SpecError, Unsupported, VerificationError
+from bertology_serve.export.multi.engine import OnnxEngine
+from bertology_serve.export.spec import Precision
+from bertology_serve.tasks.encoding import encode_text
+
+log = logging.getLogger(__name__)
+Name = Literal["auto", "torch", "onnx"]
+SENTENCE = "a sentence of some twenty words or so, as people send them to a server that reads what they mean"
+LENGTHS = (6, 9, 12, 14, 17, 22, 30, 48)
+ROUNDS, WARM, DELTAS = 5, 2, 8
+ATOL, DRIFT = 1e-5, 0.1
+
+
+def check(engine: Name, precision: Precision) -> None:
+    """Raises SpecError for a precision that the engine does not have."""
+    if engine == "torch" and precision != "fp32":
+        raise SpecError(f"--precision {precision} is the ONNX engine's; give --engine onnx or auto with it")
+
+
+def settle(pipeline: Pipeline, engine: Name, precision: Precision = "fp32") -> str:
+    """Gives a pipeline its engine and returns that one's name.
+
+    ``auto`` takes ONNX Runtime's where it can run this encoder, agrees with torch's, and is faster on a short timing;
+    the log says which it was and why. ``onnx`` raises what is in the way (Unsupported, VerificationError).
+    """
+    check(engine, precision)
+    if engine == "torch":
+        return _taken("torch", "asked for")
+    try:
+        onnx = OnnxEngine(pipeline.encoder, precision)
+        batch = sample(pipeline)
+        compare(pipeline, onnx, batch)
+    except (Unsupported, VerificationError) as problem:
+        if engine == "onnx":
+            raise
+        return _taken("torch", str(problem))
+    if engine == "auto":
+        ours, theirs = race(lambda: _torch(pipeline, batch), lambda: onnx.run(batch, pipeline.bank))
+        timed = f"{1e3 * theirs:.1f} ms against torch's {1e3 * ours:.1f} for {batch.rows} rows"
+        if theirs >= ours:
+            return _taken("torch", f"{onnx.name} takes {timed}")
+        pipeline.engine = onnx
+        return _taken(onnx.name, timed)
+    pipeline.engine = onnx
+    return _taken(onnx.name, "asked for")
+
+
+def _taken(name: str, why: str) -> str:
+    log.info("engine: %s (%s)", name, why)
+    return name
+
+
+def sample(pipeline: Pipeline) -> PackedBatch:
+    """A batch of mixed lengths over up to eight of the resident deltas."""
+    encoder, words = pipeline.encoder, " ".join([SENTENCE] * 4)
+    entries: list[Entry] = list(pipeline.bank.entries.values())[:DELTAS] or [BARE]
+    room = encoder.max_tokens - max(entry.prompt_length + entry.prefix_length for entry in entries)
+    encodings = [encode_text(encoder.tokenizer, words, None, min(length, room)) for length in LENGTHS * 2]
+    owners = [entries[i % len(entries)] for i in range(len(encodings))]
+    return pack(encodings, owners, encoder.anatomy, encoder.device, padded=not encoder.packs)
+
+
+def compare(pipeline: Pipeline, onnx: OnnxEngine, batch: PackedBatch) -> None:
+    """Raises VerificationError where the engines give different rows."""
+    expected, found = _torch(pipeline, batch), onnx.run(batch, pipeline.bank)
+    largest, drift = (found - expected).abs().max().item(), ((found - expected).norm() / expected.norm()).item()
+    allowed = ATOL * max(1.0, expected.abs().max().item())  # float32's own noise grows with the rows
+    close = largest <= allowed if onnx.precision == "fp32" else drift <= DRIFT
+    if not close:
+        raise VerificationError(
+            f"{onnx.name} gives other rows than torch: max |Δ| {largest:.1e}, drift {drift:.1%}; take --engine torch"
+        )
+
+
+def _torch(pipeline: Pipeline, batch: PackedBatch) -> Tensor:
+    with torch.inference_mode():
+        return pipeline.encoder.run(batch, pipeline.bank)
+
+
+def race(one: Callable[[], object], other: Callable[[], object]) -> tuple[float, float]:
+    """Median seconds of each, taking turns."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(WARM + ROUNDS):
+        for call, taken in zip((one, other), seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+    return median(seconds[0][WARM:]), median(seconds[1][WARM:])

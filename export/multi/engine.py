@@ -1,0 +1,78 @@
+"""The second engine: the encoder's packed batches, run by ONNX Runtime as one graph for all resident deltas."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bertology_serve.deltas.delta import bare
+from bertology_serve.encoder.bank import DeltaBank
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.packing import PackedBatch
+from bertology_serve.errors import Unsupported
+from bertology_serve.export.direct.emit import obstacle
+from bertology_serve.export.multi.buckets import buckets
+from bertology_serve.export.multi.emit import emit_hidden
+from bertology_serve.export.multi.feed import Feed, texts
+from bertology_serve.export.onnx_model import save
+from bertology_serve.export.parts import Parts, parts_of
+from bertology_serve.export.session import Session
+from bertology_serve.export.spec import Precision
+
+OPSET = 20
+
+
+class OnnxEngine:
+    """``run`` gives the rows that ``Encoder.run`` gives, from the same batches and the same bank.
+
+    The graph is made once, of the encoder alone; deltas are its inputs and come and go in the bank. It holds a copy of
+    the encoder's weights of its own. Raises Unsupported for an encoder that it cannot take, or without ONNX Runtime.
+    """
+
+    def __init__(self, encoder: Encoder, precision: Precision = "fp32", opset: int = OPSET) -> None:
+        self.parts, self.precision = parts_for(encoder), precision
+        self._feed, self._hidden = Feed(encoder.anatomy), encoder.anatomy.hidden
+        with tempfile.TemporaryDirectory(prefix="bertology-serve-") as directory:
+            path = Path(directory) / "model.onnx"
+            save(emit_hidden(self.parts, opset, precision), path)
+            self._session = Session(path)
+
+    @property
+    def name(self) -> str:
+        """For people: the runtime, its version, and the precision."""
+        return f"onnxruntime {self._session.version}, {self.precision}"
+
+    def run(self, batch: PackedBatch, pools: DeltaBank) -> Tensor:
+        """The hidden states [T, H], float32, of every row of a packed batch; sequences of like length run together."""
+        stacks, groups = self._feed.stacks(pools), buckets(batch.lengths, self._hidden)
+        if len(groups) == 1:
+            return torch.from_numpy(self._rows(batch, groups[0], stacks))
+        hidden = torch.empty(batch.rows, self._hidden)
+        for group in groups:
+            at = np.concatenate([np.arange(batch.starts[i], batch.starts[i] + batch.lengths[i]) for i in group])
+            hidden[torch.from_numpy(at)] = torch.from_numpy(self._rows(batch, group, stacks))
+        return hidden
+
+    def _rows(self, batch: PackedBatch, group: list[int], stacks: dict[str, np.ndarray]) -> np.ndarray:
+        """The rows of some sequences, one after the other."""
+        tables = self._feed.tables([batch.entries[i] for i in group])
+        out = self._session.run(stacks | tables | texts(batch, group, self.parts.inputs))
+        return out[: sum(batch.lengths[i] for i in group)]
+
+
+def parts_for(encoder: Encoder, instead: str = "take --engine torch") -> Parts:
+    """The encoder without a delta, as the graph is made of it; Unsupported, saying what to do ``instead``."""
+    if encoder.device.type != "cpu" or encoder.dtype != torch.float32:
+        raise Unsupported(
+            f"the graph for many deltas is made of float32 encoders on the CPU, this one is {encoder.dtype} on "
+            f"{encoder.device}; {instead}"
+        )
+    parts = parts_of(encoder, bare("base", encoder.ref, encoder.max_tokens), False)
+    stands_in_the_way = obstacle(parts) or (None if encoder.packs else f"{encoder.anatomy.family} is padded")
+    if stands_in_the_way:
+        raise Unsupported(f"there is no graph for many deltas of this encoder: {stands_in_the_way}; {instead}")
+    return parts
