@@ -11,6 +11,7 @@ from bertology_serve.training.grids import run as runs
 from bertology_serve.training.grids.grid import Grid, GridMethod, GridTask
 from bertology_serve.training.grids.report import write_report
 from bertology_serve.training.grids.run import Place, execute, result_of
+from bertology_serve.training.loop import Trainer
 from tests.training import sets
 
 TRAIN = {"epochs": 2, "batch_size": 4, "max_length": 16, "keep": "last"}
@@ -74,6 +75,27 @@ def test_a_killed_run_is_continued(place: Place, monkeypatch: pytest.MonkeyPatch
     monkeypatch.undo()
     again = execute(run, place)
     assert again["measured"] == expected["measured"]
+
+
+def test_a_run_killed_in_training_goes_on_from_its_checkpoint(place: Place, monkeypatch: pytest.MonkeyPatch):
+    run = next(grid(place, GridMethod("LoRA", {"method": "lora", "rank": 2, "save_every": 1, "epochs": 4})).runs())
+    expected = execute(run, place)
+    (place.directory(run) / "result.json").unlink()
+    steps = []
+
+    def update(self: Trainer, loss: float) -> Any:
+        steps.append(self.state.step)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return plain(self, loss)
+
+    plain = Trainer._update
+    monkeypatch.setattr(Trainer, "_update", update)
+    with pytest.raises(KeyboardInterrupt):
+        execute(run, place)
+    again = execute(run, place)
+    assert steps == [*range(6), *range(5, 12)], "not from the beginning"
+    assert (again["measured"], again["steps"]) == (expected["measured"], expected["steps"])
 
 
 def test_the_best_state_may_be_kept_and_so_may_deltas(place: Place):
