@@ -2,8 +2,8 @@
 
     python benchmarks/lp_layers.py --train train.jsonl.gz --eval test.jsonl.gz [--rounds 3] [--out FILE.json]
 
-The pass is that of the features of one layer, nothing solved. Rounds take turns; what is reported is the median of the
-ratios. The objective reached is compared with scikit-learn's for the C that was chosen on the last layer.
+The pass is that of the features of one layer, nothing solved. Rounds take turns, in processor seconds; what is reported
+is the median of the ratios. The objective reached is compared with scikit-learn's at C = 1 on the last layer.
 """
 
 from __future__ import annotations
@@ -61,9 +61,14 @@ def main() -> None:
 
 def seconds(call: Callable[[], Any]) -> float:
     """How long a call takes."""
-    start = time.perf_counter()
+    start = clock()
     call()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def clock() -> float:
+    """Seconds of the processor that this process used, so that neighbours do not count."""
+    return time.process_time()
 
 
 def one_pass(made: Prepared, config: TrainConfig) -> None:

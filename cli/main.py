@@ -27,6 +27,7 @@ COMMANDS = {
     "analyze": "See what heads, layers and deltas do.",
     "inspect": "Show and validate a delta.",
     "bench": "Measure speed on this machine, beside the alternatives.",
+    "prove": "Measure what the server promises.",
     "doctor": "Find what is wrong with this installation.",
 }
 """Each is ``bertology_serve.cli.NAME`` (``-`` as ``_``) with a function NAME or, for subcommands, an ``app``; its

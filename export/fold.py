@@ -16,23 +16,42 @@ from bertology_serve.deltas.slots import Anatomy, Slot
 
 
 def fold(state: Mapping[str, Tensor], effects: Effects, anatomy: Anatomy) -> dict[str, Tensor]:
-    """The encoder's weights with a delta's low ranks and biases in them: float32 CPU tensors, by the same names.
+    """The encoder's weights with a delta's low ranks, biases and factors in them: float32 CPU tensors, the same names.
 
     ``state`` is the untouched state dict of the headless model. Biases that the encoder lacks are added under the
     name that they would have. Adapters, prompts and prefixes of ``effects`` are not looked at: they cannot be folded.
     """
     sums = _Sums(state)
+    for name, factors in effects.scale.items():
+        _scale(sums, anatomy.slot(name), factors.double())
     for name, update in effects.low_rank.items():
         slot = anatomy.slot(name)
         for layer in slot.present:
             a, b = update.at(slot, layer)
             change = b.double().T @ a.double()
             sums.rows(slot, layer, "weight").add_(change.to(sums.device))
+    for name, factors in effects.inner.items():
+        slot = anatomy.slot(name)
+        for layer in slot.present:
+            factor = 1.0 + factors[layer, : slot.inputs_of(layer)].double().to(sums.device)
+            sums.rows(slot, layer, "weight").mul_(factor)
     for name, shift in effects.bias.items():
         slot = anatomy.slot(name)
         for layer in slot.present:
             sums.rows(slot, layer, "bias").add_(shift[layer, : slot.outputs_of(layer)].double().to(sums.device))
     return sums.result()
+
+
+def _scale(sums: _Sums, slot: Slot, factors: Tensor) -> None:
+    """The factors [L, N] on a linear's own output; on a LayerNorm's weight, what is added to it."""
+    for layer in slot.present:
+        own = factors[layer, : slot.outputs_of(layer)].to(sums.device)
+        if not slot.inputs:
+            sums.rows(slot, layer, "weight").add_(own)
+            continue
+        sums.rows(slot, layer, "weight").mul_(1.0 + own[:, None])
+        if slot.has_bias:
+            sums.rows(slot, layer, "bias").mul_(1.0 + own)
 
 
 class _Sums:

@@ -13,6 +13,7 @@ from bertology_serve.deltas.effects import Effects
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.reading import form_for
+from bertology_serve.errors import Unsupported
 from bertology_serve.export.fold import fold
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.spec import EMBEDDING, TaskSpec
@@ -63,6 +64,8 @@ class Parts:
 def parts_of(encoder: Encoder, delta: Delta, merge: bool) -> Parts:
     """With ``merge`` low ranks and biases are folded into the weights; all else of the delta stays beside them."""
     anatomy, effects = encoder.anatomy, delta.effects(encoder.anatomy)
+    if not merge and (effects.scale or effects.inner):
+        raise Unsupported(f"delta {delta.name!r} scales the encoder's rows, which no graph holds; give --merge")
     state = fold(encoder.model.state_dict(), effects if merge else Effects(), anatomy)
     if merge:
         effects = Effects(bottleneck=effects.bottleneck, prompt=effects.prompt, prefix=effects.prefix)

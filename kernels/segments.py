@@ -81,6 +81,24 @@ def _recorded(
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
+def add_scaled(y: Tensor, source: Tensor, pool: Tensor, segments: Sequence[RowSegment]) -> Tensor:
+    """``y[rows] += source[rows] * pool[bias]`` for every segment: y and source [T, N], pool [P, N].
+
+    y is changed in place, unless gradients are being recorded, and may be the source.
+    """
+    segments = [segment for segment in segments if segment.hi > segment.lo]
+    if not torch.is_grad_enabled():
+        for segment in segments:
+            rows = slice(segment.lo, segment.hi)
+            y[rows].addcmul_(source[rows], pool[segment.bias])
+        return y
+    sizes, owners = cuts(y.shape[0], segments)
+    pieces, sources = list(torch.split(y, sizes)), torch.split(source, sizes)
+    for segment, at in zip(segments, owners, strict=True):
+        pieces[at] = torch.addcmul(pieces[at], sources[at], pool[segment.bias])
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
 def cuts(rows: int, segments: Sequence[RowSegment]) -> tuple[list[int], list[int]]:
     """Sizes of the pieces that ``rows`` fall into at the bounds of disjoint segments, and each segment's piece."""
     bounds = sorted({0, rows, *(segment.lo for segment in segments), *(segment.hi for segment in segments)})

@@ -81,13 +81,19 @@ class Prefix:
 
 @dataclass
 class Effects:
-    """All that a delta does to the encoder: per slot name low-rank updates, bias differences [L, N] and adapters."""
+    """All that a delta does to the encoder: per slot name low-rank updates, bias differences [L, N] and adapters.
+
+    ``scale`` [L, N] multiplies the base's own output of a linear slot by ``1 + scale``; on a LayerNorm slot it is added
+    to the norm's weight. ``inner`` [L, K] multiplies the input of a linear slot by ``1 + inner``.
+    """
 
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     bias: dict[str, Tensor] = field(default_factory=dict)
     bottleneck: dict[str, Bottleneck] = field(default_factory=dict)
     prompt: Prompt | None = None
     prefix: Prefix | None = None
+    scale: dict[str, Tensor] = field(default_factory=dict)
+    inner: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def unfoldable(self) -> tuple[str, ...]:
@@ -97,7 +103,7 @@ class Effects:
 
     def lowest(self, depth: int) -> int:
         """The lowest of ``depth`` layers whose output is changed; ``depth`` where none is."""
-        if self.bias or self.prompt or self.prefix:
+        if self.bias or self.prompt or self.prefix or self.scale or self.inner:
             return 0
         chosen = [update.layers for update in self.low_rank.values()] + [b.layers for b in self.bottleneck.values()]
         return min((0 if layers is None else min(layers) for layers in chosen), default=depth)
@@ -119,6 +125,8 @@ def merged(parts: Iterable[Effects]) -> Effects:
             total.low_rank[slot] = update
         for slot, shift in part.bias.items():
             total.bias[slot] = total.bias[slot] + shift if slot in total.bias else shift
+        for own, more in ((total.scale, part.scale), (total.inner, part.inner)):
+            own |= {slot: own[slot] + factor if slot in own else factor for slot, factor in more.items()}
         total.bottleneck |= part.bottleneck
         total.prompt = part.prompt or total.prompt
         total.prefix = part.prefix or total.prefix

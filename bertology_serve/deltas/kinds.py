@@ -10,14 +10,16 @@ import torch
 from bertology_serve.deltas.bitfit import BITFIT
 from bertology_serve.deltas.bottleneck import ADAPTER
 from bertology_serve.deltas.effects import Effects, merged
+from bertology_serve.deltas.ia3 import IA3
 from bertology_serve.deltas.kind import Kind, Tensors
 from bertology_serve.deltas.lora import LORA
+from bertology_serve.deltas.norms import NORMS
 from bertology_serve.deltas.prefix import PREFIX
 from bertology_serve.deltas.prompt import PROMPT
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.errors import SpecError, nearest
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (LORA, BITFIT, ADAPTER, PROMPT, PREFIX)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (LORA, BITFIT, ADAPTER, PROMPT, PREFIX, IA3, NORMS)}
 _BY_SPEC = {kind.spec: kind for kind in KINDS.values()}
 
 

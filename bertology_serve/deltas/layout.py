@@ -3,6 +3,7 @@
 * LoRA: ``{root}{module}.lora_A.weight`` [R, K] and ``.lora_B.weight`` [N, R], one pair a module. Slots that are
   slices of one packed module share its pair: the A blocks stand one above the other, B is block-diagonal with zero
   rows where no slot reaches, so r' = n R.
+* IA3: ``{root}{module}.ia3_l`` [N, 1], of a feedforward module [1, K].
 * BitFit on linear projections only: ``{root}{module}.beft_bias`` [1, N].
 * a soft prompt or prefix that works as peft's does: ``prompt_embeddings`` [V, E], or [V, 2 L H] with layer i's keys
   in block 2i and its values in block 2i + 1.
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 
 from bertology_serve.deltas.bitfit import BitfitSpec
+from bertology_serve.deltas.ia3 import Ia3Spec
+from bertology_serve.deltas.ia3_modules import read_ia3, write_ia3
 from bertology_serve.deltas.kind import Tensors
 from bertology_serve.deltas.kinds import kind_of
 from bertology_serve.deltas.lora import LoraSpec
@@ -62,6 +65,8 @@ def to_disk(tensors: Mapping[str, Tensor], specs: Sequence[Any], anatomy: Anatom
             written |= write_lora(own, spec, anatomy, root)
         elif isinstance(spec, BitfitSpec) and is_beft(spec, anatomy):
             written |= write_beft(own, spec, anatomy, root)
+        elif isinstance(spec, Ia3Spec):
+            written |= write_ia3(own, spec, anatomy, root)
         elif as_peft_does(specs) == kind:
             written[PROMPT_EMBEDDINGS] = own["vectors"] if kind == "prompt" else join_prefix(own)
         else:
@@ -78,6 +83,8 @@ def from_disk(written: Tensors, specs: Sequence[Any], anatomy: Anatomy, root: st
             own = read_lora(written, spec, anatomy, root)
         elif isinstance(spec, BitfitSpec) and is_beft(spec, anatomy):
             own = read_beft(written, spec, anatomy, root)
+        elif isinstance(spec, Ia3Spec):
+            own = read_ia3(written, spec, anatomy, root)
         elif as_peft_does(specs) == kind:
             found = take(written, PROMPT_EMBEDDINGS)
             own = {"vectors": found} if kind == "prompt" else split_prefix(found, anatomy)

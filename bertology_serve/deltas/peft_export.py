@@ -8,9 +8,12 @@ from typing import Any
 
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.ia3 import Ia3Spec
+from bertology_serve.deltas.ia3_modules import ia3_config
 from bertology_serve.deltas.layout import MODEL_ROOT, as_peft_does
 from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.deltas.modules import is_beft, modules
+from bertology_serve.deltas.norms import NormsSpec
 from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.deltas.pruning import PRUNED
@@ -91,8 +94,10 @@ def modules_to_save(head: Iterable[str]) -> list[str]:
 
 def _method_obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> str:
     spec, task, family = delta.specs[0], delta.task, anatomy.family
-    if isinstance(spec, LoraSpec):
+    if isinstance(spec, LoraSpec | Ia3Spec):
         return ""
+    if isinstance(spec, NormsSpec):
+        return "peft stores LayerNorms whole, not as differences"
     if isinstance(spec, BitfitSpec):
         return "" if is_beft(spec, anatomy) else "peft changes the biases of linear projections only (BEFT)"
     if as_peft_does(delta.specs) is None:
@@ -132,6 +137,8 @@ def _method(delta: Delta, anatomy: Anatomy) -> dict[str, Any]:
         return _lora(spec, anatomy, root)
     if isinstance(spec, BitfitSpec):
         return {"peft_type": "BEFT", "target_modules": _targets(list(modules(spec, anatomy)), anatomy, root)}
+    if isinstance(spec, Ia3Spec):
+        return ia3_config(spec, anatomy, root)
     sizes = {
         "num_virtual_tokens": spec.length,
         "num_layers": anatomy.layers,

@@ -16,6 +16,7 @@ from torch import Tensor, float32
 
 from bertology_serve.deltas.checks import check_head, shapes_of
 from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.ia3_modules import ia3_delta
 from bertology_serve.deltas.kind import Tensors
 from bertology_serve.deltas.layout import MODEL_ROOT, PROMPT_EMBEDDINGS, PROMPT_ROOT, split_prefix
 from bertology_serve.deltas.modules import take
@@ -43,6 +44,7 @@ _HARMLESS = {
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save",
     "num_attention_heads", "num_layers", "num_virtual_tokens", "peft_type", "peft_version", "prompt_tuning_init",
     "prompt_tuning_init_text", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "feedforward_modules", "init_ia3_weights",
     "target_modules", "task_type", "token_dim", "tokenizer_kwargs", "tokenizer_name_or_path", "use_rslora",
 }  # fmt: skip
 # Settings that are read at these values only. The other ways of initialising LoRA change the base weights.
@@ -119,6 +121,10 @@ def _beft(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
     return beft_delta(checkpoint.tensors, checkpoint.anatomy)
 
 
+def _ia3(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+    return ia3_delta(checkpoint.tensors, checkpoint.anatomy, MODEL_ROOT)
+
+
 def _prompt(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
     vectors, wide = take(checkpoint.tensors, PROMPT_EMBEDDINGS), checkpoint.anatomy.embedding_width
     if vectors.dim() != 2 or not len(vectors) or vectors.shape[1] != wide:
@@ -139,6 +145,7 @@ def _prefix(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
 _METHODS: dict[str, Callable[[Checkpoint], tuple[Any, Tensors]]] = {
     "LORA": _lora,
     "BEFT": _beft,
+    "IA3": _ia3,
     "PROMPT_TUNING": _prompt,
     "PREFIX_TUNING": _prefix,
 }

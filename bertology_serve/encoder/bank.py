@@ -26,6 +26,16 @@ def adapter(place: str) -> str:
     return f"{place}.adapter"
 
 
+def scale(slot: str) -> str:
+    """The name of the pool of the factors on a slot's outputs."""
+    return f"{slot}.scale"
+
+
+def inner(slot: str) -> str:
+    """The name of the pool of the factors on a slot's inputs."""
+    return f"{slot}.inner"
+
+
 def is_adapter(pool: str) -> bool:
     """Whether a pool holds bottleneck adapters."""
     return pool.endswith(".adapter")
@@ -77,6 +87,9 @@ def pool_rows(effects: Effects) -> tuple[dict[str, Rows], dict[str, RowSegment],
             "up": torch.cat([unit.up, one], 1),
         }
         templates[adapter(place)] = RowSegment(0, 0, 0, width, bias=width, activation=unit.activation)
+    for name, stacks in ((scale, effects.scale), (inner, effects.inner)):
+        for slot, factors in stacks.items():
+            rows[name(slot)], templates[name(slot)] = {"g": factors.unsqueeze(1)}, RowSegment(0, 0, 0, 0, bias=0)
     if effects.prompt:
         rows[PROMPT] = {"v": effects.prompt.vectors.unsqueeze(0)}
         templates[PROMPT] = RowSegment(0, 0, 0, effects.prompt.vectors.shape[0])

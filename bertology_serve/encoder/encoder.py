@@ -18,7 +18,7 @@ from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.effects import Effects
 from bertology_serve.deltas.names import MANIFEST
 from bertology_serve.deltas.pruning import Pruning, fitted, sliced_state
-from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.deltas.slots import KEY, QUERY, Anatomy
 from bertology_serve.encoder import families, joined
 from bertology_serve.encoder.anatomy import find_anatomy
 from bertology_serve.encoder.attention import make_layout
@@ -127,9 +127,13 @@ class Encoder:
             raise LimitError(f"max_length is {tokens}; {self.name} reads at most {self.max_tokens} tokens")
 
     def allowed(self, effects: Effects) -> Effects:
-        """The effects, where this encoder can apply them; raises Unsupported for prefixes on a padded encoder."""
+        """The effects, where this encoder can apply them; raises Unsupported for those that it cannot."""
         if effects.prefix is not None and not self.packs:
             raise Unsupported(f"{self.anatomy.family} is run with its own attention, which takes no prefix")
+        if {QUERY, KEY} & effects.scale.keys() and self.anatomy.family == "deberta-v2":
+            raise Unsupported(
+                "deberta-v2 projects positions with query and key too, which no factors reach; target others"
+            )
         return effects
 
     def prepack(self, wanted: bool | None = None) -> bool:

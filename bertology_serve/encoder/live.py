@@ -81,7 +81,7 @@ class LiveDelta(nn.Module):
         return self
 
     def no_decay(self) -> set[str]:
-        """Names (as in ``named_parameters``) that weight decay leaves alone: biases and LayerNorms."""
+        """Names (as in ``named_parameters``) that weight decay leaves alone: biases, LayerNorms and factors."""
         components = {f"tensors.{key}" for key, name in self._names.items() if _is_bias(name)}
         others = {name for name, p in self.named_parameters() if not name.startswith("tensors.") and p.dim() < 2}
         return components | others
@@ -110,7 +110,7 @@ class LiveDelta(nn.Module):
 
 
 def _is_bias(name: str) -> bool:
-    return name.startswith("bitfit.") or name.endswith("_bias")
+    return name.startswith(("bitfit.", "ia3.", "norms.")) or name.endswith("_bias")
 
 
 def _head_dropout(config: Any) -> float:

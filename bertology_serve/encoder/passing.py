@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bertology_serve.encoder.attention import Attend, Group, Layout
-from bertology_serve.encoder.bank import PREFIX, Entry, adapter
+from bertology_serve.encoder.bank import PREFIX, Entry, adapter, inner, scale
 from bertology_serve.encoder.packing import PackedBatch
 from bertology_serve.encoder.plan import BatchPlan
 from bertology_serve.kernels import rows
 from bertology_serve.kernels.columns import Pools as SlotPools
 from bertology_serve.kernels.dispatch import BatchColumns, Segments, lora_linear
-from bertology_serve.kernels.segments import add_low_rank
+from bertology_serve.kernels.segments import add_low_rank, add_scaled
 
 
 class Pools(Protocol):
@@ -67,7 +67,7 @@ class Pass:
 
     def linear(self, places: Sequence[Place], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y [T, N] = x [T, K] Wᵀ + bias with the low ranks and biases of the places: one launch where it can be."""
-        slices = self._slices(places, weight)
+        slices = None if self.scales(places) else self._slices(places, weight)
         if slices is not None:
             return lora_linear(x, weight, bias, *slices, self.lists)
         return self.updated(places, x, F.linear(x, weight, bias))
@@ -75,8 +75,39 @@ class Pass:
     def updated(self, places: Sequence[Place], x: Tensor, y: Tensor) -> Tensor:
         """The base's y [T, N] for x [T, K] with the low ranks and biases of the places."""
         for place in places:
-            y = self.update(place, x, y)
+            y = self.update(place, x, self._scaled(place, y))
         return y
+
+    def scales(self, places: Sequence[Place]) -> bool:
+        """Whether a delta of the batch scales the outputs of one of the places."""
+        return any(scale(place.slot) in self.plan.segments for place in places)
+
+    def gates(self, places: Sequence[Place]) -> bool:
+        """Whether a delta of the batch scales the inputs of one of the places."""
+        return any(inner(place.slot) in self.plan.segments for place in places)
+
+    def gated(self, places: Sequence[Place], x: Tensor) -> Tensor:
+        """The input x [T, K] of a linear, times the factors of the deltas that scale it."""
+        for place in places:
+            segments = self.plan.segments.get(inner(place.slot))
+            if segments:
+                self.lists.by_host()
+                pool = _wide(self.pools.layer(inner(place.slot), "g", place.layer), x.shape[1])
+                return add_scaled(x if torch.is_grad_enabled() else x.clone(), x, pool, segments)
+        return x
+
+    def _scaled(self, place: Place, y: Tensor) -> Tensor:
+        """The base's output y [T, N] of a linear, times the factors of the deltas that scale it."""
+        segments = self.plan.segments.get(scale(place.slot))
+        if not segments:
+            return y
+        self.lists.by_host()
+        lo, hi = place.part or (0, y.shape[1])
+        pool = _wide(self.pools.layer(scale(place.slot), "g", place.layer), hi - lo)
+        if place.part is None:
+            return add_scaled(y, y, pool, segments)
+        columns = add_scaled(y[:, lo:hi], y[:, lo:hi], pool, segments)
+        return torch.cat([y[:, :lo], columns, y[:, hi:]], 1) if torch.is_grad_enabled() else y
 
     def _slices(self, places: Sequence[Place], weight: Tensor) -> tuple[list[SlotPools], list[Segments]] | None:
         """Pools and segments of the equal slices of a linear's outputs (its weight [N, K]), one for each place.
@@ -110,10 +141,16 @@ class Pass:
         return torch.cat([y[:, :lo], columns, y[:, hi:]], 1) if torch.is_grad_enabled() else y
 
     def norm(self, place: Place, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """LayerNorm of x [T, H] with the slot's biases."""
+        """LayerNorm of x [T, H] with the slot's biases, and its differences of the weight."""
         active = self.plan.segments.get(place.slot, ())
         pool = self.pools.layer(place.slot, "b", place.layer) if active else None
-        return rows.norm(x, norm.weight, norm.bias, norm.eps, None, pool, active, self.lists)
+        y = rows.norm(x, norm.weight, norm.bias, norm.eps, None, pool, active, self.lists)
+        scaled = self.plan.segments.get(scale(place.slot))
+        if not scaled:
+            return y
+        self.lists.by_host()
+        normed = F.layer_norm(x, norm.normalized_shape, None, None, norm.eps).to(y.dtype)
+        return add_scaled(y, normed, self.pools.layer(scale(place.slot), "g", place.layer), scaled)
 
     def adapted(self, place: Place, residual: Tensor, source: Tensor) -> Tensor:
         """residual [T, H] plus ``act(source Dᵀ + b_d) U + b_u`` for the rows that have an adapter here.

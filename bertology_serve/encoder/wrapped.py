@@ -41,7 +41,10 @@ class SlotLinear(nn.Linear):
 
     def _updated(self, now: Pass, x: Tensor) -> Tensor:
         """x [..., K] -> [T, N] with low ranks and biases."""
-        if self.joined is not None and (found := self.joined.slice(now, self, x)) is not None:
+        if now.gates(self.places):
+            x = now.gated(self.places, x.reshape(-1, self.in_features))
+        joined = None if now.scales(self.places) else self.joined
+        if joined is not None and (found := joined.slice(now, self, x)) is not None:
             return found
         flat = x.reshape(-1, self.in_features)
         if self.prepacked is None:

@@ -11,7 +11,7 @@ from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, TASK_KINDS
 from bertology_serve.training.full_options import CHILD_TUNING, MIXOUT, REGULARISED, TOP_K, read_options
 
 PROBE, FULL = "probe", "full"
-METHODS = ("lora", "bitfit", "adapter", "prompt", "prefix", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K)
+METHODS = ("lora", "bitfit", "adapter", "prompt", "prefix", "ia3", "norms", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K)
 ALONE = (PROBE, FULL, *REGULARISED)
 LP, LP_FT, EH_FT = "lp", "lp-ft", "eh-ft"
 DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP: PROBE, LP_FT: FULL, EH_FT: "lora"}
@@ -24,6 +24,8 @@ LEARNING_RATES: Mapping[str, float] = {
     "adapter": 2e-3,
     "prompt": 5e-2,
     "prefix": 3e-2,
+    "ia3": 1e-2,
+    "norms": 4e-3,
     PROBE: 1e-2,
     **dict.fromkeys((FULL, *REGULARISED), 1e-4),
 }

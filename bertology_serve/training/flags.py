@@ -33,6 +33,9 @@ class KindFlags:
     prompt_head_reads: str | None = _flag("prompt", "head_reads", "cls, or first_row as peft has it.")
     prefix_length: int | None = _flag("prefix", "length", "keys and values a layer.")
     prefix_positions: str | None = _flag("prefix", "positions", "kept, or shifted as peft has it.")
+    ia3_targets: tuple[str, ...] | None = _flag("ia3", "targets", "linears whose outputs are scaled, with commas.")
+    ia3_feedforward: tuple[str, ...] | None = _flag("ia3", "feedforward", "linears whose inputs are, with commas.")
+    norm_biases: bool | None = _flag("norms", "biases", "tune the LayerNorms' biases too (the default).")
 
     mixout_p: float | None = _flag("mixout", "p", "share of the weights put back for a step. Default: 0.7.")
     child_mode: str | None = _flag("child-tuning", "mode", "d (chosen once, by Fisher information) or f (drawn anew).")

@@ -70,11 +70,7 @@ class Trainer:
             batch = [self.items[i] for i in self.sampler.take(self.config.batch_size)]
             with self.regulariser.mixed():
                 loss = self.gradient(batch)
-            norms = self._layer_norms()
-            rate, norm = self._update(loss)
-            self._log_step(batch, {"loss": loss, "lr": rate, "grad_norm": norm, **norms}, started)
-            if self._is_due(self.eval_every):
-                self._evaluate()
+            self._learn(batch, loss, started)
             if self._is_due(self.eval_every) or self._is_due(self.config.save_every):
                 self._save()
         self._end()
@@ -99,6 +95,14 @@ class Trainer:
             torch.autograd.backward(loss)
             total += loss.item()
         return total
+
+    def _learn(self, batch: Sequence[Item], loss: float, started: float) -> None:
+        """One step on the gradients that a batch of that mean loss left, and an evaluation where it is due."""
+        norms = self._layer_norms()
+        rate, norm = self._update(loss)
+        self._log_step(batch, {"loss": loss, "lr": rate, "grad_norm": norm, **norms}, started)
+        if self._is_due(self.eval_every):
+            self._evaluate()
 
     def _update(self, loss: float) -> tuple[float, float]:
         """One step of the optimizer on the gradients; returns the learning rate and the gradient's norm."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.encoder.bank import PROMPT, DeltaBank, Entry
 from bertology_serve.encoder.packing import PackedBatch
+from bertology_serve.errors import Unsupported
 from bertology_serve.export.multi.stacks import ACTIVATIONS, INDEX, Stack, stacks
 from bertology_serve.kernels.segments import RowSegment
 
@@ -33,6 +34,8 @@ class Feed:
         """The bank's pools, float32 and on the CPU, as they lie in memory; one row of zeros where it has none."""
         found: Arrays = {}
         for name, pool in list(bank.pools.items()):
+            if name not in self.places:
+                raise Unsupported(f"the graph of many deltas has no place for {name}; serve that delta with torch")
             for column, tensor in pool.columns.items():
                 found[self.places[name].input(column)] = tensor.numpy()
         return self._empty | found

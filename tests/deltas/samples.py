@@ -12,7 +12,9 @@ from bertology_serve.deltas import kinds
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.bottleneck import AdapterSpec
 from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.ia3 import Ia3Spec
 from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.norms import NormsSpec
 from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.deltas.slots import Anatomy
@@ -42,6 +44,9 @@ SPECS: dict[str, tuple[Any, ...]] = {
     "bitfit-attention": (BitfitSpec("attention"),),
     "houlsby": (AdapterSpec(width=5),),
     "pfeiffer": (AdapterSpec("pfeiffer", width=4, drop_lowest=1),),
+    "ia3": (Ia3Spec(),),
+    "ia3-some": (Ia3Spec(("query", "value", "up"), ()),),
+    "norms": (NormsSpec(),),
     "prompt": (PromptSpec(3),),
     "prompt-peft": (PEFT_PROMPT,),
     "prefix": (PrefixSpec(4),),

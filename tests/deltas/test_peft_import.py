@@ -189,7 +189,7 @@ def test_prefix_tuning(tmp_path: Path) -> None:
         ("bert", lora(target_modules=["query", "word_embeddings"]), "lora_embedding_"),
         ("bert", lora(target_modules=["query", "pooler.dense"]), r"pooler.dense' is no linear projection"),
         ("bert", lora(modules_to_save=["embeddings"]), "embeddings"),
-        ("bert", peft.IA3Config(task_type="SEQ_CLS"), "holds peft's IA3; known: BEFT, LORA"),
+        ("bert", peft.IA3Config(task_type="SEQ_CLS", target_modules=["word_embeddings"]), "is no IA3 on a linear"),
         ("bert", peft.LoHaConfig(task_type="SEQ_CLS", target_modules=["query"]), "holds peft's LOHA"),
         ("bert", peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2, prefix_projection=True,
                                          encoder_hidden_size=32), "prefix_projection=True is not read"),

@@ -15,11 +15,14 @@ from transformers import AutoModel
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.bottleneck import AdapterSpec
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.ia3 import Ia3Spec
 from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.norms import NormsSpec
 from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.errors import Unsupported
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 
@@ -79,6 +82,39 @@ def test_bitfit(setting: tuple[Encoder, Any, Tensor]) -> None:
             for i, path in enumerate(slot.paths):
                 own.get_submodule(str(path)).bias += delta.tensors[f"bitfit.{slot.name}"][i]
     torch.testing.assert_close(engine(encoder, delta), first_row(own, input_ids=ids), atol=2e-6, rtol=1e-5)
+
+
+def test_ia3(setting: tuple[Encoder, Any, Tensor]) -> None:
+    encoder, own, ids = setting
+    delta = tiny.delta(encoder, "d", [Ia3Spec(("key", "value", "output"), ("down",))], TASK, size=0.3)
+    for i, block in enumerate(own.encoder.layer):
+        attention = block.attention
+        linears = {"key": attention.self.key, "value": attention.self.value, "output": attention.output.dense}
+        for name, linear in linears.items():
+            factors = delta.tensors[f"ia3.{name}"][i]
+            hook(linear, lambda _, y, factors=factors: factors * y)
+        inner = delta.tensors["ia3.down"][i]
+        block.output.dense.register_forward_pre_hook(lambda _, inputs, inner=inner: (inner * inputs[0],))
+    torch.testing.assert_close(engine(encoder, delta), first_row(own, input_ids=ids), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_norms(setting: tuple[Encoder, Any, Tensor], biases: bool) -> None:
+    encoder, own, ids = setting
+    delta = tiny.delta(encoder, "d", [NormsSpec(biases)], TASK, size=0.3)
+    assert len(delta.tensors) == (6 if biases else 3)
+    with torch.no_grad():
+        for name, tensor in delta.tensors.items():
+            _, slot, part = name.split(".")
+            for i, path in enumerate(encoder.anatomy.slots[slot].paths):
+                getattr(own.get_submodule(str(path)), part).add_(tensor[i])
+    torch.testing.assert_close(engine(encoder, delta), first_row(own, input_ids=ids), atol=2e-6, rtol=1e-5)
+
+
+def test_ia3_in_a_family_that_projects_positions_is_refused(tmp_path: Path) -> None:
+    encoder = tiny.encoder("deberta-v3", tmp_path)
+    with pytest.raises(Unsupported, match="projects positions with query and key too"):
+        Pipeline(encoder).add(tiny.delta(encoder, "d", [Ia3Spec()], TASK))
 
 
 def adapter(delta: Delta, place: str, i: int, act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,9 @@ import torch
 
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.bottleneck import AdapterSpec
+from bertology_serve.deltas.ia3 import Ia3Spec
 from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.norms import NormsSpec
 from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder
@@ -23,7 +25,7 @@ LABELS = ("bad", "good", "none")
 CLASSES = TaskSpec("classification", LABELS, 32)
 TAGS = TaskSpec("token-classification", ("O", "B-LOC", "I-LOC", "B-PER", "I-PER"), 32)
 ANSWERS = TaskSpec("question-answering", max_length=24, stride=4)
-# name -> (components, task): all five kinds, four ranks, every task, kinds combined
+# name -> (components, task): five kinds, four ranks, every task, kinds combined
 DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "lora-1": ([LoraSpec(rank=1)], CLASSES),
     "lora-4": ([LoraSpec(("query", "key", "value", "output", "up", "down"), rank=4)], TAGS),
@@ -40,6 +42,13 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "all": ([LoraSpec(rank=2), BitfitSpec(), AdapterSpec("pfeiffer", 3), PromptSpec(1), PrefixSpec(2)], CLASSES),
     "probe": ([], TaskSpec("classification", ("x", "y"), 32, "max", "linear")),
     "base": ([], TaskSpec("embedding", max_length=32, head="none")),
+}
+# the kinds that scale rows, which not every engine can
+FACTORS: dict[str, tuple[list[Any], TaskSpec]] = {
+    "ia3": ([Ia3Spec(("value", "output"), ("down",))], CLASSES),
+    "ia3-up": ([Ia3Spec(("up",), ("output",)), LoraSpec(("up", "output"), rank=2)], TAGS),
+    "norms": ([NormsSpec()], CLASSES),
+    "norms-pfeiffer": ([NormsSpec(biases=False), AdapterSpec("pfeiffer", width=3)], TAGS),
 }
 TEXTS = (
     "the cat was good",
@@ -103,6 +112,22 @@ def test_mixed_batch_equals_solo(family: str, prepacked: bool, tmp_path: Path) -
         assert (logits(mixed.as_dict()) - logits(alone.as_dict())).abs().max() <= 1e-5
         plain = {k: v for k, v in mixed.as_dict().items() if k in ("label", "choice", "entities")}
         assert plain.keys() <= alone.as_dict().keys()
+
+
+@pytest.mark.parametrize("prepacked", [False, True])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_factors_in_a_mixed_batch_equal_solo(family: str, prepacked: bool, tmp_path: Path) -> None:
+    encoder = tiny.encoder(family, tmp_path)
+    if prepacked and not (available() and encoder.prepack(True)):
+        pytest.skip("this torch has no prepacked oneDNN linears")
+    made = pipeline(encoder)
+    for seed, (name, (specs, task)) in enumerate(FACTORS.items()):
+        made.add(tiny.delta(encoder, name, specs, task, seed))
+    asked = [Request(name, record(task, i), logits=True) for i in range(2) for name, (_, task) in FACTORS.items()]
+    jobs = [made.prepare(request) for request in (*requests()[:15], *asked)]
+    for job, mixed in zip(jobs, made.run(jobs), strict=True):
+        alone = made.run([job])[0]
+        assert (logits(mixed.as_dict()) - logits(alone.as_dict())).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

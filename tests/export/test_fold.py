@@ -6,7 +6,9 @@ import torch
 from bertology_serve.deltas import kinds
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.effects import Effects
+from bertology_serve.deltas.ia3 import Ia3Spec
 from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.norms import NormsSpec
 from bertology_serve.encoder.bank import DeltaBank
 from bertology_serve.encoder.packing import pack
 from bertology_serve.export.fold import fold
@@ -23,10 +25,14 @@ def effects_of(encoder, specs, seed=0):
     )
 
 
+SCALED = (Ia3Spec(("value", "up"), ("down",)), NormsSpec(), LoraSpec(("value", "down"), rank=2))
+
+
+@pytest.mark.parametrize("specs", [FOLDS, SCALED], ids=["sums", "factors"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_folded_weights_in_plain_huggingface_equal_the_unmerged_engine(family, tmp_path):
+def test_folded_weights_in_plain_huggingface_equal_the_unmerged_engine(family, specs, tmp_path):
     encoder = tiny.encoder(family, tmp_path)
-    effects = effects_of(encoder, FOLDS)
+    effects = effects_of(encoder, specs)
     sequences = encodings((2, 5, 17, 40), typed=False)
     bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
     batch = pack(sequences, [bank.add("x", effects)] * 4, encoder.anatomy, encoder.device, padded=not encoder.packs)

@@ -21,6 +21,7 @@ from torch import Tensor
 from bertology_serve.deltas import store
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.ia3 import Ia3Spec
 from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Job, Pipeline, Request
@@ -146,6 +147,30 @@ def test_prompts_and_prefixes_in_pefts_way_answer_alike_in_peft(lab: Lab, tmp_pa
         for kind in ("classification", "token-classification", "embedding"):
             delta = tiny.delta(lab.encoder, "x", [samples.PEFT_PREFIX], samples.TASKS[kind], size=0.3)
             check_in_peft(lab, delta, tmp_path / kind)
+
+
+def ia3_targets(lab: Lab) -> tuple[str, ...]:
+    """DeBERTa projects positions with its keys, which is refused here."""
+    return ("value", "output") if lab.encoder.anatomy.family == "deberta-v2" else ("key", "value")
+
+
+def test_ia3_made_here_answers_alike_in_peft(lab: Lab, tmp_path: Path) -> None:
+    for i, spec in enumerate((Ia3Spec(ia3_targets(lab)), Ia3Spec(("value", "down"), ("output",)))):
+        delta = tiny.delta(lab.encoder, "x", [spec], samples.CLASSES, size=0.3)
+        check_in_peft(lab, delta, tmp_path / f"x{i}")
+
+
+def test_ia3_made_by_peft_answers_alike_here(lab: Lab, tmp_path: Path) -> None:
+    anatomy, root = lab.encoder.anatomy, f"{lab.encoder.anatomy.prefix}."
+    outer, inner = ([root + str(path) for slot in slots for path in anatomy.slot(slot).paths]
+                    for slots in (ia3_targets(lab), ("down",)))  # fmt: skip
+    config = peft.IA3Config(
+        task_type="SEQ_CLS",
+        target_modules=sorted({*outer, *inner}),
+        feedforward_modules=inner,
+        modules_to_save=own_head(lab, samples.CLASSES) or None,
+    )
+    check_here(lab, samples.CLASSES, config, tmp_path)
 
 
 def test_minilm_answers_alike_in_peft(tmp_path: Path, minilm_path: Path) -> None:

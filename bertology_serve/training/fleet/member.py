@@ -71,15 +71,11 @@ class Member(Trainer):
 
     def learn(self, batch: Sequence[Item], loss: float, seconds: float) -> None:
         """One step on the gradients that the batch of that mean loss left; it took ``seconds``."""
-        started, norms = time.perf_counter() - seconds, self._layer_norms()
         try:
-            rate, norm = self._update(loss)
+            self._learn(batch, loss, time.perf_counter() - seconds)
         except SpecError as error:
             self.fail(str(error))
             return
-        self._log_step(batch, {"loss": loss, "lr": rate, "grad_norm": norm, **norms}, started)
-        if self._is_due(self.eval_every):
-            self._evaluate()
         if self.done:
             self._end()
             self.best = {}

@@ -88,6 +88,16 @@ def test_packaged_minilm(minilm_path):
     assert (alone - logits(found[1].as_dict())).abs().max() <= 1e-5
 
 
+def test_deltas_that_scale_rows_are_refused_one_by_one(minilm_path):
+    from bertology_serve.deltas.norms import NormsSpec
+    from tests.encoder.test_mixed import CLASSES
+
+    made = pipeline_of_minilm()
+    made.engine = OnnxEngine(made.encoder)
+    with pytest.raises(Unsupported, match="'x' scales the encoder's rows: serve it with --engine torch"):
+        made.add(tiny.delta(made.encoder, "x", [NormsSpec()], CLASSES))
+
+
 def pipeline_of_minilm() -> Pipeline:
     from bertology_serve.encoder.encoder import Encoder
 

@@ -18,7 +18,7 @@ from bertology_serve.training.train import prepare
 from tests import tiny
 from tests.training import sets
 
-EIGHT: dict[str, dict[str, Any]] = {
+NINE: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "options": {"lora": {"rank": 2, "targets": ("key", "value")}}},
     "upper": {"method": "lora", "options": {"lora": {"rank": 5, "layers": (2,)}}, "clip": 0.05, "batch_size": 3},
     "bitfit": {"method": "bitfit", "task": "regression", "schedule": "cosine"},
@@ -27,6 +27,7 @@ EIGHT: dict[str, dict[str, Any]] = {
     "prompt": {"method": "prompt", "task": "multiple-choice", "learning_rate": 0.05, "max_tokens": 30},
     "prefix": {"method": "prefix,lora", "task": "embedding"},
     "probe": {"method": "probe", "batch_size": 7},
+    "factors": {"method": "ia3,norms"},
 }
 
 
@@ -62,11 +63,11 @@ def double(bert: Encoder) -> Encoder:
 
 
 @pytest.mark.parametrize(("max_tokens", "count"), [(10_000, 20), (100, 3)])
-def test_eight_kinds_together_are_eight_runs(double: Encoder, max_tokens: int, count: int):
+def test_nine_together_are_nine_runs(double: Encoder, max_tokens: int, count: int):
     steps = {"max_steps": count, "epochs": 20, "keep": "last", "eval_every": 20}
-    alone = {name: without_dropout(Trainer(*ready(double, values, **steps))) for name, values in EIGHT.items()}
+    alone = {name: without_dropout(Trainer(*ready(double, values, **steps))) for name, values in NINE.items()}
     starts = {name: weights(one) for name, one in alone.items()}
-    together = [without_dropout(member(double, name, values, **steps)) for name, values in EIGHT.items()]
+    together = [without_dropout(member(double, name, values, **steps)) for name, values in NINE.items()]
     for one in alone.values():
         one.run()
     Fleet(together, max_tokens).run()
@@ -98,10 +99,10 @@ def test_other_families_share_passes_too(tmp_path, family: str):
     encoder = tiny.encoder(family, tmp_path)
     encoder.model.double()
     chosen = ("lora", "upper", "houlsby", "pfeiffer", "prompt")
-    alone = {name: without_dropout(Trainer(*ready(encoder, EIGHT[name], max_steps=3))) for name in chosen}
+    alone = {name: without_dropout(Trainer(*ready(encoder, NINE[name], max_steps=3))) for name in chosen}
     for one in alone.values():
         one.run()
-    together = [without_dropout(member(encoder, name, EIGHT[name], max_steps=3)) for name in chosen]
+    together = [without_dropout(member(encoder, name, NINE[name], max_steps=3)) for name in chosen]
     Fleet(together, 100).run()
     for one in together:
         for name, parameter in one.parameters.items():
@@ -132,9 +133,9 @@ def test_one_that_fails_leaves_the_others_alone(double: Encoder):
 
 
 def test_members_share_passes_with_those_of_the_same_depth(bert: Encoder):
-    together = [member(bert, name, values) for name, values in EIGHT.items()]
+    together = [member(bert, name, values) for name, values in NINE.items()]
     assert {one.name: one.lowest for one in together} == {
-        **dict.fromkeys(EIGHT, 0), "upper": 2, "pfeiffer": 1, "probe": 3
+        **dict.fromkeys(NINE, 0), "upper": 2, "pfeiffer": 1, "probe": 3
     }  # fmt: skip
     cut = [piece for one in together for piece in pieces(one, one.items[:4], 1000)]
     groups = joined(cut, 1000, padded=False)
