@@ -32,7 +32,7 @@ from bertology_serve.data.official import official_metrics
 from bertology_serve.data.records import Record, read_records
 from bertology_serve.data.sets import DataSet, set_named
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.training.config import TrainConfig
+from bertology_serve.training.config import LEARNING_RATES, TrainConfig
 from bertology_serve.training.destination import Destination
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.sources import Source
@@ -41,13 +41,14 @@ from bertology_serve.training.train import train
 RESULTS = Path(__file__).parent / "results"
 BATCH, LENGTH = 16, 128
 TASKS = {"sst2": "dev", "mrpc": "dev", "rte": "dev", "cola": "dev", "stsb": "dev", "banking77": "test"}
-RATES = {"lora": 1e-3, "prefix": 3e-2, "prompt": 5e-2}
+RATES = {name: LEARNING_RATES[name] for name in ("lora", "prefix", "prompt", "ia3")}
 PEFT = {
     "lora": lambda: peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"]),
     "prefix": lambda: peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20),
     "prompt": lambda: peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=20),
+    "ia3": lambda: peft.IA3Config(task_type="SEQ_CLS"),  # scales the attention's output too, which ours does not
 }
-OURS = {"lora": {"rank": 8, "alpha": 16.0}, "prefix": {"length": 20}, "prompt": {"length": 20}}
+OURS = {"lora": {"rank": 8, "alpha": 16.0}, "prefix": {"length": 20}, "prompt": {"length": 20}, "ia3": {}}
 
 
 @dataclass(frozen=True)
