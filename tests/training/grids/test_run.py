@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bertology_serve.errors import InputError
 from bertology_serve.training.grids import run as runs
 from bertology_serve.training.grids.grid import Grid, GridMethod, GridTask
 from bertology_serve.training.grids.report import write_report
@@ -116,6 +117,12 @@ def test_a_known_set_is_measured_as_its_makers_do(place: Place, tmp_path: Path):
     assert (place.find("set:glue/rte:dev"), place.find("hub:x")) == ("set:glue/rte:dev", "hub:x")
     found = execute(next(replace(grid(place, LORA), tasks=(task,)).runs()), place)
     assert set(found["measured"][""]) == {"accuracy", "macro_f1", "mcc", "f1"}
+
+
+def test_a_metric_that_the_task_lacks_is_named(place: Place):
+    made = grid(place, LORA)
+    with pytest.raises(InputError, match="Mood has no metric 'acuracy'; did you mean 'accuracy'"):
+        execute(next(replace(made, tasks=(replace(made.tasks[0], metric="acuracy"),)).runs()), place)
 
 
 def test_report_is_of_what_is_there(place: Place):
