@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,6 +31,9 @@ Out = Annotated[Path, typer.Option(help="Directory for JSON, CSV, PNG and HTML."
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")]
 
 
+Again = Annotated[bool, typer.Option("--again", help="Run even if --out holds the same analysis already.")]
+
+
 @app.callback()
 def _analyze() -> None:
     """See what heads, layers and deltas do."""
@@ -52,15 +55,18 @@ def attention(
     ] = None,
     out: Out = Path("analysis"),
     device: Device = "auto",
+    again: Again = False,
     *,
     settings: AttentionSettings,
 ) -> None:
     """What each head attends to on a corpus, and which heads attend alike (Clark et al. 2019)."""
     from bertology_serve.analysis.attention import attention as run
 
-    with bar("attention") as advance:
-        one = subject(backbone, delta, device)
-        report = run(one, corpus, settings, dependencies=dependencies, sentences=sentence or (), advance=advance)
+    one = subject(backbone, delta, device)
+    files = (corpus, dependencies)
+    texts = tuple(sentence or ())
+    with kept(out, "attention", again, [one], files, settings, texts) as (ask, advance):
+        report = ask(lambda: run(one, corpus, settings, dependencies=dependencies, sentences=texts, advance=advance))
     rows = report.tables["heads"]
     shown = [name for name in rows[0] if name not in ("layer", "head", "cluster")]
     extremes = [(name, *extreme(rows, name)) for name in shown]
@@ -81,14 +87,16 @@ def heads(
     backbone: Backbone = None,
     out: Out = Path("analysis"),
     device: Device = "auto",
+    again: Again = False,
     *,
     settings: HeadSettings,
 ) -> None:
     """Which heads a delta's task needs: |dL/dξ|, and the metric as heads are masked (Michel et al. 2019)."""
     from bertology_serve.analysis.heads import heads as run
 
-    with bar("heads") as advance:
-        report = run(subject(backbone, delta, device), input, settings, eval=eval, advance=advance)
+    one = subject(backbone, delta, device)
+    with kept(out, "heads", again, [one], (input, eval), settings) as (ask, advance):
+        report = ask(lambda: run(one, input, settings, eval=eval, advance=advance))
     facts = report.facts
     rows = [(order, f"{share:.0%}") for order, share in facts["share_within_tolerance"].items()]
     title = f"{facts['metric']} {facts['unmasked']:.4f} unmasked; heads that go within {facts['tolerance']:g}"
@@ -136,14 +144,16 @@ def probe(
     delta: DeltaDir = None,
     out: Out = Path("analysis"),
     device: Device = "auto",
+    again: Again = False,
     *,
     settings: ProbeSettings,
 ) -> None:
     """What a linear probe reads from each layer, beside control tasks (Hewitt and Liang 2019)."""
     from bertology_serve.analysis.probe import probe as run
 
-    with bar("probe") as advance:
-        report = run(subject(backbone, delta, device), input, settings, eval=eval, advance=advance)
+    one = subject(backbone, delta, device)
+    with kept(out, "probe", again, [one], (input, eval), settings) as (ask, advance):
+        report = ask(lambda: run(one, input, settings, eval=eval, advance=advance))
     columns = ("task", "layer", "accuracy", "macro_f1", "control_accuracy", "selectivity", "majority", "compression")
     rows = [[row[column] for column in columns] for row in report.tables["layers"]]
     table("probes; layer 0 is the embeddings", columns, rows, stderr=False)
@@ -157,18 +167,56 @@ def distance(
     backbone: Backbone = None,
     corpus: Annotated[str | None, typer.Option(help="Texts for the features, as for attention.")] = None,
     out: Out = Path("analysis"),
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Another delta of the same base; may be given several times."),
+    ] = None,
     device: Device = "auto",
+    again: Again = False,
     *,
     settings: DistanceSettings,
 ) -> None:
-    """How far a delta moved the weights and the features: norms, spectra, linear CKA (Kornblith et al. 2019)."""
+    """How far a delta moved the weights and the features: norms, spectra, linear CKA (Kornblith et al. 2019).
+
+    With --beside several deltas are set beside each other instead: distances per layer, metrics, likeness of every two.
+    """
     from bertology_serve.analysis.distance import distance as run
 
-    with bar("distance") as advance:
-        report = run(subject(backbone, delta, device), None, corpus, settings, advance=advance)
+    if beside:
+        return side_by_side([delta, *beside], backbone, corpus, out, device, again, settings)
+    one = subject(backbone, delta, device)
+    with kept(out, "distance", again, [one], (corpus,), settings) as (ask, advance):
+        report = ask(lambda: run(one, None, corpus, settings, advance=advance))
     rows = [(row["layer"], row["cka"], row["drift"]) for row in report.tables["features"]]
     table("features beside the base's; layer 0 is the embeddings", ("layer", "CKA", "drift"), rows, stderr=False)
     written(report, out)
+
+
+def side_by_side(
+    deltas: Sequence[Path], backbone: str | None, corpus: str | None, out: Path, device: str, again: bool,
+    settings: DistanceSettings,
+) -> None:  # fmt: skip
+    """``distance --beside``."""
+    from bertology_serve.analysis.beside import beside as run
+
+    subjects = [subject(backbone, delta, device) for delta in deltas]
+    with kept(out, "beside", again, subjects, (corpus,), settings) as (ask, advance):
+        report = ask(lambda: run(subjects, corpus, settings, advance=advance))
+    for name, title in (("deltas", "distance and metrics"), ("pairs", "every two deltas")):
+        rows = report.tables[name]
+        table(title, tuple(rows[0]), [tuple(row.values()) for row in rows], stderr=False)
+    written(report, out)
+
+
+@app.command()
+def draw(
+    report: Annotated[Path, typer.Argument(metavar="JSON", help="A report's JSON.")],
+    out: Annotated[Path | None, typer.Option(help="Directory. Default: where the JSON lies.")] = None,
+) -> None:
+    """Write a report's tables, plots and page again, from its JSON alone."""
+    from bertology_serve.analysis.report import Report
+
+    written(Report.load(report), out or report.parent)
 
 
 def extreme(rows: object, name: str) -> tuple[float, float, str]:
@@ -191,6 +239,25 @@ def subject(backbone: str | None, delta: Path | None, device: str) -> Subject:
         loaded, encoder = open_delta(delta, backbone, find_device(device))
     encoder.prepack()
     return Subject(encoder, loaded).checked()
+
+
+@contextmanager
+def kept(
+    out: Path, name: str, again: bool, subjects: Sequence[Subject], files: Sequence[str | None], *settings: object
+) -> Iterator[tuple[Callable[[Callable[[], Report]], Report], Advance]]:
+    """A function that makes a report, or reads it back where the same lies in ``out``, and a progress bar for it."""
+    from bertology_serve.analysis.cache import content_key, remembered
+
+    key = content_key(name, subjects, files, *settings)
+
+    def ask(make: Callable[[], Report]) -> Report:
+        report, lay_there = remembered(out, name, key, make, again)
+        if lay_there:
+            note(f"nothing changed since {report.facts['date']}: read back from {out} (--again runs it again)")
+        return report
+
+    with bar(name) as advance:
+        yield ask, advance
 
 
 @contextmanager

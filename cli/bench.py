@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bertology_serve.cli.bench_export import export
 from bertology_serve.cli.bench_kernels import kernels
 from bertology_serve.cli.common import note, progress, table
 from bertology_serve.errors import VerificationError
@@ -24,6 +25,7 @@ def _bench() -> None:
 
 
 app.command()(kernels)
+app.command()(export)
 
 
 @app.command()

@@ -30,6 +30,7 @@ COMMANDS = {
     "push": "Upload a delta to the HuggingFace hub.",
     "pull": "Download a delta from the HuggingFace hub.",
     "bench": "Measure speed on this machine, beside the alternatives.",
+    "prove": "Measure what the server promises.",
     "doctor": "Find what is wrong with this installation.",
 }
 """Each is ``bertology_serve.cli.NAME`` (``-`` as ``_``) with a function NAME or, for subcommands, an ``app``; its

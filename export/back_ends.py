@@ -43,5 +43,5 @@ def choose(parts: Parts, spec: ExportSpec) -> Chosen:
 def write(parts: Parts, chosen: Chosen, spec: ExportSpec) -> onnx_ir.Model:
     """The ONNX model; raises what ``to_onnx`` raises."""
     if chosen.direct:
-        return emit(parts, spec.opset, chosen.unpad, spec.precision)
+        return emit(parts, spec.opset, chosen.unpad, spec.precision, fused=spec.target == "cuda")
     return to_onnx(Graph(parts), spec.opset)

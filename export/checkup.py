@@ -8,7 +8,8 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
-from bertology_serve.export.machine import CUDA, OURSELVES, Machine, normalised
+from bertology_serve.export.machine import OURSELVES, Machine, normalised
+from bertology_serve.export.spec import CUDA
 
 CPU_RUNTIME, GPU_RUNTIME = "onnxruntime", "onnxruntime-gpu"
 RUNTIMES = (CPU_RUNTIME, GPU_RUNTIME, "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-rocm")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from bertology_serve.deltas.writing import staging
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.back_ends import choose, write
+from bertology_serve.export.cautions import cautions
 from bertology_serve.export.layout import example, write_around
+from bertology_serve.export.loss import lost
 from bertology_serve.export.metadata import longest, metadata
 from bertology_serve.export.onnx_model import annotate, save
 from bertology_serve.export.parts import parts_of
@@ -31,7 +33,10 @@ from bertology_serve.tasks.spec import Encoding
 
 @dataclass(frozen=True)
 class Exported:
-    """A published export. ``bytes`` are those of the model; ``export_seconds`` and ``verify_seconds`` wall time."""
+    """A published export. ``bytes`` are those of the model; ``export_seconds`` and ``verify_seconds`` wall time.
+
+    ``cautions`` are sentences on what the user should know before using it.
+    """
 
     directory: Path
     report: Report
@@ -39,6 +44,7 @@ class Exported:
     export_seconds: float
     verify_seconds: float
     example: str
+    cautions: tuple[str, ...] = ()
 
 
 def export_delta(
@@ -75,14 +81,24 @@ def export_delta(
         size = save(model, file)
         written = time.perf_counter()
         cases = chain(built_in(encoder.tokenizer, longest(encoder, delta)), of_encodings(records))
-        report = verify(Session(file), reference, cases, encoder.tokenizer.pad_token_id or 0, spec.atol, spec.drift)
+        session, pad = Session(file, spec.provider), encoder.tokenizer.pad_token_id or 0
+        report = verify(session, reference, cases, pad, spec.atol, spec.drift, spec.neighbours)
+        if spec.merge:
+            report = replace(report, lost=lost(encoder.model.state_dict(), parts.state))
         check(report)
-        write_around(stage, spec.model, encoder, delta, facts, report)
+        warned = cautions(spec, report)
+        write_around(stage, spec.model, encoder, delta, facts, report, warned)
         if spec.layout == "triton":
-            write_config(stage, parts)
+            write_config(stage, parts, gpu=spec.target == "cuda")
         publish(stage, target)
     return Exported(
-        out, report, size, written - started, time.perf_counter() - written, example(spec.model, facts, str(out))
+        out,
+        report,
+        size,
+        written - started,
+        time.perf_counter() - written,
+        example(spec.model, facts, str(out)),
+        warned,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +36,37 @@ _OF_THIS_MACHINE = (
 
 
 def write_around(
-    directory: Path, model: str, encoder: Encoder, delta: Delta, facts: Mapping[str, str], report: Report
+    directory: Path,
+    model: str,
+    encoder: Encoder,
+    delta: Delta,
+    facts: Mapping[str, str],
+    report: Report,
+    cautions: Sequence[str] = (),
 ) -> None:
     """Writes everything but the model, which lies at ``model``, into ``directory``."""
     _write_tokenizer(directory, encoder, int(facts["max_length"]))
     _write_json(directory / "config.json", config(encoder, delta, facts))
     _write_json(directory / REPORT, report.as_dict())
-    (directory / "README.md").write_text(card(model, facts, report), encoding="utf-8")
+    (directory / "README.md").write_text(card(model, facts, report, cautions), encoding="utf-8")
 
 
 def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> dict[str, Any]:
     """The encoder's configuration with the task's labels, class and, under ``bertology_serve``, the metadata."""
     values = {key: value for key, value in encoder.config.to_dict().items() if key not in _OF_THIS_MACHINE}
     labels = delta.task.labels or tuple(f"LABEL_{i}" for i in range(delta.task.outputs))
-    values |= {"bertology_serve": dict(facts), "dtype": "float32"}
+    values |= {"bertology_serve": dict(facts), "dtype": "float16" if facts["precision"] == "fp16" else "float32"}
     if labels:
         values["id2label"] = {str(i): label for i, label in enumerate(labels)}
         values["label2id"] = {label: i for i, label in enumerate(labels)}
     if delta.task.kind in _CLASSES:
-        values["architectures"] = _architectures(delta)
+        values["architectures"] = architectures(delta)
     if delta.task.kind in (CLASSIFICATION, REGRESSION):
         values["problem_type"] = "regression" if delta.task.kind == REGRESSION else "single_label_classification"
     return values
 
 
-def _architectures(delta: Delta) -> list[str]:
+def architectures(delta: Delta) -> list[str]:
     """The name of HuggingFace's task model; what serves the file tells the task by it."""
     from transformers.models.auto import modeling_auto
 
@@ -81,12 +87,13 @@ def example(model: str, facts: Mapping[str, str], directory: str) -> str:
     )
 
 
-def card(model: str, facts: Mapping[str, str], report: Report) -> str:
+def card(model: str, facts: Mapping[str, str], report: Report, cautions: Sequence[str] = ()) -> str:
     """The model card."""
     what = f"{facts['delta_name']} ({facts['task']}) on {facts['base_name']}"
     rows = "".join(f"| {key} | {_cell(value)} |\n" for key, value in facts.items())
+    beware = "".join(f"**Beware:** {caution}.\n\n" for caution in cautions)
     return (
-        f"# {facts['name']}\n\n`{model}` is {what}, exported by {facts['tool']}.\n\n{report.line()}.\n\n"
+        f"# {facts['name']}\n\n`{model}` is {what}, exported by {facts['tool']}.\n\n{report.line()}.\n\n{beware}"
         f"```python\n{example(model, facts, '.')}\n```\n\n| | |\n|---|---|\n{rows}"
     )
 

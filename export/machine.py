@@ -11,10 +11,10 @@ from importlib import metadata
 from pathlib import Path
 
 from bertology_serve.errors import BertologyError
+from bertology_serve.export.spec import CUDA
 
 OURSELVES = "bertology-serve"
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0"))
-CUDA = "CUDAExecutionProvider"
 
 
 @dataclass(frozen=True)

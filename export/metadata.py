@@ -43,6 +43,7 @@ def metadata(
         "inputs": f"{', '.join(parts.inputs)}: {SEMANTICS}",
         "outputs": f"{parts.output}: {_output(delta)}",
         "precision": spec.precision,
+        "target": spec.target,
         "verification": f"{parts.output} {_bound(spec)} the unmerged float32 torch engine in ONNX Runtime, "
         "or this file would not have been published; the figures are in verification.json",
         "opset": spec.opset,

@@ -64,7 +64,7 @@ class Case:
 def built_in(tokenizer: Any, longest: int) -> Iterator[Case]:
     """Batches of 1 to 8 sequences of mixed lengths, at least 16 shapes, 1×1 first and 2×``longest`` last."""
     lengths = [n for n in STEPS if n < longest] + [longest]
-    texts = _Texts(tokenizer)
+    texts = Texts(tokenizer)
     shapes = [(batch, n) for batch in BATCHES for n in lengths if batch == 1 or n <= max(8, longest // 8)]
     sides = [(batch, n, i % 2 == 1) for i, (batch, n) in enumerate(shapes)]
     for batch, n, left in [*sides, *((2, n, left) for n in lengths for left in (False, True))]:
@@ -82,7 +82,7 @@ def of_encodings(encodings: Iterable[Sequence[Encoding]]) -> Iterator[Case]:
         yield Case(batch, max(map(len, batch)), left=i % 2 == 1)
 
 
-class _Texts:
+class Texts:
     """Cuts encodings of any length out of the sentences."""
 
     def __init__(self, tokenizer: Any) -> None:

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from bertology_serve.errors import Unsupported, VerificationError
-
-CPU = "CPUExecutionProvider"
+from bertology_serve.export.spec import CPU
 
 
 class Session:
-    """A loaded ONNX file. ``provider`` is the one that really runs it, ``version`` that of ONNX Runtime.
+    """A loaded ONNX file. ``asked`` is the provider that was wanted, ``provider`` the one that really runs it: ONNX
+    Runtime falls back to the CPU without an error. ``version`` is that of ONNX Runtime.
 
     Raises Unsupported without ONNX Runtime, VerificationError where it cannot load the file.
     """
@@ -26,19 +26,26 @@ class Session:
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors only
         options.intra_op_num_threads = torch.get_num_threads()
+        wanted = [name for name in (provider, CPU) if name in runtime.get_available_providers()]
         try:
-            self._session = runtime.InferenceSession(str(path), options, providers=[provider])
+            self._session = runtime.InferenceSession(str(path), options, providers=list(dict.fromkeys(wanted)))
         except Exception as error:  # ONNX Runtime's errors have no base of their own
             reason = str(error).strip().splitlines()[0][:200]
             raise VerificationError(f"ONNX Runtime {runtime.__version__} cannot load the file: {reason}") from error
+        self.asked = provider
         self.provider: str = self._session.get_providers()[0]
         self.version: str = runtime.__version__
         self.inputs: tuple[str, ...] = tuple(found.name for found in self._session.get_inputs())
 
-    def run(self, arrays: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+    def run(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """The only output; arrays that the graph does not take are left out."""
         outputs = self._session.run(None, {name: arrays[name] for name in self.inputs})
         return np.asarray(outputs[0])
+
+    def outputs(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        """All outputs, by name."""
+        names = [found.name for found in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(names, {name: arrays[name] for name in self.inputs}), strict=True))
 
 
 def silence() -> None:

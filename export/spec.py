@@ -7,7 +7,13 @@ from typing import Literal
 
 from bertology_serve.errors import SpecError
 
-Precision = Literal["fp32", "int8-row"]
+Precision = Literal["fp32", "fp16", "int8-row", "int8-nbits", "int8-dynamic"]
+DRIFT: dict[Precision, float] = {"fp16": 0.01, "int8-row": 0.1, "int8-nbits": 0.1, "int8-dynamic": 0.2}
+"""The largest ‖Δ‖/‖torch‖ that is accepted, where ``--max-drift`` says nothing."""
+ON_CPU: tuple[Precision, ...] = ("int8-row", "int8-dynamic")
+"""Precisions whose kernels are those of CPUs."""
+Neighbours = Literal["nothing", "rounding", "anything"]
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 OPSETS = (18, 23)
 MODEL = {"hf": "onnx/model.onnx", "flat": "model.onnx", "triton": "1/model.onnx"}
 """Where the file lies in a directory, by layout."""
@@ -26,8 +32,9 @@ class ExportSpec:
     )
     atol: float = field(default=1e-5, metadata={"help": "Largest difference from torch that is accepted."})
     opset: int = field(default=20, metadata={"help": "ONNX operator set, 18 to 23; 23 has an attention of its own."})
-    target: Literal["cpu", "portable"] = field(
-        default="cpu", metadata={"help": "What it is to run on: portable computes padding too, in fixed shapes."}
+    target: Literal["cpu", "cuda", "portable"] = field(
+        default="cpu",
+        metadata={"help": "What it is to run on: cuda has ONNX Runtime's fused attention; portable is plain ONNX."},
     )
     unpad: bool | None = field(
         default=None, metadata={"help": "Leave padding out of the work. Default: for the target cpu."}
@@ -36,10 +43,18 @@ class ExportSpec:
         default="auto", metadata={"help": "Written from the weights, or by torch's exporter; auto: direct if it can."}
     )
     precision: Precision = field(
-        default="fp32", metadata={"help": "int8-row: the encoder's products in 8 bits, each row with its own scale."}
+        default="fp32",
+        metadata={
+            "help": "fp16, or the encoder's products in 8 bits: int8-row with a scale for each row, int8-nbits for "
+            "each 32 inputs, int8-dynamic for the whole batch, so that answers depend on it."
+        },
     )
-    max_drift: float = field(
-        default=0.1, metadata={"help": "In 8 bits: largest ‖Δ‖/‖torch‖ of all outputs that is accepted."}
+    max_drift: float | None = field(
+        default=None,
+        metadata={
+            "help": "Below fp32: largest ‖Δ‖/‖torch‖ of all outputs that is accepted. "
+            f"Default: {', '.join(f'{name} {value:g}' for name, value in DRIFT.items())}."
+        },
     )
     layout: Literal["hf", "flat", "triton"] = field(
         default="hf",
@@ -52,15 +67,31 @@ class ExportSpec:
             raise SpecError(f"opset is {self.opset}; expected {OPSETS[0]} to {OPSETS[1]}")
         if not self.atol > 0:
             raise SpecError(f"atol is {self.atol}; expected a number above 0, such as 1e-5")
-        if not self.max_drift > 0:
+        if self.max_drift is not None and not self.max_drift > 0:
             raise SpecError(f"max_drift is {self.max_drift}; expected a number above 0, such as 0.1")
         if self.back_end == "torch" and (self.unpad or self.precision != "fp32"):
             raise SpecError("torch's exporter neither unpads nor quantises; take the direct back end for it")
+        if self.target == "cuda" and self.precision in ON_CPU:
+            raise SpecError(
+                f"precision {self.precision} is for CPUs; for the target cuda take fp16, fp32 or int8-nbits"
+            )
 
     @property
     def drift(self) -> float:
         """The largest ‖Δ‖/‖torch‖ that passes although single outputs are further off than ``atol``; 0 in float32."""
-        return 0.0 if self.precision == "fp32" else self.max_drift
+        if self.precision == "fp32":
+            return 0.0
+        return DRIFT[self.precision] if self.max_drift is None else self.max_drift
+
+    @property
+    def neighbours(self) -> Neighbours:
+        """What a row's neighbours in the batch may change in it."""
+        return {"fp16": "rounding", "int8-dynamic": "anything"}.get(self.precision, "nothing")  # type: ignore[return-value]
+
+    @property
+    def provider(self) -> str:
+        """The provider of ONNX Runtime that the file is verified on, where it can be used."""
+        return CUDA if self.target == "cuda" else CPU
 
     @property
     def model(self) -> str:

@@ -16,16 +16,16 @@ CONFIG, LABELS = "config.pbtxt", "labels.txt"
 MOST_ROWS, THREADS = 64, 1
 
 
-def write_config(directory: Path, parts: Parts) -> None:
-    """Writes both files; labels where a row of the output is one decision."""
+def write_config(directory: Path, parts: Parts, gpu: bool = False) -> None:
+    """Writes both files; labels where a row of the output is one decision. ``gpu``: it is to run on one."""
     labels = parts.task.labels if parts.task.kind == CLASSIFICATION else ()
     if labels:
         text = "".join(" ".join(label.split()) + "\n" for label in labels)
         (directory / LABELS).write_text(text, encoding="utf-8")
-    (directory / CONFIG).write_text(config(parts, labelled=bool(labels)), encoding="utf-8")
+    (directory / CONFIG).write_text(config(parts, labelled=bool(labels), gpu=gpu), encoding="utf-8")
 
 
-def config(parts: Parts, labelled: bool) -> str:
+def config(parts: Parts, labelled: bool, gpu: bool = False) -> str:
     """The model configuration, in protobuf's text format (``model_config.proto``); batch is its first dimension."""
     inputs = ",\n".join(_tensor(name, "TYPE_INT64", [-1]) for name in parts.inputs)
     output = _tensor(parts.output, "TYPE_FP32", _row(parts), LABELS if labelled else None)
@@ -33,7 +33,7 @@ def config(parts: Parts, labelled: bool) -> str:
         f'backend: "onnxruntime"\nmax_batch_size: {MOST_ROWS}\n'
         f"input [\n{inputs}\n]\noutput [\n{output}\n]\n"
         "dynamic_batching { }\n"
-        "instance_group [ { kind: KIND_CPU, count: 1 } ]\n"
+        f"instance_group [ {{ kind: {'KIND_GPU' if gpu else 'KIND_CPU'}, count: 1 }} ]\n"
         f'parameters {{ key: "intra_op_thread_count", value: {{ string_value: "{THREADS}" }} }}\n'
     )
 

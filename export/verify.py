@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from bertology_serve.errors import VerificationError
 from bertology_serve.export.reference import Reference
 from bertology_serve.export.samples import Case
 from bertology_serve.export.session import Session
+from bertology_serve.export.spec import Neighbours
 from bertology_serve.tasks.spec import CLASSIFICATION, QUESTION_ANSWERING, TOKEN_CLASSIFICATION, TaskSpec
 
 Output = NDArray[np.float32]
@@ -36,8 +37,10 @@ class Report:
     ``drift`` is ‖Δ‖/‖expected‖ over all outputs; ``max_drift`` is above 0 for quantised files, and then what counts.
 
     ``agreement`` is the share of decisions (the best class, tag, or start and end) that are the same, ``None`` for
-    tasks that decide nothing; ``neighbours`` the largest change of a row when it is run alone; ``scale`` the largest
-    |output|, which float32's own noise grows with.
+    tasks that decide nothing; ``neighbours`` the largest change of a row when it is run alone, of which at most
+    ``neighbours_allowed`` is accepted (``None``: anything), and ``flips`` the share of decisions that this changes;
+    ``scale`` the largest |output|, which float32's own noise grows with. ``asked`` is the provider that was wanted,
+    ``provider`` the one that ran. ``lost`` is the share of the delta that a cast of the merged weights loses, by type.
     """
 
     runtime: str
@@ -52,15 +55,19 @@ class Report:
     shapes: tuple[Compared, ...]
     drift: float = 0.0
     max_drift: float = 0.0
+    neighbours_allowed: float | None = 0.0
+    flips: float | None = None
+    asked: str = ""
+    lost: Mapping[str, float] | None = None
 
     @property
     def passed(self) -> bool:
         """Whether every difference is within ``atol``, or the drift within ``max_drift``; NaN is not.
 
-        What neighbours change in a row must be within ``atol`` either way.
+        What neighbours change in a row must be allowed either way.
         """
         close = self.drift <= self.max_drift if self.max_drift else self.largest <= self.atol
-        return close and self.neighbours <= self.atol
+        return close and (self.neighbours_allowed is None or self.neighbours <= self.neighbours_allowed)
 
     def line(self) -> str:
         """The result in one line."""
@@ -68,10 +75,12 @@ class Report:
         decided = "" if self.agreement is None else f", {self.agreement:.2%} of decisions the same"
         drifted = f"drift {self.drift:.2%} (allowed {self.max_drift:.0%}), " if self.max_drift else ""
         allowed = "" if self.max_drift else f" (allowed {self.atol:.0e})"
+        loses = ", ".join(f"{name} {share:.1%}" for name, share in (self.lost or {}).items())
+        lost = f", a cast loses of the delta: {loses}" if loses else ""
         return (
             f"{'agrees' if self.passed else 'DIFFERS'}: {self.runtime} ({self.provider}) against torch, "
             f"{self.sequences} sequences in {shapes} shapes: {drifted}max |Δ| {self.largest:.1e}{allowed}, "
-            f"mean {self.mean:.1e}{decided}, neighbours change a row by {self.neighbours:.1e}"
+            f"mean {self.mean:.1e}{decided}, neighbours change a row by {self.neighbours:.1e}{lost}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -80,20 +89,32 @@ class Report:
 
 
 def verify(
-    session: Session, reference: Reference, cases: Iterable[Case], pad: int, atol: float, max_drift: float = 0.0
+    session: Session,
+    reference: Reference,
+    cases: Iterable[Case],
+    pad: int,
+    atol: float,
+    max_drift: float = 0.0,
+    neighbours: Neighbours = "nothing",
 ) -> Report:
-    """Compares a file with the torch engine on every case."""
+    """Compares a file with the torch engine on every case.
+
+    Neighbours in a batch may change ``nothing`` of a row but ``atol``, what ``rounding`` does (``max_drift`` of the
+    largest output), or ``anything``.
+    """
     task, compared, same, sequences = reference.task, [], list[bool](), 0
     cases, squares = list(cases), np.zeros(2)
     for case in cases:
         expected = [out.numpy() for out in reference.outputs(case.encodings)]
         found = _rows(session, case, pad, task)
         differences = np.concatenate([np.abs(e - f).ravel() for e, f in zip(expected, found, strict=True)])
-        squares += [_square(differences), sum(map(_square, expected))]
+        squares += [square(differences), sum(map(square, expected))]
         scale = max(float(np.abs(one).max()) for one in expected)
         compared.append(Compared(case.shape, float(differences.max()), float(differences.mean()), scale))
-        same += [a == b for e, f in zip(expected, found, strict=True) for a, b in _decisions(e, f, task)]
+        same += [a == b for e, f in zip(expected, found, strict=True) for a, b in decisions(e, f, task)]
         sequences += len(found)
+    scale = max(one.scale for one in compared)
+    changed, flips = _neighbours(session, cases, pad, task)
     return Report(
         runtime=f"onnxruntime {session.version}",
         provider=session.provider,
@@ -101,16 +122,19 @@ def verify(
         largest=float(np.max([one.largest for one in compared])),
         mean=float(np.mean([one.mean for one in compared])),
         agreement=sum(same) / len(same) if same else None,
-        neighbours=_neighbours(session, cases, pad, task),
-        scale=max(one.scale for one in compared),
+        neighbours=changed,
+        scale=scale,
         sequences=sequences,
         shapes=tuple(compared),
         drift=float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0,
         max_drift=max_drift,
+        neighbours_allowed={"nothing": atol, "rounding": max_drift * scale, "anything": None}[neighbours],
+        flips=flips,
+        asked=session.asked,
     )
 
 
-def _square(values: Output) -> float:
+def square(values: Output) -> float:
     """The squared norm."""
     return float(np.square(values, dtype=np.float64).sum())
 
@@ -132,7 +156,7 @@ def _rows(session: Session, case: Case, pad: int, task: TaskSpec) -> list[Output
     return [out[row, case.columns(row)] if task.per_token else out[row] for row in range(len(case.encodings))]
 
 
-def _decisions(expected: Output, found: Output, task: TaskSpec) -> list[tuple[int, int]]:
+def decisions(expected: Output, found: Output, task: TaskSpec) -> list[tuple[int, int]]:
     """Pairs of what each side decides for one sequence."""
     axis = {CLASSIFICATION: -1, TOKEN_CLASSIFICATION: -1, QUESTION_ANSWERING: 0}.get(task.kind)
     if axis is None:
@@ -141,13 +165,15 @@ def _decisions(expected: Output, found: Output, task: TaskSpec) -> list[tuple[in
     return list(zip(*sides, strict=True))
 
 
-def _neighbours(session: Session, cases: Sequence[Case], pad: int, task: TaskSpec) -> float:
-    """The largest change of a row between its batch and alone, over the largest mixed batches."""
+def _neighbours(session: Session, cases: Sequence[Case], pad: int, task: TaskSpec) -> tuple[float, float | None]:
+    """The largest change of a row between its batch and alone, and the share of decisions that it flips, over the
+    largest mixed batches."""
     mixed = [case for case in cases if len({len(one) for one in case.encodings}) > 1]
-    changes = [0.0]
+    changes, flips = [0.0], list[bool]()
     for case in sorted(mixed, key=lambda case: sum(map(len, case.encodings)))[-NEIGHBOURS:]:
         together = _rows(session, case, pad, task)
         for one, row in zip(case.encodings, together, strict=True):
             alone = _rows(session, Case((one,), len(one), left=False), pad, task)[0]
             changes.append(float(np.abs(alone - row).max()))
-    return float(np.max(changes))
+            flips += [a != b for a, b in decisions(alone, row, task)]
+    return float(np.max(changes)), sum(flips) / len(flips) if flips else None

@@ -42,7 +42,7 @@ def distance(
     if subject.delta is None:
         raise SpecError("a distance is that of a delta from its base; give one (--delta DIR)")
     started = time.perf_counter()
-    base = _base(subject)
+    base = base_of(subject)
     length = min(settings.max_length, subject.encoder.max_tokens - subject.virtual)
     encodings = read_corpus(corpus, subject.encoder.tokenizer, length, settings.most)
     features = compare_features(base, subject, encodings, settings.max_tokens, advance)
@@ -61,7 +61,7 @@ def distance(
     return _report(subject, found, features, facts)
 
 
-def _base(subject: Subject) -> Subject:
+def base_of(subject: Subject) -> Subject:
     """The encoder without the delta."""
     assert subject.delta is not None
     if not subject.delta.weights:

@@ -76,3 +76,14 @@ class Figure:
         """Ready for JSON; each panel says its kind."""
         panels = [{"kind": type(panel).__name__, **asdict(panel)} for panel in self.panels]
         return {"title": self.title, "columns": self.columns, "panels": panels}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Figure:
+        """The figure that ``as_dict`` gave, so that it can be drawn again."""
+        panels = [
+            _KINDS[panel["kind"]](**{k: v for k, v in panel.items() if k != "kind"}) for panel in values["panels"]
+        ]
+        return cls(values["title"], panels, values["columns"])
+
+
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (HeatMap, Lines, Scatter, Bars)}

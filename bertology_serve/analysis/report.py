@@ -16,6 +16,7 @@ import torch
 from bertology_serve import __version__
 from bertology_serve.analysis import page, plots
 from bertology_serve.analysis.figures import Figure
+from bertology_serve.errors import FormatError, NotFound
 
 Row = Mapping[str, Any]
 
@@ -37,6 +38,22 @@ class Report:
             "tables": _plain(self.tables),
             "figures": {name: _plain(figure.as_dict()) for name, figure in self.figures.items()},
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+        """The report whose JSON this is."""
+        figures = {name: Figure.from_dict(figure) for name, figure in values["figures"].items()}
+        return cls(values["analysis"], values["facts"], values["tables"], figures)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """A report from its JSON: ``save`` writes every file of it again. Raises NotFound, FormatError."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise NotFound(f"no file {path}; give the JSON of a report") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FormatError(f"{path} is no report's JSON ({type(error).__name__}: {str(error)[:80]})") from None
 
     def save(self, directory: str | Path) -> list[Path]:
         """Writes NAME.json, NAME.html, NAME-TABLE.csv and, where matplotlib is installed, NAME-FIGURE.png."""

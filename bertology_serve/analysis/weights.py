@@ -60,12 +60,12 @@ def moves_of(effects: Effects, anatomy: Anatomy, base: Mapping[str, Tensor]) -> 
             if update.a[layer].any() or update.b[layer].any():
                 singular = low_rank_singular(update.a[layer], update.b[layer])
                 norm = float(singular.square().sum().sqrt())
-                weight = _own(slot, layer, "weight", base)
+                weight = own_tensor(slot, layer, "weight", base)
                 yield _move(slot, layer, "weight", norm, weight, tuple(singular.tolist()))
     for name, shift in effects.bias.items():
         slot = anatomy.slots[name]
         for layer in slot.present:
-            yield _move(slot, layer, "bias", float(shift[layer].double().norm()), _own(slot, layer, "bias", base))
+            yield _move(slot, layer, "bias", float(shift[layer].double().norm()), own_tensor(slot, layer, "bias", base))
     yield from _added(effects)
 
 
@@ -90,7 +90,7 @@ def moves_between(tuned: Mapping[str, Tensor], anatomy: Anatomy, base: Mapping[s
     for slot in anatomy.slots.values():
         for layer in slot.present:
             for part in ("weight", "bias"):
-                before, after = (_own(slot, layer, part, tensors) for tensors in (base, tuned))
+                before, after = (own_tensor(slot, layer, part, tensors) for tensors in (base, tuned))
                 seen.add(f"{slot.paths[layer]}.{part}")
                 if before is None or after is None or slot.name in (QKV, UP_GATE):
                     continue
@@ -103,7 +103,7 @@ def moves_between(tuned: Mapping[str, Tensor], anatomy: Anatomy, base: Mapping[s
             yield Move(name, None, "weight", norm, norm / size if size else None)
 
 
-def _own(slot: Slot, layer: int, part: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
+def own_tensor(slot: Slot, layer: int, part: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
     """A slot's weight [N, K] or bias [N] among a model's tensors; of packed projections its own rows."""
     tensor = tensors.get(f"{slot.paths[layer]}.{part}")
     if tensor is None or slot.part is None:

@@ -22,23 +22,19 @@ Row = tuple[Mapping[str, Any], str]
 
 
 def find_set(name: str) -> DataSet:
-    """A set by its name, or by the folder that holds it: ``../data/mrpc``. Raises NotFound."""
-    if name in SETS or not Path(name).is_dir():
-        return set_named(name)
-    parts = Path(os.path.abspath(name)).parts
-    whole = "/".join(parts[-2:])
-    return set_named(whole if whole in SETS else parts[-1])
+    """The set of ``NAME``, ``NAME@FOLDER`` or a folder that is called as its set. Raises NotFound."""
+    return _split_name(name)[0]
 
 
 def read_split(text: str, read_file: Any) -> Iterator[Row]:
-    """(record, where) of each row of ``set:NAME:SPLIT``; NAME may be the folder that holds the set.
+    """(record, where) of each row of ``set:NAME:SPLIT``; NAME may be the folder that holds the set, or NAME@FOLDER.
 
-    Else files are looked for below the folder that ``BERTOLOGY_DATA`` names, as ``NAME/SPLIT.jsonl`` and the like, and
-    then the hub is asked. ``read_file`` reads one file. Raises NotFound, DataError.
+    Without a folder, files are looked for below the one that ``BERTOLOGY_DATA`` names, as ``NAME/SPLIT.jsonl`` and the
+    like, and then the hub is asked. ``read_file`` reads one file. Raises NotFound, DataError.
     """
     name, split = parse(text)
-    found = find_set(name)
-    file = locate(found, split, name)
+    found, folder = _split_name(name)
+    file = locate(found, split, folder)
     for row, where in read_file(file) if file else _hub_rows(found, split, text):
         if found.subset and row.get("subset", found.subset) != found.subset:
             continue
@@ -48,9 +44,9 @@ def read_split(text: str, read_file: Any) -> Iterator[Row]:
 
 def has_split(name: str, split: str) -> bool:
     """Whether a split is there to be read: as a file, or, where no folder was named, on the hub."""
-    found = find_set(name)
+    found, folder = _split_name(name)
     try:
-        file = locate(found, split, name)
+        file = locate(found, split, folder)
     except NotFound:
         return False
     return file is not None or (bool(found.hub) and split in found.splits)
@@ -62,21 +58,29 @@ def parse(text: str) -> tuple[str, str]:
     return (name, split) if name else (split, "train")
 
 
-def locate(found: DataSet, split: str, name: str = "") -> Path | None:
-    """The file of a split, if there is one: in the folder ``name``, else below that of ``BERTOLOGY_DATA``."""
-    named = [Path(name)] if name and name not in SETS and Path(name).is_dir() else []
+def locate(found: DataSet, split: str, folder: Path | None = None) -> Path | None:
+    """The file of a split: in the folder, which must hold it, else below that of ``BERTOLOGY_DATA``, if it is there."""
     home = os.environ.get(FOLDER)
-    below = (
-        [Path(home, *found.name.split("/")), Path(home, found.name.rpartition("/")[2])] if home and not named else []
-    )
+    below = [Path(home, *found.name.split("/")), Path(home, found.name.rpartition("/")[2])] if home else []
     names = (split, *ALSO.get(split, ()))
-    paths = (folder / f"{one}{end}" for folder in (*named, *below) for one in names for end in ENDS)
+    paths = (place / f"{name}{end}" for place in ([folder] if folder else below) for name in names for end in ENDS)
     there = next((path for path in paths if path.is_file()), None)
-    if there is None and named:
-        raise NotFound(
-            f"{name} holds no file of the split {split!r}; expected {split}.jsonl or another of {', '.join(ENDS)}"
-        )
+    if there is None and folder:
+        ends = ", ".join(ENDS)
+        raise NotFound(f"{folder} holds no file of the split {split!r}; expected {split}.jsonl or another of {ends}")
     return there
+
+
+def _split_name(name: str) -> tuple[DataSet, Path | None]:
+    """The set, and the folder that was named with it."""
+    known, at, folder = name.partition("@")
+    if at:
+        return set_named(known), Path(folder)
+    if name in SETS or not Path(name).is_dir():
+        return set_named(name), None
+    parts = Path(os.path.abspath(name)).parts
+    whole = "/".join(parts[-2:])
+    return set_named(whole if whole in SETS else parts[-1]), Path(name)
 
 
 def _hub_rows(found: DataSet, split: str, text: str) -> Iterable[Row]:

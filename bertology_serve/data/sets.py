@@ -45,8 +45,10 @@ def set_named(name: str) -> DataSet:
         return SETS[name]
     found = [one for key, one in SETS.items() if name == key.partition("/")[2]]
     if len(found) != 1:
-        which = f"is in {' and '.join(one.name for one in found)}" if found else "is unknown"
-        raise NotFound(f"the data set {name!r} {which}; {nearest(name, SETS)}")
+        if found:
+            names = " and ".join(one.name for one in found)
+            raise NotFound(f"the data set {name!r} is in {names}; say which (with a folder: {found[0].name}@FOLDER)")
+        raise NotFound(f"the data set {name!r} is unknown; {nearest(name, SETS)}")
     return found[0]
 
 

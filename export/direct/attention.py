@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from bertology_serve.export.direct.modules import Modules
-from bertology_serve.export.direct.nodes import LOWEST, Value, counted, joined
+from bertology_serve.export.direct.nodes import CONTRIB, Value, counted, joined
 from bertology_serve.export.direct.rows import Rows
 
 NATIVE_SINCE = 23
 """The opset from which ONNX has an attention of its own."""
 SLIDING = "sliding_attention"
+FLOAT, INT32 = ir.DataType.FLOAT.value, ir.DataType.INT32.value
 
 
 class Attention:
-    """``softmax(q kᵀ / √D + mask) v`` in the grid [B, R], prefixes in front of the keys."""
+    """``softmax(q kᵀ / √D + mask) v`` in the grid [B, R], prefixes in front of the keys.
+
+    In fused graphs ONNX Runtime's ``MultiHeadAttention`` does it, which has the grid's rows as [B, R, H].
+    """
 
     def __init__(self, modules: Modules, rows: Rows) -> None:
         self.modules, self.rows, self.nodes, self.parts = modules, rows, modules.nodes, modules.parts
@@ -31,18 +36,23 @@ class Attention:
         return self.grids(layer, *(self.grid(layer, x) for x in (query, key, value)))
 
     def grid(self, layer: int, x: Value) -> Value:
-        """[T, H] -> [B, heads, R, D]."""
-        return self.rows.grid(x, self.parts.anatomy.heads_of(layer), self.width)
+        """[T, H] -> [B, heads, R, D]; in fused graphs [B, 1, R, H]."""
+        heads = self.parts.anatomy.heads_of(layer)
+        return self.rows.grid(x, 1, heads * self.width) if self.nodes.fused else self.rows.grid(x, heads, self.width)
 
     def grids(self, layer: int, q: Value, k: Value, v: Value) -> Value:
-        """q, k, v [B, heads, R, D], rotated already -> [T, H]."""
+        """q, k, v as ``grid`` makes them, rotated already -> [T, H]."""
+        if self.nodes.fused:
+            return self._fused(layer, q, k, v)
         out = self._prefixed(layer, q, k, v, self._mask(layer))
         return self.rows.flat(out, self.parts.anatomy.heads_of(layer), self.width)
 
     def _prefixed(self, layer: int, q: Value, k: Value, v: Value, mask: Value) -> Value:
         """q, k, v [B, heads, R, D], the delta's prefix put before k and v -> [B, heads, R, D]."""
         if self.parts.effects.prefix is not None:
-            k, v, mask = self._before(layer, "keys", k), self._before(layer, "values", v), self._opened(mask)
+            heads = self.parts.anatomy.heads_of(layer)
+            k, v = self._before(layer, "keys", k, heads), self._before(layer, "values", v, heads)
+            mask = self._opened(mask)
         return self._attended(q, k, v, mask)
 
     def _attended(self, q: Value, k: Value, v: Value, mask: Value) -> Value:
@@ -52,16 +62,40 @@ class Attention:
             return self.nodes("Attention", q, k, v, self._square(mask), scale=scale)
         return self.nodes("Softmax", q * scale @ k.transpose(0, 1, 3, 2) + mask, axis=-1) @ v
 
+    def _fused(self, layer: int, q: Value, k: Value, v: Value) -> Value:
+        """By the number of keys of each sequence where that says all, by the mask where windows or distances matter."""
+        heads, ahead = self.parts.anatomy.heads_of(layer), 0
+        if self.parts.effects.prefix is not None:
+            ahead = int(self.parts.effects.prefix.keys.shape[1])
+            k, v = self._before(layer, "keys", k, 1), self._before(layer, "values", v, 1)
+        q, k, v = (x.squeeze(1) for x in (q, k, v))
+        count, bias = None, None
+        if self._slides(layer) or self.parts.anatomy.family == "mpnet":
+            mask = self._mask(layer)
+            bias = self._square(self._opened(mask) if ahead else mask)
+        else:
+            keys = (self.rows.text.count + self.rows.prompt + ahead).squeeze(1)
+            count = self.nodes("Cast", keys, to=INT32)
+        out = self.nodes(
+            "MultiHeadAttention", q, k, v, None, count, bias,
+            domain=CONTRIB, num_heads=heads, scale=self.width**-0.5,
+        )  # fmt: skip
+        return self.rows.flat(out.unsqueeze(1), 1, heads * self.width)
+
+    def _slides(self, layer: int) -> bool:
+        """Whether a row sees only those near it."""
+        kinds: list[str] | None = getattr(self.parts.config, "layer_types", None)
+        return kinds is not None and kinds[layer] == SLIDING
+
     def _mask(self, layer: int) -> Value:
         """[B, 1 or heads, 1 or R, R], the lowest float where a row may not look, distances' biases added.
 
         Not minus infinity: rows of padding that see nothing would be NaN.
         """
         may = self.rows.seen.unsqueeze(1, 2)
-        config = self.parts.config
-        if getattr(config, "layer_types", None) and config.layer_types[layer] == SLIDING:
-            may = may & (self.nodes("Abs", self._apart) <= config.sliding_window)
-        mask = may.where(0.0, LOWEST)
+        if self._slides(layer):
+            may = may & (self.nodes("Abs", self._apart) <= self.parts.config.sliding_window)
+        mask = may.where(0.0, self.nodes.lowest)
         return mask + self._relative() if self.parts.anatomy.family == "mpnet" else mask
 
     def _square(self, mask: Value) -> Value:
@@ -88,19 +122,20 @@ class Attention:
         """Rotary positions (Su et al. 2021): halves (a, b) of each head become (a cos - b sin, b cos + a sin)."""
         config = self.parts.config
         rates, _ = ModernBertRotaryEmbedding.compute_default_rope_parameters(config, None, config.layer_types[layer])
-        angles = self.rows.positions.real().unsqueeze(1, 2) * self.nodes.constant(rates.numpy())
-        cos, sin = self.nodes("Cos", angles), self.nodes("Sin", angles)
+        positions = self.nodes("Cast", self.rows.positions, to=FLOAT)  # float16 ends at 2048 whole numbers
+        angles = positions.unsqueeze(1, 2) * self.nodes.constant(rates.numpy())
+        cos, sin = self.nodes("Cos", angles).real(), self.nodes("Sin", angles).real()
         heads = self.parts.anatomy.heads_of(layer)
         a, b = x.reshape(-1, heads, self.width).split(2, axis=2)
         return joined(2, a * cos - b * sin, b * cos + a * sin).reshape(-1, heads * self.width)
 
-    def _before(self, layer: int, part: str, after: Value) -> Value:
+    def _before(self, layer: int, part: str, after: Value, heads: int) -> Value:
         """The prefix's rows [V, H] in front of [B, heads, R, D]."""
         prefix = self.parts.effects.prefix
         assert prefix is not None
-        heads = self.parts.anatomy.heads_of(layer)
-        trained = (prefix.keys if part == "keys" else prefix.values)[layer, :, : heads * self.width]
-        by_head = trained.reshape(1, trained.shape[0], heads, self.width).transpose(1, 2)
+        width = self.parts.anatomy.heads_of(layer) * self.width
+        trained = (prefix.keys if part == "keys" else prefix.values)[layer, :, :width]
+        by_head = trained.reshape(1, trained.shape[0], heads, width // heads).transpose(1, 2)
         rows = self.modules.mine(f"prefix.{layer}.{part}", by_head)
         everywhere = self.nodes("Concat", self.rows.batch, [1], [1], [1], axis=0)
         return joined(2, self.nodes("Expand", rows, everywhere), after)

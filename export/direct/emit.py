@@ -31,18 +31,21 @@ def obstacle(parts: Parts) -> str | None:
     return f"the rotary positions of {scaled[0]} are scaled" if scaled else None
 
 
-def emit(parts: Parts, opset: int, unpad: bool, precision: Precision = "fp32") -> onnx_ir.Model:
+def emit(parts: Parts, opset: int, unpad: bool, precision: Precision = "fp32", fused: bool = False) -> onnx_ir.Model:
     """The graph of ``parts``, for which there is no ``obstacle``; with ``unpad`` padding is left out of the work.
 
-    ``precision`` is that of the encoder's linears; all else is float32.
+    ``precision`` fp16 is that of the whole encoder, 8 bits that of its linears; all else is float32. ``fused`` graphs
+    have operators of ONNX Runtime's own, for its CUDA provider.
 
     Inputs and output are those of ``graph.Graph``; weights have the same names.
     """
-    nodes = Nodes(opset)
+    nodes = Nodes(opset, fused)
     inputs = [nodes.input(name) for name in parts.inputs]
     text = gather(inputs[0], inputs[1], inputs[2] if len(inputs) > 2 else None)
     rows = (Packed if unpad else Padded)(text, Weave(parts.effects.prompt, parts.first_position))
-    hidden = encode(Modules(nodes, parts, precision), rows)
+    with nodes.halves(precision == "fp16"):
+        hidden = encode(Modules(nodes, parts, precision), rows)
+    hidden = hidden.real() if precision == "fp16" else hidden
     return nodes.model(inputs, Output(parts.output, read(nodes, parts, rows, hidden), output_shape(parts)))
 
 

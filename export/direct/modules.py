@@ -10,7 +10,7 @@ from torch import Tensor
 from bertology_serve.deltas.slots import Slot
 from bertology_serve.export.direct.activations import ACTIVATIONS
 from bertology_serve.export.direct.nodes import Nodes, Value
-from bertology_serve.export.direct.products import product, quantised_product
+from bertology_serve.export.direct.products import PRODUCTS
 from bertology_serve.export.direct.rows import Rows
 from bertology_serve.export.parts import Parts
 from bertology_serve.export.spec import Precision
@@ -28,7 +28,7 @@ class Modules:
 
     def __init__(self, nodes: Nodes, parts: Parts, precision: Precision = "fp32") -> None:
         self.nodes, self.parts = nodes, parts
-        self._product = {"fp32": product, "int8-row": quantised_product}[precision]
+        self._product = PRODUCTS[precision]
         self._updates: dict[str, list[tuple[Slot, int]]] = defaultdict(list)
         self._adapters: dict[str, list[tuple[str, int]]] = defaultdict(list)
         effects = parts.effects

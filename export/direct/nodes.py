@@ -6,8 +6,10 @@ calls give the same graph to the byte.
 
 from __future__ import annotations
 
+import functools
 from collections import ChainMap, Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[Any]
-LOWEST = float(np.finfo(np.float32).min)
+CONTRIB = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
 Shape = Sequence[str | int]
 
 
@@ -33,17 +36,34 @@ class Output:
 class Nodes:
     """A graph in the making. Calling it adds a node: ``nodes("MatMul", x, w)``.
 
-    Operands are values, numbers (int64, or float32 where they have a point), lists of whole numbers; ``None`` at the
-    end leaves an optional one out.
+    Operands are values, numbers (int64, or reals where they have a point), lists of whole numbers; ``None`` leaves an
+    optional one out. Reals are float32, inside ``halves`` float16. ``fused`` graphs are for providers with kernels of
+    their own for what is fused: operators of ONNX Runtime's, and sums that it recognises.
     """
 
-    def __init__(self, opset: int) -> None:
-        self.opset = opset
+    def __init__(self, opset: int, fused: bool = False) -> None:
+        self.opset, self.fused = opset, fused
+        self.dtype = ir.DataType.FLOAT
         self._nodes: list[ir.Node] = []
         self._weights: dict[str, ir.Value] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], Value] = {}
         self._made: ChainMap[tuple[object, ...], tuple[Value, ...]] = ChainMap()
         self._count: Counter[str] = Counter()
+        self._domains: set[str] = set()
+
+    @contextmanager
+    def halves(self, yes: bool = True) -> Iterator[None]:
+        """Constants, weights and ``Value.real`` made inside are float16, if ``yes``."""
+        before, self.dtype = self.dtype, ir.DataType.FLOAT16 if yes else self.dtype
+        try:
+            yield
+        finally:
+            self.dtype = before
+
+    @property
+    def lowest(self) -> float:
+        """The lowest real."""
+        return float(np.finfo(self.dtype.numpy()).min)
 
     def __call__(self, op: str, *operands: Operand, **attributes: Any) -> Value:
         """The only output of a node."""
@@ -51,10 +71,14 @@ class Nodes:
 
     def several(self, op: str, outputs: int, *operands: Operand, **attributes: Any) -> tuple[Value, ...]:
         """All outputs of a node; the same ones again where the same was asked before."""
-        inputs = [self.value(operand).ir for operand in operands if operand is not None]
+        inputs = [None if operand is None else self.value(operand).ir for operand in operands]
+        while inputs and inputs[-1] is None:
+            inputs.pop()
         key = (op, outputs, tuple(map(id, inputs)), repr(sorted(attributes.items())))
         if key not in self._made:
-            node = ir.node(op, inputs, attributes, num_outputs=outputs)
+            domain = attributes.pop("domain", "")
+            node = ir.node(op, inputs, attributes, domain=domain, num_outputs=outputs)
+            self._domains.add(domain)
             self._nodes.append(node)
             self._made[key] = tuple(Value(self, self._called(found, op)) for found in node.outputs)
         return self._made[key]
@@ -90,7 +114,7 @@ class Nodes:
         """A value as it is, a number or list of whole numbers as a constant."""
         if isinstance(operand, Value):
             return operand
-        return self.constant(np.array(operand, dtype=np.float32 if isinstance(operand, float) else np.int64))
+        return self.constant(np.array(operand, dtype=self.dtype.numpy() if isinstance(operand, float) else np.int64))
 
     def constant(self, array: Array) -> Value:
         """A constant, which has no name that means anything."""
@@ -100,8 +124,8 @@ class Nodes:
         return self._constants[key]
 
     def weight(self, name: str, tensor: Tensor) -> Value:
-        """A tensor under its own name, float32; asked for again it is the same."""
-        return self.array(name, tensor.detach().float().contiguous().numpy())
+        """A tensor under its own name, as reals; asked for again it is the same."""
+        return self.array(name, tensor.detach().float().contiguous().numpy().astype(self.dtype.numpy(), copy=False))
 
     def array(self, name: str, array: Array) -> Value:
         """The same for an array of any type."""
@@ -114,8 +138,11 @@ class Nodes:
     def total(self, *terms: Value) -> Value:
         """The sum as one node.
 
-        ONNX Runtime fuses ``Add`` before a LayerNorm into a kernel that is slower than the two; a ``Sum`` it leaves.
+        ONNX Runtime fuses ``Add`` before a LayerNorm into a kernel that is slower than the two on a CPU; a ``Sum`` it
+        leaves. ``fused`` graphs have ``Add``.
         """
+        if self.fused:
+            return functools.reduce(lambda sum_, term: sum_ + term, terms)
         return terms[0] if len(terms) == 1 else self("Sum", *terms)
 
     def model(self, inputs: Sequence[Value], *outputs: Output) -> ir.Model:
@@ -125,7 +152,7 @@ class Nodes:
             [self._result(one) for one in outputs],
             nodes=self._nodes,
             initializers=list(self._weights.values()),
-            opset_imports={"": self.opset},
+            opset_imports={"": self.opset} | {domain: 1 for domain in sorted(self._domains) if domain},
             name="main",
         )
         return ir.Model(graph, ir_version=9 if self.opset <= 20 else 10, producer_name="bertology-serve")
@@ -181,8 +208,8 @@ class Value:
         return self.nodes("Cast", self, to=ir.DataType.INT64.value)
 
     def real(self) -> Value:
-        """As float32."""
-        return self.nodes("Cast", self, to=ir.DataType.FLOAT.value)
+        """As float32, inside ``Nodes.halves`` as float16."""
+        return self.nodes("Cast", self, to=self.nodes.dtype.value)
 
     def size(self, axis: int) -> Value:
         """[1]: the length of an axis."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bertology_serve.export.direct.activations import ACTIVATIONS
-from bertology_serve.export.direct.nodes import LOWEST, Nodes, Value
+from bertology_serve.export.direct.nodes import Nodes, Value, joined
 from bertology_serve.export.direct.rows import Rows
 from bertology_serve.export.parts import Parts
 from bertology_serve.tasks.heads import Head, Layer
@@ -20,14 +20,19 @@ def read(nodes: Nodes, parts: Parts, rows: Rows, hidden: Value) -> Value:
 
 
 def pooled(parts: Parts, rows: Rows, hidden: Value) -> Value:
-    """One row a sequence, of text alone: [T, H] -> [B, H]."""
+    """One row a sequence, of text alone: [T, H] -> [B, H].
+
+    The mean is a product with the mask, taken twice: ONNX Runtime's sum over an axis rounds differently for one
+    sequence than for several, and its product of one row by how wide the grid is. In its product of two rows padding
+    adds zeros and nothing else, so that an answer does not depend on its neighbours even in the last bit.
+    """
     if parts.task.pooling == "cls":
         return rows.first(hidden)
     grid = rows.grid(hidden, 1, parts.anatomy.hidden).squeeze(1)
-    spoken = rows.spoken.unsqueeze(2)
     if parts.task.pooling == "max":
-        return spoken.where(grid, LOWEST).reduce("Max", 1)
-    return spoken.where(grid, 0.0).reduce("Sum", 1) / rows.text.count.real()
+        return rows.spoken.unsqueeze(2).where(grid, rows.nodes.lowest).reduce("Max", 1)
+    spoken = rows.spoken.real().unsqueeze(1)
+    return (joined(1, spoken, spoken) @ grid).gather(0, 1) / rows.text.count.real()
 
 
 def answered(nodes: Nodes, parts: Parts, rows: Value) -> Value:

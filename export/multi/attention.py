@@ -5,7 +5,7 @@ from __future__ import annotations
 from bertology_serve.encoder.bank import PREFIX
 from bertology_serve.export.direct.attention import Attention
 from bertology_serve.export.direct.modules import Modules
-from bertology_serve.export.direct.nodes import LOWEST, Value, counted, joined
+from bertology_serve.export.direct.nodes import Value, counted, joined
 from bertology_serve.export.multi.rows import Mixed
 from bertology_serve.export.multi.stacks import LENGTH
 from bertology_serve.export.multi.tables import Tables
@@ -36,5 +36,7 @@ class MixedAttention(Attention):
         """The mask with columns for the prefixes, which every row of their sequence sees."""
         one, rows = self.nodes.value([1]), self.rows.columns
         seen = counted(self.nodes, self._prefixes.size(1)).unsqueeze(0) < self._lengths
-        opened = self.nodes("Expand", seen.where(0.0, LOWEST).unsqueeze(1, 2), joined(0, one, mask.size(1), rows, one))
+        opened = self.nodes(
+            "Expand", seen.where(0.0, self.nodes.lowest).unsqueeze(1, 2), joined(0, one, mask.size(1), rows, one)
+        )
         return joined(3, opened, self.nodes("Expand", mask, joined(0, one, one, rows, one)))

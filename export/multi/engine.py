@@ -64,15 +64,15 @@ class OnnxEngine:
         return out[: sum(batch.lengths[i] for i in group)]
 
 
-def parts_for(encoder: Encoder) -> Parts:
-    """The encoder without a delta, as the graph is made of it; Unsupported where that cannot be."""
+def parts_for(encoder: Encoder, instead: str = "take --engine torch") -> Parts:
+    """The encoder without a delta, as the graph is made of it; Unsupported, saying what to do ``instead``."""
     if encoder.device.type != "cpu" or encoder.dtype != torch.float32:
         raise Unsupported(
-            f"the ONNX engine runs float32 encoders on the CPU, this one is {encoder.dtype} on {encoder.device}; "
-            "take --engine torch"
+            f"the graph for many deltas is made of float32 encoders on the CPU, this one is {encoder.dtype} on "
+            f"{encoder.device}; {instead}"
         )
     parts = parts_of(encoder, bare("base", encoder.ref, encoder.max_tokens), False)
     stands_in_the_way = obstacle(parts) or (None if encoder.packs else f"{encoder.anatomy.family} is padded")
     if stands_in_the_way:
-        raise Unsupported(f"the ONNX engine cannot run this encoder: {stands_in_the_way}; take --engine torch")
+        raise Unsupported(f"there is no graph for many deltas of this encoder: {stands_in_the_way}; {instead}")
     return parts

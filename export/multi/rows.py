@@ -20,7 +20,8 @@ class Mixed(Packed):
     def __init__(self, text: Text, delta: Value, tables: Tables, offset: int) -> None:
         self.text, self.nodes, self.prompt, self.delta = text, text.ids.nodes, LONGEST_PROMPT, delta
         form = tables.table("prompt", "form").gather(delta)
-        length, lead, shifted, self.head = (form.gather([part], 1) for part in (LENGTH, LEAD, SHIFTED, FIRST))
+        length, lead, shifted, self._head = (form.gather([part], 1) for part in (LENGTH, LEAD, SHIFTED, FIRST))
+        self._length_of, self._lead = length, lead
         self.batch, self.columns = text.ids.size(0), (text.count + length).reduce("Max", 0).reshape(1)
         column = counted(self.nodes, self.columns).unsqueeze(0)
         virtual = ~(column < lead) & (column < lead + length)
@@ -39,7 +40,13 @@ class Mixed(Packed):
         self.runs = Runs(delta.gather(sequence), self._each)
 
     def first(self, rows: Value) -> Value:
-        return rows.gather(self.nodes("GatherElements", self.place, self.head, axis=1).squeeze(1))
+        return rows.gather(self.nodes("GatherElements", self.place, self._head, axis=1).squeeze(1))
+
+    def callers(self, rows: Value) -> Value:
+        home = self.text.seen.where(self.text.home, 0)
+        home = home + (home < self._lead).where(0, self._length_of)
+        found = rows.gather(self.nodes("GatherElements", self.place, home, axis=1))
+        return self.text.seen.unsqueeze(2).where(found, 0.0)
 
     def _told(self, grid: Value, told: Value) -> Value:
         """[B, L] -> [B, R], the text's column at each column of the grid."""

@@ -47,7 +47,7 @@ class Runs:
         touched = first + counted(nodes, (last - first).reduce("Max", 0) + 1)
         starts = nodes("NonZero", begins).squeeze(0)
         known = nodes("Min", touched, starts.size(0) - 1)
-        self.nodes, self.each = nodes, each
+        self.nodes, self.index, self.each = nodes, index, each
         self.owners = index.gather(starts).gather(known)
         self.mask = nodes("Equal", run.unsqueeze(2), touched.unsqueeze(1)).real()
 
@@ -64,10 +64,6 @@ class Runs:
     def tiled(self, rows: Value) -> Value:
         """[tiles · each, K] -> [tiles, each, K]."""
         return self.nodes("Reshape", rows, self.nodes("Concat", [-1], self.each, rows.size(1), axis=0))
-
-    def flat(self, tiled: Value, width: int) -> Value:
-        """[tiles, each, N] -> [tiles · each, N]."""
-        return tiled.reshape(-1, width)
 
     def _flat(self, entries: Value) -> Value:
         return self.nodes("Reshape", entries, [0, -1])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bertology_serve.analysis import plots
 from bertology_serve.cli.main import main
 from tests import tiny
 from tests.training import sets
@@ -34,6 +35,30 @@ def test_attention_with_and_without_a_delta(made, tmp_path, capsys):
     assert (base["facts"]["delta"], tuned["facts"]["delta"]["name"]) == (None, "mood")
     assert {row["cluster"] for row in base["tables"]["heads"]} == {1, 2, 3}
     assert base["tables"]["heads"] != tuned["tables"]["heads"]
+
+
+def test_the_same_analysis_is_read_back(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plots, "available", lambda: False)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the cat was great\na dog\n")
+    arguments = ["analyze", "attention", "--backbone", str(made / "bert"), "--corpus", str(corpus), "--out"]
+    assert main([*arguments, str(tmp_path / "out")]) == 0
+    first = (tmp_path / "out" / "attention.json").read_text()
+    shown = capsys.readouterr().out
+    assert main([*arguments, str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    assert "nothing changed" in err
+    assert out == shown
+    assert (tmp_path / "out" / "attention.json").read_text() == first
+    assert main(["analyze", "draw", str(tmp_path / "out" / "attention.json"), "--out", str(tmp_path / "drawn")]) == 0
+    assert (tmp_path / "drawn" / "attention.html").read_text() == (tmp_path / "out" / "attention.html").read_text()
+    for change in (["--again"], ["--clusters", "2"], ["--delta", str(made / "mood")]):
+        capsys.readouterr()
+        assert main([*arguments, str(tmp_path / "out"), *change]) == 0
+        assert "nothing changed" not in capsys.readouterr().err
+    corpus.write_text("the cat was great\na dog\nan early film\n")
+    assert main([*arguments, str(tmp_path / "out")]) == 0
+    assert "nothing changed" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -90,6 +115,8 @@ def test_distance(made, tmp_path, capsys):
     assert "CKA" in capsys.readouterr().out
     held = json.loads((tmp_path / "distance.json").read_text())
     assert {row["slot"] for row in held["tables"]["weights"]} == {"query", "value"}
+    assert main(["analyze", "distance", *arguments, "--beside", str(made / "mood")]) == 0
+    assert "out_of_domain" in capsys.readouterr().out
     assert main(["analyze", "distance", "--delta", str(made / "nothing")]) == 2
 
 

@@ -97,3 +97,20 @@ def test_bad_input_is_one_line(more, message, prefixed, tmp_path, capsys):
 def test_no_delta_there(tmp_path, capsys):
     assert main(["export", "--merge", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith("error: no directory ")
+
+
+def test_many_deltas_in_one_graph_and_one_that_joins(tmp_path, capsys):
+    encoder = tiny.encoder("bert", tmp_path / "encoder")
+    saved(encoder, tmp_path / "deltas" / "mood" / "1", [LoraSpec(rank=2)])
+    saved(encoder, tmp_path / "deltas" / "tone" / "1", [BitfitSpec()], "tone")
+    saved(encoder, tmp_path / "late" / "1", [PrefixSpec(2)], "late")
+    out, backbone = tmp_path / "out", ["--backbone", encoder.name]
+    assert main(["export", "--multi", str(tmp_path / "deltas"), "--out", str(out), *backbone]) == 0
+    printed, said = capsys.readouterr()
+    assert said.startswith("agrees: onnxruntime ")
+    exec(printed, {"print": lambda logits: None})
+    assert main(["export", "--multi", "--join", str(tmp_path / "late"), "--out", str(out), *backbone]) == 0
+    assert "late" in (out / "README.md").read_text()
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "late"), str(tmp_path / "deltas"), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == "error: got 2 deltas; one graph for several of them is --multi\n"

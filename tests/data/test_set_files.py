@@ -10,7 +10,7 @@ import pytest
 
 from bertology_serve.data.examples import load_examples
 from bertology_serve.data.records import read_records
-from bertology_serve.data.set_files import FOLDER, find_set, locate, parse
+from bertology_serve.data.set_files import FOLDER, find_set, has_split, locate, parse
 from bertology_serve.data.sets import SETS, set_named
 from bertology_serve.errors import DataError, NotFound
 from bertology_serve.tasks.registry import task_for
@@ -133,6 +133,15 @@ def test_a_folder_names_its_set(tmp_path: Path):
     assert read_records(f"set:{tmp_path / 'glue' / 'sst2'}:dev")[0].fields["text"] == "a"
     with pytest.raises(NotFound, match=r"holds no file of the split 'test'; expected test\.jsonl"):
         read_records(f"set:{tmp_path / 'mrpc'}:test")
+
+
+def test_a_set_may_be_named_with_its_folder(tmp_path: Path):
+    write(tmp_path / "rte" / "dev.jsonl", ROWS["superglue/rte"][0])
+    with pytest.raises(NotFound, match="'rte' is in glue/rte and superglue/rte"):
+        read_records(f"set:{tmp_path / 'rte'}:dev")
+    assert read_records(f"set:superglue/rte@{tmp_path / 'rte'}:dev")[0].fields["text_pair"] == "b"
+    assert has_split(f"superglue/rte@{tmp_path / 'rte'}", "dev")
+    assert not has_split(f"superglue/rte@{tmp_path / 'rte'}", "test")
 
 
 def test_authors_files_of_mrqa(tmp_path: Path):

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from bertology_serve.export.checkup import findings
-from bertology_serve.export.machine import CUDA, Machine
+from bertology_serve.export.machine import Machine
+from bertology_serve.export.spec import CUDA
 
 CPU = "CPUExecutionProvider"
 REQUIRED = ("torch>=2.9", "onnxruntime>=1.23; extra == 'cpu'", "bertology-serve[cpu]; extra == 'dev'",

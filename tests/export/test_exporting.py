@@ -243,6 +243,34 @@ def test_8_bits_are_published_where_they_stay_close(bert, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_what_a_precision_costs_is_said(bert, tmp_path):
+    spec = ExportSpec(merge=True, precision="int8-dynamic")
+    done = export_delta(bert.encoder, bert.delta, tmp_path / "dynamic", spec)
+    assert done.report.neighbours > 1e-4
+    assert len(done.cautions) == 1
+    assert done.cautions[0].startswith("answers depend on the rest of the batch: neighbours changed a row by up to 0.")
+    assert f"**Beware:** {done.cautions[0]}." in (tmp_path / "dynamic" / "README.md").read_text()
+    assert 0 < done.report.lost["float16"] < done.report.lost["bfloat16"] < 0.1
+    half = export_delta(bert.encoder, bert.delta, tmp_path / "half", ExportSpec(merge=True, precision="fp16"))
+    assert half.cautions == ()
+    assert half.report.drift < 0.002
+    assert half.bytes < 0.75 * bert.done.bytes
+    report = json.loads((tmp_path / "half" / "verification.json").read_text())
+    assert report["lost"] == half.report.lost
+    assert report["neighbours_allowed"] == pytest.approx(0.01 * report["scale"])
+
+
+def test_for_cuda_the_provider_that_ran_is_said(bert, tmp_path):
+    spec = ExportSpec(merge=True, precision="fp16", target="cuda", layout="triton")
+    done = export_delta(bert.encoder, bert.delta, tmp_path / "out", spec)
+    assert done.report.asked == "CUDAExecutionProvider"
+    if done.report.provider == "CPUExecutionProvider":
+        assert done.cautions[-1].startswith("CUDAExecutionProvider was asked for, but CPUExecutionProvider ran")
+    assert "KIND_GPU" in (tmp_path / "out" / "config.pbtxt").read_text()
+    model = onnx.load(tmp_path / "out" / "1" / "model.onnx")
+    assert {one.domain for one in model.opset_import} == {"", "com.microsoft"}
+
+
 def test_a_delta_of_other_weights_is_refused(bert, tmp_path):
     stranger = tiny.encoder("bert", tmp_path / "stranger", seed=4)
     with pytest.raises(BaseMismatch):

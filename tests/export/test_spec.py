@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from bertology_serve.errors import SpecError
-from bertology_serve.export.spec import ExportSpec
+from bertology_serve.export.spec import ExportSpec, Precision
 
 
 @pytest.mark.parametrize(
@@ -17,3 +19,20 @@ def test_values_that_make_no_sense_are_refused(field, value):
 def test_drift_is_for_quantised_files():
     assert ExportSpec(max_drift=0.2).drift == 0
     assert ExportSpec(max_drift=0.2, precision="int8-row").drift == 0.2
+    assert ExportSpec(precision="fp16").drift == 0.01
+
+
+def test_neighbours_may_change_what_the_precision_says():
+    allowed = {name: ExportSpec(precision=name).neighbours for name in get_args(Precision)}
+    assert allowed.pop("fp16") == "rounding"
+    assert allowed.pop("int8-dynamic") == "anything"
+    assert set(allowed) == {"fp32", "int8-row", "int8-nbits"}
+    assert set(allowed.values()) == {"nothing"}
+
+
+@pytest.mark.parametrize("precision", ["int8-row", "int8-dynamic"])
+def test_kernels_of_cpus_are_not_for_cuda(precision):
+    with pytest.raises(SpecError, match=rf"^precision {precision} is for CPUs; for the target cuda take fp16"):
+        ExportSpec(precision=precision, target="cuda")
+    assert ExportSpec(precision="fp16", target="cuda").provider == "CUDAExecutionProvider"
+    assert not ExportSpec(precision="fp16", target="cuda").unpads

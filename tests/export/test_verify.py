@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +31,7 @@ class Reference:
 class Session:
     """The same from the mask, ``off`` added to rows of batches that hold several."""
 
-    provider, version = "TestProvider", "0.0"
+    asked, provider, version = "TestProvider", "TestProvider", "0.0"
 
     def __init__(self, off=0.0, per_token=False):
         self.off, self.per_token = off, per_token
@@ -104,6 +107,25 @@ def test_drift_counts_where_it_is_allowed(allowed, passes):
     if not passes:
         with pytest.raises(VerificationError, match="give a larger --max-drift if that will do, or leave out --precis"):
             check(report)
+
+
+@pytest.mark.parametrize(("neighbours", "allowed"), [("nothing", 1e-5), ("rounding", 0.7), ("anything", None)])
+@pytest.mark.parametrize("off", [1e-6, 0.3, 1.5])
+def test_neighbours_change_no_more_than_is_allowed(neighbours, allowed, off):
+    """Outputs reach 7, so a drift of 10 % lets rounding change 0.7."""
+    report = verify(Session(off), Reference(), CASES, 0, 1e-5, 0.1, neighbours)
+    assert report.neighbours_allowed == (pytest.approx(allowed) if allowed else None)
+    assert report.passed == (report.drift <= 0.1 and (allowed is None or off <= allowed))
+    assert report.flips == pytest.approx(2 / 4 if off > 1 else 0)
+    json.loads(json.dumps(report.as_dict(), allow_nan=False))
+
+
+def test_what_a_cast_loses_is_in_the_line():
+    report = verify(Session(), Reference(), CASES, 0, 1e-5)
+    assert "loses" not in report.line()
+    lost = replace(report, lost={"float16": 0.012, "bfloat16": 0.4})
+    assert lost.line().endswith(", a cast loses of the delta: float16 1.2%, bfloat16 40.0%")
+    assert lost.as_dict()["lost"] == {"float16": 0.012, "bfloat16": 0.4}
 
 
 def test_no_drift_excuses_neighbours():

@@ -22,7 +22,7 @@ from bertology_serve.deltas.kinds import init
 from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.loading import load_model, locate
-from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.encoder.pipeline import Engine, Pipeline, Request
 from bertology_serve.serving.bench.workload import Workload, owners, texts
 from bertology_serve.tasks.spec import EMBEDDING, TaskSpec
 
@@ -54,9 +54,13 @@ def make_deltas(encoder: Encoder, work: Workload) -> list[Delta]:
     return found
 
 
-def ours(encoder: Encoder, work: Workload, deltas: Sequence[Delta]) -> list[Contender]:
-    """This engine with the deltas, and with none: the same task, the same heads, no change of the encoder."""
+def ours(encoder: Encoder, work: Workload, deltas: Sequence[Delta], engine: Engine | None = None) -> list[Contender]:
+    """This package with the deltas, and with none: the same task, the same heads, no change of the encoder.
+
+    ``engine`` runs the batches in the encoder's place.
+    """
     pipeline = Pipeline(encoder)
+    pipeline.engine = engine or encoder
     for delta in deltas:
         pipeline.add(delta)
     bare = Delta("none", encoder.ref, deltas[0].task, version="1")

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import io
 import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bertology_serve import __version__
 from bertology_serve.errors import SpecError
-from bertology_serve.serving.bench.timing import Timed, ratio
+from bertology_serve.export.bench.timing import Timed, ratio
 from bertology_serve.serving.bench.workload import Workload
 
 
@@ -76,24 +69,6 @@ def judge(times: Sequence[Timed], bars: Sequence[Bar] = BARS) -> list[Judged]:
     return found
 
 
-def environment() -> dict[str, Any]:
-    """Hardware, versions and date, without which a number says nothing."""
-    versions = {"bertology-serve": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "peft", "tokenizers"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "versions": versions,
-    }
-
-
 def as_dict(
     work: Workload, backbone: str, tokens: int, times: Sequence[Timed], judged: Sequence[Judged], where: dict[str, Any]
 ) -> dict[str, Any]:
@@ -148,11 +123,3 @@ def _csv(result: dict[str, Any]) -> str:
         for number, (wall, cpu) in enumerate(pairs):
             rows.writerow([contender["name"], number, f"{wall:.3f}", f"{cpu:.3f}", *fixed])
     return text.getvalue()
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -10,9 +10,10 @@ import torch
 
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import VerificationError
+from bertology_serve.export.bench.environment import environment
+from bertology_serve.export.bench.timing import Timed, interleave
 from bertology_serve.serving.bench import contenders, report
 from bertology_serve.serving.bench.report import Judged
-from bertology_serve.serving.bench.timing import Timed, interleave
 from bertology_serve.serving.bench.workload import Workload, lengths
 
 AGREE = 1e-4
@@ -36,7 +37,7 @@ def run(
         torch.set_num_threads(threads)
     encoder = Encoder.load(backbone)
     deltas = contenders.make_deltas(encoder, work)
-    where = report.environment() | {"prepacked": encoder.prepack()}
+    where = environment() | {"prepacked": encoder.prepack()}
     entries, missing = contenders.ours(encoder, work, deltas), ""
     try:
         others = contenders.peft(encoder, work, deltas)

@@ -23,6 +23,7 @@ from bertology_serve.serving.tiers.greedy import Greedy
 
 log = logging.getLogger(__name__)
 REMEMBERED = 5.0  # seconds for which a delta that could not be loaded is not tried again
+CHEAPEST = 1e-3  # seconds that any read counts as
 THRASH = 10.0  # seconds within which nothing that was evicted should be wanted again
 Read = Callable[[Card], Delta]
 
@@ -182,13 +183,13 @@ class Tiers:
             return known
         started = self._clock()
         delta = self._read(card)
-        self._costs[card.name] = self._clock() - started
+        self._costs[card.name] = max(self._clock() - started, CHEAPEST)
         self.loads += 1
         return delta
 
     def _publish(self, delta: Delta) -> None:
         """Makes room, then copies rows; the copying is all that batches wait for."""
-        name, size, cost = delta.name, delta.bytes, self._costs.get(delta.name, 0.01)
+        name, size, cost = delta.name, delta.bytes, self._costs.get(delta.name, CHEAPEST)
         if size > self._device.capacity:
             raise LimitError(f"delta {name!r} has {size} bytes; the device takes {self._device.capacity:g} in all")
         with self._room:
@@ -228,7 +229,7 @@ class Tiers:
             gone = self._host.victim()
             assert gone is not None
             self._forget(gone)
-        self._host.put(name, delta.bytes, self._costs.get(name, 0.01))
+        self._host.put(name, delta.bytes, self._costs.get(name, CHEAPEST))
         self._deltas[name] = delta
 
     def _forget(self, name: str) -> None:

@@ -21,6 +21,7 @@ import transformers
 import bertology_serve
 from bertology_serve.data.official import official_metrics
 from bertology_serve.data.records import Record
+from bertology_serve.data.set_files import PREFIX, parse
 from bertology_serve.data.sets import set_named
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
@@ -53,6 +54,14 @@ class Place:
     def directory(self, run: GridRun) -> Path:
         """That of one run."""
         return self.out / "runs" / run.key
+
+    def find(self, file: str) -> str:
+        """A grid's file below ``data``; a known set there or, where it is not, wherever it is looked for."""
+        if not file.startswith(PREFIX):
+            return file if file.startswith("hub:") else str(self.data / file)
+        name, split = parse(file)
+        folders = (self.data / name, self.data / name.rpartition("/")[2])
+        return next((f"{PREFIX}{name}@{folder}:{split}" for folder in folders if folder.is_dir()), file)
 
 
 def result_of(run: GridRun, place: Place) -> dict[str, Any] | None:
@@ -133,7 +142,7 @@ def _work(line: Mapping[str, Any]) -> tuple[int, float]:
 
 def _source(task: GridTask, file: str, rows: int | None, place: Place) -> Source:
     """A file's records; ``rows`` of them, drawn by a seed that is always the same, in their order."""
-    source = Source.read(file if file.startswith(("hub:", "set:")) else place.data / file, task.columns)
+    source = Source.read(place.find(file), task.columns)
     if rows is None or rows >= len(source.records):
         return source
     chosen: list[Record] = [

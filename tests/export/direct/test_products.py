@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from bertology_serve.export.direct.nodes import Nodes, Output
-from bertology_serve.export.direct.products import product, quantised, quantised_product
+from bertology_serve.export.direct.products import (
+    BLOCK,
+    blocked_product,
+    blocks,
+    dynamic_product,
+    product,
+    quantised,
+    quantised_product,
+)
 from bertology_serve.export.parts import parts_of
 from bertology_serve.export.reference import Reference
 from tests import tiny
@@ -17,6 +25,8 @@ from tests.export.cases import DELTAS, encodings, padded
 from tests.export.direct.test_emit import Run
 
 SIZES = [(1, 1, 1), (5, 33, 17), (64, 384, 96)]
+BOUNDS = [("int8-row", 0.05, 1e-6), ("int8-nbits", 0.05, 1e-6), ("fp16", 0.005, 0.005), ("int8-dynamic", 0.1, 0.1)]
+"""Precision; largest relative error; largest change of a row by its neighbours."""
 
 
 def rows_and_weight(rows: int, inputs: int, outputs: int) -> tuple[np.ndarray, torch.Tensor]:
@@ -72,6 +82,36 @@ def test_a_row_never_sees_its_neighbours():
     assert all(np.array_equal(run(quantised_product, x[i : i + 1], weight)[0], together[i]) for i in range(0, 64, 7))
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_blocks_against_float64(size):
+    """Each block of a row is rounded to a 127th of its largest, so the error is below a row's."""
+    x, weight = rows_and_weight(*size)
+    exact = x.astype(np.float64) @ weight.double().numpy().T
+    norms = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(weight, axis=1)
+    assert (np.abs(run(blocked_product, x, weight) - exact) / norms).max() < 0.02
+    alone = run(blocked_product, x[-1:], weight)[0]
+    assert np.allclose(alone, run(blocked_product, x, weight)[-1], rtol=1e-6, atol=1e-6 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("inputs", [1, 32, 33, 96])
+def test_blocks_hold_the_weight(inputs):
+    weight = torch.randn(5, inputs, generator=torch.Generator().manual_seed(inputs))
+    integers, scales = blocks(weight)
+    assert integers.shape == (5, -(-inputs // BLOCK), BLOCK)
+    back = ((integers.double() - 128) * scales[..., None]).reshape(5, -1)
+    assert (back[:, :inputs] - weight).abs().max() <= scales.max() / 2 * 1.0001
+    assert not back[:, inputs:].any()
+
+
+def test_one_scale_for_all_rows_lets_a_row_see_its_neighbours():
+    x, weight = rows_and_weight(64, 384, 96)
+    exact = x.astype(np.float64) @ weight.double().numpy().T
+    together = run(dynamic_product, x, weight)
+    norms = np.abs(x).max() * np.sqrt(x.shape[1]) * np.linalg.norm(weight, axis=1)
+    assert (np.abs(together - exact) / norms).max() < 0.02
+    assert not np.array_equal(run(dynamic_product, x[:1], weight)[0], together[0])
+
+
 def test_weights_use_the_whole_range():
     integers, scales = quantised(torch.tensor([[0.5, -2.0], [0.0, 0.0], [3.0, 1.5]]))
     assert integers.tolist() == [[32, -127], [0, 0], [127, 64]]
@@ -80,15 +120,17 @@ def test_weights_use_the_whole_range():
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "mpnet"])
 @pytest.mark.parametrize("name", ["folds", "everything"])
-def test_an_encoder_in_8_bits_stays_close_and_its_rows_apart(family, name, tmp_path):
+def test_an_encoder_below_float32_stays_close_and_its_rows_apart(family, name, tmp_path):
     encoder = tiny.encoder(family, tmp_path)
     delta = tiny.delta(encoder, "x", *DELTAS[name])
     expected = Reference(encoder, delta)
     sequences = encodings((20, 3, 9), typed=family == "bert")
     exact = np.stack([row.numpy() for row in expected.outputs(sequences)])
+    parts = parts_of(encoder, delta, name == "folds")
     for unpad in (False, True):
-        run = Run(parts_of(encoder, delta, name == "folds"), unpad=unpad, precision="int8-row")
-        out = run(*padded(sequences, left=True))
-        assert 1e-5 < np.linalg.norm(out - exact) / np.linalg.norm(exact) < 0.05
-        alone = np.concatenate([run(*padded([one], left=False)) for one in sequences])
-        assert np.abs(alone - out).max() <= 1e-6
+        for precision, most, change in BOUNDS:
+            run = Run(parts, unpad=unpad, precision=precision)
+            out = run(*padded(sequences, left=True))
+            assert 1e-5 < np.linalg.norm(out - exact) / np.linalg.norm(exact) < most, precision
+            alone = np.concatenate([run(*padded([one], left=False)) for one in sequences])
+            assert np.abs(alone - out).max() <= change, precision

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from bertology_serve.errors import SpecError
-from bertology_serve.serving.bench.report import BARS, Bar, as_dict, check_suffix, environment, judge, write
-from bertology_serve.serving.bench.timing import Timed
+from bertology_serve.export.bench.environment import environment
+from bertology_serve.export.bench.timing import Timed
+from bertology_serve.serving.bench.report import BARS, Bar, as_dict, check_suffix, judge, write
 from bertology_serve.serving.bench.workload import Workload
 
 OURS, NONE = Timed("ours", (1.0, 1.0), (1.0, 1.0)), Timed("ours, no delta", (0.9, 0.8), (1.0, 1.0))

@@ -83,14 +83,15 @@ def test_the_best_state_may_be_kept_and_so_may_deltas(place: Place):
     assert manifest["provenance"]["eval"]["rows"] == 8
 
 
-def test_a_known_set_is_measured_as_its_makers_do(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_known_set_is_measured_as_its_makers_do(place: Place, tmp_path: Path):
     names = {"up": "equivalent", "down": "not"}
     rows = [{"text_a": row["text"], "text_b": "a film", "label": names[row["label"]]} for row in sets.classification()]
     (tmp_path / "glue" / "mrpc").mkdir(parents=True)
     for split in ("train", "dev"):
         sets.write(tmp_path / "glue" / "mrpc" / f"{split}.jsonl", rows)
-    monkeypatch.setenv("BERTOLOGY_DATA", str(tmp_path))
     task = GridTask("MRPC", data="mrpc")
+    assert place.find("set:glue/mrpc:dev") == f"set:glue/mrpc@{tmp_path / 'glue' / 'mrpc'}:dev"
+    assert (place.find("set:glue/rte:dev"), place.find("hub:x")) == ("set:glue/rte:dev", "hub:x")
     found = execute(next(replace(grid(place, LORA), tasks=(task,)).runs()), place)
     assert set(found["measured"][""]) == {"accuracy", "macro_f1", "mcc", "f1"}
 

@@ -6,10 +6,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-
-from bertology_serve.serving.bench.contenders import Contender
+from typing import Any, Protocol
 
 WARM_UP = 3
+
+
+class Contender(Protocol):
+    """What is timed: ``run`` does the whole work once."""
+
+    @property
+    def name(self) -> str:
+        """As tables call it."""
+        ...
+
+    @property
+    def run(self) -> Callable[[], Any]:
+        """The work."""
+        ...
 
 
 @dataclass(frozen=True)

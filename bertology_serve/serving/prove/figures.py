@@ -1,0 +1,30 @@
+"""The figures that can be measured, in their order."""
+
+from __future__ import annotations
+
+from bertology_serve.serving.prove import (
+    cancelled,
+    cold,
+    drain,
+    fairness,
+    hostile,
+    isolation,
+    memory,
+    overhead,
+    overload,
+    swaps,
+)
+from bertology_serve.serving.prove.figure import Figure
+
+FIGURES = (
+    Figure(2, "a mixed batch equals solo runs to 1e-5, no row swapped", isolation.measure),
+    Figure(3, "hot p99 while 50 cold deltas load ≤ 1.25 × quiet p99", cold.measure),
+    Figure(4, "light p99 beside a flooder ≤ alone + 1.5 × the longest batch (25 ms)", fairness.measure),
+    Figure(5, "load and unload leave 0 bytes on the device, RSS < 1 KB a cycle", memory.measure),
+    Figure(6, "version swaps under load: no failure, every answer its version's", swaps.measure),
+    Figure(7, "SIGTERM: not ready within 100 ms, no accepted call lost", drain.measure),
+    Figure(8, "5 × overload: goodput ≥ 90 % of peak, refusals < 5 ms, always Retry-After", overload.measure),
+    Figure(9, "clients that hang up while queued cost no compute", cancelled.measure),
+    Figure(12, "≥ 200 hostile deltas and bodies: none published, no crash, no 5xx", hostile.measure),
+    Figure(13, "≤ 150 µs of CPU a call besides tokenizer and model; HTTP ≥ 85 % of the engine", overhead.measure),
+)

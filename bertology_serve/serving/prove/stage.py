@@ -1,0 +1,166 @@
+"""Where figures are measured: an encoder, deltas of all kinds on disk, and servers in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bertology_serve.deltas import store
+from bertology_serve.deltas.bitfit import BitfitSpec
+from bertology_serve.deltas.bottleneck import AdapterSpec
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.prefix import PrefixSpec
+from bertology_serve.deltas.prompt import PromptSpec
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.errors import VerificationError
+from bertology_serve.serving.keyfile import ADMIN_KEYS
+from bertology_serve.tasks.spec import TaskSpec
+
+ADMIN = "the-admin-key-of-the-proof"
+HEADERS = {"Authorization": f"Bearer {ADMIN}"}
+PATIENCE = 180.0
+LENGTH = 64
+TAGS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
+ZOO: dict[str, tuple[object, TaskSpec]] = {
+    "mood": (LoraSpec(rank=8), TaskSpec("classification", ("bad", "good", "so-so"), LENGTH)),
+    "topic": (LoraSpec(rank=4), TaskSpec("classification", tuple(f"t{n}" for n in range(11)), LENGTH)),
+    "grade": (BitfitSpec(), TaskSpec("regression", max_length=LENGTH)),
+    "names": (AdapterSpec(width=8), TaskSpec("token-classification", TAGS, LENGTH)),
+    "tone": (PromptSpec(4), TaskSpec("classification", ("rude", "kind"), LENGTH)),
+    "sense": (PrefixSpec(4), TaskSpec("embedding", head="none", pooling="mean", max_length=LENGTH)),
+}
+WORDS = tuple(
+    "the of and in to a is for on with that by from at it river bank money cold house film good bad great very".split()
+)
+
+
+@dataclass
+class Served:
+    """A server in a process of its own."""
+
+    process: subprocess.Popen[str]
+    url: str
+
+    @property
+    def cpu(self) -> float:
+        """CPU seconds that it has used so far."""
+        parts = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+
+
+@dataclass
+class Stage:
+    """``quick`` measures less of everything. ``root`` is a directory for deltas, made on first use.
+
+    ``served_cpu`` are the CPU seconds of servers that have ended.
+    """
+
+    backbone: str
+    directory: Path
+    quick: bool
+    served_cpu: float = 0.0
+    _encoder: list[Encoder] = field(default_factory=list)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder, loaded once."""
+        if not self._encoder:
+            self._encoder.append(Encoder.load(self.backbone))
+            self._encoder[0].prepack()
+        return self._encoder[0]
+
+    @property
+    def zoo(self) -> Path:
+        """One delta of each kind, random, each NAME/1."""
+        root = self.directory / "zoo"
+        if not root.exists():
+            for seed, name in enumerate(ZOO):
+                self.save(root, name, "1", seed)
+        return root
+
+    def save(self, root: Path, name: str, version: str, seed: int, like: str | None = None) -> None:
+        """Writes one random delta like one of the zoo."""
+        spec, task = ZOO[like or name]
+        delta = self.random(name, spec, task, seed, version)
+        store.save(delta, root / name / version, self.encoder.anatomy, self.encoder.config.to_dict())
+
+    def random(self, name: str, spec: object, task: TaskSpec, seed: int, version: str = "1") -> Delta:
+        """A delta all of whose tensors are random, so that it changes something."""
+        import torch
+
+        live = LiveDelta(self.encoder, [spec], task, seed)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in live.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        return live.freeze(name, version=version)
+
+    @contextlib.contextmanager
+    def server(self, deltas: Path, *options: str, environ: Mapping[str, str] | None = None) -> Iterator[Served]:
+        """``bertology-serve serve`` with an admin key, once it answers. VerificationError where it does not."""
+        command = [sys.executable, "-m", "bertology_serve", "serve", "--backbone", self.backbone, "--port", "0",
+                   "--deltas", str(deltas), "--log-level", "error", *options]  # fmt: skip
+        with serving(command, {ADMIN_KEYS: ADMIN, **(environ or {})}) as served:
+            try:
+                yield served
+            finally:
+                with contextlib.suppress(OSError, ValueError, IndexError):
+                    self.served_cpu += served.cpu
+
+
+@contextlib.contextmanager
+def serving(command: list[str], environ: Mapping[str, str]) -> Iterator[Served]:
+    """A process that says its address on stderr, as ``serve`` does; it is ended at the end."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environ})
+    lines: list[str] = []
+    found = threading.Event()
+
+    def read() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line)
+            if re.search(r"ready.* http://", line):
+                found.set()
+        found.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        found.wait(PATIENCE)
+        address = re.search(r"http://[\w.:\[\]]+", " ".join(lines))
+        if process.poll() is not None or address is None:
+            raise VerificationError(f"the server did not start: {' '.join(lines[-3:]).strip()[-300:]}")
+        yield Served(process, address[0].rstrip(":"))
+    finally:
+        stop(process)
+        reader.join(10)
+        if process.stderr is not None:
+            process.stderr.close()
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Ends a process, kindly at first."""
+    if process.poll() is None:
+        process.terminate()
+    end = time.monotonic() + 30
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    if process.poll() is None:
+        process.kill()
+        process.wait(10)

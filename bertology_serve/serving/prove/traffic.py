@@ -1,0 +1,98 @@
+"""Calls at a given rate, or as fast as they are answered; and what became of them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from bertology_serve.serving.bench.wire import Broken, Wire, request_bytes
+from bertology_serve.serving.prove.stage import HEADERS
+
+Ask = Callable[[], bytes]
+
+
+@dataclass
+class Outcomes:
+    """Seconds of the calls that were answered and of those that were refused; ``broken`` had no answer.
+
+    ``unexplained`` refusals had no Retry-After.
+    """
+
+    answered: list[float] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)
+    broken: int = 0
+    unexplained: int = 0
+
+    def note(self, status: int, seconds: float, told: bool) -> None:
+        """One call."""
+        (self.answered if status == 200 else self.refused).append(seconds)
+        self.unexplained += status != 200 and not told
+
+
+def predict(delta: str, text: str | Sequence[str], delay_ms: int = 0) -> bytes:
+    """The bytes of a call of /predict."""
+    texts = [text] if isinstance(text, str) else text
+    body = msgspec.json.encode([{"delta": delta, "text": one} for one in texts])
+    headers = HEADERS | ({"X-Request-Timeout-Ms": str(delay_ms)} if delay_ms else {})
+    return request_bytes("POST", "/predict", body, headers)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that so large a share does not exceed; endless without values."""
+    ranked = sorted(values)
+    return ranked[min(len(ranked) - 1, int(share * len(ranked)))] if ranked else float("inf")
+
+
+async def closed(url: str, ask: Ask, clients: int, seconds: float, outcomes: Outcomes | None = None) -> Outcomes:
+    """So many clients, each asking again when it was answered."""
+    found, end = outcomes or Outcomes(), time.perf_counter() + seconds
+
+    async def one() -> None:
+        async with Wire(url) as wire:
+            while time.perf_counter() < end:
+                await _call(wire, ask(), found, time.perf_counter())
+
+    await asyncio.gather(*(one() for _ in range(clients)))
+    return found
+
+
+async def opened(url: str, ask: Ask, rate: float, seconds: float, seed: int = 0, most: int = 256) -> Outcomes:
+    """Poisson arrivals at ``rate`` a second, whether or not those before were answered; ``most`` connections.
+
+    Seconds count from the time at which a call was due, so that waiting for a connection is not left out.
+    """
+    found, draw, idle = Outcomes(), random.Random(seed), list[Wire]()
+    gate, tasks = asyncio.Semaphore(most), set[asyncio.Task[None]]()
+
+    async def one(due: float) -> None:
+        async with gate:
+            wire = idle.pop() if idle else Wire(url)
+            await _call(wire, ask(), found, due)
+            idle.append(wire)
+
+    due = time.perf_counter()
+    end = due + seconds
+    while due < end:
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        task = asyncio.create_task(one(due))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        due += draw.expovariate(rate)
+    await asyncio.gather(*tasks)
+    for wire in idle:
+        wire.close()
+    return found
+
+
+async def _call(wire: Wire, request: bytes, found: Outcomes, started: float) -> None:
+    try:
+        reply = await wire.send(request)
+    except (Broken, ConnectionError):
+        found.broken += 1
+        return
+    found.note(reply.status, time.perf_counter() - started, "retry-after" in reply.headers)

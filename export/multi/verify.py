@@ -1,0 +1,92 @@
+"""The graph for many deltas in ONNX Runtime, mixed batches, against each delta alone on the torch engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from bertology_serve.export.multi.emit import EMBEDDING, TOKEN_LOGITS
+from bertology_serve.export.multi.library import Library
+from bertology_serve.export.multi.stacks import INDEX
+from bertology_serve.export.reference import Reference
+from bertology_serve.export.samples import Case
+from bertology_serve.export.session import Session
+from bertology_serve.export.verify import NEIGHBOURS, Compared, Output, Report, decisions, square
+
+
+class Mixed:
+    """A session with a library: rows of cases, each for a delta in turn."""
+
+    def __init__(self, session: Session, library: Library, pad: int) -> None:
+        self.session, self.library, self.pad = session, library, pad
+
+    def rows(self, case: Case, owners: Sequence[int]) -> list[Output]:
+        """Each sequence's own output, padding and other deltas' columns left out."""
+        index = {INDEX: np.array(owners, np.int64)}
+        outputs = self.session.outputs(case.arrays(self.pad) | index | self.library.arrays)
+        found = []
+        for row, owner in enumerate(owners):
+            card = self.library.cards[owner]
+            own = outputs[card.output][row]
+            own = own[case.columns(row)] if card.output == TOKEN_LOGITS else own
+            found.append(own if card.output == EMBEDDING else own[..., : card.columns])
+        return found
+
+
+def verify_mixed(
+    mixed: Mixed,
+    references: Sequence[Reference],
+    numbers: Sequence[int],
+    cases: Iterable[Case],
+    atol: float,
+    max_drift: float,
+) -> Report:
+    """Compares on every case; ``references`` are deltas whose ``numbers`` in the library are these."""
+    cases, compared, same, squares, sequences = list(cases), [], list[bool](), np.zeros(2), 0
+    for number, case in enumerate(cases):
+        owners = dealt(number, len(case.encodings), len(references))
+        found = mixed.rows(case, [numbers[owner] for owner in owners])
+        expected = [
+            references[owner].outputs([one])[0].numpy() for owner, one in zip(owners, case.encodings, strict=True)
+        ]
+        differences = np.concatenate([np.abs(e - f).ravel() for e, f in zip(expected, found, strict=True)])
+        squares += [square(differences), sum(map(square, expected))]
+        scale = max(float(np.abs(one).max()) for one in expected)
+        compared.append(Compared(case.shape, float(differences.max()), float(differences.mean()), scale))
+        for owner, e, f in zip(owners, expected, found, strict=True):
+            same += [a == b for a, b in decisions(e, f, references[owner].task)]
+        sequences += len(owners)
+    return Report(
+        runtime=f"onnxruntime {mixed.session.version}",
+        provider=mixed.session.provider,
+        atol=atol,
+        largest=float(np.max([one.largest for one in compared])),
+        mean=float(np.mean([one.mean for one in compared])),
+        agreement=sum(same) / len(same) if same else None,
+        neighbours=_neighbours(mixed, cases, numbers),
+        scale=max(one.scale for one in compared),
+        sequences=sequences,
+        shapes=tuple(compared),
+        drift=float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0,
+        max_drift=max_drift,
+        neighbours_allowed=atol,
+        asked=mixed.session.asked,
+    )
+
+
+def dealt(number: int, sequences: int, deltas: int) -> list[int]:
+    """The deltas of a batch's sequences: each in turn, two neighbours now and then of the same one."""
+    return [(number * 5 + row - row // 3) % deltas for row in range(sequences)]
+
+
+def _neighbours(mixed: Mixed, cases: Sequence[Case], numbers: Sequence[int]) -> float:
+    """The largest change of a row between its batch and alone, over the largest mixed batches."""
+    sized = sorted(enumerate(cases), key=lambda one: sum(map(len, one[1].encodings)))
+    changes = [0.0]
+    for number, case in [one for one in sized if len(one[1].encodings) > 1][-NEIGHBOURS:]:
+        owners = [numbers[owner] for owner in dealt(number, len(case.encodings), len(numbers))]
+        for owner, encoding, together in zip(owners, case.encodings, mixed.rows(case, owners), strict=True):
+            alone = mixed.rows(Case((encoding,), len(encoding), left=False), [owner])[0]
+            changes.append(float(np.abs(alone - together).max()))
+    return float(np.max(changes))
