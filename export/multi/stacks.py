@@ -16,9 +16,9 @@ filled up with 0; tables of no columns say that no delta of the batch has anythi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from bertology_serve.deltas.slots import DOWN, FFN_NORM, KEY, OUTPUT, Anatomy
+from bertology_serve.deltas.slots import DOWN, FFN_NORM, OUTPUT, Anatomy
 from bertology_serve.encoder.bank import PREFIX, PROMPT, adapter
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
@@ -34,20 +34,20 @@ PREFIX_SHIFTED = 1
 class Stack:
     """One place: ``columns`` are its stacks' names and widths, ``tables`` its tables' names, each int64.
 
-    ``fixed`` are the widths of tables that are always as wide. ``sizes`` holds (K, N) of each layer where layers differ
-    (a pruned encoder): a narrower layer's columns stand first.
+    ``fixed`` are the widths of tables that are always as wide. Where layers differ, as in a pruned encoder, columns are
+    as wide as the widest, and ``layers`` holds the width of each.
     """
 
     name: str
     depth: int
     columns: dict[str, int]
     tables: tuple[str, ...]
-    fixed: dict[str, int]
-    sizes: tuple[tuple[int, int], ...] = ()
+    fixed: dict[str, int] = field(default_factory=dict)
+    layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def width(self, column: str, layer: int) -> int:
-        """The columns of a stack that a layer has."""
-        return self.sizes[layer][0 if column == "a" else 1] if self.sizes else self.columns[column]
+        """Of a stack in one layer."""
+        return self.layers[column][layer] if column in self.layers else self.columns[column]
 
     def input(self, column: str) -> str:
         """The name that a stack or table has as an input."""
@@ -69,13 +69,17 @@ def _stacks(anatomy: Anatomy) -> Iterator[Stack]:
     for slot in anatomy.slots.values():
         if slot.inputs:
             columns = {"a": slot.inputs, "b": slot.outputs}
-            yield Stack(slot.name, slot.depth, columns, ("ranks", "bias"), {}, slot.sizes)
+            layers = {
+                "a": tuple(slot.inputs_of(layer) for layer in range(slot.depth)),
+                "b": tuple(slot.outputs_of(layer) for layer in range(slot.depth)),
+            }
+            yield Stack(slot.name, slot.depth, columns, ("ranks", "bias"), layers=layers)
         else:
-            yield Stack(slot.name, slot.depth, {"b": slot.outputs}, ("bias",), {})
+            yield Stack(slot.name, slot.depth, {"b": slot.outputs}, ("bias",))
     for place in adapter_places(anatomy):
         columns = {"down": hidden, "down_bias": 1, "up": hidden}
-        yield Stack(adapter(place), depth, columns, ("units", "bias", "activation"), {})
+        yield Stack(adapter(place), depth, columns, ("units", "bias", "activation"))
     yield Stack(PROMPT, 1, {"v": anatomy.embedding_width}, ("rows", "form"), {"form": 4})
-    keys = anatomy.slot(KEY)
-    columns = {"k": keys.outputs, "v": keys.outputs}
-    yield Stack(PREFIX, depth, columns, ("rows", "form"), {"form": 2}, keys.sizes)
+    kept = tuple(anatomy.heads_of(layer) * anatomy.head_width for layer in range(depth))
+    widest = {"k": max(kept), "v": max(kept)}
+    yield Stack(PREFIX, depth, widest, ("rows", "form"), {"form": 2}, {"k": kept, "v": kept})

@@ -34,10 +34,10 @@ class Tables:
         return self.nodes("Greater", self.table(place, table).size(1).squeeze(0), 0)
 
     def rows(self, place: str, column: str, layer: int, numbers: Value) -> Value:
-        """Rows of one layer's stack: numbers [...] -> [..., width], as wide as the layer."""
-        own = self.places[place]
-        stack, width, mine = self.inputs[own.input(column)], own.columns[column], own.width(column, layer)
-        if own.depth > 1:
+        """Rows of one layer's stack: numbers [...] -> [..., width]."""
+        found, stack = self.places[place], self.inputs[self.places[place].input(column)]
+        if found.depth > 1:
             numbers = numbers + stack.size(1) * layer
-        rows = stack.reshape(-1, width).gather(numbers)
-        return rows if mine == width else self.nodes("Slice", rows, [0], [mine], [-1])
+        rows = stack.reshape(-1, found.columns[column]).gather(numbers)
+        width = found.width(column, layer)
+        return rows if width == found.columns[column] else self.nodes("Slice", rows, [0], [width], [-1])
