@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from bertology_serve.deltas.effects import Effects
-from bertology_serve.deltas.kind import Kind, Tensors
+from bertology_serve.deltas.kind import Cut, Kind, Tensors
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.errors import SpecError
 
@@ -46,4 +46,14 @@ def effects(spec: Ia3Spec, tensors: Tensors, anatomy: Anatomy) -> Effects:
     )
 
 
-IA3 = Kind("ia3", Ia3Spec, init, effects)
+def cut(spec: Ia3Spec, tensors: Tensors, anatomy: Anatomy, left: Cut) -> Tensors:
+    """Factors of outputs and of inputs."""
+    outer = {slot.name: slot for slot in map(anatomy.slot, spec.targets)}
+    inner = {slot.name: slot for slot in map(anatomy.slot, spec.feedforward)}
+    return {
+        **{name: left.outputs(tensors[name], slot, range(slot.depth)) for name, slot in outer.items()},
+        **{name: left.inputs(tensors[name], slot, range(slot.depth)) for name, slot in inner.items()},
+    }
+
+
+IA3 = Kind("ia3", Ia3Spec, init, effects, cut)
