@@ -70,6 +70,8 @@ def verify_mixed(
         shapes=tuple(compared),
         drift=float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0,
         max_drift=max_drift,
+        neighbours_allowed=atol,
+        asked=mixed.session.asked,
     )
 
 
