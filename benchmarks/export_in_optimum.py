@@ -2,8 +2,8 @@
 
     ENVIRONMENT/bin/python benchmarks/export_in_optimum.py DIR
 
-Runs in an environment of its own (torch, transformers==4.57.6, optimum-onnx[onnxruntime]==0.1.0): optimum's pins exclude
-this package's, so nothing of this package is imported. Exits with 1 where they differ.
+Runs in an environment of its own (torch, transformers==4.57.6, optimum-onnx[onnxruntime]==0.1.0): optimum's pins
+exclude this package's, so nothing of this package is imported. Exits with 1 where they differ.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def main(directory: Path) -> int:
     expected = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0]
     found = model(**inputs)[session.get_outputs()[0].name]
     off = float(np.abs(np.asarray(found) - expected).max())
-    print(f"optimum {__version__}, transformers {transformers.__version__}, onnxruntime {onnxruntime.__version__}: "
-          f"{kind.__name__}, {facts['task']}, labels {getattr(model.config, 'id2label', None)}, max |Δ| {off:.1e}")  # fmt: skip
+    versions = f"optimum {__version__}, transformers {transformers.__version__}, onnxruntime {onnxruntime.__version__}"
+    labels = getattr(model.config, "id2label", None)
+    print(f"{versions}: {kind.__name__}, {facts['task']}, labels {labels}, max |Δ| {off:.1e}")
     return int(off > 0)
 
 
