@@ -15,7 +15,9 @@ Use = Callable[[Served], bool]
 
 def measure(stage: Stage) -> Measured:
     """One server; each library asks it what it is for. The test suite asks more."""
-    passed, failed, absent = [], [], []
+    passed: list[str] = []
+    failed: list[str] = []
+    absent: list[str] = []
     with stage.server(stage.zoo) as served:
         for name, (module, use) in CLIENTS.items():
             if importlib.util.find_spec(module) is None:
