@@ -67,7 +67,8 @@ def _gain(path: str, magnitude: Tensor | None, weight: Tensor, change: Tensor) -
     """``m / ‖W + s B A‖`` [N], float64, for one module."""
     if magnitude is None or magnitude.numel() != len(weight):
         raise FormatError(f"the magnitudes of {path} are missing or of another width; save the checkpoint again")
-    return magnitude.flatten().double() / (weight.cpu().double() + change).norm(dim=1)
+    whole: Tensor = weight.cpu().double() + change
+    return magnitude.flatten().double() / torch.linalg.vector_norm(whole, dim=1)
 
 
 def _blank_biases(anatomy: Anatomy) -> Tensors:
