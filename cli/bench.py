@@ -10,6 +10,7 @@ import typer
 
 from bertology_serve.cli.bench_export import export
 from bertology_serve.cli.bench_kernels import kernels
+from bertology_serve.cli.bench_load import load
 from bertology_serve.cli.common import note, progress, table
 from bertology_serve.errors import VerificationError
 
@@ -26,6 +27,7 @@ def _bench() -> None:
 
 app.command()(kernels)
 app.command()(export)
+app.command()(load)
 
 
 @app.command()

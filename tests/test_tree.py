@@ -159,6 +159,7 @@ def test_every_command_is_in_the_table():
         "options",
         "bench_export",
         "bench_kernels",
+        "bench_load",
         "filling",
         "threads",
     }

@@ -99,6 +99,7 @@ class Pipeline:
         self.engine: Engine = encoder
         self.bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
         self._ready: dict[str, Ready] = {}
+        self._beside: dict[tuple[str, str], Ready] = {}
         self._freed: deque[str] = deque()
         self._keys = itertools.count(1)
         base = bare(BASE, encoder.ref, min(256, encoder.max_tokens))
@@ -109,9 +110,10 @@ class Pipeline:
         """The deltas that answer now, by name, the bare base included."""
         return {name: ready.delta for name, ready in list(self._ready.items())}
 
-    def add(self, delta: Delta) -> None:
+    def add(self, delta: Delta, beside: bool = False) -> None:
         """Makes a delta resident; one of the same name is replaced, its jobs under way finish on it.
 
+        ``beside`` keeps that one: the new version answers requests that name it, and no others.
         On a pruned encoder the deltas of what it was pruned from are sliced.
         Raises BaseMismatch for a delta of other weights, Unsupported for what this encoder cannot apply, LimitError
         where its sequences do not fit.
@@ -122,20 +124,25 @@ class Pipeline:
         head.load(delta.head)
         head.to(self.encoder.device).eval().requires_grad_(False)
         effects = self.encoder.allowed(delta.effects(self.encoder.anatomy))
-        if self.engine is not self.encoder and (effects.scale or effects.inner):
-            raise Unsupported(f"delta {delta.name!r} scales the encoder's rows: serve it with --engine torch")
         with self.encoder.lock:  # no batch runs meanwhile, so nothing is done here but copying rows
             self._sweep()
             key = f"{delta.name}#{next(self._keys)}"
             entry = self.bank.add(key, effects) if delta.specs else BARE
             ready = Ready(delta, task_for(delta.task), head, entry)
             weakref.finalize(ready, self._freed.append, key)
-            self._ready[delta.name] = ready
+            if beside:
+                self._beside[delta.name, delta.version] = ready
+            else:
+                self._ready[delta.name] = ready
 
-    def resident(self, name: str) -> Delta | None:
-        """The delta that answers under that name now."""
-        ready = self._ready.get(name)
+    def resident(self, name: str, version: str = "") -> Delta | None:
+        """The delta that answers under that name now; at that version, where one is named."""
+        ready = self._at(name, version)
         return ready.delta if ready else None
+
+    def dismiss(self, name: str, version: str) -> None:
+        """Takes away a version that stands beside the one that answers; unknown ones are fine."""
+        self._beside.pop((name, version), None)
 
     def remove(self, name: str) -> None:
         """Takes a delta away; its rows are freed once the last job under way has finished."""
@@ -152,11 +159,12 @@ class Pipeline:
 
     def prepare(self, request: Request) -> Job:
         """Checks and tokenises one request. Raises NotFound (VersionGone), DataError."""
-        ready = self._find(request.delta)
-        if request.version and request.version != ready.delta.version:
+        main = self._find(request.delta)
+        ready = self._at(request.delta, request.version)
+        if ready is None:
             raise VersionGone(
                 f"delta {request.delta!r} has no version {request.version[:80]!r} here; it answers with "
-                f"{ready.delta.version!r}"
+                f"{main.delta.version!r}"
             )
         example = ready.task.example(request.record, request.where, labelled=False)
         encodings = tuple(ready.task.encode(example, self.encoder.tokenizer))
@@ -208,6 +216,12 @@ class Pipeline:
                 f"delta {delta.name!r} is a whole checkpoint and shares no backbone; evaluate or export it by itself"
             )
         self.encoder.check_length(delta.task.max_length)
+
+    def _at(self, name: str, version: str) -> Ready | None:
+        ready = self._ready.get(name)
+        if ready is None or not version or ready.delta.version == version:
+            return ready
+        return self._beside.get((name, version))
 
     def _find(self, name: str) -> Ready:
         ready = self._ready.get(name)

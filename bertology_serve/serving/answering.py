@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from bertology_serve.deltas.delta import Delta
@@ -13,6 +14,7 @@ from bertology_serve.errors import NotFound, VersionGone
 from bertology_serve.serving.engine import Engine
 from bertology_serve.serving.keys import Access
 from bertology_serve.serving.registry import Registry
+from bertology_serve.serving.shadows import Shadows
 from bertology_serve.serving.tiers.cold import Cold
 
 SWAPS = 8
@@ -24,6 +26,7 @@ class Answering:
 
     def __init__(self, engine: Engine, registry: Registry, cold: Cold) -> None:
         self.engine, self.registry, self.cold = engine, registry, cold
+        self.shadows = Shadows(engine, registry.splits)
 
     def find(self, access: Access, name: str, version: str | None = None) -> Delta:
         """The delta of that name, where the caller may ask it. Raises Forbidden, NotFound."""
@@ -48,7 +51,28 @@ class Answering:
         if access.restricted:
             for name in names:
                 self.find(access, name)
-        tiers, charge = self.registry.tiers, charge or access.charge
+        if self.registry.splits:
+            items = [self._routed(item) for item in items]
+        found = await self._answer(names, items, gone, charge or access.charge, seconds, priority)
+        if self.registry.splits:
+            self.shadows.send(items, found)
+        return found
+
+    def _routed(self, item: Request) -> Request:
+        """The item as the canary's, where it names no version and the canary is due."""
+        version = "" if item.version else self.registry.splits.version(item.delta)
+        return replace(item, version=version) if version else item
+
+    async def _answer(
+        self,
+        names: Sequence[str],
+        items: Sequence[Request],
+        gone: Callable[[], Awaitable[None]] | None,
+        charge: Callable[[int], None],
+        seconds: float,
+        priority: int,
+    ) -> list[Prediction]:
+        tiers = self.registry.tiers
         if not any(tiers.is_cold(name) for name in names):
             tiers.touch(names)
             try:

@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from bertology_serve.errors import BertologyError
 from bertology_serve.serving.answering import Answering
-from bertology_serve.serving.engine import ClientGone
+from bertology_serve.serving.engine import ClientGone, Engine
 from bertology_serve.serving.faults import place_of
 from bertology_serve.serving.gate import Gate
 from bertology_serve.serving.handlers import Handlers
@@ -25,12 +25,14 @@ from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.lifecycle import Lifecycle
 from bertology_serve.serving.management import Management
 from bertology_serve.serving.metrics import Metrics
+from bertology_serve.serving.reconciler import Reconciler
 from bertology_serve.serving.rpc.server import GrpcServer
 from bertology_serve.serving.tiers.gauges import TierGauges
 from bertology_serve.serving.watcher import Watcher
 
 log = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
+STATE_SECONDS = 1.0  # how often the desired-state file is looked at
 SLOTS = 10_000  # deltas that fit, as far as routers are told: memory is the bound
 CLIENT_GONE = 499  # nobody reads it; it tells the metrics
 
@@ -40,14 +42,13 @@ def make_app(answering: Answering, metrics: Metrics, keyring: Keyring, rpc: Grpc
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        following = await _following(engine, lifecycle)
         engine.start()
-        every = engine.config.watch_seconds
-        watching = asyncio.create_task(Watcher(lifecycle, every).run()) if every else None
         if rpc:
             await rpc.start(answering, lifecycle, metrics, keyring)
         yield
-        if watching:
-            watching.cancel()
+        if following:
+            following.cancel()
         if rpc:
             await rpc.stop(engine.config.shutdown_seconds)
         lifecycle.close()
@@ -67,6 +68,19 @@ def make_app(answering: Answering, metrics: Metrics, keyring: Keyring, rpc: Grpc
     app = Starlette(routes=routes, middleware=[gate], lifespan=lifespan, exception_handlers={HTTPException: _refused})
     app.router.redirect_slashes = False
     return app
+
+
+async def _following(engine: Engine, lifecycle: Lifecycle) -> asyncio.Task[None] | None:
+    """What follows the desired-state file or else, where it is asked to, the directory of deltas.
+
+    The file is obeyed once before anything answers.
+    """
+    config = engine.config
+    if config.state_file is not None:
+        reconciler = Reconciler(config.state_file, lifecycle, engine.queue, config.watch_seconds or STATE_SECONDS)
+        await reconciler.look()
+        return asyncio.create_task(reconciler.run())
+    return asyncio.create_task(Watcher(lifecycle, config.watch_seconds).run()) if config.watch_seconds else None
 
 
 def make_routes(handlers: Handlers, management: Management, metrics: Metrics) -> list[Route]:
@@ -107,6 +121,7 @@ def make_routes(handlers: Handlers, management: Management, metrics: Metrics) ->
         post("/v2/repository/index", management.index),
         post("/v2/repository/models/{delta}/load", management.load),
         post("/v2/repository/models/{delta}/unload", management.unload),
+        post("/v2/repository/models/{delta}/rollback", management.rollback),
         *(
             post(f"{base}/{name}", endpoint)
             for base in ("", "/tei/{delta}")

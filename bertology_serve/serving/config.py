@@ -33,6 +33,7 @@ HELPS = {
     "asked. Without it all of them are resident.",
     "host_mb": "Memory for deltas that had to leave the device, in MiB: they come back without being read.",
     "max_cold_calls": "Most calls that wait for deltas to be loaded; beyond that 503 with Retry-After.",
+    "state_file": "JSON file of the desired state: version, canary, shadow, weight, pin of each delta. It is followed.",
     "watch_seconds": "Look at the directory of deltas that often: new versions answer, what has gone is taken away. "
     "0: only when told to, by /v2/repository.",
     "drain_seconds": "How long to go on accepting calls after SIGTERM while readiness already answers 503.",
@@ -66,6 +67,7 @@ class ServerConfig:
     device_mb: int | None = None
     host_mb: int = 1024
     max_cold_calls: int = 256
+    state_file: Path | None = None
     keys_file: Path | None = None
     watch_seconds: float = 0.0
     drain_seconds: float = 1.0

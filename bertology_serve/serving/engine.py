@@ -39,7 +39,7 @@ class Engine:
     """
 
     def __init__(self, pipeline: Pipeline, config: ServerConfig, metrics: Metrics) -> None:
-        self.config, self.pipeline, self._metrics = config, pipeline, metrics
+        self.config, self.pipeline, self.metrics = config, pipeline, metrics
         times = BatchTimes(1e-3 * config.max_batch_ms, config.max_batch_tokens)
         scheduler = FairScheduler(times.budget, config.weight_of())
         self.queue = WorkQueue(scheduler, times, config.max_queue_tokens, config.max_delta_tokens)
@@ -145,7 +145,7 @@ class Engine:
         try:
             self.queue.check(least)
         except Overloaded:
-            self._metrics.refused({name: count for name, count in least.items() if self.pipeline.resident(name)})
+            self.metrics.refused({name: count for name, count in least.items() if self.pipeline.resident(name)})
             raise
 
     def _jobs(self, requests: Sequence[Request]) -> list[Job]:
@@ -182,7 +182,7 @@ class Engine:
         return answers
 
     def _finished(self, works: Sequence[Work], outcome: str) -> None:
-        self._metrics.finished(works, outcome, time.monotonic())
+        self.metrics.finished(works, outcome, time.monotonic())
 
     def _deliver(self, batch: Sequence[Work], results: Sequence[Outcome]) -> None:
         """Hands outcomes over to the event loop, one wake-up a batch. In the executor's thread."""
@@ -194,7 +194,7 @@ class Engine:
 
     def _set_ready(self, is_ready: bool) -> None:
         self._ready = is_ready
-        self._metrics.ready(is_ready)
+        self.metrics.ready(is_ready)
 
 
 def _settle(batch: Sequence[Work], results: Sequence[Outcome]) -> None:

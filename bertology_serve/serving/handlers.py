@@ -52,7 +52,11 @@ class Handlers:
         if native.is_tei(body):
             return await self.tei.call(request, PREDICT, body)
         call = native.read_call(body)
-        return _json(native.write_answers(call, await self._answer(request, call.requests)))
+
+        async def answer() -> Response:
+            return _json(native.write_answers(call, await self._answer(request, call.requests)))
+
+        return await of_one_version(answer)
 
     async def task(self, request: Request) -> Response:
         """POST /models/{delta}"""

@@ -14,6 +14,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import BertologyError
 from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.registry import Registry
+from bertology_serve.serving.splits import Split
 
 log = logging.getLogger(__name__)
 READY, UNAVAILABLE, LOADING, UNLOADING = "READY", "UNAVAILABLE", "LOADING", "UNLOADING"
@@ -46,6 +47,18 @@ class Lifecycle:
             with self._telling(name, LOADING):
                 delta = await self._run(lambda: self.registry.put(name, version))
         log.info("delta %s: version %s answers", delta.name, delta.version)
+        return delta
+
+    async def split(self, name: str, split: Split) -> None:
+        """Gives a canary its share and a shadow its copies; raises what is wrong with them, and nothing changes."""
+        async with self._lock(name):
+            await self._run(lambda: self.registry.split(name, split))
+
+    async def rollback(self, name: str) -> Delta:
+        """Makes the version answer that answered before. NotFound where there was none."""
+        async with self._lock(name):
+            delta = await self._run(lambda: self.registry.rollback(name))
+        log.info("delta %s: back to version %s", delta.name, delta.version)
         return delta
 
     async def unload(self, name: str) -> None:

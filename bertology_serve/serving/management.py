@@ -33,6 +33,13 @@ class Management:
         delta = await self.lifecycle.load(request.path_params["delta"], version)
         return json_response(asdict(Entry(delta.name, delta.version, READY)))
 
+    async def rollback(self, request: Request) -> Response:
+        """POST /v2/repository/models/{delta}/rollback, this project's own"""
+        access_of(request.scope).check_admin()
+        repository.read_unload(await self._body(request))
+        delta = await self.lifecycle.rollback(request.path_params["delta"])
+        return json_response(asdict(Entry(delta.name, delta.version, READY)))
+
     async def unload(self, request: Request) -> Response:
         """POST /v2/repository/models/{delta}/unload"""
         access_of(request.scope).check_admin()

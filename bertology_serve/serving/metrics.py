@@ -44,6 +44,9 @@ class Metrics:
         self._batch_tokens = Histogram("bertology_batch_tokens", "Tokens in one batch", buckets=_TOKENS, registry=own)
         self._batch_items = Histogram("bertology_batch_items", "Items in one batch", buckets=_COUNTS, registry=own)
         self._batch_deltas = Histogram("bertology_batch_deltas", "Deltas in one batch", buckets=_COUNTS, registry=own)
+        self._shadows = Counter(
+            "bertology_shadow_items", "Items that shadows were asked too", ("delta", "version", "outcome"), registry=own
+        )
         self._deltas = Gauge("bertology_deltas", "Deltas that answer", registry=own)
         self._ready = Gauge("bertology_ready", "1 while readiness answers 200", registry=own)
 
@@ -79,6 +82,10 @@ class Metrics:
         """Notes how many items of each delta were refused before they were read."""
         for delta, count in items.items():
             self._child(self._items, (self._label(delta), REFUSED)).inc(count)
+
+    def shadow(self, delta: str, version: str, outcome: str) -> None:
+        """Notes whether a shadow decided as the version that answered."""
+        self._child(self._shadows, (self._label(delta), version, outcome)).inc()
 
     def call(self, status: int) -> None:
         """Notes the status of one call."""

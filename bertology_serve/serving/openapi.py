@@ -99,6 +99,7 @@ def _paths() -> dict[str, Any]:
         },
         "/v2/repository/index": {"post": _manage("Every version on disk or in service", "index")},
         "/v2/repository/models/{delta}/load": {"post": _manage("Load a version, or swap to it", "load")},
+        "/v2/repository/models/{delta}/rollback": {"post": _manage("Back to the version before", "rollback")},
         "/v2/repository/models/{delta}/unload": {"post": _manage("Take a delta away", "unload")},
         **_tei_paths(),
         "/health": {"get": _get("State of the server", {"type": "object"})},

@@ -94,6 +94,11 @@ class WorkQueue:
         with self._changed:
             return list(self._scheduler.counters())
 
+    def weigh(self, weights: Mapping[str, float]) -> None:
+        """Sets the weights of some deltas from now on."""
+        with self._changed:
+            self._scheduler.weigh(weights)
+
     def take(self) -> list[Work]:
         """The next batch; waits for one. Empty once the queue is closed and everything in it was taken."""
         with self._changed:

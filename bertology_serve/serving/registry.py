@@ -12,7 +12,8 @@ from bertology_serve.deltas import catalog, store
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import BASE, Pipeline
 from bertology_serve.errors import BertologyError, NotFound, nearest
-from bertology_serve.serving.tiers.cards import card_of, read_card
+from bertology_serve.serving.splits import Split, Splits
+from bertology_serve.serving.tiers.cards import Card, card_of, read_card
 from bertology_serve.serving.tiers.tiers import Tiers
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class Registry:
         host_bytes: float = 0,
     ) -> None:
         self.pipeline, self.root = pipeline, root
+        self.splits = Splits()
+        self._before: dict[str, tuple[Card, Delta]] = {}
         self.tiers = Tiers(pipeline, lambda card: self._read(card.path, card.name), device_bytes, host_bytes)
 
     def load(self, root: Path, skip_bad: bool = False) -> list[Refused]:
@@ -92,12 +95,44 @@ class Registry:
         if resident is not None and resident.version == chosen:
             return resident
         delta = self._read(known[chosen], name)
-        self.tiers.put(card_of(delta, known[chosen]), delta)
+        self._swap(card_of(delta, known[chosen]), delta)
         return delta
+
+    def rollback(self, name: str) -> Delta:
+        """Makes the version answer again that answered before; it was kept, so nothing is read. NotFound."""
+        before = self._before.get(name)
+        if before is None:
+            raise NotFound(f"delta {name[:80]!r} had no version before this one; load one by name")
+        self._swap(*before)
+        return before[1]
+
+    def split(self, name: str, split: Split) -> None:
+        """Brings a canary and a shadow up beside the version that answers, and takes away those that are no more."""
+        stale = self.splits.of(name).versions - split.versions
+        known = catalog.versions(self.root, name) if self.root is not None and split.versions else {}
+        for version in sorted(split.versions):
+            if version not in known:
+                raise NotFound(f"delta {name!r} has no version {version[:80]!r}; {nearest(version[:80], known)}")
+            if self.pipeline.resident(name, version) is None:
+                self.pipeline.add(self._read(known[version], name), beside=True)
+        self.splits.put(name, split)
+        for version in stale:
+            self.pipeline.dismiss(name, version)
+
+    def _swap(self, card: Card, delta: Delta) -> None:
+        """One version for another; the old one is kept for a rollback."""
+        old, card_before = self.pipeline.resident(card.name), self.tiers.cards.get(card.name)
+        self.tiers.put(card, delta)
+        if old is not None and card_before is not None and old.version != delta.version:
+            self._before[card.name] = (card_before, old)
 
     def remove(self, name: str) -> None:
         """Takes a delta away; its rows are freed once the last call under way has finished. NotFound, Unsupported."""
         self.tiers.remove(name)
+        self._before.pop(name, None)
+        for version in self.splits.of(name).versions:
+            self.pipeline.dismiss(name, version)
+        self.splits.put(name, Split())
 
     def shelf(self) -> dict[str, list[str]]:
         """The versions that lie in the served directory, by delta, the newest last.
@@ -125,7 +160,8 @@ class Registry:
 
         Raises NotFound, whose message names only deltas that are ``visible`` to the caller.
         """
-        delta = self.pipeline.resident(name) or self.tiers.cards.get(name)
+        chosen = version or self.splits.version(name)
+        delta = self.pipeline.resident(name, chosen) or self.pipeline.resident(name) or self.tiers.cards.get(name)
         if delta is None:
             known = [other for other in {**self.pipeline.deltas, **self.tiers.cards} if visible(other)]
             raise NotFound(f"no delta {name[:80]!r}; {nearest(name, known)}; GET /models lists them")

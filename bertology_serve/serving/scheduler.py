@@ -39,6 +39,12 @@ class FairScheduler:
         self._floor = 0.0
         self._spent: dict[str, float] = {}  # counters above the floor of deltas that do not wait now
 
+    def weigh(self, weights: Mapping[str, float]) -> None:
+        """Changes some weights; what has been charged stays charged."""
+        self._weights.update(weights)
+        for name in weights.keys() & self._lanes.keys():
+            self._lanes[name].weight = weights[name]
+
     def waiting(self, delta: str) -> int:
         """Tokens that wait for one delta."""
         lane = self._lanes.get(delta)

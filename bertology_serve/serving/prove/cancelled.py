@@ -32,7 +32,7 @@ class Gated(Pipeline):
 
 def measure(stage: Stage) -> Measured:
     """Calls that wait in the queue lose their clients while a batch is held up."""
-    calls = 200 if stage.quick else 1000
+    calls = stage.count(200, 1000)
     pipeline = Gated(stage.encoder)
     gone, dropped = asyncio.run(_run(pipeline, calls))
     computed = sum(text.startswith("gone") for text in pipeline.texts)

@@ -21,7 +21,7 @@ def measure(stage: Stage) -> Measured:
 
     The ratio is the median over the rounds of the ratio of their 99th percentiles.
     """
-    rounds, seconds = (3, 5.0) if stage.quick else (9, 10.0)
+    rounds, seconds = stage.count(3, 9), stage.seconds(5.0, 10.0)
     root = stage.directory / "cold"
     for number in range(COLD):
         stage.save(root, f"cold-{number}", "1", number, "mood")

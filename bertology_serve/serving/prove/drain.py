@@ -21,7 +21,7 @@ def measure(stage: Stage) -> Measured:
     """Clients that never stop asking while the server is told to; five times, or once."""
     waits: list[float] = []
     outcomes: Counter[str] = Counter()
-    for _ in range(1 if stage.quick else 5):
+    for _ in range(stage.count(1, 5)):
         with stage.server(stage.zoo, "--drain-seconds", "1") as served:
             wait, found = asyncio.run(_run(served))
         waits.append(wait)

@@ -25,7 +25,7 @@ FLOOR = 200
 
 def measure(stage: Stage) -> Measured:
     """Each damage on a copy of a good delta: it must be refused with an error of this package, and not answer."""
-    counts = (130, 80) if stage.quick else (600, 400)
+    counts = stage.count(130, 600), stage.count(80, 400)
     published, crashed, tried = [], [], 0
     registry = Registry(Pipeline(stage.encoder), stage.directory / "hostile")
     for number, damage in enumerate(damages(counts[0])):
@@ -117,13 +117,14 @@ def _bodies(stage: Stage, count: int) -> tuple[int, list[str]]:
     draw, faults, sent = random.Random(1), [], 0
     paths = ("/predict", "/models/mood", "/v2/models/mood/infer", "/v1/embeddings", "/embed", "/rerank", "/tokenize")
     good = json.dumps({"delta": "mood", "model": "mood", "inputs": ["a"], "text": "a"}).encode()
+    bomb = gzip.compress(bytes(32 << 20))
     with stage.server(stage.zoo) as served, httpx.Client(base_url=served.url, timeout=30) as client:
         from bertology_serve.serving.prove.stage import HEADERS
 
         for number in range(count):
             headers = dict(HEADERS)
             body = (
-                b"[" * 50_000, b'{"inputs":' + b"[" * 900, gzip.compress(bytes(64 << 20)), b"\xff" * 1000,
+                b"[" * 50_000, b'{"inputs":' + b"[" * 900, bomb, b"\xff" * 1000,
                 good[: draw.randrange(len(good))], bytes(draw.randrange(256) for _ in range(200)),
                 b'{"delta": "mood", "text": ' + b"9" * 5000 + b"}", good.replace(b'"a"', b"1e999"),
                 good.replace(b'"a"', b'"\\ud800"'), b"",

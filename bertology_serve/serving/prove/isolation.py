@@ -18,7 +18,7 @@ Numbers = list[float]
 
 def measure(stage: Stage) -> Measured:
     """Solo runs of a few texts for every delta of the zoo and the bare base; then random mixed batches of those."""
-    rows, texts = (3_000, 20) if stage.quick else (100_000, 400)
+    rows, texts = stage.count(3_000, 100_000), stage.count(20, 400)
     registry = Registry(Pipeline(stage.encoder))
     registry.load(stage.zoo)
     pipeline, draw = registry.pipeline, random.Random(0)

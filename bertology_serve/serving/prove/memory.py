@@ -16,7 +16,7 @@ BOUND = 1024.0  # bytes of RSS a cycle
 
 def measure(stage: Stage) -> Measured:
     """Cycles of put and remove through all of the zoo; the slope of RSS over the latter three quarters."""
-    cycles = 400 if stage.quick else 1000
+    cycles = stage.count(400, 1000)
     registry = Registry(Pipeline(stage.encoder), stage.zoo)
     names = list(ZOO)
     points: list[tuple[int, int]] = []

@@ -20,7 +20,7 @@ BUDGET = 1024
 
 def measure(stage: Stage) -> Measured:
     """CPU seconds of a server with a stub for a pipeline; tokens a second of a real one, beside its bare engine."""
-    seconds = 5.0 if stage.quick else 20.0
+    seconds = stage.seconds(5.0, 20.0)
     command = [sys.executable, "-m", "bertology_serve.serving.prove.stub", stage.backbone]
     with serving(command, {}) as served:
         each = asyncio.run(_cost(served, seconds))

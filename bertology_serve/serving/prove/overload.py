@@ -16,7 +16,7 @@ CLIENTS = 32
 
 def measure(stage: Stage) -> Measured:
     """Peak: a closed loop of clients. Overload: Poisson arrivals at five times that rate."""
-    seconds = 6.0 if stage.quick else 30.0
+    seconds = stage.seconds(6.0, 30.0)
     draw = random.Random(0)
     texts = [" ".join(draw.choices(WORDS, k=30)) for _ in range(8)]
     ask = predict("mood", texts)

@@ -30,7 +30,7 @@ from bertology_serve.tasks.spec import TaskSpec
 ADMIN = "the-admin-key-of-the-proof"
 HEADERS = {"Authorization": f"Bearer {ADMIN}"}
 PATIENCE = 180.0
-LENGTH = 64
+LENGTH = 48
 TAGS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
 ZOO: dict[str, tuple[object, TaskSpec]] = {
     "mood": (LoraSpec(rank=8), TaskSpec("classification", ("bad", "good", "so-so"), LENGTH)),
@@ -65,7 +65,7 @@ class Served:
 
 @dataclass
 class Stage:
-    """``quick`` measures less of everything. ``root`` is a directory for deltas, made on first use.
+    """``quick`` measures less of everything, ``pace`` times that. Deltas are written below ``directory``.
 
     ``served_cpu`` are the CPU seconds of servers that have ended.
     """
@@ -73,8 +73,17 @@ class Stage:
     backbone: str
     directory: Path
     quick: bool
+    pace: float = 1.0
     served_cpu: float = 0.0
     _encoder: list[Encoder] = field(default_factory=list)
+
+    def count(self, quick: int, full: int) -> int:
+        """How many of something."""
+        return max(1, round(self.pace * (quick if self.quick else full)))
+
+    def seconds(self, quick: float, full: float) -> float:
+        """How long."""
+        return self.pace * (quick if self.quick else full)
 
     @property
     def encoder(self) -> Encoder:

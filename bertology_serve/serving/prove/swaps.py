@@ -22,7 +22,7 @@ CLIENTS = 4
 
 def measure(stage: Stage) -> Measured:
     """Versions of three tasks and two kinds under one name."""
-    swaps = 100 if stage.quick else 500
+    swaps = stage.count(100, 500)
     root = stage.directory / "swaps"
     expected: dict[str, list[float]] = {}
     for seed, (version, like) in enumerate(VERSIONS.items()):

@@ -61,9 +61,12 @@ async def closed(url: str, ask: Ask, clients: int, seconds: float, outcomes: Out
     return found
 
 
-async def opened(url: str, ask: Ask, rate: float, seconds: float, seed: int = 0, most: int = 256) -> Outcomes:
+async def opened(
+    url: str, ask: Ask, rate: float, seconds: float, seed: int = 0, most: int = 256, burst: float = 1.0
+) -> Outcomes:
     """Poisson arrivals at ``rate`` a second, whether or not those before were answered; ``most`` connections.
 
+    With ``burst`` above 1 so many come together on average, as many a second as ever.
     Seconds count from the time at which a call was due, so that waiting for a connection is not left out.
     """
     found, draw, idle = Outcomes(), random.Random(seed), list[Wire]()
@@ -79,14 +82,23 @@ async def opened(url: str, ask: Ask, rate: float, seconds: float, seed: int = 0,
     end = due + seconds
     while due < end:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        task = asyncio.create_task(one(due))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-        due += draw.expovariate(rate)
+        for _ in range(together(draw, burst)):
+            task = asyncio.create_task(one(due))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        due += draw.expovariate(rate / burst)
     await asyncio.gather(*tasks)
     for wire in idle:
         wire.close()
     return found
+
+
+def together(draw: random.Random, mean: float) -> int:
+    """How many calls come at once: geometric with that mean, from 1."""
+    count = 1
+    while draw.random() >= 1 / mean:
+        count += 1
+    return count
 
 
 async def _call(wire: Wire, request: bytes, found: Outcomes, started: float) -> None:

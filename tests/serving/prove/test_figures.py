@@ -1,0 +1,184 @@
+"""Every figure in very small, with the server in this process; and that each sees what it is there to see."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.errors import Overloaded, VerificationError
+from bertology_serve.serving.keys import Key, Keyring, digest_of
+from bertology_serve.serving.prove import (
+    cancelled,
+    cold,
+    drain,
+    fairness,
+    hostile,
+    isolation,
+    memory,
+    overhead,
+    overload,
+    swaps,
+)
+from bertology_serve.serving.prove.figure import Figure, Measured, prove
+from bertology_serve.serving.prove.figures import FIGURES
+from bertology_serve.serving.prove.stage import ADMIN, ZOO, Stage
+from bertology_serve.serving.prove.traffic import percentile
+from bertology_serve.serving.registry import Registry
+from tests.serving.running import Running, running
+
+
+class Near:
+    """A server of this process as ``Served`` shows one of another."""
+
+    def __init__(self, server: Running) -> None:
+        self.url, self.cpu, self._server = server.url.rstrip("/"), 1.0, server.server
+
+    def terminate(self) -> None:
+        self._server.drain()
+
+
+@pytest.fixture(scope="module")
+def stage(encoder, tmp_path_factory) -> Iterator[Stage]:
+    made = Stage(encoder.name, tmp_path_factory.mktemp("prove"), quick=True, pace=0.02)
+    made._encoder.append(encoder)
+
+    @contextmanager
+    def server(self: Stage, deltas: Path, *options: str, environ: Any = None) -> Iterator[Near]:
+        given = dict(zip((name[2:].replace("-", "_") for name in options[::2]), map(float, options[1::2]), strict=True))
+        room = given.pop("device_mb", None)
+        registry = Registry(Pipeline(encoder), deltas, float("inf") if room is None else 40_000)
+        given.pop("host_mb", None)
+        registry.load(deltas)
+        ring = Keyring([Key("admin", digest_of(ADMIN, ""), admin=True)])
+        numbers = {name: int(value) if name.endswith("tokens") else value for name, value in given.items()}
+        with running(registry.pipeline, ring, deltas, registry, **numbers) as started:
+            yield Near(started)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "server", server)
+        yield made
+
+
+def test_isolation(stage, monkeypatch):
+    found = isolation.measure(stage)
+    assert found.holds, found.words
+    assert found.facts["rows"] == 60
+    run = Pipeline.run
+
+    def swapped(self: Pipeline, jobs: Any) -> Any:
+        return run(self, jobs) if len(jobs) == 1 else run(self, jobs)[::-1]
+
+    monkeypatch.setattr(Pipeline, "run", swapped)
+    assert not isolation.measure(stage).holds
+
+
+def test_memory(stage, monkeypatch):
+    found = memory.measure(dataclasses.replace(stage, pace=0.08, _encoder=stage._encoder))
+    assert found.facts["device"] == 0
+    assert found.facts["cycles"] == 32
+    sizes = iter(range(0, 10**9, 10**6))
+    monkeypatch.setattr(memory, "resident", lambda: next(sizes))
+    assert not memory.measure(dataclasses.replace(stage, pace=0.08, _encoder=stage._encoder)).holds
+
+
+def test_swaps(stage):
+    found = swaps.measure(dataclasses.replace(stage, pace=0.12, _encoder=stage._encoder))
+    assert found.holds, found.words
+
+
+def test_drain(stage):
+    found = drain.measure(stage)
+    assert found.facts["answered"] > 0
+    assert "lost" not in found.facts
+    assert "not ready after" in found.words
+
+
+def test_cancelled(stage, monkeypatch):
+    found = cancelled.measure(stage)
+    assert found.holds, found.words
+    monkeypatch.setattr("bertology_serve.serving.engine.Engine._drop", lambda *_: None)
+    assert not cancelled.measure(stage).holds
+
+
+def test_cold(stage):
+    found = cold.measure(dataclasses.replace(stage, pace=0.1, _encoder=stage._encoder))
+    assert found.facts["loaded"] > 0
+    assert found.facts["ratios"][0] > 0
+
+
+def test_fairness(stage):
+    found = fairness.measure(dataclasses.replace(stage, pace=0.08, _encoder=stage._encoder))
+    assert "calls of the flooder answered" in found.words
+    assert found.facts["refused"] == 0
+
+
+def test_overload(stage):
+    found = overload.measure(dataclasses.replace(stage, pace=0.08, _encoder=stage._encoder))
+    assert found.facts["peak"] > 0
+    assert found.words.endswith("0 without Retry-After")
+
+
+def test_overhead(stage, encoder, monkeypatch):
+    from bertology_serve.serving.prove.stub import Stub
+
+    @contextmanager
+    def near(command: list[str], environ: Any) -> Iterator[Near]:
+        with running(Stub(encoder)) as started:
+            assert started.post("/predict", {"delta": "x", "text": "y"}).json()["label"] == "good"
+            yield Near(started)
+
+    monkeypatch.setattr(overhead, "serving", near)
+    found = overhead.measure(stage)
+    assert found.facts["bare_texts_s"] > 0
+    assert found.facts["http_texts_s"] > 0
+
+
+def test_hostile(stage, monkeypatch):
+    small = dataclasses.replace(stage, pace=0.3, _encoder=stage._encoder)
+    found = hostile.measure(small)
+    assert (found.facts["published"], found.facts["crashed"], found.facts["faults"]) == ([], [], [])
+    put = Registry.put
+
+    def careless(self: Registry, name: str, version: str | None = None) -> Any:
+        if not (self.root / "mood" / "1" / hostile.MANIFEST).is_file():
+            raise KeyError("a crash")
+        self.tiers.cards["mood"] = self.pipeline.deltas["base"]
+        return put
+
+    monkeypatch.setattr(Registry, "put", careless)
+    blind = hostile.measure(dataclasses.replace(stage, pace=0.1, _encoder=stage._encoder))
+    assert blind.facts["published"]
+    assert blind.facts["crashed"]
+    assert not blind.holds
+
+
+def test_a_line_of_the_proof(stage):
+    line = prove(Figure(99, "promise", lambda _: Measured("words", True, {"a": 1})), stage)
+    assert line.as_dict() | {"seconds": 0, "cpu_seconds": 0} == {
+        "number": 99, "promise": "promise", "measured": "words", "holds": True, "facts": {"a": 1},
+        "seconds": 0, "cpu_seconds": 0,
+    }  # fmt: skip
+    assert len({figure.number for figure in FIGURES}) == len(FIGURES)
+    assert len(ZOO) == 6
+
+
+def test_percentiles():
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert percentile([1.0], 0.99) == 1.0
+    assert percentile([], 0.5) == float("inf")
+
+
+def test_a_server_that_does_not_start_is_told(tmp_path, monkeypatch):
+    from bertology_serve.serving.prove import stage as module
+
+    with (
+        pytest.raises(VerificationError, match="did not start: no such thing"),
+        module.serving(["sh", "-c", "echo no such thing >&2; exit 3"], {}),
+    ):
+        raise Overloaded("not reached")
