@@ -47,13 +47,11 @@ def effects(spec: Ia3Spec, tensors: Tensors, anatomy: Anatomy) -> Effects:
 
 
 def cut(spec: Ia3Spec, tensors: Tensors, anatomy: Anatomy, left: Cut) -> Tensors:
-    """Factors of outputs and of inputs."""
-    outer = {slot.name: slot for slot in map(anatomy.slot, spec.targets)}
-    inner = {slot.name: slot for slot in map(anatomy.slot, spec.feedforward)}
-    return {
-        **{name: left.outputs(tensors[name], slot, range(slot.depth)) for name, slot in outer.items()},
-        **{name: left.inputs(tensors[name], slot, range(slot.depth)) for name, slot in inner.items()},
-    }
+    """Factors by the outputs or inputs that they are for."""
+    sides = dict.fromkeys(anatomy.resolve(spec.targets), left.outputs)
+    sides |= dict.fromkeys(anatomy.resolve(spec.feedforward), left.inputs)
+    slots = {name: anatomy.slot(name) for name in sides}
+    return {name: side(tensors[name], slots[name], slots[name].present) for name, side in sides.items()}
 
 
 IA3 = Kind("ia3", Ia3Spec, init, effects, cut)
