@@ -68,7 +68,8 @@ def _gain(path: str, magnitude: Tensor | None, weight: Tensor, change: Tensor) -
     if magnitude is None or magnitude.numel() != len(weight):
         raise FormatError(f"the magnitudes of {path} are missing or of another width; save the checkpoint again")
     whole: Tensor = weight.cpu().double() + change
-    return magnitude.flatten().double() / torch.linalg.vector_norm(whole, dim=1)
+    gain: Tensor = magnitude.flatten().double() / torch.linalg.vector_norm(whole, dim=1)
+    return gain
 
 
 def _blank_biases(anatomy: Anatomy) -> Tensors:
