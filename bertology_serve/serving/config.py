@@ -40,6 +40,7 @@ HELPS = {
     "shutdown_seconds": "How long accepted calls may take to finish after that.",
     "log_format": "Lines for people, or JSON objects for machines.",
     "log_calls": "Log every call: method, path, status, milliseconds, and the name of its key. No texts.",
+    "traces": "OpenTelemetry spans of calls, queue and batches; needs the extra otel and a configured SDK.",
     "log_level": "What to log on stderr; texts are never logged.",
 }
 
@@ -74,6 +75,7 @@ class ServerConfig:
     shutdown_seconds: float = 30.0
     log_format: Literal["text", "json"] = "text"
     log_calls: bool = False
+    traces: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     def __post_init__(self) -> None:

@@ -43,7 +43,9 @@ class Executor:
 
     def _loop(self) -> None:
         while batch := self._queue.take():
-            start = time.perf_counter()
+            start, now = time.perf_counter(), time.monotonic()
+            for work in batch:
+                work.started = now
             outcomes = self._outcomes([work.job for work in batch])
             seconds = time.perf_counter() - start
             self._queue.served(sum(work.cost for work in batch), seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -36,6 +37,14 @@ class Gate:
             await self._app(scope, receive, send)
             return
         send = _noting(scope, send) if self._log_calls else send
+        if self._metrics.tracing is None:
+            await self._judge(scope, receive, send)
+            return
+        with self._metrics.tracing.call(scope) as span:
+            await self._judge(scope, receive, _traced(span, send))
+
+    async def _judge(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Rights, rates and sizes, before anything else."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         size = len(scope["raw_path"]) + len(scope["query_string"])
         for name, value in headers:
@@ -54,6 +63,17 @@ class Gate:
             refusal = error_response(message, 431, scope["path"])
         self._metrics.call(refusal.status_code)
         await refusal(scope, receive, send)
+
+
+def _traced(span: Any, send: Send) -> Send:
+    """Gives a span the status of the answer."""
+
+    async def traced(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            span.set_attribute("http.response.status_code", message["status"])
+        await send(message)
+
+    return traced
 
 
 def _noting(scope: Scope, send: Send) -> Send:

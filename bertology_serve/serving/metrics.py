@@ -12,6 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from bertology_serve.serving.affinity import Affinity
 from bertology_serve.serving.queue import WorkQueue
 from bertology_serve.serving.statistics import Statistics
+from bertology_serve.serving.tracing import Tracing
 from bertology_serve.serving.work import Work
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -24,12 +25,13 @@ _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 class Metrics:
     """One server's counters, in a registry of their own. ``most_deltas`` are named, later ones are ``other``;
-    ``statistics`` are those of the Open Inference Protocol."""
+    ``statistics`` are those of the Open Inference Protocol; ``tracing`` makes spans where it is set."""
 
     def __init__(self, most_deltas: int = 200) -> None:
         self._most, self._named = most_deltas, set[str]()
         self.registry = CollectorRegistry()
         self.statistics = Statistics()
+        self.tracing: Tracing | None = None
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
         own = self.registry
         self._items = Counter("bertology_items", "Items by delta and outcome", ("delta", "outcome"), registry=own)
@@ -69,6 +71,8 @@ class Metrics:
 
     def finished(self, works: Sequence[Work], outcome: str, now: float) -> None:
         """Notes what became of queued items; ``now`` is the time of the queue's clock."""
+        if self.tracing:
+            self.tracing.works(works, outcome, now)
         if outcome in (ANSWERED, FAILED):
             self.statistics.finished(works, outcome == ANSWERED, now)
         for work in works:

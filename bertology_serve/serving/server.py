@@ -28,6 +28,7 @@ from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.registry import Registry
 from bertology_serve.serving.rpc.server import GrpcServer
 from bertology_serve.serving.tiers.cold import Cold
+from bertology_serve.serving.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Server(uvicorn.Server):
         keyring: Keyring | None = None,
     ) -> None:
         metrics = Metrics(config.max_metric_deltas)
+        metrics.tracing = Tracing() if config.traces else None
         self._announce = announce
         self.engine = Engine(pipeline, config, metrics)
         cold = Cold(registry.tiers, config.max_cold_calls)

@@ -24,17 +24,18 @@ DEFAULT_PRIORITY = 5  # of calls that ask for none
 
 
 class Work:
-    """One job of one call. ``cost`` is in tokens, ``arrived`` and ``deadline`` in seconds of the queue's clock.
+    """One job of one call. ``cost`` is in tokens, ``arrived``, ``started`` and ``deadline`` in seconds of the queue's
+    clock; 0: not yet.
 
     Of one delta's work that with the lowest ``priority`` goes first; 0 asks for none.
     """
 
-    __slots__ = ("arrived", "cost", "deadline", "index", "job", "priority", "state", "ticket")
+    __slots__ = ("arrived", "cost", "deadline", "index", "job", "priority", "started", "state", "ticket")
 
     def __init__(self, job: Job, ticket: Ticket, index: int, deadline: float = math.inf, priority: int = 0) -> None:
         self.job, self.ticket, self.index, self.deadline = job, ticket, index, deadline
         self.priority = priority or DEFAULT_PRIORITY
-        self.cost, self.arrived, self.state = job.cost, 0.0, State.WAITING
+        self.cost, self.arrived, self.started, self.state = job.cost, 0.0, 0.0, State.WAITING
 
     @property
     def delta(self) -> str:

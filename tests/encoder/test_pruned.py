@@ -81,7 +81,8 @@ def pair(family: str, folder: Path) -> tuple[Encoder, Encoder]:
 def test_a_pruned_encoder_answers_as_the_masked_one(family: str, tmp_path: Path) -> None:
     whole, small = pair(family, tmp_path)
     kinds = {"lora": [EVERYWHERE], "bitfit": [BitfitSpec()], "adapter": [AdapterSpec(width=4)],
-             "factors": [Ia3Spec(), NormsSpec()], "prompt": [PromptSpec(length=2)], "prefix": [PrefixSpec(length=2)],
+             "prompt": [PromptSpec(length=2)], "norms": [NormsSpec()],
+             "ia3": [Ia3Spec(("key", "value", "up"), ("down", "output"))], "prefix": [PrefixSpec(length=2)],
              "both": [LoraSpec(rank=2, layers=(1, 2)), BitfitSpec("attention"), PrefixSpec(length=3)]}  # fmt: skip
     if family != "bert":
         kinds = {name: kinds[name] for name in ("lora", "both")}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from bertology_serve.serving.prove import (
     cancelled,
+    clients,
     cold,
     drain,
     fairness,
+    faults,
     hostile,
     isolation,
     memory,
@@ -17,6 +19,7 @@ from bertology_serve.serving.prove import (
 from bertology_serve.serving.prove.figure import Figure
 
 FIGURES = (
+    Figure(1, "random faults: every call gets one answer, its own, or hears of the fault", faults.measure),
     Figure(2, "a mixed batch equals solo runs to 1e-5, no row swapped", isolation.measure),
     Figure(3, "hot p99 while 50 cold deltas load ≤ 1.25 × quiet p99", cold.measure),
     Figure(4, "light p99 beside a flooder ≤ alone + 1.5 × the longest batch (25 ms)", fairness.measure),
@@ -27,4 +30,5 @@ FIGURES = (
     Figure(9, "clients that hang up while queued cost no compute", cancelled.measure),
     Figure(12, "≥ 200 hostile deltas and bodies: none published, no crash, no 5xx", hostile.measure),
     Figure(13, "≤ 150 µs of CPU a call besides tokenizer and model; HTTP ≥ 85 % of the engine", overhead.measure),
+    Figure(14, "client libraries of others work as they are", clients.measure),
 )

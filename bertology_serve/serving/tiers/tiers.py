@@ -24,6 +24,7 @@ from bertology_serve.serving.tiers.greedy import Greedy
 log = logging.getLogger(__name__)
 REMEMBERED = 5.0  # seconds for which a delta that could not be loaded is not tried again
 CHEAPEST = 1e-3  # seconds that any read counts as
+ALARM = 8  # returns at which it is told of, and then whenever they have doubled
 THRASH = 10.0  # seconds within which nothing that was evicted should be wanted again
 Read = Callable[[Card], Delta]
 
@@ -243,7 +244,7 @@ class Tiers:
             self._left.clear()
         if left is not None and self._clock() - left < THRASH:
             self.thrashed += 1
-            if self.thrashed & (self.thrashed - 1) == 0:
+            if self.thrashed >= ALARM and self.thrashed & (self.thrashed - 1) == 0:
                 log.warning(
                     "%d deltas came back within %g s of leaving: the device holds too few", self.thrashed, THRASH
                 )

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from bertology_serve.encoder.pipeline import Pipeline
@@ -15,9 +16,11 @@ from bertology_serve.errors import Overloaded, VerificationError
 from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.prove import (
     cancelled,
+    clients,
     cold,
     drain,
     fairness,
+    faults,
     hostile,
     isolation,
     memory,
@@ -65,6 +68,29 @@ def stage(encoder, tmp_path_factory) -> Iterator[Stage]:
         yield made
 
 
+def test_faults(stage, encoder, monkeypatch):
+    from bertology_serve.serving.prove import faulty
+
+    @contextmanager
+    def near(command: list[str], environ: Any) -> Iterator[Near]:
+        registry = faulty.make(encoder, Path(command[-1]))
+        ring = Keyring([Key("admin", digest_of(ADMIN, ""), admin=True)])
+        with running(registry.pipeline, ring, registry=registry) as started:
+            yield Near(started)
+
+    monkeypatch.setattr(faults, "serving", near)
+    small = dataclasses.replace(stage, pace=0.15, _encoder=stage._encoder)
+    found = faults.measure(small)
+    assert found.holds, found.words
+    assert found.facts["answered"] > 100
+    assert found.facts["hung up"] > 0
+    write = "bertology_serve.serving.protocol.native.answer_of"
+    monkeypatch.setattr(write, lambda request, prediction: {"id": 7, **prediction.as_dict()})
+    blind = faults.measure(small)
+    assert blind.facts["swapped"] > 100
+    assert not blind.holds
+
+
 def test_isolation(stage, monkeypatch):
     found = isolation.measure(stage)
     assert found.holds, found.words
@@ -104,6 +130,24 @@ def test_cancelled(stage, monkeypatch):
     assert found.holds, found.words
     monkeypatch.setattr("bertology_serve.serving.engine.Engine._drop", lambda *_: None)
     assert not cancelled.measure(stage).holds
+
+
+def test_clients(stage, monkeypatch, tmp_path):
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    set_client_factory(lambda: httpx.Client(timeout=20))  # offline tests forbid it even the loopback
+    try:
+        found = clients.measure(stage)
+    finally:
+        set_client_factory(default_client_factory)
+    assert found.holds, found.words
+    assert len(found.facts["passed"]) == len(clients.CLIENTS)
+    strange = {"none": ("no_such_module", lambda _: True), "bad": ("httpx", lambda _: 1 / 0), "no": ("httpx", bool)}
+    monkeypatch.setattr(clients, "CLIENTS", strange)
+    blind = clients.measure(stage)
+    assert (blind.facts["absent"], blind.facts["failed"]) == (["none"], ["bad (ZeroDivisionError)"])
+    assert not blind.holds
 
 
 def test_cold(stage):

@@ -1,0 +1,67 @@
+"""A server in which things go wrong: run as a module, for figure 1. Its deltas raise, its disk is slow."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pipeline import Job, Pipeline, Prediction
+from bertology_serve.serving.config import ServerConfig
+from bertology_serve.serving.keys import Key, Keyring, digest_of
+from bertology_serve.serving.prove.stage import ADMIN
+from bertology_serve.serving.registry import Registry
+from bertology_serve.serving.server import Server, bind, url_of
+
+RAISES, SLOW = 0.05, 0.3  # shares of batches, and of reads
+DELAY = 0.05
+
+
+class Faulty(Pipeline):
+    """Some batches raise; alone again, some items do."""
+
+    draw = random.Random(0)
+
+    def run(self, jobs: Sequence[Job]) -> list[Prediction]:
+        """A batch, or a fault."""
+        if self.draw.random() < RAISES:
+            raise RuntimeError("a fault, as asked for")
+        return super().run(jobs)
+
+
+class SlowDisk(Registry):
+    """Some reads take their time."""
+
+    def _read(self, path: Path, name: str) -> Delta:
+        if random.random() < SLOW:
+            time.sleep(DELAY)
+        return super()._read(path, name)
+
+
+def make(encoder: Encoder, root: Path) -> SlowDisk:
+    """Half of the deltas fit."""
+    pipeline = Faulty(encoder)
+    sizes = SlowDisk(Pipeline(encoder), device_bytes=1e12)
+    sizes.load(root)
+    registry = SlowDisk(pipeline, device_bytes=sum(card.size for card in sizes.tiers.cards.values()) * 0.6)
+    registry.load(root)
+    return registry
+
+
+def main(backbone: str, root: str) -> None:
+    """Serves until SIGTERM; says its address on stderr as ``serve`` does."""
+    registry = make(Encoder.load(backbone), Path(root))
+    ring = Keyring([Key("admin", digest_of(ADMIN, ""), admin=True)])
+    with bind("127.0.0.1", 0) as bound:
+        address = url_of(bound)
+        server = Server(registry.pipeline, registry, ServerConfig(drain_seconds=0.0),
+                        lambda: print(f"ready: {address}", file=sys.stderr, flush=True), ring)  # fmt: skip
+        server.run(sockets=[bound])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
