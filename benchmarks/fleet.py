@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help="labelled texts; default: random words of like lengths")
     parser.add_argument("--columns", default="text=text_a")
     parser.add_argument("--batches", type=int, nargs="*", default=[2, 8, 32])
-    parser.add_argument("--tokens", type=int, default=1024, help="rows of one pass")
+    parser.add_argument("--tokens", type=int, default=512, help="rows of one pass")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")

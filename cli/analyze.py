@@ -11,6 +11,7 @@ import typer
 
 from bertology_serve.analysis.settings import (
     AttentionSettings,
+    CompareSettings,
     DistanceSettings,
     HeadSettings,
     ProbeSettings,
@@ -189,6 +190,36 @@ def distance(
         report = ask(lambda: run(one, None, corpus, settings, advance=advance))
     rows = [(row["layer"], row["cka"], row["drift"]) for row in report.tables["features"]]
     table("features beside the base's; layer 0 is the embeddings", ("layer", "CKA", "drift"), rows, stderr=False)
+    written(report, out)
+
+
+@app.command()
+@options(CompareSettings, into="settings")
+def compare(
+    first: Annotated[Path, typer.Option(metavar="DIR", help="A delta, or a whole tuned model.")],
+    second: Annotated[Path, typer.Option(metavar="DIR", help="Another of the same task and labels.")],
+    input: Annotated[str, typer.Option(help="Records that both answer, labelled or not.")],
+    backbone: Backbone = None,
+    out: Out = Path("analysis"),
+    device: Device = "auto",
+    again: Again = False,
+    *,
+    settings: CompareSettings,
+) -> None:
+    """Where two deltas disagree, and what each attends to and goes by there (integrated gradients, captum)."""
+    from bertology_serve.analysis.compare import compare as run
+
+    pair = [subject(backbone, one, device) for one in (first, second)]
+    with kept(out, "compare", again, pair, (input,), settings) as (ask, advance):
+        report = ask(lambda: run(pair[0], pair[1], input, settings, advance=advance))
+    facts = report.facts
+    rows = [(name, facts[name]) for name in ("records", "agreement", "metric", "values", "only_first_right",
+                                             "only_second_right", "mcnemar_p") if name in facts]  # fmt: skip
+    table("two deltas", ("", "value"), [(name, str(value)) for name, value in rows], stderr=False)
+    apart = report.tables["disagreements"][:20]
+    if apart:
+        columns = tuple(apart[0])
+        table("widest gaps", columns, [[row[column] for column in columns] for row in apart], stderr=False)
     written(report, out)
 
 

@@ -13,7 +13,7 @@ import typer
 from bertology_serve.cli.common import note
 from bertology_serve.cli.options import options
 from bertology_serve.errors import Unsupported
-from bertology_serve.export.spec import Precision
+from bertology_serve.export.spec import MultiPrecision
 from bertology_serve.serving.config import HELPS, ServerConfig
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ Engine = Annotated[
     typer.Option(help="What runs the batches. auto: on a CPU ONNX Runtime where it is there and, timed once, faster."),
 ]
 EnginePrecision = Annotated[
-    Precision, typer.Option(help="Of the ONNX engine. int8-row: the encoder's products in 8 bits, row by row.")
+    MultiPrecision, typer.Option(help="Of the ONNX engine. int8-row: the encoder's products in 8 bits, row by row.")
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad-deltas", help="Leave out deltas that cannot be loaded.")]
 

@@ -8,6 +8,8 @@ from typing import Literal
 from bertology_serve.errors import SpecError
 
 Precision = Literal["fp32", "fp16", "int8-row", "int8-nbits", "int8-dynamic"]
+MultiPrecision = Literal["fp32", "int8-row"]
+"""Of graphs for many deltas."""
 DRIFT: dict[Precision, float] = {"fp16": 0.01, "int8-row": 0.1, "int8-nbits": 0.1, "int8-dynamic": 0.2}
 """The largest ‖Δ‖/‖torch‖ that is accepted, where ``--max-drift`` says nothing."""
 ON_CPU: tuple[Precision, ...] = ("int8-row", "int8-dynamic")

@@ -152,8 +152,8 @@ def _figures(tables: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[
 
     panels = [
         lines("frobenius", "weights", "‖change‖ (Frobenius)"),
-        lines("drift", "features", "mean ‖change‖ / ‖base row‖"),
-        lines("cka", "features", "linear CKA with the base"),
+        lines("drift", "features: drift", "mean ‖change‖ / ‖base row‖"),
+        lines("cka", "features: likeness", "linear CKA with the base"),
     ]
     figures = {"layers": Figure("How far each delta moved the base", panels, 2)}
     held = [row for row in tables["deltas"] if row["in_domain"] is not None]

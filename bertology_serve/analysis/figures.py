@@ -11,7 +11,10 @@ Numbers = Sequence[float | None]
 
 @dataclass(frozen=True)
 class HeatMap:
-    """``values[row][column]``; ``unit`` names what a colour means, ``limits`` the ends of its scale."""
+    """``values[row][column]``; ``unit`` names what a colour means, ``limits`` the ends of its scale.
+
+    ``diverging`` scales have white in their middle, for values of either sign.
+    """
 
     title: str
     values: Sequence[Numbers]
@@ -21,6 +24,7 @@ class HeatMap:
     limits: tuple[float, float] | None = None
     row_names: Sequence[str] = ()
     column_names: Sequence[str] = ()
+    diverging: bool = False
 
 
 @dataclass(frozen=True)

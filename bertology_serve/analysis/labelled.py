@@ -32,22 +32,33 @@ class Labelled:
 
 
 class Trial:
-    """A subject's task and its examples, answered again and again. Raises SpecError without a delta."""
+    """A subject's task and its examples, answered again and again. Raises SpecError without a delta.
 
-    def __init__(self, subject: Subject, path: str | Path, most: int | None, max_tokens: int) -> None:
+    Only ``labelled`` ones have a loss and metrics.
+    """
+
+    def __init__(
+        self, subject: Subject, path: str | Path, most: int | None, max_tokens: int, labelled: bool = True
+    ) -> None:
         if subject.delta is None:
             raise SpecError("heads are judged by a task; give the delta that does it (--delta DIR)")
         if subject.delta.task.kind == EMBEDDING:
             raise Unsupported("the loss of embeddings compares examples with each other; expected a task with labels")
         self.subject, self.max_tokens = subject, max_tokens
-        self.task: Task = task_for(subject.delta.task)
+        self.task, self.labelled = self.task_of(subject), labelled
         self.name = str(path)
         self.items = [self._item(record.fields, record.where) for record in read_records(path)[:most]]
 
+    @staticmethod
+    def task_of(subject: Subject) -> Task:
+        """The task of a subject's delta."""
+        assert subject.delta is not None
+        return task_for(subject.delta.task)
+
     def _item(self, fields: Any, where: str) -> Labelled:
-        example = self.task.example(fields, where, labelled=True)
+        example = self.task.example(fields, where, labelled=self.labelled)
         encodings = tuple(self.task.encode(example, self.subject.encoder.tokenizer))
-        return Labelled(example, encodings, self.task.target(example, encodings))
+        return Labelled(example, encodings, self.task.target(example, encodings) if self.labelled else None)
 
     def groups(self) -> Iterator[list[Labelled]]:
         """The examples in batches, shortest first."""
@@ -85,13 +96,13 @@ class Trial:
         for items in self.groups():
             out = self.output(self.pack(items), heads)
             loss += float(self.loss(out, items))
-            for item, parts in zip(items, self._parts(out.float().cpu(), items), strict=True):
+            for item, parts in zip(items, self.parts(out.float().cpu(), items), strict=True):
                 answers.append(self.task.decode(item.example, item.encodings, parts))
                 examples.append(item.example)
         weight = max(1, self.task.weight([item.target for item in self.items]))
         return {**self.task.metrics(answers, examples), "loss": loss / weight}
 
-    def _parts(self, out: Tensor, items: Sequence[Labelled]) -> Iterator[list[Tensor]]:
+    def parts(self, out: Tensor, items: Sequence[Labelled]) -> Iterator[list[Tensor]]:
         """For each item one output a sequence."""
         lengths = [len(encoding) for item in items for encoding in item.encodings]
         parts = iter(torch.split(out, lengths) if self.task.spec.per_token else out.unbind(0))

@@ -10,28 +10,36 @@ from typing import Any
 
 from bertology_serve.analysis.figures import Bars, Figure, HeatMap, Lines, Panel, Scatter
 
-# viridis at ninths, and Okabe and Ito's colours
+# viridis and PuOr at ninths, and Okabe and Ito's colours
 VIRIDIS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
+PURPLE_ORANGE = ("#7f3b08", "#c1690b", "#f6ac51", "#fddfb6", "#f7f7f7", "#d8daeb", "#b2abd2", "#7f70ab", "#2d004b")
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-STYLE = """body{font:14px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:80rem;padding:0 1rem;color:#1a1a1a}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}figure{display:inline-block;margin:.6rem 1.4rem .6rem 0;
-vertical-align:top}figcaption{font-weight:600;margin-bottom:.2rem}svg text{font:11px system-ui,sans-serif}
+STYLE = """body{font:14px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:92rem;padding:0 1rem;color:#1a1a1a}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}figure{margin:.6rem 1.4rem .6rem 0}
+.row{display:flex;flex-wrap:wrap}figcaption{font-weight:600;margin-bottom:.2rem}svg text{font:11px system-ui,sans-serif}
 pre{background:#f5f5f5;padding:.7rem;overflow:auto;max-height:24rem}rect:hover,circle:hover{stroke:#000;stroke-width:2}
 .key{font-size:12px;margin-right:.9rem;white-space:nowrap}.key i{display:inline-block;width:.8em;height:.8em;
 margin-right:.3em}"""
 WIDTH, HEIGHT, LEFT, BOTTOM = 580, 280, 72, 40
+MANY = 60  # points of a curve, beyond which they are drawn small
 
 
 def render(name: str, facts: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
     """The whole page."""
-    sections = "\n".join(f"<h2>{escape(figure.title)}</h2>\n" + "\n".join(map(_panel, figure.panels))
-                         for figure in figures.values())  # fmt: skip
+    sections = "\n".join(f"<h2>{escape(figure.title)}</h2>\n{_rows(figure)}" for figure in figures.values())
     shown = escape(json.dumps(facts, indent=1))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
         f"<style>{STYLE}</style></head><body>\n<h1>{escape(name)}</h1>\n{sections}\n"
         f"<h2>Facts</h2>\n<pre>{shown}</pre>\n</body></html>\n"
     )
+
+
+def _rows(figure: Figure) -> str:
+    """The panels in rows of ``columns``; what is too wide for the window goes on below."""
+    panels, width = list(map(_panel, figure.panels)), figure.columns
+    rows = ("\n".join(panels[at : at + width]) for at in range(0, len(panels), width))
+    return "\n".join(f'<div class="row">{row}</div>' for row in rows)
 
 
 def _panel(panel: Panel) -> str:
@@ -44,6 +52,7 @@ def _heat_map(panel: HeatMap) -> str:
     low, high = panel.limits or (min(known, default=0.0), max(known, default=1.0))
     wide = max(map(len, panel.row_names), default=2) * 6.5 + 30
     tall = max(map(len, panel.column_names), default=1) * 6 + 34
+    scale = PURPLE_ORANGE if panel.diverging else VIRIDIS
     side, rows, columns = 22, len(panel.values), len(panel.values[0])
     cells = []
     for i, row in enumerate(panel.values):
@@ -52,28 +61,40 @@ def _heat_map(panel: HeatMap) -> str:
             where = f"{_named(panel.rows, panel.row_names, i)}, {_named(panel.columns, panel.column_names, j)}"
             tip = f"{where}: {_number(value)} ({panel.unit})"
             cells.append(f'<rect x="{wide + j * side:.0f}" y="{i * side}" width="{side - 1}" height="{side - 1}" '
-                         f'fill="{_colour(value, low, high)}"><title>{escape(tip)}</title></rect>')  # fmt: skip
+                         f'fill="{_colour(value, low, high, scale)}"><title>{escape(tip)}</title></rect>')  # fmt: skip
     for j in range(columns):
         at, label = wide + j * side + side / 2, panel.column_names[j] if panel.column_names else str(j)
         cells.append(_text(at, rows * side + 13, label, "middle") if len(label) < 3 else
                      _text(at + 4, rows * side + 10, label, "end", -60))  # fmt: skip
     cells.append(_text(wide + columns * side / 2, rows * side + tall - 4, panel.columns, "middle"))
-    cells.append(_text(11, rows * side / 2, panel.rows, "middle", -90))
-    scale = f'<div class="key">{escape(panel.unit)}: {_number(low)} ' + "".join(
-        f'<i style="background:{colour};margin:0"></i>' for colour in VIRIDIS) + f" {_number(high)}</div>"  # fmt: skip
-    return _svg(wide + max(columns * side, 8 * len(panel.columns)), rows * side + tall, cells) + scale
+    cells.append(_text(11, max(rows * side / 2, 3.2 * len(panel.rows)), panel.rows, "middle", -90))
+    key = f'<div class="key">{escape(panel.unit)}: {_number(low)} ' + "".join(
+        f'<i style="background:{colour};margin:0"></i>' for colour in scale) + f" {_number(high)}</div>"  # fmt: skip
+    return _svg(wide + max(columns * side, 8 * len(panel.columns)), rows * side + tall, cells) + key
 
 
 def _lines(panel: Lines) -> str:
     values = [v for curve in panel.curves.values() for v in curve if v is not None and math.isfinite(v)]
-    frame = _Frame(panel.x, [*values, *([] if panel.level is None else [panel.level])])
+    edges = [
+        value + way * width
+        for name, band in panel.spread.items() for value, width in zip(panel.curves[name], band, strict=True)
+        if value is not None and math.isfinite(value + width) for way in (-1, 1)
+    ]  # fmt: skip
+    frame = _Frame(panel.x, [*values, *edges, *([] if panel.level is None else [panel.level])])
+    radius = 3.5 if len(panel.x) <= MANY else 1.5
     parts = list(frame.axes(panel.x_label, panel.y_label))
     for n, (name, curve) in enumerate(panel.curves.items()):
         points = [(x, v) for x, v in zip(panel.x, curve, strict=True) if v is not None and math.isfinite(v)]
         path = " ".join(f"{frame.x(x):.1f},{frame.y(v):.1f}" for x, v in points)
         colour = PALETTE[n % len(PALETTE)]
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        parts += [frame.point(x, v, colour, f"{name}, {panel.x_label} {_number(x)}: {_number(v)}") for x, v in points]
+        if name in panel.spread and len(points) == len(panel.x):
+            both = [(x, v, s) for (x, v), s in zip(points, panel.spread[name], strict=True)]
+            around = [(x, v + s) for x, v, s in both] + [(x, v - s) for x, v, s in reversed(both)]
+            band = " ".join(f"{frame.x(x):.1f},{frame.y(v):.1f}" for x, v in around)
+            parts.append(f'<polygon points="{band}" fill="{colour}" fill-opacity="0.15"/>')
+        tips = [(x, v, f"{name}, {panel.x_label} {_number(x)}: {_number(v)}") for x, v in points]
+        parts += [frame.point(x, v, colour, tip, radius) for x, v, tip in tips]
     if panel.level is not None:
         y = frame.y(panel.level)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#555" stroke-dasharray="2 3"/>')
@@ -179,11 +200,11 @@ def _number(value: float | None) -> str:
     return "none" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
-def _colour(value: float | None, low: float, high: float) -> str:
+def _colour(value: float | None, low: float, high: float, scale: Sequence[str] = VIRIDIS) -> str:
     if value is None or not math.isfinite(value):
         return "#dddddd"
-    at = min(max((value - low) / ((high - low) or 1.0), 0.0), 1.0) * (len(VIRIDIS) - 1)
-    first = min(int(at), len(VIRIDIS) - 2)
-    ends = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in VIRIDIS[first : first + 2]]
+    at = min(max((value - low) / ((high - low) or 1.0), 0.0), 1.0) * (len(scale) - 1)
+    first = min(int(at), len(scale) - 2)
+    ends = [[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in scale[first : first + 2]]
     mixed = [round(a + (b - a) * (at - first)) for a, b in zip(*ends, strict=True)]
     return "#" + "".join(f"{part:02x}" for part in mixed)

@@ -68,7 +68,14 @@ def _draw_panel(canvas: Any, axis: Any, panel: Panel) -> None:
 def _heat_map(canvas: Any, axis: Any, panel: HeatMap) -> None:
     values = np.array([[math.nan if v is None else v for v in row] for row in panel.values], dtype=float)
     low, high = panel.limits or (None, None)
-    image = axis.imshow(values, aspect="auto", cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+    image = axis.imshow(
+        values,
+        aspect="auto",
+        cmap="PuOr" if panel.diverging else "viridis",
+        vmin=low,
+        vmax=high,
+        interpolation="nearest",
+    )
     axis.set_xlabel(panel.columns)
     axis.set_ylabel(panel.rows)
     _ticks(axis.set_xticks, values.shape[1], panel.column_names, rotation=45 if panel.column_names else 0)

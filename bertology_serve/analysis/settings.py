@@ -108,3 +108,19 @@ class DistanceSettings:
 
     def __post_init__(self) -> None:
         at_least_one(self, "most", "max_length", "max_tokens")
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """How two deltas are compared."""
+
+    most: int | None = field(default=None, metadata={"help": "Take the first so many records."})
+    shown: int = field(default=8, metadata={"help": "Disagreements that are looked into, the widest gaps first."})
+    attributions: bool = field(default=True, metadata={"help": "Show what each token adds (needs captum)."})
+    steps: int = field(default=32, metadata={"help": "Steps of integrated gradients."})
+    max_tokens: int = field(default=4096, metadata={"help": "Tokens a batch."})
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "most", "steps", "max_tokens")
+        if self.shown < 0:
+            raise SpecError(f"shown is {self.shown}; expected 0 or more")

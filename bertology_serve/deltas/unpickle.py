@@ -21,16 +21,27 @@ def convert_pickle(directory: Path) -> Path:
     source = next((directory / name for name in PICKLES if (directory / name).is_file()), None)
     if source is None:
         raise NotFound(f"{directory} has no {', '.join(PICKLES)}; there is nothing to convert")
-    try:
-        values = torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise FormatError(f"{source} holds more than tensors ({reason}); do not use it") from None
-    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
-        raise FormatError(f"{source} holds no table of tensors; expected a peft checkpoint")
+    values = read_pickle(source)
     target = directory / ADAPTER_WEIGHTS
     part = target.with_suffix(".tmp")
     save_file({name: value.detach().clone().contiguous() for name, value in values.items()}, part, {"format": "pt"})
     part.chmod(source.stat().st_mode & 0o666)
     part.replace(target)
     return target
+
+
+def read_pickle(source: Path) -> dict[str, Tensor]:
+    """The table of tensors of a pickle; torch unpickles tensors and plain containers only (``weights_only=True``).
+
+    Raises NotFound, and FormatError for anything else that it holds.
+    """
+    if not source.is_file():
+        raise NotFound(f"no file {source}; expected a pickled table of tensors")
+    try:
+        values = torch.load(source, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise FormatError(f"{source} holds more than tensors ({reason}); do not use it") from None
+    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+        raise FormatError(f"{source} holds no table of tensors; expected a checkpoint's")
+    return values

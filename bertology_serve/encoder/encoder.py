@@ -24,7 +24,7 @@ from bertology_serve.encoder.anatomy import find_anatomy
 from bertology_serve.encoder.attention import make_layout
 from bertology_serve.encoder.bank import PROMPT, DeltaBank
 from bertology_serve.encoder.graphs import Graphs, Record
-from bertology_serve.encoder.loading import load_model, load_tokenizer, locate
+from bertology_serve.encoder.loading import check_vocabulary, load_model, load_tokenizer, locate
 from bertology_serve.encoder.memory import keep_freed_memory
 from bertology_serve.encoder.packing import PackedBatch
 from bertology_serve.encoder.passing import Current, Heads, Pass, Pools
@@ -54,6 +54,7 @@ class Encoder:
         self.base_head = base_head or {}
         self.config, self.pruning = model.config, pruning
         self.anatomy: Anatomy = find_anatomy(model)
+        check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], name)
         self.ref = BaseRef(name, weights_hash(model.state_dict()), self.anatomy.family)
         self.lock = threading.RLock()
         self.graphs: Graphs | None = None

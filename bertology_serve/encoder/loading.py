@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ from torch import Tensor, float32
 
 from bertology_serve.deltas.pruning import PRUNED
 from bertology_serve.encoder.pruned import pruned_model
-from bertology_serve.errors import InputError, NotFound, Unsupported
+from bertology_serve.errors import BertologyError, InputError, NotFound, Unsupported
 
 MINILM = "minilm"
+_VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.bpe")
 _HEAD_PARTS = ("pooler.dense.weight", "pooler.dense.bias", "head.dense.weight", "head.dense.bias", "head.norm.weight")
 
 
@@ -37,22 +40,21 @@ def load_model(path: str) -> tuple[Any, dict[str, Tensor]]:
         raise Unsupported(f"{path} is a {config.model_type} decoder; expected a BERT-like encoder")
     if getattr(config, PRUNED, False):
         return pruned_model(path, config), _head_parts(path, config.model_type)
-    try:
+    with _reading(f"the weights of {path}"):
         model = AutoModel.from_pretrained(path, config=config, dtype=float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the weights of {path}: {_line(error)}") from None
-    model.pooler = None
-    return model, _head_parts(path, config.model_type)
+        model.pooler = None
+        return model, _head_parts(path, config.model_type)
 
 
 def load_tokenizer(path: str) -> Any:
-    """The fast tokenizer of a checkpoint."""
+    """The fast tokenizer of a checkpoint; raises InputError where it cannot be read or does not work."""
     from transformers import AutoTokenizer
 
-    try:
+    if Path(path).is_dir() and not any(found for name in _VOCABULARIES for found in Path(path).glob(name)):
+        raise InputError(f"{path} has no tokenizer; expected tokenizer.json beside the weights")  # transformers: empty
+    with _reading(f"the tokenizer of {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the tokenizer of {path}: {_line(error)}") from None
+        tokenizer("A text, ☃ 7")  # a broken vocabulary says so only when it is used
     if not tokenizer.is_fast:
         raise Unsupported(f"{path} has no fast tokenizer (tokenizer.json); convert it with transformers first")
     return tokenizer
@@ -63,8 +65,29 @@ def _config(path: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its validators' errors have no base of their own
         raise NotFound(f"no encoder {path!r}: {_line(error)}; expected a hub id, a directory or 'minilm'") from None
+
+
+def check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:
+    """Raises InputError where a tokenizer gives ids for which a model has no embedding; it has ``rows`` of them."""
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= rows:
+        raise InputError(
+            f"the tokenizer of {name} gives ids up to {highest}, its model has {rows} embeddings; "
+            "give a checkpoint whose tokenizer is its own"
+        )
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Turns whatever transformers, tokenizers and safetensors raise, which has no common base, into InputError."""
+    try:
+        yield
+    except BertologyError:
+        raise
+    except Exception as error:
+        raise InputError(f"cannot read {what}: {_line(error)}") from None
 
 
 def _head_parts(path: str, family: str) -> dict[str, Tensor]:
@@ -91,4 +114,8 @@ def _weight_files(path: str) -> list[Path]:
 
 
 def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]
+    if "mismatched_sizes" in str(error):
+        return "its tensors have other shapes than config.json says"
+    first, *rest = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    said = f"{first} {rest[0]}" if rest and first.endswith(":") else first
+    return f"{type(error).__name__}: {said[:200]}"

@@ -124,8 +124,6 @@ class Pipeline:
         head.load(delta.head)
         head.to(self.encoder.device).eval().requires_grad_(False)
         effects = self.encoder.allowed(delta.effects(self.encoder.anatomy))
-        if self.engine is not self.encoder and (effects.scale or effects.inner):
-            raise Unsupported(f"delta {delta.name!r} scales the encoder's rows: serve it with --engine torch")
         with self.encoder.lock:  # no batch runs meanwhile, so nothing is done here but copying rows
             self._sweep()
             key = f"{delta.name}#{next(self._keys)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from itertools import islice
 from statistics import median
 from typing import Literal
 
@@ -16,7 +17,7 @@ from bertology_serve.encoder.packing import PackedBatch, pack
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
 from bertology_serve.export.multi.engine import OnnxEngine
-from bertology_serve.export.spec import Precision
+from bertology_serve.export.spec import MultiPrecision
 from bertology_serve.tasks.encoding import encode_text
 
 log = logging.getLogger(__name__)
@@ -27,13 +28,13 @@ ROUNDS, WARM, DELTAS = 5, 2, 8
 ATOL, DRIFT = 1e-5, 0.1
 
 
-def check(engine: Name, precision: Precision) -> None:
+def check(engine: Name, precision: MultiPrecision) -> None:
     """Raises SpecError for a precision that the engine does not have."""
     if engine == "torch" and precision != "fp32":
         raise SpecError(f"--precision {precision} is the ONNX engine's; give --engine onnx or auto with it")
 
 
-def settle(pipeline: Pipeline, engine: Name, precision: Precision = "fp32") -> str:
+def settle(pipeline: Pipeline, engine: Name, precision: MultiPrecision = "fp32") -> str:
     """Gives a pipeline its engine and returns that one's name.
 
     ``auto`` takes ONNX Runtime's where it can run this encoder, agrees with torch's, and is faster on a short timing;
@@ -44,7 +45,7 @@ def settle(pipeline: Pipeline, engine: Name, precision: Precision = "fp32") -> s
         return _taken("torch", "asked for")
     try:
         onnx = OnnxEngine(pipeline.encoder, precision)
-        batch = sample(pipeline)
+        batch = sample(pipeline, onnx)
         compare(pipeline, onnx, batch)
     except (Unsupported, VerificationError) as problem:
         if engine == "onnx":
@@ -66,10 +67,11 @@ def _taken(name: str, why: str) -> str:
     return name
 
 
-def sample(pipeline: Pipeline) -> PackedBatch:
-    """A batch of mixed lengths over up to eight of the resident deltas."""
+def sample(pipeline: Pipeline, onnx: OnnxEngine) -> PackedBatch:
+    """A batch of mixed lengths over up to eight of the resident deltas that the graph takes."""
     encoder, words = pipeline.encoder, " ".join([SENTENCE] * 4)
-    entries: list[Entry] = list(pipeline.bank.entries.values())[:DELTAS] or [BARE]
+    taken = (entry for entry in pipeline.bank.entries.values() if onnx.takes(entry))
+    entries: list[Entry] = list(islice(taken, DELTAS)) or [BARE]
     room = encoder.max_tokens - max(entry.prompt_length + entry.prefix_length for entry in entries)
     encodings = [encode_text(encoder.tokenizer, words, None, min(length, room)) for length in LENGTHS * 2]
     owners = [entries[i % len(entries)] for i in range(len(encodings))]

@@ -1,10 +1,11 @@
 """A fully tuned model as a delta: what its weights are beside the base's, in as few rows as are asked for.
 
 Each linear's difference W - W₀ is cut to a rank by its truncated singular value decomposition, which is the nearest
-matrix of that rank (Eckart and Young 1936), and becomes a LoRA update; the differences of the biases are kept whole.
+matrix of that rank (Eckart and Young 1936), and becomes a LoRA update; the differences of the biases and of the
+LayerNorms are kept whole.
 The difference of a fine-tuned model has a low intrinsic rank (Aghajanyan et al. 2020, arXiv 2012.13255); how low is
-measured, not assumed. What a packed batch cannot change for some rows only (embeddings, LayerNorm weights) is dropped,
-and named with its size.
+measured, not assumed. What a packed batch cannot change for some rows only (the embeddings' tables) is dropped, and
+named with its size.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.bitfit import slots as bias_slots
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.norms import NormsSpec
+from bertology_serve.deltas.norms import slots as norm_slots
 from bertology_serve.deltas.slots import QKV, UP_GATE, Anatomy, Slot
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import BaseMismatch, SpecError
@@ -70,20 +73,21 @@ def compress(whole: Delta, encoder: Encoder, budget: Budget, name: str) -> Compr
             f"{encoder.name} (weights {encoder.ref.sha256[:12]}); give that encoder"
         )
     moved = differences(whole.weights, encoder.model.state_dict())
-    matrices, biases = dict(_matrices(moved, encoder.anatomy)), _biases(moved, encoder.anatomy)
-    if not matrices and not biases:
-        raise SpecError(f"{whole.name} has the base's own linears and biases; there is nothing to compress")
+    anatomy = encoder.anatomy
+    matrices, biases, norms = dict(_matrices(moved, anatomy)), _biases(moved, anatomy), _norms(moved, anatomy)
+    if not matrices and not biases and not norms:
+        raise SpecError(f"{whole.name} has the base's own linears, biases and norms; there is nothing to compress")
     cut = {place: torch.linalg.svd(matrix, full_matrices=False) for place, matrix in matrices.items()}
     rank = _rank({place: singular for place, (_, singular, _) in cut.items()}, budget)
-    specs, tensors = _low_rank(cut, rank, encoder.anatomy) if cut else ((), {})
-    if biases:
-        specs, tensors = (*specs, BitfitSpec()), {**tensors, **biases}
+    specs, tensors = _low_rank(cut, rank, anatomy) if cut else ((), {})
+    for spec, exact in ((BitfitSpec(), biases), (NormsSpec(biases=False), norms)):
+        specs, tensors = (*specs, spec) if exact else specs, {**tensors, **exact}
     kept = _kept({place: singular for place, (_, singular, _) in cut.items()}, rank)
     facts = {**whole.provenance, "compressed": {"from": whole.name, "rank": rank, "energy": kept["all"]}}
     delta = replace(
         whole, name=name, specs=specs, tensors=tensors, weights={}, version="", metrics={}, provenance=facts
     )
-    return Compressed(delta, rank, kept, _dropped(moved, encoder.anatomy))
+    return Compressed(delta, rank, kept, _dropped(moved, anatomy))
 
 
 def differences(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,6 +164,18 @@ def _biases(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
     return tensors if any_moved else {}
 
 
+def _norms(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
+    """The differences of the LayerNorms' weights; none where no such weight moved."""
+    names = {slot.name: [f"{slot.paths[layer]}.weight" for layer in slot.present] for slot in norm_slots(anatomy)}
+    if not any(name in moved for own in names.values() for name in own):
+        return {}
+    blank = {slot.name: torch.zeros(slot.outputs, dtype=torch.float64) for slot in norm_slots(anatomy)}
+    return {
+        f"norms.{slot}.weight": torch.stack([moved.get(name, blank[slot]) for name in own]).float()
+        for slot, own in names.items()
+    }
+
+
 def _kept(spectra: Mapping[tuple[str, int], Tensor], rank: int) -> dict[str, float]:
     """The share of the energy within the rank, by layer and in all."""
     layers = [str(layer) for layer in sorted({layer for _, layer in spectra})]
@@ -174,5 +190,6 @@ def _kept(spectra: Mapping[tuple[str, int], Tensor], rank: int) -> dict[str, flo
 def _dropped(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, float]:
     """The norms of what moved and is in no update."""
     held = {f"{path}.weight" for slot in _slots(anatomy) for path in slot.paths}
+    held |= {f"{path}.weight" for slot in norm_slots(anatomy) for path in slot.paths}
     held |= {f"{path}.bias" for slot in bias_slots(BitfitSpec(), anatomy) for path in slot.paths}
     return {name: float(change.norm()) for name, change in moved.items() if name not in held}

@@ -70,6 +70,8 @@ class TrainConfig:
     schedule: Literal["linear", "cosine", "constant"] = _option("linear", "How the learning rate falls.")
     warmup: float = _option(0.06, "Share of the steps over which the learning rate rises.")
     weight_decay: float = _option(0.01, "AdamW's; biases and LayerNorms have none.")
+    beta2: float = _option(0.999, "AdamW's second beta; the first is 0.9.")
+    epsilon: float = _option(1e-8, "AdamW's epsilon.")
     clip: float = _option(1.0, "Longest gradient; 0: no clipping.")
     seed: int = _option(0, "Decides the first weights, the order of examples and dropout.")
     labels: tuple[str, ...] = _option((), "Labels in logit order, with commas. Default: those of the training data.")
@@ -115,6 +117,7 @@ class TrainConfig:
         for name, least in _LEAST.items():
             _check_number(name, getattr(self, name), least)
         _check_number("warmup", self.warmup, 0, most=1)
+        _check_number("beta2", self.beta2, 0, most=1)
         for name in ("learning_rate", "head_learning_rate", "first_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < 10:
@@ -193,7 +196,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 _LEAST: Mapping[str, float] = {
     "epochs": 1, "first_epochs": 1, "max_steps": 1, "batch_size": 1, "max_tokens": 1, "weight_decay": 0,
     "clip": 0, "seed": 0, "max_length": 3, "stride": 0, "max_answer_length": 1, "eval_every": 1, "patience": 1,
-    "save_every": 1, "lp_path": 1, "gradient_steps": 0,
+    "save_every": 1, "lp_path": 1, "gradient_steps": 0, "epsilon": 0,
 }  # fmt: skip
 
 

@@ -31,6 +31,8 @@ def make_optimizer(live: LiveDelta, config: TrainConfig) -> AdamW:
             {"params": parameters, "lr": rate, "initial_rate": rate, "weight_decay": decay}
             for (rate, decay), parameters in groups.items()
         ],
+        betas=(0.9, config.beta2),
+        eps=config.epsilon,
         fused=True,
     )
 

@@ -28,7 +28,7 @@ def open_delta(directory: Path, backbone: str | None, device: str = "cpu") -> tu
         return load_delta(path, encoder), encoder
     delta = store.load(path)
     encoder = Encoder.for_delta(delta, backbone, device=device)
-    return encoder.fitted(delta), encoder
+    return encoder.read_delta(path), encoder
 
 
 def newest(directory: Path) -> Path:

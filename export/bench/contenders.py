@@ -25,6 +25,8 @@ from bertology_serve.export.spec import Precision
 from bertology_serve.tasks.spec import Encoding
 
 OPSET = 20
+ROUNDED, APPROXIMATE, COARSE = 1e-5, 0.02, 0.3
+"""What is accepted of float32, of other tools, which put cheaper GELUs in, and of 8 bits."""
 Logits = NDArray[np.float32]
 DENSE, UNPADDED = "ours, dense", "ours, unpadded"
 DENSE_ROW, UNPADDED_ROW = "ours, dense, int8-row", "ours, unpadded, int8-row"
@@ -43,11 +45,13 @@ FORMS: dict[str, tuple[bool, Precision]] = {
 
 @dataclass(frozen=True)
 class Model:
-    """``logits`` answers one batch, [B, ...]; ``size`` is that of its file in bytes, 0 where it is none."""
+    """``logits`` answers one batch, [B, ...]; ``size`` is that of its file in bytes, 0 where it is none; ``off`` is how
+    far its logits may be from torch's, relative to them in norm, before its speed says nothing."""
 
     name: str
     logits: Callable[[Arrays], Logits]
     size: int = 0
+    off: float = ROUNDED
 
 
 def exported(parts: Parts, directory: Path) -> list[Model]:
@@ -57,14 +61,15 @@ def exported(parts: Parts, directory: Path) -> list[Model]:
     for number, (name, (unpad, precision)) in enumerate(FORMS.items()):
         path = directory / f"{number}.onnx"
         size = save(emit(parts, OPSET, unpad, precision), path)
-        found.append(Model(name, Session(path).run, size))
+        found.append(Model(name, Session(path).run, size, ROUNDED if precision == "fp32" else COARSE))
     return found
 
 
 def in_file(name: str, path: Path) -> Model:
     """An ONNX file that another tool wrote, in the same ONNX Runtime."""
     data = path.with_name(path.name + ".data")
-    return Model(name, Session(path).run, sum(one.stat().st_size for one in (path, data) if one.exists()))
+    size = sum(one.stat().st_size for one in (path, data) if one.exists())
+    return Model(name, Session(path).run, size, APPROXIMATE)
 
 
 def in_torch(model: Any, compiled: bool) -> list[Model]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bertology_serve.deltas.delta import bare
-from bertology_serve.encoder.bank import DeltaBank
+from bertology_serve.encoder.bank import DeltaBank, Entry
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.packing import PackedBatch
 from bertology_serve.errors import Unsupported
@@ -21,7 +21,7 @@ from bertology_serve.export.multi.feed import Feed, texts
 from bertology_serve.export.onnx_model import save
 from bertology_serve.export.parts import Parts, parts_of
 from bertology_serve.export.session import Session
-from bertology_serve.export.spec import Precision
+from bertology_serve.export.spec import MultiPrecision
 
 OPSET = 20
 
@@ -30,11 +30,12 @@ class OnnxEngine:
     """``run`` gives the rows that ``Encoder.run`` gives, from the same batches and the same bank.
 
     The graph is made once, of the encoder alone; deltas are its inputs and come and go in the bank. It holds a copy of
-    the encoder's weights of its own. Raises Unsupported for an encoder that it cannot take, or without ONNX Runtime.
+    the encoder's weights of its own. Batches with deltas that the graph has no place for, those that scale rows, are
+    run by torch. Raises Unsupported for an encoder that it cannot take, or without ONNX Runtime.
     """
 
-    def __init__(self, encoder: Encoder, precision: Precision = "fp32", opset: int = OPSET) -> None:
-        self.parts, self.precision = parts_for(encoder), precision
+    def __init__(self, encoder: Encoder, precision: MultiPrecision = "fp32", opset: int = OPSET) -> None:
+        self.encoder, self.parts, self.precision = encoder, parts_for(encoder), precision
         self._feed, self._hidden = Feed(encoder.anatomy), encoder.anatomy.hidden
         with tempfile.TemporaryDirectory(prefix="bertology-serve-") as directory:
             path = Path(directory) / "model.onnx"
@@ -46,15 +47,21 @@ class OnnxEngine:
         """For people: the runtime, its version, and the precision."""
         return f"onnxruntime {self._session.version}, {self.precision}"
 
+    def takes(self, entry: Entry) -> bool:
+        """Whether the graph has a place for all that a delta changes."""
+        return self._feed.takes([entry])
+
     def run(self, batch: PackedBatch, pools: DeltaBank) -> Tensor:
         """The hidden states [T, H], float32, of every row of a packed batch; sequences of like length run together."""
+        if not self._feed.takes(batch.entries):
+            return self.encoder.run(batch, pools)
         stacks, groups = self._feed.stacks(pools), buckets(batch.lengths, self._hidden)
         if len(groups) == 1:
             return torch.from_numpy(self._rows(batch, groups[0], stacks))
         hidden = torch.empty(batch.rows, self._hidden)
         for group in groups:
             at = np.concatenate([np.arange(batch.starts[i], batch.starts[i] + batch.lengths[i]) for i in group])
-            hidden[torch.from_numpy(at)] = torch.from_numpy(self._rows(batch, group, stacks))
+            hidden.index_copy_(0, torch.from_numpy(at), torch.from_numpy(self._rows(batch, group, stacks)))
         return hidden
 
     def _rows(self, batch: PackedBatch, group: list[int], stacks: dict[str, np.ndarray]) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import onnx_ir
 
@@ -28,10 +28,11 @@ from bertology_serve.export.publish import check_target, publish
 from bertology_serve.export.reference import Reference
 from bertology_serve.export.samples import built_in, of_encodings
 from bertology_serve.export.session import Session
-from bertology_serve.export.spec import ExportSpec, Precision
+from bertology_serve.export.spec import ExportSpec, MultiPrecision
 from bertology_serve.export.verify import Report, check
 from bertology_serve.tasks.spec import Encoding
 
+PRECISIONS = get_args(MultiPrecision)
 INSTEAD = "export each delta by itself, without --multi"
 
 
@@ -85,7 +86,7 @@ def join(encoder: Encoder, deltas: Sequence[Delta], directory: Path, spec: Expor
         raise BaseMismatch(f"{directory} was exported from other weights than {encoder.name}; give its --backbone")
     references, fresh = references_of(encoder, deltas), library_of(encoder, deltas)
     library = before.join(fresh.without_base())
-    spec = replace(spec, precision=cast(Precision, facts["precision"]))
+    spec = replace(spec, precision=cast(MultiPrecision, facts["precision"]))
     with staging(target) as stage:
         shutil.copytree(target, stage, dirs_exist_ok=True)
         library.save(stage / FILE)
@@ -129,7 +130,8 @@ def _check_spec(spec: ExportSpec) -> None:
         "--back-end torch": spec.back_end == "torch",
         "--layout triton": spec.layout == "triton",
         "--no-unpad": spec.unpad is False,
-        "--target portable": spec.target == "portable",
+        f"--target {spec.target}": spec.target != "cpu",
+        f"--precision {spec.precision}": spec.precision not in PRECISIONS,
     }
     for flag in (flag for flag, given in wrong.items() if given):
         raise SpecError(f"{flag} does not go with --multi, whose graph is unpadded and folds nothing; leave it out")

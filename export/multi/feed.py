@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.encoder.bank import PROMPT, DeltaBank, Entry
 from bertology_serve.encoder.packing import PackedBatch
-from bertology_serve.errors import Unsupported
 from bertology_serve.export.multi.stacks import ACTIVATIONS, INDEX, Stack, stacks
 from bertology_serve.kernels.segments import RowSegment
 
@@ -31,14 +30,21 @@ class Feed:
         }
 
     def stacks(self, bank: DeltaBank) -> Arrays:
-        """The bank's pools, float32 and on the CPU, as they lie in memory; one row of zeros where it has none."""
+        """The bank's pools, float32 and on the CPU, as they lie in memory; one row of zeros where it has none.
+
+        Pools that the graph has no place for are left out.
+        """
         found: Arrays = {}
         for name, pool in list(bank.pools.items()):
             if name not in self.places:
-                raise Unsupported(f"the graph of many deltas has no place for {name}; serve that delta with torch")
+                continue
             for column, tensor in pool.columns.items():
                 found[self.places[name].input(column)] = tensor.numpy()
         return self._empty | found
+
+    def takes(self, entries: Iterable[Entry]) -> bool:
+        """Whether the graph has a place for all that these deltas change."""
+        return all(entry.rows.keys() <= self.places.keys() for entry in entries)
 
     def tables(self, entries: Sequence[Entry]) -> Arrays:
         """``delta`` [S] and the tables, a row for each delta among the sequences' entries, in order of appearance."""

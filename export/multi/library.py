@@ -97,8 +97,11 @@ def head_eps(encoder: Encoder) -> float | None:
 def _single(encoder: Encoder, delta: Delta) -> Library:
     if delta.weights:
         raise Unsupported(f"delta {delta.name!r} is a whole checkpoint and shares no encoder; export it by itself")
+    delta = encoder.fitted(delta)
     bank, feed = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device), Feed(encoder.anatomy)
     effects = encoder.allowed(delta.effects(encoder.anatomy))
+    if effects.scale or effects.inner:
+        raise Unsupported(f"delta {delta.name!r} scales the encoder's rows; export it by itself, with --merge")
     entry = bank.add(delta.name, effects) if delta.specs else BARE
     stacks = {name: array[:, : _height(name, entry.rows)].copy() for name, array in feed.stacks(bank).items()}
     tables = {name: array for name, array in feed.tables([entry]).items() if name != INDEX}

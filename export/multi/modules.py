@@ -38,68 +38,76 @@ class MixedModules(Modules):
 
     def linear(self, slot: str, layer: int, x: Value, residual: Value | None = None, then: Then = same) -> Value:
         """``then(x W + b + residual)``, with low ranks and biases, through the adapters that stand behind it."""
-        linear = _Linear(self, slot, layer, x)
-        if slot not in self.adapters:
-            return linear(residual, then)
-        name = adapter(slot)
+        linear, name = _Linear(self, slot, layer, x, residual), adapter(slot)
 
         def through() -> Value:
-            y = linear(None, same)
+            y = self.nodes.choose(linear.used, lambda: linear.changed(same, apart=True), lambda: linear.plain)
             return then(self.summed([y, self.changes.adapted(name, layer, y)], residual))
 
-        return self.nodes.choose(self.changes.used(name), through, lambda: linear(residual, then))
+        def changed() -> Value:
+            if slot not in self.adapters:
+                return linear.changed(then)
+            return self.nodes.choose(self.changes.used(name), through, lambda: linear.changed(then))
+
+        used = linear.used | self.changes.used(name) if slot in self.adapters else linear.used
+        return self.nodes.choose(used, changed, lambda: then(linear.unchanged()))
 
     def norm(self, slot: str, layer: int, x: Value) -> Value:
         """``LN(x) + b``; used again around an adapter: ``LN(adapter(LN(x)) + x)``."""
-        if slot not in self.adapters:
-            return self._shifted(slot, layer, x)
-        name = adapter(slot)
+        path, name = self.path(slot, layer), adapter(slot)
+
+        def shifted(rows: Value) -> Value:
+            return self.changes.added(slot, layer, rows, None, lambda b: self._normed(path, rows) + b)
+
+        def shifted_if_used(rows: Value) -> Value:
+            return self.nodes.choose(self.changes.used(slot), lambda: shifted(rows), lambda: self._normed(path, rows))
 
         def through() -> Value:
-            y = self._shifted(slot, layer, x)
-            return self._shifted(slot, layer, self.changes.adapted(name, layer, y) + x)
+            y = shifted_if_used(x)
+            return shifted_if_used(self.changes.adapted(name, layer, y) + x)
 
-        return self.nodes.choose(self.changes.used(name), through, lambda: self._shifted(slot, layer, x))
+        def changed() -> Value:
+            if slot not in self.adapters:
+                return shifted(x)
+            return self.nodes.choose(self.changes.used(name), through, lambda: shifted(x))
 
-    def _shifted(self, slot: str, layer: int, x: Value) -> Value:
-        def normed() -> Value:
-            return self._normed(self.path(slot, layer), x)
-
-        return self.nodes.choose(
-            self.changes.used(slot), lambda: self.changes.added(slot, layer, x, None, lambda b: normed() + b), normed
-        )
+        used = self.changes.used(slot)
+        used = used | self.changes.used(name) if slot in self.adapters else used
+        return self.nodes.choose(used, changed, lambda: self._normed(path, x))
 
 
 class _Linear:
-    """``x W + b`` of one linear with the updates of all slots that name it or a part of it."""
+    """``x W + b + residual`` of one linear, with the updates of all slots that name it or a part of it."""
 
-    def __init__(self, modules: MixedModules, slot: str, layer: int, x: Value) -> None:
+    def __init__(self, modules: MixedModules, slot: str, layer: int, x: Value, residual: Value | None) -> None:
         self.modules, self.changes, self.nodes, self.layer, self.x = modules, modules.changes, modules.nodes, layer, x
         path = modules.path(slot, layer)
         self.slots = [other for other in modules.parts.anatomy.slots.values() if path in other.paths]
-        self.product, *bias = modules.frozen(path, x)
+        self.residual, (self.product, *bias) = residual, modules.frozen(path, x)
         self.bias = bias[0] if bias else None
-        self.whole = self.product if self.bias is None else self.product + self.bias
+        if residual is None:  # made before the branches: product and bias are then one node to ONNX Runtime
+            _ = self.plain
+        self.used = self.changes.used(self.slots[0].name)
+        for other in self.slots[1:]:
+            self.used = self.used | self.changes.used(other.name)
 
-    def __call__(self, residual: Value | None, then: Then) -> Value:
-        used = [self.changes.used(slot.name) for slot in self.slots]
-        anywhere = used[0]
-        for one in used[1:]:
-            anywhere = anywhere | one
-        return self.nodes.choose(
-            anywhere, lambda: self._changed(residual, then), lambda: then(self._unchanged(residual))
-        )
+    @property
+    def plain(self) -> Value:
+        """``x W + b``."""
+        return self.product if self.bias is None else self.product + self.bias
 
-    def _unchanged(self, residual: Value | None) -> Value:
-        """Where nothing else is added, product and bias are one node to ONNX Runtime."""
-        if residual is None:
-            return self.whole
-        return self.modules.summed([self.product, *([] if self.bias is None else [self.bias])], residual)
+    def unchanged(self) -> Value:
+        """Where no delta changes it."""
+        if self.residual is None:
+            return self.plain
+        return self.modules.summed([self.product, *([] if self.bias is None else [self.bias])], self.residual)
 
-    def _changed(self, residual: Value | None, then: Then) -> Value:
+    def changed(self, then: Then, apart: bool = False) -> Value:
+        """Where one does; ``apart`` leaves the residual out."""
+        residual = None if apart else self.residual
         if len(self.slots) > 1:
-            return then(self.modules.summed([self.whole, *map(self._part, self.slots)], residual))
-        start, own = (self.whole, None) if residual is None else (self.product, self.bias)
+            return then(self.modules.summed([self.plain, *map(self._part, self.slots)], residual))
+        start, own = (self.plain, None) if self.residual is None else (self.product, self.bias)
         return self.changes.added(
             self.slots[0].name, self.layer, self.x, own, lambda b: then(self.modules.summed([start, b], residual))
         )

@@ -16,7 +16,7 @@ filled up with 0; tables of no columns say that no delta of the batch has anythi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bertology_serve.deltas.slots import DOWN, FFN_NORM, OUTPUT, Anatomy
 from bertology_serve.encoder.bank import PREFIX, PROMPT, adapter
@@ -34,14 +34,20 @@ PREFIX_SHIFTED = 1
 class Stack:
     """One place: ``columns`` are its stacks' names and widths, ``tables`` its tables' names, each int64.
 
-    ``fixed`` are the widths of tables that are always as wide.
+    ``fixed`` are the widths of tables that are always as wide. Where layers differ, as in a pruned encoder, columns are
+    as wide as the widest, and ``layers`` holds the width of each.
     """
 
     name: str
     depth: int
     columns: dict[str, int]
     tables: tuple[str, ...]
-    fixed: dict[str, int]
+    fixed: dict[str, int] = field(default_factory=dict)
+    layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def width(self, column: str, layer: int) -> int:
+        """Of a stack in one layer."""
+        return self.layers[column][layer] if column in self.layers else self.columns[column]
 
     def input(self, column: str) -> str:
         """The name that a stack or table has as an input."""
@@ -63,11 +69,17 @@ def _stacks(anatomy: Anatomy) -> Iterator[Stack]:
     for slot in anatomy.slots.values():
         if slot.inputs:
             columns = {"a": slot.inputs, "b": slot.outputs}
-            yield Stack(slot.name, slot.depth, columns, ("ranks", "bias"), {})
+            layers = {
+                "a": tuple(slot.inputs_of(layer) for layer in range(slot.depth)),
+                "b": tuple(slot.outputs_of(layer) for layer in range(slot.depth)),
+            }
+            yield Stack(slot.name, slot.depth, columns, ("ranks", "bias"), layers=layers)
         else:
-            yield Stack(slot.name, slot.depth, {"b": slot.outputs}, ("bias",), {})
+            yield Stack(slot.name, slot.depth, {"b": slot.outputs}, ("bias",))
     for place in adapter_places(anatomy):
         columns = {"down": hidden, "down_bias": 1, "up": hidden}
-        yield Stack(adapter(place), depth, columns, ("units", "bias", "activation"), {})
+        yield Stack(adapter(place), depth, columns, ("units", "bias", "activation"))
     yield Stack(PROMPT, 1, {"v": anatomy.embedding_width}, ("rows", "form"), {"form": 4})
-    yield Stack(PREFIX, depth, {"k": hidden, "v": hidden}, ("rows", "form"), {"form": 2})
+    kept = tuple(anatomy.heads_of(layer) * anatomy.head_width for layer in range(depth))
+    widest = {"k": max(kept), "v": max(kept)}
+    yield Stack(PREFIX, depth, widest, ("rows", "form"), {"form": 2}, {"k": kept, "v": kept})

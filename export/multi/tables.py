@@ -35,7 +35,9 @@ class Tables:
 
     def rows(self, place: str, column: str, layer: int, numbers: Value) -> Value:
         """Rows of one layer's stack: numbers [...] -> [..., width]."""
-        stack, width = self.inputs[self.places[place].input(column)], self.places[place].columns[column]
-        if self.places[place].depth > 1:
+        found, stack = self.places[place], self.inputs[self.places[place].input(column)]
+        if found.depth > 1:
             numbers = numbers + stack.size(1) * layer
-        return stack.reshape(-1, width).gather(numbers)
+        rows = stack.reshape(-1, found.columns[column]).gather(numbers)
+        width = found.width(column, layer)
+        return rows if width == found.columns[column] else self.nodes("Slice", rows, [0], [width], [-1])

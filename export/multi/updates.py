@@ -32,7 +32,7 @@ class Updates:
             return then(self._spread(place, "b", layer, low, ranks, own))
 
         def biases() -> Value:
-            return then(self._out(place, "b", self.runs.mask, self._biases(place, "b", layer, own)))
+            return then(self._out(place, "b", layer, self.runs.mask, self._biases(place, "b", layer, own)))
 
         if "a" not in self.tables.places[place].columns:
             return biases()
@@ -51,15 +51,15 @@ class Updates:
         """low [tiles, c, S · R] times the stack's rows, and each owner's bias with the coefficient 1 -> [T, N]."""
         rows = self.tables.rows(place, column, layer, ranks)
         rows = joined(1, rows, self._biases(place, column, layer, own))
-        return self._out(place, column, joined(2, low, self.runs.mask), rows)
+        return self._out(place, column, layer, joined(2, low, self.runs.mask), rows)
 
     def _biases(self, place: str, column: str, layer: int, own: Value | None) -> Value:
         """[tiles, S, N]."""
         rows = self.tables.rows(place, column, layer, self.runs.of(self.tables.table(place, "bias")))
         return rows if own is None else rows + own
 
-    def _out(self, place: str, column: str, coefficients: Value, rows: Value) -> Value:
-        return (coefficients @ rows).reshape(-1, self.tables.places[place].columns[column])
+    def _out(self, place: str, column: str, layer: int, coefficients: Value, rows: Value) -> Value:
+        return (coefficients @ rows).reshape(-1, self.tables.places[place].width(column, layer))
 
     def _activated(self, place: str, hidden: Value, units: Value) -> Value:
         """Each owner's activation: hidden [tiles, c, S · M]."""

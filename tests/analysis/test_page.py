@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -74,3 +75,22 @@ def test_colours_run_from_end_to_end() -> None:
     assert [_colour(value, 0, 1) for value in (-1, 0, 1, 2, None, math.nan)] == [
         "#440154", "#440154", "#fde725", "#fde725", "#dddddd", "#dddddd",
     ]  # fmt: skip
+
+
+def test_a_band_reaches_as_far_as_its_spread() -> None:
+    lines = Lines("", [0, 1], {"a": [1.0, 2.0], "b": [1.0, 1.0]}, "x", "y", {"a": [0.5, 0.25]})
+    page = render("report", {}, {"one": Figure("f", [lines])})
+    points = re.search(r'<polygon points="([^"]*)"', page)[1].split()
+    heights = [float(point.split(",")[1]) for point in points]
+    marks = [float(y) for y in re.findall(r'<circle cx="[^"]*" cy="([^"]*)"', page)[:2]]
+    assert len(heights) == 4
+    assert marks[0] - heights[0] == pytest.approx(heights[3] - marks[0], abs=0.15)
+    assert marks[0] - heights[0] == pytest.approx(2 * (marks[1] - heights[1]), abs=0.3)
+    assert page.count("<polygon") == 1
+
+
+def test_panels_stand_in_rows() -> None:
+    lines = Lines("", [0], {"a": [1.0]}, "x", "y")
+    page = render("report", {}, {"one": Figure("f", [lines] * 3, 2)})
+    rows = page.split('<div class="row">')[1:]
+    assert [row.count("<figure>") for row in rows] == [2, 1]

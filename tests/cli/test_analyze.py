@@ -126,3 +126,14 @@ def test_without_matplotlib_the_page_is_left(made, tmp_path, capsys, monkeypatch
     assert main(["analyze", "attention", *arguments]) == 0
     assert "no PNG: matplotlib is missing" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_compare(made, tmp_path, capsys):
+    rows = str(made / "train.jsonl")
+    command = ["train", "--backbone", str(made / "bert"), "--task", "classification", "--train", rows, "--epochs", "1"]
+    assert main([*command, "--out", str(tmp_path / "other"), "--seed", "1"]) == 0
+    pair = ["--first", str(made / "mood"), "--second", str(tmp_path / "other")]
+    arguments = ["analyze", "compare", *pair, "--input", rows, "--out", str(tmp_path / "out"), "--steps", "4"]
+    assert main([*arguments, "--shown", "1"]) == 0
+    assert "agreement" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["facts"]["records"] == 16

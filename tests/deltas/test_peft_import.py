@@ -178,6 +178,10 @@ def test_prefix_tuning(tmp_path: Path) -> None:
     assert torch.equal(delta.tensors["prefix.values"][1], embeddings[:, 3])
 
 
+def ia3(*targets: str) -> Any:
+    return peft.IA3Config(task_type="SEQ_CLS", target_modules=list(targets), feedforward_modules=[])
+
+
 @pytest.mark.parametrize(
     ("family", "config", "message"),
     [
@@ -189,7 +193,7 @@ def test_prefix_tuning(tmp_path: Path) -> None:
         ("bert", lora(target_modules=["query", "word_embeddings"]), "lora_embedding_"),
         ("bert", lora(target_modules=["query", "pooler.dense"]), r"pooler.dense' is no linear projection"),
         ("bert", lora(modules_to_save=["embeddings"]), "embeddings"),
-        ("bert", peft.IA3Config(task_type="SEQ_CLS", target_modules=["word_embeddings"]), "is no IA3 on a linear"),
+        ("bert", ia3("pooler.dense"), "is no IA3 on a linear"),
         ("bert", peft.LoHaConfig(task_type="SEQ_CLS", target_modules=["query"]), "holds peft's LOHA"),
         ("bert", peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2, prefix_projection=True,
                                          encoder_hidden_size=32), "prefix_projection=True is not read"),

@@ -117,6 +117,17 @@ def test_deltas_are_read_sliced_and_new_ones_come_back_as_they_were(tmp_path: Pa
         logits(whole, own)
 
 
+def test_pefts_deltas_are_those_of_the_parent(tmp_path: Path) -> None:
+    whole, small = pair("bert", tmp_path)
+    delta = tiny.delta(whole, "d", [LoraSpec(("query", "output"), rank=2)], TASK, size=0.3)
+    store.save(delta, tmp_path / "d", whole.anatomy, whole.config.to_dict())
+    (tmp_path / "d" / "delta.json").unlink()
+    read, expected = small.read_delta(tmp_path / "d"), small.fitted(delta)
+    assert read.base == small.ref
+    for name, tensor in expected.tensors.items():
+        torch.testing.assert_close(read.tensors[name], tensor)
+
+
 def test_a_delta_learns_on_a_pruned_encoder(tmp_path: Path) -> None:
     _, small = pair("distilbert", tmp_path)
     live = LiveDelta(small, [EVERYWHERE, PrefixSpec(length=2)], TASK)

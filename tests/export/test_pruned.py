@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from bertology_serve.deltas.bitfit import BitfitSpec
+from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.pruned import prune
 from bertology_serve.export.exporting import export_delta
+from bertology_serve.export.multi.engine import OnnxEngine
 from bertology_serve.export.spec import ExportSpec
 from tests import tiny
-from tests.export.cases import CLASSES, EVERYTHING, FOLDS, small
+from tests.export.cases import ALL_LINEARS, CLASSES, EVERYTHING, FOLDS, small
 from tests.export.test_graph import difference
 
 HEADS, NEURONS = ((0, 2, 3), (1,)), ((1, 5), tuple(range(0, 48, 3)))
@@ -35,3 +40,16 @@ def test_exports_equal_the_pruned_encoder(pair, specs, tmp_path: Path) -> None:
     assert done.report.scale > 0.1
     for merge in (True, False):
         assert difference(pruned, pruned.fitted(delta), merge) <= 1e-5  # what torch's exporter writes
+
+
+def test_one_graph_for_many_deltas_of_a_pruned_encoder(pair) -> None:
+    whole, pruned = pair
+    made = Pipeline(pruned)
+    for number, specs in enumerate(([LoraSpec(ALL_LINEARS, rank=3)], EVERYTHING, [BitfitSpec()], [])):
+        made.add(tiny.delta(whole, f"d{number}", specs, CLASSES, seed=number, size=0.2))
+    texts = ("the cat was great", "a bad film", "dog")
+    jobs = [made.prepare(Request(f"d{n}", {"text": text}, logits=True)) for n in range(4) for text in texts]
+    expected = [answer.answer["logits"] for answer in made.run(jobs)]
+    made.engine = OnnxEngine(pruned)
+    found = [answer.answer["logits"] for answer in made.run(jobs)]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-5)

@@ -9,7 +9,8 @@ import pytest
 from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import BaseRef
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.encoder.pruned import prune
 from bertology_serve.errors import BaseMismatch, FormatError, NotFound
 from bertology_serve.serving.registry import Registry
 from tests import tiny
@@ -89,3 +90,18 @@ def test_many_names_are_not_repeated_in_a_message(registry, monkeypatch):
         registry.find("x" * 500)
     count = len(registry.all())
     assert str(problem.value) == f"no delta {'x' * 80!r}; known: {count} others; GET /models lists them"
+
+
+def test_a_pruned_encoder_serves_its_parents_deltas(encoder, tmp_path):
+    specs, task = DELTAS["mood"]
+    delta = tiny.delta(encoder, "mood", specs, task)
+    store.save(delta, tmp_path / "deltas" / "mood" / "1", encoder.anatomy, encoder.config.to_dict())
+    layers, neurons = range(encoder.anatomy.layers), tuple(range(0, 48, 2))
+    prune(encoder, tuple((layer, 3) for layer in layers), (neurons,) * len(layers), tmp_path / "pruned")
+    made = registry(Encoder.load(str(tmp_path / "pruned")))
+    made.load(tmp_path / "deltas")
+    served = made.find("mood")
+    assert served.version == "1"
+    assert served.base.sha256 == made.pipeline.encoder.ref.sha256 != encoder.ref.sha256
+    (answer,) = made.pipeline.answer([Request("mood", {"text": "the film was good"})])
+    assert answer.answer["label"] in task.labels

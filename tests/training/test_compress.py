@@ -21,13 +21,14 @@ TEXTS = ["the film was good", "the river was not bad ."]
 
 
 def whole(encoder: Encoder, rank: int | None = None, only: str = "") -> Delta:
-    """A fully tuned model: weights moved by matrices of a rank (``None``: any), biases at random."""
+    """A fully tuned model: weights moved by matrices of a rank (``None``: any), biases and norms at random."""
     live = LiveDelta(encoder.fresh(), (), TASK, full=True)
     delta, generator = live.freeze("tuned"), torch.Generator().manual_seed(0)
     weights = dict(delta.weights)
     for path, tensor in weights.items():
         linear = tensor.dim() == 2 and "embeddings" not in path
-        if not path.startswith(only) or not (linear or (path.endswith("bias") and tensor.dim() == 1)):
+        relative = path == "encoder.LayerNorm.weight"  # DeBERTa's norm of relative positions, which no kind reaches
+        if not path.startswith(only) or relative or not (linear or tensor.dim() == 1):
             continue
         change = torch.randn(tensor.shape, generator=generator)
         if linear and rank is not None:

@@ -6,6 +6,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.training.config import HEAD_RATE, LEARNING_RATES, TrainConfig
 from bertology_serve.training.methods import make_live
 from bertology_serve.training.optimizer import make_optimizer, moments, set_moments, set_rate, trained
+from tests.training.live import trainer
 
 
 def test_biases_and_norms_do_not_decay_and_rates_are_the_methods(bert: Encoder):
@@ -51,3 +52,8 @@ def test_rate_is_a_share_of_the_highest(bert: Encoder):
     config = TrainConfig("classification", "probe", labels=("a", "b"), max_length=32, learning_rate=0.5)
     optimizer = make_optimizer(make_live(bert, config, config.task_spec(config.labels)), config)
     assert [set_rate(optimizer, 0.5), set_rate(optimizer, 0.1)] == [0.25, 0.05]
+
+
+def test_beta_and_epsilon_are_the_configuration_s(bert: Encoder):
+    made = trainer(bert, beta2=0.98, epsilon=1e-6)
+    assert {(group["betas"], group["eps"]) for group in made.optimizer.param_groups} == {((0.9, 0.98), 1e-6)}

@@ -28,7 +28,7 @@ from bertology_serve.training.sources import Data, Source
 from bertology_serve.training.train import lay_out, machine, task_spec
 
 # Rows of one pass where none were asked for. On a CPU more no longer fit its caches; a GPU wants to be full.
-ROWS = {"cpu": 1024}
+ROWS = {"cpu": 512}
 ROWS_ELSEWHERE = 8192
 
 Columns = tuple[tuple[str, str], ...]

@@ -82,7 +82,7 @@ class GridTask:
 @dataclass(frozen=True)
 class GridMethod:
     """One row, or with ``vary`` one for each combination of values. ``tasks`` are flags by task, ``published`` the
-    papers' figures by task (percent), ``label`` what the papers say of its parameters."""
+    papers' figures by column (percent; ``MRPC``, ``SQuAD → drop``), ``label`` what the papers say of its parameters."""
 
     name: str
     train: Mapping[str, Any] = field(default_factory=dict)

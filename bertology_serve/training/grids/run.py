@@ -25,7 +25,7 @@ from bertology_serve.data.set_files import PREFIX, parse
 from bertology_serve.data.sets import set_named
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.errors import InputError
+from bertology_serve.errors import InputError, nearest
 from bertology_serve.training.checkpoint import write_json
 from bertology_serve.training.config import TrainConfig
 from bertology_serve.training.destination import Destination
@@ -74,7 +74,10 @@ def result_of(run: GridRun, place: Place) -> dict[str, Any] | None:
 
 
 def execute(run: GridRun, place: Place) -> dict[str, Any]:
-    """Makes one run, or continues it where it was killed; returns and leaves its result."""
+    """Makes one run, or continues it where it was killed; returns and leaves its result.
+
+    Raises InputError where the task does not have the metric that the grid names.
+    """
     directory = place.directory(run)
     if not _is_same(run, place):
         shutil.rmtree(directory, ignore_errors=True)  # of a grid that has changed since
@@ -89,7 +92,9 @@ def execute(run: GridRun, place: Place) -> dict[str, Any]:
     where = Destination(directory / DELTA, name="delta", resume=True, overwrite=True)
     outcome = train(run.config, encoder, source, dev, place=where)
     result = {**_facts(outcome, peak, encoder), "rows": len(source.records)}
-    result["measured"] = _measured(outcome, others, place, run.task.data)
+    result["measured"] = measured = _measured(outcome, others, place, run.task.data)
+    if run.task.metric not in measured[""]:
+        raise InputError(f"{run.task.name} has no metric {run.task.metric!r}; {nearest(run.task.metric, measured[''])}")
     result["measured_rows"] = {name: len(other.records) for name, other in others.items()}
     shutil.copy(outcome.path / LOG, directory / LOG)
     write_json(directory / RESULT, result)

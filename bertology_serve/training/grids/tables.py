@@ -48,7 +48,7 @@ def wide_csv(results: Results) -> str:
     for name, method in results.rows:
         row: list[object] = [name, parameters(results, name)]
         for column in results.columns:
-            cell, known = results.cell(name, column), None if column.ood else method.published.get(column.task)
+            cell, known = results.cell(name, column), method.published.get(column.title)
             row += [_rounded(cell.middle), _rounded(cell.spread), len(cell.values), known]
         rows.append(row)
     return _csv(header, rows)
@@ -84,7 +84,7 @@ def _figures(results: Results, name: str, method: GridMethod) -> Iterator[str]:
     count = parameters(results, name)
     yield (f"{count:,}" if count is not None else "–") + (f" ({method.label})" if method.label else "")
     for column in results.columns:
-        known = None if column.ood else method.published.get(column.task)
+        known = method.published.get(column.title)
         yield results.cell(name, column).text + (f" ({known:.1f})" if known is not None else "")
     average = results.average(name)
     known = _published_mean(results, method)

@@ -7,12 +7,15 @@ import sys
 import pytest
 import torch
 
+from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.encoder.pruned import prune
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.multi import buckets
 from bertology_serve.export.multi.engine import OnnxEngine
 from tests import tiny
-from tests.encoder.test_mixed import DELTAS, logits, pipeline, requests
+from tests.encoder.test_mixed import DELTAS, FACTORS, logits, pipeline, record, requests
+from tests.export.cases import small
 
 
 @pytest.mark.parametrize("price", [0, 60])
@@ -88,17 +91,41 @@ def test_packaged_minilm(minilm_path):
     assert (alone - logits(found[1].as_dict())).abs().max() <= 1e-5
 
 
-def test_deltas_that_scale_rows_are_refused_one_by_one(minilm_path):
-    from bertology_serve.deltas.norms import NormsSpec
-    from tests.encoder.test_mixed import CLASSES
+def test_batches_that_the_graph_has_no_place_for_are_run_by_torch(tmp_path, monkeypatch):
+    made = pipeline(tiny.encoder("bert", tmp_path))
+    for seed, (name, (specs, task)) in enumerate(FACTORS.items()):
+        made.add(tiny.delta(made.encoder, name, specs, task, seed))
+    asked = [Request(name, record(task, 0), logits=True) for name, (_, task) in FACTORS.items()]
+    jobs = [made.prepare(request) for request in (*requests()[:15], *asked)]
+    expected = made.run(jobs)
+    made.engine = engine = OnnxEngine(made.encoder)
+    for found in (made.run(jobs), [*made.run(jobs[:15]), *made.run(jobs[15:])]):
+        pairs = zip(found, expected, strict=True)
+        assert max((logits(a.as_dict()) - logits(b.as_dict())).abs().max().item() for a, b in pairs) <= 1e-5
+    assert [engine.takes(job.ready.entry) for job in jobs] == [True] * 15 + [False] * len(FACTORS)
+    monkeypatch.setattr(made.encoder, "run", None)  # what the graph takes does not touch it
+    made.run(jobs[:15])
 
-    made = pipeline_of_minilm()
+
+def test_a_pruned_encoder(tmp_path, monkeypatch):
+    whole = small("bert", tmp_path / "whole", monkeypatch)
+    prune(whole, ((0, 2, 3), (1,)), ((1, 5), tuple(range(0, 48, 3))), tmp_path / "pruned")
+    made = pipeline_of(Encoder.load(str(tmp_path / "pruned")), whole)
+    jobs = [made.prepare(request) for request in requests() if request.delta in made.deltas]
+    expected = made.run(jobs)
     made.engine = OnnxEngine(made.encoder)
-    with pytest.raises(Unsupported, match="'x' scales the encoder's rows: serve it with --engine torch"):
-        made.add(tiny.delta(made.encoder, "x", [NormsSpec()], CLASSES))
+    pairs = zip(made.run(jobs), expected, strict=True)
+    assert max((logits(a.as_dict()) - logits(b.as_dict())).abs().max().item() for a, b in pairs) <= 1e-5
+
+
+def pipeline_of(encoder: Encoder, whole: Encoder) -> Pipeline:
+    """The parent's deltas on a pruned encoder."""
+    made = Pipeline(encoder)
+    for seed, (name, (specs, task)) in enumerate(DELTAS.items()):
+        if name != "base":
+            made.add(tiny.delta(whole, name, specs, task, seed))
+    return made
 
 
 def pipeline_of_minilm() -> Pipeline:
-    from bertology_serve.encoder.encoder import Encoder
-
     return pipeline(Encoder.load("minilm"))

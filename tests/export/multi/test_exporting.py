@@ -12,12 +12,14 @@ import pytest
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pruned import prune
 from bertology_serve.errors import BaseMismatch, FormatError, SpecError, Unsupported, VerificationError
 from bertology_serve.export.multi import exporting, library
 from bertology_serve.export.multi.exporting import export_many, join
 from bertology_serve.export.multi.library import Library, library_of
 from bertology_serve.export.spec import ExportSpec
 from tests import tiny
+from tests.encoder.test_mixed import FACTORS
 from tests.export.cases import DELTAS, small
 from tests.export.multi.mixed import FAMILIES
 
@@ -46,6 +48,13 @@ def test_every_kind_and_task_in_one_graph(family, tmp_path, monkeypatch):
     assert done.report.largest <= 1e-5
     assert done.report.sequences >= 2 * len(DELTAS)
     assert [card.name for card in Library.load(tmp_path / "out" / library.FILE).cards] == ["base", *DELTAS]
+
+
+def test_a_pruned_encoder(tmp_path, monkeypatch):
+    whole = small("roberta", tmp_path / "whole", monkeypatch)
+    prune(whole, ((0, 2, 3), (1,)), ((1, 5), tuple(range(0, 48, 3))), tmp_path / "pruned")
+    pruned = Encoder.load(str(tmp_path / "pruned"))
+    assert export_many(pruned, made(whole, "folds", "houlsby", "prefix"), tmp_path / "out").report.largest <= 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +118,7 @@ def test_the_same_bytes_twice_no_path_of_the_machine_and_lines_that_run(encoder,
         ({"layout": "triton"}, "--layout triton"),
         ({"unpad": False}, "--no-unpad"),
         ({"target": "portable"}, "--target portable"),
+        ({"precision": "fp16"}, "--precision fp16"),
     ],
 )
 def test_options_that_do_not_fit(options, flag, encoder, tmp_path):
@@ -124,6 +134,9 @@ def test_what_cannot_be_exported_or_joined(encoder, tmp_path, monkeypatch):
     whole = replace(made(encoder, "probe")[0], weights=encoder.model.state_dict())
     with pytest.raises(Unsupported, match="whole checkpoint"):
         library_of(encoder, [whole])
+    factors = tiny.delta(encoder, "factors", *FACTORS["norms"])
+    with pytest.raises(Unsupported, match="'factors' scales the encoder's rows; export it by itself, with --merge"):
+        library_of(encoder, [factors])
     with monkeypatch.context() as patched:
         real = exporting.library_of
         patched.setattr(exporting, "library_of", lambda *given: broken(real(*given)))

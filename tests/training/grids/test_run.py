@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from bertology_serve.errors import InputError
 from bertology_serve.training.grids import run as runs
 from bertology_serve.training.grids.grid import Grid, GridMethod, GridTask
 from bertology_serve.training.grids.report import write_report
 from bertology_serve.training.grids.run import Place, execute, result_of
+from bertology_serve.training.loop import Trainer
 from tests.training import sets
 
 TRAIN = {"epochs": 2, "batch_size": 4, "max_length": 16, "keep": "last"}
@@ -76,6 +78,27 @@ def test_a_killed_run_is_continued(place: Place, monkeypatch: pytest.MonkeyPatch
     assert again["measured"] == expected["measured"]
 
 
+def test_a_run_killed_in_training_goes_on_from_its_checkpoint(place: Place, monkeypatch: pytest.MonkeyPatch):
+    run = next(grid(place, GridMethod("LoRA", {"method": "lora", "rank": 2, "save_every": 1, "epochs": 4})).runs())
+    expected = execute(run, place)
+    (place.directory(run) / "result.json").unlink()
+    steps = []
+
+    def update(self: Trainer, loss: float) -> Any:
+        steps.append(self.state.step)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return plain(self, loss)
+
+    plain = Trainer._update
+    monkeypatch.setattr(Trainer, "_update", update)
+    with pytest.raises(KeyboardInterrupt):
+        execute(run, place)
+    again = execute(run, place)
+    assert steps == [*range(6), *range(5, 12)], "not from the beginning"
+    assert (again["measured"], again["steps"]) == (expected["measured"], expected["steps"])
+
+
 def test_the_best_state_may_be_kept_and_so_may_deltas(place: Place):
     run = next(grid(place, GridMethod("LoRA", {"method": "lora", "keep": "best"})).runs())
     execute(run, replace(place, keep=True))
@@ -94,6 +117,12 @@ def test_a_known_set_is_measured_as_its_makers_do(place: Place, tmp_path: Path):
     assert (place.find("set:glue/rte:dev"), place.find("hub:x")) == ("set:glue/rte:dev", "hub:x")
     found = execute(next(replace(grid(place, LORA), tasks=(task,)).runs()), place)
     assert set(found["measured"][""]) == {"accuracy", "macro_f1", "mcc", "f1"}
+
+
+def test_a_metric_that_the_task_lacks_is_named(place: Place):
+    made = grid(place, LORA)
+    with pytest.raises(InputError, match="Mood has no metric 'acuracy'; did you mean 'accuracy'"):
+        execute(next(replace(made, tasks=(replace(made.tasks[0], metric="acuracy"),)).runs()), place)
 
 
 def test_report_is_of_what_is_there(place: Place):

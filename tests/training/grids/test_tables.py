@@ -23,7 +23,7 @@ def test_cells_are_the_statistic_and_its_deviation_beside_the_published_figure()
     assert lines[0] == "| method | parameters | Mood | Mood → far | Likeness | mean |"
     spread = statistics.stdev([90.0, 80.0])
     assert lines[2] == (
-        f"| FT | 12,345 (125.0M) | 85.0 ± {spread:.1f} (90.2) | 60.0 ± 14.1 | 60.0 ± 14.1 (80.0) | 72.5 (85.1) |"
+        f"| FT | 12,345 (125.0M) | 85.0 ± {spread:.1f} (90.2) | 60.0 ± 14.1 (70.0) | 60.0 ± 14.1 (80.0) | 72.5 (85.1) |"
     )
     assert lines[3] == "| LoRA, rank 1 | – | – (91.0) | – | – | – |"
     assert lines[4] == "| LoRA, rank 4 | 100 | 61.0 (1 of 2 seeds) (91.0) | 60.0 (1 of 2 seeds) | – | – |"

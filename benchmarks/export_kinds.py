@@ -1,0 +1,106 @@
+"""Deltas of every kind, trained on the packaged MiniLM and the built-in examples, exported and compared with torch.
+
+    python benchmarks/export_kinds.py [--steps 12] [--back-ends direct,torch]
+
+Each is merged, what cannot be folded baked, and the file compared with the torch engine on the delta unmerged: the
+verifier's own inputs, in every shape, and the records of the kind's examples. Writes one Markdown table to stdout and
+exits with 1 where an output differs by more than 1e-5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from bertology_serve.data.examples import load_examples
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.examples import path
+from bertology_serve.export.bench.environment import environment
+from bertology_serve.export.exporting import Exported, export_delta
+from bertology_serve.export.spec import ExportSpec
+from bertology_serve.tasks.registry import task_for
+from bertology_serve.training.config import TrainConfig
+from bertology_serve.training.destination import Destination
+from bertology_serve.training.saved import open_delta
+from bertology_serve.training.sources import Source
+from bertology_serve.training.train import train
+
+ATOL = 1e-5
+KINDS = (
+    ("lora", "sentiment", "classification"),
+    ("bitfit", "intent", "classification"),
+    ("lora,bitfit", "similarity", "regression"),
+    ("adapter", "entities", "token-classification"),
+    ("prompt", "sentiment", "classification"),
+    ("prefix", "qa", "question-answering"),
+    ("prompt,prefix,lora", "choice", "multiple-choice"),
+    ("probe", "intent", "classification"),
+    ("full", "sentiment", "classification"),
+    ("mixout", "sentiment", "classification"),
+    ("child-tuning", "sentiment", "classification"),
+    ("top-k", "sentiment", "classification"),
+)
+"""Method, examples, task."""
+
+
+def exported(method: str, examples: str, task: str, steps: int, back_end: str, directory: Path) -> Exported:
+    """One delta trained for ``steps`` steps and exported; trained once for all back ends."""
+    delta = directory / "delta"
+    if not delta.exists():
+        config = TrainConfig(task=task, method=tuple(method.split(",")), max_steps=steps, batch_size=8)
+        data = [Source.read(path(examples, split)) for split in ("train", "dev")]
+        train(config, Encoder.load("minilm"), *data, place=Destination(delta))
+    loaded, encoder = open_delta(delta, None)
+    own = task_for(loaded.task)
+    records = [own.encode(one, encoder.tokenizer) for one in load_examples(path(examples, "dev"), own, labelled=False)]
+    spec = ExportSpec(merge=True, bake=True, back_end=back_end, atol=1.0)  # type: ignore[arg-type]
+    return export_delta(encoder, loaded, directory / back_end, spec, records=records)
+
+
+def rows(steps: int, back_ends: list[str]) -> Iterator[tuple[str, Exported]]:
+    """A table's line for each kind and back end."""
+    for method, examples, task in KINDS:
+        with tempfile.TemporaryDirectory() as temporary:
+            for back_end in back_ends:
+                done = exported(method, examples, task, steps, back_end, Path(temporary))
+                report = done.report
+                lost = (report.lost or {}).get("bfloat16")
+                agreement = "-" if report.agreement is None else f"{report.agreement:.2%}"
+                yield (
+                    (
+                        f"| {method} | {task} | {back_end} | {report.sequences} | {report.largest:.1e} | {agreement} | "
+                        f"{report.neighbours:.1e} | {'-' if lost is None else f'{lost:.1%}'} |"
+                    ),
+                    done,
+                )
+
+
+def main() -> int:
+    """Trains, exports, prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--back-ends", default="direct,torch")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    where = environment()
+    print(f"{where['cpu']}; torch {where['versions']['torch']}, onnxruntime {where['versions']['onnxruntime']}; "
+          f"{asked.steps} steps of training each; {where['date'][:10]}\n")  # fmt: skip
+    print(
+        "| method | task | back end | sequences | max \\|Δ\\| | decisions as torch | neighbours change | bf16 loses |"
+    )
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    worst = 0.0
+    for line, done in rows(asked.steps, asked.back_ends.split(",")):
+        print(line, flush=True)
+        worst = max(worst, done.report.largest)
+    print(f"\nlargest difference: {worst:.1e}")
+    return int(not worst <= ATOL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""``bertology-serve convert``: checkpoints of other libraries as deltas, and bottleneck adapters for AdapterHub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from bertology_serve.cli.common import note
+from bertology_serve.cli.options import listed
+from bertology_serve.errors import InputError, SpecError
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="AdapterHub's or peft's directory, or a microsoft/LoRA file.")],
+    out: Annotated[Path, typer.Option(help="The directory to write.")],
+    to: Annotated[Literal["delta", "adapterhub"], typer.Option(help="adapterhub: from a delta of this package.")] = (
+        "delta"
+    ),
+    backbone: Annotated[
+        str | None, typer.Option(help="The encoder that it was made for: foreign files name no weights.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The delta's name. Default: that of --out.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="microsoft/LoRA: updates are scaled by alpha / rank.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Labels in logit order, with commas.")] = None,
+    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.", min=3)] = 128,
+) -> None:
+    """Convert an adapter; pickles are opened here only, and for tensors only."""
+    from bertology_serve.deltas import store
+    from bertology_serve.deltas.adapterhub import write_adapterhub
+    from bertology_serve.encoder.encoder import Encoder
+    from bertology_serve.training.convert import Told
+    from bertology_serve.training.convert import convert as run
+    from bertology_serve.training.destination import Destination
+    from bertology_serve.training.saved import newest
+
+    if out.exists():
+        raise InputError(f"{out} exists; choose another --out")
+    if to == "adapterhub":
+        delta = store.load(newest(source))
+        write_adapterhub(delta, out, Encoder.load(backbone or delta.base.name).anatomy)
+        note(f"saved to {out}; next: model.load_adapter({str(out)!r}, use_safetensors=True)")
+        return
+    if backbone is None:
+        raise SpecError("no --backbone was given; name the encoder that the checkpoint was made for")
+    called, encoder = Destination(out, name).open()[0], Encoder.load(backbone)
+    made = run(source, encoder, called, Told(alpha, listed(labels) or (), max_length))
+    store.save(made, out, encoder.anatomy, encoder.config.to_dict())
+    note(f"saved to {out}; next:")
+    note(f"  bertology-serve evaluate {out} --backbone {backbone} --input FILE")

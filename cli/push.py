@@ -1,0 +1,24 @@
+"""``bertology-serve push``: a delta to the HuggingFace hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bertology_serve.cli.common import note
+
+
+def push(
+    delta: Annotated[Path, typer.Argument(metavar="DIR", help="A delta's directory, or one with its versions.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made where it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch to write to. Default: main.")] = None,
+) -> None:
+    """Upload a delta; who does it is what the hub's login or HF_TOKEN says."""
+    from bertology_serve.deltas.hub import push as run
+    from bertology_serve.training.saved import newest
+
+    note(f"uploaded: {run(newest(delta), repository, private=private, revision=revision)}")
+    note(f"  bertology-serve pull {repository} --out DIR")
