@@ -32,6 +32,7 @@ from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.bank import BARE, DeltaBank
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.packing import PackedBatch, pack
+from bertology_serve.export.bench.environment import environment
 from bertology_serve.export.direct.emit import emit
 from bertology_serve.export.multi.buckets import buckets
 from bertology_serve.export.multi.engine import OnnxEngine
@@ -41,7 +42,6 @@ from bertology_serve.export.parts import parts_of
 from bertology_serve.export.samples import SENTENCES
 from bertology_serve.export.session import Session
 from bertology_serve.serving.bench import contenders
-from bertology_serve.serving.bench.report import environment
 from bertology_serve.serving.bench.workload import Workload, lengths
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.spec import Encoding, TaskSpec

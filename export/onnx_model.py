@@ -102,11 +102,11 @@ def annotate(model: onnx_ir.Model, metadata: Mapping[str, str]) -> None:
     model.graph.name = "main"
 
 
-def save(model: onnx_ir.Model, path: Path, external_over: int = EXTERNAL_OVER) -> int:
+def save(model: onnx_ir.Model, path: Path, external_over: int | None = None) -> int:
     """Writes the file, and ``model.onnx_data`` beside it for large weights; returns the bytes of both."""
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     data = path.with_name(path.name + DATA_SUFFIX)
-    if weights > external_over:
+    if weights > (EXTERNAL_OVER if external_over is None else external_over):
         onnx_ir.save(model, path, external_data=data.name)
     else:
         onnx_ir.save(model, path)

@@ -76,6 +76,7 @@ def _heat_map(canvas: Any, axis: Any, panel: HeatMap) -> None:
         vmax=high,
         interpolation="nearest",
     )
+    axis.set_facecolor("#dddddd")  # where there is no value, as on the page
     axis.set_xlabel(panel.columns)
     axis.set_ylabel(panel.rows)
     _ticks(axis.set_xticks, values.shape[1], panel.column_names, rotation=45 if panel.column_names else 0)

@@ -170,7 +170,7 @@ def _report(subject: Subject, heads: Numbers, neurons: Numbers, values: Tensor, 
     ]  # fmt: skip
     numbers = [layer * anatomy.heads + head for layer, own in enumerate(heads) for head in own]
     stayed = HeatMap("heads that stayed (the others are grey)", mapped(values, numbers), "layer", "head",
-                     "|∂L/∂ξ|, each layer scaled to norm 1")  # fmt: skip
+                     "|∂L/∂ξ|, scaled")  # fmt: skip
     left = {
         "heads": [100 * len(own) / anatomy.heads_of(layer) for layer, own in enumerate(heads)],
         "neurons": [100 * len(own) / widths[layer] for layer, own in enumerate(neurons)],

@@ -66,6 +66,16 @@ def moves_of(effects: Effects, anatomy: Anatomy, base: Mapping[str, Tensor]) -> 
         slot = anatomy.slots[name]
         for layer in slot.present:
             yield _move(slot, layer, "bias", float(shift[layer].double().norm()), own_tensor(slot, layer, "bias", base))
+    for part, stacks in (("factors of outputs", effects.scale), ("factors of inputs", effects.inner)):
+        for name, added in stacks.items():
+            slot = anatomy.slots[name]
+            for layer in slot.present:
+                place = layer if slot.depth > 1 else None
+                norm = float(added[layer].double().norm())  # of what is added to factors of 1, or to a norm's weight
+                if slot.inputs:
+                    yield Move(name, place, part, norm, norm / added.shape[1] ** 0.5)
+                else:
+                    yield _move(slot, layer, "weight", norm, own_tensor(slot, layer, "weight", base))
     yield from _added(effects)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from bertology_serve.deltas.effects import Effects
-from bertology_serve.deltas.kind import Kind, Tensors
+from bertology_serve.deltas.kind import Cut, Kind, Tensors
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.errors import SpecError
 
@@ -46,4 +46,12 @@ def effects(spec: Ia3Spec, tensors: Tensors, anatomy: Anatomy) -> Effects:
     )
 
 
-IA3 = Kind("ia3", Ia3Spec, init, effects)
+def cut(spec: Ia3Spec, tensors: Tensors, anatomy: Anatomy, left: Cut) -> Tensors:
+    """Factors by the outputs or inputs that they are for."""
+    sides = dict.fromkeys(anatomy.resolve(spec.targets), left.outputs)
+    sides |= dict.fromkeys(anatomy.resolve(spec.feedforward), left.inputs)
+    slots = {name: anatomy.slot(name) for name in sides}
+    return {name: side(tensors[name], slots[name], slots[name].present) for name, side in sides.items()}
+
+
+IA3 = Kind("ia3", Ia3Spec, init, effects, cut)

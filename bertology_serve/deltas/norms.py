@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from bertology_serve.deltas.effects import Effects, spread
-from bertology_serve.deltas.kind import Kind, Tensors, zeros
+from bertology_serve.deltas.kind import Kind, Tensors, uncut, zeros
 from bertology_serve.deltas.slots import ATTENTION_NORM, EMBEDDING_NORM, FFN_NORM, FINAL_NORM, Anatomy, Slot
 
 PLACES = (EMBEDDING_NORM, ATTENTION_NORM, FFN_NORM, FINAL_NORM)
@@ -52,4 +52,4 @@ def effects(spec: NormsSpec, tensors: Tensors, anatomy: Anatomy) -> Effects:
     )
 
 
-NORMS = Kind("norms", NormsSpec, init, effects)
+NORMS = Kind("norms", NormsSpec, init, effects, uncut)

@@ -110,7 +110,8 @@ def _check_settings(config: Mapping[str, Any], directory: Path) -> None:
         else:
             fine = name in _HARMLESS or not value
         if not fine:
-            raise Unsupported(f"{directory}: {name[:60]}={str(value)[:60]} is not read here; merge it with peft first")
+            way = "convert it with bertology-serve convert" if name == "use_dora" else "merge it with peft first"
+            raise Unsupported(f"{directory}: {name[:60]}={str(value)[:60]} is not read here; {way}")
 
 
 def _lora(checkpoint: Checkpoint) -> tuple[Any, Tensors]:

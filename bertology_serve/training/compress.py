@@ -143,8 +143,8 @@ def _low_rank(
             if (name, layer) in cut:
                 left, singular, right = cut[name, layer]
                 root, count = singular[:rank].sqrt(), min(rank, len(singular))
-                a[index, :count] = (root[:, None] * right[:rank]).float()
-                b[index, :count] = (root[:, None] * left.T[:rank]).float()
+                a[index, :count, : right.shape[1]] = (root[:, None] * right[:rank]).float()
+                b[index, :count, : left.shape[0]] = (root[:, None] * left.T[:rank]).float()
         tensors |= {f"lora.{name}.a": a, f"lora.{name}.b": b}
     chosen = None if layers == tuple(range(anatomy.layers)) else layers
     return (LoraSpec(tuple(names), rank, float(rank), layers=chosen),), tensors
@@ -159,7 +159,7 @@ def _biases(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
         for index, layer in enumerate(slot.present):
             change = _own(moved.get(f"{slot.paths[layer]}.bias"), slot)
             if change is not None:
-                stack[index], any_moved = change.float(), True
+                stack[index, : len(change)], any_moved = change.float(), True
         tensors[f"bitfit.{slot.name}"] = stack
     return tensors if any_moved else {}
 

@@ -13,15 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from bertology_serve.deltas import store
 from bertology_serve.deltas.adapterhub import HEAD_WEIGHTS as ADAPTERHUB_HEAD
 from bertology_serve.deltas.adapterhub import WEIGHTS, is_adapterhub, read_adapterhub
 from bertology_serve.deltas.catalog import is_delta
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.dora import magnitudes, spelt_out
+from bertology_serve.deltas.layout import MODEL_ROOT
 from bertology_serve.deltas.microsoft_lora import read_microsoft_lora
-from bertology_serve.deltas.names import ADAPTER_WEIGHTS, MANIFEST
+from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
+from bertology_serve.deltas.reading import Limits, read_json, read_tensors
 from bertology_serve.deltas.unpickle import read_pickle
+from bertology_serve.deltas.writing import write_json, write_tensors
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import FormatError, NotFound, SpecError
@@ -75,7 +80,21 @@ def _read(source: Path, copy: Path, encoder: Encoder, name: str, told: Told) -> 
         return read_adapterhub(copy, anatomy, base, name)
     if not is_delta(copy):
         raise FormatError(f"{source} is no adapter's directory; expected adapter_config.json")
-    return store.load(copy, anatomy, base=base, name=name, options=encoder.config.to_dict())
+    found = _without_magnitudes(copy, encoder)
+    delta = store.load(copy, anatomy, base=base, name=name, options=encoder.config.to_dict())
+    return spelt_out(delta, found, encoder.model.state_dict(), anatomy) if found else delta
+
+
+def _without_magnitudes(copy: Path, encoder: Encoder) -> dict[str, Tensor]:
+    """The magnitudes of a DoRA checkpoint, which becomes one of LoRA in place; none for others."""
+    config, _ = read_json(copy / ADAPTER_CONFIG, Limits(), copy)
+    if not config.get("use_dora"):
+        return {}
+    tensors, _, _ = read_tensors(copy / ADAPTER_WEIGHTS, Limits(), copy)
+    found = magnitudes(tensors, encoder.anatomy, MODEL_ROOT)
+    write_json(copy / ADAPTER_CONFIG, {**config, "use_dora": False})
+    write_tensors(copy / ADAPTER_WEIGHTS, tensors)
+    return found
 
 
 @contextmanager

@@ -147,6 +147,6 @@ def _facts(path: Path) -> Mapping[str, str]:
         facts = onnx_ir.load(path).metadata_props
     except Exception as problem:  # a protobuf that is none raises what it likes
         raise FormatError(f"{path} is no ONNX file ({type(problem).__name__}); export with --multi first") from None
-    if facts.get("task") != "many":
+    if facts.get("task") != "many" or facts.get("precision") not in PRECISIONS:
         raise FormatError(f"{path} is no graph for many deltas; export with --multi first, then join")
     return dict(facts)

@@ -23,6 +23,7 @@ class Feed:
 
     def __init__(self, anatomy: Anatomy) -> None:
         self.places = stacks(anatomy)
+        self._blank: dict[int, Arrays] = {}
         self._empty = {
             place.input(column): np.zeros((place.depth, 1, width), np.float32)
             for place in self.places.values()
@@ -50,20 +51,29 @@ class Feed:
         """``delta`` [S] and the tables, a row for each delta among the sequences' entries, in order of appearance."""
         deltas = {entry.key: entry for entry in entries}
         numbers = {key: number for number, key in enumerate(deltas)}
-        found: Arrays = {INDEX: np.array([numbers[entry.key] for entry in entries], np.int64)}
-        for place in self.places.values():
-            rows = [entry.rows.get(place.name) for entry in deltas.values()]
+        found: Arrays = {INDEX: np.array([numbers[entry.key] for entry in entries], np.int64)} | self._none(len(deltas))
+        for name in {name for entry in deltas.values() for name in entry.rows}:
+            place = self.places[name]
+            rows = [entry.rows.get(name) for entry in deltas.values()]
             for table in place.tables:
                 found[place.input(table)] = _table(place, table, rows, list(deltas.values()))
         return found
 
+    def _none(self, deltas: int) -> Arrays:
+        """The tables of that many deltas which change nothing."""
+        if deltas not in self._blank:
+            self._blank[deltas] = {
+                place.input(table): np.zeros((deltas, place.fixed.get(table, 0)), np.int64)
+                for place in self.places.values()
+                for table in place.tables
+            }
+        return self._blank[deltas]
+
 
 def _table(place: Stack, table: str, rows: Sequence[RowSegment | None], deltas: Sequence[Entry]) -> NDArray[np.int64]:
-    """[D, n]: one of a place's tables; no columns where no delta is there."""
+    """[D, n]: one of the tables of a place where a delta is."""
     if table == "form":
         return np.array([(_prompt if place.name == PROMPT else _prefix)(delta) for delta in deltas], np.int64)
-    if not any(rows):
-        return np.zeros((len(rows), 0), np.int64)
     segments = [row or _BLANK for row in rows]
     if table == "bias":
         return np.array([[max(one.bias, 0)] for one in segments], np.int64)

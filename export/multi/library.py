@@ -26,6 +26,7 @@ from bertology_serve.export.multi.stacks import INDEX
 from bertology_serve.tasks.heads import Head, Layer
 from bertology_serve.tasks.spec import EMBEDDING as VECTORS
 
+AGAIN = "export with --multi again"
 FILE, CARDS = "stacks.safetensors", "deltas"
 _NUMBERS = ("ranks", "bias", "units", "rows")
 """Tables that hold numbers of stack rows, which move when the stack stands behind another."""
@@ -54,10 +55,11 @@ class Library:
     cards: tuple[Card, ...]
 
     def join(self, other: Library) -> Library:
-        """Both, the other's deltas behind; SpecError where a name is there already."""
+        """Both, the other's deltas behind; SpecError where a name is there already, FormatError for other arrays."""
         twice = {card.name for card in self.cards} & {card.name for card in other.cards}
         if twice:
             raise SpecError(f"delta {min(twice)!r} is there already; export under another name, or leave it out")
+        _check_alike(self.arrays, other.arrays)
         return Library(_joined(self.arrays, other.arrays), self.cards + other.cards)
 
     def without_base(self) -> Library:
@@ -78,9 +80,9 @@ class Library:
             with safe_open(path, "np") as file:
                 cards = json.loads((file.metadata() or {})[CARDS])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-            return cls(arrays, tuple(_read(card) for card in cards))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as problem:
-            raise FormatError(f"{path.name} is no file of stacks ({problem}); export with --multi again") from None
+            return cls(arrays, tuple(_read(card) for card in list(cards)))
+        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as problem:
+            raise FormatError(f"{path.name} is no file of stacks ({problem}); {AGAIN}") from None
 
 
 def library_of(encoder: Encoder, deltas: Iterable[Delta]) -> Library:
@@ -167,6 +169,21 @@ def _below(tensor: Any, shape: tuple[int, ...], layer: Layer | None) -> np.ndarr
     if layer is not None:
         rows.append(rows[0] if tensor is None else tensor.detach().float().numpy())
     return np.stack(rows)
+
+
+def _check_alike(one: Arrays, other: Arrays) -> None:
+    """Raises FormatError unless both have the same arrays, alike in all but the axes that grow."""
+    for name in sorted(one.keys() ^ other.keys()):
+        raise FormatError(f"the stacks {'have no' if name in other else 'have a strange'} {name}; {AGAIN}")
+    for name, array in one.items():
+        fixed = [
+            axis for axis in range(array.ndim) if axis not in ((1,) if _is_stack(name, array) else (0, array.ndim - 1))
+        ]
+        theirs = other[name]
+        same = array.dtype == theirs.dtype and array.ndim == theirs.ndim
+        if not same or any(array.shape[axis] != theirs.shape[axis] for axis in fixed):
+            found, expected = (f"{part.dtype} {list(part.shape)}" for part in (array, theirs))
+            raise FormatError(f"the stack {name} is {found}, where the encoder has {expected}; {AGAIN}")
 
 
 def _joined(one: Arrays, other: Arrays) -> Arrays:

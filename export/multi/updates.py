@@ -32,7 +32,7 @@ class Updates:
             return then(self._spread(place, "b", layer, low, ranks, own))
 
         def biases() -> Value:
-            return then(self._out(place, "b", layer, self.runs.mask, self._biases(place, "b", layer, own)))
+            return then(self._biases(place, "b", layer, own).gather(self.runs.index))
 
         if "a" not in self.tables.places[place].columns:
             return biases()
@@ -50,12 +50,12 @@ class Updates:
     def _spread(self, place: str, column: str, layer: int, low: Value, ranks: Value, own: Value | None = None) -> Value:
         """low [tiles, c, S · R] times the stack's rows, and each owner's bias with the coefficient 1 -> [T, N]."""
         rows = self.tables.rows(place, column, layer, ranks)
-        rows = joined(1, rows, self._biases(place, column, layer, own))
+        rows = joined(1, rows, self._biases(place, column, layer, own).gather(self.runs.owners))
         return self._out(place, column, layer, joined(2, low, self.runs.mask), rows)
 
     def _biases(self, place: str, column: str, layer: int, own: Value | None) -> Value:
-        """[tiles, S, N]."""
-        rows = self.tables.rows(place, column, layer, self.runs.of(self.tables.table(place, "bias")))
+        """[D, N]: the bias of every delta of the batch."""
+        rows = self.tables.rows(place, column, layer, self.tables.table(place, "bias").squeeze(1))
         return rows if own is None else rows + own
 
     def _out(self, place: str, column: str, layer: int, coefficients: Value, rows: Value) -> Value:

@@ -17,7 +17,9 @@ from bertology_serve.analysis.weights import effective_rank, low_rank_singular
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.bottleneck import AdapterSpec
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.ia3 import Ia3Spec
 from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.norms import NormsSpec
 from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder, weights_hash
@@ -96,6 +98,7 @@ def test_singular_values_need_no_more_rank_than_width() -> None:
     ("spec", "parts"),
     [
         (BitfitSpec(), {"bias"}),
+        (NormsSpec(), {"weight", "bias"}),
         (AdapterSpec(width=3), {"adapter down", "adapter up"}),
         (PrefixSpec(length=2), {"keys", "values"}),
         (PromptSpec(length=2), {"vectors"}),
@@ -109,11 +112,22 @@ def test_every_kind_has_a_report(spec: object, parts: set[str], tmp_path: Path) 
     total = sum(float(tensor.double().square().sum()) for tensor in delta.tensors.values()) ** 0.5
     if parts != {"adapter down", "adapter up"}:  # whose biases are not in the table
         assert report.facts["frobenius"] == pytest.approx(total, rel=1e-6)
-    assert all((row["relative"] is not None) == (row["part"] == "bias") for row in report.tables["weights"])
+    assert all((row["relative"] is not None) == (row["part"] in ("weight", "bias")) for row in report.tables["weights"])
     features = report.tables["features"]
     assert 0 < features[-1]["cka"] < 1 - 1e-6
     paths = report.save(tmp_path / "out")
     assert json.loads(paths[0].read_text())["tables"]["features"] == features
+
+
+def test_factors_are_compared_with_one(tmp_path: Path) -> None:
+    encoder = tiny.encoder("bert", tmp_path)
+    delta = tiny.delta(encoder, "d", [Ia3Spec()], TASK)
+    rows = {(row["slot"], row["layer"]): row for row in distance(encoder, delta, TEXTS).tables["weights"]}
+    assert {slot for slot, _ in rows} == {"key", "value", "down"}
+    assert rows["down", 2]["part"] == "factors of inputs"
+    change = delta.tensors["ia3.key"][1].double() - 1
+    assert rows["key", 1]["frobenius"] == pytest.approx(float(change.norm()), rel=1e-5)
+    assert rows["key", 1]["relative"] == pytest.approx(float(change.norm() / 32**0.5), rel=1e-5)
 
 
 def test_features_of_a_layer_are_compared_over_all_batches(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from bertology_serve.deltas import store
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.bottleneck import AdapterSpec
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.ia3 import Ia3Spec
 from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.norms import NormsSpec
 from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder, weights_hash
@@ -79,7 +81,8 @@ def pair(family: str, folder: Path) -> tuple[Encoder, Encoder]:
 def test_a_pruned_encoder_answers_as_the_masked_one(family: str, tmp_path: Path) -> None:
     whole, small = pair(family, tmp_path)
     kinds = {"lora": [EVERYWHERE], "bitfit": [BitfitSpec()], "adapter": [AdapterSpec(width=4)],
-             "prompt": [PromptSpec(length=2)], "prefix": [PrefixSpec(length=2)],
+             "prompt": [PromptSpec(length=2)], "norms": [NormsSpec()],
+             "ia3": [Ia3Spec(("key", "value", "up"), ("down", "output"))], "prefix": [PrefixSpec(length=2)],
              "both": [LoraSpec(rank=2, layers=(1, 2)), BitfitSpec("attention"), PrefixSpec(length=3)]}  # fmt: skip
     if family != "bert":
         kinds = {name: kinds[name] for name in ("lora", "both")}

@@ -21,7 +21,7 @@ import torch
 import bertology_serve
 from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.errors import BaseMismatch, SpecError, Unsupported, VerificationError
-from bertology_serve.export import exporting
+from bertology_serve.export import exporting, onnx_model
 from bertology_serve.export.exporting import Exported, export_delta
 from bertology_serve.export.reference import Reference
 from bertology_serve.export.spec import ExportSpec
@@ -258,6 +258,17 @@ def test_what_a_precision_costs_is_said(bert, tmp_path):
     report = json.loads((tmp_path / "half" / "verification.json").read_text())
     assert report["lost"] == half.report.lost
     assert report["neighbours_allowed"] == pytest.approx(0.01 * report["scale"])
+
+
+def test_large_weights_lie_beside_the_model_and_are_verified_there(bert, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_model, "EXTERNAL_OVER", 1000)
+    done = export_delta(bert.encoder, bert.delta, tmp_path / "out", ExportSpec(merge=True))
+    names = {path.name for path in (tmp_path / "out" / "onnx").iterdir()}
+    assert names == {"model.onnx", "model.onnx_data"}
+    assert done.bytes == sum((tmp_path / "out" / "onnx" / name).stat().st_size for name in names)
+    assert done.report.largest == bert.done.report.largest
+    arrays = padded(encodings((5,), typed=True), left=False)
+    assert np.array_equal(run(tmp_path / "out" / "onnx" / "model.onnx", arrays), run(bert.file, arrays))
 
 
 def test_for_cuda_the_provider_that_ran_is_said(bert, tmp_path):

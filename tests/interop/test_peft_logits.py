@@ -26,6 +26,7 @@ from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Job, Pipeline, Request
 from bertology_serve.tasks.spec import TaskSpec
+from bertology_serve.training.convert import Told, convert
 from tests import tiny
 from tests.deltas import samples
 
@@ -171,6 +172,28 @@ def test_ia3_made_by_peft_answers_alike_here(lab: Lab, tmp_path: Path) -> None:
         modules_to_save=own_head(lab, samples.CLASSES) or None,
     )
     check_here(lab, samples.CLASSES, config, tmp_path)
+
+
+def test_dora_made_by_peft_answers_alike_when_converted(lab: Lab, tmp_path: Path) -> None:
+    slots = ("value", "output") if lab.encoder.anatomy.family == "deberta-v2" else ("query", "value")
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        target_modules=targets(lab, *slots),
+        r=3,
+        lora_alpha=5,
+        use_dora=True,
+        modules_to_save=own_head(lab, samples.CLASSES) or None,
+    )
+    model = trained(lab, samples.CLASSES, config, tmp_path)
+    told = Told(labels=samples.CLASSES.labels, max_length=32)
+    delta = convert(tmp_path, lab.encoder, "x", told)
+    ours, job = lab.ours(delta)
+    found = theirs(model, job, "classification")
+    assert difference(ours, found) <= 1e-5
+    gains = torch.cat([t.flatten() for name, t in delta.tensors.items() if name.startswith("ia3.")])
+    assert (gains - 1).abs().max() > 0.05
+    unscaled = {name: torch.ones_like(t) if name.startswith("ia3.") else t for name, t in delta.tensors.items()}
+    assert difference(lab.ours(replace(delta, tensors=unscaled))[0], found) > MATTERS
 
 
 def test_minilm_answers_alike_in_peft(tmp_path: Path, minilm_path: Path) -> None:

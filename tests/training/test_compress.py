@@ -11,6 +11,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.live import LiveDelta
 from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.encoder.pruned import prune
 from bertology_serve.errors import BaseMismatch, SpecError
 from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.compress import Budget, compress
@@ -116,3 +117,13 @@ def test_what_cannot_be_compressed_is_said(bert: Encoder, tmp_path: Path):
 def test_budgets_that_make_no_sense(values):
     with pytest.raises(SpecError, match=r"rank|energy"):
         Budget(**values)
+
+
+def test_a_model_tuned_from_a_pruned_encoder_is_compressed(tmp_path: Path):
+    parent = tiny.encoder("bert", tmp_path / "base")
+    prune(parent, ((0, 2), (1,), (0, 1, 3)), ((1, 5, 9), tuple(range(48)), (3,)), tmp_path / "pruned")
+    encoder = Encoder.load(str(tmp_path / "pruned"))
+    tuned = whole(encoder, rank=1)
+    found = compress(tuned, encoder, Budget(rank=1), "small")
+    expected = logits(Encoder.for_delta(tuned), tuned)
+    assert (logits(encoder, found.delta) - expected).abs().max() < 2e-5 * expected.abs().max().clamp_min(1)

@@ -15,6 +15,7 @@ from bertology_serve.deltas import store
 from bertology_serve.deltas.adapterhub import _factor, read_adapterhub, write_adapterhub
 from bertology_serve.deltas.bottleneck import AdapterSpec
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.dora import spelt_out
 from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
@@ -168,6 +169,18 @@ def test_microsoft_lora(tmp_path: Path) -> None:
     torch.save({"classifier.out_proj.weight": torch.zeros(3, 32)}, tmp_path / "none.bin")
     with pytest.raises(FormatError, match=r"holds no \.\.\.lora_A"):
         convert(tmp_path / "none.bin", encoder, "x", Told(alpha=8))
+
+
+def test_dora_without_its_magnitudes(bert: Encoder) -> None:
+    delta = tiny.delta(bert, "mood", [LoraSpec(("query",), rank=2, layers=(1,))], TASK)
+    path = "encoder.layer.1.attention.self.query"
+    weights = bert.model.state_dict()
+    spelt = spelt_out(delta, {path: weights[f"{path}.weight"].norm(dim=1)}, weights, bert.anatomy)
+    assert [type(spec).__name__ for spec in spelt.specs] == ["LoraSpec", "Ia3Spec", "BitfitSpec"]
+    more = {path: torch.ones(32), "x": torch.ones(1)}
+    for wrong, message in (({}, "missing"), ({path: torch.ones(3)}, "another width"), (more, "no update")):
+        with pytest.raises(FormatError, match=message):
+            spelt_out(delta, wrong, weights, bert.anatomy)
 
 
 def test_what_is_no_checkpoint(bert: Encoder, tmp_path: Path) -> None:

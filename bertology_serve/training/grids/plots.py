@@ -25,7 +25,7 @@ def available() -> bool:
 def draw_axes(results: Results, folder: Path) -> list[Path]:
     """``over-AXIS.png`` for every field that varies over numbers: the metric over it, one panel a column."""
     axes = sorted({axis for _, method in results.rows for axis in method.vary if _numeric(method.vary[axis])})
-    paths, columns = [], _filled(results)
+    paths, columns = [], results.filled()
     for axis in axes if columns else ():
         figure, panels = _panels(len(columns))
         for panel, column in zip(panels, columns, strict=True):
@@ -41,7 +41,7 @@ def draw_axes(results: Results, folder: Path) -> list[Path]:
 
 def draw_parameters(results: Results, folder: Path) -> Path:
     """``parameters.png``: the metric over the parameters trained, one panel a column, one point a row."""
-    columns = _filled(results)
+    columns = results.filled()
     figure, panels = _panels(len(columns))
     for panel, column in zip(panels, columns, strict=True):
         for name, _ in results.rows:
@@ -115,11 +115,6 @@ def _point(
     values = {name: value if name == axis else held[name] for name in method.vary}
     cell = results.cell(row_name(method.name, values), column)
     return None if cell.middle is None else (value, cell.middle, cell.spread or 0.0)
-
-
-def _filled(results: Results) -> list[Column]:
-    """The columns that hold a figure."""
-    return [one for one in results.columns if any(results.cell(name, one).values for name, _ in results.rows)]
 
 
 def _numeric(values: Sequence[Any]) -> bool:

@@ -74,6 +74,10 @@ class Results:
         values = [100 * one["measured"][column.ood][column.metric] for one in self.of(row, column.task)]
         return Cell(tuple(values), len(self.grid.seeds), self.grid.statistic)
 
+    def filled(self) -> list[Column]:
+        """The columns that hold a figure."""
+        return [one for one in self.columns if any(self.cell(name, one).values for name, _ in self.rows)]
+
     def average(self, row: str) -> float | None:
         """The mean over the tasks' own columns, where each has a figure from every seed."""
         cells = [self.cell(row, column) for column in self.columns if not column.ood]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from io import StringIO
 
 from bertology_serve.training.grids.grid import GridMethod
-from bertology_serve.training.grids.results import Results
+from bertology_serve.training.grids.results import Column, Results
 
 MIB = 1024 * 1024
 
@@ -19,14 +19,14 @@ def markdown(results: Results) -> str:
 
 
 def figures(results: Results) -> str:
-    """A row a method, a column a task; a published figure stands in brackets."""
-    titles = ["method", "parameters", *(column.title for column in results.columns), "mean"]
+    """A row a method, a column a task that has begun; a published figure stands in brackets."""
+    titles = ["method", "parameters", *(column.title for column in _shown(results)), "mean"]
     return _table(titles, [[name, *_figures(results, name, method)] for name, method in results.rows])
 
 
 def costs(results: Results) -> str:
     """What a run costs: medians over the tasks whose every run is finished, or over all where none is."""
-    tasks = results.whole_tasks() or [task.name for task in results.grid.tasks]
+    tasks = results.whole_tasks() or list(dict.fromkeys(column.task for column in _shown(results)))
     titles = ["method", "s a run", "tokens/s", "peak memory, MiB", "optimizer, MiB"]
     rows = []
     for name, _ in results.rows:
@@ -83,7 +83,7 @@ def parameters(results: Results, row: str) -> int | None:
 def _figures(results: Results, name: str, method: GridMethod) -> Iterator[str]:
     count = parameters(results, name)
     yield (f"{count:,}" if count is not None else "–") + (f" ({method.label})" if method.label else "")
-    for column in results.columns:
+    for column in _shown(results):
         known = method.published.get(column.title)
         yield results.cell(name, column).text + (f" ({known:.1f})" if known is not None else "")
     average = results.average(name)
@@ -97,9 +97,14 @@ def _published_mean(results: Results, method: GridMethod) -> float | None:
     return sum(known) / len(known) if len(known) == len(results.grid.tasks) else None
 
 
+def _shown(results: Results) -> list[Column]:
+    """The columns of the Markdown table: those with a figure; all, where none has one."""
+    return results.filled() or results.columns
+
+
 def _legend(results: Results) -> str:
     count = len(results.grid.seeds)
-    metrics = ", ".join(f"{column.title} {column.metric}" for column in results.columns if not column.ood)
+    metrics = ", ".join(f"{column.title} {column.metric}" for column in _shown(results) if not column.ood)
     spread = " ± standard deviation" if count > 1 else ""
     brackets = " In brackets: published." if any(method.published for _, method in results.rows) else ""
     middle = f"{results.grid.statistic.capitalize()}{spread} of {count} {'seeds' if count > 1 else 'seed'}"

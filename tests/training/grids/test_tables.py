@@ -53,6 +53,13 @@ def test_costs_are_of_whole_tasks_where_there_is_one():
     assert "| FT | 4 |" in text
 
 
+def test_a_task_that_has_not_begun_has_no_column():
+    text = markdown(made.results(made.grid(), {"mood/ft/seed-0": FOUND["mood/ft/seed-0"]}))
+    assert "| method | parameters | Mood | Mood → far | mean |" in text
+    assert "in percent: Mood accuracy. " in text
+    assert "Likeness 6 of 6." in text
+
+
 def test_an_empty_grid_is_a_table_too():
     text = markdown(made.results(made.grid(), {}))
     assert "| FT | – (125.0M) | – (90.2) |" in text
