@@ -1,6 +1,6 @@
 """Deltas of every kind, trained on the packaged MiniLM and the built-in examples, exported and compared with torch.
 
-    python benchmarks/export_kinds.py [--steps 12] [--back-ends direct,torch]
+    python benchmarks/export_kinds.py [--steps 12] [--back-ends direct,torch] [--methods "full;lora,bitfit"]
 
 Each is merged, what cannot be folded baked, and the file compared with the torch engine on the delta unmerged: the
 verifier's own inputs, in every shape, and the records of the kind's examples. Writes one Markdown table to stdout and
@@ -39,6 +39,8 @@ KINDS = (
     ("prompt", "sentiment", "classification"),
     ("prefix", "qa", "question-answering"),
     ("prompt,prefix,lora", "choice", "multiple-choice"),
+    ("ia3", "sentiment", "classification"),
+    ("norms", "sentiment", "classification"),
     ("probe", "intent", "classification"),
     ("full", "sentiment", "classification"),
     ("mixout", "sentiment", "classification"),
@@ -62,9 +64,9 @@ def exported(method: str, examples: str, task: str, steps: int, back_end: str, d
     return export_delta(encoder, loaded, directory / back_end, spec, records=records)
 
 
-def rows(steps: int, back_ends: list[str]) -> Iterator[tuple[str, Exported]]:
+def rows(steps: int, back_ends: list[str], methods: list[str]) -> Iterator[tuple[str, Exported]]:
     """A table's line for each kind and back end."""
-    for method, examples, task in KINDS:
+    for method, examples, task in [row for row in KINDS if not methods or row[0] in methods]:
         with tempfile.TemporaryDirectory() as temporary:
             for back_end in back_ends:
                 done = exported(method, examples, task, steps, back_end, Path(temporary))
@@ -85,6 +87,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--back-ends", default="direct,torch")
+    parser.add_argument("--methods", default="", help="only these, with semicolons between")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     where = environment()
@@ -95,7 +98,7 @@ def main() -> int:
     )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     worst = 0.0
-    for line, done in rows(asked.steps, asked.back_ends.split(",")):
+    for line, done in rows(asked.steps, asked.back_ends.split(","), asked.methods.split(";") if asked.methods else []):
         print(line, flush=True)
         worst = max(worst, done.report.largest)
     print(f"\nlargest difference: {worst:.1e}")

@@ -11,6 +11,9 @@ import onnxruntime
 import pytest
 import torch
 
+from bertology_serve.deltas.ia3 import Ia3Spec
+from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.norms import NormsSpec
 from bertology_serve.export.direct.emit import FAMILIES, emit, obstacle
 from bertology_serve.export.graph import Graph
 from bertology_serve.export.parts import Parts, parts_of
@@ -68,6 +71,14 @@ def test_every_kind_equals_the_engine(family, tmp_path, monkeypatch):
             merge, opset = (seed + unpad) % 2 == 0, (18, 20, 23)[seed % 3]
             run = Run(parts_of(encoder, delta, merge), opset, unpad)
             assert difference(run, reference) <= 1e-5, f"{name}, merge={merge}, opset={opset}, unpad={unpad}"
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_what_scales_rows_is_in_the_weights(family, tmp_path, monkeypatch):
+    encoder = small(family, tmp_path, monkeypatch)
+    specs = [Ia3Spec(("value",), ("down",)), NormsSpec(), LoraSpec(("value", "down"), rank=2)]
+    delta = tiny.delta(encoder, "scaled", specs, CLASSES)
+    assert difference(Run(parts_of(encoder, delta, merge=True)), Reference(encoder, delta)) <= 1e-5
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "mpnet"])
