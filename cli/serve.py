@@ -36,6 +36,9 @@ Engine = Annotated[
 EnginePrecision = Annotated[
     MultiPrecision, typer.Option(help="Of the ONNX engine. int8-row: the encoder's products in 8 bits, row by row.")
 ]
+Models = Annotated[
+    Path | None, typer.Option(help="An export of a single delta, or a directory of them, to answer beside the deltas.")
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad-deltas", help="Leave out deltas that cannot be loaded.")]
 
 
@@ -50,6 +53,7 @@ def serve(
     engine: Engine = "auto",
     precision: EnginePrecision = "fp32",
     cuda_graphs: CudaGraphs = False,
+    models: Models = None,
 ) -> None:
     """Serve deltas over HTTP: /v2 (Open Inference Protocol), /models (HuggingFace's shape), /predict, /metrics.
 
@@ -73,6 +77,8 @@ def serve(
             where = registry.pipeline.encoder.device
             raise Unsupported(f"--cuda-graphs: got {dtype} on {where}, expected float16 or bfloat16 on cuda")
         runs = settle(registry.pipeline, engine, precision)
+        if models is not None:
+            registry.load_models(models)
         found, url = registry.all(), url_of(bound)
 
         def announce() -> None:

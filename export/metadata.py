@@ -15,6 +15,8 @@ from bertology_serve.export.parts import Parts
 from bertology_serve.export.spec import ExportSpec
 from bertology_serve.tasks.spec import EMBEDDING, MULTIPLE_CHOICE
 
+TASK_OPTIONS = ("head", "stride", "max_answer_length", "normalize", "token_types")
+"""Fields of the task that say how texts are cut and answers read."""
 SEMANTICS = (
     "int64 [batch, sequence]; attention_mask is 1 for tokens and 0 for padding, which may stand on either side; "
     "a sequence is at most max_length tokens; a row of padding alone has no meaning"
@@ -32,6 +34,7 @@ def metadata(
         "labels": list(task.labels),
         "pooling": task.pooling,
         "max_length": longest(encoder, delta),
+        "task_options": {name: getattr(task, name) for name in TASK_OPTIONS},
         "base_name": base_name(delta),
         "base_sha256": delta.base.sha256,
         "base_family": delta.base.family,

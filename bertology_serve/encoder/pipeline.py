@@ -21,7 +21,7 @@ from bertology_serve.encoder.bank import BARE, DeltaBank, Entry
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.packing import PackedBatch, pack, rows_of
 from bertology_serve.encoder.reading import form_for, read
-from bertology_serve.errors import NotFound, Unsupported, VersionGone, nearest
+from bertology_serve.errors import NotFound, SpecError, Unsupported, VersionGone, nearest
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
@@ -61,11 +61,24 @@ class Prediction:
         return {"id": self.id, **own} if self.id else own
 
 
-class Ready:
-    """A delta that can answer: its task, its head, and its rows in the bank, which live as long as it does."""
+class Model(Protocol):
+    """A whole model of one task, with an encoder and a tokenizer of its own."""
 
-    def __init__(self, delta: Delta, task: Task, head: Head, entry: Entry) -> None:
-        self.delta, self.task, self.head, self.entry = delta, task, head, entry
+    tokenizer: Any
+
+    def outputs(self, encodings: Sequence[Encoding]) -> list[Tensor]:
+        """[C], [len, C] or [H] of every sequence, float32 on CPU."""
+        ...
+
+
+class Ready:
+    """A delta that can answer: its task, its head, and its rows in the bank, which live as long as it does.
+
+    Where it has a ``model``, that one answers, and head and entry are bare.
+    """
+
+    def __init__(self, delta: Delta, task: Task, head: Head, entry: Entry, model: Model | None = None) -> None:
+        self.delta, self.task, self.head, self.entry, self.model = delta, task, head, entry, model
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,15 @@ class Pipeline:
             else:
                 self._ready[delta.name] = ready
 
+    def add_model(self, delta: Delta, model: Model) -> None:
+        """Makes a whole model answer under the name of a delta, which says its task; it never shares a pass.
+
+        Raises SpecError where something answers under that name already.
+        """
+        if delta.name in self._ready:
+            raise SpecError(f"{delta.name!r} answers already; export the model under another --name")
+        self._ready[delta.name] = Ready(delta, task_for(delta.task), Head(()), BARE, model)
+
     def resident(self, name: str, version: str = "") -> Delta | None:
         """The delta that answers under that name now; at that version, where one is named."""
         ready = self._at(name, version)
@@ -167,7 +189,7 @@ class Pipeline:
                 f"{main.delta.version!r}"
             )
         example = ready.task.example(request.record, request.where, labelled=False)
-        encodings = tuple(ready.task.encode(example, self.encoder.tokenizer))
+        encodings = tuple(ready.task.encode(example, (ready.model or self.encoder).tokenizer))
         cost = sum(rows_of(encoding, ready.entry) for encoding in encodings)
         return Job(request, ready, example, encodings, cost)
 
@@ -198,10 +220,22 @@ class Pipeline:
 
     def _forward(self, jobs: Sequence[Job]) -> list[Tensor]:
         """The head's output of every sequence of every job, in order: [C], [len, C] or [H], float32 on CPU."""
-        encodings = [encoding for job in jobs for encoding in job.encodings]
-        owners = [job.ready for job in jobs for _ in job.encodings]
-        encoder = self.encoder
-        entries = [ready.entry for ready in owners]
+        owned = [(job.ready, encoding) for job in jobs for encoding in job.encodings]
+        members: dict[int, list[int]] = {}
+        for i, (ready, _) in enumerate(owned):
+            members.setdefault(id(ready.model), []).append(i)
+        outputs: dict[int, Tensor] = {}
+        for group in members.values():
+            model = owned[group[0]][0].model
+            chosen = [owned[i] for i in group]
+            found = self._shared(chosen) if model is None else model.outputs([encoding for _, encoding in chosen])
+            outputs |= zip(group, found, strict=True)
+        return [outputs[i] for i in range(len(owned))]
+
+    def _shared(self, owned: Sequence[tuple[Ready, Encoding]]) -> list[Tensor]:
+        """Sequences of many deltas in one pass of the encoder."""
+        encoder, owners = self.encoder, [ready for ready, _ in owned]
+        encodings, entries = [encoding for _, encoding in owned], [ready.entry for ready in owners]
         batch = pack(encodings, entries, encoder.anatomy, encoder.device, padded=not encoder.packs)
         return _outputs(self.engine.run(batch, self.bank), batch, owners)
 

@@ -12,6 +12,7 @@ from bertology_serve.deltas import catalog, store
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import BASE, Pipeline
 from bertology_serve.errors import BertologyError, NotFound, nearest
+from bertology_serve.export.served import OnnxModel, exports
 from bertology_serve.serving.splits import Split, Splits
 from bertology_serve.serving.tiers.cards import Card, card_of, read_card
 from bertology_serve.serving.tiers.tiers import Tiers
@@ -43,6 +44,7 @@ class Registry:
         host_bytes: float = 0,
     ) -> None:
         self.pipeline, self.root = pipeline, root
+        self.models: set[str] = set()
         self.splits = Splits()
         self._before: dict[str, tuple[Card, Delta]] = {}
         self.tiers = Tiers(pipeline, lambda card: self._read(card.path, card.name), device_bytes, host_bytes)
@@ -78,6 +80,18 @@ class Registry:
         self.tiers.register(card)
         if self.tiers.has_room(card):
             self.tiers.raise_up(name)
+
+    def load_models(self, root: Path) -> list[Delta]:
+        """Makes the exports of single deltas answer beside the deltas: ``root`` is one, or holds several.
+
+        Each answers under its own name and is not looked after: no other version of it comes. Raises NotFound where
+        there is none, FormatError for what is no such export, SpecError for a name that is taken.
+        """
+        opened = [OnnxModel.open(path) for path in exports(root)]
+        for model in opened:
+            self.pipeline.add_model(model.delta, model)
+            self.models.add(model.delta.name)
+        return [model.delta for model in opened]
 
     def put(self, name: str, version: str | None = None) -> Delta:
         """Makes a version from the served directory answer under ``name`` (``None``: the newest), from one moment on.

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Mapping, Sequence
 
+from bertology_serve.encoder.pipeline import BASE
 from bertology_serve.errors import BertologyError, NotFound
 from bertology_serve.serving.lifecycle import Lifecycle
 
@@ -28,7 +29,9 @@ class Watcher:
 
     async def run(self) -> None:
         """Goes on until it is cancelled."""
-        self._seen = {delta.name: delta.version for delta in self._lifecycle.registry.all() if delta.name != "base"}
+        registry = self._lifecycle.registry
+        fixed = {BASE, *registry.models}
+        self._seen = {delta.name: delta.version for delta in registry.all() if delta.name not in fixed}
         while True:
             await asyncio.sleep(self._seconds)
             try:

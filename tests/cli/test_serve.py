@@ -18,6 +18,8 @@ import pytest
 
 from bertology_serve.cli.main import main
 from bertology_serve.cli.serve import example
+from bertology_serve.deltas import store
+from bertology_serve.export.exporting import export_delta
 from bertology_serve.serving.server import bind
 from tests.serving.conftest import RECORDS, deltas, encoder, registry  # noqa: F401 - fixtures
 
@@ -77,13 +79,17 @@ def test_sigterm_turns_readiness_off_and_answers_what_was_accepted(encoder, delt
         assert answers[0] == 200
 
 
-def test_the_example_that_is_printed_works(encoder, deltas):  # noqa: F811
-    with serving(encoder.name, deltas, "--engine", "onnx") as (_, _, lines):
+def test_the_example_that_is_printed_works_and_exports_answer(encoder, deltas, tmp_path):  # noqa: F811
+    delta = store.load(deltas / "mood" / "1", encoder.anatomy, base=encoder.ref)
+    export_delta(encoder, delta, tmp_path / "exported", name="exported")
+    with serving(encoder.name, deltas, "--engine", "onnx", "--models", str(tmp_path)) as (_, url, lines):
+        found = httpx.post(f"{url}/predict", json={"delta": "exported", "text": "the cat was good"}, timeout=20)
+        assert found.json()["label"] in delta.task.labels
         command = shlex.split(lines[-1].removeprefix("try: "))
         assert command[0] == "curl"
         response = httpx.post(command[1], content=command[3])
         assert response.status_code == 200, response.text
-        assert "7 deltas on" in "".join(lines)
+        assert "8 deltas on" in "".join(lines)
         assert ", fp32), ready after" in "".join(lines)
 
 

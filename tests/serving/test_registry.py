@@ -105,3 +105,22 @@ def test_a_pruned_encoder_serves_its_parents_deltas(encoder, tmp_path):
     assert served.base.sha256 == made.pipeline.encoder.ref.sha256 != encoder.ref.sha256
     (answer,) = made.pipeline.answer([Request("mood", {"text": "the film was good"})])
     assert answer.answer["label"] in task.labels
+
+
+def test_exports_answer_beside_the_deltas(encoder, deltas, tmp_path):
+    from bertology_serve.export.exporting import export_delta
+    from bertology_serve.export.spec import ExportSpec
+    from tests.serving.running import running
+
+    delta = store.load(deltas / "mood" / "1", encoder.anatomy, base=encoder.ref)
+    export_delta(encoder, delta, tmp_path / "models" / "exported", ExportSpec(merge=True), name="exported")
+    registry = Registry(Pipeline(encoder))
+    registry.load(deltas)
+    assert [model.name for model in registry.load_models(tmp_path / "models")] == ["exported"]
+    item = {"text": "the cat was good", "logits": True}
+    with running(registry.pipeline, root=deltas) as server:
+        ours, other = server.post("/predict", [{"delta": name, **item} for name in ("mood", "exported")]).json()
+        assert (ours["label"], other["delta"], other["version"]) == (other["label"], "exported", "1")
+        assert ours["logits"] == pytest.approx(other["logits"], abs=1e-5)
+        assert server.client.get("/v2/models/exported").status_code == 200
+        assert "exported" in server.client.get("/models").text

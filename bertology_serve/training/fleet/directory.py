@@ -8,6 +8,7 @@ the last delta is published; each log goes into its delta's directory.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ class FleetDirectory(RunDirectory):
             raise InputError(
                 f"an unfinished fleet lies in {self.path}; continue it with --resume, or discard it with --overwrite"
             )
+
+    def sweep(self, names: Iterable[str]) -> None:
+        """Removes what a process that was killed while it published left beside the deltas."""
+        for name in names:
+            for path in [*self.root.glob(f".{name}.*.tmp"), *self.root.glob(f".{name}.*.old")]:
+                shutil.rmtree(path, ignore_errors=True)
 
     def log_of(self, name: str, record: Mapping[str, Any]) -> None:
         """Appends one line to a member's log."""

@@ -109,6 +109,7 @@ def train_fleet(
     crew = enrol(spec, encoder, directory, watcher)
     rows = spec.max_tokens or ROWS.get(encoder.device.type, ROWS_ELSEWHERE)
     began = directory.open(_identity(rows, encoder, crew), machine(crew[0].member.config, encoder), resume)
+    directory.sweep(one.name for one in spec.members)
     lay_out(encoder, began)
     publisher = Publisher(crew, root, directory, watcher)
     fleet = Fleet([one.member for one in crew], rows, directory, spec.save_every, publisher.finished)
