@@ -11,8 +11,9 @@ import errno
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -31,6 +32,7 @@ from bertology_serve.serving.tiers.cold import Cold
 from bertology_serve.serving.tracing import Tracing
 
 log = logging.getLogger(__name__)
+READ_SECONDS = 0.1  # for the calls of connections that had just been taken, before those that rest are closed
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -115,5 +117,35 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self._announce()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes no more connections. Those that the system has taken already are read first, and answered."""
+        waiting = [connection for listening in sockets or [] for connection in _taken(listening)]
+        for server in self.servers:
+            server.close()
+        for connection in waiting:
+            await self._loop.connect_accepted_socket(self._connection, connection)
+        await asyncio.sleep(READ_SECONDS)
+        await super().shutdown(sockets)
+
+    def _connection(self) -> asyncio.Protocol:
+        """The protocol of one connection, as uvicorn makes it."""
+        kind: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = kind(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=self._loop
+        )
+        return made
+
     def _exit(self) -> None:
         self.should_exit = True
+
+
+def _taken(listening: socket.socket) -> Iterator[socket.socket]:
+    """The connections of a listening socket that nobody has accepted yet; closing it would reset them."""
+    listening.setblocking(False)
+    while True:
+        try:
+            connection, _ = listening.accept()
+        except OSError:  # none is left
+            return
+        connection.setblocking(False)
+        yield connection

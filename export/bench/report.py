@@ -96,7 +96,7 @@ def draw(result: Result, path: Path) -> None:
         axis.bar_label(drawn, [f"{width:.2f}" for width in widths], fontsize=6, padding=2)
     axis.set_yticks(range(len(names)), names)
     axis.axvline(1.0, color="grey", linewidth=0.8)
-    axis.set_xlabel("times as fast as torch eager (processor time, one thread)")
+    axis.set_xlabel(f"times as fast as torch eager (processor time, {result.environment['threads']} thread)")
     axis.legend(fontsize=7, loc="lower right")
     figure.savefig(path)
 

@@ -3,11 +3,12 @@ from __future__ import annotations
 import signal
 import socket
 
+import httpx
 import pytest
 
 from bertology_serve.errors import InputError
-from bertology_serve.serving.server import bind, url_of
-from tests.serving.running import running
+from bertology_serve.serving.server import _taken, bind, url_of
+from tests.serving.running import running, wait
 
 
 def test_a_taken_port_is_said_at_once():
@@ -49,3 +50,26 @@ def test_signals_drain_then_stop_then_give_up(pipeline):
         assert (server.should_exit, server.force_exit) == (True, False)
         server.handle_exit(signal.SIGINT, None)
         assert server.force_exit
+
+
+def test_connections_that_wait_to_be_accepted_are_taken_before_the_socket_closes():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        waiting = [socket.create_connection(listening.getsockname()) for _ in range(3)]
+        taken = list(_taken(listening))
+        assert {one.getpeername() for one in taken} == {one.getsockname() for one in waiting}
+        assert list(_taken(listening)) == []
+        for one in (*waiting, *taken):
+            one.close()
+
+
+def test_calls_of_connections_that_came_just_before_the_end_are_answered(pipeline, monkeypatch):
+    monkeypatch.setattr("bertology_serve.serving.server.READ_SECONDS", 1.0)
+    with running(pipeline) as server:
+        url = httpx.URL(server.url)
+        body = b'{"delta": "mood", "text": "late"}'
+        call = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        with socket.create_connection((url.host, url.port), timeout=20) as late:
+            server.server.should_exit = True
+            wait(lambda: not server.server.servers[0].is_serving())
+            late.sendall(call)
+            assert late.recv(1000).startswith(b"HTTP/1.1 200 ")
