@@ -1,10 +1,13 @@
 # One environment, $(VENV), for everything below; it is made on first use and again when what it is made from changes.
-# Settings of pip (PIP_INDEX_URL, PIP_FIND_LINKS, ...) and PYTHON=python3.12, VENV=DIR, COVERAGE=N are honoured.
+# Settings of pip (PIP_INDEX_URL, PIP_FIND_LINKS, ...) and PYTHON=python3.12, VENV=DIR, COVERAGE=N and
+# WORKERS=N (processes that run the tests) are honoured.
 
 PYTHON ?= python3
 VENV ?= .venv
 COVERAGE ?= 90
+WORKERS ?= 2
 BIN := $(VENV)/bin
+BESIDE = -n $(WORKERS) --dist loadfile
 STAMP := $(VENV)/installed
 PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
 
@@ -24,10 +27,10 @@ demo: $(STAMP)
 	$(BIN)/bertology-serve demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(BESIDE)
 
 check: lint
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=$(COVERAGE)
+	$(BIN)/python -m pytest $(BESIDE) --cov --cov-report=term --cov-fail-under=$(COVERAGE)
 
 gpu:
 	$(PYTHON) -m pytest -m gpu

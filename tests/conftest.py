@@ -1,4 +1,4 @@
-"""What every test has: no network, two threads, MiniLM, and a reason where a GPU is missing."""
+"""What every test has: no network, two threads (one, where tests run beside each other), MiniLM, and a reason where a GPU is missing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as every command has it; see cli/threads.py
-THREADS = 2
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -26,8 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _two_threads() -> None:
-    """Tests take two threads, or what ``OMP_NUM_THREADS`` says."""
+def _threads() -> None:
+    """Tests take two threads, one beside others, or what ``OMP_NUM_THREADS`` says."""
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", THREADS)))
