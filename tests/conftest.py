@@ -1,4 +1,4 @@
-"""What every test has: no network, two threads (one, where tests run beside each other), MiniLM, and a reason where a GPU is missing."""
+"""What every test has: no network, two threads (one beside others), MiniLM, and a reason where a GPU is missing."""
 
 from __future__ import annotations
 
