@@ -24,7 +24,7 @@ from bertology_serve.export.session import Session
 from bertology_serve.export.spec import Precision
 from bertology_serve.tasks.spec import Encoding
 
-OPSET = 20
+OPSET, OLDER_OPSET = 23, 20
 ROUNDED, APPROXIMATE, COARSE = 1e-5, 0.02, 0.3
 """What is accepted of float32, of other tools, which put cheaper GELUs in, and of 8 bits."""
 Logits = NDArray[np.float32]
@@ -32,15 +32,17 @@ DENSE, UNPADDED = "ours, dense", "ours, unpadded"
 DENSE_ROW, UNPADDED_ROW = "ours, dense, int8-row", "ours, unpadded, int8-row"
 EAGER, PREPACKED, COMPILED = "torch eager", "torch prepacked", "torch.compile"
 ENGINE = "our torch engine"
-FORMS: dict[str, tuple[bool, Precision]] = {
-    DENSE: (False, "fp32"),
-    UNPADDED: (True, "fp32"),
-    DENSE_ROW: (False, "int8-row"),
-    UNPADDED_ROW: (True, "int8-row"),
-    "ours, unpadded, int8-nbits": (True, "int8-nbits"),
-    "ours, unpadded, int8-dynamic": (True, "int8-dynamic"),
+FORMS: dict[str, tuple[bool, Precision, int]] = {
+    DENSE: (False, "fp32", OPSET),
+    f"{DENSE}, opset {OLDER_OPSET}": (False, "fp32", OLDER_OPSET),
+    UNPADDED: (True, "fp32", OPSET),
+    f"{UNPADDED}, opset {OLDER_OPSET}": (True, "fp32", OLDER_OPSET),
+    DENSE_ROW: (False, "int8-row", OPSET),
+    UNPADDED_ROW: (True, "int8-row", OPSET),
+    "ours, unpadded, int8-nbits": (True, "int8-nbits", OPSET),
+    "ours, unpadded, int8-dynamic": (True, "int8-dynamic", OPSET),
 }
-"""Name -> whether padding is left out, precision."""
+"""Name -> whether padding is left out, precision, opset."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,9 @@ def exported(parts: Parts, directory: Path) -> list[Model]:
     """Every form, written into ``directory``, which is made, and loaded from there."""
     found = []
     directory.mkdir()
-    for number, (name, (unpad, precision)) in enumerate(FORMS.items()):
+    for number, (name, (unpad, precision, opset)) in enumerate(FORMS.items()):
         path = directory / f"{number}.onnx"
-        size = save(emit(parts, OPSET, unpad, precision), path)
+        size = save(emit(parts, opset, unpad, precision), path)
         found.append(Model(name, Session(path).run, size, ROUNDED if precision == "fp32" else COARSE))
     return found
 

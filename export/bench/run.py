@@ -21,7 +21,7 @@ from bertology_serve.errors import Unsupported, VerificationError
 from bertology_serve.export.bench.accuracy import Accuracy, Closeness, Gold, closeness
 from bertology_serve.export.bench.batches import FULL, Batches, as_they_come, full
 from bertology_serve.export.bench.checkpoint import task_model
-from bertology_serve.export.bench.contenders import COMPILED, FORMS, OPSET, Model, engine, exported, in_torch
+from bertology_serve.export.bench.contenders import COMPILED, FORMS, Model, engine, exported, in_torch
 from bertology_serve.export.bench.environment import environment
 from bertology_serve.export.bench.others import TOOLS, exported_by
 from bertology_serve.export.bench.timing import Timed, interleave
@@ -141,11 +141,11 @@ def accuracies_of(encoder: Encoder, inputs: Inputs, models: Sequence[Model]) -> 
 def export_times(encoder: Encoder, delta: Delta, directory: Path) -> tuple[dict[str, float], dict[str, bool]]:
     """Median seconds from an encoder and a delta in memory to a file on disk, by form; whether all were the same."""
     seconds, same = {}, {}
-    for name, (unpad, precision) in FORMS.items():
+    for name, (unpad, precision, opset) in FORMS.items():
         taken, made = [], set[str]()
         for _ in range(EXPORTS):
             started = time.perf_counter()
-            save(emit(parts_of(encoder, delta, True), OPSET, unpad, precision), directory / "again.onnx")
+            save(emit(parts_of(encoder, delta, True), opset, unpad, precision), directory / "again.onnx")
             taken.append(time.perf_counter() - started)
             made.add(hashlib.sha256((directory / "again.onnx").read_bytes()).hexdigest())
         seconds[name], same[name] = median(taken), len(made) == 1

@@ -74,7 +74,7 @@ def _is_written(result, tmp_path):
     assert text.count("\n| ours, unpadded, int8-row | ") == 2
     assert "Missing: copier: no --olive was given.\n" in text
     rows = list(csv.DictReader(files[1].read_text().splitlines()))
-    assert len(rows) == 2 * 2 * 10
+    assert len(rows) == 2 * 2 * (len(FORMS) + 4)
     assert {row["contender"] for row in rows} == {timed.name for timed in result.times["2×16, full"]}
     assert files[2].read_bytes().startswith(b"\x89PNG")
 
