@@ -74,3 +74,22 @@ def pipeline(registry: Registry) -> Pipeline:
 def server(pipeline: Pipeline) -> Iterator[Running]:
     with running(pipeline) as started:
         yield started
+
+
+def save_version(encoder: Encoder, root: Path, name: str, version: str, seed: int, like: str = "mood") -> None:
+    delta = tiny.delta(encoder, name, *DELTAS[like], seed)
+    store.save(delta, root / name / version, encoder.anatomy, encoder.config.to_dict())
+
+
+@pytest.fixture
+def root(encoder, tmp_path) -> Path:
+    """Two versions of one delta, of different kinds and labels, and a delta beside it."""
+    save_version(encoder, tmp_path, "mood", "1", 1)
+    save_version(encoder, tmp_path, "mood", "2", 2, like="names")
+    save_version(encoder, tmp_path, "grade", "1", 3, like="grade")
+    return tmp_path
+
+
+@pytest.fixture
+def made(encoder, root) -> Registry:
+    return Registry(Pipeline(encoder), root)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,34 +20,13 @@ from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.lifecycle import Lifecycle
 from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.registry import Registry
-from bertology_serve.serving.watcher import Watcher
-from tests import tiny
-from tests.serving.conftest import DELTAS
+from tests.serving.conftest import save_version
 from tests.serving.held import Held
 from tests.serving.running import Running, running, wait
 
 ADMIN = "an-admin-key-of-the-tests"
 HEADERS = {"Authorization": f"Bearer {ADMIN}"}
 TEXT = "the cat was good"
-
-
-def save(encoder: Encoder, root: Path, name: str, version: str, seed: int, like: str = "mood") -> None:
-    delta = tiny.delta(encoder, name, *DELTAS[like], seed)
-    store.save(delta, root / name / version, encoder.anatomy, encoder.config.to_dict())
-
-
-@pytest.fixture
-def root(encoder, tmp_path) -> Path:
-    """Two versions of one delta, of different kinds and labels, and a delta beside it."""
-    save(encoder, tmp_path, "mood", "1", 1)
-    save(encoder, tmp_path, "mood", "2", 2, like="names")
-    save(encoder, tmp_path, "grade", "1", 3, like="grade")
-    return tmp_path
-
-
-@pytest.fixture
-def made(encoder, root) -> Registry:
-    return Registry(Pipeline(encoder), root)
 
 
 @pytest.fixture
@@ -150,8 +128,8 @@ def alone(encoder: Encoder, root: Path, version: str) -> dict[str, Any]:
 def swapping(encoder, tmp_path) -> tuple[Path, dict[str, dict[str, Any]]]:
     """Five versions of one delta, of three kinds and two tasks, and the answer of each alone."""
     for version, like in enumerate(("mood", "grade", "mood", "grade", "mood"), 1):
-        save(encoder, tmp_path, "mood", str(version), version, like)
-    save(encoder, tmp_path, "grade", "1", 9, "grade")
+        save_version(encoder, tmp_path, "mood", str(version), version, like)
+    save_version(encoder, tmp_path, "grade", "1", 9, "grade")
     return tmp_path, {str(version): alone(encoder, tmp_path, str(version)) for version in range(1, 6)}
 
 
@@ -345,7 +323,7 @@ def test_a_slow_load_delays_nobody(made, managed, monkeypatch):
 def test_versions_by_name(made, encoder, root, tmp_path):
     from bertology_serve.deltas.catalog import versions
 
-    save(encoder, root, "mood", "10", 4)
+    save_version(encoder, root, "mood", "10", 4)
     assert list(versions(root, "mood")) == ["1", "2", "10"]
     shutil.move(root / "grade" / "1", root / "loose")
     (root / "grade").rmdir()
@@ -369,47 +347,3 @@ def test_a_server_without_a_directory_loads_nothing(encoder):
         made.put("mood")
     with pytest.raises(Unsupported, match="cannot be removed"):
         made.remove("base")
-
-
-async def looks(watcher: Watcher, life: Lifecycle, times: int = 1) -> dict[str, str]:
-    for _ in range(times):
-        await watcher.look(await life.shelf())
-    return {delta.name: delta.version for delta in life.registry.all() if delta.name != "base"}
-
-
-def test_watching_follows_the_directory(made, encoder, root, caplog):
-    async def go() -> None:
-        life = Lifecycle(made, Metrics())
-        watcher = Watcher(life, 1.0)
-        assert await looks(watcher, life) == {"grade": "1", "mood": "2"}
-        await life.load("mood", "1")
-        await life.unload("grade")
-        assert await looks(watcher, life) == {"mood": "1"}, "what was done by hand stays"
-        save(encoder, root, "mood", "3", 5)
-        good = (root / "mood" / "3" / "adapter_model.safetensors").read_bytes()
-        (root / "mood" / "3" / "adapter_model.safetensors").write_bytes(good[:-8])
-        assert await looks(watcher, life, 3) == {"mood": "1"}
-        assert len([record for record in caplog.records if record.name.endswith("watcher")]) == 1
-        (root / "mood" / "3" / "adapter_model.safetensors").write_bytes(good)
-        assert await looks(watcher, life) == {"mood": "3"}
-        (root / "mood" / "3" / "delta.json").write_text("{")
-        assert await looks(watcher, life, 3) == {"mood": "3"}, "what cannot be read has not gone"
-        shutil.rmtree(root / "mood")
-        shutil.rmtree(root / "grade")
-        assert await looks(watcher, life) == {"mood": "3"}
-        assert await looks(watcher, life) == {}
-        life.close()
-
-    asyncio.run(go())
-
-
-def test_a_server_that_watches(made, encoder, root):
-    made.put("mood", "2")
-    with running(made.pipeline, root=root, watch_seconds=0.02) as server:
-        wait(lambda: server.client.get("/v2/models/grade/ready").status_code == 200)
-        save(encoder, root, "mood", "3", 6)
-        wait(lambda: server.client.get("/models/mood").json()["version"] == "3")
-        away = root.rename(root.with_name("away"))
-        time.sleep(0.1)
-        assert server.client.get("/models/mood").json()["version"] == "3", "a directory that is not there says nothing"
-        away.rename(root)
