@@ -88,6 +88,59 @@ class Report:
         return {"passed": self.passed, **asdict(self)}
 
 
+class Tally:
+    """What batches say, added up: each sequence's expected and found output, and its task."""
+
+    def __init__(self) -> None:
+        self.compared: list[Compared] = []
+        self._same: list[bool] = []
+        self._squares = np.zeros(2)
+        self._sequences = 0
+
+    def add(self, shape: str, expected: Sequence[Output], found: Sequence[Output], tasks: Sequence[TaskSpec]) -> None:
+        """One batch of that shape."""
+        pairs = list(zip(expected, found, tasks, strict=True))
+        differences = np.concatenate([np.abs(e - f).ravel() for e, f, _ in pairs])
+        self._squares += [_square(differences), sum(map(_square, expected))]
+        scale = max(float(np.abs(one).max()) for one in expected)
+        self.compared.append(Compared(shape, float(differences.max()), float(differences.mean()), scale))
+        self._same += [a == b for e, f, task in pairs for a, b in _decisions(e, f, task)]
+        self._sequences += len(pairs)
+
+    @property
+    def scale(self) -> float:
+        """The largest |output|."""
+        return max(one.scale for one in self.compared)
+
+    def report(
+        self,
+        session: Session,
+        atol: float,
+        max_drift: float,
+        neighbours: float,
+        neighbours_allowed: float | None,
+        flips: float | None = None,
+    ) -> Report:
+        """All of it."""
+        return Report(
+            runtime=f"onnxruntime {session.version}",
+            provider=session.provider,
+            atol=atol,
+            largest=float(np.max([one.largest for one in self.compared])),
+            mean=float(np.mean([one.mean for one in self.compared])),
+            agreement=sum(self._same) / len(self._same) if self._same else None,
+            neighbours=neighbours,
+            scale=self.scale,
+            sequences=self._sequences,
+            shapes=tuple(self.compared),
+            drift=float(np.sqrt(self._squares[0] / self._squares[1])) if self._squares[1] else 0.0,
+            max_drift=max_drift,
+            neighbours_allowed=neighbours_allowed,
+            flips=flips,
+            asked=session.asked,
+        )
+
+
 def verify(
     session: Session,
     reference: Reference,
@@ -102,39 +155,16 @@ def verify(
     Neighbours in a batch may change ``nothing`` of a row but ``atol``, what ``rounding`` does (``max_drift`` of the
     largest output), or ``anything``.
     """
-    task, compared, same, sequences = reference.task, [], list[bool](), 0
-    cases, squares = list(cases), np.zeros(2)
+    task, tally, cases = reference.task, Tally(), list(cases)
     for case in cases:
         expected = [out.numpy() for out in reference.outputs(case.encodings)]
-        found = _rows(session, case, pad, task)
-        differences = np.concatenate([np.abs(e - f).ravel() for e, f in zip(expected, found, strict=True)])
-        squares += [square(differences), sum(map(square, expected))]
-        scale = max(float(np.abs(one).max()) for one in expected)
-        compared.append(Compared(case.shape, float(differences.max()), float(differences.mean()), scale))
-        same += [a == b for e, f in zip(expected, found, strict=True) for a, b in decisions(e, f, task)]
-        sequences += len(found)
-    scale = max(one.scale for one in compared)
+        tally.add(case.shape, expected, _rows(session, case, pad, task), [task] * len(expected))
     changed, flips = _neighbours(session, cases, pad, task)
-    return Report(
-        runtime=f"onnxruntime {session.version}",
-        provider=session.provider,
-        atol=atol,
-        largest=float(np.max([one.largest for one in compared])),
-        mean=float(np.mean([one.mean for one in compared])),
-        agreement=sum(same) / len(same) if same else None,
-        neighbours=changed,
-        scale=scale,
-        sequences=sequences,
-        shapes=tuple(compared),
-        drift=float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0,
-        max_drift=max_drift,
-        neighbours_allowed={"nothing": atol, "rounding": max_drift * scale, "anything": None}[neighbours],
-        flips=flips,
-        asked=session.asked,
-    )
+    allowed = {"nothing": atol, "rounding": max_drift * tally.scale, "anything": None}[neighbours]
+    return tally.report(session, atol, max_drift, changed, allowed, flips)
 
 
-def square(values: Output) -> float:
+def _square(values: Output) -> float:
     """The squared norm."""
     return float(np.square(values, dtype=np.float64).sum())
 
@@ -156,7 +186,7 @@ def _rows(session: Session, case: Case, pad: int, task: TaskSpec) -> list[Output
     return [out[row, case.columns(row)] if task.per_token else out[row] for row in range(len(case.encodings))]
 
 
-def decisions(expected: Output, found: Output, task: TaskSpec) -> list[tuple[int, int]]:
+def _decisions(expected: Output, found: Output, task: TaskSpec) -> list[tuple[int, int]]:
     """Pairs of what each side decides for one sequence."""
     axis = {CLASSIFICATION: -1, TOKEN_CLASSIFICATION: -1, QUESTION_ANSWERING: 0}.get(task.kind)
     if axis is None:
@@ -175,5 +205,5 @@ def _neighbours(session: Session, cases: Sequence[Case], pad: int, task: TaskSpe
         for one, row in zip(case.encodings, together, strict=True):
             alone = _rows(session, Case((one,), len(one), left=False), pad, task)[0]
             changes.append(float(np.abs(alone - row).max()))
-            flips += [a != b for a, b in decisions(alone, row, task)]
+            flips += [a != b for a, b in _decisions(alone, row, task)]
     return float(np.max(changes)), sum(flips) / len(flips) if flips else None

@@ -12,7 +12,7 @@ from bertology_serve.export.multi.stacks import INDEX
 from bertology_serve.export.reference import Reference
 from bertology_serve.export.samples import Case
 from bertology_serve.export.session import Session
-from bertology_serve.export.verify import NEIGHBOURS, Compared, Output, Report, decisions, square
+from bertology_serve.export.verify import NEIGHBOURS, Output, Report, Tally
 
 
 class Mixed:
@@ -43,36 +43,14 @@ def verify_mixed(
     max_drift: float,
 ) -> Report:
     """Compares on every case; ``references`` are deltas whose ``numbers`` in the library are these."""
-    cases, compared, same, squares, sequences = list(cases), [], list[bool](), np.zeros(2), 0
+    cases, tally = list(cases), Tally()
     for number, case in enumerate(cases):
         owners = dealt(number, len(case.encodings), len(references))
+        mine = [references[owner] for owner in owners]
+        expected = [one.outputs([text])[0].numpy() for one, text in zip(mine, case.encodings, strict=True)]
         found = mixed.rows(case, [numbers[owner] for owner in owners])
-        expected = [
-            references[owner].outputs([one])[0].numpy() for owner, one in zip(owners, case.encodings, strict=True)
-        ]
-        differences = np.concatenate([np.abs(e - f).ravel() for e, f in zip(expected, found, strict=True)])
-        squares += [square(differences), sum(map(square, expected))]
-        scale = max(float(np.abs(one).max()) for one in expected)
-        compared.append(Compared(case.shape, float(differences.max()), float(differences.mean()), scale))
-        for owner, e, f in zip(owners, expected, found, strict=True):
-            same += [a == b for a, b in decisions(e, f, references[owner].task)]
-        sequences += len(owners)
-    return Report(
-        runtime=f"onnxruntime {mixed.session.version}",
-        provider=mixed.session.provider,
-        atol=atol,
-        largest=float(np.max([one.largest for one in compared])),
-        mean=float(np.mean([one.mean for one in compared])),
-        agreement=sum(same) / len(same) if same else None,
-        neighbours=_neighbours(mixed, cases, numbers),
-        scale=max(one.scale for one in compared),
-        sequences=sequences,
-        shapes=tuple(compared),
-        drift=float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0,
-        max_drift=max_drift,
-        neighbours_allowed=atol,
-        asked=mixed.session.asked,
-    )
+        tally.add(case.shape, expected, found, [one.task for one in mine])
+    return tally.report(mixed.session, atol, max_drift, _neighbours(mixed, cases, numbers), atol)
 
 
 def dealt(number: int, sequences: int, deltas: int) -> list[int]:
