@@ -55,8 +55,11 @@ class Work:
 
     @property
     def rate(self) -> float:
-        """The learning rate of delta and head."""
-        return LEARNING_RATES[self.method]
+        """The learning rate of delta and head, three times the method's own where every token is answered for.
+
+        At LoRA's 1e-3, 1,000 rows of WNUT17 teach next to nothing (F1 2.8, against 38.4 on half of the rows measured).
+        """
+        return LEARNING_RATES[self.method] * (3 if self.task.spec.per_token else 1)
 
     @property
     def task(self) -> Task:
