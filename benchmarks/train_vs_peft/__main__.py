@@ -6,8 +6,8 @@
 Both train MiniLM with HuggingFace's head, one learning rate, AdamW, linear decay after a warm-up of 6 %, no dropout of
 LoRA, and measure the last state. Tokens are those of the records, padding not counted; seconds are those of the steps
 (ours) and Trainer's own train_runtime. Runs alternate, seed by seed, ours first on even seeds. Each is made once and
-kept in ``--out``; facts say with what budget. A question's windows are 384 tokens; where it has several, ours are one example of a step, Trainer's
-one each.
+kept in ``--out``. A question's windows have 384 tokens; where it has several, ours are one example of a step, Trainer's
+one each. Sequences and targets are the same on both sides (each tokenises by itself), and so is what logits become.
 """
 
 from __future__ import annotations
