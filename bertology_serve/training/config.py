@@ -66,7 +66,7 @@ class TrainConfig:
     batch_size: int = _option(32, "Examples a step.")
     max_tokens: int = _option(4096, "Tokens a micro-batch; a batch of more is accumulated, with the same gradient.")
     bucket_batches: int = _option(
-        0, "Length bucketing: so many batches are sorted by length and cut anew (for padded families); 0: none."
+        0, "Length bucketing: so many batches are sorted by length together and cut anew; 0: none."
     )
     learning_rate: float | None = _option(None, "Highest learning rate. Default: the method's.")
     head_learning_rate: float | None = _option(None, "Highest learning rate of the head. Default: the method's.")
