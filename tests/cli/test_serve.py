@@ -20,7 +20,7 @@ from bertology_serve.cli.main import main
 from bertology_serve.cli.serve import example
 from bertology_serve.deltas import store
 from bertology_serve.export.exporting import export_delta
-from bertology_serve.serving.server import bind
+from bertology_serve.serving.binding import bind
 from tests.serving.conftest import RECORDS, deltas, encoder, registry  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[2]

@@ -11,11 +11,12 @@ from pathlib import Path
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Job, Pipeline, Prediction
+from bertology_serve.serving.binding import bind, url_of
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.prove.stage import ADMIN
 from bertology_serve.serving.registry import Registry
-from bertology_serve.serving.server import Server, bind, url_of
+from bertology_serve.serving.server import Server
 
 RAISES, SLOW = 0.05, 0.3  # shares of batches, and of reads
 DELAY = 0.05
