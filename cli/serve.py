@@ -73,6 +73,7 @@ def serve(
     started = time.monotonic()
     from bertology_serve.serving import logs
     from bertology_serve.serving.binding import bind, url_of
+    from bertology_serve.serving.garbage import settle_memory
     from bertology_serve.serving.keyfile import read_keyring
     from bertology_serve.serving.process.forks import Nursery
     from bertology_serve.serving.process.plan import Plan
@@ -107,6 +108,7 @@ def serve(
         server = Server(registry.pipeline, registry, config, announce, keyring)
         server.engine.warm_up()
         opened.warmed(max(HUNG, config.max_call_seconds))
+        settle_memory()
         server.run(sockets=[bound])
 
 

@@ -17,9 +17,10 @@ from bertology_serve.deltas.norms import NORMS
 from bertology_serve.deltas.prefix import PREFIX
 from bertology_serve.deltas.prompt import PROMPT
 from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.deltas.sparse import SPARSE
 from bertology_serve.errors import SpecError, nearest
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (LORA, BITFIT, ADAPTER, PROMPT, PREFIX, IA3, NORMS)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (LORA, BITFIT, ADAPTER, PROMPT, PREFIX, IA3, NORMS, SPARSE)}
 _BY_SPEC = {kind.spec: kind for kind in KINDS.values()}
 
 

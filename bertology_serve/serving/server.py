@@ -60,6 +60,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # nothing here asks where a call came from
                 lifespan="on",
                 timeout_graceful_shutdown=max(1, round(config.shutdown_seconds)),
             )

@@ -24,7 +24,7 @@ from bertology_serve.training.items import WHOLE_BATCH, Item, micro_batches
 from bertology_serve.training.methods import count_parameters, regulariser_for
 from bertology_serve.training.optimizer import make_optimizer, moments, set_moments, set_rate, trained
 from bertology_serve.training.rundir import RunDirectory
-from bertology_serve.training.sampler import Sampler
+from bertology_serve.training.sampler import Buckets, Sampler
 from bertology_serve.training.schedule import factor
 from bertology_serve.training.state import RunState
 from bertology_serve.training.watch import Silent, Watcher
@@ -55,7 +55,9 @@ class Trainer:
         self.parameters = trained(live)
         self.optimizer = make_optimizer(live, config)
         self.regulariser = regulariser_for(live, config)
-        self.sampler = Sampler(len(items), config.seed)
+        lengths, window = [item.longest for item in items], config.bucket_batches
+        buckets = Buckets(lengths, config.batch_size, window) if window else None
+        self.sampler = Sampler(len(items), config.seed, buckets=buckets)
         steps_an_epoch = math.ceil(len(items) / config.batch_size)
         self.eval_every = config.eval_every or steps_an_epoch
         self.total = min(config.epochs * steps_an_epoch, config.max_steps or config.epochs * steps_an_epoch)

@@ -18,7 +18,7 @@ from bertology_serve.training.sources import Data
 from bertology_serve.training.state import RunState
 
 # What may change between a run and its continuation, because no number depends on it.
-FREE = ("save_every",)
+FREE = ("save_every", "checkpointing")
 
 
 def identity(config: TrainConfig, encoder: Encoder, name: str, data: Data) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import identify
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.encoder.live import LiveDelta, nested
 from bertology_serve.tasks.base import Task
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import TaskSpec
@@ -134,7 +134,7 @@ class Run:
         live = ready.live if before is None else _continued(stage, ready, before)
         if stage.config.trunk_cache:
             items, folder = [*ready.items, *ready.dev], self.directory.features
-            live.around = Trunk(live, items, stage.config.max_tokens, folder).over
+            live.around = nested(Trunk(live, items, stage.config.max_tokens, folder).over, live.around)
         if count > 1:
             self.watcher.staged(number, count, stage.title)
         trainer = (Solver if stage.solved else Trainer)(

@@ -6,7 +6,6 @@ by the executors themselves. Weights are shared with them until somebody writes,
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import BertologyError
 from bertology_serve.serving import logs
+from bertology_serve.serving.garbage import settle_memory
 from bertology_serve.serving.process.arena import Arena
 from bertology_serve.serving.process.frames import Channel, Lost, Op, fault
 from bertology_serve.serving.process.plan import Place, Plan
@@ -46,8 +46,7 @@ def main(descriptor: int, plan: Plan) -> None:
         channel.send(Op.FAULT, fault(problem))
         return
     channel.send(Op.DONE, outline_of(encoder))
-    gc.collect()
-    gc.freeze()  # what is there stays shared
+    settle_memory()
     while True:
         word, descriptors, _, _ = socket.recv_fds(control, LONGEST, DESCRIPTORS)
         if not word:

@@ -10,6 +10,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Job, Pipeline, Prediction, Request
 from bertology_serve.serving.binding import bind, url_of
 from bertology_serve.serving.config import ServerConfig
+from bertology_serve.serving.garbage import settle_memory
 from bertology_serve.serving.registry import Registry
 from bertology_serve.serving.server import Server
 
@@ -40,6 +41,7 @@ def main(backbone: str) -> None:
         address = url_of(bound)
         server = Server(pipeline, Registry(pipeline), ServerConfig(drain_seconds=0.0),
                         lambda: print(f"ready: {address}", file=sys.stderr, flush=True))  # fmt: skip
+        settle_memory()
         server.run(sockets=[bound])
 
 
