@@ -45,6 +45,9 @@ Engine = Annotated[
 EnginePrecision = Annotated[
     MultiPrecision, typer.Option(help="Of the ONNX engine. int8-row: the encoder's products in 8 bits, row by row.")
 ]
+TimeAgain = Annotated[
+    bool, typer.Option("--time-again", help="Time engines and batches, though it was done here within the last week.")
+]
 Models = Annotated[
     Path | None, typer.Option(help="An export of a single delta, or a directory of them, to answer beside the deltas.")
 ]
@@ -63,6 +66,7 @@ def serve(
     precision: EnginePrecision = "fp32",
     cuda_graphs: CudaGraphs = False,
     executor: Executor = "thread",
+    time_again: TimeAgain = False,
     models: Models = None,
 ) -> None:
     """Serve deltas over HTTP: /v2 (Open Inference Protocol), /models (HuggingFace's shape), /predict, /metrics.
@@ -88,6 +92,7 @@ def serve(
         if executor == "process":  # it loads the encoder while this process imports torch
             nursery = stack.enter_context(Nursery(Plan(backbone, dtype, config.log_level, config.log_format)))
         from bertology_serve.serving.engines import check
+        from bertology_serve.serving.findings import Findings, circumstances, keep, recall
         from bertology_serve.serving.server import Server
         from bertology_serve.serving.settling import Setting
 
@@ -95,7 +100,10 @@ def serve(
         opened = _open(backbone, device, dtype, nursery)
         stack.callback(opened.close)
         registry = _load(opened.pipeline, deltas, skip_bad_deltas, config)
-        runs, _ = opened.settle(Setting(engine, precision, cuda_graphs))
+        wanted = Setting(engine, precision, cuda_graphs)
+        where = circumstances(opened.pipeline, wanted, config, opened.device)
+        known = None if time_again else recall(where)
+        runs, setting = opened.settle(known.setting if known else wanted)
         if models is not None:
             registry.load_models(models)
         found, url = registry.all(), url_of(bound)
@@ -106,7 +114,9 @@ def serve(
             note(f"try: {example(url, found[-1])}")
 
         server = Server(registry.pipeline, registry, config, announce, keyring)
-        server.engine.warm_up()
+        ladder = server.engine.warm_up(known.ladder if known else ())
+        if known is None:
+            keep(where, Findings(setting, tuple(ladder)))
         opened.warmed(max(HUNG, config.max_call_seconds))
         settle_memory()
         server.run(sockets=[bound])

@@ -64,17 +64,21 @@ class Engine:
         """Whether new calls are welcome."""
         return self.state == READY
 
-    def warm_up(self) -> None:
-        """Runs a few sentences, so that the first call finds kernels and memory in place; times a ladder of sizes."""
+    def warm_up(self, known: Sequence[tuple[int, float]] = ()) -> list[tuple[int, float]]:
+        """Runs a few sentences, so that the first call finds kernels and memory in place; times a ladder of sizes, or
+        takes one that is ``known``. Returns the ladder: tokens and seconds.
+        """
         for count in (1, 4):
             requests = [Request(BASE, {"text": text}) for text in WARM_UP * count]
             self.pipeline.run([self.pipeline.prepare(request) for request in requests])
         times = self.queue.times
-        times.start(climb(self.pipeline, times.cap, times.most))
+        ladder = list(known) or climb(self.pipeline, times.cap, times.most)
+        times.start(ladder)
         log.info(
             "a batch takes %.1f ms and %.1f µs a token: %d tokens fit into %g ms",
             1e3 * times.fixed, 1e6 * times.per_token, times.budget, 1e3 * times.cap,
         )  # fmt: skip
+        return ladder
 
     def admit(self) -> None:
         """Overloaded where no call is taken now, whatever it holds: told before it is read."""

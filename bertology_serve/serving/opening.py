@@ -26,6 +26,7 @@ class Opened:
     """
 
     pipeline: Residents
+    device: str
     settle: Callable[[Setting], tuple[str, Setting]]
     warmed: Callable[[float], None] = lambda seconds: None
     close: Callable[[], None] = lambda: None
@@ -35,6 +36,6 @@ def open_backbone(backbone: str, device: str, dtype: torch.dtype, nursery: Nurse
     """An encoder without deltas: loaded here, or with a ``nursery`` the one that it has loaded."""
     if nursery is not None:
         remote = Remote(nursery, backbone, device, dtype)
-        return Opened(remote, remote.settle, remote.patience, remote.close)
+        return Opened(remote, device, remote.settle, remote.patience, remote.close)
     pipeline = Pipeline(Encoder.load(backbone, device=device, dtype=dtype))
-    return Opened(pipeline, partial(apply, pipeline))
+    return Opened(pipeline, device, partial(apply, pipeline))
