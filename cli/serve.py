@@ -64,7 +64,7 @@ def serve(
     from bertology_serve.serving import logs
     from bertology_serve.serving.engines import check, settle
     from bertology_serve.serving.keyfile import read_keyring
-    from bertology_serve.serving.server import Server, bind, url_of
+    from bertology_serve.serving.server import Server, bind, settle_memory, url_of
 
     check(engine, precision)
     logs.set_up(config.log_level, config.log_format)
@@ -89,6 +89,7 @@ def serve(
 
         server = Server(registry.pipeline, registry, config, announce, keyring)
         server.engine.warm_up()
+        settle_memory()
         server.run(sockets=[bound])
 
 

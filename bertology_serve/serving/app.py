@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bertology_serve.errors import BertologyError
 from bertology_serve.serving.answering import Answering
@@ -20,7 +19,7 @@ from bertology_serve.serving.engine import ClientGone, Engine
 from bertology_serve.serving.faults import place_of
 from bertology_serve.serving.gate import Gate
 from bertology_serve.serving.handlers import Handlers
-from bertology_serve.serving.http import error_response, problem_response
+from bertology_serve.serving.http import problem_response
 from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.lifecycle import Lifecycle
 from bertology_serve.serving.management import Management
@@ -32,9 +31,26 @@ from bertology_serve.serving.watcher import Watcher
 
 log = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]
+Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 STATE_SECONDS = 1.0  # how often the desired-state file is looked at
 SLOTS = 10_000  # deltas that fit, as far as routers are told: memory is the bound
 CLIENT_GONE = 499  # nobody reads it; it tells the metrics
+
+
+class Application(Starlette):
+    """Starlette with the gate in the place of its own layers.
+
+    Those turn what is raised into pages; here ``Guarded`` and the gate do, which costs less.
+    """
+
+    def __init__(self, routes: list[Route], gate: Callable[[ASGIApp], Gate], lifespan: Lifespan) -> None:
+        super().__init__(routes=routes, lifespan=lifespan)
+        self.router.redirect_slashes = False
+        self._gate = gate
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """The gate before the routes."""
+        return self._gate(self.router)
 
 
 def make_app(answering: Answering, metrics: Metrics, keyring: Keyring, rpc: GrpcServer | None = None) -> Starlette:
@@ -64,10 +80,10 @@ def make_app(answering: Answering, metrics: Metrics, keyring: Keyring, rpc: Grpc
     management = Management(lifecycle, engine.config)
     handlers = Handlers(answering, metrics)
     routes = make_routes(handlers, management, metrics)
-    gate = Middleware(Gate, keyring, metrics, engine.config.max_header_bytes, engine.config.log_calls)
-    app = Starlette(routes=routes, middleware=[gate], lifespan=lifespan, exception_handlers={HTTPException: _refused})
-    app.router.redirect_slashes = False
-    return app
+    config = engine.config
+    return Application(
+        routes, lambda app: Gate(app, keyring, metrics, config.max_header_bytes, config.log_calls), lifespan
+    )
 
 
 async def _following(engine: Engine, lifecycle: Lifecycle) -> asyncio.Task[None] | None:
@@ -87,24 +103,36 @@ def make_routes(handlers: Handlers, management: Management, metrics: Metrics) ->
     """All routes, those that answer items first."""
     h, model, version = handlers, "/v2/models/{delta}", "/versions/{version}"
 
+    def asked(endpoint: Endpoint) -> Endpoint:
+        """An endpoint that refuses calls unread while the queue is full."""
+
+        async def run(request: Request) -> Response:
+            h.engine.admit()
+            return await endpoint(request)
+
+        return run
+
+    def ask(path: str, endpoint: Endpoint) -> Route:
+        return post(path, asked(endpoint))
+
     def both(path: str, on_get: Endpoint, on_post: Endpoint) -> Route:
-        return Route(path, _by_method(_guarded(on_get, metrics), _guarded(on_post, metrics)), methods=["GET", "POST"])
+        return Route(path, Guarded(metrics, GET=on_get, HEAD=on_get, POST=on_post), methods=["GET", "POST"])
 
     def post(path: str, endpoint: Endpoint) -> Route:
-        return Route(path, _guarded(endpoint, metrics), methods=["POST"])
+        return Route(path, Guarded(metrics, POST=endpoint), methods=["POST"])
 
     def get(path: str, endpoint: Endpoint) -> Route:
-        return Route(path, _guarded(endpoint, metrics), methods=["GET"])
+        return Route(path, Guarded(metrics, GET=endpoint, HEAD=endpoint), methods=["GET"])
 
     return [
-        post("/predict", h.predict),
-        post(f"{model}/infer", h.infer),
-        post(f"{model}{version}/infer", h.infer),
-        both("/models/{delta}", h.model, h.task),
+        ask("/predict", h.predict),
+        ask(f"{model}/infer", h.infer),
+        ask(f"{model}{version}/infer", h.infer),
+        both("/models/{delta}", h.model, asked(h.task)),
         get("/models/{delta}/info", h.model),
         get("/models/{delta}/health", h.model_health),
         get("/models", h.models),
-        post("/v1/embeddings", h.embeddings),
+        ask("/v1/embeddings", h.embeddings),
         get("/v1/models", h.openai_models),
         get("/v1/models/{delta}", h.openai_model),
         get("/v2/health/live", h.live),
@@ -123,17 +151,17 @@ def make_routes(handlers: Handlers, management: Management, metrics: Metrics) ->
         post("/v2/repository/models/{delta}/unload", management.unload),
         post("/v2/repository/models/{delta}/rollback", management.rollback),
         *(
-            post(f"{base}/{name}", endpoint)
+            route(f"{base}/{name}", endpoint)
             for base in ("", "/tei/{delta}")
-            for name, endpoint in {
-                "embed": h.tei.embed,
-                "rerank": h.tei.rerank,
-                "similarity": h.tei.similarity,
-                "tokenize": h.tei.tokenize,
-                "decode": h.tei.decode,
-            }.items()
+            for name, route, endpoint in (
+                ("embed", ask, h.tei.embed),
+                ("rerank", ask, h.tei.rerank),
+                ("similarity", ask, h.tei.similarity),
+                ("tokenize", post, h.tei.tokenize),
+                ("decode", post, h.tei.decode),
+            )
         ),
-        post("/tei/{delta}/predict", h.tei.predict),
+        ask("/tei/{delta}/predict", h.tei.predict),
         get("/tei/{delta}/info", h.tei.info),
         get("/info", h.tei.info),
         get("/health", h.health),
@@ -143,35 +171,26 @@ def make_routes(handlers: Handlers, management: Management, metrics: Metrics) ->
     ]
 
 
-def _guarded(endpoint: Endpoint, metrics: Metrics) -> Endpoint:
-    """An endpoint whose errors are answers, and whose status is counted."""
+class Guarded:
+    """Endpoints by method, whose errors are answers, and whose status is counted."""
 
-    async def run(request: Request) -> Response:
+    def __init__(self, metrics: Metrics, **endpoints: Endpoint) -> None:
+        self._metrics, self._endpoints = metrics, endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one call."""
+        response = await self._response(Request(scope, receive))
+        self._metrics.call(response.status_code)
+        await response(scope, receive, send)
+
+    async def _response(self, request: Request) -> Response:
+        path = request.scope["path"]
         try:
-            response = await endpoint(request)
+            return await self._endpoints[request.method](request)
         except BertologyError as problem:
-            response = problem_response(problem, request.scope["path"])
+            return problem_response(problem, path)
         except (ClientGone, ClientDisconnect):
-            response = Response(status_code=CLIENT_GONE)
+            return Response(status_code=CLIENT_GONE)
         except Exception as problem:
-            log.error("%s %s raised %s", request.method, request.scope["path"], place_of(problem))
-            response = problem_response(problem, request.scope["path"])
-        metrics.call(response.status_code)
-        return response
-
-    return run
-
-
-def _by_method(get: Endpoint, post: Endpoint) -> Endpoint:
-    async def run(request: Request) -> Response:
-        return await (post if request.method == "POST" else get)(request)
-
-    return run
-
-
-async def _refused(request: Request, problem: Exception) -> Response:
-    """404 for unknown paths and 405 for other methods."""
-    assert isinstance(problem, HTTPException)
-    known = {404: "no such path; GET /openapi.json lists them", 405: f"{request.method} is not for this path"}
-    message = known.get(problem.status_code, problem.detail)
-    return error_response(message, problem.status_code, request.scope["path"], problem.headers)
+            log.error("%s %s raised %s", request.method, path, place_of(problem))
+            return problem_response(problem, path)

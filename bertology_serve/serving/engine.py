@@ -6,7 +6,6 @@ import asyncio
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -65,6 +64,10 @@ class Engine:
             "a batch takes %.1f ms and %.1f µs a token: %d tokens fit into %g ms",
             1e3 * times.fixed, 1e6 * times.per_token, times.budget, 1e3 * times.cap,
         )  # fmt: skip
+
+    def admit(self) -> None:
+        """Overloaded where no call is taken now, whatever it holds: told before it is read."""
+        self.queue.check()
 
     def start(self) -> None:
         """Takes calls from now on."""
@@ -141,7 +144,9 @@ class Engine:
 
     def _check_room(self, requests: Sequence[Request]) -> None:
         """Overloaded where there is no room even for one token an item: told before any work is done."""
-        least = Counter(request.delta for request in requests)
+        least: dict[str, int] = {}
+        for request in requests:
+            least[request.delta] = least.get(request.delta, 0) + 1
         try:
             self.queue.check(least)
         except Overloaded:

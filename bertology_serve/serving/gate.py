@@ -6,6 +6,8 @@ import logging
 import time
 from typing import Any
 
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertology_serve.errors import BertologyError
@@ -57,12 +59,23 @@ class Gate:
             refusal = problem_response(problem, scope["path"])
         else:
             if size <= self._most:
-                await self._app(scope, receive, send)
-                return
-            message = f"the path and headers hold {size} bytes; at most {self._most} are taken"
-            refusal = error_response(message, 431, scope["path"])
+                try:
+                    await self._app(scope, receive, send)
+                    return
+                except HTTPException as problem:
+                    refusal = _unrouted(scope, problem)
+            else:
+                message = f"the path and headers hold {size} bytes; at most {self._most} are taken"
+                refusal = error_response(message, 431, scope["path"])
         self._metrics.call(refusal.status_code)
         await refusal(scope, receive, send)
+
+
+def _unrouted(scope: Scope, problem: HTTPException) -> Response:
+    """404 for unknown paths and 405 for other methods."""
+    known = {404: "no such path; GET /openapi.json lists them", 405: f"{scope['method']} is not for this path"}
+    message = known.get(problem.status_code, problem.detail)
+    return error_response(message, problem.status_code, scope["path"], problem.headers)
 
 
 def _traced(span: Any, send: Send) -> Send:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from bertology_serve.errors import DataError, LimitError, SlowBody
+from bertology_serve.serving.connection import CONNECTION, WHOLE
 from bertology_serve.serving.errors import headers_of, message_of, status_of
 from bertology_serve.serving.protocol.bodies import encode
 
 JSON, BINARY = "application/json", "application/octet-stream"
 JSON_LENGTH = "Inference-Header-Content-Length"
 TIMEOUT, PRIORITY = "X-Request-Timeout-Ms", "X-Request-Priority"
-_TIMEOUT, _PRIORITY = TIMEOUT.lower().encode(), PRIORITY.lower().encode()
+_JSON_LENGTH, _TIMEOUT, _PRIORITY = (name.lower().encode() for name in (JSON_LENGTH, TIMEOUT, PRIORITY))
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits
 
 
@@ -46,22 +47,29 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
 
     SlowBody where it is not there after so many seconds.
     """
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced[:18]) > most:
+    announced = _header(request, b"content-length")
+    if announced and announced.isdigit() and int(announced[:18]) > most:
         raise _too_large(most)
-    try:
-        async with asyncio.timeout(seconds):
-            body = await _read(request, most)
-    except TimeoutError:
-        raise SlowBody(f"the body was not there after {seconds:g} s; send it faster, or less in one call") from None
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if WHOLE in request.scope:  # what is there already needs no clock
+        body = await _read(request, most)
+    else:
+        try:
+            async with asyncio.timeout(seconds):
+                body = await _read(request, most)
+        except TimeoutError:
+            raise SlowBody(f"the body was not there after {seconds:g} s; send it faster, or less in one call") from None
+    encoding = (_header(request, b"content-encoding") or b"").decode("latin-1").strip().lower()
     return body if encoding in ("", "identity") else _decompressed(body, encoding, most)
 
 
 async def _read(request: Request, most: int) -> bytes:
     chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
+    size, more = 0, True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk, more = message.get("body", b""), message.get("more_body", False)
         size += len(chunk)
         if size > most:
             raise _too_large(most)
@@ -69,43 +77,57 @@ async def _read(request: Request, most: int) -> bytes:
     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
+def _header(request: Request, name: bytes) -> bytes | None:
+    """The first header of that name, in lower case, as it was sent."""
+    for known, value in request.scope["headers"]:
+        if known == name:
+            found: bytes = value
+            return found
+    return None
+
+
 def header_length(request: Request) -> int | None:
     """The length of the JSON part of a body with binary tensors, ``None`` for JSON alone."""
-    value = request.headers.get(JSON_LENGTH)
+    value = _header(request, _JSON_LENGTH)
     if value is None:
         return None
-    if not value.isascii() or not value.isdecimal() or len(value) > 18:
-        raise DataError(f"header {JSON_LENGTH} is {value[:40]!r}; expected a number of bytes")
+    if not value.isdigit() or len(value) > 18:
+        raise DataError(f"header {JSON_LENGTH} is {value[:40].decode('latin-1')!r}; expected a number of bytes")
     return int(value)
 
 
 def timeout_of(request: Request) -> float:
     """The seconds that the caller allows, by X-Request-Timeout-Ms; without end where it says nothing."""
-    for name, value in request.scope["headers"]:
-        if name == _TIMEOUT:
-            if not value.isdigit() or len(value) > 10 or int(value) == 0:
-                raise DataError(
-                    f"header {TIMEOUT} is {value[:40].decode('latin-1')!r}; expected a whole number of milliseconds "
-                    "above 0"
-                )
-            return int(value) / 1000
-    return math.inf
+    value = _header(request, _TIMEOUT)
+    if value is None:
+        return math.inf
+    if not value.isdigit() or len(value) > 10 or int(value) == 0:
+        raise DataError(
+            f"header {TIMEOUT} is {value[:40].decode('latin-1')!r}; expected a whole number of milliseconds above 0"
+        )
+    return int(value) / 1000
 
 
 def priority_of(request: Request) -> int:
     """The priority that the caller asks for, by X-Request-Priority; 0 where it says nothing."""
-    for name, value in request.scope["headers"]:
-        if name == _PRIORITY:
-            if not value.isdigit() or len(value) > 9:
-                raise DataError(
-                    f"header {PRIORITY} is {value[:40].decode('latin-1')!r}; expected a whole number, 1 goes first"
-                )
-            return int(value)
-    return 0
+    value = _header(request, _PRIORITY)
+    if value is None:
+        return 0
+    if not value.isdigit() or len(value) > 9:
+        raise DataError(f"header {PRIORITY} is {value[:40].decode('latin-1')!r}; expected a whole number, 1 goes first")
+    return int(value)
 
 
-async def departure(request: Request) -> None:
-    """Returns when the client has hung up. For after the body was read."""
+def departure(request: Request) -> Awaitable[None]:
+    """Done when the client has hung up. For after the body was read."""
+    connection = request.scope.get(CONNECTION)
+    if connection is None:  # under another server
+        return _disconnected(request)
+    left: Awaitable[None] = connection.departure()
+    return left
+
+
+async def _disconnected(request: Request) -> None:
     try:
         while (await request.receive())["type"] != "http.disconnect":
             await asyncio.sleep(0)

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from bertology_serve.errors import Overloaded, RateLimited
 from bertology_serve.serving.scheduler import FairScheduler
@@ -13,6 +14,8 @@ from bertology_serve.serving.times import BatchTimes
 from bertology_serve.serving.work import State, Work
 
 LONGEST_WAIT = 60.0
+NOTHING: Mapping[str, int] = MappingProxyType({})
+OPEN_AGAIN = 7 / 8  # of the queue's size: a full queue takes no calls until it is down to this
 
 
 class WorkQueue:
@@ -21,6 +24,9 @@ class WorkQueue:
     ``put`` takes all of a call's work or none of it: at most ``max_tokens`` wait, and ``max_delta_tokens`` for one
     delta, so that a flood for one leaves room for the others. ``times`` learns how long batches take and says how large
     the next one may be.
+
+    A queue that had to refuse a call for being nearly full refuses all until an eighth of it is free, that of a delta
+    likewise: ``check`` then says so before a call is read, and no work is done that ends in a refusal.
     """
 
     def __init__(
@@ -35,7 +41,8 @@ class WorkQueue:
         self.times = times
         self._scheduler, self._clock = scheduler, clock
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed = self._full = False
+        self._shut = set[str]()
 
     @property
     def items(self) -> int:
@@ -59,7 +66,7 @@ class WorkQueue:
                 self._scheduler.push(work)
             self._changed.notify()
 
-    def check(self, costs: Mapping[str, int]) -> None:
+    def check(self, costs: Mapping[str, int] = NOTHING) -> None:
         """Raises what ``put`` would for work of these tokens by delta."""
         with self._changed:
             self._check(costs)
@@ -67,23 +74,32 @@ class WorkQueue:
     def _check(self, costs: Mapping[str, int]) -> None:
         if self._closed:
             raise Overloaded("the server is stopping; send the call to another one", retry_after=1.0)
-        cost = sum(costs.values())
-        if self.tokens + cost > self.max_tokens:
+        cost, room = sum(costs.values()), OPEN_AGAIN * self.max_tokens
+        self._full = self._full and self.tokens > room
+        if self._full or self.tokens + cost > self.max_tokens:
+            self._full = self.tokens > room
             wait = self._seconds(self.tokens)
             raise Overloaded(
-                f"the queue is full: {self.tokens} tokens wait, {cost} more do not fit into {self.max_tokens}; "
+                f"the queue is full: {self.tokens} of {self.max_tokens} tokens wait, {cost} more are not taken now; "
                 f"try again in {math.ceil(wait)} s",
                 retry_after=wait,
             )
         for delta, own in costs.items():
-            waiting = self._scheduler.waiting(delta)
-            if waiting + own > self.max_delta_tokens:
-                wait = self._seconds(min(waiting / self._scheduler.share(delta), self.tokens))
-                raise RateLimited(
-                    f"the queue of delta {delta!r} is full: {waiting} tokens wait, {own} more do not fit into "
-                    f"{self.max_delta_tokens}; try again in {math.ceil(wait)} s",
-                    retry_after=wait,
-                )
+            self._check_delta(delta, own)
+
+    def _check_delta(self, delta: str, cost: int) -> None:
+        waiting, room = self._scheduler.waiting(delta), OPEN_AGAIN * self.max_delta_tokens
+        if waiting <= room:
+            self._shut.discard(delta)
+        if delta in self._shut or waiting + cost > self.max_delta_tokens:
+            if waiting > room:
+                self._shut.add(delta)
+            wait = self._seconds(min(waiting / self._scheduler.share(delta), self.tokens))
+            raise RateLimited(
+                f"the queue of delta {delta!r} is full: {waiting} of {self.max_delta_tokens} tokens wait, {cost} more "
+                f"are not taken now; try again in {math.ceil(wait)} s",
+                retry_after=wait,
+            )
 
     def _seconds(self, tokens: float) -> float:
         """How long that many tokens take, within reason."""

@@ -101,4 +101,8 @@ class Statistics:
             self._records = {key: record for key, record in self._records.items() if key in known}
 
     def _record(self, work: Work) -> Record:
-        return self._records.setdefault((work.delta, work.version), Record())
+        key = work.delta, work.version
+        record = self._records.get(key)
+        if record is None:
+            record = self._records[key] = Record()
+        return record

@@ -33,10 +33,45 @@ def test_counts_what_waits():
 def test_a_call_that_does_not_fit_is_refused_whole_and_told_when_to_come_back():
     made = queue(limit=10, rate=2.0)
     made.put([work(8)])
-    with pytest.raises(Overloaded, match="8 tokens wait, 3 more do not fit into 10; try again in 4 s") as refused:
+    with pytest.raises(Overloaded, match="8 of 10 tokens wait, 3 more are not taken now; try again in 4 s") as refused:
         made.put([work(1), work(2)])
     assert refused.value.retry_after == 4.0
     assert made.items == 1
+
+
+def test_a_full_queue_takes_nothing_until_an_eighth_of_it_is_free():
+    made = queue(limit=80, budget=5)
+    made.put([work(5) for _ in range(15)])
+    made.check()
+    with pytest.raises(Overloaded):
+        made.put([work(6)])
+    with pytest.raises(Overloaded, match="75 of 80 tokens wait, 0 more are not taken now"):
+        made.check()
+    made.take()
+    made.check()
+    made.put([work(10)])
+    assert made.tokens == 80
+
+
+def test_a_call_that_is_too_large_for_what_is_left_does_not_shut_the_queue():
+    made = queue(limit=80)
+    made.put([work(50)])
+    with pytest.raises(Overloaded):
+        made.put([work(31)])
+    made.put([work(30)])
+
+
+def test_a_delta_whose_queue_is_full_waits_for_an_eighth_and_others_do_not():
+    made = queue(limit=1000, budget=5, max_delta_tokens=40)
+    made.put([work(4, "flood") for _ in range(10)])
+    with pytest.raises(RateLimited):
+        made.check({"flood": 1})
+    made.take()
+    with pytest.raises(RateLimited, match="36 of 40 tokens wait, 4 more"):
+        made.check({"flood": 4})
+    made.check({"light": 40})
+    made.take()
+    made.check({"flood": 4})
 
 
 def test_retry_after_is_between_a_second_and_a_minute():
@@ -107,7 +142,9 @@ def _drain(made: WorkQueue) -> list:
 def test_one_delta_cannot_fill_the_queue():
     made = queue(limit=100, rate=1.0, max_delta_tokens=20)
     made.put([work(15, "flood"), work(5, "flood")])
-    with pytest.raises(RateLimited, match="queue of delta 'flood' is full: 20 tokens wait, 1 more do not fit into 20"):
+    with pytest.raises(
+        RateLimited, match="queue of delta 'flood' is full: 20 of 20 tokens wait, 1 more are not taken now"
+    ):
         made.put([work(1, "flood")])
     made.put([work(10, "light")])
     with pytest.raises(RateLimited) as refused:

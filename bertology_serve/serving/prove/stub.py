@@ -10,7 +10,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Job, Pipeline, Prediction, Request
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.registry import Registry
-from bertology_serve.serving.server import Server, bind, url_of
+from bertology_serve.serving.server import Server, bind, settle_memory, url_of
 
 ANSWER = {"label": "good", "score": 0.7, "scores": {"bad": 0.2, "good": 0.7, "so-so": 0.1}}
 
@@ -39,6 +39,7 @@ def main(backbone: str) -> None:
         address = url_of(bound)
         server = Server(pipeline, Registry(pipeline), ServerConfig(drain_seconds=0.0),
                         lambda: print(f"ready: {address}", file=sys.stderr, flush=True))  # fmt: skip
+        settle_memory()
         server.run(sockets=[bound])
 
 
