@@ -49,6 +49,10 @@ class Pipeline(Residents):
         """A delta from its directory, its tensors on the host."""
         return self.encoder.read_delta(path, name)
 
+    def size(self, delta: Delta) -> int:
+        """Bytes that batches read of a delta, head included."""
+        return delta.resident_bytes(self.encoder.anatomy)
+
     def admit(self, key: str, delta: Delta) -> Ready:
         """Copies a delta's rows into the bank."""
         delta = self.encoder.fitted(delta)

@@ -271,6 +271,10 @@ class Residents(ABC):
             outputs |= zip(group, found, strict=True)
         return [outputs[i] for i in range(len(owned))]
 
+    def size(self, delta: Delta) -> int:
+        """Bytes that a resident delta takes, head included."""
+        return delta.bytes
+
     def check(self, delta: Delta) -> None:
         """Raises what ``add`` would for a delta that is not for this encoder; its tensors do not matter."""
         if delta.name == BASE:

@@ -72,7 +72,7 @@ class Worker:
         self._forget(body)
         path = Path(body["path"])
         delta = self._kept[body["number"]] = self.pipeline.read(path, body["name"])
-        return to_record(card_of(delta, path))
+        return to_record(card_of(delta, path, self.pipeline.size(delta)))
 
     def admit(self, body: Body) -> dict[str, Any]:
         """Makes a delta resident, read again where it is not kept; how many rows its prompt adds to a sequence."""
