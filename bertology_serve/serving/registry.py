@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bertology_serve.deltas import catalog, store
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.encoder.pipeline import BASE, Pipeline
+from bertology_serve.encoder.pipeline import BASE, Residents
 from bertology_serve.errors import BertologyError, NotFound, nearest
 from bertology_serve.export.served import OnnxModel, exports
 from bertology_serve.serving.splits import Split, Splits
@@ -38,7 +38,7 @@ class Registry:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: Residents,
         root: Path | None = None,
         device_bytes: float = math.inf,
         host_bytes: float = 0,
@@ -73,9 +73,9 @@ class Registry:
         card = read_card(path, name, path) if self.tiers.bounded else None
         if card is None:
             delta = self._read(path, name)
-            self.tiers.put(card_of(delta, path), delta)
+            self.tiers.put(card_of(delta, path, self.pipeline.size(delta)), delta)
             return
-        if self.pipeline.encoder.pruning is None:  # else it is for what this was pruned from, and cut as it is read
+        if not self.pipeline.encoder.is_pruned:  # else it is for what this was pruned from, and cut as it is read
             self.pipeline.check(card)
         self.tiers.register(card)
         if self.tiers.has_room(card):
@@ -109,7 +109,7 @@ class Registry:
         if resident is not None and resident.version == chosen:
             return resident
         delta = self._read(known[chosen], name)
-        self._swap(card_of(delta, known[chosen]), delta)
+        self._swap(card_of(delta, known[chosen], self.pipeline.size(delta)), delta)
         return delta
 
     def rollback(self, name: str) -> Delta:
@@ -167,7 +167,7 @@ class Registry:
         return found
 
     def _read(self, path: Path, name: str) -> Delta:
-        return self.pipeline.encoder.read_delta(path, name)
+        return self.pipeline.read(path, name)
 
     def find(self, name: str, version: str | None = None, visible: Callable[[str], bool] = lambda _: True) -> Delta:
         """The delta of that name, at that version where one is named.

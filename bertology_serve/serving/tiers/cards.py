@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bertology_serve.deltas import catalog
-from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.manifest import from_json
-from bertology_serve.deltas.names import MANIFEST
+from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.manifest import from_json, kinds_record, metrics_of, metrics_record, specs_of
+from bertology_serve.deltas.names import MANIFEST, check_name
 from bertology_serve.deltas.reading import Limits, read_json
+from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.deltas.typed import build, conform
+from bertology_serve.errors import FormatError
+from bertology_serve.tasks.spec import TaskSpec
 
 
 @dataclass(frozen=True)
 class Card(Delta):
     """A delta without tensors, for everything that only asks about it: task, labels, version, kinds, metrics.
 
-    ``path`` is where it lies, ``size`` the bytes of its tensors in float32.
+    ``path`` is where it lies, ``size`` the bytes that it takes in float32: of its tensors, as far as it was not read.
     """
 
     path: Path = Path()
@@ -25,7 +31,11 @@ class Card(Delta):
 
     @property
     def bytes(self) -> int:
-        """Size of all tensors in bytes, head included."""
+        """Its size in bytes, head included."""
+        return self.size
+
+    def resident_bytes(self, anatomy: Anatomy) -> int:
+        """The same: there are no tensors to look at."""
         return self.size
 
 
@@ -46,9 +56,41 @@ def read_card(path: Path, name: str, root: Path) -> Card | None:
     )
 
 
-def card_of(delta: Delta, path: Path) -> Card:
-    """The card of a delta that was read."""
+def card_of(delta: Delta, path: Path, size: int) -> Card:
+    """The card of a delta that was read and takes that many bytes."""
     return Card(
         delta.name, delta.base, delta.task, delta.specs, version=delta.version, metrics=delta.metrics,
-        path=path, size=delta.bytes,
+        path=path, size=size,
     )  # fmt: skip
+
+
+def to_record(card: Card) -> dict[str, Any]:
+    """A card as plain values, for JSON."""
+    return {
+        "name": card.name,
+        "base": asdict(card.base),
+        "task": asdict(card.task),
+        "kinds": kinds_record(card.specs),
+        "version": card.version,
+        "metrics": metrics_record(card.metrics),
+        "path": str(card.path),
+        "size": card.size,
+    }
+
+
+def from_record(record: Mapping[str, Any]) -> Card:
+    """The card that ``to_record`` wrote; FormatError for what is none."""
+    where = "the card"
+    lacking = {"name", "base", "task", "kinds", "version", "metrics", "path", "size"} - record.keys()
+    if lacking:
+        raise FormatError(f"{where} lacks {min(lacking)!r}")
+    return Card(
+        check_name(record["name"], f"{where}: name"),
+        build(BaseRef, record["base"], f"{where}: base"),
+        build(TaskSpec, record["task"], f"{where}: task"),
+        specs_of(record["kinds"], where),
+        version=conform(record["version"], str, f"{where}: version"),
+        metrics=metrics_of(record["metrics"], f"{where}: metrics"),
+        path=Path(conform(record["path"], str, f"{where}: path")),
+        size=conform(record["size"], int, f"{where}: size"),
+    )
