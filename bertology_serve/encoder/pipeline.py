@@ -49,6 +49,10 @@ class Pipeline(Residents):
         """A delta from its directory, its tensors on the host."""
         return self.encoder.read_delta(path, name)
 
+    def resident_bytes(self, delta: Delta) -> int:
+        """What a delta's tensors take, unpacked."""
+        return delta.resident_bytes(self.encoder.anatomy)
+
     def admit(self, key: str, delta: Delta) -> Ready:
         """Copies a delta's rows into the bank."""
         delta = self.encoder.fitted(delta)

@@ -173,6 +173,10 @@ class Residents(ABC):
         """A delta from its directory, for ``add``; raises what is wrong with it."""
 
     @abstractmethod
+    def resident_bytes(self, delta: Delta) -> int:
+        """What a delta that was read takes once it is resident."""
+
+    @abstractmethod
     def admit(self, key: str, delta: Delta) -> Ready:
         """Copies a delta's rows to where batches run, under a key; no batch waits for more.
 
