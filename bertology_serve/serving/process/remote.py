@@ -53,9 +53,12 @@ class Outline:
 
 @dataclass(frozen=True)
 class Handle(Card):
-    """A delta that the executor has read and keeps for as long as this is there; ``number`` is what it goes by."""
+    """A delta that the executor has read and keeps for as long as this is there; ``number`` is what it goes by,
+    ``resident`` the bytes that it takes there.
+    """
 
     number: int = -1
+    resident: int = 0
 
     def told(self, key: str) -> dict[str, Any]:
         """What the executor needs to make it resident, whether or not it still has it."""
@@ -109,10 +112,15 @@ class Remote(Residents):
         """Has a delta read over there; what is kept here is a handle."""
         number = next(self._numbers)
         answer = self._load(Op.READ, {"path": str(path), "name": name, "number": number})
-        card = from_record(answer)
-        handle = Handle(**{name: getattr(card, name) for name in Card.__dataclass_fields__}, number=number)
+        card = from_record(answer["card"])
+        known = {name: getattr(card, name) for name in Card.__dataclass_fields__}
+        handle = Handle(**known, number=number, resident=int(answer["resident"]))
         weakref.finalize(handle, self._forgotten.append, number)
         return handle
+
+    def resident_bytes(self, delta: Delta) -> int:
+        """What the executor said when it had read the delta."""
+        return delta.resident if isinstance(delta, Handle) else delta.bytes
 
     def admit(self, key: str, delta: Delta) -> Ready:
         """Has a delta's rows copied into the bank over there."""
