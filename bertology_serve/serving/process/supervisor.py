@@ -13,7 +13,6 @@ from bertology_serve.serving.process.frames import Lost
 from bertology_serve.serving.process.plan import Place
 
 log = logging.getLogger(__name__)
-PATIENCE = 30.0  # seconds for which work waits for an executor
 PAUSES = (0.0, 0.1, 0.5, 1.0, 2.0)  # seconds before the next attempt, the last one for ever
 
 
@@ -34,9 +33,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Starts the first executor, in this thread; raises Lost where it does not come up."""
-        line = self._nursery.fork(self._place)
-        self._restore(line)
-        self._line = line
+        self._line = self._born()
         self._thread.start()
 
     @property
@@ -50,10 +47,11 @@ class Supervisor:
         line = self._line
         return line.pid if line else None
 
-    def line(self) -> Line:
-        """The line to the executor; waits for one. Overloaded where none comes up."""
+    def line(self, patience: float | None = None) -> Line:
+        """The line to the executor; waits for one, for so many seconds. Overloaded where none comes."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._line is not None or self._closing, PATIENCE) or not self._line:
+            self._changed.wait_for(lambda: self._line is not None or self._closing, patience)
+            if self._line is None:
                 raise Overloaded("the executor does not come up; try again in 5 s", retry_after=5.0)
             return self._line
 
@@ -89,6 +87,17 @@ class Supervisor:
         if line is not None:
             line.close()
 
+    def _born(self) -> Line:
+        """A new executor, that knows all. Raises Lost."""
+        line = self._nursery.fork(self._place)
+        try:
+            self._restore(line)
+        except BaseException:
+            line.kill()
+            line.close()
+            raise
+        return line
+
     def _replaced(self) -> Line | None:
         """Another executor, that knows all; ``None`` while closing."""
         started, attempt = time.monotonic(), 0
@@ -96,12 +105,14 @@ class Supervisor:
             time.sleep(PAUSES[min(attempt, len(PAUSES) - 1)])
             attempt += 1
             try:
-                line = self._nursery.fork(self._place)
-                self._restore(line)
+                line = self._born()
             except (Lost, OSError) as problem:
                 log.error("no executor came up (%s); trying again", problem)
                 continue
             with self._changed:
+                if self._closing:
+                    line.kill()
+                    return line
                 self._line = line
                 self.seconds = time.monotonic() - started
                 self.restarts += 1
