@@ -191,7 +191,7 @@ class Remote(Residents):
         for key, handle in list(self._held.items()):
             try:
                 line.load(Op.ADMIT, handle.told(key))
-            except BertologyError as problem:
+            except (BertologyError, RuntimeError) as problem:
                 log.error("delta %s did not come back: %s", handle.name, problem)
         if self._setting is not None:
             line.load(Op.SETTLE, {"setting": asdict(self._setting)})

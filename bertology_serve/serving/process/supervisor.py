@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from bertology_serve.errors import Overloaded
 from bertology_serve.serving.process.forks import Line, Nursery
-from bertology_serve.serving.process.frames import Lost
 from bertology_serve.serving.process.plan import Place
 
 log = logging.getLogger(__name__)
@@ -26,7 +25,7 @@ class Supervisor:
         self._nursery, self._place, self._restore = nursery, place, restore
         self._changed = threading.Condition()
         self._line: Line | None = None
-        self._closing = False
+        self._closing = threading.Event()
         self.restarts = 0
         self.seconds = 0.0  # that the last restart took
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
@@ -50,7 +49,7 @@ class Supervisor:
     def line(self, patience: float | None = None) -> Line:
         """The line to the executor; waits for one, for so many seconds. Overloaded where none comes."""
         with self._changed:
-            self._changed.wait_for(lambda: self._line is not None or self._closing, patience)
+            self._changed.wait_for(lambda: self._line is not None or self._closing.is_set(), patience)
             if self._line is None:
                 raise Overloaded("the executor does not come up; try again in 5 s", retry_after=5.0)
             return self._line
@@ -65,7 +64,7 @@ class Supervisor:
     def close(self) -> None:
         """Ends the executor; there will be no other."""
         with self._changed:
-            self._closing = True
+            self._closing.set()
             line, self._line = self._line, None
             self._changed.notify_all()
         if line is not None:
@@ -79,7 +78,7 @@ class Supervisor:
             line.outlive()
             with self._changed:
                 self._line = None
-                if self._closing:
+                if self._closing.is_set():
                     break
             log.warning("the executor (process %d) has ended; starting another", line.pid)
             line.close()
@@ -101,16 +100,16 @@ class Supervisor:
     def _replaced(self) -> Line | None:
         """Another executor, that knows all; ``None`` while closing."""
         started, attempt = time.monotonic(), 0
-        while not self._closing:
-            time.sleep(PAUSES[min(attempt, len(PAUSES) - 1)])
+        while not self._closing.is_set():
+            self._closing.wait(PAUSES[min(attempt, len(PAUSES) - 1)])
             attempt += 1
             try:
                 line = self._born()
-            except (Lost, OSError) as problem:
-                log.error("no executor came up (%s); trying again", problem)
+            except Exception as problem:  # whatever it is, there must be an executor
+                log.error("no executor came up (%s: %s); trying again", type(problem).__name__, problem)
                 continue
             with self._changed:
-                if self._closing:
+                if self._closing.is_set():
                     line.kill()
                     return line
                 self._line = line
