@@ -25,8 +25,8 @@ class FairScheduler:
     """The order of the queue. ``WorkQueue`` calls it under its lock, with its own clock's time in seconds.
 
     Batches hold up to ``max_tokens``, of whatever deltas, work counting as ``cost + bend · squares``; work beyond that
-    goes alone. A batch ends at the first piece that does not fit, so that nothing overtakes it. ``weights`` are by delta, 1 for those not named.
-    ``total`` counts what waits.
+    goes alone. A batch ends at the first piece that does not fit, so that nothing overtakes it. ``weights`` are by
+    delta, 1 for those not named. ``total`` counts what waits.
     """
 
     def __init__(self, max_tokens: int, weights: Mapping[str, float] | None = None) -> None:
