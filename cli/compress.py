@@ -24,6 +24,12 @@ def compress(
     out: Annotated[Path, typer.Option(help="The small delta's directory.")],
     rank: Annotated[int | None, typer.Option(help="Rank of each linear's update.")] = None,
     energy: Annotated[float | None, typer.Option(help="Least share of the differences' energy to keep.")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Share of the differences' entries to keep, the largest: a sparse delta.")
+    ] = None,
+    per_tensor: Annotated[
+        bool, typer.Option("--per-tensor", help="With --share: of each linear's entries, not of all.")
+    ] = False,
     eval: Annotated[str | None, typer.Option(help="Labelled records to measure both on.")] = None,
     columns: Annotated[str | None, typer.Option(help="Where fields stand: text=sentence,label=y.")] = None,
     backbone: Annotated[str | None, typer.Option(help="The base. Default: the one that the delta names.")] = None,
@@ -31,7 +37,7 @@ def compress(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Write what full fine-tuning changed as a low-rank delta, and measure what that costs."""
+    """Write what full fine-tuning changed as a low-rank or sparse delta, and measure what that costs."""
     from bertology_serve.data.records import read_records
     from bertology_serve.deltas import store
     from bertology_serve.encoder.encoder import Encoder
@@ -43,7 +49,7 @@ def compress(
     from bertology_serve.training.evaluate import evaluate
     from bertology_serve.training.saved import newest
 
-    budget, called = Budget(rank, energy), Destination(out, name).open()[0]
+    budget, called = Budget(rank, energy, share, per_tensor), Destination(out, name).open()[0]
     if out.exists():
         raise InputError(f"{out} exists; choose another --out")
     records = read_records(eval, read_columns(columns)) if eval else []
@@ -68,7 +74,10 @@ def show(
     if as_json:
         facts = {"delta": small.name, "rank": found.rank, "bytes": [whole.bytes, small.bytes], "kept": found.kept}
         return print(json.dumps({**facts, "dropped": found.dropped, "metrics": measured}))
-    rows: list[list[object]] = [["bytes", f"{whole.bytes:,}", f"{small.bytes:,}"]]
+    rows: list[list[object]] = [
+        ["kind", "full", " + ".join(small.kinds)],
+        ["bytes", f"{whole.bytes:,}", f"{small.bytes:,}"],
+    ]
     rows += [[metric, f"{before:.4f}", f"{after:.4f}"] for metric, (before, after) in measured.items()]
     table(f"{whole.name} as rank {found.rank}", ["", "whole", "compressed"], rows, stderr=False)
     kept = [[layer, f"{share:.4f}"] for layer, share in found.kept.items()]

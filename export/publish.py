@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from bertology_serve.deltas.disk import flush
 from bertology_serve.errors import SpecError
 from bertology_serve.export.layout import REPORT
 from bertology_serve.export.spec import MODEL
@@ -23,7 +23,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 def publish(stage: Path, target: Path) -> None:
     """Renames ``stage`` to ``target``, its files flushed to the disk first; what was there before goes last."""
     for path in (*stage.rglob("*"), stage):
-        _flush(path)
+        flush(path)
     if target.exists():
         old = stage.with_name(stage.name + ".old")
         target.rename(old)
@@ -35,12 +35,4 @@ def publish(stage: Path, target: Path) -> None:
         old.rename(stage)  # removed with the stage
     else:
         stage.rename(target)
-    _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(target.parent)

@@ -5,7 +5,7 @@ A delta is a directory ``NAME/VERSION/``, or any bare directory (see ``catalog``
 ``delta.json``
     The truth: UTF-8 JSON, one object with exactly these keys. ``format``: 1. ``name``. ``base``: name, SHA-256 of the
     weights and family (HuggingFace ``model_type``) of the encoder that it was made for. ``task``: every field of the
-    ``TaskSpec``. ``kinds``: by kind (``lora``, ``bitfit``, ``adapter``, ``prompt``, ``prefix``) every field of its
+    ``TaskSpec``. ``kinds``: by kind (``lora``, ``bitfit``, ``adapter``, ``prompt``, ``prefix``, ...) every field of its
     spec; empty for a linear probe and for full fine-tuning. ``tensors`` and ``head``: shapes of the components'
     tensors (as in memory, layers first) and of the head's (by their names in HuggingFace's task model). ``files``:
     bytes and SHA-256 of each safetensors file. ``metrics``: numbers or null. ``provenance``: any object. ``anatomy``:

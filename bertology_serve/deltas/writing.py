@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bertology_serve.deltas.disk import flush
 from bertology_serve.deltas.manifest import FileRecord
 from bertology_serve.deltas.names import ADAPTER_CONFIG, FILES, MANIFEST
 from bertology_serve.errors import FormatError
@@ -66,16 +67,16 @@ def file_record(path: Path) -> FileRecord:
 def publish(stage: Path, target: Path) -> None:
     """Moves the files of ``stage`` to ``target``, flushed to the disk before they are seen."""
     for path in stage.iterdir():
-        _flush(path)
-    _flush(stage)
+        flush(path)
+    flush(stage)
     if target.is_dir() and any(target.iterdir()):
         _move_files(stage, target)
     elif target.exists() and not target.is_dir():
         raise FormatError(f"{target} is a file; expected a directory to write the delta to")
     else:
         stage.rename(target)
-    _flush(target)
-    _flush(target.parent)
+    flush(target)
+    flush(target.parent)
 
 
 def _move_files(stage: Path, target: Path) -> None:
@@ -86,11 +87,3 @@ def _move_files(stage: Path, target: Path) -> None:
             (stage / name).replace(target / name)
         else:
             (target / name).unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

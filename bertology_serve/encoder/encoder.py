@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from bertology_serve.encoder.plan import BatchPlan, make_plan
 from bertology_serve.encoder.prepacked import Prepacked, pays
 from bertology_serve.encoder.probe import Probe
 from bertology_serve.encoder.pruned import read_pruning
+from bertology_serve.encoder.recompute import recomputed
 from bertology_serve.encoder.varlen import HALVES
 from bertology_serve.encoder.wrapped import SlotLinear, wrap
 from bertology_serve.errors import LimitError, Unsupported
@@ -102,6 +103,11 @@ class Encoder:
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
         return next(self.model.parameters()).dtype  # type: ignore[no-any-return]
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether it was made from a larger one by leaving out heads."""
+        return self.pruning is not None
 
     @property
     def max_tokens(self) -> int:
@@ -183,6 +189,10 @@ class Encoder:
         found = self._output(self._pass(batch, pools, make_plan(batch)), output_hidden_states=True).hidden_states
         return tuple(hidden.reshape(batch.rows, -1) for hidden in found)
 
+    def recomputing(self, paths: Sequence[str]) -> AbstractContextManager[None]:
+        """While it holds, the modules at ``paths`` keep but their inputs for the backward pass; see ``recompute``."""
+        return recomputed([self.model.get_submodule(path) for path in paths], self._current)
+
     def use_graphs(self, record: Record | None = None) -> bool:
         """Replays the pass as CUDA graphs from now on, where that can be; says whether it can.
 
@@ -246,12 +256,8 @@ class Encoder:
 
     @contextmanager
     def _running(self, now: Pass) -> Iterator[None]:
-        with self.lock:
-            self._current.it = now
-            try:
-                yield
-            finally:
-                self._current.it = None
+        with self.lock, self._current.during(now):
+            yield
 
 
 def _padding_mask(batch: PackedBatch) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,17 @@ from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 
 Around = Callable[[Sequence[Encoding], PackedBatch], AbstractContextManager[None]]
+
+
+def nested(outer: Around, inner: Around) -> Around:
+    """Two contexts as one."""
+
+    @contextmanager
+    def both(encodings: Sequence[Encoding], batch: PackedBatch) -> Iterator[None]:
+        with outer(encodings, batch), inner(encodings, batch):
+            yield
+
+    return both
 
 
 class LiveDelta(nn.Module):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -189,3 +190,12 @@ class Current:
 
     def __init__(self) -> None:
         self.it: Pass | None = None
+
+    @contextmanager
+    def during(self, now: Pass | None) -> Iterator[None]:
+        """While it holds, ``now`` is under way; then what was before."""
+        before, self.it = self.it, now
+        try:
+            yield
+        finally:
+            self.it = before

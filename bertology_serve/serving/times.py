@@ -17,8 +17,8 @@ class BatchTimes:
     ``cap`` is the seconds that a batch may take, ``most`` the tokens that it may hold at all. The measurements of the
     start stay in with the weight of one each, so that batches of always the same size do not turn the line.
 
-    Where a batch's fixed part fills the cap, its tokens get as long as that part had at the start, or as the cap: batches
-    of one text each would only make everything wait longer on a machine that is too slow for the cap anyway.
+    Where a batch's fixed part fills the cap, its tokens get as long as that part had at the start, or as the cap:
+    batches of one text each would only make everything wait longer on a machine that is too slow for the cap anyway.
     """
 
     def __init__(self, cap: float, most: int, ladder: Iterable[tuple[int, float]] = FIRST_GUESS) -> None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bertology_serve.deltas.disk import flush
 from bertology_serve.errors import FormatError
 
 
@@ -21,7 +22,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[s
     beside = path.with_name(path.name + ".new")
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     save_file(own, beside, metadata={"state": json.dumps(state)})
-    _flush(beside)
+    flush(beside)
     os.replace(beside, path)
 
 
@@ -40,7 +41,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """A JSON file, moved into place when it is whole."""
     beside = path.with_name(path.name + ".new")
     beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    _flush(beside)
+    flush(beside)
     os.replace(beside, path)
 
 
@@ -57,8 +58,3 @@ def set_random_state(device: torch.device, states: Mapping[str, Tensor]) -> None
     torch.set_rng_state(states["rng.cpu"])
     if device.type == "cuda" and "rng.cuda" in states:
         torch.cuda.set_rng_state(states["rng.cuda"], device)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from bertology_serve.training.full_options import ChildTuning
 from bertology_serve.training.layers import layer_paths
 from bertology_serve.training.optimizer import trained
 from bertology_serve.training.regulariser import Regulariser
+
+Key = TypeVar("Key")
 
 
 class ChildNetwork(Regulariser):
@@ -73,7 +76,7 @@ class ChildNetwork(Regulariser):
         return self.masks[name].to(parameter.dtype) if name in self.masks else parameter.new_ones(())
 
 
-def largest(values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+def largest(values: Mapping[Key, Tensor], share: float) -> dict[Key, Tensor]:
     """Where the largest ``share`` of all values lie (bool, in their shapes), ties included and zeros not."""
     flat = torch.cat([tensor.flatten() for tensor in values.values()])
     count = max(1, round(share * flat.numel()))

@@ -1,8 +1,9 @@
-"""A fully tuned model as a delta: what its weights are beside the base's, in as few rows as are asked for.
+"""A fully tuned model as a delta: what its weights are beside the base's, in as few numbers as are asked for.
 
 Each linear's difference W - W₀ is cut to a rank by its truncated singular value decomposition, which is the nearest
-matrix of that rank (Eckart and Young 1936), and becomes a LoRA update; the differences of the biases and of the
-LayerNorms are kept whole.
+matrix of that rank (Eckart and Young 1936), and becomes a LoRA update; or to its largest entries, a sparse update, for
+models of which only a part was tuned (Child-Tuning, top-k). The differences of the biases and of the LayerNorms are
+kept whole.
 The difference of a fine-tuned model has a low intrinsic rank (Aghajanyan et al. 2020, arXiv 2012.13255); how low is
 measured, not assumed. What a packed batch cannot change for some rows only (the embeddings' tables) is dropped, and
 named with its size.
@@ -12,46 +13,58 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.bitfit import slots as bias_slots
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.deltas.norms import NormsSpec
 from bertology_serve.deltas.norms import slots as norm_slots
 from bertology_serve.deltas.slots import QKV, UP_GATE, Anatomy, Slot
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import BaseMismatch, SpecError
-
-Matrices = dict[tuple[str, int], Tensor]
+from bertology_serve.training.approximation import Approximation, Changes, largest_entries, low_rank
 
 
 @dataclass(frozen=True)
 class Budget:
-    """``rank`` of every update, or the share of the differences' ``energy`` (their squares' sum) that it must keep."""
+    """``rank`` of every update, or the share of the differences' ``energy`` (their squares' sum) that it must keep, or
+    the ``share`` of their entries that is kept, the largest in magnitude: in all, or with ``per_tensor`` a linear.
+    """
 
     rank: int | None = None
     energy: float | None = None
+    share: float | None = None
+    per_tensor: bool = False
 
     def __post_init__(self) -> None:
-        if (self.rank is None) == (self.energy is None):
-            raise SpecError("give either a rank or an energy, such as --rank 8 or --energy 0.9")
+        if [self.rank, self.energy, self.share].count(None) != 2:
+            raise SpecError("give a rank, an energy or a share, such as --rank 8, --energy 0.9 or --share 0.01")
         if self.rank is not None and self.rank < 1:
             raise SpecError(f"rank is {self.rank}; expected a whole number from 1 up")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise SpecError(f"energy is {self.energy}; expected a share above 0, up to 1")
+        for name, value in (("energy", self.energy), ("share", self.share)):
+            if value is not None and not 0 < value <= 1:
+                raise SpecError(f"{name} is {value}; expected a share above 0, up to 1")
+        if self.per_tensor and self.share is None:
+            raise SpecError("per_tensor is for a share of the entries; give --share too, or leave --per-tensor out")
+
+    def approximate(self, changes: Changes, anatomy: Anatomy) -> Approximation:
+        """What stands for the changes."""
+        if not changes:
+            return Approximation()
+        if self.share is not None:
+            return largest_entries(changes, anatomy, self.share, self.per_tensor)
+        return low_rank(changes, anatomy, self.rank, self.energy)
 
 
 @dataclass(frozen=True)
 class Compressed:
     """``delta`` stands for the whole model. ``kept`` is the share of the energy by layer and in all (``all``).
 
-    ``dropped`` are the norms of the differences that no delta holds, by the weights' names.
+    ``rank`` is how many rows a linear's update takes in a batch, at most. ``dropped`` are the norms of the
+    differences that no delta holds, by the weights' names.
     """
 
     delta: Delta
@@ -74,20 +87,19 @@ def compress(whole: Delta, encoder: Encoder, budget: Budget, name: str) -> Compr
         )
     moved = differences(whole.weights, encoder.model.state_dict())
     anatomy = encoder.anatomy
-    matrices, biases, norms = dict(_matrices(moved, anatomy)), _biases(moved, anatomy), _norms(moved, anatomy)
-    if not matrices and not biases and not norms:
+    changes, biases, norms = dict(_matrices(moved, anatomy)), _biases(moved, anatomy), _norms(moved, anatomy)
+    if not changes and not biases and not norms:
         raise SpecError(f"{whole.name} has the base's own linears, biases and norms; there is nothing to compress")
-    cut = {place: torch.linalg.svd(matrix, full_matrices=False) for place, matrix in matrices.items()}
-    rank = _rank({place: singular for place, (_, singular, _) in cut.items()}, budget)
-    specs, tensors = _low_rank(cut, rank, anatomy) if cut else ((), {})
+    found = budget.approximate(changes, anatomy)
+    specs, tensors = found.specs, dict(found.tensors)
     for spec, exact in ((BitfitSpec(), biases), (NormsSpec(biases=False), norms)):
         specs, tensors = (*specs, spec) if exact else specs, {**tensors, **exact}
-    kept = _kept({place: singular for place, (_, singular, _) in cut.items()}, rank)
-    facts = {**whole.provenance, "compressed": {"from": whole.name, "rank": rank, "energy": kept["all"]}}
+    kept = _kept(changes, found.inside)
+    facts = {**whole.provenance, "compressed": {"from": whole.name, "rank": found.rank, "energy": kept["all"]}}
     delta = replace(
         whole, name=name, specs=specs, tensors=tensors, weights={}, version="", metrics={}, provenance=facts
     )
-    return Compressed(delta, rank, kept, _dropped(moved, anatomy))
+    return Compressed(delta, found.rank, kept, _dropped(moved, anatomy))
 
 
 def differences(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -119,37 +131,6 @@ def _own(change: Tensor | None, slot: Slot) -> Tensor | None:
     return rows if rows.any() else None
 
 
-def _rank(spectra: Mapping[tuple[str, int], Tensor], budget: Budget) -> int:
-    """The least rank that keeps the energy asked for; no more than there are singular values."""
-    most = max((len(singular) for singular in spectra.values()), default=0)
-    if budget.rank is not None:
-        return min(budget.rank, most)
-    energies = torch.stack([pad(singular.square(), (0, most - len(singular))) for singular in spectra.values()]).sum(0)
-    shares = energies.cumsum(0) / energies.sum()
-    return int((shares < budget.energy - 1e-12).sum()) + 1  # type: ignore[operator]
-
-
-def _low_rank(
-    cut: Mapping[tuple[str, int], tuple[Tensor, Tensor, Tensor]], rank: int, anatomy: Anatomy
-) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
-    """The LoRA spec and stacks ``a`` [L, R, K], ``b`` [L, R, N]: each singular value shared between the two."""
-    names = [slot.name for slot in _slots(anatomy) if any(place[0] == slot.name for place in cut)]
-    layers = tuple(sorted({layer for _, layer in cut}))
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        slot = anatomy.slot(name)
-        a, b = torch.zeros(len(layers), rank, slot.inputs), torch.zeros(len(layers), rank, slot.outputs)
-        for index, layer in enumerate(layers):
-            if (name, layer) in cut:
-                left, singular, right = cut[name, layer]
-                root, count = singular[:rank].sqrt(), min(rank, len(singular))
-                a[index, :count, : right.shape[1]] = (root[:, None] * right[:rank]).float()
-                b[index, :count, : left.shape[0]] = (root[:, None] * left.T[:rank]).float()
-        tensors |= {f"lora.{name}.a": a, f"lora.{name}.b": b}
-    chosen = None if layers == tuple(range(anatomy.layers)) else layers
-    return (LoraSpec(tuple(names), rank, float(rank), layers=chosen),), tensors
-
-
 def _biases(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
     """The differences of all biases as BitFit holds them; none where no bias moved."""
     tensors: dict[str, Tensor] = {}
@@ -176,15 +157,15 @@ def _norms(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
     }
 
 
-def _kept(spectra: Mapping[tuple[str, int], Tensor], rank: int) -> dict[str, float]:
-    """The share of the energy within the rank, by layer and in all."""
-    layers = [str(layer) for layer in sorted({layer for _, layer in spectra})]
-    whole, inside = dict.fromkeys([*layers, "all"], 0.0), dict.fromkeys([*layers, "all"], 0.0)
-    for (_, layer), singular in spectra.items():
+def _kept(changes: Changes, inside: Mapping[tuple[str, int], float]) -> dict[str, float]:
+    """The share of the energy that is ``inside``, by layer and in all."""
+    layers = [str(layer) for layer in sorted({layer for _, layer in changes})]
+    whole, own = dict.fromkeys([*layers, "all"], 0.0), dict.fromkeys([*layers, "all"], 0.0)
+    for (slot, layer), change in changes.items():
         for key in (str(layer), "all"):
-            whole[key] += float(singular.square().sum())
-            inside[key] += float(singular[:rank].square().sum())
-    return {key: inside[key] / whole[key] if whole[key] else 1.0 for key in whole}
+            whole[key] += float(change.square().sum())
+            own[key] += inside[slot, layer]
+    return {key: own[key] / whole[key] if whole[key] else 1.0 for key in whole}
 
 
 def _dropped(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, float]:

@@ -65,6 +65,9 @@ class TrainConfig:
     max_steps: int | None = _option(None, "Stop after so many steps, whatever the epochs.")
     batch_size: int = _option(32, "Examples a step.")
     max_tokens: int = _option(4096, "Tokens a micro-batch; a batch of more is accumulated, with the same gradient.")
+    bucket_batches: int = _option(
+        0, "Length bucketing: so many batches are sorted by length together and cut anew; 0: none."
+    )
     learning_rate: float | None = _option(None, "Highest learning rate. Default: the method's.")
     head_learning_rate: float | None = _option(None, "Highest learning rate of the head. Default: the method's.")
     schedule: Literal["linear", "cosine", "constant"] = _option("linear", "How the learning rate falls.")
@@ -93,6 +96,9 @@ class TrainConfig:
         False,
         "Keep on disk what enters the lowest trained layer, and skip the frozen layers below it, whose dropout is then "
         "off, from the first step on.",
+    )
+    checkpointing: bool = _option(
+        False, "Keep for the backward pass only what enters each layer, and run the layers again there: less memory."
     )
     precision: Literal["auto", "fp32", "bf16"] = _option(
         "auto", "bf16: the encoder runs under autocast; auto: bf16 on GPUs that have it, else fp32."
@@ -196,7 +202,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 _LEAST: Mapping[str, float] = {
     "epochs": 1, "first_epochs": 1, "max_steps": 1, "batch_size": 1, "max_tokens": 1, "weight_decay": 0,
     "clip": 0, "seed": 0, "max_length": 3, "stride": 0, "max_answer_length": 1, "eval_every": 1, "patience": 1,
-    "save_every": 1, "lp_path": 1, "gradient_steps": 0, "epsilon": 0,
+    "save_every": 1, "lp_path": 1, "gradient_steps": 0, "bucket_batches": 0, "epsilon": 0,
 }  # fmt: skip
 
 

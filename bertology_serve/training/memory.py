@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.training.checkpointing import recomputed_layers
 from bertology_serve.training.items import WHOLE_BATCH, Item, micro_batches
 from bertology_serve.training.loop import Trainer
 
@@ -72,10 +74,21 @@ def estimate(trainer: Trainer) -> Estimate:
     live, config = trainer.live, trainer.config
     held = {parameter.data_ptr(): parameter for parameter in (*live.encoder.model.parameters(), *live.parameters())}
     trained = sum(parameter.nbytes for parameter in trainer.parameters.values())
-    batch = sorted(trainer.items, key=lambda item: item.tokens)[-config.batch_size :]
+    batch = trainer.processes.share(sorted(trainer.items, key=lambda item: item.tokens)[-config.batch_size :])
     group = micro_batches(batch, config.max_tokens, not live.encoder.packs, trainer.task.kind in WHOLE_BATCH)[-1]
-    activations = saved_bytes(live, group, set(held))
+    activations = _activations(live, group, set(held), len(recomputed_layers(live)) if config.checkpointing else 0)
     return Estimate(sum(parameter.nbytes for parameter in held.values()), trained, 2 * trained, activations)
+
+
+def _activations(live: LiveDelta, items: Sequence[Item], held: Collection[int], recomputed: int) -> int:
+    """What is kept for a backward pass; of layers that are ``recomputed`` their inputs, and one of them as a whole."""
+    kept, around = saved_bytes(live, items, held), live.around
+    if not recomputed:
+        return kept
+    live.around = lambda encodings, batch: nullcontext()
+    whole = saved_bytes(live, items, held)
+    live.around = around
+    return kept + (whole - kept) // recomputed
 
 
 def saved_bytes(live: LiveDelta, items: Sequence[Item], held: Collection[int] = ()) -> int:

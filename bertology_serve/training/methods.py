@@ -14,6 +14,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.live import LiveDelta
 from bertology_serve.errors import LimitError, SpecError
 from bertology_serve.tasks.spec import REGRESSION, TaskSpec
+from bertology_serve.training.checkpointing import checkpointing
 from bertology_serve.training.child_tuning import ChildNetwork
 from bertology_serve.training.config import ALONE, TrainConfig
 from bertology_serve.training.full_options import MIXOUT, REGULARISED, ChildTuning, Mixout, TopK, read_options
@@ -42,6 +43,8 @@ def make_live(encoder: Encoder, config: TrainConfig, spec: TaskSpec) -> LiveDelt
     options = _form(config)
     if isinstance(options, TopK):
         train_upper_layers(live, options.layers)
+    if config.checkpointing:
+        live.around = checkpointing(live)
     if not trained(live):
         raise SpecError(f"method {','.join(config.method)} trains nothing for {spec.kind}, which has no head; add lora")
     return live

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Batches of like length: those of each ``window`` batches of ``size`` are sorted by ``lengths`` and cut anew."""
+
+    lengths: Sequence[int]
+    size: int
+    window: int
+
+    def order(self, drawn: Sequence[int], generator: torch.Generator) -> list[int]:
+        """A permutation of the same indices; its batches are shuffled, and what fills no batch stays at the end."""
+        whole, step = len(drawn) - len(drawn) % self.size, self.size * self.window
+        windows = (drawn[start : min(start + step, whole)] for start in range(0, whole, step))
+        near = [index for window in windows for index in sorted(window, key=self.lengths.__getitem__)]
+        firsts = torch.randperm(whole // self.size, generator=generator).mul(self.size).tolist()
+        return [index for first in firsts for index in near[first : first + self.size]] + list(drawn[whole:])
 
 
 @dataclass
@@ -15,6 +33,7 @@ class Sampler:
     seed: int
     epoch: int = 0
     offset: int = 0
+    buckets: Buckets | None = None
     _order: tuple[int, list[int]] = field(default=(-1, []), repr=False)
 
     def take(self, size: int) -> list[int]:
@@ -28,5 +47,6 @@ class Sampler:
     def _permutation(self) -> list[int]:
         if self._order[0] != self.epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            self._order = (self.epoch, torch.randperm(self.count, generator=generator).tolist())
+            drawn = torch.randperm(self.count, generator=generator).tolist()
+            self._order = (self.epoch, self.buckets.order(drawn, generator) if self.buckets else drawn)
         return self._order[1]

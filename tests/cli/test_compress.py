@@ -41,6 +41,18 @@ def test_energy_and_tables(tuned, capsys):
     assert main(["compress", "whole", "--energy", "0.5", "--out", "small"]) == 0
     shown = capsys.readouterr()
     assert "whole as rank" in shown.out
+    assert "lora + bitfit + norms" in shown.out
     assert "energy kept" in shown.out
     assert "dropped: the largest" in shown.out
     assert "saved to small" in shown.err
+
+
+def test_a_share_of_the_entries(tuned, capsys):
+    capsys.readouterr()
+    assert main(["compress", "whole", "--share", "0.05", "--per-tensor", "--out", "small", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0.05 < found["kept"]["all"] < 1
+    assert main(["inspect", "small"]) == 0
+    assert "sparse" in capsys.readouterr().out
+    assert main(["compress", "whole", "--rank", "2", "--per-tensor", "--out", "other"]) == 2
+    assert "per_tensor is for a share of the entries" in capsys.readouterr().err

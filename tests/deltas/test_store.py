@@ -131,14 +131,14 @@ def test_nothing_half_written_stands_under_the_name(tmp_path: Path, monkeypatch:
     """The power fails at each flush in turn, also while files are moved into a directory that exists."""
     count = 0
 
-    def flush(path: Path, real: Callable[[Path], None] = writing._flush) -> None:
+    def flush(path: Path, real: Callable[[Path], None] = writing.flush) -> None:
         nonlocal count
         count += 1
         if count > step:
             raise OSError("power failure")
         real(path)
 
-    monkeypatch.setattr(writing, "_flush", flush)
+    monkeypatch.setattr(writing, "flush", flush)
     for path in (tmp_path / "new", tmp_path / "old"):
         path == tmp_path / "old" and path.mkdir()
         count = 0

@@ -8,11 +8,13 @@ import torch
 
 from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.sparse import SparseSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.live import LiveDelta
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.pruned import prune
 from bertology_serve.errors import BaseMismatch, SpecError
+from bertology_serve.export.fold import fold
 from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.compress import Budget, compress
 from tests import tiny
@@ -113,10 +115,83 @@ def test_what_cannot_be_compressed_is_said(bert: Encoder, tmp_path: Path):
         compress(tuned, tiny.encoder("bert", tmp_path, seed=5), Budget(rank=1), "small")
 
 
-@pytest.mark.parametrize("values", [{}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.1}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({}, {"rank": 1, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.1}, {"share": 0.0}),
+        *({"share": 1.5}, {"rank": 1, "share": 0.5}, {"rank": 1, "per_tensor": True}),
+    ],
+)
 def test_budgets_that_make_no_sense(values):
-    with pytest.raises(SpecError, match=r"rank|energy"):
+    with pytest.raises(SpecError, match=r"rank|energy|share"):
         Budget(**values)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v3"])
+def test_all_entries_are_the_whole_model(tmp_path: Path, family: str):
+    encoder = tiny.encoder(family, tmp_path / "base")
+    tuned = whole(encoder)
+    found = compress(tuned, encoder, Budget(share=1.0), "small")
+    expected = logits(Encoder.for_delta(tuned), tuned)
+    store.save(found.delta, tmp_path / "small", encoder.anatomy, encoder.config.to_dict())
+    got = logits(encoder, store.load(tmp_path / "small"))
+    assert (expected - logits(encoder, whole_base(encoder, tuned))).abs().max() > 1e-3
+    assert (got - expected).abs().max() < 2e-5 * expected.abs().max().clamp_min(1)
+    assert found.kept["all"] == pytest.approx(1.0)
+    assert found.delta.kinds[0] == "sparse"
+
+
+def test_a_child_network_is_kept_whole_by_its_share(bert: Encoder):
+    """Of a model of which a tenth of the weights was tuned, a tenth is all; it may be few rows, then few are served."""
+    tuned, base = whole(bert, only="encoder.layer"), bert.model.state_dict()
+    weights = dict(tuned.weights)
+    for name, tensor in weights.items():
+        if tensor.dim() == 2 and name.startswith("encoder.layer"):
+            weights[name] = base[name].clone()
+            weights[name][: len(tensor) // 10] = tensor[: len(tensor) // 10]
+    tuned = replace(tuned, weights=weights)
+    found = compress(tuned, bert, Budget(share=0.1), "small")
+    expected = logits(Encoder.for_delta(tuned), tuned)
+    assert found.kept["all"] == pytest.approx(1.0)
+    assert found.rank == 4
+    assert (logits(bert, found.delta) - expected).abs().max() < 2e-5
+    assert compress(tuned, bert, Budget(share=0.01), "small").kept["all"] < 0.5
+
+
+def test_the_largest_entries_are_kept_in_all_or_of_each_linear(bert: Encoder):
+    tuned, base = whole(bert), bert.model.state_dict()
+    name = "encoder.layer.1.output.dense.weight"
+    tuned = replace(tuned, weights={**tuned.weights, name: base[name] + 100 * (tuned.weights[name] - base[name])})
+    size = base[name].numel()
+    linears = {
+        key: tensor.numel() for key, tensor in base.items() if key.startswith("encoder.layer") and tensor.dim() == 2
+    }
+    every, each = (compress(tuned, bert, Budget(share=0.02, per_tensor=per), "small").delta for per in (False, True))
+    assert every.specs[0] == SparseSpec(("down",), (round(0.02 * sum(linears.values())),))
+    kept = dict(zip(each.specs[0].targets, each.specs[0].kept, strict=True))
+    assert sum(kept.values()) == sum(round(0.02 * count) for count in linears.values())
+    assert kept["down"] == 3 * round(0.02 * size)
+    values = each.tensors["sparse.down.values"].abs()
+    change = (tuned.weights[name] - base[name]).abs().flatten()
+    assert torch.allclose(values.topk(round(0.02 * size)).values, change.topk(round(0.02 * size)).values)
+
+
+def test_a_sparse_delta_is_served_beside_others_and_folds(bert: Encoder):
+    tuned = whole(bert)
+    small = compress(tuned, bert, Budget(share=0.05), "small").delta
+    lora = compress(tuned, bert, Budget(rank=2), "lora").delta
+    alone = {delta.name: logits(bert, delta) for delta in (small, lora)}
+    pipeline = Pipeline(bert)
+    for delta in (small, lora):
+        pipeline.add(delta)
+    asked = [Request(delta.name, {"text": text}, logits=True) for text in TEXTS for delta in (small, lora)]
+    found = torch.tensor([answer.answer["logits"] for answer in pipeline.answer(asked)])
+    for number, name in enumerate(alone):
+        assert (found[number::2] - alone[name]).abs().max() < 1e-5
+    folded = fold(bert.model.state_dict(), small.effects(bert.anatomy), bert.anatomy)
+    merged = replace(tuned, name="merged", weights=folded)
+    assert (logits(Encoder.for_delta(merged), merged) - alone["small"]).abs().max() < 1e-5
+    assert (alone["small"] - alone["lora"]).abs().max() > 1e-3
 
 
 def test_a_model_tuned_from_a_pruned_encoder_is_compressed(tmp_path: Path):

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from bertology_serve.deltas.kinds import KINDS
+from bertology_serve.deltas.sparse import SPARSE
 from bertology_serve.errors import SpecError
 from bertology_serve.training.config import FULL, HEAD_RATE, HEAD_RATES, LEARNING_RATES, METHODS, PROBE, TrainConfig
 from bertology_serve.training.flags import KindFlags
@@ -15,7 +16,8 @@ from bertology_serve.training.methods import specs_for
 
 
 def test_methods_are_the_kinds_the_probe_and_the_forms_of_full_fine_tuning():
-    assert (*KINDS, PROBE, FULL, *REGULARISED) == METHODS
+    trainable = [kind for kind in KINDS if kind != SPARSE.name]  # compress makes those
+    assert (*trainable, PROBE, FULL, *REGULARISED) == METHODS
     assert set(LEARNING_RATES) == set(METHODS)
 
 

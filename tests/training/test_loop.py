@@ -133,8 +133,9 @@ def straight_and_resumed(path: Path, bert_path: Path, kill_at: int, **values: An
         {"method": "child-tuning", "options": {"child-tuning": {"mode": "d"}}},
         {"method": "child-tuning", "options": {"child-tuning": {"mode": "f"}}},
         {"method": "top-k", "options": {"top-k": {"layers": 1}}},
+        {"method": "probe", "bucket_batches": 2},
     ],
-    ids=["dropout", "kinds", "full", "last", "mixout", "child-d", "child-f", "top-k"],
+    ids=["dropout", "kinds", "full", "last", "mixout", "child-d", "child-f", "top-k", "buckets"],
 )
 @pytest.mark.parametrize("kill_at", [2, 11])
 def test_resumed_run_is_the_straight_run_bit_for_bit(tmp_path, bert_path, values, kill_at):

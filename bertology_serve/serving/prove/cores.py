@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from bertology_serve.serving.executor import THREAD
+from bertology_serve.serving.prove.families import descendants
 
 ONE_THREAD: Mapping[str, str] = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 _PROC = Path("/proc")
@@ -23,14 +24,7 @@ def pair() -> tuple[int, int] | None:
 
 def family(pid: int) -> list[int]:
     """A process and those that it has started, and theirs."""
-    children: dict[int, list[int]] = {}
-    for path in _PROC.glob("[0-9]*/stat"):
-        with suppress(OSError):
-            children.setdefault(int(_fields(path)[1]), []).append(int(path.parent.name))
-    found = [pid]
-    for one in found:
-        found += children.get(one, [])
-    return found
+    return [pid, *descendants(pid)]
 
 
 def cpu_seconds(pid: int) -> float:

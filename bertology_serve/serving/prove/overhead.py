@@ -80,9 +80,9 @@ def _engine(stage: Stage) -> Iterator[tuple[Pipeline, str]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        registry = Registry(Pipeline(stage.encoder))
-        registry.load(stage.zoo)
-        yield registry.pipeline, "torch" if settle(registry.pipeline, "auto") == "torch" else "onnx"
+        pipeline = Pipeline(stage.encoder)
+        Registry(pipeline).load(stage.zoo)
+        yield pipeline, "torch" if settle(pipeline, "auto") == "torch" else "onnx"
     finally:
         torch.set_num_threads(threads)
 

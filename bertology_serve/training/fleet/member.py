@@ -23,6 +23,7 @@ from bertology_serve.training.loop import Trainer
 from bertology_serve.training.methods import count_parameters
 
 RANDOM = "rng."
+ALONE = ("trunk_cache", "checkpointing")
 
 
 class Member(Trainer):
@@ -113,12 +114,15 @@ class Member(Trainer):
 
 
 def check_frozen(name: str, config: TrainConfig) -> None:
-    """Raises SpecError where a delta trains the encoder that all share."""
+    """Raises SpecError where a delta trains the encoder that all share, or wants passes of its own."""
     if config.full or config.recipe:
         raise SpecError(
             f"{name}: a fleet shares one frozen encoder, but {config.recipe or config.method[0]} trains its own; "
             "take a kind of delta or the probe, or run it with train"
         )
+    alone = next((flag for flag in ALONE if getattr(config, flag)), None)
+    if alone is not None:
+        raise SpecError(f"{name}: {alone} is for one run, and a fleet's passes are shared; leave it out")
 
 
 def _seeded(live: LiveDelta, seed: int) -> dict[str, Tensor]:

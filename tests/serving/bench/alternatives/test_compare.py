@@ -13,9 +13,9 @@ import uvicorn
 
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
 from bertology_serve.serving.bench.alternatives import app, compare, models, tasks
+from bertology_serve.serving.binding import bind, url_of
 from bertology_serve.serving.prove import alternatives, cores
 from bertology_serve.serving.prove.stage import Stage
-from bertology_serve.serving.server import bind, url_of
 from tests.serving.running import wait
 
 PLAN = compare.Plan(tasks=2, many=3, rounds=1, seconds=0.2, clients=2, different=2)

@@ -1,0 +1,66 @@
+"""What the commands of ``bertology-serve analyze`` share: their subject, a report read back or made, and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bertology_serve.cli.common import note, progress
+
+if TYPE_CHECKING:
+    from bertology_serve.analysis.report import Report
+    from bertology_serve.analysis.subject import Advance, Subject
+
+
+def subject(backbone: str | None, delta: Path | None, device: str) -> Subject:
+    """The encoder, with the delta of a directory (or the newest of its versions) if there is one."""
+    from bertology_serve.analysis.subject import Subject
+    from bertology_serve.encoder.encoder import Encoder
+    from bertology_serve.training.device import find_device
+    from bertology_serve.training.saved import open_delta
+
+    if delta is None:
+        loaded, encoder = None, Encoder.load(backbone or "minilm", device=find_device(device))
+    else:
+        loaded, encoder = open_delta(delta, backbone, find_device(device))
+    encoder.prepack()
+    return Subject(encoder, loaded).checked()
+
+
+@contextmanager
+def kept(
+    out: Path, name: str, again: bool, subjects: Sequence[Subject], files: Sequence[str | None], *settings: object
+) -> Iterator[tuple[Callable[[Callable[[], Report]], Report], Advance]]:
+    """A function that makes a report, or reads it back where the same lies in ``out``, and a progress bar for it."""
+    from bertology_serve.analysis.cache import content_key, remembered
+
+    key = content_key(name, subjects, files, *settings)
+
+    def ask(make: Callable[[], Report]) -> Report:
+        report, lay_there = remembered(out, name, key, make, again)
+        if lay_there:
+            note(f"nothing changed since {report.facts['date']}: read back from {out} (--again runs it again)")
+        return report
+
+    with bar(name) as advance:
+        yield ask, advance
+
+
+@contextmanager
+def bar(name: str) -> Iterator[Advance]:
+    """A progress bar as the analyses tell it: (done, total)."""
+    with progress() as shown:
+        task = shown.add_task(name, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def written(report: Report, out: Path) -> None:
+    """Saves a report and says where it lies."""
+    from bertology_serve.analysis import plots
+
+    paths = report.save(out)
+    note(f"{len(paths)} files in {out}: {', '.join(path.name for path in paths)}")
+    if not plots.available():
+        note("no PNG: matplotlib is missing (pip install 'bertology-serve[plots]'); the HTML page has the figures")
