@@ -35,7 +35,7 @@ class Speed:
 def measure(stage: Stage) -> Measured:
     """CPU seconds of a server with a stub for a pipeline; texts a second of a real one, in turns with its bare engine.
 
-    The bare engine runs where the server's executor does, with as many threads.
+    The bare engine runs where the server's executor does, with as many threads and in batches as large.
     """
     seconds = stage.seconds(5.0, 15.0)
     command = [sys.executable, "-m", "bertology_serve.serving.prove.stub", stage.backbone]
@@ -46,7 +46,7 @@ def measure(stage: Stage) -> Measured:
     texts = [" ".join(draw.choices(WORDS, k=draw.randint(8, 40))) for _ in range(256)]
     bare, through = list[Speed](), list[Speed]()
     with _engine(stage) as (pipeline, name):
-        options = ("--max-batch-ms", "80", "--engine", name)
+        options = ("--max-batch-ms", "2000", "--max-batch-tokens", str(BUDGET), "--engine", name)
         with stage.server(stage.zoo, *options, environ=ONE_THREAD) as real, apart(real.pid) as pinned:
             for _ in range(stage.rounds):
                 with alone():
