@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bertology_serve.cli.bench_alternatives import alternatives
 from bertology_serve.cli.bench_export import export
 from bertology_serve.cli.bench_kernels import kernels
 from bertology_serve.cli.bench_load import load
@@ -28,6 +29,7 @@ def _bench() -> None:
 app.command()(kernels)
 app.command()(export)
 app.command()(load)
+app.command()(alternatives)
 
 
 @app.command()
