@@ -4,13 +4,15 @@
 
 One question for each kind of entity that a tweet has; every entity of that kind is a gold answer. MRQA's
 RelationExtraction is made of such templates about slots too (Levy et al. 2017, arXiv 1706.04115). The tweet is its
-tokens with a space between, as they come; nothing is cut or chosen.
+tokens with a space between, as they come; nothing is cut or chosen. What two answers reach that read no question is
+printed beside: the whole context, and its longest run of words with capitals.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 from bertology_serve.data.records import read_records
 from bertology_serve.tasks.spans import spans_of
+from bertology_serve.tasks.squad import squad_scores
 from bertology_serve.tasks.words import join_words
 
 QUESTIONS = {
@@ -44,6 +47,9 @@ def main() -> None:
         for counts in zip(*((len(one["answers"]["text"]), len(one["context"].split())) for one in records), strict=True)
     )
     print(f"{asked.out}: {len(records):,} questions; {answers:.1f} answers and {words:.0f} words each")
+    golds, contexts = ([one["answers"]["text"] for one in records], [one["context"] for one in records])
+    for name, given in (("the whole context", contexts), ("its capitals", list(map(capitals, contexts)))):
+        print(f"{name}: F1 {100 * squad_scores(golds, given)['f1']:.1f}")
 
 
 def questions(fields: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -56,6 +62,12 @@ def questions(fields: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         texts = [context[start:end] for start, end in spans]
         answers = {"text": texts, "answer_start": [start for start, _ in spans]}
         yield {"question": QUESTIONS[kind], "context": context, "answers": answers}
+
+
+def capitals(context: str) -> str:
+    """The longest run of words that begin with a capital; the context where there is none."""
+    runs = re.findall(r"[A-Z][\w.-]*(?: [A-Z][\w.-]*)*", context)
+    return max(runs, key=len, default=context)
 
 
 if __name__ == "__main__":

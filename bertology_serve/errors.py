@@ -14,7 +14,8 @@ BertologyError
 ├── Unauthorized        no API key, or an unknown one (HTTP: 401)
 ├── Forbidden           the API key does not open this (HTTP: 403)
 ├── Overloaded          the queue is full or draining; try again later (HTTP: 503 with Retry-After)
-│   └── RateLimited     the caller has sent too much for its share (HTTP: 429 with Retry-After)
+│   ├── RateLimited     the caller has sent too much for its share (HTTP: 429 with Retry-After)
+│   └── Crashed         the executor's process ended over this, twice (HTTP: 503 with Retry-After)
 ├── Expired             the answer would have come after its deadline; nothing was computed (HTTP: 504)
 └── VerificationError   a result was checked against its reference and differs; nothing was published (CLI: 1)
 
@@ -81,6 +82,10 @@ class Overloaded(BertologyError):
 
 class RateLimited(Overloaded):
     """The caller has sent too much for its share; the server has room for others."""
+
+
+class Crashed(Overloaded):
+    """The executor's process ended while it worked on this."""
 
 
 class Unauthorized(BertologyError):

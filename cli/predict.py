@@ -53,11 +53,12 @@ def _open(backbone: str, deltas: Path, skip_bad: bool, device: str) -> Pipeline:
     from bertology_serve.training.device import find_device
 
     encoder = Encoder.load(backbone, device=find_device(device))
-    registry = Registry(Pipeline(encoder))
+    pipeline = Pipeline(encoder)
+    registry = Registry(pipeline)
     for refused in registry.load(deltas, skip_bad):
         note(f"left out: {refused.reason}")
     encoder.prepack()
-    return registry.pipeline
+    return pipeline
 
 
 def _lines_in(name: str) -> int | None:

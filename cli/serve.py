@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,19 +13,27 @@ import typer
 
 from bertology_serve.cli.common import note
 from bertology_serve.cli.options import options
-from bertology_serve.errors import Unsupported
 from bertology_serve.export.spec import MultiPrecision
 from bertology_serve.serving.config import HELPS, ServerConfig
 
 if TYPE_CHECKING:
     from bertology_serve.deltas.delta import Delta
+    from bertology_serve.encoder.residents import Residents
+    from bertology_serve.serving.opening import Opened
+    from bertology_serve.serving.process.forks import Nursery
     from bertology_serve.serving.registry import Registry
+
+HUNG = 60.0  # seconds after which a batch is not waited for; the first ones, which compile, are
 
 Backbone = Annotated[str, typer.Option(help="The encoder: a hub id, a directory, or minilm.")]
 Deltas = Annotated[Path, typer.Option(help="Directory of deltas: NAME/VERSION/ or bare ones.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"], typer.Option(help="Type of the weights and activations of the encoder.")
+]
+Executor = Annotated[
+    Literal["thread", "process"],
+    typer.Option(help="Where batches run. process: in one of their own, whose end costs a restart, not the server."),
 ]
 CudaGraphs = Annotated[
     bool, typer.Option("--cuda-graphs", help="Replay recorded passes: fewer launches. On a GPU, in 16 bits.")
@@ -35,6 +44,9 @@ Engine = Annotated[
 ]
 EnginePrecision = Annotated[
     MultiPrecision, typer.Option(help="Of the ONNX engine. int8-row: the encoder's products in 8 bits, row by row.")
+]
+TimeAgain = Annotated[
+    bool, typer.Option("--time-again", help="Time engines and batches, though it was done here within the last week.")
 ]
 Models = Annotated[
     Path | None, typer.Option(help="An export of a single delta, or a directory of them, to answer beside the deltas.")
@@ -53,6 +65,8 @@ def serve(
     engine: Engine = "auto",
     precision: EnginePrecision = "fp32",
     cuda_graphs: CudaGraphs = False,
+    executor: Executor = "thread",
+    time_again: TimeAgain = False,
     models: Models = None,
 ) -> None:
     """Serve deltas over HTTP: /v2 (Open Inference Protocol), /models (HuggingFace's shape), /predict, /metrics.
@@ -62,33 +76,48 @@ def serve(
     """
     started = time.monotonic()
     from bertology_serve.serving import logs
-    from bertology_serve.serving.engines import check, settle
+    from bertology_serve.serving.binding import bind, url_of
+    from bertology_serve.serving.garbage import settle_memory
     from bertology_serve.serving.keyfile import read_keyring
-    from bertology_serve.serving.server import Server, bind, settle_memory, url_of
+    from bertology_serve.serving.process.forks import Nursery
+    from bertology_serve.serving.process.plan import Plan
 
-    check(engine, precision)
     logs.set_up(config.log_level, config.log_format)
     keyring = read_keyring(config.keys_file, os.environ)
     if not keyring and config.host not in ("127.0.0.1", "::1", "localhost"):
         note(f"anyone who reaches {config.host} may ask: there are no API keys (--keys-file)")
-    with bind(config.host, config.port) as bound:  # before anything is loaded: a port that is taken is said at once
-        registry = _load(backbone, device, dtype, deltas, skip_bad_deltas, config)
-        if cuda_graphs and not registry.pipeline.encoder.use_graphs():
-            where = registry.pipeline.encoder.device
-            raise Unsupported(f"--cuda-graphs: got {dtype} on {where}, expected float16 or bfloat16 on cuda")
-        runs = settle(registry.pipeline, engine, precision)
+    with ExitStack() as stack:
+        bound = stack.enter_context(bind(config.host, config.port))  # before anything is loaded: is the port free?
+        nursery: Nursery | None = None
+        if executor == "process":  # it loads the encoder while this process imports torch
+            nursery = stack.enter_context(Nursery(Plan(backbone, dtype, config.log_level, config.log_format)))
+        from bertology_serve.serving.engines import check
+        from bertology_serve.serving.findings import Findings, circumstances, keep, recall
+        from bertology_serve.serving.server import Server
+        from bertology_serve.serving.settling import Setting
+
+        check(engine, precision)
+        opened = _open(backbone, device, dtype, nursery)
+        stack.callback(opened.close)
+        registry = _load(opened.pipeline, deltas, skip_bad_deltas, config)
+        wanted = Setting(engine, precision, cuda_graphs)
+        where = circumstances(opened.pipeline, wanted, config, opened.device)
+        known = None if time_again else recall(where)
+        runs, setting = opened.settle(known.setting if known else wanted)
         if models is not None:
             registry.load_models(models)
         found, url = registry.all(), url_of(bound)
 
         def announce() -> None:
-            note(
-                f"{len(found) - 1} deltas on {backbone} ({runs}), ready after {time.monotonic() - started:.1f} s: {url}"
-            )
+            seconds = time.monotonic() - started
+            note(f"{len(found) - 1} deltas on {backbone} ({runs}), ready after {seconds:.1f} s: {url}")
             note(f"try: {example(url, found[-1])}")
 
         server = Server(registry.pipeline, registry, config, announce, keyring)
-        server.engine.warm_up()
+        ladder = server.engine.warm_up(known.ladder if known else ())
+        if known is None:
+            keep(where, Findings(setting, tuple(ladder)))
+        opened.warmed(max(HUNG, config.max_call_seconds))
         settle_memory()
         server.run(sockets=[bound])
 
@@ -103,17 +132,19 @@ def example(url: str, delta: Delta) -> str:
     return f'curl {url}/predict -d \'{{"delta": "{delta.name}", {fields}}}\''
 
 
-def _load(backbone: str, device: str, dtype: str, deltas: Path, skip_bad: bool, config: ServerConfig) -> Registry:
+def _open(backbone: str, device: str, dtype: str, nursery: Nursery | None) -> Opened:
     import torch
 
-    from bertology_serve.encoder.encoder import Encoder
-    from bertology_serve.encoder.pipeline import Pipeline
-    from bertology_serve.serving.registry import Registry
+    from bertology_serve.serving.opening import open_backbone
     from bertology_serve.training.device import find_device
 
-    encoder = Encoder.load(backbone, device=find_device(device), dtype=getattr(torch, dtype))
+    return open_backbone(backbone, str(find_device(device)), getattr(torch, dtype), nursery)
+
+
+def _load(pipeline: Residents, deltas: Path, skip_bad: bool, config: ServerConfig) -> Registry:
+    from bertology_serve.serving.registry import Registry
+
     room = math.inf if config.device_mb is None else config.device_mb * 2**20
-    registry = Registry(Pipeline(encoder), device_bytes=room, host_bytes=config.host_mb * 2**20)
+    registry = Registry(pipeline, device_bytes=room, host_bytes=config.host_mb * 2**20)
     registry.load(deltas, skip_bad)
-    encoder.prepack()
     return registry

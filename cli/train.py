@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,7 @@ from bertology_serve.training.flags import KindFlags
 if TYPE_CHECKING:
     from bertology_serve.encoder.live import LiveDelta
     from bertology_serve.training.methods import ParameterCount
+    from bertology_serve.training.processes import Processes
     from bertology_serve.training.recipes import Stage
     from bertology_serve.training.sources import Source
     from bertology_serve.training.train import Outcome
@@ -73,6 +75,7 @@ def train(
     from bertology_serve.training.device import find_device
     from bertology_serve.training.events import Board
     from bertology_serve.training.methods import make_live
+    from bertology_serve.training.processes import join
     from bertology_serve.training.recipes import stages
     from bertology_serve.training.sources import Source
     from bertology_serve.training.watch import Several
@@ -84,17 +87,18 @@ def train(
         place.open()  # what is wrong there is said before anything is read
     source = Source.read(train, read_columns(columns))
     dev, other = (Source.read(path, read_columns(columns)) if path else None for path in (eval, ood))
-    encoder = Encoder.load(backbone, device=find_device(device))
+    processes, own_device = join(find_device(device))
+    encoder = Encoder.load(backbone, device=own_device)
     if dry_run:
         spec = training.task_spec(config, encoder, source)
-        for stage in stages(config):
-            show_dry_run(make_live(encoder, stage.config, spec), stage, source)
+        for stage in stages(config) if processes.leads else ():
+            show_dry_run(make_live(encoder, stage.config, spec), stage, source, processes)
         return
     files = {"backbone": backbone, "train": train, "eval": eval, "ood": ood}
     named = {flag: _lasting(path) for flag, path in files.items() if path} | {"device": device}
     named |= {"columns": columns} if columns else {}
-    boards = [Board(tensorboard / place.open()[0])] if tensorboard else []
-    with Bar() as bar:
+    boards = [Board(tensorboard / place.open()[0])] if tensorboard and processes.leads else []
+    with Bar() if processes.leads else nullcontext() as bar:
         outcome = training.train(
             config,
             encoder,
@@ -102,10 +106,13 @@ def train(
             dev,
             ood=other,
             place=place,
-            watcher=Several([bar, *boards]),
+            watcher=Several([*([bar] if bar else []), *boards]),
             prepack=prepack,
             files=named,
+            processes=processes,
         )
+    if not processes.leads:
+        return
     if plot:
         draw_curve(outcome.path, task_for(outcome.delta.task).main_metric)
     show(outcome, eval)
@@ -188,8 +195,8 @@ def counted(parameters: ParameterCount) -> str:
     return f"{parameters.trained:,} parameters ({share}), {parameters.head:,} of them in the head"
 
 
-def show_dry_run(live: LiveDelta, stage: Stage, source: Source) -> None:
-    """What a stage would train, and the memory that it would need."""
+def show_dry_run(live: LiveDelta, stage: Stage, source: Source, processes: Processes) -> None:
+    """What a stage would train, and the memory that it would need in each process."""
     from bertology_serve.deltas.kinds import kind_of
     from bertology_serve.training.methods import count_parameters
 
@@ -198,11 +205,14 @@ def show_dry_run(live: LiveDelta, stage: Stage, source: Source) -> None:
     rows += [["task", field, str(value)] for field, value in asdict(live.task).items()]
     rows += [["parameters", "delta", f"{count.delta:,}"], ["parameters", "head", f"{count.head:,}"]]
     if not stage.solved:
-        rows += [["memory", name, f"{value / 2**20:,.1f} MiB"] for name, value in needed(live, stage, source).items()]
+        rows += [
+            ["memory", name, f"{value / 2**20:,.1f} MiB"]
+            for name, value in needed(live, stage, source, processes).items()
+        ]
     table(f"would train {counted(count)}", ["part", "field", "value"], rows, stderr=False)
 
 
-def needed(live: LiveDelta, stage: Stage, source: Source) -> dict[str, int]:
+def needed(live: LiveDelta, stage: Stage, source: Source, processes: Processes) -> dict[str, int]:
     """Bytes that training needs by their use; activations are tried on the longest of the first thousand records."""
     from bertology_serve.tasks.registry import task_for
     from bertology_serve.training.items import make_items
@@ -211,7 +221,7 @@ def needed(live: LiveDelta, stage: Stage, source: Source) -> dict[str, int]:
 
     task = task_for(live.task)
     items = make_items(task, source.records[:1000], live.encoder.tokenizer)
-    found = estimate(Trainer(live, task, items, stage.config))
+    found = estimate(Trainer(live, task, items, stage.config, processes=processes))
     return asdict(found) | {"total": found.total}
 
 

@@ -7,10 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as every command has it; see cli/threads.py
+settings.register_profile("untimed", deadline=None)  # how long an example takes decides nothing
+settings.load_profile("untimed")
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 

@@ -161,6 +161,7 @@ def test_every_command_is_in_the_table():
         "bench_kernels",
         "bench_load",
         "filling",
+        "reports",
         "threads",
     }
     assert modules == {command.replace("-", "_") for command in COMMANDS}

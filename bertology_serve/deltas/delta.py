@@ -61,6 +61,10 @@ class Delta:
         groups = (self.tensors, self.head, self.weights)
         return sum(tensor.numel() * tensor.element_size() for group in groups for tensor in group.values())
 
+    def resident_bytes(self, anatomy: Anatomy) -> int:
+        """Size of what a batch reads of it, in an encoder of that anatomy."""
+        return self.bytes + kinds.unpacked(self.specs, self.tensors, anatomy)
+
 
 def bare(name: str, base: BaseRef, max_length: int) -> Delta:
     """The base itself as a delta without any change: mean-pooled, normalised embeddings."""

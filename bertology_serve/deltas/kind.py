@@ -23,7 +23,8 @@ class Kind:
     ``spec`` is its frozen dataclass. ``init(spec, anatomy, generator)`` draws the trainable tensors (float32; names
     without the kind's own name); with ``generator=None`` they are on the meta device, for counting. ``effects``
     turns spec, tensors and anatomy into what the engines apply. ``cut`` slices tensors made for an anatomy to what
-    ``Cut`` leaves of it; a kind without it cannot be taken over by a pruned encoder.
+    ``Cut`` leaves of it; a kind without it cannot be taken over by a pruned encoder. ``unpacked`` counts the bytes
+    that batches read beside the tensors', where the effects are larger.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Kind:
     init: Callable[[Any, Anatomy, torch.Generator | None], Tensors]
     effects: Callable[[Any, Tensors, Anatomy], Effects]
     cut: Callable[[Any, Tensors, Anatomy, Cut], Tensors] | None = None
+    unpacked: Callable[[Any, Tensors, Anatomy], int] | None = None
 
 
 class Cut(Protocol):

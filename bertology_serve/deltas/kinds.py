@@ -50,12 +50,17 @@ def init(specs: Sequence[Any], anatomy: Anatomy, generator: torch.Generator | No
 
 def effects(specs: Sequence[Any], tensors: Mapping[str, torch.Tensor], anatomy: Anatomy) -> Effects:
     """What the components do together; differentiable in ``tensors``."""
+    return merged(kind_of(spec).effects(spec, _own(kind_of(spec), tensors), anatomy) for spec in specs)
 
-    def own(kind: Kind) -> Tensors:
-        start = kind.name + "."
-        return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
-    return merged(kind_of(spec).effects(spec, own(kind_of(spec)), anatomy) for spec in specs)
+def unpacked(specs: Sequence[Any], tensors: Mapping[str, torch.Tensor], anatomy: Anatomy) -> int:
+    """Bytes that batches read of the components beside their tensors'."""
+    return sum(kind.unpacked(spec, _own(kind, tensors), anatomy) for spec in specs if (kind := kind_of(spec)).unpacked)
+
+
+def _own(kind: Kind, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    start = kind.name + "."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def parameter_count(specs: Sequence[Any], anatomy: Anatomy) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -54,11 +54,11 @@ def to_json(manifest: Manifest) -> bytes:
         "name": manifest.name,
         "base": asdict(manifest.base),
         "task": asdict(manifest.task),
-        "kinds": {kind_of(spec).name: asdict(spec) for spec in manifest.specs},
+        "kinds": kinds_record(manifest.specs),
         "tensors": {name: list(shape) for name, shape in manifest.tensors.items()},
         "head": {name: list(shape) for name, shape in manifest.head.items()},
         "files": {name: asdict(file) for name, file in manifest.files.items()},
-        "metrics": {name: value if math.isfinite(value) else None for name, value in manifest.metrics.items()},
+        "metrics": metrics_record(manifest.metrics),
         "provenance": dict(manifest.provenance),
         "anatomy": anatomy_record.record(manifest.anatomy),
     }
@@ -88,17 +88,23 @@ def from_json(values: Mapping[str, Any], where: str) -> Manifest:
         name=check_name(values["name"], f"{where}: name"),
         base=base,
         task=build(TaskSpec, values["task"], f"{where}: task"),
-        specs=_specs(values["kinds"], where),
+        specs=specs_of(values["kinds"], where),
         anatomy=anatomy_record.restore(values["anatomy"], base.family, f"{where}: anatomy"),
         tensors=_shapes(values["tensors"], f"{where}: tensors"),
         head=_shapes(values["head"], f"{where}: head"),
         files=_files(values["files"], where),
-        metrics=_metrics(values["metrics"], f"{where}: metrics"),
+        metrics=metrics_of(values["metrics"], f"{where}: metrics"),
         provenance=as_object(values["provenance"], f"{where}: provenance"),
     )
 
 
-def _specs(values: object, where: str) -> tuple[Any, ...]:
+def kinds_record(specs: Sequence[Any]) -> dict[str, Any]:
+    """The kinds' specs by the kinds' names, as plain values."""
+    return {kind_of(spec).name: asdict(spec) for spec in specs}
+
+
+def specs_of(values: object, where: str) -> tuple[Any, ...]:
+    """The specs that ``kinds_record`` wrote; raises FormatError."""
     table = as_object(values, f"{where}: kinds")
     check_keys(table, KINDS, f"{where}: kinds")
     return tuple(build(KINDS[name].spec, spec, f"{where}: kinds.{name}") for name, spec in table.items())
@@ -125,7 +131,13 @@ def _files(values: object, where: str) -> dict[str, FileRecord]:
     return found
 
 
-def _metrics(values: object, where: str) -> dict[str, float]:
+def metrics_record(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Metrics as JSON has them: it knows no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def metrics_of(values: object, where: str) -> dict[str, float]:
+    """The metrics that ``metrics_record`` wrote; raises FormatError."""
     return {
         name: math.nan if value is None else conform(value, float, f"{where}.{name[:80]}")
         for name, value in as_object(values, where).items()

@@ -99,4 +99,10 @@ def effects(spec: SparseSpec, tensors: Tensors, anatomy: Anatomy) -> Effects:
     return Effects(low_rank=found)
 
 
-SPARSE = Kind("sparse", SparseSpec, init, effects)
+def unpacked(spec: SparseSpec, tensors: Tensors, anatomy: Anatomy) -> int:
+    """Bytes of the low-rank updates: up to twice the base's own matrices, however few entries there are."""
+    updates = effects(spec, tensors, anatomy).low_rank.values()
+    return sum(side.numel() * side.element_size() for update in updates for side in (update.a, update.b))
+
+
+SPARSE = Kind("sparse", SparseSpec, init, effects, unpacked=unpacked)

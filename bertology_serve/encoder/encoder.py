@@ -105,6 +105,11 @@ class Encoder:
         return next(self.model.parameters()).dtype  # type: ignore[no-any-return]
 
     @property
+    def is_pruned(self) -> bool:
+        """Whether it was made from a larger one by leaving out heads."""
+        return self.pruning is not None
+
+    @property
     def max_tokens(self) -> int:
         """The longest sequence, special tokens included."""
         limit = int(getattr(self.tokenizer, "model_max_length", self.anatomy.max_tokens) or self.anatomy.max_tokens)

@@ -5,91 +5,24 @@ The one path that prediction, evaluation and serving share.
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bertology_serve.deltas.checks import check_base
-from bertology_serve.deltas.delta import Delta, bare
-from bertology_serve.encoder.bank import BARE, DeltaBank, Entry
-from bertology_serve.encoder.encoder import Encoder, weights_hash
-from bertology_serve.encoder.packing import PackedBatch, pack, rows_of
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.bank import BARE, DeltaBank
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.packing import PackedBatch, pack
 from bertology_serve.encoder.reading import form_for, read
-from bertology_serve.errors import NotFound, SpecError, Unsupported, VersionGone, nearest
-from bertology_serve.tasks.base import Example, Task
+from bertology_serve.encoder.residents import BASE, Job, Model, Prediction, Ready, Request, Residents
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
 
-BASE = "base"
-
-
-@dataclass(frozen=True)
-class Request:
-    """One record for one delta; ``id`` is the caller's own, ``logits`` asks for the head's raw output too.
-
-    With ``version`` no other version of the delta may answer.
-    """
-
-    delta: str
-    record: Mapping[str, Any]
-    id: str = ""
-    logits: bool = False
-    where: str = "request"
-    version: str = ""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One answer, with the delta and version that gave it. ``answer`` holds the task's fields."""
-
-    delta: str
-    version: str
-    task: str
-    answer: Mapping[str, Any]
-    id: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Flat, ready for JSON."""
-        own = {"delta": self.delta, "version": self.version, "task": self.task, **self.answer}
-        return {"id": self.id, **own} if self.id else own
-
-
-class Model(Protocol):
-    """A whole model of one task, with an encoder and a tokenizer of its own."""
-
-    tokenizer: Any
-
-    def outputs(self, encodings: Sequence[Encoding]) -> list[Tensor]:
-        """[C], [len, C] or [H] of every sequence, float32 on CPU."""
-        ...
-
-
-class Ready:
-    """A delta that can answer: its task, its head, and its rows in the bank, which live as long as it does.
-
-    Where it has a ``model``, that one answers, and head and entry are bare.
-    """
-
-    def __init__(self, delta: Delta, task: Task, head: Head, entry: Entry, model: Model | None = None) -> None:
-        self.delta, self.task, self.head, self.entry, self.model = delta, task, head, entry, model
-
-
-@dataclass(frozen=True)
-class Job:
-    """A checked, tokenised request. It holds on to the version of the delta that it began with."""
-
-    request: Request
-    ready: Ready = field(repr=False)
-    example: Example = field(repr=False)
-    encodings: tuple[Encoding, ...] = field(repr=False)
-    cost: int = 0
+__all__ = ["BASE", "Engine", "Job", "Model", "Pipeline", "Prediction", "Ready", "Request", "Residents"]
 
 
 class Engine(Protocol):
@@ -100,37 +33,28 @@ class Engine(Protocol):
         ...
 
 
-class Pipeline:
-    """An encoder with its resident deltas. ``engine`` runs their batches; it is the encoder unless it was replaced.
-
-    ``prepare`` may be called from many threads; ``run``, ``add`` and ``remove`` serialise themselves.
-    The name ``base`` is reserved: the bare encoder, answering mean-pooled, normalised embeddings.
+class Pipeline(Residents):
+    """An encoder of this process with its resident deltas. ``engine`` runs their batches; it is the encoder unless it
+    was replaced.
     """
 
+    encoder: Encoder
+
     def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
+        super().__init__(encoder)
         self.engine: Engine = encoder
         self.bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
-        self._ready: dict[str, Ready] = {}
-        self._beside: dict[tuple[str, str], Ready] = {}
-        self._freed: deque[str] = deque()
-        self._keys = itertools.count(1)
-        base = bare(BASE, encoder.ref, min(256, encoder.max_tokens))
-        self._ready[BASE] = Ready(base, task_for(base.task), Head(()), BARE)
 
-    @property
-    def deltas(self) -> dict[str, Delta]:
-        """The deltas that answer now, by name, the bare base included."""
-        return {name: ready.delta for name, ready in list(self._ready.items())}
+    def read(self, path: Path, name: str) -> Delta:
+        """A delta from its directory, its tensors on the host."""
+        return self.encoder.read_delta(path, name)
 
-    def add(self, delta: Delta, beside: bool = False) -> None:
-        """Makes a delta resident; one of the same name is replaced, its jobs under way finish on it.
+    def resident_bytes(self, delta: Delta) -> int:
+        """What a delta's tensors take, unpacked."""
+        return delta.resident_bytes(self.encoder.anatomy)
 
-        ``beside`` keeps that one: the new version answers requests that name it, and no others.
-        On a pruned encoder the deltas of what it was pruned from are sliced.
-        Raises BaseMismatch for a delta of other weights, Unsupported for what this encoder cannot apply, LimitError
-        where its sequences do not fit.
-        """
+    def admit(self, key: str, delta: Delta) -> Ready:
+        """Copies a delta's rows into the bank."""
         delta = self.encoder.fitted(delta)
         self.check(delta)
         head = Head.build(form_for(self.encoder, delta.task), self.encoder.base_head)
@@ -138,135 +62,20 @@ class Pipeline:
         head.to(self.encoder.device).eval().requires_grad_(False)
         effects = self.encoder.allowed(delta.effects(self.encoder.anatomy))
         with self.encoder.lock:  # no batch runs meanwhile, so nothing is done here but copying rows
-            self._sweep()
-            key = f"{delta.name}#{next(self._keys)}"
+            self.sweep()
             entry = self.bank.add(key, effects) if delta.specs else BARE
-            ready = Ready(delta, task_for(delta.task), head, entry)
-            weakref.finalize(ready, self._freed.append, key)
-            if beside:
-                self._beside[delta.name, delta.version] = ready
-            else:
-                self._ready[delta.name] = ready
+        return Ready(delta, task_for(delta.task), head, entry)
 
-    def add_model(self, delta: Delta, model: Model) -> None:
-        """Makes a whole model answer under the name of a delta, which says its task; it never shares a pass.
+    def release(self, key: str) -> None:
+        """Frees a delta's rows in the bank."""
+        self.bank.remove(key)
 
-        Raises SpecError where something answers under that name already.
-        """
-        if delta.name in self._ready:
-            raise SpecError(f"{delta.name!r} answers already; export the model under another --name")
-        self._ready[delta.name] = Ready(delta, task_for(delta.task), Head(()), BARE, model)
-
-    def resident(self, name: str, version: str = "") -> Delta | None:
-        """The delta that answers under that name now; at that version, where one is named."""
-        ready = self._at(name, version)
-        return ready.delta if ready else None
-
-    def dismiss(self, name: str, version: str) -> None:
-        """Takes away a version that stands beside the one that answers; unknown ones are fine."""
-        self._beside.pop((name, version), None)
-
-    def remove(self, name: str) -> None:
-        """Takes a delta away; its rows are freed once the last job under way has finished."""
-        if name == BASE:
-            raise Unsupported("the bare base cannot be removed")
-        if not self.retire(name):
-            self._find(name)
-        with self.encoder.lock:
-            self._sweep()
-
-    def retire(self, name: str) -> bool:
-        """Takes a delta away without waiting for a batch, the next of which frees its rows; whether it was there."""
-        return self._ready.pop(name, None) is not None
-
-    def prepare(self, request: Request) -> Job:
-        """Checks and tokenises one request. Raises NotFound (VersionGone), DataError."""
-        main = self._find(request.delta)
-        ready = self._at(request.delta, request.version)
-        if ready is None:
-            raise VersionGone(
-                f"delta {request.delta!r} has no version {request.version[:80]!r} here; it answers with "
-                f"{main.delta.version!r}"
-            )
-        example = ready.task.example(request.record, request.where, labelled=False)
-        encodings = tuple(ready.task.encode(example, (ready.model or self.encoder).tokenizer))
-        cost = sum(rows_of(encoding, ready.entry) for encoding in encodings)
-        return Job(request, ready, example, encodings, cost)
-
-    def run(self, jobs: Sequence[Job]) -> list[Prediction]:
-        """Answers all jobs, of whatever deltas, in one packed batch; in the order given."""
-        if not jobs:
-            return []
-        with self.encoder.lock, torch.inference_mode():
-            self._sweep()
-            outputs = self._forward(jobs)
-        predictions, at = [], 0
-        for job in jobs:
-            own = outputs[at : at + len(job.encodings)]
-            at += len(job.encodings)
-            predictions.append(_prediction(job, own))
-        return predictions
-
-    def answer(self, requests: Iterable[Request], max_tokens: int = 4096) -> Iterator[Prediction]:
-        """Answers in order, in batches of up to ``max_tokens`` rows; a longer request gets a batch of its own."""
-        waiting: list[Job] = []
-        for request in requests:
-            job = self.prepare(request)
-            if waiting and sum(other.cost for other in waiting) + job.cost > max_tokens:
-                yield from self.run(waiting)
-                waiting = []
-            waiting.append(job)
-        yield from self.run(waiting)
-
-    def _forward(self, jobs: Sequence[Job]) -> list[Tensor]:
-        """The head's output of every sequence of every job, in order: [C], [len, C] or [H], float32 on CPU."""
-        owned = [(job.ready, encoding) for job in jobs for encoding in job.encodings]
-        members: dict[int, list[int]] = {}
-        for i, (ready, _) in enumerate(owned):
-            members.setdefault(id(ready.model), []).append(i)
-        outputs: dict[int, Tensor] = {}
-        for group in members.values():
-            model = owned[group[0]][0].model
-            chosen = [owned[i] for i in group]
-            found = self._shared(chosen) if model is None else model.outputs([encoding for _, encoding in chosen])
-            outputs |= zip(group, found, strict=True)
-        return [outputs[i] for i in range(len(owned))]
-
-    def _shared(self, owned: Sequence[tuple[Ready, Encoding]]) -> list[Tensor]:
+    def outputs(self, owned: Sequence[tuple[Ready, Encoding]]) -> list[Tensor]:
         """Sequences of many deltas in one pass of the encoder."""
         encoder, owners = self.encoder, [ready for ready, _ in owned]
         encodings, entries = [encoding for _, encoding in owned], [ready.entry for ready in owners]
         batch = pack(encodings, entries, encoder.anatomy, encoder.device, padded=not encoder.packs)
         return _outputs(self.engine.run(batch, self.bank), batch, owners)
-
-    def check(self, delta: Delta) -> None:
-        """Raises what ``add`` would for a delta that is not for this encoder; its tensors do not matter."""
-        if delta.name == BASE:
-            raise Unsupported("the name 'base' is reserved for the bare encoder; rename the delta")
-        if not delta.weights:
-            check_base(delta, self.encoder.ref)
-        elif weights_hash(delta.weights) != self.encoder.ref.sha256:
-            raise Unsupported(
-                f"delta {delta.name!r} is a whole checkpoint and shares no backbone; evaluate or export it by itself"
-            )
-        self.encoder.check_length(delta.task.max_length)
-
-    def _at(self, name: str, version: str) -> Ready | None:
-        ready = self._ready.get(name)
-        if ready is None or not version or ready.delta.version == version:
-            return ready
-        return self._beside.get((name, version))
-
-    def _find(self, name: str) -> Ready:
-        ready = self._ready.get(name)
-        if ready is None:
-            raise NotFound(f"no delta {name!r}; {nearest(name, self._ready)}")
-        return ready
-
-    def _sweep(self) -> None:
-        """Frees the rows of deltas that nothing refers to any more."""
-        while self._freed:
-            self.bank.remove(self._freed.popleft())
 
 
 def _outputs(hidden: Tensor, batch: PackedBatch, owners: Sequence[Ready]) -> list[Tensor]:
@@ -292,12 +101,3 @@ def _on_cpu(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     whole = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
     parts = torch.split(whole, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-def _prediction(job: Job, outputs: Sequence[Tensor]) -> Prediction:
-    delta = job.ready.delta
-    answer = dict(job.ready.task.decode(job.example, job.encodings, outputs))
-    if job.request.logits:
-        logits = [output.tolist() for output in outputs]
-        answer["logits"] = logits[0] if len(logits) == 1 else logits
-    return Prediction(delta.name, delta.version, delta.task.kind, answer, job.request.id)

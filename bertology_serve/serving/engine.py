@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from bertology_serve.encoder.pipeline import BASE, Job, Pipeline, Prediction, Request
+from bertology_serve.encoder.pipeline import BASE, Job, Prediction, Request, Residents
 from bertology_serve.errors import DataError, Expired, LimitError, Overloaded
 from bertology_serve.serving import metrics as outcomes
 from bertology_serve.serving.config import ServerConfig
@@ -20,10 +20,12 @@ from bertology_serve.serving.queue import WorkQueue
 from bertology_serve.serving.scheduler import FairScheduler
 from bertology_serve.serving.sizes import check_size
 from bertology_serve.serving.times import BatchTimes
+from bertology_serve.serving.vitals import Vitals
 from bertology_serve.serving.work import Outcome, Ticket, Work
 
 log = logging.getLogger(__name__)
 INLINE_CHARACTERS = 8192
+READY, RESTARTING, DRAINING = "ready", "restarting", "draining"
 WARM_UP = ("warm", "a warm-up sentence of some length", "another one, " * 20)
 
 
@@ -34,10 +36,11 @@ class ClientGone(Exception):
 class Engine:
     """Answers calls with one pipeline. Belongs to the event loop that ``start`` was called in.
 
-    ``ready`` says whether new calls are welcome; while the server drains it is false, yet calls are still answered.
+    ``ready`` says whether new calls are welcome; while the server drains, or its executor is replaced, it is false, yet
+    calls are still answered.
     """
 
-    def __init__(self, pipeline: Pipeline, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(self, pipeline: Residents, config: ServerConfig, metrics: Metrics) -> None:
         self.config, self.pipeline, self.metrics = config, pipeline, metrics
         times = BatchTimes(1e-3 * config.max_batch_ms, config.max_batch_tokens)
         scheduler = FairScheduler(times.budget, config.weight_of())
@@ -47,23 +50,35 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = False
         metrics.watch(self.queue)
+        metrics.registry.register(Vitals(lambda: self.ready, pipeline))
+
+    @property
+    def state(self) -> str:
+        """``READY``, ``RESTARTING`` while the executor is replaced, or ``DRAINING``."""
+        if not self._ready:
+            return DRAINING
+        return READY if self.pipeline.is_up else RESTARTING
 
     @property
     def ready(self) -> bool:
         """Whether new calls are welcome."""
-        return self._ready
+        return self.state == READY
 
-    def warm_up(self) -> None:
-        """Runs a few sentences, so that the first call finds kernels and memory in place; times a ladder of sizes."""
+    def warm_up(self, known: Sequence[tuple[int, float]] = ()) -> list[tuple[int, float]]:
+        """Runs a few sentences, so that the first call finds kernels and memory in place; times a ladder of sizes, or
+        takes one that is ``known``. Returns the ladder: tokens and seconds.
+        """
         for count in (1, 4):
             requests = [Request(BASE, {"text": text}) for text in WARM_UP * count]
             self.pipeline.run([self.pipeline.prepare(request) for request in requests])
         times = self.queue.times
-        times.start(climb(self.pipeline, times.cap, times.most))
+        ladder = list(known) or climb(self.pipeline, times.cap, times.most)
+        times.start(ladder)
         log.info(
             "a batch takes %.1f ms and %.1f µs a token: %d tokens fit into %g ms",
             1e3 * times.fixed, 1e6 * times.per_token, times.budget, 1e3 * times.cap,
         )  # fmt: skip
+        return ladder
 
     def admit(self) -> None:
         """Overloaded where no call is taken now, whatever it holds: told before it is read."""
@@ -73,11 +88,11 @@ class Engine:
         """Takes calls from now on."""
         self._loop = asyncio.get_running_loop()
         self._executor.start()
-        self._set_ready(True)
+        self._ready = True
 
     def drain(self) -> None:
         """Tells the world to send calls elsewhere; those that come anyway are answered. For any thread."""
-        self._set_ready(False)
+        self._ready = False
 
     async def stop(self) -> bool:
         """Refuses new calls and answers those accepted; whether all of them were, within the configured time."""
@@ -196,10 +211,6 @@ class Engine:
             self._loop.call_soon_threadsafe(_settle, batch, results)
         except RuntimeError:  # the loop has closed: nobody is left to be answered
             log.warning("%d answers came after the server had stopped", len(batch))
-
-    def _set_ready(self, is_ready: bool) -> None:
-        self._ready = is_ready
-        self.metrics.ready(is_ready)
 
 
 def _settle(batch: Sequence[Work], results: Sequence[Outcome]) -> None:

@@ -34,17 +34,22 @@ def check(engine: Name, precision: MultiPrecision) -> None:
         raise SpecError(f"--precision {precision} is the ONNX engine's; give --engine onnx or auto with it")
 
 
-def settle(pipeline: Pipeline, engine: Name, precision: MultiPrecision = "fp32") -> str:
+def settle(pipeline: Pipeline, engine: Name, precision: MultiPrecision = "fp32", known: bool = False) -> str:
     """Gives a pipeline its engine and returns that one's name.
 
     ``auto`` takes ONNX Runtime's where it can run this encoder, agrees with torch's, and is faster on a short timing;
-    the log says which it was and why. ``onnx`` raises what is in the way (Unsupported, VerificationError).
+    the log says which it was and why. ``onnx`` raises what is in the way (Unsupported, VerificationError). One that is
+    ``known`` to agree here is not compared again.
     """
     check(engine, precision)
+    pipeline.engine = pipeline.encoder
     if engine == "torch":
-        return _taken("torch", "asked for")
+        return _taken("torch", "known to be faster" if known else "asked for")
     try:
         onnx = OnnxEngine(pipeline.encoder, precision)
+        if known:
+            pipeline.engine = onnx
+            return _taken(onnx.name, "known to agree")
         batch = sample(pipeline, onnx)
         compare(pipeline, onnx, batch)
     except (Unsupported, VerificationError) as problem:

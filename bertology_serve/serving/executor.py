@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from bertology_serve.encoder.pipeline import Job, Prediction
-from bertology_serve.errors import BertologyError
+from bertology_serve.errors import BertologyError, Crashed
 from bertology_serve.serving.faults import place_of
+from bertology_serve.serving.quarantine import Quarantine
 from bertology_serve.serving.queue import WorkQueue
 from bertology_serve.serving.work import Outcome, Work
 
@@ -23,11 +24,13 @@ class Executor:
     """Takes batches from the queue, runs them, and delivers an outcome for every piece of work.
 
     ``run`` answers the jobs of one batch; when it raises, each job is run by itself, so that one bad job spoils no
-    other. ``deliver`` and ``observe(batch, seconds)`` are called in this thread.
+    other; when it raises Crashed, each delta is run by itself once more, and set aside where it crashes again.
+    ``deliver`` and ``observe(batch, seconds)`` are called in this thread.
     """
 
     def __init__(self, queue: WorkQueue, run: Run, deliver: Deliver, observe: Observe) -> None:
         self._queue, self._run, self._deliver, self._observe = queue, run, deliver, observe
+        self.quarantine = Quarantine()
         self._thread = threading.Thread(target=self._loop, name="executor", daemon=True)
 
     def start(self) -> None:
@@ -46,19 +49,38 @@ class Executor:
             start, now = time.perf_counter(), time.monotonic()
             for work in batch:
                 work.started = now
-            outcomes = self._outcomes([work.job for work in batch])
+            outcomes = self._judged([work.job for work in batch])
             seconds = time.perf_counter() - start
             self._queue.served(sum(work.cost for work in batch), seconds)
             self._deliver(batch, outcomes)
             self._observe(batch, seconds)
 
-    def _outcomes(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
+    def _judged(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
+        """The outcomes; deltas that are set aside cost no batch."""
+        refusals = [self.quarantine.refusal(job.ready) for job in jobs]
+        left = [job for job, refusal in zip(jobs, refusals, strict=True) if refusal is None]
+        run = iter(self._outcomes(left) if left else ())
+        return [next(run) if refusal is None else refusal for refusal in refusals]
+
+    def _outcomes(self, jobs: Sequence[Job], again: bool = False) -> Sequence[Outcome]:
         try:
             outcomes = self._run(jobs)
             if len(outcomes) != len(jobs):
                 raise RuntimeError(f"{len(outcomes)} answers to {len(jobs)} jobs")
             return outcomes
+        except Crashed:
+            if again:
+                return [self.quarantine.put(jobs[0].ready)] * len(jobs)
+            return self._once_more(jobs)
         except Exception as problem:
             if not isinstance(problem, BertologyError):
                 log.error("a batch of %d raised %s", len(jobs), place_of(problem))
-            return [problem] if len(jobs) == 1 else [self._outcomes([job])[0] for job in jobs]
+            return [problem] if len(jobs) == 1 else [self._outcomes([job], again)[0] for job in jobs]
+
+    def _once_more(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
+        """What the executor ended on runs once more, each delta by itself: so it shows which of them it was."""
+        found: dict[int, Outcome] = {}
+        for ready in dict.fromkeys(job.ready for job in jobs):
+            own = [i for i, job in enumerate(jobs) if job.ready is ready]
+            found |= zip(own, self._outcomes([jobs[i] for i in own], again=True), strict=True)
+        return [found[i] for i in range(len(jobs))]

@@ -139,7 +139,7 @@ class Handlers:
 
     async def health(self, request: Request) -> Response:
         """GET /health"""
-        return json_response({"status": "ready" if self.engine.ready else "draining"})
+        return json_response({"status": self.engine.state})
 
     async def metrics_page(self, request: Request) -> Response:
         """GET /metrics; its labels name every delta, so it needs a key that opens all"""

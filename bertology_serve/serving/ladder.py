@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-from bertology_serve.encoder.pipeline import BASE, Pipeline, Request
+from bertology_serve.encoder.pipeline import BASE, Request, Residents
 
 SENTENCE = "a sentence of some twenty words or so, as people send them to a server that reads what they mean"
 FIRST, REPEATS = 32, 3
 
 
 def climb(
-    pipeline: Pipeline, cap: float, most: int, clock: Callable[[], float] = time.perf_counter
+    pipeline: Residents, cap: float, most: int, clock: Callable[[], float] = time.perf_counter
 ) -> list[tuple[int, float]]:
     """(tokens, seconds) of batches of about 32 tokens, 64, 128 ... up to ``most``, or until one takes twice ``cap``."""
     job = pipeline.prepare(Request(BASE, {"text": SENTENCE}))

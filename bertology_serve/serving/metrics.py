@@ -50,7 +50,6 @@ class Metrics:
             "bertology_shadow_items", "Items that shadows were asked too", ("delta", "version", "outcome"), registry=own
         )
         self._deltas = Gauge("bertology_deltas", "Deltas that answer", registry=own)
-        self._ready = Gauge("bertology_ready", "1 while readiness answers 200", registry=own)
 
     def watch(self, queue: WorkQueue) -> None:
         """Shows what waits in a queue."""
@@ -117,10 +116,6 @@ class Metrics:
     def affinity(self, resident: Callable[[], Iterable[str]], waiting: Callable[[], Iterable[str]], slots: int) -> None:
         """Shows which deltas are here, in the gauge that Kubernetes' endpoint pickers route by."""
         self.registry.register(Affinity(resident, waiting, slots))
-
-    def ready(self, is_ready: bool) -> None:
-        """Notes whether the server is ready."""
-        self._ready.set(is_ready)
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""

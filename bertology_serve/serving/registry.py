@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bertology_serve.deltas import catalog, store
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.encoder.pipeline import BASE, Pipeline
+from bertology_serve.encoder.pipeline import BASE, Residents
 from bertology_serve.errors import BertologyError, NotFound, nearest
 from bertology_serve.export.served import OnnxModel, exports
 from bertology_serve.serving.splits import Split, Splits
@@ -38,7 +38,7 @@ class Registry:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: Residents,
         root: Path | None = None,
         device_bytes: float = math.inf,
         host_bytes: float = 0,
@@ -75,7 +75,7 @@ class Registry:
             delta = self._read(path, name)
             self.tiers.put(card_of(delta, path), delta)
             return
-        if self.pipeline.encoder.pruning is None:  # else it is for what this was pruned from, and cut as it is read
+        if not self.pipeline.encoder.is_pruned:  # else it is for what this was pruned from, and cut as it is read
             self.pipeline.check(card)
         self.tiers.register(card)
         if self.tiers.has_room(card):
@@ -167,7 +167,7 @@ class Registry:
         return found
 
     def _read(self, path: Path, name: str) -> Delta:
-        return self.pipeline.encoder.read_delta(path, name)
+        return self.pipeline.read(path, name)
 
     def find(self, name: str, version: str | None = None, visible: Callable[[str], bool] = lambda _: True) -> Delta:
         """The delta of that name, at that version where one is named.

@@ -7,8 +7,6 @@ can notice), then the socket closes and what was accepted is answered. A second 
 from __future__ import annotations
 
 import asyncio
-import errno
-import gc
 import logging
 import signal
 import socket
@@ -18,13 +16,12 @@ from typing import Any
 
 import uvicorn
 
-from bertology_serve.encoder.pipeline import Pipeline
-from bertology_serve.errors import InputError
+from bertology_serve.encoder.pipeline import Residents
 from bertology_serve.serving.answering import Answering
 from bertology_serve.serving.app import make_app
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.connection import limited
-from bertology_serve.serving.engine import Engine
+from bertology_serve.serving.engine import DRAINING, Engine
 from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.registry import Registry
@@ -36,51 +33,12 @@ log = logging.getLogger(__name__)
 READ_SECONDS = 0.1  # for the calls of connections that had just been taken, before those that rest are closed
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at that address, not yet listening; InputError where it cannot be had.
-
-    Made before anything is loaded, so that a port that is taken is known at once.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-        except OSError:
-            bound.close()
-            raise
-    except OSError as problem:
-        taken = problem.errno == errno.EADDRINUSE
-        raise InputError(
-            f"port {port} of {host} is taken; stop what listens there or choose another --port"
-            if taken
-            else f"cannot listen on {host}:{port}: {problem.strerror or problem}; choose another --host"
-        ) from None
-    return bound
-
-
-def url_of(bound: socket.socket) -> str:
-    """The address of a bound socket, for people."""
-    host, port = bound.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def settle_memory() -> None:
-    """Keeps the garbage collector from what is there now, for a process that only serves from here on.
-
-    Torch and its models are hundreds of thousands of objects; looking at all of them stops every call meanwhile.
-    """
-    gc.collect()
-    gc.freeze()
-
-
 class Server(uvicorn.Server):
     """One engine behind HTTP. ``announce`` is called once it answers."""
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: Residents,
         registry: Registry,
         config: ServerConfig,
         announce: Callable[[], None] = lambda: None,
@@ -110,7 +68,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain; second: close the socket now; third: do not even answer what was accepted."""
-        if not self.engine.ready:
+        if self.engine.state == DRAINING:
             self.force_exit = self.should_exit
             self.should_exit = True
             return

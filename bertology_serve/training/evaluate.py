@@ -17,6 +17,7 @@ from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Answer, Task
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.training.items import WHOLE_BATCH, Item, micro_batches
+from bertology_serve.training.processes import ALONE, Processes
 
 Records = Iterable[tuple[Mapping[str, Any], str]]
 
@@ -57,18 +58,26 @@ def evaluate(
     return Evaluation(task.metrics(answers, examples), answers)
 
 
-def measure(live: LiveDelta, task: Task, items: Sequence[Item], max_tokens: int) -> dict[str, float]:
-    """Metrics of a delta under training, in float32 and without dropout; ``loss`` too where it adds up over batches."""
+def measure(
+    live: LiveDelta, task: Task, items: Sequence[Item], max_tokens: int, processes: Processes = ALONE
+) -> dict[str, float]:
+    """Metrics of a delta under training, in float32 and without dropout; ``loss`` too where it adds up over batches.
+
+    Several processes divide the items, and all get the metrics.
+    """
+    numbers = {id(item): number for number, item in enumerate(items)}
     answers: dict[int, Answer] = {}
     loss = 0.0
-    for group in micro_batches(items, max_tokens, not live.encoder.packs):
+    for group in micro_batches(items, max_tokens, not live.encoder.packs)[processes.rank :: processes.count]:
         out, outputs = run(live, group)
         for item, own in zip(group, outputs, strict=True):
-            answers[id(item)] = task.decode(item.example, item.encodings, own)
+            answers[numbers[id(item)]] = task.decode(item.example, item.encodings, own)
         loss += float(task.loss(out, _lengths(group), [item.target for item in group]))
-    metrics = task.metrics([answers[id(item)] for item in items], [item.example for item in items])
+    parts = processes.gathered((answers, loss))
+    found = {number: answer for own, _ in parts for number, answer in own.items()}
+    metrics = task.metrics([found[number] for number in range(len(items))], [item.example for item in items])
     weight = max(1, task.weight([item.target for item in items]))
-    return metrics if task.kind in WHOLE_BATCH else {**metrics, "loss": loss / weight}
+    return metrics if task.kind in WHOLE_BATCH else {**metrics, "loss": sum(own for _, own in parts) / weight}
 
 
 @torch.inference_mode()

@@ -23,6 +23,7 @@ from bertology_serve.training.gradients import layer_norms
 from bertology_serve.training.items import WHOLE_BATCH, Item, micro_batches
 from bertology_serve.training.methods import count_parameters, regulariser_for
 from bertology_serve.training.optimizer import make_optimizer, moments, set_moments, set_rate, trained
+from bertology_serve.training.processes import ALONE, Processes
 from bertology_serve.training.rundir import RunDirectory
 from bertology_serve.training.sampler import Buckets, Sampler
 from bertology_serve.training.schedule import factor
@@ -49,7 +50,10 @@ class Trainer:
         directory: RunDirectory | None = None,
         watcher: Watcher | None = None,
         stage: int = 0,
+        processes: Processes = ALONE,
     ) -> None:
+        check_divisible(task, processes)
+        self.processes = processes
         self.live, self.task, self.items, self.config, self.dev = live, task, items, config, dev
         self.directory, self.watcher = directory, watcher or Silent()
         self.parameters = trained(live)
@@ -70,6 +74,7 @@ class Trainer:
         while not self.done:
             started = time.perf_counter()
             batch = [self.items[i] for i in self.sampler.take(self.config.batch_size)]
+            self.processes.seed(self.config.seed, self.state.step)
             with self.regulariser.mixed():
                 loss = self.gradient(batch)
             self._learn(batch, loss, started)
@@ -84,11 +89,21 @@ class Trainer:
         return self.state.step >= self.total or self.state.stopped
 
     def gradient(self, batch: Sequence[Item]) -> float:
-        """Adds the gradient of the batch's mean loss, micro-batch by micro-batch; returns that loss."""
+        """Adds the gradient of the batch's mean loss, micro-batch by micro-batch; returns that loss.
+
+        Of several processes each runs its share of the batch, and all get the whole gradient and loss.
+        """
         weight = max(1, self.task.weight([item.target for item in batch]))
+        with self.processes.drawing(self.live.encoder.device):
+            loss = self._add_gradient(self.processes.share(batch), weight)
+        self.processes.sum_gradients(self.parameters.values())
+        return sum(self.processes.gathered(loss))
+
+    def _add_gradient(self, items: Sequence[Item], weight: int) -> float:
+        """Adds the gradient of the items' losses over ``weight``; returns their sum."""
         whole, padded = self.task.kind in WHOLE_BATCH, not self.live.encoder.packs
         total = 0.0
-        for group in micro_batches(batch, self.config.max_tokens, padded, whole):
+        for group in micro_batches(items, self.config.max_tokens, padded, whole):
             encodings = [encoding for item in group for encoding in item.encodings]
             with autocast(self.config.precision, self.live.encoder.device):
                 out = self.live(encodings)
@@ -140,7 +155,7 @@ class Trainer:
         if not self.dev:
             return
         started, state = time.perf_counter(), self.state
-        metrics = measure(self.live, self.task, self.dev, self.config.max_tokens)
+        metrics = measure(self.live, self.task, self.dev, self.config.max_tokens, self.processes)
         rank = [metrics[self.task.main_metric], -metrics.get("loss", 0.0)]
         better = not state.best or rank > state.best
         state.stale = 0 if better else state.stale + 1
@@ -220,6 +235,15 @@ class Trainer:
 
 def _named(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def check_divisible(task: Task, processes: Processes) -> None:
+    """Raises SpecError where a batch has to stay whole."""
+    if processes.count > 1 and task.kind in WHOLE_BATCH:
+        raise SpecError(
+            f"the loss of {task.kind} compares all pairs of a batch, which {processes.count} processes cannot divide; "
+            "run it in one"
+        )
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

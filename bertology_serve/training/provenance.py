@@ -21,13 +21,13 @@ from bertology_serve.training.state import RunState
 FREE = ("save_every", "checkpointing")
 
 
-def identity(config: TrainConfig, encoder: Encoder, name: str, data: Data) -> dict[str, Any]:
+def identity(config: TrainConfig, encoder: Encoder, name: str, data: Data, processes: int = 1) -> dict[str, Any]:
     """What a run and its continuation must have in common."""
     own = {key: value for key, value in config.as_dict().items() if key not in FREE}
     return own | {
         "name": name,
         "backbone": f"{encoder.name}, weights {encoder.ref.sha256[:12]}",
-        "device": encoder.device.type,
+        "device": encoder.device.type if processes == 1 else f"{encoder.device.type}, {processes} processes",
         "train": data.train.fingerprint,
         "eval": data.dev.fingerprint if data.dev else None,
         "ood": data.ood.fingerprint if data.ood else None,
@@ -35,10 +35,10 @@ def identity(config: TrainConfig, encoder: Encoder, name: str, data: Data) -> di
 
 
 def provenance(
-    config: TrainConfig, counts: ParameterCount, state: RunState, data: Data, encoder: Encoder
+    config: TrainConfig, counts: ParameterCount, state: RunState, data: Data, encoder: Encoder, processes: int = 1
 ) -> Mapping[str, Any]:
     """How the delta came to be."""
-    device = encoder.device
+    device, several = encoder.device, f"{processes} processes, " if processes > 1 else ""
     return {
         "training": config.as_dict(),
         "train": data.train.facts(),
@@ -47,9 +47,9 @@ def provenance(
         "kept": f"step {state.best_step if config.keep == 'best' and data.dev else state.step} of {state.step}",
         "trained_parameters": counts.trained,
         "seconds": round(state.seconds, 1),
-        "hardware": torch.cuda.get_device_name(device)
+        "hardware": several + torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        else f"{several}CPU, {torch.get_num_threads()} threads",
         "versions": {
             "bertology-serve": bertology_serve.__version__,
             "torch": str(torch.__version__),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,10 @@ class RunDirectory:
         """Leaves the settings of the run, as ``train --config`` takes them."""
         (self.path / CONFIG).write_text(text, encoding="utf-8")
 
+    def write_layers(self, layers: Sequence[Mapping[str, Any]]) -> None:
+        """Leaves what is known of the probe of each layer."""
+        write_json(self.path / LAYERS, {"layers": layers})
+
     def extras(self) -> list[Path]:
         """The files that are to lie beside the delta, those that there are."""
         return [self.path / name for name in (LOG, LAYERS, CONFIG)]
@@ -133,6 +137,32 @@ class RunDirectory:
         if path.exists():
             whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
             path.write_text("".join(line for line in whole if _place(line) <= (stage, step)), encoding="utf-8")
+
+
+class Follower(RunDirectory):
+    """The same as a process that does not lead sees it: it reads, and writes nothing."""
+
+    def open(self, identity: Mapping[str, Any], machine: Mapping[str, Any], resume: bool) -> dict[str, Any]:
+        """What ``machine`` was at the beginning is for the leader to say."""
+        return {}
+
+    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def write_config(self, text: str) -> None:
+        """Nothing."""
+
+    def write_layers(self, layers: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing."""
+
+    def remove(self) -> None:
+        """Nothing."""
+
+    def _cut_log(self, stage: int, step: int) -> None:
+        """Nothing."""
 
 
 def _place(line: str) -> tuple[int, int]:

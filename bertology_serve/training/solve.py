@@ -13,13 +13,12 @@ from torch.nn import functional as F
 
 from bertology_serve.encoder.live import LiveDelta
 from bertology_serve.tasks.base import Task
-from bertology_serve.training.checkpoint import write_json
 from bertology_serve.training.config import TrainConfig
 from bertology_serve.training.features import Features, features
 from bertology_serve.training.items import Item
 from bertology_serve.training.logistic import LOOSE, Logistic, Solution
 from bertology_serve.training.methods import count_parameters
-from bertology_serve.training.rundir import LAYERS, RunDirectory
+from bertology_serve.training.rundir import RunDirectory
 from bertology_serve.training.state import RunState
 from bertology_serve.training.watch import Silent, Watcher
 
@@ -89,7 +88,7 @@ class Solver:
         state.metrics = self._measure(self._logits(held), held) if self.dev else {}
         state.seconds += time.perf_counter() - started
         if len(choices) > 1:
-            write_json(self.directory.path / LAYERS, {"layers": [_shown(choice) for choice in choices]})
+            self.directory.write_layers([_shown(choice) for choice in choices])
         return state
 
     def _choose(self, layer: int, fit: Part, held: Part) -> Choice:

@@ -23,10 +23,11 @@ from bertology_serve.training.items import Item, make_items
 from bertology_serve.training.loop import Trainer
 from bertology_serve.training.methods import ParameterCount, count_parameters, make_live, start_at_mean
 from bertology_serve.training.optimizer import state_bytes
+from bertology_serve.training.processes import ALONE, Processes
 from bertology_serve.training.provenance import identity, provenance
 from bertology_serve.training.publish import publish, publish_copy
 from bertology_serve.training.recipes import Stage, stages
-from bertology_serve.training.rundir import RunDirectory
+from bertology_serve.training.rundir import Follower, RunDirectory
 from bertology_serve.training.settings import settings_text
 from bertology_serve.training.solve import Solver
 from bertology_serve.training.sources import Data, Source
@@ -87,6 +88,7 @@ def train(
     watcher: Watcher | None = None,
     prepack: bool | None = None,
     files: Mapping[str, str] | None = None,
+    processes: Processes = ALONE,
 ) -> Outcome:
     """Trains, saves, compares and publishes one delta, stage by stage where the configuration is a recipe.
 
@@ -97,21 +99,25 @@ def train(
 
     ``prepack`` says whether frozen linears are laid out for oneDNN (``None``: a short timing decides). ``files`` are
     what ``config.toml``, which lies beside the delta in the end, says of the backbone and the data; names by default.
+    All of ``processes`` call this with the same arguments but ``encoder``'s device; see there.
     """
     plan = stages(config)
     name, directory = place.open()
     products = {stage.kept: place.beside(stage.kept).open() for stage in plan if stage.kept}
     ready = prepare(plan[0].config, encoder, train, dev, ood)
     data = Data(train, dev, ood)
-    began = directory.open(identity(config, encoder, name, data), machine(config, encoder, prepack), place.resume)
+    processes.wait()  # all have found the place free
+    directory = directory if processes.leads else Follower(directory.out)
+    what = identity(config, encoder, name, data, processes.count)
+    began = processes.gathered(directory.open(what, machine(config, encoder, prepack), place.resume))[0]
     lay_out(encoder, began)
     directory.write_config(settings_text(config, files or data.names(encoder.name), began["prepacked"]))
-    run = Run(config, data, directory, place.version or "", watcher or Silent())
+    run = Run(config, data, directory, place.version or "", watcher or Silent(), processes)
     for number, stage in enumerate(plan[:-1], 1):
         own, product = products.get(stage.kept, (name, None))
-        if not directory.stage(number).exists():
+        if not any(processes.gathered(directory.stage(number).exists())):
             run.stage(stage, number, len(plan), ready, own, directory.stage(number))
-        if product is not None:
+        if product is not None and processes.leads:
             publish_copy(directory.stage(number), product.out)
     outcome = run.stage(plan[-1], len(plan), len(plan), ready, name, directory.out)
     directory.remove()
@@ -127,6 +133,7 @@ class Run:
     directory: RunDirectory
     version: str
     watcher: Watcher
+    processes: Processes
 
     def stage(self, stage: Stage, number: int, count: int, ready: Prepared, name: str, out: Path) -> Outcome:
         """Trains one stage and publishes its delta in ``out``."""
@@ -137,28 +144,38 @@ class Run:
             live.around = nested(Trunk(live, items, stage.config.max_tokens, folder).over, live.around)
         if count > 1:
             self.watcher.staged(number, count, stage.title)
-        trainer = (Solver if stage.solved else Trainer)(
-            live, ready.task, ready.items, stage.config, ready.dev, self.directory, self.watcher, number * (count > 1)
+        own = (
+            live,
+            ready.task,
+            ready.items,
+            stage.config,
+            ready.dev,
+            self.directory,
+            self.watcher,
+            number * (count > 1),
         )
+        trainer = Solver(*own) if stage.solved else Trainer(*own, self.processes)
         trainer.state.seconds = before.provenance["seconds"] if before else 0.0
         state = trainer.run()
         counts = count_parameters(live)
         config = self.config if number == count else stage.config
-        facts = provenance(config, counts, state, self.data, live.encoder)
-        metrics = {**state.metrics, **_elsewhere(live, ready, stage.config)}
+        facts = provenance(config, counts, state, self.data, live.encoder, self.processes.count)
+        metrics = {**state.metrics, **self._elsewhere(live, ready, stage.config)}
         delta = live.freeze(name, self.version, metrics, facts)
         dev = self.data.dev
         sample = (ready.dev, dev.records) if dev else (ready.items, self.data.train.records)
-        difference = publish(delta, live, out, *sample, extra=self.directory.extras())
+        leads, extras = self.processes.leads, self.directory.extras()
+        difference = publish(delta, live, out, *sample, extra=extras) if leads else 0.0
+        self.processes.wait()
         held = state_bytes(trainer.optimizer) if isinstance(trainer, Trainer) else 0
         return Outcome(delta, out, counts, state, difference, held)
 
-
-def _elsewhere(live: LiveDelta, ready: Prepared, config: TrainConfig) -> dict[str, float]:
-    """The metrics on ``ood`` items."""
-    if not ready.ood:
-        return {}
-    return {f"ood_{name}": value for name, value in measure(live, ready.task, ready.ood, config.max_tokens).items()}
+    def _elsewhere(self, live: LiveDelta, ready: Prepared, config: TrainConfig) -> dict[str, float]:
+        """The metrics on ``ood`` items."""
+        if not ready.ood:
+            return {}
+        found = measure(live, ready.task, ready.ood, config.max_tokens, self.processes)
+        return {f"ood_{name}": value for name, value in found.items()}
 
 
 def _continued(stage: Stage, ready: Prepared, before: Delta) -> LiveDelta:

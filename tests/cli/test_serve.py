@@ -20,7 +20,8 @@ from bertology_serve.cli.main import main
 from bertology_serve.cli.serve import example
 from bertology_serve.deltas import store
 from bertology_serve.export.exporting import export_delta
-from bertology_serve.serving.server import bind
+from bertology_serve.serving.binding import bind
+from bertology_serve.serving.prove.families import descendants
 from tests.serving.conftest import RECORDS, deltas, encoder, registry  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 def serving(backbone: str, directory: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """The command in a process of its own: process, URL, lines that it has printed."""
     command = [sys.executable, "-m", "bertology_serve", "serve", "--backbone", backbone, "--deltas", str(directory)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(directory.parent / "cache")}
     process = subprocess.Popen(
         [*command, "--port", "0", *options], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -132,3 +133,17 @@ def test_serving_in_16_bits(encoder, deltas):  # noqa: F811
     with serving(encoder.name, deltas, "--device", "cpu", "--dtype", "bfloat16") as (_, url, _):
         answer = httpx.post(f"{url}/predict", json=[{"delta": "mood", "text": "the cat was good"}], timeout=20)
         assert answer.status_code == 200, answer.text
+
+
+def test_the_executors_process_ends_with_the_server_however_that_ends(encoder, deltas):  # noqa: F811
+    items = [{"delta": name, **record} for name, record in RECORDS.items()]
+    with serving(encoder.name, deltas, "--executor", "process", "--engine", "torch") as (process, url, _):
+        assert httpx.post(f"{url}/predict", json=items, timeout=20).status_code == 200
+        family = descendants(process.pid)
+        assert len(family) == 2, "the fork server and the executor"
+        process.kill()
+        process.wait(10)
+        end = time.monotonic() + 10
+        while any(Path(f"/proc/{pid}").exists() for pid in family):
+            assert time.monotonic() < end, "they outlive the server"
+            time.sleep(0.02)

@@ -41,7 +41,7 @@ others = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(tiny.FAMILIES), st.none() | loras, others)
 def test_every_delta_comes_back_bit_for_bit(family: str, lora: LoraSpec | None, rest: dict[str, object]) -> None:
     specs = ([lora] if lora else []) + list(rest.values())

@@ -110,7 +110,7 @@ def test_the_header_is_capped(tmp_path: Path) -> None:
         read_tensors(tmp_path / "x.safetensors", Limits(header_bytes=100), tmp_path)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.integers(0, 255)), max_size=4), st.integers(0, len(GOOD)))
 def test_any_change_is_read_or_refused(tmp_path: Path, changes: list[tuple[int, int]], length: int) -> None:
     data = bytearray(GOOD[: max(length, len(GOOD) - 20) if changes else length])

@@ -102,3 +102,12 @@ def test_it_is_not_trained():
 def test_specs_that_make_no_sense(values):
     with pytest.raises(SpecError, match=r"1 targets and 2|query is 0"):
         SparseSpec(("query",), **values)
+
+
+def test_what_a_batch_reads_is_counted():
+    delta, anatomy = sample("bert"), samples.anatomy("bert")
+    updates = delta.effects(anatomy).low_rank.values()
+    read = sum(side.nbytes for update in updates for side in (update.a, update.b))
+    assert delta.resident_bytes(anatomy) == delta.bytes + read
+    other = replace(delta, specs=(), tensors={})
+    assert other.resident_bytes(anatomy) == other.bytes

@@ -11,7 +11,7 @@ from bertology_serve.encoder.bank import RowPool
 CPU = torch.device("cpu")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 40), st.integers(0, 10**6)), max_size=40))
 def test_extents_hold_their_rows_and_row_zero_stays_zero(steps: list[tuple[bool, int, int]]) -> None:
     pool = RowPool({"a": (2, 3), "b": (2, 5)}, torch.float32, CPU)

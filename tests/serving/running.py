@@ -12,10 +12,11 @@ from typing import Any
 import httpx
 
 from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.serving.binding import bind, url_of
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.registry import Registry
-from bertology_serve.serving.server import Server, bind, url_of
+from bertology_serve.serving.server import Server
 
 
 class Running:

@@ -36,7 +36,7 @@ def test_every_operation(server, label):
     operation = OPERATIONS[label]
     url = server.url.rstrip("/")
 
-    @settings(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=8, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(st.one_of([operation.as_strategy(generation_mode=mode) for mode in MODES]))
     def call(case: Any) -> None:
         response = case.call(base_url=url, timeout=20)

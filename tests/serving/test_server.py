@@ -7,7 +7,8 @@ import httpx
 import pytest
 
 from bertology_serve.errors import InputError
-from bertology_serve.serving.server import _taken, bind, url_of
+from bertology_serve.serving.binding import bind, url_of
+from bertology_serve.serving.server import _taken
 from tests.serving.running import running, wait
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import random
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -16,19 +18,23 @@ import msgspec
 
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.serving.bench.wire import Broken, Wire, request_bytes
+from bertology_serve.serving.prove.crashes import READY, executor_of
 from bertology_serve.serving.prove.figure import Measured
 from bertology_serve.serving.prove.isolation import apart, numbers_of
-from bertology_serve.serving.prove.stage import HEADERS, WORDS, ZOO, Stage, serving
+from bertology_serve.serving.prove.stage import HEADERS, WORDS, ZOO, Served, Stage, serving
 from bertology_serve.serving.registry import Registry
 
 CLIENTS, TEXTS = 16, 8
 HANG_UP, BOUND = 0.05, 1e-4
+BETWEEN_KILLS = 3.0  # seconds
 ANSWERED, REFUSED = "answered", "refused"
 Expected = dict[tuple[str, str], list[float]]
 
 
 def measure(stage: Stage) -> Measured:
-    """Batches and items that raise, cold deltas on a slow disk, torn versions, swaps to them, clients that hang up."""
+    """Batches and items that raise, cold deltas on a slow disk, torn versions, swaps to them, an executor that is
+    killed, clients that hang up.
+    """
     calls = stage.count(1500, 20_000)
     root = stage.directory / "faults"
     if not root.exists():
@@ -36,13 +42,13 @@ def measure(stage: Stage) -> Measured:
     expected = _expected(stage, root)
     command = [sys.executable, "-m", "bertology_serve.serving.prove.faulty", stage.backbone, str(root)]
     with serving(command, {}) as served:
-        found = asyncio.run(_run(served.url, calls, expected, root))
+        found = asyncio.run(_run(served, calls, expected, root))
         stage.served_cpu += served.cpu
     finals = found[ANSWERED] + found[REFUSED] + found["hung up"]
     bad = {name: found[name] for name in ("lost", "swapped", "wrong", "unexplained")}
     words = (
-        f"{calls:,} calls: {found[ANSWERED]:,} answered, {found[REFUSED]} told of a fault, {found['hung up']} hung up; "
-        + ", ".join(f"{count} {name}" for name, count in bad.items())
+        f"{calls:,} calls: {found[ANSWERED]:,} answered, {found[REFUSED]} told of a fault, {found['hung up']} hung up, "
+        f"{found['kills']} kills; " + ", ".join(f"{count} {name}" for name, count in bad.items())
     )
     return Measured(words, finals == calls and not any(bad.values()), dict(found))
 
@@ -60,14 +66,26 @@ def _expected(stage: Stage, root: Path) -> Expected:
     return found
 
 
-async def _run(url: str, calls: int, expected: Expected, root: Path) -> Counter[str]:
+async def _run(served: Served, calls: int, expected: Expected, root: Path) -> Counter[str]:
     found: Counter[str] = Counter()
     numbers, done = iter(range(calls)), asyncio.Event()
-    vandal = asyncio.create_task(_vandal(url, root, done))
-    await asyncio.gather(*(_client(url, numbers, expected, found) for _ in range(CLIENTS)))
+    vandal = asyncio.create_task(_vandal(served.url, root, done))
+    assassin = asyncio.create_task(_assassin(served, found))
+    await asyncio.gather(*(_client(served.url, numbers, expected, found) for _ in range(CLIENTS)))
     done.set()
+    assassin.cancel()
     await vandal
     return found
+
+
+async def _assassin(served: Served, found: Counter[str]) -> None:
+    """Kills the executor some seconds after it has come up, until it is cancelled."""
+    async with Wire(served.url) as wire:
+        while True:
+            await asyncio.sleep(BETWEEN_KILLS)
+            if (await wire.send(READY)).status == 200:
+                os.kill(await asyncio.to_thread(executor_of, served), signal.SIGKILL)
+                found["kills"] += 1
 
 
 async def _client(url: str, numbers: Iterator[int], expected: Expected, found: Counter[str]) -> None:

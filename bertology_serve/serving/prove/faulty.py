@@ -9,19 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.pipeline import Job, Pipeline, Prediction
+from bertology_serve.encoder.pipeline import Job, Pipeline, Prediction, Residents
+from bertology_serve.serving.binding import bind, url_of
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.keys import Key, Keyring, digest_of
+from bertology_serve.serving.process.forks import Nursery
+from bertology_serve.serving.process.plan import Plan
+from bertology_serve.serving.process.remote import Remote
 from bertology_serve.serving.prove.stage import ADMIN
-from bertology_serve.serving.registry import Registry
-from bertology_serve.serving.server import Server, bind, url_of
+from bertology_serve.serving.registry import Registry, newest
+from bertology_serve.serving.server import Server
+from bertology_serve.serving.tiers.cards import read_card
 
 RAISES, SLOW = 0.05, 0.3  # shares of batches, and of reads
 DELAY = 0.05
 
 
-class Faulty(Pipeline):
+class Faults(Residents):
     """Some batches raise; alone again, some items do."""
 
     draw = random.Random(0)
@@ -33,6 +37,14 @@ class Faulty(Pipeline):
         return super().run(jobs)
 
 
+class Faulty(Faults, Pipeline):
+    """In this process."""
+
+
+class FaultyRemote(Faults, Remote):
+    """With an executor of its own, for others to kill."""
+
+
 class SlowDisk(Registry):
     """Some reads take their time."""
 
@@ -42,25 +54,25 @@ class SlowDisk(Registry):
         return super()._read(path, name)
 
 
-def make(encoder: Encoder, root: Path) -> SlowDisk:
+def make(pipeline: Residents, root: Path) -> SlowDisk:
     """Half of the deltas fit."""
-    pipeline = Faulty(encoder)
-    sizes = SlowDisk(Pipeline(encoder), device_bytes=1e12)
-    sizes.load(root)
-    registry = SlowDisk(pipeline, device_bytes=sum(card.size for card in sizes.tiers.cards.values()) * 0.6)
+    cards = [read_card(path, name, path) for name, path in newest(root, False, []).items()]
+    registry = SlowDisk(pipeline, device_bytes=sum(card.size for card in cards if card) * 0.6)
     registry.load(root)
     return registry
 
 
 def main(backbone: str, root: str) -> None:
     """Serves until SIGTERM; says its address on stderr as ``serve`` does."""
-    registry = make(Encoder.load(backbone), Path(root))
     ring = Keyring([Key("admin", digest_of(ADMIN, ""), admin=True)])
-    with bind("127.0.0.1", 0) as bound:
+    with bind("127.0.0.1", 0) as bound, Nursery(Plan(backbone, log_level="error")) as nursery:
+        pipeline = FaultyRemote(nursery, backbone)
+        registry = make(pipeline, Path(root))
         address = url_of(bound)
         server = Server(registry.pipeline, registry, ServerConfig(drain_seconds=0.0),
                         lambda: print(f"ready: {address}", file=sys.stderr, flush=True), ring)  # fmt: skip
         server.run(sockets=[bound])
+        pipeline.close()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ BOUND = 1024.0  # bytes of RSS a cycle
 def measure(stage: Stage) -> Measured:
     """Cycles of put and remove through all of the zoo; the slope of RSS over the latter three quarters."""
     cycles = stage.count(400, 1000)
-    registry = Registry(Pipeline(stage.encoder), stage.zoo)
+    pipeline = Pipeline(stage.encoder)
+    registry = Registry(pipeline, stage.zoo)
     names = list(ZOO)
     points: list[tuple[int, int]] = []
     before = 0
@@ -26,11 +27,11 @@ def measure(stage: Stage) -> Measured:
         registry.put(name)
         registry.remove(name)
         if cycle == cycles // 4:
-            before = registry.pipeline.bank.bytes
+            before = pipeline.bank.bytes
         if cycle >= cycles // 4 and cycle % 10 == 0:
             gc.collect()
             points.append((cycle, resident()))
-    device = registry.pipeline.bank.bytes - before
+    device = pipeline.bank.bytes - before
     slope = linear_regression(*zip(*points, strict=True)).slope
     words = f"device {device:+d} bytes; RSS {slope:+.0f} bytes a cycle over {cycles} cycles"
     return Measured(words, device == 0 and slope < BOUND, {"device": device, "slope": slope, "cycles": cycles})

@@ -8,9 +8,11 @@ from typing import Any
 
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Job, Pipeline, Prediction, Request
+from bertology_serve.serving.binding import bind, url_of
 from bertology_serve.serving.config import ServerConfig
+from bertology_serve.serving.garbage import settle_memory
 from bertology_serve.serving.registry import Registry
-from bertology_serve.serving.server import Server, bind, settle_memory, url_of
+from bertology_serve.serving.server import Server
 
 ANSWER = {"label": "good", "score": 0.7, "scores": {"bad": 0.2, "good": 0.7, "so-so": 0.1}}
 

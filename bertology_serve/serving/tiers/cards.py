@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bertology_serve.deltas import catalog
-from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.manifest import from_json
-from bertology_serve.deltas.names import MANIFEST
+from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.manifest import from_json, kinds_record, metrics_of, metrics_record, specs_of
+from bertology_serve.deltas.names import MANIFEST, check_name
 from bertology_serve.deltas.reading import Limits, read_json
+from bertology_serve.deltas.typed import build, conform
+from bertology_serve.errors import FormatError
+from bertology_serve.tasks.spec import TaskSpec
 
 
 @dataclass(frozen=True)
@@ -52,3 +57,35 @@ def card_of(delta: Delta, path: Path) -> Card:
         delta.name, delta.base, delta.task, delta.specs, version=delta.version, metrics=delta.metrics,
         path=path, size=delta.bytes,
     )  # fmt: skip
+
+
+def to_record(card: Card) -> dict[str, Any]:
+    """A card as plain values, for JSON."""
+    return {
+        "name": card.name,
+        "base": asdict(card.base),
+        "task": asdict(card.task),
+        "kinds": kinds_record(card.specs),
+        "version": card.version,
+        "metrics": metrics_record(card.metrics),
+        "path": str(card.path),
+        "size": card.size,
+    }
+
+
+def from_record(record: Mapping[str, Any]) -> Card:
+    """The card that ``to_record`` wrote; FormatError for what is none."""
+    where = "the card"
+    lacking = {"name", "base", "task", "kinds", "version", "metrics", "path", "size"} - record.keys()
+    if lacking:
+        raise FormatError(f"{where} lacks {min(lacking)!r}")
+    return Card(
+        check_name(record["name"], f"{where}: name"),
+        build(BaseRef, record["base"], f"{where}: base"),
+        build(TaskSpec, record["task"], f"{where}: task"),
+        specs_of(record["kinds"], where),
+        version=conform(record["version"], str, f"{where}: version"),
+        metrics=metrics_of(record["metrics"], f"{where}: metrics"),
+        path=Path(conform(record["path"], str, f"{where}: path")),
+        size=conform(record["size"], int, f"{where}: size"),
+    )

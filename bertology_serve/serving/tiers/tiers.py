@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from enum import Enum
 
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.encoder.pipeline import BASE, Pipeline
+from bertology_serve.encoder.pipeline import BASE, Residents
 from bertology_serve.errors import BertologyError, LimitError, NotFound, Overloaded
 from bertology_serve.serving.tiers.cards import Card
 from bertology_serve.serving.tiers.greedy import Greedy
@@ -46,7 +46,7 @@ class Tiers:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: Residents,
         read: Read,
         device_bytes: float = float("inf"),
         host_bytes: float = 0,
@@ -190,7 +190,8 @@ class Tiers:
 
     def _publish(self, delta: Delta) -> None:
         """Makes room, then copies rows; the copying is all that batches wait for."""
-        name, size, cost = delta.name, delta.bytes, self._costs.get(delta.name, CHEAPEST)
+        size = self.pipeline.resident_bytes(delta)
+        name, cost = delta.name, self._costs.get(delta.name, CHEAPEST)
         if size > self._device.capacity:
             raise LimitError(f"delta {name!r} has {size} bytes; the device takes {self._device.capacity:g} in all")
         with self._room:

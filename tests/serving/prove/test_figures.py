@@ -73,7 +73,7 @@ def test_faults(stage, encoder, monkeypatch):
 
     @contextmanager
     def near(command: list[str], environ: Any) -> Iterator[Near]:
-        registry = faulty.make(encoder, Path(command[-1]))
+        registry = faulty.make(faulty.Faulty(encoder), Path(command[-1]))
         ring = Keyring([Key("admin", digest_of(ADMIN, ""), admin=True)])
         with running(registry.pipeline, ring, registry=registry) as started:
             yield Near(started)

@@ -1,0 +1,197 @@
+"""The deltas of an executor in a process of its own: the server has everything about them but their tensors."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.encoder.bank import PROMPT, Entry
+from bertology_serve.encoder.loading import load_tokenizer, locate
+from bertology_serve.encoder.residents import Ready, Residents
+from bertology_serve.errors import BertologyError, Crashed, LimitError, Unsupported
+from bertology_serve.kernels.segments import RowSegment
+from bertology_serve.serving.process.batches import put_batch, take_outputs
+from bertology_serve.serving.process.forks import Line, Nursery
+from bertology_serve.serving.process.frames import Lost, Op
+from bertology_serve.serving.process.plan import Place
+from bertology_serve.serving.process.supervisor import Supervisor
+from bertology_serve.serving.settling import Setting
+from bertology_serve.serving.tiers.cards import Card, from_record
+from bertology_serve.tasks.heads import Head
+from bertology_serve.tasks.registry import task_for
+from bertology_serve.tasks.spec import Encoding
+
+log = logging.getLogger(__name__)
+
+
+class Outline:
+    """What is known of an encoder that another process runs."""
+
+    def __init__(self, name: str, tokenizer: Any, dtype: torch.dtype, known: dict[str, Any]) -> None:
+        self.name, self.tokenizer, self.dtype = name, tokenizer, dtype
+        self.ref, self.hidden = BaseRef(**known["ref"]), int(known["hidden"])
+        self.max_tokens, self.is_pruned = int(known["max_tokens"]), bool(known["is_pruned"])
+        self.lock = threading.RLock()
+
+    def check_length(self, tokens: int) -> None:
+        """Raises LimitError where sequences of that many tokens do not fit."""
+        if tokens > self.max_tokens:
+            raise LimitError(f"max_length is {tokens}; {self.name} reads at most {self.max_tokens} tokens")
+
+
+@dataclass(frozen=True)
+class Handle(Card):
+    """A delta that the executor has read and keeps for as long as this is there; ``number`` is what it goes by,
+    ``resident`` the bytes that it takes there.
+    """
+
+    number: int = -1
+    resident: int = 0
+
+    def told(self, key: str) -> dict[str, Any]:
+        """What the executor needs to make it resident, whether or not it still has it."""
+        return {
+            "key": key,
+            "number": self.number,
+            "path": str(self.path),
+            "name": self.name,
+            "version": self.version,
+        }
+
+
+class Remote(Residents):
+    """Deltas whose rows lie in another process. What that one should hold is known here, so that the next one can.
+
+    Batches that it died of raise Crashed.
+    """
+
+    encoder: Outline
+
+    def __init__(
+        self, nursery: Nursery, backbone: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        tokenizer = load_tokenizer(locate(backbone))  # while the nursery reads the weights
+        super().__init__(Outline(backbone, tokenizer, dtype, nursery.outline()))
+        self._numbers = itertools.count()
+        self._forgotten: deque[int] = deque()
+        self._held: dict[str, Handle] = {}
+        self._setting: Setting | None = None
+        self._patience: float | None = None
+        self.supervisor = Supervisor(nursery, Place(device, torch.get_num_threads()), self._restore)
+        self.supervisor.start()
+
+    @property
+    def is_up(self) -> bool:
+        """Whether an executor is there."""
+        return self.supervisor.is_up
+
+    @property
+    def restarts(self) -> int:
+        """How often the executor was replaced."""
+        return self.supervisor.restarts
+
+    def settle(self, setting: Setting) -> tuple[str, Setting]:
+        """Says what runs the batches, of this executor and of those after it; the engine's name, and what was found."""
+        answer = self._load(Op.SETTLE, {"setting": asdict(setting)})
+        self._setting = msgspec.convert(answer["setting"], Setting)
+        return answer["name"], self._setting
+
+    def read(self, path: Path, name: str) -> Delta:
+        """Has a delta read over there; what is kept here is a handle."""
+        number = next(self._numbers)
+        answer = self._load(Op.READ, {"path": str(path), "name": name, "number": number})
+        card = from_record(answer["card"])
+        known = {name: getattr(card, name) for name in Card.__dataclass_fields__}
+        handle = Handle(**known, number=number, resident=int(answer["resident"]))
+        weakref.finalize(handle, self._forgotten.append, number)
+        return handle
+
+    def resident_bytes(self, delta: Delta) -> int:
+        """What the executor said when it had read the delta."""
+        return delta.resident if isinstance(delta, Handle) else delta.bytes
+
+    def admit(self, key: str, delta: Delta) -> Ready:
+        """Has a delta's rows copied into the bank over there."""
+        if not isinstance(delta, Handle):
+            raise Unsupported(
+                f"delta {delta.name!r} is in this process; the executor's process reads its own from disk"
+            )
+        self.check(delta)
+        self._held[key] = delta  # before it is there: an executor that comes meanwhile has it too
+        try:
+            answer = self._load(Op.ADMIT, delta.told(key))
+        except BertologyError:
+            self._held.pop(key)
+            raise
+        prompt = int(answer["prompt"])
+        entry = Entry(key, {PROMPT: RowSegment(0, 0, 0, prompt)} if prompt else {})
+        return Ready(delta, task_for(delta.task), Head(()), entry)
+
+    def release(self, key: str) -> None:
+        """Has the rows freed. No batch runs meanwhile, so this goes over its channel and waits for no disk."""
+        self._held.pop(key, None)
+        line = self.supervisor.line()
+        try:
+            line.batches.ask(Op.RELEASE, {"key": key, "forget": self._forget()})
+        except Lost:
+            self.supervisor.lost(line)  # the next one will not hold it
+
+    def outputs(self, owned: Sequence[tuple[Ready, Encoding]]) -> list[Tensor]:
+        """One pass over there. Raises Crashed where the executor did not live to answer."""
+        numbers = {key: n for n, key in enumerate(dict.fromkeys(ready.entry.key for ready, _ in owned))}
+        line = self.supervisor.line()
+        try:
+            sizes = put_batch(line.inputs, [(numbers[ready.entry.key], encoding) for ready, encoding in owned])
+            answer = line.batches.ask(Op.RUN, {"keys": list(numbers), "sizes": sizes})
+            expected = [(ready.delta, encoding) for ready, encoding in owned]
+            return take_outputs(line.outputs, int(answer["numbers"]), expected, self.encoder.hidden)
+        except Lost as problem:
+            self.supervisor.lost(line)
+            raise Crashed(f"the executor ended while it ran a batch ({problem}); try again in 1 s") from None
+
+    def patience(self, seconds: float) -> None:
+        """A batch that takes longer than this has hung from now on, and its executor is replaced."""
+        self._patience = seconds
+        self.supervisor.line().batches.patience = seconds
+
+    def close(self) -> None:
+        """Ends the executor."""
+        self.supervisor.close()
+
+    def _load(self, op: Op, body: dict[str, Any]) -> dict[str, Any]:
+        """An answer that may take its time; asked again of the next executor where one does not live to give it."""
+        for _ in range(2):
+            line = self.supervisor.line()
+            try:
+                return line.load(op, body | {"forget": self._forget()})
+            except Lost as problem:
+                self.supervisor.lost(line)
+                why = problem
+        raise Crashed(f"the executor ended twice over this ({op.name.lower()}: {why}); try again in 5 s", 5.0)
+
+    def _restore(self, line: Line) -> None:
+        """Tells a new executor what the last one knew; raises Lost."""
+        line.batches.patience = self._patience
+        for key, handle in list(self._held.items()):
+            try:
+                line.load(Op.ADMIT, handle.told(key))
+            except BertologyError as problem:
+                log.error("delta %s did not come back: %s", handle.name, problem)
+        if self._setting is not None:
+            line.load(Op.SETTLE, {"setting": asdict(self._setting)})
+
+    def _forget(self) -> list[int]:
+        """The numbers of handles that are no more."""
+        return [self._forgotten.popleft() for _ in range(len(self._forgotten))]

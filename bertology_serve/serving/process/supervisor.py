@@ -1,0 +1,111 @@
+"""Keeps an executor's process alive: one that has ended is replaced by one that is told what the last one knew."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from bertology_serve.errors import Overloaded
+from bertology_serve.serving.process.forks import Line, Nursery
+from bertology_serve.serving.process.frames import Lost
+from bertology_serve.serving.process.plan import Place
+
+log = logging.getLogger(__name__)
+PATIENCE = 30.0  # seconds for which work waits for an executor
+PAUSES = (0.0, 0.1, 0.5, 1.0, 2.0)  # seconds before the next attempt, the last one for ever
+
+
+class Supervisor:
+    """``restore(line)`` tells a new executor what to hold; it may raise Lost. For any thread.
+
+    ``restarts`` counts the executors that came after the first.
+    """
+
+    def __init__(self, nursery: Nursery, place: Place, restore: Callable[[Line], None]) -> None:
+        self._nursery, self._place, self._restore = nursery, place, restore
+        self._changed = threading.Condition()
+        self._line: Line | None = None
+        self._closing = False
+        self.restarts = 0
+        self.seconds = 0.0  # that the last restart took
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+
+    def start(self) -> None:
+        """Starts the first executor, in this thread; raises Lost where it does not come up."""
+        line = self._nursery.fork(self._place)
+        self._restore(line)
+        self._line = line
+        self._thread.start()
+
+    @property
+    def is_up(self) -> bool:
+        """Whether there is an executor that knows what it should."""
+        return self._line is not None
+
+    @property
+    def pid(self) -> int | None:
+        """The executor's process."""
+        line = self._line
+        return line.pid if line else None
+
+    def line(self) -> Line:
+        """The line to the executor; waits for one. Overloaded where none comes up."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._line is not None or self._closing, PATIENCE) or not self._line:
+                raise Overloaded("the executor does not come up; try again in 5 s", retry_after=5.0)
+            return self._line
+
+    def lost(self, line: Line) -> None:
+        """An executor has not answered as it should: it is ended, and another one comes."""
+        with self._changed:
+            if self._line is line:
+                self._line = None
+        line.kill()
+
+    def close(self) -> None:
+        """Ends the executor; there will be no other."""
+        with self._changed:
+            self._closing = True
+            line, self._line = self._line, None
+            self._changed.notify_all()
+        if line is not None:
+            line.kill()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        line = self._line
+        while line is not None:
+            line.outlive()
+            with self._changed:
+                self._line = None
+                if self._closing:
+                    break
+            log.warning("the executor (process %d) has ended; starting another", line.pid)
+            line.close()
+            line = self._replaced()
+        if line is not None:
+            line.close()
+
+    def _replaced(self) -> Line | None:
+        """Another executor, that knows all; ``None`` while closing."""
+        started, attempt = time.monotonic(), 0
+        while not self._closing:
+            time.sleep(PAUSES[min(attempt, len(PAUSES) - 1)])
+            attempt += 1
+            try:
+                line = self._nursery.fork(self._place)
+                self._restore(line)
+            except (Lost, OSError) as problem:
+                log.error("no executor came up (%s); trying again", problem)
+                continue
+            with self._changed:
+                self._line = line
+                self.seconds = time.monotonic() - started
+                self.restarts += 1
+                self._changed.notify_all()
+            log.info("the executor is back after %.2f s (process %d)", self.seconds, line.pid)
+            return line
+        return None

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+
+from bertology_serve.errors import NotFound
+from bertology_serve.serving.process import forks
+from bertology_serve.serving.process.forks import Nursery
+from bertology_serve.serving.process.frames import Lost
+from bertology_serve.serving.process.plan import Place, Plan
+
+# A fork server that loads nothing: it says what it is, then forks processes that do nothing
+STAND_IN = """
+import os, socket, sys
+from bertology_serve.serving.process.frames import Channel, Op
+control = socket.socket(fileno=int(sys.argv[1]))
+Channel(control).send(Op.DONE, {"hidden": 8})
+word, given, _, _ = socket.recv_fds(control, 4096, 8)
+if word:
+    assert len(given) == 6, given
+    Channel(control).send(Op.DONE, {"pid": os.getpid()})
+    socket.socket(fileno=given[0]).recv(1)
+"""
+
+
+@pytest.fixture
+def nursery(monkeypatch):
+    """Ends once its only fork has been closed."""
+    monkeypatch.setattr(forks, "COMMAND", (sys.executable, "-c", STAND_IN))
+    with Nursery(Plan("none")) as made:
+        yield made
+
+
+def test_a_fork_server_that_has_ended_is_started_again(nursery, caplog):
+    assert nursery.outline() == {"hidden": 8}
+    first = nursery.fork(Place("cpu", 1))
+    first.close()
+    nursery._process.wait(20)
+    with caplog.at_level(logging.WARNING):
+        second = nursery.fork(Place("cpu", 1))
+    assert "starting another" in caplog.text
+    assert second.pid == nursery._process.pid != first.pid
+    second.kill()
+    second.outlive()
+    second.close()
+
+
+def test_one_that_does_not_start(monkeypatch):
+    monkeypatch.setattr(forks, "COMMAND", (sys.executable, "-c", "pass"))
+    with Nursery(Plan("none")) as made, pytest.raises(Lost):
+        made.outline()
+
+
+def test_what_is_wrong_with_the_encoder(monkeypatch):
+    raising = STAND_IN.replace('Op.DONE, {"hidden": 8}', 'Op.FAULT, {"kind": "NotFound", "message": "no encoder"}')
+    monkeypatch.setattr(forks, "COMMAND", (sys.executable, "-c", raising))
+    with Nursery(Plan("none")) as made, pytest.raises(NotFound, match="no encoder"):
+        made.outline()
