@@ -49,7 +49,9 @@ def reproduce(
     from bertology_serve.training.grids.report import LONG, TABLE, WIDE, write_report
     from bertology_serve.training.grids.run import Place
     from bertology_serve.training.grids.tables import figures
+    from bertology_serve.training.processes import check_alone
 
+    check_alone("reproduce")
     place = Place(out, data, chosen.backbone, find_device(device), keep)
     failed = [] if table_only else make(runs, chosen, place)
     results = write_report(chosen, place)

@@ -42,7 +42,9 @@ def train_fleet(
     from bertology_serve.training.device import find_device
     from bertology_serve.training.fleet.directory import FleetDirectory
     from bertology_serve.training.fleet.run import train_fleet as run
+    from bertology_serve.training.processes import check_alone
 
+    check_alone("train-fleet")
     if out is not None and not dry_run:  # what is wrong there is said before anything is read
         FleetDirectory(out).check_members([one.name for one in spec.members], resume, overwrite)
     encoder = Encoder.load(name, device=find_device(device))

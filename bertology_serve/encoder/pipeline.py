@@ -49,8 +49,8 @@ class Pipeline(Residents):
         """A delta from its directory, its tensors on the host."""
         return self.encoder.read_delta(path, name)
 
-    def size(self, delta: Delta) -> int:
-        """Bytes that batches read of a delta, head included."""
+    def resident_bytes(self, delta: Delta) -> int:
+        """What a delta's tensors take, unpacked."""
         return delta.resident_bytes(self.encoder.anatomy)
 
     def admit(self, key: str, delta: Delta) -> Ready:

@@ -173,6 +173,10 @@ class Residents(ABC):
         """A delta from its directory, for ``add``; raises what is wrong with it."""
 
     @abstractmethod
+    def resident_bytes(self, delta: Delta) -> int:
+        """What a delta that was read takes once it is resident."""
+
+    @abstractmethod
     def admit(self, key: str, delta: Delta) -> Ready:
         """Copies a delta's rows to where batches run, under a key; no batch waits for more.
 
@@ -270,10 +274,6 @@ class Residents(ABC):
             found = self.outputs(chosen) if model is None else model.outputs([encoding for _, encoding in chosen])
             outputs |= zip(group, found, strict=True)
         return [outputs[i] for i in range(len(owned))]
-
-    def size(self, delta: Delta) -> int:
-        """Bytes that a resident delta takes, head included."""
-        return delta.bytes
 
     def check(self, delta: Delta) -> None:
         """Raises what ``add`` would for a delta that is not for this encoder; its tensors do not matter."""

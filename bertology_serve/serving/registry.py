@@ -73,7 +73,7 @@ class Registry:
         card = read_card(path, name, path) if self.tiers.bounded else None
         if card is None:
             delta = self._read(path, name)
-            self.tiers.put(card_of(delta, path, self.pipeline.size(delta)), delta)
+            self.tiers.put(card_of(delta, path), delta)
             return
         if not self.pipeline.encoder.is_pruned:  # else it is for what this was pruned from, and cut as it is read
             self.pipeline.check(card)
@@ -109,7 +109,7 @@ class Registry:
         if resident is not None and resident.version == chosen:
             return resident
         delta = self._read(known[chosen], name)
-        self._swap(card_of(delta, known[chosen], self.pipeline.size(delta)), delta)
+        self._swap(card_of(delta, known[chosen]), delta)
         return delta
 
     def rollback(self, name: str) -> Delta:

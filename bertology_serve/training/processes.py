@@ -92,12 +92,23 @@ class Processes:
 ALONE = Processes()
 
 
+def started() -> int:
+    """How many processes a launcher says that it started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_alone(command: str) -> None:
+    """Raises SpecError where a command that knows one process only was started in several."""
+    if started() > 1:
+        raise SpecError(f"{command} runs in one process, but {started()} were started; start it once for each GPU")
+
+
 def join(device: str) -> tuple[Processes, str]:
     """The processes that ``accelerate launch`` or torchrun started, connected, and the device of this one.
 
     Raises SpecError where all would compute on one GPU, Unsupported without accelerate.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if started() == 1:
         return ALONE, device
     if find_spec("accelerate") is None:
         raise Unsupported("several processes need accelerate, which is not installed; take bertology-serve[accelerate]")

@@ -15,7 +15,7 @@ from bertology_serve.training import processes
 from bertology_serve.training.config import TrainConfig
 from bertology_serve.training.destination import Destination
 from bertology_serve.training.loop import Trainer, check_divisible
-from bertology_serve.training.processes import ALONE, Processes, join
+from bertology_serve.training.processes import ALONE, Processes, check_alone, join
 from bertology_serve.training.train import prepare, train
 from bertology_serve.training.watch import Silent
 from tests.training import sets, two
@@ -145,6 +145,8 @@ def test_what_cannot_be_divided_is_refused(bert: Encoder, monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SpecError, match="take cuda: each gets a GPU of its own"):
         join("cuda:0")
+    with pytest.raises(SpecError, match="train-fleet runs in one process, but 2 were started"):
+        check_alone("train-fleet")
     monkeypatch.setattr(processes, "find_spec", lambda name: None)
     with pytest.raises(Unsupported, match=r"bertology-serve\[accelerate\]"):
         join("cpu")

@@ -34,6 +34,8 @@ from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
 
 log = logging.getLogger(__name__)
+LOAD_SECONDS = 30.0  # for which a delta to be loaded waits for an executor
+START_SECONDS = 120.0  # after which one that was forked will not answer
 
 
 class Outline:
@@ -53,9 +55,12 @@ class Outline:
 
 @dataclass(frozen=True)
 class Handle(Card):
-    """A delta that the executor has read and keeps for as long as this is there; ``number`` is what it goes by."""
+    """A delta that the executor has read and keeps for as long as this is there; ``number`` is what it goes by,
+    ``resident`` the bytes that it takes there.
+    """
 
     number: int = -1
+    resident: int = 0
 
     def told(self, key: str) -> dict[str, Any]:
         """What the executor needs to make it resident, whether or not it still has it."""
@@ -109,10 +114,15 @@ class Remote(Residents):
         """Has a delta read over there; what is kept here is a handle."""
         number = next(self._numbers)
         answer = self._load(Op.READ, {"path": str(path), "name": name, "number": number})
-        card = from_record(answer)
-        handle = Handle(**{name: getattr(card, name) for name in Card.__dataclass_fields__}, number=number)
+        card = from_record(answer["card"])
+        known = {name: getattr(card, name) for name in Card.__dataclass_fields__}
+        handle = Handle(**known, number=number, resident=int(answer["resident"]))
         weakref.finalize(handle, self._forgotten.append, number)
         return handle
+
+    def resident_bytes(self, delta: Delta) -> int:
+        """What the executor said when it had read the delta."""
+        return delta.resident if isinstance(delta, Handle) else delta.bytes
 
     def admit(self, key: str, delta: Delta) -> Ready:
         """Has a delta's rows copied into the bank over there."""
@@ -165,7 +175,7 @@ class Remote(Residents):
     def _load(self, op: Op, body: dict[str, Any]) -> dict[str, Any]:
         """An answer that may take its time; asked again of the next executor where one does not live to give it."""
         for _ in range(2):
-            line = self.supervisor.line()
+            line = self.supervisor.line(LOAD_SECONDS)
             try:
                 return line.load(op, body | {"forget": self._forget()})
             except Lost as problem:
@@ -175,11 +185,13 @@ class Remote(Residents):
 
     def _restore(self, line: Line) -> None:
         """Tells a new executor what the last one knew; raises Lost."""
+        line.batches.patience = START_SECONDS
+        line.batches.ask(Op.HELLO, {})
         line.batches.patience = self._patience
         for key, handle in list(self._held.items()):
             try:
                 line.load(Op.ADMIT, handle.told(key))
-            except BertologyError as problem:
+            except (BertologyError, RuntimeError) as problem:
                 log.error("delta %s did not come back: %s", handle.name, problem)
         if self._setting is not None:
             line.load(Op.SETTLE, {"setting": asdict(self._setting)})

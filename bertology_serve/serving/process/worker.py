@@ -45,6 +45,7 @@ class Worker:
             Op.RELEASE: self.release,
             Op.RUN: self.run,
             Op.SETTLE: self.settle,
+            Op.HELLO: lambda body: {},
         }
 
     def serve(self, channel: Channel) -> None:
@@ -68,11 +69,11 @@ class Worker:
             return Op.FAULT, {"kind": "", "message": f"the executor raised {place_of(problem)}"}
 
     def read(self, body: Body) -> dict[str, Any]:
-        """Reads and keeps a delta; its card."""
+        """Reads and keeps a delta; its card, and the bytes that it takes once it is resident."""
         self._forget(body)
         path = Path(body["path"])
         delta = self._kept[body["number"]] = self.pipeline.read(path, body["name"])
-        return to_record(card_of(delta, path, self.pipeline.size(delta)))
+        return {"card": to_record(card_of(delta, path)), "resident": self.pipeline.resident_bytes(delta)}
 
     def admit(self, body: Body) -> dict[str, Any]:
         """Makes a delta resident, read again where it is not kept; how many rows its prompt adds to a sequence."""

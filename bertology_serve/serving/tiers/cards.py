@@ -13,7 +13,6 @@ from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.manifest import from_json, kinds_record, metrics_of, metrics_record, specs_of
 from bertology_serve.deltas.names import MANIFEST, check_name
 from bertology_serve.deltas.reading import Limits, read_json
-from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.deltas.typed import build, conform
 from bertology_serve.errors import FormatError
 from bertology_serve.tasks.spec import TaskSpec
@@ -23,7 +22,7 @@ from bertology_serve.tasks.spec import TaskSpec
 class Card(Delta):
     """A delta without tensors, for everything that only asks about it: task, labels, version, kinds, metrics.
 
-    ``path`` is where it lies, ``size`` the bytes that it takes in float32: of its tensors, as far as it was not read.
+    ``path`` is where it lies, ``size`` the bytes of its tensors in float32.
     """
 
     path: Path = Path()
@@ -31,11 +30,7 @@ class Card(Delta):
 
     @property
     def bytes(self) -> int:
-        """Its size in bytes, head included."""
-        return self.size
-
-    def resident_bytes(self, anatomy: Anatomy) -> int:
-        """The same: there are no tensors to look at."""
+        """Size of all tensors in bytes, head included."""
         return self.size
 
 
@@ -56,11 +51,11 @@ def read_card(path: Path, name: str, root: Path) -> Card | None:
     )
 
 
-def card_of(delta: Delta, path: Path, size: int) -> Card:
-    """The card of a delta that was read and takes that many bytes."""
+def card_of(delta: Delta, path: Path) -> Card:
+    """The card of a delta that was read."""
     return Card(
         delta.name, delta.base, delta.task, delta.specs, version=delta.version, metrics=delta.metrics,
-        path=path, size=size,
+        path=path, size=delta.bytes,
     )  # fmt: skip
 
 

@@ -190,7 +190,7 @@ class Tiers:
 
     def _publish(self, delta: Delta) -> None:
         """Makes room, then copies rows; the copying is all that batches wait for."""
-        size = self.pipeline.size(delta)
+        size = self.pipeline.resident_bytes(delta)
         name, cost = delta.name, self._costs.get(delta.name, CHEAPEST)
         if size > self._device.capacity:
             raise LimitError(f"delta {name!r} has {size} bytes; the device takes {self._device.capacity:g} in all")
