@@ -47,10 +47,17 @@ def prove(
             lines.append(measure(figure, stage))
             bar.advance(task)
     rows = [
-        (line.number, line.promise, line.measured.words, "holds" if line.measured.holds else "MISSED", line.seconds)
+        (
+            line.number,
+            line.promise,
+            line.measured.words,
+            "holds" if line.measured.holds else "MISSED",
+            line.seconds,
+            line.cpu_seconds,
+        )
         for line in lines
     ]
-    table(f"promises of the server, {backbone}", ("", "promise", "measured", "", "s"), rows, stderr=False)
+    table(f"promises of the server, {backbone}", ("", "promise", "measured", "", "s", "CPU s"), rows, stderr=False)
     note(f"{where['cpu']}, {where['threads']} of {where['cores']} cores, load {where['load_before']}; {where['date']}")
     if output is not None:
         everything = {"backbone": backbone, "quick": quick, "environment": where,

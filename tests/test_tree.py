@@ -157,6 +157,7 @@ def test_every_command_is_in_the_table():
         "main",
         "common",
         "options",
+        "bench_alternatives",
         "bench_export",
         "bench_kernels",
         "bench_load",

@@ -24,6 +24,9 @@ class BatchTimes:
     ``cap`` is the seconds that a batch may take, ``most`` the size that it may have at all. The measurements of the
     start stay in with the weight of one each, so that batches of always the same size do not turn the line.
     ``bend`` is c / b.
+
+    Where a batch's fixed part fills the cap, its tokens get as long as that part had at the start, or as the cap:
+    batches of one text each would only make everything wait longer on a machine that is too slow for the cap anyway.
     """
 
     def __init__(self, cap: float, most: int, ladder: Iterable[Rung] = FIRST_GUESS) -> None:
@@ -35,7 +38,9 @@ class BatchTimes:
         rungs = list(ladder)
         self.bend = bend_of(rungs)
         self._ladder = _sums([(self.size(tokens, squares), seconds) for tokens, squares, seconds in rungs])
-        self._recent = NOTHING
+        self._recent, self._knee = NOTHING, 0.0
+        self._fit()
+        self._knee = self.fixed / self.per_token
         self._fit()
 
     def size(self, tokens: float, squares: float) -> float:
@@ -73,7 +78,8 @@ class BatchTimes:
         if not 0 < slope <= through_zero:  # noise: no line falls, none starts below zero
             slope = through_zero
         self.per_token, self.fixed = max(slope, 1e-9), max(0.0, (y - slope * x) / weight)
-        self.budget = max(1, min(self.most, int((self.cap - self.fixed) / self.per_token)))
+        fits, least = (self.cap - self.fixed) / self.per_token, min(self._knee, self.cap / self.per_token)
+        self.budget = max(1, min(self.most, int(max(fits, least))))
 
 
 def bend_of(rungs: list[Rung]) -> float:

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bertology_serve.errors import Crashed, DataError
-from bertology_serve.serving.executor import Executor
+from bertology_serve.serving.executor import THREAD, Executor
 from bertology_serve.serving.quarantine import FIRST, LONGEST, Quarantine
 from bertology_serve.serving.queue import WorkQueue
 from bertology_serve.serving.scheduler import FairScheduler
@@ -87,6 +89,17 @@ def test_stop_before_start_and_a_stop_that_takes_too_long():
     assert not executor.stop(0.05)
     waits.set()
     assert executor.stop(10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_system_knows_the_thread_by_its_name():
+    names: list[str] = []
+    made = Harness()
+    made.executor._observe = lambda *_: names.append(
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").read_text().strip()
+    )
+    made.go(1)
+    assert names == [THREAD]
 
 
 class Ready:

@@ -24,7 +24,15 @@ def test_the_line_through_exact_measurements_and_the_budget_that_follows():
 
 def test_the_budget_stays_within_its_bounds():
     assert BatchTimes(0.05, 100, LADDER).budget == 100
-    assert BatchTimes(0.001, 100, LADDER).budget == 1
+    assert BatchTimes(1e-5, 100, LADDER).budget == 1
+
+
+def test_where_the_fixed_part_fills_the_cap_batches_do_not_shrink_to_nothing():
+    assert BatchTimes(0.001, 100, LADDER).budget == pytest.approx(10, abs=1)
+    slow = [(size, 0, 0.2 + 0.0001 * size) for size in (32, 512)]
+    assert BatchTimes(0.05, 10_000, slow).budget == pytest.approx(500, abs=1)
+    less = [(size, 0, 0.03 + 0.0001 * size) for size in (32, 512)]
+    assert BatchTimes(0.05, 10_000, less).budget == pytest.approx(300, abs=1)
 
 
 def test_a_machine_that_slows_down_gets_smaller_batches_and_recovers():

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from statistics import median
 
+from bertology_serve.serving.prove.cores import ONE_THREAD, apart
 from bertology_serve.serving.prove.figure import Measured
 from bertology_serve.serving.prove.stage import ZOO, Stage
 from bertology_serve.serving.prove.traffic import Outcomes, closed, opened, percentile, predict
@@ -21,14 +22,15 @@ def measure(stage: Stage) -> Measured:
 
     The ratio is the median over the rounds of the ratio of their 99th percentiles.
     """
-    rounds, seconds = stage.count(3, 9), stage.seconds(5.0, 10.0)
+    rounds, seconds = max(stage.rounds, stage.count(3, 5)), stage.seconds(4.0, 10.0)
     root = stage.directory / "cold"
     for number in range(COLD):
         stage.save(root, f"cold-{number}", "1", number, "mood")
     stage.save(root, "a-hot", "1", 99, "mood")
     size = stage.random("x", *ZOO["mood"], 0).bytes
     room = max(1, size * POOL // 2**20)
-    with stage.server(root, "--device-mb", str(room), "--host-mb", "0") as served:
+    limits = ("--device-mb", str(room), "--host-mb", "0")
+    with stage.server(root, *limits, environ=ONE_THREAD) as served, apart(served.pid) as pinned:
         quiet, busy, loaded = asyncio.run(_run(served.url, rounds, seconds))
     ratios = [percentile(b.answered, 0.99) / percentile(q.answered, 0.99) for q, b in zip(quiet, busy, strict=True)]
     facts = {
@@ -36,6 +38,7 @@ def measure(stage: Stage) -> Measured:
         "quiet_p99_ms": [1e3 * percentile(one.answered, 0.99) for one in quiet],
         "loading_p99_ms": [1e3 * percentile(one.answered, 0.99) for one in busy],
         "loaded": loaded,
+        "pinned": pinned,
     }
     words = f"{median(ratios):.2f} × quiet ({len(ratios)} rounds, {loaded} loads)"
     return Measured(words, median(ratios) <= BOUND and loaded > 0, facts)

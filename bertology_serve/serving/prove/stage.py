@@ -25,6 +25,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.live import LiveDelta
 from bertology_serve.errors import VerificationError
 from bertology_serve.serving.keyfile import ADMIN_KEYS
+from bertology_serve.serving.prove.cores import cpu_seconds
 from bertology_serve.tasks.spec import TaskSpec
 
 ADMIN = "the-admin-key-of-the-proof"
@@ -53,10 +54,14 @@ class Served:
     url: str
 
     @property
+    def pid(self) -> int:
+        """The number of its process."""
+        return self.process.pid
+
+    @property
     def cpu(self) -> float:
-        """CPU seconds that it has used so far."""
-        parts = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        return (int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK")
+        """CPU seconds that it and what it has started have used so far."""
+        return cpu_seconds(self.pid)
 
     def terminate(self) -> None:
         """SIGTERM."""
@@ -84,6 +89,11 @@ class Stage:
     def seconds(self, quick: float, full: float) -> float:
         """How long."""
         return self.pace * (quick if self.quick else full)
+
+    @property
+    def rounds(self) -> int:
+        """How often something is timed, for a median."""
+        return 1 if self.quick else 5
 
     @property
     def encoder(self) -> Encoder:

@@ -33,12 +33,21 @@ class Outcomes:
         (self.answered if status == 200 else self.refused).append(seconds)
         self.unexplained += status != 200 and not told
 
+    def add(self, other: Outcomes) -> None:
+        """Those of another round too."""
+        self.answered += other.answered
+        self.refused += other.refused
+        self.broken += other.broken
+        self.unexplained += other.unexplained
+
 
 def predict(delta: str, text: str | Sequence[str], delay_ms: int = 0) -> bytes:
     """The bytes of a call of /predict."""
     texts = [text] if isinstance(text, str) else text
     body = msgspec.json.encode([{"delta": delta, "text": one} for one in texts])
-    headers = HEADERS | ({"X-Request-Timeout-Ms": str(delay_ms)} if delay_ms else {})
+    headers = (
+        HEADERS | {"Content-Type": "application/json"} | ({"X-Request-Timeout-Ms": str(delay_ms)} if delay_ms else {})
+    )
     return request_bytes("POST", "/predict", body, headers)
 
 

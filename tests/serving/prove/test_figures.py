@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,8 @@ from bertology_serve.serving.prove import (
     cancelled,
     clients,
     cold,
+    contract,
+    cores,
     drain,
     fairness,
     faults,
@@ -40,7 +44,11 @@ class Near:
     """A server of this process as ``Served`` shows one of another."""
 
     def __init__(self, server: Running) -> None:
-        self.url, self.cpu, self._server = server.url.rstrip("/"), 1.0, server.server
+        self.url, self.pid, self._server = server.url.rstrip("/"), os.getpid(), server.server
+
+    @property
+    def cpu(self) -> float:
+        return time.process_time()
 
     def terminate(self) -> None:
         self._server.drain()
@@ -53,7 +61,8 @@ def stage(encoder, tmp_path_factory) -> Iterator[Stage]:
 
     @contextmanager
     def server(self: Stage, deltas: Path, *options: str, environ: Any = None) -> Iterator[Near]:
-        given = dict(zip((name[2:].replace("-", "_") for name in options[::2]), map(float, options[1::2]), strict=True))
+        pairs = zip(options[::2], options[1::2], strict=True)
+        given = {name[2:].replace("-", "_"): float(value) for name, value in pairs if name != "--engine"}
         room = given.pop("device_mb", None)
         registry = Registry(Pipeline(encoder), deltas, float("inf") if room is None else 40_000)
         given.pop("host_mb", None)
@@ -65,6 +74,7 @@ def stage(encoder, tmp_path_factory) -> Iterator[Stage]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Stage, "server", server)
+        patch.setattr(cores, "pair", lambda: None)
         yield made
 
 
@@ -164,7 +174,7 @@ def test_fairness(stage):
 
 def test_overload(stage):
     found = overload.measure(dataclasses.replace(stage, pace=0.08, _encoder=stage._encoder))
-    assert found.facts["peak"] > 0
+    assert found.facts["peaks"][0] > 0
     assert found.words.endswith("0 without Retry-After")
 
 
@@ -179,8 +189,23 @@ def test_overhead(stage, encoder, monkeypatch):
 
     monkeypatch.setattr(overhead, "serving", near)
     found = overhead.measure(stage)
-    assert found.facts["bare_texts_s"] > 0
-    assert found.facts["http_texts_s"] > 0
+    assert found.facts["bare"][0]["texts_s"] > 0
+    assert found.facts["http"][0]["cpu_ms"] > 0
+    assert not found.facts["pinned"]
+
+
+def test_contract(stage, monkeypatch):
+    some = dict(list(contract.operations().items())[:2])
+    monkeypatch.setattr(contract, "operations", lambda: some)
+    found = contract.measure(dataclasses.replace(stage, pace=0.5, _encoder=stage._encoder))
+    assert found.holds, found.words
+    assert found.facts["answered"] >= 10
+    monkeypatch.setattr(contract, "HEADERS", {"Authorization": "Bearer a-key-that-is-not-known"})
+    monkeypatch.setattr("bertology_serve.serving.errors._STATUS", ())
+    blind = contract.measure(dataclasses.replace(stage, pace=0.5, _encoder=stage._encoder))
+    assert list(blind.facts["failed"]) == list(some)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install" in contract.measure(stage).words
 
 
 def test_hostile(stage, monkeypatch):
