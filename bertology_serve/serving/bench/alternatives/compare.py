@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -193,9 +194,9 @@ async def _saturated(
         await closed(served.url, calls(_load(plan)), plan.clients, plan.seconds / 5)
     for turn in range(plan.rounds):
         for name, served in servers.items():
-            before = served.cpu
+            before, started = served.cpu, time.perf_counter()
             found = len((await closed(served.url, calls(_load(plan, turn)), plan.clients, plan.seconds)).answered)
-            texts[name].append(found / plan.seconds)
+            texts[name].append(found / (time.perf_counter() - started))
             cpu[name].append(1e3 * (served.cpu - before) / max(1, found))
         advance()
     return texts, cpu
