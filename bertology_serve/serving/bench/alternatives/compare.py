@@ -31,6 +31,7 @@ NAMES = {
     "sessions": "a merged ONNX session per task, FastAPI",
 }
 NEEDS = ("fastapi", "peft", "onnxruntime")
+AS_LARGE = ("--max-batch-ms", "1000", "--max-batch-tokens", "1024")  # batches as the others': they know no latency
 AGREE = 1e-3
 TEXTS = ("the river bank was very cold", "a great film", "good")
 
@@ -158,7 +159,7 @@ def compare(stage: Stage, plan: Plan, advance: Callable[[], None] = lambda: None
 def start(stage: Stage, name: str, made: Made) -> Iterator[Served]:
     """One of the servers with those tasks, and one thread for its model."""
     if name == OURS:
-        with stage.server(made.deltas, environ=ONE_THREAD) as served:
+        with stage.server(made.deltas, *AS_LARGE, environ=ONE_THREAD) as served:
             yield served
         return
     module = "bertology_serve.serving.bench.alternatives.app"
