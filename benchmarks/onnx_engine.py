@@ -4,7 +4,8 @@
 
 MiniLM, one thread. Processor time of the process, so that other work on the machine counts little; contenders take
 turns, and a ratio is the median over rounds of the ratio within each round. ``--texts`` are JSON lines with
-``text_a``; without, sentences of this project. Texts are cut or joined to the lengths of the workload.
+``text_a``; without, those of SST-2, MRPC and RTE in the folder ``BERTOLOGY_DATA``, or sentences of this project. Texts
+are cut or joined to the lengths of the workload.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 import onnxruntime
 import torch
 
+from bertology_serve.data.set_files import locate
+from bertology_serve.data.sets import SETS
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.bottleneck import AdapterSpec
 from bertology_serve.deltas.delta import Delta
@@ -41,11 +44,14 @@ from bertology_serve.export.onnx_model import save
 from bertology_serve.export.parts import parts_of
 from bertology_serve.export.samples import SENTENCES
 from bertology_serve.export.session import Session
+from bertology_serve.export.spec import fastest_on_cpu
 from bertology_serve.serving.bench import contenders
 from bertology_serve.serving.bench.workload import Workload, lengths
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 
+REAL = ("glue/sst2", "glue/mrpc", "glue/rte")
+"""Sets whose texts are taken where the folder BERTOLOGY_DATA holds them."""
 Calls = dict[str, Callable[[], Any]]
 WARM = 2
 TASK = TaskSpec("embedding", head="none", max_length=128, normalize=False)
@@ -93,7 +99,10 @@ def encodings(encoder: Encoder, sizes: Sequence[int], lines: Iterator[str]) -> l
 def merged(encoder: Encoder, precision: Any, directory: Path) -> Session:
     """One LoRA delta folded into the weights: the export that serves it alone."""
     path = directory / f"{precision}.onnx"
-    save(emit(parts_of(encoder, delta(encoder, "merged", [LORA], 0), True), 20, True, precision), path)
+    save(
+        emit(parts_of(encoder, delta(encoder, "merged", [LORA], 0), True), fastest_on_cpu(precision), True, precision),
+        path,
+    )
     return Session(path)
 
 
@@ -162,14 +171,14 @@ def reference(encoder: Encoder, batch: PackedBatch, bank: DeltaBank) -> torch.Te
     return encoder.run(batch, bank)
 
 
-def server(encoder: Encoder, rounds: int) -> dict[str, Any]:
+def server(encoder: Encoder, lines: Sequence[str], rounds: int) -> dict[str, Any]:
     """The pipeline's answers to 64 texts, mean 24 tokens, longest 128, over 8 LoRA deltas; and peft's."""
     work = Workload()
     deltas = contenders.make_deltas(encoder, work)
-    calls: Calls = {"torch engine": contenders.ours(encoder, work, deltas)[0].run}
+    calls: Calls = {"torch engine": contenders.ours(encoder, work, deltas, lines=lines)[0].run}
     for precision in ("fp32", "int8-row"):
-        calls[f"ONNX {precision}"] = contenders.ours(encoder, work, deltas, OnnxEngine(encoder, precision))[0].run
-    calls |= {one.name: one.run for one in contenders.peft(encoder, work, deltas)}
+        calls[f"ONNX {precision}"] = contenders.ours(encoder, work, deltas, "onnx", precision, lines)[0].run
+    calls |= {one.name: one.run for one in contenders.peft(encoder, work, deltas, lines)}
     expected = calls["torch engine"]()
     largest = {name: float((call() - expected).abs().max()) for name, call in calls.items()}
     taken = times(calls, rounds)
@@ -179,12 +188,16 @@ def server(encoder: Encoder, rounds: int) -> dict[str, Any]:
     return found
 
 
-def lines_of(path: str | None) -> Iterator[str]:
-    """Texts over and over."""
-    if path is None:
-        return itertools.cycle(SENTENCES)
-    with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
-        return itertools.cycle([json.loads(line)["text_a"] for line in itertools.islice(file, 5000)])
+def lines_of(path: str | None) -> list[str]:
+    """Texts: of a file, of three sets in turn, or of this project."""
+    found = {name: locate(SETS[name], "train") for name in REAL}
+    paths = [Path(path)] if path else [one for one in found.values() if one is not None]
+    return [line for lines in zip(*map(_lines, paths), strict=False) for line in lines] or list(SENTENCES)
+
+
+def _lines(path: Path) -> list[str]:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        return [json.loads(line)["text_a"] for line in itertools.islice(file, 5000)]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -221,12 +234,13 @@ def main() -> None:
     where = environment() | {"prepacked": encoder.prepack()}
     where["versions"]["onnxruntime"] = onnxruntime.__version__
     with tempfile.TemporaryDirectory() as directory:
-        rows = graphs(encoder, lines_of(options.texts), options.rounds, Path(directory))
+        lines = lines_of(options.texts)
+        rows = graphs(encoder, itertools.cycle(lines), options.rounds, Path(directory))
     result = {
         "benchmark": "onnx_engine",
         "environment": where,
         "graphs": rows,
-        "server": server(encoder, options.rounds),
+        "server": server(encoder, lines, options.rounds),
     }
     if options.output is not None:
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

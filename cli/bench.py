@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -40,6 +40,9 @@ def serving(
     sequences: Annotated[int, typer.Option(help="Sequences in the batch.", min=1)] = 64,
     deltas: Annotated[int, typer.Option(help="LoRA deltas among them.", min=1)] = 8,
     seed: Annotated[int, typer.Option(help="Seed of lengths, texts and deltas.")] = 0,
+    engine: Annotated[
+        Literal["torch", "onnx", "auto"], typer.Option(help="What runs our batches; auto: the faster one, as serve.")
+    ] = "torch",
     output: Annotated[Path | None, typer.Option(help="Write everything to this .json or .csv file.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with code 1 where a bar is missed.")] = False,
 ) -> None:
@@ -55,7 +58,7 @@ def serving(
     work = Workload(sequences, deltas, seed=seed)
     with progress() as bar:
         task = bar.add_task("rounds", total=rounds)
-        result = run(backbone, work, rounds, threads, lambda: bar.advance(task))
+        result = run(backbone, work, rounds, threads, lambda: bar.advance(task), engine)
     show(result)
     if output is not None:
         write(result.everything, output)
@@ -84,6 +87,6 @@ def show(result: Result) -> None:
     table("bars", ("ratio", "measured", "of CPU time", "promise", ""), bars, stderr=False)
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     note(f"{where['cpu']}, {where['threads']} of {where['cores']} cores, load {where['load_before']}; {versions}")
-    note(f"{where['date']}; rounds: {len(result.times[0].seconds)}")
+    note(f"{where['date']}; rounds: {len(result.times[0].seconds)}; ours runs on {where['engine']}")
     if result.missing:
         note(result.missing)

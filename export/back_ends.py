@@ -11,15 +11,16 @@ from bertology_serve.export.direct.emit import emit, obstacle
 from bertology_serve.export.graph import Graph
 from bertology_serve.export.onnx_model import to_onnx
 from bertology_serve.export.parts import Parts
-from bertology_serve.export.spec import ExportSpec
+from bertology_serve.export.spec import PORTABLE, ExportSpec
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """``direct`` or torch's exporter, and whether padding is left out of the work."""
+    """``direct`` or torch's exporter, whether padding is left out of the work, and the ONNX operator set."""
 
     direct: bool
     unpad: bool
+    opset: int
 
     @property
     def name(self) -> str:
@@ -31,17 +32,17 @@ def choose(parts: Parts, spec: ExportSpec) -> Chosen:
     """The direct back end where it can; raises Unsupported where it was asked for by name and cannot."""
     stands_in_the_way = obstacle(parts) if spec.back_end != "torch" else "another was asked for"
     if stands_in_the_way is None:
-        return Chosen(True, spec.unpads)
+        return Chosen(True, spec.unpads, spec.operators)
     if spec.back_end == "direct" or spec.unpad or spec.precision != "fp32":
         raise Unsupported(
             f"the direct back end cannot write this model: {stands_in_the_way}; leave out --back-end, --unpad and "
             "--precision: torch's exporter then writes it, padded and in float32"
         )
-    return Chosen(False, False)
+    return Chosen(False, False, PORTABLE if spec.opset is None else spec.opset)
 
 
 def write(parts: Parts, chosen: Chosen, spec: ExportSpec) -> onnx_ir.Model:
     """The ONNX model; raises what ``to_onnx`` raises."""
     if chosen.direct:
-        return emit(parts, spec.opset, chosen.unpad, spec.precision, fused=spec.target == "cuda")
-    return to_onnx(Graph(parts), spec.opset)
+        return emit(parts, chosen.opset, chosen.unpad, spec.precision, fused=spec.target == "cuda")
+    return to_onnx(Graph(parts), chosen.opset)

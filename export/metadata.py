@@ -49,7 +49,7 @@ def metadata(
         "target": spec.target,
         "verification": f"{parts.output} {_bound(spec)} the unmerged float32 torch engine in ONNX Runtime, "
         "or this file would not have been published; the figures are in verification.json",
-        "opset": spec.opset,
+        "opset": chosen.opset,
         "back_end": chosen.name,
         "unpadded": chosen.unpad,
         "tool": f"bertology-serve {bertology_serve.__version__}",

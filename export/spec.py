@@ -17,13 +17,21 @@ ON_CPU: tuple[Precision, ...] = ("int8-row", "int8-dynamic")
 Neighbours = Literal["nothing", "rounding", "anything"]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 OPSETS = (18, 23)
+NEWEST, PORTABLE = 23, 20
+"""Operator sets: one with an attention of its own, and one that older runtimes have."""
 MODEL = {"hf": "onnx/model.onnx", "flat": "model.onnx", "triton": "1/model.onnx"}
 """Where the file lies in a directory, by layout."""
 
 
+def fastest_on_cpu(precision: Precision) -> int:
+    """The operator set: between products in 8 bits, attention written out is faster than an operator of its own."""
+    return NEWEST if precision == "fp32" else PORTABLE
+
+
 @dataclass(frozen=True)
 class ExportSpec:
-    """``atol`` bounds |Δ| of every output between ONNX Runtime and torch; ``opset`` is the ONNX operator set.
+    """``atol`` bounds |Δ| of every output between ONNX Runtime and torch; ``opset`` is the ONNX operator set,
+    ``None`` that of the target (``operators``).
 
     ``unpad`` of ``None`` means: for the target ``cpu``, where the direct back end writes the file.
     """
@@ -33,7 +41,13 @@ class ExportSpec:
         default=False, metadata={"help": "With --merge: adapters, prompts and prefixes become nodes of the graph."}
     )
     atol: float = field(default=1e-5, metadata={"help": "Largest difference from torch that is accepted."})
-    opset: int = field(default=20, metadata={"help": "ONNX operator set, 18 to 23; 23 has an attention of its own."})
+    opset: int | None = field(
+        default=None,
+        metadata={
+            "help": "ONNX operator set, 18 to 23; 23 has an attention of its own. "
+            f"Default: {NEWEST} for the target cpu in fp32, else {PORTABLE}."
+        },
+    )
     target: Literal["cpu", "cuda", "portable"] = field(
         default="cpu",
         metadata={"help": "What it is to run on: cuda has ONNX Runtime's fused attention; portable is plain ONNX."},
@@ -65,7 +79,7 @@ class ExportSpec:
     overwrite: bool = field(default=False, metadata={"help": "Replace an earlier export."})
 
     def __post_init__(self) -> None:
-        if not OPSETS[0] <= self.opset <= OPSETS[1]:
+        if not OPSETS[0] <= self.operators <= OPSETS[1]:
             raise SpecError(f"opset is {self.opset}; expected {OPSETS[0]} to {OPSETS[1]}")
         if not self.atol > 0:
             raise SpecError(f"atol is {self.atol}; expected a number above 0, such as 1e-5")
@@ -77,6 +91,12 @@ class ExportSpec:
             raise SpecError(
                 f"precision {self.precision} is for CPUs; for the target cuda take fp16, fp32 or int8-nbits"
             )
+
+    @property
+    def operators(self) -> int:
+        """The ONNX operator set of a file that the direct back end writes."""
+        default = fastest_on_cpu(self.precision) if self.target == "cpu" else PORTABLE
+        return default if self.opset is None else self.opset
 
     @property
     def drift(self) -> float:

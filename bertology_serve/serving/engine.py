@@ -19,7 +19,7 @@ from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.queue import WorkQueue
 from bertology_serve.serving.scheduler import FairScheduler
 from bertology_serve.serving.sizes import check_size
-from bertology_serve.serving.times import BatchTimes
+from bertology_serve.serving.times import BatchTimes, Rung
 from bertology_serve.serving.vitals import Vitals
 from bertology_serve.serving.work import Outcome, Ticket, Work
 
@@ -64,9 +64,9 @@ class Engine:
         """Whether new calls are welcome."""
         return self.state == READY
 
-    def warm_up(self, known: Sequence[tuple[int, float]] = ()) -> list[tuple[int, float]]:
+    def warm_up(self, known: Sequence[Rung] = ()) -> list[Rung]:
         """Runs a few sentences, so that the first call finds kernels and memory in place; times a ladder of sizes, or
-        takes one that is ``known``. Returns the ladder: tokens and seconds.
+        takes one that is ``known``. Returns the ladder.
         """
         for count in (1, 4):
             requests = [Request(BASE, {"text": text}) for text in WARM_UP * count]
@@ -75,8 +75,8 @@ class Engine:
         ladder = list(known) or climb(self.pipeline, times.cap, times.most)
         times.start(ladder)
         log.info(
-            "a batch takes %.1f ms and %.1f µs a token: %d tokens fit into %g ms",
-            1e3 * times.fixed, 1e6 * times.per_token, times.budget, 1e3 * times.cap,
+            "a batch takes %.1f ms and %.1f µs a token, %.3f %% more for each before it: %d tokens fit into %g ms",
+            1e3 * times.fixed, 1e6 * times.per_token, 100 * times.bend, times.budget, 1e3 * times.cap,
         )  # fmt: skip
         return ladder
 

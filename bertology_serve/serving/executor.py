@@ -55,7 +55,7 @@ class Executor:
                 work.started = now
             outcomes = self._judged([work.job for work in batch])
             seconds = time.perf_counter() - start
-            self._queue.served(sum(work.cost for work in batch), seconds)
+            self._queue.served(batch, seconds)
             self._deliver(batch, outcomes)
             self._observe(batch, seconds)
 

@@ -22,19 +22,19 @@ from bertology_serve.export.bench.environment import environment
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.files import writing
 from bertology_serve.serving.settling import Setting
+from bertology_serve.serving.times import Rung
 
 log = logging.getLogger(__name__)
 DAYS = 7.0  # after which it is found anew
 SETTLED = ("cpu", "cores", "threads", "versions")  # of the environment: what does not change by itself
-Ladder = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
 class Findings:
-    """``setting`` as it was settled; ``ladder`` the seconds that batches of so many tokens took."""
+    """``setting`` as it was settled; ``ladder`` how long batches took."""
 
     setting: Setting
-    ladder: Ladder
+    ladder: tuple[Rung, ...]
 
 
 def circumstances(pipeline: Residents, setting: Setting, config: ServerConfig, device: str) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def recall(where: Mapping[str, Any], folder: Path | None = None) -> Findings | N
         found = msgspec.json.decode(path.read_bytes(), type=Findings)
     except (OSError, ValueError):
         return None
-    return found if found.ladder and all(tokens > 0 and seconds > 0 for tokens, seconds in found.ladder) else None
+    return found if found.ladder and all(min(rung) > 0 for rung in found.ladder) else None
 
 
 def keep(where: Mapping[str, Any], findings: Findings, folder: Path | None = None) -> None:

@@ -6,28 +6,36 @@ import time
 from collections.abc import Callable
 from statistics import median
 
-from bertology_serve.encoder.pipeline import BASE, Request, Residents
+from bertology_serve.encoder.pipeline import BASE, Job, Request, Residents
+from bertology_serve.serving.times import Rung
+from bertology_serve.serving.work import squares_of
 
 SENTENCE = "a sentence of some twenty words or so, as people send them to a server that reads what they mean"
+LONG = " ".join([SENTENCE] * 16)
 FIRST, REPEATS = 32, 3
 
 
-def climb(
-    pipeline: Residents, cap: float, most: int, clock: Callable[[], float] = time.perf_counter
-) -> list[tuple[int, float]]:
-    """(tokens, seconds) of batches of about 32 tokens, 64, 128 ... up to ``most``, or until one takes twice ``cap``."""
-    job = pipeline.prepare(Request(BASE, {"text": SENTENCE}))
-    rungs: list[tuple[int, float]] = []
-    size = FIRST
-    while size <= max(most, FIRST):
-        jobs = [job] * max(1, round(size / job.cost))
-        seconds = []
-        for _ in range(REPEATS):
-            start = clock()
-            pipeline.run(jobs)
-            seconds.append(clock() - start)
-        rungs.append((job.cost * len(jobs), median(seconds)))
-        if rungs[-1][1] > 2 * cap:
-            break
-        size *= 2
+def climb(pipeline: Residents, cap: float, most: int, clock: Callable[[], float] = time.perf_counter) -> list[Rung]:
+    """(tokens, Σlen², seconds) of batches of about 32 tokens, 64, 128 ... up to ``most``, or until one takes twice
+    ``cap``: of short sentences, then of a text as long as the encoder's base reads.
+    """
+    rungs: list[Rung] = []
+    for text in (SENTENCE, LONG):
+        job, last = pipeline.prepare(Request(BASE, {"text": text})), 0.0
+        size = FIRST if text == SENTENCE else job.cost
+        while size <= max(most, FIRST) and last <= 2 * cap:
+            jobs = [job] * max(1, round(size / job.cost))
+            last = _timed(pipeline, jobs, clock)
+            rungs.append((job.cost * len(jobs), squares_of(job) * len(jobs), last))
+            size *= 2
     return rungs
+
+
+def _timed(pipeline: Residents, jobs: list[Job], clock: Callable[[], float]) -> float:
+    """The median seconds of a batch."""
+    seconds = []
+    for _ in range(REPEATS):
+        start = clock()
+        pipeline.run(jobs)
+        seconds.append(clock() - start)
+    return median(seconds)

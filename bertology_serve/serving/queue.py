@@ -134,10 +134,11 @@ class WorkQueue:
                 self._scheduler.drop(work)
             return len(waiting)
 
-    def served(self, tokens: int, seconds: float) -> None:
+    def served(self, works: Sequence[Work], seconds: float) -> None:
         """Tells the queue how long a batch took; the next are as large as fits into the time that they may take."""
-        self.times.observe(tokens, seconds)
-        self._scheduler.max_tokens = self.times.budget
+        times = self.times
+        times.observe(times.size(sum(work.cost for work in works), sum(work.squares for work in works)), seconds)
+        self._scheduler.max_tokens, self._scheduler.bend = times.budget, times.bend
 
     def close(self) -> None:
         """Takes no more work; what is queued is still handed out."""

@@ -24,13 +24,14 @@ DEFAULT_WEIGHT = 1.0
 class FairScheduler:
     """The order of the queue. ``WorkQueue`` calls it under its lock, with its own clock's time in seconds.
 
-    Batches hold up to ``max_tokens``, of whatever deltas; work beyond that goes alone. A batch ends at the first piece
-    that does not fit, so that nothing overtakes it. ``weights`` are by delta, 1 for those not named.
-    ``total`` counts what waits.
+    Batches hold up to ``max_tokens``, of whatever deltas, work counting as ``cost + bend · squares``; work beyond that
+    goes alone. A batch ends at the first piece that does not fit, so that nothing overtakes it. ``weights`` are by
+    delta, 1 for those not named. ``total`` counts what waits.
     """
 
     def __init__(self, max_tokens: int, weights: Mapping[str, float] | None = None) -> None:
-        self.max_tokens = max_tokens
+        self.max_tokens: float = max_tokens
+        self.bend = 0.0
         self._weights = dict(weights or {})
         self.total = Tally()
         self._lanes: dict[str, Lane] = {}
@@ -70,7 +71,7 @@ class FairScheduler:
     def pick(self, now: float) -> list[Work]:
         """Removes and returns the next batch, work of any deltas together; empty when nothing waits."""
         batch: list[Work] = []
-        tokens = 0
+        filled = 0.0
         while self._queue:
             lane = self._queue[0][2]
             work = lane.first(now)
@@ -78,11 +79,12 @@ class FairScheduler:
                 heapq.heappop(self._queue)
                 self._closed(lane)
                 continue
-            if batch and tokens + work.cost > self.max_tokens:
+            size = work.cost + self.bend * work.squares
+            if batch and filled + size > self.max_tokens:
                 break
             self._floor = lane.counter
             batch.append(lane.take())
-            tokens += work.cost
+            filled += size
             if lane.waiting.items:
                 heapq.heapreplace(self._queue, (lane.counter, next(self._order), lane))
             else:

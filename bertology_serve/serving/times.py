@@ -1,10 +1,17 @@
-"""How long a batch takes, as a line: seconds = a + b·tokens. Found at start-up, refitted as batches run."""
+"""How long a batch takes: seconds = a + b·tokens + c·Σlen². Found at start-up, refitted as batches run.
+
+``c / b`` is how much more a token of a longer sequence costs, which is the model's own; it is found at start-up. A
+batch's size is then ``tokens + (c / b)·Σlen²``, and what is refitted is a line over sizes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-FIRST_GUESS = ((0, 0.002), (1000, 0.102))  # before anything was measured
+import numpy as np
+
+Rung = tuple[int, int, float]  # tokens, Σlen², seconds
+FIRST_GUESS: tuple[Rung, ...] = ((0, 0, 0.002), (1000, 0, 0.102))  # before anything was measured
 FADES = 0.98  # what a batch weighs after the next one: the last fifty count
 WILDEST = 4.0  # a batch counts as at most so many times as long as expected
 Sums = tuple[float, float, float, float, float]  # weight, sums of x, y, xx, xy
@@ -12,47 +19,54 @@ NOTHING: Sums = (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class BatchTimes:
-    """A least-squares line over measured ``(tokens, seconds)``, older batches fading; and the budget that follows.
+    """A least-squares line over measured ``(size, seconds)``, older batches fading; and the budget that follows.
 
-    ``cap`` is the seconds that a batch may take, ``most`` the tokens that it may hold at all. The measurements of the
+    ``cap`` is the seconds that a batch may take, ``most`` the size that it may have at all. The measurements of the
     start stay in with the weight of one each, so that batches of always the same size do not turn the line.
+    ``bend`` is c / b.
 
     Where a batch's fixed part fills the cap, its tokens get as long as that part had at the start, or as the cap:
     batches of one text each would only make everything wait longer on a machine that is too slow for the cap anyway.
     """
 
-    def __init__(self, cap: float, most: int, ladder: Iterable[tuple[int, float]] = FIRST_GUESS) -> None:
+    def __init__(self, cap: float, most: int, ladder: Iterable[Rung] = FIRST_GUESS) -> None:
         self.cap, self.most = cap, most
         self.start(ladder)
 
-    def start(self, ladder: Iterable[tuple[int, float]]) -> None:
+    def start(self, ladder: Iterable[Rung]) -> None:
         """Begins anew from measurements of several sizes."""
-        self._ladder = _sums(ladder)
+        rungs = list(ladder)
+        self.bend = bend_of(rungs)
+        self._ladder = _sums([(self.size(tokens, squares), seconds) for tokens, squares, seconds in rungs])
         self._recent, self._knee = NOTHING, 0.0
         self._fit()
         self._knee = self.fixed / self.per_token
         self._fit()
 
-    def observe(self, tokens: int, seconds: float) -> None:
+    def size(self, tokens: float, squares: float) -> float:
+        """The size of a batch of sequences whose lengths' squares sum to ``squares``."""
+        return tokens + self.bend * squares
+
+    def observe(self, size: float, seconds: float) -> None:
         """Learns from one batch."""
-        y = min(seconds, WILDEST * self.seconds(tokens))
+        y = min(seconds, WILDEST * self.seconds(size))
         weight, xs, ys, xxs, xys = self._recent
         self._recent = (
             FADES * weight + 1.0,
-            FADES * xs + tokens,
+            FADES * xs + size,
             FADES * ys + y,
-            FADES * xxs + tokens * tokens,
-            FADES * xys + tokens * y,
+            FADES * xxs + size * size,
+            FADES * xys + size * y,
         )
         self._fit()
 
-    def seconds(self, tokens: float) -> float:
+    def seconds(self, size: float) -> float:
         """What a batch of that size is expected to take."""
-        return self.fixed + self.per_token * tokens
+        return self.fixed + self.per_token * size
 
     @property
     def rate(self) -> float:
-        """Tokens a second in batches of the budget's size."""
+        """Tokens a second in batches of the budget's size, if they are short sequences'."""
         return self.budget / self.seconds(self.budget)
 
     def _fit(self) -> None:
@@ -68,8 +82,17 @@ class BatchTimes:
         self.budget = max(1, min(self.most, int(max(fits, least))))
 
 
-def _sums(points: Iterable[tuple[int, float]]) -> Sums:
-    points = list(points)
+def bend_of(rungs: list[Rung]) -> float:
+    """c / b of the plane through measurements; 0 where they are no plane that rises, or all of like lengths."""
+    table = np.array([(1.0, tokens, squares) for tokens, squares, _ in rungs])
+    if np.linalg.matrix_rank(table / np.maximum(table.max(axis=0), 1.0)) < table.shape[1]:
+        return 0.0
+    _, slope, curve = np.linalg.lstsq(table, np.array([seconds for *_, seconds in rungs]), rcond=None)[0].tolist()
+    longest = max(squares / tokens for tokens, squares, _ in rungs if tokens)
+    return min(curve / slope, 1 / longest) if slope > 0 and curve > 0 else 0.0  # noise: no token costs twice as much
+
+
+def _sums(points: list[tuple[float, float]]) -> Sums:
     return (
         float(len(points)),
         sum(x for x, _ in points),

@@ -24,18 +24,19 @@ DEFAULT_PRIORITY = 5  # of calls that ask for none
 
 
 class Work:
-    """One job of one call. ``cost`` is in tokens, ``arrived``, ``started`` and ``deadline`` in seconds of the queue's
-    clock; 0: not yet.
+    """One job of one call. ``cost`` is in tokens, ``squares`` the sum of its sequences' squared lengths; ``arrived``,
+    ``started`` and ``deadline`` are in seconds of the queue's clock; 0: not yet.
 
     Of one delta's work that with the lowest ``priority`` goes first; 0 asks for none.
     """
 
-    __slots__ = ("arrived", "cost", "deadline", "index", "job", "priority", "started", "state", "ticket")
+    __slots__ = ("arrived", "cost", "deadline", "index", "job", "priority", "squares", "started", "state", "ticket")
 
     def __init__(self, job: Job, ticket: Ticket, index: int, deadline: float = math.inf, priority: int = 0) -> None:
         self.job, self.ticket, self.index, self.deadline = job, ticket, index, deadline
         self.priority = priority or DEFAULT_PRIORITY
-        self.cost, self.arrived, self.started, self.state = job.cost, 0.0, 0.0, State.WAITING
+        self.cost, self.squares = job.cost, squares_of(job)
+        self.arrived, self.started, self.state = 0.0, 0.0, State.WAITING
 
     @property
     def delta(self) -> str:
@@ -46,6 +47,11 @@ class Work:
     def version(self) -> str:
         """The version of it that the call began with."""
         return self.job.ready.delta.version
+
+
+def squares_of(job: Job) -> int:
+    """The sum of the squares of a job's sequences' lengths: what attention costs."""
+    return sum(len(encoding) ** 2 for encoding in job.encodings)
 
 
 class Ticket:

@@ -21,10 +21,9 @@ from bertology_serve.export.onnx_model import save
 from bertology_serve.export.parts import Parts
 from bertology_serve.export.reference import Reference
 from bertology_serve.export.session import Session
-from bertology_serve.export.spec import Precision
+from bertology_serve.export.spec import PORTABLE, Precision, fastest_on_cpu
 from bertology_serve.tasks.spec import Encoding
 
-OPSET, OLDER_OPSET = 23, 20
 ROUNDED, APPROXIMATE, COARSE = 1e-5, 0.02, 0.3
 """What is accepted of float32, of other tools, which put cheaper GELUs in, and of 8 bits."""
 Logits = NDArray[np.float32]
@@ -33,14 +32,14 @@ DENSE_ROW, UNPADDED_ROW = "ours, dense, int8-row", "ours, unpadded, int8-row"
 EAGER, PREPACKED, COMPILED = "torch eager", "torch prepacked", "torch.compile"
 ENGINE = "our torch engine"
 FORMS: dict[str, tuple[bool, Precision, int]] = {
-    DENSE: (False, "fp32", OPSET),
-    f"{DENSE}, opset {OLDER_OPSET}": (False, "fp32", OLDER_OPSET),
-    UNPADDED: (True, "fp32", OPSET),
-    f"{UNPADDED}, opset {OLDER_OPSET}": (True, "fp32", OLDER_OPSET),
-    DENSE_ROW: (False, "int8-row", OPSET),
-    UNPADDED_ROW: (True, "int8-row", OPSET),
-    "ours, unpadded, int8-nbits": (True, "int8-nbits", OPSET),
-    "ours, unpadded, int8-dynamic": (True, "int8-dynamic", OPSET),
+    DENSE: (False, "fp32", fastest_on_cpu("fp32")),
+    f"{DENSE}, opset {PORTABLE}": (False, "fp32", PORTABLE),
+    UNPADDED: (True, "fp32", fastest_on_cpu("fp32")),
+    f"{UNPADDED}, opset {PORTABLE}": (True, "fp32", PORTABLE),
+    DENSE_ROW: (False, "int8-row", fastest_on_cpu("int8-row")),
+    UNPADDED_ROW: (True, "int8-row", fastest_on_cpu("int8-row")),
+    "ours, unpadded, int8-nbits": (True, "int8-nbits", fastest_on_cpu("int8-nbits")),
+    "ours, unpadded, int8-dynamic": (True, "int8-dynamic", fastest_on_cpu("int8-dynamic")),
 }
 """Name -> whether padding is left out, precision, opset."""
 

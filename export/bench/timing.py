@@ -1,7 +1,11 @@
-"""Interleaved timing: every round runs every contender once, so that a machine's moods strike all of them."""
+"""Interleaved timing: every round runs every contender once, so that a machine's moods strike all of them.
+
+What ran before leaves its traces in caches, so the order is another one in each round.
+"""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,14 +47,13 @@ class Timed:
 
 
 def interleave(contenders: Sequence[Contender], rounds: int, advance: Callable[[], None] = lambda: None) -> list[Timed]:
-    """Times of ``rounds`` rounds after a warm-up; each round begins with another contender."""
+    """Times of ``rounds`` rounds after a warm-up; each round in an order of its own, the same ones every time."""
     for contender in contenders:
         for _ in range(WARM_UP):
             contender.run()
     rounds_of: dict[str, list[tuple[float, float]]] = {contender.name: [] for contender in contenders}
     for number in range(rounds):
-        turn = number % len(contenders)
-        for contender in [*contenders[turn:], *contenders[:turn]]:
+        for contender in random.Random(number).sample(contenders, len(contenders)):
             wall, cpu = time.perf_counter(), time.process_time()
             contender.run()
             rounds_of[contender.name].append((time.perf_counter() - wall, time.process_time() - cpu))

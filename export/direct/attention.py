@@ -9,6 +9,7 @@ import torch
 from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
+from bertology_serve.deltas.slots import OUTPUT
 from bertology_serve.export.direct.modules import Modules
 from bertology_serve.export.direct.nodes import CONTRIB, Value, counted, joined
 from bertology_serve.export.direct.rows import Rows
@@ -44,8 +45,8 @@ class Attention:
         """q, k, v as ``grid`` makes them, rotated already -> [T, H]."""
         if self.nodes.fused:
             return self._fused(layer, q, k, v)
-        out = self._prefixed(layer, q, k, v, self._mask(layer))
-        return self.rows.flat(out, self.parts.anatomy.heads_of(layer), self.width)
+        out, heads = self._prefixed(layer, q, k, v, self._mask(layer)), self.parts.anatomy.heads_of(layer)
+        return self.modules.gated(OUTPUT, layer, lambda: self.rows.flat(out, heads, self.width))
 
     def _prefixed(self, layer: int, q: Value, k: Value, v: Value, mask: Value) -> Value:
         """q, k, v [B, heads, R, D], the delta's prefix put before k and v -> [B, heads, R, D]."""

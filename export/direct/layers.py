@@ -64,7 +64,8 @@ def post_norm(m: Modules, attend: Attention, layer: int, x: Value) -> Value:
     grid = partial(attend.grid, layer)
     seen = attend.grids(layer, *(m.linear(slot, layer, x, then=grid) for slot in (QUERY, KEY, VALUE)))
     x = m.norm(ATTENTION_NORM, layer, m.linear(OUTPUT, layer, seen, residual=x))
-    return m.norm(FFN_NORM, layer, m.linear(DOWN, layer, m.linear(UP, layer, x, then=act), residual=x))
+    inner = m.linear(UP, layer, x, then=lambda y: m.gated(DOWN, layer, lambda: act(y)))
+    return m.norm(FFN_NORM, layer, m.linear(DOWN, layer, inner, residual=x))
 
 
 def pre_norm(m: Modules, attend: Attention, layer: int, x: Value) -> Value:
@@ -73,4 +74,4 @@ def pre_norm(m: Modules, attend: Attention, layer: int, x: Value) -> Value:
     normed = m.norm(ATTENTION_NORM, layer, x) if m.has(ATTENTION_NORM, layer) else x
     x = m.linear(OUTPUT, layer, attend(layer, *m.linear(QKV, layer, normed).split(3, axis=1)), residual=x)
     up, gate = m.linear(UP_GATE, layer, m.norm(FFN_NORM, layer, x)).split(2, axis=1)
-    return m.linear(DOWN, layer, act(up) * gate, residual=x)
+    return m.linear(DOWN, layer, m.gated(DOWN, layer, lambda: act(up) * gate), residual=x)

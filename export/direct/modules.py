@@ -28,7 +28,7 @@ class Modules:
 
     def __init__(self, nodes: Nodes, parts: Parts, precision: Precision = "fp32") -> None:
         self.nodes, self.parts = nodes, parts
-        self._product = PRODUCTS[precision]
+        self._product, self._apart = PRODUCTS[precision], precision == "int8-row"
         self._updates: dict[str, list[tuple[Slot, int]]] = defaultdict(list)
         self._adapters: dict[str, list[tuple[str, int]]] = defaultdict(list)
         effects = parts.effects
@@ -74,13 +74,21 @@ class Modules:
             terms = [y]
         return then(self.summed(terms, residual))
 
+    def gated(self, slot: str, layer: int, x: Callable[[], Value]) -> Value:
+        """What ``x`` builds, the input of a linear, times the delta's factors."""
+        return x()
+
     def frozen(self, path: str, x: Value) -> list[Value]:
         """``x W`` and, where there is one, ``b``."""
         y, bias = self._product(x, f"{path}.weight", self.parts.state[f"{path}.weight"]), self.own(f"{path}.bias")
         return [y] if bias is None else [y, bias]
 
-    def summed(self, terms: list[Value], residual: Value | None) -> Value:
-        if residual is None and len(terms) == 2:
+    def summed(self, terms: list[Value], residual: Value | None = None) -> Value:
+        """As ONNX Runtime is quickest with it: a product and its bias as ``Add``, of which it makes one node.
+
+        Where rows are quantised one by one a ``Sum``: its kernel of bias and GELU together is slower than the two.
+        """
+        if residual is None and len(terms) == 2 and not self._apart:
             return terms[0] + terms[1]
         return self.nodes.total(*terms, *([] if residual is None else [residual]))
 
@@ -113,13 +121,11 @@ class Modules:
             if low is not None:
                 right, left = low.at(slot, layer)
                 a, b = self.mine(f"{place}.a", right.T), self.mine(f"{place}.b", left)
-                yield self._widened(x @ a @ b, [0, lo, 0, width - hi])
+                yield self.widened(x @ a @ b, [0, lo, 0, width - hi])
             if shift is not None:
-                yield self._widened(
-                    self.mine(f"{place}.bias", shift[layer, : slot.outputs_of(layer)]), [lo, width - hi]
-                )
+                yield self.widened(self.mine(f"{place}.bias", shift[layer, : slot.outputs_of(layer)]), [lo, width - hi])
 
-    def _widened(self, value: Value, pads: list[int]) -> Value:
+    def widened(self, value: Value, pads: list[int]) -> Value:
         """Zeros around the columns that a slot names of a packed projection."""
         return self.nodes("Pad", value, pads, 0.0) if any(pads) else value
 

@@ -93,16 +93,30 @@ class Nodes:
 
         Only one of the two is computed. Both may use every value made before; what they make is theirs alone.
         """
-        branches = {"then_branch": self._branch(then), "else_branch": self._branch(otherwise)}
-        node = ir.node("If", [condition.ir], branches)
-        self._nodes.append(node)
-        return Value(self, self._called(node.outputs[0], "If"))
+        return self.choose_all(condition, [ir.DataType.FLOAT], lambda: [then()], lambda: [otherwise()])[0]
 
-    def _branch(self, build: Callable[[], Value]) -> ir.Graph:
+    def choose_all(
+        self,
+        condition: Value,
+        kinds: Sequence[ir.DataType],
+        then: Callable[[], Sequence[Value]],
+        otherwise: Callable[[], Sequence[Value]],
+    ) -> tuple[Value, ...]:
+        """The same for several values, of these ``kinds``."""
+        branches = {"then_branch": self._branch(then, kinds), "else_branch": self._branch(otherwise, kinds)}
+        node = ir.node("If", [condition.ir], branches, num_outputs=len(kinds))
+        self._nodes.append(node)
+        return tuple(Value(self, self._called(found, "If")) for found in node.outputs)
+
+    def _branch(self, build: Callable[[], Sequence[Value]], kinds: Sequence[ir.DataType]) -> ir.Graph:
         outside, self._nodes, self._made = self._nodes, [], self._made.new_child()
-        out = self("Identity", build()).ir
-        out.type = ir.TensorType(ir.DataType.FLOAT)
-        graph = ir.Graph([], [out], nodes=self._nodes, name=f"{out.name}_branch")
+        outputs = []
+        for value, kind in zip(build(), kinds, strict=True):
+            node = ir.node("Identity", [value.ir])
+            node.outputs[0].type = ir.TensorType(kind)
+            self._nodes.append(node)
+            outputs.append(self._called(node.outputs[0], "Identity"))
+        graph = ir.Graph([], outputs, nodes=self._nodes, name=f"{outputs[0].name}_branch")
         self._nodes, self._made = outside, self._made.parents
         return graph
 
@@ -251,7 +265,7 @@ class Value:
         return self.nodes("Clip", self, low, high)
 
     def reduce(self, how: str, axis: int, keep: bool = False) -> Value:
-        """``how``: Sum, Max."""
+        """``how``: Sum, Max, Min."""
         return self.nodes(f"Reduce{how}", self, [axis], keepdims=int(keep))
 
 

@@ -33,7 +33,7 @@ def facts_of(base: Delta, parts: Parts, spec: ExportSpec, name: str, longest: in
         "inputs": f"{', '.join(parts.inputs)}: {SEMANTICS}; delta: int64 [batch], the number of each row's delta",
         "outputs": OUTPUTS,
         "precision": spec.precision,
-        "opset": spec.opset,
+        "opset": spec.operators,
         "back_end": "direct",
         "unpadded": True,
         "tool": f"bertology-serve {bertology_serve.__version__}",

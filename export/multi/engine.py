@@ -21,25 +21,23 @@ from bertology_serve.export.multi.feed import Feed, texts
 from bertology_serve.export.onnx_model import save
 from bertology_serve.export.parts import Parts, parts_of
 from bertology_serve.export.session import Session
-from bertology_serve.export.spec import MultiPrecision
-
-OPSET = 20
+from bertology_serve.export.spec import MultiPrecision, fastest_on_cpu
 
 
 class OnnxEngine:
     """``run`` gives the rows that ``Encoder.run`` gives, from the same batches and the same bank.
 
     The graph is made once, of the encoder alone; deltas are its inputs and come and go in the bank. It holds a copy of
-    the encoder's weights of its own. Batches with deltas that the graph has no place for, those that scale rows, are
-    run by torch. Raises Unsupported for an encoder that it cannot take, or without ONNX Runtime.
+    the encoder's weights of its own. Batches with deltas that the graph has no place for, factors on what several
+    linears read, are run by torch. Raises Unsupported for an encoder that it cannot take, or without ONNX Runtime.
     """
 
-    def __init__(self, encoder: Encoder, precision: MultiPrecision = "fp32", opset: int = OPSET) -> None:
+    def __init__(self, encoder: Encoder, precision: MultiPrecision = "fp32", opset: int | None = None) -> None:
         self.encoder, self.parts, self.precision = encoder, parts_for(encoder), precision
         self._feed, self._hidden = Feed(encoder.anatomy), encoder.anatomy.hidden
         with tempfile.TemporaryDirectory(prefix="bertology-serve-") as directory:
             path = Path(directory) / "model.onnx"
-            save(emit_hidden(self.parts, opset, precision), path)
+            save(emit_hidden(self.parts, opset or fastest_on_cpu(precision), precision), path)
             self._session = Session(path)
 
     @property

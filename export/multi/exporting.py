@@ -57,7 +57,7 @@ def export_many(
     check_target(target, spec.overwrite)
     references, started = references_of(encoder, deltas), time.perf_counter()
     parts, library = parts_for(encoder, INSTEAD), library_of(encoder, deltas)
-    model = emit_answers(parts, spec.opset, spec.precision, head_eps(encoder))
+    model = emit_answers(parts, spec.operators, spec.precision, head_eps(encoder))
     facts = facts_of(_base(encoder), parts, spec, name, min(one.max_length for one in library.cards))
     annotate(model, facts)
     with staging(target) as stage:

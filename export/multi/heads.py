@@ -106,7 +106,7 @@ class Heads:
         """Rows [n, K] times their owners' matrices, plus their biases -> [n, N]."""
         nodes, weight, bias = self.nodes, self.stacks[stack], self.stacks[f"{stack}_bias"]
         which = self.form.gather([column], 1).squeeze(1).gather(runs.owners)
-        every = runs.tiled(x).unsqueeze(1) @ weight.gather(which) + bias.gather(which).unsqueeze(2)
+        every = runs.tiled(x, self.hidden).unsqueeze(1) @ weight.gather(which) + bias.gather(which).unsqueeze(2)
         own = (every * runs.mask.transpose(0, 2, 1).unsqueeze(3)).reduce("Sum", 1)
         return nodes("Reshape", own, joined(0, nodes.value([-1]), bias.size(1)))
 

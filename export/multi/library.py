@@ -22,7 +22,7 @@ from bertology_serve.export.metadata import delta_hash, longest
 from bertology_serve.export.multi import heads
 from bertology_serve.export.multi.emit import EMBEDDING, LOGITS, TOKEN_LOGITS
 from bertology_serve.export.multi.feed import Arrays, Feed
-from bertology_serve.export.multi.stacks import INDEX
+from bertology_serve.export.multi.stacks import GATED, INDEX
 from bertology_serve.tasks.heads import Head, Layer
 from bertology_serve.tasks.spec import EMBEDDING as VECTORS
 
@@ -102,9 +102,13 @@ def _single(encoder: Encoder, delta: Delta) -> Library:
     delta = encoder.fitted(delta)
     bank, feed = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device), Feed(encoder.anatomy)
     effects = encoder.allowed(delta.effects(encoder.anatomy))
-    if effects.scale or effects.inner:
-        raise Unsupported(f"delta {delta.name!r} scales the encoder's rows; export it by itself, with --merge")
     entry = bank.add(delta.name, effects) if delta.specs else BARE
+    if not feed.takes([entry]):
+        stuck = ", ".join(sorted(effects.inner.keys() - {*GATED}))
+        raise Unsupported(
+            f"delta {delta.name!r} scales the inputs of {stuck}, which the graph has for {' and '.join(GATED)} alone; "
+            "export it by itself, with --merge"
+        )
     stacks = {name: array[:, : _height(name, entry.rows)].copy() for name, array in feed.stacks(bank).items()}
     tables = {name: array for name, array in feed.tables([entry]).items() if name != INDEX}
     return Library(stacks | tables | _head(encoder, delta), (_card(encoder, delta),))

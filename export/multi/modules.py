@@ -6,8 +6,13 @@ comes after a module is built into the branches, for one that handed its input o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+
+import numpy as np
+
 from bertology_serve.deltas.slots import Slot
-from bertology_serve.encoder.bank import PROMPT, adapter
+from bertology_serve.encoder.bank import PROMPT, adapter, inner, scale
 from bertology_serve.export.direct.modules import Modules, Then, same
 from bertology_serve.export.direct.nodes import Value
 from bertology_serve.export.direct.rows import Rows
@@ -52,28 +57,43 @@ class MixedModules(Modules):
         used = linear.used | self.changes.used(name) if slot in self.adapters else linear.used
         return self.nodes.choose(used, changed, lambda: then(linear.unchanged()))
 
+    def gated(self, slot: str, layer: int, x: Callable[[], Value]) -> Value:
+        place = inner(slot)
+        return self.nodes.choose(self.changes.used(place), lambda: x() * self.changes.factors(place, layer, 1.0), x)
+
     def norm(self, slot: str, layer: int, x: Value) -> Value:
-        """``LN(x) + b``; used again around an adapter: ``LN(adapter(LN(x)) + x)``."""
-        path, name = self.path(slot, layer), adapter(slot)
+        """``LN(x) + n g + b``, n without weight and bias; used again around an adapter: ``LN(adapter(LN(x)) + x)``."""
+        path, name, changes, choose = self.path(slot, layer), adapter(slot), self.changes, self.nodes.choose
 
-        def shifted(rows: Value) -> Value:
-            return self.changes.added(slot, layer, rows, None, lambda b: self._normed(path, rows) + b)
+        def shifted(rows: Value, *more: Value) -> Value:
+            def total(terms: Sequence[Value] = ()) -> Value:
+                return self.nodes.total(self._normed(path, rows), *more, *terms)
 
-        def shifted_if_used(rows: Value) -> Value:
-            return self.nodes.choose(self.changes.used(slot), lambda: shifted(rows), lambda: self._normed(path, rows))
+            return choose(changes.used(slot), lambda: changes.added(slot, layer, rows, None, total), total)
+
+        def weighted(rows: Value) -> Value:
+            def scaled() -> Value:
+                return shifted(rows, self._unweighted(path, rows) * changes.factors(scale(slot), layer))
+
+            return choose(changes.used(scale(slot)), scaled, lambda: shifted(rows))
 
         def through() -> Value:
-            y = shifted_if_used(x)
-            return shifted_if_used(self.changes.adapted(name, layer, y) + x)
+            y = weighted(x)
+            return weighted(self.changes.adapted(name, layer, y) + x)
 
         def changed() -> Value:
             if slot not in self.adapters:
-                return shifted(x)
-            return self.nodes.choose(self.changes.used(name), through, lambda: shifted(x))
+                return weighted(x)
+            return choose(changes.used(name), through, lambda: weighted(x))
 
-        used = self.changes.used(slot)
-        used = used | self.changes.used(name) if slot in self.adapters else used
-        return self.nodes.choose(used, changed, lambda: self._normed(path, x))
+        used = changes.used(slot) | changes.used(scale(slot))
+        used = used | changes.used(name) if slot in self.adapters else used
+        return choose(used, changed, lambda: self._normed(path, x))
+
+    def _unweighted(self, path: str, x: Value) -> Value:
+        """The norm without weight and bias."""
+        ones = self.nodes.constant(np.ones(self.parts.state[f"{path}.weight"].shape, np.float32))
+        return self.nodes("LayerNormalization", x, ones, axis=-1, epsilon=self._epsilon)
 
 
 class _Linear:
@@ -83,45 +103,62 @@ class _Linear:
         self.modules, self.changes, self.nodes, self.layer, self.x = modules, modules.changes, modules.nodes, layer, x
         path = modules.path(slot, layer)
         self.slots = [other for other in modules.parts.anatomy.slots.values() if path in other.paths]
-        self.residual, (self.product, *bias) = residual, modules.frozen(path, x)
-        self.bias = bias[0] if bias else None
+        self.residual, self.terms = residual, modules.frozen(path, x)
         if residual is None:  # made before the branches: product and bias are then one node to ONNX Runtime
             _ = self.plain
-        self.used = self.changes.used(self.slots[0].name)
-        for other in self.slots[1:]:
-            self.used = self.used | self.changes.used(other.name)
+        self.scaled = self._any(scale(other.name) for other in self.slots)
+        self.used = self._any(other.name for other in self.slots) | self.scaled
+
+    def _any(self, places: Iterable[str]) -> Value:
+        return reduce(Value.__or__, map(self.changes.used, places))
 
     @property
     def plain(self) -> Value:
         """``x W + b``."""
-        return self.product if self.bias is None else self.product + self.bias
+        return self.modules.summed(self.terms)
 
     def unchanged(self) -> Value:
         """Where no delta changes it."""
-        if self.residual is None:
-            return self.plain
-        return self.modules.summed([self.product, *([] if self.bias is None else [self.bias])], self.residual)
+        return self.modules.summed(self.terms, self.residual)
 
     def changed(self, then: Then, apart: bool = False) -> Value:
         """Where one does; ``apart`` leaves the residual out."""
         residual = None if apart else self.residual
-        if len(self.slots) > 1:
+
+        def several() -> Value:
             return then(self.modules.summed([self.plain, *map(self._part, self.slots)], residual))
-        start, own = (self.plain, None) if self.residual is None else (self.product, self.bias)
-        return self.changes.added(
-            self.slots[0].name, self.layer, self.x, own, lambda b: then(self.modules.summed([start, b], residual))
-        )
+
+        def one() -> Value:
+            start, own = self.plain, None
+            if self.residual is not None:
+                start, own = self.terms[0], (self.terms[1] if len(self.terms) > 1 else None)
+            return self.changes.added(
+                self.slots[0].name, self.layer, self.x, own, lambda b: then(self.modules.summed([start, *b], residual))
+            )
+
+        return several() if len(self.slots) > 1 else self.nodes.choose(self.scaled, several, one)
 
     def _part(self, slot: Slot) -> Value:
-        """One slot's update, in its columns of the linear's output; a 0 where it is not used."""
-        lo, hi = slot.part or (0, slot.outputs)
-        width = max(other.part[1] if other.part else other.outputs for other in self.slots)
+        """One slot's update and factors, in its columns of the linear's output; a 0 where it has none."""
+        lo, hi = slot.part or (0, slot.outputs_of(self.layer))
+        width = max(other.part[1] if other.part else other.outputs_of(self.layer) for other in self.slots)
+        choose, used, nothing = self.nodes.choose, self.changes.used, self.nodes.value(0.0)
 
         def widened(update: Value) -> Value:
-            return self.nodes("Pad", update, [0, lo, 0, width - hi], 0.0)
+            return self.modules.widened(update, [0, lo, 0, width - hi])
 
-        return self.nodes.choose(
-            self.changes.used(slot.name),
-            lambda: self.changes.added(slot.name, self.layer, self.x, None, widened),
-            lambda: self.nodes.value(0.0),
-        )
+        def added(*more: Value) -> Value:
+            def total(terms: Sequence[Value]) -> Value:
+                return widened(self.nodes.total(*more, *terms))
+
+            return choose(
+                used(slot.name),
+                lambda: self.changes.added(slot.name, self.layer, self.x, None, total),
+                lambda: total([]) if more else nothing,
+            )
+
+        def scaled() -> Value:
+            own = self.plain if slot.part is None else self.nodes("Slice", self.plain, [lo], [hi], [1])
+            return added(own * self.changes.factors(scale(slot.name), self.layer))
+
+        return choose(used(scale(slot.name)), scaled, added)

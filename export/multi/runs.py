@@ -34,8 +34,8 @@ def changes(index: Value) -> Value:
 class Runs:
     """Rows [tiles · each] of a batch and the deltas [tiles, S] that each tile touches.
 
-    ``index`` [tiles · each] names the delta of every row. ``owners`` [tiles, S] are those of a tile, and ``mask``
-    [tiles, each, S] is 1 where a row is for that owner.
+    ``index`` [tiles · each] names the delta of every row. ``owners`` [tiles, S] are those of a tile, and ``mine``
+    [tiles, each, S] is true where a row is for that owner, ``mask`` 1.
     """
 
     def __init__(self, index: Value, each: Value) -> None:
@@ -49,21 +49,23 @@ class Runs:
         known = nodes("Min", touched, starts.size(0) - 1)
         self.nodes, self.index, self.each = nodes, index, each
         self.owners = index.gather(starts).gather(known)
-        self.mask = nodes("Equal", run.unsqueeze(2), touched.unsqueeze(1)).real()
+        self.mine = nodes("Equal", run.unsqueeze(2), touched.unsqueeze(1))
+        self.mask = self.mine.real()
 
     def of(self, table: Value) -> Value:
         """table [D, R] -> [tiles, S · R], the entries of the deltas of each tile."""
-        return self._flat(table.gather(self.owners))
+        return self.nodes("Reshape", table.gather(self.owners), [0, -1])
 
-    def owned(self, products: Value, table: Value) -> Value:
-        """products [tiles, each, S · R] with those of other deltas' rows made 0; ``table`` [D, R] tells R."""
-        shape = self.nodes("Concat", [0], [0], [-1], table.size(1), axis=0)
-        apart = self.nodes("Reshape", products, shape) * self.mask.unsqueeze(3)
-        return self.nodes("Reshape", apart, self.nodes("Concat", [0], [0], [-1], axis=0))
+    def owned(self, table: Value) -> tuple[Value, Value]:
+        """What rows have of products [tiles, each, S · R] with the entries of ``table`` [D, R], whose last is a bias.
 
-    def tiled(self, rows: Value) -> Value:
-        """[tiles · each, K] -> [tiles, each, K]."""
-        return self.nodes("Reshape", rows, self.nodes("Concat", [-1], self.each, rows.size(1), axis=0))
+        Two of that shape: true where a product is for the row's own delta and no bias, and 1 where it is its bias.
+        """
+        last = table.size(1) - 1
+        bias, mine = self.nodes("Equal", counted(self.nodes, table.size(1)), last), self.mine.unsqueeze(3)
+        ranks, biases = (self.nodes("Reshape", mine & chosen, [0, 0, -1]) for chosen in (~bias, bias))
+        return ranks, biases.real()
 
-    def _flat(self, entries: Value) -> Value:
-        return self.nodes("Reshape", entries, [0, -1])
+    def tiled(self, rows: Value, width: int) -> Value:
+        """[tiles · each, width] -> [tiles, each, width]."""
+        return rows.reshape(-1, self.each, width)

@@ -8,6 +8,8 @@ filled up with 0; tables of no columns say that no delta of the batch has anythi
 |---|---|---|
 | a linear, ``query`` | ``query.a`` [L, P, K], ``query.b`` [L, P, N] | ``query.ranks`` [D, R], ``query.bias`` [D, 1] |
 | a norm, ``ffn_norm`` | ``ffn_norm.b`` [L, P, H] | ``ffn_norm.bias`` [D, 1] |
+| factors of outputs, ``value.scale``, or of a norm's | ``value.scale.g`` [L, P, N], less 1 | ``value.scale.bias`` [D, 1] |
+| factors of inputs, ``down.inner`` | ``down.inner.g`` [L, P, K], less 1 | ``down.inner.bias`` [D, 1] |
 | an adapter, ``output.adapter`` | ``.down``, ``.up`` [L, P, H], ``.down_bias`` [L, P, 1] | ``.units`` [D, M], ``.bias`` and ``.activation`` [D, 1], a place in ``ACTIVATIONS`` |
 | ``prompt`` | ``prompt.v`` [1, P, E] | ``prompt.rows`` [D, V], ``prompt.form`` [D, 4]: length, lead, shifted, first |
 | ``prefix`` | ``prefix.k``, ``prefix.v`` [L, P, H] | ``prefix.rows`` [D, V], ``prefix.form`` [D, 2]: length, shifted |
@@ -19,11 +21,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bertology_serve.deltas.slots import DOWN, FFN_NORM, OUTPUT, Anatomy
-from bertology_serve.encoder.bank import PREFIX, PROMPT, adapter
+from bertology_serve.encoder.bank import PREFIX, PROMPT, adapter, inner, scale
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 INDEX = "delta"
 """The input [batch] that names each sequence's delta, by its row in the tables."""
+GATED = (OUTPUT, DOWN)
+"""Slots whose inputs have factors in the graph. What the others read, others read too."""
 LENGTH, LEAD, SHIFTED, FIRST = range(4)
 """Columns of ``prompt.form``: vectors, rows of text before them, whether they shift positions, the row a head reads."""
 PREFIX_SHIFTED = 1
@@ -74,8 +78,12 @@ def _stacks(anatomy: Anatomy) -> Iterator[Stack]:
                 "b": tuple(slot.outputs_of(layer) for layer in range(slot.depth)),
             }
             yield Stack(slot.name, slot.depth, columns, ("ranks", "bias"), layers=layers)
+            if slot.name in GATED:
+                yield Stack(inner(slot.name), slot.depth, {"g": slot.inputs}, ("bias",), layers={"g": layers["a"]})
+            yield Stack(scale(slot.name), slot.depth, {"g": slot.outputs}, ("bias",), layers={"g": layers["b"]})
         else:
             yield Stack(slot.name, slot.depth, {"b": slot.outputs}, ("bias",))
+            yield Stack(scale(slot.name), slot.depth, {"g": slot.outputs}, ("bias",))
     for place in adapter_places(anatomy):
         columns = {"down": hidden, "down_bias": 1, "up": hidden}
         yield Stack(adapter(place), depth, columns, ("units", "bias", "activation"))

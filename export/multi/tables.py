@@ -15,15 +15,20 @@ class Tables:
     def __init__(self, nodes: Nodes, anatomy: Anatomy) -> None:
         self.nodes, self.places = nodes, stacks(anatomy)
         self.inputs: dict[str, Value] = {}
+        self._flat: dict[str, Value] = {}
+        self._heights: dict[str, Value] = {}
         for place in self.places.values():
             for column, width in place.columns.items():
-                self._add(place.input(column), (place.depth, f"{place.name}.height", width), ir.DataType.FLOAT)
+                stack = self._add(place.input(column), (place.depth, f"{place.name}.height", width), ir.DataType.FLOAT)
+                self._flat[place.input(column)] = stack.reshape(-1, width)
+                self._heights.setdefault(place.name, stack.size(1))
             for table in place.tables:
                 columns = place.fixed.get(table, f"{place.input(table)}.width")
                 self._add(place.input(table), ("deltas", columns), ir.DataType.INT64)
 
-    def _add(self, name: str, shape: tuple[str | int, ...], kind: ir.DataType) -> None:
+    def _add(self, name: str, shape: tuple[str | int, ...], kind: ir.DataType) -> Value:
         self.inputs[name] = self.nodes.input(name, shape, kind)
+        return self.inputs[name]
 
     def table(self, place: str, table: str) -> Value:
         """[D, n], int64."""
@@ -35,9 +40,12 @@ class Tables:
 
     def rows(self, place: str, column: str, layer: int, numbers: Value) -> Value:
         """Rows of one layer's stack: numbers [...] -> [..., width]."""
-        found, stack = self.places[place], self.inputs[self.places[place].input(column)]
-        if found.depth > 1:
-            numbers = numbers + stack.size(1) * layer
-        rows = stack.reshape(-1, found.columns[column]).gather(numbers)
-        width = found.width(column, layer)
+        found, width = self.places[place], self.width(place, column, layer)
+        if layer:
+            numbers = numbers + self._heights[place] * layer
+        rows = self._flat[found.input(column)].gather(numbers)
         return rows if width == found.columns[column] else self.nodes("Slice", rows, [0], [width], [-1])
+
+    def width(self, place: str, column: str, layer: int) -> int:
+        """Of a stack in one layer."""
+        return self.places[place].width(column, layer)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.bottleneck import AdapterSpec
+from bertology_serve.deltas.ia3 import Ia3Spec
 from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.deltas.norms import NormsSpec
 from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder
@@ -44,6 +46,13 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "prefix-shifted": ([PrefixSpec(2, "shifted")], VECTORS),
     "everything": (EVERYTHING, CLASSES),
     "probe": ([], TaskSpec("classification", ("x", "y"), max_length=48, pooling="max", head="linear")),
+}
+# the kinds that scale rows: merged, or in the graph for many deltas
+FACTORS: dict[str, tuple[list[Any], TaskSpec]] = {
+    "ia3": ([Ia3Spec(("key", "value"), ("down",))], CLASSES),
+    "ia3-lora": ([Ia3Spec(("up", "query"), ("output", "down")), LoraSpec(("up", "output"), rank=2)], TAGS),
+    "norms": ([NormsSpec()], CLASSES),
+    "norms-pfeiffer": ([NormsSpec(biases=False), AdapterSpec("pfeiffer", width=3), BitfitSpec()], TAGS),
 }
 
 

@@ -13,13 +13,13 @@ from tests.export.cases import DELTAS
 @pytest.mark.parametrize(
     ("family", "options", "chosen"),
     [
-        ("bert", {}, Chosen(True, True)),
-        ("bert", {"target": "portable"}, Chosen(True, False)),
-        ("bert", {"target": "portable", "unpad": True}, Chosen(True, True)),
-        ("bert", {"unpad": False}, Chosen(True, False)),
-        ("bert", {"back_end": "torch"}, Chosen(False, False)),
-        ("deberta-v3", {}, Chosen(False, False)),
-        ("deberta-v3", {"unpad": False}, Chosen(False, False)),
+        ("bert", {}, Chosen(True, True, 23)),
+        ("bert", {"target": "portable"}, Chosen(True, False, 20)),
+        ("bert", {"target": "portable", "unpad": True}, Chosen(True, True, 20)),
+        ("bert", {"unpad": False, "opset": 18}, Chosen(True, False, 18)),
+        ("bert", {"back_end": "torch"}, Chosen(False, False, 20)),
+        ("deberta-v3", {}, Chosen(False, False, 20)),
+        ("deberta-v3", {"opset": 21}, Chosen(False, False, 21)),
     ],
 )
 def test_the_direct_back_end_where_it_can(family, options, chosen, tmp_path):

@@ -14,7 +14,7 @@ from bertology_serve.export.verify import Report
 from tests import tiny
 from tests.export.cases import DELTAS
 
-DENSE = Chosen(True, False)
+DENSE = Chosen(True, False, 20)
 REPORT = Report("onnxruntime 1", "P", 1e-5, 1e-7, 1e-8, 1.0, 0.0, 2.5, 3, ())
 
 

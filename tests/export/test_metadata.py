@@ -68,7 +68,7 @@ def test_shifted_virtual_tokens_take_room_from_the_text(tmp_path):
 def test_inputs_and_outputs_are_explained(name, output, tmp_path):
     encoder = tiny.encoder("bert", tmp_path)
     delta = tiny.delta(encoder, "x", *DELTAS[name])
-    facts = metadata(encoder, delta, parts_of(encoder, delta, False), ExportSpec(), Chosen(True, True), "shown")
+    facts = metadata(encoder, delta, parts_of(encoder, delta, False), ExportSpec(), Chosen(True, True, 23), "shown")
     assert facts["outputs"] == output
     assert facts["inputs"].startswith("input_ids, attention_mask, token_type_ids: int64 [batch, sequence]; ")
     assert facts["name"] == "shown"

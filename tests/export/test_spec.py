@@ -16,6 +16,21 @@ def test_values_that_make_no_sense_are_refused(field, value):
         ExportSpec(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("options", "opset"),
+    [
+        ({}, 23),
+        ({"precision": "int8-row"}, 20),
+        ({"precision": "int8-row", "opset": 23}, 23),
+        ({"opset": 18}, 18),
+        ({"target": "portable"}, 20),
+        ({"target": "cuda"}, 20),
+    ],
+)
+def test_the_operator_set_that_is_fastest_or_portable(options, opset):
+    assert ExportSpec(**options).operators == opset
+
+
 def test_drift_is_for_quantised_files():
     assert ExportSpec(max_drift=0.2).drift == 0
     assert ExportSpec(max_drift=0.2, precision="int8-row").drift == 0.2

@@ -12,7 +12,8 @@ from bertology_serve.serving.findings import Findings, circumstances, keep, reca
 from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.settling import Setting
 
-FOUND = Findings(Setting("onnx", prepack=True, found=True), ((32, 0.004), (64, 0.0061)))
+LADDER = ((100, 1000, 0.012), (1100, 11_000, 0.112))
+FOUND = Findings(Setting("onnx", prepack=True, found=True), ((32, 500, 0.004), (64, 1000, 0.0061)))
 
 
 @pytest.fixture
@@ -47,9 +48,9 @@ def test_nor_when_it_is_old(where, tmp_path):
         b"{}",
         b"\xff",
         b'{"setting": {}, "ladder": []}',
-        b'{"setting": {"engine": "tensorflow"}, "ladder": [[1, 1]]}',
-        b'{"setting": {}, "ladder": [[32, -1.0]]}',
-        b'{"setting": {}, "ladder": [[32, 1.0, 2]]}',
+        b'{"setting": {"engine": "tensorflow"}, "ladder": [[1, 1, 1]]}',
+        b'{"setting": {}, "ladder": [[32, 500, -1.0]]}',
+        b'{"setting": {}, "ladder": [[32, 1.0]]}',
     ],
 )
 def test_nor_when_it_makes_no_sense(content, where, tmp_path):
@@ -75,5 +76,5 @@ def test_in_the_users_cache(where, tmp_path, monkeypatch):
 def test_a_ladder_that_is_known_is_not_timed(pipeline, monkeypatch):
     monkeypatch.setattr("bertology_serve.serving.engine.climb", lambda *_: pytest.fail("timed again"))
     engine = Engine(pipeline, ServerConfig(max_batch_ms=10), Metrics())
-    assert engine.warm_up(((100, 0.012), (1100, 0.112))) == [(100, 0.012), (1100, 0.112)]
+    assert engine.warm_up(LADDER) == list(LADDER)
     assert engine.queue.times.budget == pytest.approx(80, abs=1)

@@ -3,38 +3,40 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from bertology_serve.serving.ladder import climb
+from bertology_serve.serving.ladder import LONG, climb
 
 
 class Machine:
-    """1 ms a token."""
+    """1 ms a token; a long text has 240."""
 
     def __init__(self) -> None:
         self.now, self.sizes = 0.0, []
 
     def prepare(self, request: Any) -> Any:
-        return SimpleNamespace(cost=24)
+        length = 240 if request.record["text"] == LONG else 24
+        return SimpleNamespace(cost=length, encodings=(range(length),))
 
     def run(self, jobs: Any) -> None:
-        self.sizes.append(24 * len(jobs))
+        self.sizes.append(sum(job.cost for job in jobs))
         self.now += 0.001 * self.sizes[-1]
 
 
 def test_sizes_double_until_a_batch_takes_twice_the_cap():
     machine: Any = Machine()
-    rungs = climb(machine, cap=0.1, most=10_000, clock=lambda: machine.now)
-    assert [tokens for tokens, _ in rungs] == [24, 72, 120, 264]
-    assert all(abs(seconds - 0.001 * tokens) < 1e-9 for tokens, seconds in rungs)
+    rungs = climb(machine, cap=0.15, most=10_000, clock=lambda: machine.now)
+    assert [tokens for tokens, _, _ in rungs] == [24, 72, 120, 264, 504, 240, 480]
+    assert [squares // tokens for tokens, squares, _ in rungs] == [24] * 5 + [240] * 2
+    assert all(abs(seconds - 0.001 * tokens) < 1e-9 for tokens, _, seconds in rungs)
     assert len(machine.sizes) == 3 * len(rungs)
 
 
 def test_sizes_end_at_the_most():
     machine: Any = Machine()
-    assert [tokens for tokens, _ in climb(machine, 1e9, 130, lambda: machine.now)] == [24, 72, 120]
+    assert [tokens for tokens, _, _ in climb(machine, 1e9, 130, lambda: machine.now)] == [24, 72, 120]
     assert len(climb(machine, 1e9, 1, lambda: machine.now)) == 1
 
 
 def test_on_a_real_encoder(pipeline):
     rungs = climb(pipeline, cap=10.0, most=128)
-    assert len(rungs) == 3
-    assert all(seconds > 0 for _, seconds in rungs)
+    assert len({squares / tokens for tokens, squares, _ in rungs}) == 2
+    assert all(seconds > 0 for *_, seconds in rungs)

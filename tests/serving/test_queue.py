@@ -15,7 +15,7 @@ from tests.serving.test_scheduler import work
 
 def queue(limit: int = 100, budget: int = 10, rate: float = 1e6, **options: Any) -> WorkQueue:
     """Batches of exactly ``budget`` tokens, ``rate`` of them a second."""
-    times = BatchTimes(1e9, budget, [(1, 1 / rate), (2, 2 / rate)])
+    times = BatchTimes(1e9, budget, [(1, 1, 1 / rate), (2, 2, 2 / rate)])
     return WorkQueue(FairScheduler(budget), times, limit, clock=lambda: 5.0, **options)
 
 
@@ -154,9 +154,9 @@ def test_one_delta_cannot_fill_the_queue():
 
 
 def test_batches_follow_the_time_that_they_take():
-    made = WorkQueue(FairScheduler(100), BatchTimes(0.1, 100, [(10, 0.01), (100, 0.1)]), 10_000)
+    made = WorkQueue(FairScheduler(100), BatchTimes(0.1, 100, [(10, 10, 0.01), (100, 100, 0.1)]), 10_000)
     for _ in range(200):
-        made.served(100, 0.2)
+        made.served([work(100)], 0.2)
     made.put([work(1) for _ in range(100)])
     assert 45 <= len(made.take()) <= 55
 

@@ -15,7 +15,7 @@ from bertology_serve.serving.work import State, Work
 
 def work(cost: int, delta: str = "d", deadline: float = math.inf, priority: int = 0) -> Work:
     ready = SimpleNamespace(delta=SimpleNamespace(version="1"))
-    job: Any = SimpleNamespace(cost=cost, request=SimpleNamespace(delta=delta), ready=ready)
+    job: Any = SimpleNamespace(cost=cost, encodings=(), request=SimpleNamespace(delta=delta), ready=ready)
     ticket: Any = None
     return Work(job, ticket, 0, deadline, priority)
 
@@ -43,6 +43,15 @@ def test_nothing_is_overtaken_by_what_would_fit():
 def test_work_beyond_the_budget_goes_alone():
     works = [work(50), work(1)]
     made = scheduler(works, 10)
+    assert made.pick(0.0) == works[:1]
+    assert made.pick(0.0) == works[1:]
+
+
+def test_long_sequences_fill_a_batch_sooner():
+    works = [work(4), work(4), work(1)]
+    works[1].squares = 100
+    made = scheduler(works, 10)
+    made.bend = 0.05
     assert made.pick(0.0) == works[:1]
     assert made.pick(0.0) == works[1:]
 

@@ -6,7 +6,11 @@ from hypothesis import strategies as st
 
 from bertology_serve.serving.times import BatchTimes
 
-LADDER = [(size, 0.002 + 0.0001 * size) for size in (32, 64, 128, 256, 512)]
+RUNGS = st.builds(
+    lambda length, count, seconds: (length * count, length**2 * count, seconds),
+    st.integers(1, 512), st.integers(1, 64), st.floats(0, 100),
+)  # fmt: skip
+LADDER = [(size, 20 * size, 0.002 + 0.0001 * size) for size in (32, 64, 128, 256, 512)]
 
 
 def test_the_line_through_exact_measurements_and_the_budget_that_follows():
@@ -25,9 +29,9 @@ def test_the_budget_stays_within_its_bounds():
 
 def test_where_the_fixed_part_fills_the_cap_batches_do_not_shrink_to_nothing():
     assert BatchTimes(0.001, 100, LADDER).budget == pytest.approx(10, abs=1)
-    slow = [(size, 0.2 + 0.0001 * size) for size in (32, 512)]
+    slow = [(size, 0, 0.2 + 0.0001 * size) for size in (32, 512)]
     assert BatchTimes(0.05, 10_000, slow).budget == pytest.approx(500, abs=1)
-    less = [(size, 0.03 + 0.0001 * size) for size in (32, 512)]
+    less = [(size, 0, 0.03 + 0.0001 * size) for size in (32, 512)]
     assert BatchTimes(0.05, 10_000, less).budget == pytest.approx(300, abs=1)
 
 
@@ -56,12 +60,33 @@ def test_one_stall_counts_a_little():
     assert times.budget > 400
 
 
-@given(st.lists(st.tuples(st.integers(1, 10_000), st.floats(0, 100)), min_size=1, max_size=50))
+@given(st.lists(RUNGS, min_size=1, max_size=50))
 def test_whatever_is_measured_the_budget_is_usable(points):
     times = BatchTimes(0.05, 1000, points)
-    for tokens, seconds in points:
-        times.observe(tokens, seconds)
+    assert 0 <= times.bend <= 1
+    for tokens, squares, seconds in points:
+        times.observe(times.size(tokens, squares), seconds)
         assert 1 <= times.budget <= 1000
         assert times.fixed >= 0
         assert times.per_token > 0
         assert times.rate > 0
+
+
+def test_what_long_sequences_cost_more_is_found():
+    """1 ms, 20 µs a token, and for a sequence of 256 tokens half as much again."""
+    shapes = [(20, count) for count in (1, 2, 4, 8, 16)] + [(256, count) for count in (1, 2, 4)]
+    rungs = [(n * k, n * n * k, 1e-3 + 2e-5 * (n * k) * (1 + n / 512)) for n, k in shapes]
+    times = BatchTimes(0.05, 10_000, rungs)
+    assert times.bend == pytest.approx(1 / 512)
+    for tokens, squares, seconds in rungs:
+        assert times.seconds(times.size(tokens, squares)) == pytest.approx(seconds)
+    for _ in range(500):  # as it runs: a machine half as fast is learned from short and long batches alike
+        for tokens, squares, seconds in rungs:
+            times.observe(times.size(tokens, squares), 2 * seconds)
+    assert times.seconds(times.size(512, 2 * 256**2)) == pytest.approx(2 * (1e-3 + 2e-5 * 512 * 1.5), rel=0.1)
+
+
+@pytest.mark.parametrize("curve", [-1e-7, 0.0])
+def test_long_sequences_that_cost_no_more(curve):
+    rungs = [(n * k, n * n * k, 1e-3 + 2e-5 * n * k + curve * n * n * k) for n in (20, 200) for k in (1, 2, 3)]
+    assert BatchTimes(0.05, 10_000, rungs).bend == pytest.approx(0, abs=1e-6)

@@ -97,6 +97,16 @@ def test_layers_that_stayed_are_left_out(bert: Encoder):
     assert found.delta.tensors["lora.query.a"].shape == (1, 4, 32)
 
 
+@pytest.mark.parametrize("budget", [Budget(rank=2), Budget(share=0.5)])
+def test_biases_and_norms_alone_are_kept_whole(bert: Encoder, budget: Budget):
+    tuned, base = whole(bert), bert.model.state_dict()
+    weights = {name: tensor if tensor.dim() == 1 else base[name] for name, tensor in tuned.weights.items()}
+    tuned = replace(tuned, weights=weights)
+    found = compress(tuned, bert, budget, "small")
+    assert (found.delta.kinds, found.rank) == (("bitfit", "norms"), 0)
+    assert (logits(bert, found.delta) - logits(Encoder.for_delta(tuned), tuned)).abs().max() < 2e-5
+
+
 def test_what_no_delta_holds_is_named(bert: Encoder):
     tuned = whole(bert, rank=1)
     moved = {name: tensor + 0.5 for name, tensor in tuned.weights.items() if "word_embeddings" in name}

@@ -22,8 +22,10 @@ from bertology_serve.deltas.kinds import init
 from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.loading import load_model, locate
-from bertology_serve.encoder.pipeline import Engine, Pipeline, Request
-from bertology_serve.serving.bench.workload import Workload, owners, texts
+from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.export.spec import MultiPrecision
+from bertology_serve.serving.bench.workload import Workload, lengths, owners, texts
+from bertology_serve.serving.engines import Name, settle
 from bertology_serve.tasks.spec import EMBEDDING, TaskSpec
 
 SORTED_BATCH = 16
@@ -33,10 +35,14 @@ Run = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Contender:
-    """``run`` answers the whole workload once and returns its rows [S, H], in order of arrival."""
+    """``run`` answers the whole workload once and returns its rows [S, H], in order of arrival.
+
+    ``engine`` says what runs the batches, where that is this package.
+    """
 
     name: str
     run: Run
+    engine: str = ""
 
 
 def make_deltas(encoder: Encoder, work: Workload) -> list[Delta]:
@@ -54,31 +60,38 @@ def make_deltas(encoder: Encoder, work: Workload) -> list[Delta]:
     return found
 
 
-def ours(encoder: Encoder, work: Workload, deltas: Sequence[Delta], engine: Engine | None = None) -> list[Contender]:
+def ours(
+    encoder: Encoder,
+    work: Workload,
+    deltas: Sequence[Delta],
+    engine: Name = "torch",
+    precision: MultiPrecision = "fp32",
+    lines: Sequence[str] = (),
+) -> list[Contender]:
     """This package with the deltas, and with none: the same task, the same heads, no change of the encoder.
 
-    ``engine`` runs the batches in the encoder's place.
+    ``engine`` and ``precision`` as ``settle`` has them, whose errors are raised; ``lines`` are the texts' words.
     """
     pipeline = Pipeline(encoder)
-    pipeline.engine = engine or encoder
     for delta in deltas:
         pipeline.add(delta)
     bare = Delta("none", encoder.ref, deltas[0].task, version="1")
     pipeline.add(bare)
-    found = texts(work, encoder.tokenizer)
+    runs = settle(pipeline, engine, precision)
+    found = texts(work, encoder.tokenizer, lines)
     names = [deltas[owner].name for owner in owners(work)]
 
     def contender(label: str, chosen: Sequence[str]) -> Contender:
         jobs = [pipeline.prepare(Request(name, {"text": t})) for name, t in zip(chosen, found, strict=True)]
-        return Contender(label, lambda: torch.tensor([p.answer["embedding"] for p in pipeline.run(jobs)]))
+        return Contender(label, lambda: torch.tensor([p.answer["embedding"] for p in pipeline.run(jobs)]), runs)
 
     return [contender("ours", names), contender("ours, no delta", ["none"] * work.sequences)]
 
 
-def peft(encoder: Encoder, work: Workload, deltas: Sequence[Delta]) -> list[Contender]:
+def peft(encoder: Encoder, work: Workload, deltas: Sequence[Delta], lines: Sequence[str] = ()) -> list[Contender]:
     """peft with the batch as it arrives, and in batches of 16 sorted by length; ImportError where peft is missing."""
     model = _peft_model(encoder, deltas)
-    tokenizer, found = encoder.tokenizer, texts(work, encoder.tokenizer)
+    tokenizer, found = encoder.tokenizer, texts(work, encoder.tokenizer, lines)
     names = [deltas[owner].name for owner in owners(work)]
 
     def contender(label: str, batches: Sequence[Sequence[int]]) -> Contender:
@@ -96,7 +109,7 @@ def peft(encoder: Encoder, work: Workload, deltas: Sequence[Delta]) -> list[Cont
         return Contender(label, run)
 
     everything = list(range(work.sequences))
-    ranked = sorted(everything, key=lambda i: len(found[i].split()))
+    ranked = sorted(everything, key=lengths(work).__getitem__)
     sixteens = [ranked[at : at + SORTED_BATCH] for at in range(0, work.sequences, SORTED_BATCH)]
     return [contender("peft, as it arrives", [everything]), contender("peft, sorted in 16s", sixteens)]
 

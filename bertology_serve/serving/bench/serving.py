@@ -15,6 +15,7 @@ from bertology_serve.export.bench.timing import Timed, interleave
 from bertology_serve.serving.bench import contenders, report
 from bertology_serve.serving.bench.report import Judged
 from bertology_serve.serving.bench.workload import Workload, lengths
+from bertology_serve.serving.engines import Name
 
 AGREE = 1e-4
 
@@ -30,15 +31,24 @@ class Result:
 
 
 def run(
-    backbone: str, work: Workload, rounds: int, threads: int | None = None, advance: Callable[[], None] = lambda: None
+    backbone: str,
+    work: Workload,
+    rounds: int,
+    threads: int | None = None,
+    advance: Callable[[], None] = lambda: None,
+    engine: Name = "torch",
 ) -> Result:
-    """Checks that this engine and peft give the same rows, then times them; VerificationError where they differ."""
+    """Checks that this engine and peft give the same rows, then times them; VerificationError where they differ.
+
+    Raises what ``settle`` raises for the engine.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     encoder = Encoder.load(backbone)
     deltas = contenders.make_deltas(encoder, work)
     where = environment() | {"prepacked": encoder.prepack()}
-    entries, missing = contenders.ours(encoder, work, deltas), ""
+    entries, missing = contenders.ours(encoder, work, deltas, engine), ""
+    where["engine"] = entries[0].engine
     try:
         others = contenders.peft(encoder, work, deltas)
     except ImportError:

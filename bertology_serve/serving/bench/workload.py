@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -53,12 +55,23 @@ def owners(work: Workload) -> list[int]:
     return [int(owner) for owner in draw.permutation(np.arange(work.sequences) % work.deltas)]
 
 
-def texts(work: Workload, tokenizer: Any) -> list[str]:
-    """A text for each length, of words that are one token each."""
-    draw = np.random.default_rng(work.seed + 2)
-    words = _words(tokenizer)
+def texts(work: Workload, tokenizer: Any, lines: Sequence[str] = ()) -> list[str]:
+    """A text for each length: the words of real ``lines`` in order, or of words that are one token each."""
     special = len(tokenizer("").input_ids)
-    return [" ".join(draw.choice(words, length - special)) for length in lengths(work)]
+    if lines:
+        words = itertools.cycle(word for line in lines for word in line.split())
+        return [_fitted(words, length - special, tokenizer) for length in lengths(work)]
+    draw, known = np.random.default_rng(work.seed + 2), _words(tokenizer)
+    return [" ".join(draw.choice(known, length - special)) for length in lengths(work)]
+
+
+def _fitted(words: Iterator[str], tokens: int, tokenizer: Any) -> str:
+    """The next words that are together so many tokens; those that would be too many are passed over."""
+    special, text = len(tokenizer("").input_ids), ""
+    while len(tokenizer(text).input_ids) < tokens + special:
+        longer = f"{text} {next(words)}".strip()
+        text = longer if len(tokenizer(longer).input_ids) <= tokens + special else text
+    return text
 
 
 def _words(tokenizer: Any) -> list[str]:

@@ -22,7 +22,12 @@ log = logging.getLogger(__name__)
 COMMAND = (sys.executable, "-m", "bertology_serve.serving.process.nursery")
 LOADERS = 2
 # One thread until the fork: these would start theirs when they are imported or first used
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # CUDA itself, once asked anything, does not survive a fork
+}
 
 
 class Line:
@@ -30,7 +35,7 @@ class Line:
 
     def __init__(self, pid: int, ends: list[socket.socket], inputs: Arena, outputs: Arena) -> None:
         self.pid, self.inputs, self.outputs = pid, inputs, outputs
-        self.batches, self._life = Channel(ends[0]), ends[1]
+        self.batches, self._life, self._ended = Channel(ends[0]), ends[1], False
         self._loaders = [Channel(end) for end in ends[2:]]
         self._free: queue.SimpleQueue[Channel] = queue.SimpleQueue()
         for channel in self._loaders:
@@ -48,11 +53,13 @@ class Line:
         """Returns when the executor has ended."""
         with contextlib.suppress(OSError):
             self._life.recv(1)
+        self._ended = True
 
     def kill(self) -> None:
-        """Ends the executor at once."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        """Ends the executor at once, unless it has ended: its number may soon be another's."""
+        if not self._ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Gives everything back; for when nobody uses it any more."""

@@ -33,6 +33,7 @@ class Op(IntEnum):
     RELEASE = 4
     RUN = 5  # a batch
     SETTLE = 6  # which engine runs batches
+    HELLO = 7  # nothing but an answer
 
 
 class Lost(Exception):

@@ -34,6 +34,8 @@ from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
 
 log = logging.getLogger(__name__)
+LOAD_SECONDS = 30.0  # for which a delta to be loaded waits for an executor
+START_SECONDS = 120.0  # after which one that was forked will not answer
 
 
 class Outline:
@@ -173,7 +175,7 @@ class Remote(Residents):
     def _load(self, op: Op, body: dict[str, Any]) -> dict[str, Any]:
         """An answer that may take its time; asked again of the next executor where one does not live to give it."""
         for _ in range(2):
-            line = self.supervisor.line()
+            line = self.supervisor.line(LOAD_SECONDS)
             try:
                 return line.load(op, body | {"forget": self._forget()})
             except Lost as problem:
@@ -183,11 +185,13 @@ class Remote(Residents):
 
     def _restore(self, line: Line) -> None:
         """Tells a new executor what the last one knew; raises Lost."""
+        line.batches.patience = START_SECONDS
+        line.batches.ask(Op.HELLO, {})
         line.batches.patience = self._patience
         for key, handle in list(self._held.items()):
             try:
                 line.load(Op.ADMIT, handle.told(key))
-            except BertologyError as problem:
+            except (BertologyError, RuntimeError) as problem:
                 log.error("delta %s did not come back: %s", handle.name, problem)
         if self._setting is not None:
             line.load(Op.SETTLE, {"setting": asdict(self._setting)})

@@ -9,11 +9,9 @@ from collections.abc import Callable
 
 from bertology_serve.errors import Overloaded
 from bertology_serve.serving.process.forks import Line, Nursery
-from bertology_serve.serving.process.frames import Lost
 from bertology_serve.serving.process.plan import Place
 
 log = logging.getLogger(__name__)
-PATIENCE = 30.0  # seconds for which work waits for an executor
 PAUSES = (0.0, 0.1, 0.5, 1.0, 2.0)  # seconds before the next attempt, the last one for ever
 
 
@@ -27,16 +25,14 @@ class Supervisor:
         self._nursery, self._place, self._restore = nursery, place, restore
         self._changed = threading.Condition()
         self._line: Line | None = None
-        self._closing = False
+        self._closing = threading.Event()
         self.restarts = 0
         self.seconds = 0.0  # that the last restart took
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def start(self) -> None:
         """Starts the first executor, in this thread; raises Lost where it does not come up."""
-        line = self._nursery.fork(self._place)
-        self._restore(line)
-        self._line = line
+        self._line = self._born()
         self._thread.start()
 
     @property
@@ -50,10 +46,11 @@ class Supervisor:
         line = self._line
         return line.pid if line else None
 
-    def line(self) -> Line:
-        """The line to the executor; waits for one. Overloaded where none comes up."""
+    def line(self, patience: float | None = None) -> Line:
+        """The line to the executor; waits for one, for so many seconds. Overloaded where none comes."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._line is not None or self._closing, PATIENCE) or not self._line:
+            self._changed.wait_for(lambda: self._line is not None or self._closing.is_set(), patience)
+            if self._line is None:
                 raise Overloaded("the executor does not come up; try again in 5 s", retry_after=5.0)
             return self._line
 
@@ -67,7 +64,7 @@ class Supervisor:
     def close(self) -> None:
         """Ends the executor; there will be no other."""
         with self._changed:
-            self._closing = True
+            self._closing.set()
             line, self._line = self._line, None
             self._changed.notify_all()
         if line is not None:
@@ -81,7 +78,7 @@ class Supervisor:
             line.outlive()
             with self._changed:
                 self._line = None
-                if self._closing:
+                if self._closing.is_set():
                     break
             log.warning("the executor (process %d) has ended; starting another", line.pid)
             line.close()
@@ -89,19 +86,32 @@ class Supervisor:
         if line is not None:
             line.close()
 
+    def _born(self) -> Line:
+        """A new executor, that knows all. Raises Lost."""
+        line = self._nursery.fork(self._place)
+        try:
+            self._restore(line)
+        except BaseException:
+            line.kill()
+            line.close()
+            raise
+        return line
+
     def _replaced(self) -> Line | None:
         """Another executor, that knows all; ``None`` while closing."""
         started, attempt = time.monotonic(), 0
-        while not self._closing:
-            time.sleep(PAUSES[min(attempt, len(PAUSES) - 1)])
+        while not self._closing.is_set():
+            self._closing.wait(PAUSES[min(attempt, len(PAUSES) - 1)])
             attempt += 1
             try:
-                line = self._nursery.fork(self._place)
-                self._restore(line)
-            except (Lost, OSError) as problem:
-                log.error("no executor came up (%s); trying again", problem)
+                line = self._born()
+            except Exception as problem:  # whatever it is, there must be an executor
+                log.error("no executor came up (%s: %s); trying again", type(problem).__name__, problem)
                 continue
             with self._changed:
+                if self._closing.is_set():
+                    line.kill()
+                    return line
                 self._line = line
                 self.seconds = time.monotonic() - started
                 self.restarts += 1

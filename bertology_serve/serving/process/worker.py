@@ -45,6 +45,7 @@ class Worker:
             Op.RELEASE: self.release,
             Op.RUN: self.run,
             Op.SETTLE: self.settle,
+            Op.HELLO: lambda body: {},
         }
 
     def serve(self, channel: Channel) -> None:

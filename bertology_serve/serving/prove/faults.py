@@ -110,13 +110,14 @@ async def _client(url: str, numbers: Iterator[int], expected: Expected, found: C
             except (Broken, ConnectionError):
                 found["lost"] += 1
                 continue
+            found[f"status {reply.status}"] += 1
             found[_judged(reply.status, msgspec.json.decode(reply.body), number, expected[name, text])] += 1
 
 
 def _judged(status: int, body: dict[str, Any], number: int, expected: list[float]) -> str:
     """What a call's answer is: its own, a fault that was told, or what must not be."""
     if status != 200:
-        return REFUSED if status in (429, 500, 503) and "error" in body else "unexplained"
+        return REFUSED if status in (429, 500, 503, 504) and "error" in body else "unexplained"
     if body.get("id") != number:
         return "swapped"
     return ANSWERED if apart(numbers_of(body), expected) <= BOUND else "wrong"

@@ -6,17 +6,20 @@ from bertology_serve.export.bench.timing import WARM_UP, Timed, interleave, rati
 from bertology_serve.serving.bench.contenders import Contender
 
 
-def test_contenders_take_turns_and_none_is_always_first():
+def test_contenders_take_turns_and_none_always_follows_another():
     calls: list[str] = []
 
     def contender(name: str) -> Contender:
         return Contender(name, lambda: calls.append(name) or torch.zeros(1))
 
     rounds = []
-    times = interleave([contender("a"), contender("b")], 3, lambda: rounds.append(1))
-    assert "".join(calls) == "a" * WARM_UP + "b" * WARM_UP + "ab" + "ba" + "ab"
-    assert [(timed.name, len(timed.seconds), len(timed.cpu_seconds)) for timed in times] == [("a", 3, 3), ("b", 3, 3)]
-    assert len(rounds) == 3
+    times = interleave([contender(name) for name in "abc"], 9, lambda: rounds.append(1))
+    assert "".join(calls).startswith("a" * WARM_UP + "b" * WARM_UP + "c" * WARM_UP)
+    orders = ["".join(calls[at : at + 3]) for at in range(3 * WARM_UP, len(calls), 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert len({order.partition("c")[0][-1:] for order in orders}) == 3  # before c came nothing, a, b
+    assert [(timed.name, len(timed.seconds), len(timed.cpu_seconds)) for timed in times] == [(n, 9, 9) for n in "abc"]
+    assert len(rounds) == 9
 
 
 def test_ratios_are_taken_within_rounds():

@@ -20,8 +20,9 @@ from bertology_serve.export.multi.feed import Feed, texts
 from bertology_serve.export.parts import parts_of
 from bertology_serve.export.spec import Precision
 from tests import tiny
-from tests.export.cases import DELTAS, encodings
+from tests.export.cases import DELTAS, FACTORS, encodings
 
+EVERY = DELTAS | FACTORS
 FAMILIES = [family for family in tiny.FAMILIES if not family.startswith("deberta")]
 
 
@@ -40,7 +41,7 @@ class Both:
     def add(self, *names: str) -> None:
         """Makes deltas of ``cases`` resident."""
         for name in names:
-            delta = tiny.delta(self.encoder, name, *DELTAS[name], seed=list(DELTAS).index(name))
+            delta = tiny.delta(self.encoder, name, *EVERY[name], seed=list(EVERY).index(name))
             effects = delta.effects(self.encoder.anatomy)
             self.entries[name] = self.bank.add(name, effects) if delta.specs else BARE
 

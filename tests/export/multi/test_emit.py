@@ -10,20 +10,19 @@ from bertology_serve.deltas.delta import bare
 from bertology_serve.export.multi.emit import emit_hidden
 from bertology_serve.export.parts import parts_of
 from tests import tiny
-from tests.export.cases import DELTAS
-from tests.export.multi.mixed import FAMILIES, Both, mixed
+from tests.export.multi.mixed import EVERY, FAMILIES, Both, mixed
 
 LENGTHS = (5, 17, 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_alone_and_all_in_one_batch_equal_the_engine(family, tmp_path):
-    both = mixed(family, tmp_path, list(DELTAS), opset=(18, 20, 23)[FAMILIES.index(family) % 3])
+    both = mixed(family, tmp_path, list(EVERY), opset=(18, 20, 23)[FAMILIES.index(family) % 3])
     draw = np.random.default_rng(0)
     for name in both.entries:
         expected, found = both.rows([name] * 3, LENGTHS)
         assert np.abs(found - expected).max() <= 1e-5, name
-    names = draw.permutation(["bare", *DELTAS] * 3).tolist()
+    names = draw.permutation(["bare", *EVERY] * 3).tolist()
     expected, found = both.rows(names, draw.integers(1, 30, len(names)).tolist())
     assert np.abs(found - expected).max() <= 1e-5
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from bertology_serve.deltas.ia3 import Ia3Spec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.pruned import prune
@@ -93,18 +94,32 @@ def test_packaged_minilm(minilm_path):
 
 def test_batches_that_the_graph_has_no_place_for_are_run_by_torch(tmp_path, monkeypatch):
     made = pipeline(tiny.encoder("bert", tmp_path))
-    for seed, (name, (specs, task)) in enumerate(FACTORS.items()):
-        made.add(tiny.delta(made.encoder, name, specs, task, seed))
-    asked = [Request(name, record(task, 0), logits=True) for name, (_, task) in FACTORS.items()]
+    task = FACTORS["ia3"][1]
+    for seed, name in enumerate(("query", "up")):
+        made.add(tiny.delta(made.encoder, name, [Ia3Spec(("value",), (name,))], task, seed))
+    asked = [Request(name, record(task, 0), logits=True) for name in ("query", "up")]
     jobs = [made.prepare(request) for request in (*requests()[:15], *asked)]
     expected = made.run(jobs)
     made.engine = engine = OnnxEngine(made.encoder)
     for found in (made.run(jobs), [*made.run(jobs[:15]), *made.run(jobs[15:])]):
         pairs = zip(found, expected, strict=True)
         assert max((logits(a.as_dict()) - logits(b.as_dict())).abs().max().item() for a, b in pairs) <= 1e-5
-    assert [engine.takes(job.ready.entry) for job in jobs] == [True] * 15 + [False] * len(FACTORS)
+    assert [engine.takes(job.ready.entry) for job in jobs] == [True] * 15 + [False] * 2
     monkeypatch.setattr(made.encoder, "run", None)  # what the graph takes does not touch it
     made.run(jobs[:15])
+
+
+def test_factors_are_in_the_graph(tmp_path, monkeypatch):
+    made = pipeline(tiny.encoder("bert", tmp_path))
+    for seed, (name, (specs, task)) in enumerate(FACTORS.items()):
+        made.add(tiny.delta(made.encoder, name, specs, task, seed))
+    asked = [Request(name, record(task, i), logits=True) for i in range(2) for name, (_, task) in FACTORS.items()]
+    jobs = [made.prepare(request) for request in (*requests()[:15], *asked)]
+    expected = made.run(jobs)
+    made.engine = OnnxEngine(made.encoder)
+    monkeypatch.setattr(made.encoder, "run", None)
+    pairs = zip(made.run(jobs), expected, strict=True)
+    assert max((logits(a.as_dict()) - logits(b.as_dict())).abs().max().item() for a, b in pairs) <= 1e-5
 
 
 def test_a_pruned_encoder(tmp_path, monkeypatch):

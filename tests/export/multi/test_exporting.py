@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.ia3 import Ia3Spec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pruned import prune
 from bertology_serve.errors import BaseMismatch, FormatError, SpecError, Unsupported, VerificationError
@@ -19,16 +20,15 @@ from bertology_serve.export.multi.exporting import export_many, join
 from bertology_serve.export.multi.library import Library, library_of
 from bertology_serve.export.spec import ExportSpec
 from tests import tiny
-from tests.encoder.test_mixed import FACTORS
-from tests.export.cases import DELTAS, small
-from tests.export.multi.mixed import FAMILIES
+from tests.export.cases import small
+from tests.export.multi.mixed import EVERY, FAMILIES
 
 
 def made(encoder: Encoder, *names: str) -> list[Delta]:
     return [
-        tiny.delta(encoder, name, *DELTAS[name], seed=seed)
-        for seed, name in enumerate(DELTAS)
-        if name in (names or DELTAS)
+        tiny.delta(encoder, name, *EVERY[name], seed=seed)
+        for seed, name in enumerate(EVERY)
+        if name in (names or EVERY)
     ]
 
 
@@ -46,8 +46,8 @@ def test_every_kind_and_task_in_one_graph(family, tmp_path, monkeypatch):
     done = export_many(encoder, made(encoder), tmp_path / "out")
     assert done.report.passed
     assert done.report.largest <= 1e-5
-    assert done.report.sequences >= 2 * len(DELTAS)
-    assert [card.name for card in Library.load(tmp_path / "out" / library.FILE).cards] == ["base", *DELTAS]
+    assert done.report.sequences >= 2 * len(EVERY)
+    assert [card.name for card in Library.load(tmp_path / "out" / library.FILE).cards] == ["base", *EVERY]
 
 
 def test_a_pruned_encoder(tmp_path, monkeypatch):
@@ -134,8 +134,8 @@ def test_what_cannot_be_exported_or_joined(encoder, tmp_path, monkeypatch):
     whole = replace(made(encoder, "probe")[0], weights=encoder.model.state_dict())
     with pytest.raises(Unsupported, match="whole checkpoint"):
         library_of(encoder, [whole])
-    factors = tiny.delta(encoder, "factors", *FACTORS["norms"])
-    with pytest.raises(Unsupported, match="'factors' scales the encoder's rows; export it by itself, with --merge"):
+    factors = tiny.delta(encoder, "factors", [Ia3Spec(("value",), ("down", "up"))], EVERY["norms"][1])
+    with pytest.raises(Unsupported, match="'factors' scales the inputs of up, which the graph has for output"):
         library_of(encoder, [factors])
     with monkeypatch.context() as patched:
         real = exporting.library_of

@@ -31,15 +31,24 @@ def test_tiles_cover_the_rows_and_waste_less_than_one_tile(rows, runs):
 @pytest.mark.parametrize("each", [1, 3, 4, 12])
 def test_every_row_finds_its_owner_and_no_other(each):
     index = np.array([2, 2, 2, 0, 0, 1, 2, 2, 2, 2, 2, 1])
-    table = np.array([[10, 11], [20, 21], [30, 31]])
+    table = np.array([[10, 11, 12], [20, 21, 22], [30, 31, 32]])
     nodes = Nodes(20)
     given, known = nodes.input("index", ("rows",)), nodes.input("table", ("deltas", "columns"))
     runs = Runs(given, nodes.value([each]))
     numbers = runs.of(known)
-    ones = runs.owned(numbers.real().unsqueeze(1) * runs.tiled(given.unsqueeze(1).real() * 0.0 + 1.0), known)
-    outputs = [Output("numbers", numbers.real(), ("t", "n")), Output("ones", ones, ("t", "c", "n"))]
+    ranks, biases = runs.owned(known)
+    tiled = runs.tiled(given.unsqueeze(1).real(), 1)
+    outputs = [
+        Output("numbers", numbers.real(), ("t", "n")),
+        Output("ranks", ranks.real(), ("t", "c", "n")),
+        Output("biases", biases, ("t", "c", "n")),
+        Output("tiled", tiled, ("t", "c", 1)),
+    ]
     session = onnxruntime.InferenceSession(onnx_ir.to_proto(nodes.model([given, known], *outputs)).SerializeToString())
-    numbers, owned = session.run(None, {"index": index, "table": table})
-    assert owned.shape[:2] == (len(index) // each, each)
-    for row, delta in zip(owned.reshape(len(index), -1), index, strict=True):
-        assert sorted(row[row > 0]) == table[delta].tolist()
+    numbers, ranks, biases, tiled = session.run(None, {"index": index, "table": table})
+    assert np.array_equal(tiled, index.reshape(-1, each, 1))
+    assert ranks.shape == biases.shape == (*tiled.shape[:2], numbers.shape[1])
+    for chosen, columns in ((ranks, table[:, :-1]), (biases, table[:, -1:])):
+        owned = (numbers[:, None] * chosen).reshape(len(index), -1)
+        for row, delta in zip(owned, index, strict=True):
+            assert sorted(row[row > 0]) == columns[delta].tolist()

@@ -35,7 +35,14 @@ def test_a_run(encoder):
         "ours", "ours, no delta", "peft, as it arrives", "peft, sorted in 16s",
     ]  # fmt: skip
     assert result.missing == ""
+    assert result.everything["environment"]["engine"] == "torch"
     assert all(one.measured is not None for one in result.judged)
+
+
+def test_the_onnx_engine(encoder):
+    result = serving.run(encoder.name, WORK, rounds=1, threads=1, engine="onnx")
+    assert result.everything["environment"]["engine"].startswith("onnxruntime ")
+    assert [timed.name for timed in result.times][:2] == ["ours", "ours, no delta"]
 
 
 def test_without_peft_its_rows_are_left_out(encoder, monkeypatch):

@@ -33,6 +33,14 @@ def test_texts_have_exactly_those_tokens(encoder):
     assert [len(encoder.tokenizer(text).input_ids) for text in texts(work, encoder.tokenizer)] == lengths(work)
 
 
+def test_real_texts_have_exactly_those_tokens_too(encoder):
+    work, lines = Workload(16, 4, mean=10.0, longest=32), ["the cat was unbelievably good", "a dog in the house ."]
+    found = texts(work, encoder.tokenizer, lines)
+    assert [len(encoder.tokenizer(text).input_ids) for text in found] == lengths(work)
+    assert {word for text in found for word in text.split()} <= {word for line in lines for word in line.split()}
+    assert found == texts(work, encoder.tokenizer, lines)
+
+
 @pytest.mark.parametrize("options", [{"deltas": 0}, {"deltas": 65}, {"mean": 3.0}, {"mean": 200.0}])
 def test_nonsense_is_refused(options):
     with pytest.raises(SpecError):
