@@ -9,6 +9,7 @@ import contextlib
 import socket
 import struct
 import threading
+import weakref
 from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any
@@ -48,6 +49,7 @@ class Channel:
 
     def __init__(self, end: socket.socket) -> None:
         self._socket, self._turn = end, threading.Lock()
+        weakref.finalize(self, end.close)
         self.patience: float | None = None
 
     def ask(self, op: Op, body: Body) -> dict[str, Any]:
@@ -82,10 +84,13 @@ class Channel:
             raise Lost(f"no frame: {problem}") from None
 
     def close(self) -> None:
-        """Ends it for both sides, also under a thread that waits."""
+        """Ends it for both sides, also under a thread that waits.
+
+        The descriptor is given back when nobody holds the channel any more: one who is about to wait on it would wait
+        on whatever has its number then.
+        """
         with contextlib.suppress(OSError):  # the other side was faster
             self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
 
     def _exactly(self, size: int) -> bytes:
         parts: list[bytes] = []

@@ -16,11 +16,12 @@ STAND_IN = """
 import os, socket, sys
 from bertology_serve.serving.process.frames import Channel, Op
 control = socket.socket(fileno=int(sys.argv[1]))
-Channel(control).send(Op.DONE, {"hidden": 8})
+channel = Channel(control)
+channel.send(Op.DONE, {"hidden": 8})
 word, given, _, _ = socket.recv_fds(control, 4096, 8)
 if word:
     assert len(given) == 6, given
-    Channel(control).send(Op.DONE, {"pid": os.getpid()})
+    channel.send(Op.DONE, {"pid": os.getpid()})
     socket.socket(fileno=given[0]).recv(1)
 """
 

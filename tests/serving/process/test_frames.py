@@ -102,6 +102,18 @@ def test_questions_are_no_answers():
             channel.ask(Op.RUN, {})
 
 
+def test_a_closed_channel_keeps_its_number_while_somebody_holds_it():
+    """Else one who is about to wait on it would wait on the next socket that is made."""
+    with pair() as (channel, _):
+        number = channel._socket.fileno()
+        channel.close()
+        one, other = socket.socketpair()
+        with one, other:
+            assert number not in (one.fileno(), other.fileno())
+        with pytest.raises(Lost):
+            channel.ask(Op.RUN, {})
+
+
 def test_closing_ends_a_thread_that_waits():
     with pair() as (channel, _):
         found: list[Lost] = []
