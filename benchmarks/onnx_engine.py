@@ -40,7 +40,7 @@ from bertology_serve.export.direct.emit import emit
 from bertology_serve.export.multi.buckets import buckets
 from bertology_serve.export.multi.engine import OnnxEngine
 from bertology_serve.export.multi.feed import texts as padded
-from bertology_serve.export.onnx_model import save
+from bertology_serve.export.onnx_file import save
 from bertology_serve.export.parts import parts_of
 from bertology_serve.export.samples import SENTENCES
 from bertology_serve.export.session import Session

@@ -8,8 +8,6 @@ import onnx_ir
 
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.direct.emit import emit, obstacle
-from bertology_serve.export.graph import Graph
-from bertology_serve.export.onnx_model import to_onnx
 from bertology_serve.export.parts import Parts
 from bertology_serve.export.spec import PORTABLE, ExportSpec
 
@@ -45,4 +43,7 @@ def write(parts: Parts, chosen: Chosen, spec: ExportSpec) -> onnx_ir.Model:
     """The ONNX model; raises what ``to_onnx`` raises."""
     if chosen.direct:
         return emit(parts, chosen.opset, chosen.unpad, spec.precision, fused=spec.target == "cuda")
+    from bertology_serve.export.graph import Graph  # the exporter is half a second of imports
+    from bertology_serve.export.onnx_model import to_onnx
+
     return to_onnx(Graph(parts), chosen.opset)

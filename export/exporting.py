@@ -19,7 +19,7 @@ from bertology_serve.export.cautions import cautions
 from bertology_serve.export.layout import example, write_around
 from bertology_serve.export.loss import lost
 from bertology_serve.export.metadata import longest, metadata
-from bertology_serve.export.onnx_model import annotate, save
+from bertology_serve.export.onnx_file import annotate, save
 from bertology_serve.export.parts import parts_of
 from bertology_serve.export.publish import check_target, publish
 from bertology_serve.export.reference import Reference

@@ -73,7 +73,7 @@ def _runtime() -> tuple[str | None, str | None]:
     """The provider that runs a small file when CUDA is asked for, or why none does."""
     try:
         from bertology_serve.export.direct.nodes import Nodes, Output
-        from bertology_serve.export.onnx_model import save
+        from bertology_serve.export.onnx_file import save
         from bertology_serve.export.session import Session, silence
     except (ImportError, OSError):  # not ONNX Runtime's fault: what is missing is among the versions
         return None, None

@@ -157,11 +157,16 @@ class Encoder:
             return False
         keep_freed_memory()
         for module in self._linears():
-            module.prepacked = Prepacked(module.weight, module.bias)
+            module.prepacked = module.prepacked or Prepacked(module.weight, module.bias)
         return True
 
+    @property
+    def prepacked(self) -> bool:
+        """Whether the linears are laid out for oneDNN."""
+        return any(module.prepacked is not None for module in self._linears())
+
     def unpack_weights(self) -> None:
-        """Back to plain linears, for weights that are about to change."""
+        """Back to plain linears: for weights that are about to change, or that something else runs now."""
         joined.part(self.model, self.anatomy)
         for module in self._linears():
             module.prepacked = None

@@ -36,6 +36,8 @@ def apply(pipeline: Pipeline, setting: Setting) -> tuple[str, Setting]:
         raise Unsupported(f"--cuda-graphs: got {where}, expected float16 or bfloat16 on cuda")
     name = settle(pipeline, setting.engine, setting.precision, setting.found)
     engine: Name = "torch" if pipeline.engine is encoder else "onnx"
+    if engine == "onnx":
+        encoder.unpack_weights()  # ONNX Runtime has laid them out for itself
     return name, replace(
         setting, engine=engine, prepack=prepacked if encoder.device.type == "cpu" else None, found=True
     )

@@ -98,7 +98,7 @@ def origin(live: LiveDelta, items: Sequence[Item]) -> dict[str, Any]:
         "weights": encoder.ref.sha256,
         "dtype": str(encoder.dtype),
         "device": encoder.device.type,
-        "prepacked": any(getattr(module, "prepacked", None) is not None for module in encoder.model.modules()),
+        "prepacked": encoder.prepacked,
         "tokens": digest.hexdigest(),
     }
 

@@ -17,7 +17,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.export.bench.batches import Arrays
 from bertology_serve.export.bench.checkpoint import prepacked
 from bertology_serve.export.direct.emit import emit
-from bertology_serve.export.onnx_model import save
+from bertology_serve.export.onnx_file import save
 from bertology_serve.export.parts import Parts
 from bertology_serve.export.reference import Reference
 from bertology_serve.export.session import Session

@@ -26,7 +26,7 @@ from bertology_serve.export.bench.environment import environment
 from bertology_serve.export.bench.others import TOOLS, exported_by
 from bertology_serve.export.bench.timing import Timed, interleave
 from bertology_serve.export.direct.emit import emit
-from bertology_serve.export.onnx_model import save
+from bertology_serve.export.onnx_file import save
 from bertology_serve.export.parts import Parts, parts_of
 from bertology_serve.tasks.base import Task
 from bertology_serve.tasks.heads import Head

@@ -18,7 +18,7 @@ from bertology_serve.export.direct.emit import obstacle
 from bertology_serve.export.multi.buckets import buckets
 from bertology_serve.export.multi.emit import emit_hidden
 from bertology_serve.export.multi.feed import Feed, texts
-from bertology_serve.export.onnx_model import save
+from bertology_serve.export.onnx_file import save
 from bertology_serve.export.parts import Parts, parts_of
 from bertology_serve.export.session import Session
 from bertology_serve.export.spec import MultiPrecision, fastest_on_cpu
@@ -34,10 +34,12 @@ class OnnxEngine:
 
     def __init__(self, encoder: Encoder, precision: MultiPrecision = "fp32", opset: int | None = None) -> None:
         self.encoder, self.parts, self.precision = encoder, parts_for(encoder), precision
+        self._packs = encoder.prepacked
         self._feed, self._hidden = Feed(encoder.anatomy), encoder.anatomy.hidden
         with tempfile.TemporaryDirectory(prefix="bertology-serve-") as directory:
             path = Path(directory) / "model.onnx"
-            save(emit_hidden(self.parts, opset or fastest_on_cpu(precision), precision), path)
+            # weights in a file of their own are mapped into memory: what is never read, most of the words, takes none
+            save(emit_hidden(self.parts, opset or fastest_on_cpu(precision), precision), path, external_over=0)
             self._session = Session(path)
 
     @property
@@ -52,6 +54,7 @@ class OnnxEngine:
     def run(self, batch: PackedBatch, pools: DeltaBank) -> Tensor:
         """The hidden states [T, H], float32, of every row of a packed batch; sequences of like length run together."""
         if not self._feed.takes(batch.entries):
+            self.encoder.prepack(self._packs)
             return self.encoder.run(batch, pools)
         stacks, groups = self._feed.stacks(pools), buckets(batch.lengths, self._hidden)
         if len(groups) == 1:

@@ -23,7 +23,7 @@ from bertology_serve.export.multi.emit import emit_answers
 from bertology_serve.export.multi.engine import parts_for
 from bertology_serve.export.multi.library import FILE, Library, head_eps, library_of
 from bertology_serve.export.multi.verify import Mixed, verify_mixed
-from bertology_serve.export.onnx_model import annotate, save
+from bertology_serve.export.onnx_file import annotate, save
 from bertology_serve.export.publish import check_target, publish
 from bertology_serve.export.reference import Reference
 from bertology_serve.export.samples import built_in, of_encodings

@@ -13,7 +13,7 @@ from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.encoder.loading import locate
 from bertology_serve.export.back_ends import choose, write
 from bertology_serve.export.bench.checkpoint import task_model
-from bertology_serve.export.onnx_model import save
+from bertology_serve.export.onnx_file import save
 from bertology_serve.export.parts import parts_of
 from bertology_serve.export.spec import ExportSpec
 from bertology_serve.serving.prove.stage import LENGTH, Stage
