@@ -9,7 +9,7 @@ from statistics import median
 from bertology_serve.serving.prove.cores import ONE_THREAD, apart
 from bertology_serve.serving.prove.figure import Measured
 from bertology_serve.serving.prove.stage import ZOO, Stage
-from bertology_serve.serving.prove.traffic import Outcomes, closed, opened, percentile, predict
+from bertology_serve.serving.prove.traffic import Outcomes, opened, percentile, predict
 
 BOUND = 1.25
 COLD, POOL = 50, 20
@@ -18,7 +18,8 @@ RATE = 40.0
 
 
 def measure(stage: Stage) -> Measured:
-    """Quiet and loading rounds take turns; every load is from disk, for the device holds less than half of them.
+    """Quiet and loading rounds take turns. In a loading round some fifty calls of cold deltas come at random times; each
+    loads from disk, for the device holds less than half of them.
 
     The ratio is the median over the rounds of the ratio of their 99th percentiles.
     """
@@ -51,7 +52,8 @@ async def _run(url: str, rounds: int, seconds: float) -> tuple[list[Outcomes], l
     await opened(url, lambda: hot, RATE, 1.0)
     for turn in range(rounds):
         quiet.append(await opened(url, lambda: hot, RATE, seconds, turn))
-        cold = asyncio.create_task(closed(url, lambda: predict(f"cold-{next(names)}", TEXT), 2, seconds))
+        calls = opened(url, lambda: predict(f"cold-{next(names)}", TEXT), COLD / seconds, seconds, turn + rounds)
+        cold = asyncio.create_task(calls)
         busy.append(await opened(url, lambda: hot, RATE, seconds, turn))
         loads += len((await cold).answered)
     return quiet, busy, loads
