@@ -40,7 +40,7 @@ def alternatives(
     plan = Plan(tasks, many, rounds, seconds, different=tasks)
     where = environment()
     with tempfile.TemporaryDirectory() as directory, progress() as bar:
-        task = bar.add_task("rounds", total=2 * rounds + 4)
+        task = bar.add_task("rounds", total=2 * rounds + 1)
         found = compare(Stage(backbone, Path(directory), quick=False), plan, lambda: bar.advance(task))
     names = ("", "texts/s", "CPU ms a text", f"p50 ms at {found.rate:.1f}/s", "p99 ms",
              f"MB, {tasks} tasks", f"MB, {many} tasks")  # fmt: skip

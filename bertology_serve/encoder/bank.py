@@ -2,7 +2,7 @@
 
 A pool's tensors are ``[L, P, width]``: one row per rank, bias, bottleneck unit, prompt or prefix vector of one delta,
 the same row numbers in every layer. A delta is an extent of rows in each pool that it uses (its ``Entry``). Pools grow
-by doubling; freed extents are reused. Row 0 is zero.
+by half; freed extents are reused. Row 0 is zero.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class RowPool:
         return self._take(count)
 
     def _grow(self, count: int) -> None:
-        old, self.capacity = self.capacity, max(2 * self.capacity, self.capacity + count)
+        old, self.capacity = self.capacity, self.capacity + max(self.capacity // 2, count)
         for name, column in self.columns.items():
             bigger = column.new_zeros(column.shape[0], self.capacity, column.shape[2])
             bigger[:, :old] = column

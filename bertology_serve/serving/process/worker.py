@@ -20,6 +20,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Pipeline, Ready
 from bertology_serve.errors import BertologyError, FormatError, NotFound
 from bertology_serve.serving.faults import place_of
+from bertology_serve.serving.garbage import settle_memory
 from bertology_serve.serving.process.arena import Arena
 from bertology_serve.serving.process.batches import put_outputs, take_batch
 from bertology_serve.serving.process.frames import Body, Channel, Lost, Op, fault
@@ -106,6 +107,7 @@ class Worker:
     def settle(self, body: Body) -> dict[str, Any]:
         """Settles what runs batches."""
         name, found = apply(self.pipeline, msgspec.convert(body["setting"], Setting))
+        settle_memory()
         return {"name": name, "setting": asdict(found)}
 
     def _found(self, key: str) -> Ready:

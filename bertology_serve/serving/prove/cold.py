@@ -18,8 +18,8 @@ RATE = 40.0
 
 
 def measure(stage: Stage) -> Measured:
-    """Quiet and loading rounds take turns. In a loading round some fifty calls of cold deltas come at random times; each
-    loads from disk, for the device holds less than half of them.
+    """Quiet and loading rounds take turns. In a loading round some fifty calls of cold deltas come at random times;
+    each loads from disk, for the device holds less than half of them.
 
     The ratio is the median over the rounds of the ratio of their 99th percentiles.
     """

@@ -37,12 +37,21 @@ def cpu_seconds(pid: int) -> float:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory of a process and those below it: pages that several share are divided among them (PSS)."""
-    total = 0
-    for one in family(pid):
-        lines = (_PROC / str(one) / "smaps_rollup").read_text(encoding="ascii").splitlines()
-        total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return 1024 * total
+    """Memory of a process and those below it, as if no other process shared any of it: all that the largest has
+    resident, and what the others have of their own.
+    """
+    found = [_memory(one) for one in family(pid)]
+    whole, own = max(found)
+    return whole - own + sum(private for _, private in found)
+
+
+def _memory(pid: int) -> tuple[int, int]:
+    """Bytes that a process has resident, and those of them that are its own."""
+    sizes = dict[str, int]()
+    for line in (_PROC / str(pid) / "smaps_rollup").read_text(encoding="ascii").splitlines()[1:]:
+        name, size, *_ = line.split()
+        sizes[name] = 1024 * int(size)
+    return sizes["Rss:"], sizes["Private_Clean:"] + sizes["Private_Dirty:"]
 
 
 def _fields(path: Path) -> list[str]:

@@ -19,7 +19,7 @@ FLOOD = 16  # clients of the flooder, eight texts a call
 
 def measure(stage: Stage) -> Measured:
     """The light deltas alone, and beside a flooder that never waits, in turns."""
-    seconds = stage.seconds(8.0, 15.0)
+    seconds = stage.seconds(6.0, 15.0)
     root = stage.directory / "fair"
     for number in range(LIGHT):
         stage.save(root, f"light-{number}", "1", number, "mood")

@@ -38,7 +38,7 @@ def measure(stage: Stage) -> Measured:
 
     The bare engine runs where the server's executor does, with as many threads and in batches as large.
     """
-    seconds, rounds = stage.seconds(3.0, 15.0), max(stage.rounds, stage.count(3, 5))
+    seconds, rounds = stage.seconds(2.0, 15.0), max(stage.rounds, stage.count(3, 5))
     command = [sys.executable, "-m", "bertology_serve.serving.prove.stub", stage.backbone]
     with serving(command, ONE_THREAD) as served, apart(served.pid):
         each = median(asyncio.run(_cost(served, seconds)) for _ in range(rounds))

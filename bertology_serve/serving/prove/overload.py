@@ -18,7 +18,7 @@ CLIENTS = 32
 
 def measure(stage: Stage) -> Measured:
     """Peak: a closed loop of clients. Overload: Poisson arrivals at five times that rate. They take turns."""
-    seconds = stage.seconds(6.0, 15.0)
+    seconds = stage.seconds(4.0, 15.0)
     draw = random.Random(0)
     ask = predict("mood", [" ".join(draw.choices(WORDS, k=30)) for _ in range(8)])
     limits = ("--max-queue-tokens", "8192", "--max-delta-tokens", "8192")

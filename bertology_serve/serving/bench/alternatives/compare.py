@@ -7,6 +7,7 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -131,15 +132,16 @@ def compare(stage: Stage, plan: Plan, advance: Callable[[], None] = lambda: None
         raise Unsupported(f"{', '.join(absent)} not installed; pip install 'bertology-serve[bench,cpu]'")
     directory = stage.directory / "alternatives"
     few = make(stage, directory, plan.tasks, plan.different)
-    with ExitStack() as stack:
-        servers = {name: stack.enter_context(start(stage, name, few)) for name in NAMES}
+    with started(stage, few) as servers:
         asyncio.run(_agree(servers, plan.different))
         with across([served.pid for served in servers.values()]) as pinned:
             texts, cpu = asyncio.run(_saturated(servers, plan, advance))
             rate = plan.share * min(map(median, texts.values()))
             p50, p99 = asyncio.run(_at(servers, rate, plan, advance))
         small = {name: resident_bytes(served.pid) for name, served in servers.items()}
-    large = _memory(stage, make(stage, directory, plan.many, plan.different), advance)
+    with started(stage, make(stage, directory, plan.many, plan.different)) as servers:
+        large = {name: asyncio.run(_memory(served, plan.many)) for name, served in servers.items()}
+    advance()
     rows = [
         Row(
             NAMES[name],
@@ -153,6 +155,13 @@ def compare(stage: Stage, plan: Plan, advance: Callable[[], None] = lambda: None
         for name in NAMES
     ]
     return Compared(rows, rate, pinned)
+
+
+@contextmanager
+def started(stage: Stage, made: Made) -> Iterator[dict[str, Served]]:
+    """All of the servers with those tasks; they start side by side."""
+    with ExitStack() as stack, ThreadPoolExecutor(len(NAMES)) as pool:
+        yield dict(zip(NAMES, pool.map(lambda name: stack.enter_context(start(stage, name, made)), NAMES), strict=True))
 
 
 @contextmanager
@@ -223,18 +232,9 @@ def _load(plan: Plan, seed: int = 0) -> Load:
     return Load(deltas=plan.tasks, zipf=0.0, seed=seed)
 
 
-def _memory(stage: Stage, made: Made, advance: Callable[[], None]) -> dict[str, int]:
-    """Of each server by itself, after every task was asked."""
-    found = {}
-    for name in NAMES:
-        with start(stage, name, made) as served:
-            asyncio.run(_ask_each(served, made))
-            found[name] = resident_bytes(served.pid)
-        advance()
-    return found
-
-
-async def _ask_each(served: Served, made: Made) -> None:
+async def _memory(served: Served, tasks: int) -> int:
+    """After every task was asked."""
     async with Wire(served.url) as wire:
-        for name in made.names:
-            await wire.send(predict(name, TEXTS))
+        for number in range(tasks):
+            await wire.send(predict(f"d{number}", TEXTS))
+    return resident_bytes(served.pid)
