@@ -39,9 +39,11 @@ def near(command: list[str], environ: Any) -> Iterator[Any]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         wait(lambda: server.started)
-        yield type("Near", (), {"url": url_of(bound), "pid": 0, "cpu": 1.0})()
-        server.should_exit = True
-        thread.join(20)
+        try:
+            yield type("Near", (), {"url": url_of(bound), "pid": 0, "cpu": 1.0})()
+        finally:
+            server.should_exit = True
+            thread.join(20)
 
 
 @pytest.fixture
