@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from bertology_serve.serving.engine import Engine
 from bertology_serve.serving.keys import Access
 from bertology_serve.serving.registry import Registry
 from bertology_serve.serving.shadows import Shadows
+from bertology_serve.serving.terms import Terms
 from bertology_serve.serving.tiers.cold import Cold
 
 SWAPS = 8
@@ -41,19 +41,19 @@ class Answering:
         self,
         access: Access,
         items: Sequence[Request],
-        gone: Callable[[], Awaitable[None]] | None = None,
-        charge: Callable[[int], None] | None = None,
-        seconds: float = math.inf,
-        priority: int = 0,
+        terms: Terms,
     ) -> list[Prediction]:
-        """The answers, within the caller's rights, rates and time. See ``Engine.answer``."""
+        """The answers, within the caller's rights and time; charged to its rates unless the terms say otherwise. See
+        ``Engine.answer``."""
         names = list(dict.fromkeys(item.delta for item in items))
         if access.restricted:
             for name in names:
                 self.find(access, name)
         if self.registry.splits:
             items = [self._routed(item) for item in items]
-        found = await self._answer(names, items, gone, charge or access.charge, seconds, priority)
+        if terms.charge is None:
+            terms = replace(terms, charge=access.charge)
+        found = await self._answer(names, items, terms)
         if self.registry.splits:
             self.shadows.send(items, found)
         return found
@@ -67,39 +67,33 @@ class Answering:
         self,
         names: Sequence[str],
         items: Sequence[Request],
-        gone: Callable[[], Awaitable[None]] | None,
-        charge: Callable[[int], None],
-        seconds: float,
-        priority: int,
+        terms: Terms,
     ) -> list[Prediction]:
         tiers = self.registry.tiers
         if not any(tiers.is_cold(name) for name in names):
             tiers.touch(names)
             try:
-                return await self.engine.answer(items, gone, charge, seconds, priority)
+                return await self.engine.answer(items, terms)
             except VersionGone:
                 raise
             except NotFound:
                 if not any(tiers.is_cold(name) for name in names):  # else one left for disk just now
                     raise
-        return await self._warmed(names, items, gone, charge, seconds, priority)
+        return await self._warmed(names, items, terms)
 
     async def _warmed(
         self,
         names: Sequence[str],
         items: Sequence[Request],
-        gone: Callable[[], Awaitable[None]] | None,
-        charge: Callable[[int], None],
-        seconds: float,
-        priority: int,
+        terms: Terms,
     ) -> list[Prediction]:
         """The answers once the deltas are there; leased, so that none leaves before its work is done."""
-        seconds = min(seconds, self.engine.config.max_call_seconds)
+        seconds = min(terms.seconds, self.engine.config.max_call_seconds)
         started = time.monotonic()
         with self.registry.tiers.lease(names):
             await self.cold.ensure(names, seconds)
             left = seconds - (time.monotonic() - started)
-            return await self.engine.answer(items, gone, charge, max(left, 1e-3), priority)
+            return await self.engine.answer(items, replace(terms, seconds=max(left, 1e-3)))
 
 
 async def of_one_version(answer: Callable[[], Awaitable[T]]) -> T:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +18,14 @@ from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.queue import WorkQueue
 from bertology_serve.serving.scheduler import FairScheduler
 from bertology_serve.serving.sizes import check_size
+from bertology_serve.serving.terms import Terms
 from bertology_serve.serving.times import BatchTimes, Rung
 from bertology_serve.serving.vitals import Vitals
 from bertology_serve.serving.work import Outcome, Ticket, Work
 
 log = logging.getLogger(__name__)
 INLINE_CHARACTERS = 8192
+DEFAULT = Terms()
 READY, RESTARTING, DRAINING = "ready", "restarting", "draining"
 WARM_UP = ("warm", "a warm-up sentence of some length", "another one, " * 20)
 
@@ -104,32 +105,28 @@ class Engine:
     async def answer(
         self,
         requests: Sequence[Request],
-        gone: Callable[[], Awaitable[None]] | None = None,
-        charge: Callable[[int], None] = lambda tokens: None,
-        seconds: float = math.inf,
-        priority: int = 0,
+        terms: Terms = DEFAULT,
     ) -> list[Prediction]:
         """The answers of one call, in order.
 
-        ``gone()`` returns when the caller has left: what is still queued is then dropped and ClientGone raised.
-        Expired is raised where the answer takes longer than ``seconds``, or than the configuration allows.
-        Of one delta's work the lowest ``priority`` goes first (0: the default one).
-        ``charge(tokens)`` hears what the call costs before it is queued, and may raise. Raises
-        what is wrong with the first bad request (DataError, NotFound, LimitError), or Overloaded.
+        Raises what is wrong with the first bad request (DataError, NotFound, LimitError), what charging raises, or
+        Overloaded; ClientGone where the caller has left; Expired where the answer takes longer than the terms, or the
+        configuration, allow.
         """
         assert self._loop is not None, "start() comes first"
-        seconds = min(seconds, self.config.max_call_seconds)
+        seconds = min(terms.seconds, self.config.max_call_seconds)
         deadline = time.monotonic() + seconds
         jobs = await self._prepare(requests)
-        ticket = Ticket(jobs, self._loop, deadline, priority)
+        ticket = Ticket(jobs, self._loop, deadline, terms.priority)
         try:
-            charge(sum(job.cost for job in jobs))
+            if terms.charge is not None:
+                terms.charge(sum(job.cost for job in jobs))
             self.queue.put(ticket.works)
         except Exception:
             self._finished(ticket.works, outcomes.REFUSED)
             raise
         try:
-            await _settled(ticket, gone, deadline)
+            await _settled(ticket, terms.gone, deadline)
         except (asyncio.CancelledError, ClientGone):
             self._drop(ticket, outcomes.DROPPED)
             raise

@@ -34,6 +34,7 @@ from bertology_serve.serving.openapi import document
 from bertology_serve.serving.protocol import hf, native, oip, oip_model, openai
 from bertology_serve.serving.protocol.tei import PREDICT
 from bertology_serve.serving.tei_routes import TeiRoutes
+from bertology_serve.serving.terms import Terms
 
 
 class Handlers:
@@ -204,11 +205,10 @@ class Handlers:
         priority: int = 0,
     ) -> list[Prediction]:
         """The answers, within the caller's rights, rates and time."""
-        seconds = min(seconds, timeout_of(request))
-        access = access_of(request.scope)
-        return await self.answering.answer(
-            access, items, lambda: departure(request), charge, seconds, priority or priority_of(request)
+        terms = Terms(
+            lambda: departure(request), charge, min(seconds, timeout_of(request)), priority or priority_of(request)
         )
+        return await self.answering.answer(access_of(request.scope), items, terms)
 
 
 def _json(content: bytes) -> Response:

@@ -11,6 +11,7 @@ from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import BertologyError
 from bertology_serve.serving.engine import ClientGone, Engine
 from bertology_serve.serving.splits import Splits
+from bertology_serve.serving.terms import Terms
 
 LAST = 10**6  # the priority of shadows: after everything else of their delta
 MOST = 64  # calls of shadows under way; what is beyond is not asked
@@ -40,7 +41,7 @@ class Shadows:
 
     async def _compare(self, asked: Sequence[tuple[Request, Prediction]]) -> None:
         try:
-            found = await self._engine.answer([item for item, _ in asked], priority=LAST)
+            found = await self._engine.answer([item for item, _ in asked], Terms(priority=LAST))
         except (BertologyError, ClientGone):
             for item, _ in asked:
                 self._engine.metrics.shadow(item.delta, item.version, FAILED)

@@ -14,6 +14,7 @@ from bertology_serve.serving.gate import access_of
 from bertology_serve.serving.http import JSON, departure, json_response, priority_of, read_body, timeout_of
 from bertology_serve.serving.protocol.tei import EMBED, PREDICT, RERANK, SIMILARITY, read_tei, write_tei
 from bertology_serve.serving.protocol.tei_tokens import check_fit, ids, info, tokenize
+from bertology_serve.serving.terms import Terms
 
 
 class TeiRoutes:
@@ -50,9 +51,7 @@ class TeiRoutes:
             found = await self._answering.answer(
                 access,
                 call.requests,
-                lambda: departure(request),
-                seconds=timeout_of(request),
-                priority=priority_of(request),
+                Terms(lambda: departure(request), seconds=timeout_of(request), priority=priority_of(request)),
             )
             return Response(write_tei(call, found), media_type=JSON)
 

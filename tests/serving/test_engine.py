@@ -12,6 +12,7 @@ from bertology_serve.errors import DataError, Expired, LimitError, NotFound, Ove
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.engine import ClientGone, Engine
 from bertology_serve.serving.metrics import Metrics
+from bertology_serve.serving.terms import Terms
 from tests.serving.conftest import RECORDS
 from tests.serving.held import Held
 
@@ -127,7 +128,7 @@ def test_who_has_left_costs_no_compute(pipeline):
             await asyncio.sleep(0.01)
 
         with pytest.raises(ClientGone):
-            await engine.answer([text("the dog")], gone)
+            await engine.answer([text("the dog")], Terms(gone))
         cancelled = asyncio.ensure_future(engine.answer([text("the house")]))
         await asyncio.sleep(0.01)
         cancelled.cancel()
@@ -149,9 +150,9 @@ def test_a_deadline_that_passes_in_the_queue_costs_no_compute(pipeline):
         first = asyncio.ensure_future(engine.answer([text("the cat")]))
         await asyncio.to_thread(held.busy.wait, 20)
         with pytest.raises(Expired, match=r"no answer within 0.02 s"):
-            await engine.answer([text("the dog")] * 2, seconds=0.02)
+            await engine.answer([text("the dog")] * 2, Terms(seconds=0.02))
         assert engine.queue.tokens == 0
-        patient = asyncio.ensure_future(engine.answer([text("the house")], seconds=20))
+        patient = asyncio.ensure_future(engine.answer([text("the house")], Terms(seconds=20)))
         await asyncio.sleep(0.01)
         held.go.set()
         return [await first, await patient]
@@ -166,7 +167,7 @@ def test_no_call_waits_longer_than_the_configuration_allows(pipeline):
 
     async def use(engine: Engine) -> Any:
         with pytest.raises(Expired, match=r"no answer within 1 s"):
-            await engine.answer([text("the cat")], seconds=50)
+            await engine.answer([text("the cat")], Terms(seconds=50))
         held.go.set()
 
     with_engine(held, use, max_call_seconds=1.0)
@@ -181,7 +182,7 @@ def test_what_is_charged_too_much_is_never_queued(pipeline):
 
     async def use(engine: Engine) -> Any:
         with pytest.raises(RateLimited, match="too much"):
-            await engine.answer([text("the cat was good")] * 2, charge=charge)
+            await engine.answer([text("the cat was good")] * 2, Terms(charge=charge))
         assert engine.queue.items == 0
 
     with_engine(pipeline, use)

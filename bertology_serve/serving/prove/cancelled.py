@@ -13,6 +13,7 @@ from bertology_serve.serving.engine import ClientGone, Engine
 from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.prove.figure import Measured
 from bertology_serve.serving.prove.stage import Stage
+from bertology_serve.serving.terms import Terms
 
 
 class Gated(Pipeline):
@@ -51,7 +52,7 @@ async def _run(pipeline: Gated, calls: int) -> tuple[int, int]:
         await leave.wait()
 
     waiting = [
-        asyncio.create_task(engine.answer([Request("base", {"text": f"gone {number}"})], hang_up))
+        asyncio.create_task(engine.answer([Request("base", {"text": f"gone {number}"})], Terms(hang_up)))
         for number in range(calls)
     ]
     await asyncio.sleep(0.1)

@@ -34,6 +34,7 @@ from bertology_serve.serving.protocol import oip, oip_model, repository
 from bertology_serve.serving.protocol.bodies import encode
 from bertology_serve.serving.rpc import codec
 from bertology_serve.serving.rpc.messages import SERVICE, message
+from bertology_serve.serving.terms import Terms
 
 log = logging.getLogger(__name__)
 Code = grpc.StatusCode
@@ -146,7 +147,7 @@ class Service:
             model = find(asked.model_name, asked.model_version or None)
             call = oip.read_call(request, blobs, model, find, most)
             return call, await self._answering.answer(
-                access, call.requests, seconds=min(seconds, call.seconds), priority=call.priority
+                access, call.requests, Terms(seconds=min(seconds, call.seconds), priority=call.priority)
             )
 
         return codec.write_infer(*await of_one_version(answer))
