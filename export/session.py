@@ -16,17 +16,15 @@ from bertology_serve.export.spec import CPU
 
 class Session:
     """A loaded ONNX file. ``asked`` is the provider that was wanted, ``provider`` the one that really runs it: ONNX
-    Runtime falls back to the CPU without an error. ``version`` is that of ONNX Runtime. With ``arena`` false what a run
-    took goes back after it: for runs of ever other shapes, whose largest would be held for good.
+    Runtime falls back to the CPU without an error. ``version`` is that of ONNX Runtime.
 
     Raises Unsupported without ONNX Runtime, VerificationError where it cannot load the file.
     """
 
-    def __init__(self, path: Path, provider: str = CPU, arena: bool = True) -> None:
+    def __init__(self, path: Path, provider: str = CPU) -> None:
         runtime = _runtime()
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors only
-        options.enable_cpu_mem_arena = arena
         options.intra_op_num_threads = torch.get_num_threads()
         wanted = [name for name in (provider, CPU) if name in runtime.get_available_providers()]
         try:

@@ -40,7 +40,7 @@ class OnnxEngine:
             path = Path(directory) / "model.onnx"
             # weights in a file of their own are mapped into memory: what is never read, most of the words, takes none
             save(emit_hidden(self.parts, opset or fastest_on_cpu(precision), precision), path, external_over=0)
-            self._session = Session(path, arena=False)
+            self._session = Session(path)
 
     @property
     def name(self) -> str:
