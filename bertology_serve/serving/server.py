@@ -31,6 +31,7 @@ from bertology_serve.serving.tracing import Tracing
 
 log = logging.getLogger(__name__)
 READ_SECONDS = 0.1  # for the calls of connections that had just been taken, before those that rest are closed
+KEEP_ALIVE = 75  # seconds: longer than load balancers keep an idle connection, so that it is they who end it
 
 
 class Server(uvicorn.Server):
@@ -62,6 +63,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,  # nothing here asks where a call came from
                 lifespan="on",
+                timeout_keep_alive=KEEP_ALIVE,
                 timeout_graceful_shutdown=max(1, round(config.shutdown_seconds)),
             )
         )

@@ -10,8 +10,8 @@ from bertology_serve.serving.openapi import document
 from bertology_serve.serving.prove.figure import Measured
 from bertology_serve.serving.prove.stage import HEADERS, Stage
 
+LATE = (503, 504)  # documented: no room now, and not within the time that the caller allows
 CHECKS = (
-    "not_a_server_error",
     "status_code_conformance",
     "content_type_conformance",
     "response_headers_conformance",
@@ -70,6 +70,7 @@ def check(operation: Any, url: str, examples: int, seen: Callable[[Any], None] =
     def call(case: Any) -> None:
         response = case.call(base_url=url.rstrip("/"), timeout=20, headers=HEADERS)
         seen(response)
-        case.validate_response(response, checks=KNOWN.get_by_names(CHECKS))
+        own = CHECKS if response.status_code in LATE else ("not_a_server_error", *CHECKS)
+        case.validate_response(response, checks=KNOWN.get_by_names(own))
 
     call()
