@@ -158,7 +158,7 @@ def test_bad_calls_are_told_what_is_wrong(server, method, path, body, status, me
     [
         ({"Content-Encoding": "br"}, b"x", "Content-Encoding 'br' is not supported"),
         ({"Content-Encoding": "gzip"}, b"no gzip at all", "not valid gzip"),
-        ({"Content-Encoding": "gzip"}, gzip.compress(b"x" * 1000)[:-9], "cut short"),
+        ({"Content-Encoding": "gzip"}, gzip.compress(b"x" * 1000, mtime=0)[:-9], "cut short"),
         ({"Inference-Header-Content-Length": "x"}, b"{}", "expected a number of bytes"),
         ({"Inference-Header-Content-Length": "9" * 30}, b"{}", "expected a number of bytes"),
     ],
