@@ -15,11 +15,15 @@ from bertology_serve.deltas.slots import KEY, Anatomy
 
 @dataclass(frozen=True)
 class PrefixSpec:
-    """``length`` is V. ``positions="shifted"`` moves the text's positions by V, as peft does."""
+    """``length`` is V. ``positions="shifted"`` moves the text's positions by V, as peft does.
+
+    Keys of normed rows have entries near one, and so do those that training starts with: from N(0, 0.02²), as weights
+    are drawn, 2,000 rows of SST-2 end two to three points lower.
+    """
 
     length: int = 20
     positions: str = "kept"
-    init_std: float = 0.02
+    init_std: float = 1.0
 
     def __post_init__(self) -> None:
         check_positive(length=self.length, init_std=self.init_std)
