@@ -4,10 +4,11 @@
     ... --rows 128 --epochs 1 --dev-rows 64 --out results/train_speed.json     # the speeds alone
 
 Both train MiniLM with HuggingFace's head, one learning rate, AdamW, linear decay after a warm-up of 6 %, no dropout of
-LoRA, and measure the last state. Tokens are those of the records, padding not counted; seconds are those of the steps
-(ours) and Trainer's own train_runtime. Runs alternate, seed by seed, ours first on even seeds. Each is made once and
-kept in ``--out``. A question's windows have 384 tokens; where it has several, ours are one example of a step, Trainer's
-one each. Sequences and targets are the same on both sides (each tokenises by itself), and so is what logits become.
+LoRA, and measure the last state; ``--mean`` runs ours a second time where texts are classified, with the head of a
+sentence encoder (``--pooling mean --head linear``). Tokens are those of the records, padding not counted; processor
+seconds are those of the steps. Runs alternate, seed by seed, ours first on even seeds. Each is made once and kept in
+``--out``. A question's windows have 384 tokens; where it has several, ours are one example of a step, Trainer's one
+each. Sequences and targets are the same on both sides (each tokenises by itself), and so is what logits become.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from benchmarks.train_vs_peft.ours import ours
 from benchmarks.train_vs_peft.report import table
 from benchmarks.train_vs_peft.theirs import theirs
 from benchmarks.train_vs_peft.works import BATCH, SETS, Work, works
+from bertology_serve.tasks.spec import CLASSIFICATION
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -39,7 +41,7 @@ def main() -> None:
     asked = _asked()
     found: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out.exists() else {}
     for work in _works(asked):
-        for side in ("ours", "peft") if work.seed % 2 == 0 else ("peft", "ours"):
+        for side in _sides(work, asked.mean):
             key = f"{work.method}/{work.name}/{work.seed}/{side}"
             if key in found:
                 continue
@@ -58,6 +60,7 @@ def _asked() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--dev-rows", type=int, help="at most so many measured rows, drawn once")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--mean", action="store_true", help="ours once more, its head on the mean of the rows")
     parser.add_argument("--out", type=Path, default=RESULTS / "train_vs_peft.json")
     return parser.parse_args()
 
@@ -72,9 +75,16 @@ def _works(asked: argparse.Namespace) -> Iterator[Work]:
             yield from seed
 
 
+def _sides(work: Work, mean: bool) -> list[str]:
+    both = ["ours", "peft"] if work.seed % 2 == 0 else ["peft", "ours"]
+    return [*both, "mean"] if mean and work.known.task == CLASSIFICATION else both
+
+
 def _run(work: Work, side: str) -> dict[str, Any]:
     if side == "ours":
         return ours(work)
+    if side == "mean":
+        return ours(work, pooling="mean", head="linear")
     with tempfile.TemporaryDirectory() as folder:
         return theirs(work, Path(folder))
 

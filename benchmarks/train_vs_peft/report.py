@@ -10,7 +10,7 @@ from benchmarks.train_vs_peft.works import OPTIONS, SETS
 from bertology_serve.data.sets import set_named
 
 HEADER = (
-    "| method | set | metric | ours | peft + Trainer | tokens/s, ours over peft's | a processor second |",
+    "| method | set | metric | ours | peft + Trainer | ours, mean of rows | tokens a processor second, over peft's |",
     "|---|---|---|---|---|---|---|",
 )
 Run = Mapping[str, Any]
@@ -21,32 +21,41 @@ def table(found: Mapping[str, Run]) -> str:
     lines = [*HEADER]
     for method in OPTIONS:
         for name in SETS:
-            pairs = _pairs(found, f"{method}/{name}/")
+            pairs, pooled = _pairs(found, f"{method}/{name}/"), _runs(found, f"{method}/{name}/", "mean")
             if pairs:
-                lines.append(f"| {method} | {name} | {_cells(name, pairs)} |")
+                lines.append(f"| {method} | {name} | {_cells(name, pairs, pooled)} |")
     facts = sorted({run["facts"] for run in found.values()})
     return "\n".join([*lines, "", *(f"{fact}.  " for fact in facts), ""])
 
 
 def _pairs(found: Mapping[str, Run], cell: str) -> list[tuple[Run, Run]]:
     """(ours, theirs) of each seed that both have finished."""
-    seeds = sorted({key.split("/")[2] for key in found if key.startswith(cell)}, key=int)
-    both = [[found.get(f"{cell}{seed}/{side}") for side in ("ours", "peft")] for seed in seeds]
-    return [(mine, other) for mine, other in both if mine and other]
+    mine, other = (_runs(found, cell, side) for side in ("ours", "peft"))
+    return [(mine[seed], other[seed]) for seed in mine if seed in other]
 
 
-def _cells(name: str, pairs: Sequence[tuple[Run, Run]]) -> str:
+def _runs(found: Mapping[str, Run], cell: str, side: str) -> dict[int, Run]:
+    """The runs of one side by seed."""
+    keys = [key.split("/") for key in found if key.startswith(cell)]
+    return {int(seed): found[f"{cell}{seed}/{side}"] for *_, seed, other in keys if other == side}
+
+
+def _cells(name: str, pairs: Sequence[tuple[Run, Run]], pooled: Mapping[int, Run]) -> str:
     metric = set_named(SETS[name][0]).metrics[0]
-    mine, other = ([100 * run["metrics"][metric] for run in side] for side in zip(*pairs, strict=True))
-    return " | ".join([metric, _mean(mine), _mean(other), _ratios(pairs, "seconds"), _ratios(pairs, "cpu")])
+    sides = (*zip(*pairs, strict=True), pooled.values())
+    return " | ".join(
+        [metric, *(_mean([100 * run["metrics"][metric] for run in runs]) for runs in sides), _ratios(pairs)]
+    )
 
 
 def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{spread} ({len(values)})"
 
 
-def _ratios(pairs: Sequence[tuple[Run, Run]], clock: str) -> str:
-    """Ours over theirs, in tokens a second."""
-    ratios = [mine["tokens"] / mine[clock] / (other["tokens"] / other[clock]) for mine, other in pairs]
+def _ratios(pairs: Sequence[tuple[Run, Run]]) -> str:
+    """Ours over theirs, in tokens a processor second."""
+    ratios = [mine["tokens"] / mine["cpu"] / (other["tokens"] / other["cpu"]) for mine, other in pairs]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
