@@ -80,9 +80,7 @@ class Modules:
 
     def frozen(self, path: str, x: Value) -> list[Value]:
         """``x W`` and, where there is one, ``b``."""
-        weight = self.parts.state[f"{path}.weight"]
-        x.shaped(None, weight.shape[1])
-        y, bias = self._product(x, f"{path}.weight", weight), self.own(f"{path}.bias")
+        y, bias = self._product(x, f"{path}.weight", self.parts.state[f"{path}.weight"]), self.own(f"{path}.bias")
         return [y] if bias is None else [y, bias]
 
     def summed(self, terms: list[Value], residual: Value | None = None) -> Value:

@@ -184,10 +184,6 @@ class Value:
     def __init__(self, nodes: Nodes, value: ir.Value) -> None:
         self.nodes, self.ir = nodes, value
 
-    def shaped(self, *sizes: int | None) -> None:
-        """Says what sizes reals have, for ONNX Runtime: it knows none of an ``If``, and fuses only what it knows."""
-        self.ir.type, self.ir.shape = ir.TensorType(self.nodes.dtype), ir.Shape(sizes)
-
     def __add__(self, other: Operand) -> Value:
         return self.nodes("Add", self, other)
 

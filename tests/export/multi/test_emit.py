@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 import onnx_ir
-import onnxruntime
 import pytest
 
 from bertology_serve.deltas.delta import bare
@@ -56,17 +53,3 @@ def test_the_same_bytes_every_time(tmp_path):
     once, again = (onnx_ir.to_proto(emit_hidden(parts, 20)).SerializeToString() for _ in range(2))
     assert once == again
     assert str(tmp_path).encode() not in once
-
-
-@pytest.mark.parametrize("opset", [20, 23])
-def test_onnx_runtime_makes_product_and_bias_one_node_in_every_layer(opset, tmp_path):
-    encoder = tiny.encoder("bert", tmp_path)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # what is written is for this machine alone, it would warn
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    model = onnx_ir.to_proto(emit_hidden(parts_of(encoder, bare("bare", encoder.ref, 32), False), opset))
-    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    found = Counter(node.op_type for node in onnx_ir.load(options.optimized_model_filepath).graph)
-    layers = encoder.anatomy.layers
-    assert found["Gemm"] == 4 * layers  # query, key, value, up
-    assert found["MatMul"] == 2 * layers  # a sum with the residual, too
