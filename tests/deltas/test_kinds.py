@@ -185,3 +185,9 @@ def test_a_delta_knows_its_kinds_and_bytes() -> None:
     delta = samples.delta("bert", samples.SPECS["lora"])
     assert delta.kinds == ("lora",)
     assert delta.bytes == 4 * (1152 + 1155)
+
+
+def test_prefixes_begin_as_large_as_normed_rows() -> None:
+    tensors = kinds.init([PrefixSpec(64)], samples.anatomy("bert"), torch.Generator().manual_seed(0))
+    for rows in tensors.values():
+        assert rows.std().item() == pytest.approx(1.0, abs=0.05)

@@ -53,6 +53,11 @@ def test_signals_drain_then_stop_then_give_up(pipeline):
         assert server.force_exit
 
 
+def test_connections_rest_longer_than_load_balancers_let_them(pipeline):
+    with running(pipeline) as started:
+        assert started.server.config.timeout_keep_alive > 60
+
+
 def test_connections_that_wait_to_be_accepted_are_taken_before_the_socket_closes():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         waiting = [socket.create_connection(listening.getsockname()) for _ in range(3)]

@@ -52,7 +52,9 @@ class Wire:
 
     async def send(self, request: bytes) -> Reply:
         """The answer to a request's bytes. ConnectionError where nobody listens, Broken where the answer is cut off."""
-        if self._writer is None or self._reader is None or self._reader.at_eof():
+        if self._reader is not None and self._reader.at_eof():  # the server hung up while nothing was asked
+            self.close()
+        if self._writer is None or self._reader is None:
             self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
         self._writer.write(request)
         try:
