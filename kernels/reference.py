@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -86,32 +85,3 @@ def layer_norm(
         for row, lo, hi, _ in active(columns, 0, tile):
             y[lo:hi] += pool[row]
     return y
-
-
-def packed_embed_with_prompts(
-    sources: Tensor,
-    words: Tensor,
-    prompts: Tensor | None = None,
-    positions: tuple[Tensor, Tensor] | None = None,
-    types: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """y [T, H]: word or prompt vectors plus position and type embeddings; see the kernel of that name."""
-    y = words[sources.clamp(min=0).long()]
-    if prompts is not None:
-        y = torch.where((sources < 0)[:, None], prompts[(-1 - sources).clamp(min=0).long()], y)
-    for added in (positions, types):
-        y = y if added is None else y + added[0][added[1].long()]
-    return y
-
-
-def grouped_head(
-    x: Tensor, weights: Tensor, bias: Tensor, firsts: Tensor, counts: Tensor, total: int, activation: str = ""
-) -> tuple[Tensor, Tensor]:
-    """(flat outputs [total], begins [S]) of every row's own classifier; see the kernel of that name."""
-    parts = [
-        weights[first : first + count] @ row + bias[first : first + count]
-        for row, first, count in zip(x, firsts.tolist(), counts.tolist(), strict=True)
-    ]
-    out = torch.cat([x.new_zeros(0), *parts])
-    assert out.numel() == total
-    return ACTIVATIONS[activation](out) if activation else out, (counts.cumsum(0) - counts).to(torch.int32)

@@ -1,4 +1,4 @@
-"""What is not a linear, by the best way here: adapters, LayerNorm, embeddings and heads, on a GPU or by torch.
+"""What is not a linear, by the best way here: adapters and LayerNorm, on a GPU or by torch.
 
 Each function takes segments, as the plan has them, runs the kernel of that name on a GPU and torch elsewhere, and while
 gradients are recorded.
@@ -82,32 +82,6 @@ def norm(
 
     columns = batch.get([segments], NORM_ROWS) if batch is not None and pool is not None and segments else None
     return layer_norm(x, weight, bias, eps, residual, pool, columns)
-
-
-def embeddings(
-    sources: Tensor,
-    words: Tensor,
-    prompts: Tensor | None = None,
-    positions: tuple[Tensor, Tensor] | None = None,
-    types: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """y [T, H] of token and prompt rows, plus (table, indices) of positions and types; see ``embed``."""
-    if on_kernels(words):
-        from bertology_serve.kernels.embed import packed_embed_with_prompts as run
-    else:
-        from bertology_serve.kernels.reference import packed_embed_with_prompts as run
-    return run(sources, words, prompts, positions, types)
-
-
-def heads(
-    x: Tensor, weights: Tensor, bias: Tensor, firsts: Tensor, counts: Tensor, total: int, activation: str = ""
-) -> tuple[Tensor, Tensor]:
-    """(flat outputs [total], begins [S]) of each row's own classifier; see ``head``."""
-    if on_kernels(x):
-        from bertology_serve.kernels.head import grouped_head as run
-    else:
-        from bertology_serve.kernels.reference import grouped_head as run
-    return run(x, weights, bias, firsts, counts, total, activation)
 
 
 def on_kernels(tensor: Tensor) -> bool:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from bertology_serve.kernels import reference
 from bertology_serve.kernels.bottleneck import grouped_bottleneck_adapter
 from bertology_serve.kernels.config import Config
-from bertology_serve.kernels.embed import packed_embed_with_prompts, prompt_sources
-from bertology_serve.kernels.head import grouped_head
 from bertology_serve.kernels.layernorm import BLOCK_ROWS, layer_norm
 from tests.kernels.deltas import Request, Setting, case, normal, poisoned, surrounded
 
@@ -82,47 +78,3 @@ def check_layer_norm_of_one_row(setting: Setting) -> None:
     with poisoned():
         got = layer_norm(setting.put(x), setting.put(weight))
     setting.close(got, reference.layer_norm(x, weight))
-
-
-def check_embeddings(setting: Setting) -> None:
-    hidden = 300  # more than a block
-    words, prompts, positions, types = (normal(n, hidden, seed=n).to(setting.dtype).double() for n in (50, 9, 30, 2))
-    ids = torch.arange(23) * 7 % 50
-    sources = prompt_sources(ids, torch.tensor([1, 2, 22]), torch.tensor([0, 8, 3]))
-    assert torch.equal(ids, torch.arange(23) * 7 % 50)
-    where, kind = (torch.arange(23) % n for n in (30, 2))
-    put, device = setting.put, setting.device
-    one, other = where.int(), kind.int()
-    for p, t in ((None, None), ((positions, one), (types, other)), (None, (types, other))):
-        want = reference.packed_embed_with_prompts(sources, words, prompts, p, t)
-        there = [None if a is None else (put(a[0]), a[1].to(device)) for a in (p, t)]
-        with poisoned():
-            got = packed_embed_with_prompts(sources.to(device), put(words), put(prompts), *there)
-        setting.close(got, want)
-        if p is None and t is None:
-            assert torch.equal(got.cpu(), want.to(setting.dtype))  # a copy
-
-
-def check_heads_with_ragged_labels(setting: Setting) -> None:
-    counts = torch.tensor([2, 1, 33, 2, 0, 7], dtype=torch.int32)
-    firsts = torch.tensor([1, 5, 7, 1, 0, 40], dtype=torch.int32)
-    x, weights, bias = (
-        normal(*s, seed=i, scale=0.3).to(setting.dtype).double() for i, s in enumerate([(6, 150), (60, 150), (60,)])
-    )
-    poison = torch.ones(60, dtype=torch.bool)
-    for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
-        poison[first : first + count] = False
-    for activation in ("", "tanh"):
-        want, starts = reference.grouped_head(x, weights, bias, firsts, counts, 45, activation)
-        with poisoned():
-            got, begins = grouped_head(
-                surrounded(setting.put(x)),
-                setting.put(weights.masked_fill(poison[:, None], float("nan"))),
-                setting.put(bias.masked_fill(poison, float("nan"))),
-                firsts.to(setting.device),
-                counts.to(setting.device),
-                45,
-                activation,
-            )
-        replace(setting, tolerance=2 * setting.tolerance).close(got, want)
-        assert torch.equal(begins.cpu(), starts)

@@ -111,14 +111,12 @@ def bottleneck_job(arch: int, dtype: str) -> Job:
 
 
 def row_jobs(arch: int, dtype: str) -> list[Job]:
-    """The kernels without matrix instructions, at H = 768: LayerNorm, embeddings, heads, pool gradients."""
+    """The kernels without matrix instructions, at H = 768: LayerNorm, pool gradients."""
     integers = dict.fromkeys(("starts", "rows", "ranges", "sources", "position_of", "type_of"), "*i32")
     integers |= dict.fromkeys(("firsts", "counts", "begins", "order", "tiles"), "*i32")
     integers |= dict.fromkeys(("T", "H", "W", "stride_x", "stride_r", "stride_z"), "i32") | {"eps": "fp32"}
     constants: dict[str, dict[str, Any]] = {
         "layernorm.layer_norm_kernel": {"HAS_RESIDUAL": True, "HAS_BIAS": True, "DELTAS": True, "BM": 4, "BH": 1024},
-        "embed.embed_kernel": {"POSITIONS": True, "TYPES": True, "BM": 8, "BH": 256},
-        "head.head_kernel": {"ACTIVATION": "", "BC": 16, "BK": 128},
         "autograd.pool_gradient_kernel": {"BM": 128, "BW": 64},
     }
     jobs = []

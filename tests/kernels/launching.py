@@ -51,7 +51,7 @@ def stand_in() -> list[tuple[str, dict[str, Any]]]:
 
 def launches() -> None:
     """Calls every host function once or twice."""
-    from bertology_serve.kernels import autograd, bottleneck, embed, head, layernorm, shrink_expand
+    from bertology_serve.kernels import autograd, bottleneck, layernorm, shrink_expand
     from bertology_serve.kernels.config import Config
     from bertology_serve.kernels.fused_lora_linear import fused_lora_linear
 
@@ -76,10 +76,6 @@ def launches() -> None:
     shift = SETTING.put(normal(down.shape[0], 1, seed=1))
     bottleneck.grouped_bottleneck_adapter(square.x, square.x, down, shift, up, square.columns(64), "gelu")
     layernorm.layer_norm(square.x, square.bias, square.bias, 1e-12, square.x, up, square.columns(4))
-    ids = torch.arange(20, dtype=torch.int32)
-    embed.packed_embed_with_prompts(ids, down, up, (down, ids), (up, ids))
-    few = torch.ones(80, dtype=torch.int32)
-    head.grouped_head(square.x, up, up[:, 0].contiguous(), few, few, 80)
 
 
 def main() -> None:

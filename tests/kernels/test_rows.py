@@ -1,4 +1,4 @@
-"""Bottlenecks, norms, embeddings and heads against float64: interpreted always, compiled where there is a GPU."""
+"""Bottlenecks and norms against float64: interpreted always, compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_adapters_by_torch_are_the_reference(recording):
     assert torch.equal(other, kept)
 
 
-def test_norms_embeddings_and_heads_by_torch_are_the_reference():
+def test_norms_by_torch_are_the_reference():
     it = case([checks_rows.BIASES], HIDDEN, HIDDEN)
     weight, residual = normal(HIDDEN, seed=1), normal(it.x.shape[0], HIDDEN, seed=2)
     batch = BatchColumns(it.x.shape[0], torch.device("cpu"))
@@ -57,12 +57,6 @@ def test_norms_embeddings_and_heads_by_torch_are_the_reference():
     with torch.inference_mode():
         got = rows.norm(it.x, weight, it.bias, 1e-5, residual, pool, it.slices[0], batch)
         assert error(got, reference.layer_norm(it.x, weight, it.bias, 1e-5, residual, pool, it.columns(4))) < 1e-14
-        ids = torch.tensor([3, -2, 0], dtype=torch.int32)
-        assert torch.equal(rows.embeddings(ids, pool[:4], pool[4:8]), torch.stack([pool[3], pool[5], pool[0]]))
-        labels = torch.tensor([2, 1], dtype=torch.int32)
-        flat, begins = rows.heads(it.x[:2], pool, pool[:, 0], torch.tensor([0, 3], dtype=torch.int32), labels, 3)
-    assert begins.tolist() == [0, 2]
-    assert error(flat[2:], it.x[1:2] @ pool[3] + pool[3, 0]) < 1e-14
 
 
 def test_lists_of_one_activation_are_made_once():
