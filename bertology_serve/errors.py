@@ -104,6 +104,11 @@ class VerificationError(BertologyError):
     """A result differs from its reference."""
 
 
+def one_line(error: BaseException) -> str:
+    """What another library's error says, on one line and not long; its type where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 MOST_NAMED = 50
 
 

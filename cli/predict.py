@@ -65,18 +65,22 @@ def _lines_in(name: str) -> int | None:
     """How many lines there are to answer, ``None`` where that is known only at the end."""
     if name.endswith(".gz") or not Path(name).is_file():
         return None
+    from bertology_serve.data.lines import bounded_lines
+
     with open(name, "rb") as file:
-        return sum(1 for line in file if not line.isspace())
+        return sum(1 for _, line in bounded_lines(file, name) if not line.isspace())
 
 
 def _answer(pipeline: Pipeline, source: IO[bytes], output: str, options: Lines, total: int | None) -> int:
+    from bertology_serve.data.lines import bounded_lines
     from bertology_serve.serving.files import writing
     from bertology_serve.serving.offline import answer_lines
 
     count = 0
     with writing(output) as target, progress() as bar:
         task = bar.add_task("predict", total=total)
-        for answer in answer_lines(pipeline, source, options):
+        lines = (line for _, line in bounded_lines(source, options.name))
+        for answer in answer_lines(pipeline, lines, options):
             target.write(answer)
             count += 1
             bar.advance(task)

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from bertology_serve.data.conll import BLANKS
 from bertology_serve.data.lines import read_lines
 from bertology_serve.errors import DataError
 
@@ -20,7 +21,7 @@ COLUMNS = 10
 
 def read(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     """(fields, ``file:line``) of each sentence; raises DataError for lines that are not CoNLL-U."""
-    for blank, lines in groupby(read_lines(path), key=lambda numbered: not numbered[1].strip()):
+    for blank, lines in groupby(read_lines(path), key=lambda numbered: not numbered[1].strip(BLANKS)):
         words = [] if blank else [_word(line, f"{path}:{number}") for number, line in lines if line[0] != "#"]
         kept = [word for word in words if word is not None]
         if kept:

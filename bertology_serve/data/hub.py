@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bertology_serve.errors import DataError, Unsupported
+from bertology_serve.errors import DataError, Unsupported, one_line
+from bertology_serve.tasks.spec import IGNORED
 
 PREFIX = "hub:"
 SPLITS = ("train", "validation", "dev", "test")
@@ -15,7 +16,9 @@ def read(name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     """(fields, where) of each row of ``hub:NAME[@REVISION][:CONFIG][:SPLIT]``; ``train`` unless a split is named.
 
     A single part after the name is the split when it is called train, validation, dev or test. Class indices become
-    the names that the data set gives them, and -1 (a hidden label) becomes None.
+    the names that the data set gives them, and -1 (a hidden label) becomes None; -100 (no label) stays.
+
+    Raises DataError for a data set or a row that cannot be read.
     """
     try:
         import datasets
@@ -28,13 +31,16 @@ def read(name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     at = {"revision": revision} if revision else {}
     try:
         rows = datasets.load_dataset(repository, config, split=split, **at)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{name}: the data set cannot be loaded ({reason})") from None
-    classes = {column: found for column, feature in rows.features.items() if (found := _classes(feature))}
-    for row, fields in enumerate(rows, 1):
-        named = {column: _named(fields[column], known) for column, known in classes.items()}
-        yield {**fields, **named}, f"{name}:{row}"
+        classes = {column: found for column, feature in rows.features.items() if (found := _classes(feature))}
+    except Exception as error:  # its own, the hub's, the network's, pyarrow's
+        raise DataError(f"{name}: the data set cannot be loaded ({one_line(error)})") from None
+    row = 0
+    try:
+        for row, fields in enumerate(rows, 1):
+            named = {column: _named(fields[column], known) for column, known in classes.items()}
+            yield {**fields, **named}, f"{name}:{row}"
+    except Exception as error:  # a row is decoded as it is read
+        raise DataError(f"{name}:{row + 1}: the row cannot be read ({one_line(error)})") from None
 
 
 def parse_name(name: str) -> tuple[str, str | None, str]:
@@ -57,6 +63,6 @@ def _classes(feature: Any) -> list[str] | None:
 def _named(value: Any, known: list[str]) -> Any:
     if isinstance(value, list):
         return [_named(item, known) for item in value]
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, int) or isinstance(value, bool) or value == IGNORED:
         return value
     return known[value] if 0 <= value < len(known) else None

@@ -25,14 +25,14 @@ def read(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
         yield _object(parse(line, f"{path}:{number}"), f"{path}:{number}"), f"{path}:{number}"
 
 
-def parse(text: str, where: str) -> Any:
+def parse(text: str, where: str, expected: str = "one JSON object a line") -> Any:
     """The JSON value of a text; DataError when it is malformed or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
-        raise DataError(f"{where}: JSON nested too deeply; expected a flat object") from None
+        raise DataError(f"{where}: JSON nested too deeply; expected {expected}") from None
     except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}); expected one JSON object a line") from None
+        raise DataError(f"{where}: not JSON ({error}); expected {expected}") from None
 
 
 def _object(value: Any, where: str) -> Mapping[str, Any]:

@@ -6,13 +6,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bertology_serve.errors import DataError, Unsupported
+from bertology_serve.errors import DataError, Unsupported, one_line
 
 
 def read(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """(values by column, where) of each row; where names the row, from 1."""
+    """(values by column, where) of each row; where names the row, from 1.
+
+    Raises DataError for a broken file, for two columns of one name, and for a value that Python cannot hold (a text
+    that is not UTF-8, a time in odd nanoseconds), naming its column.
+    """
     try:
-        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise Unsupported(
@@ -21,10 +24,26 @@ def read(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     row = 0
     try:
         with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise DataError(f"{path}: two columns are called {twice!r}; name every column once")
             for batch in file.iter_batches():
-                for fields in batch.to_pylist():
+                columns = [_values(path, row + 1, *column) for column in zip(names, batch.columns, strict=True)]
+                for values in zip(*columns, strict=True):
                     row += 1
-                    yield fields, f"{path}:{row}"
-    except (ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path}:{row + 1}: broken Parquet file ({reason})") from None
+                    yield dict(zip(names, values, strict=True)), f"{path}:{row}"
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow raises nearly everything over bytes that are not what they should be
+        raise DataError(f"{path}:{row + 1}: broken Parquet file ({one_line(error)}); write it again") from None
+
+
+def _values(path: Path, row: int, name: str, column: Any) -> list[Any]:
+    try:
+        return list(column.to_pylist())
+    except Exception as error:  # ValueError, OverflowError, pytz's own, ...
+        raise DataError(
+            f"{path}:{row}: column {name!r} cannot be read from this row on ({one_line(error)}); write it again in "
+            "another type, or leave it out"
+        ) from None

@@ -90,10 +90,19 @@ def _read_file(path: Path) -> Iterable[tuple[Mapping[str, Any], str]]:
 
 def _record(fields: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> Record:
     """Renames the mapped columns; a field that is mapped replaces its alias too."""
-    for field, column in columns.items():
-        if column not in fields:
-            raise DataError(f"{where}: no column {column!r} for {field!r}; {nearest(column, map(str, fields))}")
-    gone = {*columns.values(), *(ALIASES[field] for field in columns if field in ALIASES)}
+    found = {
+        field: _column(fields, column, f"{where}: no column {column!r} for {field!r}")
+        for field, column in columns.items()
+    }
+    gone = {*found.values(), *(ALIASES[field] for field in columns if field in ALIASES)}
     kept = {name: value for name, value in fields.items() if name not in gone}
-    named = {**kept, **{field: fields[column] for field, column in columns.items()}}
+    named = {**kept, **{field: fields[name] for field, name in found.items()}}
     return Record(tables.decode_lists(named, where), where)
+
+
+def _column(fields: Mapping[str, Any], column: str, problem: str) -> str:
+    """The name that a column has in a record: the same, or the same but for blanks at its ends."""
+    name = column if column in fields else next((own for own in fields if str(own).strip() == column.strip()), None)
+    if name is None:
+        raise DataError(f"{problem}; {nearest(column, map(str, fields))}")
+    return name

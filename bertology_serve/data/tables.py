@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bertology_serve.data.jsonl import parse
-from bertology_serve.data.lines import read_lines
+from bertology_serve.data.lines import MOST_BYTES, read_lines
 from bertology_serve.errors import DataError
 
 LISTS = ("tokens", "tags", "choices", "answers")
@@ -30,7 +30,7 @@ def decode_lists(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """Fields that are lists, decoded where a cell holds them as JSON."""
     cells = {name: fields[name] for name in LISTS if isinstance(fields.get(name), str)}
     decoded = {
-        name: parse(cell, f"{where}: column {name!r}")
+        name: parse(cell, f"{where}: column {name!r}", "a list as JSON, or a text that does not begin like one")
         for name, cell in cells.items()
         if cell.lstrip()[:1] in ("[", "{")
     }
@@ -38,6 +38,7 @@ def decode_lists(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
 
 def _read(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[Row]:
+    csv.field_size_limit(max(csv.field_size_limit(), MOST_BYTES))  # of the whole process; Python's own is 128 KiB
     reader = csv.reader((line for _, line in read_lines(path)), delimiter=delimiter, quoting=quoting, strict=True)
     rows = _rows(reader, path)
     header = _header(next(rows, None), path)
@@ -46,7 +47,7 @@ def _read(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[Row]:
             raise DataError(
                 f"{where}: {len(cells)} cells; the header names {len(header)} columns ({', '.join(header)})"
             )
-        yield {name: cell or None for name, cell in zip(header, cells, strict=True)}, where
+        yield {name: cell or None for name, cell in zip(header, cells, strict=True) if name}, where
 
 
 def _rows(reader: Any, path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -64,11 +65,12 @@ def _rows(reader: Any, path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _header(found: tuple[str, list[str]] | None, path: Path) -> list[str]:
+    """The columns' names without blanks at their ends; a column without a name (pandas' index) is passed over."""
     if found is None:
         raise DataError(f"{path}: empty file; expected a header line and rows")
-    where, header = found
-    for name in header:
-        if not name.strip() or header.count(name) > 1:
-            problem = f"names {name!r} twice" if name.strip() else "has a column without a name"
-            raise DataError(f"{where}: the header {problem}; name every column once")
+    where, header = found[0], [name.strip() for name in found[1]]
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None or not any(header):
+        problem = "names no column" if twice is None else f"names {twice!r} twice"
+        raise DataError(f"{where}: the header {problem}; name every column once")
     return header

@@ -20,6 +20,8 @@ TASK_KINDS = (
     MULTIPLE_CHOICE,
     EMBEDDING,
 )
+IGNORED = -100
+"""What torch and HuggingFace write where there is no label: no class, no term of the loss, counted by no metric."""
 POOLINGS = ("cls", "mean", "max")
 HEADS = ("hf", "linear", "mlp", "none")
 

@@ -12,6 +12,18 @@ from bertology_serve.data.records import read_records
 from bertology_serve.errors import DataError, Unsupported
 
 
+class NoRoute(Exception):
+    """As httpx has its own exceptions, which are no OSError."""
+
+
+class Broken(list):
+    features = {}  # noqa: RUF012
+
+    def __iter__(self):
+        yield {"text": "a"}
+        raise KeyError("no decoder")
+
+
 class Rows(list):
     features = {  # noqa: RUF012
         "sentence": SimpleNamespace(dtype="string"),
@@ -30,6 +42,10 @@ def datasets(monkeypatch):
         module.calls.append((name, config, split))
         if name == "missing":
             raise FileNotFoundError("no such\ndata set")
+        if name == "offline":
+            raise NoRoute
+        if name == "broken":
+            return Broken(["a"])
         return Rows([{"sentence": "a", "label": 1, "tags": [0, 1]}, {"sentence": "b", "label": -1, "tags": []}])
 
     module.load_dataset = load_dataset
@@ -69,6 +85,18 @@ def test_names(name, parts):
 def test_a_data_set_that_cannot_be_loaded_is_one_line(datasets):
     with pytest.raises(DataError, match=r"^hub:missing: the data set cannot be loaded \(no such data set\)$"):
         read_records("hub:missing")
+
+
+def test_whatever_fails_is_one_line(datasets):
+    with pytest.raises(DataError, match=r"^hub:offline: the data set cannot be loaded \(NoRoute\)$"):
+        read_records("hub:offline")
+    with pytest.raises(DataError, match=r"^hub:broken:2: the row cannot be read \('no decoder'\)$"):
+        read_records("hub:broken")
+
+
+def test_no_label_stays_no_label(datasets):
+    datasets.load_dataset = lambda *_, **__: Rows([{"sentence": "a", "label": 0, "tags": [-100, 1, -100]}])
+    assert read_records("hub:x")[0].fields["tags"] == [-100, "B-LOC", -100]
 
 
 def test_without_the_package(monkeypatch):

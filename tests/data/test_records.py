@@ -6,11 +6,16 @@ import gzip
 import io
 import json
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from bertology_serve.data import lines
 from bertology_serve.data.records import read_records
 from bertology_serve.errors import DataError, NotFound, SpecError, Unsupported
 
@@ -33,6 +38,23 @@ def parquet(rows):
     out = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), out)
     return out.getvalue()
+
+
+def columns(**arrays):
+    out = io.BytesIO()
+    pq.write_table(pa.table(arrays), out)
+    return out.getvalue()
+
+
+def twice(name):
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=[name, name]), out)
+    return out.getvalue()
+
+
+def bad_text():
+    """A column of texts with one that is not UTF-8."""
+    return pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
 
 
 WRITERS = {
@@ -129,14 +151,22 @@ def test_wrong_columns_name_the_nearest(written):
         ("x.csv", b"text,label\na,b\nc\n", r"x\.csv:3: 1 cells; the header names 2 columns \(text, label\)"),
         ("x.csv", b"text,label\na,b,c\n", r"x\.csv:2: 3 cells; the header names 2 columns"),
         ("x.csv", b"text,text\na,b\n", r"x\.csv:1: the header names 'text' twice"),
-        ("x.csv", b"text,\na,b\n", r"x\.csv:1: the header has a column without a name"),
+        ("x.csv", b"text,text \na,b\n", r"x\.csv:1: the header names 'text' twice"),
+        ("x.csv", b", \na,b\n", r"x\.csv:1: the header names no column"),
         ("x.csv", b'text\n"open\n', r"x\.csv:2: malformed row"),
         ("x.csv", b'text\n"a"b\n', r"x\.csv:2: malformed row"),
-        ("x.csv", b"text\n" + b"a" * 200_000, r"x\.csv:2: malformed row \(field larger than field limit"),
         ("x.jsonl.gz", b"plain", r"x\.jsonl\.gz:1: broken gzip file"),
         ("x.jsonl.gz", gzip.compress(jsonl(ROWS * 99))[:-30], r"x\.jsonl\.gz:\d+: broken gzip file"),
         ("x.parquet", b"PAR1 but no", r"x\.parquet:1: broken Parquet file"),
         ("x.parquet", parquet(ROWS)[:-40] + b"x" * 40, r"x\.parquet:1: broken Parquet file"),
+        (
+            "x.parquet",
+            columns(text=bad_text()),
+            r"x\.parquet:1: column 'text' cannot be read from this row on \('utf-8'",
+        ),
+        ("x.parquet", columns(t=pa.array([1001], pa.timestamp("ns"))), r"x\.parquet:1: column 't' .*[Nn]anosecond"),
+        ("x.parquet", columns(t=pa.array([2**30], pa.date32())), r"x\.parquet:1: column 't' cannot be read"),
+        ("x.parquet", twice("text"), r"x\.parquet: two columns are called 'text'"),
         ("x.xlsx", b"", r"x\.xlsx: unknown kind of file; expected \.jsonl, "),
         ("x", b"", r"x: unknown kind of file"),
         ("x.parquet.gz", b"", r"x\.parquet\.gz: unknown kind of file"),
@@ -171,3 +201,73 @@ def test_parquet_without_pyarrow(written, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(Unsupported, match=r"Parquet needs pyarrow; pip install bertology-serve\[data\]"):
         read_records(path)
+
+
+def test_a_header_s_blanks_and_columns_without_a_name(written):
+    """As pandas writes its index, and as people type headers."""
+    path = written("x.csv", ",text , label,\n0,a,x,\n1,b,y,\n")
+    assert [dict(fields) for fields, _ in read_records(path)] == [
+        {"text": "a", "label": "x"},
+        {"text": "b", "label": "y"},
+    ]
+    for name in ("x.csv", "x.jsonl", "x.parquet"):
+        path = written(name, WRITERS[name]([{"sentence ": "a", "y\u00a0": "1"}]))
+        assert dict(read_records(path, {"text": "sentence", "label": "y"})[0].fields) == {"text": "a", "label": "1"}
+
+
+def test_a_long_cell_and_a_line_without_an_end(written, monkeypatch):
+    assert len(read_records(written("x.csv", b"text\n" + b"a" * 200_000))[0].fields["text"]) == 200_000
+    monkeypatch.setattr(lines, "MOST_BYTES", 3 << 20)
+    path = written("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' + b" " * (4 << 20)))
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz:2: a line of more than 3 MiB; expected one record a line"):
+        read_records(path)
+
+    class Endless(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            buffer[:] = b"a" * len(buffer)
+            return len(buffer)
+
+    with pytest.raises(DataError, match=r"^stdin:1: a line of more than 3 MiB"):
+        list(lines.bounded_lines(io.BufferedReader(Endless()), "stdin"))
+
+
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=8)
+
+
+@given(
+    rows=st.lists(st.fixed_dictionaries({"text": TEXTS, "label": TEXTS}), min_size=1, max_size=4), ascii=st.booleans()
+)
+def test_any_text_comes_back_from_json_lines(rows, ascii):
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "x.jsonl")
+        path.write_bytes("".join(json.dumps(row, ensure_ascii=ascii) + "\n" for row in rows).encode())
+        assert [dict(record.fields) for record in read_records(path)] == rows
+
+
+@given(rows=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), end=st.sampled_from(["\n", "\r\n"]))
+def test_any_text_but_nul_comes_back_from_csv(rows, end):
+    rows = [tuple(cell.replace("\0", "") for cell in row) for row in rows]
+    out = io.StringIO(newline="")
+    csv.writer(out, lineterminator=end, quoting=csv.QUOTE_ALL).writerows([("text", "label"), *rows])
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "x.csv")
+        path.write_bytes(out.getvalue().encode())
+        found = [record.fields for record in read_records(path)]
+    assert found == [{"text": text or None, "label": label or None} for text, label in rows]
+
+
+@given(changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=5))
+def test_a_damaged_parquet_file_is_read_or_named(changes):
+    content = bytearray(parquet(ROWS * 50))
+    for place, value in changes:
+        content[place % len(content)] = value
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "x.parquet")
+        path.write_bytes(content)
+        try:
+            read_records(path)
+        except DataError as problem:
+            assert str(problem).startswith(str(path))  # noqa: PT017
