@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from bertology_serve.data.records import Record
 from bertology_serve.errors import DataError, SpecError, nearest
 from bertology_serve.tasks.encoding import encode_words
+from bertology_serve.tasks.fields import read_tags
 from bertology_serve.tasks.spec import Encoding
 from bertology_serve.tasks.words import join_words, split_words
 
@@ -26,12 +27,15 @@ CONTENT_WORDS, CONTENT_TEXTS, CONTENT_SHARE = 20, 10, 0.1  # words, texts that e
 
 @dataclass(frozen=True)
 class Text:
-    """A record made ready: its words, its sequence, and the first row of each word that the length left."""
+    """A record made ready: its words, its sequence, and the first row of each word that the length left.
+
+    A tag of None says that its word has none.
+    """
 
     words: tuple[str, ...]
     encoding: Encoding
     rows: Mapping[int, int]
-    tags: tuple[str, ...] | None
+    tags: tuple[str | None, ...] | None
     label: str | None
     depths: tuple[int, ...] | None = None
 
@@ -63,12 +67,12 @@ def make_text(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: in
     for row, word in enumerate(encoding.words):
         if word >= 0:
             rows.setdefault(word, row)
-    tags, label = fields.get("tags"), fields.get("label")
+    tags, label = None if fields.get("tags") is None else read_tags(fields, where), fields.get("label")
     if tags is not None and len(tags) != len(words):
         raise DataError(f"{where}: field 'tags' has {len(tags)} items; expected {len(words)}, one a token")
     depths = _depths(fields["heads"], where) if isinstance(fields.get("heads"), list) else None
     named = None if label is None else str(label)
-    return Text(tuple(words), encoding, rows, tags and tuple(map(str, tags)), named, depths)
+    return Text(tuple(words), encoding, rows, tags and tuple(tags), named, depths)
 
 
 def _depths(heads: Sequence[int], where: str) -> tuple[int, ...]:
@@ -127,7 +131,7 @@ def items(task: str, texts: Sequence[Text], edges: Sequence[float], words: Seque
             Item(number, row, _of_word(task, text, word), text.words[word])
             for number, text in enumerate(texts)
             for word, row in text.rows.items()
-            if task != POSITION or word < POSITIONS
+            if (task != POSITION or word < POSITIONS) and not (task == TAGS and (text.tags or ())[word] is None)
         ]
     if task == CONTENT:
         held = [{word.lower() for word in text.words} & set(words) for text in texts]
@@ -141,7 +145,7 @@ def items(task: str, texts: Sequence[Text], edges: Sequence[float], words: Seque
 def _of_word(task: str, text: Text, word: int) -> str:
     if task == DEPTH:
         return str(min((text.depths or ())[word], DEEPEST))
-    return str(word) if task == POSITION else (text.tags or ())[word]
+    return str(word if task == POSITION else (text.tags or ())[word])
 
 
 def sampled(found: list[Item], most: int, seed: int) -> list[Item]:

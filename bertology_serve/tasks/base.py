@@ -81,4 +81,4 @@ class Task(ABC, Generic[E]):
 
     @abstractmethod
     def metrics(self, answers: Sequence[Answer], examples: Sequence[E]) -> dict[str, float]:
-        """Metrics of decoded answers against labelled examples, as fractions (0.91, not 91)."""
+        """Metrics of decoded answers against labelled examples, as fractions (0.91, not 91), ``main_metric`` first."""

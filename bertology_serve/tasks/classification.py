@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer
-from bertology_serve.tasks.fields import label_index, read_label, sorted_labels
+from bertology_serve.tasks.fields import label_index, read_class, sorted_labels
 from bertology_serve.tasks.spec import CLASSIFICATION, Encoding, TaskSpec
 from bertology_serve.tasks.texts import TextExample, TextTask, read_pair
 
@@ -36,12 +36,12 @@ class Classification(TextTask[ClassificationExample]):
 
     @classmethod
     def labels_in(cls, records: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[str, ...]:
-        return sorted_labels({read_label(fields.get("label"), where, "label") for fields, where in records})
+        return sorted_labels({read_class(fields, where) for fields, where in records})
 
     def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> ClassificationExample:
         label = None
         if labelled:
-            label = read_label(record.get("label"), where, "label")
+            label = read_class(record, where)
             label_index(label, self.index, where, "label")
         return ClassificationExample(where, *read_pair(record, where), label)
 

@@ -74,7 +74,7 @@ class Embedding(Task[EmbeddingExample]):
         return answer
 
     def metrics(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> dict[str, float]:
-        """Pearson and Spearman correlation of the cosine with the gold score."""
+        """Spearman and Pearson correlation of the cosine with the gold score."""
         gold = [float(example.score or 0.0) for example in examples]
         found = [answer["similarity"] for answer in answers]
-        return {"pearson": metrics.pearson(gold, found), "spearman": metrics.spearman(gold, found)}
+        return {"spearman": metrics.spearman(gold, found), "pearson": metrics.pearson(gold, found)}

@@ -42,7 +42,7 @@ class MultipleChoice(Task[ChoiceExample]):
 
     def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> ChoiceExample:
         choices = read_texts(record, where, "choices", 2, MOST_CHOICES)
-        label = read_integer(record.get("label"), where, "label", 0, len(choices) - 1) if labelled else None
+        label = read_integer(record, where, "label", 0, len(choices) - 1) if labelled else None
         return ChoiceExample(where, _prompt(record, where), choices, label)
 
     def encode(self, example: ChoiceExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:

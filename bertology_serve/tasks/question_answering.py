@@ -64,8 +64,7 @@ class QuestionAnswering(Task[QuestionExample]):
     def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> QuestionExample:
         question, context = read_text(record, where, "question"), read_text(record, where, "context")
         answers = read_answers(record, where, context) if labelled else None
-        wanted = record.get("top_k")
-        top_k = 1 if wanted is None else read_integer(wanted, where, "top_k", 1, CANDIDATES)
+        top_k = 1 if record.get("top_k") is None else read_integer(record, where, "top_k", 1, CANDIDATES)
         return QuestionExample(where, question, context, answers, top_k)
 
     def encode(self, example: QuestionExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
@@ -108,6 +107,6 @@ class QuestionAnswering(Task[QuestionExample]):
         )
 
     def metrics(self, answers: Sequence[Answer], examples: Sequence[QuestionExample]) -> dict[str, float]:
-        """Normalised exact match and F1 of SQuAD, the best over gold answers."""
+        """Normalised F1 and exact match of SQuAD, the best over gold answers."""
         golds = [[example.context[start:end] for start, end in example.answers or ()] for example in examples]
         return squad_scores(golds, [answer["answer"]["text"] for answer in answers])

@@ -46,11 +46,11 @@ class Regression(TextTask[RegressionExample]):
         return {"value": float(outputs[0][0])}
 
     def metrics(self, answers: Sequence[Answer], examples: Sequence[RegressionExample]) -> dict[str, float]:
-        """Pearson and Spearman correlation, and the mean squared error."""
+        """Spearman and Pearson correlation, and the mean squared error."""
         gold = [float(example.score or 0.0) for example in examples]
         found = [answer["value"] for answer in answers]
         return {
-            "pearson": metrics.pearson(gold, found),
             "spearman": metrics.spearman(gold, found),
+            "pearson": metrics.pearson(gold, found),
             "mse": metrics.mse(gold, found),
         }

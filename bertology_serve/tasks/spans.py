@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 TagSpan = tuple[str, int, int]
+OUTSIDE = ("O", "0")
 
 
 def spans_of(tags: Sequence[str]) -> list[TagSpan]:
     """(label, first word, word after the last) of each span.
 
     ``B-`` starts a span, and so does ``I-`` after ``O`` or after another label; ``E-`` ends and ``S-`` is a span of
-    its own. A tag without prefix counts as ``I-`` of itself, so runs of one part-of-speech tag are spans too.
+    its own. A tag without prefix counts as ``I-`` of itself, so runs of one part-of-speech tag are spans too; but for
+    ``0``, which is ``O`` where tags are class indices.
     """
     spans: list[TagSpan] = []
     previous, label, start = "O", "", 0
@@ -28,7 +30,7 @@ def spans_of(tags: Sequence[str]) -> list[TagSpan]:
 
 def split_tag(tag: str) -> tuple[str, str]:
     """A tag's prefix (one of B, I, E, S, O) and its label."""
-    if tag == "O":
+    if tag in OUTSIDE:
         return "O", ""
     if len(tag) > 2 and tag[1] == "-" and tag[0] in "BIES":
         return tag[0], tag[2:]
@@ -36,7 +38,7 @@ def split_tag(tag: str) -> tuple[str, str]:
 
 
 def span_scores(gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Micro precision, recall and F1 of spans over sentences: a span counts when label and both ends agree."""
+    """Micro F1, precision and recall of spans over sentences: a span counts when label and both ends agree."""
     right = expected = given = 0
     for gold_tags, found_tags in zip(gold, found, strict=True):
         gold_spans, found_spans = set(spans_of(gold_tags)), set(spans_of(found_tags))
@@ -44,7 +46,7 @@ def span_scores(gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -
         expected += len(gold_spans)
         given += len(found_spans)
     return {
+        "f1": 2 * right / (given + expected) if given + expected else 0.0,
         "precision": right / given if given else 0.0,
         "recall": right / expected if expected else 0.0,
-        "f1": 2 * right / (given + expected) if given + expected else 0.0,
     }

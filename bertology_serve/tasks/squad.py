@@ -31,10 +31,10 @@ def overlap_f1(gold: str, found: str) -> float:
 
 
 def squad_scores(golds: Sequence[Sequence[str]], found: Sequence[str]) -> dict[str, float]:
-    """Mean exact match and F1, each the best over an example's gold answers (no gold answers: the empty text)."""
+    """Mean F1 and exact match, each the best over an example's gold answers (no gold answers: the empty text)."""
     pairs = [(gold or ("",), text) for gold, text in zip(golds, found, strict=True)]
     count = max(len(pairs), 1)
     return {
-        "exact": sum(max(exact(gold, text) for gold in options) for options, text in pairs) / count,
         "f1": sum(max(overlap_f1(gold, text) for gold in options) for options, text in pairs) / count,
+        "exact": sum(max(exact(gold, text) for gold in options) for options, text in pairs) / count,
     }

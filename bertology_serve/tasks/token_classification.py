@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,24 +15,26 @@ from transformers import PreTrainedTokenizerBase
 from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Answer, Example, Task
 from bertology_serve.tasks.encoding import encode_words
-from bertology_serve.tasks.fields import label_index, read_label, read_list, read_text, read_texts, sorted_labels
+from bertology_serve.tasks.fields import label_index, read_tags, read_text, read_texts, sorted_labels
 from bertology_serve.tasks.metrics import accuracy
 from bertology_serve.tasks.spans import span_scores, spans_of
-from bertology_serve.tasks.spec import TOKEN_CLASSIFICATION, Encoding, TaskSpec
+from bertology_serve.tasks.spec import IGNORED, TOKEN_CLASSIFICATION, Encoding, TaskSpec
 from bertology_serve.tasks.words import Span, join_words, split_words
 
-IGNORED = -100
 MOST_WORDS = 1_000_000
 
 
 @dataclass(frozen=True)
 class TokensExample(Example):
-    """A text and the character spans of its words; ``split`` says that the words came apart (``tokens``)."""
+    """A text and the character spans of its words; ``split`` says that the words came apart (``tokens``).
+
+    ``tags`` are the gold tags, one a word, None where a word has none; None where nothing is known.
+    """
 
     text: str
     spans: tuple[Span, ...]
     split: bool
-    tags: tuple[str, ...] | None = None
+    tags: tuple[str | None, ...] | None = None
 
 
 class TokenClassification(Task[TokensExample]):
@@ -39,7 +42,8 @@ class TokenClassification(Task[TokensExample]):
 
     Answers ``entities [{label, start, end, text, score}]``, where offsets are characters of the text, or of the tokens
     joined by one space, and the score is the mean probability of the entity's tags; for ``tokens`` also ``tags``, one
-    a token. Words that the maximum length cuts off are tagged ``O``.
+    a token. Words that the maximum length cuts off are tagged ``O``. A gold tag of -100 says that its word has none:
+    it is no class, teaches nothing, and is left out of the metrics.
     """
 
     kind = TOKEN_CLASSIFICATION
@@ -52,7 +56,7 @@ class TokenClassification(Task[TokensExample]):
     @classmethod
     def labels_in(cls, records: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[str, ...]:
         """The tags found, ``O`` first."""
-        found = {tag for fields, where in records for tag in _tags(fields, where)}
+        found = {tag for fields, where in records for tag in read_tags(fields, where) if tag is not None}
         return sorted_labels({"O"} & found) + sorted_labels(found - {"O"})
 
     def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> TokensExample:
@@ -63,11 +67,12 @@ class TokenClassification(Task[TokensExample]):
         text, spans = join_words(words)
         tags = None
         if labelled:
-            tags = tuple(_tags(record, where))
+            tags = tuple(read_tags(record, where))
             if len(tags) != len(words):
                 raise DataError(f"{where}: field 'tags' has {len(tags)} items; expected {len(words)}, one a token")
             for index, tag in enumerate(tags):
-                label_index(tag, self.index, where, f"tags[{index}]")
+                if tag is not None:
+                    label_index(tag, self.index, where, f"tags[{index}]")
         return TokensExample(where, text, tuple(spans), True, tags)
 
     def encode(self, example: TokensExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
@@ -75,10 +80,11 @@ class TokenClassification(Task[TokensExample]):
         return [encode_words(tokenizer, words, [start for start, _ in example.spans], self.spec.max_length)]
 
     def target(self, example: TokensExample, encodings: Sequence[Encoding]) -> tuple[int, ...]:
-        """The tag's index on each word's first subword, -100 on all other rows."""
+        """The tag's index on each word's first subword, -100 on all other rows and where there is none."""
         target = [IGNORED] * len(encodings[0])
         for word, row in _first_rows(encodings[0]).items():
-            target[row] = self.index[(example.tags or ())[word]]
+            tag = (example.tags or ())[word]
+            target[row] = IGNORED if tag is None else self.index[tag]
         return tuple(target)
 
     def weight(self, targets: Sequence[Any]) -> int:
@@ -100,11 +106,13 @@ class TokenClassification(Task[TokensExample]):
         return {"entities": entities, "tags": tags} if example.split else {"entities": entities}
 
     def metrics(self, answers: Sequence[Answer], examples: Sequence[TokensExample]) -> dict[str, float]:
-        """Precision, recall and F1 of entities, and the accuracy of tags."""
-        gold = [example.tags or () for example in examples]
-        found = [answer["tags"] for answer in answers]
-        flat = [[tag for tags in side for tag in tags] for side in (gold, found)]
-        return {**span_scores(gold, found), "accuracy": accuracy(*flat)}
+        """F1, precision and recall of entities, and the accuracy of tags, over the words that have a gold tag."""
+        pairs = [
+            [(gold, found) for gold, found in zip(example.tags or (), answer["tags"], strict=True) if gold is not None]
+            for answer, example in zip(answers, examples, strict=True)
+        ]
+        gold, found = ([[pair[side] for pair in sentence] for sentence in pairs] for side in (0, 1))
+        return {**span_scores(gold, found), "accuracy": accuracy(list(chain(*gold)), list(chain(*found)))}
 
     def _tagged(self, example: TokensExample, encoding: Encoding, out: Tensor) -> tuple[list[str], list[float]]:
         """A tag and its probability for each word; ``O`` at probability 1 for words without a row."""
@@ -114,11 +122,6 @@ class TokenClassification(Task[TokensExample]):
         for word, score, index in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
             tags[word], scores[word] = self.spec.labels[index], score
         return tags, scores
-
-
-def _tags(record: Mapping[str, Any], where: str) -> list[str]:
-    tags = read_list(record, where, "tags")
-    return [read_label(tag, where, f"tags[{index}]") for index, tag in enumerate(tags)]
 
 
 def _first_rows(encoding: Encoding) -> dict[int, int]:

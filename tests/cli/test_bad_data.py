@@ -29,7 +29,12 @@ CASES = {
     ),
     "missing label column": ("classification", "x.csv", b"text\na\nb\n", "x.csv:2: field 'label' is missing"),
     "missing column of a pair": ("embedding", "x.csv", b"text,score\na,1\n", "x.csv:2: field 'text_pair' is missing"),
-    "empty cell": ("classification", "x.csv", b"text,label\na,up\n,down\n", "x.csv:3: field 'text' is missing"),
+    "empty cell": (
+        "classification",
+        "x.csv",
+        b"text,label\na,up\n,down\n",
+        "x.csv:3: field 'text' is missing (it is null, or",
+    ),
     "white space": (
         "classification",
         "x.jsonl",
@@ -48,6 +53,18 @@ CASES = {
         "x.jsonl:1: field 'score' is inf (float)",
     ),
     "null": ("regression", "x.jsonl", b'{"text": "a", "score": null}\n', "x.jsonl:1: field 'score' is missing"),
+    "null text": (
+        "regression",
+        "x.jsonl",
+        b'{"text": null, "score": 1}\n',
+        "x.jsonl:1: field 'text' is missing (it is",
+    ),
+    "half a pair": (
+        "classification",
+        "x.jsonl",
+        b'{"text": "a", "label": "\\ud83d"}\n{"text": "a", "label": "b"}\n',
+        "x.jsonl:1: field 'label' holds '\\ud83d', half of a surrogate pair",
+    ),
     "latin-1": ("classification", "x.csv", b"text,label\ncaf\xe9,up\n", "x.csv:2: byte 0xe9 is not UTF-8"),
     "utf-16": ("classification", "x.csv", "text,label\na,b\n".encode("utf-16"), "x.csv:1: byte 0xff is not UTF-8"),
     "utf-16 without a mark": (
@@ -125,7 +142,8 @@ def test_a_tag_that_training_has_not_seen(bert, tmp_path, capsys):
         bert,
         tmp_path,
         capsys,
-        "x.jsonl:2: field 'tags[0]' has the unknown label 'B-PLACE'",
+        "x.jsonl:2: field 'tags[0]' has the unknown label 'B-PLACE'; known: B-WHO, O; train with "
+        "--labels to name labels that the training data lacks",
         "--task",
         "token-classification",
         *files,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bertology_serve.errors import DataError, SpecError
+from bertology_serve.tasks.answer_spans import best_spans
 from bertology_serve.tasks.question_answering import NO_ANSWER, QuestionAnswering
 from bertology_serve.tasks.spec import TaskSpec
 
@@ -105,6 +106,16 @@ def test_one_window_that_sees_an_answer_is_enough(minilm):
     encodings = WITH_NULL.encode(example, minilm)
     answer = WITH_NULL.decode(example, encodings, rows_for(encodings, WITH_NULL.target(example, encodings)))["answer"]
     assert answer["text"] == "Grace Hopper"
+
+
+def test_no_answer_scores_what_the_least_window_gives_it(minilm):
+    example = WITH_NULL.example(RECORD, "x:1", True)
+    encodings = WITH_NULL.encode(example, minilm)
+    outputs = [torch.zeros(len(encoding), 2) for encoding in encodings]
+    for row, output in enumerate(outputs):
+        output[0] = 5.0 + row % 3
+    outputs[1][0] = torch.tensor([-1.0, 0.5])
+    assert best_spans(example.context, encodings, outputs, 30)[1] == -0.5
 
 
 def test_labels_say_whether_questions_may_have_no_answer():

@@ -38,5 +38,13 @@ def test_tags_without_prefix_make_runs():
     assert spans_of(["NOUN", "NOUN", "VERB", "O"]) == [("NOUN", 0, 2), ("VERB", 2, 3)]
 
 
+def test_a_class_index_of_0_is_outside():
+    """A model that says 0 of every word has found nothing."""
+    assert spans_of(["0", "0", "1", "1", "0"]) == [("1", 2, 4)]
+    gold, silent = [["0", "0", "1", "0"], ["0"] * 5], [["0"] * 4, ["0"] * 5]
+    assert span_scores(gold, silent) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+    assert span_scores(gold, gold)["f1"] == 1.0
+
+
 def test_nothing_found_scores_zero():
     assert span_scores([["O"]], [["O"]]) == {"precision": 0.0, "recall": 0.0, "f1": 0.0}

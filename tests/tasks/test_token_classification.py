@@ -65,6 +65,22 @@ def test_a_text_keeps_its_own_characters(minilm):
     ]
 
 
+def test_a_word_without_a_gold_tag_teaches_and_counts_nothing(minilm):
+    """-100, as torch and HuggingFace write it; seqeval is asked without such words in HuggingFace's own recipe."""
+    tags = ["B-PER", -100, "O", "B-LOC", "-100"]
+    example = TASK.example({"tokens": TOKENS, "tags": tags}, "x:1", True)
+    (encoding,) = TASK.encode(example, minilm)
+    target = TASK.target(example, [encoding])
+    assert [LABELS[index] for index in target if index >= 0] == ["B-PER", "O", "B-LOC"]
+    assert TASK.weight([target]) == 3
+    answer = {"tags": ["B-PER", "B-LOC", "O", "O", "I-LOC"]}
+    assert TASK.metrics([answer], [example]) == pytest.approx(
+        {"f1": 2 / 3, "precision": 1.0, "recall": 0.5, "accuracy": 2 / 3}
+    )
+    none = TASK.example({"tokens": ["a"], "tags": [-100]}, "x:1", True)
+    assert TASK.metrics([{"tags": ["B-PER"]}], [none]) == {"f1": 0.0, "precision": 0.0, "recall": 0.0, "accuracy": 0.0}
+
+
 def test_words_that_are_cut_off_are_o(minilm):
     short = TokenClassification(TaskSpec("token-classification", LABELS, max_length=4))
     example = short.example({"tokens": TOKENS, "tags": TAGS}, "x:1", True)
@@ -93,6 +109,7 @@ def test_a_sequence_without_labelled_rows_has_a_loss_of_zero():
         ({"tags": [*TAGS[:4], "B-PERS"]}, r"field 'tags\[4\]' has the unknown label 'B-PERS'; did you mean 'B-PER'"),
         ({"tags": "O O O O O"}, r"field 'tags' is 'O O O O O' \(str\); expected a list"),
         ({"tags": [*TAGS[:4], None]}, r"field 'tags\[4\]' is missing"),
+        ({"tags": [*TAGS[:4], "\ud83d"]}, r"field 'tags\[4\]' holds '\\ud83d', half of a surrogate pair"),
         ({"tokens": []}, r"field 'tokens' has 0 items"),
         ({"tokens": ["a", " "]}, r"field 'tokens\[1\]' is only white space"),
         ({"tokens": "a b"}, r"field 'tokens' is 'a b' \(str\); expected a list"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeVar
 
 import msgspec
@@ -10,6 +11,8 @@ from bertology_serve.errors import DataError
 
 T = TypeVar("T")
 encode = msgspec.json.Encoder().encode
+_HIGH, _LOW = rb"\\u[dD][89abAB][0-9a-fA-F]{2}", rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_HALF = re.compile(rb"%b(?!%b)|(?<!%b)%b" % (_HIGH, _LOW, _HIGH, _LOW))
 
 
 def decode(body: bytes | memoryview, kind: type[T] | Any = Any) -> T:
@@ -23,6 +26,11 @@ def decode(body: bytes | memoryview, kind: type[T] | Any = Any) -> T:
     except UnicodeDecodeError:
         raise DataError("the body is not UTF-8; JSON is sent as UTF-8") from None
     except msgspec.DecodeError as problem:
+        half = _HALF.search(body)
+        if half:  # msgspec says of these that the input was truncated
+            raise DataError(
+                f"the body holds {half[0].decode()}, half of a surrogate pair; send both or neither"
+            ) from None
         raise DataError(f"the body is not JSON: {problem}") from None
     except RecursionError:
         raise DataError("the body is nested too deeply") from None
