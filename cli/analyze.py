@@ -16,7 +16,7 @@ from bertology_serve.analysis.settings import (
     ProbeSettings,
     PruneSettings,
 )
-from bertology_serve.cli.common import note, table
+from bertology_serve.cli.common import note, note_next, table
 from bertology_serve.cli.options import options
 from bertology_serve.cli.reports import bar, kept, subject, written
 
@@ -126,8 +126,7 @@ def prune(
     table(f"{facts['speed_up']:.2f} times as fast", ("", "before", "after"), rows, stderr=False)
     written(report, out)
     note(f"saved to {save}; next:")
-    note(f"  bertology-serve train --backbone {save} ...")
-    note(f"  bertology-serve serve --backbone {save} --deltas {delta.parent}")
+    note_next(["train", "--backbone", save, "..."], ["serve", "--backbone", save, "--deltas", delta.parent])
 
 
 @app.command()

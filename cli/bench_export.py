@@ -90,7 +90,9 @@ def _inputs(
 
     task, named = task_for(delta.task), read_columns(columns)
     timed = texts or data
-    records = load_examples(timed or examples.path("sentiment", "dev"), task, named if timed else None, labelled=False)
+    records = load_examples(
+        timed or examples.path("sentiment", "dev"), task, named if timed else None, False, delta.columns
+    )
     encodings = [one for record in records[:sequences] for one in task.encode(record, encoder.tokenizer)]
-    gold = load_examples(data, task, named) if data is not None else []
+    gold = load_examples(data, task, named, remembered=delta.columns) if data is not None else []
     return Inputs(encodings, task, gold, tools, compiled)

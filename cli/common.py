@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr: ``predict --output - | head`` s
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -48,6 +49,12 @@ def _judged(problem: BaseException) -> tuple[int, str]:
 def note(message: str) -> None:
     """One line for the person, on stderr."""
     print(message, file=sys.stderr, flush=True)
+
+
+def note_next(*commands: Sequence[object]) -> None:
+    """What to type next: each command's words, quoted as a shell wants them."""
+    for words in commands:
+        note(f"  {shlex.join(['bertology-serve', *map(str, words)])}")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], stderr: bool = True) -> None:

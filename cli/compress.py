@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertology_serve.cli.common import note, table
+from bertology_serve.cli.common import note, note_next, table
 from bertology_serve.cli.train import read_columns
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def compress(
         bool, typer.Option("--per-tensor", help="With --share: of each linear's entries, not of all.")
     ] = False,
     eval: Annotated[str | None, typer.Option(help="Labelled records to measure both on.")] = None,
-    columns: Annotated[str | None, typer.Option(help="Where fields stand: text=sentence,label=y.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Where fields stand: text=sentence,label=y. Default: as in training.")
+    ] = None,
     backbone: Annotated[str | None, typer.Option(help="The base. Default: the one that the delta names.")] = None,
     name: Annotated[str | None, typer.Option(help="The small delta's name. Default: that of --out.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
@@ -52,8 +54,8 @@ def compress(
     budget, called = Budget(rank, energy, share, per_tensor), Destination(out, name).open()[0]
     if out.exists():
         raise InputError(f"{out} exists; choose another --out")
-    records = read_records(eval, read_columns(columns)) if eval else []
     whole, place = store.load(newest(delta)), find_device(device)
+    records = read_records(eval, read_columns(columns), whole.columns) if eval else []
     encoder = Encoder.load(backbone or whole.base.name, device=place)
     found = run(whole, encoder, budget, called)
     measured: dict[str, tuple[float, float]] = {}
@@ -64,7 +66,8 @@ def compress(
     small = replace(found.delta, metrics={metric: after for metric, (_, after) in measured.items()})
     store.save(small, out, encoder.anatomy, encoder.config.to_dict())
     show(whole, small, found, measured, as_json)
-    note(f"saved to {out}; it shares the backbone now: bertology-serve serve --deltas {out}")
+    note(f"saved to {out}; it shares the backbone now:")
+    note_next(["serve", "--backbone", encoder.name, "--deltas", out])
 
 
 def show(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bertology_serve.cli.common import note
+from bertology_serve.cli.common import note, note_next
 from bertology_serve.cli.options import listed
 from bertology_serve.errors import InputError, SpecError
 
@@ -48,4 +48,4 @@ def convert(
     made = run(source, encoder, called, Told(alpha, listed(labels) or (), max_length))
     store.save(made, out, encoder.anatomy, encoder.config.to_dict())
     note(f"saved to {out}; next:")
-    note(f"  bertology-serve evaluate {out} --backbone {backbone} --input FILE")
+    note_next(["evaluate", out, "--backbone", backbone, "--input", "FILE"])

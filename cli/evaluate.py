@@ -21,7 +21,9 @@ def evaluate(
     delta: Annotated[Path, typer.Argument(metavar="DIR", help="A delta's directory, or one with its versions.")],
     input: Annotated[str, typer.Option(help="Labelled records: .jsonl, .csv, .tsv (also .gz), .parquet, or hub:NAME.")],
     backbone: Annotated[str | None, typer.Option(help="Encoder. Default: the one that the delta names.")] = None,
-    columns: Annotated[str | None, typer.Option(help="Where fields stand: text=sentence,label=y.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Where fields stand: text=sentence,label=y. Default: as in training.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens a batch.", min=1)] = 4096,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
@@ -32,8 +34,8 @@ def evaluate(
     from bertology_serve.training.evaluate import evaluate as run
     from bertology_serve.training.saved import open_delta
 
-    records = read_records(input, read_columns(columns))
     loaded, encoder = open_delta(delta, backbone, find_device(device))
+    records = read_records(input, read_columns(columns), loaded.columns)
     started = time.perf_counter()
     with progress() as bar:
         task = bar.add_task("evaluate", total=len(records))

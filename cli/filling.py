@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from bertology_serve.errors import NotFound, SpecError, nearest
+from bertology_serve.training.flags import join_list
 
 
 def from_file(context: typer.Context, path: Path | None) -> Path | None:
@@ -46,6 +47,11 @@ def from_set(context: typer.Context, name: str | None) -> str | None:
 
 
 def _fill(context: typer.Context, values: Mapping[str, Any]) -> None:
-    """Gives flags other defaults; lists are written with commas. What was filled first stays."""
-    plain = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
-    context.default_map = {**plain, **(context.default_map or {})}
+    """Gives flags other defaults; lists and tables are written with commas. What was filled first stays."""
+    context.default_map = {**{name: _plain(value) for name, value in values.items()}, **(context.default_map or {})}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return join_list(f"{name}={own}" for name, own in value.items())
+    return join_list(value) if isinstance(value, list) else value

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 
 from bertology_serve.errors import SpecError
+from bertology_serve.training.flags import join_list, split_list
 
 PLAIN = (bool, int, float, str, Path)
 
@@ -48,8 +49,8 @@ def options(
 
 
 def listed(text: str | None) -> tuple[str, ...] | None:
-    """``"query, value"`` -> ``("query", "value")``; ``None`` stays ``None``."""
-    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+    """``"query, value"`` -> ``("query", "value")``; ``None`` stays ``None``. See ``split_list``."""
+    return None if text is None else split_list(text)
 
 
 def _parameter(spec: type[Any], field: Field[Any], hint: Any, help_text: str | None) -> inspect.Parameter:
@@ -58,7 +59,7 @@ def _parameter(spec: type[Any], field: Field[Any], hint: Any, help_text: str | N
     negated = f"{flag}/--no-{flag.removeprefix('--')}" if _without_none(hint)[0] is bool else flag
     option = typer.Option(negated, help=help_text or field.metadata.get("help"))
     if isinstance(default, tuple):
-        default = ",".join(map(str, default))
+        default = join_list(default)
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,

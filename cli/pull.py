@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bertology_serve.cli.common import note
+from bertology_serve.cli.common import note, note_next
 
 
 def pull(
@@ -19,4 +19,4 @@ def pull(
     from bertology_serve.deltas.hub import pull as run
 
     note(f"saved to {run(repository, out, revision=revision)}; next:")
-    note(f"  bertology-serve inspect {out}")
+    note_next(["inspect", out])

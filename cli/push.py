@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bertology_serve.cli.common import note
+from bertology_serve.cli.common import note, note_next
 
 
 def push(
@@ -21,4 +21,4 @@ def push(
     from bertology_serve.training.saved import newest
 
     note(f"uploaded: {run(newest(delta), repository, private=private, revision=revision)}")
-    note(f"  bertology-serve pull {repository} --out DIR")
+    note_next(["pull", repository, "--out", "DIR"])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bertology_serve.cli.common import note, progress, table
+from bertology_serve.cli.common import note, note_next, progress, table
 from bertology_serve.cli.filling import from_file, from_set
 from bertology_serve.cli.options import listed, options
 from bertology_serve.errors import SpecError
@@ -128,7 +128,10 @@ def read_columns(text: str | None) -> dict[str, str]:
     pairs = [part.partition("=") for part in listed(text) or ()]
     for field, _, column in pairs:
         if not field.strip() or not column.strip():
-            raise SpecError(f"--columns is {text!r}; expected FIELD=COLUMN with commas, such as text=sentence,label=y")
+            raise SpecError(
+                f"--columns is {text!r}; expected FIELD=COLUMN with commas, such as text=sentence,label=y (a pair that "
+                'holds a comma is quoted: "text=Tweet, clean",label=y)'
+            )
     return {field.strip(): column.strip() for field, _, column in pairs}
 
 
@@ -239,8 +242,10 @@ def show(outcome: Outcome, eval: str | None) -> None:
     table(f"{delta.name} {delta.version}" + (f" on {eval}" if eval else ""), ["", "value"], rows, stderr=False)
     show_layers(outcome.path)
     note(f"saved to {outcome.path}; next:")
-    note(f"  bertology-serve evaluate {outcome.path} --input {eval or 'FILE'}")
-    note(f"  bertology-serve serve --backbone {delta.base.name} --deltas {outcome.path.parent} --port 8000")
+    note_next(
+        ["evaluate", outcome.path, "--input", eval or "FILE"],
+        ["serve", "--backbone", delta.base.name, "--deltas", outcome.path.parent, "--port", 8000],
+    )
 
 
 def show_layers(directory: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bertology_serve.cli.common import note, table
+from bertology_serve.cli.common import note, note_next, table
 from bertology_serve.errors import SpecError
 from bertology_serve.training.fleet.spec import FleetSpec, read_fleet
 
@@ -55,7 +55,7 @@ def train_fleet(
         deltas = run(spec, encoder, out, resume=resume, overwrite=overwrite, watcher=board)
     show(deltas)
     note(f"saved to {out}; next:")
-    note(f"  bertology-serve serve --backbone {name} --deltas {out} --port 8000")
+    note_next(["serve", "--backbone", name, "--deltas", out, "--port", 8000])
 
 
 class Board:

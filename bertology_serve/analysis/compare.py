@@ -72,7 +72,7 @@ def _check_tasks(subjects: Sequence[Subject]) -> None:
 
 def _labelled(subject: Subject, input: str | Path) -> bool:
     """Whether the file's first record has the task's labels."""
-    record = read_records(input)[0]
+    record = read_records(input, remembered=subject.delta.columns if subject.delta else None)[0]
     try:
         Trial.task_of(subject).example(record.fields, record.where, labelled=True)
     except DataError:

@@ -47,7 +47,8 @@ class Trial:
         self.subject, self.max_tokens = subject, max_tokens
         self.task, self.labelled = self.task_of(subject), labelled
         self.name = str(path)
-        self.items = [self._item(record.fields, record.where) for record in read_records(path)[:most]]
+        records = read_records(path, remembered=subject.delta.columns)
+        self.items = [self._item(record.fields, record.where) for record in records[:most]]
 
     @staticmethod
     def task_of(subject: Subject) -> Task:

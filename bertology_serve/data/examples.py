@@ -14,13 +14,17 @@ from bertology_serve.tasks.spec import CLASSIFICATION
 
 
 def load_examples(
-    path: str | Path, task: Task, columns: Mapping[str, str] | None = None, labelled: bool = True
+    path: str | Path,
+    task: Task,
+    columns: Mapping[str, str] | None = None,
+    labelled: bool = True,
+    remembered: Mapping[str, str] | None = None,
 ) -> list[Example]:
     """The checked examples of a file or hub data set; see ``read_records`` for paths and columns.
 
     Raises DataError for the first record that does not fit the task.
     """
-    return [task.example(fields, where, labelled) for fields, where in read_records(path, columns)]
+    return [task.example(fields, where, labelled) for fields, where in read_records(path, columns, remembered)]
 
 
 def infer_labels(kind: str, records: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[str, ...]:

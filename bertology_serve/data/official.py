@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bertology_serve.data.sets import DataSet
+from bertology_serve.tasks.fields import read_class
 from bertology_serve.tasks.metrics import positive_f1
 from bertology_serve.tasks.squad import exact, overlap_f1
 
 Answers = Sequence[Mapping[str, Any]]
 Records = Sequence[tuple[Mapping[str, Any], str]]
+ALSO_POSITIVE = ("true", "1")
+"""What a set's positive label is called in files that hold JSON's booleans, or the class's number."""
 
 
 def official_metrics(
@@ -24,21 +27,24 @@ def official_metrics(
     """
     own = dict(measured)
     if found.positive:
-        gold, given = [str(fields["label"]) for fields, _ in records], [str(one["label"]) for one in answers]
-        own["f1"] = own["f1a"] = positive_f1(gold, given, found.positive)
-        own |= _by_group(found, answers, records) if any("group" in fields for fields, _ in records) else {}
+        gold, given = [read_class(*record) for record in records], [str(one["label"]) for one in answers]
+        positive = next(
+            (label for label in (found.positive, *ALSO_POSITIVE) if label in (*gold, *given)), found.positive
+        )
+        own["f1"] = own["f1a"] = positive_f1(gold, given, positive)
+        own |= _by_group(found, positive, answers, records) if any("group" in fields for fields, _ in records) else {}
     return {name: own[name] for name in found.metrics if name in own}
 
 
-def _by_group(found: DataSet, answers: Answers, records: Records) -> dict[str, float]:
+def _by_group(found: DataSet, positive: str, answers: Answers, records: Records) -> dict[str, float]:
     """The metrics over questions or queries."""
     groups: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
     for answer, (fields, _) in zip(answers, records, strict=True):
         groups.setdefault(fields["group"], []).append((answer, fields))
-    whole = [all(answer["label"] == str(fields["label"]) for answer, fields in own) for own in groups.values()]
+    whole = [all(answer["label"] == read_class(fields, "") for answer, fields in own) for own in groups.values()]
     scores = {"em": sum(whole) / len(whole)}
     if "entity_f1" in found.metrics:
-        chosen = [max(own, key=lambda pair: pair[0]["scores"][found.positive])[1] for own in groups.values()]
+        chosen = [max(own, key=lambda pair: pair[0]["scores"][positive])[1] for own in groups.values()]
         for name, score in (("entity_em", exact), ("entity_f1", overlap_f1)):
             best = [max((score(gold, one["entity"]) for gold in one["golds"]), default=0.0) for one in chosen]
             scores[name] = sum(best) / len(best)

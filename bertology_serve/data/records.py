@@ -42,14 +42,17 @@ class Record(NamedTuple):
     where: str
 
 
-def read_records(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Record]:
+def read_records(
+    path: str | Path, columns: Mapping[str, str] | None = None, remembered: Mapping[str, str] | None = None
+) -> list[Record]:
     """All records of a hub data set or a file: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.conllu``
     (or ``.gz``), ``.parquet``.
 
     A hub data set is written ``hub:NAME[:CONFIG][:SPLIT]``, a well-known one ``set:NAME:SPLIT`` (see ``set_files``);
     ``.conll`` files hold a word and its tag a line. ``columns`` maps a field to the column that holds it:
-    ``{"text": "sentence"}``. Cells of CSV and TSV are texts, but lists (``tokens``, ``tags``, ``choices``,
-    ``answers``) are written as JSON, and an empty cell is no value; TSV has no quoting.
+    ``{"text": "sentence"}``. Where none are given those ``remembered`` by a delta count, each in records that have it.
+    Cells of CSV and TSV are texts, but lists (``tokens``, ``tags``, ``choices``, ``answers``) are written as JSON, and
+    an empty cell is no value; TSV has no quoting.
 
     Raises DataError naming file, row and column; NotFound when there is no such file; SpecError for a field in
     ``columns`` that no task reads; Unsupported when the package for Parquet or the hub is missing.
@@ -57,8 +60,8 @@ def read_records(path: str | Path, columns: Mapping[str, str] | None = None) -> 
     for field in columns or {}:
         if field not in FIELDS:
             raise SpecError(f"no task reads the field {field!r}; {nearest(field, FIELDS)}")
-    rows = _rows(path)
-    records = [_record(fields, where, columns or {}) for fields, where in rows]
+    known = {field: column for field, column in (remembered or {}).items() if field in FIELDS}
+    records = [_record(fields, where, columns or known, bool(columns)) for fields, where in _rows(path)]
     if not records:
         raise DataError(f"{path}: holds no records; expected at least one")
     return records
@@ -88,21 +91,19 @@ def _read_file(path: Path) -> Iterable[tuple[Mapping[str, Any], str]]:
     return reader(path)
 
 
-def _record(fields: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> Record:
+def _record(fields: Mapping[str, Any], where: str, columns: Mapping[str, str], required: bool) -> Record:
     """Renames the mapped columns; a field that is mapped replaces its alias too."""
-    found = {
-        field: _column(fields, column, f"{where}: no column {column!r} for {field!r}")
-        for field, column in columns.items()
-    }
-    gone = {*found.values(), *(ALIASES[field] for field in columns if field in ALIASES)}
+    found = {field: name for field, column in columns.items() if (name := _column(fields, column)) is not None}
+    lost = next((field for field in columns if field not in found), None)
+    if required and lost is not None:
+        column = columns[lost]
+        raise DataError(f"{where}: no column {column!r} for {lost!r}; {nearest(column, map(str, fields))}")
+    gone = {*found.values(), *(ALIASES[field] for field in found if field in ALIASES)}
     kept = {name: value for name, value in fields.items() if name not in gone}
     named = {**kept, **{field: fields[name] for field, name in found.items()}}
     return Record(tables.decode_lists(named, where), where)
 
 
-def _column(fields: Mapping[str, Any], column: str, problem: str) -> str:
+def _column(fields: Mapping[str, Any], column: str) -> str | None:
     """The name that a column has in a record: the same, or the same but for blanks at its ends."""
-    name = column if column in fields else next((own for own in fields if str(own).strip() == column.strip()), None)
-    if name is None:
-        raise DataError(f"{problem}; {nearest(column, map(str, fields))}")
-    return name
+    return column if column in fields else next((own for own in fields if str(own).strip() == column.strip()), None)

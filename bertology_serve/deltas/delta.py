@@ -51,6 +51,14 @@ class Delta:
             return ("full",)
         return tuple(kinds.kind_of(spec).name for spec in self.specs) or ("probe",)
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns of its training data that held the fields, by field, where they were called otherwise."""
+        train = self.provenance.get("train")
+        found = train.get("columns") if isinstance(train, Mapping) else None
+        pairs = found.items() if isinstance(found, Mapping) else ()
+        return {field: column for field, column in pairs if isinstance(column, str)}
+
     def effects(self, anatomy: Anatomy) -> Effects:
         """What the delta does to an encoder of that anatomy."""
         return kinds.effects(self.specs, self.tensors, anatomy)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from bertology_serve.errors import SpecError, nearest
+from bertology_serve.tasks.fields import read_label
 from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, TASK_KINDS, TaskSpec
 from bertology_serve.training.full_options import CHILD_TUNING, MIXOUT, REGULARISED, TOP_K, read_options
 
@@ -77,7 +78,9 @@ class TrainConfig:
     epsilon: float = _option(1e-8, "AdamW's epsilon.")
     clip: float = _option(1.0, "Longest gradient; 0: no clipping.")
     seed: int = _option(0, "Decides the first weights, the order of examples and dropout.")
-    labels: tuple[str, ...] = _option((), "Labels in logit order, with commas. Default: those of the training data.")
+    labels: tuple[str, ...] = _option(
+        (), "Labels in logit order, with commas (quoted where they hold one). Default: those of the training data."
+    )
     max_length: int | None = _option(None, "Longest sequence in tokens. Default: 384 for question answering, else 128.")
     pooling: Literal["cls", "mean", "max"] | None = _option(
         None, "Rows that the head reads. Default: mean for embeddings and the probe, else cls."
@@ -115,7 +118,8 @@ class TrainConfig:
             _check_known("recipe", self.recipe, tuple(name for name in DEFAULT_METHODS if name))
         object.__setattr__(self, "method", _methods(self.method or DEFAULT_METHODS[self.recipe]))
         _check_recipe(self)
-        object.__setattr__(self, "labels", tuple(self.labels))
+        labels = (read_label(label, "the configuration", f"labels[{i}]") for i, label in enumerate(self.labels))
+        object.__setattr__(self, "labels", tuple(labels))  # as the data's own are read: 1 is "1"
         _check_known("task", self.task, TASK_KINDS)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) is not None:

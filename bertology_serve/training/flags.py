@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from bertology_serve.errors import SpecError
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """``"query, value"`` -> ``("query", "value")``. What holds a comma is quoted as in CSV: ``'"Rome, GA",Paris'``."""
+    try:
+        parts = next(csv.reader([text], skipinitialspace=True, strict=True), [])
+    except csv.Error as problem:
+        raise SpecError(
+            f"{text!r} is no list ({problem}); expected values with commas, quoted where they hold one"
+        ) from None
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def join_list(values: Iterable[object]) -> str:
+    """The inverse of ``split_list``."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="").writerow([str(value) for value in values])
+    return out.getvalue()
 
 
 def _flag(kind: str, spec_field: str, text: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from bertology_serve.errors import SpecError, nearest
 from bertology_serve.training.config import TrainConfig
-from bertology_serve.training.flags import KindFlags
+from bertology_serve.training.flags import KindFlags, split_list
 
 OWN = tuple(field.name for field in fields(TrainConfig) if field.name != "options")
 KINDS = tuple(field.name for field in fields(KindFlags))
@@ -80,6 +80,5 @@ def _listed(owner: type[Any], name: str, value: Any) -> Any:
     if name not in LISTS[owner]:
         return value
     if isinstance(value, str):
-        parts = [part.strip() for part in value.split(",") if part.strip()]
-        return tuple(int(part) if part.isdecimal() else part for part in parts)
+        return tuple(int(part) if part.isdecimal() else part for part in split_list(value))
     return tuple(value) if isinstance(value, list) else value

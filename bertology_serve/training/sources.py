@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -14,16 +14,17 @@ from bertology_serve.data.records import Record, read_records
 
 @dataclass(frozen=True)
 class Source:
-    """Records, and the name of the file or data set that they came from."""
+    """Records, the name of the file or data set that they came from, and the columns that held their fields."""
 
     name: str
     records: Sequence[Record]
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path, columns: Mapping[str, str] | None = None) -> Source:
         """All records of a file or hub data set; see ``read_records``."""
         named = str(path).startswith(("hub:", "set:"))
-        return cls(str(path) if named else Path(path).name, read_records(path, columns))
+        return cls(str(path) if named else Path(path).name, read_records(path, columns), columns or {})
 
     @cached_property
     def sha256(self) -> str:
@@ -39,8 +40,9 @@ class Source:
         return f"{len(self.records)} rows, sha256 {self.sha256[:12]}"
 
     def facts(self) -> dict[str, object]:
-        """Name, rows and hash, for provenance."""
-        return {"name": self.name, "rows": len(self.records), "sha256": self.sha256}
+        """Name, rows and hash, and columns where any were named, for provenance."""
+        facts = {"name": self.name, "rows": len(self.records), "sha256": self.sha256}
+        return {**facts, "columns": dict(self.columns)} if self.columns else facts
 
 
 @dataclass(frozen=True)

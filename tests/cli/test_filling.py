@@ -49,6 +49,21 @@ def test_a_run_s_config_gives_the_same_bits(bert, tmp_path, monkeypatch, own):
     assert main(["train", "--config", str(config), "--out", "third", "--seed", "4", "--dry-run"]) == 0
 
 
+def test_labels_with_commas_come_back_from_the_file(bert, tmp_path):
+    names = {"up": "yes, gladly", "down": 'no "never"'}
+    rows = [{"body": row["text"], "label": names[row["label"]]} for row in sets.classification()]
+    train = sets.write(tmp_path / "train.jsonl", rows)
+    flags = ["--backbone", bert, "--task", "classification", "--train", train, "--max-steps", "1"]
+    more = ["--columns", "text=body", "--labels", '"yes, gladly","no ""never"""']
+    assert main(["train", *flags, *more, "--out", str(tmp_path / "first")]) == 0
+    assert main(["train", "--config", str(tmp_path / "first" / "config.toml"), "--out", str(tmp_path / "second")]) == 0
+    for name in ("first", "second"):
+        assert json.loads((tmp_path / name / "delta.json").read_text())["task"]["labels"] == list(names.values())
+    own = tmp_path / "own.toml"
+    own.write_text('columns = { text = "body" }\n')
+    assert main(["train", "--config", str(own), *flags, "--out", str(tmp_path / "third")]) == 0
+
+
 def test_a_flag_counts_before_the_file(bert, tmp_path, capsys):
     train = sets.write(tmp_path / "train.jsonl", sets.classification())
     path = tmp_path / "own.toml"

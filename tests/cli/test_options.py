@@ -1,15 +1,18 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 import typer
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from bertology_serve.cli.options import listed, options
 from bertology_serve.errors import SpecError
+from bertology_serve.training.flags import join_list
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,41 @@ def test_wrong_number_in_a_list_is_a_spec_error():
         run("--layers", "1,x")
 
 
-def test_type_without_an_option_is_refused_where_it_is_declared():
-    with pytest.raises(TypeError, match=r"Config\.hidden: a field of type"):
-        run(skip=())
+HINTS = [dict[str, Any], dict[str, Any] | None, list[int], int | str, int | str | None, bytes]
+
+
+@pytest.mark.parametrize("hint", HINTS, ids=str)
+def test_type_without_an_option_is_refused_where_it_is_declared(hint):
+    spec = make_dataclass("Spec", [("port", int, 1), ("odd", hint, None)])
+    declare = options(spec)
+    with pytest.raises(TypeError) as caught:
+        declare(lambda config: None)
+    assert str(caught.value) == f"Spec.odd: a field of type {hint} has no command-line option; skip it"
+    options(spec, skip=["odd"])(lambda config: None)
 
 
 @pytest.mark.parametrize(
-    ("text", "names"), [("query, value", ("query", "value")), ("a,,", ("a",)), ("", ()), (None, None)]
+    ("text", "names"),
+    [
+        ("query, value", ("query", "value")),
+        ("a,,", ("a",)),
+        ("", ()),
+        (None, None),
+        ('"Rome, GA", Paris', ("Rome, GA", "Paris")),
+        ('5" disk,a"b', ('5" disk', 'a"b')),
+    ],
 )
 def test_listed(text, names):
     assert listed(text) == names
+
+
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), min_size=1).map(str.strip).filter(bool))
+)
+def test_a_list_comes_back_from_its_text(values):
+    assert listed(join_list(values)) == tuple(values)
+
+
+def test_a_list_with_half_a_quote_is_a_spec_error():
+    with pytest.raises(SpecError, match=r"is no list .*; expected values with commas, quoted where they hold one"):
+        listed('"a,b')

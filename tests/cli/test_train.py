@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -67,6 +68,28 @@ def test_columns_methods_and_their_options(bert, tmp_path, capsys):
     assert values["task"]["pooling"] == "mean"
     assert values["provenance"]["training"]["trunk_dropout"] is False
     assert "mood 3" in capsys.readouterr().out
+
+
+def test_the_next_command_works_when_it_is_pasted(bert, tmp_path, capsys):
+    """Also with names that a shell would take apart, and with columns, which the delta remembers."""
+    rows = tmp_path / "it's here.csv"
+    header = 'index,"Tweet, clean ",mood'
+    rows.write_text(
+        f"{header}\n" + "".join(f"{i},{r['text']},{r['label']}\n" for i, r in enumerate(sets.classification()))
+    )
+    more = ["--columns", '"text=Tweet, clean",label=mood', "--eval", str(rows), "--epochs", "1"]
+    assert main(arguments(bert, str(rows), tmp_path / "my deltas" / "mood", *more)) == 0
+    lines = capsys.readouterr().err.splitlines()
+    words = shlex.split(next(line for line in lines if "evaluate" in line))
+    assert words == ["bertology-serve", "evaluate", str(tmp_path / "my deltas" / "mood"), "--input", str(rows)]
+    assert main([*words[1:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 16
+    plain = sets.write(tmp_path / "plain.jsonl", sets.classification())
+    assert main([*words[1:3], "--input", plain, "--json"]) == 0, "records with the fields' own names need no columns"
+    assert main([*words[1:], "--columns", "text=body"]) == 2
+    assert "no column 'body' for 'text'" in capsys.readouterr().err
+    serve = shlex.split(next(line for line in lines if "serve --backbone" in line))
+    assert serve[serve.index("--deltas") + 1] == str(tmp_path / "my deltas")
 
 
 def test_recipe_says_its_stages_and_gives_two_products(bert, train_file, tmp_path, capsys):
@@ -245,6 +268,7 @@ def test_killed_run_resumes_to_the_same_bytes(bert, train_file, tmp_path, own, l
 def test_columns_are_pairs():
     assert read_columns(None) == {}
     assert read_columns("text=a, label = b") == {"text": "a", "label": "b"}
+    assert read_columns('"text=a, b",label=c=d') == {"text": "a, b", "label": "c=d"}
     for text in ("text", "=a", "text="):
         with pytest.raises(SpecError, match="expected FIELD=COLUMN"):
             read_columns(text)

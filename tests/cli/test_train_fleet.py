@@ -46,6 +46,19 @@ def test_a_fleet_is_trained_and_shown(place, capsys, monkeypatch):
     assert "mood-2 exists" in capsys.readouterr().err
 
 
+def test_the_board_shows_the_metric_that_chooses(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    sets.write(place / "names.jsonl", sets.token_classification())
+    one = 'task = "token-classification"\ntrain = "names.jsonl"\neval = "names.jsonl"\nepochs = 1\n'
+    (place / "fleet.toml").write_text(f"[delta.names]\n{one}")
+    boards = []
+    monkeypatch.setattr("bertology_serve.cli.train_fleet.Board.__exit__", lambda board, *_: boards.append(board))
+    assert main(["train-fleet", "fleet.toml", "--backbone", "bert", "--out", "my deltas"]) == 0
+    (board,) = boards
+    assert board.rows["names"][5].startswith("f1 ")
+    assert "bertology-serve serve --backbone bert --deltas 'my deltas'" in capsys.readouterr().err
+
+
 def test_dry_run_counts(place, capsys):
     assert main(["train-fleet", str(place / "fleet.toml"), "--backbone", str(place / "bert"), "--dry-run"]) == 0
     shown = capsys.readouterr().out

@@ -11,7 +11,7 @@ from sklearn import metrics as reference
 
 from bertology_serve.data.official import official_metrics
 from bertology_serve.data.sets import SETS
-from bertology_serve.tasks.registry import task_for
+from bertology_serve.tasks.registry import TASKS, task_for
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, TOKEN_CLASSIFICATION, TaskSpec
 
 
@@ -81,3 +81,14 @@ def test_record_takes_the_likeliest_entity_of_a_query():
     rows = [row("q", "Ada Lovelace", 0.4, "Ada"), row("q", "Bob", 0.3, "Ada"), row("r", "Paris", 0.9, "paris", "Lyon")]
     own = official_metrics(SETS["superglue/record"], {}, [answer for _, answer in rows], [fields for fields, _ in rows])
     assert own == pytest.approx({"entity_f1": (2 / 3 + 1) / 2, "entity_em": 0.5})
+
+
+@pytest.mark.parametrize(("no", "yes"), [(False, True), (0, 1), ("False", "True"), ("0", "1")])
+def test_the_positive_label_of_json_and_of_tables(no: Any, yes: Any):
+    """Authors' files have booleans and class numbers where the hub has names."""
+    gold, found = [yes, no, yes, yes], [yes, yes, no, yes]
+    records = [({"label": label, "group": str(row // 2)}, f"dev:{row}") for row, label in enumerate(gold)]
+    labels = tuple(TASKS[CLASSIFICATION].labels_in(records))
+    answers = [{"label": labels[[no, yes].index(label)]} for label in found]
+    own = measured("superglue/multirc", TaskSpec(CLASSIFICATION, labels), records, answers)
+    assert own == pytest.approx({"f1a": 2 / 3, "em": 0.0})

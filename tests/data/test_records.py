@@ -271,3 +271,14 @@ def test_a_damaged_parquet_file_is_read_or_named(changes):
             read_records(path)
         except DataError as problem:
             assert str(problem).startswith(str(path))  # noqa: PT017
+
+
+def test_remembered_columns_count_where_a_record_has_them(written):
+    remembered = {"text": "body", "label": "mood", "of a later version": "x", "score": "value"}
+    path = written("x.jsonl", '{"body": "a", "text": "b", "mood": 1}\n{"text": "c", "label": 2}')
+    assert [dict(fields) for fields, _ in read_records(path, None, remembered)] == [
+        {"text": "a", "label": 1},
+        {"text": "c", "label": 2},
+    ]
+    with pytest.raises(DataError, match="no column 'body' for 'text'"):
+        read_records(written("y.jsonl", '{"text": "a"}'), {"text": "body"}, remembered)

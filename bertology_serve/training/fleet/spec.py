@@ -135,7 +135,7 @@ def _field(flag: str) -> str:
 
 def _place(key: str, value: Any, root: Path) -> str | None:
     text = _text(key, value)
-    return text if text is None or text.startswith("hub:") else str(root / text)
+    return text if text is None or text.startswith(("hub:", "set:")) else str(root / text)
 
 
 def _text(key: str, value: Any) -> str | None:

@@ -153,7 +153,7 @@ def _source(task: GridTask, file: str, rows: int | None, place: Place) -> Source
     chosen: list[Record] = [
         source.records[i] for i in sorted(random.Random(0).sample(range(len(source.records)), rows))
     ]
-    return Source(source.name, chosen)
+    return Source(source.name, chosen, source.columns)
 
 
 def _spec(run: GridRun, place: Place) -> dict[str, Any]:

@@ -51,6 +51,13 @@ def test_a_file_becomes_members(tmp_path):
     assert tones[0].config.options == {"bitfit": {"biases": "attention"}}
 
 
+def test_labels_of_a_toml_file_and_places_of_data(tmp_path):
+    head = '[all]\ntask="classification"\ntrain="set:glue/mrpc:train"\neval="t"\n[delta.a]\n'
+    (one,) = read(tmp_path, f"{head}labels = [0, 1.0, true]").members
+    assert one.config.labels == ("0", "1", "true"), "as the data's own labels are read"
+    assert (one.train, one.eval) == ("set:glue/mrpc:train", str(tmp_path / "t"))
+
+
 def test_grid_of_lists_and_words(tmp_path):
     text = '[all]\ntask="classification"\ntrain="t"\n[delta.a]\ngrid.targets = [["query"], ["key", "value"]]'
     assert [one.name for one in read(tmp_path, text).members] == ["a-query", "a-key-value"]
