@@ -72,7 +72,7 @@ def make_text(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: in
         raise DataError(f"{where}: field 'tags' has {len(tags)} items; expected {len(words)}, one a token")
     depths = _depths(fields["heads"], where) if isinstance(fields.get("heads"), list) else None
     named = None if label is None else str(label)
-    return Text(tuple(words), encoding, rows, tags and tuple(tags), named, depths)
+    return Text(tuple(words), encoding, rows, None if tags is None else tuple(tags), named, depths)
 
 
 def _depths(heads: Sequence[int], where: str) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from bertology_serve.errors import DataError
 START, HASH = "-DOCSTART-", "#"
 BLANKS = " \t\r\n"
 """What parts columns and lines. Other white space (no-break, thin) is part of a word."""
-_BIO = re.compile("O|[BIES]-.+")
+_BIO = re.compile("O|[BIESMLU]-.+")
 
 
 def read(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
 from typing import IO
 
@@ -32,7 +33,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def bounded_lines(file: IO[bytes], name: str) -> Iterator[tuple[int, bytes]]:
+def bounded_lines(file: BufferedIOBase | IO[bytes], name: str) -> Iterator[tuple[int, bytes]]:
     """(number from 1, line with its end) of each line of a binary file; DataError for one of more than MOST_BYTES."""
     number = 1
     while line := file.readline(MOST_BYTES + 1):

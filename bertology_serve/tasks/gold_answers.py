@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bertology_serve.errors import DataError
-from bertology_serve.tasks.fields import kind_of
+from bertology_serve.tasks.fields import kind_of, required
 
 GoldAnswer = tuple[int, int]
 
@@ -18,9 +18,7 @@ def read_answers(record: Mapping[str, Any], where: str, context: str) -> tuple[G
     list of texts, or one text. Without a start the answer's first occurrence counts; with one that does not fit, the
     occurrence nearest to it. White space at the ends is dropped. An answer that the context lacks is a DataError.
     """
-    value = record.get("answers")
-    if value is None:
-        raise DataError(f"{where}: field 'answers' is missing; expected answers (an empty list: there is none)")
+    value = required(record, where, "answers", "answers (an empty list: there is none)")
     spans = (_locate(text, start, where, context) for text, start in _pairs(value, where))
     return tuple(dict.fromkeys(spans))
 

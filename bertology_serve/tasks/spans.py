@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 TagSpan = tuple[str, int, int]
 OUTSIDE = ("O", "0")
+PREFIXES = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}
+"""Those of IOB and IOBES, and what they are called in BMES and BILOU."""
 
 
 def spans_of(tags: Sequence[str]) -> list[TagSpan]:
     """(label, first word, word after the last) of each span.
 
     ``B-`` starts a span, and so does ``I-`` after ``O`` or after another label; ``E-`` ends and ``S-`` is a span of
-    its own. A tag without prefix counts as ``I-`` of itself, so runs of one part-of-speech tag are spans too; but for
-    ``0``, which is ``O`` where tags are class indices.
+    its own (BILOU calls them ``L-`` and ``U-``; BMES has ``M-`` for ``I-``). A tag without prefix counts as ``I-`` of
+    itself, so runs of one part-of-speech tag are spans too; but for ``0``, which is ``O`` where tags are class indices.
     """
     spans: list[TagSpan] = []
     previous, label, start = "O", "", 0
@@ -32,8 +34,8 @@ def split_tag(tag: str) -> tuple[str, str]:
     """A tag's prefix (one of B, I, E, S, O) and its label."""
     if tag in OUTSIDE:
         return "O", ""
-    if len(tag) > 2 and tag[1] == "-" and tag[0] in "BIES":
-        return tag[0], tag[2:]
+    if len(tag) > 2 and tag[1] == "-" and tag[0] in PREFIXES:
+        return PREFIXES[tag[0]], tag[2:]
     return "I", tag
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import sys
@@ -118,3 +119,13 @@ def test_bad_deltas_are_one_line_and_code_2(encoder, deltas, tmp_path, capsys, s
     assert error.count("\n") == 1
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
+def test_a_line_without_an_end_is_refused(predict, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr("bertology_serve.data.lines.MOST_BYTES", 1 << 20)
+    content = LINES + b" " * (2 << 20)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert predict(source=str(tmp_path / name)) == 2
+    assert f"{name}:{len(RECORDS) + 1}: a line of more than 1 MiB" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()

@@ -38,6 +38,14 @@ def test_tags_without_prefix_make_runs():
     assert spans_of(["NOUN", "NOUN", "VERB", "O"]) == [("NOUN", 0, 2), ("VERB", 2, 3)]
 
 
+@pytest.mark.parametrize("names", ["BMES", "BILU", "BIES"])
+def test_other_schemes_give_the_same_spans(names):
+    named = dict(zip("BIES", names, strict=True))
+    for sentence in sentences([*TAGS, "E-PER", "S-PER", "E-LOC", "S-LOC"], 3):
+        other = [tag if tag == "O" else named[tag[0]] + tag[1:] for tag in sentence]
+        assert spans_of(other) == spans_of(sentence)
+
+
 def test_a_class_index_of_0_is_outside():
     """A model that says 0 of every word has found nothing."""
     assert spans_of(["0", "0", "1", "1", "0"]) == [("1", 2, 4)]
