@@ -167,6 +167,11 @@ def test_one_record_is_not_enough(tmp_path: Path) -> None:
         probe(encoder, sets.write(tmp_path / "rows.jsonl", [{"text": "good"}]))
 
 
+def test_a_word_without_a_tag_is_not_asked_for() -> None:
+    text = make_text(Record({"tokens": ["the", "film", "was"], "tags": [3, -100, "O"]}, "x"), tiny.tokenizer(), 16)
+    assert [item.answer for item in items("tags", [text], [])] == ["3", "O"]
+
+
 def test_depth_and_content(tmp_path: Path) -> None:
     tokenizer = tiny.encoder("bert", tmp_path).tokenizer
     tree = make_text(

@@ -17,6 +17,14 @@ def test_flags_by_name_are_the_configuration():
 
 
 @pytest.mark.parametrize(
+    ("given", "labels"),
+    [("0,1", ("0", "1")), ([0, 1], ("0", "1")), ([True, False], ("true", "false")), ('"a, b",c', ("a, b", "c"))],
+)
+def test_labels_are_texts_as_the_data_s_are(given, labels):
+    assert read_settings({"task": "classification", "labels": given}).labels == labels
+
+
+@pytest.mark.parametrize(
     "config",
     [
         TrainConfig("regression"),
