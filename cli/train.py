@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -231,21 +231,46 @@ def needed(live: LiveDelta, stage: Stage, source: Source, processes: Processes) 
 def show(outcome: Outcome, eval: str | None) -> None:
     """The evaluation table, and what to type next."""
     delta, state, count = outcome.delta, outcome.state, outcome.parameters
-    rows: list[tuple[str, str]] = [(name, f"{value:.4f}") for name, value in delta.metrics.items()]
-    rows += [
+    known = outcome.baselines
+    rows = [
+        (name, f"{value:.4f}", *(f"{own[name]:.4f}" if name in own else "" for own in known.values()))
+        for name, value in delta.metrics.items()
+    ]
+    facts = [
         ("kind", " + ".join(delta.kinds)),
         ("parameters", f"{count.trained:,} ({100 * count.share:.2g} %)"),
         ("steps", f"{state.step} (kept: {state.best_step})" if state.metrics else str(state.step)),
         ("time", f"{state.seconds:.1f} s"),
         ("saved copy differs by", f"{outcome.difference:.1e}"),
     ]
-    table(f"{delta.name} {delta.version}" + (f" on {eval}" if eval else ""), ["", "value"], rows, stderr=False)
+    rows += [(*fact, *([""] * len(known))) for fact in facts]
+    title = f"{delta.name} {delta.version}" + (f" on {eval}" if eval else "")
+    table(title, ["", "delta", *known], rows, stderr=False)
+    for line in advice(outcome):
+        note(line)
     show_layers(outcome.path)
     note(f"saved to {outcome.path}; next:")
     note_next(
         ["evaluate", outcome.path, "--input", eval or "FILE"],
         ["serve", "--backbone", delta.base.name, "--deltas", outcome.path.parent, "--port", 8000],
     )
+
+
+def advice(outcome: Outcome) -> Iterator[str]:
+    """What the figures mean for what to do next, a line each."""
+    from bertology_serve.tasks.registry import task_for
+
+    delta, state = outcome.delta, outcome.state
+    main = task_for(delta.task).main_metric
+    known = {name: own[main] for name, own in outcome.baselines.items() if main in own}
+    if outcome.unimproved:
+        yield "no step was better than the probe on these records: the probe is what was saved"
+    elif known and main in delta.metrics:
+        name = max(known, key=known.__getitem__)
+        gain = 100 * (delta.metrics[main] - known[name])
+        yield f"{main}: {gain:+.1f} points beside {'' if name == 'cosine' else 'the '}{name} ({100 * known[name]:.1f})"
+    if state.metrics and 0 < state.best_step == state.step and not outcome.unimproved:
+        yield "the last step was the best one: more --epochs may help"
 
 
 def show_layers(directory: Path) -> None:

@@ -24,7 +24,7 @@ from bertology_serve.encoder.anatomy import find_anatomy
 from bertology_serve.encoder.attention import make_layout
 from bertology_serve.encoder.bank import PROMPT, DeltaBank
 from bertology_serve.encoder.graphs import Graphs, Record
-from bertology_serve.encoder.loading import check_vocabulary, load_model, load_tokenizer, locate
+from bertology_serve.encoder.loading import check_vocabulary, load_model, load_tokenizer, locate, read_pooling
 from bertology_serve.encoder.memory import keep_freed_memory
 from bertology_serve.encoder.packing import PackedBatch
 from bertology_serve.encoder.passing import Current, Heads, Pass, Pools
@@ -44,16 +44,16 @@ class Encoder:
 
     ``model`` is the headless HuggingFace model, its linears and norms wrapped; ``base_head`` holds what the base
     checkpoint has of a head (BERT's pooler), by its name there; ``packs`` says whether rows travel unpadded;
-    ``pruning`` what it was pruned from, if it was.
+    ``pruning`` what it was pruned from, if it was; ``pooling`` is a sentence encoder's own, as its checkpoint says.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any, name: str, base_head: dict[str, Tensor] | None = None,
-        pruning: Pruning | None = None,
+        pruning: Pruning | None = None, pooling: str | None = None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.base_head = base_head or {}
-        self.config, self.pruning = model.config, pruning
+        self.config, self.pruning, self.pooling = model.config, pruning, pooling
         self.anatomy: Anatomy = find_anatomy(model)
         check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], name)
         self.ref = BaseRef(name, weights_hash(model.state_dict()), self.anatomy.family)
@@ -74,7 +74,7 @@ class Encoder:
         """
         path = locate(name)
         model, head = load_model(path)
-        encoder = cls(model, load_tokenizer(path), name, head, read_pruning(path))
+        encoder = cls(model, load_tokenizer(path), name, head, read_pruning(path), read_pooling(path))
         model.to(device=torch.device(device), dtype=dtype)
         return encoder
 
@@ -90,7 +90,7 @@ class Encoder:
         if delta.weights:
             whole = pruning is not None and delta.base.sha256 == pruning.parent.sha256
             model.load_state_dict(sliced_state(delta.weights, pruning) if pruning and whole else delta.weights)
-        encoder = cls(model, load_tokenizer(path), name or delta.base.name, head, pruning)
+        encoder = cls(model, load_tokenizer(path), name or delta.base.name, head, pruning, read_pooling(path))
         model.to(torch.device(device))
         return encoder
 

@@ -11,10 +11,13 @@ from typing import Any
 from torch import Tensor, float32
 
 from bertology_serve.deltas.pruning import PRUNED
+from bertology_serve.deltas.reading import parse_json, read_bytes
 from bertology_serve.encoder.pruned import pruned_model
 from bertology_serve.errors import BertologyError, InputError, NotFound, Unsupported
 
 MINILM = "minilm"
+MOST_BYTES = 1 << 20
+_POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_max_tokens": "max"}
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.bpe")
 _HEAD_PARTS = ("pooler.dense.weight", "pooler.dense.bias", "head.dense.weight", "head.dense.bias", "head.norm.weight")
 
@@ -58,6 +61,19 @@ def load_tokenizer(path: str) -> Any:
     if not tokenizer.is_fast:
         raise Unsupported(f"{path} has no fast tokenizer (tokenizer.json); convert it with transformers first")
     return tokenizer
+
+
+def read_pooling(path: str) -> str | None:
+    """The pooling of a sentence encoder (sentence-transformers' ``1_Pooling``), one of ``POOLINGS``; else None."""
+    from transformers.utils import cached_file
+
+    with _reading(f"the pooling of {path}"):
+        file = cached_file(path, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False)
+        values = parse_json(read_bytes(Path(file), MOST_BYTES, Path(file).parents[1]), file) if file else {}
+        chosen = [
+            name for key, name in _POOLINGS.items() if values.get(key) is True or values.get("pooling_mode") == name
+        ]
+    return chosen[0] if len(chosen) == 1 else None
 
 
 def _config(path: str) -> Any:

@@ -75,6 +75,12 @@ class Task(ABC, Generic[E]):
         example.
         """
 
+    def prior(self, targets: Sequence[Any]) -> Tensor | None:
+        """The head's output that answers best without reading the text, given the training targets; None: there is
+        none worth naming.
+        """
+        return None
+
     @abstractmethod
     def decode(self, example: E, encodings: Sequence[Encoding], outputs: Sequence[Tensor]) -> Answer:
         """The answer's fields, ready for JSON. ``outputs`` (float32, on the CPU): [C], [len, C] or [H] a sequence."""

@@ -53,6 +53,10 @@ class Classification(TextTask[ClassificationExample]):
         gold = torch.tensor(targets, device=out.device)
         return F.cross_entropy(out.float(), gold, reduction="sum")
 
+    def prior(self, targets: Sequence[Any]) -> Tensor:
+        """The log share [C] of each label."""
+        return torch.bincount(torch.tensor(targets), minlength=len(self.spec.labels)).double().div(len(targets)).log()
+
     def decode(
         self, example: ClassificationExample, encodings: Sequence[Encoding], outputs: Sequence[Tensor]
     ) -> Answer:

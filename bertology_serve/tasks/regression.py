@@ -42,6 +42,10 @@ class Regression(TextTask[RegressionExample]):
         gold = torch.tensor(targets, dtype=torch.float32, device=out.device)
         return F.mse_loss(out.float().squeeze(1), gold, reduction="sum")
 
+    def prior(self, targets: Sequence[Any]) -> Tensor:
+        """The mean score [1]."""
+        return torch.tensor(targets, dtype=torch.float64).mean().view(1)
+
     def decode(self, example: RegressionExample, encodings: Sequence[Encoding], outputs: Sequence[Tensor]) -> Answer:
         return {"value": float(outputs[0][0])}
 

@@ -51,7 +51,11 @@ class Trainer:
         watcher: Watcher | None = None,
         stage: int = 0,
         processes: Processes = ALONE,
+        start: Mapping[str, float] | None = None,
     ) -> None:
+        """``start`` are the dev metrics of what training begins with: a state whose main metric is no higher is not
+        kept.
+        """
         check_divisible(task, processes)
         self.processes = processes
         self.live, self.task, self.items, self.config, self.dev = live, task, items, config, dev
@@ -64,8 +68,11 @@ class Trainer:
         self.sampler = Sampler(len(items), config.seed, buckets=buckets)
         steps_an_epoch = math.ceil(len(items) / config.batch_size)
         self.eval_every = config.eval_every or steps_an_epoch
-        self.total = min(config.epochs * steps_an_epoch, config.max_steps or config.epochs * steps_an_epoch)
+        steps = config.passes(len(items)) * steps_an_epoch
+        self.total = min(steps, config.max_steps or steps)
         self.state = RunState(stage)
+        if start and dev and config.keep == "best":
+            self.state.best, self.state.metrics = [start[self.task.main_metric], 0.0], dict(start)
         self.best: dict[str, Tensor] = {}
 
     def run(self) -> RunState:
@@ -156,7 +163,7 @@ class Trainer:
             return
         started, state = time.perf_counter(), self.state
         metrics = measure(self.live, self.task, self.dev, self.config.max_tokens, self.processes)
-        rank = [metrics[self.task.main_metric], -metrics.get("loss", 0.0)]
+        rank = self._rank(metrics)
         better = not state.best or rank > state.best
         state.stale = 0 if better else state.stale + 1
         if better:
@@ -170,6 +177,10 @@ class Trainer:
         line = {**self._place(), "eval": metrics}
         self._log(line)
         self.watcher.evaluated(line)
+
+    def _rank(self, metrics: Mapping[str, float]) -> list[float]:
+        """What is compared: the main metric, then the loss."""
+        return [metrics[self.task.main_metric], -metrics.get("loss", 0.0)]
 
     def _begin(self) -> None:
         """From the first step, or from where the checkpoint stands."""

@@ -55,12 +55,18 @@ def publish(
     return difference
 
 
-def publish_copy(directory: Path, out: Path) -> None:
-    """Gives a delta that was published in one place a second one, ``out``, whole or not at all."""
+def publish_copy(directory: Path, out: Path, extra: Iterable[Path] = ()) -> None:
+    """Gives a delta that was published in one place a second one, ``out``, whole or not at all.
+
+    Copies of the files ``extra`` take the place of those that lie beside the first.
+    """
     hidden = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         shutil.copytree(directory, hidden)
+        for path in extra:
+            if path.exists():
+                shutil.copy(path, hidden)
         _take_place(hidden, out)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)

@@ -16,12 +16,14 @@ class Stage:
     ``config`` names what is trained. The head starts at random, or with ``given_head`` as the stage before left it.
     ``solved``: the head is found as an optimum, without steps. ``kept`` is what the delta of a stage that is not the
     last adds to the name when it is published as a product of its own; without it that delta serves the next only.
+    ``improves``: where the dev set shows it no better than the stage before, that stage's delta is published instead.
     """
 
     config: TrainConfig
     given_head: bool = False
     solved: bool = False
     kept: str = ""
+    improves: bool = False
 
     @property
     def title(self) -> str:
@@ -31,8 +33,15 @@ class Stage:
 
 
 def stages(config: TrainConfig) -> tuple[Stage, ...]:
-    """The stages of a configuration's recipe, in order; one where it has none."""
-    return RECIPES[config.recipe](config) if config.recipe else (Stage(config),)
+    """The stages of a configuration's recipe, in order. Without one: the probe where the head begins there, and the
+    method.
+    """
+    if config.recipe:
+        return RECIPES[config.recipe](config)
+    if not config.starts_at_probe:
+        return (Stage(config),)
+    probe, method = _lp_ft(config)
+    return probe, replace(method, improves=True)
 
 
 def _lp(config: TrainConfig) -> tuple[Stage, ...]:
@@ -81,5 +90,5 @@ def _stage(config: TrainConfig, method: tuple[str, ...], **values: Any) -> Train
     """One method of a recipe; all stages have the head's form in common."""
     own = {name: fields for name, fields in config.options.items() if name in method}
     shared: dict[str, Any] = {"pooling": config.form.pooling, "head": config.form.head}
-    plain: dict[str, Any] = {"recipe": None, "first_epochs": None, "first_learning_rate": None}
+    plain: dict[str, Any] = {"recipe": None, "first_epochs": None, "first_learning_rate": None, "start": "random"}
     return replace(config, method=method, options=own, **shared, **plain, **values)

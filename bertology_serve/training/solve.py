@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,9 +67,12 @@ class Solver:
         directory: RunDirectory,
         watcher: Watcher | None = None,
         stage: int = 0,
+        folder: Path | None = None,
     ) -> None:
+        """The features are kept in ``folder``; by default where other runs find them."""
         self.live, self.task, self.items, self.config, self.dev = live, task, items, config, dev
         self.directory, self.watcher, self.state = directory, watcher or Silent(), RunState(stage)
+        self.folder = folder or directory.features
         depth = live.encoder.anatomy.layers
         self.layers = tuple(range(depth + 1)) if config.lp_layers == "all" else (depth,)
         self.path = torch.logspace(-7, 2, config.lp_path, dtype=torch.float64).tolist()
@@ -120,7 +124,7 @@ class Solver:
         return {**stage, "step": self.state.step, "epoch": 0.0}
 
     def _part(self, items: Sequence[Item]) -> Part:
-        rows = features(self.live, items, self.layers, self.config.max_tokens, self.directory.features)
+        rows = features(self.live, items, self.layers, self.config.max_tokens, self.folder)
         return Part(items, rows, torch.tensor([item.target for item in items]))
 
     @torch.no_grad()

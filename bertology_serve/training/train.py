@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from bertology_serve.data.examples import infer_labels
-from bertology_serve.deltas import store
+from bertology_serve.deltas import kinds, store
 from bertology_serve.deltas.catalog import identify
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
@@ -15,13 +17,14 @@ from bertology_serve.encoder.live import LiveDelta, nested
 from bertology_serve.tasks.base import Task
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import TaskSpec
+from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.config import TrainConfig
 from bertology_serve.training.destination import Destination
 from bertology_serve.training.device import uses_bf16
 from bertology_serve.training.evaluate import measure
 from bertology_serve.training.items import Item, make_items
 from bertology_serve.training.loop import Trainer
-from bertology_serve.training.methods import ParameterCount, count_parameters, make_live, start_at_mean
+from bertology_serve.training.methods import ParameterCount, count_parameters, make_live, specs_for, start_at_mean
 from bertology_serve.training.optimizer import state_bytes
 from bertology_serve.training.processes import ALONE, Processes
 from bertology_serve.training.provenance import identity, provenance
@@ -51,7 +54,8 @@ class Prepared:
 class Outcome:
     """What came of a run: the delta, where it lies, and how the copy there compares (see ``publish``).
 
-    ``optimizer_bytes`` is what the last stage's optimizer held; a probe that was solved had none.
+    ``optimizer_bytes`` is what the last stage's optimizer held; a probe that was solved had none. ``baselines`` are
+    the dev metrics of what the delta has to beat, by name; ``unimproved``: the probe is what was published.
     """
 
     delta: Delta
@@ -60,6 +64,8 @@ class Outcome:
     state: RunState
     difference: float
     optimizer_bytes: int = 0
+    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    unimproved: bool = False
 
 
 def prepare(
@@ -101,9 +107,12 @@ def train(
     what ``config.toml``, which lies beside the delta in the end, says of the backbone and the data; names by default.
     All of ``processes`` call this with the same arguments but ``encoder``'s device; see there.
     """
+    config = for_encoder(config, encoder)
     plan = stages(config)
     name, directory = place.open()
     products = {stage.kept: place.beside(stage.kept).open() for stage in plan if stage.kept}
+    for stage in plan:  # what cannot be trained is said before anything is
+        kinds.init(specs_for(stage.config), encoder.anatomy, torch.Generator())
     ready = prepare(plan[0].config, encoder, train, dev, ood)
     data = Data(train, dev, ood)
     processes.wait()  # all have found the place free
@@ -112,7 +121,8 @@ def train(
     began = processes.gathered(directory.open(what, machine(config, encoder, prepack), place.resume))[0]
     lay_out(encoder, began)
     directory.write_config(settings_text(config, files or data.names(encoder.name), began["prepacked"]))
-    run = Run(config, data, directory, place.version or "", watcher or Silent(), processes)
+    begin = baselines(encoder, ready.task, ready.items, ready.dev) if dev else {}
+    run = Run(config, data, directory, place.version or "", watcher or Silent(), processes, begin)
     for number, stage in enumerate(plan[:-1], 1):
         own, product = products.get(stage.kept, (name, None))
         if not any(processes.gathered(directory.stage(number).exists())):
@@ -134,6 +144,7 @@ class Run:
     version: str
     watcher: Watcher
     processes: Processes
+    baselines: Mapping[str, Mapping[str, float]]
 
     def stage(self, stage: Stage, number: int, count: int, ready: Prepared, name: str, out: Path) -> Outcome:
         """Trains one stage and publishes its delta in ``out``."""
@@ -154,12 +165,17 @@ class Run:
             self.watcher,
             number * (count > 1),
         )
-        trainer = Solver(*own) if stage.solved else Trainer(*own, self.processes)
+        start = before.metrics if before and stage.improves else None
+        folder = None if self.config.recipe else self.directory.path / "features"  # a recipe's are for others too
+        trainer = Solver(*own, folder) if stage.solved else Trainer(*own, self.processes, start)
         trainer.state.seconds = before.provenance["seconds"] if before else 0.0
         state = trainer.run()
+        if start and not state.best_step and self.data.dev and stage.config.keep == "best":
+            return self._unimproved(before, number, state, out)
         counts = count_parameters(live)
         config = self.config if number == count else stage.config
-        facts = provenance(config, counts, state, self.data, live.encoder, self.processes.count)
+        known = {**self.baselines, **({PROBE: start} if start else {})}
+        facts = {**provenance(config, counts, state, self.data, live.encoder, self.processes.count), "baselines": known}
         metrics = {**state.metrics, **self._elsewhere(live, ready, stage.config)}
         delta = live.freeze(name, self.version, metrics, facts)
         dev = self.data.dev
@@ -168,7 +184,15 @@ class Run:
         difference = publish(delta, live, out, *sample, extra=extras) if leads else 0.0
         self.processes.wait()
         held = state_bytes(trainer.optimizer) if isinstance(trainer, Trainer) else 0
-        return Outcome(delta, out, counts, state, difference, held)
+        return Outcome(delta, out, counts, state, difference, held, known)
+
+    def _unimproved(self, before: Delta, number: int, state: RunState, out: Path) -> Outcome:
+        """Publishes the stage before: no state of this one was better on the dev set."""
+        if self.processes.leads:
+            publish_copy(self.directory.stage(number - 1), out, self.directory.extras())
+        self.processes.wait()
+        head = sum(tensor.numel() for tensor in before.head.values())
+        return Outcome(before, out, ParameterCount(0, head, 0), state, 0.0, baselines=self.baselines, unimproved=True)
 
     def _elsewhere(self, live: LiveDelta, ready: Prepared, config: TrainConfig) -> dict[str, float]:
         """The metrics on ``ood`` items."""
@@ -195,6 +219,20 @@ def machine(config: TrainConfig, encoder: Encoder, prepack: bool | None = None) 
 def lay_out(encoder: Encoder, chosen: Mapping[str, bool]) -> None:
     """Runs the frozen linears as the run began: oneDNN's last bits are not those of plain linears."""
     encoder.prepack(True) if chosen["prepacked"] else encoder.unpack_weights()
+
+
+def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
+    """The configuration with the pooling and head that suit the encoder, where none were given.
+
+    A sentence encoder's pooled row was trained, so a linear head reads that. Elsewhere a probe reads [CLS] where the
+    checkpoint has a pooler, which was trained on it, else the mean.
+    """
+    form, own = config.form, encoder.pooling
+    if form.per_token:
+        return config
+    first_row = config.starts_at_probe and "pooler.dense.weight" in encoder.base_head
+    pooling = config.pooling or own or ("cls" if first_row else form.pooling)
+    return replace(config, pooling=pooling, head=config.head or ("linear" if own and form.head == "hf" else form.head))
 
 
 def task_spec(config: TrainConfig, encoder: Encoder, train: Source) -> TaskSpec:

@@ -36,7 +36,12 @@ def arguments(bert: str, train_file: str, out: Path, *more: str) -> list[str]:
 
 def test_trains_measures_and_says_what_is_next(bert, train_file, tmp_path, capsys):
     out = tmp_path / "deltas" / "mood"
-    assert main(arguments(bert, train_file, out, "--eval", train_file, "--epochs", "2", "--rank", "2")) == 0
+    assert (
+        main(
+            arguments(bert, train_file, out, "--eval", train_file, "--epochs", "2", "--rank", "2", "--start", "random")
+        )
+        == 0
+    )
     table, notes = capsys.readouterr()
     assert "accuracy" in table
     assert "834 (3.2 %)" in table, "2 matrices of 3 layers, and 66 in the head"
@@ -45,6 +50,15 @@ def test_trains_measures_and_says_what_is_next(bert, train_file, tmp_path, capsy
     assert f"bertology-serve evaluate {out} --input {train_file}" in notes
     assert json.loads((out / "delta.json").read_text())["kinds"]["lora"]["rank"] == 2
     assert [path.name for path in out.parent.iterdir()] == ["mood"]
+
+
+def test_the_probe_comes_first_and_the_table_shows_what_there_is_to_beat(bert, train_file, tmp_path, capsys):
+    assert main(arguments(bert, train_file, tmp_path / "mood", "--eval", train_file, "--epochs", "1")) == 0
+    table, notes = capsys.readouterr()
+    assert notes.startswith("stage 1 of 2: probe, solved")
+    assert all(name in table for name in ("delta", "constant", "0.5000"))
+    assert "no step was better than the probe on these records: the probe is what was saved" in notes
+    assert json.loads((tmp_path / "mood" / "delta.json").read_text())["kinds"] == {}
 
 
 def test_columns_methods_and_their_options(bert, tmp_path, capsys):
@@ -233,7 +247,7 @@ def test_interrupt_says_how_to_continue(bert, train_file, tmp_path, capsys, monk
 @pytest.mark.parametrize(
     ("own", "lines", "file"),
     [
-        (["--epochs", "20"], 20, "adapter_model.safetensors"),
+        (["--epochs", "20", "--start", "random"], 20, "adapter_model.safetensors"),
         (["--epochs", "10", "--recipe", "eh-ft"], 60, "model.safetensors"),
     ],
     ids=["lora", "eh-ft"],

@@ -25,7 +25,7 @@ REACHED = {"embedding": 0.75}  # the most that scores of two values allow
 
 
 def ready(encoder: Encoder, task: str, **values: Any) -> tuple[TrainConfig, Prepared]:
-    defaults = {"max_length": sets.LENGTHS.get(task, 32), "batch_size": 5}
+    defaults = {"max_length": sets.LENGTHS.get(task, 32), "batch_size": 5, "start": "random"}
     config = TrainConfig(task, **{**defaults, "head_learning_rate": values.get("learning_rate"), **values})
     return config, prepare(config, encoder, sets.source(task), sets.source(task, "dev.jsonl"))
 

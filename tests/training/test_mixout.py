@@ -22,7 +22,7 @@ def naive(weight: Tensor, start: Tensor, mask: Tensor, p: float) -> Tensor:
 
 def moved(encoder: Encoder, p: float, **values: Any) -> Trainer:
     """A run whose weights have left their pretrained values."""
-    one = trainer(encoder, method="mixout", options={"mixout": {"p": p}}, **values)
+    one = trainer(encoder, method="mixout", start="random", options={"mixout": {"p": p}}, **values)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in one.parameters.values():

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from bertology_serve.data.records import Record
 from bertology_serve.deltas import store
 from bertology_serve.deltas.kinds import parameter_count
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import DataError, InputError, SpecError
 from bertology_serve.training.config import METHODS, TrainConfig
 from bertology_serve.training.destination import Destination
@@ -19,7 +22,7 @@ from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.methods import count_parameters, make_live, specs_for
 from bertology_serve.training.saved import describe, newest, open_delta
 from bertology_serve.training.sources import Source
-from bertology_serve.training.train import Outcome, train
+from bertology_serve.training.train import Outcome, for_encoder, train
 from bertology_serve.training.watch import Silent
 from tests.training import sets
 
@@ -40,7 +43,8 @@ def test_a_delta_is_trained_published_and_measured(tmp_path: Path, bert: Encoder
     found = evaluate(delta, sets.source(task).records, encoder).metrics
     assert {name: value for name, value in delta.metrics.items() if name != "loss"} == pytest.approx(found, abs=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"], "the run directory is gone"
-    assert len((tmp_path / "mine" / "log.jsonl").read_text().splitlines()) == outcome.state.step + 2
+    lines = [json.loads(line) for line in (tmp_path / "mine" / "log.jsonl").read_text().splitlines()]
+    assert len([line for line in lines if line.get("stage") != 1]) == outcome.state.step + 2
     assert outcome.difference < 1e-5
 
 
@@ -53,10 +57,60 @@ def test_every_method_becomes_a_delta(tmp_path: Path, bert: Encoder, method: str
     assert outcome.delta.metrics == {}
 
 
+def test_the_probe_is_where_training_begins_and_what_stays_if_nothing_is_better(tmp_path: Path, bert: Encoder):
+    """The head of the first stage is the optimum; a delta that does not move is worth nothing beside it."""
+    still = run(bert, tmp_path / "still", learning_rate=1e-9, head_learning_rate=1e-9, epochs=1)
+    probe = run(bert, tmp_path / "probe", recipe="lp", pooling="cls")
+    assert still.unimproved
+    assert (still.delta.kinds, still.state.best_step) == (("probe",), 0)
+    for name, tensor in probe.delta.head.items():
+        assert torch.equal(still.delta.head[name], tensor)
+    assert open_delta(tmp_path / "still", None)[0].metrics == still.delta.metrics == probe.delta.metrics
+    weak = {"lp_path": 1}  # C = 1e-7: nearly the constant answer
+    moved = run(bert, tmp_path / "moved", learning_rate=2e-2, epochs=8, **weak)
+    assert not moved.unimproved
+    assert moved.delta.kinds == ("lora",)
+    known = store.load(moved.path).provenance["baselines"]
+    assert known["probe"]["accuracy"] < moved.delta.metrics["accuracy"]
+    assert known["constant"]["accuracy"] == 0.5
+
+
+def test_scored_pairs_are_measured_beside_the_encoder_s_own_cosine(tmp_path: Path, bert: Encoder):
+    for task in ("regression", "embedding"):
+        known = run(bert, tmp_path / task, task).baselines["cosine"]
+        vectors = [
+            [
+                found.answer["embedding"]
+                for found in Pipeline(bert).answer(Request("base", {"text": text}) for text in pair)
+            ]
+            for pair in [(r.fields["text"], r.fields["text_pair"]) for r in sets.source(task).records]
+        ]
+        cosines = [float(torch.tensor(a) @ torch.tensor(b)) for a, b in vectors]
+        gold = [r.fields["score"] for r in sets.source(task).records]
+        assert known["spearman"] == pytest.approx(spearmanr(gold, cosines).statistic, abs=1e-6)
+
+
+def test_the_encoder_says_which_row_is_read(bert: Encoder):
+    plain = TrainConfig("classification")
+    assert (for_encoder(plain, bert).pooling, for_encoder(plain, bert).head) == ("cls", "linear"), "it has a pooler"
+    bert.base_head = {}
+    assert for_encoder(plain, bert).pooling == "mean"
+    bert.pooling = "max"
+    for task in ("classification", "regression", "multiple-choice"):
+        found = for_encoder(TrainConfig(task), bert)
+        assert (found.pooling, found.head) == ("max", "linear")
+    assert for_encoder(TrainConfig("embedding"), bert).pooling == "max"
+    asked = TrainConfig("regression", pooling="cls", head="hf")
+    assert for_encoder(asked, bert) == asked
+    tokens = TrainConfig("token-classification")
+    assert for_encoder(tokens, bert) == tokens
+
+
 def test_provenance_tells_how_it_came_to_be(tmp_path: Path, bert: Encoder):
-    outcome = run(bert, tmp_path / "mine", seed=3)
+    outcome = run(bert, tmp_path / "mine", seed=3, start="random")
     facts = store.load(outcome.path).provenance
-    assert TrainConfig.from_dict(facts["training"]) == TrainConfig("classification", epochs=2, seed=3)
+    asked = TrainConfig("classification", epochs=2, seed=3, start="random")
+    assert TrainConfig.from_dict(facts["training"]) == replace(asked, pooling="cls", head="hf")
     assert facts["train"]["rows"] == 16
     assert facts["train"]["sha256"] == sets.source("classification").sha256
     assert facts["kept"].endswith(f"of {outcome.state.step}")
@@ -74,7 +128,9 @@ def test_versions_lie_below_the_name(tmp_path: Path, bert: Encoder):
 
 def test_same_seed_same_delta_other_seed_another(tmp_path: Path, bert_path: Path):
     seeds = enumerate((0, 0, 1))
-    deltas = [run(Encoder.load(str(bert_path)), tmp_path / f"d{i}", seed=seed).delta for i, seed in seeds]
+    deltas = [
+        run(Encoder.load(str(bert_path)), tmp_path / f"d{i}", seed=seed, start="random").delta for i, seed in seeds
+    ]
     same, other = ([torch.equal(deltas[0].tensors[n], d.tensors[n]) for n in d.tensors] for d in deltas[1:])
     assert all(same)
     assert not any(other)
@@ -181,7 +237,7 @@ def test_counts_are_the_formulas(bert: Encoder):
 
 
 def test_full_trains_the_encoder_and_the_pooler(bert: Encoder):
-    config = TrainConfig("classification", "full", labels=("a", "b"), max_length=32)
+    config = TrainConfig("classification", "full", labels=("a", "b"), max_length=32, start="random")
     count = count_parameters(make_live(bert, config, config.task_spec(config.labels)))
     assert count.delta == count.encoder
     assert count.head == 32 * 32 + 32 + 32 * 2 + 2
@@ -195,7 +251,7 @@ def test_several_deltas_are_no_delta(tmp_path: Path, bert: Encoder):
 
 
 def test_description_is_plain_json(tmp_path: Path, bert: Encoder):
-    outcome = run(bert, tmp_path / "mine", method="lora,bitfit", epochs=1)
+    outcome = run(bert, tmp_path / "mine", method="lora,bitfit", epochs=1, start="random")
     facts = json.loads(json.dumps(describe(outcome.path, outcome.delta)))
     assert facts["kinds"] == ["lora", "bitfit"]
     assert facts["specs"]["lora"]["rank"] == 8

@@ -27,7 +27,8 @@ UPPER: dict[str, dict[str, Any]] = {
 
 
 def trainer(encoder: Encoder, folder: Path | None, task: str, **values: Any) -> Trainer:
-    one = lives.trainer(encoder, task, epochs=3, learning_rate=5e-3, **values)
+    # a large epsilon: Adam would make noise in the last bits of tiny gradients as large as a step
+    one = lives.trainer(encoder, task, epochs=3, learning_rate=5e-3, epsilon=1e-4, **values)
     if folder is not None:
         one.live.around = Trunk(one.live, one.items, 60, folder).over
     return one

@@ -155,7 +155,15 @@ class Grid:
         return Grid(**{**values, "tasks": _chosen(self.tasks, tasks), "methods": _chosen(self.methods, methods)})
 
     def _config(self, task: GridTask, method: GridMethod, values: Mapping[str, Any], seed: int) -> TrainConfig:
-        flags = {"task": task.task, **self.train, **task.train, **method.train, **method.tasks.get(task.name, {})}
+        # as the papers have it: a head begins at random unless the recipe says otherwise
+        flags = {
+            "task": task.task,
+            "start": "random",
+            **self.train,
+            **task.train,
+            **method.train,
+            **method.tasks.get(task.name, {}),
+        }
         try:
             return read_settings({**flags, **values, "seed": seed})
         except SpecError as problem:

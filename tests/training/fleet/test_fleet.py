@@ -33,7 +33,16 @@ NINE: dict[str, dict[str, Any]] = {
 
 def ready(encoder: Encoder, values: dict[str, Any], **more: Any) -> tuple[Any, ...]:
     """What a trainer takes: live delta, task, items, configuration, dev items."""
-    values = {"task": "classification", "batch_size": 4, "learning_rate": 5e-3, "max_length": 32, **values, **more}
+    values = {
+        "task": "classification",
+        "batch_size": 4,
+        "learning_rate": 5e-3,
+        "max_length": 32,
+        "epochs": 3,
+        "start": "random",
+        **values,
+        **more,
+    }
     config = TrainConfig(**values)
     source = sets.source(config.task)
     made = prepare(config, encoder, source, source)

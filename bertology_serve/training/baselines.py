@@ -1,0 +1,32 @@
+"""What a delta has to beat: answers that need no training, measured on the same records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pipeline import BASE, Pipeline, Request
+from bertology_serve.tasks.base import Task
+from bertology_serve.tasks.registry import task_for
+from bertology_serve.tasks.spec import EMBEDDING, REGRESSION
+from bertology_serve.training.items import Item
+
+CONSTANT, COSINE, PROBE = "constant", "cosine", "probe"
+
+
+def baselines(encoder: Encoder, task: Task, items: Sequence[Item], dev: Sequence[Item]) -> dict[str, dict[str, float]]:
+    """The dev metrics of each baseline that the task has, by its name.
+
+    ``constant``: the training data's most frequent label, or mean score, for every text. ``cosine``: for scored pairs
+    the cosine of their embeddings by the untouched encoder.
+    """
+    examples, found = [item.example for item in dev], {}
+    prior = task.prior([item.target for item in items])
+    if prior is not None:
+        found[CONSTANT] = task.metrics([task.decode(item.example, item.encodings, [prior]) for item in dev], examples)
+    if task.kind in (REGRESSION, EMBEDDING) and all(example.text_pair is not None for example in examples):
+        pipeline = Pipeline(encoder)
+        pairs = ({"text": example.text, "text_pair": example.text_pair} for example in examples)
+        answers = [dict(found.answer) for found in pipeline.answer(Request(BASE, pair) for pair in pairs)]
+        found[COSINE] = task_for(pipeline.base.task).metrics(answers, examples)
+    return found
