@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bertology_serve.api import evaluate, export, load_delta, train
     from bertology_serve.deltas.bitfit import BitfitSpec
     from bertology_serve.deltas.bottleneck import AdapterSpec
     from bertology_serve.deltas.delta import BaseRef, Delta
@@ -38,6 +39,10 @@ __all__ = [
     "Request",
     "TaskSpec",
     "__version__",
+    "evaluate",
+    "export",
+    "load_delta",
+    "train",
 ]
 
 _HOMES = {
@@ -54,6 +59,7 @@ _HOMES = {
     "PromptSpec": "deltas.prompt",
     "Request": "encoder.pipeline",
     "TaskSpec": "tasks.spec",
+    **dict.fromkeys(("evaluate", "export", "load_delta", "train"), "api"),
 }
 
 

@@ -26,6 +26,7 @@ FLOORS = (
     {"export"},
     {"training", "analysis", "serving"},
     {"scale"},
+    {"api"},
     {"cli"},
     {"", "__main__"},  # the public names of the package, imported on first use
 )

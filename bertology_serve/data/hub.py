@@ -31,11 +31,16 @@ def read(name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     at = {"revision": revision} if revision else {}
     try:
         rows = datasets.load_dataset(repository, config, split=split, **at)
-        classes = {column: found for column, feature in rows.features.items() if (found := _classes(feature))}
     except Exception as error:  # its own, the hub's, the network's, pyarrow's
         raise DataError(f"{name}: the data set cannot be loaded ({one_line(error)})") from None
+    yield from rows_of(rows, name)
+
+
+def rows_of(rows: Any, name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """(fields, where) of each row of a ``datasets.Dataset``, class indices as names; see ``read``."""
     row = 0
     try:
+        classes = {column: found for column, feature in (rows.features or {}).items() if (found := _classes(feature))}
         for row, fields in enumerate(rows, 1):
             named = {column: _named(fields[column], known) for column, known in classes.items()}
             yield {**fields, **named}, f"{name}:{row}"

@@ -35,6 +35,9 @@ READERS = {
 }
 
 
+DataLike = str | Path | Iterable[Any] | Any
+
+
 class Record(NamedTuple):
     """The fields of one record, and where it stands: ``train.csv:17`` is a line, or a row where there are no lines."""
 
@@ -43,10 +46,10 @@ class Record(NamedTuple):
 
 
 def read_records(
-    path: str | Path, columns: Mapping[str, str] | None = None, remembered: Mapping[str, str] | None = None
+    data: DataLike, columns: Mapping[str, str] | None = None, remembered: Mapping[str, str] | None = None
 ) -> list[Record]:
-    """All records of a hub data set or a file: ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.conllu``
-    (or ``.gz``), ``.parquet``.
+    """All records of a file (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.conllu``, also ``.gz``; ``.parquet``), of a
+    hub data set, or of what is in memory: an iterable of mappings, a pandas DataFrame, a ``datasets.Dataset``.
 
     A hub data set is written ``hub:NAME[:CONFIG][:SPLIT]``, a well-known one ``set:NAME:SPLIT`` (see ``set_files``);
     ``.conll`` files hold a word and its tag a line. ``columns`` maps a field to the column that holds it:
@@ -61,13 +64,54 @@ def read_records(
         if field not in FIELDS:
             raise SpecError(f"no task reads the field {field!r}; {nearest(field, FIELDS)}")
     known = {field: column for field, column in (remembered or {}).items() if field in FIELDS}
-    records = [_record(fields, where, columns or known, bool(columns)) for fields, where in _rows(path)]
+    records = [_record(fields, where, columns or known, bool(columns)) for fields, where in _rows(data)]
     if not records:
-        raise DataError(f"{path}: holds no records; expected at least one")
+        raise DataError(f"{name_of(data)}: holds no records; expected at least one")
     return records
 
 
-def _rows(path: str | Path) -> Iterable[tuple[Mapping[str, Any], str]]:
+def name_of(data: DataLike) -> str:
+    """What a source of records is called: a file's name, a data set's, or that of its type."""
+    if isinstance(data, str | Path):
+        return str(data) if str(data).startswith((hub.PREFIX, set_files.PREFIX)) else Path(data).name
+    return type(data).__name__
+
+
+def _rows(data: DataLike) -> Iterable[tuple[Mapping[str, Any], str]]:
+    if isinstance(data, str | Path):
+        return _named_rows(data)
+    if hasattr(data, "features") and hasattr(data, "column_names"):
+        return hub.rows_of(data, name_of(data))
+    if hasattr(data, "columns") and hasattr(data, "to_dict"):
+        return _frame_rows(data)
+    return _listed_rows(data)
+
+
+def _frame_rows(frame: Any) -> Iterable[tuple[Mapping[str, Any], str]]:
+    """The rows of a pandas DataFrame; a missing value (NaN, NaT, None) is none."""
+    for row, fields in enumerate(frame.to_dict("records"), 1):
+        values = {str(name): value.tolist() if hasattr(value, "tolist") else value for name, value in fields.items()}
+        yield (
+            {name: None if value is not value or value != value else value for name, value in values.items()},
+            (f"row {row}"),
+        )
+
+
+def _listed_rows(rows: Iterable[Any]) -> Iterable[tuple[Mapping[str, Any], str]]:
+    """Mappings, or records with their places."""
+    for row, fields in enumerate(rows, 1):
+        if isinstance(fields, Record):
+            yield fields
+        elif isinstance(fields, Mapping):
+            yield fields, f"record {row}"
+        else:
+            raise DataError(
+                f"record {row} is a {type(fields).__name__}; expected a mapping with the fields of the task, such as "
+                "{'text': ..., 'label': ...}"
+            )
+
+
+def _named_rows(path: str | Path) -> Iterable[tuple[Mapping[str, Any], str]]:
     if str(path).startswith(hub.PREFIX):
         return hub.read(str(path))
     return (

@@ -5,9 +5,9 @@ The one path that prediction, evaluation and serving share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -40,10 +40,28 @@ class Pipeline(Residents):
 
     encoder: Encoder
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, deltas: Iterable[Delta] = ()) -> None:
         super().__init__(encoder)
         self.engine: Engine = encoder
         self.bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
+        for delta in deltas:
+            self.add(delta)
+
+    @overload
+    def __call__(self, items: str | Mapping[str, Any], delta: str = BASE) -> Prediction: ...
+
+    @overload
+    def __call__(self, items: Sequence[str | Mapping[str, Any]], delta: str = BASE) -> list[Prediction]: ...
+
+    def __call__(self, items: Any, delta: str = BASE) -> Prediction | list[Prediction]:
+        """One delta's answer to a text, or to a record with the fields of its task; of a list, one answer each.
+
+        ``pipeline("I left smiling.", delta="sentiment")``. Raises what ``answer`` raises.
+        """
+        several = not isinstance(items, str | Mapping)
+        records = [{"text": item} if isinstance(item, str) else item for item in (items if several else [items])]
+        found = self.answer(Request(delta, record) for record in records)
+        return found if several else found[0]
 
     def read(self, path: Path, name: str) -> Delta:
         """A delta from its directory, its tensors on the host."""

@@ -250,8 +250,15 @@ class Residents(ABC):
             predictions.append(_prediction(job, own))
         return predictions
 
-    def answer(self, requests: Iterable[Request], max_tokens: int = 4096) -> Iterator[Prediction]:
-        """Answers in order, in batches of up to ``max_tokens`` rows; a longer request gets a batch of its own."""
+    def answer(self, requests: Iterable[Request], max_tokens: int = 4096) -> list[Prediction]:
+        """Answers in order, in batches of up to ``max_tokens`` rows; a longer request gets a batch of its own.
+
+        Raises NotFound for a delta that is not here, DataError for a record that its task cannot read.
+        """
+        return list(self.stream(requests, max_tokens))
+
+    def stream(self, requests: Iterable[Request], max_tokens: int = 4096) -> Iterator[Prediction]:
+        """The same as ``answer``, each answer as soon as its batch has run."""
         waiting: list[Job] = []
         for request in requests:
             job = self.prepare(request)

@@ -52,7 +52,7 @@ def evaluate(
     examples = [task.example(fields, where, labelled=True) for fields, where in rows]
     requests = (Request(delta.name, fields, where=where) for fields, where in rows)
     answers: list[Answer] = []
-    for prediction in pipeline.answer(requests, max_tokens):
+    for prediction in pipeline.stream(requests, max_tokens):
         answers.append(dict(prediction.answer))
         advance(1)
     return Evaluation(task.metrics(answers, examples), answers)

@@ -7,9 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
-from bertology_serve.data.records import Record, read_records
+from bertology_serve.data.records import DataLike, Record, name_of, read_records
 
 
 @dataclass(frozen=True)
@@ -21,10 +20,9 @@ class Source:
     columns: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: str | Path, columns: Mapping[str, str] | None = None) -> Source:
-        """All records of a file or hub data set; see ``read_records``."""
-        named = str(path).startswith(("hub:", "set:"))
-        return cls(str(path) if named else Path(path).name, read_records(path, columns), columns or {})
+    def read(cls, data: DataLike, columns: Mapping[str, str] | None = None) -> Source:
+        """All records of a file, a data set or what is in memory; see ``read_records``."""
+        return cls(name_of(data), read_records(data, columns), columns or {})
 
     @cached_property
     def sha256(self) -> str:

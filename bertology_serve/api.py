@@ -1,0 +1,128 @@
+"""The public functions: what the commands do, from Python. ``bertology_serve`` names them all.
+
+Each does one job from end to end: ``load_delta``, ``train``, ``evaluate``, ``export``, ``serve``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bertology_serve.data.records import DataLike, read_records
+from bertology_serve.deltas import store
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.kinds import kind_of
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.training.config import TrainConfig
+from bertology_serve.training.destination import Destination
+from bertology_serve.training.evaluate import Evaluation
+from bertology_serve.training.evaluate import evaluate as measured
+from bertology_serve.training.full_options import REGULARISED
+from bertology_serve.training.saved import newest
+from bertology_serve.training.sources import Source
+from bertology_serve.training.train import train as run
+from bertology_serve.training.watch import Several, Watcher
+
+if TYPE_CHECKING:
+    from bertology_serve.export.exporting import Exported
+
+Method = str | Any
+
+
+def load_delta(path: str | Path, encoder: Encoder | None = None) -> Delta:
+    """A delta from its directory, or the newest of its versions; every byte of it is checked.
+
+    With an ``encoder`` it is also fitted to that (deltas in peft's format need one). Raises NotFound where there is
+    none, FormatError for one that is damaged, BaseMismatch for one that was made for another encoder.
+    """
+    directory = newest(Path(path))
+    return store.load(directory) if encoder is None else encoder.read_delta(directory)
+
+
+def train(
+    encoder: Encoder,
+    data: DataLike,
+    *,
+    task: str = "classification",
+    method: Method | Iterable[Method] = (),
+    eval: DataLike | None = None,
+    ood: DataLike | None = None,
+    columns: Mapping[str, str] | None = None,
+    out: str | Path | None = None,
+    name: str = "delta",
+    version: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[Watcher] = (),
+    **settings: Any,
+) -> Delta:
+    """Trains one delta, and returns it once a saved copy has given the same answers.
+
+    ``data``, ``eval`` (it chooses the state that is kept) and ``ood`` (another domain, only measured) are files, names
+    of data sets, lists of records, pandas DataFrames or ``datasets.Dataset``; ``columns`` says which column holds which
+    field: ``{"text": "sentence"}``. ``method`` is a spec, such as ``LoraSpec(rank=8)``, the name of a method, or
+    several kinds of delta. With ``out`` the delta is kept in that directory, else only in memory, as ``name``.
+    ``settings`` are fields of ``TrainConfig``: ``epochs=5``. The encoder is left as it was.
+
+    Raises DataError naming file and row, SpecError for settings that do not fit, InputError where something is in the
+    way at ``out``, LimitError for sequences that the encoder cannot read.
+    """
+    config = TrainConfig.from_dict({"task": task, **_method(method), **settings})
+    source, dev, other = (None if one is None else Source.read(one, columns) for one in (data, eval, ood))
+    assert source is not None
+    with nullcontext() if out is not None else tempfile.TemporaryDirectory() as folder:
+        at = Path(out) if out is not None else Path(str(folder)) / name
+        place = Destination(at, None, version, resume, overwrite)
+        own = encoder.fresh() if config.full else encoder
+        return run(config, own, source, dev, ood=other, place=place, watcher=Several(callbacks)).delta
+
+
+def evaluate(
+    delta: Delta | str | Path,
+    data: DataLike,
+    encoder: Encoder | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+) -> Evaluation:
+    """A delta's metrics (fractions) on labelled records, and its answer to each, through the engine that serves it.
+
+    ``encoder`` defaults to the base that the delta names. Raises DataError naming the record that is wrong.
+    """
+    found = delta if isinstance(delta, Delta) else load_delta(delta, encoder)
+    return measured(found, read_records(data, columns, found.columns), encoder)
+
+
+def export(
+    delta: Delta | str | Path,
+    out: str | Path,
+    encoder: Encoder | None = None,
+    *,
+    name: str | None = None,
+    **settings: Any,
+) -> Exported:
+    """Writes a delta with its encoder as a verified ONNX directory; published only where ONNX Runtime and torch agree.
+
+    ``settings`` are fields of ``ExportSpec``: ``merge=True``, ``precision="int8-row"``. Raises Unsupported for what
+    cannot be folded or written, VerificationError where the outputs differ, SpecError where ``out`` may not be written.
+    """
+    from bertology_serve.export.exporting import export_delta
+    from bertology_serve.export.spec import ExportSpec
+
+    found = delta if isinstance(delta, Delta) else load_delta(delta, encoder)
+    return export_delta(encoder or Encoder.for_delta(found), found, Path(out), ExportSpec(**settings), name=name)
+
+
+def _method(given: Method | Iterable[Method]) -> dict[str, Any]:
+    """``method`` and ``options`` of a TrainConfig from specs, names, or both."""
+    chosen = given.split(",") if isinstance(given, str) else [given] if is_dataclass(given) else list(given)
+    names, options = [], {}
+    for one in chosen:
+        form = next((name for name, kind in REGULARISED.items() if isinstance(one, kind)), None)
+        names.append(one if isinstance(one, str) else form or kind_of(one).name)
+        if not isinstance(one, str):
+            options[names[-1]] = {field.name: getattr(one, field.name) for field in fields(one)}
+    return {"method": tuple(names), "options": options}

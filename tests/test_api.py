@@ -1,0 +1,106 @@
+"""The public API on a small random encoder: every public function, every form that data may have."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bertology_serve as bs
+from bertology_serve.errors import DataError, NotFound, SpecError
+from tests import tiny
+from tests.training import sets
+
+ROWS = sets.classification()
+QUICK = {"epochs": 2, "max_length": 32, "batch_size": 8}
+
+
+@pytest.fixture
+def bert(tmp_path_factory: pytest.TempPathFactory) -> bs.Encoder:
+    """A small random BERT."""
+    return bs.Encoder.load(tiny.save("bert", tmp_path_factory.mktemp("bert")))
+
+
+def frame(rows: list[dict[str, Any]]) -> Any:
+    """A pandas DataFrame, or where pandas is not installed something that answers alike."""
+    if importlib.util.find_spec("pandas") is not None:
+        return importlib.import_module("pandas").DataFrame(rows)
+
+    class Frame:
+        columns = tuple(rows[0])
+
+        def to_dict(self, orient: str) -> list[dict[str, Any]]:
+            assert orient == "records"
+            return rows
+
+    return Frame()
+
+
+def test_nothing_heavy_is_imported_before_it_is_used():
+    code = (
+        "import sys, bertology_serve as bs; dir(bs); assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_every_public_name_is_there():
+    for name in bs.__all__:
+        assert getattr(bs, name) is not None
+        assert name in dir(bs)
+    with pytest.raises(AttributeError, match="no attribute 'Decoder'"):
+        _ = bs.Decoder
+
+
+def test_the_common_job_from_end_to_end(bert: bs.Encoder, tmp_path: Path):
+    delta = bs.train(bert, ROWS, eval=ROWS, method=bs.LoraSpec(rank=2), start="random", out=tmp_path / "mood", **QUICK)
+    assert (delta.name, delta.kinds, delta.specs[0].rank) == ("mood", ("lora",), 2)
+    loaded = bs.load_delta(str(tmp_path / "mood"))
+    assert loaded.version == delta.version
+    pipeline = bs.Pipeline(bert, [loaded])
+    one = pipeline("the film was good", delta="mood")
+    assert one.answer["label"] in ("up", "down")
+    first, _ = pipeline(["the film was good", {"text": "the river was bad"}], delta="mood")
+    assert first.answer["scores"] == pytest.approx(one.answer["scores"], abs=1e-6)
+    assert isinstance(pipeline.answer([bs.Request("mood", {"text": "the film was good"})]), list)
+    found = bs.evaluate(tmp_path / "mood", ROWS, bert)
+    assert found.metrics["accuracy"] == pytest.approx(delta.metrics["accuracy"])
+    assert len(found.answers) == len(ROWS)
+    exported = bs.export(loaded, tmp_path / "onnx", bert, merge=True)
+    assert (exported.directory / "onnx" / "model.onnx").exists()
+
+
+def test_data_may_be_a_file_a_list_a_frame_or_a_data_set(bert: bs.Encoder, tmp_path: Path):
+    path = sets.write(tmp_path / "rows.jsonl", ROWS)
+    forms = [path, Path(path), ROWS, iter(ROWS)]
+    forms.append(frame(ROWS))
+    made = [bs.train(bert, data, method="probe", **QUICK) for data in forms]
+    assert len({delta.provenance["train"]["sha256"] for delta in made}) == 1
+    assert all(delta.provenance["train"]["rows"] == len(ROWS) for delta in made)
+
+
+def test_missing_cells_of_a_frame_are_no_text(bert: bs.Encoder):
+    rows = [{"text": "good", "label": "up"}, {"text": float("nan"), "label": "down"}]
+    with pytest.raises(DataError, match="row 2: field 'text' is missing"):
+        bs.train(bert, frame(rows), **QUICK)
+
+
+def test_several_kinds_and_the_regularised_forms_are_methods(bert: bs.Encoder):
+    both = bs.train(bert, ROWS, method=[bs.LoraSpec(rank=2), "bitfit"], start="random", **QUICK)
+    assert both.kinds == ("lora", "bitfit")
+    before = bert.ref.sha256
+    full = bs.train(bert, ROWS, method="full", **QUICK)
+    assert full.kinds == ("full",)
+    assert bert.fresh().ref.sha256 == before
+
+
+def test_what_is_wrong_is_said(bert: bs.Encoder, tmp_path: Path):
+    with pytest.raises(SpecError, match="training has no field 'epoch'; did you mean 'epochs'"):
+        bs.train(bert, ROWS, epoch=3)
+    with pytest.raises(DataError, match="record 1 is a str; expected a mapping"):
+        bs.train(bert, ["the film was good"])
+    with pytest.raises(NotFound):
+        bs.load_delta(tmp_path / "nothing")
