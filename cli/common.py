@@ -50,6 +50,11 @@ def note(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def truncation(cut: int, count: int) -> str:
+    """The warning where texts were cut."""
+    return f"warning: {cut:,} of {count:,} texts were cut to their delta's max_length; what stood behind was not read"
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], stderr: bool = True) -> None:
     """Prints a table; numbers are set to the right. ``stderr=False`` where the table is the result."""
     from rich.table import Table

@@ -129,6 +129,8 @@ def example(url: str, delta: Delta) -> str:
         "question-answering": '"question": "Who lived in London?", "context": "Ada Lovelace lived in London."',
         "multiple-choice": '"premise": "It rained.", "choices": ["The street is wet.", "The street is dry."]',
     }.get(delta.task.kind, '"text": "What a lovely day."')
+    if delta.task.pairs:
+        fields += ', "text_pair": "The sun is shining."'
     return f'curl {url}/predict -d \'{{"delta": "{delta.name}", {fields}}}\''
 
 

@@ -46,17 +46,30 @@ class Request:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer, with the delta and version that gave it. ``answer`` holds the task's fields."""
+    """One answer, with the delta and version that gave it. ``answer`` holds the task's fields.
+
+    ``tokens_read`` are those of all its sequences, special tokens included (windows overlap); ``tokens_given`` those
+    that the record had, which are more where it was cut to the delta's maximum length.
+    """
 
     delta: str
     version: str
     task: str
     answer: Mapping[str, Any]
     id: str = ""
+    tokens_read: int = 0
+    tokens_given: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a part of the text was not read."""
+        return self.tokens_given > self.tokens_read
 
     def as_dict(self) -> dict[str, Any]:
-        """Flat, ready for JSON."""
+        """Flat, ready for JSON. Only what was cut says so: ``truncated`` and both counts of tokens."""
         own = {"delta": self.delta, "version": self.version, "task": self.task, **self.answer}
+        if self.truncated:
+            own |= {"truncated": True, "tokens_read": self.tokens_read, "tokens_given": self.tokens_given}
         return {"id": self.id, **own} if self.id else own
 
 
@@ -311,4 +324,5 @@ def _prediction(job: Job, outputs: Sequence[Tensor]) -> Prediction:
     if job.request.logits:
         logits = [output.tolist() for output in outputs]
         answer["logits"] = logits[0] if len(logits) == 1 else logits
-    return Prediction(delta.name, delta.version, delta.task.kind, answer, job.request.id)
+    read, cut = (sum(counts) for counts in zip(*((len(one), one.cut) for one in job.encodings), strict=True))
+    return Prediction(delta.name, delta.version, delta.task.kind, answer, job.request.id, read, read + cut)
