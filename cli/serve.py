@@ -110,7 +110,8 @@ def serve(
 
         def announce() -> None:
             seconds = time.monotonic() - started
-            note(f"{len(found) - 1} deltas on {backbone} ({runs}), ready after {seconds:.1f} s: {url}")
+            how = f"{runs}, {opened.pipeline.encoder.packing}"
+            note(f"{len(found) - 1} deltas on {backbone} ({how}), ready after {seconds:.1f} s: {url}")
             note(f"try: {example(url, found[-1])}")
 
         server = Server(registry.pipeline, registry, config, announce, keyring)

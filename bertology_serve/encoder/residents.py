@@ -105,12 +105,15 @@ class Job:
 
 
 class Backbone(Protocol):
-    """What is known of the encoder wherever it runs. ``lock`` is held while a batch does."""
+    """What is known of the encoder wherever it runs. ``lock`` is held while a batch does; ``packing`` is "packed", or
+    "padded" with the reason.
+    """
 
     name: str
     ref: BaseRef
     tokenizer: Any
     lock: RLock
+    packing: str
 
     @property
     def max_tokens(self) -> int:
