@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeVar
 
 
 class BertologyError(Exception):
@@ -104,7 +105,15 @@ class VerificationError(BertologyError):
     """A result differs from its reference."""
 
 
+E = TypeVar("E", bound=BertologyError)
 MOST_NAMED = 50
+
+
+def about(problem: E, what: str) -> E:
+    """The same error; where its message does not name what it is about, it now begins with that."""
+    if what not in str(problem):
+        problem.args = (f"{what}: {problem}", *problem.args[1:])
+    return problem
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

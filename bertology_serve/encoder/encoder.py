@@ -131,7 +131,8 @@ class Encoder:
         if self.pruning is not None:  # what it was pruned from is what peft's deltas were made for
             own = (path / MANIFEST).exists()
             anatomy, base = (None, None) if own else (self.pruning.anatomy, self.pruning.parent)
-        return self.fitted(store.load(path, anatomy, base=base, name=name, options=self.config.to_dict()))
+        found = store.load(path, anatomy, base=base, name=name, options=self.config.to_dict(), base_head=self.base_head)
+        return self.fitted(found)
 
     def check_length(self, tokens: int) -> None:
         """Raises LimitError where sequences of that many tokens do not fit."""

@@ -20,7 +20,7 @@ from bertology_serve.deltas.delta import BaseRef, Delta, bare
 from bertology_serve.encoder.bank import BARE, Entry
 from bertology_serve.encoder.encoder import weights_hash
 from bertology_serve.encoder.packing import rows_of
-from bertology_serve.errors import NotFound, SpecError, Unsupported, VersionGone, nearest
+from bertology_serve.errors import BertologyError, NotFound, SpecError, Unsupported, VersionGone, about, nearest
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
@@ -177,7 +177,10 @@ class Residents(ABC):
         where its sequences do not fit.
         """
         key = f"{delta.name}#{next(self._keys)}"
-        ready = self.admit(key, delta)
+        try:
+            ready = self.admit(key, delta)
+        except BertologyError as problem:
+            raise about(problem, f"delta {delta.name!r}") from None
         weakref.finalize(ready, self._freed.append, key)
         if beside:
             self._beside[delta.name, delta.version] = ready
