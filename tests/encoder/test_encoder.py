@@ -156,7 +156,9 @@ def test_layers_that_share_their_weights_are_one(tmp_path: Path) -> None:
     task = TaskSpec("embedding", max_length=32, pooling="mean", head="none")
     pipeline = Pipeline(encoder)
     pipeline.add(tiny.delta(encoder, "lora", [LoraSpec()], task))
-    with pytest.raises(Unsupported, match=r"delta 'prefix': albert runs 1 layer\(s\) of weights 3 times; a prefix would need"):
+    with pytest.raises(
+        Unsupported, match=r"delta 'prefix': albert runs 1 layer\(s\) of weights 3 times; a prefix would need"
+    ):
         pipeline.add(tiny.delta(encoder, "prefix", [PrefixSpec(2)], task))
     sequence = pack(encodings((5,)), [BARE], encoder.anatomy, encoder.device)
     bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
