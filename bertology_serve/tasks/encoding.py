@@ -108,7 +108,7 @@ def encode_windows(
     window = room - asked
     before, after = _kept(parts[:start], asked, 0), list(range(end, len(parts)))
     step = window - min(stride, window // 2)
-    encodings = []
+    encodings: list[Encoding] = []
     for left in range(start, end, step):
         right = min(left + window, end)
         cut = 0 if encodings else parts.count(0) - asked
