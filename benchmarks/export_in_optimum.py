@@ -32,8 +32,8 @@ def main(directory: Path) -> int:
     """Prints one line."""
     facts: dict[str, Any] = json.loads((directory / "config.json").read_text())["bertology_serve"]
     kind = getattr(optimum, CLASSES[facts["task"]])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    model = kind.from_pretrained(directory, file_name="model.onnx", subfolder="onnx")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    model = kind.from_pretrained(directory, file_name="model.onnx", subfolder="onnx", trust_remote_code=False)
     session = onnxruntime.InferenceSession(str(directory / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
     names = {one.name for one in session.get_inputs()}
     inputs = tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt")

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TypeVar
 
 
 class BertologyError(Exception):
@@ -109,7 +110,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+E = TypeVar("E", bound=BertologyError)
 MOST_NAMED = 50
+
+
+def about(problem: E, what: str) -> E:
+    """The same error; where its message does not name what it is about, it now begins with that."""
+    if what not in str(problem):
+        problem.args = (f"{what}: {problem}", *problem.args[1:])
+    return problem
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

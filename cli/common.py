@@ -57,6 +57,11 @@ def note_next(*commands: Sequence[object]) -> None:
         note(f"  {shlex.join(['bertology-serve', *map(str, words)])}")
 
 
+def truncation(cut: int, count: int) -> str:
+    """The warning where texts were cut."""
+    return f"warning: {cut:,} of {count:,} texts were cut to their delta's max_length; what stood behind was not read"
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], stderr: bool = True) -> None:
     """Prints a table; numbers are set to the right. ``stderr=False`` where the table is the result."""
     from rich.table import Table

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertology_serve.cli.common import note, progress, table
+from bertology_serve.cli.common import note, progress, table, truncation
 from bertology_serve.cli.train import read_columns
 
 if TYPE_CHECKING:
@@ -44,10 +44,13 @@ def evaluate(
     metrics = {**official(input, found.metrics, found.answers, records), **found.metrics}
     if as_json:
         facts = {"delta": loaded.name, "version": loaded.version, "task": loaded.task.kind, "rows": len(records)}
+        facts["truncated"] = found.truncated
         return print(json.dumps({**facts, "metrics": metrics, "seconds": round(seconds, 3)}))
     rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
     table(f"{loaded.name} {loaded.version} on {input}", [loaded.task.kind, "value"], rows, stderr=False)
     note(f"{len(records):,} records in {seconds:.1f} s")
+    if found.truncated:
+        note(truncation(found.truncated, len(records)))
 
 
 def official(input: str, metrics: Mapping[str, float], answers: Answers, records: Records) -> dict[str, float]:

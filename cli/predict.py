@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
-from bertology_serve.cli.common import note, progress
+from bertology_serve.cli.common import note, progress, truncation
 
 if TYPE_CHECKING:
     from bertology_serve.encoder.pipeline import Pipeline
@@ -76,12 +76,19 @@ def _answer(pipeline: Pipeline, source: IO[bytes], output: str, options: Lines, 
     from bertology_serve.serving.files import writing
     from bertology_serve.serving.offline import answer_lines
 
-    count = 0
+    count = cut = 0
+
+    def was_cut() -> None:
+        nonlocal cut
+        cut += 1
+
     with writing(output) as target, progress() as bar:
         task = bar.add_task("predict", total=total)
         lines = (line for _, line in bounded_lines(source, options.name))
-        for answer in answer_lines(pipeline, lines, options):
+        for answer in answer_lines(pipeline, lines, options, was_cut):
             target.write(answer)
             count += 1
             bar.advance(task)
+    if cut:
+        note(truncation(cut, count))
     return count

@@ -110,7 +110,8 @@ def serve(
 
         def announce() -> None:
             seconds = time.monotonic() - started
-            note(f"{len(found) - 1} deltas on {backbone} ({runs}), ready after {seconds:.1f} s: {url}")
+            how = f"{runs}, {opened.pipeline.encoder.packing}"
+            note(f"{len(found) - 1} deltas on {backbone} ({how}), ready after {seconds:.1f} s: {url}")
             note(f"try: {example(url, found[-1])}")
 
         server = Server(registry.pipeline, registry, config, announce, keyring)
@@ -129,6 +130,8 @@ def example(url: str, delta: Delta) -> str:
         "question-answering": '"question": "Who lived in London?", "context": "Ada Lovelace lived in London."',
         "multiple-choice": '"premise": "It rained.", "choices": ["The street is wet.", "The street is dry."]',
     }.get(delta.task.kind, '"text": "What a lovely day."')
+    if delta.task.pairs:
+        fields += ', "text_pair": "The sun is shining."'
     return f'curl {url}/predict -d \'{{"delta": "{delta.name}", {fields}}}\''
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from packaging.requirements import Requirement
 
 from bertology_serve.export.machine import OURSELVES, Machine, normalised
 from bertology_serve.export.spec import CUDA
+
+if TYPE_CHECKING:
+    from bertology_serve.encoder.encoder import Encoder
 
 CPU_RUNTIME, GPU_RUNTIME = "onnxruntime", "onnxruntime-gpu"
 RUNTIMES = (CPU_RUNTIME, GPU_RUNTIME, "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-rocm")
@@ -33,6 +36,15 @@ class Finding:
 def findings(machine: Machine) -> list[Finding]:
     """Everything that was looked at, in a fixed order."""
     return [*_versions(machine), *_runtime(machine), *_cuda(machine), *_torch(machine), *_triton(machine)]
+
+
+def of_encoder(encoder: Encoder) -> Finding:
+    """How an encoder's rows travel here; padded ones give the same answers, more slowly."""
+    what, layers = f"encoder {encoder.name}", f"{encoder.anatomy.family}, {encoder.anatomy.layers} layers"
+    if encoder.packs:
+        return Finding("ok", what, f"{layers}, {encoder.packing}")
+    mend = "the answers are the same, batches are slower; a newer transformers may pack them"
+    return Finding("note", what, f"{layers}, {encoder.packing}", mend)
 
 
 def _versions(machine: Machine) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ from bertology_serve.export.parts import Parts
 from bertology_serve.export.spec import ExportSpec
 from bertology_serve.tasks.spec import EMBEDDING, MULTIPLE_CHOICE
 
-TASK_OPTIONS = ("head", "stride", "max_answer_length", "normalize", "token_types")
+TASK_OPTIONS = ("head", "stride", "max_answer_length", "normalize", "token_types", "pairs")
 """Fields of the task that say how texts are cut and answers read."""
 SEMANTICS = (
     "int64 [batch, sequence]; attention_mask is 1 for tokens and 0 for padding, which may stand on either side; "

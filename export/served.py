@@ -87,7 +87,7 @@ def _config(directory: Path) -> Mapping[str, Any]:
 
 def _delta(facts: Mapping[str, str]) -> Delta:
     """What the metadata tell of the delta that was exported."""
-    options = json.loads(facts["task_options"])
+    options = {"pairs": False, **json.loads(facts["task_options"])}  # older exports do not say
     task = TaskSpec(
         facts["task"],
         labels=tuple(json.loads(facts["labels"])),

@@ -214,3 +214,21 @@ def test_public_names_exist(name):
 def test_unknown_public_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         bertology_serve.nothing  # noqa: B018
+
+
+def loaders(path: Path) -> Iterator[tuple[int, bool]]:
+    """(line, whether it forbids code that a checkpoint brings) of each call that loads a model or builds one."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        peft = isinstance(node.func.value, ast.Name) and node.func.value.id == "PeftModel"  # adapters bring none
+        if node.func.attr in ("from_pretrained", "from_config") and not peft:
+            given = {word.arg: word.value for word in node.keywords}.get("trust_remote_code")
+            yield node.lineno, isinstance(given, ast.Constant) and given.value is False
+
+
+def test_nothing_that_is_loaded_brings_code() -> None:
+    paths = [*sources(), *(ROOT / "benchmarks").rglob("*.py")]
+    found = {f"{path.relative_to(ROOT)}:{line}": safe for path in paths for line, safe in loaders(path)}
+    assert len(found) > 5
+    assert [place for place, safe in found.items() if not safe] == []

@@ -28,7 +28,7 @@ AT_ONCE = 32
 def theirs(work: Work, folder: Path) -> dict[str, Any]:
     """Metrics, tokens, Trainer's seconds and the processor seconds of its steps."""
     path = locate("minilm")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     transformers.set_seed(work.seed)
     model = _model(work, path)
     rows = [row for record in work.train for row in features(tokenizer, work, record)]
@@ -46,9 +46,9 @@ def _model(work: Work, path: str) -> Any:
     """MiniLM with HuggingFace's head and peft's delta."""
     kind, task_type = MODELS.get(work.known.task, ONE_TEXT)
     if work.known.task == QUESTION_ANSWERING:
-        model = kind.from_pretrained(path)
+        model = kind.from_pretrained(path, trust_remote_code=False)
     else:
-        model = kind.from_pretrained(path, num_labels=len(work.labels) or 1)
+        model = kind.from_pretrained(path, num_labels=len(work.labels) or 1, trust_remote_code=False)
     return peft.get_peft_model(model, _delta(work.method, task_type))
 
 

@@ -29,6 +29,9 @@ class Span(Struct, frozen=True):
 class Answer(Struct, frozen=True):
     """One answer: ``label`` with ``scores`` (classification), ``value`` (regression), ``entities`` (tokens), ``answer``
     (questions), ``choice`` with ``scores`` (multiple choice), ``embedding``; and the version that gave it.
+
+    Where the text was longer than the delta reads, ``truncated`` is true, ``tokens_read`` and ``tokens_given`` say how
+    much of it counted.
     """
 
     delta: str
@@ -48,6 +51,9 @@ class Answer(Struct, frozen=True):
     embedding_pair: tuple[float, ...] | None = None
     similarity: float | None = None
     logits: Any = None
+    truncated: bool = False
+    tokens_read: int | None = None
+    tokens_given: int | None = None
 
 
 class Model(Struct, frozen=True):

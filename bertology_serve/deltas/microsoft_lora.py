@@ -11,7 +11,7 @@ from bertology_serve.deltas.checks import check_head, shapes_of
 from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.layout import MODEL_ROOT
 from bertology_serve.deltas.names import check_name
-from bertology_serve.deltas.peft_modules import lora_delta
+from bertology_serve.deltas.peft_modules import check_none_left, lora_delta
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.deltas.unpickle import read_pickle
 from bertology_serve.errors import FormatError
@@ -35,6 +35,7 @@ def read_microsoft_lora(
     if len(ranks) != 1:
         raise FormatError(f"{path} has updates of ranks {sorted(ranks)}; expected one rank")
     spec, tensors = lora_delta({"r": next(iter(ranks)), "lora_alpha": alpha}, updates, anatomy)
+    check_none_left(updates, anatomy)
     head = {key: tensor for key, tensor in found.items() if not key.startswith(f"{anatomy.prefix}.")}
     extra = sorted(found.keys() - head.keys())
     if extra:

@@ -22,12 +22,13 @@ from bertology_serve.deltas.layout import MODEL_ROOT, PROMPT_EMBEDDINGS, PROMPT_
 from bertology_serve.deltas.modules import take
 from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from bertology_serve.deltas.peft_export import PREFIX_FAMILIES, TASK_TYPES, drops_types
-from bertology_serve.deltas.peft_modules import beft_delta, lora_delta
+from bertology_serve.deltas.peft_modules import beft_delta, check_none_left, check_whole, lora_delta, merge_head
 from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.deltas.reading import Limits, read_json, read_tensors
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
+from bertology_serve.tasks.forms import head_form
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -54,6 +55,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_transformer_submodules": (None, 1),
 }
 _WRAPPED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
+_POOLER_LORA = re.compile(r"(.*\.)?pooler\.dense\.lora_[AB]\.weight")
 _LONGEST = 512
 
 
@@ -76,11 +78,14 @@ def import_peft(
     options: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
     root: Path | None = None,
+    base_head: Mapping[str, Tensor] | None = None,
 ) -> Delta:
     """The delta ``known_as`` (NAME/VERSION) of a peft directory, for the encoder ``base``: peft names no weights.
 
     ``task`` says what peft does not: labels, maximum length. Without it they follow from the task type and the head's
-    width (``LABEL_0``...). Raises FormatError for a malformed directory, Unsupported for what cannot be had here.
+    width (``LABEL_0``...). ``base_head`` is what the base checkpoint has of a head, by its name there: a delta whose
+    LoRA reaches the pooler carries the pooler's whole weight. Raises FormatError for a malformed directory, Unsupported
+    for what cannot be had here.
     """
     limits, root = limits or Limits(), root or directory
     config, _ = read_json(directory / ADAPTER_CONFIG, limits, root)
@@ -96,6 +101,8 @@ def import_peft(
         task = task or _task(config, head, anatomy, spec, options or {})
         if config.get("task_type") and drops_types(task, anatomy.family, options or {}):
             task = replace(task, token_types=False)
+        if method == "LORA":
+            head = _merged(config, head, task, anatomy, options or {}, base_head or {})
         check_head(shapes_of(head), task, anatomy, options or {})
     except (FormatError, SpecError) as error:
         raise FormatError(f"{directory}: {error}") from None
@@ -114,15 +121,30 @@ def _check_settings(config: Mapping[str, Any], directory: Path) -> None:
             raise Unsupported(f"{directory}: {name[:60]}={str(value)[:60]} is not read here; {way}")
 
 
+def _merged(
+    config: Mapping[str, Any], head: Tensors, task: TaskSpec, anatomy: Anatomy, options: Mapping[str, Any],
+    base_head: Mapping[str, Tensor],
+) -> Tensors:  # fmt: skip
+    """The head with the LoRA of its layers merged; embeddings do not read the pooler, whatever its LoRA."""
+    if task.kind == EMBEDDING:
+        head = {name: tensor for name, tensor in head.items() if not _POOLER_LORA.fullmatch(name)}
+    merge_head(config, head, head_form(anatomy.family, anatomy.prefix, task, anatomy.hidden, options), base_head)
+    check_none_left(head, anatomy)
+    return head
+
+
 def _lora(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+    check_whole(checkpoint.config, checkpoint.tensors, ".lora_A.weight", checkpoint.anatomy)
     return lora_delta(checkpoint.config, checkpoint.tensors, checkpoint.anatomy)
 
 
 def _beft(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+    check_whole(checkpoint.config, checkpoint.tensors, ".beft_bias", checkpoint.anatomy)
     return beft_delta(checkpoint.tensors, checkpoint.anatomy)
 
 
 def _ia3(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+    check_whole(checkpoint.config, checkpoint.tensors, ".ia3_l", checkpoint.anatomy)
     return ia3_delta(checkpoint.tensors, checkpoint.anatomy, MODEL_ROOT)
 
 

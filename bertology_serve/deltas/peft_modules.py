@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,12 @@ from bertology_serve.deltas.modules import modules, read_beft, width
 from bertology_serve.deltas.slots import LINEAR_SLOTS, Anatomy
 from bertology_serve.deltas.typed import conform
 from bertology_serve.errors import FormatError, Unsupported
+from bertology_serve.tasks.forms import Dense
 
 _PATTERN = re.compile(r"\^?[\w.*\\$]+")  # no groups: a hostile pattern cannot take exponential time
+_TARGETS = re.compile(
+    r"(?:[\w.*+\\$^|-]|\[[\w-]+\]|\((?:\?:)?[\w|.\\-]+\))+"
+)  # no repeated groups, for the same reason
 
 
 @dataclass(frozen=True)
@@ -35,29 +39,112 @@ class Pair:
 
 
 def lora_delta(config: Mapping[str, Any], tensors: Tensors, anatomy: Anatomy) -> tuple[LoraSpec, Tensors]:
-    """Spec and stacks of a LoRA checkpoint; takes its tensors out of ``tensors``.
+    """Spec and stacks of a LoRA checkpoint; takes the tensors of the encoder's modules out of ``tensors``.
 
-    Modules of lower rank than the highest get zero rows; where scales differ they are folded into B.
+    What is left may be the head's (``merge_head``, ``check_none_left``). Modules of lower rank than the highest get
+    zero rows; where scales differ they are folded into B.
     """
     places, pairs = _places(anatomy), {}
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         module = name.removeprefix(MODEL_ROOT).removesuffix(".lora_A.weight")
-        slot, layer = places[_path(module, anatomy, places)]
+        path = _path(module, anatomy, places)
+        if path is None:
+            continue
+        slot, layer = places[path]
         pairs[slot, layer] = _pair(module, name, tensors, config, anatomy.slot(slot).inputs, anatomy.slot(slot).outputs)
-    odd = next((name for name in tensors if ".lora_" in name), None)
-    if odd is not None:
-        raise Unsupported(f"the tensor {odd[:120]!r} is no plain LoRA of a linear projection; merge it with peft first")
     if not pairs:
+        check_none_left(tensors, anatomy)
         raise FormatError("the checkpoint holds no LoRA tensors; expected ...lora_A.weight and ...lora_B.weight")
     spec = _spec(config, pairs, anatomy)
     return spec, _stacks(spec, pairs, anatomy)
+
+
+def merge_head(
+    config: Mapping[str, Any], head: Tensors, form: Sequence[Dense], base_head: Mapping[str, Tensor]
+) -> None:
+    """Merges the LoRA of a head's own layers (the pooler, which ``all-linear`` reaches) into weights of the delta.
+
+    ``base_head`` is what the base checkpoint has of a head. Raises FormatError where nobody has the weight, or where
+    the file lacks the tensors of a layer that ``target_modules`` name.
+    """
+    for dense in form:
+        name, weight = f"{dense.path}.lora_A.weight", f"{dense.path}.weight"
+        if name not in head:
+            if weight not in head and _is_targeted(config, dense.path, None):
+                raise FormatError(_lacking(dense.path, 1))
+            continue
+        pair = _pair(dense.path, name, head, config, dense.inputs, dense.outputs)
+        for leaf in ("weight", "bias"):
+            if f"{dense.path}.{leaf}" not in head and f"{dense.base_name}.{leaf}" in base_head:
+                head[f"{dense.path}.{leaf}"] = base_head[f"{dense.base_name}.{leaf}"]
+        if weight not in head:
+            raise FormatError(
+                f"{dense.path} has LoRA, but neither the adapter nor the base has its weight; train it again with "
+                f"{dense.path!r} among modules_to_save or exclude_modules"
+            )
+        head[weight] = head[weight] + pair.scale * (pair.b @ pair.a)
+
+
+def check_none_left(tensors: Mapping[str, Tensor], anatomy: Anatomy) -> None:
+    """Raises Unsupported for a LoRA tensor that belongs neither to a layer nor to the head."""
+    for name in tensors:
+        if name.endswith(".lora_A.weight"):
+            module = name.removeprefix(MODEL_ROOT).removesuffix(".lora_A.weight")
+            raise _unknown(module, anatomy)
+        if ".lora_" in name:
+            raise Unsupported(
+                f"the tensor {name[:120]!r} is no plain LoRA of a linear projection; merge it with peft first"
+            )
+
+
+def check_whole(config: Mapping[str, Any], tensors: Mapping[str, Tensor], leaf: str, anatomy: Anatomy) -> None:
+    """Raises FormatError where the file lacks a tensor ``leaf`` of a projection that ``target_modules`` name."""
+    found = {name.removeprefix(MODEL_ROOT).removesuffix(leaf) for name in tensors if name.endswith(leaf)}
+    start = f"{anatomy.prefix}." if any(name.startswith(f"{anatomy.prefix}.") for name in found) else ""
+    named = (start + path for path, (_, layer) in _places(anatomy).items() if _is_targeted(config, start + path, layer))
+    missing = [name for name in named if name not in found]
+    if found and missing:
+        raise FormatError(_lacking(missing[0], len(missing)))
+
+
+def _lacking(module: str, count: int) -> str:
+    others = f" and of {count - 1} other modules" if count > 1 else ""
+    return f"the file lacks the tensors of {module}{others}, which target_modules name; copy it again"
+
+
+def _is_targeted(config: Mapping[str, Any], module: str, layer: int | None) -> bool:
+    """Whether peft changes the module of that full name; False where that cannot be told."""
+    layers = config.get("layers_to_transform")
+    if layers is not None and layer not in (layers if isinstance(layers, list) else [layers]):
+        return False
+    return _named(config.get("target_modules"), module, False) and not _named(
+        config.get("exclude_modules"), module, True
+    )
+
+
+def _named(targets: Any, module: str, doubt: bool) -> bool:
+    """Whether a list of names or a pattern means a module, as peft reads them; ``doubt`` for patterns not read here."""
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        most = max(part.count("*") + part.count("+") for part in targets.split("|"))
+        if len(targets) > 500 or most > 3 or not _TARGETS.fullmatch(targets):
+            return doubt
+        try:
+            return re.fullmatch(targets, module) is not None
+        except re.error:
+            return doubt
+    return isinstance(targets, list) and any(module == name or module.endswith(f".{name}") for name in targets)
 
 
 def beft_delta(tensors: Tensors, anatomy: Anatomy) -> tuple[BitfitSpec, Tensors]:
     """Spec and stacks of a BEFT checkpoint; biases that it leaves alone are zero."""
     places, found = _places(anatomy), {}
     for name in [name for name in tensors if name.endswith(".beft_bias")]:
-        path = _path(name.removeprefix(MODEL_ROOT).removesuffix(".beft_bias"), anatomy, places)
+        module = name.removeprefix(MODEL_ROOT).removesuffix(".beft_bias")
+        path = _path(module, anatomy, places)
+        if path is None:
+            raise _unknown(module, anatomy)
         found[f"{path}.beft_bias"] = tensors.pop(name)
     attention = BitfitSpec("attention")
     near = {f"{path}.beft_bias" for path in modules(attention, anatomy)}
@@ -75,12 +162,13 @@ def _places(anatomy: Anatomy) -> dict[str, tuple[str, int]]:
     return {path: (slot.name, layer) for slot in whole for layer, path in enumerate(slot.paths) if path is not None}
 
 
-def _path(module: str, anatomy: Anatomy, places: Mapping[str, Any]) -> str:
-    """A module's path in the headless encoder."""
-    for path in (module, module.removeprefix(f"{anatomy.prefix}.")):
-        if path in places:
-            return path
-    raise Unsupported(f"{module[:120]!r} is no linear projection of a layer of {anatomy.family}; merge it first")
+def _path(module: str, anatomy: Anatomy, places: Mapping[str, Any]) -> str | None:
+    """A module's path in the headless encoder, ``None`` for what is no linear of a layer."""
+    return next((path for path in (module, module.removeprefix(f"{anatomy.prefix}.")) if path in places), None)
+
+
+def _unknown(module: str, anatomy: Anatomy) -> Unsupported:
+    return Unsupported(f"{module[:120]!r} is no linear projection of a layer of {anatomy.family}; merge it first")
 
 
 def _pair(module: str, name: str, tensors: Tensors, config: Mapping[str, Any], inputs: int, outputs: int) -> Pair:

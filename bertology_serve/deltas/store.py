@@ -60,7 +60,7 @@ from bertology_serve.deltas.peft_import import import_peft
 from bertology_serve.deltas.reading import Limits
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.deltas.writing import file_record, publish, staging, write_json, write_tensors
-from bertology_serve.errors import FormatError, NotFound
+from bertology_serve.errors import BertologyError, FormatError, NotFound, about
 from bertology_serve.tasks.spec import TaskSpec
 
 __all__ = ["Limits", "check_base", "discover", "find", "identify", "load", "save"]
@@ -109,14 +109,25 @@ def load(
     options: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
     root: Path | None = None,
+    base_head: Mapping[str, Tensor] | None = None,
 ) -> Delta:
     """The delta in ``directory``, every byte of it checked.
 
     With ``anatomy`` it must fit that encoder's dimensions (``check_base`` compares the weights' hashes). A directory
-    that peft wrote needs ``anatomy`` and ``base``, and takes ``task``, ``name`` and ``options`` (see ``import_peft``).
-    ``root`` is the directory that the files must lie under (default: ``directory``). Raises NotFound, FormatError,
-    BaseMismatch, and Unsupported for what peft has and this package has not.
+    that peft wrote needs ``anatomy`` and ``base``, and takes ``task``, ``name``, ``options`` and ``base_head`` (see
+    ``import_peft``). ``root`` is the directory that the files must lie under (default: ``directory``). Raises NotFound,
+    FormatError, BaseMismatch, and Unsupported for what peft has and this package has not; each names the directory.
     """
+    try:
+        return _load(directory, anatomy, base, task, name, options, limits, root, base_head)
+    except BertologyError as problem:
+        raise about(problem, str(directory)) from None
+
+
+def _load(
+    directory: Path, anatomy: Anatomy | None, base: BaseRef | None, task: TaskSpec | None, name: str | None,
+    options: Mapping[str, Any] | None, limits: Limits | None, root: Path | None, base_head: Mapping[str, Tensor] | None,
+) -> Delta:  # fmt: skip
     limits, root = limits or Limits(), root or directory
     try:
         _check_directory(directory)
@@ -128,7 +139,10 @@ def load(
     if anatomy is None or base is None:
         raise FormatError(f"{directory} was written by peft, which names no weights; load it with its encoder")
     known_as = Path(identity.name) / identity.version
-    return import_peft(directory, anatomy, base, known_as, task=task, options=options, limits=limits, root=root)
+    return import_peft(
+        directory, anatomy, base, known_as,
+        task=task, options=options, limits=limits, root=root, base_head=base_head,
+    )  # fmt: skip
 
 
 def _check_directory(directory: Path) -> None:

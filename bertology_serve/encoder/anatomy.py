@@ -37,11 +37,18 @@ _ROLES = {
     QUERY: {"query", "q_lin", "q", "query_proj", "q_proj"},
     KEY: {"key", "k_lin", "k", "key_proj", "k_proj"},
     VALUE: {"value", "v_lin", "v", "value_proj", "v_proj"},
+    GATE: {"gate_proj"},
+    "global_query": {"query_global"},
+    "global_key": {"key_global"},
+    "global_value": {"value_global"},
     "position_key": {"pos_key_proj"},
     "position_query": {"pos_query_proj"},
 }
 _ATTENTION = re.compile(r"(^|\.)(attention|attn|self_attn|sa_layer_norm|attn_norm)(\.|$)")
-_POSITION_OFFSET = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer"}
+EXPECTED = (
+    "expected a BERT-like encoder: bert, roberta, xlm-roberta, camembert, distilbert, electra, mpnet, deberta-v2, "
+    "modernbert, or another whose layers are built alike"
+)
 _OUTSIDE = {
     EMBEDDING_NORM: re.compile(r"(^|\.)embeddings\.(LayerNorm|norm|layer_norm)$"),
     "embedding_projection": re.compile(r"(embeddings_project|embedding_hidden_mapping_in|embed_proj)$"),
@@ -53,7 +60,10 @@ _OUTSIDE = {
 
 
 def find_anatomy(model: Any) -> Anatomy:
-    """The anatomy of a headless HuggingFace encoder; raises Unsupported if it is not BERT-like."""
+    """The anatomy of a headless HuggingFace encoder; raises Unsupported if it is not BERT-like.
+
+    Where layers share their weights (ALBERT), ``layers`` counts those that have weights of their own.
+    """
     config = model.config
     stack_path, stack = _layer_stack(model)
     hidden = int(config.hidden_size)
@@ -61,8 +71,10 @@ def find_anatomy(model: Any) -> Anatomy:
     slots |= {slot.name: slot for slot in _outside_slots(model, stack_path)}
     missing = {QUERY, KEY, VALUE, OUTPUT, UP, DOWN} - slots.keys()
     if missing:
-        raise Unsupported(f"{config.model_type}: found no {', '.join(sorted(missing))} projection in {stack_path}.0")
-    offset = int(config.pad_token_id) + 1 if config.model_type in _POSITION_OFFSET else 0
+        raise Unsupported(
+            f"{config.model_type}: found no {', '.join(sorted(missing))} projection in {stack_path}.0; {EXPECTED}"
+        )
+    offset = _position_offset(model)
     rotary = FINAL_NORM in slots
     return Anatomy(
         family=config.model_type,
@@ -78,6 +90,14 @@ def find_anatomy(model: Any) -> Anatomy:
     )
 
 
+def _position_offset(model: nn.Module) -> int:
+    """The position of the first token: RoBERTa and its kin number from behind the padding's row of their table."""
+    for path, module in model.named_modules():
+        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
 def _layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     stacks = [
         (path, module)
@@ -85,13 +105,13 @@ def _layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) and len({type(layer) for layer in module}) == 1
     ]
     if not stacks:
-        raise Unsupported(f"{type(model).__name__} has no stack of layers; expected a BERT-like encoder")
+        raise Unsupported(f"{type(model).__name__} has no stack of layers; {EXPECTED}")
     return max(stacks, key=lambda found: len(found[1]))
 
 
 def _layer_slots(stack_path: str, stack: nn.ModuleList, hidden: int) -> Iterator[Slot]:
     """The slots of the layers: roles found in any layer, with the path of each layer that has the module."""
-    roles: list[dict[str, tuple[str, nn.Module]]] = [dict(_roles_of(layer, hidden)) for layer in stack]
+    roles = [_roles_of(layer, hidden) for layer in stack]
     names = dict.fromkeys(name for layer in roles for name in layer)
     for name in names:
         modules = [layer[name][1] if name in layer else None for layer in roles]
@@ -123,8 +143,19 @@ def _size(module: Any) -> tuple[int, int]:
     return 0, module.out_channels if isinstance(module, nn.Conv1d) else int(module.weight.numel())
 
 
-def _roles_of(layer: nn.Module, hidden: int) -> Iterator[tuple[str, tuple[str, nn.Module]]]:
-    """(role, (path, module)) of one layer's linears and norms."""
+def _roles_of(layer: nn.Module, hidden: int) -> dict[str, tuple[str, nn.Module]]:
+    """Path and module of one layer's linears and norms, by role; raises Unsupported where two linears have one role."""
+    found: dict[str, tuple[str, nn.Module]] = {}
+    for role, path, module in _named_roles(layer, hidden):
+        if role in found and isinstance(module, nn.Linear):
+            raise Unsupported(
+                f"{type(layer).__name__} has two {role} projections, {found[role][0]} and {path}; {EXPECTED}"
+            )
+        found[role] = path, module
+    return found
+
+
+def _named_roles(layer: nn.Module, hidden: int) -> Iterator[tuple[str, str, nn.Module]]:
     linears = [(path, module) for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
     norms = [(path, module) for path, module in layer.named_modules() if _is_norm(module)]
     down = next((m for p, m in reversed(linears) if not _ATTENTION.search(p) and m.out_features == hidden), None)
@@ -138,9 +169,9 @@ def _roles_of(layer: nn.Module, hidden: int) -> Iterator[tuple[str, tuple[str, n
         elif role is None and down is not None:
             role = UP_GATE if module.out_features == 2 * down.in_features else UP
         if role is not None:
-            yield role, (path, module)
+            yield role, path, module
     for path, module in norms:
-        yield (ATTENTION_NORM if _ATTENTION.search(path) else FFN_NORM), (path, module)
+        yield (ATTENTION_NORM if _ATTENTION.search(path) else FFN_NORM), path, module
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -166,4 +197,4 @@ def empty_model(config: Any) -> Any:
     from transformers import AutoModel
 
     with torch.device("meta"):
-        return AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+        return AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +21,7 @@ from bertology_serve.deltas.names import MANIFEST
 from bertology_serve.deltas.pruning import Pruning, fitted, sliced_state
 from bertology_serve.deltas.slots import KEY, QUERY, Anatomy
 from bertology_serve.encoder import families, joined
-from bertology_serve.encoder.anatomy import find_anatomy
+from bertology_serve.encoder.anatomy import EXPECTED, find_anatomy
 from bertology_serve.encoder.attention import make_layout
 from bertology_serve.encoder.bank import PROMPT, DeltaBank
 from bertology_serve.encoder.graphs import Graphs, Record
@@ -35,16 +36,19 @@ from bertology_serve.encoder.pruned import read_pruning
 from bertology_serve.encoder.recompute import recomputed
 from bertology_serve.encoder.varlen import HALVES
 from bertology_serve.encoder.wrapped import SlotLinear, wrap
-from bertology_serve.errors import LimitError, Unsupported
+from bertology_serve.errors import BertologyError, LimitError, Unsupported
 from bertology_serve.kernels.dispatch import BatchColumns
+
+log = logging.getLogger(__name__)
 
 
 class Encoder:
     """A frozen encoder that takes packed batches with the deltas of their sequences applied.
 
     ``model`` is the headless HuggingFace model, its linears and norms wrapped; ``base_head`` holds what the base
-    checkpoint has of a head (BERT's pooler), by its name there; ``packs`` says whether rows travel unpadded;
-    ``pruning`` what it was pruned from, if it was; ``pooling`` is a sentence encoder's own, as its checkpoint says.
+    checkpoint has of a head (BERT's pooler), by its name there; ``packs`` says whether rows travel unpadded, and
+    ``packing`` in words: "packed", or "padded" with the reason; ``pruning`` what it was pruned from, if it was;
+    ``pooling`` is a sentence encoder's own, as its checkpoint says.
     """
 
     def __init__(
@@ -54,17 +58,19 @@ class Encoder:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.base_head = base_head or {}
         self.config, self.pruning, self.pooling = model.config, pruning, pooling
-        self.anatomy: Anatomy = find_anatomy(model)
+        with _encoder_like(name, self.config.model_type):
+            self.anatomy: Anatomy = find_anatomy(model)
+            probe = Probe.of(model, self.anatomy)
         check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], name)
         self.ref = BaseRef(name, weights_hash(model.state_dict()), self.anatomy.family)
         self.lock = threading.RLock()
         self.graphs: Graphs | None = None
         self._current = Current()
         self._inputs = set(inspect.signature(model.forward).parameters)
-        probe = Probe.of(model, self.anatomy)
         wrap(model, self.anatomy, self._current)
         self.packs = families.prepare(model, self.anatomy, self._current)
-        self._settle(probe)
+        self.packing = self._settle(probe)
+        log.log(logging.INFO if self.packs else logging.WARNING, "%s (%s) is %s", name, self.ref.family, self.packing)
 
     @classmethod
     def load(cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Encoder:
@@ -126,7 +132,8 @@ class Encoder:
         if self.pruning is not None:  # what it was pruned from is what peft's deltas were made for
             own = (path / MANIFEST).exists()
             anatomy, base = (None, None) if own else (self.pruning.anatomy, self.pruning.parent)
-        return self.fitted(store.load(path, anatomy, base=base, name=name, options=self.config.to_dict()))
+        found = store.load(path, anatomy, base=base, name=name, options=self.config.to_dict(), base_head=self.base_head)
+        return self.fitted(found)
 
     def check_length(self, tokens: int) -> None:
         """Raises LimitError where sequences of that many tokens do not fit."""
@@ -137,11 +144,22 @@ class Encoder:
         """The effects, where this encoder can apply them; raises Unsupported for those that it cannot."""
         if effects.prefix is not None and not self.packs:
             raise Unsupported(f"{self.anatomy.family} is run with its own attention, which takes no prefix")
+        if effects.prefix is not None:
+            self.check_layers("a prefix")
         if {QUERY, KEY} & effects.scale.keys() and self.anatomy.family == "deberta-v2":
             raise Unsupported(
                 "deberta-v2 projects positions with query and key too, which no factors reach; target others"
             )
         return effects
+
+    def check_layers(self, what: str) -> None:
+        """Raises Unsupported where layers share their weights, and ``what`` cannot tell them apart."""
+        runs = int(getattr(self.config, "num_hidden_layers", self.anatomy.layers))
+        if runs != self.anatomy.layers:
+            raise Unsupported(
+                f"{self.anatomy.family} runs {self.anatomy.layers} layer(s) of weights {runs} times; {what} would need "
+                "layers with weights of their own"
+            )
 
     def prepack(self, wanted: bool | None = None) -> bool:
         """Lays the frozen linears out for where they are, as long as their weights no longer change.
@@ -181,6 +199,8 @@ class Encoder:
         """
         if heads is not None and not self.packs:
             raise Unsupported(f"{self.anatomy.family} is run with its own attention, whose heads cannot be watched")
+        if heads is not None:
+            self.check_layers("watching heads")
         plan = plan or make_plan(batch)
         if self.graphs is not None and heads is None and isinstance(pools, DeltaBank) and not torch.is_grad_enabled():
             with self.lock:
@@ -190,7 +210,11 @@ class Encoder:
         return self._last_hidden(self._pass(batch, pools, plan, heads)).reshape(batch.rows, -1)
 
     def layers(self, batch: PackedBatch, pools: Pools) -> tuple[Tensor, ...]:
-        """The hidden states [T, H] after the embeddings and after each layer, L + 1 of them, from one pass."""
+        """The hidden states [T, H] after the embeddings and after each layer, L + 1 of them, from one pass.
+
+        Raises Unsupported where layers share their weights.
+        """
+        self.check_layers("the layers' hidden states")
         found = self._output(self._pass(batch, pools, make_plan(batch)), output_hidden_states=True).hidden_states
         return tuple(hidden.reshape(batch.rows, -1) for hidden in found)
 
@@ -240,17 +264,24 @@ class Encoder:
         vectors = pools.layer(PROMPT, "v", 0)[batch.prompt_vectors]
         return words.index_copy(0, batch.prompt_rows, vectors.to(words.dtype))
 
-    def _settle(self, probe: Probe) -> None:
-        """Packs if packed rows give the model's own answers; pads if only padded ones do; else refuses the model."""
-        if self.packs and probe.holds(self):
-            return
+    def _settle(self, probe: Probe) -> str:
+        """Packs if packed rows give the model's own answers; pads if only padded ones do; else refuses the model.
+
+        Says in words what it did.
+        """
+        why = "its attention does not go through the interface of transformers"
         if self.packs:
+            why = probe.gap(self)
+            if not why:
+                return "packed"
             self.packs = families.undo(self.model)
-        if not probe.holds(self):
+        gap = probe.gap(self)
+        if gap:
             raise Unsupported(
-                f"{self.name}: neither packed nor padded rows give the model's own output ({self.anatomy.family}); "
-                "this family is not supported"
+                f"{self.name}: neither packed nor padded rows give the model's own output ({self.anatomy.family}: "
+                f"{gap}); {EXPECTED}"
             )
+        return f"padded: {why}"
 
     def _linears(self) -> Iterator[SlotLinear]:
         return (module for module in self.model.modules() if isinstance(module, SlotLinear))
@@ -265,6 +296,20 @@ class Encoder:
             yield
 
 
+@contextmanager
+def _encoder_like(name: str, family: str) -> Iterator[None]:
+    """Turns whatever a model raises that is not built like a BERT into Unsupported, which names the family."""
+    try:
+        yield
+    except BertologyError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:120]
+        raise Unsupported(
+            f"{name} ({family}) does not run on token ids alone ({type(error).__name__}: {said}); {EXPECTED}"
+        ) from None
+
+
 def _padding_mask(batch: PackedBatch) -> Tensor:
     """[S, Lmax], 1 for real rows."""
     lengths = torch.tensor(batch.lengths, device=batch.ids.device)
@@ -276,5 +321,5 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

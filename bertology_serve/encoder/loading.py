@@ -12,6 +12,7 @@ from torch import Tensor, float32
 
 from bertology_serve.deltas.pruning import PRUNED
 from bertology_serve.deltas.reading import parse_json, read_bytes
+from bertology_serve.encoder.anatomy import EXPECTED
 from bertology_serve.encoder.pruned import pruned_model
 from bertology_serve.errors import BertologyError, InputError, NotFound, Unsupported
 
@@ -40,26 +41,34 @@ def load_model(path: str) -> tuple[Any, dict[str, Tensor]]:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = _config(path)
     if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
-        raise Unsupported(f"{path} is a {config.model_type} decoder; expected a BERT-like encoder")
+        raise Unsupported(f"{path} is a {config.model_type} decoder; {EXPECTED}")
     if getattr(config, PRUNED, False):
         return pruned_model(path, config), _head_parts(path, config.model_type)
     with _reading(f"the weights of {path}"):
-        model = AutoModel.from_pretrained(path, config=config, dtype=float32, use_safetensors=True)
+        model = AutoModel.from_pretrained(
+            path, config=config, dtype=float32, use_safetensors=True, trust_remote_code=False
+        )
         model.pooler = None
         return model, _head_parts(path, config.model_type)
 
 
 def load_tokenizer(path: str) -> Any:
-    """The fast tokenizer of a checkpoint; raises InputError where it cannot be read or does not work."""
+    """The fast tokenizer of a checkpoint; raises InputError where it cannot be read or does not work.
+
+    It gives token types only where the model has a row for each of them (``type_vocab_size``).
+    """
     from transformers import AutoTokenizer
 
     if Path(path).is_dir() and not any(found for name in _VOCABULARIES for found in Path(path).glob(name)):
         raise InputError(f"{path} has no tokenizer; expected tokenizer.json beside the weights")  # transformers: empty
     with _reading(f"the tokenizer of {path}"):
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
-        tokenizer("A text, ☃ 7")  # a broken vocabulary says so only when it is used
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
+        pair = tokenizer("A text, ☃ 7", "and its pair")  # a broken vocabulary says so only when it is used
     if not tokenizer.is_fast:
         raise Unsupported(f"{path} has no fast tokenizer (tokenizer.json); convert it with transformers first")
+    types = getattr(_config(path), "type_vocab_size", None)
+    if types is not None and max(pair.get("token_type_ids", ()), default=0) >= types:
+        _drop_types(tokenizer)
     return tokenizer
 
 
@@ -76,12 +85,20 @@ def read_pooling(path: str) -> str | None:
     return chosen[0] if len(chosen) == 1 else None
 
 
+def _drop_types(tokenizer: Any) -> None:
+    """Pairs are then of one type: BERT's tokenizer beside a RoBERTa that has a single row of token types."""
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+
+
 def _config(path: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # its validators' errors have no base of their own
+        if "trust_remote_code" in str(error):
+            raise Unsupported(f"{path} brings code of its own, which is never run here; {EXPECTED}") from None
         raise NotFound(f"no encoder {path!r}: {_line(error)}; expected a hub id, a directory or 'minilm'") from None
 
 

@@ -79,7 +79,7 @@ def pruned_model(path: str, config: Any) -> Any:
 
     file = Path(path) / WEIGHTS
     with torch.random.fork_rng(devices=[]):
-        model: Any = AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        model: Any = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)  # type: ignore[no-untyped-call]
     model.pooler = None
     try:
         state = load_file(file)

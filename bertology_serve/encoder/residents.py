@@ -20,7 +20,7 @@ from bertology_serve.deltas.delta import BaseRef, Delta, bare
 from bertology_serve.encoder.bank import BARE, Entry
 from bertology_serve.encoder.encoder import weights_hash
 from bertology_serve.encoder.packing import rows_of
-from bertology_serve.errors import NotFound, SpecError, Unsupported, VersionGone, nearest
+from bertology_serve.errors import BertologyError, NotFound, SpecError, Unsupported, VersionGone, about, nearest
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
@@ -46,17 +46,30 @@ class Request:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer, with the delta and version that gave it. ``answer`` holds the task's fields."""
+    """One answer, with the delta and version that gave it. ``answer`` holds the task's fields.
+
+    ``tokens_read`` are those of all its sequences, special tokens included (windows overlap); ``tokens_given`` those
+    that the record had, which are more where it was cut to the delta's maximum length.
+    """
 
     delta: str
     version: str
     task: str
     answer: Mapping[str, Any]
     id: str = ""
+    tokens_read: int = 0
+    tokens_given: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a part of the text was not read."""
+        return self.tokens_given > self.tokens_read
 
     def as_dict(self) -> dict[str, Any]:
-        """Flat, ready for JSON."""
+        """Flat, ready for JSON. Only what was cut says so: ``truncated`` and both counts of tokens."""
         own = {"delta": self.delta, "version": self.version, "task": self.task, **self.answer}
+        if self.truncated:
+            own |= {"truncated": True, "tokens_read": self.tokens_read, "tokens_given": self.tokens_given}
         return {"id": self.id, **own} if self.id else own
 
 
@@ -92,12 +105,15 @@ class Job:
 
 
 class Backbone(Protocol):
-    """What is known of the encoder wherever it runs. ``lock`` is held while a batch does."""
+    """What is known of the encoder wherever it runs. ``lock`` is held while a batch does; ``packing`` is "packed", or
+    "padded" with the reason.
+    """
 
     name: str
     ref: BaseRef
     tokenizer: Any
     lock: RLock
+    packing: str
 
     @property
     def max_tokens(self) -> int:
@@ -161,7 +177,10 @@ class Residents(ABC):
         where its sequences do not fit.
         """
         key = f"{delta.name}#{next(self._keys)}"
-        ready = self.admit(key, delta)
+        try:
+            ready = self.admit(key, delta)
+        except BertologyError as problem:
+            raise about(problem, f"delta {delta.name!r}") from None
         weakref.finalize(ready, self._freed.append, key)
         if beside:
             self._beside[delta.name, delta.version] = ready
@@ -318,4 +337,5 @@ def _prediction(job: Job, outputs: Sequence[Tensor]) -> Prediction:
     if job.request.logits:
         logits = [output.tolist() for output in outputs]
         answer["logits"] = logits[0] if len(logits) == 1 else logits
-    return Prediction(delta.name, delta.version, delta.task.kind, answer, job.request.id)
+    read, cut = (sum(counts) for counts in zip(*((len(one), one.cut) for one in job.encodings), strict=True))
+    return Prediction(delta.name, delta.version, delta.task.kind, answer, job.request.id, read, read + cut)

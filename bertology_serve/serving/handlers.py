@@ -20,8 +20,8 @@ from bertology_serve.serving.answering import Answering, of_one_version
 from bertology_serve.serving.gate import access_of
 from bertology_serve.serving.http import (
     BINARY,
-    JSON,
     JSON_LENGTH,
+    answer_response,
     departure,
     header_length,
     json_response,
@@ -55,7 +55,8 @@ class Handlers:
         call = native.read_call(body)
 
         async def answer() -> Response:
-            return _json(native.write_answers(call, await self._answer(request, call.requests)))
+            found = await self._answer(request, call.requests)
+            return answer_response(native.write_answers(call, found), found)
 
         return await of_one_version(answer)
 
@@ -65,7 +66,8 @@ class Handlers:
 
         async def answer() -> Response:
             call = hf.read_task(body, self._named(request))
-            return _json(hf.write_task(call, await self._answer(request, call.requests)))
+            found = await self._answer(request, call.requests)
+            return answer_response(hf.write_task(call, found), found)
 
         return await of_one_version(answer)
 
@@ -77,12 +79,11 @@ class Handlers:
 
         async def answer() -> Response:
             call = oip.read_infer(body, length, self._named(request), find, self.config.max_items)
-            content, json_length = oip.write_infer(
-                call, await self._answer(request, call.requests, call.seconds, priority=call.priority)
-            )
+            found = await self._answer(request, call.requests, call.seconds, priority=call.priority)
+            content, json_length = oip.write_infer(call, found)
             if json_length is None:
-                return _json(content)
-            return Response(content, headers={JSON_LENGTH: str(json_length)}, media_type=BINARY)
+                return answer_response(content, found)
+            return answer_response(content, found, BINARY, {JSON_LENGTH: str(json_length)})
 
         return await of_one_version(answer)
 
@@ -100,7 +101,7 @@ class Handlers:
         async def answer() -> Response:
             call = openai.read_embeddings(body, partial(self.answering.find, access))
             predictions = await self._answer(request, call.requests, charge=charge)
-            return _json(openai.write_embeddings(call, predictions, tokens))
+            return answer_response(openai.write_embeddings(call, predictions, tokens), predictions)
 
         return await of_one_version(answer)
 
@@ -209,7 +210,3 @@ class Handlers:
             lambda: departure(request), charge, min(seconds, timeout_of(request)), priority or priority_of(request)
         )
         return await self.answering.answer(access_of(request.scope), items, terms)
-
-
-def _json(content: bytes) -> Response:
-    return Response(content, media_type=JSON)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 import zlib
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from bertology_serve.encoder.residents import Prediction
 from bertology_serve.errors import DataError, LimitError, SlowBody
 from bertology_serve.serving.connection import CONNECTION, WHOLE
 from bertology_serve.serving.errors import headers_of, message_of, status_of
@@ -19,6 +20,7 @@ from bertology_serve.serving.protocol.bodies import encode
 JSON, BINARY = "application/json", "application/octet-stream"
 JSON_LENGTH = "Inference-Header-Content-Length"
 TIMEOUT, PRIORITY = "X-Request-Timeout-Ms", "X-Request-Priority"
+TRUNCATED = "X-Truncated"
 _JSON_LENGTH, _TIMEOUT, _PRIORITY = (name.lower().encode() for name in (JSON_LENGTH, TIMEOUT, PRIORITY))
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits
 
@@ -26,6 +28,14 @@ _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A value as JSON."""
     return Response(encode(value), status, headers, JSON)
+
+
+def answer_response(
+    content: bytes, predictions: Sequence[Prediction], kind: str = JSON, headers: Mapping[str, str] | None = None
+) -> Response:
+    """An encoded answer; X-Truncated says how many of its items were cut, in whatever shape they are answered."""
+    cut = sum(prediction.truncated for prediction in predictions)
+    return Response(content, headers={**(headers or {}), **({TRUNCATED: str(cut)} if cut else {})}, media_type=kind)
 
 
 def problem_response(problem: Exception, path: str) -> Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,10 @@ class Lines:
     max_tokens: int = 2048
 
 
-def answer_lines(pipeline: Pipeline, lines: Iterable[bytes], options: Lines) -> Iterator[bytes]:
-    """One JSON line for each line that is not blank, in order.
+def answer_lines(
+    pipeline: Pipeline, lines: Iterable[bytes], options: Lines, was_cut: Callable[[], None] = lambda: None
+) -> Iterator[bytes]:
+    """One JSON line for each line that is not blank, in order; ``was_cut`` is called for each whose text was cut.
 
     Items are tokenised ahead and brought together by length, a window of batches at a time: equal lengths share their
     attention. Without ``skip_bad`` raises what is wrong with the first bad line, which the message names.
@@ -42,9 +44,9 @@ def answer_lines(pipeline: Pipeline, lines: Iterable[bytes], options: Lines) -> 
         window.append(_prepared(pipeline, line, f"{options.name}:{number}", options))
         tokens += _cost(window[-1])
         if tokens >= WINDOW * options.max_tokens or len(window) >= options.max_tokens:
-            yield from _answered(pipeline, window, options)
+            yield from _answered(pipeline, window, options, was_cut)
             window, tokens = [], 0
-    yield from _answered(pipeline, window, options)
+    yield from _answered(pipeline, window, options, was_cut)
 
 
 def batches(costs: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -83,7 +85,9 @@ def _decoded(line: bytes, where: str) -> Any:
         raise DataError(f"{where}: {str(problem).replace('the body', 'the line')}") from None
 
 
-def _answered(pipeline: Pipeline, window: Sequence[Job | dict[str, Any]], options: Lines) -> Iterator[bytes]:
+def _answered(
+    pipeline: Pipeline, window: Sequence[Job | dict[str, Any]], options: Lines, was_cut: Callable[[], None]
+) -> Iterator[bytes]:
     answers: list[Mapping[str, Any]] = [{} if isinstance(item, Job) else item for item in window]
     jobs = {index: item for index, item in enumerate(window) if isinstance(item, Job)}
     places = list(jobs)
@@ -91,6 +95,8 @@ def _answered(pipeline: Pipeline, window: Sequence[Job | dict[str, Any]], option
         chosen = [places[index] for index in batch]
         for place, prediction in zip(chosen, pipeline.run([jobs[place] for place in chosen]), strict=True):
             answers[place] = answer_of(jobs[place].request, prediction)
+            if prediction.truncated:
+                was_cut()
     for answer in answers:
         yield encode(answer) + b"\n"
 

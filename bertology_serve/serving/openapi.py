@@ -9,7 +9,7 @@ import msgspec
 
 from bertology_serve import __version__
 from bertology_serve.serving.gate import PUBLIC
-from bertology_serve.serving.http import PRIORITY, TIMEOUT
+from bertology_serve.serving.http import PRIORITY, TIMEOUT, TRUNCATED
 from bertology_serve.serving.protocol.schemas import BODIES
 
 REF = "#/components/schemas/{name}"
@@ -28,6 +28,7 @@ _MEANINGS = {
 }
 _GATE = ("401", "403", "429", "431")
 _RETRY = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}}
+_CUT = {TRUNCATED: {"description": "Items whose text was cut; left out where none", "schema": {"type": "integer"}}}
 _TIMEOUT = {
     "name": TIMEOUT,
     "in": "header",
@@ -165,7 +166,7 @@ def _post(summary: str, body: dict[str, Any], answer: dict[str, Any], binary: bo
         "parameters": [_TIMEOUT, _PRIORITY],
         "requestBody": {"required": True, "content": accepted},
         "responses": {
-            "200": {"description": "OK", "content": given},
+            "200": {"description": "OK", "content": given, "headers": _CUT},
             **{code: _problem(code) for code in _ITEMS},
             _BUSY: busy,
             _LATE: _problem(_LATE),

@@ -11,7 +11,15 @@ from starlette.responses import Response
 from bertology_serve.encoder.pipeline import BASE
 from bertology_serve.serving.answering import Answering, of_one_version
 from bertology_serve.serving.gate import access_of
-from bertology_serve.serving.http import JSON, departure, json_response, priority_of, read_body, timeout_of
+from bertology_serve.serving.http import (
+    JSON,
+    answer_response,
+    departure,
+    json_response,
+    priority_of,
+    read_body,
+    timeout_of,
+)
 from bertology_serve.serving.protocol.tei import EMBED, PREDICT, RERANK, SIMILARITY, read_tei, write_tei
 from bertology_serve.serving.protocol.tei_tokens import check_fit, ids, info, tokenize
 from bertology_serve.serving.terms import Terms
@@ -53,7 +61,7 @@ class TeiRoutes:
                 call.requests,
                 Terms(lambda: departure(request), seconds=timeout_of(request), priority=priority_of(request)),
             )
-            return Response(write_tei(call, found), media_type=JSON)
+            return answer_response(write_tei(call, found), found)
 
         return await of_one_version(answer)
 

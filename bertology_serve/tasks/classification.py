@@ -14,7 +14,7 @@ from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer
 from bertology_serve.tasks.fields import label_index, read_class, sorted_labels
 from bertology_serve.tasks.spec import CLASSIFICATION, Encoding, TaskSpec
-from bertology_serve.tasks.texts import TextExample, TextTask, read_pair
+from bertology_serve.tasks.texts import TextExample, TextTask
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Classification(TextTask[ClassificationExample]):
         if labelled:
             label = read_class(record, where)
             label_index(label, self.index, where, "label")
-        return ClassificationExample(where, *read_pair(record, where), label)
+        return ClassificationExample(where, *self.texts(record, where), label)
 
     def target(self, example: ClassificationExample, encodings: Sequence[Encoding]) -> int:
         return label_index(str(example.label), self.index, example.where, "label")

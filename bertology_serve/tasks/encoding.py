@@ -57,7 +57,7 @@ def encode_text(
         first, second = parts.count(0), parts.count(1)
         room = max(max_length - (len(parts) - first - second), 0)
         keep = _kept(parts, *_longest_first(first, second, room))
-    return _encoding(found, clone.types, keep, offsets)
+    return _encoding(found, clone.types, keep, offsets, 0 if keep is None else len(found) - len(keep))
 
 
 def encode_words(
@@ -84,6 +84,7 @@ def encode_words(
         offsets=tuple(_shifted(spans[row], starts[owners[row]]) if owners[row] >= 0 else (0, 0) for row in rows),
         parts=_pick(parts, keep),
         words=_pick(owners, keep),
+        cut=len(parts) - len(rows),
     )
 
 
@@ -94,6 +95,7 @@ def encode_windows(
 
     A question may take half of the room and is cut beyond it; an overlap of more than half of a window is lowered to
     half, so that the number of windows stays linear in the context. ``max_length`` must leave room for two tokens.
+    What the question lacks is the first window's ``cut``.
     """
     clone = _clone_of(tokenizer)
     found = clone.texts.encode(question, context)
@@ -106,10 +108,11 @@ def encode_windows(
     window = room - asked
     before, after = _kept(parts[:start], asked, 0), list(range(end, len(parts)))
     step = window - min(stride, window // 2)
-    encodings = []
+    encodings: list[Encoding] = []
     for left in range(start, end, step):
         right = min(left + window, end)
-        encodings.append(_encoding(found, clone.types, before + list(range(left, right)) + after, True))
+        cut = 0 if encodings else parts.count(0) - asked
+        encodings.append(_encoding(found, clone.types, before + list(range(left, right)) + after, True, cut))
         if right == end:
             break
     return encodings
@@ -170,13 +173,14 @@ def _kept(parts: Sequence[int], first: int, second: int) -> list[int]:
     return keep
 
 
-def _encoding(found: RustEncoding, types: bool, keep: list[int] | None, offsets: bool) -> Encoding:
+def _encoding(found: RustEncoding, types: bool, keep: list[int] | None, offsets: bool, cut: int = 0) -> Encoding:
     ids = _pick(found.ids, keep)
     return Encoding(
         ids=ids,
         types=_pick(found.type_ids, keep) if types else (0,) * len(ids),
         offsets=_pick(found.offsets, keep) if offsets else (),
         parts=_pick(_parts(found), keep) if offsets else (),
+        cut=cut,
     )
 
 

@@ -14,7 +14,7 @@ from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer
 from bertology_serve.tasks.fields import read_score
 from bertology_serve.tasks.spec import REGRESSION, Encoding
-from bertology_serve.tasks.texts import TextExample, TextTask, read_pair
+from bertology_serve.tasks.texts import TextExample, TextTask
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Regression(TextTask[RegressionExample]):
 
     def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> RegressionExample:
         score = read_score(record, where) if labelled else None
-        return RegressionExample(where, *read_pair(record, where), score)
+        return RegressionExample(where, *self.texts(record, where), score)
 
     def target(self, example: RegressionExample, encodings: Sequence[Encoding]) -> float:
         return float(example.score or 0.0)

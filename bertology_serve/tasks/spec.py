@@ -37,7 +37,8 @@ class TaskSpec:
     row), ``mlp`` (EH-FT's: a hidden layer of 2,048 between) or ``none`` (embeddings). ``stride`` is the overlap in
     tokens of question-answering windows, ``max_answer_length`` the longest answer in tokens, ``normalize`` scales
     embeddings to unit length. Without ``token_types`` question and context are of one type, as deltas from peft's
-    question answering have it.
+    question answering have it. With ``pairs`` a classification or regression was trained on pairs of texts alone, and
+    refuses a single one; without it takes both.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class TaskSpec:
     max_answer_length: int = 30
     normalize: bool = True
     token_types: bool = True
+    pairs: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in TASK_KINDS:
@@ -65,6 +67,8 @@ class TaskSpec:
             raise SpecError(f"{self.kind} needs labels")
         if (self.head == "none") != (self.kind == EMBEDDING):
             raise SpecError(f"head {self.head!r} does not fit {self.kind}: embeddings, and only they, have none")
+        if self.pairs and self.kind not in (CLASSIFICATION, REGRESSION):
+            raise SpecError(f"pairs does not fit {self.kind}; classification and regression read one text or two")
 
     @property
     def outputs(self) -> int:
@@ -89,7 +93,8 @@ class Encoding:
     """One tokenised sequence, special tokens included, not padded.
 
     ``offsets`` are character spans in the text that each token came from, ``parts`` says which text that was
-    (0 first, 1 pair, -1 special token), ``words`` the word index for pre-split input (-1 special token).
+    (0 first, 1 pair, -1 special token), ``words`` the word index for pre-split input (-1 special token). ``cut`` is
+    how many tokens of the text were left out, to fit the maximum length.
     """
 
     ids: tuple[int, ...]
@@ -97,6 +102,7 @@ class Encoding:
     offsets: tuple[tuple[int, int], ...] = ()
     parts: tuple[int, ...] = ()
     words: tuple[int, ...] = ()
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -81,7 +81,9 @@ def _read(source: Path, copy: Path, encoder: Encoder, name: str, told: Told) -> 
     if not is_delta(copy):
         raise FormatError(f"{source} is no adapter's directory; expected adapter_config.json")
     found = _without_magnitudes(copy, encoder)
-    delta = store.load(copy, anatomy, base=base, name=name, options=encoder.config.to_dict())
+    delta = store.load(
+        copy, anatomy, base=base, name=name, options=encoder.config.to_dict(), base_head=encoder.base_head
+    )
     return spelt_out(delta, found, encoder.model.state_dict(), anatomy) if found else delta
 
 

@@ -24,10 +24,12 @@ Records = Iterable[tuple[Mapping[str, Any], str]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``metrics`` as fractions, and the answer to each example, in order."""
+    """``metrics`` as fractions, the answer to each example, in order, and how many texts were cut to the delta's
+    maximum length."""
 
     metrics: dict[str, float]
     answers: list[Answer]
+    truncated: int = 0
 
 
 def evaluate(
@@ -52,10 +54,12 @@ def evaluate(
     examples = [task.example(fields, where, labelled=True) for fields, where in rows]
     requests = (Request(delta.name, fields, where=where) for fields, where in rows)
     answers: list[Answer] = []
+    truncated = 0
     for prediction in pipeline.stream(requests, max_tokens):
         answers.append(dict(prediction.answer))
+        truncated += prediction.truncated
         advance(1)
-    return Evaluation(task.metrics(answers, examples), answers)
+    return Evaluation(task.metrics(answers, examples), answers, truncated)
 
 
 def measure(

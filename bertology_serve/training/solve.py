@@ -74,6 +74,8 @@ class Solver:
         self.directory, self.watcher, self.state = directory, watcher or Silent(), RunState(stage)
         self.folder = folder or directory.features
         depth = live.encoder.anatomy.layers
+        if config.lp_layers == "all":
+            live.encoder.check_layers("a probe of each layer")
         self.layers = tuple(range(depth + 1)) if config.lp_layers == "all" else (depth,)
         self.path = torch.logspace(-7, 2, config.lp_path, dtype=torch.float64).tolist()
 

@@ -17,6 +17,7 @@ from bertology_serve.encoder.live import LiveDelta, nested
 from bertology_serve.tasks.base import Task
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import TaskSpec
+from bertology_serve.tasks.texts import all_pairs
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.config import TrainConfig
 from bertology_serve.training.destination import Destination
@@ -236,6 +237,8 @@ def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
 
 
 def task_spec(config: TrainConfig, encoder: Encoder, train: Source) -> TaskSpec:
-    """The task, with the labels of the training data and a length that the encoder reads, where none were given."""
+    """The task: with the labels of the training data and a length that the encoder reads where none were given, and
+    whether the data are pairs."""
     spec = config.task_spec(config.labels or infer_labels(config.task, train.records))
+    spec = replace(spec, pairs=all_pairs(config.task, train.records))
     return spec if config.max_length else replace(spec, max_length=min(spec.max_length, encoder.max_tokens))

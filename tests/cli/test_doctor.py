@@ -7,8 +7,10 @@ import json
 import pytest
 
 from bertology_serve.cli.main import main
+from bertology_serve.encoder import families
 from bertology_serve.export import machine
 from bertology_serve.export.machine import Machine
+from tests import tiny
 
 BOTH = {"torch": "2.13", "triton": "3.9", "onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
 
@@ -33,6 +35,17 @@ def test_notes_are_not_broken(told, capsys):
     told({name: version for name, version in BOTH.items() if name != "onnxruntime-gpu"})
     assert main(["doctor"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["note", "ok", "ok", "ok"]
+
+
+def test_an_encoder_says_whether_its_rows_are_packed(told, tmp_path, monkeypatch, capsys):
+    told({"torch": "2.13", "triton": "3.9", "onnxruntime": "1.32.0"})
+    path = tiny.save("bert", tmp_path)
+    assert main(["doctor", "--backbone", path]) == 0
+    assert f"ok      encoder {path}: bert, 3 layers, packed" in capsys.readouterr().out
+    monkeypatch.setattr(families, "prepare", lambda *_: False)
+    assert main(["doctor", "--backbone", path]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"note    encoder {path}: bert, 3 layers, padded: its attention does not go through")
 
 
 def test_json(told, capsys):

@@ -31,6 +31,15 @@ def test_gives_the_metrics_that_training_saw(made, capsys):
     assert (found["delta"], found["task"], found["rows"]) == ("mood", "classification", 16)
 
 
+def test_texts_that_are_cut_are_told(made, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "the film was good " * 99, "label": "up"}) + "\n")
+    assert main(["evaluate", str(made / "mood"), "--input", str(rows)]) == 0
+    assert "warning: 1 of 1 texts were cut to their delta's max_length" in capsys.readouterr().err
+    assert main(["evaluate", str(made / "mood"), "--input", str(rows), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["truncated"] == 1
+
+
 def test_table_and_columns(made, capsys):
     rows = made / "rows.tsv"
     rows.write_text("body\tmood\nthe film was good\tup\nthe film was bad\tdown\n")

@@ -48,6 +48,16 @@ def test_from_standard_input_to_standard_output(predict, monkeypatch, capfdbinar
     assert all("logits" in answer for answer in answers)
 
 
+def test_texts_that_are_cut_are_told(predict, tmp_path, capsys):
+    tail = "Ada went to Paris"
+    short, long = {"text": tail}, {"text": "the cat was good " * 40 + tail}
+    assert predict(lines=line(delta="names", **short) + line(delta="names", **long)) == 0
+    one, other = (json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines())
+    assert not {"truncated", "tokens_read", "tokens_given"} & one.keys()
+    assert (other["truncated"], other["tokens_read"], other["tokens_given"]) == (True, 32, 166)
+    assert "warning: 1 of 2 texts were cut to their delta's max_length" in capsys.readouterr().err
+
+
 def test_a_bad_line_leaves_no_output(predict, tmp_path, capsys):
     assert predict(lines=LINES + line(delta="mood", text="")) == 2
     error = capsys.readouterr().err.splitlines()[-1]

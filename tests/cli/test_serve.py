@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -22,6 +23,7 @@ from bertology_serve.deltas import store
 from bertology_serve.export.exporting import export_delta
 from bertology_serve.serving.binding import bind
 from bertology_serve.serving.prove.families import descendants
+from bertology_serve.tasks.classification import Classification
 from tests.serving.conftest import RECORDS, deltas, encoder, registry  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +93,7 @@ def test_the_example_that_is_printed_works_and_exports_answer(encoder, deltas, t
         response = httpx.post(command[1], content=command[3])
         assert response.status_code == 200, response.text
         assert "8 deltas on" in "".join(lines)
-        assert ", fp32), ready after" in "".join(lines)
+        assert ", fp32, packed), ready after" in "".join(lines)
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -100,6 +102,13 @@ def test_there_is_an_example_for_every_task(registry, name):  # noqa: F811
 
     body = json.loads(shlex.split(example("http://x", registry.find(name)))[3])
     registry.pipeline.prepare(Request(body.pop("delta"), body))
+
+
+def test_the_example_for_a_delta_of_pairs_is_a_pair(registry):  # noqa: F811
+    mood = registry.find("mood")
+    pairs = replace(mood, task=replace(mood.task, pairs=True))
+    body = json.loads(shlex.split(example("http://x", pairs))[3])
+    assert Classification(pairs.task).example(body, "x", labelled=False).text_pair
 
 
 def test_a_taken_port_is_one_line_and_code_2(encoder, deltas, capsys):  # noqa: F811

@@ -31,6 +31,12 @@ def test_everything_comes_back() -> None:
     assert from_json(json.loads(to_json(whole)), "delta.json") == whole
 
 
+def test_a_task_that_does_not_say_whether_it_is_of_pairs_takes_both() -> None:
+    older = values()
+    del older["task"]["pairs"]
+    assert from_json(older, "delta.json").task.pairs is False
+
+
 def test_numbers_stand_on_one_line_and_nothing_else_changes() -> None:
     trap = "[\n 1,\n 2\n]"
     text = to_json(manifest(provenance={"text": trap, "numbers": [1, -2.5e-7]})).decode()

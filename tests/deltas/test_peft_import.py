@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -182,6 +183,43 @@ def ia3(*targets: str) -> Any:
     return peft.IA3Config(task_type="SEQ_CLS", target_modules=list(targets), feedforward_modules=[])
 
 
+BEFT = peft.BeftConfig(task_type="SEQ_CLS", target_modules=["value"])
+
+
+@pytest.mark.parametrize(
+    ("config", "leaf"),
+    [
+        (lora(), "encoder.layer.1.attention.self.value.lora_{}.weight"),
+        (lora(target_modules=r".*\.(query|key)"), "encoder.layer.1.attention.self.key.lora_{}.weight"),
+        (lora(layers_to_transform=[1, 2]), "encoder.layer.1.attention.self.query.lora_{}.weight"),
+        (lora(target_modules="all-linear"), "encoder.layer.2.output.dense.lora_{}.weight"),
+        (lora(target_modules="all-linear"), "pooler.dense.lora_{}.weight"),
+        (BEFT, "encoder.layer.1.attention.self.value.beft_bias"),
+        (ia3("value"), "encoder.layer.1.attention.self.value.ia3_l"),
+    ],
+)
+def test_a_file_that_lacks_a_layer_is_refused_by_name(tmp_path: Path, config: Any, leaf: str) -> None:
+    path = saved(tmp_path, "bert", config)
+    tensors = load_file(path / WEIGHTS)
+    for side in "AB":
+        tensors.pop("base_model.model.bert." + leaf.format(side), None)
+    save_file(tensors, path / WEIGHTS)
+    module = re.escape("bert." + leaf.partition(".lora_")[0].removesuffix(".beft_bias").removesuffix(".ia3_l"))
+    with pytest.raises(FormatError, match=rf"lacks the tensors of {module}, which target_modules name") as caught:
+        load(path, "bert")
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_what_a_pattern_leaves_out_is_not_missed(tmp_path: Path) -> None:
+    """Patterns that could take exponential time are not read: nothing is missed then."""
+    for i, given in enumerate((
+        {"target_modules": r".*layer\.[02]\..*query"},
+        {"target_modules": "all-linear", "exclude_modules": ["pooler.dense", "output.dense"]},
+        {"target_modules": r"(.*\.)+query"},
+    )):  # fmt: skip
+        assert load(saved(tmp_path / str(i), "bert", lora(**given)), "bert").tensors
+
+
 @pytest.mark.parametrize(
     ("family", "config", "message"),
     [
@@ -191,7 +229,7 @@ def ia3(*targets: str) -> Any:
         ("bert", lora(lora_bias=True), "lora_bias=True is not read"),
         ("bert", lora(init_lora_weights="pissa"), "init_lora_weights=pissa is not read"),
         ("bert", lora(target_modules=["query", "word_embeddings"]), "lora_embedding_"),
-        ("bert", lora(target_modules=["query", "pooler.dense"]), r"pooler.dense' is no linear projection"),
+        ("bert", lora(target_modules=["query", "pooler.dense"]), "bert.pooler.dense has LoRA, but neither"),
         ("bert", lora(modules_to_save=["embeddings"]), "embeddings"),
         ("bert", ia3("pooler.dense"), "is no IA3 on a linear"),
         ("bert", peft.LoHaConfig(task_type="SEQ_CLS", target_modules=["query"]), "holds peft's LOHA"),
@@ -204,6 +242,7 @@ def test_what_cannot_be_had_is_refused_by_name(tmp_path: Path, family: str, conf
     with pytest.raises((Unsupported, FormatError), match=message) as caught:
         load(saved(tmp_path, family, config), family)
     assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value), "which adapter it is"
 
 
 def test_a_head_that_peft_lost_is_missed(tmp_path: Path) -> None:
@@ -273,6 +312,7 @@ def test_malformed_tensors_are_refused(tmp_path: Path, changes: dict[str, torch.
     with pytest.raises((Unsupported, FormatError), match=message) as caught:
         load(path, "bert")
     assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value), "which adapter it is"
 
 
 @pytest.mark.parametrize("method", ["PROMPT_TUNING", "PREFIX_TUNING"])

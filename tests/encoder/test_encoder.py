@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, GPT2Config
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    AutoTokenizer,
+    CanineConfig,
+    Data2VecTextConfig,
+    GPT2Config,
+    LayoutLMConfig,
+    LlamaConfig,
+    MobileBertConfig,
+    RobertaConfig,
+)
 
 from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.bottleneck import AdapterSpec
@@ -15,7 +28,7 @@ from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder import families
 from bertology_serve.encoder.bank import BARE, DeltaBank
-from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.packing import pack
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import InputError, NotFound, Unsupported
@@ -98,6 +111,102 @@ def test_padded_mixed_batch_equals_packed(tmp_path: Path, monkeypatch: pytest.Mo
         Pipeline(padded).add(prefix)
 
 
+def save(config: Any, directory: Path) -> str:
+    """A small random model of a configuration with BERT's tokenizer beside it."""
+    torch.manual_seed(0)
+    AutoModel.from_config(config, trust_remote_code=False).save_pretrained(directory)
+    tiny.tokenizer("bert").save_pretrained(directory)
+    return str(directory)
+
+
+SIZE = tiny._SIZE | tiny._FFN | {"pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (LayoutLMConfig(**SIZE), r"layoutlm.*does not run on token ids alone \(TypeError"),
+        (CanineConfig(**SIZE | {"max_position_embeddings": 64}), "canine"),
+        (LlamaConfig(**SIZE), "llama the first token does not see the last, as in a decoder"),
+        (MobileBertConfig(**SIZE | {"embedding_size": 32}), "MobileBertLayer has two up projections, intermediate"),
+        (AlbertConfig(**SIZE, num_hidden_groups=3, inner_group_num=2), "AlbertLayerGroup has two up projections"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)  # fmt: skip
+def test_a_family_that_is_built_otherwise_is_refused_by_name(config: Any, why: str, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=why) as refused:
+        Encoder.load(save(config, tmp_path))
+    assert "expected a BERT-like encoder: bert, roberta" in str(refused.value)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_positions_begin_behind_the_row_of_the_padding(padding: int, tmp_path: Path) -> None:
+    """Data2VecText numbers its positions as RoBERTa does, though nothing here knows its name."""
+    encoder = Encoder.load(save(Data2VecTextConfig(**SIZE | {"pad_token_id": padding}), tmp_path))
+    assert encoder.packs
+    assert encoder.anatomy.position_offset == padding + 1
+    assert encoder.anatomy.max_tokens == SIZE["max_position_embeddings"] - padding - 1
+
+
+def test_layers_that_share_their_weights_are_one(tmp_path: Path) -> None:
+    """ALBERT runs one layer's weights three times: LoRA, as in peft, is the same in each; a prefix would not be."""
+    encoder = Encoder.load(save(AlbertConfig(**SIZE, embedding_size=24), tmp_path))
+    assert encoder.packs
+    assert encoder.anatomy.layers == 1
+    task = TaskSpec("embedding", max_length=32, pooling="mean", head="none")
+    pipeline = Pipeline(encoder)
+    pipeline.add(tiny.delta(encoder, "lora", [LoraSpec()], task))
+    with pytest.raises(
+        Unsupported, match=r"delta 'prefix': albert runs 1 layer\(s\) of weights 3 times; a prefix would need"
+    ):
+        pipeline.add(tiny.delta(encoder, "prefix", [PrefixSpec(2)], task))
+    sequence = pack(encodings((5,)), [BARE], encoder.anatomy, encoder.device)
+    bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
+    with pytest.raises(Unsupported, match="the layers' hidden states"):
+        encoder.layers(sequence, bank)
+
+
+def test_pairs_have_one_type_where_the_model_has_one(tmp_path: Path) -> None:
+    """klue/roberta and others: a single row of token types beside BERT's tokenizer, which gives two."""
+    encoder = Encoder.load(save(RobertaConfig(**SIZE, type_vocab_size=1), tmp_path))
+    assert "token_type_ids" not in encoder.tokenizer.model_input_names
+    task = TaskSpec("classification", ("a", "b"), max_length=32)
+    pipeline = Pipeline(encoder)
+    pipeline.add(tiny.delta(encoder, "pairs", [LoraSpec()], task))
+    record = {"text": "the cat was good", "text_pair": "a dog"}
+    assert set(pipeline.prepare(Request("pairs", record)).encodings[0].types) == {0}
+    (answer,) = pipeline.answer([Request("pairs", record)])
+    assert answer.answer["label"] in ("a", "b")
+    encoder.tokenizer.save_pretrained(tmp_path / "written")
+    assert "token_type_ids" not in AutoTokenizer.from_pretrained(tmp_path / "written").model_input_names
+
+
+def test_loading_says_whether_rows_are_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "bertology_serve")
+    assert tiny.encoder("bert", tmp_path).packing == "packed"
+    assert caplog.messages == [f"{tmp_path} (bert) is packed"]
+    caplog.clear()
+    monkeypatch.setattr(families, "packed_attention", lambda query, *_, **__: query.flatten(1) * 0)
+    packing = Encoder.load(str(tmp_path)).packing
+    assert packing.startswith("padded: packed rows differ from the model's own by ")
+    assert caplog.messages == [f"{tmp_path} (bert) is {packing}"]
+    assert caplog.records[0].levelname == "WARNING"
+    monkeypatch.setattr(families, "prepare", lambda *_: False)
+    assert "does not go through the interface of transformers" in Encoder.load(str(tmp_path)).packing
+
+
+def test_code_that_comes_with_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    tiny.save("bert", tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values |= {"model_type": "their_own", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(Unsupported, match="brings code of its own, which is never run"):
+        Encoder.load(str(tmp_path))
+
+
 def test_a_model_that_answers_otherwise_when_packed_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A family that took the registered attention's name and ignored it would attend across sequences."""
     tiny.save("bert", tmp_path)
@@ -120,6 +229,7 @@ def test_the_hash_tells_weights_apart(tmp_path: Path) -> None:
     again = tiny.encoder("bert", tmp_path / "b", seed=0)
     other = tiny.encoder("bert", tmp_path / "c", seed=1)
     assert first.ref.sha256 == again.ref.sha256 != other.ref.sha256
+    assert weights_hash({"scalar": torch.tensor(1.0)}) != weights_hash({"scalar": torch.tensor(2.0)})
     assert first.fresh().ref.sha256 == first.ref.sha256
 
 

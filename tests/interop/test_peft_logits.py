@@ -16,6 +16,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bertology_serve.deltas import store
@@ -232,8 +233,9 @@ def check_here(lab: Lab, task: TaskSpec, config: Any, directory: Path) -> None:
     model = trained(lab, task, config, directory)
     encoder = lab.encoder
     delta = store.load(
-        directory, encoder.anatomy, base=encoder.ref, task=task, name="x", options=encoder.config.to_dict()
-    )
+        directory, encoder.anatomy, base=encoder.ref, task=task, name="x", options=encoder.config.to_dict(),
+        base_head=encoder.base_head,
+    )  # fmt: skip
     ours, job = lab.ours(delta)
     found = theirs(model, job, task.kind)
     assert difference(ours, found) <= 1e-5
@@ -254,6 +256,37 @@ def test_lora_made_by_peft_answers_alike_here(lab: Lab, tmp_path: Path, kind: st
         modules_to_save=own_head(lab, task) or None,
     )
     check_here(lab, task, config, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["classification", "embedding"])
+def test_all_linear_made_by_peft_answers_alike_here(lab: Lab, tmp_path: Path, kind: str) -> None:
+    """The pooler too has LoRA then: the delta's head owns its merged weight; embeddings do not read it."""
+    family = lab.encoder.anatomy.family
+    if kind == "classification" and family in ("distilbert", "modernbert"):
+        pytest.skip("peft saves neither head nor LoRA of these heads so that it could be loaded again")
+    pooled = family == "deberta-v2" and kind == "classification"
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS" if kind == "classification" else "FEATURE_EXTRACTION",
+        target_modules="all-linear",
+        r=2,
+        lora_alpha=3,
+        exclude_modules=["embeddings_project"] if family == "electra" else ["pooler.dense"] if pooled else None,
+        modules_to_save=["pooler"] if pooled else None,
+    )
+    check_here(lab, samples.TASKS[kind], config, tmp_path / "x")
+    reached = {name.split(".lora_")[0] for name in load_file(tmp_path / "x" / "adapter_model.safetensors")}
+    assert ("base_model.model.bert.pooler.dense" in reached) == (family == "bert" and kind == "classification")
+
+
+def test_all_linear_on_a_head_of_the_base_answers_alike_here(tmp_path: Path) -> None:
+    """ModernBERT's prediction head, as checkpoints of masked language models bring it."""
+    torch.manual_seed(0)
+    masked = transformers.AutoModelForMaskedLM.from_config(tiny.CONFIGS["modernbert"]())
+    masked.save_pretrained(tmp_path / "base")
+    tiny.tokenizer("modernbert").save_pretrained(tmp_path / "base")
+    lab = Lab(tmp_path / "base", Encoder.load(str(tmp_path / "base")))
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=2, lora_alpha=3)
+    check_here(lab, samples.CLASSES, config, tmp_path / "x")
 
 
 def test_biases_made_by_peft_answer_alike_here(lab: Lab, tmp_path: Path) -> None:

@@ -35,6 +35,33 @@ def test_no_content_type_is_needed(server):
     assert server.client.send(request).json()["delta"] == "mood"
 
 
+LONG = "the cat was good " * 40
+TENSOR = {"name": "text", "shape": [2], "datatype": "BYTES", "data": [LONG, "cat"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/predict", [{"delta": "mood", "text": LONG}, {"delta": "mood", "text": "cat"}]),
+        ("/models/mood", {"inputs": [LONG, "cat"]}),
+        ("/v2/models/mood/infer", {"inputs": [TENSOR]}),
+        ("/v1/embeddings", {"model": "sense", "input": [LONG, "cat"]}),
+        ("/tei/sense/embed", {"inputs": [LONG, "cat"], "truncate": True}),
+    ],
+)
+def test_every_protocol_says_what_was_cut(server, path, body):
+    response = server.post(path, body)
+    assert (response.status_code, response.headers["x-truncated"]) == (200, "1")
+    if path == "/predict":
+        one, other = response.json()
+        assert (one["truncated"], one["tokens_read"], one["tokens_given"]) == (True, 32, 162)
+        assert "truncated" not in other
+    if path.startswith("/v2"):
+        assert response.json()["parameters"] == {"truncated": "0"}
+    whole = json.loads(json.dumps(body).replace(LONG, "dog"))
+    assert "x-truncated" not in server.post(path, whole).headers
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
 def test_compressed_bodies(server, encoding):
     plain = b'{"delta": "mood", "text": "cat"}'

@@ -34,6 +34,14 @@ def test_answers_come_in_order_whatever_the_batches(pipeline):
                 assert answer[name] == pytest.approx(alone[name], abs=1e-5)
 
 
+def test_a_question_that_is_cut_counts_and_a_context_in_windows_does_not(pipeline):
+    context = "the cat was in the house " * 9
+    lines = [line(delta="finder", question="where was " * n, context=context) for n in (2, 20)]
+    short, long = run(pipeline, lines)
+    assert "truncated" not in short
+    assert long["tokens_given"] - long["tokens_read"] == 40 - (24 - 3) // 2
+
+
 def test_ids_keep_their_type_and_blank_lines_are_passed_over(pipeline):
     lines = [b"\xef\xbb\xbf" + line(delta="mood", text="cat", id=7), b"\n", b"  \n", line(delta="mood", text="dog")]
     first, second = run(pipeline, lines)

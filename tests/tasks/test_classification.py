@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bertology_serve.errors import DataError
+from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.classification import Classification
 from bertology_serve.tasks.spec import TaskSpec
+from bertology_serve.tasks.texts import all_pairs
 
 TASK = Classification(TaskSpec("classification", ("bad", "good", "mixed")))
 
@@ -70,3 +71,25 @@ def test_real_labels(real_data):
     assert len(labels) == 77
     task = Classification(TaskSpec("classification", labels))
     assert all(task.example(fields, where, True).label in labels for fields, where in records)
+
+
+def test_a_delta_of_pairs_refuses_a_single_text():
+    pairs = Classification(TaskSpec("classification", ("bad", "good"), pairs=True))
+    assert pairs.example({"text_a": "x", "text_b": "y"}, "x:1", False).text_pair == "y"
+    with pytest.raises(DataError, match="x:1: field 'text_pair' is missing; this delta was trained on pairs of texts"):
+        pairs.example({"text": "x"}, "x:1", False)
+    with pytest.raises(SpecError, match="pairs does not fit embedding"):
+        TaskSpec("embedding", head="none", pairs=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "records", "pairs"),
+    [
+        ("classification", [{"text": "a", "text_pair": "b"}, {"text_a": "a", "text_b": "b"}], True),
+        ("regression", [{"text": "a", "text_pair": "b"}, {"text": "a"}], False),
+        ("classification", [{"text": "a", "text_pair": None}], False),
+        ("embedding", [{"text": "a", "text_pair": "b"}], False),
+    ],
+)
+def test_data_say_whether_they_are_pairs(kind, records, pairs):
+    assert all_pairs(kind, [(record, "x:1") for record in records]) is pairs

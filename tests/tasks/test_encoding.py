@@ -24,6 +24,7 @@ def test_texts_are_cut_as_huggingface_cuts_them(minilm, length, pair):
     assert list(ours.types) == theirs["token_type_ids"]
     assert list(ours.offsets) == theirs["offset_mapping"]
     assert [None if part < 0 else part for part in ours.parts] == theirs.sequence_ids()
+    assert ours.cut == len(minilm(FIRST, pair)["input_ids"]) - len(ours)
 
 
 @pytest.mark.parametrize("length", [3, 4, 7, 12, 40])
@@ -33,6 +34,7 @@ def test_words_are_aligned_as_huggingface_aligns_them(minilm, length):
     ours = encode_words(minilm, WORDS, starts, length)
     assert list(ours.ids) == theirs["input_ids"]
     assert [None if word < 0 else word for word in ours.words] == theirs.word_ids()
+    assert ours.cut == len(minilm(WORDS, is_split_into_words=True)["input_ids"]) - len(ours)
     text = " ".join(WORDS)
     for word, (start, end) in zip(ours.words, ours.offsets, strict=True):
         assert word < 0 or text[start:end] in WORDS[word]
@@ -73,6 +75,7 @@ def test_a_long_question_leaves_half_of_the_room_and_windows_stay_few(minilm):
     windows = encode_windows(minilm, " ".join(["why"] * 50), context, 33, 64)
     assert {len(window) for window in windows} <= set(range(18, 34))
     assert all(window.parts.count(0) == 15 for window in windows)
+    assert [window.cut for window in windows] == [35] + [0] * (len(windows) - 1), "of the question; no context is cut"
     assert len(windows) == 25  # 15 context tokens a window, 7 of overlap: (200 - 7) / 8
 
 

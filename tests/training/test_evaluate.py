@@ -52,3 +52,11 @@ def test_another_base_is_refused_by_name(tmp_path: Path, bert: Encoder):
     delta = prepare(TrainConfig("classification", max_length=32), bert, source).live.freeze("mine")
     with pytest.raises(BaseMismatch, match="delta 'mine' was made for"):
         evaluate(delta, source.records, tiny.encoder("bert", tmp_path, seed=1))
+
+
+def test_texts_that_are_cut_are_counted(bert: Encoder):
+    source = sets.source("classification")
+    delta = prepare(TrainConfig("classification", max_length=32), bert, source).live.freeze("mine")
+    assert evaluate(delta, source.records, bert).truncated == 0
+    long = Record({"text": "the cat was good " * 20, "label": source.records[0].fields["label"]}, "test.jsonl:9")
+    assert evaluate(delta, [*source.records, long], bert).truncated == 1

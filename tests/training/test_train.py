@@ -267,3 +267,15 @@ def test_devices_are_checked():
         find_device("gpu")
     with pytest.raises(SpecError, match=r"torch sees .* CUDA GPUs"):
         find_device("cuda:99")
+
+
+def test_a_delta_knows_that_it_was_trained_on_pairs(tmp_path: Path, bert: Encoder):
+    pairs = Source(
+        "pairs",
+        [Record({**fields, "text_pair": "x"}, where) for fields, where in sets.source("classification").records],
+    )
+    mixed = Source("mixed", [*pairs.records, sets.source("classification").records[0]])
+    for source, known in ((pairs, True), (mixed, False)):
+        out = tmp_path / source.name
+        train(TrainConfig("classification", max_length=32, epochs=1), bert, source, place=Destination(out))
+        assert store.load(out).task.pairs is known

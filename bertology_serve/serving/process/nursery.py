@@ -67,6 +67,7 @@ def outline_of(encoder: Encoder) -> dict[str, object]:
         "hidden": encoder.anatomy.hidden,
         "max_tokens": encoder.max_tokens,
         "is_pruned": encoder.is_pruned,
+        "packing": encoder.packing,
     }
 
 

@@ -45,6 +45,7 @@ class Outline:
         self.name, self.tokenizer, self.dtype = name, tokenizer, dtype
         self.ref, self.hidden = BaseRef(**known["ref"]), int(known["hidden"])
         self.max_tokens, self.is_pruned = int(known["max_tokens"]), bool(known["is_pruned"])
+        self.packing = str(known["packing"])
         self.lock = threading.RLock()
 
     def check_length(self, tokens: int) -> None:

@@ -108,6 +108,12 @@ def version_of(call: InferCall, predictions: Sequence[Prediction]) -> str | None
     return versions.pop() if len(versions) == 1 else None
 
 
+def parameters_of(predictions: Sequence[Prediction]) -> Parameters:
+    """``truncated``: the rows whose texts were cut, with commas between them; left out where none was."""
+    cut = ",".join(str(row) for row, prediction in enumerate(predictions) if prediction.truncated)
+    return {"truncated": cut} if cut else {}
+
+
 def write_infer(call: InferCall, predictions: Sequence[Prediction]) -> tuple[bytes, int | None]:
     """The response's body, and the length of its JSON part where binary tensors follow it."""
     parts, blobs = [], []
@@ -124,6 +130,9 @@ def write_infer(call: InferCall, predictions: Sequence[Prediction]) -> tuple[byt
         response["model_version"] = version
     if call.id is not None:
         response["id"] = call.id
+    parameters = parameters_of(predictions)
+    if parameters:
+        response["parameters"] = parameters
     header = encode(response | {"outputs": parts})
     return (header + b"".join(blobs), len(header)) if blobs else (header, None)
 

@@ -63,6 +63,9 @@ class Answer(Struct, omit_defaults=True):
     embedding_pair: list[float] | None = None
     similarity: float | None = None
     logits: list[Any] | None = None
+    truncated: Annotated[bool, Meta(description="The text was cut to the delta's maximum length.")] = False
+    tokens_read: Annotated[int | None, Meta(description="Tokens that were read; given where truncated.")] = None
+    tokens_given: Annotated[int | None, Meta(description="Tokens of the whole text; given where truncated.")] = None
 
 
 class TaskBody(Struct, omit_defaults=True):
@@ -216,6 +219,9 @@ class InferResponse(Struct, omit_defaults=True):
     outputs: list[Tensor]
     model_version: str | None = None
     id: str | None = None
+    parameters: Annotated[
+        dict[str, Any] | None, Meta(description="truncated: the rows whose texts were cut, with commas between them.")
+    ] = None
 
 
 class IndexRequest(Struct):

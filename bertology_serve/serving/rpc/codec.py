@@ -8,6 +8,7 @@ from typing import Any
 from bertology_serve.encoder.pipeline import Prediction
 from bertology_serve.errors import DataError
 from bertology_serve.serving.protocol.oip import AskedOutput, InferCall, InferRequest, tensors_of, version_of
+from bertology_serve.serving.protocol.oip import parameters_of as response_parameters
 from bertology_serve.serving.protocol.tensors import InputTensor
 from bertology_serve.serving.rpc.messages import message
 
@@ -44,6 +45,8 @@ def write_infer(call: InferCall, predictions: Sequence[Prediction]) -> Any:
     response = message("ModelInferResponse")(
         model_name=call.model.name, model_version=version_of(call, predictions) or "", id=call.id or ""
     )
+    for name, value in response_parameters(predictions).items():
+        response.parameters[name].string_param = value
     for tensor in tensors_of(call, predictions):
         _, blob = tensor.as_binary()
         response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)

@@ -22,8 +22,10 @@ class PeftMixed:
         from peft import PeftModel
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(made.base)
-        model = AutoModelForSequenceClassification.from_pretrained(made.base, num_labels=len(LABELS))
+        self._tokenizer = AutoTokenizer.from_pretrained(made.base, trust_remote_code=False)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            made.base, num_labels=len(LABELS), trust_remote_code=False
+        )
         first, *others = made.names
         self._model = PeftModel.from_pretrained(model, made.adapter(first), adapter_name=first)
         for name in others:
@@ -66,7 +68,7 @@ class Sessions:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        self._tokenizer = AutoTokenizer.from_pretrained(made.base)
+        self._tokenizer = AutoTokenizer.from_pretrained(made.base, trust_remote_code=False)
         self._of = {
             name: onnxruntime.InferenceSession(str(made.onnx(name)), options, providers=["CPUExecutionProvider"])
             for name in made.names
