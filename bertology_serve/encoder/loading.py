@@ -16,7 +16,10 @@ from bertology_serve.errors import BertologyError, InputError, NotFound, Unsuppo
 
 MINILM = "minilm"
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.bpe")
-_HEAD_PARTS = ("pooler.dense.weight", "pooler.dense.bias", "head.dense.weight", "head.dense.bias", "head.norm.weight")
+_HEAD_PARTS = (
+    "pooler.dense.weight", "pooler.dense.bias", "pooler.weight", "pooler.bias",
+    "head.dense.weight", "head.dense.bias", "head.norm.weight",
+)  # fmt: skip
 
 
 def locate(name: str) -> str:
