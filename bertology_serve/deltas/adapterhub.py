@@ -23,8 +23,9 @@ from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.kind import Tensors
 from bertology_serve.deltas.modules import take
 from bertology_serve.deltas.names import ADAPTER_CONFIG, check_name
-from bertology_serve.deltas.reading import Limits, read_json, read_tensors
+from bertology_serve.deltas.reading import Limits, read_json
 from bertology_serve.deltas.slots import DOWN, FFN_NORM, Anatomy
+from bertology_serve.deltas.unpickle import read_trusted
 from bertology_serve.deltas.writing import publish, staging, write_json, write_tensors
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
 from bertology_serve.tasks.forms import head_form
@@ -80,7 +81,7 @@ def read_adapterhub(
     own, config = str(about.get("name", "")), about.get("config")
     if not own or not isinstance(config, dict):
         raise FormatError(f"{directory / ADAPTER_CONFIG} lacks a name or config; expected what adapters writes")
-    tensors, _, _ = read_tensors(directory / WEIGHTS, limits, directory)
+    tensors = read_trusted(directory / WEIGHTS)
     spec = _spec(config, tensors, own, anatomy)
     stacks = _read(tensors, spec, own, anatomy)
     if tensors:
@@ -213,7 +214,7 @@ def _head(
     config = about.get("config")
     if not isinstance(config, dict) or config.get("head_type") != "classification" or config.get("use_pooler"):
         raise Unsupported(f"{directory / HEAD_CONFIG} is no plain classification head; others are not read here")
-    tensors, _, _ = read_tensors(directory / HEAD_WEIGHTS, limits, directory)
+    tensors = read_trusted(directory / HEAD_WEIGHTS)
     numbers = sorted({int(found[1]) for path in tensors if (found := re.search(r"\.(\d+)\.weight$", path))})
     known = {int(i): label for label, i in (config.get("label2id") or {}).items()}
     task = TaskSpec(

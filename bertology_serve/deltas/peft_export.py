@@ -18,7 +18,7 @@ from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.deltas.pruning import PRUNED
 from bertology_serve.deltas.slots import Anatomy
-from bertology_serve.tasks.forms import FAMILIES, TAGS_ONLY, head_pooling
+from bertology_serve.tasks.forms import FAMILIES, ROBERTA_LIKE, TAGS_ONLY, head_pooling
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -38,8 +38,14 @@ TASK_TYPES: dict[str, str | None] = {
     EMBEDDING: "FEATURE_EXTRACTION",
     MULTIPLE_CHOICE: None,
 }
-ROBERTA_LIKE = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert")
-PREFIX_FAMILIES = ("bert", *ROBERTA_LIKE, "electra")  # peft fails on the others, or ignores the prefix
+PREFIX_FAMILIES = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "electra",
+)  # peft fails on the others, or ignores the prefix
 _TOKEN_TYPES = {"bert": 2, "electra": 2}  # where no configuration says how many token types there are
 
 
@@ -59,7 +65,7 @@ def drops_types(task: TaskSpec, family: str, options: Mapping[str, Any]) -> bool
     ``PeftModelForQuestionAnswering.forward`` (0.21.2) takes ``token_type_ids`` and passes them to nobody.
     """
     types = int(options.get("type_vocab_size") or (0 if options else _TOKEN_TYPES.get(family, 0)))
-    return task.kind == QUESTION_ANSWERING and task.token_types and types > 1
+    return task.kind == QUESTION_ANSWERING and task.token_types and types > 1 and family not in ROBERTA_LIKE
 
 
 def obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> str:

@@ -16,12 +16,13 @@ from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.kind import Tensors
 from bertology_serve.deltas.layout import MODEL_ROOT
 from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.modules import modules, read_beft, width
+from bertology_serve.deltas.modules import MERGE, modules, read_beft, width
 from bertology_serve.deltas.slots import LINEAR_SLOTS, Anatomy
 from bertology_serve.deltas.typed import conform
 from bertology_serve.errors import FormatError, Unsupported
 
-_PATTERN = re.compile(r"\^?[\w.*\\$]+")  # no groups: a hostile pattern cannot take exponential time
+# Few repetitions, few groups and none that repeats: a hostile pattern cannot take exponential time.
+_PATTERN = re.compile(r"\^?(?:[\w.*+\\$|\[\]-]|\((?:\?:)?|\)(?![*+?{]))+")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def lora_delta(config: Mapping[str, Any], tensors: Tensors, anatomy: Anatomy) ->
         pairs[slot, layer] = _pair(module, name, tensors, config, anatomy.slot(slot).inputs, anatomy.slot(slot).outputs)
     odd = next((name for name in tensors if ".lora_" in name), None)
     if odd is not None:
-        raise Unsupported(f"the tensor {odd[:120]!r} is no plain LoRA of a linear projection; merge it with peft first")
+        raise Unsupported(f"the tensor {odd[:120]!r} is no plain LoRA of a linear projection; {MERGE}")
     if not pairs:
         raise FormatError("the checkpoint holds no LoRA tensors; expected ...lora_A.weight and ...lora_B.weight")
     spec = _spec(config, pairs, anatomy)
@@ -80,7 +81,7 @@ def _path(module: str, anatomy: Anatomy, places: Mapping[str, Any]) -> str:
     for path in (module, module.removeprefix(f"{anatomy.prefix}.")):
         if path in places:
             return path
-    raise Unsupported(f"{module[:120]!r} is no linear projection of a layer of {anatomy.family}; merge it first")
+    raise Unsupported(f"{module[:120]!r} is no linear projection of a layer of {anatomy.family}; {MERGE}")
 
 
 def _pair(module: str, name: str, tensors: Tensors, config: Mapping[str, Any], inputs: int, outputs: int) -> Pair:
@@ -97,8 +98,9 @@ def _alpha(module: str, config: Mapping[str, Any]) -> Any:
     """The module's alpha: the first pattern that matches the end of its name, as peft looks it up."""
     patterns = config.get("alpha_pattern") or {}
     for pattern, alpha in patterns.items() if isinstance(patterns, Mapping) else ():
-        if len(pattern) > 200 or pattern.count("*") > 2 or not _PATTERN.fullmatch(pattern):
-            raise Unsupported(f"alpha_pattern {pattern[:60]!r} is not read here; use module names without groups")
+        many = len(re.findall("[*+]", pattern)) > 2 or pattern.count("(") > 2
+        if len(pattern) > 200 or many or not _PATTERN.fullmatch(pattern):
+            raise Unsupported(f"alpha_pattern {pattern[:60]!r} is not read here; use module names without repetition")
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return alpha

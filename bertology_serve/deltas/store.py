@@ -104,7 +104,7 @@ def load(
     anatomy: Anatomy | None = None,
     *,
     base: BaseRef | None = None,
-    task: TaskSpec | None = None,
+    task: TaskSpec | str | None = None,
     name: str | None = None,
     options: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
@@ -141,7 +141,7 @@ def _check_directory(directory: Path) -> None:
     if pickle:
         raise FormatError(
             f"{directory} holds {pickle}, a pickle, which can run code and is not opened; "
-            f"if you trust it, convert it first (bertology_serve.deltas.unpickle.convert_pickle)"
+            f"if you trust it, convert it with bertology-serve convert"
         )
     raise FormatError(f"{directory} is no delta: it lacks {MANIFEST}, or {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}")
 

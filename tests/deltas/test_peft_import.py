@@ -237,8 +237,8 @@ def edited(path: Path, **values: Any) -> Path:
         ({"alpha_pattern": {"a.*b.*c.*": 3}}, "is not read"),
         ({"alpha_pattern": {"\\": 3}}, "is no pattern"),
         ({"peft_type": None}, "holds peft's None"),
-        ({"task_type": None}, "say which task it is"),
-        ({"task_type": "CAUSAL_LM"}, "say which task it is"),
+        ({"task_type": None}, "convert it with --task"),
+        ({"task_type": "CAUSAL_LM"}, "convert it with --task"),
         ({"num_transformer_submodules": 2}, "num_transformer_submodules=2 is not read"),
     ],
 )

@@ -266,7 +266,7 @@ def test_no_directory_and_no_delta(tmp_path: Path) -> None:
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({}))
-    with pytest.raises(FormatError, match=r"holds adapter_model.bin, a pickle.*convert it first"):
+    with pytest.raises(FormatError, match=r"holds adapter_model.bin, a pickle.*convert it with"):
         store.load(tmp_path, samples.anatomy("bert"), base=samples.base("bert"))
 
 
