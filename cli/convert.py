@@ -13,7 +13,9 @@ from bertology_serve.errors import InputError, SpecError
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="AdapterHub's or peft's directory, or a microsoft/LoRA file.")],
+    source: Annotated[
+        Path, typer.Argument(help="Directory of AdapterHub, peft or a whole task model, or a microsoft/LoRA file.")
+    ],
     out: Annotated[Path, typer.Option(help="The directory to write.")],
     to: Annotated[Literal["delta", "adapterhub"], typer.Option(help="adapterhub: from a delta of this package.")] = (
         "delta"
@@ -50,5 +52,7 @@ def convert(
     called, encoder = Destination(out, name).open()[0], Encoder.load(backbone)
     made = run(source, encoder, called, Told(alpha, listed(labels) or (), max_length, task))
     store.save(made, out, encoder.anatomy, encoder.config.to_dict())
+    if "verified" in made.provenance:
+        note(f"verified {made.provenance['verified']}")
     note(f"saved to {out}; next:")
     note(f"  bertology-serve evaluate {out} --backbone {backbone} --input FILE")

@@ -27,6 +27,7 @@ from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.deltas.unpickle import read_trusted
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.encoder.task_models import is_task_model, read_task_model, verify_peft
 from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
 from bertology_serve.training.compress import differences, dropped, moved_biases, moved_norms
 
@@ -46,7 +47,9 @@ class Told:
 def convert(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
     """The delta of a foreign checkpoint, made for ``encoder``, which has taken it.
 
-    ``source`` is a file (microsoft/LoRA) or a directory (AdapterHub, peft). Raises NotFound, FormatError, Unsupported.
+    ``source`` is a file (microsoft/LoRA) or a directory (AdapterHub, peft, or a whole task model of HuggingFace's, such
+    as peft's merge leaves). What peft or transformers can run is compared with them; ``provenance["verified"]`` says
+    how. Raises NotFound, FormatError, Unsupported, VerificationError.
     """
     if not source.exists():
         raise NotFound(f"no file or directory {source}; expected a checkpoint")
@@ -58,8 +61,12 @@ def convert(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
             raise SpecError(f"{len(told.labels)} labels were given, but the head has {len(task.labels)} outputs")
         task = replace(task, labels=told.labels)
     delta = replace(delta, name=name, version="", task=task)
+    if delta.weights:
+        return delta
     Pipeline(encoder).add(delta)
-    return delta
+    if delta.provenance.get("imported_from") != "peft":
+        return delta
+    return replace(delta, provenance={**delta.provenance, "verified": verify_peft(source, delta, encoder)})
 
 
 LONGEST = 128
@@ -75,8 +82,10 @@ def _read(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
         raise FormatError(f"{source} is a delta of this package already; --to adapterhub converts it")
     if is_adapterhub(source):
         return read_adapterhub(source, anatomy, base, name)
+    if is_task_model(source):
+        return read_task_model(source, encoder, name)
     if not is_delta(source):
-        raise FormatError(f"{source} is no adapter's directory; expected adapter_config.json")
+        raise FormatError(f"{source} is no adapter's directory; expected adapter_config.json, or a whole task model")
     return _read_peft(source, encoder, name, told)
 
 

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 
 from bertology_serve.cli.main import main
 from bertology_serve.deltas import store
@@ -206,6 +208,36 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert main(["convert", "hub", "--backbone", "base", "--out", "back"]) == 2
     assert main(["convert", "hub", "--out", "other"]) == 2
     assert "no --backbone was given" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*")
+def test_whole_models_and_adapters_of_peft_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is converted is compared with what peft and transformers answer; a whole model goes where a delta does."""
+    monkeypatch.chdir(tmp_path)
+    tiny.save("bert", Path("base"))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    adapted.save_pretrained("adapter")
+    adapted.merge_and_unload().save_pretrained("merged")
+    tiny.tokenizer().save_pretrained("merged")
+    assert main(["convert", "adapter", "--backbone", "base", "--out", "a", "--labels", "bad,good"]) == 0
+    assert main(["convert", "merged", "--backbone", "base", "--out", "b", "--labels", "bad,good"]) == 0
+    shown = capsys.readouterr().err
+    assert f"verified against peft {peft.__version__}: outputs differ by at most" in shown
+    assert f"verified against transformers {transformers.__version__}: outputs differ by at most" in shown
+    assert store.load(Path("b")).kinds == ("full",)
+    Path("mood.jsonl").write_text('{"text": "the cat was good", "label": "LABEL_1"}\n')
+    for asked in ("evaluate merged", "evaluate merged --backbone base"):
+        assert main([*asked.split(), "--input", "mood.jsonl", "--json"]) == 0
+    assert main("compress merged --energy 1 --out small".split()) == 2
+    assert "merged does not say what it was tuned from; give --backbone" in capsys.readouterr().err
+    assert main("compress merged --backbone base --rank 8 --out small".split()) == 0
+    small, whole = store.load(Path("small")), store.load(Path("b"))
+    found = logits(Encoder.load("base"), small) - logits(Encoder.for_delta(whole), whole)
+    assert found.abs().max() < 1e-5
 
 
 def test_push_and_pull_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any):
