@@ -43,7 +43,13 @@ WEIGHTS, HEAD_CONFIG, HEAD_WEIGHTS = "adapter.safetensors", "head_config.json", 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra")
 VERSION = "adapters.1.3.0"
 ACTIVATIONS = {"swish": "silu", "silu": "silu", "relu": "relu", "gelu": "gelu", "tanh": "tanh"}
-_RUN = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu, "silu": F.silu, "tanh": torch.tanh}
+_RUN: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "swish": F.silu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 _PARTS = {"down": "adapter_down.0.weight", "down_bias": "adapter_down.0.bias",
           "up": "adapter_up.weight", "up_bias": "adapter_up.bias"}  # fmt: skip
 # What the library's two configurations have in common, and what another value of would be another function.

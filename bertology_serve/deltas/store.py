@@ -126,7 +126,7 @@ def load(
     if (directory / MANIFEST).exists():
         return load_own(directory, anatomy, identity.version, limits, root)
     if anatomy is None or base is None:
-        raise FormatError(f"{directory} was written by peft, which names no weights; load it with its encoder")
+        raise FormatError(f"{directory} was written by peft, which names no weights; give its encoder (--backbone)")
     known_as = Path(identity.name) / identity.version
     return import_peft(directory, anatomy, base, known_as, task=task, options=options, limits=limits, root=root)
 
