@@ -143,6 +143,10 @@ def _check_directory(directory: Path) -> None:
             f"{directory} holds {pickle}, a pickle, which can run code and is not opened; "
             f"if you trust it, convert it with bertology-serve convert"
         )
+    if (directory / "config.json").exists() and (directory / FULL_WEIGHTS).exists():
+        raise FormatError(
+            f"{directory} holds a whole model; make a delta of it with bertology-serve convert or compress"
+        )
     raise FormatError(f"{directory} is no delta: it lacks {MANIFEST}, or {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}")
 
 
