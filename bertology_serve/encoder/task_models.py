@@ -171,9 +171,9 @@ def verify(model: Any, delta: Delta, encoder: Encoder, against: str) -> str:
 
 def load_task_model(path: str, kind: str, whole: bool = True, **more: Any) -> Any:
     """HuggingFace's model for a task in float32; with ``whole`` every weight must be in its files (safetensors)."""
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         model, info = getattr(transformers, _AUTO[kind]).from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **more
