@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     BertConfig,
@@ -75,6 +76,7 @@ OTHERS: dict[str, Any] = {
         "nomic_bert": {"type_vocab_size": 2, "pad_token_id": 0}, "rembert": {"input_embedding_size": 24},
         "roc_bert": {}, "roformer": {"embedding_size": 24},
     }.items()
+    if family in CONFIG_MAPPING  # transformers gained some of them lately
 }  # fmt: skip
 
 
