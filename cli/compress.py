@@ -20,7 +20,9 @@ MOST_DROPPED = 5
 
 
 def compress(
-    delta: Annotated[Path, typer.Argument(metavar="DIR", help="A whole checkpoint's directory (full, top-k, ...).")],
+    delta: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A whole checkpoint's directory (full, top-k, HuggingFace's).")
+    ],
     out: Annotated[Path, typer.Option(help="The small delta's directory.")],
     rank: Annotated[int | None, typer.Option(help="Rank of each linear's update.")] = None,
     energy: Annotated[float | None, typer.Option(help="Least share of the differences' energy to keep.")] = None,
@@ -43,7 +45,8 @@ def compress(
     from bertology_serve.data.records import read_records
     from bertology_serve.deltas import store
     from bertology_serve.encoder.encoder import Encoder
-    from bertology_serve.errors import InputError
+    from bertology_serve.encoder.task_models import is_task_model, read_task_model
+    from bertology_serve.errors import InputError, SpecError
     from bertology_serve.training.compress import Budget
     from bertology_serve.training.compress import compress as run
     from bertology_serve.training.destination import Destination
@@ -54,9 +57,16 @@ def compress(
     budget, called = Budget(rank, energy, share, per_tensor), Destination(out, name).open()[0]
     if out.exists():
         raise InputError(f"{out} exists; choose another --out")
-    whole, place = store.load(newest(delta)), find_device(device)
+    place, path = find_device(device), newest(delta)
+    if is_task_model(path):
+        if backbone is None:
+            raise SpecError(f"{delta} does not say what it was tuned from; give --backbone")
+        encoder = Encoder.load(backbone, device=place)
+        whole = read_task_model(path, encoder)
+    else:
+        whole = store.load(path)
+        encoder = Encoder.load(backbone or whole.base.name, device=place)
     records = read_records(eval, read_columns(columns), whole.columns) if eval else []
-    encoder = Encoder.load(backbone or whole.base.name, device=place)
     found = run(whole, encoder, budget, called)
     measured: dict[str, tuple[float, float]] = {}
     if records:

@@ -13,7 +13,9 @@ from bertology_serve.errors import InputError, SpecError
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="AdapterHub's or peft's directory, or a microsoft/LoRA file.")],
+    source: Annotated[
+        Path, typer.Argument(help="Directory of AdapterHub, peft or a whole task model, or a microsoft/LoRA file.")
+    ],
     out: Annotated[Path, typer.Option(help="The directory to write.")],
     to: Annotated[Literal["delta", "adapterhub"], typer.Option(help="adapterhub: from a delta of this package.")] = (
         "delta"
@@ -24,7 +26,10 @@ def convert(
     name: Annotated[str | None, typer.Option(help="The delta's name. Default: that of --out.")] = None,
     alpha: Annotated[float | None, typer.Option(help="microsoft/LoRA: updates are scaled by alpha / rank.")] = None,
     labels: Annotated[str | None, typer.Option(help="Labels in logit order, with commas.")] = None,
-    max_length: Annotated[int, typer.Option(help="Longest sequence in tokens.", min=3)] = 128,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest sequence in tokens. Default: the checkpoint's, at most 128.", min=3)
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="The kind of the task, where peft's task_type names none.")] = None,
 ) -> None:
     """Convert an adapter; pickles are opened here only, and for tensors only."""
     from bertology_serve.deltas import store
@@ -45,7 +50,9 @@ def convert(
     if backbone is None:
         raise SpecError("no --backbone was given; name the encoder that the checkpoint was made for")
     called, encoder = Destination(out, name).open()[0], Encoder.load(backbone)
-    made = run(source, encoder, called, Told(alpha, listed(labels) or (), max_length))
+    made = run(source, encoder, called, Told(alpha, listed(labels) or (), max_length, task))
     store.save(made, out, encoder.anatomy, encoder.config.to_dict())
+    if "verified" in made.provenance:
+        note(f"verified {made.provenance['verified']}")
     note(f"saved to {out}; next:")
     note_next(["evaluate", out, "--backbone", backbone, "--input", "FILE"])

@@ -49,7 +49,7 @@ TimeAgain = Annotated[
     bool, typer.Option("--time-again", help="Time engines and batches, though it was done here within the last week.")
 ]
 Models = Annotated[
-    Path | None, typer.Option(help="An export of a single delta, or a directory of them, to answer beside the deltas.")
+    Path | None, typer.Option(help="An export of a single delta or a whole task model, or a directory of them.")
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad-deltas", help="Leave out deltas that cannot be loaded.")]
 

@@ -59,11 +59,11 @@ class OnnxModel:
         return [found[i] for i in range(len(encodings))]
 
 
-def exports(root: Path) -> list[Path]:
-    """The exports in a directory, or itself; NotFound where there is none."""
+def exports(root: Path, some: bool = True) -> list[Path]:
+    """The exports in a directory, or itself; NotFound where there is none, unless ``some`` need not be."""
     candidates = [root, *sorted(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
     found = [path for path in candidates if any((path / model).is_file() for model in _LAYOUTS)]
-    if not found:
+    if some and not found:
         raise NotFound(f"no export in {root}; expected onnx/model.onnx or NAME/onnx/model.onnx below it")
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
     AutoModel,
     BertConfig,
     DebertaV2Config,
@@ -64,6 +67,17 @@ CONFIGS: dict[str, Any] = {
     ),
 }  # fmt: skip
 FAMILIES = tuple(CONFIGS)
+# Families whose head is known too; they go through the same code, and a few tests run them all.
+OTHERS: dict[str, Any] = {
+    family: functools.partial(AutoConfig.for_model, family, **_SIZE, **_FFN, **more)
+    for family, more in {
+        "albert": {"embedding_size": 24}, "big_bird": {"attention_type": "original_full"}, "ernie": {},
+        "gte": {"type_vocab_size": 2, "pad_token_id": 0}, "megatron-bert": {},
+        "nomic_bert": {"type_vocab_size": 2, "pad_token_id": 0}, "rembert": {"input_embedding_size": 24},
+        "roc_bert": {}, "roformer": {"embedding_size": 24},
+    }.items()
+    if family in CONFIG_MAPPING  # transformers gained some of them lately
+}  # fmt: skip
 
 
 def tokenizer(family: str = "bert") -> PreTrainedTokenizerFast:
@@ -87,7 +101,7 @@ def tokenizer(family: str = "bert") -> PreTrainedTokenizerFast:
 def save(family: str, directory: Path, seed: int = 0) -> str:
     """Writes a small random encoder and its tokenizer, as a checkpoint would lie on disk; returns the path."""
     torch.manual_seed(seed)
-    model = AutoModel.from_config(CONFIGS[family]())
+    model = AutoModel.from_config((CONFIGS | OTHERS)[family]())
     with torch.no_grad():  # biases and norms away from their trivial start
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -1,4 +1,5 @@
-"""Bottleneck adapters in AdapterHub's layout, as the ``adapters`` library writes and reads them, both ways.
+"""Adapters in AdapterHub's layout, as the ``adapters`` library writes and reads them: bottlenecks both ways, LoRA, IA3
+and prefixes read.
 
 A directory of four files: ``adapter_config.json`` and ``adapter.safetensors``, ``head_config.json`` and
 ``model_head.safetensors``. The adapter's name stands inside the tensors' names:
@@ -10,30 +11,45 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bertology_serve.deltas.bottleneck import AdapterSpec, layers, places
 from bertology_serve.deltas.checks import check_shapes, expected_shapes, shapes_of
 from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.ia3_modules import LEAF as IA3_LEAF
+from bertology_serve.deltas.ia3_modules import ia3_delta
 from bertology_serve.deltas.kind import Tensors
+from bertology_serve.deltas.layout import MODEL_ROOT, split_prefix
 from bertology_serve.deltas.modules import take
 from bertology_serve.deltas.names import ADAPTER_CONFIG, check_name
-from bertology_serve.deltas.reading import Limits, read_json, read_tensors
+from bertology_serve.deltas.peft_modules import lora_delta
+from bertology_serve.deltas.prefix import PrefixSpec
+from bertology_serve.deltas.reading import Limits, read_json
 from bertology_serve.deltas.slots import DOWN, FFN_NORM, Anatomy
+from bertology_serve.deltas.typed import conform
+from bertology_serve.deltas.unpickle import read_trusted
 from bertology_serve.deltas.writing import publish, staging, write_json, write_tensors
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
 from bertology_serve.tasks.forms import head_form
-from bertology_serve.tasks.spec import CLASSIFICATION, TaskSpec
+from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, TaskSpec
 
 WEIGHTS, HEAD_CONFIG, HEAD_WEIGHTS = "adapter.safetensors", "head_config.json", "model_head.safetensors"
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra")
 VERSION = "adapters.1.3.0"
 ACTIVATIONS = {"swish": "silu", "silu": "silu", "relu": "relu", "gelu": "gelu", "tanh": "tanh"}
+_RUN: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "swish": F.silu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 _PARTS = {"down": "adapter_down.0.weight", "down_bias": "adapter_down.0.bias",
           "up": "adapter_up.weight", "up_bias": "adapter_up.bias"}  # fmt: skip
 # What the library's two configurations have in common, and what another value of would be another function.
@@ -80,15 +96,86 @@ def read_adapterhub(
     own, config = str(about.get("name", "")), about.get("config")
     if not own or not isinstance(config, dict):
         raise FormatError(f"{directory / ADAPTER_CONFIG} lacks a name or config; expected what adapters writes")
-    tensors, _, _ = read_tensors(directory / WEIGHTS, limits, directory)
-    spec = _spec(config, tensors, own, anatomy)
-    stacks = _read(tensors, spec, own, anatomy)
+    tensors = read_trusted(directory / WEIGHTS)
+    method = config.get("architecture")
+    if method not in _METHODS:
+        known = nearest(str(method)[:40], (name for name in _METHODS if name))
+        raise Unsupported(f"{directory}: architecture={str(method)[:40]} of AdapterHub is not read here; {known}")
+    try:
+        spec, stacks = _METHODS[method](config, tensors, own, anatomy)
+    except (FormatError, SpecError) as error:
+        raise FormatError(f"{directory}: {error}") from None
+    except Unsupported as error:
+        raise Unsupported(f"{directory}: {error}") from None
     if tensors:
-        raise Unsupported(f"{directory / WEIGHTS}: {next(iter(tensors))[:120]!r} is no part of a bottleneck adapter")
+        raise Unsupported(f"{directory / WEIGHTS}: {next(iter(tensors))[:120]!r} is no part of {_CALLED[method]}")
     check_shapes(shapes_of(stacks), expected_shapes((spec,), anatomy), str(directory / WEIGHTS))
     task, head = _head(directory, own, anatomy, max_length, labels)
     origin = {"imported_from": "adapterhub", "name": own, "version": str(about.get("version", ""))}
     return Delta(check_name(name, "delta name"), base, task, (spec,), stacks, head, provenance=origin)
+
+
+def _bottleneck(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Anatomy) -> tuple[Any, Tensors]:
+    spec = _spec(config, tensors, name, anatomy)
+    return spec, _read(tensors, spec, name, anatomy)
+
+
+def _lora(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Anatomy) -> tuple[Any, Tensors]:
+    """LoRA, and IA3, which the library holds as a LoRA that scales: ``y = alpha B ⊙ (W x + b)``."""
+    _check_fixed(config, {"use_dora": False, "use_gating": False, "vera_b": None, "vera_d": None})
+    mode, alpha = config.get("composition_mode", "add"), conform(config.get("alpha", 8), float, "alpha")
+    middle, own = f".loras.{name}.", dict[str, Tensor]()
+    for path in [path for path in tensors if middle in path]:
+        module, _, leaf = path.partition(middle)
+        own[f"{MODEL_ROOT}{module}.{leaf}"] = tensors.pop(path).float()
+    if mode == "scale":
+        factors = {path.replace(".lora_B", IA3_LEAF): alpha * factor for path, factor in own.items()}
+        return ia3_delta(factors, anatomy, MODEL_ROOT)
+    if mode != "add":
+        raise Unsupported(f"composition_mode={str(mode)[:40]} of an AdapterHub adapter is not read here")
+    given = {"lora_alpha": alpha, "lora_dropout": config.get("dropout")}
+    return lora_delta(given, {f"{path}.weight": tensor for path, tensor in own.items()}, anatomy)
+
+
+def _prefix(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Anatomy) -> tuple[Any, Tensors]:
+    """A prefix of every layer, given or made by a small network, which is run here once."""
+    _check_fixed(config, {"use_gating": False, "leave_out": []})
+    middle = f"prefix_tunings.{name}.self_prefix."
+    own: Tensors = {}
+    for path in [path for path in tensors if middle in path]:  # each layer names the same tensors once more
+        own[path.partition(middle)[2]] = tensors.pop(path).float()
+    length = conform(config.get("prefix_length"), int, "prefix_length")
+    if config.get("flat"):
+        rows = take(own, "control_trans").reshape(length, -1)
+    else:
+        word = str(config.get("non_linearity")).lower()
+        if word not in _RUN:
+            raise Unsupported(f"non_linearity={word[:40]} of an AdapterHub prefix: {nearest(word[:40], _RUN)}")
+        first, second = ([take(own, f"control_trans.{i}.{part}") for part in ("weight", "bias")] for i in (0, 2))
+        rows = F.linear(_RUN[word](F.linear(take(own, "wte.weight"), *first)), *second)
+    parts = split_prefix(rows, anatomy)
+    return PrefixSpec(len(rows)), {f"prefix.{part}": tensor for part, tensor in parts.items()}
+
+
+def _prompt(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Anatomy) -> tuple[Any, Tensors]:
+    raise Unsupported(
+        "AdapterHub's soft prompts enter after the embeddings' LayerNorm, those here before it; train it here, or "
+        "with peft"
+    )
+
+
+_Method = Callable[[Mapping[str, Any], Tensors, str, Anatomy], tuple[Any, Tensors]]
+_METHODS: Mapping[str | None, _Method] = {
+    None: _bottleneck, "lora": _lora, "prefix_tuning": _prefix, "prompt_tuning": _prompt
+}  # fmt: skip
+_CALLED = {None: "a bottleneck adapter", "lora": "LoRA or IA3", "prefix_tuning": "a prefix"}
+
+
+def _check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Raises Unsupported naming a field of another value than the only one that is read."""
+    for field, value in fixed.items():
+        if config.get(field, value) != value:
+            raise Unsupported(f"{field}={str(config[field])[:40]} of an AdapterHub adapter is not read here")
 
 
 def _only_adapter(delta: Delta, anatomy: Anatomy) -> AdapterSpec:
@@ -135,9 +222,7 @@ def _about(delta: Delta, anatomy: Anatomy) -> dict[str, Any]:
 
 def _spec(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Anatomy) -> AdapterSpec:
     """The spec that a configuration means. Raises Unsupported naming the field that has no counterpart."""
-    for field, value in _FIXED.items():
-        if config.get(field, value) != value:
-            raise Unsupported(f"{field}={str(config[field])[:40]} of an AdapterHub adapter is not read here")
+    _check_fixed(config, _FIXED)
     attention, ffn = bool(config.get("mh_adapter")), bool(config.get("output_adapter"))
     if not attention and not ffn:
         raise Unsupported("the AdapterHub adapter stands after neither attention nor FFN")
@@ -156,7 +241,8 @@ def _spec(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Anato
     after = "both" if attention and ffn else "attention" if attention else "ffn"
     preset, placed = ("pfeiffer", "both") if before else ("houlsby", after)
     usual = AdapterSpec(preset).nonlinearity == ACTIVATIONS[word]
-    return AdapterSpec(preset, len(down[0]), placed, None if usual else ACTIVATIONS[word], len(left))
+    width = max(map(len, down))  # reduction_factor may name one a layer; narrower ones get rows of zeros
+    return AdapterSpec(preset, width, placed, None if usual else ACTIVATIONS[word], len(left))
 
 
 def _paths(spec: AdapterSpec, name: str, anatomy: Anatomy) -> dict[tuple[str, int], str]:
@@ -185,7 +271,10 @@ def _read(tensors: Tensors, spec: AdapterSpec, name: str, anatomy: Anatomy) -> T
     for (place, _), start in _paths(spec, name, anatomy).items():
         for part, path in _PARTS.items():
             tensor = take(tensors, start + path).float()
-            stacks.setdefault(f"adapter.{place}.{part}", []).append(tensor.T if part == "up" else tensor)
+            tensor = tensor.T if part == "up" else tensor
+            if part != "up_bias":
+                tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, max(0, spec.width - len(tensor))))
+            stacks.setdefault(f"adapter.{place}.{part}", []).append(tensor)
     return {name: torch.stack(parts).contiguous() for name, parts in stacks.items()}
 
 
@@ -213,22 +302,23 @@ def _head(
     config = about.get("config")
     if not isinstance(config, dict) or config.get("head_type") != "classification" or config.get("use_pooler"):
         raise Unsupported(f"{directory / HEAD_CONFIG} is no plain classification head; others are not read here")
-    tensors, _, _ = read_tensors(directory / HEAD_WEIGHTS, limits, directory)
+    own = f"heads.{name}."  # the library also saves heads whose names only begin like this one's
+    tensors = {path: tensor for path, tensor in read_trusted(directory / HEAD_WEIGHTS).items() if path.startswith(own)}
     numbers = sorted({int(found[1]) for path in tensors if (found := re.search(r"\.(\d+)\.weight$", path))})
     known = {int(i): label for label, i in (config.get("label2id") or {}).items()}
-    task = TaskSpec(
-        CLASSIFICATION,
-        labels or tuple(known[i] for i in sorted(known)),
-        max_length=max_length,
-        head="hf" if len(numbers) == 2 else "linear",
-    )
-    form = head_form(anatomy.family, anatomy.prefix, task, anatomy.hidden, {})
-    two = config.get("activation_function") == "tanh" and form[0].activation == "tanh"
-    if len(form) != len(numbers) or (len(form) == 2 and not two):
+    form = "hf" if len(numbers) == 2 else "linear"
+    if config.get("num_labels", len(known)) == 1:  # as the library trains it: by the squared error
+        task = TaskSpec(REGRESSION, max_length=max_length, head=form)
+    else:
+        named = labels or tuple(known[i] for i in sorted(known))
+        task = TaskSpec(CLASSIFICATION, named, max_length=max_length, head=form)
+    layers = head_form(anatomy.family, anatomy.prefix, task, anatomy.hidden, {})
+    two = config.get("activation_function") == "tanh" and layers[0].activation == "tanh"
+    if len(layers) != len(numbers) or (len(layers) == 2 and not two):
         raise Unsupported(f"{directory}: a head of {len(numbers)} layers is not the one of {anatomy.family}")
     head = {
         f"{dense.path}.{part}": take(tensors, f"heads.{name}.{number}.{part}").float()
-        for number, dense in zip(numbers, form, strict=True)
+        for number, dense in zip(numbers, layers, strict=True)
         for part in ("weight", "bias")
     }
     if tensors:

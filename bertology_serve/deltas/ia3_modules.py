@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bertology_serve.deltas.ia3 import Ia3Spec
 from bertology_serve.deltas.kind import Tensors
-from bertology_serve.deltas.modules import take, width
+from bertology_serve.deltas.modules import MERGE, take, width
 from bertology_serve.deltas.slots import LINEAR_SLOTS, Anatomy
 from bertology_serve.errors import FormatError, Unsupported
 
@@ -80,7 +80,7 @@ def ia3_delta(tensors: Tensors, anatomy: Anatomy, prefix: str) -> tuple[Ia3Spec,
         module = name.removeprefix(prefix).removesuffix(LEAF)
         path = next((p for p in (module, module.removeprefix(f"{anatomy.prefix}.")) if p in places), None)
         if path is None or factors.dim() != 2 or 1 not in factors.shape:
-            raise Unsupported(f"{name[:120]!r} is no IA3 on a linear projection of a layer; merge it with peft first")
+            raise Unsupported(f"{name[:120]!r} is no IA3 on a linear projection of a layer; {MERGE}")
         (outer if factors.shape[1] == 1 else inner)[places[path].name] = None
         own[path + LEAF] = factors
     spec = Ia3Spec(tuple(outer), tuple(inner))

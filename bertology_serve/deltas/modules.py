@@ -20,6 +20,8 @@ from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.deltas.slots import LINEAR_SLOTS, Anatomy
 from bertology_serve.errors import FormatError, Unsupported
 
+MERGE = "merge it with peft (merge_and_unload), save the whole model, and convert that directory"
+
 
 @dataclass(frozen=True)
 class Block:

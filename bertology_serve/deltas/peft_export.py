@@ -18,6 +18,7 @@ from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.deltas.pruning import PRUNED
 from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.tasks.forms import FAMILIES, ROBERTA_LIKE, TAGS_ONLY, head_pooling
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -37,10 +38,15 @@ TASK_TYPES: dict[str, str | None] = {
     EMBEDDING: "FEATURE_EXTRACTION",
     MULTIPLE_CHOICE: None,
 }
-ROBERTA_LIKE = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert")
-HEAD_FAMILIES = ("bert", *ROBERTA_LIKE, "distilbert", "electra", "modernbert", "mpnet", "deberta-v2")
-PREFIX_FAMILIES = ("bert", *ROBERTA_LIKE, "electra")  # peft fails on the others, or ignores the prefix
-_TOKEN_TYPES = {"bert": 2, "electra": 2, "deberta-v2": 0}  # families that tell pairs apart, and their usual number
+PREFIX_FAMILIES = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "electra",
+)  # peft fails on the others, or ignores the prefix
+_TOKEN_TYPES = {"bert": 2, "electra": 2}  # where no configuration says how many token types there are
 
 
 def module_root(task: TaskSpec, anatomy: Anatomy) -> str:
@@ -58,8 +64,8 @@ def drops_types(task: TaskSpec, family: str, options: Mapping[str, Any]) -> bool
 
     ``PeftModelForQuestionAnswering.forward`` (0.21.2) takes ``token_type_ids`` and passes them to nobody.
     """
-    types = int(options.get("type_vocab_size", _TOKEN_TYPES.get(family, 0)))
-    return task.kind == QUESTION_ANSWERING and task.token_types and family in _TOKEN_TYPES and types > 1
+    types = int(options.get("type_vocab_size") or (0 if options else _TOKEN_TYPES.get(family, 0)))
+    return task.kind == QUESTION_ANSWERING and task.token_types and types > 1 and family not in ROBERTA_LIKE
 
 
 def obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> str:
@@ -114,21 +120,12 @@ def _method_obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any])
 def _head_obstacle(task: TaskSpec, family: str, options: Mapping[str, Any]) -> str:
     if task.kind == EMBEDDING:
         return ""
-    if task.head != "hf" or family not in HEAD_FAMILIES:
+    if task.head != "hf" or family not in (*FAMILIES, *TAGS_ONLY):
         return f"the task models of {family} have no {task.head} head of this form"
-    pooling = _pooling(task, family, options)
+    pooling = head_pooling(family, task.kind, options)
     if not task.per_token and task.pooling != pooling:
         return f"the head of {family} reads {pooling} there, not {task.pooling}"
     return ""
-
-
-def _pooling(task: TaskSpec, family: str, options: Mapping[str, Any]) -> str:
-    """Which rows the HuggingFace task model's head reads."""
-    if family == "modernbert":
-        return str(options.get("classifier_pooling", "cls"))
-    if family == "electra" and task.kind == MULTIPLE_CHOICE and options.get("summary_type", "first") != "first":
-        return str(options["summary_type"])
-    return "cls"
 
 
 def _method(delta: Delta, anatomy: Anatomy) -> dict[str, Any]:

@@ -19,16 +19,17 @@ from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.ia3_modules import ia3_delta
 from bertology_serve.deltas.kind import Tensors
 from bertology_serve.deltas.layout import MODEL_ROOT, PROMPT_EMBEDDINGS, PROMPT_ROOT, split_prefix
-from bertology_serve.deltas.modules import take
+from bertology_serve.deltas.modules import MERGE, take
 from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from bertology_serve.deltas.peft_export import PREFIX_FAMILIES, TASK_TYPES, drops_types
 from bertology_serve.deltas.peft_modules import beft_delta, check_none_left, check_whole, lora_delta, merge_head
 from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.deltas.reading import Limits, read_json, read_tensors
+from bertology_serve.deltas.sentence_transformers import embedding_task
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
-from bertology_serve.tasks.forms import head_form
+from bertology_serve.tasks.forms import head_form, head_pooling
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -48,13 +49,19 @@ _HARMLESS = {
     "feedforward_modules", "init_ia3_weights",
     "target_modules", "task_type", "token_dim", "tokenizer_kwargs", "tokenizer_name_or_path", "use_rslora",
 }  # fmt: skip
+# Methods of which peft 0.21 makes a LoRA by ``convert_to_lora``, and those that it cannot fold into the weights.
+_CONVERTED = {
+    "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA",
+    "VBLORA", "VERA", "WAVEFT",
+}  # fmt: skip
+_UNMERGED = {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY", "XLORA"}
 # Settings that are read at these values only. The other ways of initialising LoRA change the base weights.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "num_transformer_submodules": (None, 1),
 }
-_WRAPPED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
+_WRAPPED = re.compile(r"\.(modules_to_save|base_layer|ln_tuning_layers)(\.default)?(?=\.)")
 _POOLER_LORA = re.compile(r"(.*\.)?pooler\.dense\.lora_[AB]\.weight")
 _LONGEST = 512
 
@@ -74,7 +81,7 @@ def import_peft(
     base: BaseRef,
     known_as: Path,
     *,
-    task: TaskSpec | None = None,
+    task: TaskSpec | str | None = None,
     options: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
     root: Path | None = None,
@@ -82,23 +89,53 @@ def import_peft(
 ) -> Delta:
     """The delta ``known_as`` (NAME/VERSION) of a peft directory, for the encoder ``base``: peft names no weights.
 
-    ``task`` says what peft does not: labels, maximum length. Without it they follow from the task type and the head's
-    width (``LABEL_0``...). ``base_head`` is what the base checkpoint has of a head, by its name there: a delta whose
-    LoRA reaches the pooler carries the pooler's whole weight. Raises FormatError for a malformed directory, Unsupported
-    for what cannot be had here.
+    ``task`` says what peft does not: labels, maximum length. Without it, or with its kind alone, they follow from the
+    task type and the head's width (``LABEL_0``...), for embeddings from what sentence-transformers wrote beside.
+    ``base_head`` is what the base checkpoint has of a head, by its name there: a delta whose LoRA reaches the pooler
+    carries the pooler's whole weight. Raises FormatError for a malformed directory, Unsupported for what cannot be had
+    here.
     """
     limits, root = limits or Limits(), root or directory
     config, _ = read_json(directory / ADAPTER_CONFIG, limits, root)
     tensors, _, _ = read_tensors(directory / ADAPTER_WEIGHTS, limits, root)
+    return peft_delta(
+        directory, config, tensors, anatomy, base, known_as, task=task, options=options, limits=limits, root=root,
+        base_head=base_head,
+    )  # fmt: skip
+
+
+def peft_delta(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    anatomy: Anatomy,
+    base: BaseRef,
+    known_as: Path,
+    *,
+    task: TaskSpec | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+    root: Path | None = None,
+    base_head: Mapping[str, Tensor] | None = None,
+) -> Delta:
+    """What ``import_peft`` returns, for a configuration and tensors that were read from ``directory``."""
+    limits, root = limits or Limits(), root or directory
     method = str(config.get("peft_type"))
     if method not in _METHODS:
-        raise Unsupported(f"{directory} holds peft's {method[:40]}; {nearest(method[:40], _METHODS)}")
+        raise Unsupported(f"{directory} holds peft's {method[:40]}; {_way_out(method)}{nearest(method[:40], _METHODS)}")
     _check_settings(config, directory)
     checkpoint = Checkpoint(config, {name: tensor.to(float32) for name, tensor in tensors.items()}, anatomy)
     try:
         spec, components = _METHODS[method](checkpoint)
-        head = _head(checkpoint.tensors, PROMPT_ROOT if method in ("PROMPT_TUNING", "PREFIX_TUNING") else MODEL_ROOT)
-        task = task or _task(config, head, anatomy, spec, options or {})
+        head = _head(
+            checkpoint.tensors, PROMPT_ROOT if method in ("PROMPT_TUNING", "PREFIX_TUNING") else MODEL_ROOT, anatomy
+        )
+        if not isinstance(task, TaskSpec):
+            virtual = spec.length if isinstance(spec, PromptSpec | PrefixSpec) else 0
+            longest = max(3, min(_LONGEST, anatomy.max_tokens - virtual))
+            task = _task(config, head, anatomy.family, task, longest, options or {}) or embedding_task(
+                directory, longest, limits, root
+            )
         if config.get("task_type") and drops_types(task, anatomy.family, options or {}):
             task = replace(task, token_types=False)
         if method == "LORA":
@@ -106,8 +143,11 @@ def import_peft(
         check_head(shapes_of(head), task, anatomy, options or {})
     except (FormatError, SpecError) as error:
         raise FormatError(f"{directory}: {error}") from None
+    except Unsupported as error:
+        raise Unsupported(f"{directory}: {error}") from None
     origin = _provenance(config)
-    return Delta(known_as.parent.name, base, task, (spec,), components, head, version=known_as.name, provenance=origin)
+    specs = () if spec is None else (spec,)
+    return Delta(known_as.parent.name, base, task, specs, components, head, version=known_as.name, provenance=origin)
 
 
 def _check_settings(config: Mapping[str, Any], directory: Path) -> None:
@@ -117,7 +157,8 @@ def _check_settings(config: Mapping[str, Any], directory: Path) -> None:
         else:
             fine = name in _HARMLESS or not value
         if not fine:
-            way = "convert it with bertology-serve convert" if name == "use_dora" else "merge it with peft first"
+            read = name == "use_dora" or (name == "bias" and value in ("all", "lora_only"))
+            way = "convert it with bertology-serve convert" if read else MERGE
             raise Unsupported(f"{directory}: {name[:60]}={str(value)[:60]} is not read here; {way}")
 
 
@@ -131,6 +172,13 @@ def _merged(
     merge_head(config, head, head_form(anatomy.family, anatomy.prefix, task, anatomy.hidden, options), base_head)
     check_none_left(head, anatomy)
     return head
+
+
+def _way_out(method: str) -> str:
+    """What can be done about a method that is not read here."""
+    if method in _CONVERTED:
+        return "peft's convert_to_lora makes a LoRA of it; "
+    return "" if method in _UNMERGED else f"{MERGE}; "
 
 
 def _lora(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
@@ -165,7 +213,13 @@ def _prefix(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
     return spec, {f"prefix.{name}": tensor for name, tensor in own.items()}
 
 
+def _norms(_: Checkpoint) -> tuple[Any, Tensors]:
+    """Nothing but norms, which whoever has the base's weights takes out beforehand."""
+    return None, {}
+
+
 _METHODS: dict[str, Callable[[Checkpoint], tuple[Any, Tensors]]] = {
+    "LN_TUNING": _norms,
     "LORA": _lora,
     "BEFT": _beft,
     "IA3": _ia3,
@@ -174,38 +228,46 @@ _METHODS: dict[str, Callable[[Checkpoint], tuple[Any, Tensors]]] = {
 }
 
 
-def _head(tensors: Tensors, root: str) -> Tensors:
+def _head(tensors: Tensors, root: str, anatomy: Anatomy) -> Tensors:
     """What is left when the method has taken its tensors, by HuggingFace names."""
     head: dict[str, Tensor] = {}
+    changed = {path for slot in anatomy.slots.values() for path in slot.paths}
     for name, tensor in tensors.items():
         if not name.startswith(root):
             raise Unsupported(f"the tensor {name[:120]!r} belongs to no method that is read here; expected {root}...")
+        own = unwrapped(name.removeprefix(root))
+        if own.removeprefix(f"{anatomy.prefix}.").rpartition(".")[0] in changed:
+            raise Unsupported(f"it holds {own[:120]!r} of the encoder whole; convert it with bertology-serve convert")
         if ".original_module." not in name:
-            head[_WRAPPED.sub("", name.removeprefix(root), count=1)] = tensor
+            head[own] = tensor
     return head
 
 
+def unwrapped(name: str) -> str:
+    """A tensor's name in HuggingFace's model, without the modules that peft put around it."""
+    return _WRAPPED.sub("", name, count=1)
+
+
 def _task(
-    config: Mapping[str, Any], head: Tensors, anatomy: Anatomy, spec: Any, options: Mapping[str, Any]
-) -> TaskSpec:
-    """The task as far as peft records it."""
-    kind = {t: k for k, t in TASK_TYPES.items() if t and k != REGRESSION}.get(str(config.get("task_type")))
+    config: Mapping[str, Any], head: Tensors, family: str, told: str | None, longest: int, options: Mapping[str, Any]
+) -> TaskSpec | None:
+    """The task as far as peft records it; None for embeddings."""
+    kind = told or {t: k for k, t in TASK_TYPES.items() if t and k != REGRESSION}.get(str(config.get("task_type")))
+    if kind is None and not config.get("task_type"):  # what peft's plain model answers shows in its head alone
+        kind = EMBEDDING if not head else QUESTION_ANSWERING if "qa_outputs.weight" in head else None
     if kind is None:
-        raise FormatError(f"task_type is {str(config.get('task_type'))[:40]!r}; say which task it is: give a TaskSpec")
-    virtual = spec.length if isinstance(spec, PromptSpec | PrefixSpec) else 0
-    longest = max(3, min(_LONGEST, anatomy.max_tokens - virtual))
+        got = str(config.get("task_type"))[:40]
+        raise FormatError(f"task_type is {got!r}, which names no task of these; convert it with --task")
     if kind == EMBEDDING:
-        return TaskSpec(kind, max_length=longest, pooling="mean", head="none")
+        return None
     if kind == QUESTION_ANSWERING:
         return TaskSpec(kind, max_length=longest, stride=min(128, longest // 4))
     outputs = next((len(head[n]) for n in ("classifier.out_proj.weight", "classifier.weight") if n in head), 0)
     if not outputs:
         raise FormatError("the checkpoint holds no classifier; train it again with its head in modules_to_save")
-    pooling = str(options.get("classifier_pooling", "cls")) if anatomy.family == "modernbert" else "cls"
-    labels = tuple(f"LABEL_{i}" for i in range(outputs))
-    if kind == CLASSIFICATION and outputs == 1:
-        return TaskSpec(REGRESSION, max_length=longest, pooling=pooling)
-    return TaskSpec(kind, labels, max_length=longest, pooling="cls" if kind == TOKEN_CLASSIFICATION else pooling)
+    kind = REGRESSION if kind == CLASSIFICATION and outputs == 1 else kind
+    labels = tuple(f"LABEL_{i}" for i in range(outputs)) if kind in (CLASSIFICATION, TOKEN_CLASSIFICATION) else ()
+    return TaskSpec(kind, labels, max_length=longest, pooling=head_pooling(family, kind, options))
 
 
 def _provenance(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,13 +16,14 @@ from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.kind import Tensors
 from bertology_serve.deltas.layout import MODEL_ROOT
 from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.modules import modules, read_beft, width
+from bertology_serve.deltas.modules import MERGE, modules, read_beft, width
 from bertology_serve.deltas.slots import LINEAR_SLOTS, Anatomy
 from bertology_serve.deltas.typed import conform
 from bertology_serve.errors import FormatError, Unsupported
 from bertology_serve.tasks.forms import Dense
 
-_PATTERN = re.compile(r"\^?[\w.*\\$]+")  # no groups: a hostile pattern cannot take exponential time
+# Few repetitions, few groups and none that repeats: a hostile pattern cannot take exponential time.
+_PATTERN = re.compile(r"\^?(?:[\w.*+\\$|\[\]-]|\((?:\?:)?|\)(?![*+?{]))+")
 _TARGETS = re.compile(
     r"(?:[\w.*+\\$^|-]|\[[\w-]+\]|\((?:\?:)?[\w|.\\-]+\))+"
 )  # no repeated groups, for the same reason
@@ -92,9 +93,7 @@ def check_none_left(tensors: Mapping[str, Tensor], anatomy: Anatomy) -> None:
             module = name.removeprefix(MODEL_ROOT).removesuffix(".lora_A.weight")
             raise _unknown(module, anatomy)
         if ".lora_" in name:
-            raise Unsupported(
-                f"the tensor {name[:120]!r} is no plain LoRA of a linear projection; merge it with peft first"
-            )
+            raise Unsupported(f"the tensor {name[:120]!r} is no plain LoRA of a linear projection; {MERGE}")
 
 
 def check_whole(config: Mapping[str, Any], tensors: Mapping[str, Tensor], leaf: str, anatomy: Anatomy) -> None:
@@ -168,7 +167,7 @@ def _path(module: str, anatomy: Anatomy, places: Mapping[str, Any]) -> str | Non
 
 
 def _unknown(module: str, anatomy: Anatomy) -> Unsupported:
-    return Unsupported(f"{module[:120]!r} is no linear projection of a layer of {anatomy.family}; merge it first")
+    return Unsupported(f"{module[:120]!r} is no linear projection of a layer of {anatomy.family}; {MERGE}")
 
 
 def _pair(module: str, name: str, tensors: Tensors, config: Mapping[str, Any], inputs: int, outputs: int) -> Pair:
@@ -185,8 +184,9 @@ def _alpha(module: str, config: Mapping[str, Any]) -> Any:
     """The module's alpha: the first pattern that matches the end of its name, as peft looks it up."""
     patterns = config.get("alpha_pattern") or {}
     for pattern, alpha in patterns.items() if isinstance(patterns, Mapping) else ():
-        if len(pattern) > 200 or pattern.count("*") > 2 or not _PATTERN.fullmatch(pattern):
-            raise Unsupported(f"alpha_pattern {pattern[:60]!r} is not read here; use module names without groups")
+        many = len(re.findall("[*+]", pattern)) > 2 or pattern.count("(") > 2
+        if len(pattern) > 200 or many or not _PATTERN.fullmatch(pattern):
+            raise Unsupported(f"alpha_pattern {pattern[:60]!r} is not read here; use module names without repetition")
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return alpha

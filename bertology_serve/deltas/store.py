@@ -104,7 +104,7 @@ def load(
     anatomy: Anatomy | None = None,
     *,
     base: BaseRef | None = None,
-    task: TaskSpec | None = None,
+    task: TaskSpec | str | None = None,
     name: str | None = None,
     options: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
@@ -137,7 +137,7 @@ def _load(
     if (directory / MANIFEST).exists():
         return load_own(directory, anatomy, identity.version, limits, root)
     if anatomy is None or base is None:
-        raise FormatError(f"{directory} was written by peft, which names no weights; load it with its encoder")
+        raise FormatError(f"{directory} was written by peft, which names no weights; give its encoder (--backbone)")
     known_as = Path(identity.name) / identity.version
     return import_peft(
         directory, anatomy, base, known_as,
@@ -155,7 +155,11 @@ def _check_directory(directory: Path) -> None:
     if pickle:
         raise FormatError(
             f"{directory} holds {pickle}, a pickle, which can run code and is not opened; "
-            f"if you trust it, convert it first (bertology_serve.deltas.unpickle.convert_pickle)"
+            f"if you trust it, convert it with bertology-serve convert"
+        )
+    if (directory / "config.json").exists() and (directory / FULL_WEIGHTS).exists():
+        raise FormatError(
+            f"{directory} holds a whole model; make a delta of it with bertology-serve convert or compress"
         )
     raise FormatError(f"{directory} is no delta: it lacks {MANIFEST}, or {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}")
 

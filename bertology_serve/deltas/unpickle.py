@@ -9,8 +9,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bertology_serve.deltas.checks import check_finite
+from bertology_serve.deltas.kind import Tensors
 from bertology_serve.deltas.names import ADAPTER_WEIGHTS, PICKLES
+from bertology_serve.deltas.reading import Limits, read_tensors
 from bertology_serve.errors import FormatError, NotFound
+
+# The pickles of other libraries, by the safetensors files that they write today.
+PICKLED = {
+    ADAPTER_WEIGHTS: "adapter_model.bin",
+    "adapter.safetensors": "pytorch_adapter.bin",
+    "model_head.safetensors": "pytorch_model_head.bin",
+}
 
 
 def convert_pickle(directory: Path) -> Path:
@@ -28,6 +38,19 @@ def convert_pickle(directory: Path) -> Path:
     part.chmod(source.stat().st_mode & 0o666)
     part.replace(target)
     return target
+
+
+def read_trusted(path: Path) -> Tensors:
+    """The tensors of a safetensors file, or of the pickle that stands in its place in the directory, by ``PICKLED``.
+
+    Raises FormatError for a malformed file, and where there is neither.
+    """
+    pickled = path.with_name(PICKLED[path.name])
+    if path.exists() or not pickled.is_file():
+        return read_tensors(path, Limits(), path.parent)[0]
+    tensors = read_pickle(pickled)
+    check_finite(tensors)
+    return tensors
 
 
 def read_pickle(source: Path) -> dict[str, Tensor]:

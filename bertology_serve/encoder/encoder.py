@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,8 @@ class Encoder:
         if self.pruning is not None:  # what it was pruned from is what peft's deltas were made for
             own = (path / MANIFEST).exists()
             anatomy, base = (None, None) if own else (self.pruning.anatomy, self.pruning.parent)
+        if anatomy is not None:  # no text may be longer than the tokenizer's limit either
+            anatomy = replace(anatomy, max_tokens=min(anatomy.max_tokens, self.max_tokens))
         found = store.load(path, anatomy, base=base, name=name, options=self.config.to_dict(), base_head=self.base_head)
         return self.fitted(found)
 

@@ -11,16 +11,19 @@ from typing import Any
 from torch import Tensor, float32
 
 from bertology_serve.deltas.pruning import PRUNED
-from bertology_serve.deltas.reading import parse_json, read_bytes
+from bertology_serve.deltas.reading import Limits, read_json
+from bertology_serve.deltas.sentence_transformers import POOLING, pooling_modes
 from bertology_serve.encoder.anatomy import EXPECTED
 from bertology_serve.encoder.pruned import pruned_model
 from bertology_serve.errors import BertologyError, InputError, NotFound, Unsupported
+from bertology_serve.tasks.spec import POOLINGS
 
 MINILM = "minilm"
-MOST_BYTES = 1 << 20
-_POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_max_tokens": "max"}
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.bpe")
-_HEAD_PARTS = ("pooler.dense.weight", "pooler.dense.bias", "head.dense.weight", "head.dense.bias", "head.norm.weight")
+_HEAD_PARTS = (
+    "pooler.dense.weight", "pooler.dense.bias", "pooler.weight", "pooler.bias",
+    "head.dense.weight", "head.dense.bias", "head.norm.weight",
+)  # fmt: skip
 
 
 def locate(name: str) -> str:
@@ -77,12 +80,10 @@ def read_pooling(path: str) -> str | None:
     from transformers.utils import cached_file
 
     with _reading(f"the pooling of {path}"):
-        file = cached_file(path, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False)
-        values = parse_json(read_bytes(Path(file), MOST_BYTES, Path(file).parents[1]), file) if file else {}
-        chosen = [
-            name for key, name in _POOLINGS.items() if values.get(key) is True or values.get("pooling_mode") == name
-        ]
-    return chosen[0] if len(chosen) == 1 else None
+        file = cached_file(path, f"{POOLING}/config.json", _raise_exceptions_for_missing_entries=False)
+        values = read_json(Path(file), Limits(), Path(file).parents[1])[0] if file else {}
+    modes = pooling_modes(values)
+    return str(modes[0]) if len(modes) == 1 and modes[0] in POOLINGS else None
 
 
 def _drop_types(tokenizer: Any) -> None:

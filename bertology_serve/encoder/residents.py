@@ -309,7 +309,8 @@ class Residents(ABC):
             check_base(delta, self.encoder.ref)
         elif weights_hash(delta.weights) != self.encoder.ref.sha256:
             raise Unsupported(
-                f"delta {delta.name!r} is a whole checkpoint and shares no backbone; evaluate or export it by itself"
+                f"delta {delta.name!r} is a whole checkpoint and shares no backbone; "
+                "compress it, or export it and serve it with --models"
             )
         self.encoder.check_length(delta.task.max_length)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from bertology_serve.deltas import catalog, store
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import BASE, Residents
+from bertology_serve.encoder.task_models import WholeModel, task_models
 from bertology_serve.errors import BertologyError, NotFound, nearest
 from bertology_serve.export.served import OnnxModel, exports
 from bertology_serve.serving.splits import Split, Splits
@@ -82,12 +83,17 @@ class Registry:
             self.tiers.raise_up(name)
 
     def load_models(self, root: Path) -> list[Delta]:
-        """Makes the exports of single deltas answer beside the deltas: ``root`` is one, or holds several.
+        """Makes exports of single deltas, and whole task models, answer beside the deltas: ``root`` is one, or holds
+        several.
 
         Each answers under its own name and is not looked after: no other version of it comes. Raises NotFound where
         there is none, FormatError for what is no such export, SpecError for a name that is taken.
         """
-        opened = [OnnxModel.open(path) for path in exports(root)]
+        whole = [WholeModel.open(path) for path in task_models(root)]
+        opened: list[OnnxModel | WholeModel] = [
+            *whole,
+            *(OnnxModel.open(path) for path in exports(root, some=not whole)),
+        ]
         for model in opened:
             self.pipeline.add_model(model.delta, model)
             self.models.add(model.delta.name)

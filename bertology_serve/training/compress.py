@@ -87,7 +87,7 @@ def compress(whole: Delta, encoder: Encoder, budget: Budget, name: str) -> Compr
         )
     moved = differences(whole.weights, encoder.model.state_dict())
     anatomy = encoder.anatomy
-    changes, biases, norms = dict(_matrices(moved, anatomy)), _biases(moved, anatomy), _norms(moved, anatomy)
+    changes, biases, norms = dict(_matrices(moved, anatomy)), moved_biases(moved, anatomy), moved_norms(moved, anatomy)
     if not changes and not biases and not norms:
         raise SpecError(f"{whole.name} has the base's own linears, biases and norms; there is nothing to compress")
     found = budget.approximate(changes, anatomy)
@@ -99,7 +99,7 @@ def compress(whole: Delta, encoder: Encoder, budget: Budget, name: str) -> Compr
     delta = replace(
         whole, name=name, specs=specs, tensors=tensors, weights={}, version="", metrics={}, provenance=facts
     )
-    return Compressed(delta, found.rank, kept, _dropped(moved, anatomy))
+    return Compressed(delta, found.rank, kept, dropped(moved, anatomy))
 
 
 def differences(tuned: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,7 +131,7 @@ def _own(change: Tensor | None, slot: Slot) -> Tensor | None:
     return rows if rows.any() else None
 
 
-def _biases(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
+def moved_biases(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
     """The differences of all biases as BitFit holds them; none where no bias moved."""
     tensors: dict[str, Tensor] = {}
     any_moved = False
@@ -145,7 +145,7 @@ def _biases(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
     return tensors if any_moved else {}
 
 
-def _norms(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
+def moved_norms(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
     """The differences of the LayerNorms' weights; none where no such weight moved."""
     names = {slot.name: [f"{slot.paths[layer]}.weight" for layer in slot.present] for slot in norm_slots(anatomy)}
     if not any(name in moved for own in names.values() for name in own):
@@ -168,7 +168,7 @@ def _kept(changes: Changes, inside: Mapping[tuple[str, int], float]) -> dict[str
     return {key: own[key] / whole[key] if whole[key] else 1.0 for key in whole}
 
 
-def _dropped(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, float]:
+def dropped(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, float]:
     """The norms of what moved and is in no update."""
     held = {f"{path}.weight" for slot in _slots(anatomy) for path in slot.paths}
     held |= {f"{path}.weight" for slot in norm_slots(anatomy) for path in slot.paths}

@@ -5,70 +5,74 @@ Converting is the explicit act: a directory that is only served or inspected nev
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bertology_serve.deltas import store
-from bertology_serve.deltas.adapterhub import HEAD_WEIGHTS as ADAPTERHUB_HEAD
-from bertology_serve.deltas.adapterhub import WEIGHTS, is_adapterhub, read_adapterhub
+from bertology_serve.deltas.adapterhub import is_adapterhub, read_adapterhub
+from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.catalog import is_delta
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.dora import magnitudes, spelt_out
+from bertology_serve.deltas.kind import Tensors
 from bertology_serve.deltas.layout import MODEL_ROOT
 from bertology_serve.deltas.microsoft_lora import read_microsoft_lora
 from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
-from bertology_serve.deltas.reading import Limits, read_json, read_tensors
-from bertology_serve.deltas.unpickle import read_pickle
-from bertology_serve.deltas.writing import write_json, write_tensors
+from bertology_serve.deltas.norms import NormsSpec
+from bertology_serve.deltas.peft_import import peft_delta, unwrapped
+from bertology_serve.deltas.reading import Limits, read_json
+from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.deltas.unpickle import read_trusted
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
-from bertology_serve.errors import FormatError, NotFound, SpecError
-
-# What each pickle becomes.
-PICKLED = {
-    "pytorch_adapter.bin": WEIGHTS,
-    "pytorch_model_head.bin": ADAPTERHUB_HEAD,
-    "adapter_model.bin": ADAPTER_WEIGHTS,
-}
-MOST_BYTES = 8 << 30
+from bertology_serve.encoder.task_models import is_task_model, read_task_model, verify_peft
+from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
+from bertology_serve.training.compress import differences, dropped, moved_biases, moved_norms
 
 
 @dataclass(frozen=True)
 class Told:
-    """What a checkpoint does not say: ``alpha`` (microsoft/LoRA), labels in logit order, and the longest sequence."""
+    """What a checkpoint does not say: ``alpha`` (microsoft/LoRA), labels in logit order, the longest sequence (without
+    it what the checkpoint says, at most 128), and the kind of the task.
+    """
 
     alpha: float | None = None
     labels: tuple[str, ...] = ()
-    max_length: int = 128
+    max_length: int | None = None
+    task: str | None = None
 
 
 def convert(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
     """The delta of a foreign checkpoint, made for ``encoder``, which has taken it.
 
-    ``source`` is a file (microsoft/LoRA) or a directory (AdapterHub, peft). Raises NotFound, FormatError, Unsupported.
+    ``source`` is a file (microsoft/LoRA) or a directory (AdapterHub, peft, or a whole task model of HuggingFace's, such
+    as peft's merge leaves). What peft or transformers can run is compared with them; ``provenance["verified"]`` says
+    how. Raises NotFound, FormatError, Unsupported, VerificationError.
     """
     if not source.exists():
         raise NotFound(f"no file or directory {source}; expected a checkpoint")
-    with safe_copy(source) as copy:
-        delta = _read(source, copy, encoder, name, told)
-    task = replace(delta.task, max_length=min(told.max_length, encoder.max_tokens))
+    delta = _read(source, encoder, name, told)
+    longest = told.max_length or min(LONGEST, delta.task.max_length)
+    task = replace(delta.task, max_length=min(longest, encoder.max_tokens))
     if told.labels:
         if len(told.labels) != max(1, len(task.labels)):
             raise SpecError(f"{len(told.labels)} labels were given, but the head has {len(task.labels)} outputs")
         task = replace(task, labels=told.labels)
     delta = replace(delta, name=name, version="", task=task)
+    if delta.weights:
+        return delta
     Pipeline(encoder).add(delta)
-    return delta
+    if delta.provenance.get("imported_from") != "peft":
+        return delta
+    return replace(delta, provenance={**delta.provenance, "verified": verify_peft(source, delta, encoder)})
 
 
-def _read(source: Path, copy: Path, encoder: Encoder, name: str, told: Told) -> Delta:
+LONGEST = 128
+
+
+def _read(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
     anatomy, base = encoder.anatomy, encoder.ref
     if source.is_file():
         if told.alpha is None:
@@ -76,40 +80,55 @@ def _read(source: Path, copy: Path, encoder: Encoder, name: str, told: Told) -> 
         return read_microsoft_lora(source, anatomy, base, name, told.alpha)
     if (source / MANIFEST).exists():
         raise FormatError(f"{source} is a delta of this package already; --to adapterhub converts it")
-    if is_adapterhub(copy):
-        return read_adapterhub(copy, anatomy, base, name)
-    if not is_delta(copy):
-        raise FormatError(f"{source} is no adapter's directory; expected adapter_config.json")
-    found = _without_magnitudes(copy, encoder)
-    delta = store.load(
-        copy, anatomy, base=base, name=name, options=encoder.config.to_dict(), base_head=encoder.base_head
-    )
-    return spelt_out(delta, found, encoder.model.state_dict(), anatomy) if found else delta
+    if is_adapterhub(source):
+        return read_adapterhub(source, anatomy, base, name)
+    if is_task_model(source):
+        return read_task_model(source, encoder, name)
+    if not is_delta(source):
+        raise FormatError(f"{source} is no adapter's directory; expected adapter_config.json, or a whole task model")
+    return _read_peft(source, encoder, name, told)
 
 
-def _without_magnitudes(copy: Path, encoder: Encoder) -> dict[str, Tensor]:
-    """The magnitudes of a DoRA checkpoint, which becomes one of LoRA in place; none for others."""
-    config, _ = read_json(copy / ADAPTER_CONFIG, Limits(), copy)
-    if not config.get("use_dora"):
-        return {}
-    tensors, _, _ = read_tensors(copy / ADAPTER_WEIGHTS, Limits(), copy)
-    found = magnitudes(tensors, encoder.anatomy, MODEL_ROOT)
-    write_json(copy / ADAPTER_CONFIG, {**config, "use_dora": False})
-    write_tensors(copy / ADAPTER_WEIGHTS, tensors)
+def _read_peft(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
+    """Whatever ``peft_import`` reads, and what takes the base's weights: DoRA, and biases and norms that peft holds
+    whole.
+    """
+    config, _ = read_json(source / ADAPTER_CONFIG, Limits(), source)
+    tensors, anatomy = read_trusted(source / ADAPTER_WEIGHTS), encoder.anatomy
+    base, found, settings = encoder.model.state_dict(), {}, dict(config)
+    if config.get("use_dora"):
+        found, settings["use_dora"] = magnitudes(tensors, anatomy, MODEL_ROOT), False
+    moved = differences(_wholes(tensors, anatomy, base), base)
+    if config.get("bias") in ("all", "lora_only"):
+        settings["bias"] = "none"  # they are among ``moved``
+    delta = peft_delta(
+        source, settings, tensors, replace(anatomy, max_tokens=min(anatomy.max_tokens, encoder.max_tokens)),
+        encoder.ref, Path(name) / "1", task=told.task, options=encoder.config.to_dict(), base_head=encoder.base_head,
+    )  # fmt: skip
+    delta = spelt_out(delta, found, base, anatomy) if found else delta
+    return _with_moved(delta, moved, anatomy, source) if moved else delta
+
+
+def _wholes(tensors: Tensors, anatomy: Anatomy, base: Mapping[str, Tensor]) -> Tensors:
+    """Takes the encoder's biases and norms out of ``tensors``, by their names in the headless encoder."""
+    found: Tensors = {}
+    for name in [name for name in tensors if ".original_module." not in name]:
+        path = unwrapped(name.removeprefix(MODEL_ROOT)).removeprefix(f"{anatomy.prefix}.")
+        if path in base and tensors[name].dim() == 1 and tensors[name].shape == base[path].shape:
+            found[path] = tensors.pop(name).float()
     return found
 
 
-@contextmanager
-def safe_copy(source: Path) -> Iterator[Path]:
-    """A directory with the JSON and safetensors files of ``source``, its pickles as safetensors; gone afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "checkpoint"
-        place.mkdir()
-        for path in source.iterdir() if source.is_dir() else ():
-            if path.suffix in (".json", ".safetensors") and path.is_file() and path.stat().st_size <= MOST_BYTES:
-                shutil.copy(path, place)
-        for pickled, plain in PICKLED.items():
-            if (source / pickled).is_file() and not (place / plain).exists():
-                tensors = {key: tensor.clone().contiguous() for key, tensor in read_pickle(source / pickled).items()}
-                save_file(tensors, place / plain, {"format": "pt"})
-        yield place
+def _with_moved(delta: Delta, moved: Mapping[str, Tensor], anatomy: Anatomy, source: Path) -> Delta:
+    """The delta, and the differences of biases and norms with it."""
+    lost = sorted(dropped(moved, anatomy))
+    if lost:
+        raise Unsupported(f"{source} moves {lost[0]}, which no delta holds; train it again without")
+    specs, tensors = list(delta.specs), dict(delta.tensors)
+    for spec, parts in (
+        (BitfitSpec(), moved_biases(moved, anatomy)),
+        (NormsSpec(biases=False), moved_norms(moved, anatomy)),
+    ):
+        specs += [spec] if parts and spec not in specs else []
+        tensors |= {name: tensors[name] + part if name in tensors else part for name, part in parts.items()}
+    return replace(delta, specs=tuple(specs), tensors=tensors)

@@ -13,19 +13,27 @@ from bertology_serve.deltas.kinds import kind_of
 from bertology_serve.deltas.names import ADAPTER_CONFIG, MANIFEST
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.encoder.task_models import is_task_model, read_task_model, verify_peft
 from bertology_serve.errors import InputError
 
 
 def open_delta(directory: Path, backbone: str | None, device: str = "cpu") -> tuple[Delta, Encoder]:
     """A delta and the encoder that it runs on: ``backbone``, or the base that it names.
 
-    ``directory`` may also hold the versions of one delta; the newest is taken. Raises NotFound, FormatError,
-    BaseMismatch, and InputError where there are several deltas.
+    ``directory`` may also hold the versions of one delta; the newest is taken. Or it is a whole task model of
+    HuggingFace's, which is its own base where none is given. What peft or transformers can run is compared with what
+    they answer. Raises NotFound, FormatError,
+    BaseMismatch, VerificationError, and InputError where there are several deltas.
     """
     path = newest(directory)
+    if is_task_model(path):
+        delta = read_task_model(path, Encoder.load(backbone or str(path)))
+        return delta, Encoder.for_delta(delta, backbone, device=device)
     if not (path / MANIFEST).exists() and backbone is not None:  # peft's: only the encoder can say what fits
         encoder = Encoder.load(backbone, device=device)
-        return load_delta(path, encoder), encoder
+        delta = load_delta(path, encoder)
+        verify_peft(path, delta, encoder)
+        return delta, encoder
     delta = store.load(path)
     encoder = Encoder.for_delta(delta, backbone, device=device)
     return encoder.read_delta(path), encoder

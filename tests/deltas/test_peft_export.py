@@ -95,6 +95,6 @@ def test_modernbert_reads_the_rows_that_its_configuration_says() -> None:
 
 
 def test_a_family_whose_head_is_not_known_has_no_configuration_but_for_embeddings() -> None:
-    anatomy = replace(samples.anatomy("bert"), family="nomic_bert")
-    assert "nomic_bert" in obstacle(samples.delta("bert", samples.SPECS["lora"]), anatomy, {})
+    anatomy = replace(samples.anatomy("bert"), family="luke")
+    assert "luke" in obstacle(samples.delta("bert", samples.SPECS["lora"]), anatomy, {})
     assert not obstacle(samples.delta("bert", samples.SPECS["lora"], samples.VECTORS), anatomy, {})

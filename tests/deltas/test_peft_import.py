@@ -135,6 +135,17 @@ def test_the_task_follows_from_the_task_type(
     assert (task.kind, task.outputs) == (kind, outputs)
 
 
+def test_the_kind_of_the_task_may_be_given_where_peft_names_none(tmp_path: Path) -> None:
+    """Multiple choice has no task type; questions, and adapters without a head, show in their tensors."""
+    path = edited(saved(tmp_path / "a", "bert", lora(), labels=1), task_type=None)
+    assert load(path, "bert", task="multiple-choice").task == TaskSpec("multiple-choice", max_length=66)
+    path = edited(saved(tmp_path / "b", "bert", lora(task_type="QUESTION_ANS")), task_type=None)
+    task = load(path, "bert", options=samples.options("bert")).task
+    assert (task.kind, task.token_types) == ("question-answering", True)  # peft's plain model hands them on
+    path = edited(saved(tmp_path / "c", "bert", lora(task_type="FEATURE_EXTRACTION")), task_type=None)
+    assert load(path, "bert").task.kind == "embedding"
+
+
 def test_a_given_task_is_taken_and_must_fit(tmp_path: Path) -> None:
     path = saved(tmp_path, "bert", lora())
     task = TaskSpec("classification", ("a", "b", "c"), 20)
@@ -232,7 +243,11 @@ def test_what_a_pattern_leaves_out_is_not_missed(tmp_path: Path) -> None:
         ("bert", lora(target_modules=["query", "pooler.dense"]), "bert.pooler.dense has LoRA, but neither"),
         ("bert", lora(modules_to_save=["embeddings"]), "embeddings"),
         ("bert", ia3("pooler.dense"), "is no IA3 on a linear"),
-        ("bert", peft.LoHaConfig(task_type="SEQ_CLS", target_modules=["query"]), "holds peft's LOHA"),
+        ("bert", peft.LoHaConfig(task_type="SEQ_CLS", target_modules=["query"]),
+         "holds peft's LOHA; peft's convert_to_lora makes a LoRA of it; did you mean"),
+        ("bert", peft.OFTConfig(task_type="SEQ_CLS", target_modules=["query"], oft_block_size=8),
+         "holds peft's OFT; merge it with peft .* convert that directory"),
+        ("bert", peft.LNTuningConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"]), "of the encoder whole"),
         ("bert", peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2, prefix_projection=True,
                                          encoder_hidden_size=32), "prefix_projection=True is not read"),
         ("mpnet", peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2), "no prefixes on"),
@@ -274,10 +289,12 @@ def edited(path: Path, **values: Any) -> Path:
         ({"lora_dropout": 2.0}, "dropout is 2.0"),
         ({"alpha_pattern": {"(a+)+$": 3}}, r"alpha_pattern '\(a\+\)\+\$' is not read"),
         ({"alpha_pattern": {"a.*b.*c.*": 3}}, "is not read"),
+        ({"alpha_pattern": {"(e|e)(n|n)(c|c)": 3}}, "is not read"),
+        ({"alpha_pattern": {"(a|b)?": 3}}, "is not read"),
         ({"alpha_pattern": {"\\": 3}}, "is no pattern"),
         ({"peft_type": None}, "holds peft's None"),
-        ({"task_type": None}, "say which task it is"),
-        ({"task_type": "CAUSAL_LM"}, "say which task it is"),
+        ({"task_type": None}, "convert it with --task"),
+        ({"task_type": "CAUSAL_LM"}, "convert it with --task"),
         ({"num_transformer_submodules": 2}, "num_transformer_submodules=2 is not read"),
     ],
 )
@@ -344,7 +361,7 @@ def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
 
 def test_it_takes_the_encoder_to_load_it(tmp_path: Path) -> None:
     path = saved(tmp_path, "bert", lora())
-    with pytest.raises(FormatError, match="names no weights; load it with its encoder"):
+    with pytest.raises(FormatError, match="names no weights; give its encoder"):
         store.load(path)
 
 

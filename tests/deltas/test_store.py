@@ -263,10 +263,17 @@ def test_no_directory_and_no_delta(tmp_path: Path) -> None:
         store.load(tmp_path)
 
 
+def test_a_whole_model_is_told_where_to_go(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(FormatError, match="holds a whole model; make a delta of it with bertology-serve convert or"):
+        store.load(tmp_path)
+
+
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({}))
-    with pytest.raises(FormatError, match=r"holds adapter_model.bin, a pickle.*convert it first"):
+    with pytest.raises(FormatError, match=r"holds adapter_model.bin, a pickle.*convert it with"):
         store.load(tmp_path, samples.anatomy("bert"), base=samples.base("bert"))
 
 

@@ -26,6 +26,7 @@ from bertology_serve.deltas.ia3 import Ia3Spec
 from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Job, Pipeline, Request
+from bertology_serve.errors import Unsupported
 from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.convert import Told, convert
 from tests import tiny
@@ -99,7 +100,7 @@ def theirs(model: Any, job: Job, kind: str) -> Tensor:
         "input_ids": padded([encoding.ids for encoding in job.encodings]),
         "attention_mask": padded([(1,) * len(encoding) for encoding in job.encodings]),
     }
-    if model.config.model_type in ("bert", "electra") and kind != "embedding":
+    if model.config.model_type in ("bert", "electra", *tiny.OTHERS) and kind != "embedding":
         inputs["token_type_ids"] = padded([encoding.types for encoding in job.encodings])
     out = model(**inputs)
     if kind == "question-answering":
@@ -287,6 +288,89 @@ def test_all_linear_on_a_head_of_the_base_answers_alike_here(tmp_path: Path) -> 
     lab = Lab(tmp_path / "base", Encoder.load(str(tmp_path / "base")))
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=2, lora_alpha=3)
     check_here(lab, samples.CLASSES, config, tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", ["classification", "token-classification"])
+@pytest.mark.parametrize("family", sorted(tiny.OTHERS))
+def test_heads_of_other_families_answer_as_pefts_do(tmp_path: Path, family: str, kind: str) -> None:
+    """Their task models have poolers, which an adapter does not bring, or more; the reference runs in float64."""
+    other = Lab(tmp_path / "base", tiny.encoder(family, tmp_path / "base"))
+    task = samples.TASKS[kind]
+    task_type = "TOKEN_CLS" if task.per_token else "SEQ_CLS"
+    lacking = ["pooler", "classifier"] if family in ("gte", "nomic_bert") and not task.per_token else None
+    config = peft.LoraConfig(
+        task_type=task_type, target_modules=targets(other, "query", "value"), r=4, modules_to_save=lacking
+    )
+    model = trained(other, task, config, tmp_path / "x")
+    delta = other.encoder.read_delta(tmp_path / "x")
+    assert delta.task.kind == kind
+    ours, job = other.ours(delta)
+    found = theirs(model.double(), job, kind)
+    assert difference(ours, found) <= 1e-5
+    check_that_it_matters(other, delta, found)
+
+
+@pytest.mark.parametrize("family", sorted(tiny.OTHERS))
+def test_deltas_of_other_families_answer_alike_in_peft(tmp_path: Path, family: str) -> None:
+    other = Lab(tmp_path / "base", tiny.encoder(family, tmp_path / "base"))
+    for i, spec in enumerate((LORA, samples.PEFT_PROMPT)):
+        delta = tiny.delta(other.encoder, "x", [spec], samples.CLASSES, size=0.3)
+        check_in_peft(other, delta, tmp_path / f"x{i}")
+
+
+def test_a_family_whose_head_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+    """Longformer's [CLS] attends globally in its classifier, which packed rows do not."""
+    lab = Lab(tmp_path / "base", tiny.encoder("roberta", tmp_path / "base"))
+    trained(lab, samples.CLASSES, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"]), tmp_path / "x")
+    anatomy = replace(lab.encoder.anatomy, family="longformer")
+    with pytest.raises(Unsupported, match="head of longformer for classification is not known here"):
+        store.load(tmp_path / "x", anatomy, base=lab.encoder.ref, options=lab.encoder.config.to_dict())
+
+
+def test_alphas_by_patterns_with_groups_answer_alike_here(tmp_path: Path) -> None:
+    lab = Lab(tmp_path / "base", tiny.encoder("bert", tmp_path / "base"))
+    patterns = {r"layer\.(0|2)\..*(query|key)": 3, r"layer\.[01]\.attention\.self\.value": 11}
+    config = peft.LoraConfig(
+        task_type="SEQ_CLS", target_modules=["query", "key", "value"], r=4, lora_alpha=6, alpha_pattern=patterns
+    )
+    check_here(lab, samples.CLASSES, config, tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], bias="lora_only"),
+        peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], bias="all"),
+        peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["LayerNorm", "classifier"]),
+        peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], bias="lora_only", use_dora=True),
+        peft.LNTuningConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"]),
+    ],
+    ids=["lora_only", "all", "norms", "dora", "ln-tuning"],
+)
+@pytest.mark.filterwarnings(
+    "ignore:.*will also change.*", "ignore:.*will not produce the same output.*", "ignore:Unsupported layer type.*"
+)
+def test_what_peft_holds_whole_is_converted(tmp_path: Path, config: Any) -> None:
+    """Biases and norms come as differences from the base, which only ``convert`` has at hand."""
+    lab = Lab(tmp_path / "base", tiny.encoder("bert", tmp_path / "base"))
+    model = trained(lab, samples.CLASSES, config, tmp_path / "x")
+    with pytest.raises(Unsupported, match=r"x.* convert it with bertology-serve convert"):
+        lab.encoder.read_delta(tmp_path / "x")
+    delta = convert(tmp_path / "x", lab.encoder, "x", Told(max_length=32))
+    ours, job = lab.ours(delta)
+    found = theirs(model.double(), job, "classification")
+    assert difference(ours, found) <= 1e-5
+    check_that_it_matters(lab, delta, found)
+
+
+def test_texts_are_no_longer_than_the_tokenizer_reads(tmp_path: Path) -> None:
+    """A directory of peft's is served where it lies, though the positions are more."""
+    lab = Lab(tmp_path / "base", tiny.encoder("bert", tmp_path / "base"))
+    assert lab.encoder.max_tokens < lab.encoder.anatomy.max_tokens
+    trained(lab, samples.CLASSES, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"]), tmp_path / "x")
+    delta = lab.encoder.read_delta(tmp_path / "x")
+    assert delta.task.max_length == lab.encoder.max_tokens
+    lab.ours(delta)
 
 
 def test_biases_made_by_peft_answer_alike_here(lab: Lab, tmp_path: Path) -> None:

@@ -107,6 +107,25 @@ def test_a_pruned_encoder_serves_its_parents_deltas(encoder, tmp_path):
     assert answer.answer["label"] in task.labels
 
 
+def test_whole_models_of_huggingface_answer_beside_the_deltas(encoder, deltas, tmp_path):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(encoder.name, num_labels=2).eval()
+    model.save_pretrained(tmp_path / "mine")
+    AutoTokenizer.from_pretrained(encoder.name).save_pretrained(tmp_path / "mine")
+    made = Registry(Pipeline(encoder))
+    made.load(deltas)
+    assert [found.name for found in made.load_models(tmp_path)] == ["mine"]
+    requests = [Request(name, {"text": "the cat was good"}, logits=True) for name in ("mood", "mine")]
+    _, answer = made.pipeline.answer(requests)
+    with torch.no_grad():
+        expected = model(**encoder.tokenizer("the cat was good", return_tensors="pt")).logits[0]
+    assert answer.answer["logits"] == pytest.approx(expected.tolist(), abs=1e-5)
+    with pytest.raises(NotFound, match="no export in"):
+        made.load_models(deltas)
+
+
 def test_exports_answer_beside_the_deltas(encoder, deltas, tmp_path):
     from bertology_serve.export.exporting import export_delta
     from bertology_serve.export.spec import ExportSpec

@@ -1,10 +1,13 @@
-"""Heads give what HuggingFace's task models give, for every family and task."""
+"""Heads give what HuggingFace's task models give, for every family and task, in float64."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
@@ -12,17 +15,23 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from bertology_serve.errors import FormatError, SpecError
+from bertology_serve.errors import FormatError, SpecError, Unsupported
+from bertology_serve.tasks import forms
 from bertology_serve.tasks.heads import Head, head_form, pool
 from bertology_serve.tasks.spec import TaskSpec
 
 H = 24
 SIZE = {"vocab_size": 40, "hidden_size": H, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 OPTIONS = {
-    "bert": {},
-    "roberta": {},
-    "xlm-roberta": {},
-    "camembert": {},
+    **{family: {} for family in (*forms.POOLER, *forms.ROBERTA_LIKE)},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "jina_embeddings_v3": {"position_embedding_type": "absolute"},
+    "rembert": {"input_embedding_size": 16},
+    "albert": {"embedding_size": 16},
+    "big_bird": {"attention_type": "original_full"},
+    "roformer": {"hidden_act": "relu"},
+    "longformer": {"attention_window": 4},
+    "eurobert": {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "mask_token_id": 4},
     "electra": {"embedding_size": 16},
     "distilbert": {"dim": H, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
     "mpnet": {},
@@ -38,8 +47,15 @@ TASKS = {
     "question-answering": (AutoModelForQuestionAnswering, TaskSpec("question-answering")),
     "multiple-choice": (AutoModelForMultipleChoice, TaskSpec("multiple-choice")),
 }
-# transformers has no DebertaForMultipleChoice
-PAIRS = [(family, task) for family in OPTIONS for task in TASKS if (family, task) != ("deberta", "multiple-choice")]
+LACKING = {"question-answering": forms.NO_ANSWERS, "multiple-choice": forms.NO_CHOICE}
+PAIRS = [
+    (family, task)
+    for family in OPTIONS
+    for task in TASKS
+    if family in CONFIG_MAPPING
+    and family not in LACKING.get(task, ())
+    and (family not in forms.TAGS_ONLY or task == "token-classification")
+]
 IDS = torch.tensor([[2, 5, 6, 7, 3], [2, 9, 8, 11, 3], [2, 4, 10, 12, 3]])
 
 
@@ -50,7 +66,7 @@ def task_model(family, task, **options):
     config = AutoConfig.for_model(family, **{**size, **OPTIONS[family], **options})
     config.num_labels = max(spec.outputs, 1)
     torch.manual_seed(0)
-    model = auto.from_config(config).eval()
+    model = auto.from_config(config).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -63,7 +79,7 @@ def form_of(model, spec):
 
 def ours_and_theirs(model, spec):
     """Our head's output on the model's own hidden rows, and the model's logits, both [n, C]."""
-    head = Head.build(form_of(model, spec), {}).eval()
+    head = Head.build(form_of(model, spec), {}).double().eval()
     state = model.state_dict()
     head.load({name: state[name] for name, _, _ in head.named()})
     ids = IDS.clamp(max=model.config.vocab_size - 1)
@@ -83,7 +99,20 @@ def ours_and_theirs(model, spec):
 def test_logits_equal_those_of_the_task_model(family, task):
     ours, theirs = ours_and_theirs(*task_model(family, task))
     assert theirs.abs().max() > 0.01
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+def test_a_family_is_proven_above_or_refused_by_name():
+    assert set(OPTIONS) == {*forms.FAMILIES, *forms.TAGS_ONLY}
+    for family, kind in (
+        ("longformer", "classification"),
+        ("luke", "token-classification"),
+        ("gte", "multiple-choice"),
+    ):
+        spec = TaskSpec(kind, LABELS if kind != "multiple-choice" else ())
+        with pytest.raises(Unsupported, match=rf"transformers' head of {family} for {kind} is not known here.*linear"):
+            head_form(family, family, spec, H, {})
+        assert head_form(family, family, replace(spec, head="linear"), H, {})
 
 
 @pytest.mark.parametrize(("family", "task"), PAIRS)
@@ -147,7 +176,6 @@ def test_dropout_only_in_training():
 def test_linear_head_is_one_layer_and_embeddings_have_none():
     spec = TaskSpec("classification", LABELS, head="linear")
     assert [dense.path for dense in head_form("bert", "bert", spec, H, {})] == ["classifier"]
-    assert [dense.path for dense in head_form("unheard-of", "x", TaskSpec("regression"), H, {})] == ["classifier"]
     rows = torch.randn(2, H)
     embedding = Head.build(head_form("bert", "bert", TaskSpec("embedding", head="none"), H, {}), {})
     assert torch.equal(embedding(rows), rows)

@@ -1,0 +1,134 @@
+"""LoRA that sentence-transformers saved answers here with its pooling, of its length, with or without norm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from bertology_serve.deltas import store
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.errors import FormatError, Unsupported
+from tests import tiny
+
+TEXT = "the cat was very good , not bad"
+MODULES = "sentence_transformers.models."
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*", "ignore:.*sentence_transformers.*")
+
+
+def written(directory: Path, base: Path, pooling: dict[str, Any], *, normalize: bool) -> Any:
+    """An adapter in sentence-transformers' layout, as its versions 2 to 5 write it; returns peft's model."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="FEATURE_EXTRACTION", target_modules=["query"], init_lora_weights=False)
+    model = peft.get_peft_model(transformers.AutoModel.from_pretrained(base), config).eval()
+    model.save_pretrained(directory)
+    listed = [("", "Transformer"), ("1_Pooling", "Pooling"), *([("2_Normalize", "Normalize")] if normalize else [])]
+    modules = [{"idx": i, "name": str(i), "path": path, "type": MODULES + kind}
+               for i, (path, kind) in enumerate(listed)]  # fmt: skip
+    (directory / "1_Pooling").mkdir()
+    (directory / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **pooling}))
+    (directory / "modules.json").write_text(json.dumps(modules))
+    return model
+
+
+def vector(encoder: Encoder, delta: Delta) -> Tensor:
+    pipeline = Pipeline(encoder)
+    pipeline.add(delta)
+    (answer,) = pipeline.answer([Request(delta.name, {"text": TEXT})])
+    return torch.tensor(answer.answer["embedding"])
+
+
+def pooled(rows: Tensor, mode: str) -> Tensor:
+    """sentence-transformers' definition, for the rows [T, H] of one text."""
+    return {"cls": rows[0], "max": rows.amax(0), "mean": rows.mean(0)}[mode]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "config"),
+    [
+        ("cls", {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}),
+        ("max", {"pooling_mode_cls_token": False, "pooling_mode_max_tokens": True}),
+        ("mean", {"pooling_mode_mean_tokens": True}),
+        ("cls", {"pooling_mode": "cls", "include_prompt": True}),
+        ("max", {"pooling_mode": ["max"]}),
+    ],
+)
+def test_pooling_and_length_are_those_of_the_directory(
+    tmp_path: Path, mode: str, config: dict[str, Any], normalize: bool
+) -> None:
+    encoder = tiny.encoder("bert", tmp_path / "base")
+    model = written(tmp_path / "x", tmp_path / "base", config, normalize=normalize).double()
+    delta = encoder.read_delta(tmp_path / "x")
+    assert (delta.task.pooling, delta.task.normalize) == (mode, normalize)
+    with torch.no_grad():
+        rows = model(**encoder.tokenizer(TEXT, return_tensors="pt")).last_hidden_state[0]
+    expected = pooled(rows, mode)
+    expected = expected / expected.norm() if normalize else expected
+    assert (vector(encoder, delta).double() - expected).abs().max() < 1e-6 * max(1.0, float(expected.abs().max()))
+
+
+def test_without_its_list_the_pooling_is_read_all_the_same(tmp_path: Path) -> None:
+    encoder = tiny.encoder("bert", tmp_path / "base")
+    written(tmp_path / "x", tmp_path / "base", {"pooling_mode_cls_token": True}, normalize=False)
+    (tmp_path / "x" / "modules.json").unlink()
+    task = encoder.read_delta(tmp_path / "x").task
+    assert (task.pooling, task.normalize) == ("cls", False)
+    (tmp_path / "x" / "1_Pooling" / "config.json").unlink()
+    task = encoder.read_delta(tmp_path / "x").task
+    assert (task.pooling, task.normalize) == ("mean", True)  # peft alone says nothing
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, "pooling by lasttoken is not computed here"),
+        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "cls and mean"),
+        ("1_Pooling/config.json", [], "holds a list"),
+        ("modules.json", [{"type": "x.Transformer"}, {"type": "x.Pooling"}, {"type": "x.Dense"}], "lists .*Dense"),
+        ("modules.json", [{"type": "x.Transformer"}, {"type": "x.Pooling", "path": "/etc"}], "cannot read /etc"),
+        ("modules.json", {}, "no list of modules"),
+        ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case"),
+        ("config_sentence_transformers.json", {"prompts": {"q": "query: "}, "default_prompt_name": "q"}, "'query: '"),
+    ],
+)
+def test_what_is_not_computed_alike_is_refused(tmp_path: Path, file: str, values: Any, message: str) -> None:
+    encoder = tiny.encoder("bert", tmp_path / "base")
+    written(tmp_path / "x", tmp_path / "base", {"pooling_mode_cls_token": True}, normalize=False)
+    (tmp_path / "x" / file).write_text(json.dumps(values))
+    with pytest.raises((Unsupported, FormatError), match=message):
+        encoder.read_delta(tmp_path / "x")
+
+
+def test_texts_are_cut_where_the_directory_cuts_them(tmp_path: Path) -> None:
+    encoder = tiny.encoder("bert", tmp_path / "base")
+    written(tmp_path / "x", tmp_path / "base", {"pooling_mode_cls_token": True}, normalize=False)
+    assert encoder.read_delta(tmp_path / "x").task.max_length == encoder.max_tokens
+    (tmp_path / "x" / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 20}))
+    assert encoder.read_delta(tmp_path / "x").task.max_length == 20
+    (tmp_path / "x" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 10}))
+    assert encoder.read_delta(tmp_path / "x").task.max_length == 10
+
+
+@pytest.mark.parametrize("mode", ["cls", "max", "mean"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_library_itself_gives_the_same(tmp_path: Path, mode: str, normalize: bool) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    models = pytest.importorskip("sentence_transformers.models")
+    encoder = tiny.encoder("bert", tmp_path / "base")
+    parts = [models.Transformer(str(tmp_path / "base")), models.Pooling(32, pooling_mode=mode)]
+    model = library.SentenceTransformer(modules=parts + ([models.Normalize()] if normalize else []), device="cpu")
+    torch.manual_seed(0)
+    model.add_adapter(peft.LoraConfig(target_modules=["query", "value"], init_lora_weights=False))
+    model.save_pretrained(str(tmp_path / "x"), create_model_card=False)
+    delta = store.load(tmp_path / "x", encoder.anatomy, base=encoder.ref, options=encoder.config.to_dict())
+    expected = torch.from_numpy(model.encode(TEXT))
+    assert (vector(encoder, delta) - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
