@@ -72,8 +72,12 @@ def test_the_first_bad_item_is_what_a_call_hears_of(pipeline):
         ({"max_items": 2}, 3, "holds 3 items; at most 2"),
         ({"max_text_characters": 5}, 1, "field 'text' holds 16 characters; at most 5"),
         ({"max_item_tokens": 4}, 1, "6 tokens, all windows or choices together; at most 4"),
-        ({"max_item_tokens": 10, "max_queue_tokens": 20}, 4, "the call holds 24 tokens; at most 20"),
-        ({"max_item_tokens": 10, "max_delta_tokens": 20}, 4, "the call holds 24 tokens for one delta; at most 20"),
+        ({"max_item_tokens": 10, "max_queue_tokens": 20}, 4, "the call holds 24 tokens or more; at most 20"),
+        (
+            {"max_item_tokens": 10, "max_delta_tokens": 20},
+            4,
+            "the call holds 24 tokens for one delta or more; at most 20",
+        ),
     ],
 )
 def test_limits(pipeline, options, count, message):
