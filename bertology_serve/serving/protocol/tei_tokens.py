@@ -10,7 +10,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Request
 from bertology_serve.errors import DataError, LimitError, Unsupported
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.protocol.bodies import decode, encode, encode_list, shown
+from bertology_serve.serving.protocol.bodies import decode, encode_list, shown
 from bertology_serve.serving.protocol.tei import Body, TeiCall
 from bertology_serve.serving.sizes import check_items, check_size
 from bertology_serve.tasks.encoding import encode_text
@@ -56,7 +56,7 @@ def tokenize(value: Body, tokenizer: Any, config: ServerConfig) -> bytes:
         left -= len(tokens)
         if left < 0:
             raise _too_many(config)
-        rows.append(encode(tokens))
+        rows.append(encode_list(tokens))
     return b"[" + b",".join(rows) + b"]"
 
 
