@@ -300,8 +300,7 @@ class Connection(asyncio.Protocol):
         self._writable = None
         if self.now is State.WRITE:
             self._enter_call()
-            if self.now is State.BODY:
-                self.go_on()
+            self.go_on()
 
     # what the parser tells
 
