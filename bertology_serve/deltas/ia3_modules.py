@@ -75,15 +75,15 @@ def ia3_delta(tensors: Tensors, anatomy: Anatomy, prefix: str) -> tuple[Ia3Spec,
         raise FormatError("the checkpoint holds no IA3 tensors; expected ...ia3_l")
     slots = [slot for slot in anatomy.slots.values() if slot.name in LINEAR_SLOTS and slot.part is None]
     places = {path: slot for slot in slots for path in slot.paths if path is not None}
-    outer, inner, own = dict[str, None](), dict[str, None](), {}
+    outer, inner, own = set[str](), set[str](), {}
     for name, factors in found.items():
         module = name.removeprefix(prefix).removesuffix(LEAF)
         path = next((p for p in (module, module.removeprefix(f"{anatomy.prefix}.")) if p in places), None)
         if path is None or factors.dim() != 2 or 1 not in factors.shape:
             raise Unsupported(f"{name[:120]!r} is no IA3 on a linear projection of a layer; {MERGE}")
-        (outer if factors.shape[1] == 1 else inner)[places[path].name] = None
+        (outer if factors.shape[1] == 1 else inner).add(places[path].name)
         own[path + LEAF] = factors
-    spec = Ia3Spec(tuple(outer), tuple(inner))
+    spec = Ia3Spec(*(tuple(name for name in anatomy.slots if name in names) for names in (outer, inner)))
     blank = write_ia3(_ones(spec, anatomy), spec, anatomy, "")
     return spec, {f"ia3.{name}": stack for name, stack in read_ia3({**blank, **own}, spec, anatomy, "").items()}
 

@@ -16,7 +16,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction
 from bertology_serve.encoder.pipeline import Request as Item
 from bertology_serve.errors import Forbidden
-from bertology_serve.serving.answering import Answering, of_one_version
+from bertology_serve.serving.answering import Answering, of_one_version, size_of
 from bertology_serve.serving.gate import access_of
 from bertology_serve.serving.http import (
     BINARY,
@@ -50,24 +50,28 @@ class Handlers:
     async def predict(self, request: Request) -> Response:
         """POST /predict, in this project's shape or in TEI's"""
         body = await self._body(request)
-        if native.is_tei(body):
+        aside, most = self.engine.aside, self.config.max_items
+        if await aside(len(body), lambda: native.is_tei(body)):
             return await self.tei.call(request, PREDICT, body)
-        call = native.read_call(body)
+        call = await aside(len(body), lambda: native.read_call(body, most))
 
         async def answer() -> Response:
             found = await self._answer(request, call.requests)
-            return answer_response(native.write_answers(call, found), found)
+            content = await aside(size_of(found), lambda: native.write_answers(call, found))
+            return answer_response(content, found)
 
         return await of_one_version(answer)
 
     async def task(self, request: Request) -> Response:
         """POST /models/{delta}"""
         body = await self._body(request)
+        aside, most = self.engine.aside, self.config.max_items
 
         async def answer() -> Response:
-            call = hf.read_task(body, self._named(request))
+            delta = self._named(request)
+            call = await aside(len(body), lambda: hf.read_task(body, delta, most))
             found = await self._answer(request, call.requests)
-            return answer_response(hf.write_task(call, found), found)
+            return answer_response(await aside(size_of(found), lambda: hf.write_task(call, found)), found)
 
         return await of_one_version(answer)
 
@@ -75,12 +79,13 @@ class Handlers:
         """POST /v2/models/{delta}[/versions/{version}]/infer"""
         self._named(request)  # an unknown name is told before the body is read
         body, length = await self._body(request), header_length(request)
-        find = partial(self.answering.find, access_of(request.scope))
+        find, aside = partial(self.answering.find, access_of(request.scope)), self.engine.aside
 
         async def answer() -> Response:
-            call = oip.read_infer(body, length, self._named(request), find, self.config.max_items)
+            delta = self._named(request)
+            call = await aside(len(body), lambda: oip.read_infer(body, length, delta, find, self.config.max_items))
             found = await self._answer(request, call.requests, call.seconds, priority=call.priority)
-            content, json_length = oip.write_infer(call, found)
+            content, json_length = await aside(size_of(found), lambda: oip.write_infer(call, found))
             if json_length is None:
                 return answer_response(content, found)
             return answer_response(content, found, BINARY, {JSON_LENGTH: str(json_length)})
@@ -90,8 +95,8 @@ class Handlers:
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings"""
         body = await self._body(request)
-        access = access_of(request.scope)
-        tokens = 0
+        access, aside = access_of(request.scope), self.engine.aside
+        find, tokens = partial(self.answering.find, access), 0
 
         def charge(cost: int) -> None:
             nonlocal tokens
@@ -99,9 +104,10 @@ class Handlers:
             tokens = cost
 
         async def answer() -> Response:
-            call = openai.read_embeddings(body, partial(self.answering.find, access))
-            predictions = await self._answer(request, call.requests, charge=charge)
-            return answer_response(openai.write_embeddings(call, predictions, tokens), predictions)
+            call = await aside(len(body), lambda: openai.read_embeddings(body, find, self.config.max_items))
+            found = await self._answer(request, call.requests, charge=charge)
+            content = await aside(size_of(found), lambda: openai.write_embeddings(call, found, tokens))
+            return answer_response(content, found)
 
         return await of_one_version(answer)
 

@@ -314,7 +314,7 @@ QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_"
         ({f"{QUERY}A.weight": torch.zeros(4, 31)}, r"expected \[r, 32\]"),
         ({f"{QUERY}A.weight": torch.zeros(0, 32), f"{QUERY}B.weight": torch.zeros(32, 0)}, r"expected \[r, 32\]"),
         ({f"{QUERY}A.weight": torch.zeros(4)}, r"expected \[r, 32\]"),
-        ({f"{QUERY}magnitude_vector": torch.zeros(4)}, "no plain LoRA"),
+        ({f"{QUERY}magnitude_vector": torch.zeros(4)}, "convert it with"),
         ({"evil": torch.zeros(4)}, "belongs to no method"),
         ({"base_model.model.evil": torch.zeros(4)}, "unknown tensor 'evil'"),
         ({"base_model.model.classifier.weight": None, "base_model.model.classifier.bias": None}, "holds no classifier"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import resource
 import signal
 import socket
 
@@ -7,7 +9,7 @@ import httpx
 import pytest
 
 from bertology_serve.errors import InputError
-from bertology_serve.serving.binding import bind, url_of
+from bertology_serve.serving.binding import KEPT, LEAST, bind, room_for, url_of
 from bertology_serve.serving.server import _taken
 from tests.serving.running import running, wait
 
@@ -42,6 +44,46 @@ def test_url_of_a_socket_of_version_6():
         assert url_of(bound) == f"http://[::1]:{bound.getsockname()[1]}"
 
 
+@pytest.mark.parametrize(
+    ("limits", "room", "raised"),
+    [
+        ((10_000, 10_000), 100, None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 100, None),
+        ((90, 10_000), 100, "enough"),
+        ((90, resource.RLIM_INFINITY), 100, "enough"),
+        ((90, 120), "less", 120),
+        ((10, 10), LEAST, None),
+    ],
+)
+def test_there_are_fewer_connections_than_descriptors(limits, room, raised, monkeypatch, caplog):
+    """So that connections take none from files, and from executors that are started again."""
+    monkeypatch.setattr(os, "listdir", lambda _: ["0"] * 20)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    told = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: told.append(pair))
+    found = room_for(100)
+    assert found == (120 - 20 - KEPT if room == "less" else room)
+    most = 20 + KEPT + 100 if raised == "enough" else raised
+    assert told == ([] if raised is None else [(most, limits[1])])
+    assert ("room for" in caplog.text) == (found < 100)
+
+
+def test_half_dead_connections_shut_nobody_out(pipeline):
+    with running(pipeline, max_connections=16) as started:
+        url, lines = httpx.URL(started.url), list[socket.socket]()
+        assert started.client.get("/health").status_code == 200
+        for number in range(100):
+            lines.append(socket.create_connection((url.host, url.port), timeout=20))
+            lines[-1].sendall((b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n", b"GET")[number % 2])
+        with httpx.Client(base_url=started.url, timeout=20) as other:
+            for _ in range(3):
+                assert other.get("/health").status_code == 200
+                assert other.post("/predict", json={"delta": "mood", "text": "cat"}).status_code == 200
+        wait(lambda: len(started.server.config.http_protocol_class.crowd) <= 16)
+        for line in lines:
+            line.close()
+
+
 def test_signals_drain_then_stop_then_give_up(pipeline):
     with running(pipeline, drain_seconds=60.0) as started:
         server = started.server
@@ -55,7 +97,7 @@ def test_signals_drain_then_stop_then_give_up(pipeline):
 
 def test_connections_rest_longer_than_load_balancers_let_them(pipeline):
     with running(pipeline) as started:
-        assert started.server.config.timeout_keep_alive > 60
+        assert started.server.config.http_protocol_class.keep_alive > 60
 
 
 def test_connections_that_wait_to_be_accepted_are_taken_before_the_socket_closes():

@@ -7,6 +7,7 @@ unless told otherwise, as base64 of little-endian float32.
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,10 @@ import numpy as np
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
-from bertology_serve.serving.protocol.bodies import decode, encode, shown
+from bertology_serve.serving.protocol.bodies import decode, encode, encode_list, shown
 from bertology_serve.serving.protocol.hf_options import Options
 from bertology_serve.serving.protocol.hf_shapes import embedding
+from bertology_serve.serving.sizes import check_items
 from bertology_serve.tasks.spec import EMBEDDING
 
 FORMATS = ("float", "base64")
@@ -35,8 +37,10 @@ class EmbeddingsCall:
     base64: bool
 
 
-def read_embeddings(body: bytes, find: Callable[[str], Delta]) -> EmbeddingsCall:
-    """A call of ``POST /v1/embeddings``. Raises DataError, NotFound, and Unsupported for token ids and other tasks."""
+def read_embeddings(body: bytes, find: Callable[[str], Delta], most: float = math.inf) -> EmbeddingsCall:
+    """A call of ``POST /v1/embeddings``. Raises DataError, NotFound, Unsupported for token ids and other tasks, and
+    LimitError for more than ``most`` texts.
+    """
     value: Any = decode(body)
     if not isinstance(value, dict):
         raise DataError(f"the body is {shown(value)}; expected an object with 'model' and 'input'")
@@ -52,7 +56,7 @@ def read_embeddings(body: bytes, find: Callable[[str], Delta]) -> EmbeddingsCall
     options = Options(normalize=unit, unit=unit, dimensions=_dimensions(value.get("dimensions")))
     requests = [
         Request(delta.name, {"text": text}, where=f"input[{index}]", version=delta.version)
-        for index, text in enumerate(_texts(value.get("input")))
+        for index, text in enumerate(_texts(value.get("input"), most))
     ]
     return EmbeddingsCall(delta, requests, options, wanted == "base64")
 
@@ -66,7 +70,8 @@ def write_embeddings(call: EmbeddingsCall, predictions: Sequence[Prediction], to
             vector = base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
         data.append({"object": "embedding", "index": index, "embedding": vector})
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return encode({"object": "list", "data": data, "model": call.delta.name, "usage": usage})
+    rest = encode({"model": call.delta.name, "usage": usage})
+    return b'{"object":"list","data":' + encode_list(data) + b"," + rest[1:]
 
 
 def describe(delta: Delta, started: int) -> dict[str, Any]:
@@ -75,10 +80,11 @@ def describe(delta: Delta, started: int) -> dict[str, Any]:
             "parent": None if delta.name == "base" else "base"}  # fmt: skip
 
 
-def _texts(value: Any) -> list[str]:
+def _texts(value: Any, most: float) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts:
         raise DataError(f"field 'input' is {shown(value)}; expected a text or a list of texts")
+    check_items(len(texts), most)
     for text in texts:
         if isinstance(text, int | list) and not isinstance(text, bool):
             raise Unsupported("field 'input' holds token ids, which belong to another tokenizer; send texts")
