@@ -8,6 +8,7 @@ from typing import Any
 
 from bertology_serve import __version__
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.errors import DataError
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -48,17 +49,34 @@ LISTS = ("tokens", "choices")
 INPUTS = tuple(dict.fromkeys(name for inputs in _INPUTS.values() for name in inputs))
 
 
-def record_of(delta: Delta, row: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """One row's texts by input name as the record that the delta's task reads; empty texts count as absent."""
-    names = _GENERAL.get(delta.task.kind, {})
+def record_of(delta: Delta, row: Mapping[str, Sequence[str]], where: str) -> dict[str, Any]:
+    """One row's texts by input name as the record that the delta's task reads; empty texts count as absent.
+
+    DataError for texts that the task would not read: nothing that was sent is left out of an answer.
+    """
+    kind = delta.task.kind
+    names = dict(zip(_INPUTS[kind], _INPUTS[kind], strict=True)) | _GENERAL.get(kind, {})
     record: dict[str, Any] = {}
     for name, texts in row.items():
-        field = names.get(name, name)
-        if field in LISTS:
-            record.setdefault(field, list(texts))
-        elif texts:
-            record.setdefault(field, texts[0])
+        if not texts:
+            continue
+        field = names.get(name)
+        if field is None:
+            raise DataError(f"{where}: {kind} reads no input {name!r}; expected {', '.join(names)}")
+        if field in record or {field, *record} >= {"text", "tokens"}:
+            raise DataError(f"{where}: input {name!r} repeats what another input says; send one of them")
+        record[field] = list(texts) if field in LISTS else only(texts, name, where)
     return record
+
+
+def only(texts: Sequence[str], name: str, where: str) -> str:
+    """The text of a row that may hold one; DataError where it holds more."""
+    if len(texts) > 1:
+        raise DataError(
+            f"{where}: input {name!r} holds {len(texts)} texts; expected one: shape [n] for n items, "
+            "the second text of a pair in 'text_pair'"
+        )
+    return texts[0]
 
 
 def outputs_of(delta: Delta) -> dict[str, Field]:

@@ -30,7 +30,7 @@ def read_infer(asked: Any) -> tuple[InferRequest, list[bytes | None]]:
     inputs = [
         InputTensor(
             tensor.name, list(tensor.shape), tensor.datatype, parameters_of(tensor.parameters),
-            None if raw else _texts(tensor),
+            None if raw and not tensor.HasField("contents") else _texts(tensor),
         )
         for tensor in asked.inputs
     ]  # fmt: skip

@@ -87,7 +87,11 @@ def test_typed_contents_as_other_clients_send_them(served):
         request.inputs[0].contents.bytes_contents[0] = b"\xff"
         with pytest.raises(grpc.RpcError, match="not UTF-8"):
             infer(request, metadata=(("x-api-key", USER),), timeout=20)
-        request.raw_input_contents.extend([b"", b""])
+        request.inputs[0].contents.bytes_contents[0] = b"typed"
+        request.raw_input_contents.append(b"\x03\x00\x00\x00raw")
+        with pytest.raises(grpc.RpcError, match="send one of them"):
+            infer(request, metadata=(("x-api-key", USER),), timeout=20)
+        request.raw_input_contents.append(b"")
         with pytest.raises(grpc.RpcError, match="2 entries for 1 inputs"):
             infer(request, metadata=(("x-api-key", USER),), timeout=20)
 
