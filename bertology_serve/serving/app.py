@@ -143,6 +143,8 @@ def make_routes(handlers: Handlers, management: Management, metrics: Metrics) ->
         get(f"{model}{version}/stats", h.statistics),
         get(model, h.oip_model),
         get(f"{model}{version}", h.oip_model),
+        get(f"{model}/config", h.oip_config),
+        get(f"{model}{version}/config", h.oip_config),
         get(f"{model}/ready", h.oip_model_ready),
         get(f"{model}{version}/ready", h.oip_model_ready),
         get("/v2", h.server),

@@ -172,6 +172,10 @@ class Handlers:
         """GET /v2/models/{delta}[/versions/{version}]"""
         return json_response(oip_model.metadata(self._named(request)))
 
+    async def oip_config(self, request: Request) -> Response:
+        """GET /v2/models/{delta}[/versions/{version}]/config"""
+        return json_response(oip_model.config(self._named(request)))
+
     async def statistics(self, request: Request) -> Response:
         """GET /v2/models/stats and /v2/models/{delta}[/versions/{version}]/stats"""
         deltas = [self._named(request)] if "delta" in request.path_params else self._visible(request)

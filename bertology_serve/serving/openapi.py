@@ -68,6 +68,7 @@ def _paths() -> dict[str, Any]:
     item, model = _ref("Item"), _ref("Model")
     infer = _post("Infer (Open Inference Protocol v2)", _ref("InferRequest"), _ref("InferResponse"), binary=True)
     about = _get("Metadata of a delta", _ref("ModelMetadata"), _UNKNOWN)
+    config = _get("Configuration of a delta", {"type": "object"}, _UNKNOWN)
     done = _get("What a delta has done", {"type": "object"}, _UNKNOWN)
     is_ready = _get("Readiness", {"type": "object"}, _UNKNOWN, _BUSY)
     paths = {
@@ -92,6 +93,7 @@ def _paths() -> dict[str, Any]:
             for version in ("", "/versions/{version}")
             for end, method, operation in (
                 ("", "get", about),
+                ("/config", "get", config),
                 ("/ready", "get", is_ready),
                 ("/stats", "get", done),
                 ("/infer", "post", infer),

@@ -19,7 +19,8 @@ from bertology_serve.tasks.spec import (
 )
 
 PLATFORM = "bertology_packed"
-EXTENSIONS = ("binary_tensor_data", "model_repository", "statistics")
+EXTENSIONS = ("binary_tensor_data", "model_repository", "model_configuration", "statistics")
+_TYPES = {"BYTES": "TYPE_STRING", "FP32": "TYPE_FP32", "INT64": "TYPE_INT64"}  # as NVIDIA's configurations name them
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,28 @@ def metadata(delta: Delta) -> dict[str, Any]:
         "outputs": outputs,
         "parameters": {"task": delta.task.kind, "max_length": delta.task.max_length},
     }
+
+
+def config(delta: Delta) -> dict[str, Any]:
+    """The answer to ``GET /v2/models/{name}/config``: what NVIDIA's ``ModelConfig`` can say of a delta.
+
+    ``max_batch_size`` is 0: ``dims`` are whole shapes, as in the metadata, and the server batches by itself.
+    """
+    known = metadata(delta)
+    always = () if delta.task.kind == TOKEN_CLASSIFICATION else ("text",)
+    return {
+        "name": delta.name,
+        "platform": PLATFORM,
+        "backend": "",
+        "max_batch_size": 0,
+        "input": [_configured(tensor) | {"optional": tensor["name"] not in always} for tensor in known["inputs"]],
+        "output": [_configured(tensor) for tensor in known["outputs"]],
+        "parameters": {name: {"string_value": str(value)} for name, value in known["parameters"].items()},
+    }
+
+
+def _configured(tensor: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": tensor["name"], "data_type": _TYPES[tensor["datatype"]], "dims": tensor["shape"]}
 
 
 def server_metadata() -> dict[str, Any]:

@@ -62,8 +62,8 @@ class Service:
         """What a gRPC server takes."""
         methods = {
             "ServerLive": self.live, "ServerReady": self.ready, "ServerMetadata": self.server,
-            "ModelReady": self.model_ready, "ModelMetadata": self.model, "ModelInfer": self.infer,
-            "ModelStatistics": self.statistics, "RepositoryIndex": self.index,
+            "ModelReady": self.model_ready, "ModelMetadata": self.model, "ModelConfig": self.config,
+            "ModelInfer": self.infer, "ModelStatistics": self.statistics, "RepositoryIndex": self.index,
             "RepositoryModelLoad": self.load, "RepositoryModelUnload": self.unload,
         }  # fmt: skip
         return grpc.method_handlers_generic_handler(
@@ -120,8 +120,11 @@ class Service:
         return message("ServerMetadataResponse")(**known)
 
     async def model_ready(self, asked: Any, access: Access, context: Any) -> Any:
-        """Whether a delta answers; as over HTTP an unknown one is not found."""
-        self._find(access, asked)
+        """Whether a delta answers; an unknown one is not ready, as NVIDIA's server says."""
+        try:
+            self._find(access, asked)
+        except NotFound:
+            return message("ModelReadyResponse")(ready=False)
         return message("ModelReadyResponse")(ready=self._answering.engine.ready)
 
     async def model(self, asked: Any, access: Access, context: Any) -> Any:
@@ -129,6 +132,10 @@ class Service:
         known = oip_model.metadata(self._find(access, asked))
         del known["parameters"]
         return message("ModelMetadataResponse")(**known)
+
+    async def config(self, asked: Any, access: Access, context: Any) -> Any:
+        """A delta's configuration."""
+        return codec.config(oip_model.config(self._find(access, asked)))
 
     async def statistics(self, asked: Any, access: Access, context: Any) -> Any:
         """What a delta, or every one, has done."""

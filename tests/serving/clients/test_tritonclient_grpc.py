@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
 from bertology_serve.encoder.pipeline import Pipeline
@@ -102,13 +103,41 @@ def test_statistics_and_the_repository(client):
     assert stats.inference_count == stats.inference_stats.success.count >= 2
     assert len(client.get_inference_statistics(headers=HEADERS).model_stats) == len(DELTAS) + 1
     client.unload_model("grade", headers=HEADERS)
-    with pytest.raises(InferenceServerException, match="no delta 'grade'"):
-        client.is_model_ready("grade", headers=HEADERS)
+    assert not client.is_model_ready("grade", headers=HEADERS)
     client.load_model("grade", config='{"version": "1"}', headers=HEADERS)
     index = {one.name: one.state for one in client.get_model_repository_index(headers=HEADERS).models}
     assert index["grade"] == "READY"
     with pytest.raises(InferenceServerException, match="files are not taken"):
         client.load_model("grade", config="{}", files={"file:1/delta.json": b"{}"}, headers=HEADERS)
+
+
+def test_the_configuration(client):
+    config = client.get_model_config("names", headers=HEADERS).config
+    assert (config.name, config.platform, config.max_batch_size) == ("names", "bertology_packed", 0)
+    assert [(one.name, one.data_type, list(one.dims), one.optional) for one in config.input] == [
+        ("text", model_config_pb2.TYPE_STRING, [-1], True),
+        ("tokens", model_config_pb2.TYPE_STRING, [-1, -1], True),
+    ]
+    assert config.parameters["task"].string_value == "token-classification"
+    scores = {one.name: one for one in client.get_model_config("mood", headers=HEADERS).config.output}["scores"]
+    assert (scores.data_type, list(scores.dims)) == (model_config_pb2.TYPE_FP32, [-1, 3])
+
+
+def test_what_nvidia_s_examples_of_model_control_do(client):
+    """``simple_grpc_model_control`` step by step, but for a batch size that nobody can set here."""
+    client.load_model("sense", headers=HEADERS)
+    assert client.is_model_ready("sense", headers=HEADERS)
+    for config in ('"parameters": {"config": {{"max_batch_size": "16"}}}', '{"max_batch_size":"16"}'):
+        with pytest.raises(InferenceServerException, match="failed to load"):
+            client.load_model("sense", headers=HEADERS, config=config)
+    client.unload_model("sense", headers=HEADERS)
+    assert not client.is_model_ready("sense", headers=HEADERS)
+    with pytest.raises(InferenceServerException, match="files are not taken"):
+        client.load_model("sense", headers=HEADERS, config="{}", files={"file:" + "A" * 256: b"a"})
+    assert client.is_server_live()
+    with pytest.raises(InferenceServerException, match="failed to load 'wrong_model_name'"):
+        client.load_model("wrong_model_name", headers=HEADERS)
+    client.load_model("sense", headers=HEADERS)
 
 
 @pytest.mark.parametrize(

@@ -37,4 +37,6 @@ def test_the_general_pair_of_texts_serves_every_task(registry):
 
 
 def test_server_metadata():
-    assert oip_model.server_metadata()["extensions"] == ["binary_tensor_data", "model_repository", "statistics"]
+    assert oip_model.server_metadata()["extensions"] == [
+        "binary_tensor_data", "model_repository", "model_configuration", "statistics",
+    ]  # fmt: skip
