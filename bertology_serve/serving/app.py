@@ -17,7 +17,7 @@ from bertology_serve.errors import BertologyError
 from bertology_serve.serving.answering import Answering
 from bertology_serve.serving.engine import ClientGone, Engine
 from bertology_serve.serving.faults import place_of
-from bertology_serve.serving.gate import Gate
+from bertology_serve.serving.gate import Gate, named, request_id_of
 from bertology_serve.serving.handlers import Handlers
 from bertology_serve.serving.http import problem_response
 from bertology_serve.serving.keys import Keyring
@@ -132,7 +132,12 @@ def make_routes(handlers: Handlers, management: Management, metrics: Metrics) ->
         get("/models/{delta}/info", h.model),
         get("/models/{delta}/health", h.model_health),
         get("/models", h.models),
-        ask("/v1/embeddings", h.embeddings),
+        ask("/v1/embeddings", h.named.embeddings),
+        ask("/v1/rerank", h.named.rerank),
+        ask("/v2/rerank", h.named.rerank),
+        ask("/score", h.named.score),
+        ask("/classify", h.named.classify),
+        ask("/v1/models/{delta}:predict", h.predict_v1),
         get("/v1/models", h.openai_models),
         get("/v1/models/{delta}", h.openai_model),
         get("/v2/health/live", h.live),
@@ -183,7 +188,7 @@ class Guarded:
         """Answers one call."""
         response = await self._response(Request(scope, receive))
         self._metrics.call(response.status_code)
-        await response(scope, receive, send)
+        await named(response, scope)(scope, receive, send)
 
     async def _response(self, request: Request) -> Response:
         path = request.scope["path"]
@@ -194,5 +199,6 @@ class Guarded:
         except (ClientGone, ClientDisconnect):
             return Response(status_code=CLIENT_GONE)
         except Exception as problem:
-            log.error("%s %s raised %s", request.method, path, place_of(problem))
+            call = request_id_of(request.scope)
+            log.error("%s %s raised %s (request %s)", request.method, path, place_of(problem), call)
             return problem_response(problem, path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
+import re
 import time
 from typing import Any
 
@@ -18,7 +20,8 @@ from bertology_serve.serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
 PUBLIC = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
-ACCESS = "bertology.access"
+ACCESS, REQUEST_ID = "bertology.access", "bertology.request_id"
+_SANE = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 class Gate:
@@ -49,8 +52,12 @@ class Gate:
         """Rights, rates and sizes, before anything else."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         size = len(scope["raw_path"]) + len(scope["query_string"])
+        name_of_call = b""
         for name, value in headers:
             size += len(name) + len(value)
+            if name == b"x-request-id" and _SANE.fullmatch(value):
+                name_of_call = value
+        scope[REQUEST_ID] = name_of_call or b"%032x" % random.getrandbits(128)
         try:
             if scope["path"] not in PUBLIC:
                 scope[ACCESS] = access = self._keyring.find(headers)
@@ -68,7 +75,7 @@ class Gate:
                 message = f"the path and headers hold {size} bytes; at most {self._most} are taken"
                 refusal = error_response(message, 431, scope["path"])
         self._metrics.call(refusal.status_code)
-        await refusal(scope, receive, send)
+        await named(refusal, scope)(scope, receive, send)
 
 
 def _unrouted(scope: Scope, problem: HTTPException) -> Response:
@@ -97,10 +104,23 @@ def _noting(scope: Scope, send: Send) -> Send:
         if message["type"] == "http.response.start":
             access: Access | None = scope.get(ACCESS)
             name, path = access.name if access else "", scope["raw_path"].decode("ascii", "replace")
-            logs.call(log, scope["method"], path, message["status"], time.perf_counter() - started, name)
+            seconds = time.perf_counter() - started
+            logs.call(log, scope["method"], path, message["status"], seconds, name, request_id_of(scope))
         await send(message)
 
     return noting
+
+
+def named(response: Response, scope: Scope) -> Response:
+    """The response with the id of its call: the caller's own where it sent a sane one."""
+    response.raw_headers.append((b"x-request-id", scope[REQUEST_ID]))
+    return response
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id of a call. For what lies behind the gate."""
+    found: bytes = scope[REQUEST_ID]
+    return found.decode("ascii")
 
 
 def access_of(scope: Scope) -> Access:

@@ -34,9 +34,9 @@ def problem_response(problem: Exception, path: str) -> Response:
 
 
 def error_response(message: str, status: int, path: str, headers: Mapping[str, str] | None = None) -> Response:
-    """``{"error": message}``; under ``/v1`` an object, as OpenAI's client reads it."""
+    """``{"error": message}``; under ``/v1`` an object, as OpenAI's client reads it, but for KServe's ``:predict``."""
     error: Any = message
-    if path.startswith("/v1/"):
+    if path.startswith("/v1/") and not path.endswith(":predict"):
         kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
         error = {"message": message, "type": kind, "param": None, "code": None}
     return json_response({"error": error}, status, headers)

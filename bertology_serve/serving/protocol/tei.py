@@ -149,8 +149,8 @@ def _pair(item: Any, where: str) -> dict[str, Any]:
 
 def _rerank(value: Body) -> Records:
     texts = value.get("texts")
-    if not isinstance(texts, list) or not texts:
-        raise DataError(f"field 'texts' is {shown(texts)}; expected a list of texts")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"field 'texts' is {shown(texts)}; expected a list of texts and nothing else")
     records = [{"text": value.get("query"), "text_pair": text} for text in texts]
     return records, _places("texts", texts), {"texts": tuple(texts), "with_text": _flag(value, "return_text")}
 
