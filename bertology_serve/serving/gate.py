@@ -14,13 +14,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertology_serve.errors import BertologyError
 from bertology_serve.serving import logs
-from bertology_serve.serving.http import error_response, problem_response
+from bertology_serve.serving.http import REQUEST_ID, error_response, problem_response
 from bertology_serve.serving.keys import Access, Keyring
 from bertology_serve.serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
 PUBLIC = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
-ACCESS, REQUEST_ID = "bertology.access", "bertology.request_id"
+ACCESS, NAMED = "bertology.access", "bertology.request_id"
+_REQUEST_ID = REQUEST_ID.lower().encode()
 _SANE = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -52,12 +53,12 @@ class Gate:
         """Rights, rates and sizes, before anything else."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         size = len(scope["raw_path"]) + len(scope["query_string"])
-        name_of_call = b""
+        given = b""
         for name, value in headers:
             size += len(name) + len(value)
-            if name == b"x-request-id" and _SANE.fullmatch(value):
-                name_of_call = value
-        scope[REQUEST_ID] = name_of_call or b"%032x" % random.getrandbits(128)
+            if name == _REQUEST_ID and _SANE.fullmatch(value):
+                given = value
+        scope[NAMED] = given or b"%032x" % random.getrandbits(128)
         try:
             if scope["path"] not in PUBLIC:
                 scope[ACCESS] = access = self._keyring.find(headers)
@@ -113,13 +114,13 @@ def _noting(scope: Scope, send: Send) -> Send:
 
 def named(response: Response, scope: Scope) -> Response:
     """The response with the id of its call: the caller's own where it sent a sane one."""
-    response.raw_headers.append((b"x-request-id", scope[REQUEST_ID]))
+    response.raw_headers.append((_REQUEST_ID, scope[NAMED]))
     return response
 
 
 def request_id_of(scope: Scope) -> str:
     """The id of a call. For what lies behind the gate."""
-    found: bytes = scope[REQUEST_ID]
+    found: bytes = scope[NAMED]
     return found.decode("ascii")
 
 

@@ -18,7 +18,7 @@ from bertology_serve.serving.protocol.bodies import encode
 
 JSON, BINARY = "application/json", "application/octet-stream"
 JSON_LENGTH = "Inference-Header-Content-Length"
-TIMEOUT, PRIORITY = "X-Request-Timeout-Ms", "X-Request-Priority"
+TIMEOUT, PRIORITY, REQUEST_ID = "X-Request-Timeout-Ms", "X-Request-Priority", "X-Request-Id"
 _JSON_LENGTH, _TIMEOUT, _PRIORITY = (name.lower().encode() for name in (JSON_LENGTH, TIMEOUT, PRIORITY))
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits
 
