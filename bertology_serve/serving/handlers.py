@@ -112,6 +112,7 @@ class Handlers:
             {
                 "name": "bertology-serve",
                 "version": __version__,
+                "status": "alive",  # the liveness of KServe's first protocol
                 "backbone": self.registry.pipeline.encoder.name,
                 "deltas": len(self._visible(request)),
                 "openapi": "/openapi.json",

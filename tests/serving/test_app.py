@@ -110,6 +110,7 @@ def test_the_client_library_of_huggingface(server):
 def test_what_a_person_looks_at(server):
     get = server.client.get
     assert get("/").json()["deltas"] == len(DELTAS) + 1
+    assert get("/").json()["status"] == "alive"
     assert get("/health").json() == {"status": "ready"}
     assert [model["name"] for model in get("/models").json()] == ["base", *sorted(DELTAS)]
     assert get("/models/mood").json() == get("/models/mood/info").json()
