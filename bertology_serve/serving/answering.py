@@ -18,6 +18,7 @@ from bertology_serve.serving.terms import Terms
 from bertology_serve.serving.tiers.cold import Cold
 
 SWAPS = 8
+ONE = ("",)
 T = TypeVar("T")
 
 
@@ -94,6 +95,11 @@ class Answering:
             await self.cold.ensure(names, seconds)
             left = seconds - (time.monotonic() - started)
             return await self.engine.answer(items, replace(terms, seconds=max(left, 1e-3)))
+
+
+def size_of(found: Sequence[Prediction]) -> int:
+    """How much there is to write, about as much work as to read so many characters."""
+    return sum(20 + len(one.answer.get("embedding", one.answer.get("scores", ONE))) for one in found)
 
 
 async def of_one_version(answer: Callable[[], Awaitable[T]]) -> T:

@@ -28,7 +28,9 @@ HELPS = {
     "BERTOLOGY_API_KEYS and BERTOLOGY_ADMIN_KEYS add plain ones. Without keys every route but management is open.",
     "max_header_bytes": "Largest path and headers of a call; beyond that 431.",
     "max_body_bytes": "Largest body of a call, decompressed; beyond that 413.",
-    "max_body_seconds": "Longest that a body or a head may take to arrive; beyond that 408, or the line is cut.",
+    "max_body_seconds": "Longest that a client may take over a head, a body, or reading an answer; beyond that 408, or "
+    "the connection is cut.",
+    "max_connections": "Most connections at once; a newcomer takes the place of the one that has been idle longest.",
     "max_metric_deltas": "Most deltas that metrics name; those that come later are counted together, as 'other'.",
     "device_mb": "Memory for the deltas that are resident, in MiB of their tensors; others wait on disk until they are "
     "asked. Without it all of them are resident.",
@@ -69,6 +71,7 @@ class ServerConfig:
     max_header_bytes: int = 16_384
     max_body_bytes: int = 4 * 2**20
     max_body_seconds: float = 20.0
+    max_connections: int = 1024
     max_metric_deltas: int = 200
     device_mb: int | None = None
     host_mb: int = 1024

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from bertology_serve.encoder.pipeline import BASE, Job, Prediction, Request, Residents
 from bertology_serve.errors import DataError, Expired, LimitError, Overloaded
@@ -17,14 +18,16 @@ from bertology_serve.serving.ladder import climb
 from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.queue import WorkQueue
 from bertology_serve.serving.scheduler import FairScheduler
-from bertology_serve.serving.sizes import check_size
+from bertology_serve.serving.sizes import check_items, check_size
 from bertology_serve.serving.terms import Terms
 from bertology_serve.serving.times import BatchTimes, Rung
-from bertology_serve.serving.vitals import Vitals
+from bertology_serve.serving.vitals import LoopLag, Vitals
 from bertology_serve.serving.work import Outcome, Ticket, Work
 
 log = logging.getLogger(__name__)
-INLINE_CHARACTERS = 8192
+INLINE = 4096  # bytes or characters of a call that is read, tokenised and written without a thread for it
+MOST_ASIDE = 32  # larger ones that are, or wait to be
+T = TypeVar("T")
 DEFAULT = Terms()
 READY, RESTARTING, DRAINING = "ready", "restarting", "draining"
 WARM_UP = ("warm", "a warm-up sentence of some length", "another one, " * 20)
@@ -47,7 +50,8 @@ class Engine:
         scheduler = FairScheduler(times.budget, config.weight_of())
         self.queue = WorkQueue(scheduler, times, config.max_queue_tokens, config.max_delta_tokens)
         self._executor = Executor(self.queue, pipeline.run, self._deliver, metrics.batch)
-        self._tokenizers = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
+        self._tokenizers, self._aside = ThreadPoolExecutor(2, thread_name_prefix="tokenizer"), 0
+        self._lag = LoopLag(metrics.registry)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = False
         metrics.watch(self.queue)
@@ -89,6 +93,7 @@ class Engine:
         """Takes calls from now on."""
         self._loop = asyncio.get_running_loop()
         self._executor.start()
+        self._lag.start(self._loop)
         self._ready = True
 
     def drain(self) -> None:
@@ -100,6 +105,7 @@ class Engine:
         self.drain()
         done = await asyncio.to_thread(self._executor.stop, self.config.shutdown_seconds)
         self._tokenizers.shutdown(wait=False)
+        self._lag.stop()
         return done
 
     async def answer(
@@ -119,9 +125,7 @@ class Engine:
         jobs = await self._prepare(requests)
         ticket = Ticket(jobs, self._loop, deadline, terms.priority)
         try:
-            if terms.charge is not None:
-                terms.charge(sum(job.cost for job in jobs))
-            self.queue.put(ticket.works)
+            self.queue.put(ticket.works, terms.charge)
         except Exception:
             self._finished(ticket.works, outcomes.REFUSED)
             raise
@@ -144,15 +148,25 @@ class Engine:
         config = self.config
         if not requests:
             raise DataError("the call holds no items; expected at least one")
-        if len(requests) > config.max_items:
-            raise LimitError(
-                f"the call holds {len(requests)} items; at most {config.max_items} are taken, send several"
-            )
+        check_items(len(requests), config.max_items)
         self._check_room(requests)
         characters = sum(check_size(request, config.max_text_characters) for request in requests)
-        if characters <= INLINE_CHARACTERS:
-            return self._jobs(requests)
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizers, self._jobs, requests)
+        return await self.aside(characters, lambda: self._jobs(requests))
+
+    async def aside(self, size: int, work: Callable[[], T]) -> T:
+        """What ``work`` gives; done on a thread where it is large, so that other calls need not wait for it.
+
+        ``size`` is in bytes or characters that it reads or writes. Overloaded where too much waits for a thread.
+        """
+        if size <= INLINE:
+            return work()
+        if self._aside >= MOST_ASIDE:
+            raise Overloaded(f"{self._aside} large calls are being read; try again in 1 s", retry_after=1.0)
+        self._aside += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizers, work)
+        finally:
+            self._aside -= 1
 
     def _check_room(self, requests: Sequence[Request]) -> None:
         """Overloaded where there is no room even for one token an item: told before any work is done."""
@@ -166,27 +180,27 @@ class Engine:
             raise
 
     def _jobs(self, requests: Sequence[Request]) -> list[Job]:
-        jobs = [self.pipeline.prepare(request) for request in requests]
-        for job in jobs:
-            if job.cost > self.config.max_item_tokens:
+        """Tokenises, up to the first item that is too long, or too much for a queue that were empty."""
+        jobs, config = list[Job](), self.config
+        costs, total = dict[str, int](), 0
+        for request in requests:
+            job = self.pipeline.prepare(request)
+            if job.cost > config.max_item_tokens:
                 raise LimitError(
                     f"{job.request.where}: {job.cost} tokens, all windows or choices together; at most "
-                    f"{self.config.max_item_tokens} are taken, send a shorter text"
+                    f"{config.max_item_tokens} are taken, send a shorter text"
                 )
-        self._check_total(jobs)
+            jobs.append(job)
+            total += job.cost
+            costs[request.delta] = own = costs.get(request.delta, 0) + job.cost
+            for cost, most, where in (
+                (total, config.max_queue_tokens, ""), (own, config.max_delta_tokens, " for one delta"),
+            ):  # fmt: skip
+                if cost > most:
+                    raise LimitError(
+                        f"the call holds {cost} tokens{where} or more; at most {most} are taken, send several"
+                    )
         return jobs
-
-    def _check_total(self, jobs: Sequence[Job]) -> None:
-        """LimitError for a call that could not enter the queue even if it were empty."""
-        costs: dict[str, int] = {}
-        for job in jobs:
-            costs[job.request.delta] = costs.get(job.request.delta, 0) + job.cost
-        for cost, most, where in (
-            (sum(costs.values()), self.config.max_queue_tokens, ""),
-            (max(costs.values()), self.config.max_delta_tokens, " for one delta"),
-        ):
-            if cost > most:
-                raise LimitError(f"the call holds {cost} tokens{where}; at most {most} are taken, send several")
 
     def _answers(self, ticket: Ticket) -> list[Prediction]:
         answers: list[Prediction] = []

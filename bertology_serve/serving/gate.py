@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertology_serve.errors import BertologyError
 from bertology_serve.serving import logs
+from bertology_serve.serving.connection import CONNECTION
 from bertology_serve.serving.http import REQUEST_ID, error_response, problem_response
 from bertology_serve.serving.keys import Access, Keyring
 from bertology_serve.serving.metrics import Metrics
@@ -62,6 +63,8 @@ class Gate:
         try:
             if scope["path"] not in PUBLIC:
                 scope[ACCESS] = access = self._keyring.find(headers)
+                if CONNECTION in scope:
+                    scope[CONNECTION].known = True
                 access.call()
         except BertologyError as problem:
             refusal = problem_response(problem, scope["path"])

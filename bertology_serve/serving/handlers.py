@@ -16,7 +16,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction
 from bertology_serve.encoder.pipeline import Request as Item
 from bertology_serve.errors import Forbidden
-from bertology_serve.serving.answering import Answering, of_one_version
+from bertology_serve.serving.answering import Answering, of_one_version, size_of
 from bertology_serve.serving.gate import access_of
 from bertology_serve.serving.http import (
     BINARY,
@@ -51,22 +51,27 @@ class Handlers:
     async def predict(self, request: Request) -> Response:
         """POST /predict, in this project's shape or in TEI's"""
         body = await self._body(request)
-        if native.is_tei(body):
+        aside, most = self.engine.aside, self.config.max_items
+        if await aside(len(body), lambda: native.is_tei(body)):
             return await self.tei.call(request, PREDICT, body)
-        call = native.read_call(body)
+        call = await aside(len(body), lambda: native.read_call(body, most))
 
         async def answer() -> Response:
-            return _json(native.write_answers(call, await self._answer(request, call.requests)))
+            found = await self._answer(request, call.requests)
+            return _json(await aside(size_of(found), lambda: native.write_answers(call, found)))
 
         return await of_one_version(answer)
 
     async def task(self, request: Request) -> Response:
         """POST /models/{delta}"""
         body = await self._body(request)
+        aside, most = self.engine.aside, self.config.max_items
 
         async def answer() -> Response:
-            call = hf.read_task(body, self._named(request))
-            return _json(hf.write_task(call, await self._answer(request, call.requests)))
+            delta = self._named(request)
+            call = await aside(len(body), lambda: hf.read_task(body, delta, most))
+            found = await self._answer(request, call.requests)
+            return _json(await aside(size_of(found), lambda: hf.write_task(call, found)))
 
         return await of_one_version(answer)
 
@@ -74,13 +79,13 @@ class Handlers:
         """POST /v2/models/{delta}[/versions/{version}]/infer"""
         self._named(request)  # an unknown name is told before the body is read
         body, length = await self._body(request), header_length(request)
-        find = partial(self.answering.find, access_of(request.scope))
+        find, aside = partial(self.answering.find, access_of(request.scope)), self.engine.aside
 
         async def answer() -> Response:
-            call = oip.read_infer(body, length, self._named(request), find, self.config.max_items)
-            content, json_length = oip.write_infer(
-                call, await self._answer(request, call.requests, call.seconds, priority=call.priority)
-            )
+            delta = self._named(request)
+            call = await aside(len(body), lambda: oip.read_infer(body, length, delta, find, self.config.max_items))
+            found = await self._answer(request, call.requests, call.seconds, priority=call.priority)
+            content, json_length = await aside(size_of(found), lambda: oip.write_infer(call, found))
             if json_length is None:
                 return _json(content)
             return Response(content, headers={JSON_LENGTH: str(json_length)}, media_type=BINARY)
@@ -90,10 +95,13 @@ class Handlers:
     async def predict_v1(self, request: Request) -> Response:
         """POST /v1/models/{delta}:predict"""
         body = await self._body(request)
+        aside, most = self.engine.aside, self.config.max_items
 
         async def answer() -> Response:
-            requests = kserve_v1.read_predict(body, self._named(request))
-            return _json(kserve_v1.write_predict(requests, await self._answer(request, requests)))
+            delta = self._named(request)
+            requests = await aside(len(body), lambda: kserve_v1.read_predict(body, delta, most))
+            found = await self._answer(request, requests)
+            return _json(await aside(size_of(found), lambda: kserve_v1.write_predict(requests, found)))
 
         return await of_one_version(answer)
 

@@ -21,6 +21,8 @@ JSON_LENGTH = "Inference-Header-Content-Length"
 TIMEOUT, PRIORITY, REQUEST_ID = "X-Request-Timeout-Ms", "X-Request-Priority", "X-Request-Id"
 _JSON_LENGTH, _TIMEOUT, _PRIORITY = (name.lower().encode() for name in (JSON_LENGTH, TIMEOUT, PRIORITY))
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits
+_PIECE = 4096  # bytes that are decompressed at once, and at most without a thread for it
+MOST_MEMBERS = 1024  # of one gzip body
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -59,7 +61,11 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
         except TimeoutError:
             raise SlowBody(f"the body was not there after {seconds:g} s; send it faster, or less in one call") from None
     encoding = (_header(request, b"content-encoding") or b"").decode("latin-1").strip().lower()
-    return body if encoding in ("", "identity") else _decompressed(body, encoding, most)
+    if encoding in ("", "identity"):
+        return body
+    if len(body) > _PIECE:
+        return await asyncio.to_thread(_decompressed, body, encoding, most)
+    return _decompressed(body, encoding, most)
 
 
 async def _read(request: Request, most: int) -> bytes:
@@ -136,18 +142,28 @@ async def _disconnected(request: Request) -> None:
 
 
 def _decompressed(body: bytes, encoding: str, most: int) -> bytes:
+    """All members of a gzip body, one after the other, or the one of a deflate body."""
     if encoding not in _WINDOW:
         raise DataError(f"Content-Encoding {encoding[:40]!r} is not supported; expected gzip, deflate or none")
-    reader = zlib.decompressobj(_WINDOW[encoding])
-    try:
-        plain = reader.decompress(body, most + 1)
-    except zlib.error:
-        raise DataError(f"the body is not valid {encoding}") from None
-    if len(plain) > most:
-        raise _too_large(most)
-    if not reader.eof:
-        raise DataError(f"the {encoding} body is cut short")
-    return plain
+    found, at = bytearray(), 0
+    for _ in range(MOST_MEMBERS):
+        reader = zlib.decompressobj(_WINDOW[encoding])
+        while not reader.eof:
+            piece = body[at : at + _PIECE]
+            if not piece:
+                raise DataError(f"the {encoding} body is cut short")
+            try:
+                found += reader.decompress(piece, most + 1 - len(found))
+            except zlib.error:
+                raise DataError(f"the body is not valid {encoding}") from None
+            if len(found) > most:
+                raise _too_large(most)
+            at += len(piece) - len(reader.unused_data)
+        if at == len(body) or (body[at] == 0 and not body[at:].strip(b"\0")):  # gzip files may be padded with zeros
+            return bytes(found)
+        if encoding != "gzip":
+            raise DataError(f"the {encoding} body goes on after its end")
+    raise LimitError(f"the gzip body has more than {MOST_MEMBERS} members; compress it as one")
 
 
 def _too_large(most: int) -> LimitError:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction
 from bertology_serve.encoder.pipeline import Request as Item
-from bertology_serve.serving.answering import Answering, of_one_version
+from bertology_serve.serving.answering import Answering, of_one_version, size_of
 from bertology_serve.serving.gate import access_of, request_id_of
 from bertology_serve.serving.http import JSON, departure, priority_of, read_body, timeout_of
 from bertology_serve.serving.protocol.openai import Receipt, read_embeddings, write_embeddings
@@ -57,11 +57,12 @@ class ModelRoutes:
     async def _call(
         self,
         request: Request,
-        read: Callable[[bytes, Callable[[str], Delta]], C],
+        read: Callable[[bytes, Callable[[str], Delta], float], C],
         write: Callable[[C, Sequence[Prediction], Receipt], bytes],
     ) -> Response:
         body = await read_body(request, self._config.max_body_bytes, self._config.max_body_seconds)
-        access, tokens = access_of(request.scope), 0
+        access, aside, tokens = access_of(request.scope), self._answering.engine.aside, 0
+        find, most = partial(self._answering.find, access), self._config.max_items
 
         def charge(cost: int) -> None:
             nonlocal tokens
@@ -69,10 +70,10 @@ class ModelRoutes:
             tokens = cost
 
         async def answer() -> Response:
-            call = read(body, partial(self._answering.find, access))
+            call = await aside(len(body), lambda: read(body, find, most))
             terms = Terms(lambda: departure(request), charge, timeout_of(request), priority_of(request))
             found = await self._answering.answer(access, call.requests, terms)
             receipt = Receipt(request_id_of(request.scope), int(time.time()), tokens)
-            return Response(write(call, found, receipt), media_type=JSON)
+            return Response(await aside(size_of(found), lambda: write(call, found, receipt)), media_type=JSON)
 
         return await of_one_version(answer)

@@ -54,12 +54,17 @@ class WorkQueue:
         """Tokens that wait."""
         return self._scheduler.total.tokens
 
-    def put(self, works: Sequence[Work]) -> None:
+    def put(self, works: Sequence[Work], charge: Callable[[int], None] | None = None) -> None:
         """Queues a call's work. Overloaded when it does not fit or the server is stopping; RateLimited when there is
         room, but not for that delta.
+
+        ``charge(tokens)`` hears what it costs once there is room, so that nobody pays for a refusal; it may raise.
         """
+        costs = _costs(works)
         with self._changed:
-            self._check(_costs(works))
+            self._check(costs)
+            if charge is not None:
+                charge(sum(costs.values()))
             now = self._clock()
             for work in works:
                 work.arrived = now

@@ -19,6 +19,7 @@ import uvicorn
 from bertology_serve.encoder.pipeline import Residents
 from bertology_serve.serving.answering import Answering
 from bertology_serve.serving.app import make_app
+from bertology_serve.serving.binding import room_for
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.connection import limited
 from bertology_serve.serving.engine import DRAINING, Engine
@@ -31,6 +32,7 @@ from bertology_serve.serving.tracing import Tracing
 
 log = logging.getLogger(__name__)
 READ_SECONDS = 0.1  # for the calls of connections that had just been taken, before those that rest are closed
+BACKLOG, AT_ONCE = 2048, 16  # connections that may wait to be accepted; that asyncio accepts before it tells of any
 KEEP_ALIVE = 75  # seconds: longer than load balancers keep an idle connection, so that it is they who end it
 
 
@@ -52,18 +54,21 @@ class Server(uvicorn.Server):
         cold = Cold(registry.tiers, config.max_cold_calls)
         self.answering = Answering(self.engine, registry, cold)
         self._drain_seconds = config.drain_seconds
+        self._protocol = limited(
+            config.max_header_bytes, config.max_body_bytes, config.max_body_seconds, KEEP_ALIVE, config.max_connections
+        )
         self.rpc = None if config.grpc_port is None else GrpcServer(config.host, config.grpc_port)
         super().__init__(
             uvicorn.Config(
                 make_app(self.answering, metrics, keyring or Keyring(), self.rpc),
-                http=limited(config.max_header_bytes, config.max_body_seconds),
+                http=self._protocol,
                 ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,  # nothing here asks where a call came from
                 lifespan="on",
-                timeout_keep_alive=KEEP_ALIVE,
+                backlog=AT_ONCE,
                 timeout_graceful_shutdown=max(1, round(config.shutdown_seconds)),
             )
         )
@@ -86,6 +91,10 @@ class Server(uvicorn.Server):
         """Begins to listen."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        for listening in sockets or []:
+            listening.listen(BACKLOG)
+        crowd = self._protocol.crowd
+        crowd.most = room_for(crowd.most)
         self._announce()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -8,6 +8,12 @@ from bertology_serve.encoder.pipeline import Request
 from bertology_serve.errors import LimitError
 
 
+def check_items(count: int, most: float) -> None:
+    """LimitError for a call of more than ``most`` items; told before anything is made of them."""
+    if count > most:
+        raise LimitError(f"the call holds {count} items; at most {most} are taken, send several")
+
+
 def check_size(request: Request, most: int) -> int:
     """The characters of a request's texts; LimitError when one field holds more than ``most`` of them."""
     total = 0

@@ -3,16 +3,20 @@ that know one model only."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from bertology_serve.encoder.pipeline import BASE
-from bertology_serve.serving.answering import Answering, of_one_version
+from bertology_serve.serving.answering import Answering, of_one_version, size_of
+from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.gate import access_of
 from bertology_serve.serving.http import JSON, departure, json_response, priority_of, read_body, timeout_of
-from bertology_serve.serving.protocol.tei import EMBED, PREDICT, RERANK, SIMILARITY, read_tei, write_tei
+from bertology_serve.serving.protocol.bodies import object_of
+from bertology_serve.serving.protocol.tei import EMBED, PREDICT, RERANK, SIMILARITY, Body, TeiCall, read_tei, write_tei
 from bertology_serve.serving.protocol.tei_tokens import check_fit, ids, info, tokenize
 from bertology_serve.serving.terms import Terms
 
@@ -42,18 +46,22 @@ class TeiRoutes:
 
     async def call(self, request: Request, what: str, body: bytes | None = None) -> Response:
         """One call, whose body may have been read already."""
-        content = await self._body(request) if body is None else body
+        content, engine = await self._body(request) if body is None else body, self._answering.engine
         access, named = access_of(request.scope), request.path_params.get("delta")
 
         async def answer() -> Response:
-            call = read_tei(content, what, partial(self._answering.find, access), named)
-            check_fit(call, self._encoder.tokenizer)
+            def read() -> TeiCall:
+                call = read_tei(content, what, partial(self._answering.find, access), named, self._config.max_items)
+                check_fit(call, self._encoder.tokenizer, self._config.max_text_characters)
+                return call
+
+            call = await engine.aside(len(content), read)
             found = await self._answering.answer(
                 access,
                 call.requests,
                 Terms(lambda: departure(request), seconds=timeout_of(request), priority=priority_of(request)),
             )
-            return Response(write_tei(call, found), media_type=JSON)
+            return Response(await engine.aside(size_of(found), lambda: write_tei(call, found)), media_type=JSON)
 
         return await of_one_version(answer)
 
@@ -65,11 +73,26 @@ class TeiRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """POST /tokenize and /tei/{delta}/tokenize"""
-        return Response(tokenize(await self._body(request), self._encoder.tokenizer), media_type=JSON)
+        return await self._tokens(request, tokenize)
 
     async def decode(self, request: Request) -> Response:
         """POST /decode and /tei/{delta}/decode"""
-        return Response(ids(await self._body(request), self._encoder.tokenizer), media_type=JSON)
+        return await self._tokens(request, ids)
+
+    async def _tokens(self, request: Request, what: Callable[[Body, Any, ServerConfig], bytes]) -> Response:
+        """Tokens of texts, or texts of tokens. All deltas share the tokenizer; the one that is named must be there."""
+        access, named = access_of(request.scope), request.path_params.get("delta")
+        if named:
+            self._answering.find(access, named)
+        body = await self._body(request)
+
+        def answer() -> bytes:
+            value = object_of(body)
+            if not named and isinstance(value.get("model"), str):
+                self._answering.find(access, value["model"])
+            return what(value, self._encoder.tokenizer, self._config)
+
+        return Response(await self._answering.engine.aside(len(body), answer), media_type=JSON)
 
     async def _body(self, request: Request) -> bytes:
         return await read_body(request, self._config.max_body_bytes, self._config.max_body_seconds)

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from bertology_serve.errors import Unsupported
 from bertology_serve.tasks.spec import Encoding
 
+BRIEF = 4096  # characters, or words
 _clones: WeakKeyDictionary[PreTrainedTokenizerBase, _Clone] = WeakKeyDictionary()
 _lock = Lock()
 
@@ -50,7 +51,7 @@ def encode_text(
     a large training set would hold gigabytes of them.
     """
     clone = _clone_of(tokenizer)
-    found = clone.texts.encode(text, pair)
+    found = _encoded(clone.texts, text, pair)
     keep = None
     if len(found) > max_length:
         parts = _parts(found)
@@ -69,7 +70,7 @@ def encode_words(
     space before it, as ``add_prefix_space=True`` does.
     """
     clone = _clone_of(tokenizer)
-    found = clone.words.encode(list(words), is_pretokenized=True)
+    found = _encoded(clone.words, list(words), None)
     parts = _parts(found)
     count = parts.count(0)
     keep = None
@@ -96,7 +97,7 @@ def encode_windows(
     half, so that the number of windows stays linear in the context. ``max_length`` must leave room for two tokens.
     """
     clone = _clone_of(tokenizer)
-    found = clone.texts.encode(question, context)
+    found = _encoded(clone.texts, question, context)
     parts = _parts(found)
     if len(parts) <= max_length or 1 not in parts:
         return [_encoding(found, clone.types, None, True)]
@@ -113,6 +114,14 @@ def encode_windows(
         if right == end:
             break
     return encodings
+
+
+def _encoded(clone: Tokenizer, text: str | list[str], pair: str | None) -> RustEncoding:
+    """One sequence; a long one as a batch of one, since only batches let other threads run meanwhile."""
+    words = isinstance(text, list)
+    if len(text) + len(pair or "") <= BRIEF:
+        return clone.encode(text, pair, is_pretokenized=words)
+    return clone.encode_batch([text if pair is None else (text, pair)], is_pretokenized=words)[0]
 
 
 def _clone_of(tokenizer: PreTrainedTokenizerBase) -> _Clone:

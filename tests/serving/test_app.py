@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 
+from bertology_serve.serving.engine import INLINE
 from bertology_serve.serving.keys import Key, Keyring, digest_of
+from bertology_serve.serving.protocol import bodies
+from bertology_serve.tasks import encoding
 from tests.serving.conftest import DELTAS, RECORDS
 from tests.serving.held import Held
 from tests.serving.running import Running, running, wait
@@ -193,6 +196,53 @@ def test_texts_and_calls_over_their_limits(pipeline):
         short = {"delta": "mood", "text": "cat"}
         assert server.post("/predict", [short] * 2).status_code == 200
         assert server.post("/predict", [short] * 3).status_code == 413
+
+
+LONG = ["the cat was good " * 30] * 9
+LARGE: dict[str, Any] = {
+    "/predict": [{"delta": "mood", "text": text} for text in LONG],
+    "/models/mood": {"inputs": LONG},
+    "/models/sense": {"inputs": {"source_sentence": "cat", "sentences": LONG}},
+    "/v2/models/mood/infer": {"inputs": [{"name": "text", "shape": [9], "datatype": "BYTES", "data": LONG}]},
+    "/v1/embeddings": {"model": "sense", "input": LONG},
+    "/embed": {"model": "sense", "inputs": LONG, "truncate": True},
+    "/tei/mood/predict": {"inputs": [[text] for text in LONG], "truncate": True},
+    "/rerank": {"model": "grade", "query": "cat", "texts": LONG, "truncate": True},
+    "/similarity": {"model": "sense", "inputs": {"source_sentence": "cat", "sentences": LONG}, "truncate": True},
+    "/tokenize": {"inputs": LONG},
+    "/decode": {"ids": [[7] * 300] * 9},
+}
+
+
+@pytest.mark.parametrize("path", LARGE)
+def test_what_is_large_is_read_and_tokenised_beside_the_event_loop(server, path, monkeypatch):
+    seen = list[str]()
+
+    def noted(work: Any) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
+            seen.append(threading.current_thread().name)
+            return work(*args, **options)
+
+        return run
+
+    monkeypatch.setattr(bodies.msgspec.json, "decode", noted(bodies.msgspec.json.decode))
+    monkeypatch.setattr(encoding, "_encoded", noted(encoding._encoded))
+    body = json.dumps(LARGE[path]).encode()
+    assert len(body) > INLINE
+    assert server.post(path, body).status_code == 200
+    assert seen
+    assert [name for name in seen if not name.startswith("tokenizer")] == []
+
+
+@pytest.mark.parametrize("path", [path for path in LARGE if path not in ("/decode", "/tokenize")])
+def test_items_are_counted_before_requests_are_made(pipeline, path, monkeypatch):
+    made = list[int]()
+    monkeypatch.setattr(pipeline, "prepare", made.append)
+    with running(pipeline, max_items=8) as server:
+        response = server.post(path, LARGE[path])
+    assert response.status_code == 413
+    assert "at most 8" in response.text
+    assert made == []
 
 
 def test_a_fault_is_a_500_that_tells_and_logs_no_text(server, pipeline, monkeypatch, caplog):

@@ -9,6 +9,7 @@ import pytest
 
 from bertology_serve.encoder.pipeline import Request
 from bertology_serve.errors import DataError, Expired, LimitError, NotFound, Overloaded, RateLimited
+from bertology_serve.serving import engine as engines
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.engine import ClientGone, Engine
 from bertology_serve.serving.metrics import Metrics
@@ -72,8 +73,12 @@ def test_the_first_bad_item_is_what_a_call_hears_of(pipeline):
         ({"max_items": 2}, 3, "holds 3 items; at most 2"),
         ({"max_text_characters": 5}, 1, "field 'text' holds 16 characters; at most 5"),
         ({"max_item_tokens": 4}, 1, "6 tokens, all windows or choices together; at most 4"),
-        ({"max_item_tokens": 10, "max_queue_tokens": 20}, 4, "the call holds 24 tokens; at most 20"),
-        ({"max_item_tokens": 10, "max_delta_tokens": 20}, 4, "the call holds 24 tokens for one delta; at most 20"),
+        ({"max_item_tokens": 10, "max_queue_tokens": 20}, 4, "the call holds 24 tokens or more; at most 20"),
+        (
+            {"max_item_tokens": 10, "max_delta_tokens": 20},
+            4,
+            "the call holds 24 tokens for one delta or more; at most 20",
+        ),
     ],
 )
 def test_limits(pipeline, options, count, message):
@@ -97,6 +102,60 @@ def test_long_texts_are_tokenised_beside_the_event_loop(pipeline, monkeypatch):
     answers, _ = with_engine(pipeline, use)
     assert len(answers) == 1
     assert all(name.startswith("tokenizer") for name in threads)
+
+
+def test_large_work_is_done_beside_the_event_loop_and_only_so_much_of_it(pipeline, monkeypatch):
+    monkeypatch.setattr(engines, "MOST_ASIDE", 3)
+    go, seen = threading.Event(), list[str]()
+
+    def work() -> str:
+        assert go.wait(20)
+        seen.append(threading.current_thread().name)
+        return "done"
+
+    async def use(engine: Engine) -> Any:
+        assert await engine.aside(10, lambda: threading.current_thread().name) == threading.current_thread().name
+        large = [asyncio.ensure_future(engine.aside(10**6, work)) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="3 large calls are being read; try again in 1 s"):
+            await engine.aside(10**6, work)
+        go.set()
+        assert await asyncio.gather(*large) == ["done"] * 3
+        assert await engine.aside(10**6, work) == "done"
+
+    with_engine(pipeline, use)
+    assert all(name.startswith("tokenizer") for name in seen)
+
+
+def test_tokenising_ends_with_the_first_item_that_is_too_much(pipeline, monkeypatch):
+    seen, prepare = list[Any](), pipeline.prepare
+    monkeypatch.setattr(pipeline, "prepare", lambda request: seen.append(1) or prepare(request))
+
+    async def use(engine: Engine) -> Any:
+        with pytest.raises(LimitError, match="126 tokens or more; at most 120"):
+            await engine.answer([text("the cat was good")] * 100)
+
+    with_engine(pipeline, use, max_item_tokens=10, max_queue_tokens=120)
+    assert len(seen) == 21
+
+
+def test_nobody_pays_for_a_refusal(pipeline):
+    held, paid = Held(pipeline), list[int]()
+
+    async def use(engine: Engine) -> Any:
+        first = asyncio.ensure_future(engine.answer([text("the cat")], Terms(charge=paid.append)))
+        while not held.busy.is_set():
+            await asyncio.sleep(0.001)
+        second = asyncio.ensure_future(engine.answer([text("the cat was")] * 2, Terms(charge=paid.append)))
+        while not engine.queue.items:
+            await asyncio.sleep(0.001)
+        with pytest.raises(Overloaded):
+            await engine.answer([text("the cat was good and red")], Terms(charge=paid.append))
+        assert paid == [4, 10]
+        held.go.set()
+        await asyncio.gather(first, second)
+
+    with_engine(held, use, max_queue_tokens=12, max_item_tokens=12)
 
 
 def test_a_full_queue_refuses_at_once(pipeline):

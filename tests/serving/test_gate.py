@@ -90,6 +90,9 @@ INFER = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": 
         ("GET", "/v2/models/sense", None),
         ("GET", "/v2/models/sense/versions/1", None),
         ("GET", "/v2/models/sense/ready", None),
+        ("POST", "/tei/sense/tokenize", {"inputs": "cat"}),
+        ("POST", "/tei/sense/decode", {"ids": [7]}),
+        ("POST", "/tokenize", {"inputs": "cat", "model": "sense"}),
         ("GET", "/metrics", None),
     ],
 )
@@ -208,6 +211,14 @@ def test_heads_over_the_limit(guarded):
     assert response.status_code == 431
     assert "at most 2000 are taken" in response.json()["error"]
     assert guarded.client.get("/health?" + "x" * 2000).status_code == 431
+
+
+def test_the_names_of_headers_count_as_their_values_do(guarded):
+    names = {f"X-{number}-{'n' * 900}": "" for number in range(2)}
+    assert guarded.client.get("/health", headers=dict(list(names.items())[:1])).status_code == 200
+    response = guarded.client.get("/health", headers={**names, "X-More": "x" * 150})
+    assert response.status_code == 431
+    assert int(response.json()["error"].split("hold ")[1].split()[0]) > 2000
 
 
 @pytest.mark.parametrize("piece", [b"X-Long: " + b"x" * 500, b"X-Many: x\r\n" * 50])

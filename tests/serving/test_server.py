@@ -55,7 +55,7 @@ def test_signals_drain_then_stop_then_give_up(pipeline):
 
 def test_connections_rest_longer_than_load_balancers_let_them(pipeline):
     with running(pipeline) as started:
-        assert started.server.config.timeout_keep_alive > 60
+        assert started.server.config.http_protocol_class.keep_alive > 60
 
 
 def test_connections_that_wait_to_be_accepted_are_taken_before_the_socket_closes():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from bertology_serve.errors import Unsupported
+from bertology_serve.tasks import encoding
 from bertology_serve.tasks.encoding import encode_text, encode_windows, encode_words
 
 FIRST = "The quick brown fox jumped unbelievably over thirteen lazy dogs"
@@ -36,6 +37,16 @@ def test_words_are_aligned_as_huggingface_aligns_them(minilm, length):
     text = " ".join(WORDS)
     for word, (start, end) in zip(ours.words, ours.offsets, strict=True):
         assert word < 0 or text[start:end] in WORDS[word]
+
+
+@pytest.mark.parametrize("pair", [None, SECOND * 300])
+def test_long_texts_are_encoded_as_short_ones_are(minilm, pair, monkeypatch):
+    """They are encoded as batches of one."""
+    text, words = FIRST * 300, WORDS * 2000
+    long = encode_text(minilm, text, pair, 10**6, offsets=True), encode_words(minilm, words, [0] * len(words), 10**6)
+    monkeypatch.setattr(encoding, "BRIEF", 10**9)
+    assert long[0] == encode_text(minilm, text, pair, 10**6, offsets=True)
+    assert long[1] == encode_words(minilm, words, [0] * len(words), 10**6)
 
 
 def test_byte_level_words_have_a_space_before_them(byte_level):

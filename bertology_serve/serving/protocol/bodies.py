@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import msgspec
 
-from bertology_serve.errors import DataError
+from bertology_serve.errors import DataError, LimitError
 
 T = TypeVar("T")
 encode = msgspec.json.Encoder().encode
+SMALL = 32_768  # bytes of a body whose values need not be counted
+MOST_VALUES, MOST_CONTAINERS = 131_072, 32_768  # in one body; the longest call that the queue takes holds fewer
 
 
 def decode(body: bytes | memoryview, kind: type[T] | Any = Any) -> T:
-    """The JSON of a body as ``kind``; keys that are not known are ignored."""
+    """The JSON of a body as ``kind``; keys that are not known are ignored.
+
+    LimitError for a body of very many values: making objects of them stops all threads meanwhile.
+    """
     if not body:
         raise DataError("the body is empty; expected JSON")
+    if len(body) > SMALL:
+        _check_values(bytes(body))
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as problem:
@@ -26,6 +34,34 @@ def decode(body: bytes | memoryview, kind: type[T] | Any = Any) -> T:
         raise DataError(f"the body is not JSON: {problem}") from None
     except RecursionError:
         raise DataError("the body is nested too deeply") from None
+
+
+def object_of(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body; DataError for anything else, LimitError as ``decode``."""
+    value: Any = decode(body)
+    if not isinstance(value, dict):
+        raise DataError(f"the body is {shown(value)}; expected an object")
+    return value
+
+
+def encode_list(values: Iterable[Any]) -> bytes:
+    """A list as JSON, value by value: other threads run between them."""
+    return b"[" + b",".join([encode(value) for value in values]) + b"]"
+
+
+def _check_values(body: bytes) -> None:
+    """Counts what separates values and opens lists and objects, first with what stands in texts, then without."""
+    if _holds_few(body):
+        return
+    body = body.replace(rb"\\", b"").replace(rb"\"", b"")  # no quotes are left but those around texts
+    if body.count(b'"') > 4 * MOST_VALUES or not _holds_few(b"".join(body.split(b'"')[::2])):
+        raise LimitError(
+            f"the body holds more than {MOST_VALUES} values, or {MOST_CONTAINERS} lists and objects; send several calls"
+        )
+
+
+def _holds_few(json: bytes) -> bool:
+    return json.count(b",") <= MOST_VALUES and json.count(b"[") + json.count(b"{") <= MOST_CONTAINERS
 
 
 def shown(value: Any) -> str:

@@ -6,6 +6,7 @@ answered in this project's own shape.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError
-from bertology_serve.serving.protocol.bodies import decode, encode, shown
+from bertology_serve.serving.protocol.bodies import decode, encode, encode_list, shown
 from bertology_serve.serving.protocol.hf_options import Options, read_options
 from bertology_serve.serving.protocol.hf_shapes import SHAPES
+from bertology_serve.serving.sizes import check_items
 from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING
 
 
@@ -32,8 +34,10 @@ class TaskCall:
     similarity: bool = False
 
 
-def read_task(body: bytes, delta: Delta) -> TaskCall:
-    """A call of ``POST /models/{delta}``; raises DataError, Unsupported for options that would not be honoured."""
+def read_task(body: bytes, delta: Delta, most: float = math.inf) -> TaskCall:
+    """A call of ``POST /models/{delta}``; raises DataError, Unsupported for options that would not be honoured, and
+    LimitError for more than ``most`` items.
+    """
     value: Any = decode(body)
     if not isinstance(value, dict):
         raise DataError(f"the body is {shown(value)}; expected an object with 'inputs'")
@@ -42,8 +46,9 @@ def read_task(body: bytes, delta: Delta) -> TaskCall:
     options = read_options(value, delta)
     inputs = value["inputs"]
     if delta.task.kind == EMBEDDING and isinstance(inputs, dict) and "source_sentence" in inputs:
-        return _similarity(inputs, delta, options)
+        return _similarity(inputs, delta, options, most)
     items = inputs if isinstance(inputs, list) else [inputs]
+    check_items(len(items), most)
     requests = [_request(item, f"inputs[{index}]", delta, options) for index, item in enumerate(items)]
     return TaskCall(delta, options, requests, single=not isinstance(inputs, list))
 
@@ -55,7 +60,7 @@ def write_task(call: TaskCall, predictions: Sequence[Prediction]) -> bytes:
         return encode([cosine(source, other) for other in others])
     shape = SHAPES[call.delta.task.kind]
     answers = [shape.answer(prediction, call.options) for prediction in predictions]
-    return encode(answers[0] if call.single and not shape.nested else answers)
+    return encode(answers[0]) if call.single and not shape.nested else encode_list(answers)
 
 
 def _request(item: Any, where: str, delta: Delta, options: Options) -> Request:
@@ -68,10 +73,11 @@ def _request(item: Any, where: str, delta: Delta, options: Options) -> Request:
     return Request(delta.name, item, "", options.needs_logits, where, delta.version)
 
 
-def _similarity(inputs: dict[str, Any], delta: Delta, options: Options) -> TaskCall:
+def _similarity(inputs: dict[str, Any], delta: Delta, options: Options, most: float) -> TaskCall:
     sentences = inputs.get("sentences")
     if not isinstance(sentences, list) or not sentences:
         raise DataError(f"field 'sentences' is {shown(sentences)}; expected a list of texts")
+    check_items(1 + len(sentences), most)
     texts = [inputs["source_sentence"], *sentences]
     names = ["source_sentence", *(f"sentences[{index}]" for index in range(len(sentences)))]
     requests = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError
-from bertology_serve.serving.protocol.bodies import decode, encode, shown
+from bertology_serve.serving.protocol.bodies import decode, encode, encode_list, shown
+from bertology_serve.serving.sizes import check_items
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,17 @@ def is_tei(body: bytes) -> bool:
     return isinstance(value, dict) and "inputs" in value and "delta" not in value
 
 
-def read_call(body: bytes) -> Call:
-    """``{"delta", "id"?, "logits"?, ...fields of the record}`` or a list of those, for any deltas together."""
+def read_call(body: bytes, most: float = math.inf) -> Call:
+    """``{"delta", "id"?, "logits"?, ...fields of the record}`` or a list of those, for any deltas together.
+
+    LimitError for more than ``most`` of them.
+    """
     value: Any = decode(body)
     if isinstance(value, dict):
         return Call([read_request(value, "request")], single=True)
     if not isinstance(value, list):
         raise DataError(f"the body is {shown(value)}; expected an object with 'delta' and 'text', or a list of those")
+    check_items(len(value), most)
     return Call([read_request(item, f"item {index}") for index, item in enumerate(value)], single=False)
 
 
@@ -55,7 +61,7 @@ def read_request(item: Any, where: str) -> Request:
 def write_answers(call: Call, predictions: Sequence[Prediction]) -> bytes:
     """The answers in the order of the requests: a list for a list, an object for an object."""
     answers = [answer_of(*pair) for pair in zip(call.requests, predictions, strict=True)]
-    return encode(answers[0] if call.single else answers)
+    return encode(answers[0]) if call.single else encode_list(answers)
 
 
 def answer_of(request: Request, prediction: Prediction) -> dict[str, Any]:

@@ -7,6 +7,7 @@ unless told otherwise, as base64 of little-endian float32.
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,10 @@ import numpy as np
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
-from bertology_serve.serving.protocol.bodies import decode, encode, shown
+from bertology_serve.serving.protocol.bodies import encode, encode_list, object_of, shown
 from bertology_serve.serving.protocol.hf_options import Options
 from bertology_serve.serving.protocol.hf_shapes import embedding
+from bertology_serve.serving.sizes import check_items
 from bertology_serve.tasks.spec import EMBEDDING
 
 FORMATS = ("float", "base64")
@@ -49,8 +51,10 @@ class EmbeddingsCall:
     base64: bool
 
 
-def read_embeddings(body: bytes, find: Callable[[str], Delta]) -> EmbeddingsCall:
-    """A call of ``POST /v1/embeddings``. Raises DataError, NotFound, and Unsupported for token ids and other tasks."""
+def read_embeddings(body: bytes, find: Callable[[str], Delta], most: float = math.inf) -> EmbeddingsCall:
+    """A call of ``POST /v1/embeddings``. Raises DataError, NotFound, Unsupported for token ids and other tasks, and
+    LimitError for more than ``most`` texts.
+    """
     value = object_of(body)
     wanted = value.get("encoding_format")
     if wanted not in (None, *FORMATS):
@@ -60,7 +64,7 @@ def read_embeddings(body: bytes, find: Callable[[str], Delta]) -> EmbeddingsCall
     options = Options(normalize=unit, unit=unit, dimensions=_dimensions(value.get("dimensions")))
     requests = [
         Request(delta.name, {"text": text}, where=f"input[{index}]", version=delta.version)
-        for index, text in enumerate(texts_of(value.get("input"), "input"))
+        for index, text in enumerate(texts_of(value.get("input"), "input", most))
     ]
     return EmbeddingsCall(delta, requests, options, wanted == "base64")
 
@@ -73,7 +77,8 @@ def write_embeddings(call: EmbeddingsCall, predictions: Sequence[Prediction], re
         if call.base64:
             vector = base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
         data.append({"object": "embedding", "index": index, "embedding": vector})
-    return encode({"object": "list", "data": data, "model": call.delta.name, "usage": receipt.usage})
+    rest = encode({"model": call.delta.name, "usage": receipt.usage})
+    return b'{"object":"list","data":' + encode_list(data) + b"," + rest[1:]
 
 
 def describe(delta: Delta, started: int, ready: bool) -> dict[str, Any]:
@@ -83,14 +88,6 @@ def describe(delta: Delta, started: int, ready: bool) -> dict[str, Any]:
     """
     return {"id": delta.name, "object": "model", "created": started, "owned_by": OWNER, "root": delta.name,
             "parent": None if delta.name == "base" else "base", "name": delta.name, "ready": ready}  # fmt: skip
-
-
-def object_of(body: bytes) -> dict[str, Any]:
-    """The JSON object of a body; DataError for anything else."""
-    value: Any = decode(body)
-    if not isinstance(value, dict):
-        raise DataError(f"the body is {shown(value)}; expected an object")
-    return value
 
 
 def model_of(value: dict[str, Any], find: Callable[[str], Delta], *tasks: str) -> Delta:
@@ -106,11 +103,12 @@ def model_of(value: dict[str, Any], find: Callable[[str], Delta], *tasks: str) -
     return delta
 
 
-def texts_of(value: Any, field: str) -> list[str]:
-    """A text, or a list of them, as a list; DataError, and Unsupported for token ids."""
+def texts_of(value: Any, field: str, most: float) -> list[str]:
+    """A text, or a list of at most so many, as a list; DataError, LimitError, and Unsupported for token ids."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts:
         raise DataError(f"field {field!r} is {shown(value)}; expected a text or a list of texts")
+    check_items(len(texts), most)
     for text in texts:
         if isinstance(text, int | list) and not isinstance(text, bool):
             raise Unsupported(f"field {field!r} holds token ids, which belong to another tokenizer; send texts")

@@ -12,9 +12,9 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
-from bertology_serve.serving.protocol.bodies import encode, shown
+from bertology_serve.serving.protocol.bodies import encode, object_of, shown
 from bertology_serve.serving.protocol.hf_shapes import sigmoid
-from bertology_serve.serving.protocol.openai import Receipt, model_of, object_of, texts_of
+from bertology_serve.serving.protocol.openai import Receipt, model_of, texts_of
 from bertology_serve.tasks.spec import EMBEDDING, REGRESSION
 
 
@@ -28,8 +28,10 @@ class RerankCall:
     with_text: bool
 
 
-def read_rerank(body: bytes, find: Callable[[str], Delta]) -> RerankCall:
-    """A call of ``POST /v1/rerank`` or ``/v2/rerank``. DataError, NotFound; Unsupported for what is not done."""
+def read_rerank(body: bytes, find: Callable[[str], Delta], most: float) -> RerankCall:
+    """A call of ``POST /v1/rerank`` or ``/v2/rerank``. DataError, NotFound; Unsupported for what is not done,
+    LimitError for more than ``most`` documents.
+    """
     value = object_of(body)
     delta = model_of(value, find, REGRESSION, EMBEDDING)
     query, documents = value.get("query"), value.get("documents")
@@ -37,7 +39,7 @@ def read_rerank(body: bytes, find: Callable[[str], Delta]) -> RerankCall:
         raise DataError(f"field 'query' is {shown(query)}; expected a text")
     if not isinstance(documents, list):
         raise DataError(f"field 'documents' is {shown(documents)}; expected a list of texts")
-    texts = texts_of([one.get("text") if isinstance(one, dict) else one for one in documents], "documents")
+    texts = texts_of([one.get("text") if isinstance(one, dict) else one for one in documents], "documents", most)
     _refuse(value, delta)
     top_n, with_text = value.get("top_n"), value.get("return_documents")
     if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 0):

@@ -9,6 +9,7 @@ refused unless ``truncate`` is true, as there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,11 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import BASE, Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
-from bertology_serve.serving.protocol.bodies import decode, encode, shown
+from bertology_serve.serving.protocol.bodies import encode, encode_list, object_of, shown
 from bertology_serve.serving.protocol.hf import cosine
 from bertology_serve.serving.protocol.hf_options import Options
 from bertology_serve.serving.protocol.hf_shapes import classification, embedding, sigmoid
+from bertology_serve.serving.sizes import check_items
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
 
 Find = Callable[[str], Delta]
@@ -46,15 +48,14 @@ class TeiCall:
     with_text: bool = False
 
 
-def read_tei(body: bytes, what: str, find: Find, named: str | None = None) -> TeiCall:
+def read_tei(body: bytes, what: str, find: Find, named: str | None = None, most: float = math.inf) -> TeiCall:
     """A call of one of TEI's routes; ``named`` is the delta that the path names, before ``model`` of the body.
 
-    Raises DataError, NotFound, and Unsupported for what would not be honoured.
+    Raises DataError, NotFound, Unsupported for what would not be honoured, and LimitError for more than ``most`` items.
     """
-    value: Any = decode(body)
-    if not isinstance(value, dict):
-        raise DataError(f"the body is {shown(value)}; expected an object")
+    value = object_of(body)
     delta = _delta(value, what, find, named)
+    check_items(_count(value), most)
     records, names, more = _RECORDS[what](value)
     requests = [
         Request(delta.name, record, "", _flag(value, "raw_scores"), where, delta.version)
@@ -73,9 +74,9 @@ def write_tei(call: TeiCall, predictions: Sequence[Prediction]) -> bytes:
     if call.what == PREDICT:
         options = Options(transform="none" if call.raw else "softmax")
         found = [classification(prediction, options) for prediction in predictions]
-        return encode(found[0] if call.flat else found)
+        return encode(found[0]) if call.flat else encode_list(found)
     vectors = [embedding(prediction, call.options) for prediction in predictions]
-    return encode(vectors if call.what == EMBED else [cosine(vectors[0], other) for other in vectors[1:]])
+    return encode_list(vectors if call.what == EMBED else [cosine(vectors[0], other) for other in vectors[1:]])
 
 
 def _ranks(call: TeiCall, predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
@@ -86,6 +87,15 @@ def _ranks(call: TeiCall, predictions: Sequence[Prediction]) -> list[dict[str, A
     if call.with_text:
         ranks = [rank | {"text": text} for rank, text in zip(ranks, call.texts, strict=True)]
     return sorted(ranks, key=lambda rank: -float(rank["score"]))
+
+
+def _count(value: Body) -> int:
+    """The items of a body, the text that others are compared with included; 1 where there is no list."""
+    inputs = value.get("texts", value.get("inputs"))
+    if isinstance(inputs, dict):
+        sentences = inputs.get("sentences")
+        return 1 + len(sentences) if isinstance(sentences, list) else 1
+    return len(inputs) if isinstance(inputs, list) else 1
 
 
 def _delta(value: Body, what: str, find: Find, named: str | None) -> Delta:

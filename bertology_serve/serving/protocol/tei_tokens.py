@@ -7,10 +7,12 @@ from typing import Any
 
 from bertology_serve import __version__
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.pipeline import Request
 from bertology_serve.errors import DataError, LimitError, Unsupported
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.protocol.bodies import decode, encode, shown
-from bertology_serve.serving.protocol.tei import TeiCall
+from bertology_serve.serving.protocol.bodies import encode_list, shown
+from bertology_serve.serving.protocol.tei import Body, TeiCall
+from bertology_serve.serving.sizes import check_items, check_size
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
 
@@ -18,9 +20,13 @@ ENDLESS = 1 << 40
 HIGHEST_ID = 1 << 31
 
 
-def check_fit(call: TeiCall, tokenizer: Any) -> None:
-    """LimitError for a text longer than the delta reads, where the call does not let it be cut."""
+def check_fit(call: TeiCall, tokenizer: Any, most_characters: int) -> None:
+    """LimitError for a text longer than the delta reads, where the call does not let it be cut; before it is
+    tokenised, for one of more characters than are taken at all.
+    """
     most = call.delta.task.max_length
+    for request in call.requests:
+        check_size(request, most_characters)
     for request in [] if call.truncate else call.requests:
         text, pair = request.record.get("text"), request.record.get("text_pair")
         sizes = [len(part.encode("utf-8", "replace")) for part in (text, pair) if isinstance(part, str)]
@@ -31,27 +37,40 @@ def check_fit(call: TeiCall, tokenizer: Any) -> None:
             raise LimitError(f"{request.where}: {length} tokens; at most {most} are read, or send 'truncate': true")
 
 
-def tokenize(body: bytes, tokenizer: Any) -> bytes:
-    """``{inputs, add_special_tokens?}`` -> for each text its tokens ``{id, text, special, start, stop}``."""
-    value = _object(body)
+def tokenize(value: Body, tokenizer: Any, config: ServerConfig) -> bytes:
+    """``{inputs, add_special_tokens?}`` -> for each text its tokens ``{id, text, special, start, stop}``.
+
+    As many texts, as long ones and as many tokens are taken as of calls that the encoder answers; LimitError beyond.
+    """
     if value.get("prompt_name") is not None:
         raise Unsupported("option 'prompt_name' is not supported: a delta brings its own prompt; leave it out")
     texts = [value["inputs"]] if isinstance(value.get("inputs"), str) else value.get("inputs")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"field 'inputs' is {shown(value.get('inputs'))}; expected a text or a list of texts")
+    check_items(len(texts), config.max_items)
     special = value.get("add_special_tokens") is not False
-    return encode([_tokens(text, tokenizer, special) for text in texts])
+    rows, left = list[bytes](), config.max_queue_tokens
+    for index, text in enumerate(texts):
+        check_size(Request("", {"text": text}, where=f"inputs[{index}]"), config.max_text_characters)
+        tokens = _tokens(text, tokenizer, special)
+        left -= len(tokens)
+        if left < 0:
+            raise _too_many(config)
+        rows.append(encode_list(tokens))
+    return b"[" + b",".join(rows) + b"]"
 
 
-def ids(body: bytes, tokenizer: Any) -> bytes:
-    """``{ids, skip_special_tokens?}`` -> for each list of ids its text."""
-    value = _object(body)
+def ids(value: Body, tokenizer: Any, config: ServerConfig) -> bytes:
+    """``{ids, skip_special_tokens?}`` -> for each list of ids its text; LimitError as for ``tokenize``."""
     found = value.get("ids")
     rows = [found] if isinstance(found, list) and found and not isinstance(found[0], list) else found
     if not isinstance(rows, list) or not all(isinstance(row, list) and _are_ids(row) for row in rows):
         raise DataError(f"field 'ids' is {shown(found)}; expected a list of token ids, or a list of those")
+    check_items(len(rows), config.max_items)
+    if sum(map(len, rows)) > config.max_queue_tokens:
+        raise _too_many(config)
     skip = value.get("skip_special_tokens") is not False
-    return encode([tokenizer.backend_tokenizer.decode(row, skip_special_tokens=skip) for row in rows])
+    return encode_list(tokenizer.backend_tokenizer.decode(row, skip_special_tokens=skip) for row in rows)
 
 
 def info(delta: Delta, config: ServerConfig, dtype: str) -> dict[str, Any]:
@@ -104,8 +123,5 @@ def _are_ids(row: Sequence[Any]) -> bool:
     return all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < HIGHEST_ID for token in row)
 
 
-def _object(body: bytes) -> dict[str, Any]:
-    value: Any = decode(body)
-    if not isinstance(value, dict):
-        raise DataError(f"the body is {shown(value)}; expected an object")
-    return value
+def _too_many(config: ServerConfig) -> LimitError:
+    return LimitError(f"the call holds more than {config.max_queue_tokens} tokens; send several")

@@ -9,13 +9,14 @@ import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from bertology_serve.errors import DataError, LimitError
-from bertology_serve.serving.protocol.bodies import shown
+from bertology_serve.serving.protocol.bodies import MOST_VALUES, shown
 
 Parameters = dict[str, Any]
 _NUMPY = {"FP32": "<f4", "INT64": "<i8"}
@@ -67,9 +68,11 @@ def read_texts(tensor: InputTensor, blob: bytes | None, most: int) -> list[list[
     if max(tensor.shape) > most:
         raise LimitError(f"{where}: shape is {tensor.shape}; at most {most} rows and {most} columns are taken")
     count = math.prod(tensor.shape)
+    if count > MOST_VALUES:
+        raise LimitError(f"{where}: shape {tensor.shape} means {count} elements; at most {MOST_VALUES} are taken")
     if blob is not None and tensor.data is not None:
         raise DataError(f"{where}: it has data in the JSON and in binary; send one of them")
-    flat = list(_elements(blob, where)) if blob is not None else _flat(tensor.data, tensor.shape, where)
+    flat = _flat(tensor.data, tensor.shape, where) if blob is None else list(islice(_elements(blob, where), count + 1))
     if len(flat) != count:
         raise DataError(f"{where}: shape {tensor.shape} means {count} elements, but the data has {len(flat)}")
     width = tensor.shape[1] if len(tensor.shape) == 2 else 1

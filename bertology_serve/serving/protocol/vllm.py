@@ -13,8 +13,8 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
-from bertology_serve.serving.protocol.bodies import encode, shown
-from bertology_serve.serving.protocol.openai import Receipt, model_of, object_of, texts_of
+from bertology_serve.serving.protocol.bodies import encode, object_of, shown
+from bertology_serve.serving.protocol.openai import Receipt, model_of, texts_of
 from bertology_serve.serving.protocol.rerank import pairs, score_of
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
 
@@ -31,11 +31,11 @@ class PoolingCall:
     raw: bool
 
 
-def read_score(body: bytes, find: Callable[[str], Delta]) -> PoolingCall:
-    """A call of ``POST /score``. Raises DataError, NotFound, Unsupported."""
+def read_score(body: bytes, find: Callable[[str], Delta], most: float) -> PoolingCall:
+    """A call of ``POST /score``. Raises DataError, NotFound, Unsupported, LimitError for more than ``most`` pairs."""
     value = object_of(body)
     delta, raw = model_of(value, find, REGRESSION, EMBEDDING), _raw(value)
-    ones, others = (_side(value, names) for names in SIDES)
+    ones, others = (_side(value, names, most) for names in SIDES)
     if len(ones) == 1:
         ones = ones * len(others)
     if len(ones) != len(others):
@@ -48,13 +48,13 @@ def write_score(call: PoolingCall, predictions: Sequence[Prediction], receipt: R
     return _listed(call, receipt, [{"object": "score", "score": score_of(one, call.raw)} for one in predictions])
 
 
-def read_classify(body: bytes, find: Callable[[str], Delta]) -> PoolingCall:
-    """A call of ``POST /classify``. Raises DataError, NotFound, Unsupported."""
+def read_classify(body: bytes, find: Callable[[str], Delta], most: float) -> PoolingCall:
+    """A call of ``POST /classify``. Raises as ``read_score``."""
     value = object_of(body)
     delta, raw = model_of(value, find, CLASSIFICATION), _raw(value)
     requests = [
         Request(delta.name, {"text": text}, logits=raw, where=f"input[{index}]", version=delta.version)
-        for index, text in enumerate(texts_of(value.get("input"), "input"))
+        for index, text in enumerate(texts_of(value.get("input"), "input", most))
     ]
     return PoolingCall(delta, requests, raw)
 
@@ -75,12 +75,12 @@ def _listed(call: PoolingCall, receipt: Receipt, rows: Sequence[dict[str, Any]])
     return encode({**told, "data": data, "usage": receipt.usage})
 
 
-def _side(value: dict[str, Any], names: Sequence[str]) -> list[str]:
+def _side(value: dict[str, Any], names: Sequence[str], most: float) -> list[str]:
     given = [name for name in names if value.get(name) is not None]
     if len(given) > 1:
         raise DataError(f"fields {' and '.join(map(repr, given))} say the same; send one of them")
     name = given[0] if given else names[0]
-    return texts_of(value.get(name), name)
+    return texts_of(value.get(name), name, most)
 
 
 def _raw(value: dict[str, Any]) -> bool:

@@ -43,4 +43,9 @@ FIGURES = (
         "8 tasks beside the alternatives: more texts/s than peft; ≤ ⅓ of the merged models' memory at 32 tasks",
         alternatives.measure,
     ),
+    Figure(
+        16,
+        "64 hostile connections: RSS + ≤ 20 MB, liveness p99 ≤ 100 ms, every call with a key answered",
+        hostile.connections,
+    ),
 )

@@ -1,26 +1,55 @@
-"""Figure 12: nothing that lies in the served directory or comes in a body is published, or brings the server down."""
+"""Figure 12: nothing that lies in the served directory or comes in a body is published, or brings the server down.
+
+Figure 16: neither do connections that end nowhere, nor do they keep anybody else from being answered.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gzip
 import json
 import os
 import random
 import shutil
 import struct
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import BertologyError
+from bertology_serve.serving.bench.wire import Broken, Wire, request_bytes
+from bertology_serve.serving.prove.cores import resident_bytes
 from bertology_serve.serving.prove.figure import Measured
-from bertology_serve.serving.prove.stage import Stage
+from bertology_serve.serving.prove.stage import Served, Stage
+from bertology_serve.serving.prove.traffic import Outcomes, closed, percentile, predict
 from bertology_serve.serving.registry import Registry
 
 WEIGHTS, MANIFEST = "adapter_model.safetensors", "delta.json"
 Damage = Callable[[Path], object]
 FLOOR = 200
+ATTACKERS, CONNECTIONS = 64, 48  # more than there is room for
+GROWTH, LIVENESS = 20 * 2**20, 0.1
+_GET, _POST = b"GET /health HTTP/1.1\r\nHost: x\r\n", b"POST /predict HTTP/1.1\r\nHost: x\r\n"
+_CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+ATTACKS: tuple[tuple[bytes, bytes], ...] = (  # how a connection begins, and what it goes on with
+    (b"", b""),
+    (b"", b"\r\n"),
+    (_GET, b"X: x\r\n" * 50),
+    (_GET + b"X: ", b"x" * 16_384),
+    (b"\x16\x03\x01", b"\x00" * 500),
+    (_GET + b"\r\n", b"\r\n"),
+    (_GET + b"\r\n", (_GET + b"\r\n") * 400),
+    (_GET + b"Content-Length: 999999999\r\n\r\n", b"x"),
+    (_POST + b"Content-Length: 60000\r\n\r\n", b"x"),
+    (_POST + _CHUNKED, b"1\r\nx\r\n" * 2000),
+    (_GET + _CHUNKED + b"1;", b"x" * 16_384),
+    (_GET + _CHUNKED + b"0\r\n", b"a: b\r\n" * 2000),
+    (_GET + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n", b"x"),
+)
 
 
 def measure(stage: Stage) -> Measured:
@@ -139,3 +168,71 @@ def _bodies(stage: Stage, count: int) -> tuple[int, list[str]]:
                 faults.append(f"{paths[number % len(paths)]}: {status}")
         client.get("/health").raise_for_status()
     return sent, faults
+
+
+def connections(stage: Stage) -> Measured:
+    """Callers with keys and probes of liveness, first by themselves, then beside attackers who have no keys.
+
+    The server has room for fewer connections than there are attackers, and little patience.
+    """
+    seconds = stage.seconds(10.0, 600.0)
+    options = ("--max-connections", str(CONNECTIONS), "--max-body-seconds", "2")
+    with stage.server(stage.zoo, *options) as served:
+        asyncio.run(_beside(served, seconds / 10, 0))
+        before = resident_bytes(served.pid)
+        calls, alive, most = asyncio.run(_beside(served, seconds, ATTACKERS))
+    grown, slowest = most - before, percentile(alive.answered, 0.99)
+    harmed = len(calls.refused) + calls.broken + len(alive.refused) + alive.broken
+    words = (
+        f"{ATTACKERS} attackers for {seconds:.0f} s: {grown / 2**20:+.1f} MB, liveness p99 {1e3 * slowest:.0f} ms, "
+        f"{len(calls.answered)} calls with keys and {len(alive.answered)} probes answered, {harmed} not"
+    )
+    facts = {"grown_bytes": grown, "liveness_p99_s": slowest, "harmed": harmed,
+             "calls_p99_s": percentile(calls.answered, 0.99)}  # fmt: skip
+    return Measured(words, grown <= GROWTH and slowest <= LIVENESS and not harmed, facts)
+
+
+async def _beside(served: Served, seconds: float, attackers: int) -> tuple[Outcomes, Outcomes, int]:
+    """What became of calls and of probes meanwhile, and the most memory that the server took."""
+    end, alive, sizes = time.perf_counter() + seconds, Outcomes(), [0]
+    hostile = [asyncio.create_task(_attack(served.url, number, end)) for number in range(attackers)]
+
+    async def probe() -> None:
+        """As an orchestrator asks: over a connection of its own each time, without a key."""
+        while time.perf_counter() < end:
+            started = time.perf_counter()
+            try:
+                async with Wire(served.url) as wire:
+                    reply = await wire.send(request_bytes("GET", "/v2/health/live"))
+                alive.note(reply.status, time.perf_counter() - started, True)
+            except (OSError, Broken):
+                alive.broken += 1
+            sizes.append(resident_bytes(served.pid))
+            await asyncio.sleep(0.05)
+
+    ask = predict("mood", "the river bank was very cold")
+    calls, _ = await asyncio.gather(closed(served.url, lambda: ask, 2, seconds), probe())
+    for task in hostile:
+        task.cancel()
+    await asyncio.gather(*hostile, return_exceptions=True)
+    return calls, alive, max(sizes)
+
+
+async def _attack(url: str, number: int, end: float) -> None:
+    """Connects, goes on for a while without reading, and begins again, hung up on or not."""
+    draw, parts = random.Random(number), urlsplit(url)
+    while time.perf_counter() < end:
+        start, piece = draw.choice(ATTACKS)
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1)
+            try:
+                writer.write(start)
+                for _ in range(draw.randrange(200)):
+                    if piece and writer.transport.get_write_buffer_size() < len(piece):
+                        writer.write(piece)
+                    await asyncio.sleep(0.1 * draw.random())
+                    if writer.is_closing():
+                        break
+            finally:
+                writer.transport.abort()
+        await asyncio.sleep(0.05)

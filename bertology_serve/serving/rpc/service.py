@@ -24,7 +24,7 @@ from bertology_serve.errors import (
     Unauthorized,
     Unsupported,
 )
-from bertology_serve.serving.answering import Answering, of_one_version
+from bertology_serve.serving.answering import Answering, of_one_version, size_of
 from bertology_serve.serving.errors import headers_of, message_of
 from bertology_serve.serving.faults import place_of
 from bertology_serve.serving.keys import Access, Keyring
@@ -144,20 +144,22 @@ class Service:
 
     async def infer(self, asked: Any, access: Access, context: Any) -> Any:
         """Answers; the client's deadline is the queue's."""
-        request, blobs = codec.read_infer(asked)
+        engine, size = self._answering.engine, asked.ByteSize()
+        request, blobs = await engine.aside(size, lambda: codec.read_infer(asked))
         remaining = context.time_remaining()
         seconds = math.inf if remaining is None else max(remaining, 1e-3)
         find = partial(self._answering.find, access)
-        most = self._answering.engine.config.max_items
+        most = engine.config.max_items
 
         async def answer() -> tuple[oip.InferCall, list[Prediction]]:
             model = find(asked.model_name, asked.model_version or None)
-            call = oip.read_call(request, blobs, model, find, most)
+            call = await engine.aside(size, lambda: oip.read_call(request, blobs, model, find, most))
             return call, await self._answering.answer(
                 access, call.requests, Terms(seconds=min(seconds, call.seconds), priority=call.priority)
             )
 
-        return codec.write_infer(*await of_one_version(answer))
+        call, found = await of_one_version(answer)
+        return await engine.aside(size_of(found), lambda: codec.write_infer(call, found))
 
     async def index(self, asked: Any, access: Access, context: Any) -> Any:
         """Every version on disk or in service."""

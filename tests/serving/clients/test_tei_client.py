@@ -137,8 +137,22 @@ def test_the_model_in_the_body(server, path, body, check):
         ("/decode", {"ids": ["a"]}, 400, "expected a list of token ids"),
         ("/decode", {"ids": [2**40]}, 400, "expected a list of token ids"),
         ("/tei/names/predict", {"inputs": "a"}, 400, "is for classification"),
+        ("/tei/moot/tokenize", {"inputs": "a"}, 404, "no delta 'moot'"),
+        ("/tei/moot/decode", {"ids": [7]}, 404, "no delta 'moot'"),
+        ("/tokenize", {"inputs": "a", "model": "moot"}, 404, "no delta 'moot'"),
+        ("/tokenize", {"inputs": "x" * 100_001}, 413, "inputs[0]: field 'text' holds 100001 characters"),
+        ("/tokenize", {"inputs": ["a"] * 1025}, 413, "the call holds 1025 items; at most 1024"),
+        ("/tokenize", {"inputs": ["a " * 40_000] * 2}, 413, "more than 65536 tokens; send several"),
+        ("/decode", {"ids": [[7]] * 1025}, 413, "the call holds 1025 items; at most 1024"),
+        ("/decode", {"ids": [7] * 65_537}, 413, "more than 65536 tokens; send several"),
+        ("/embed", {"inputs": ["a"] * 1025}, 413, "the call holds 1025 items; at most 1024"),
+        ("/embed", {"inputs": "a " * 50_001}, 413, "holds 100002 characters"),
+        ("/predict", {"inputs": [["a"]] * 1025, "model": "mood"}, 413, "the call holds 1025 items"),
+        ("/rerank", {"query": "a", "texts": ["b"] * 1025, "model": "grade"}, 413, "the call holds 1025 items"),
+        ("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b"] * 1024}, "model": "sense"}, 413,
+         "the call holds 1025 items"),
     ],
-)
+)  # fmt: skip
 def test_bad_bodies(server, path, body, status, message):
     response = server.post(path, body)
     assert response.status_code == status, response.text

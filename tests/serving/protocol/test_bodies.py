@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertology_serve.errors import DataError
-from bertology_serve.serving.protocol.bodies import decode, shown
+from bertology_serve.errors import DataError, LimitError
+from bertology_serve.serving.protocol import bodies
+from bertology_serve.serving.protocol.bodies import decode, encode, encode_list, shown
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ from bertology_serve.serving.protocol.bodies import decode, shown
         (b"9" * 5000, "wrong shape: Integer value out of range"),
         (b'"\xff"', "not UTF-8"),
         (b'"\\ud800"', "is not JSON"),
-        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 20_000, "nested too deeply"),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -45,3 +46,29 @@ def test_values_are_shown_without_their_text():
     assert [shown(value) for value in (None, True, 1, 0.5, "secret", [], {})] == [
         "null", "a boolean", "a number", "a number", "a text", "a list", "an object",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" + b'"",' * bodies.MOST_VALUES + b'"", ""]',
+        b"[" + b"[]," * bodies.MOST_CONTAINERS + b"[]]",
+        b"[" + b'{"a":1},' * bodies.MOST_CONTAINERS + b"1]",
+        b"[" + b'"' + b'\\"' * bodies.SMALL + b'",' + b"1," * bodies.MOST_VALUES + b"1, 1]",
+    ],
+    ids=["texts", "lists", "objects", "after quotes in a text"],
+)
+def test_values_are_counted_before_they_are_made(body, monkeypatch):
+    monkeypatch.setattr(bodies.msgspec.json, "decode", None)
+    with pytest.raises(LimitError, match=r"more than 131072 values, or 32768 lists and objects; send several"):
+        decode(body)
+
+
+@pytest.mark.parametrize("text", ["," * 300_000, "[{" * 50_000, '\\"[' * 50_000, "\\" * 200_001, '"' * 300_000])
+def test_what_stands_in_a_text_is_no_value(text):
+    assert decode(encode([text, 1, {"a": text}])) == [text, 1, {"a": text}]
+
+
+@given(st.lists(st.one_of(st.text(), st.integers(), st.none(), st.lists(st.floats(-1, 1)))))
+def test_a_list_written_value_by_value_is_the_same(values):
+    assert encode_list(values) == encode(values)

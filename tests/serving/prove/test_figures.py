@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -68,7 +69,9 @@ def stage(encoder, tmp_path_factory) -> Iterator[Stage]:
         given.pop("host_mb", None)
         registry.load(deltas)
         ring = Keyring([Key("admin", digest_of(ADMIN, ""), admin=True)])
-        numbers = {name: int(value) if name.endswith("tokens") else value for name, value in given.items()}
+        numbers = {
+            name: int(value) if name.endswith(("tokens", "connections")) else value for name, value in given.items()
+        }
         with running(registry.pipeline, ring, deltas, registry, **numbers) as started:
             yield Near(started)
 
@@ -206,6 +209,19 @@ def test_contract(stage, monkeypatch):
     assert list(blind.facts["failed"]) == list(some)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install" in contract.measure(stage).words
+
+
+def test_hostile_connections(stage, monkeypatch):
+    found = hostile.connections(stage)
+    assert found.facts["harmed"] == 0
+    assert "64 attackers" in found.words
+    monkeypatch.setattr(hostile, "GROWTH", float("inf"))
+    monkeypatch.setattr(hostile, "LIVENESS", float("inf"))
+    assert hostile.connections(stage).holds
+    sizes = itertools.count(0, 10**9)
+    monkeypatch.setattr(hostile, "resident_bytes", lambda pid: next(sizes))
+    monkeypatch.setattr(hostile, "GROWTH", 20 * 2**20)
+    assert not hostile.connections(stage).holds
 
 
 def test_hostile(stage, monkeypatch):
