@@ -57,9 +57,9 @@ class Gate:
         given = b""
         for name, value in headers:
             size += len(name) + len(value)
-            if name == _REQUEST_ID and _SANE.fullmatch(value):
+            if name == _REQUEST_ID:
                 given = value
-        scope[NAMED] = given or b"%032x" % random.getrandbits(128)
+        scope[NAMED] = id_of(given)
         try:
             if scope["path"] not in PUBLIC:
                 scope[ACCESS] = access = self._keyring.find(headers)
@@ -115,8 +115,13 @@ def _noting(scope: Scope, send: Send) -> Send:
     return noting
 
 
+def id_of(given: bytes) -> bytes:
+    """The id of a call: the caller's own where that is sane, else one that is made."""
+    return given if _SANE.fullmatch(given) else b"%032x" % random.getrandbits(128)
+
+
 def named(response: Response, scope: Scope) -> Response:
-    """The response with the id of its call: the caller's own where it sent a sane one."""
+    """The response with the id of its call."""
     response.raw_headers.append((_REQUEST_ID, scope[NAMED]))
     return response
 

@@ -97,6 +97,33 @@ def test_typed_contents_as_other_clients_send_them(served):
             infer(request, metadata=(("x-api-key", USER),), timeout=20)
 
 
+def test_a_call_keeps_its_id_or_gets_one(served):
+    import grpc
+
+    from bertology_serve.serving.rpc.messages import SERVICE, message
+
+    def ids(method: str, **fields: str) -> list[str]:
+        kind = message(f"{method}Request")
+        ask = channel.unary_unary(
+            f"/{SERVICE}/{method}", kind.SerializeToString, message(f"{method}Response").FromString
+        )
+        found = []
+        for sent in ("mine-7", "not sane", ""):
+            metadata = [("x-api-key", USER), *([("x-request-id", sent)] if sent else [])]
+            try:
+                _, call = ask.with_call(kind(**fields), metadata=metadata, timeout=20)
+            except grpc.RpcError as problem:
+                call = problem
+            found.append(dict(call.trailing_metadata())["x-request-id"])
+        return found
+
+    with grpc.insecure_channel(f"127.0.0.1:{served.server.rpc.port}") as channel:
+        for own, *made in (ids("ModelMetadata", name="sense"), ids("ModelMetadata", name="mood"), ids("ServerLive")):
+            assert own == "mine-7"
+            assert len(set(made)) == 2
+            assert all(len(one) == 32 for one in made)
+
+
 def test_statistics_and_the_repository(client):
     client.infer("raw", [tensor("text", TEXTS)], headers=HEADERS)
     (stats,) = client.get_inference_statistics("raw", headers=HEADERS).model_stats
