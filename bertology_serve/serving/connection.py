@@ -10,7 +10,7 @@ httptools parses, uvicorn starts and stops the server, an ASGI application answe
 | CALL | the application | its own |
 | WRITE | that the client reads the answer | ``max_seconds`` for each part of it |
 | DRAIN | the rest of a body whose call was answered without it, of at most ``DRAINED`` bytes | ``max_seconds`` |
-| CLOSING | that the client reads the last answer, and hangs up | ``max_seconds`` |
+| CLOSING | that the client, which may go on for four bodies, reads the last answer and hangs up | ``max_seconds`` |
 
 A call that came before its turn waits unparsed, in the system's buffers but for one piece of data.
 """
@@ -277,7 +277,7 @@ class Connection(asyncio.Protocol):
         """Parses, up to the end of one call; what comes after it waits."""
         if self.now is State.CLOSING:
             self._bytes += len(data)
-            if self._bytes > DRAINED:
+            if self._bytes > DRAINED + 4 * self.max_body:
                 self.cut()
         elif self._parser is None:
             self._pause()

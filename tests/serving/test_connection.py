@@ -261,6 +261,25 @@ async def refusing(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b"{}"})
 
 
+def test_who_sends_too_much_is_told_so():
+    """A client that writes all of a body before it reads must not find its connection reset."""
+    body = b"x" * 250_000
+
+    def send(port: int) -> bytes:
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as line:
+            line.sendall(b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body))
+            for at in range(0, len(body), 1000):
+                line.sendall(body[at : at + 1000])
+            return line.recv(1000)
+
+    async def run() -> None:
+        async with house(refusing) as made:
+            assert statuses(await asyncio.to_thread(send, made.port)) == [413]
+            await made.empty()
+
+    everywhere(run)
+
+
 def test_the_fields_of_trailers_are_forgotten():
     call = b"POST /a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n"
 
