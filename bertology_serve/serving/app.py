@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -17,9 +19,9 @@ from bertology_serve.errors import BertologyError
 from bertology_serve.serving.answering import Answering
 from bertology_serve.serving.engine import ClientGone, Engine
 from bertology_serve.serving.faults import place_of
-from bertology_serve.serving.gate import Gate
+from bertology_serve.serving.gate import Gate, named, request_id_of
 from bertology_serve.serving.handlers import Handlers
-from bertology_serve.serving.http import problem_response
+from bertology_serve.serving.http import JSON_LENGTH, PRIORITY, REQUEST_ID, TIMEOUT, problem_response
 from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.lifecycle import Lifecycle
 from bertology_serve.serving.management import Management
@@ -34,23 +36,26 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 STATE_SECONDS = 1.0  # how often the desired-state file is looked at
 SLOTS = 10_000  # deltas that fit, as far as routers are told: memory is the bound
+# What web pages may send and read beyond what browsers always allow
+SENT_HEADERS = ("Authorization", "X-API-Key", "Content-Type", REQUEST_ID, TIMEOUT, PRIORITY, JSON_LENGTH, "traceparent")
+TOLD_HEADERS = (REQUEST_ID, "Retry-After", JSON_LENGTH)
 CLIENT_GONE = 499  # nobody reads it; it tells the metrics
 
 
 class Application(Starlette):
-    """Starlette with the gate in the place of its own layers.
+    """Starlette with ``layers`` in the place of its own.
 
     Those turn what is raised into pages; here ``Guarded`` and the gate do, which costs less.
     """
 
-    def __init__(self, routes: list[Route], gate: Callable[[ASGIApp], Gate], lifespan: Lifespan) -> None:
+    def __init__(self, routes: list[Route], layers: Callable[[ASGIApp], ASGIApp], lifespan: Lifespan) -> None:
         super().__init__(routes=routes, lifespan=lifespan)
         self.router.redirect_slashes = False
-        self._gate = gate
+        self._layers = layers
 
     def build_middleware_stack(self) -> ASGIApp:
-        """The gate before the routes."""
-        return self._gate(self.router)
+        """The layers around the routes."""
+        return self._layers(self.router)
 
 
 def make_app(answering: Answering, metrics: Metrics, keyring: Keyring, rpc: GrpcServer | None = None) -> Starlette:
@@ -81,9 +86,17 @@ def make_app(answering: Answering, metrics: Metrics, keyring: Keyring, rpc: Grpc
     handlers = Handlers(answering, metrics)
     routes = make_routes(handlers, management, metrics)
     config = engine.config
-    return Application(
-        routes, lambda app: Gate(app, keyring, metrics, config.max_header_bytes, config.log_calls), lifespan
-    )
+
+    def layers(app: ASGIApp) -> ASGIApp:
+        """The gate, and around it what was switched on. Browsers ask before they send keys, so CORS comes first."""
+        app = Gate(app, keyring, metrics, config.max_header_bytes, config.log_calls)
+        if config.gzip_bytes:
+            app = GZipMiddleware(app, minimum_size=config.gzip_bytes, compresslevel=1)
+        if config.cors_origin:
+            app = CORSMiddleware(app, config.cors_origin, ("GET", "POST"), SENT_HEADERS, expose_headers=TOLD_HEADERS)
+        return app
+
+    return Application(routes, layers, lifespan)
 
 
 async def _following(engine: Engine, lifecycle: Lifecycle) -> asyncio.Task[None] | None:
@@ -132,7 +145,12 @@ def make_routes(handlers: Handlers, management: Management, metrics: Metrics) ->
         get("/models/{delta}/info", h.model),
         get("/models/{delta}/health", h.model_health),
         get("/models", h.models),
-        ask("/v1/embeddings", h.embeddings),
+        ask("/v1/embeddings", h.named.embeddings),
+        ask("/v1/rerank", h.named.rerank),
+        ask("/v2/rerank", h.named.rerank),
+        ask("/score", h.named.score),
+        ask("/classify", h.named.classify),
+        ask("/v1/models/{delta}:predict", h.predict_v1),
         get("/v1/models", h.openai_models),
         get("/v1/models/{delta}", h.openai_model),
         get("/v2/health/live", h.live),
@@ -143,6 +161,8 @@ def make_routes(handlers: Handlers, management: Management, metrics: Metrics) ->
         get(f"{model}{version}/stats", h.statistics),
         get(model, h.oip_model),
         get(f"{model}{version}", h.oip_model),
+        get(f"{model}/config", h.oip_config),
+        get(f"{model}{version}/config", h.oip_config),
         get(f"{model}/ready", h.oip_model_ready),
         get(f"{model}{version}/ready", h.oip_model_ready),
         get("/v2", h.server),
@@ -181,7 +201,7 @@ class Guarded:
         """Answers one call."""
         response = await self._response(Request(scope, receive))
         self._metrics.call(response.status_code)
-        await response(scope, receive, send)
+        await named(response, scope)(scope, receive, send)
 
     async def _response(self, request: Request) -> Response:
         path = request.scope["path"]
@@ -192,5 +212,6 @@ class Guarded:
         except (ClientGone, ClientDisconnect):
             return Response(status_code=CLIENT_GONE)
         except Exception as problem:
-            log.error("%s %s raised %s", request.method, path, place_of(problem))
+            call = request_id_of(request.scope)
+            log.error("%s %s raised %s (request %s)", request.method, path, place_of(problem), call)
             return problem_response(problem, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -40,11 +41,15 @@ HELPS = {
     "0: only when told to, by /v2/repository.",
     "drain_seconds": "How long to go on accepting calls after SIGTERM while readiness already answers 503.",
     "shutdown_seconds": "How long accepted calls may take to finish after that.",
+    "cors_origin": "Web pages that may call from a browser: https://HOST[:PORT],... or *. Without it none may.",
+    "gzip_bytes": "Compress answers of at least that many bytes for callers that accept gzip; 0: never.",
     "log_format": "Lines for people, or JSON objects for machines.",
     "log_calls": "Log every call: method, path, status, milliseconds, and the name of its key. No texts.",
     "traces": "OpenTelemetry spans of calls, queue and batches; needs the extra otel and a configured SDK.",
     "log_level": "What to log on stderr; texts are never logged.",
 }
+
+_ORIGIN = re.compile(r"\*|https?://[a-z0-9.\[\]:-]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class ServerConfig:
     watch_seconds: float = 0.0
     drain_seconds: float = 1.0
     shutdown_seconds: float = 30.0
+    cors_origin: tuple[str, ...] = ()
+    gzip_bytes: int = 0
     log_format: Literal["text", "json"] = "text"
     log_calls: bool = False
     traces: bool = False
@@ -93,6 +100,11 @@ class ServerConfig:
             raise SpecError("watch_seconds, drain_seconds and shutdown_seconds are durations; expected numbers from 0")
         if self.host_mb < 0 or (self.device_mb is not None and self.device_mb < 1):
             raise SpecError("device_mb and host_mb are sizes in MiB; expected at least 1, and 0")
+        if self.gzip_bytes < 0:
+            raise SpecError(f"gzip_bytes is {self.gzip_bytes}; expected at least 1, or 0 for never")
+        for origin in self.cors_origin:
+            if not _ORIGIN.fullmatch(origin):
+                raise SpecError(f"cors_origin {origin[:80]!r}; expected https://HOST[:PORT] without a path, or *")
         for name in ("max_queue_tokens", "max_delta_tokens"):
             if getattr(self, name) < self.max_item_tokens:
                 raise SpecError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import random
+import re
 import time
 from typing import Any
 
@@ -13,13 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bertology_serve.errors import BertologyError
 from bertology_serve.serving import logs
 from bertology_serve.serving.connection import CONNECTION
-from bertology_serve.serving.http import error_response, problem_response
+from bertology_serve.serving.http import REQUEST_ID, error_response, problem_response
 from bertology_serve.serving.keys import Access, Keyring
 from bertology_serve.serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
 PUBLIC = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
-ACCESS = "bertology.access"
+ACCESS, NAMED = "bertology.access", "bertology.request_id"
+_REQUEST_ID = REQUEST_ID.lower().encode()
+_SANE = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 class Gate:
@@ -50,8 +54,12 @@ class Gate:
         """Rights, rates and sizes, before anything else."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         size = len(scope["raw_path"]) + len(scope["query_string"])
+        given = b""
         for name, value in headers:
             size += len(name) + len(value)
+            if name == _REQUEST_ID:
+                given = value
+        scope[NAMED] = id_of(given)
         try:
             if scope["path"] not in PUBLIC:
                 scope[ACCESS] = access = self._keyring.find(headers)
@@ -71,7 +79,7 @@ class Gate:
                 message = f"the path and headers hold {size} bytes; at most {self._most} are taken"
                 refusal = error_response(message, 431, scope["path"])
         self._metrics.call(refusal.status_code)
-        await refusal(scope, receive, send)
+        await named(refusal, scope)(scope, receive, send)
 
 
 def _unrouted(scope: Scope, problem: HTTPException) -> Response:
@@ -100,10 +108,28 @@ def _noting(scope: Scope, send: Send) -> Send:
         if message["type"] == "http.response.start":
             access: Access | None = scope.get(ACCESS)
             name, path = access.name if access else "", scope["raw_path"].decode("ascii", "replace")
-            logs.call(log, scope["method"], path, message["status"], time.perf_counter() - started, name)
+            seconds = time.perf_counter() - started
+            logs.call(log, scope["method"], path, message["status"], seconds, name, request_id_of(scope))
         await send(message)
 
     return noting
+
+
+def id_of(given: bytes) -> bytes:
+    """The id of a call: the caller's own where that is sane, else one that is made."""
+    return given if _SANE.fullmatch(given) else b"%032x" % random.getrandbits(128)
+
+
+def named(response: Response, scope: Scope) -> Response:
+    """The response with the id of its call."""
+    response.raw_headers.append((_REQUEST_ID, scope[NAMED]))
+    return response
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id of a call. For what lies behind the gate."""
+    found: bytes = scope[NAMED]
+    return found.decode("ascii")
 
 
 def access_of(scope: Scope) -> Access:

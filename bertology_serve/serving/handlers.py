@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -30,8 +30,9 @@ from bertology_serve.serving.http import (
     timeout_of,
 )
 from bertology_serve.serving.metrics import CONTENT_TYPE, Metrics
+from bertology_serve.serving.model_routes import ModelRoutes
 from bertology_serve.serving.openapi import document
-from bertology_serve.serving.protocol import hf, native, oip, oip_model, openai
+from bertology_serve.serving.protocol import hf, kserve_v1, native, oip, oip_model, openai
 from bertology_serve.serving.protocol.tei import PREDICT
 from bertology_serve.serving.tei_routes import TeiRoutes
 from bertology_serve.serving.terms import Terms
@@ -44,7 +45,7 @@ class Handlers:
         self.engine, self.registry, self.metrics = answering.engine, answering.registry, metrics
         self.answering = answering
         self.config = self.engine.config
-        self.tei = TeiRoutes(self.answering)
+        self.tei, self.named = TeiRoutes(self.answering), ModelRoutes(self.answering)
         self._started = int(time.time())
 
     async def predict(self, request: Request) -> Response:
@@ -92,33 +93,28 @@ class Handlers:
 
         return await of_one_version(answer)
 
-    async def embeddings(self, request: Request) -> Response:
-        """POST /v1/embeddings"""
+    async def predict_v1(self, request: Request) -> Response:
+        """POST /v1/models/{delta}:predict"""
         body = await self._body(request)
-        access, aside = access_of(request.scope), self.engine.aside
-        find, tokens = partial(self.answering.find, access), 0
-
-        def charge(cost: int) -> None:
-            nonlocal tokens
-            access.charge(cost)
-            tokens = cost
+        aside, most = self.engine.aside, self.config.max_items
 
         async def answer() -> Response:
-            call = await aside(len(body), lambda: openai.read_embeddings(body, find, self.config.max_items))
-            found = await self._answer(request, call.requests, charge=charge)
-            content = await aside(size_of(found), lambda: openai.write_embeddings(call, found, tokens))
+            delta = self._named(request)
+            requests = await aside(len(body), lambda: kserve_v1.read_predict(body, delta, most))
+            found = await self._answer(request, requests)
+            content = await aside(size_of(found), lambda: kserve_v1.write_predict(requests, found))
             return answer_response(content, found)
 
         return await of_one_version(answer)
 
     async def openai_models(self, request: Request) -> Response:
-        """GET /v1/models"""
-        data = [openai.describe(delta, self._started) for delta in self._visible(request)]
-        return json_response({"object": "list", "data": data})
+        """GET /v1/models, for OpenAI's client and for KServe's, which reads ``models``"""
+        data = [openai.describe(delta, self._started, self.engine.ready) for delta in self._visible(request)]
+        return json_response({"object": "list", "data": data, "models": [one["id"] for one in data]})
 
     async def openai_model(self, request: Request) -> Response:
         """GET /v1/models/{delta}"""
-        return json_response(openai.describe(self._named(request), self._started))
+        return json_response(openai.describe(self._named(request), self._started, self.engine.ready))
 
     async def about(self, request: Request) -> Response:
         """GET /"""
@@ -126,6 +122,7 @@ class Handlers:
             {
                 "name": "bertology-serve",
                 "version": __version__,
+                "status": "alive",  # the liveness of KServe's first protocol
                 "backbone": self.registry.pipeline.encoder.name,
                 "deltas": len(self._visible(request)),
                 "openapi": "/openapi.json",
@@ -179,6 +176,10 @@ class Handlers:
         """GET /v2/models/{delta}[/versions/{version}]"""
         return json_response(oip_model.metadata(self._named(request)))
 
+    async def oip_config(self, request: Request) -> Response:
+        """GET /v2/models/{delta}[/versions/{version}]/config"""
+        return json_response(oip_model.config(self._named(request)))
+
     async def statistics(self, request: Request) -> Response:
         """GET /v2/models/stats and /v2/models/{delta}[/versions/{version}]/stats"""
         deltas = [self._named(request)] if "delta" in request.path_params else self._visible(request)
@@ -208,11 +209,10 @@ class Handlers:
         request: Request,
         items: Sequence[Item],
         seconds: float = math.inf,
-        charge: Callable[[int], None] | None = None,
         priority: int = 0,
     ) -> list[Prediction]:
         """The answers, within the caller's rights, rates and time."""
         terms = Terms(
-            lambda: departure(request), charge, min(seconds, timeout_of(request)), priority or priority_of(request)
+            lambda: departure(request), None, min(seconds, timeout_of(request)), priority or priority_of(request)
         )
         return await self.answering.answer(access_of(request.scope), items, terms)

@@ -19,7 +19,7 @@ from bertology_serve.serving.protocol.bodies import encode
 
 JSON, BINARY = "application/json", "application/octet-stream"
 JSON_LENGTH = "Inference-Header-Content-Length"
-TIMEOUT, PRIORITY = "X-Request-Timeout-Ms", "X-Request-Priority"
+TIMEOUT, PRIORITY, REQUEST_ID = "X-Request-Timeout-Ms", "X-Request-Priority", "X-Request-Id"
 TRUNCATED = "X-Truncated"
 _JSON_LENGTH, _TIMEOUT, _PRIORITY = (name.lower().encode() for name in (JSON_LENGTH, TIMEOUT, PRIORITY))
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits
@@ -46,9 +46,9 @@ def problem_response(problem: Exception, path: str) -> Response:
 
 
 def error_response(message: str, status: int, path: str, headers: Mapping[str, str] | None = None) -> Response:
-    """``{"error": message}``; under ``/v1`` an object, as OpenAI's client reads it."""
+    """``{"error": message}``; under ``/v1`` an object, as OpenAI's client reads it, but for KServe's ``:predict``."""
     error: Any = message
-    if path.startswith("/v1/"):
+    if path.startswith("/v1/") and not path.endswith(":predict"):
         kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
         error = {"message": message, "type": kind, "param": None, "code": None}
     return json_response({"error": error}, status, headers)

@@ -111,6 +111,8 @@ class Lifecycle:
             self._reasons.pop(name, None)
         except BertologyError as problem:
             self._reasons[name] = str(problem)
+            if state == LOADING:
+                problem.args = (f"failed to load {name[:80]!r}: {problem}",)
             raise
         finally:
             del self._doing[name]

@@ -35,7 +35,8 @@ def set_up(level: str, kind: str, stream: TextIO | None = None) -> None:
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
 
 
-def call(log: logging.Logger, method: str, path: str, status: int, seconds: float, key: str) -> None:
+def call(log: logging.Logger, method: str, path: str, status: int, seconds: float, key: str, request: str) -> None:
     """Notes one call, without its body and its query."""
-    facts = {"method": method, "path": path, "status": status, "ms": round(1e3 * seconds, 3), "key": key}
-    log.info("%s %s %d %.1f ms %s", method, path, status, 1e3 * seconds, key, extra={CALL: facts})
+    facts = {"method": method, "path": path, "status": status, "ms": round(1e3 * seconds, 3), "key": key,
+             "request_id": request}  # fmt: skip
+    log.info("%s %s %d %.1f ms %s %s", method, path, status, 1e3 * seconds, key, request, extra={CALL: facts})

@@ -45,6 +45,7 @@ _SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
+_OBJECT, _NUMBER = {"type": "object"}, {"type": "number"}
 _ITEMS = (_BAD, _UNKNOWN, "408", _LARGE, *_GATE, "500")
 
 
@@ -52,13 +53,16 @@ _ITEMS = (_BAD, _UNKNOWN, "408", _LARGE, *_GATE, "500")
 def document() -> dict[str, Any]:
     """The document; the same for every server of this version."""
     _, components = msgspec.json.schema_components(BODIES, ref_template=REF)
+    _with_items(components)
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "bertology-serve",
             "version": __version__,
             "description": "Many deltas on one encoder, answered in one packed batch. No Content-Type is needed.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
+        "servers": [{"url": "/", "description": "The server that this document came from"}],
         "paths": _paths(),
         "components": {"schemas": components, "securitySchemes": _SCHEMES},
         "security": [{name: []} for name in _SCHEMES],
@@ -66,72 +70,101 @@ def document() -> dict[str, Any]:
 
 
 def _paths() -> dict[str, Any]:
+    """Every path with its operations; what stands twice is named ``..._version`` or ``tei_...`` the second time."""
     item, model = _ref("Item"), _ref("Model")
-    infer = _post("Infer (Open Inference Protocol v2)", _ref("InferRequest"), _ref("InferResponse"), binary=True)
-    about = _get("Metadata of a delta", _ref("ModelMetadata"), _UNKNOWN)
-    done = _get("What a delta has done", {"type": "object"}, _UNKNOWN)
-    is_ready = _get("Readiness", {"type": "object"}, _UNKNOWN, _BUSY)
     paths = {
-        "/predict": {"post": _post("Answer items of any deltas, or TEI's /predict", _items(item), _answers())},
-        "/models": {"get": _get("The deltas that answer", {"type": "array", "items": model})},
-        "/models/{delta}": {
-            "get": _get("About a delta", model, _UNKNOWN),
-            "post": _post("Answer in HuggingFace's task shape", _ref("TaskBody"), {}),
+        "/predict": {
+            "post": _post("predict", "Answer items of any deltas, or TEI's /predict", _items(item), _answers())
         },
-        "/models/{delta}/info": {"get": _get("About a delta", model, _UNKNOWN)},
-        "/models/{delta}/health": {"get": is_ready},
-        "/v1/embeddings": {"post": _post("Embeddings in OpenAI's shape", _ref("EmbeddingsBody"), _ref("Embeddings"))},
-        "/v1/models": {"get": _get("The deltas in OpenAI's shape", {"type": "object"})},
-        "/v1/models/{delta}": {"get": _get("A delta in OpenAI's shape", {"type": "object"}, _UNKNOWN)},
-        "/v2": {"get": _get("About the server", _ref("ServerMetadata"))},
-        "/v2/health/live": {"get": _get("Liveness", {"type": "object"})},
-        "/v2/health/ready": {"get": _get("Readiness", {"type": "object"}, _BUSY)},
-        "/v2/models": {"get": _get("Names of the deltas that answer", {"type": "object"})},
-        "/v2/models/stats": {"get": _get("What each delta has done", {"type": "object"})},
-        **{
-            f"/v2/models/{{delta}}{version}{end}": {method: operation}
-            for version in ("", "/versions/{version}")
-            for end, method, operation in (
-                ("", "get", about),
-                ("/ready", "get", is_ready),
-                ("/stats", "get", done),
-                ("/infer", "post", infer),
+        "/models": {"get": _get("list_models", "The deltas that answer", _list(model))},
+        "/models/{delta}": {
+            "get": _get("get_model", "About a delta", model, _UNKNOWN),
+            "post": _post("ask_model", "Answer in HuggingFace's task shape", _ref("TaskBody"), {}),
+        },
+        "/models/{delta}/info": {"get": _get("get_model_info", "About a delta", model, _UNKNOWN)},
+        "/models/{delta}/health": {"get": _get("get_model_health", "Readiness", _OBJECT, _UNKNOWN, _BUSY)},
+        "/v1/embeddings": {
+            "post": _post(
+                "create_embeddings", "Embeddings in OpenAI's shape", _ref("EmbeddingsBody"), _ref("Embeddings")
             )
         },
-        "/v2/repository/index": {"post": _manage("Every version on disk or in service", "index")},
-        "/v2/repository/models/{delta}/load": {"post": _manage("Load a version, or swap to it", "load")},
-        "/v2/repository/models/{delta}/rollback": {"post": _manage("Back to the version before", "rollback")},
-        "/v2/repository/models/{delta}/unload": {"post": _manage("Take a delta away", "unload")},
+        **{
+            f"/{version}/rerank": {
+                "post": _post(
+                    f"rerank_{version}", "Rank documents (Cohere's and Jina's shape)", _ref("RerankBody"), _ref("Ranks")
+                )
+            }
+            for version in ("v1", "v2")
+        },
+        "/score": {"post": _post("score", "Score pairs (vLLM's shape)", _ref("ScoreBody"), _ref("Scores"))},
+        "/classify": {"post": _post("classify", "Classify (vLLM's shape)", _ref("ClassifyBody"), _ref("Classes"))},
+        "/v1/models/{delta}:predict": {
+            "post": _post(
+                "predict_v1", "Answer instances (KServe's first protocol)", _ref("PredictBody"), _ref("Predictions")
+            )
+        },
+        "/v1/models": {"get": _get("list_models_v1", "The deltas in OpenAI's shape", _OBJECT)},
+        "/v1/models/{delta}": {"get": _get("get_model_v1", "A delta in OpenAI's shape", _OBJECT, _UNKNOWN)},
+        "/v2": {"get": _get("get_server", "About the server", _ref("ServerMetadata"))},
+        "/v2/health/live": {"get": _get("is_live", "Liveness", _OBJECT)},
+        "/v2/health/ready": {"get": _get("is_ready", "Readiness", _OBJECT, _BUSY)},
+        "/v2/models": {"get": _get("list_models_v2", "Names of the deltas that answer", _OBJECT)},
+        "/v2/models/stats": {"get": _get("list_statistics", "What each delta has done", _OBJECT)},
+        **_model_paths("/v2/models/{delta}", ""),
+        **_model_paths("/v2/models/{delta}/versions/{version}", "_version"),
+        "/v2/repository/index": {"post": _manage("list_repository", "Every version on disk or in service", "index")},
+        "/v2/repository/models/{delta}/load": {"post": _manage("load_model", "Load a version, or swap to it", "load")},
+        "/v2/repository/models/{delta}/rollback": {
+            "post": _manage("rollback_model", "Back to the version before", "rollback")
+        },
+        "/v2/repository/models/{delta}/unload": {"post": _manage("unload_model", "Take a delta away", "unload")},
         **_tei_paths(),
-        "/health": {"get": _get("State of the server", {"type": "object"})},
-        "/metrics": {"get": _get("Prometheus metrics", None)},
-        "/openapi.json": {"get": _get("This document", {"type": "object"})},
-        "/": {"get": _get("About the server", {"type": "object"})},
+        "/health": {"get": _get("get_health", "State of the server", _OBJECT)},
+        "/metrics": {"get": _get("get_metrics", "Prometheus metrics", None)},
+        "/openapi.json": {"get": _get("get_openapi", "This document", _OBJECT)},
+        "/": {"get": _get("get_about", "About the server", _OBJECT)},
     }
     for path in PUBLIC:
         paths[path]["get"]["security"] = []
     for path in paths:
-        if path.startswith("/v1/"):
+        if path.startswith("/v1/") and not path.endswith(":predict"):
             _in_openai_s_shape(paths[path])
     return {path: _with_parameters(path, operations) for path, operations in paths.items()}
+
+
+def _model_paths(base: str, end: str) -> dict[str, Any]:
+    """The Open Inference Protocol's paths of a delta, or of one version of it."""
+    infer = "Infer (Open Inference Protocol v2)"
+    return {
+        base: {"get": _get(f"get_metadata{end}", "Metadata of a delta", _ref("ModelMetadata"), _UNKNOWN)},
+        f"{base}/config": {"get": _get(f"get_config{end}", "Configuration of a delta", _OBJECT, _UNKNOWN)},
+        f"{base}/ready": {"get": _get(f"is_model_ready{end}", "Readiness", _OBJECT, _UNKNOWN, _BUSY)},
+        f"{base}/stats": {"get": _get(f"get_statistics{end}", "What a delta has done", _OBJECT, _UNKNOWN)},
+        f"{base}/infer": {
+            "post": _post(f"infer{end}", infer, _ref("InferRequest"), _ref("InferResponse"), binary=True)
+        },
+    }
 
 
 def _tei_paths() -> dict[str, Any]:
     """Text Embeddings Inference's routes, at the root and below a delta's name; /predict at the root is ours too."""
     posts = {
-        "embed": ("Embeddings", "TeiBody"),
-        "rerank": ("Rank texts", "TeiRerankBody"),
-        "similarity": ("Compare texts", "TeiSimilarityBody"),
-        "tokenize": ("Texts to tokens", "TeiTokenizeBody"),
-        "decode": ("Tokens to texts", "TeiDecodeBody"),
-        "predict": ("Classify", "TeiBody"),
+        "embed": ("Embeddings", "TeiBody", _list(_list(_NUMBER))),
+        "rerank": ("Rank texts", "TeiRerankBody", _list(_OBJECT)),
+        "similarity": ("Compare texts", "TeiSimilarityBody", _list(_NUMBER)),
+        "tokenize": ("Texts to tokens", "TeiTokenizeBody", _list(_list(_OBJECT))),
+        "decode": ("Tokens to texts", "TeiDecodeBody", _list({"type": "string"})),
+        "predict": ("Classify", "TeiBody", _list(_classes())),
     }
     paths = {}
-    for base in ("", "/tei/{delta}"):
-        for name, (summary, body) in posts.items():
+    for base, start in (("", ""), ("/tei/{delta}", "tei_")):
+        for name, (summary, body, answer) in posts.items():
             if base or name != "predict":
-                paths[f"{base}/{name}"] = {"post": _post(f"{summary} (TEI's shape)", _ref(body), {"type": "array"})}
-        paths[f"{base}/info"] = {"get": _get("About a delta (TEI's shape)", {"type": "object"}, _BAD, _UNKNOWN)}
+                paths[f"{base}/{name}"] = {
+                    "post": _post(f"{start}{name}", f"{summary} (TEI's shape)", _ref(body), answer)
+                }
+        about = _get(f"{start}info", "About a delta (TEI's shape)", _OBJECT, _BAD, _UNKNOWN)
+        paths[f"{base}/info"] = {"get": about}
     model = {"name": "model", "in": "query", "description": "Name of a delta", "schema": {"type": "string"}}
     paths["/info"]["get"]["parameters"] = [model]
     return paths
@@ -145,23 +178,26 @@ def _in_openai_s_shape(operations: dict[str, Any]) -> None:
                 response["content"] = {"application/json": {"schema": _ref("OpenAIProblem")}}
 
 
-def _get(summary: str, schema: dict[str, Any] | None, *problems: str) -> dict[str, Any]:
+def _get(name: str, summary: str, schema: dict[str, Any] | None, *problems: str) -> dict[str, Any]:
     content = {"text/plain": {}} if schema is None else {"application/json": {"schema": schema}}
     found = {"200": {"description": "OK", "content": content}} | {
         code: _problem(code) for code in (*problems, *_GATE, "500")
     }
     if _BUSY in problems:
         found[_BUSY] = {"description": "The server is draining.", "content": content}
-    return {"summary": summary, "responses": found}
+    return {"operationId": name, "summary": summary, "responses": found}
 
 
-def _post(summary: str, body: dict[str, Any], answer: dict[str, Any], binary: bool = False) -> dict[str, Any]:
+def _post(
+    name: str, summary: str, body: dict[str, Any], answer: dict[str, Any], binary: bool = False
+) -> dict[str, Any]:
     accepted, given = {"application/json": {"schema": body}}, {"application/json": {"schema": answer}}
     if binary:
-        octets: dict[str, Any] = {"application/octet-stream": {}}
+        octets: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
         accepted, given = accepted | octets, given | octets
     busy = _problem(_BUSY) | {"description": "The queue is full, or the server is stopping.", "headers": _RETRY}
     return {
+        "operationId": name,
         "summary": summary,
         "parameters": [_TIMEOUT, _PRIORITY],
         "requestBody": {"required": True, "content": accepted},
@@ -174,11 +210,12 @@ def _post(summary: str, body: dict[str, Any], answer: dict[str, Any], binary: bo
     }
 
 
-def _manage(summary: str, what: str) -> dict[str, Any]:
+def _manage(name: str, summary: str, what: str) -> dict[str, Any]:
     """A route for API keys with admin rights. Its body may be empty."""
     body, entry = _ref("IndexRequest" if what == "index" else "LoadRequest"), _ref("RepositoryEntry")
-    answer = {"type": "array", "items": entry} if what == "index" else entry
+    answer = _list(entry) if what == "index" else entry
     return {
+        "operationId": name,
         "summary": f"{summary} (admin)",
         "requestBody": {"required": False, "content": {"application/json": {"schema": body}}},
         "responses": {
@@ -202,11 +239,28 @@ def _with_parameters(path: str, operations: dict[str, Any]) -> dict[str, Any]:
 
 def _answers() -> dict[str, Any]:
     """An answer, a list of them, or TEI's labels with scores."""
-    return {"anyOf": [_ref("Answer"), {"type": "array", "items": {"anyOf": [_ref("Answer"), {}]}}]}
+    return {"anyOf": [_ref("Answer"), _list({"anyOf": [_ref("Answer"), *_classes()["anyOf"]]})]}
+
+
+def _classes() -> dict[str, Any]:
+    """TEI's labels of one text, or of each."""
+    return {"anyOf": [_ref("TeiClass"), _list(_ref("TeiClass"))]}
+
+
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+def _with_items(schema: Any) -> None:
+    """Says of every list that it may hold anything, where it says nothing: generators of clients want to be told."""
+    for value in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _with_items(value)
+    if isinstance(schema, dict) and schema.get("type") == "array":
+        schema.setdefault("items", {})
 
 
 def _items(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"anyOf": [schema, {"type": "array", "items": schema}, _ref("TeiBody")]}
+    return {"anyOf": [schema, _list(schema), _ref("TeiBody")]}
 
 
 def _ref(name: str) -> dict[str, Any]:

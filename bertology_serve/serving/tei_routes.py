@@ -23,8 +23,9 @@ from bertology_serve.serving.http import (
     read_body,
     timeout_of,
 )
+from bertology_serve.serving.protocol.bodies import object_of
 from bertology_serve.serving.protocol.tei import EMBED, PREDICT, RERANK, SIMILARITY, Body, TeiCall, read_tei, write_tei
-from bertology_serve.serving.protocol.tei_tokens import check_fit, ids, info, read_object, tokenize
+from bertology_serve.serving.protocol.tei_tokens import check_fit, ids, info, tokenize
 from bertology_serve.serving.terms import Terms
 
 
@@ -94,7 +95,7 @@ class TeiRoutes:
         body = await self._body(request)
 
         def answer() -> bytes:
-            value = read_object(body)
+            value = object_of(body)
             if not named and isinstance(value.get("model"), str):
                 self._answering.find(access, value["model"])
             return what(value, self._encoder.tokenizer, self._config)

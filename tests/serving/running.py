@@ -25,11 +25,11 @@ class Running:
     def __init__(self, server: Server, url: str, client: httpx.Client) -> None:
         self.server, self.url, self.client = server, url, client
 
-    def post(self, path: str, body: Any) -> httpx.Response:
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
         """Posts JSON, or bytes as they are, without a Content-Type."""
         if isinstance(body, bytes):
-            return self.client.post(path, content=body)
-        return self.client.post(path, json=body)
+            return self.client.post(path, content=body, **options)
+        return self.client.post(path, json=body, **options)
 
 
 @contextmanager

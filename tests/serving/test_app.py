@@ -13,8 +13,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import tritonclient.http as triton
 
 from bertology_serve.serving.engine import INLINE
+from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.protocol import bodies
 from bertology_serve.tasks import encoding
 from tests.serving.conftest import DELTAS, RECORDS
@@ -75,7 +77,7 @@ def test_compressed_bodies(server, encoding):
 
 def test_open_inference_protocol(server):
     get = server.client.get
-    assert get("/v2").json()["extensions"] == ["binary_tensor_data", "model_repository", "statistics"]
+    assert get("/v2").json()["extensions"][1:3] == ["model_repository", "model_configuration"]
     assert get("/v2/health/live").json() == {"live": True}
     assert get("/v2/health/ready").json() == {"ready": True}
     assert set(get("/v2/models").json()["models"]) == {"base", *DELTAS}
@@ -138,6 +140,7 @@ def test_the_client_library_of_huggingface(server):
 def test_what_a_person_looks_at(server):
     get = server.client.get
     assert get("/").json()["deltas"] == len(DELTAS) + 1
+    assert get("/").json()["status"] == "alive"
     assert get("/health").json() == {"status": "ready"}
     assert [model["name"] for model in get("/models").json()] == ["base", *sorted(DELTAS)]
     assert get("/models/mood").json() == get("/models/mood/info").json()
@@ -455,3 +458,46 @@ def test_what_is_urgent_goes_first_and_a_full_queue_is_told_before_tokenising(pi
             thread.join(20)
         assert held.texts[0] == "first"
         assert held.texts.index("urgent") < held.texts.index("patient")
+
+
+ORIGIN = "https://app.example"
+
+
+def test_browsers_may_call_where_that_is_allowed_and_nowhere_else(server, pipeline):
+    ring = Keyring([Key("all", digest_of("all-0123456789abcdef", ""))])
+    asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+    assert server.client.options("/predict", headers=asked).status_code == 405
+    assert not [name for name in server.client.get("/v2", headers=asked).headers if name.startswith("access-control")]
+    with running(pipeline, ring, cors_origin=(ORIGIN,)) as opened:
+        preflight = opened.client.options("/predict", headers=asked)  # without a key, as browsers send it
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == ORIGIN
+        assert "x-api-key" in preflight.headers["access-control-allow-headers"].lower()
+        assert "access-control-allow-credentials" not in preflight.headers
+        refused = opened.client.get("/v2", headers={"Origin": ORIGIN})  # pages can read why
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, ORIGIN)
+        told = opened.client.get("/v2", headers={"Origin": ORIGIN, "X-API-Key": "all-0123456789abcdef"})
+        assert told.status_code == 200
+        assert "X-Request-Id" in told.headers["access-control-expose-headers"]
+        for headers in ({**asked, "Origin": "https://evil.example"}, {**asked, "Origin": f"{ORIGIN}.evil"}):
+            assert "access-control-allow-origin" not in opened.client.options("/predict", headers=headers).headers
+        assert opened.client.options("/predict").status_code == 401
+
+
+def test_big_answers_are_compressed_where_that_is_asked_for(server, pipeline):
+    item = [{"delta": "sense", "text": "the cat"}] * 20
+    plain = server.post("/predict", item, headers={"Accept-Encoding": "gzip"})
+    assert "content-encoding" not in plain.headers
+    with running(pipeline, gzip_bytes=2000) as small:
+        packed = small.post("/predict", item, headers={"Accept-Encoding": "gzip"})
+        assert packed.headers["content-encoding"] == "gzip"
+        assert packed.headers["vary"] == "Accept-Encoding"
+        assert int(packed.headers["content-length"]) < len(packed.content) == len(plain.content)
+        assert packed.json()[0].keys() == plain.json()[0].keys()
+        assert "content-encoding" not in small.post("/predict", item, headers={"Accept-Encoding": "identity"}).headers
+        assert "content-encoding" not in small.post("/predict", item[:1], headers={"Accept-Encoding": "gzip"}).headers
+        tensor = triton.InferInput("text", [20], "BYTES")
+        tensor.set_data_from_numpy(np.array([b"the cat"] * 20, object))
+        with triton.InferenceServerClient(small.url.removeprefix("http://").rstrip("/")) as client:
+            vectors = client.infer("sense", [tensor], response_compression_algorithm="gzip").as_numpy("embedding")
+        assert vectors[19] == pytest.approx(plain.json()[19]["embedding"], abs=1e-6)

@@ -22,6 +22,10 @@ from bertology_serve.serving.config import HELPS, ServerConfig
         ({"weights": ("mood=0",)}, "weight 'mood=0'"),
         ({"weights": ("=2",)}, "weight '=2'"),
         ({"weights": ("mood=nan",)}, "weight 'mood=nan'"),
+        ({"gzip_bytes": -1}, "gzip_bytes is -1"),
+        ({"cors_origin": ("app.example",)}, "cors_origin 'app.example'; expected https://HOST"),
+        ({"cors_origin": ("https://app.example/",)}, "without a path"),
+        ({"cors_origin": ("https://*.example",)}, "without a path"),
     ],
 )
 def test_nonsense_is_refused(options, message):
@@ -31,6 +35,10 @@ def test_nonsense_is_refused(options, message):
 
 def test_weights():
     assert ServerConfig(weights=("mood=2", "grade=0.5")).weight_of() == {"mood": 2.0, "grade": 0.5}
+
+
+def test_origins():
+    ServerConfig(cors_origin=("https://app.example", "http://localhost:5173", "http://[::1]:80", "*"))
 
 
 def test_every_option_has_a_help_text():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from tests.serving.conftest import DELTAS, RECORDS
 from tests.serving.running import Running
 
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEWER = settings(FAST, max_examples=40)
 NAMES = st.sampled_from([*DELTAS, "base", "moot", ""])
 FIELDS = sorted({field for record in RECORDS.values() for field in record} | {"top_k", "id", "logits", "label"})
 NUMBERS = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
@@ -53,7 +55,7 @@ def check(server: Running, path: str, template: str, body: Any, **headers: str) 
     if response.status_code >= 400:
         assert response.json().keys() == {"error"}
         error = response.json()["error"]
-        error = error["message"] if path.startswith("/v1/") else error
+        error = error["message"] if path.startswith("/v1/") and not path.endswith(":predict") else error
         assert "\n" not in error
         assert len(error) < 1000
 
@@ -122,3 +124,28 @@ def test_any_path_and_method(server, method, parts):
 
     path = "/" + "/".join(quote(part.encode("utf-8", "surrogatepass"), safe="") for part in parts)
     assert server.client.request(method, path).status_code in (200, 404, 405)
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/score", "/classify", "/v1/embeddings"])
+@FEWER
+@given(
+    st.fixed_dictionaries(
+        {"model": NAMES | VALUES},
+        optional={
+            name: VALUES | st.lists(st.text() | VALUES, max_size=3) | st.text()
+            for name in ("query", "documents", "top_n", "return_documents", "text_1", "text_2", "input", "items",
+                         "use_activation", "truncate_prompt_tokens", "max_tokens_per_doc", "rank_fields")
+        },
+    )
+)  # fmt: skip
+@example({"model": "grade", "query": "\ud800", "documents": ["\ud800"], "return_documents": True})
+@example({"model": "\ud800", "query": "a", "documents": ["b"]})
+def test_bodies_that_name_their_model(server, path, body):
+    check(server, path, path, body)
+
+
+@FEWER
+@given(NAMES.filter(bool), st.fixed_dictionaries({"instances": st.lists(RECORD | VALUES | st.text(), max_size=3)}))
+@example("mood", {"instances": ["\ud800"]})
+def test_predict_v1(server, name, body):
+    check(server, f"/v1/models/{name}:predict", "/v1/models/{delta}:predict", body)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -15,12 +17,13 @@ from bertology_serve.serving.keys import Key, Keyring, digest_of
 from tests.serving.conftest import DELTAS
 from tests.serving.running import Running, running
 
-PLAIN = {name: f"{name}-0123456789abcdef" for name in ("admin", "all", "some", "slow", "thrifty")}
+PLAIN = {name: f"{name}-0123456789abcdef" for name in ("admin", "all", "some", "slow", "thrifty", "spent")}
 FIELDS = {
     "admin": {"admin": True},
     "some": {"deltas": ("mood", "gr*", "gone")},
     "slow": {"calls_per_second": 0.5, "burst_seconds": 4.0},
     "thrifty": {"tokens_per_second": 4.0},
+    "spent": {"tokens_per_second": 1e-6},
 }
 
 
@@ -79,6 +82,10 @@ INFER = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": 
         ("GET", "/models/sense", None),
         ("GET", "/models/sense/health", None),
         ("POST", "/v2/models/sense/infer", INFER),
+        ("POST", "/v1/models/sense:predict", {"instances": ["cat"]}),
+        ("POST", "/v1/rerank", {"model": "sense", "query": "cat", "documents": ["dog"]}),
+        ("POST", "/score", {"model": "sense", "text_1": "cat", "text_2": "dog"}),
+        ("GET", "/v2/models/sense/config", None),
         ("POST", "/v2/models/mood/infer", {**INFER, "parameters": {"deltas": ["sense"]}}),
         ("GET", "/v2/models/sense", None),
         ("GET", "/v2/models/sense/versions/1", None),
@@ -125,6 +132,70 @@ def test_too_many_tokens_are_429_and_never_queued(guarded):
     assert response.status_code == 429
     assert 1 <= int(response.headers["retry-after"]) <= 2
     assert guarded.server.engine.queue.items == 0
+
+
+ITEM = {"delta": "mood", "text": "cat"}
+# How a call of each route that takes items holds so many of them
+ITEMS: dict[str, Callable[[int], Any]] = {
+    "/predict": lambda n: [ITEM] * n,
+    "/models/{delta}": lambda n: {"inputs": ["cat"] * n},
+    "/v2/models/{delta}/infer": lambda n: {
+        "inputs": [{"name": "text", "shape": [n], "datatype": "BYTES", "data": ["cat"] * n}]
+    },
+    "/v1/models/{delta}:predict": lambda n: {"instances": ["cat"] * n},
+    "/v1/embeddings": lambda n: {"model": "sense", "input": ["cat"] * n},
+    "/v1/rerank": lambda n: {"model": "grade", "query": "cat", "documents": ["dog"] * n},
+    "/v2/rerank": lambda n: {"model": "grade", "query": "cat", "documents": ["dog"] * n},
+    "/score": lambda n: {"model": "grade", "text_1": "cat", "text_2": ["dog"] * n},
+    "/classify": lambda n: {"model": "mood", "input": ["cat"] * n},
+    "/embed": lambda n: {"model": "sense", "inputs": ["cat"] * n},
+    "/rerank": lambda n: {"model": "grade", "query": "cat", "texts": ["dog"] * n},
+    "/similarity": lambda n: {"inputs": {"source_sentence": "cat", "sentences": ["dog"] * (n - 1)}},
+    "/tei/{delta}/predict": lambda n: {"inputs": [["cat"]] * n},
+}
+ITEMS["/v2/models/{delta}/versions/{version}/infer"] = ITEMS["/v2/models/{delta}/infer"]
+for name in ("embed", "rerank", "similarity"):
+    ITEMS[f"/tei/{{delta}}/{name}"] = ITEMS[f"/{name}"]
+NO_ITEMS = ("/v2/repository/", "tokenize", "decode")
+
+
+def test_every_route_is_bounded_in_bytes_items_and_rates(pipeline):
+    """Read from the application itself, so that no route comes without its bounds."""
+    with running(pipeline, keyring=keyring(), max_items=3, max_body_bytes=2000) as server:
+        call(server, "spent", "POST", "/predict", ITEM)
+        posts = [route.path for route in server.server.config.app.routes if "POST" in route.methods]
+        assert {path for path in posts if not any(part in path for part in NO_ITEMS)} == ITEMS.keys()
+        deltas = {"/tei/{delta}/embed": "sense", "/tei/{delta}/similarity": "sense", "/tei/{delta}/rerank": "grade"}
+        for template in posts:
+            path = template.replace("{delta}", deltas.get(template, "mood")).replace("{version}", "1")
+            key = "admin" if "repository" in path else "all"
+            assert call(server, key, "POST", path, "x" * 2000).status_code == 413, path
+            if template in ITEMS:
+                answers = [call(server, "all", "POST", path, ITEMS[template](count)) for count in (3, 4)]
+                assert [answer.status_code for answer in answers] == [200, 413], (path, answers[0].text)
+                refused = call(server, "spent", "POST", path, ITEMS[template](3))
+                assert refused.status_code == 429, path
+                assert "tokens a second" in refused.text
+
+
+@pytest.mark.parametrize(("sent", "kept"), [("call-7/a:b", True), ("x" * 129, False), ("a b", False), ("", False)])
+def test_a_call_keeps_its_id_or_gets_one(guarded, sent, kept):
+    """In answers of every kind, refusals too."""
+    found = set()
+    for name, path in (
+        ("all", "/v2"),
+        ("all", "/nothing"),
+        (None, "/v2"),
+        ("some", "/models/sense"),
+        (None, "/health"),
+    ):
+        headers = {"X-Request-Id": sent} | ({"X-API-Key": PLAIN[name]} if name else {})
+        found.add(guarded.client.get(path, headers=headers).headers["x-request-id"])
+    if kept:
+        assert found == {sent}
+    else:
+        assert len(found) == 5
+        assert all(re.fullmatch("[0-9a-f]{32}", one) for one in found)
 
 
 def test_no_key_reaches_the_log_or_an_answer(guarded, caplog):
@@ -197,7 +268,7 @@ def test_heads_and_bodies_that_come_too_slowly(pipeline):
 def test_calls_are_logged_without_texts(pipeline, caplog):
     caplog.set_level("INFO")
     with running(pipeline, log_calls=True) as server:
-        server.post("/predict?secret=1", {"delta": "mood", "text": "SECRET"})
+        answer = server.post("/predict?secret=1", {"delta": "mood", "text": "SECRET"})
         server.client.get("/nothing%0aINFO%20forged")
     calls = [record.call for record in caplog.records if hasattr(record, "call")]
     assert [(one["method"], one["path"], one["status"], one["key"]) for one in calls] == [
@@ -205,5 +276,6 @@ def test_calls_are_logged_without_texts(pipeline, caplog):
         ("GET", "/nothing%0aINFO%20forged", 404, "everyone"),
     ]
     assert calls[0]["ms"] > 0
+    assert calls[0]["request_id"] == answer.headers["x-request-id"] != calls[1]["request_id"]
     own = [record.getMessage() for record in caplog.records if record.name.startswith("bertology")]
     assert "secret" not in " ".join(own).lower()

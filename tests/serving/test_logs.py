@@ -24,7 +24,7 @@ def _as_before():
 def test_json_lines():
     stream = io.StringIO()
     logs.set_up("info", "json", stream)
-    logs.call(logging.getLogger("x"), "POST", "/predict", 200, 0.0125, "team")
+    logs.call(logging.getLogger("x"), "POST", "/predict", 200, 0.0125, "team", "id-7")
     try:
         raise RuntimeError("SECRET")
     except RuntimeError:

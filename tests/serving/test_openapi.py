@@ -24,6 +24,13 @@ def test_every_route_is_documented_and_nothing_else(server):
     assert routes == set(operations())
 
 
+def test_every_operation_has_a_name_of_its_own():
+    names = [operation["operationId"] for operation in operations().values()]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch("[a-z][a-z0-9_]+", name) for name in names)
+    assert document()["servers"][0]["url"] == "/"
+
+
 def test_references_lead_somewhere():
     text = repr(document())
     named = set(re.findall(r"#/components/schemas/(\w+)", text))

@@ -44,6 +44,14 @@ def decode(body: bytes | memoryview, kind: type[T] | Any = Any) -> T:
         raise DataError("the body is nested too deeply") from None
 
 
+def object_of(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body; DataError for anything else, LimitError as ``decode``."""
+    value: Any = decode(body)
+    if not isinstance(value, dict):
+        raise DataError(f"the body is {shown(value)}; expected an object")
+    return value
+
+
 def encode_list(values: Iterable[Any]) -> bytes:
     """A list as JSON, value by value: other threads run between them."""
     return b"[" + b",".join([encode(value) for value in values]) + b"]"

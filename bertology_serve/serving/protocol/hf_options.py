@@ -28,12 +28,12 @@ _KNOWN = {
     MULTIPLE_CHOICE: (),
     EMBEDDING: ("normalize", "dimensions", "truncate"),
 }
-# Options of InferenceClient that say how to compute, which a delta has decided in its training
-_REFUSED = (
-    "top_k", "function_to_apply", "aggregation_strategy", "ignore_labels", "stride", "align_to_words", "doc_stride",
-    "handle_impossible_answer", "max_answer_len", "max_question_len", "max_seq_len", "prompt_name",
-    "truncation_direction", "normalize", "dimensions", "encoding_format",
-)  # fmt: skip
+# What counts as an option beside ``inputs`` too, where InferenceClient puts those of embeddings; other keys are ignored
+_OPTIONS = frozenset(sum(_KNOWN.values(), ())) | {
+    "stride", "align_to_words", "doc_stride", "handle_impossible_answer", "max_answer_len", "max_question_len",
+    "max_seq_len", "prompt_name", "truncation_direction", "encoding_format", "candidate_labels", "hypothesis_template",
+    "multi_label",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,18 @@ class Options:
 
 
 def read_options(body: dict[str, Any], delta: Delta) -> Options:
-    """The options of a body, under ``parameters`` or, for embeddings, beside ``inputs``."""
+    """The options of a body, under ``parameters`` or beside ``inputs``. Unsupported for those that the task lacks: a
+    delta has decided them in its training, its labels too."""
     parameters = body.get("parameters")
     if parameters is not None and not isinstance(parameters, dict):
         raise DataError(f"field 'parameters' is {shown(parameters)}; expected an object")
-    given = {name: value for name, value in {**body, **(parameters or {})}.items() if value is not None}
+    beside = {name: value for name, value in body.items() if name in _OPTIONS}
+    given = {name: value for name, value in (beside | (parameters or {})).items() if value is not None}
     kind = delta.task.kind
     for name in given:
-        if name in _REFUSED and name not in _KNOWN[kind]:
-            raise Unsupported(f"option {name!r} is not supported for {kind}; leave it out")
+        if name not in _KNOWN[kind]:
+            known = f"; {kind} has {', '.join(_KNOWN[kind])}" if _KNOWN[kind] else ""
+            raise Unsupported(f"option {name[:40]!r} is not supported for {kind}; leave it out{known}")
     unit = kind == EMBEDDING and delta.task.normalize
     options = Options(
         top_k=_integer(given, "top_k", 20 if kind == QUESTION_ANSWERING else 100_000),

@@ -1,8 +1,9 @@
 """Open Inference Protocol v2 (KServe v2): infer requests and responses. Pure: bytes to requests, answers to bytes.
 
-A model is a delta. Each row of the input tensors is one item. Rows may name deltas of their own, in
-``parameters.deltas`` (a list, or names with commas between them) or in an input tensor ``delta``; an empty name is the
-model of the URL.
+A model is a delta. Each row of the input tensors is one item: [n], or [n, k] for tokens and choices, whose rows are
+filled up with empty texts. What a row holds beyond what its delta reads is refused. Rows may name deltas of their own,
+in ``parameters.deltas`` (a list, or names with commas between them) or in an input tensor ``delta``; an empty name is
+the model of the URL.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bertology_serve.serving.protocol.oip_model import (
     INPUTS,
     Field,
     default_outputs,
+    only,
     outputs_of,
     record_of,
 )
@@ -93,7 +95,8 @@ def read_call(asked: InferRequest, blobs: Sequence[bytes | None], model: Delta, 
     requests = []
     for row, delta in enumerate(deltas):
         texts = {name: column[row] for name, column in columns.items() if name != DELTA}
-        requests.append(Request(delta.name, record_of(delta, texts), "", logits, f"row {row}", delta.version))
+        where = f"row {row}"
+        requests.append(Request(delta.name, record_of(delta, texts, where), "", logits, where, delta.version))
     return InferCall(model, asked.id, requests, outputs, fields, _seconds(parameters), _priority(parameters))
 
 
@@ -158,10 +161,13 @@ def _deltas(parameters: Parameters, columns: dict[str, list[list[str]]], model: 
     """The delta of each row."""
     rows = len(next(iter(columns.values())))
     named = parameters.get("deltas")
+    if named is not None and DELTA in columns:
+        raise DataError(f"parameter 'deltas' and input {DELTA!r} both name deltas; send one of them")
     if isinstance(named, str):
         named = [name.strip() for name in named.split(",")]
     if named is None:
-        named = [row[0] if row else "" for row in columns[DELTA]] if DELTA in columns else [""] * rows
+        cells = columns.get(DELTA, [[]] * rows)
+        named = [only(texts, DELTA, f"row {row}") if texts else "" for row, texts in enumerate(cells)]
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise DataError("parameter 'deltas' is no list of names; expected one name of a delta for each row")
     if len(named) != rows:
@@ -184,8 +190,10 @@ def _wanted(asked: InferRequest, deltas: Sequence[Delta], fields: Mapping[str, F
         names = {delta.name for delta in deltas}
         chosen = default_outputs(deltas[0]) if len(names) == 1 else list(ANY_TASK)
         return dict.fromkeys(chosen, binary)
-    wanted = {}
+    wanted: dict[str, bool] = {}
     for output in asked.outputs:
+        if output.name in wanted:
+            raise DataError(f"output {output.name!r} is asked for twice")
         if output.name not in fields:
             raise DataError(
                 f"output {output.name[:80]!r} is not given by the deltas of all rows; "

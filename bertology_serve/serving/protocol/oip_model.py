@@ -8,6 +8,7 @@ from typing import Any
 
 from bertology_serve import __version__
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.errors import DataError
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -18,7 +19,8 @@ from bertology_serve.tasks.spec import (
 )
 
 PLATFORM = "bertology_packed"
-EXTENSIONS = ("binary_tensor_data", "model_repository", "statistics")
+EXTENSIONS = ("binary_tensor_data", "model_repository", "model_configuration", "statistics")
+_TYPES = {"BYTES": "TYPE_STRING", "FP32": "TYPE_FP32", "INT64": "TYPE_INT64"}  # as NVIDIA's configurations name them
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,34 @@ LISTS = ("tokens", "choices")
 INPUTS = tuple(dict.fromkeys(name for inputs in _INPUTS.values() for name in inputs))
 
 
-def record_of(delta: Delta, row: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """One row's texts by input name as the record that the delta's task reads; empty texts count as absent."""
-    names = _GENERAL.get(delta.task.kind, {})
+def record_of(delta: Delta, row: Mapping[str, Sequence[str]], where: str) -> dict[str, Any]:
+    """One row's texts by input name as the record that the delta's task reads; empty texts count as absent.
+
+    DataError for texts that the task would not read: nothing that was sent is left out of an answer.
+    """
+    kind = delta.task.kind
+    names = dict(zip(_INPUTS[kind], _INPUTS[kind], strict=True)) | _GENERAL.get(kind, {})
     record: dict[str, Any] = {}
     for name, texts in row.items():
-        field = names.get(name, name)
-        if field in LISTS:
-            record.setdefault(field, list(texts))
-        elif texts:
-            record.setdefault(field, texts[0])
+        if not texts:
+            continue
+        field = names.get(name)
+        if field is None:
+            raise DataError(f"{where}: {kind} reads no input {name!r}; expected {', '.join(names)}")
+        if field in record or {field, *record} >= {"text", "tokens"}:
+            raise DataError(f"{where}: input {name!r} repeats what another input says; send one of them")
+        record[field] = list(texts) if field in LISTS else only(texts, name, where)
     return record
+
+
+def only(texts: Sequence[str], name: str, where: str) -> str:
+    """The text of a row that may hold one; DataError where it holds more."""
+    if len(texts) > 1:
+        raise DataError(
+            f"{where}: input {name!r} holds {len(texts)} texts; expected one: shape [n] for n items, "
+            "the second text of a pair in 'text_pair'"
+        )
+    return texts[0]
 
 
 def outputs_of(delta: Delta) -> dict[str, Field]:
@@ -99,6 +118,28 @@ def metadata(delta: Delta) -> dict[str, Any]:
         "outputs": outputs,
         "parameters": {"task": delta.task.kind, "max_length": delta.task.max_length},
     }
+
+
+def config(delta: Delta) -> dict[str, Any]:
+    """The answer to ``GET /v2/models/{name}/config``: what NVIDIA's ``ModelConfig`` can say of a delta.
+
+    ``max_batch_size`` is 0: ``dims`` are whole shapes, as in the metadata, and the server batches by itself.
+    """
+    known = metadata(delta)
+    always = () if delta.task.kind == TOKEN_CLASSIFICATION else ("text",)
+    return {
+        "name": delta.name,
+        "platform": PLATFORM,
+        "backend": "",
+        "max_batch_size": 0,
+        "input": [_configured(tensor) | {"optional": tensor["name"] not in always} for tensor in known["inputs"]],
+        "output": [_configured(tensor) for tensor in known["outputs"]],
+        "parameters": {name: {"string_value": str(value)} for name, value in known["parameters"].items()},
+    }
+
+
+def _configured(tensor: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": tensor["name"], "data_type": _TYPES[tensor["datatype"]], "dims": tensor["shape"]}
 
 
 def server_metadata() -> dict[str, Any]:

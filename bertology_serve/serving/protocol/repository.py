@@ -13,6 +13,7 @@ from bertology_serve.errors import DataError, Unsupported, nearest
 from bertology_serve.serving.protocol.bodies import decode, shown
 
 PARAMETERS = ("version", "config")
+CONFIG = ("version",)
 
 
 def read_index(body: bytes) -> bool:
@@ -31,10 +32,7 @@ def read_load(body: bytes) -> str | None:
             raise Unsupported("files are not taken from a call; put the delta below the served directory")
         if name not in PARAMETERS:
             raise DataError(f"unknown parameter {name[:40]!r}; {nearest(name[:40], PARAMETERS)}")
-    config = parameters.get("config")
-    if config is not None and not isinstance(config, str):
-        raise DataError(f"parameter 'config' is {shown(config)}; expected a JSON text")
-    named = _object(config.encode("utf-8", "surrogatepass")) if config else {}
+    named = _config(parameters.get("config"))
     version = parameters.get("version", named.get("version"))
     if version is not None and not isinstance(version, str):
         raise DataError(f"parameter 'version' is {shown(version)}; expected a text")
@@ -44,6 +42,22 @@ def read_load(body: bytes) -> str | None:
 def read_unload(body: bytes) -> None:
     """Checks the body, which may be empty; no parameter changes anything."""
     _parameters(body)
+
+
+def _config(config: Any) -> dict[str, Any]:
+    """What a configuration asks for. Nothing of a delta's own can be set by a call; DataError, Unsupported."""
+    if config is not None and not isinstance(config, str):
+        raise DataError(f"failed to load: parameter 'config' is {shown(config)}; expected a JSON text")
+    try:
+        named = _object(config.encode("utf-8", "surrogatepass")) if config else {}
+    except DataError:
+        raise DataError("failed to load: parameter 'config' is not JSON, or no object") from None
+    for name in named:
+        if name not in CONFIG:
+            raise Unsupported(
+                f"failed to load: 'config' sets {name[:40]!r}, which a call cannot change; expected {', '.join(CONFIG)}"
+            )
+    return named
 
 
 def _parameters(body: bytes) -> dict[str, Any]:

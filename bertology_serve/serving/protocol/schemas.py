@@ -111,6 +111,101 @@ class Embeddings(Struct):
     usage: Usage
 
 
+class RerankBody(Struct, omit_defaults=True):
+    """Cohere's and Jina's ranking request; other keys are ignored."""
+
+    model: Annotated[str, Meta(description="Name of a delta: a regression on pairs, or an embedding.")]
+    query: str
+    documents: list[str | dict[str, Any]]
+    top_n: int | None = None
+    return_documents: bool | None = None
+
+
+class Rank(Struct, omit_defaults=True):
+    """A document's place in the request, and how well it fits."""
+
+    index: int
+    relevance_score: float
+    document: dict[str, str] | None = None
+
+
+class Ranks(Struct):
+    """The documents, best first."""
+
+    id: str
+    model: str
+    results: list[Rank]
+    usage: Usage
+
+
+class ScoreBody(Struct, omit_defaults=True):
+    """vLLM's pairs of texts: one beside many, or as many beside as many."""
+
+    model: Annotated[str, Meta(description="Name of a delta: a regression on pairs, or an embedding.")]
+    text_1: str | list[str]
+    text_2: str | list[str]
+    use_activation: bool | None = None
+
+
+class Score(Struct):
+    """The score of one pair."""
+
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class Scores(Struct):
+    """vLLM's answer to pairs."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: Usage
+
+
+class ClassifyBody(Struct, omit_defaults=True):
+    """vLLM's texts to be classified."""
+
+    model: Annotated[str, Meta(description="Name of a delta whose task is classification.")]
+    input: str | list[str]
+    use_activation: bool | None = None
+
+
+class Class(Struct):
+    """One text's label, and the probabilities of all labels in the delta's order."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class Classes(Struct):
+    """vLLM's answer to texts."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Class]
+    usage: Usage
+
+
+class PredictBody(Struct):
+    """KServe's instances: texts, or objects with the fields of the task."""
+
+    instances: list[str | dict[str, Any]]
+
+
+class Predictions(Struct):
+    """One answer an instance."""
+
+    predictions: list[Answer]
+
+
 class TeiBody(Struct, omit_defaults=True):
     """A body of Text Embeddings Inference, with ``model`` added; other keys are ignored."""
 
@@ -120,6 +215,13 @@ class TeiBody(Struct, omit_defaults=True):
     truncate: bool = False
     dimensions: int | None = None
     raw_scores: bool = False
+
+
+class TeiClass(Struct):
+    """A label and its score, in TEI's shape."""
+
+    label: str
+    score: float
 
 
 class TeiSentences(Struct):
@@ -268,6 +370,7 @@ class OpenAIProblem(Struct):
 
 BODIES = (
     Item, Answer, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest, InferResponse,
-    TeiBody, TeiSimilarityBody, TeiRerankBody, TeiTokenizeBody, TeiDecodeBody,
+    TeiBody, TeiClass, TeiSimilarityBody, TeiRerankBody, TeiTokenizeBody, TeiDecodeBody,
+    RerankBody, Ranks, ScoreBody, Scores, ClassifyBody, Classes, PredictBody, Predictions,
     EmbeddingsBody, Embeddings, IndexRequest, LoadRequest, RepositoryEntry, Problem, OpenAIProblem,
 )  # fmt: skip

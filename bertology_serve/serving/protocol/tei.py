@@ -17,7 +17,7 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import BASE, Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
-from bertology_serve.serving.protocol.bodies import decode, encode, encode_list, shown
+from bertology_serve.serving.protocol.bodies import encode, encode_list, object_of, shown
 from bertology_serve.serving.protocol.hf import cosine
 from bertology_serve.serving.protocol.hf_options import Options
 from bertology_serve.serving.protocol.hf_shapes import classification, embedding, sigmoid
@@ -53,9 +53,7 @@ def read_tei(body: bytes, what: str, find: Find, named: str | None = None, most:
 
     Raises DataError, NotFound, Unsupported for what would not be honoured, and LimitError for more than ``most`` items.
     """
-    value: Any = decode(body)
-    if not isinstance(value, dict):
-        raise DataError(f"the body is {shown(value)}; expected an object")
+    value = object_of(body)
     delta = _delta(value, what, find, named)
     check_items(_count(value), most)
     records, names, more = _RECORDS[what](value)
@@ -161,8 +159,8 @@ def _pair(item: Any, where: str) -> dict[str, Any]:
 
 def _rerank(value: Body) -> Records:
     texts = value.get("texts")
-    if not isinstance(texts, list) or not texts:
-        raise DataError(f"field 'texts' is {shown(texts)}; expected a list of texts")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"field 'texts' is {shown(texts)}; expected a list of texts and nothing else")
     records = [{"text": value.get("query"), "text_pair": text} for text in texts]
     return records, _places("texts", texts), {"texts": tuple(texts), "with_text": _flag(value, "return_text")}
 

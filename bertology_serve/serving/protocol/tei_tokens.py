@@ -10,7 +10,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Request
 from bertology_serve.errors import DataError, LimitError, Unsupported
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.protocol.bodies import decode, encode_list, shown
+from bertology_serve.serving.protocol.bodies import encode_list, shown
 from bertology_serve.serving.protocol.tei import Body, TeiCall
 from bertology_serve.serving.sizes import check_items, check_size
 from bertology_serve.tasks.encoding import encode_text
@@ -125,11 +125,3 @@ def _are_ids(row: Sequence[Any]) -> bool:
 
 def _too_many(config: ServerConfig) -> LimitError:
     return LimitError(f"the call holds more than {config.max_queue_tokens} tokens; send several")
-
-
-def read_object(body: bytes) -> Body:
-    """The object that a body holds."""
-    value: Any = decode(body)
-    if not isinstance(value, dict):
-        raise DataError(f"the body is {shown(value)}; expected an object")
-    return value

@@ -70,7 +70,9 @@ def read_texts(tensor: InputTensor, blob: bytes | None, most: int) -> list[list[
     count = math.prod(tensor.shape)
     if count > MOST_VALUES:
         raise LimitError(f"{where}: shape {tensor.shape} means {count} elements; at most {MOST_VALUES} are taken")
-    flat = list(islice(_elements(blob, where), count + 1)) if blob is not None else _flat(tensor.data, where)
+    if blob is not None and tensor.data is not None:
+        raise DataError(f"{where}: it has data in the JSON and in binary; send one of them")
+    flat = _flat(tensor.data, tensor.shape, where) if blob is None else list(islice(_elements(blob, where), count + 1))
     if len(flat) != count:
         raise DataError(f"{where}: shape {tensor.shape} means {count} elements, but the data has {len(flat)}")
     width = tensor.shape[1] if len(tensor.shape) == 2 else 1
@@ -110,12 +112,15 @@ def _elements(blob: bytes, where: str) -> Iterator[str]:
         yield _text(blob[at - size : at], where)
 
 
-def _flat(data: list[Any] | None, where: str) -> list[str]:
-    """Nested or flat lists of texts as one list, in row-major order."""
+def _flat(data: list[Any] | None, shape: Sequence[int], where: str) -> list[str]:
+    """Flat texts, or rows of them as the shape says, as one list in row-major order."""
     if data is None:
         raise DataError(f"{where}: there is no data; expected a list of texts or the binary extension")
     if any(isinstance(item, list) for item in data):
-        data = [element for item in data for element in (item if isinstance(item, list) else [item])]
+        width = shape[1] if len(shape) == 2 else 1
+        if len(data) != shape[0] or not all(isinstance(item, list) and len(item) == width for item in data):
+            raise DataError(f"{where}: data is nested otherwise than shape {list(shape)}; expected rows of {width}")
+        data = [element for item in data for element in item]
     for item in data:
         if not isinstance(item, str):
             raise DataError(f"{where}: an element is {shown(item)}; expected texts")

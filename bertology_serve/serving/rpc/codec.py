@@ -12,6 +12,8 @@ from bertology_serve.serving.protocol.oip import parameters_of as response_param
 from bertology_serve.serving.protocol.tensors import InputTensor
 from bertology_serve.serving.rpc.messages import message
 
+_DATA_TYPES = {"TYPE_STRING": 13, "TYPE_FP32": 11, "TYPE_INT64": 9}
+
 
 def parameters_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """A map of ``InferParameter`` as plain values."""
@@ -31,7 +33,7 @@ def read_infer(asked: Any) -> tuple[InferRequest, list[bytes | None]]:
     inputs = [
         InputTensor(
             tensor.name, list(tensor.shape), tensor.datatype, parameters_of(tensor.parameters),
-            None if raw else _texts(tensor),
+            None if raw and not tensor.HasField("contents") else _texts(tensor),
         )
         for tensor in asked.inputs
     ]  # fmt: skip
@@ -52,6 +54,16 @@ def write_infer(call: InferCall, predictions: Sequence[Prediction]) -> Any:
         response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
         response.raw_output_contents.append(blob)
     return response
+
+
+def config(known: Mapping[str, Any]) -> Any:
+    """A ``ModelConfigResponse`` of what ``oip_model.config`` gives."""
+    tensors = {
+        which: [tensor | {"data_type": _DATA_TYPES[tensor["data_type"]]} for tensor in known[which]]
+        for which in ("input", "output")
+    }
+    parameters = {name: message("ModelParameter")(**value) for name, value in known["parameters"].items()}
+    return message("ModelConfigResponse")(config={**known, **tensors, "parameters": parameters})
 
 
 def statistics(entries: Iterable[Mapping[str, Any]]) -> Any:

@@ -1,7 +1,8 @@
 """The messages of the Open Inference Protocol's gRPC form, and of NVIDIA's repository and statistics extensions.
 
 Written out from the public definitions. They live in a descriptor pool of their own: clients in the same process, which
-bring generated ones of the same names, do not meet them. Fields are numbered from 1 in the order given.
+bring generated ones of the same names, do not meet them. Fields are numbered from 1 in the order given, unless a number
+follows "=".
 """
 
 from __future__ import annotations
@@ -43,6 +44,13 @@ StatisticDuration cache_hit, StatisticDuration cache_miss
 ModelStatistics: string name, string version, uint64 last_inference, uint64 inference_count, uint64 execution_count, \
 InferStatistics inference_stats
 ModelStatisticsResponse: ModelStatistics* model_stats
+ModelConfigRequest: string name, string version
+ModelInput: string name, int32 data_type, int64* dims=4, bool optional=8
+ModelOutput: string name, int32 data_type, int64* dims
+ModelParameter: string string_value
+ModelConfig: string name, string platform, int32 max_batch_size=4, ModelInput* input=5, ModelOutput* output=6, \
+ModelParameter{} parameters=14, string backend=17
+ModelConfigResponse: ModelConfig config
 ModelRepositoryParameter: bool bool_param | int64 int64_param | string string_param | bytes bytes_param
 RepositoryIndexRequest: string repository_name, bool ready
 ModelIndex: string name, string version, string state, string reason
@@ -67,8 +75,9 @@ def _file() -> descriptor_pb2.FileDescriptorProto:
         union = "|" in fields
         if union:
             message.oneof_decl.add(name="parameter_choice")
-        for number, (kind, label) in enumerate(_parts(fields.replace("|", ",")), 1):
-            field = _field(message, kind, label, number)
+        for place, (kind, label) in enumerate(_parts(fields.replace("|", ",")), 1):
+            label, _, number = label.partition("=")
+            field = _field(message, kind, label, int(number or place))
             if union:
                 field.oneof_index = 0
     return found

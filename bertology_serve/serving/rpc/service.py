@@ -27,6 +27,7 @@ from bertology_serve.errors import (
 from bertology_serve.serving.answering import Answering, of_one_version, size_of
 from bertology_serve.serving.errors import headers_of, message_of
 from bertology_serve.serving.faults import place_of
+from bertology_serve.serving.gate import id_of
 from bertology_serve.serving.keys import Access, Keyring
 from bertology_serve.serving.lifecycle import Lifecycle
 from bertology_serve.serving.metrics import Metrics
@@ -62,8 +63,8 @@ class Service:
         """What a gRPC server takes."""
         methods = {
             "ServerLive": self.live, "ServerReady": self.ready, "ServerMetadata": self.server,
-            "ModelReady": self.model_ready, "ModelMetadata": self.model, "ModelInfer": self.infer,
-            "ModelStatistics": self.statistics, "RepositoryIndex": self.index,
+            "ModelReady": self.model_ready, "ModelMetadata": self.model, "ModelConfig": self.config,
+            "ModelInfer": self.infer, "ModelStatistics": self.statistics, "RepositoryIndex": self.index,
             "RepositoryModelLoad": self.load, "RepositoryModelUnload": self.unload,
         }  # fmt: skip
         return grpc.method_handlers_generic_handler(
@@ -79,7 +80,8 @@ class Service:
 
     def _guarded(self, name: str, method: Method) -> Callable[[Any, Any], Awaitable[Any]]:
         async def run(asked: Any, context: Any) -> Any:
-            code = Code.OK
+            code, call = Code.OK, (("x-request-id", _request_id(context)),)
+            context.set_trailing_metadata(call)
             try:
                 return await method(asked, self._access(name, context), context)
             except asyncio.CancelledError:
@@ -88,10 +90,10 @@ class Service:
             except Exception as problem:
                 code = code_of(problem)
                 if not isinstance(problem, BertologyError):
-                    log.error("%s raised %s", name, place_of(problem))
+                    log.error("%s raised %s (request %s)", name, place_of(problem), call[0][1])
                 retry = headers_of(problem).get("Retry-After")
                 trailing = (("retry-after", retry),) if retry else ()
-                return await context.abort(code, message_of(problem), trailing)
+                return await context.abort(code, message_of(problem), call + trailing)
             finally:
                 self._metrics.call(code.name)
 
@@ -120,8 +122,11 @@ class Service:
         return message("ServerMetadataResponse")(**known)
 
     async def model_ready(self, asked: Any, access: Access, context: Any) -> Any:
-        """Whether a delta answers; as over HTTP an unknown one is not found."""
-        self._find(access, asked)
+        """Whether a delta answers; an unknown one is not ready, as NVIDIA's server says."""
+        try:
+            self._find(access, asked)
+        except NotFound:
+            return message("ModelReadyResponse")(ready=False)
         return message("ModelReadyResponse")(ready=self._answering.engine.ready)
 
     async def model(self, asked: Any, access: Access, context: Any) -> Any:
@@ -129,6 +134,10 @@ class Service:
         known = oip_model.metadata(self._find(access, asked))
         del known["parameters"]
         return message("ModelMetadataResponse")(**known)
+
+    async def config(self, asked: Any, access: Access, context: Any) -> Any:
+        """A delta's configuration."""
+        return codec.config(oip_model.config(self._find(access, asked)))
 
     async def statistics(self, asked: Any, access: Access, context: Any) -> Any:
         """What a delta, or every one, has done."""
@@ -174,6 +183,12 @@ class Service:
 
     def _find(self, access: Access, asked: Any) -> Any:
         return self._answering.find(access, asked.name, asked.version or None)
+
+
+def _request_id(context: Any) -> str:
+    """The id of a call, as over HTTP."""
+    given = [value for name, value in context.invocation_metadata() or () if name == "x-request-id"]
+    return id_of(given[-1].encode() if given else b"").decode()
 
 
 def code_of(problem: Exception) -> Any:

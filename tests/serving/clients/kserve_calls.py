@@ -30,6 +30,12 @@ async def main(url: str) -> None:
             await client.infer(url, InferRequest(model_name="moot", infer_inputs=[tensor]), model_name="moot")
         except Exception as problem:  # httpx's, of that environment
             found["unknown"] = str(problem)
+    async with InferenceRESTClient(RESTConfig(protocol="v1", timeout=20)) as client:
+        found["first"] = {
+            "server": await client.is_server_live(url),
+            "model": await client.is_model_ready(url, "mood"),
+            "predictions": (await client.infer(url, {"instances": TEXTS}, model_name="mood"))["predictions"],
+        }
     print(json.dumps(found, default=lambda value: value.decode()))
 
 

@@ -33,3 +33,5 @@ def test_what_the_client_is_told(server):
         assert found[form]["label"] == right
         assert len(found[form]["scores"]) == 2
     assert "no delta 'moot'" in found["unknown"]
+    assert found["first"]["server"] is found["first"]["model"] is True
+    assert [one["label"] for one in found["first"]["predictions"]] == right

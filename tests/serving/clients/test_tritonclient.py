@@ -108,6 +108,36 @@ def test_the_repository(client):
     assert states["mood"] == "READY"
 
 
+def test_the_configuration_says_the_shapes_of_the_metadata(client):
+    for name in DELTAS:
+        config = client.get_model_config(name, "1", headers=HEADERS)
+        metadata = client.get_model_metadata(name, headers=HEADERS)
+        assert (config["name"], config["platform"], config["max_batch_size"]) == (name, metadata["platform"], 0)
+        for which in ("input", "output"):
+            assert {one["name"]: one["dims"] for one in config[which]} == {
+                one["name"]: one["shape"] for one in metadata[f"{which}s"]
+            }
+    types = {one["name"]: one["data_type"] for one in config["output"]}
+    assert types["embedding"] == "TYPE_FP32"
+
+
+def test_what_nvidia_s_examples_of_model_control_do(client):
+    """``simple_http_model_control`` step by step, but for a batch size that nobody can set here."""
+    client.load_model("sense", headers=HEADERS)
+    assert client.is_model_ready("sense", headers=HEADERS)
+    with pytest.raises(InferenceServerException, match=r"failed to load: .*not JSON, or no object"):
+        client.load_model("sense", headers=HEADERS, config='"parameters": {"config": {{"max_batch_size": "16"}}}')
+    with pytest.raises(
+        InferenceServerException, match=r"failed to load: .*'max_batch_size', which a call cannot change"
+    ):
+        client.load_model("sense", headers=HEADERS, config='{"max_batch_size":"16"}')
+    client.unload_model("sense", headers=HEADERS)
+    assert not client.is_model_ready("sense", headers=HEADERS)
+    with pytest.raises(InferenceServerException, match="failed to load 'wrong_model_name'"):
+        client.load_model("wrong_model_name", headers=HEADERS)
+    client.load_model("sense", headers=HEADERS)
+
+
 def test_errors(client):
     with pytest.raises(InferenceServerException, match="no delta 'moot'"):
         infer(client, "moot", tensor("text", TEXTS))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
 from bertology_serve.encoder.pipeline import Pipeline
@@ -87,9 +88,40 @@ def test_typed_contents_as_other_clients_send_them(served):
         request.inputs[0].contents.bytes_contents[0] = b"\xff"
         with pytest.raises(grpc.RpcError, match="not UTF-8"):
             infer(request, metadata=(("x-api-key", USER),), timeout=20)
-        request.raw_input_contents.extend([b"", b""])
+        request.inputs[0].contents.bytes_contents[0] = b"typed"
+        request.raw_input_contents.append(b"\x03\x00\x00\x00raw")
+        with pytest.raises(grpc.RpcError, match="send one of them"):
+            infer(request, metadata=(("x-api-key", USER),), timeout=20)
+        request.raw_input_contents.append(b"")
         with pytest.raises(grpc.RpcError, match="2 entries for 1 inputs"):
             infer(request, metadata=(("x-api-key", USER),), timeout=20)
+
+
+def test_a_call_keeps_its_id_or_gets_one(served):
+    import grpc
+
+    from bertology_serve.serving.rpc.messages import SERVICE, message
+
+    def ids(method: str, **fields: str) -> list[str]:
+        kind = message(f"{method}Request")
+        ask = channel.unary_unary(
+            f"/{SERVICE}/{method}", kind.SerializeToString, message(f"{method}Response").FromString
+        )
+        found = []
+        for sent in ("mine-7", "not sane", ""):
+            metadata = [("x-api-key", USER), *([("x-request-id", sent)] if sent else [])]
+            try:
+                _, call = ask.with_call(kind(**fields), metadata=metadata, timeout=20)
+            except grpc.RpcError as problem:
+                call = problem
+            found.append(dict(call.trailing_metadata())["x-request-id"])
+        return found
+
+    with grpc.insecure_channel(f"127.0.0.1:{served.server.rpc.port}") as channel:
+        for own, *made in (ids("ModelMetadata", name="sense"), ids("ModelMetadata", name="mood"), ids("ServerLive")):
+            assert own == "mine-7"
+            assert len(set(made)) == 2
+            assert all(len(one) == 32 for one in made)
 
 
 def test_statistics_and_the_repository(client):
@@ -98,13 +130,41 @@ def test_statistics_and_the_repository(client):
     assert stats.inference_count == stats.inference_stats.success.count >= 2
     assert len(client.get_inference_statistics(headers=HEADERS).model_stats) == len(DELTAS) + 1
     client.unload_model("grade", headers=HEADERS)
-    with pytest.raises(InferenceServerException, match="no delta 'grade'"):
-        client.is_model_ready("grade", headers=HEADERS)
+    assert not client.is_model_ready("grade", headers=HEADERS)
     client.load_model("grade", config='{"version": "1"}', headers=HEADERS)
     index = {one.name: one.state for one in client.get_model_repository_index(headers=HEADERS).models}
     assert index["grade"] == "READY"
     with pytest.raises(InferenceServerException, match="files are not taken"):
         client.load_model("grade", config="{}", files={"file:1/delta.json": b"{}"}, headers=HEADERS)
+
+
+def test_the_configuration(client):
+    config = client.get_model_config("names", headers=HEADERS).config
+    assert (config.name, config.platform, config.max_batch_size) == ("names", "bertology_packed", 0)
+    assert [(one.name, one.data_type, list(one.dims), one.optional) for one in config.input] == [
+        ("text", model_config_pb2.TYPE_STRING, [-1], True),
+        ("tokens", model_config_pb2.TYPE_STRING, [-1, -1], True),
+    ]
+    assert config.parameters["task"].string_value == "token-classification"
+    scores = {one.name: one for one in client.get_model_config("mood", headers=HEADERS).config.output}["scores"]
+    assert (scores.data_type, list(scores.dims)) == (model_config_pb2.TYPE_FP32, [-1, 3])
+
+
+def test_what_nvidia_s_examples_of_model_control_do(client):
+    """``simple_grpc_model_control`` step by step, but for a batch size that nobody can set here."""
+    client.load_model("sense", headers=HEADERS)
+    assert client.is_model_ready("sense", headers=HEADERS)
+    for config in ('"parameters": {"config": {{"max_batch_size": "16"}}}', '{"max_batch_size":"16"}'):
+        with pytest.raises(InferenceServerException, match="failed to load"):
+            client.load_model("sense", headers=HEADERS, config=config)
+    client.unload_model("sense", headers=HEADERS)
+    assert not client.is_model_ready("sense", headers=HEADERS)
+    with pytest.raises(InferenceServerException, match="files are not taken"):
+        client.load_model("sense", headers=HEADERS, config="{}", files={"file:" + "A" * 256: b"a"})
+    assert client.is_server_live()
+    with pytest.raises(InferenceServerException, match="failed to load 'wrong_model_name'"):
+        client.load_model("wrong_model_name", headers=HEADERS)
+    client.load_model("sense", headers=HEADERS)
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,9 @@ def test_sentence_similarity(registry):
         ("mood", {"inputs": "a", "parameters": {"top_k": 10**30}}, DataError, "'top_k' is out of range"),
         ("mood", {"inputs": "a", "parameters": {"function_to_apply": "tanh"}}, DataError, "expected one of softmax"),
         ("mood", {"inputs": "a", "parameters": {"normalize": True}}, Unsupported, "'normalize' is not supported for"),
+        ("mood", {"inputs": "a", "parameters": {"candidate_labels": ["x"]}}, Unsupported, "'candidate_labels' is not"),
+        ("mood", {"inputs": "a", "candidate_labels": ["x"]}, Unsupported, "has top_k, function_to_apply"),
+        ("mood", {"inputs": "a", "parameters": {"topk": 1}}, Unsupported, "option 'topk' is not supported"),
         ("names", {"inputs": "a", "parameters": {"aggregation_strategy": "none"}}, DataError, "expected one of simple"),
         ("names", {"inputs": "a", "parameters": {"stride": 3}}, Unsupported, "'stride' is not supported"),
         ("names", {"inputs": "a", "parameters": {"ignore_labels": "O"}}, DataError, "expected a list of labels"),
@@ -121,5 +124,5 @@ def test_what_would_not_be_honoured_is_refused(registry, name, body, error, mess
         answer(registry, name, body)
 
 
-def test_unknown_options_and_nulls_are_ignored(registry):
-    assert ask(registry, "mood", "the cat", {"options": {"wait_for_model": True}}, top_k=None, other=1)
+def test_unknown_keys_and_nulls_are_ignored(registry):
+    assert ask(registry, "mood", "the cat", {"options": {"wait_for_model": True}, "other": 1}, top_k=None, stride=None)

@@ -165,3 +165,56 @@ def test_no_rows_are_no_requests(registry):
         read(registry, "mood", {"inputs": [{"name": "text", "shape": [0], "datatype": "BYTES", "data": []}]}).requests
         == []
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "message"),
+    [
+        ("mood", [texts("text", ["a", "b"])], "row 0: input 'text' holds 2 texts; expected one: shape [n] for n items"),
+        ("mood", [texts("text", ["a", ""], ["b", "c"])], "row 1: input 'text' holds 2 texts"),
+        ("mood", [texts("text", "a"), texts("text_pair", ["b", "c"])], "input 'text_pair' holds 2 texts"),
+        ("sense", [texts("text", ["a", "b"])], "input 'text' holds 2 texts"),
+        ("finder", [texts("question", "a"), texts("context", ["b", "c"])], "input 'context' holds 2 texts"),
+        ("chooser", [texts("premise", ["a", "b"]), texts("choices", ["b", "c"])], "input 'premise' holds 2 texts"),
+        ("mood", [texts("text", "a"), texts("delta", ["mood", "grade"])], "input 'delta' holds 2 texts"),
+        ("mood", [texts("text", "a"), texts("question", "b")], "reads no input 'question'; expected text, text_pair"),
+        ("grade", [texts("text", "a"), texts("tokens", ["b", "c"])], "regression reads no input 'tokens'"),
+        ("names", [texts("text", "a"), texts("text_pair", "b")], "reads no input 'text_pair'; expected text, tokens"),
+        ("names", [texts("tokens", ["a", "b"]), texts("text", "a b")], "input 'text' repeats what another input says"),
+        ("finder", [texts("text", "a"), texts("question", "b")], "input 'question' repeats what another input says"),
+        ("chooser", [texts("premise", "a"), texts("choices", ["b"]), texts("text_pair", ["c"])], "'text_pair' repeats"),
+    ],
+)  # fmt: skip
+def test_nothing_that_was_sent_is_dropped(registry, model, inputs, message):
+    with pytest.raises(DataError) as problem:
+        read(registry, model, {"inputs": inputs})
+    assert message in str(problem.value)
+
+
+def test_shapes_that_hold_one_text_a_row_mean_the_same(registry):
+    flat = infer(registry, "mood", {"inputs": [texts("text", "the cat", "a dog")]})["outputs"]
+    for rows in ([["the cat"], ["a dog"]], [["the cat", ""], ["a dog", ""]]):
+        assert infer(registry, "mood", {"inputs": [texts("text", *rows)]})["outputs"] == flat
+
+
+def test_rows_of_several_tasks_leave_empty_what_they_do_not_read(registry):
+    body = {
+        "parameters": {"deltas": "mood,names,names"},
+        "inputs": [texts("text", "the cat", "Ada went", ""), texts("tokens", ["", ""], ["", ""], ["Ada", "went"])],
+    }
+    answers = [json.loads(text) for text in infer(registry, "mood", body)["outputs"]["result_json"]["data"]]
+    assert "label" in answers[0]
+    assert "tags" not in answers[1]
+    assert len(answers[2]["tags"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"parameters": {"deltas": "mood"}}, "parameter 'deltas' and input 'delta' both name deltas; send one of them"),
+        ({"outputs": [{"name": "label"}, {"name": "label"}]}, "output 'label' is asked for twice"),
+    ],
+)
+def test_what_is_said_twice_is_refused(registry, more, message):
+    with pytest.raises(DataError, match=message):
+        read(registry, "mood", {"inputs": [texts("text", "a"), texts("delta", "mood")], **more})

@@ -24,15 +24,19 @@ def test_the_inputs_of_the_metadata_make_a_record_that_the_task_reads(registry, 
     delta = registry.find(name)
     rows = {key: value if isinstance(value, list) else [value] for key, value in RECORDS[name].items()}
     assert rows.keys() <= {tensor["name"] for tensor in oip_model.metadata(delta)["inputs"]}
-    assert oip_model.record_of(delta, rows) == RECORDS[name]
+    assert oip_model.record_of(delta, rows, "row 0") == RECORDS[name]
 
 
 def test_the_general_pair_of_texts_serves_every_task(registry):
-    row = {"text": ["a"], "text_pair": ["b", "c"]}
-    assert oip_model.record_of(registry.find("finder"), row) == {"question": "a", "context": "b"}
-    assert oip_model.record_of(registry.find("chooser"), row) == {"premise": "a", "choices": ["b", "c"]}
-    assert oip_model.record_of(registry.find("mood"), {"text": ["a"], "text_pair": []}) == {"text": "a"}
+    def record(name, *pair):
+        return oip_model.record_of(registry.find(name), {"text": ["a"], "text_pair": pair}, "row 0")
+
+    assert record("finder", "b") == {"question": "a", "context": "b"}
+    assert record("chooser", "b", "c") == {"premise": "a", "choices": ["b", "c"]}
+    assert record("mood") == {"text": "a"}
 
 
 def test_server_metadata():
-    assert oip_model.server_metadata()["extensions"] == ["binary_tensor_data", "model_repository", "statistics"]
+    assert oip_model.server_metadata()["extensions"] == [
+        "binary_tensor_data", "model_repository", "model_configuration", "statistics",
+    ]  # fmt: skip
