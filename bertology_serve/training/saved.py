@@ -16,19 +16,21 @@ from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import InputError
 
 
-def open_delta(directory: Path, backbone: str | None, device: str = "cpu") -> tuple[Delta, Encoder]:
+def open_delta(
+    directory: Path, backbone: str | None, device: str = "cpu", name: str | None = None
+) -> tuple[Delta, Encoder]:
     """A delta and the encoder that it runs on: ``backbone``, or the base that it names.
 
-    ``directory`` may also hold the versions of one delta; the newest is taken. Raises NotFound, FormatError,
-    BaseMismatch, and InputError where there are several deltas.
+    ``directory`` may also hold the versions of one delta; the newest is taken. ``name`` is what its place says that it
+    is called. Raises NotFound, FormatError, BaseMismatch, and InputError where there are several deltas.
     """
     path = newest(directory)
     if not (path / MANIFEST).exists() and backbone is not None:  # peft's: only the encoder can say what fits
         encoder = Encoder.load(backbone, device=device)
-        return load_delta(path, encoder), encoder
-    delta = store.load(path)
+        return load_delta(path, encoder, name), encoder
+    delta = store.load(path, name=name)
     encoder = Encoder.for_delta(delta, backbone, device=device)
-    return encoder.read_delta(path), encoder
+    return encoder.read_delta(path, name), encoder
 
 
 def newest(directory: Path) -> Path:
@@ -38,14 +40,17 @@ def newest(directory: Path) -> Path:
     found = store.discover(directory)
     if len(found) > 1:
         raise InputError(f"{directory} holds {len(found)} deltas; give one of them: {', '.join(sorted(found))}")
-    return next(iter(found.values()))[-1] if found else directory
+    return next(iter(found.values()))[-1].path if found else directory
 
 
-def load_delta(path: Path, encoder: Encoder | None = None) -> Delta:
-    """A delta, every byte of it checked; with an encoder also that it was made for it, and runs on it."""
+def load_delta(path: Path, encoder: Encoder | None = None, name: str | None = None) -> Delta:
+    """A delta, every byte of it checked; with an encoder also that it was made for it, and runs on it.
+
+    ``name`` is what its place says that it is called.
+    """
     if encoder is None:
-        return store.load(path)
-    delta = encoder.read_delta(path)
+        return store.load(path, name=name)
+    delta = encoder.read_delta(path, name)
     if not delta.weights:
         Pipeline(encoder).add(delta)
     return delta
