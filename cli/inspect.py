@@ -26,11 +26,12 @@ def inspect(
     from bertology_serve.training.saved import describe, load_delta
 
     alone = is_delta(delta) or not delta.is_dir()
-    known = [] if alone else [(one.path, one.name) for versions in discover(delta).values() for one in versions]
-    if not alone and not known:
+    places = [] if alone else [one for versions in discover(delta).values() for one in versions]
+    if not alone and not places:
         raise NotFound(f"no delta in {delta}; expected a directory with delta.json, or NAME/VERSION/ below it")
     encoder = Encoder.load(backbone) if backbone else None
-    found = [describe(path, load_delta(path, encoder, name)) for path, name in known or [(delta, None)]]
+    known = [(one.path, one.name) for one in places] if places else [(delta, None)]
+    found = [describe(path, load_delta(path, encoder, name)) for path, name in known]
     if as_json:
         return print(json.dumps(found[0] if alone else found, indent=2))
     for facts in found:

@@ -129,7 +129,7 @@ class Told:
     def say(self, what: str, reason: str) -> None:
         """Logs it unless it was the last thing that was said of this."""
         if self.problems.get(what) != reason:
-            self._log.warning("%s: %s", what, reason)
+            self._log.warning("%s", reason if what in reason else f"{what}: {reason}")
         self.problems[what] = reason
 
     def over(self, what: str) -> None:

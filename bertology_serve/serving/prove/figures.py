@@ -12,6 +12,7 @@ from bertology_serve.serving.prove import (
     drain,
     fairness,
     faults,
+    fuzzed,
     hostile,
     isolation,
     memory,
@@ -43,4 +44,5 @@ FIGURES = (
         "8 tasks beside the alternatives: more texts/s than peft; ≤ ⅓ of the merged models' memory at 32 tasks",
         alternatives.measure,
     ),
+    Figure(17, "what follows directory and state file goes on, whatever is done to them: 0 stops", fuzzed.measure),
 )
