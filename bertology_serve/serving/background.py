@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from bertology_serve.serving.faults import place_of
@@ -62,13 +62,13 @@ class Background:
 
         self._keep(asyncio.get_running_loop().create_task(go(), name=name))
 
-    def once(self, name: str, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+    def once(self, name: str, run: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
         """Runs a coroutine once; an error is logged and counted, and that is all."""
         state = self._known(name, vital=False)
 
         async def go() -> None:
             try:
-                await work
+                await run()
             except Exception as problem:
                 state.faults += 1
                 log.error("%s: %s", name, place_of(problem))
@@ -120,22 +120,25 @@ class Background:
 
 
 class Told:
-    """What was logged of a kind of problem, so that each is said once, until it changes or is over."""
+    """What was logged of a kind of problem, so that each is said once, until it changes or is over. For any thread."""
 
     def __init__(self, log: logging.Logger) -> None:
-        self._log = log
+        self._log, self._lock = log, threading.Lock()
         self.problems: dict[str, str] = {}
 
     def say(self, what: str, reason: str) -> None:
         """Logs it unless it was the last thing that was said of this."""
-        if self.problems.get(what) != reason:
+        with self._lock:
+            known, self.problems[what] = self.problems.get(what), reason
+        if known != reason:
             self._log.warning("%s", reason if what in reason else f"{what}: {reason}")
-        self.problems[what] = reason
 
     def over(self, what: str) -> None:
         """Forgets what is well again."""
-        self.problems.pop(what, None)
+        with self._lock:
+            self.problems.pop(what, None)
 
     def keep(self, still: set[str]) -> None:
         """Forgets everything but ``still``."""
-        self.problems = {what: reason for what, reason in self.problems.items() if what in still}
+        with self._lock:
+            self.problems = {what: reason for what, reason in self.problems.items() if what in still}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from bertology_serve.encoder.pipeline import Prediction, Request
@@ -35,7 +36,7 @@ class Shadows:
             if shadow:
                 asked.append((replace(item, version=shadow), answer))
         if asked and len(self._tasks) < MOST:
-            task = self._engine.background.once("shadow", self._compare(asked))
+            task = self._engine.background.once("shadow", partial(self._compare, asked))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 

@@ -30,7 +30,7 @@ class Watcher:
         self._seen: dict[str, tuple[str, Path]] = {}
         self._missing: set[str] = set()
         self._told = Told(log)
-        for card in lifecycle.registry.tiers.cards.values():
+        for card in list(lifecycle.registry.tiers.cards.values()):
             self._seen[card.name] = card.version, card.path
 
     async def run(self) -> None:

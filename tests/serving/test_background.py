@@ -93,7 +93,7 @@ def test_work_that_is_done_once_is_not_repeated(caplog):
         async def fail() -> None:
             raise KeyError("x")
 
-        await works.once("shadow", fail())
+        await works.once("shadow", fail)
         assert works.works["shadow"].faults == 1
 
     asyncio.run(go())

@@ -203,8 +203,16 @@ class Remote(Residents):
                 line.load(Op.ADMIT, handle.told(key))
             except (BertologyError, RuntimeError) as problem:
                 log.error("delta %s did not come back: %s", handle.name, problem)
+                self._lose(key)
         if self._setting is not None:
             line.load(Op.SETTLE, {"setting": asdict(self._setting)})
+
+    def _lose(self, key: str) -> None:
+        """A delta that is not over there answers no more; where it is registered, its next call reads it again."""
+        self._held.pop(key, None)
+        for name, ready in list(self._ready.items()):
+            if ready.entry.key == key:
+                self.retire(name)
 
     def _forget(self) -> list[int]:
         """The numbers of handles that are no more."""

@@ -113,7 +113,7 @@ def scribble(draw: random.Random, state: Path) -> None:
     elif kind == 2:
         state.mkdir()
     elif kind == 3:
-        state.symlink_to(draw.choice(["/dev/zero", state, "gone"]))
+        state.symlink_to(draw.choice(["/dev/zero", state.name, "gone"]))
     elif kind == 4:
         state.write_bytes(text[: draw.randrange(len(text))])
     elif kind == 5:

@@ -160,6 +160,12 @@ def test_a_delta_whose_files_have_gone_does_not_come_back(encoder, remote, far, 
     with pytest.raises(NotFound, match="'fleeting' did not come back after a restart; load it again"):
         remote.run([job])
     assert answers(remote, [Request("mood", RECORDS["mood"])])
+    assert registry.tiers.is_cold("fleeting")
+    with pytest.raises(NotFound, match="no directory"):
+        registry.tiers.raise_up("fleeting")
+    save_version(encoder, tmp_path, "fleeting", "1", 1)
+    assert registry.put("fleeting").version == "1"
+    assert answers(remote, [Request("fleeting", RECORDS["mood"])])
     registry.remove("fleeting")
 
 
