@@ -136,14 +136,19 @@ def find(root: Path, name: str, version: str | None = None) -> Path:
     return known[version]
 
 
-def versions(root: Path, name: str, limits: Limits | None = None) -> dict[str, DeltaVersion]:
+def versions(
+    root: Path, name: str, limits: Limits | None = None, refused: list[Refused] | None = None
+) -> dict[str, DeltaVersion]:
     """One delta's versions under ``root``, the newest last; other deltas' faults do not matter.
 
-    Raises NotFound where there is none, FormatError for a name that cannot be one and for what points outside.
+    What cannot be identified, and might be that delta, goes to ``refused``. Raises NotFound where there is no version,
+    FormatError for a name that cannot be one and for what points outside.
     """
-    deltas, refused = survey(root, limits, check_name(name, "delta name"))
+    deltas, bad = survey(root, limits, check_name(name, "delta name"))
+    if refused is not None:
+        refused += bad
     if not deltas:
-        for one in refused:
+        for one in bad:
             if one.path.relative_to(root).parts[:1] in ((), (name,)):
                 raise one.problem
         raise NotFound(f"no delta {name!r} in {root}; expected {name}/VERSION/{MANIFEST} there")
@@ -166,12 +171,20 @@ def check_place(target: Path, name: str) -> None:
                 "(train: --version), or choose another place"
             )
         beside = _children(place.parent) if place.parent.is_dir() and place.parent.name != name else []
-        known = next((path for path in beside if path != place and os.path.lexists(path / MANIFEST)), None)
-        if known is not None and not identify(known).bare:
+        known = next(filter(None, (_held(path) for path in beside if path != place)), None)
+        if known == place.parent.name:
             raise FormatError(
                 f"{place.parent} holds versions of delta {place.parent.name!r}; one of {name!r} cannot lie there: give "
                 f"it that name (train: --out {place.parent} --version {place.name}), or choose another place"
             )
+
+
+def _held(directory: Path) -> str | None:
+    """The name in a directory's ``delta.json``; ``None`` where there is none that can be read."""
+    try:
+        return identify(directory).name if os.path.lexists(directory / MANIFEST) else None
+    except BertologyError:
+        return None
 
 
 def _directories(root: Path, name: str | None, refused: list[Refused]) -> Iterator[tuple[Path, str | None]]:

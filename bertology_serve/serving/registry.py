@@ -123,7 +123,12 @@ class Registry:
         """The versions of a delta in the served directory, the newest last. NotFound, FormatError."""
         if self.root is None:
             raise NotFound("this server has no directory of deltas; start it with --deltas")
-        return catalog.versions(self.root, name)
+        refused: list[Refused] = []
+        try:
+            return catalog.versions(self.root, name, refused=refused)
+        finally:
+            for one in refused:
+                self._told.say(str(one.path), one.reason)
 
     def rollback(self, name: str) -> Delta:
         """Makes the version answer again that answered before; it was kept, so nothing is read. NotFound."""

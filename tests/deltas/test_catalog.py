@@ -260,6 +260,9 @@ def test_nothing_is_written_where_it_would_not_be_seen(tmp_path: Path) -> None:
             check_place(path, name)
         with pytest.raises(FormatError, match=message):
             save(path, name)
+    broken(tmp_path / "intent" / "0")
+    broken(tmp_path / "aaa")
     for path, name in ((tmp_path / "other", "mood"), (tmp_path / "intent" / "2", "intent"), (tmp_path / "bare", "x")):
         check_place(path, name)
-    assert survey(tmp_path)[1] == []
+    with pytest.raises(FormatError, match="holds versions of delta 'intent'"):
+        check_place(tmp_path / "intent" / "2", "mood")

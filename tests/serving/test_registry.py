@@ -123,6 +123,7 @@ PEFT = {"tenant-a": ["checkpoint-500"], "tenant-b": ["checkpoint-500", "checkpoi
 def test_pefts_adapters_have_one_name_everywhere(roomy, of_peft, capsys):
     """At the start, with and without what is bad, for the watcher, in the index, when loaded, and to ``inspect``."""
     from bertology_serve.cli.main import main
+    from bertology_serve.training.saved import open_delta
 
     strict, careful = registry(roomy), registry(roomy)
     strict.load(of_peft)
@@ -149,6 +150,8 @@ def test_pefts_adapters_have_one_name_everywhere(roomy, of_peft, capsys):
 
     asyncio.run(watched())
     assert sorted(careful.resident()) == ["tenant-a", "tenant-b", "tenant-c"]
+    first = of_peft / "tenant-a" / "checkpoint-500"
+    assert open_delta(first, roomy.name, name="tenant-a")[0].version == "checkpoint-500"
     assert main(["inspect", str(of_peft), "--backbone", roomy.name, "--json"]) == 0
     found = {(one["name"], one["version"]) for one in json.loads(capsys.readouterr().out)}
     assert found == {(name, v) for name, versions in shelf.items() for v in versions}
@@ -198,6 +201,12 @@ def test_an_unreadable_directory_is_logged_by_name_once_and_keeps_its_delta(enco
     caplog.clear()
     assert made.shelf() == made.shelf() == {"loose": [], "mood": []}, "what cannot be read has not gone"
     assert caplog.text.count("loose/delta.json is not valid JSON") == 1
+    asked = registry(encoder)
+    asked.root = root
+    caplog.clear()
+    with pytest.raises(NotFound, match="no delta 'mood'"):
+        asked.put("mood")
+    assert caplog.text.count("loose/delta.json is not valid JSON") == 1, "it might have been that"
 
 
 def test_a_pruned_encoder_serves_its_parents_deltas(encoder, tmp_path):
