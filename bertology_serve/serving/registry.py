@@ -171,8 +171,9 @@ class Registry:
     def shelf(self) -> dict[str, list[DeltaVersion]]:
         """The versions that lie in the served directory, by delta, the newest last.
 
-        What cannot be identified is logged, and what may be its delta stands there without versions. NotFound, or
-        FormatError, where there is no ``root`` or it cannot be read.
+        What cannot be identified is logged, and what may be its delta stands there without versions; so does one that
+        was read from there, whatever else lies there of it. NotFound, or FormatError, where there is no ``root`` or it
+        cannot be read.
         """
         if self.root is None:
             return {}
@@ -181,8 +182,8 @@ class Registry:
         for bad in refused:
             self._told.say(str(bad.path), bad.reason)
             there.add(str(bad.path))
-            for name in (_called(bad.path, self.root), *self._read_from(bad.path)):
-                found.setdefault(name, [])
+            found.setdefault(_called(bad.path, self.root), [])
+            found |= {name: [] for name in self._read_from(bad.path)}
         self._told.keep(there)
         return found
 

@@ -272,6 +272,31 @@ def test_a_bare_directory_that_was_renamed_is_read_where_it_lies(made, root, del
     assert "moved: answers as 'mood', the name in its delta.json" in caplog.text
 
 
+def test_a_directory_that_cannot_be_read_any_more_gives_way_to_no_older_one(made, root, encoder):
+    shutil.rmtree(root / "mood")
+    for seed in (1, 2):
+        save_version(encoder, root, "mood", str(seed), seed)
+        (root / "mood" / str(seed)).rename(root / f"loose-{seed}")
+        os.utime(root / f"loose-{seed}" / "delta.json", (seed, seed))
+
+    async def go() -> None:
+        life = Lifecycle(made, Metrics())
+        watcher = Watcher(life, 1.0)
+        await watcher.look(await life.shelf())
+        served = made.find("mood").version
+        assert made.tiers.cards["mood"].path == root / "loose-2"
+        (root / "loose-2" / "delta.json").write_text("{")
+        for _ in range(3):
+            await watcher.look(await life.shelf())
+        assert made.find("mood").version == served
+        shutil.rmtree(root / "loose-2")
+        await watcher.look(await life.shelf())
+        assert made.tiers.cards["mood"].path == root / "loose-1"
+        life.close()
+
+    asyncio.run(go())
+
+
 def test_a_state_file_that_never_ends_is_not_waited_for(made, root, tmp_path):
     state: Path = tmp_path.with_name("pipe.json")
     os.mkfifo(state)
