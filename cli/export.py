@@ -89,8 +89,9 @@ def _many(
     from bertology_serve.training.saved import load_delta, open_delta
 
     found = [versions[-1] for path in paths for versions in store.discover(path).values()]
-    first, encoder = open_delta(found[0] if found else paths[0], backbone, "cpu")
-    deltas = [first, *(load_delta(path, encoder) for path in found[1:])]
+    path, called = (found[0].path, found[0].name) if found else (paths[0], None)
+    first, encoder = open_delta(path, backbone, "cpu", called)
+    deltas = [first, *(load_delta(one.path, encoder, one.name) for one in found[1:])]
     if into:
         return join(encoder, deltas, out, spec)
     records = _encoded(verify, first, encoder) if verify else []

@@ -25,13 +25,15 @@ def inspect(
     from bertology_serve.errors import NotFound
     from bertology_serve.training.saved import describe, load_delta
 
-    paths = [delta] if is_delta(delta) or not delta.is_dir() else [p for some in discover(delta).values() for p in some]
-    if not paths:
+    alone = is_delta(delta) or not delta.is_dir()
+    places = [] if alone else [one for versions in discover(delta).values() for one in versions]
+    if not alone and not places:
         raise NotFound(f"no delta in {delta}; expected a directory with delta.json, or NAME/VERSION/ below it")
     encoder = Encoder.load(backbone) if backbone else None
-    found = [describe(path, load_delta(path, encoder)) for path in paths]
+    known = [(one.path, one.name) for one in places] if places else [(delta, None)]
+    found = [describe(path, load_delta(path, encoder, name)) for path, name in known]
     if as_json:
-        return print(json.dumps(found[0] if paths == [delta] else found, indent=2))
+        return print(json.dumps(found[0] if alone else found, indent=2))
     for facts in found:
         table(f"{facts['name']} {facts['version']}", ["", "value"], _rows(facts), stderr=False)
 

@@ -19,6 +19,7 @@ from bertology_serve.serving.config import HELPS, ServerConfig
 if TYPE_CHECKING:
     from bertology_serve.deltas.delta import Delta
     from bertology_serve.encoder.residents import Residents
+    from bertology_serve.serving.background import Background
     from bertology_serve.serving.opening import Opened
     from bertology_serve.serving.process.forks import Nursery
     from bertology_serve.serving.registry import Registry
@@ -71,8 +72,8 @@ def serve(
 ) -> None:
     """Serve deltas over HTTP: /v2 (Open Inference Protocol), /models (HuggingFace's shape), /predict, /metrics.
 
-    Calls for all deltas share their batches; /openapi.json describes every route. SIGTERM drains: readiness answers
-    503 at once, every accepted call is answered.
+    Calls for all deltas share their batches; /openapi.json describes every route. SIGTERM, SIGINT and SIGHUP drain:
+    readiness answers 503 at once, every accepted call is answered.
     """
     started = time.monotonic()
     from bertology_serve.serving import logs
@@ -91,13 +92,15 @@ def serve(
         nursery: Nursery | None = None
         if executor == "process":  # it loads the encoder while this process imports torch
             nursery = stack.enter_context(Nursery(Plan(backbone, dtype, config.log_level, config.log_format)))
+        from bertology_serve.serving.background import Background
         from bertology_serve.serving.engines import check
         from bertology_serve.serving.findings import Findings, circumstances, keep, recall
         from bertology_serve.serving.server import Server
         from bertology_serve.serving.settling import Setting
 
         check(engine, precision)
-        opened = _open(backbone, device, dtype, nursery)
+        background = Background()
+        opened = _open(backbone, device, dtype, nursery, background)
         stack.callback(opened.close)
         registry = _load(opened.pipeline, deltas, skip_bad_deltas, config)
         wanted = Setting(engine, precision, cuda_graphs)
@@ -114,7 +117,7 @@ def serve(
             note(f"{len(found) - 1} deltas on {backbone} ({how}), ready after {seconds:.1f} s: {url}")
             note(f"try: {example(url, found[-1])}")
 
-        server = Server(registry.pipeline, registry, config, announce, keyring)
+        server = Server(registry.pipeline, registry, config, announce, keyring, background)
         ladder = server.engine.warm_up(known.ladder if known else ())
         if known is None:
             keep(where, Findings(setting, tuple(ladder)))
@@ -135,13 +138,13 @@ def example(url: str, delta: Delta) -> str:
     return f'curl {url}/predict -d \'{{"delta": "{delta.name}", {fields}}}\''
 
 
-def _open(backbone: str, device: str, dtype: str, nursery: Nursery | None) -> Opened:
+def _open(backbone: str, device: str, dtype: str, nursery: Nursery | None, background: Background) -> Opened:
     import torch
 
     from bertology_serve.serving.opening import open_backbone
     from bertology_serve.training.device import find_device
 
-    return open_backbone(backbone, str(find_device(device)), getattr(torch, dtype), nursery)
+    return open_backbone(backbone, str(find_device(device)), getattr(torch, dtype), nursery, background)
 
 
 def _load(pipeline: Residents, deltas: Path, skip_bad: bool, config: ServerConfig) -> Registry:

@@ -3,6 +3,10 @@
 ``NAME/VERSION/`` is version VERSION of delta NAME. A delta directory anywhere else is *bare*: its name stands in
 ``delta.json`` (for a directory of peft's: the directory's own name) and its version is the first 12 hex digits of the
 SHA-256 of ``delta.json`` (peft: of ``adapter_config.json`` followed by ``adapter_model.safetensors``).
+
+``identify`` is that rule. ``survey`` applies it to everything below a directory, and everybody who asks what there is
+asks ``survey``: start, watching, the repository's index, loads, ``predict``, ``inspect``. A delta directory holds no
+other deltas: what lies below one is not seen, and ``check_place`` keeps writers from putting it there.
 """
 
 from __future__ import annotations
@@ -11,64 +15,112 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, check_name
-from bertology_serve.deltas.reading import Limits, read_bytes, read_json
-from bertology_serve.errors import FormatError, NotFound, nearest
+from bertology_serve.deltas.reading import Limits, read_bytes, read_json, untrusted
+from bertology_serve.errors import BertologyError, FormatError, NotFound, nearest
 
 VERSION_DIGITS = 12
 
 
-class Identity(NamedTuple):
-    """What a delta directory is called; ``bare`` where the version is its content's hash."""
+class DeltaVersion(NamedTuple):
+    """One version of a delta and its directory; ``bare`` where the version is its content's hash."""
 
     name: str
     version: str
+    path: Path
     bare: bool
 
 
+@dataclass(frozen=True)
+class Refused:
+    """A delta directory that cannot be used, and why."""
+
+    path: Path
+    problem: BertologyError
+
+    @property
+    def reason(self) -> str:
+        """Why, in words."""
+        return str(self.problem)
+
+
 def is_delta(directory: Path) -> bool:
-    """Whether a directory holds a delta, ours or peft's."""
-    return (directory / MANIFEST).is_file() or (directory / ADAPTER_CONFIG).is_file()
+    """Whether a directory is meant to hold a delta, ours or peft's; it may be a broken one."""
+    return os.path.lexists(directory / MANIFEST) or os.path.lexists(directory / ADAPTER_CONFIG)
 
 
 def identify(
     directory: Path, limits: Limits | None = None, root: Path | None = None, name: str | None = None
-) -> Identity:
-    """Name and version of a delta directory; ``name`` is what a directory of peft's shall be called."""
+) -> DeltaVersion:
+    """Which version of which delta a directory is.
+
+    ``name`` is what its delta is called where the place says so (``NAME/VERSION`` below a root, or who asks knows it);
+    nothing is read then but what a bare version is the hash of. Whether ``delta.json`` says the same shows when it is
+    loaded (``check_called``). Files must lie under ``root`` (default: ``directory``). Raises FormatError.
+    """
     limits, root, place = limits or Limits(), root or directory, Path(os.path.abspath(directory))
-    own = (directory / MANIFEST).exists()
-    if own:
-        values, data = read_json(directory / MANIFEST, limits, root)
-        found = check_name(values.get("name"), f"{directory / MANIFEST}: name")
-        if name not in (None, found):
-            raise FormatError(f"{directory} holds delta {found!r}, not {name!r}; rename the directory or the delta")
-    else:
-        found = check_name(name or place.name, "delta name")
-    if place.parent.name == found and (own or name):
-        return Identity(found, check_name(place.name, "version"), bare=False)
-    if not own:
-        data = read_bytes(directory / ADAPTER_CONFIG, limits.json_bytes, root)
-        data += read_bytes(directory / ADAPTER_WEIGHTS, limits.file_bytes, root)
-    return Identity(found, hashlib.sha256(data).hexdigest()[:VERSION_DIGITS], bare=True)
+    with untrusted(directory):
+        own, data = os.path.lexists(directory / MANIFEST), b""
+        if name is None and own:
+            values, data = read_json(directory / MANIFEST, limits, root)
+            name = check_name(values.get("name"), f"{directory / MANIFEST}: name")
+        name = check_name(place.name if name is None else name, "delta name")
+        if place.parent.name == name:
+            return DeltaVersion(name, check_name(place.name, "version"), directory, bare=False)
+        if not data and own:
+            data = read_bytes(directory / MANIFEST, limits.json_bytes, root)
+        elif not own:
+            data = read_bytes(directory / ADAPTER_CONFIG, limits.json_bytes, root)
+            data += read_bytes(directory / ADAPTER_WEIGHTS, limits.file_bytes, root)
+        return DeltaVersion(name, hashlib.sha256(data).hexdigest()[:VERSION_DIGITS], directory, bare=True)
 
 
-def discover(root: Path, limits: Limits | None = None) -> dict[str, list[Path]]:
-    """The deltas under ``root`` by name, each with its versions' directories, the newest last.
+def check_called(directory: Path, held: str, name: str | None) -> None:
+    """FormatError where the delta that a directory holds is not the one that its place says."""
+    if name not in (None, held):
+        raise FormatError(f"{directory} holds delta {held!r}, not {name!r}; rename the directory or the delta")
+
+
+def survey(
+    root: Path, limits: Limits | None = None, name: str | None = None
+) -> tuple[dict[str, list[DeltaVersion]], list[Refused]]:
+    """The deltas under ``root`` by name, each with its versions, the newest last; and what cannot be identified.
 
     ``root`` may be a delta directory itself. Hidden entries (``.name``) are passed over, so that what is being written
     is not seen. Versions are ordered as people number them (2 before 10); bare directories come before them, by the
-    time that their ``delta.json`` was written. Raises NotFound without ``root``, FormatError for what is malformed or
-    points outside.
+    time that their ``delta.json`` was written; of two copies of one version the later path is taken. What lies outside
+    ``root`` is refused. With ``name`` only that delta is looked for, and what might be it. Raises NotFound without
+    ``root``, FormatError where it cannot be read.
     """
     if not root.is_dir():
         raise NotFound(f"no directory {root}; expected one with deltas in it (NAME/VERSION/ or bare)")
-    try:
-        return _discover(root, limits or Limits())
-    except OSError as error:
-        raise FormatError(f"cannot read {error.filename}: {error.strerror}; check its permissions") from None
+    found: dict[tuple[str, str], tuple[tuple[object, ...], DeltaVersion]] = {}
+    refused: list[Refused] = []
+    with untrusted(root):
+        for path, holder in _directories(root, name, refused):
+            try:
+                one = identify(path, limits, root, holder)
+                with untrusted(path):
+                    found[one.name, one.version] = (_age(one), one)
+            except BertologyError as problem:
+                refused.append(Refused(path, problem))
+    deltas: dict[str, list[DeltaVersion]] = {}
+    for _, one in sorted(found.values(), key=lambda entry: (entry[1].name, *entry)):
+        if name in (None, one.name):
+            deltas.setdefault(one.name, []).append(one)
+    return deltas, refused
+
+
+def discover(root: Path, limits: Limits | None = None) -> dict[str, list[DeltaVersion]]:
+    """What ``survey`` finds; raises what is wrong with the first directory that it refuses."""
+    deltas, refused = survey(root, limits)
+    for one in refused:
+        raise one.problem
+    return deltas
 
 
 def find(root: Path, name: str, version: str | None = None) -> Path:
@@ -77,83 +129,103 @@ def find(root: Path, name: str, version: str | None = None) -> Path:
     if name not in deltas:
         raise NotFound(f"no delta {name[:80]!r} in {root}; {nearest(name[:80], deltas)}")
     if version is None:
-        return deltas[name][-1]
-    versions = {identify(path, name=name).version: path for path in deltas[name]}
-    if version not in versions:
-        raise NotFound(f"delta {name!r} has no version {version[:80]!r}; {nearest(version[:80], versions)}")
-    return versions[version]
+        return deltas[name][-1].path
+    known = {one.version: one.path for one in deltas[name]}
+    if version not in known:
+        raise NotFound(f"delta {name!r} has no version {version[:80]!r}; {nearest(version[:80], known)}")
+    return known[version]
 
 
-def versions(root: Path, name: str, limits: Limits | None = None) -> dict[str, Path]:
-    """The directories of one delta's versions under ``root``, the newest last; other deltas' faults do not matter.
+def versions(
+    root: Path, name: str, limits: Limits | None = None, refused: list[Refused] | None = None
+) -> dict[str, DeltaVersion]:
+    """One delta's versions under ``root``, the newest last; other deltas' faults do not matter.
 
-    Raises NotFound where there is none, FormatError for a name that cannot be one and for what points outside.
+    What cannot be identified, and might be that delta, goes to ``refused``. Raises NotFound where there is no version,
+    FormatError for a name that cannot be one and for what points outside.
     """
-    limits, holder = limits or Limits(), root / check_name(name, "delta name")
-    try:
-        found = [(identify(path, limits, root, name), path) for path in _held(holder, root)]
-        found += [(identity, path) for identity, path in _bare(root, name, limits) if identity.name == name]
-        ordered = sorted((_age(path, identity), identity.version, path) for identity, path in found)
-    except OSError as error:
-        raise FormatError(f"cannot read {error.filename}: {error.strerror}; check its permissions") from None
-    if not ordered:
+    deltas, bad = survey(root, limits, check_name(name, "delta name"))
+    if refused is not None:
+        refused += bad
+    if not deltas:
+        for one in bad:
+            if one.path.relative_to(root).parts[:1] in ((), (name,)):
+                raise one.problem
         raise NotFound(f"no delta {name!r} in {root}; expected {name}/VERSION/{MANIFEST} there")
-    return {version: path for _, version, path in ordered}
+    return {one.version: one for one in deltas[name]}
 
 
-def _held(holder: Path, root: Path) -> list[Path]:
-    """The delta directories in ``NAME/``."""
-    if not holder.is_dir() or is_delta(holder):
-        return []
-    if not holder.resolve().is_relative_to(root.resolve()):
-        raise FormatError(f"{holder} points outside {root}, to {holder.resolve()}; copy the directory there (cp -rL)")
-    return [path for path in _children(holder, root) if is_delta(path)]
+def check_place(target: Path, name: str) -> None:
+    """FormatError where delta ``name``, written to ``target``, would not be seen, would hide others, or be misnamed."""
+    place = Path(os.path.abspath(target))
+    with untrusted(target):
+        if is_delta(place.parent):
+            raise FormatError(
+                f"{place.parent} is a delta itself, so {target} below it would not be seen; move that delta to a "
+                f"version of its own ({place.parent / 'VERSION'}), or choose another place"
+            )
+        below = _children(target) if target.is_dir() and not is_delta(target) else []
+        if any(map(is_delta, below)):
+            raise FormatError(
+                f"{target} holds deltas, which one written there would hide; write it to {target / 'VERSION'} "
+                "(train: --version), or choose another place"
+            )
+        beside = _children(place.parent) if place.parent.is_dir() and place.parent.name != name else []
+        known = next(filter(None, (_held(path) for path in beside if path != place)), None)
+        if known == place.parent.name:
+            raise FormatError(
+                f"{place.parent} holds versions of delta {place.parent.name!r}; one of {name!r} cannot lie there: give "
+                f"it that name (train: --out {place.parent} --version {place.name}), or choose another place"
+            )
 
 
-def _bare(root: Path, name: str, limits: Limits) -> Iterator[tuple[Identity, Path]]:
-    """Bare directories that may hold a delta of that name; those that cannot be read are passed over."""
-    children = [path for path in root.iterdir() if not path.name.startswith(".")] if root.is_dir() else []
-    for path in [root] if is_delta(root) else children:
-        if not is_delta(path) or (not (path / MANIFEST).exists() and path.name != name):
-            continue
-        try:
-            yield identify(path, limits, root), path
-        except FormatError:
-            continue
+def _held(directory: Path) -> str | None:
+    """The name in a directory's ``delta.json``; ``None`` where there is none that can be read."""
+    try:
+        return identify(directory).name if os.path.lexists(directory / MANIFEST) else None
+    except BertologyError:
+        return None
 
 
-def _discover(root: Path, limits: Limits) -> dict[str, list[Path]]:
-    found: dict[str, dict[str, tuple[tuple[object, ...], Path]]] = {}
-    for path, name in _directories(root):
-        identity = identify(path, limits, root, name)
-        versions = found.setdefault(identity.name, {})
-        versions[identity.version] = (_age(path, identity), path)
-    return {name: [path for _, path in sorted(versions.values())] for name, versions in sorted(found.items())}
-
-
-def _directories(root: Path) -> Iterator[tuple[Path, str | None]]:
+def _directories(root: Path, name: str | None, refused: list[Refused]) -> Iterator[tuple[Path, str | None]]:
     """Delta directories, with the name of the directory that holds them where that is below ``root``."""
     if is_delta(root):
         yield root, None
         return
-    for child in _children(root, root):
-        if is_delta(child):
-            yield child, None
+    for child in _inside(root, root, refused):
+        try:
+            if is_delta(child):
+                if name in (None, child.name) or os.path.lexists(child / MANIFEST):
+                    yield child, None
+                continue
+            below = _inside(child, root, refused) if name in (None, child.name) else []
+            yield from [(path, child.name) for path in below if is_delta(path)]
+        except OSError as problem:
+            refused.append(
+                Refused(child, FormatError(f"cannot read {child}: {problem.strerror}; check its permissions"))
+            )
+
+
+def _inside(directory: Path, root: Path, refused: list[Refused]) -> list[Path]:
+    """The directories in a directory; those that are links to what lies outside ``root`` are refused."""
+    found, real = [], os.path.realpath(root)
+    for path in _children(directory):
+        target = os.path.realpath(path)
+        if Path(target).is_relative_to(real):
+            found.append(path)
         else:
-            yield from ((path, child.name) for path in _children(child, root) if is_delta(path))
+            outside = f"{path} points outside {root}, to {target}; copy the directory there (cp -rL)"
+            refused.append(Refused(path, FormatError(outside)))
+    return found
 
 
-def _children(directory: Path, root: Path) -> list[Path]:
-    paths = sorted(path for path in directory.iterdir() if not path.name.startswith(".") and path.is_dir())
-    for path in paths:
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise FormatError(f"{path} points outside {root}, to {path.resolve()}; copy the directory there (cp -rL)")
-    return paths
+def _children(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if not path.name.startswith(".") and path.is_dir())
 
 
-def _age(path: Path, identity: Identity) -> tuple[object, ...]:
-    if identity.bare:
-        marker = path / MANIFEST if (path / MANIFEST).exists() else path / ADAPTER_CONFIG
-        return 0, marker.stat().st_mtime_ns, identity.version
-    parts = re.split(r"(\d+)", identity.version)
+def _age(one: DeltaVersion) -> tuple[object, ...]:
+    if one.bare:
+        marker = MANIFEST if os.path.lexists(one.path / MANIFEST) else ADAPTER_CONFIG
+        return 0, (one.path / marker).stat().st_mtime_ns, one.version
+    parts = re.split(r"(\d+)", one.version)
     return 1, *((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part)

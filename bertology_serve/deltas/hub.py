@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bertology_serve.deltas import store
+from bertology_serve.deltas.catalog import check_place
 from bertology_serve.deltas.names import ADAPTER_CONFIG, MANIFEST
 from bertology_serve.deltas.writing import publish, staging
 from bertology_serve.errors import FormatError, InputError
@@ -54,10 +56,12 @@ def pull(repository: str, out: Path, *, revision: str | None = None) -> Path:
         with _asked(repository):
             snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=PATTERNS)
         found = Path(folder)
+        name = Path(os.path.abspath(out)).parent.name  # what peft's may be called there, whatever it is
         if (found / MANIFEST).exists():
-            store.load(found)
+            name = store.load(found).name
         elif not (found / ADAPTER_CONFIG).exists():
             raise FormatError(f"{repository} holds no delta: it lacks {MANIFEST} and {ADAPTER_CONFIG}")
+        check_place(out, name)
         with staging(out) as stage:
             for path in found.iterdir():
                 if path.is_file() and not path.is_symlink():

@@ -1,6 +1,7 @@
 """Reads files that may be hostile: sizes capped before reading, paths contained, JSON strict, safetensors only.
 
-Every failure is a FormatError of one line that names the file.
+Every failure is a FormatError of one line that names the file. ``untrusted`` sees to that: whatever is made of a delta
+directory is made inside it, and it is the only place that turns unexpected errors into the package's own.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from bertology_serve.errors import FormatError
+from bertology_serve.errors import BertologyError, FormatError, InputError, Unsupported
 
 DTYPES = ("F32", "F16", "BF16")
 
@@ -33,23 +35,60 @@ class Limits:
     file_bytes: int = 8 << 30
 
 
+@contextmanager
+def untrusted(path: Path, what: str = "cannot be used") -> Iterator[None]:
+    """Inside it something is made of what lies at ``path``; whatever that raises is an error of this package.
+
+    InputError and Unsupported keep their type and name ``path`` in their message, other errors of the package pass as
+    they are. An OSError, and anything that nobody foresaw, is a FormatError: ``what`` says what the path is then.
+    """
+    try:
+        yield
+    except (InputError, Unsupported) as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}") from None
+    except BertologyError:
+        raise
+    except OSError as error:
+        raise FormatError(f"cannot read {error.filename or path}: {_reason(error)}; check its permissions") from None
+    except Exception as error:  # the one place: a hostile file raises what it likes in the libraries that read it
+        raise FormatError(f"{path} {what}: {type(error).__name__}: {_reason(error)}; write or copy it again") from error
+
+
 def read_bytes(path: Path, limit: int, root: Path) -> bytes:
     """A regular file of at most ``limit`` bytes whose real path lies under ``root``."""
     try:
         real, inside = os.path.realpath(path, strict=True), os.path.realpath(root, strict=True)
-        status = os.stat(real)
     except (OSError, ValueError) as error:
         raise FormatError(f"cannot read {path}: {_reason(error)}; expected a file of a delta directory") from None
     if not Path(real).is_relative_to(inside):
         raise FormatError(f"{path} points outside {root}, to {real}; copy the files themselves there (cp -rL)")
-    if not stat.S_ISREG(status.st_mode):
-        raise FormatError(f"{path} is no regular file; expected a file of a delta directory")
-    if status.st_size > limit:
-        raise FormatError(f"{path} has {status.st_size} bytes; at most {limit} are read")
+    return read_regular(Path(real), limit, str(path))
+
+
+def read_regular(path: Path, limit: int, where: str) -> bytes:
+    """A regular file of at most ``limit`` bytes. It never waits: pipes and devices are refused, not read.
+
+    Raises FormatError, in which the file is called ``where``.
+    """
     try:
-        return Path(real).read_bytes()
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            status = os.fstat(number)
+            if not stat.S_ISREG(status.st_mode):
+                raise FormatError(f"{where} is no regular file; expected one that holds what it should")
+            if status.st_size > limit:
+                raise FormatError(f"{where} has {status.st_size} bytes; at most {limit} are read")
+            with open(number, "rb", closefd=False) as file:
+                data = file.read(status.st_size + 1)
+        finally:
+            os.close(number)
     except OSError as error:
-        raise FormatError(f"cannot read {path}: {_reason(error)}; check its permissions") from None
+        raise FormatError(f"cannot read {where}: {_reason(error)}; check its permissions") from None
+    if len(data) > status.st_size:
+        raise FormatError(f"{where} has grown while it was read; try again when it is written")
+    return data
 
 
 def read_json(path: Path, limits: Limits, root: Path) -> tuple[dict[str, Any], bytes]:
@@ -72,14 +111,12 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
 def read_tensors(path: Path, limits: Limits, root: Path) -> tuple[dict[str, Tensor], str, int]:
     """The tensors of a safetensors file, their finite values checked; the file's SHA-256 (hex) and size in bytes."""
     data = read_bytes(path, limits.file_bytes, root)
-    _check_header(data, path, limits)
-    try:
+    with untrusted(path, "is no valid safetensors file"):
+        _check_header(data, path, limits)
         tensors = load_safetensors(data)
-    except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
-        raise FormatError(f"{path} is no valid safetensors file: {_reason(error)}; copy it again") from None
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise FormatError(f"{path}: the tensor {name[:120]!r} holds NaN or infinity; train the delta again")
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise FormatError(f"{path}: the tensor {name[:120]!r} holds NaN or infinity; train the delta again")
     return tensors, hashlib.sha256(data).hexdigest(), len(data)
 
 

@@ -25,6 +25,7 @@ NaN, names that are not ``[a-z0-9][a-z0-9._-]{0,63}``, and files that lie elsewh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 
 from bertology_serve.deltas.card import model_card
-from bertology_serve.deltas.catalog import discover, find, identify
+from bertology_serve.deltas.catalog import check_called, check_place, discover, find, identify
 from bertology_serve.deltas.checks import (
     check_base,
     check_finite,
@@ -57,10 +58,10 @@ from bertology_serve.deltas.names import (
 from bertology_serve.deltas.own_format import load_own
 from bertology_serve.deltas.peft_export import adapter_config, obstacle, tensor_root
 from bertology_serve.deltas.peft_import import import_peft
-from bertology_serve.deltas.reading import Limits
+from bertology_serve.deltas.reading import Limits, untrusted
 from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.deltas.writing import file_record, publish, staging, write_json, write_tensors
-from bertology_serve.errors import BertologyError, FormatError, NotFound, about
+from bertology_serve.errors import FormatError, NotFound
 from bertology_serve.tasks.spec import TaskSpec
 
 __all__ = ["Limits", "check_base", "discover", "find", "identify", "load", "save"]
@@ -78,10 +79,11 @@ def save(
 
     ``anatomy`` and ``config`` (``model.config.to_dict()``) are those of the encoder that it was made for. Saving the
     same delta again changes nothing; another delta is replaced only with ``overwrite``. Raises FormatError for a delta
-    that could not be loaded again.
+    that could not be loaded again, or not be seen there.
     """
     options = config or {}
     _check_saveable(delta, anatomy, options)
+    check_place(directory, delta.name)
     with staging(directory) as stage:
         written = to_disk(delta.tensors, delta.specs, anatomy, tensor_root(delta.task, anatomy))
         written |= {head_root(delta.specs) + name: tensor for name, tensor in delta.head.items()}
@@ -100,7 +102,7 @@ def save(
 
 
 def load(
-    directory: Path,
+    directory: Path | str,
     anatomy: Anatomy | None = None,
     *,
     base: BaseRef | None = None,
@@ -114,42 +116,33 @@ def load(
     """The delta in ``directory``, every byte of it checked.
 
     With ``anatomy`` it must fit that encoder's dimensions (``check_base`` compares the weights' hashes). A directory
-    that peft wrote needs ``anatomy`` and ``base``, and takes ``task``, ``name``, ``options`` and ``base_head`` (see
-    ``import_peft``). ``root`` is the directory that the files must lie under (default: ``directory``). Raises NotFound,
+    that peft wrote needs ``anatomy`` and ``base``, and takes ``task``, ``options`` and ``base_head`` (see
+    ``import_peft``). ``name`` is what the delta is called where its place says so (``identify``); ``delta.json`` must
+    say the same. ``root`` is the directory that the files must lie under (default: ``directory``). Raises NotFound,
     FormatError, BaseMismatch, and Unsupported for what peft has and this package has not; each names the directory.
     """
-    try:
-        return _load(directory, anatomy, base, task, name, options, limits, root, base_head)
-    except BertologyError as problem:
-        raise about(problem, str(directory)) from None
-
-
-def _load(
-    directory: Path, anatomy: Anatomy | None, base: BaseRef | None, task: TaskSpec | None, name: str | None,
-    options: Mapping[str, Any] | None, limits: Limits | None, root: Path | None, base_head: Mapping[str, Tensor] | None,
-) -> Delta:  # fmt: skip
-    limits, root = limits or Limits(), root or directory
-    try:
+    directory, limits = Path(directory), limits or Limits()
+    root = root or directory
+    with untrusted(directory):
         _check_directory(directory)
-        identity = identify(directory, limits, root, name)
-    except OSError as error:
-        raise FormatError(f"cannot read {directory}: {error.strerror}; check its permissions") from None
-    if (directory / MANIFEST).exists():
-        return load_own(directory, anatomy, identity.version, limits, root)
-    if anatomy is None or base is None:
-        raise FormatError(f"{directory} was written by peft, which names no weights; give its encoder (--backbone)")
-    known_as = Path(identity.name) / identity.version
-    return import_peft(
-        directory, anatomy, base, known_as,
-        task=task, options=options, limits=limits, root=root, base_head=base_head,
-    )  # fmt: skip
+        known = identify(directory, limits, root, name)
+        if os.path.lexists(directory / MANIFEST):
+            delta = load_own(directory, anatomy, known.version, limits, root)
+            check_called(directory, delta.name, name)
+            return delta
+        if anatomy is None or base is None:
+            raise FormatError(f"{directory} was written by peft, which names no weights; give its encoder (--backbone)")
+        return import_peft(
+            directory, anatomy, base, Path(known.name) / known.version,
+            task=task, options=options, limits=limits, root=root, base_head=base_head,
+        )  # fmt: skip
 
 
 def _check_directory(directory: Path) -> None:
     if not directory.is_dir():
         raise NotFound(f"no directory {directory}; expected a delta's (with {MANIFEST})")
     peft = (directory / ADAPTER_CONFIG).exists() and (directory / ADAPTER_WEIGHTS).exists()
-    if peft or (directory / MANIFEST).exists():
+    if peft or os.path.lexists(directory / MANIFEST):
         return
     pickle = next((name for name in PICKLES if (directory / name).exists()), None)
     if pickle:

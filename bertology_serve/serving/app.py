@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -63,13 +62,12 @@ def make_app(answering: Answering, metrics: Metrics, keyring: Keyring, rpc: Grpc
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        following = await _following(engine, lifecycle)
+        await _follow(engine, lifecycle)
         engine.start()
         if rpc:
             await rpc.start(answering, lifecycle, metrics, keyring)
         yield
-        if following:
-            following.cancel()
+        await engine.background.close()
         if rpc:
             await rpc.stop(engine.config.shutdown_seconds)
         lifecycle.close()
@@ -99,8 +97,8 @@ def make_app(answering: Answering, metrics: Metrics, keyring: Keyring, rpc: Grpc
     return Application(routes, layers, lifespan)
 
 
-async def _following(engine: Engine, lifecycle: Lifecycle) -> asyncio.Task[None] | None:
-    """What follows the desired-state file or else, where it is asked to, the directory of deltas.
+async def _follow(engine: Engine, lifecycle: Lifecycle) -> None:
+    """From now on the desired-state file is followed or else, where that is asked for, the directory of deltas.
 
     The file is obeyed once before anything answers.
     """
@@ -108,8 +106,9 @@ async def _following(engine: Engine, lifecycle: Lifecycle) -> asyncio.Task[None]
     if config.state_file is not None:
         reconciler = Reconciler(config.state_file, lifecycle, engine.queue, config.watch_seconds or STATE_SECONDS)
         await reconciler.look()
-        return asyncio.create_task(reconciler.run())
-    return asyncio.create_task(Watcher(lifecycle, config.watch_seconds).run()) if config.watch_seconds else None
+        engine.background.loop("reconciler", reconciler.run)
+    elif config.watch_seconds:
+        engine.background.loop("watcher", Watcher(lifecycle, config.watch_seconds).run)
 
 
 def make_routes(handlers: Handlers, management: Management, metrics: Metrics) -> list[Route]:

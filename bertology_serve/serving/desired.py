@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 
 from bertology_serve.deltas.names import check_name
+from bertology_serve.deltas.reading import read_regular
 from bertology_serve.errors import FormatError, NotFound, SpecError
 from bertology_serve.serving.splits import Split
 
@@ -62,13 +63,10 @@ class Desired:
 
 
 def read_desired(path: Path) -> Desired:
-    """The file's content. Raises NotFound, SpecError; a message names the field."""
-    try:
-        if path.stat().st_size > LARGEST:
-            raise SpecError(f"{path} is larger than {LARGEST} bytes; expected the desired state of some deltas")
-        content = path.read_bytes()
-    except OSError as problem:
-        raise NotFound(f"cannot read {path}: {problem.strerror}; expected the desired state as JSON") from None
+    """The file's content. Raises NotFound, FormatError for what is no such file, SpecError naming the field."""
+    if not path.exists():
+        raise NotFound(f"cannot read {path}: there is no such file; expected the desired state as JSON")
+    content = read_regular(path, LARGEST, str(path))
     try:
         found = msgspec.json.decode(content, type=Desired, strict=True)
         for name, wish in found.deltas.items():

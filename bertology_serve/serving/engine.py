@@ -12,6 +12,7 @@ from typing import TypeVar
 from bertology_serve.encoder.pipeline import BASE, Job, Prediction, Request, Residents
 from bertology_serve.errors import DataError, Expired, LimitError, Overloaded
 from bertology_serve.serving import metrics as outcomes
+from bertology_serve.serving.background import Background
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.executor import Executor
 from bertology_serve.serving.ladder import climb
@@ -44,25 +45,28 @@ class Engine:
     calls are still answered.
     """
 
-    def __init__(self, pipeline: Residents, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, pipeline: Residents, config: ServerConfig, metrics: Metrics, background: Background | None = None
+    ) -> None:
         self.config, self.pipeline, self.metrics = config, pipeline, metrics
+        self.background = background or Background()
         times = BatchTimes(1e-3 * config.max_batch_ms, config.max_batch_tokens)
         scheduler = FairScheduler(times.budget, config.weight_of())
         self.queue = WorkQueue(scheduler, times, config.max_queue_tokens, config.max_delta_tokens)
-        self._executor = Executor(self.queue, pipeline.run, self._deliver, metrics.batch)
+        self._executor = Executor(self.queue, pipeline.run, self._deliver, metrics.batch, self.background)
         self._tokenizers, self._aside = ThreadPoolExecutor(2, thread_name_prefix="tokenizer"), 0
         self._lag = LoopLag(metrics.registry)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = False
         metrics.watch(self.queue)
-        metrics.registry.register(Vitals(lambda: self.ready, pipeline))
+        metrics.registry.register(Vitals(lambda: self.ready, pipeline, self.background))
 
     @property
     def state(self) -> str:
         """``READY``, ``RESTARTING`` while the executor is replaced, or ``DRAINING``."""
         if not self._ready:
             return DRAINING
-        return READY if self.pipeline.is_up else RESTARTING
+        return READY if self.pipeline.is_up and self.background.is_up else RESTARTING
 
     @property
     def ready(self) -> bool:

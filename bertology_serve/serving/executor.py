@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bertology_serve.encoder.pipeline import Job, Prediction
 from bertology_serve.errors import BertologyError, Crashed
+from bertology_serve.serving.background import Background
 from bertology_serve.serving.faults import place_of
 from bertology_serve.serving.quarantine import Quarantine
 from bertology_serve.serving.queue import WorkQueue
@@ -28,23 +29,28 @@ class Executor:
 
     ``run`` answers the jobs of one batch; when it raises, each job is run by itself, so that one bad job spoils no
     other; when it raises Crashed, each delta is run by itself once more, and set aside where it crashes again.
-    ``deliver`` and ``observe(batch, seconds)`` are called in this thread.
+    ``deliver`` and ``observe(batch, seconds)`` are called in this thread. Whatever raises in it, the batch in hand is
+    delivered and ``background`` begins it again.
     """
 
-    def __init__(self, queue: WorkQueue, run: Run, deliver: Deliver, observe: Observe) -> None:
+    def __init__(
+        self, queue: WorkQueue, run: Run, deliver: Deliver, observe: Observe, background: Background | None = None
+    ) -> None:
         self._queue, self._run, self._deliver, self._observe = queue, run, deliver, observe
         self.quarantine = Quarantine()
-        self._thread = threading.Thread(target=self._loop, name=THREAD, daemon=True)
+        self._background = background or Background()
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begins to take batches."""
-        self._thread.start()
+        self._thread = self._background.thread(THREAD, self._loop, vital=True)
 
     def stop(self, timeout: float) -> bool:
         """Closes the queue and waits for what is in it, at most ``timeout`` seconds; whether all was answered."""
         self._queue.close()
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
+        if self._thread is None:
+            return True
+        self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def _loop(self) -> None:
@@ -53,10 +59,13 @@ class Executor:
             start, now = time.perf_counter(), time.monotonic()
             for work in batch:
                 work.started = now
-            outcomes = self._judged([work.job for work in batch])
-            seconds = time.perf_counter() - start
-            self._queue.served(batch, seconds)
-            self._deliver(batch, outcomes)
+            outcomes: Sequence[Outcome] = [RuntimeError("the executor's thread failed; try again")] * len(batch)
+            try:
+                outcomes = self._judged([work.job for work in batch])
+                seconds = time.perf_counter() - start
+                self._queue.served(batch, seconds)
+            finally:
+                self._deliver(batch, outcomes)
             self._observe(batch, seconds)
 
     def _judged(self, jobs: Sequence[Job]) -> Sequence[Outcome]:

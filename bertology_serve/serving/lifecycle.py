@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from bertology_serve.deltas.catalog import DeltaVersion
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import BertologyError
 from bertology_serve.serving.metrics import Metrics
@@ -76,14 +77,14 @@ class Lifecycle:
         entries: list[Entry] = []
         for name in sorted(shelf.keys() | answering.keys(), key=lambda name: (name != "base", name)):
             current = answering.get(name)
-            others = [version for version in shelf.get(name, ()) if version != current]
+            others = [one.version for one in shelf.get(name, ()) if one.version != current]
             if not ready_only:
                 entries += [self._entry(name, version, current) for version in others]
             if current is not None:
                 entries.append(Entry(name, current, READY))
         return entries
 
-    async def shelf(self) -> dict[str, list[str]]:
+    async def shelf(self) -> dict[str, list[DeltaVersion]]:
         """What lies in the served directory, see ``Registry.shelf``."""
         return await self._run(self.registry.shelf)
 

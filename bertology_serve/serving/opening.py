@@ -12,6 +12,7 @@ import torch
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.encoder.residents import Residents
+from bertology_serve.serving.background import Background
 from bertology_serve.serving.process.forks import Nursery
 from bertology_serve.serving.process.remote import Remote
 from bertology_serve.serving.settling import Setting, apply
@@ -32,10 +33,16 @@ class Opened:
     close: Callable[[], None] = lambda: None
 
 
-def open_backbone(backbone: str, device: str, dtype: torch.dtype, nursery: Nursery | None = None) -> Opened:
+def open_backbone(
+    backbone: str,
+    device: str,
+    dtype: torch.dtype,
+    nursery: Nursery | None = None,
+    background: Background | None = None,
+) -> Opened:
     """An encoder without deltas: loaded here, or with a ``nursery`` the one that it has loaded."""
     if nursery is not None:
-        remote = Remote(nursery, backbone, device, dtype)
+        remote = Remote(nursery, backbone, device, dtype, background)
         return Opened(remote, device, remote.settle, remote.patience, remote.close)
     pipeline = Pipeline(Encoder.load(backbone, device=device, dtype=dtype))
     return Opened(pipeline, device, partial(apply, pipeline))

@@ -5,28 +5,22 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from bertology_serve.deltas import catalog, store
+from bertology_serve.deltas import catalog
+from bertology_serve.deltas.catalog import DeltaVersion, Refused
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.reading import untrusted
 from bertology_serve.encoder.pipeline import BASE, Residents
 from bertology_serve.encoder.task_models import WholeModel, task_models
-from bertology_serve.errors import BertologyError, NotFound, nearest
+from bertology_serve.errors import BertologyError, NotFound, SpecError, nearest
 from bertology_serve.export.served import OnnxModel, exports
+from bertology_serve.serving.background import Told
 from bertology_serve.serving.splits import Split, Splits
 from bertology_serve.serving.tiers.cards import Card, card_of, read_card
 from bertology_serve.serving.tiers.tiers import Tiers
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A delta directory that could not be loaded, and why."""
-
-    path: Path
-    reason: str
 
 
 class Registry:
@@ -48,6 +42,7 @@ class Registry:
         self.models: set[str] = set()
         self.splits = Splits()
         self._before: dict[str, tuple[Card, Delta]] = {}
+        self._told = Told(log)
         self.tiers = Tiers(pipeline, lambda card: self._read(card.path, card.name), device_bytes, host_bytes)
 
     def load(self, root: Path, skip_bad: bool = False) -> list[Refused]:
@@ -57,30 +52,38 @@ class Registry:
         A delta that is malformed, unsafe or made for other weights raises what is wrong with it, or with ``skip_bad``
         is logged and returned. Raises NotFound where there is no delta at all.
         """
-        refused: list[Refused] = []
         self.root = root
-        for name, path in newest(root, skip_bad, refused).items():
+        refused: list[Refused] = []
+        for one in newest(root, skip_bad, refused):
             try:
-                self._take_in(path, name)
+                self._take_in(one)
             except BertologyError as problem:
                 if not skip_bad:
                     raise
-                refused.append(Refused(path, str(problem)))
+                refused.append(Refused(one.path, problem))
         for refusal in refused:
             log.warning("left out: %s", refusal.reason)
         return refused
 
-    def _take_in(self, path: Path, name: str) -> None:
-        card = read_card(path, name, path) if self.tiers.bounded else None
-        if card is None:
-            delta = self._read(path, name)
-            self.tiers.put(card_of(delta, path), delta)
-            return
-        if not self.pipeline.encoder.is_pruned:  # else it is for what this was pruned from, and cut as it is read
-            self.pipeline.check(card)
-        self.tiers.register(card)
-        if self.tiers.has_room(card):
-            self.tiers.raise_up(name)
+    def _take_in(self, one: DeltaVersion) -> None:
+        with untrusted(one.path):
+            card = read_card(one.path, one.name, one.path) if self.tiers.bounded else None
+            if card is None:
+                delta = self._read(one.path, one.name)
+                self.tiers.put(card_of(delta, one.path), delta)
+            else:
+                if not self.pipeline.encoder.is_pruned:  # else it is for what this was pruned from, and cut as read
+                    self.pipeline.check(card)
+                self.tiers.register(card)
+                if self.tiers.has_room(card):
+                    self.tiers.raise_up(one.name)
+        self._note_name(one)
+
+    def _note_name(self, one: DeltaVersion) -> None:
+        """A bare directory may have been renamed; its delta answers under the name that it was given."""
+        if one.bare and one.path.name != one.name:
+            reason = f"answers as {one.name!r}, the name in its delta.json, not as the directory is called"
+            self._told.say(str(one.path), reason)
 
     def load_models(self, root: Path) -> list[Delta]:
         """Makes exports of single deltas, and whole task models, answer beside the deltas: ``root`` is one, or holds
@@ -105,18 +108,33 @@ class Registry:
         Calls under way finish on the version that they began with. A version that answers already is left alone:
         versions do not change. Raises NotFound, FormatError, BaseMismatch, Unsupported; what answered goes on then.
         """
-        if self.root is None:
-            raise NotFound("this server has no directory of deltas; start it with --deltas")
-        known = catalog.versions(self.root, name)
+        if name in self.models:
+            raise SpecError(f"{name!r} is an export that the server was started with; no other version of it comes")
+        known = self._known(name)
         chosen = next(reversed(known)) if version is None else version
         if chosen not in known:
             raise NotFound(f"delta {name!r} has no version {chosen[:80]!r}; {nearest(chosen[:80], known)}")
-        resident = self.pipeline.resident(name)
-        if resident is not None and resident.version == chosen:
+        one = known[chosen]
+        resident, card = self.pipeline.resident(name), self.tiers.cards.get(name)
+        moved = card is not None and card.path != one.path  # else it would be looked for where it was
+        if resident is not None and resident.version == chosen and not moved:
             return resident
-        delta = self._read(known[chosen], name)
-        self._swap(card_of(delta, known[chosen]), delta)
+        with untrusted(one.path):
+            delta = self._read(one.path, name)
+            self._swap(card_of(delta, one.path), delta)
+        self._note_name(one)
         return delta
+
+    def _known(self, name: str) -> dict[str, DeltaVersion]:
+        """The versions of a delta in the served directory, the newest last. NotFound, FormatError."""
+        if self.root is None:
+            raise NotFound("this server has no directory of deltas; start it with --deltas")
+        refused: list[Refused] = []
+        try:
+            return catalog.versions(self.root, name, refused=refused)
+        finally:
+            for one in refused:
+                self._told.say(str(one.path), one.reason)
 
     def rollback(self, name: str) -> Delta:
         """Makes the version answer again that answered before; it was kept, so nothing is read. NotFound."""
@@ -129,12 +147,13 @@ class Registry:
     def split(self, name: str, split: Split) -> None:
         """Brings a canary and a shadow up beside the version that answers, and takes away those that are no more."""
         stale = self.splits.of(name).versions - split.versions
-        known = catalog.versions(self.root, name) if self.root is not None and split.versions else {}
+        known = self._known(name) if self.root is not None and split.versions else {}
         for version in sorted(split.versions):
             if version not in known:
                 raise NotFound(f"delta {name!r} has no version {version[:80]!r}; {nearest(version[:80], known)}")
             if self.pipeline.resident(name, version) is None:
-                self.pipeline.add(self._read(known[version], name), beside=True)
+                with untrusted(known[version].path):
+                    self.pipeline.add(self._read(known[version].path, name), beside=True)
         self.splits.put(name, split)
         for version in stale:
             self.pipeline.dismiss(name, version)
@@ -149,28 +168,34 @@ class Registry:
     def remove(self, name: str) -> None:
         """Takes a delta away; its rows are freed once the last call under way has finished. NotFound, Unsupported."""
         self.tiers.remove(name)
+        self.models.discard(name)
         self._before.pop(name, None)
         for version in self.splits.of(name).versions:
             self.pipeline.dismiss(name, version)
         self.splits.put(name, Split())
 
-    def shelf(self) -> dict[str, list[str]]:
+    def shelf(self) -> dict[str, list[DeltaVersion]]:
         """The versions that lie in the served directory, by delta, the newest last.
 
-        A directory that cannot be read stands there under its own name, without versions. NotFound without ``root``.
+        What cannot be identified is logged, and what may be its delta stands there without versions; so does one that
+        was read from there, whatever else lies there of it. NotFound, or FormatError, where there is no ``root`` or it
+        cannot be read.
         """
         if self.root is None:
             return {}
-        if not self.root.is_dir():
-            raise NotFound(f"no directory {self.root}; expected the deltas that are served")
-        found: dict[str, list[str]] = {}
-        for part in _parts(self.root, skip_bad=True):
-            try:
-                for name, paths in store.discover(part).items():
-                    found.setdefault(name, []).extend(store.identify(path, name=name).version for path in paths)
-            except BertologyError:
-                found.setdefault(part.name, [])
+        found, refused = catalog.survey(self.root)
+        there = {str(one.path) for versions in found.values() for one in versions}
+        for bad in refused:
+            self._told.say(str(bad.path), bad.reason)
+            there.add(str(bad.path))
+            found.setdefault(_called(bad.path, self.root), [])
+            found |= {name: [] for name in self._read_from(bad.path)}
+        self._told.keep(there)
         return found
+
+    def _read_from(self, path: Path) -> list[str]:
+        """The deltas that answer and were read from a directory or from below it."""
+        return [card.name for card in list(self.tiers.cards.values()) if card.path.is_relative_to(path)]
 
     def _read(self, path: Path, name: str) -> Delta:
         return self.pipeline.read(path, name)
@@ -199,23 +224,22 @@ class Registry:
         return sorted(known.values(), key=lambda delta: (delta.name != "base", delta.name))
 
 
-def newest(root: Path, skip_bad: bool, refused: list[Refused]) -> dict[str, Path]:
-    """The newest version of each delta below ``root``; with ``skip_bad`` each of its directories is read by itself."""
-    found: dict[str, Path] = {}
-    for part in _parts(root, skip_bad):
-        try:
-            found |= {name: paths[-1] for name, paths in store.discover(part).items()}
-        except BertologyError as problem:
-            if not skip_bad:
-                raise
-            refused.append(Refused(part, str(problem)))
-    if not found:
+def newest(root: Path, skip_bad: bool, refused: list[Refused]) -> list[DeltaVersion]:
+    """The newest version of each delta below ``root``; with ``skip_bad`` what cannot be identified goes to ``refused``.
+
+    NotFound where there is none.
+    """
+    deltas, bad = catalog.survey(root)
+    for one in bad:
+        if not skip_bad:
+            raise one.problem
+        refused.append(one)
+    if not deltas:
         raise NotFound(f"no usable delta in {root}; expected NAME/VERSION/delta.json below it")
-    return found
+    return [versions[-1] for versions in deltas.values()]
 
 
-def _parts(root: Path, skip_bad: bool) -> list[Path]:
-    """What is read by itself: the whole, or every directory in it, so that one that is malformed spoils no other."""
-    if not skip_bad or not root.is_dir() or catalog.is_delta(root):
-        return [root]
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _called(path: Path, root: Path) -> str:
+    """What a directory that cannot be identified is shown as: the first name below the root."""
+    parts = path.relative_to(root).parts
+    return parts[0] if parts else path.name

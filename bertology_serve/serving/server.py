@@ -1,7 +1,7 @@
 """The server process: a bound socket, uvicorn, and the way it stops.
 
-SIGTERM or SIGINT: readiness answers 503 at once, calls are still taken for ``drain_seconds`` (so that load balancers
-can notice), then the socket closes and what was accepted is answered. A second signal skips the waiting.
+SIGTERM, SIGINT or SIGHUP: readiness answers 503 at once, calls are still taken for ``drain_seconds`` (so that load
+balancers can notice), then the socket closes and what was accepted is answered. A second signal skips the waiting.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import asyncio
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -19,6 +21,7 @@ import uvicorn
 from bertology_serve.encoder.pipeline import Residents
 from bertology_serve.serving.answering import Answering
 from bertology_serve.serving.app import make_app
+from bertology_serve.serving.background import Background
 from bertology_serve.serving.binding import room_for
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.connection import limited
@@ -46,11 +49,12 @@ class Server(uvicorn.Server):
         config: ServerConfig,
         announce: Callable[[], None] = lambda: None,
         keyring: Keyring | None = None,
+        background: Background | None = None,
     ) -> None:
         metrics = Metrics(config.max_metric_deltas)
         metrics.tracing = Tracing() if config.traces else None
         self._announce = announce
-        self.engine = Engine(pipeline, config, metrics)
+        self.engine = Engine(pipeline, config, metrics, background)
         cold = Cold(registry.tiers, config.max_cold_calls)
         self.answering = Answering(self.engine, registry, cold)
         self._drain_seconds = config.drain_seconds
@@ -72,6 +76,20 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=max(1, round(config.shutdown_seconds)),
             )
         )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn does, and SIGHUP (the terminal has gone) like SIGTERM, unless it is ignored (nohup)."""
+        with super().capture_signals():
+            mine = threading.current_thread() is threading.main_thread()
+            if not mine or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+                yield
+                return
+            before = signal.signal(signal.SIGHUP, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, before or signal.SIG_DFL)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain; second: close the socket now; third: do not even answer what was accepted."""

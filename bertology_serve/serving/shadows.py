@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from bertology_serve.encoder.pipeline import Prediction, Request
@@ -35,17 +36,19 @@ class Shadows:
             if shadow:
                 asked.append((replace(item, version=shadow), answer))
         if asked and len(self._tasks) < MOST:
-            task = asyncio.get_running_loop().create_task(self._compare(asked))
+            task = self._engine.background.once("shadow", partial(self._compare, asked))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _compare(self, asked: Sequence[tuple[Request, Prediction]]) -> None:
+        found: Sequence[Prediction] = ()
         try:
             found = await self._engine.answer([item for item, _ in asked], Terms(priority=LAST))
         except (BertologyError, ClientGone):
-            for item, _ in asked:
-                self._engine.metrics.shadow(item.delta, item.version, FAILED)
             return
+        finally:
+            for item, _ in () if found else asked:
+                self._engine.metrics.shadow(item.delta, item.version, FAILED)
         for (item, answer), other in zip(asked, found, strict=True):
             outcome = AGREES if agree(answer.answer, other.answer) else DIFFERS
             self._engine.metrics.shadow(item.delta, item.version, outcome)

@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from bertology_serve.encoder.residents import Residents
+from bertology_serve.serving.background import Background
 
 TICK = 0.05  # seconds
 
@@ -17,21 +18,29 @@ TICK = 0.05  # seconds
 class Vitals(Collector):
     """As it is at the time of the scrape."""
 
-    def __init__(self, is_ready: Callable[[], bool], pipeline: Residents) -> None:
-        self._is_ready, self._pipeline = is_ready, pipeline
+    def __init__(self, is_ready: Callable[[], bool], pipeline: Residents, background: Background) -> None:
+        self._is_ready, self._pipeline, self._background = is_ready, pipeline, background
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: there may be no executor yet."""
         yield from ()
 
     def collect(self) -> Iterator[Metric]:
-        """Readiness, and how the executor does."""
+        """Readiness, how the executor does, and what else runs."""
         pipeline = self._pipeline
         yield GaugeMetricFamily("bertology_ready", "1 while readiness answers 200", value=self._is_ready())
         yield GaugeMetricFamily("bertology_executor_up", "1 while batches can run", value=pipeline.is_up)
         yield CounterMetricFamily(
             "bertology_executor_restarts", "Executors that had to be replaced", value=pipeline.restarts
         )
+        up = GaugeMetricFamily("bertology_background_up", "1 while background work runs", labels=("work",))
+        faults = CounterMetricFamily(
+            "bertology_background_faults", "Errors that ended background work, which begins again", labels=("work",)
+        )
+        for name, state in list(self._background.works.items()):
+            up.add_metric((name,), state.up)
+            faults.add_metric((name,), state.faults)
+        yield from (up, faults)
 
 
 class LoopLag:

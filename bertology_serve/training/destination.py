@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bertology_serve.deltas.catalog import check_place
 from bertology_serve.deltas.names import check_name
 from bertology_serve.errors import SpecError
 from bertology_serve.training.rundir import RunDirectory
@@ -36,8 +37,8 @@ class Destination:
     def open(self) -> tuple[str, RunDirectory]:
         """The delta's name, and the run directory beside its place, which must be free.
 
-        Raises FormatError for names that cannot be, SpecError where they clash, InputError where something is in the
-        way.
+        Raises FormatError for names that cannot be and for a place where the delta would not be found under its name,
+        SpecError where names clash, InputError where something is in the way.
         """
         out = Path(os.path.abspath(self.out))
         plain = re.sub(r"[^a-z0-9._-]+", "-", out.name.lower()).strip("-._")
@@ -47,6 +48,7 @@ class Destination:
             if out.name != name:
                 raise SpecError(f"with --version, --out ends in the delta's name: got {out.name!r}, expected {name!r}")
             out = out / self.version
+        check_place(out, name)
         directory = RunDirectory(out)
         directory.check_free(self.resume, self.overwrite)
         return name, directory

@@ -121,11 +121,15 @@ def _flat(values: Iterable[object]) -> Iterator[float]:
 
 
 def _take_place(stage: Path, out: Path) -> None:
-    """``stage`` becomes ``out``; what stood there steps aside first and is removed last."""
+    """``stage`` becomes ``out``; what stood there steps aside first and is removed last, or comes back."""
     if not out.exists():
         stage.rename(out)
         return
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
     out.rename(old)
-    stage.rename(out)
+    try:
+        stage.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)

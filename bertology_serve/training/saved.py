@@ -17,13 +17,15 @@ from bertology_serve.encoder.task_models import is_task_model, read_task_model, 
 from bertology_serve.errors import InputError
 
 
-def open_delta(directory: Path, backbone: str | None, device: str = "cpu") -> tuple[Delta, Encoder]:
+def open_delta(
+    directory: Path, backbone: str | None, device: str = "cpu", name: str | None = None
+) -> tuple[Delta, Encoder]:
     """A delta and the encoder that it runs on: ``backbone``, or the base that it names.
 
     ``directory`` may also hold the versions of one delta; the newest is taken. Or it is a whole task model of
-    HuggingFace's, which is its own base where none is given. What peft or transformers can run is compared with what
-    they answer. Raises NotFound, FormatError,
-    BaseMismatch, VerificationError, and InputError where there are several deltas.
+    HuggingFace's, which is its own base where none is given. ``name`` is what its place says that it is called. What
+    peft or transformers can run is compared with what they answer. Raises NotFound, FormatError, BaseMismatch,
+    VerificationError, and InputError where there are several deltas.
     """
     path = newest(directory)
     if is_task_model(path):
@@ -31,12 +33,12 @@ def open_delta(directory: Path, backbone: str | None, device: str = "cpu") -> tu
         return delta, Encoder.for_delta(delta, backbone, device=device)
     if not (path / MANIFEST).exists() and backbone is not None:  # peft's: only the encoder can say what fits
         encoder = Encoder.load(backbone, device=device)
-        delta = load_delta(path, encoder)
+        delta = load_delta(path, encoder, name)
         verify_peft(path, delta, encoder)
         return delta, encoder
-    delta = store.load(path)
+    delta = store.load(path, name=name)
     encoder = Encoder.for_delta(delta, backbone, device=device)
-    return encoder.read_delta(path), encoder
+    return encoder.read_delta(path, name), encoder
 
 
 def newest(directory: Path) -> Path:
@@ -46,14 +48,17 @@ def newest(directory: Path) -> Path:
     found = store.discover(directory)
     if len(found) > 1:
         raise InputError(f"{directory} holds {len(found)} deltas; give one of them: {', '.join(sorted(found))}")
-    return next(iter(found.values()))[-1] if found else directory
+    return next(iter(found.values()))[-1].path if found else directory
 
 
-def load_delta(path: Path, encoder: Encoder | None = None) -> Delta:
-    """A delta, every byte of it checked; with an encoder also that it was made for it, and runs on it."""
+def load_delta(path: Path, encoder: Encoder | None = None, name: str | None = None) -> Delta:
+    """A delta, every byte of it checked; with an encoder also that it was made for it, and runs on it.
+
+    ``name`` is what its place says that it is called.
+    """
     if encoder is None:
-        return store.load(path)
-    delta = encoder.read_delta(path)
+        return store.load(path, name=name)
+    delta = encoder.read_delta(path, name)
     if not delta.weights:
         Pipeline(encoder).add(delta)
     return delta

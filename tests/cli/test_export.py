@@ -89,7 +89,8 @@ def test_what_cannot_be_folded_is_refused_by_name(prefixed, tmp_path, capsys):
 def test_bad_input_is_one_line(more, message, prefixed, tmp_path, capsys):
     assert main(["export", str(prefixed), "--out", str(tmp_path / "out"), *more]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
+    assert error.startswith("error: ")
+    assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

@@ -91,3 +91,11 @@ def test_the_hubs_reasons_in_one_line(hub: Path, tmp_path: Path) -> None:
         push(saved(tmp_path / "sample"), "gone/away")
     with pytest.raises(InputError, match=r"'\.\./evil/x' is no hub repository"):
         pull("../evil/x", tmp_path / "pulled")
+
+
+def test_nothing_is_pulled_to_where_it_would_not_be_seen(hub: Path, tmp_path: Path) -> None:
+    directory = saved(tmp_path / "sample")
+    push(directory, "ada/mood")
+    with pytest.raises(FormatError, match="sample is a delta itself"):
+        pull("ada/mood", directory / "2")
+    assert not (directory / "2").exists()

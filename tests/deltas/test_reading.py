@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from bertology_serve.deltas.reading import Limits, parse_json, read_bytes, read_json, read_tensors
-from bertology_serve.errors import FormatError
+from bertology_serve.deltas.reading import Limits, parse_json, read_bytes, read_json, read_tensors, untrusted
+from bertology_serve.errors import BaseMismatch, FormatError, LimitError, Overloaded, Unsupported
 
 GOOD = save({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}, {"format": "pt"})
 
@@ -86,6 +86,8 @@ F32 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         (header({"a": F32}, b"\0\0\x80\xff"), "holds NaN or infinity"),
         (header({f"t{i}": F32 for i in range(9)}, bytes(4)), "holds 9 tensors; at most 8"),
         (header([F32]), "expected a JSON object"),
+        (header({"a": F32 | {"shape": [1] * 65}}, bytes(4)), "no valid safetensors"),
+        (header({"a": F32 | {"shape": [0] * 70, "data_offsets": [0, 0]}}), "no valid safetensors"),
         (pickle.dumps({"a": 1}), "truncated|claims a header"),
     ],
 )
@@ -95,6 +97,27 @@ def test_hostile_headers_are_refused(tmp_path: Path, data: bytes, message: str) 
     with pytest.raises(FormatError, match=message) as caught:
         read_tensors(path, Limits(tensors=8), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a\nb"), KeyError("x"), MemoryError(), RecursionError(), OSError(5, "torn")]
+)
+def test_whatever_a_directory_raises_is_an_error_of_this_package_and_names_it(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(FormatError, match="here") as caught, untrusted(tmp_path / "here"):
+        raise error
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_of_this_package_keep_their_kind_and_gain_the_directory(tmp_path: Path) -> None:
+    for error in (Unsupported("no"), LimitError("too long"), BaseMismatch("another")):
+        with pytest.raises(type(error), match=f"{tmp_path}: {error}"), untrusted(tmp_path):
+            raise error
+    with pytest.raises(Overloaded) as caught, untrusted(tmp_path):
+        raise Overloaded("full", 7.0)
+    assert caught.value.retry_after == 7.0
+    with pytest.raises(FormatError) as named, untrusted(tmp_path):
+        raise FormatError(f"{tmp_path / 'x'} is torn")
+    assert str(named.value) == f"{tmp_path / 'x'} is torn"
 
 
 def test_the_file_size_is_capped(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +13,11 @@ from bertology_serve.deltas.delta import BaseRef
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.pruned import prune
-from bertology_serve.errors import BaseMismatch, FormatError, NotFound
+from bertology_serve.errors import BaseMismatch, FormatError, NotFound, Unsupported
+from bertology_serve.serving.lifecycle import Lifecycle
+from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.registry import Registry
+from bertology_serve.serving.watcher import Watcher
 from tests import tiny
 from tests.serving.conftest import DELTAS
 
@@ -75,7 +80,7 @@ def test_bad_deltas_are_left_out_only_when_asked(encoder, with_strangers):
     assert reasons.keys() == {"stranger", "names", "sense"}
     assert "made for other (weights ffffffffffff)" in reasons["stranger"]
     assert "is not valid JSON" in reasons["sense"]
-    with pytest.raises(FormatError, match="is not valid JSON"):
+    with pytest.raises(FormatError, match=r"names/1/adapter_model\.safetensors is truncated"):
         registry(encoder).load(with_strangers)
 
 
@@ -90,6 +95,118 @@ def test_many_names_are_not_repeated_in_a_message(registry, monkeypatch):
         registry.find("x" * 500)
     count = len(registry.all())
     assert str(problem.value) == f"no delta {'x' * 80!r}; known: {count} others; GET /models lists them"
+
+
+@pytest.fixture
+def roomy(encoder: Encoder, tmp_path: Path) -> Encoder:
+    """The encoder, with a tokenizer that gives as many tokens as there are positions, as peft's adapters take them."""
+    shutil.copytree(encoder.name, tmp_path / "roomy")
+    settings = tmp_path / "roomy" / "tokenizer_config.json"
+    longest = {"model_max_length": encoder.anatomy.max_tokens}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | longest))
+    return Encoder.load(str(tmp_path / "roomy"))
+
+
+@pytest.fixture
+def of_peft(deltas: Path, tmp_path: Path) -> Path:
+    """peft's checkpoints as NAME/VERSION, the versions called alike, one bare, and one that lies elsewhere."""
+    root = tmp_path / "adapters"
+    for place in ("tenant-a/checkpoint-500", "tenant-b/checkpoint-500", "tenant-b/checkpoint-1000", "tenant-c"):
+        shutil.copytree(deltas / "mood" / "1", root / place)
+        (root / place / "delta.json").unlink()
+    return root
+
+
+PEFT = {"tenant-a": ["checkpoint-500"], "tenant-b": ["checkpoint-500", "checkpoint-1000"]}
+
+
+def test_pefts_adapters_have_one_name_everywhere(roomy, of_peft, capsys):
+    """At the start, with and without what is bad, for the watcher, in the index, when loaded, and to ``inspect``."""
+    from bertology_serve.cli.main import main
+    from bertology_serve.training.saved import open_delta
+
+    strict, careful = registry(roomy), registry(roomy)
+    strict.load(of_peft)
+    assert careful.load(of_peft, skip_bad=True) == []
+    for made in (strict, careful):
+        assert {delta.name: delta.version for delta in made.all()[1:3]} == {
+            "tenant-a": "checkpoint-500",
+            "tenant-b": "checkpoint-1000",
+        }
+        assert sorted(made.resident()) == ["tenant-a", "tenant-b", "tenant-c"]
+        shelf = {name: [one.version for one in versions] for name, versions in made.shelf().items()}
+        assert shelf == PEFT | {"tenant-c": [made.find("tenant-c").version]}
+    assert strict.put("tenant-b", "checkpoint-500").version == "checkpoint-500"
+
+    async def watched() -> None:
+        life = Lifecycle(careful, Metrics())
+        watcher = Watcher(life, 1.0)
+        for _ in range(3):
+            await watcher.look(await life.shelf())
+        index = {(entry.name, entry.version): entry.state for entry in await life.index()}
+        assert index["tenant-b", "checkpoint-1000"] == index["tenant-a", "checkpoint-500"] == "READY"
+        assert index["tenant-b", "checkpoint-500"] == "UNAVAILABLE"
+        life.close()
+
+    asyncio.run(watched())
+    assert sorted(careful.resident()) == ["tenant-a", "tenant-b", "tenant-c"]
+    first = of_peft / "tenant-a" / "checkpoint-500"
+    assert open_delta(first, roomy.name, name="tenant-a")[0].version == "checkpoint-500"
+    assert main(["inspect", str(of_peft), "--backbone", roomy.name, "--json"]) == 0
+    found = {(one["name"], one["version"]) for one in json.loads(capsys.readouterr().out)}
+    assert found == {(name, v) for name, versions in shelf.items() for v in versions}
+
+
+def test_what_lies_outside_is_served_by_nobody(roomy, deltas, of_peft, tmp_path):
+    shutil.copytree(deltas / "grade" / "1", tmp_path / "away" / "grade" / "1")
+    (of_peft / "grade").symlink_to(tmp_path / "away" / "grade")
+    (of_peft / "tenant-a" / "2").symlink_to(tmp_path / "away" / "grade" / "1")
+    made = registry(roomy)
+    reasons = [one.reason for one in made.load(of_peft, skip_bad=True)]
+    assert len(reasons) == 2
+    assert all("points outside" in reason for reason in reasons)
+    assert sorted(made.resident()) == ["tenant-a", "tenant-b", "tenant-c"]
+    with pytest.raises(FormatError, match="points outside"):
+        made.put("grade")
+
+
+def test_the_message_says_which_adapter_it_was(roomy, of_peft):
+    config = of_peft / "tenant-b" / "checkpoint-1000" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    with pytest.raises(Unsupported, match="tenant-b/checkpoint-1000: "):
+        registry(roomy).load(of_peft)
+
+
+def test_a_renamed_directory_does_not_go_without_a_word(encoder, deltas, tmp_path, caplog):
+    root = tmp_path / "deltas"
+    shutil.copytree(deltas / "mood" / "1", root / "tone")
+    shutil.copytree(deltas / "grade" / "1", root / "renamed" / "1")
+    made = registry(encoder)
+    (refused,) = made.load(root, skip_bad=True)
+    assert refused.reason == f"{root}/renamed/1 holds delta 'grade', not 'renamed'; rename the directory or the delta"
+    assert "tone: answers as 'mood', the name in its delta.json" in caplog.text
+    (root / "tone").rename(root / "elsewhere")
+    caplog.clear()
+    made.put("mood")
+    assert made.tiers.cards["mood"].path == root / "elsewhere"
+    assert "elsewhere: answers as 'mood'" in caplog.text
+
+
+def test_an_unreadable_directory_is_logged_by_name_once_and_keeps_its_delta(encoder, deltas, tmp_path, caplog):
+    root = tmp_path / "deltas"
+    shutil.copytree(deltas / "mood" / "1", root / "loose")
+    made = registry(encoder)
+    made.load(root)
+    (root / "loose" / "delta.json").write_text("{")
+    caplog.clear()
+    assert made.shelf() == made.shelf() == {"loose": [], "mood": []}, "what cannot be read has not gone"
+    assert caplog.text.count("loose/delta.json is not valid JSON") == 1
+    asked = registry(encoder)
+    asked.root = root
+    caplog.clear()
+    with pytest.raises(NotFound, match="no delta 'mood'"):
+        asked.put("mood")
+    assert caplog.text.count("loose/delta.json is not valid JSON") == 1, "it might have been that"
 
 
 def test_a_pruned_encoder_serves_its_parents_deltas(encoder, tmp_path):

@@ -95,6 +95,26 @@ def test_signals_drain_then_stop_then_give_up(pipeline):
         assert server.force_exit
 
 
+def test_a_terminal_that_hangs_up_drains_too(pipeline, monkeypatch):
+    with running(pipeline, drain_seconds=60.0) as started:
+        before = signal.getsignal(signal.SIGHUP)
+        with started.server.capture_signals():
+            signal.raise_signal(signal.SIGHUP)
+        assert (started.server.engine.ready, started.server.should_exit) == (False, False)
+        assert signal.getsignal(signal.SIGHUP) is before
+
+
+def test_a_server_under_nohup_goes_on(pipeline):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with running(pipeline) as started:
+            with started.server.capture_signals():
+                signal.raise_signal(signal.SIGHUP)
+            assert started.server.engine.ready
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_connections_rest_longer_than_load_balancers_let_them(pipeline):
     with running(pipeline) as started:
         assert started.server.config.http_protocol_class.keep_alive > 60

@@ -10,7 +10,7 @@ from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import VerificationError
 from bertology_serve.training.config import TrainConfig
-from bertology_serve.training.publish import publish
+from bertology_serve.training.publish import _take_place, publish
 from bertology_serve.training.train import Prepared, prepare
 from tests.training import sets
 
@@ -80,3 +80,12 @@ def test_dropout_of_lora_is_for_training_only(tmp_path: Path, bert: Encoder):
     assert ready.live.training
     with torch.no_grad():
         assert not torch.equal(*(ready.live(ready.items[0].encodings) for _ in range(2)))
+
+
+def test_what_stood_there_comes_back_where_its_successor_cannot_take_its_place(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "delta.json").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        _take_place(tmp_path / "missing", tmp_path / "out")
+    assert (tmp_path / "out" / "delta.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from bertology_serve.deltas import store
+from bertology_serve.deltas.catalog import identify, survey
 from bertology_serve.errors import FormatError, InputError, SpecError
 from bertology_serve.training.destination import Destination
 from bertology_serve.training.rundir import RunDirectory
+from tests.deltas import samples
 
 IDENTITY = {"epochs": 2, "method": ["lora"], "train": "4 rows"}
 
@@ -122,3 +126,23 @@ def test_destination_names_the_delta(tmp_path, out, name, version, expected):
 def test_destination_refuses_names(tmp_path, out, name, version, error):
     with pytest.raises(error):
         Destination(tmp_path / out, name, version).open()
+
+
+@pytest.mark.parametrize(
+    ("out", "name", "version", "expected"),
+    [
+        ("mood", None, None, ("mood", None)),
+        ("mood", "tone", None, ("tone", None)),
+        ("mood", None, "2", ("mood", "2")),
+        ("mood/2", "mood", None, ("mood", "2")),
+        ("Mood 1", None, None, ("mood-1", None)),
+    ],
+)
+def test_a_delta_is_found_under_the_name_that_it_was_trained_for(tmp_path, out, name, version, expected):
+    called, directory = Destination(tmp_path / out, name, version).open()
+    delta = replace(samples.delta("bert", samples.SPECS["lora"]), name=called)
+    store.save(delta, directory.out, samples.anatomy("bert"))
+    ((one,),) = survey(tmp_path)[0].values()
+    assert (one.name, None if one.bare else one.version) == expected
+    assert (one.name, one.path) == (called, directory.out)
+    assert identify(directory.out).version == one.version == store.load(one.path, name=one.name).version

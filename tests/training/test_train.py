@@ -14,7 +14,7 @@ from bertology_serve.deltas import store
 from bertology_serve.deltas.kinds import parameter_count
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.errors import DataError, InputError, SpecError
+from bertology_serve.errors import DataError, FormatError, InputError, SpecError
 from bertology_serve.training.config import METHODS, TrainConfig
 from bertology_serve.training.destination import Destination
 from bertology_serve.training.device import find_device
@@ -123,7 +123,19 @@ def test_versions_lie_below_the_name(tmp_path: Path, bert: Encoder):
     assert [outcome.delta.version for outcome in (first, second)] == ["1", "2"]
     assert newest(tmp_path / "mine") == tmp_path / "mine" / "2"
     assert open_delta(tmp_path, None)[0].version == "2"
-    assert store.discover(tmp_path) == {"mine": [first.path, second.path]}
+    assert [one.path for one in store.discover(tmp_path)["mine"]] == [first.path, second.path]
+    with pytest.raises(FormatError, match=r"holds deltas, which one written there would hide; .*--version"):
+        run(bert, tmp_path / "mine")
+    with pytest.raises(FormatError, match=r"holds versions of delta 'mine'; .* --version 3"):
+        run(bert, tmp_path / "mine" / "3")
+
+
+def test_no_version_is_written_where_nobody_would_see_it(tmp_path: Path, bert: Encoder):
+    run(bert, tmp_path / "mine")
+    with pytest.raises(FormatError, match=r"mine is a delta itself, so .* would not be seen"):
+        run(bert, tmp_path / "mine", version="2")
+    (one,) = store.discover(tmp_path)["mine"]
+    assert one.path == tmp_path / "mine"
 
 
 def test_same_seed_same_delta_other_seed_another(tmp_path: Path, bert_path: Path):

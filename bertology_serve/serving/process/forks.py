@@ -21,6 +21,10 @@ from bertology_serve.serving.process.plan import Place, Plan
 log = logging.getLogger(__name__)
 COMMAND = (sys.executable, "-m", "bertology_serve.serving.process.nursery")
 LOADERS = 2
+OUTLINE_SECONDS = 900.0  # for the fork server to load the encoder, from the hub perhaps
+FORK_SECONDS = 30.0  # for it to fork, which takes milliseconds
+LOAD_SECONDS = 900.0  # for an executor to read a delta, or to settle what runs batches
+END_SECONDS = 10.0  # for a process that was killed to end
 # One thread until the fork: these would start theirs when they are imported or first used
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -36,7 +40,7 @@ class Line:
     def __init__(self, pid: int, ends: list[socket.socket], inputs: Arena, outputs: Arena) -> None:
         self.pid, self.inputs, self.outputs = pid, inputs, outputs
         self.batches, self._life, self._ended = Channel(ends[0]), ends[1], False
-        self._loaders = [Channel(end) for end in ends[2:]]
+        self._loaders = [Channel(end, LOAD_SECONDS) for end in ends[2:]]
         self._free: queue.SimpleQueue[Channel] = queue.SimpleQueue()
         for channel in self._loaders:
             self._free.put(channel)
@@ -82,18 +86,22 @@ class Nursery:
         self.close()
 
     def outline(self) -> dict[str, Any]:
-        """What the encoder is that was loaded. Raises what is wrong with it, Lost where the process has ended."""
-        op, body = self._channel.receive()
+        """What the encoder is that was loaded. Raises what is wrong with it, Lost where the process has ended or
+        takes ``OUTLINE_SECONDS``.
+        """
+        op, body = self._channel.receive(OUTLINE_SECONDS)
         if op is Op.FAULT:
             raise problem_of(body)
         return body
 
     def fork(self, place: Place) -> Line:
-        """A new executor. A nursery that has ended is started again first, which takes as long as at the start."""
+        """A new executor. A nursery that has ended, or does not answer within ``FORK_SECONDS``, is started again
+        first, which takes as long as at the start.
+        """
         try:
             return self._fork(place)
         except Lost as problem:
-            log.warning("the fork server has ended (%s); starting another", problem)
+            log.warning("the fork server has ended or hangs (%s); starting another", problem)
             self.close()
             self._start()
             self.outline()
@@ -103,7 +111,8 @@ class Nursery:
         """Ends it; executors go on."""
         self._channel.close()
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
 
     def _start(self) -> None:
         own, other = socket.socketpair()
@@ -121,9 +130,9 @@ class Nursery:
             socket.send_fds(
                 self._control, [msgspec.json.encode(place)], [*(one.fileno() for one in others), inputs.fd, outputs.fd]
             )
-            _, answer = self._channel.receive()
-            return Line(answer["pid"], list(ends), inputs, outputs)
-        except (OSError, Lost) as problem:
+            _, answer = self._channel.receive(FORK_SECONDS)
+            return Line(int(answer["pid"]), list(ends), inputs, outputs)
+        except (OSError, Lost, KeyError, ValueError, TypeError) as problem:
             for end in ends:
                 end.close()
             raise Lost(str(problem)) from None

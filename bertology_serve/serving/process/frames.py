@@ -47,17 +47,16 @@ class Channel:
     ``patience`` is the seconds after which an answer will not come; ``None``: it may take for ever.
     """
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, end: socket.socket, patience: float | None = None) -> None:
         self._socket, self._turn = end, threading.Lock()
         weakref.finalize(self, end.close)
-        self.patience: float | None = None
+        self.patience = patience
 
     def ask(self, op: Op, body: Body) -> dict[str, Any]:
         """The other end's answer. Raises Lost, or the error that it answers with."""
         with self._turn:
             self.send(op, body)
-            self._socket.settimeout(self.patience)
-            said, answer = self.receive()
+            said, answer = self.receive(self.patience)
         if said is Op.FAULT:
             raise problem_of(answer)
         if said is not Op.DONE:
@@ -73,8 +72,9 @@ class Channel:
         except OSError as problem:
             raise Lost(f"cannot send: {problem}") from None
 
-    def receive(self) -> tuple[Op, dict[str, Any]]:
-        """The next frame; Lost where none comes any more."""
+    def receive(self, patience: float | None = None) -> tuple[Op, dict[str, Any]]:
+        """The next frame; Lost where none comes any more, or not within so many seconds."""
+        self._socket.settimeout(patience)
         kind, size = HEAD.unpack(self._exactly(HEAD.size))
         if size > LARGEST:
             raise Lost(f"a frame of {size} bytes; at most {LARGEST} are taken")

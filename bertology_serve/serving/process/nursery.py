@@ -33,7 +33,11 @@ DESCRIPTORS = 6  # channels for batches, for life, two for loading; shared memor
 
 def main(descriptor: int, plan: Plan) -> None:
     """Loads the encoder, says what it is, then forks whenever it is asked, until the server's end closes."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the server, which ends this one when it has drained
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # meant for the server, which ends this one when it has drained
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries executors; the server sees them end
     logs.set_up(plan.log_level, plan.log_format)

@@ -22,6 +22,7 @@ from bertology_serve.encoder.loading import load_tokenizer, locate
 from bertology_serve.encoder.residents import Ready, Residents
 from bertology_serve.errors import BertologyError, Crashed, LimitError, Unsupported
 from bertology_serve.kernels.segments import RowSegment
+from bertology_serve.serving.background import Background
 from bertology_serve.serving.process.batches import put_batch, take_outputs
 from bertology_serve.serving.process.forks import Line, Nursery
 from bertology_serve.serving.process.frames import Lost, Op
@@ -83,7 +84,12 @@ class Remote(Residents):
     encoder: Outline
 
     def __init__(
-        self, nursery: Nursery, backbone: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        nursery: Nursery,
+        backbone: str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        background: Background | None = None,
     ) -> None:
         tokenizer = load_tokenizer(locate(backbone))  # while the nursery reads the weights
         super().__init__(Outline(backbone, tokenizer, dtype, nursery.outline()))
@@ -92,7 +98,7 @@ class Remote(Residents):
         self._held: dict[str, Handle] = {}
         self._setting: Setting | None = None
         self._patience: float | None = None
-        self.supervisor = Supervisor(nursery, Place(device, torch.get_num_threads()), self._restore)
+        self.supervisor = Supervisor(nursery, Place(device, torch.get_num_threads()), self._restore, background)
         self.supervisor.start()
 
     @property
@@ -114,10 +120,14 @@ class Remote(Residents):
     def read(self, path: Path, name: str) -> Delta:
         """Has a delta read over there; what is kept here is a handle."""
         number = next(self._numbers)
-        answer = self._load(Op.READ, {"path": str(path), "name": name, "number": number})
-        card = from_record(answer["card"])
-        known = {name: getattr(card, name) for name in Card.__dataclass_fields__}
-        handle = Handle(**known, number=number, resident=int(answer["resident"]))
+        try:
+            answer = self._load(Op.READ, {"path": str(path), "name": name, "number": number})
+            card = from_record(answer["card"])
+            known = {name: getattr(card, name) for name in Card.__dataclass_fields__}
+            handle = Handle(**known, number=number, resident=int(answer["resident"]))
+        except BaseException:
+            self._forgotten.append(number)
+            raise
         weakref.finalize(handle, self._forgotten.append, number)
         return handle
 
@@ -134,11 +144,11 @@ class Remote(Residents):
         self.check(delta)
         self._held[key] = delta  # before it is there: an executor that comes meanwhile has it too
         try:
-            answer = self._load(Op.ADMIT, delta.told(key))
-        except BertologyError:
+            prompt = int(self._load(Op.ADMIT, delta.told(key))["prompt"])
+        except BaseException:  # whatever it is, nobody will ask for that key
             self._held.pop(key)
+            self._freed.append(key)
             raise
-        prompt = int(answer["prompt"])
         entry = Entry(key, {PROMPT: RowSegment(0, 0, 0, prompt)} if prompt else {})
         return Ready(delta, task_for(delta.task), Head(()), entry)
 
@@ -194,8 +204,16 @@ class Remote(Residents):
                 line.load(Op.ADMIT, handle.told(key))
             except (BertologyError, RuntimeError) as problem:
                 log.error("delta %s did not come back: %s", handle.name, problem)
+                self._lose(key)
         if self._setting is not None:
             line.load(Op.SETTLE, {"setting": asdict(self._setting)})
+
+    def _lose(self, key: str) -> None:
+        """A delta that is not over there answers no more; where it is registered, its next call reads it again."""
+        self._held.pop(key, None)
+        for name, ready in list(self._ready.items()):
+            if ready.entry.key == key:
+                self.retire(name)
 
     def _forget(self) -> list[int]:
         """The numbers of handles that are no more."""

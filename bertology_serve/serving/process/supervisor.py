@@ -8,32 +8,37 @@ import time
 from collections.abc import Callable
 
 from bertology_serve.errors import Overloaded
+from bertology_serve.serving.background import Background
 from bertology_serve.serving.process.forks import Line, Nursery
 from bertology_serve.serving.process.plan import Place
 
 log = logging.getLogger(__name__)
+CLOSE_SECONDS = 10.0
 PAUSES = (0.0, 0.1, 0.5, 1.0, 2.0)  # seconds before the next attempt, the last one for ever
 
 
 class Supervisor:
     """``restore(line)`` tells a new executor what to hold; it may raise Lost. For any thread.
 
-    ``restarts`` counts the executors that came after the first.
+    ``restarts`` counts the executors that came after the first. ``background`` runs what watches over them.
     """
 
-    def __init__(self, nursery: Nursery, place: Place, restore: Callable[[Line], None]) -> None:
+    def __init__(
+        self, nursery: Nursery, place: Place, restore: Callable[[Line], None], background: Background | None = None
+    ) -> None:
         self._nursery, self._place, self._restore = nursery, place, restore
         self._changed = threading.Condition()
         self._line: Line | None = None
         self._closing = threading.Event()
         self.restarts = 0
         self.seconds = 0.0  # that the last restart took
-        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+        self._background = background or Background()
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Starts the first executor, in this thread; raises Lost where it does not come up."""
         self._line = self._born()
-        self._thread.start()
+        self._thread = self._background.thread("supervisor", self._watch, vital=True)
 
     @property
     def is_up(self) -> bool:
@@ -69,22 +74,21 @@ class Supervisor:
             self._changed.notify_all()
         if line is not None:
             line.kill()
-        if self._thread.ident is not None:
-            self._thread.join()
+        if self._thread is not None:
+            self._thread.join(CLOSE_SECONDS)  # it may wait for a fork server that hangs
 
     def _watch(self) -> None:
-        line = self._line
-        while line is not None:
+        """Until it closes there is an executor, or another one on its way."""
+        while not self._closing.is_set():
+            line = self._line or self._replaced()
+            if line is None:
+                return
             line.outlive()
             with self._changed:
                 self._line = None
-                if self._closing.is_set():
-                    break
-            log.warning("the executor (process %d) has ended; starting another", line.pid)
             line.close()
-            line = self._replaced()
-        if line is not None:
-            line.close()
+            if not self._closing.is_set():
+                log.warning("the executor (process %d) has ended; starting another", line.pid)
 
     def _born(self) -> Line:
         """A new executor, that knows all. Raises Lost."""

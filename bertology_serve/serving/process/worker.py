@@ -122,9 +122,20 @@ class Worker:
 
 
 def work(pipeline: Pipeline, batches: Channel, others: Sequence[Channel], inputs: Arena, outputs: Arena) -> None:
-    """Serves until the server is gone, then ends this process at once."""
+    """Serves until the server is gone, then ends this process at once.
+
+    A channel whose thread fails ends it too: the server would wait there, and it replaces an executor that has ended.
+    """
     worker = Worker(pipeline, inputs, outputs)
+
+    def serve(channel: Channel) -> None:
+        try:
+            worker.serve(channel)
+        except BaseException as problem:
+            log.error("the executor ends: %s", place_of(problem))
+            os._exit(1)
+
     for channel in others:
-        threading.Thread(target=worker.serve, args=(channel,), daemon=True).start()
-    worker.serve(batches)
+        threading.Thread(target=serve, args=(channel,), daemon=True).start()
+    serve(batches)
     os._exit(0)

@@ -56,7 +56,7 @@ class SlowDisk(Registry):
 
 def make(pipeline: Residents, root: Path) -> SlowDisk:
     """Half of the deltas fit."""
-    cards = [read_card(path, name, path) for name, path in newest(root, False, []).items()]
+    cards = [read_card(one.path, one.name, one.path) for one in newest(root, False, [])]
     registry = SlowDisk(pipeline, device_bytes=sum(card.size for card in cards if card) * 0.6)
     registry.load(root)
     return registry

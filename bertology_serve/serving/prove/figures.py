@@ -12,6 +12,7 @@ from bertology_serve.serving.prove import (
     drain,
     fairness,
     faults,
+    fuzzed,
     hostile,
     isolation,
     memory,
@@ -48,4 +49,5 @@ FIGURES = (
         "64 hostile connections: RSS + ≤ 20 MB, liveness p99 ≤ 100 ms, every call with a key answered",
         hostile.connections,
     ),
+    Figure(17, "what follows directory and state file goes on, whatever is done to them: 0 stops", fuzzed.measure),
 )

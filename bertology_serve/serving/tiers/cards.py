@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from bertology_serve.deltas import catalog
 from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.manifest import from_json, kinds_record, metrics_of, metrics_record, specs_of
 from bertology_serve.deltas.names import MANIFEST, check_name
-from bertology_serve.deltas.reading import Limits, read_json
+from bertology_serve.deltas.reading import Limits, read_json, untrusted
 from bertology_serve.deltas.typed import build, conform
 from bertology_serve.errors import FormatError
 from bertology_serve.tasks.spec import TaskSpec
@@ -39,12 +40,14 @@ def read_card(path: Path, name: str, root: Path) -> Card | None:
 
     Raises FormatError.
     """
-    if not (path / MANIFEST).exists():
+    if not os.path.lexists(path / MANIFEST):
         return None
     limits = Limits()
-    values, _ = read_json(path / MANIFEST, limits, root)
-    found = from_json(values, str(path / MANIFEST))
-    version = catalog.identify(path, limits, root, name).version
+    with untrusted(path):
+        values, _ = read_json(path / MANIFEST, limits, root)
+        found = from_json(values, str(path / MANIFEST))
+        version = catalog.identify(path, limits, root, name).version
+        catalog.check_called(path, found.name, name)
     size = 4 * sum(math.prod(shape) for shape in (*found.tensors.values(), *found.head.values()))
     return Card(
         found.name, found.base, found.task, found.specs, version=version, metrics=found.metrics, path=path, size=size

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bertology_serve.deltas.catalog import check_place
 from bertology_serve.errors import InputError
 from bertology_serve.training.checkpoint import read_checkpoint
 from bertology_serve.training.rundir import LOG, RunDirectory
@@ -30,10 +31,13 @@ class FleetDirectory(RunDirectory):
         self.root, self.path = root, root / ".fleet"
 
     def check_members(self, names: Iterable[str], resume: bool, overwrite: bool) -> None:
-        """Raises InputError where a delta, another thing of its name, or an unfinished fleet is in the way."""
+        """Raises InputError where a delta, another thing of its name, or an unfinished fleet is in the way, or a delta
+        would not be found.
+        """
         if resume and self.unfinished:  # what stands there may be its own
             return
         for name in names:
+            check_place(self.root / name, name)
             RunDirectory(self.root / name).check_free(False, overwrite)
         if self.unfinished and not overwrite:
             raise InputError(

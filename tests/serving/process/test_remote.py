@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import pytest
 
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import Crashed, FormatError, NotFound, Unsupported
-from bertology_serve.serving.process.frames import Op
+from bertology_serve.serving.process import forks, worker
+from bertology_serve.serving.process.frames import Lost, Op
+from bertology_serve.serving.process.plan import Place, Plan
 from bertology_serve.serving.process.remote import Remote
+from bertology_serve.serving.process.worker import Worker
 from bertology_serve.serving.registry import Registry
 from bertology_serve.serving.settling import Setting
 from tests.serving.conftest import RECORDS, save_version
@@ -156,7 +160,81 @@ def test_a_delta_whose_files_have_gone_does_not_come_back(encoder, remote, far, 
     with pytest.raises(NotFound, match="'fleeting' did not come back after a restart; load it again"):
         remote.run([job])
     assert answers(remote, [Request("mood", RECORDS["mood"])])
+    assert registry.tiers.is_cold("fleeting")
+    with pytest.raises(NotFound, match="no directory"):
+        registry.tiers.raise_up("fleeting")
+    save_version(encoder, tmp_path, "fleeting", "1", 1)
+    assert registry.put("fleeting").version == "1"
+    assert answers(remote, [Request("fleeting", RECORDS["mood"])])
     registry.remove("fleeting")
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("nobody foresaw this"), KeyError("prompt"), NotFound("gone")])
+def test_a_delta_that_is_not_admitted_is_not_held(encoder, remote, far, tmp_path, monkeypatch, problem):
+    save_version(encoder, tmp_path, "brief", "1", 3)
+    registry, load, before = Registry(remote, tmp_path), remote._load, set(remote._held)
+    keys: list[str] = []
+
+    def admitted_and_lost(op: Op, body: dict) -> dict:
+        answer = load(op, body)
+        if op is Op.ADMIT:
+            keys.append(body["key"])
+            raise problem
+        return answer
+
+    monkeypatch.setattr(remote, "_load", admitted_and_lost)
+    with pytest.raises((FormatError, NotFound), match=r"brief|gone"):
+        registry.put("brief")
+    monkeypatch.undo()
+    assert set(remote._held) == before
+    remote.run([remote.prepare(Request("mood", RECORDS["mood"]))])
+    with pytest.raises(NotFound, match="did not come back"):  # nor over there
+        remote.supervisor.line().batches.ask(Op.RUN, {"keys": keys, "sizes": (0, 0)})
+
+
+def test_a_delta_that_was_read_and_not_understood_is_forgotten(encoder, remote, tmp_path, monkeypatch):
+    save_version(encoder, tmp_path, "brief", "1", 3)
+    monkeypatch.setattr("bertology_serve.serving.process.remote.from_record", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        remote.read(tmp_path / "brief" / "1", "brief")
+    assert len(remote._forgotten) == 1
+
+
+def test_a_fork_server_that_hangs_is_not_waited_for(monkeypatch):
+    """It neither loads nor forks, as one that was stopped."""
+    monkeypatch.setattr(forks, "COMMAND", (sys.executable, "-c", "import time; time.sleep(60)"))
+    monkeypatch.setattr(forks, "OUTLINE_SECONDS", 0.1)
+    monkeypatch.setattr(forks, "FORK_SECONDS", 0.1)
+    with forks.Nursery(Plan("nothing")) as nursery:
+        with pytest.raises(Lost, match="timed out"):
+            nursery.outline()
+        first = nursery._process
+        with pytest.raises(Lost, match="timed out"):
+            nursery.fork(Place("cpu", 1))
+        assert first.returncode is not None, "it was ended"
+        assert nursery._process is not first, "another one was tried"
+
+
+def test_an_executor_one_of_whose_threads_fails_ends(monkeypatch):
+    """The server would wait for an answer on that channel."""
+    codes: list[int] = []
+    ended = threading.Event()
+
+    def exit_with(code: int) -> None:
+        codes.append(code)
+        if len(codes) == 2:
+            ended.set()
+
+    def fail(self: Worker, channel: object) -> None:
+        if channel == "loads":
+            raise ValueError("nobody foresaw this")
+        assert wait(lambda: codes) is None
+
+    monkeypatch.setattr(worker.os, "_exit", exit_with)
+    monkeypatch.setattr(Worker, "serve", fail)
+    worker.work(None, "batches", ["loads"], None, None)
+    assert ended.wait(20)
+    assert codes == [1, 0]
 
 
 def test_what_is_wrong_with_a_delta_is_said_as_ever(encoder, remote, tmp_path):

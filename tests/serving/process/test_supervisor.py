@@ -78,6 +78,36 @@ def test_one_that_ends_is_replaced_and_the_next_is_told(made):
     assert nursery.lines[0].closed
 
 
+def test_what_watches_over_them_is_watched_over_itself(made, caplog, monkeypatch):
+    nursery = FakeNursery()
+    keeper, closed = made(nursery), FakeLine.close
+
+    def fail(line: FakeLine) -> None:
+        monkeypatch.setattr(FakeLine, "close", closed)
+        raise OSError("nobody foresaw this")
+
+    monkeypatch.setattr(FakeLine, "close", fail)
+    nursery.lines[0].dead.set()
+    wait(lambda: keeper.restarts == 1)
+    assert keeper.pid == 1
+    assert keeper._background.works["supervisor"].faults == 1
+    assert "supervisor ended (OSError at" in caplog.text
+
+
+def test_closing_does_not_wait_for_a_fork_server_that_hangs(made, monkeypatch):
+    monkeypatch.setattr(supervisor, "CLOSE_SECONDS", 0.05)
+    nursery = FakeNursery()
+    keeper = made(nursery)
+    nursery.may_fork.clear()
+    nursery.lines[0].dead.set()
+    wait(lambda: not keeper.is_up)
+    keeper.close()
+    assert keeper._thread.is_alive()
+    nursery.may_fork.set()
+    keeper._thread.join(20)
+    assert all(line.dead.is_set() for line in nursery.lines)
+
+
 def test_it_goes_on_trying(made, caplog):
     nursery, refusals = FakeNursery(fails=3), [Lost("does not say hello")]
 

@@ -26,6 +26,7 @@ from bertology_serve.serving.prove import (
     drain,
     fairness,
     faults,
+    fuzzed,
     hostile,
     isolation,
     memory,
@@ -63,7 +64,9 @@ def stage(encoder, tmp_path_factory) -> Iterator[Stage]:
     @contextmanager
     def server(self: Stage, deltas: Path, *options: str, environ: Any = None) -> Iterator[Near]:
         pairs = zip(options[::2], options[1::2], strict=True)
-        given = {name[2:].replace("-", "_"): float(value) for name, value in pairs if name != "--engine"}
+        words = {name[2:].replace("-", "_"): value for name, value in pairs if name != "--engine"}
+        files = {"state_file": Path(words.pop("state_file"))} if "state_file" in words else {}
+        given = {name: float(value) for name, value in words.items()}
         room = given.pop("device_mb", None)
         registry = Registry(Pipeline(encoder), deltas, float("inf") if room is None else 40_000)
         given.pop("host_mb", None)
@@ -72,7 +75,7 @@ def stage(encoder, tmp_path_factory) -> Iterator[Stage]:
         numbers = {
             name: int(value) if name.endswith(("tokens", "connections")) else value for name, value in given.items()
         }
-        with running(registry.pipeline, ring, deltas, registry, **numbers) as started:
+        with running(registry.pipeline, ring, deltas, registry, **numbers, **files) as started:
             yield Near(started)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -102,6 +105,18 @@ def test_faults(stage, encoder, monkeypatch):
     blind = faults.measure(small)
     assert blind.facts["swapped"] > 100
     assert not blind.holds
+
+
+def test_fuzzed(stage, monkeypatch):
+    small = dataclasses.replace(stage, pace=0.2, _encoder=stage._encoder)
+    found = fuzzed.measure(small)
+    assert found.holds, found.words
+    assert found.facts == {"changes": 20, "stops": 0, "deaf": 0}
+    shelf, fails = Registry.shelf, iter([True])
+    monkeypatch.setattr(Registry, "shelf", lambda self: 1 / 0 if next(fails, False) else shelf(self))
+    stopped = fuzzed.measure(small)
+    assert stopped.facts["stops"] == 1
+    assert not stopped.holds
 
 
 def test_isolation(stage, monkeypatch):
