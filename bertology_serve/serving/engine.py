@@ -116,11 +116,16 @@ class Engine:
         assert self._loop is not None, "start() comes first"
         seconds = min(terms.seconds, self.config.max_call_seconds)
         deadline = time.monotonic() + seconds
-        jobs = await self._prepare(requests)
-        ticket = Ticket(jobs, self._loop, deadline, terms.priority)
+        ticket = Ticket(await self._prepare(requests), self._loop, deadline, terms.priority)
+        try:
+            return await self._answered(ticket, terms, deadline, seconds)
+        finally:
+            ticket.works = []  # they know the ticket: what they hold would stay until a garbage collection
+
+    async def _answered(self, ticket: Ticket, terms: Terms, deadline: float, seconds: float) -> list[Prediction]:
         try:
             if terms.charge is not None:
-                terms.charge(sum(job.cost for job in jobs))
+                terms.charge(sum(work.cost for work in ticket.works))
             self.queue.put(ticket.works)
         except Exception:
             self._finished(ticket.works, outcomes.REFUSED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bertology_serve.serving.prove import (
+    accounting,
     alternatives,
     cancelled,
     clients,
@@ -43,4 +44,5 @@ FIGURES = (
         "8 tasks beside the alternatives: more texts/s than peft; ≤ ⅓ of the merged models' memory at 32 tasks",
         alternatives.measure,
     ),
+    Figure(18, "memory: after each of 10,000 random steps what is counted is what is resident", accounting.measure),
 )
