@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bertology_serve.deltas.names import ADAPTER_WEIGHTS, PICKLES
 from bertology_serve.errors import FormatError, NotFound
+from bertology_serve.files import replacing
 
 
 def convert_pickle(directory: Path) -> Path:
@@ -23,10 +24,9 @@ def convert_pickle(directory: Path) -> Path:
         raise NotFound(f"{directory} has no {', '.join(PICKLES)}; there is nothing to convert")
     values = read_pickle(source)
     target = directory / ADAPTER_WEIGHTS
-    part = target.with_suffix(".tmp")
-    save_file({name: value.detach().clone().contiguous() for name, value in values.items()}, part, {"format": "pt"})
-    part.chmod(source.stat().st_mode & 0o666)
-    part.replace(target)
+    with replacing(target) as part:
+        save_file({name: value.detach().clone().contiguous() for name, value in values.items()}, part, {"format": "pt"})
+        part.chmod(source.stat().st_mode & 0o666)
     return target
 
 
