@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -33,15 +32,26 @@ def convert_pickle(directory: Path) -> Path:
 def read_pickle(source: Path) -> dict[str, Tensor]:
     """The table of tensors of a pickle; torch unpickles tensors and plain containers only (``weights_only=True``).
 
-    Raises NotFound, and FormatError for anything else that it holds.
+    The tensors are dense, on the CPU, and no larger than what the file holds of them. Raises NotFound, and FormatError
+    for whatever else it holds and for what cannot be read.
     """
     if not source.is_file():
         raise NotFound(f"no file {source}; expected a pickled table of tensors")
     try:
         values = torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a pickle is a program: it ends in whatever error its author likes
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise FormatError(f"{source} holds more than tensors ({reason}); do not use it") from None
-    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+        raise FormatError(f"{source} is damaged or holds more than tensors ({reason}); do not use it") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) and _is_plain(values[key]) for key in values):
         raise FormatError(f"{source} holds no table of tensors; expected a checkpoint's")
     return values
+
+
+def _is_plain(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_quantized or value.is_complex())
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
