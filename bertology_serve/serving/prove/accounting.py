@@ -21,6 +21,7 @@ from bertology_serve.serving.prove.stage import Stage
 from bertology_serve.serving.registry import Registry
 from bertology_serve.serving.splits import Split
 from bertology_serve.serving.tiers.cards import read_card
+from bertology_serve.serving.tiers.tiers import place_of
 
 NAMES, VERSIONS = ("mood", "grade", "names", "tone"), ("1", "2", "3")
 DEVICE, HOST = 3.0, 1.5  # times the largest delta
@@ -66,13 +67,19 @@ def differences(registry: Registry) -> list[str]:
     alive = list(pipeline.alive)
     answering = [ready for ready in (*pipeline._ready.values(), *pipeline._beside.values()) if ready in pipeline.alive]
     held = {ready.entry.key for ready in alive if ready.delta.specs}
-    capacity = tiers._device.capacity
+    capacity, asked = (
+        tiers._device.capacity,
+        {place_of(card) for card in (*tiers.cards.values(), *tiers._before.values())},
+    )
+    stray = [(name, version) for name, version in pipeline._beside if version not in registry.splits.of(name).versions]
     pairs: list[tuple[str, Any, Any]] = [
         ("device bytes", tiers.device_bytes, sum(pipeline.resident_bytes(ready.delta) for ready in alive)),
         ("host bytes", tiers.host_bytes, sum(delta.bytes for delta in tiers._deltas.values())),
         ("deltas with rows", pipeline.bank.entries.keys() - set(pipeline.ledger.gone), held),
         ("deltas that may be evicted", set(tiers._device), pipeline._ready.keys() - {"base"}),
         ("names remembered", {*tiers._before, *tiers._costs, *tiers._failed, *tiers._left} - tiers.cards.keys(), set()),
+        ("versions kept on the host", tiers._deltas.keys() - asked, set()),
+        ("versions beside without a split", stray, []),
         ("locks held", list(tiers._locks), []),
         ("what answers fits", sum(pipeline.resident_bytes(ready.delta) for ready in answering) <= capacity, True),
         ("with what leaves, twice", tiers.device_bytes <= 2 * capacity, True),

@@ -97,7 +97,7 @@ class Tiers:
             return Tier.DEVICE
         if name in self._flying:
             return Tier.LOADING
-        return Tier.HOST if _place(self.cards[name]) in self._deltas else Tier.DISK
+        return Tier.HOST if place_of(self.cards[name]) in self._deltas else Tier.DISK
 
     def counts(self) -> dict[Tier, int]:
         """How many deltas there are in each tier."""
@@ -208,7 +208,7 @@ class Tiers:
 
     def _fetched(self, card: Card) -> Delta:
         """From the host, or from disk."""
-        known = self._deltas.get(_place(card))
+        known = self._deltas.get(place_of(card))
         if known is not None:
             return known
         started = self._clock()
@@ -295,13 +295,13 @@ class Tiers:
             assert gone is not None
             self._host.drop(gone)
             del self._deltas[gone]
-        self._host.put(_place(delta), delta.bytes, self._costs.get(delta.name, CHEAPEST))
-        self._deltas[_place(delta)] = delta
+        self._host.put(place_of(delta), delta.bytes, self._costs.get(delta.name, CHEAPEST))
+        self._deltas[place_of(delta)] = delta
 
     def _forget(self, delta: Delta) -> None:
         """Keeps that version on the host no longer."""
-        self._host.drop(_place(delta))
-        self._deltas.pop(_place(delta), None)
+        self._host.drop(place_of(delta))
+        self._deltas.pop(place_of(delta), None)
 
     def _note_return(self, name: str) -> None:
         """The alarm: what was evicted a moment ago is here again, so the pool is too small for what is asked."""
@@ -326,6 +326,6 @@ class Tiers:
             return self._locks.setdefault(name, threading.Lock())
 
 
-def _place(delta: Delta) -> str:
+def place_of(delta: Delta) -> str:
     """What a version goes by on the host."""
     return f"{delta.name}/{delta.version}"
