@@ -21,13 +21,14 @@ from bertology_serve.export.loss import lost
 from bertology_serve.export.metadata import longest, metadata
 from bertology_serve.export.onnx_file import annotate, save
 from bertology_serve.export.parts import parts_of
-from bertology_serve.export.publish import check_target, publish
+from bertology_serve.export.publish import check_target
 from bertology_serve.export.reference import Reference
 from bertology_serve.export.samples import built_in, of_encodings
 from bertology_serve.export.session import Session
 from bertology_serve.export.spec import ExportSpec
 from bertology_serve.export.triton_server import write_config
 from bertology_serve.export.verify import Report, check, verify
+from bertology_serve.files import replace_directory
 from bertology_serve.tasks.spec import Encoding
 
 
@@ -90,7 +91,7 @@ def export_delta(
         write_around(stage, spec.model, encoder, delta, facts, report, warned)
         if spec.layout == "triton":
             write_config(stage, parts, gpu=spec.target == "cuda")
-        publish(stage, target)
+        replace_directory(stage, target)
     return Exported(
         out,
         report,

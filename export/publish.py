@@ -1,10 +1,9 @@
-"""Puts a finished directory in its place in one step."""
+"""Where an export may be written."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from bertology_serve.deltas.disk import flush
 from bertology_serve.errors import SpecError
 from bertology_serve.export.layout import REPORT
 from bertology_serve.export.spec import MODEL
@@ -18,21 +17,3 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise SpecError(f"{target} exists and is no export; give --out a new directory")
     if not overwrite:
         raise SpecError(f"{target} holds an export already; give --overwrite to replace it, or another --out")
-
-
-def publish(stage: Path, target: Path) -> None:
-    """Renames ``stage`` to ``target``, its files flushed to the disk first; what was there before goes last."""
-    for path in (*stage.rglob("*"), stage):
-        flush(path)
-    if target.exists():
-        old = stage.with_name(stage.name + ".old")
-        target.rename(old)
-        try:
-            stage.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-        old.rename(stage)  # removed with the stage
-    else:
-        stage.rename(target)
-    flush(target.parent)

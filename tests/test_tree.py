@@ -19,7 +19,7 @@ LINKED = ("kernels", "export", "cli")
 
 # Lower floors first. The sets of one floor may not import each other where ``SIBLINGS`` says so.
 FLOORS = (
-    {"errors", "kernels", "examples", "client"},
+    {"errors", "files", "kernels", "examples", "client"},
     {"data", "tasks"},
     {"deltas"},
     {"encoder"},

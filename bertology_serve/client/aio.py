@@ -11,14 +11,15 @@ import httpx
 from bertology_serve.client import calls
 from bertology_serve.client.answers import Answer, Model, Version
 from bertology_serve.client.calls import Call
-from bertology_serve.errors import BertologyError, Overloaded
+from bertology_serve.errors import BertologyError
 
 T = TypeVar("T")
 
 
 class AsyncClient:
     """Asks one server. ``key`` is an API key; ``seconds`` is how long a call may take on the way and there together;
-    ``retries`` how often a call is repeated that met a full server or a broken connection. Use it in an ``async with``.
+    ``retries`` how often a call is repeated that the server refused, naming a time, or that never reached it (a GET:
+    that got no answer). Use it in an ``async with``.
 
     Raises the errors of ``bertology_serve.errors`` that the server meant: NotFound, RateLimited, Expired ...
     """
@@ -49,7 +50,8 @@ class AsyncClient:
     async def ready(self) -> bool:
         """Whether the server takes calls; false where there is none."""
         try:
-            return (await self._once(calls.ready()))["ready"]
+            reply = await self._reply(calls.ready())
+            return calls.ready().read(reply.status_code, reply.content, None)["ready"]
         except (BertologyError, httpx.TransportError):
             return False
 
@@ -78,20 +80,21 @@ class AsyncClient:
         await self.aclose()
 
     async def _send(self, call: Call[T]) -> T:
-        for left in range(self._retries, -1, -1):
+        left = self._retries
+        while True:
             try:
-                return await self._once(call)
-            except Overloaded as problem:
-                if not left:
-                    raise
-                await asyncio.sleep(problem.retry_after)
+                reply = await self._reply(call)
             except httpx.TransportError as problem:
+                call.check_unsent(problem, self._http.base_url)
                 if not left:
-                    raise BertologyError(
-                        f"no answer from {self._http.base_url}: {problem or type(problem).__name__}"
-                    ) from None
-        raise AssertionError("unreachable")
+                    raise calls.lost(problem, self._http.base_url) from None
+            else:
+                after = reply.headers.get("retry-after")
+                wait = call.wait(reply.status_code, after)
+                if wait is None or not left:
+                    return call.read(reply.status_code, reply.content, after)
+                await asyncio.sleep(wait)
+            left -= 1
 
-    async def _once(self, call: Call[T]) -> T:
-        reply = await self._http.request(call.method, call.path, content=call.content, headers=call.headers)
-        return call.read(reply.status_code, reply.content, reply.headers.get("retry-after"))
+    async def _reply(self, call: Call[Any]) -> httpx.Response:
+        return await self._http.request(call.method, call.path, content=call.content, headers=call.headers)

@@ -1,7 +1,8 @@
 """What the two clients share: calls as data, replies as typed answers or as the errors that the server meant.
 
-A server's answer to a call depends on nothing but the call, so it is safe to send it again: calls that were refused
-because the server was full (429, 503) are repeated after ``Retry-After``, those whose connection broke at once.
+What the server may have begun is not sent again: to compute it twice helps nobody, least of all a server that is too
+slow. Repeated are calls that it refused and named a time for (429 and 503 with ``Retry-After``), those that never
+reached it because there was no connection, and GETs, which change nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+import httpx
 import msgspec
 
 from bertology_serve.client.answers import Answer, Model, Version
@@ -27,6 +29,7 @@ from bertology_serve.errors import (
 
 T = TypeVar("T")
 LONGEST_WAIT = 60.0
+UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
 _ERRORS: Mapping[int, type[BertologyError]] = {
     400: InputError, 401: Unauthorized, 403: Forbidden, 404: NotFound, 413: LimitError, 431: LimitError, 504: Expired,
 }  # fmt: skip
@@ -41,6 +44,17 @@ class Call(Generic[T]):
     kind: type[T] | Any
     body: Any = None
     headers: Mapping[str, str] = field(default_factory=dict)
+
+    def wait(self, status: int, retry_after: str | None) -> float | None:
+        """The seconds after which a call with this reply is sent again; ``None`` where the reply stands."""
+        if status not in (429, 503) or not (retry_after or self.method == "GET"):
+            return None
+        return seconds_of(retry_after)
+
+    def check_unsent(self, problem: httpx.TransportError, url: object) -> None:
+        """Raises BertologyError where a call that failed like this may have reached the server, and is no GET."""
+        if self.method != "GET" and not isinstance(problem, UNSENT):
+            raise lost(problem, url, "it may have been computed: send it again only where that does no harm") from None
 
     @property
     def content(self) -> bytes | None:
@@ -65,9 +79,19 @@ def problem_of(status: int, content: bytes, retry_after: str | None) -> Bertolog
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
         message = f"the server answered {status}"
     if status in (429, 503):
-        wait = float(retry_after) if retry_after and retry_after.isdecimal() else 1.0
-        return (RateLimited if status == 429 else Overloaded)(message, min(wait, LONGEST_WAIT))
+        return (RateLimited if status == 429 else Overloaded)(message, seconds_of(retry_after))
     return _ERRORS.get(status, BertologyError)(message)
+
+
+def seconds_of(retry_after: str | None) -> float:
+    """What ``Retry-After`` asks for, at most ``LONGEST_WAIT``; 1 where it names no number of seconds."""
+    named = retry_after is not None and retry_after.isascii() and retry_after.isdigit()
+    return min(float(retry_after), LONGEST_WAIT) if named and retry_after else 1.0
+
+
+def lost(problem: httpx.TransportError, url: object, then: str = "check the address") -> BertologyError:
+    """The error of a call that got no answer."""
+    return BertologyError(f"no answer from {url}: {problem or type(problem).__name__}; {then}")
 
 
 def headers_of(key: str | None) -> dict[str, str]:

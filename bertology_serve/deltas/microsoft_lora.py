@@ -26,6 +26,9 @@ def read_microsoft_lora(
     Without ``task`` it is classification (regression for one output), labels ``LABEL_0``... Raises FormatError.
     """
     found = {key.removeprefix("module."): tensor.float() for key, tensor in read_pickle(path).items()}
+    number = next((key for key, tensor in found.items() if not tensor.dim()), None)
+    if number is not None:
+        raise FormatError(f"{path} holds a single number under {number[:120]!r}; expected weights and biases")
     updates = {
         f"{MODEL_ROOT}{key}.weight": found.pop(key) for key in list(found) if key.endswith((".lora_A", ".lora_B"))
     }

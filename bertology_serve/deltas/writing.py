@@ -1,16 +1,14 @@
 """Writes a delta directory so that nothing half-written ever stands under its name.
 
-Everything is written and flushed in a hidden directory beside the target, which is then renamed. Into a directory that
-exists (with a training log, say) the files are moved one by one, ``delta.json`` and ``adapter_config.json`` last:
-without them it is no delta.
+Everything is written and flushed in a hidden directory beside the target, which then takes its place. Into a directory
+that holds other things too (a training log, say) the files are moved one by one, ``delta.json`` and
+``adapter_config.json`` last: without them it is no delta.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bertology_serve.deltas.disk import flush
 from bertology_serve.deltas.manifest import FileRecord
 from bertology_serve.deltas.names import ADAPTER_CONFIG, FILES, MANIFEST
 from bertology_serve.errors import FormatError
+from bertology_serve.files import flush, hidden, replace_directory
 
 
 @contextmanager
@@ -33,9 +31,9 @@ def staging(target: Path) -> Iterator[Path]:
 
     What the disk refuses inside the block is a FormatError.
     """
-    stage = target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    stage = hidden(target.resolve())
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        stage.parent.mkdir(parents=True, exist_ok=True)
         stage.mkdir()
         yield stage
     except (OSError, SafetensorError) as error:
@@ -66,20 +64,17 @@ def file_record(path: Path) -> FileRecord:
 
 def publish(stage: Path, target: Path) -> None:
     """Moves the files of ``stage`` to ``target``, flushed to the disk before they are seen."""
-    for path in stage.iterdir():
-        flush(path)
-    flush(stage)
-    if target.is_dir() and any(target.iterdir()):
-        _move_files(stage, target)
-    elif target.exists() and not target.is_dir():
+    if target.exists() and not target.is_dir():
         raise FormatError(f"{target} is a file; expected a directory to write the delta to")
+    if target.exists() and any(path.name not in FILES for path in target.iterdir()):
+        _move_files(stage, target)
     else:
-        stage.rename(target)
-    flush(target)
-    flush(target.parent)
+        replace_directory(stage, target)
 
 
 def _move_files(stage: Path, target: Path) -> None:
+    for path in stage.iterdir():
+        flush(path)
     for name in (ADAPTER_CONFIG, MANIFEST):
         (target / name).unlink(missing_ok=True)
     for name in FILES:
@@ -87,3 +82,4 @@ def _move_files(stage: Path, target: Path) -> None:
             (stage / name).replace(target / name)
         else:
             (target / name).unlink(missing_ok=True)
+    flush(target)

@@ -7,7 +7,7 @@ by half; freed extents are reused. Row 0 is zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -137,15 +137,22 @@ class RowPool:
         }
 
     def put(self, rows: Rows) -> int:
-        """Copies rows [L, n, width] into a free extent and returns its first row; columns not given hold zeros."""
-        count = next(iter(rows.values())).shape[1]
+        """Copies rows [L, n, width] into a free extent and returns its first row; columns not given hold zeros.
+
+        The extent is given back where copying fails.
+        """
+        count = _height(rows)
         first = self._take(count)
-        for name, column in self.columns.items():
-            target = column[:, first : first + count]
-            if name in rows:
-                target.copy_(rows[name])
-            else:
-                target.zero_()
+        try:
+            for name, column in self.columns.items():
+                target = column[:, first : first + count]
+                if name in rows:
+                    target.copy_(rows[name])
+                else:
+                    target.zero_()
+        except BaseException:
+            self.drop(first, count)
+            raise
         return first
 
     def drop(self, first: int, count: int) -> None:
@@ -169,11 +176,12 @@ class RowPool:
         return self._take(count)
 
     def _grow(self, count: int) -> None:
-        old, self.capacity = self.capacity, self.capacity + max(self.capacity // 2, count)
+        old, capacity = self.capacity, self.capacity + max(self.capacity // 2, count)
+        bigger = {}
         for name, column in self.columns.items():
-            bigger = column.new_zeros(column.shape[0], self.capacity, column.shape[2])
-            bigger[:, :old] = column
-            self.columns[name] = bigger
+            bigger[name] = column.new_zeros(column.shape[0], capacity, column.shape[2])
+            bigger[name][:, :old] = column
+        self.columns, self.capacity = bigger, capacity  # all at once: memory may run out before
         if self.free and self.free[-1][1] == old:
             self.free[-1] = (self.free[-1][0], self.capacity)
         else:
@@ -191,13 +199,19 @@ class DeltaBank:
 
     @torch.no_grad()
     def add(self, key: str, effects: Effects) -> Entry:
-        """Makes a delta resident under ``key``, replacing one of that key."""
+        """Makes a delta resident under ``key``, replacing one of that key. Where that fails, nothing has changed."""
         rows, templates, layers = pool_rows(effects)
-        extents = []
-        for name, columns in rows.items():
-            pool = self.pools.setdefault(name, RowPool(self._columns(name, columns), self.dtype, self.device))
-            first = pool.put(columns)
-            extents.append((name, first, next(iter(columns.values())).shape[1]))
+        extents: list[tuple[str, int, int]] = []
+        known = set(self.pools)
+        try:
+            for name, columns in rows.items():
+                if name not in self.pools:
+                    self.pools[name] = RowPool(self._columns(name, columns), self.dtype, self.device)
+                extents.append((name, self.pools[name].put(columns), _height(columns)))
+        except BaseException:
+            self._free(extents)
+            self.pools = {name: pool for name, pool in self.pools.items() if name in known}
+            raise
         self.remove(key)
         self._extents[key] = extents
         moved = {name: _moved(templates[name], first) for name, first, _ in extents}
@@ -207,8 +221,7 @@ class DeltaBank:
     def remove(self, key: str) -> None:
         """Frees a delta's rows; unknown keys are fine."""
         self.entries.pop(key, None)
-        for name, first, count in self._extents.pop(key, ()):
-            self.pools[name].drop(first, count)
+        self._free(self._extents.pop(key, ()))
 
     def layer(self, pool: str, column: str, layer: int) -> Tensor:
         """One layer of a pool's column [P, width]."""
@@ -227,6 +240,10 @@ class DeltaBank:
         """Bytes that the pools take."""
         tensors = [column for pool in self.pools.values() for column in pool.columns.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _free(self, extents: Iterable[tuple[str, int, int]]) -> None:
+        for name, first, count in extents:
+            self.pools[name].drop(first, count)
 
     def _columns(self, name: str, rows: Rows) -> dict[str, tuple[int, int]]:
         """Column sizes of a pool: linear slots always have an A column, whoever comes first."""
@@ -255,7 +272,7 @@ class LiveBank:
             self.entries[key] = _entry(key, effect, (moved, layers))
             for name, columns in rows.items():
                 pieces.setdefault(name, []).append(columns)
-                heights[name] = heights.get(name, 0) + next(iter(columns.values())).shape[1]
+                heights[name] = heights.get(name, 0) + _height(columns)
         self._layers = {name: _unbound(parts) for name, parts in pieces.items()}
 
     def layer(self, pool: str, column: str, layer: int) -> Tensor:

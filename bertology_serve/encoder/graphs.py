@@ -179,13 +179,13 @@ class Recorded:
 
 
 class Graphs:
-    """Graphs by shape, the longest unused one dropped beyond ``limit``."""
+    """Graphs by shape, the longest unused one dropped beyond ``limit``; so are shapes that no graph can be made for."""
 
     def __init__(self, compute: Compute, record: Record | None = None, limit: int = 64) -> None:
         self.compute, self.limit = compute, limit
         self.record = record or CudaRecorder()
         self._made: OrderedDict[Shape, Recorded] = OrderedDict()
-        self._unfit: set[Shape] = set()
+        self._unfit: OrderedDict[Shape, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._made)
@@ -200,6 +200,7 @@ class Graphs:
             return None
         shape = shape_of(batch, plan, bank, BatchColumns(batch.rows, batch.ids.device))
         if shape in self._unfit:
+            self._unfit.move_to_end(shape)
             return None
         if shape in self._made:
             self._made.move_to_end(shape)
@@ -210,7 +211,9 @@ class Graphs:
         try:
             self._made[shape] = Recorded(shape, batch, plan, bank, self.compute, self.record)
         except HostPath:
-            self._unfit.add(shape)
+            self._unfit[shape] = None
+            if len(self._unfit) > self.limit:
+                self._unfit.popitem(last=False)
             return None
         if len(self._made) > self.limit:
             self._made.popitem(last=False)

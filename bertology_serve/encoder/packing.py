@@ -136,7 +136,7 @@ def _rows(tokens: int, entry: Entry, anatomy: Anatomy) -> _Rows:
             kept = np.full(tokens + virtual, offset)
             kept[text] = np.arange(tokens) + offset
             positions = kept
-    if positions[-1] - anatomy.position_offset >= anatomy.max_tokens or tokens > anatomy.max_tokens:
+    if positions[-1] - anatomy.position_offset >= anatomy.max_tokens:
         raise LimitError(
             f"a sequence of {tokens} tokens with {virtual + shift} virtual ones does not fit the encoder's "
             f"{anatomy.max_tokens} positions; lower max_length"

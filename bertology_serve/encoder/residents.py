@@ -104,6 +104,34 @@ class Job:
     cost: int = 0
 
 
+class Ledger:
+    """The bytes of every delta that takes room, by key: from before its rows are copied until nothing refers to it.
+
+    ``gone`` are the keys whose rows can be freed. For any thread, and for finalizers: nothing here takes a lock.
+    """
+
+    def __init__(self) -> None:
+        self._bytes: dict[str, int] = {}
+        self.gone: deque[str] = deque()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._bytes))
+
+    @property
+    def total(self) -> int:
+        """Bytes of all of them."""
+        return sum(list(self._bytes.values()))
+
+    def enter(self, key: str, size: int) -> None:
+        """Counts a delta of ``size`` bytes from now on."""
+        self._bytes[key] = size
+
+    def leave(self, key: str) -> None:
+        """Counts it no longer, and leaves its rows to be freed."""
+        self._bytes.pop(key, None)
+        self.gone.append(key)
+
+
 class Backbone(Protocol):
     """What is known of the encoder wherever it runs. ``lock`` is held while a batch does; ``packing`` is "packed", or
     "padded" with the reason.
@@ -148,7 +176,7 @@ class Residents(ABC):
         self.encoder = encoder
         self._ready: dict[str, Ready] = {}
         self._beside: dict[tuple[str, str], Ready] = {}
-        self._freed: deque[str] = deque()
+        self.ledger = Ledger()
         self._keys = itertools.count(1)
         base = bare(BASE, encoder.ref, min(256, encoder.max_tokens))
         self.base = self._ready[BASE] = Ready(base, task_for(base.task), Head(()), BARE)
@@ -168,20 +196,30 @@ class Residents(ABC):
         """How often what runs them had to be started again."""
         return 0
 
-    def add(self, delta: Delta, beside: bool = False) -> None:
+    def reserve(self, delta: Delta) -> str:
+        """Counts a delta as resident before it is; the key for ``add``, which counts it no longer where it fails."""
+        key = f"{delta.name}#{next(self._keys)}"
+        self.ledger.enter(key, self.resident_bytes(delta))
+        return key
+
+    def add(self, delta: Delta, beside: bool = False, key: str = "") -> None:
         """Makes a delta resident; one of the same name is replaced, its jobs under way finish on it.
 
-        ``beside`` keeps that one: the new version answers requests that name it, and no others.
+        ``beside`` keeps that one: the new version answers requests that name it, and no others. ``key`` is that of
+        ``reserve``, where room was reserved.
         On a pruned encoder the deltas of what it was pruned from are sliced.
         Raises BaseMismatch for a delta of other weights, Unsupported for what this encoder cannot apply, LimitError
         where its sequences do not fit.
         """
-        key = f"{delta.name}#{next(self._keys)}"
+        key = key or self.reserve(delta)
         try:
             ready = self.admit(key, delta)
-        except BertologyError as problem:
-            raise about(problem, f"delta {delta.name!r}") from None
-        weakref.finalize(ready, self._freed.append, key)
+        except BaseException as problem:
+            self.ledger.leave(key)
+            if isinstance(problem, BertologyError):
+                raise about(problem, f"delta {delta.name!r}") from None
+            raise
+        weakref.finalize(ready, self.ledger.leave, key)
         if beside:
             self._beside[delta.name, delta.version] = ready
         else:
@@ -204,7 +242,7 @@ class Residents(ABC):
 
     @abstractmethod
     def release(self, key: str) -> None:
-        """Frees the rows under a key. The lock is held."""
+        """Frees the rows under a key; there need not be any. The lock is held."""
 
     @abstractmethod
     def outputs(self, owned: Sequence[tuple[Ready, Encoding]]) -> list[Tensor]:
@@ -220,13 +258,14 @@ class Residents(ABC):
         self._ready[delta.name] = Ready(delta, task_for(delta.task), Head(()), BARE, model)
 
     def resident(self, name: str, version: str = "") -> Delta | None:
-        """The delta that answers under that name now; at that version, where one is named."""
+        """The delta that answers under that name now; the one of that version, where one is named."""
         ready = self._at(name, version)
         return ready.delta if ready else None
 
-    def dismiss(self, name: str, version: str) -> None:
-        """Takes away a version that stands beside the one that answers; unknown ones are fine."""
-        self._beside.pop((name, version), None)
+    def dismiss(self, name: str, versions: Iterable[str]) -> None:
+        """Takes away versions that stand beside the one that answers; unknown ones are fine."""
+        for version in versions:
+            self._beside.pop((name, version), None)
 
     def remove(self, name: str) -> None:
         """Takes a delta away; its rows are freed once the last job under way has finished."""
@@ -316,7 +355,7 @@ class Residents(ABC):
 
     def _at(self, name: str, version: str) -> Ready | None:
         ready = self._ready.get(name)
-        if ready is None or not version or ready.delta.version == version:
+        if ready is not None and version in ("", ready.delta.version):
             return ready
         return self._beside.get((name, version))
 
@@ -328,8 +367,8 @@ class Residents(ABC):
 
     def sweep(self) -> None:
         """Frees the rows of deltas that nothing refers to any more. The lock is held."""
-        while self._freed:
-            self.release(self._freed.popleft())
+        while self.ledger.gone:
+            self.release(self.ledger.gone.popleft())
 
 
 def _prediction(job: Job, outputs: Sequence[Tensor]) -> Prediction:

@@ -126,8 +126,13 @@ class Engine:
         assert self._loop is not None, "start() comes first"
         seconds = min(terms.seconds, self.config.max_call_seconds)
         deadline = time.monotonic() + seconds
-        jobs = await self._prepare(requests)
-        ticket = Ticket(jobs, self._loop, deadline, terms.priority)
+        ticket = Ticket(await self._prepare(requests), self._loop, deadline, terms.priority)
+        try:
+            return await self._answered(ticket, terms, deadline, seconds)
+        finally:
+            ticket.works = []  # they know the ticket: what they hold would stay until a garbage collection
+
+    async def _answered(self, ticket: Ticket, terms: Terms, deadline: float, seconds: float) -> list[Prediction]:
         try:
             self.queue.put(ticket.works, terms.charge)
         except Exception:

@@ -55,18 +55,25 @@ class Executor:
 
     def _loop(self) -> None:
         _name_thread()
-        while batch := self._queue.take():
-            start, now = time.perf_counter(), time.monotonic()
-            for work in batch:
-                work.started = now
-            outcomes: Sequence[Outcome] = [RuntimeError("the executor's thread failed; try again")] * len(batch)
-            try:
-                outcomes = self._judged([work.job for work in batch])
-                seconds = time.perf_counter() - start
-                self._queue.served(batch, seconds)
-            finally:
-                self._deliver(batch, outcomes)
-            self._observe(batch, seconds)
+        while self._serve(self._queue.take()):
+            pass
+
+    def _serve(self, batch: Sequence[Work]) -> bool:
+        """Runs one batch, of which nothing is held while the next is waited for; false for the end, which is empty."""
+        if not batch:
+            return False
+        start, now = time.perf_counter(), time.monotonic()
+        for work in batch:
+            work.started = now
+        outcomes: Sequence[Outcome] = [RuntimeError("the executor's thread failed; try again")] * len(batch)
+        try:
+            outcomes = self._judged([work.job for work in batch])
+            seconds = time.perf_counter() - start
+            self._queue.served(batch, seconds)
+        finally:
+            self._deliver(batch, outcomes)
+        self._observe(batch, seconds)
+        return True
 
     def _judged(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
         """The outcomes; deltas that are set aside cost no batch."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import secrets
 import sys
 import zlib
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from bertology_serve.errors import DataError, NotFound
+from bertology_serve.files import replacing
 
 STANDARD = "-"
 
@@ -56,17 +56,10 @@ def writing(name: str) -> Iterator[IO[bytes]]:
         with path.open("wb") as device:
             yield device
         return
-    path = path.resolve()  # through links, so that a link stays one
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        file = beside.open("xb")
-    except OSError as problem:
-        raise DataError(f"cannot write {name}: {problem.strerror}; choose another place") from None
-    try:
+    with replacing(path.resolve()) as own:  # through links, so that a link stays one
+        try:
+            file = own.open("xb")
+        except OSError as problem:
+            raise DataError(f"cannot write {name}: {problem.strerror}; choose another place") from None
         with file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

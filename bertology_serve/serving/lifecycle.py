@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from bertology_serve.deltas.catalog import DeltaVersion
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.errors import BertologyError
+from bertology_serve.errors import BertologyError, NotFound
 from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.registry import Registry
 from bertology_serve.serving.splits import Split
@@ -38,7 +39,7 @@ class Lifecycle:
     def __init__(self, registry: Registry, metrics: Metrics) -> None:
         self.registry, self._metrics = registry, metrics
         self._loaders = ThreadPoolExecutor(2, thread_name_prefix="loader")
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # there while somebody holds it
         self._doing: dict[str, str] = {}
         self._reasons: dict[str, str] = {}
 
@@ -85,8 +86,10 @@ class Lifecycle:
         return entries
 
     async def shelf(self) -> dict[str, list[DeltaVersion]]:
-        """What lies in the served directory, see ``Registry.shelf``."""
-        return await self._run(self.registry.shelf)
+        """What lies in the served directory, see ``Registry.shelf``. Reasons of what is not there are forgotten."""
+        shelf = await self._run(self.registry.shelf)
+        self._reasons = {name: reason for name, reason in self._reasons.items() if name in shelf}
+        return shelf
 
     def close(self) -> None:
         """Starts nothing more."""
@@ -111,7 +114,8 @@ class Lifecycle:
             yield
             self._reasons.pop(name, None)
         except BertologyError as problem:
-            self._reasons[name] = str(problem)
+            if not isinstance(problem, NotFound):  # anybody may ask for names that are not there
+                self._reasons[name] = str(problem)
             if state == LOADING:
                 problem.args = (f"failed to load {name[:80]!r}: {problem}",)
             raise

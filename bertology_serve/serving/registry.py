@@ -17,7 +17,7 @@ from bertology_serve.errors import BertologyError, NotFound, SpecError, nearest
 from bertology_serve.export.served import OnnxModel, exports
 from bertology_serve.serving.background import Told
 from bertology_serve.serving.splits import Split, Splits
-from bertology_serve.serving.tiers.cards import Card, card_of, read_card
+from bertology_serve.serving.tiers.cards import card_of, read_card
 from bertology_serve.serving.tiers.tiers import Tiers
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,6 @@ class Registry:
         self.pipeline, self.root = pipeline, root
         self.models: set[str] = set()
         self.splits = Splits()
-        self._before: dict[str, tuple[Card, Delta]] = {}
         self._told = Told(log)
         self.tiers = Tiers(pipeline, lambda card: self._read(card.path, card.name), device_bytes, host_bytes)
 
@@ -121,7 +120,7 @@ class Registry:
             return resident
         with untrusted(one.path):
             delta = self._read(one.path, name)
-            self._swap(card_of(delta, one.path), delta)
+            self.tiers.put(card_of(delta, one.path), delta)
         self._note_name(one)
         return delta
 
@@ -137,41 +136,35 @@ class Registry:
                 self._told.say(str(one.path), one.reason)
 
     def rollback(self, name: str) -> Delta:
-        """Makes the version answer again that answered before; it was kept, so nothing is read. NotFound."""
-        before = self._before.get(name)
-        if before is None:
-            raise NotFound(f"delta {name[:80]!r} had no version before this one; load one by name")
-        self._swap(*before)
-        return before[1]
+        """Makes the version answer again that answered before; read again only where it had to leave. NotFound."""
+        return self.tiers.rollback(name)
 
     def split(self, name: str, split: Split) -> None:
-        """Brings a canary and a shadow up beside the version that answers, and takes away those that are no more."""
+        """Brings a canary and a shadow up beside the version that answers, and takes away those that are no more.
+
+        Raises NotFound, what is wrong with one of them, Overloaded where there is no room; nothing changes then.
+        """
         stale = self.splits.of(name).versions - split.versions
         known = self._known(name) if self.root is not None and split.versions else {}
         for version in sorted(split.versions):
             if version not in known:
                 raise NotFound(f"delta {name!r} has no version {version[:80]!r}; {nearest(version[:80], known)}")
-            if self.pipeline.resident(name, version) is None:
+        new = [version for version in sorted(split.versions) if self.pipeline.resident(name, version) is None]
+        try:
+            for version in new:
                 with untrusted(known[version].path):
-                    self.pipeline.add(self._read(known[version].path, name), beside=True)
+                    self.tiers.stand_by(self._read(known[version].path, name))
+        except BaseException:
+            self.pipeline.dismiss(name, new)
+            raise
         self.splits.put(name, split)
-        for version in stale:
-            self.pipeline.dismiss(name, version)
-
-    def _swap(self, card: Card, delta: Delta) -> None:
-        """One version for another; the old one is kept for a rollback."""
-        old, card_before = self.pipeline.resident(card.name), self.tiers.cards.get(card.name)
-        self.tiers.put(card, delta)
-        if old is not None and card_before is not None and old.version != delta.version:
-            self._before[card.name] = (card_before, old)
+        self.pipeline.dismiss(name, stale)
 
     def remove(self, name: str) -> None:
         """Takes a delta away; its rows are freed once the last call under way has finished. NotFound, Unsupported."""
         self.tiers.remove(name)
         self.models.discard(name)
-        self._before.pop(name, None)
-        for version in self.splits.of(name).versions:
-            self.pipeline.dismiss(name, version)
+        self.pipeline.dismiss(name, self.splits.of(name).versions)
         self.splits.put(name, Split())
 
     def shelf(self) -> dict[str, list[DeltaVersion]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bertology_serve.deltas.disk import flush
 from bertology_serve.errors import FormatError
+from bertology_serve.files import replacing
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Writes beside ``path``, flushes, and moves into place: a kill at any moment leaves the old file or the new."""
-    beside = path.with_name(path.name + ".new")
-    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    save_file(own, beside, metadata={"state": json.dumps(state)})
-    flush(beside)
-    os.replace(beside, path)
+    """Replaces the file ``path``: a kill at any moment leaves the old one or the new."""
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as own:
+        save_file(copies, own, metadata={"state": json.dumps(state)})
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -39,10 +36,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """A JSON file, moved into place when it is whole."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    flush(beside)
-    os.replace(beside, path)
+    with replacing(path) as own:
+        own.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

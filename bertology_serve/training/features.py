@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -116,6 +115,4 @@ def _read(path: Path, key: Mapping[str, Any]) -> Features | None:
 
 def _write(path: Path, rows: Features, key: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_name(f".{path.stem}.{os.getpid()}")
-    write_checkpoint(own, {str(layer): tensor for layer, tensor in rows.items()}, key)
-    os.replace(own, path)
+    write_checkpoint(path, {str(layer): tensor for layer, tensor in rows.items()}, key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.live import LiveDelta
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import VerificationError
+from bertology_serve.files import hidden, replace_directory
 from bertology_serve.training.evaluate import run
 from bertology_serve.training.items import Item
 
@@ -41,17 +41,17 @@ def publish(
     ``fresh`` takes the place of that encoder where it was loaded before (for deltas that leave it as it is). Returns
     the largest difference.
     """
-    hidden = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    stage = hidden / "delta"
+    own = hidden(out)
+    stage = own / "delta"
     try:
         store.save(delta, stage, live.encoder.anatomy, live.encoder.config.to_dict())
         difference = compare(stage, live, items, records, fresh)
         for path in extra:
             if path.exists():
                 shutil.copy(path, stage)
-        _take_place(stage, out)
+        replace_directory(stage, out)
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        shutil.rmtree(own, ignore_errors=True)
     return difference
 
 
@@ -60,16 +60,16 @@ def publish_copy(directory: Path, out: Path, extra: Iterable[Path] = ()) -> None
 
     Copies of the files ``extra`` take the place of those that lie beside the first.
     """
-    hidden = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    own = hidden(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        shutil.copytree(directory, hidden)
+        shutil.copytree(directory, own)
         for path in extra:
             if path.exists():
-                shutil.copy(path, hidden)
-        _take_place(hidden, out)
+                shutil.copy(path, own)
+        replace_directory(own, out)
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def compare(
@@ -118,18 +118,3 @@ def _flat(values: Iterable[object]) -> Iterator[float]:
             yield value
         else:
             yield from _flat(value)  # type: ignore[arg-type]  # lists of lists of floats
-
-
-def _take_place(stage: Path, out: Path) -> None:
-    """``stage`` becomes ``out``; what stood there steps aside first and is removed last, or comes back."""
-    if not out.exists():
-        stage.rename(out)
-        return
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    out.rename(old)
-    try:
-        stage.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from bertology_serve.encoder.live import LiveDelta
 from bertology_serve.encoder.packing import PackedBatch
 from bertology_serve.errors import SpecError
+from bertology_serve.files import replacing
 from bertology_serve.tasks.spec import Encoding
 from bertology_serve.training.features import origin
 from bertology_serve.training.items import Item, micro_batches
@@ -70,18 +70,17 @@ class Trunk:
 
     def _fill(self, path: Path, items: Sequence[Item], total: int, max_tokens: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.stem}.{os.getpid()}.npy")
         shape = (total, self.live.encoder.anatomy.hidden)
-        rows = np.lib.format.open_memmap(beside, "w+", np.float32, shape)
-        for group in micro_batches(items, max_tokens, padded=False):
-            encodings = [encoding for item in group for encoding in item.encodings]
-            hidden, batch = below(self.live, encodings, self.paths[self.layer])
-            for packed, original in enumerate(batch.order):
-                start, length = self.places[_key(encodings[original])]
-                first = batch.starts[packed]
-                rows[start : start + length] = hidden[first : first + length].float().cpu().numpy()
-        rows.flush()
-        os.replace(beside, path)
+        with replacing(path) as own:
+            rows = np.lib.format.open_memmap(own, "w+", np.float32, shape)
+            for group in micro_batches(items, max_tokens, padded=False):
+                encodings = [encoding for item in group for encoding in item.encodings]
+                hidden, batch = below(self.live, encodings, self.paths[self.layer])
+                for packed, original in enumerate(batch.order):
+                    start, length = self.places[_key(encodings[original])]
+                    first = batch.starts[packed]
+                    rows[start : start + length] = hidden[first : first + length].float().cpu().numpy()
+            rows.flush()
 
 
 class _Reached(Exception):

@@ -24,12 +24,13 @@ from bertology_serve.export.multi.engine import parts_for
 from bertology_serve.export.multi.library import FILE, Library, head_eps, library_of
 from bertology_serve.export.multi.verify import Mixed, verify_mixed
 from bertology_serve.export.onnx_file import annotate, save
-from bertology_serve.export.publish import check_target, publish
+from bertology_serve.export.publish import check_target
 from bertology_serve.export.reference import Reference
 from bertology_serve.export.samples import built_in, of_encodings
 from bertology_serve.export.session import Session
 from bertology_serve.export.spec import ExportSpec, MultiPrecision
 from bertology_serve.export.verify import Report, check
+from bertology_serve.files import replace_directory
 from bertology_serve.tasks.spec import Encoding
 
 PRECISIONS = get_args(MultiPrecision)
@@ -69,7 +70,7 @@ def export_many(
         report = _verified(stage, spec, encoder, library, references, records)
         write_around(stage, spec.model, encoder, _base(encoder), facts | {"delta_name": name}, report)
         (stage / "README.md").write_text(card(spec.model, facts, library, report), encoding="utf-8")
-        publish(stage, target)
+        replace_directory(stage, target)
     took = written - started, time.perf_counter() - written
     return Exported(out, report, size, *took, example(spec.model, facts, library, str(out)))
 
@@ -94,7 +95,7 @@ def join(encoder: Encoder, deltas: Sequence[Delta], directory: Path, spec: Expor
         numbers = [0, *range(len(before.cards), len(library.cards))]
         report = _verified(stage, spec, encoder, library, references, (), numbers)
         (stage / "README.md").write_text(card(spec.model, facts, library, report), encoding="utf-8")
-        publish(stage, target)
+        replace_directory(stage, target)
     took = written - started, time.perf_counter() - written
     size = (target / spec.model).stat().st_size
     return Exported(directory, report, size, *took, example(spec.model, facts, library, str(directory)))

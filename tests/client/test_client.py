@@ -7,6 +7,7 @@ import inspect
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -155,25 +156,106 @@ def test_errors_by_status(status, content, after, error, message):
         assert problem.retry_after == (3.0 if after else 1.0)
 
 
-def test_a_full_server_is_asked_again_and_an_absent_one_is_named(monkeypatch):
+def test_another_server_is_told_apart():
+    with pytest.raises(BertologyError, match="no answer of bertology-serve"):
+        asked(Replies(httpx.Response(200, text="hello")), "deltas", False)
+
+
+class Replies:
+    """What a server does, call by call: an answer, or how the connection ends. ``asked`` counts the calls."""
+
+    def __init__(self, *replies: httpx.Response | type[Exception]) -> None:
+        self.replies, self.asked = list(replies), 0
+
+    def next(self, request: httpx.Request) -> httpx.Response:
+        self.asked += 1
+        reply = self.replies.pop(0)
+        if isinstance(reply, httpx.Response):
+            return reply
+        raise reply("as asked for")
+
+    async def next_async(self, request: httpx.Request) -> httpx.Response:
+        return self.next(request)
+
+
+def asked(replies: Replies, do: str, aio: bool) -> Any:
+    """What a client of either kind makes of them: ``do`` is a method that takes nothing but items."""
+    if not aio:
+        with Client("http://x") as client:
+            client._http.close()
+            client._http = httpx.Client(base_url="http://x", transport=httpx.MockTransport(replies.next))
+            return client.answer([]) if do == "answer" else getattr(client, do)()
+
+    async def go() -> Any:
+        async with AsyncClient("http://x") as client:
+            await client._http.aclose()
+            transport = httpx.MockTransport(replies.next_async)
+            client._http = httpx.AsyncClient(base_url="http://x", transport=transport)
+            return await (client.answer([]) if do == "answer" else getattr(client, do)())
+
+    return asyncio.run(go())
+
+
+BEGUN = [httpx.ReadTimeout, httpx.WriteTimeout, httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError]
+NEVER_SENT = [httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout]
+
+
+@pytest.mark.parametrize("aio", [False, True])
+@pytest.mark.parametrize("ends", BEGUN)
+def test_what_the_server_may_have_begun_is_not_sent_again(ends, aio):
+    for do in ("answer", "index"):  # both are POSTs
+        replies = Replies(ends, httpx.Response(200, json=[]))
+        with pytest.raises(BertologyError, match=r"no answer from http://x.* it may have been computed"):
+            asked(replies, do, aio)
+        assert replies.asked == 1
+    replies = Replies(ends, ends, httpx.Response(200, json=[]))
+    assert asked(replies, "deltas", aio) == ()  # a GET changes nothing
+    assert replies.asked == 3
+
+
+@pytest.mark.parametrize("aio", [False, True])
+@pytest.mark.parametrize("ends", NEVER_SENT)
+def test_what_never_reached_the_server_is_sent_again(ends, aio):
+    replies = Replies(ends, ends, httpx.Response(200, json=[]))
+    assert asked(replies, "answer", aio) == ()
+    replies = Replies(ends, ends, ends)
+    with pytest.raises(BertologyError, match=r"no answer from http://x.*; check the address"):
+        asked(replies, "answer", aio)
+    assert replies.asked == 3
+
+
+@pytest.mark.parametrize("aio", [False, True])
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_refusal_is_repeated_where_it_names_a_time_and_no_other_reply_is(status, aio, monkeypatch):
     waits: list[float] = []
-    replies = [httpx.Response(503, headers={"Retry-After": "2"}, json={"error": "full"})] * 2
-    replies += [httpx.Response(200, json=[]), httpx.Response(200, text="hello")]
 
-    def reply(request: httpx.Request) -> httpx.Response:
-        return replies.pop(0)
+    async def nap(seconds: float) -> None:
+        waits.append(seconds)
 
-    monkeypatch.setattr("bertology_serve.client.sync.time.sleep", waits.append)
-    with Client("http://x") as client:
-        client._http.close()
-        client._http = httpx.Client(base_url="http://x", transport=httpx.MockTransport(reply))
-        assert client.answer([]) == ()
-        assert waits == [2.0, 2.0]
-        with pytest.raises(BertologyError, match="no answer of bertology-serve"):
-            client.deltas()
-        replies += [httpx.Response(503, json={"error": "full"})] * 3
-        with pytest.raises(Overloaded):
-            client.deltas()
+    monkeypatch.setattr("bertology_serve.client.sync.time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr("bertology_serve.client.aio.asyncio", SimpleNamespace(sleep=nap))
+    named = httpx.Response(status, headers={"Retry-After": "2"}, json={"error": "full"})
+    assert asked(Replies(named, named, httpx.Response(200, json=[])), "answer", aio) == ()
+    assert waits == [2.0, 2.0]
+    bare = Replies(httpx.Response(status, json={"error": "full"}))
+    with pytest.raises(Overloaded, match="full"):
+        asked(bare, "answer", aio)
+    for other in (500, 502, 504):
+        with pytest.raises(BertologyError):
+            asked(Replies(httpx.Response(other, headers={"Retry-After": "2"})), "answer", aio)
+    assert waits == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("after", "seconds"),
+    [("0", 0.0), ("7", 7.0), ("60", 60.0), ("61", 60.0), ("86400", 60.0), ("9" * 400, 60.0), ("-1", 1.0), ("1.5", 1.0),
+     ("", 1.0), (None, 1.0), ("٣", 1.0), ("²", 1.0), ("Wed, 21 Oct 2026 07:28:00 GMT", 1.0)],
+)  # fmt: skip
+def test_retry_after_is_taken_up_to_a_minute(after, seconds):
+    problem = problem_of(503, b"{}", after)
+    assert isinstance(problem, Overloaded)
+    assert problem.retry_after == seconds
+    assert Call("GET", "/x", int).wait(429, after) == seconds
 
 
 def test_no_server_at_all():

@@ -37,6 +37,32 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path, family: str, kind
     assert samples.same(store.load(tmp_path / "x", samples.anatomy(family)), delta)
 
 
+def test_a_delta_that_cannot_take_anothers_place_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was gone before the new one came; and where other things lie beside it, they stay."""
+    first, second = (samples.delta("bert", samples.SPECS[kind]) for kind in ("lora", "bitfit"))
+    saved(tmp_path / "x", first)
+    rename = os.rename
+    monkeypatch.setattr("bertology_serve.files._exchanged", lambda one, other: False)
+
+    def fails(one: Path, other: Path) -> None:
+        if Path(other).name == "x" and Path(one).name.endswith(".tmp"):
+            raise OSError(28, "No space left on device")
+        rename(one, other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fails)
+        with pytest.raises(FormatError, match="No space left on device"):
+            saved(tmp_path / "x", second, overwrite=True)
+    assert samples.same(store.load(tmp_path / "x"), first)
+    saved(tmp_path / "x", second, overwrite=True)
+    assert samples.same(store.load(tmp_path / "x"), second)
+    (tmp_path / "x" / "log.jsonl").write_text("{}")
+    saved(tmp_path / "x", first, overwrite=True)
+    assert samples.same(store.load(tmp_path / "x"), first)
+    assert (tmp_path / "x" / "log.jsonl").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 @pytest.mark.parametrize("task", samples.TASKS)
 def test_every_task_comes_back(tmp_path: Path, task: str) -> None:
     delta = replace(samples.delta("electra", samples.SPECS["all"], samples.TASKS[task]), metrics={"f1": 0.5})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import threading
 from collections.abc import Iterator
@@ -247,6 +248,21 @@ def test_rows_of_jobs_under_way_are_freed_after_them(made):
     assert pipeline.bank.entries == {}
 
 
+def test_rows_of_calls_that_were_answered_wait_for_no_other_batch(made):
+    """Neither for the next one, nor for a garbage collection."""
+    made.put("mood", "1")
+    ledger = made.pipeline.ledger
+    with running(made.pipeline, root=made.root) as server:
+        gc.disable()
+        try:
+            for _ in range(3):
+                assert server.post("/predict", {"delta": "mood", "text": TEXT}).status_code == 200
+            made.remove("mood")
+            wait(lambda: not list(ledger))
+        finally:
+            gc.enable()
+
+
 def test_a_request_for_a_version_is_never_answered_by_another(made):
     made.put("mood", "1")
     request = Request("mood", {"text": TEXT}, version="1")
@@ -298,6 +314,36 @@ def test_loads_do_not_run_on_the_threads_that_answer(made, monkeypatch):
     asyncio.run(go())
     assert len(names) == 2, "five loads of one version at a time read it once"
     assert all(name.startswith("loader") for name in names)
+
+
+def test_nothing_is_remembered_of_names_that_are_not_there(made):
+    async def go() -> Lifecycle:
+        life = Lifecycle(made, Metrics())
+        for number in range(100):
+            for change in (life.load, life.unload, life.rollback):
+                with pytest.raises(NotFound):
+                    await change(f"x{number}")
+        await life.load("mood")
+        await life.unload("mood")
+        life.close()
+        return life
+
+    life = asyncio.run(go())
+    assert [len(known) for known in (life._locks, life._doing)] == [0, 0]
+    assert life._reasons == {"mood": "unloaded"}
+
+
+def test_reasons_go_with_what_they_are_of(made, root):
+    async def go() -> Lifecycle:
+        life = Lifecycle(made, Metrics())
+        await life.load("mood")
+        await life.unload("mood")
+        shutil.rmtree(root / "mood")
+        await life.index()
+        life.close()
+        return life
+
+    assert asyncio.run(go())._reasons == {}
 
 
 def test_a_slow_load_delays_nobody(made, managed, monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,6 +51,24 @@ def test_batches_of_one_size_do_not_turn_the_line():
     for number in range(500):
         times.observe(10, 0.003 + 0.0002 * (number % 3 - 1))
     assert times.budget == pytest.approx(480, rel=0.1)
+
+
+def test_an_older_batch_weighs_0_98_of_the_next_one():
+    """The line is that of weighted least squares: the ladder's rungs once each, batches by their age."""
+    times = BatchTimes(0.05, 10_000, LADDER)
+    rungs = [(times.size(tokens, squares), seconds) for tokens, squares, seconds in LADDER]
+    sizes = [100.0 + 40 * (number % 7) for number in range(60)]
+    batches = [(size, (0.01 + 0.0001 * size) * (1 + number / 60)) for number, size in enumerate(sizes)]
+    seen = []
+    for size, seconds in batches:
+        seen.append((size, min(seconds, 4 * times.seconds(size))))
+        times.observe(size, seconds)
+    x, y = np.array(rungs + seen).T
+    weights = np.array([1.0] * len(rungs) + [0.98**age for age in reversed(range(len(seen)))])
+    slope, fixed = np.polyfit(x, y, 1, w=np.sqrt(weights))
+    assert slope > 0
+    assert fixed > 0.005
+    assert (times.per_token, times.fixed) == (pytest.approx(slope, rel=1e-6), pytest.approx(fixed, rel=1e-6))
 
 
 def test_one_stall_counts_a_little():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bertology_serve.errors import FormatError
+from bertology_serve.files import hidden
 from bertology_serve.training.checkpoint import (
     random_state,
     read_checkpoint,
@@ -27,7 +28,7 @@ def test_tensors_and_state_come_back_bit_for_bit(tmp_path):
 def test_what_a_kill_left_behind_is_not_read(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     write_checkpoint(path, {"a": torch.ones(2)}, {"step": 1})
-    path.with_name(path.name + ".new").write_bytes(b"half")
+    hidden(path).write_bytes(b"half")
     assert read_checkpoint(path)[1] == {"step": 1}
     write_checkpoint(path, {"a": torch.zeros(2)}, {"step": 2})
     assert read_checkpoint(path)[1] == {"step": 2}

@@ -341,6 +341,10 @@ def test_microsoft_lora(tmp_path: Path) -> None:
     torch.save({"classifier.out_proj.weight": torch.zeros(3, 32)}, tmp_path / "none.bin")
     with pytest.raises(FormatError, match=r"holds no \.\.\.lora_A"):
         convert(tmp_path / "none.bin", encoder, "x", Told(alpha=8))
+    for key in ("classifier.out_proj.weight", "roberta.encoder.layer.0.attention.self.query.lora_A"):
+        microsoft(encoder, tmp_path / "number.bin", **{key: torch.tensor(1.0)})
+        with pytest.raises(FormatError, match=f"holds a single number under '{key}'"):
+            convert(tmp_path / "number.bin", encoder, "x", Told(alpha=8))
 
 
 def test_dora_without_its_magnitudes(bert: Encoder) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import VerificationError
 from bertology_serve.training.config import TrainConfig
-from bertology_serve.training.publish import _take_place, publish
+from bertology_serve.training.publish import publish
 from bertology_serve.training.train import Prepared, prepare
 from tests.training import sets
 
@@ -82,10 +83,24 @@ def test_dropout_of_lora_is_for_training_only(tmp_path: Path, bert: Encoder):
         assert not torch.equal(*(ready.live(ready.items[0].encodings) for _ in range(2)))
 
 
-def test_what_stood_there_comes_back_where_its_successor_cannot_take_its_place(tmp_path: Path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "delta.json").write_text("old")
-    with pytest.raises(FileNotFoundError):
-        _take_place(tmp_path / "missing", tmp_path / "out")
-    assert (tmp_path / "out" / "delta.json").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+def test_what_stood_there_stays_where_nothing_can_take_its_place(tmp_path: Path, bert: Encoder, monkeypatch):
+    """Between the old delta's stepping aside and the new one's coming there was none."""
+    ready, records = trained(bert)
+    publish(ready.live.freeze("mine"), ready.live, tmp_path / "mine", ready.items, records)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    with torch.no_grad():
+        ready.live.tensors["lora-query-b"].add_(0.01)
+    rename, left = os.rename, iter([True])
+
+    def fails(one: Any, other: Any) -> None:
+        if Path(other).name == "mine" and next(left, None):
+            raise OSError(28, "No space left on device")
+        rename(one, other)
+
+    monkeypatch.setattr("bertology_serve.files._exchanged", lambda one, other: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fails)
+        with pytest.raises(OSError, match="No space"):
+            publish(ready.live.freeze("mine"), ready.live, tmp_path / "mine", ready.items, records)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

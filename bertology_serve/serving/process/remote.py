@@ -145,9 +145,8 @@ class Remote(Residents):
         self._held[key] = delta  # before it is there: an executor that comes meanwhile has it too
         try:
             prompt = int(self._load(Op.ADMIT, delta.told(key))["prompt"])
-        except BaseException:  # whatever it is, nobody will ask for that key
+        except BaseException:  # whatever it is, nobody will ask for that key; ``add`` has its rows freed
             self._held.pop(key)
-            self._freed.append(key)
             raise
         entry = Entry(key, {PROMPT: RowSegment(0, 0, 0, prompt)} if prompt else {})
         return Ready(delta, task_for(delta.task), Head(()), entry)

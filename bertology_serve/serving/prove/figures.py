@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bertology_serve.serving.prove import (
+    accounting,
     alternatives,
     cancelled,
     clients,
@@ -50,4 +51,5 @@ FIGURES = (
         hostile.connections,
     ),
     Figure(17, "what follows directory and state file goes on, whatever is done to them: 0 stops", fuzzed.measure),
+    Figure(18, "memory: after each of 10,000 random steps what is counted is what is resident", accounting.measure),
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from bertology_serve.files import replacing
 from bertology_serve.training.grids import plots
 from bertology_serve.training.grids.grid import Grid
 from bertology_serve.training.grids.results import Results
@@ -25,7 +25,8 @@ def write_report(grid: Grid, place: Place, draw: bool = True) -> Results:
     results = collect(grid, place)
     place.out.mkdir(parents=True, exist_ok=True)
     for name, text in ((TABLE, markdown(results)), (WIDE, wide_csv(results)), (LONG, long_csv(results))):
-        _write(place.out / name, text)
+        with replacing(place.out / name) as own:
+            own.write_text(text, encoding="utf-8")
     if draw and results.found and plots.available():
         logs: dict[tuple[str, str], list[Path]] = {}
         for run, _ in results.found:
@@ -34,9 +35,3 @@ def write_report(grid: Grid, place: Place, draw: bool = True) -> Results:
         plots.draw_parameters(results, place.out)
         plots.draw_gradients(results, logs, place.out)
     return results
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

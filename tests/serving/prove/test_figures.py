@@ -15,9 +15,11 @@ import httpx
 import pytest
 
 from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.encoder.residents import Ledger
 from bertology_serve.errors import Overloaded, VerificationError
 from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.prove import (
+    accounting,
     cancelled,
     clients,
     cold,
@@ -256,6 +258,19 @@ def test_hostile(stage, monkeypatch):
     assert blind.facts["published"]
     assert blind.facts["crashed"]
     assert not blind.holds
+
+
+def test_accounting(stage, monkeypatch):
+    small = dataclasses.replace(stage, pace=0.15, _encoder=stage._encoder)
+    found = accounting.measure(small)
+    assert found.holds, found.words
+    assert found.facts["Fault"] > 5
+    assert found.facts["load"] > 5
+    enter = Ledger.enter
+    monkeypatch.setattr(Ledger, "enter", lambda self, key, size: enter(self, key, size - 1))
+    blind = accounting.measure(small)
+    assert not blind.holds
+    assert "device bytes" in blind.facts["off"][0]
 
 
 def test_a_line_of_the_proof(stage):

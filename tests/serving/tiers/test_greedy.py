@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertology_serve.serving.tiers.greedy import Greedy
+from bertology_serve.serving.tiers.greedy import Greedy, Kept
 
 
 def filled(*names: str, capacity: float = 100, size: int = 10, cost: float = 1.0) -> Greedy:
@@ -48,6 +48,23 @@ def test_nothing_stays_for_ever_for_having_been_popular():
     assert "old" not in made
 
 
+def test_what_is_dropped_while_it_is_touched_is_no_error(monkeypatch):
+    """A batch's thread notes a use at the moment at which a loader's evicts."""
+    made = filled("a", "b")
+
+    class Dropped(Kept):
+        def __setattr__(self, field: str, value: object) -> None:
+            if field == "uses" and value == 1:
+                made.drop("a")
+            super().__setattr__(field, value)
+
+    made._entries["a"] = Dropped(10, 1.0)
+    made.touch("a")
+    assert (set(made), made.used) == ({"b"}, 10)
+    made.touch("a")
+    assert made.victim() == "b"
+
+
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 40), st.floats(0.001, 9))), st.integers(40, 100))
 def test_the_capacity_is_kept_and_the_count_is_right(steps, capacity):
     made = Greedy(capacity)
@@ -60,6 +77,6 @@ def test_the_capacity_is_kept_and_the_count_is_right(steps, capacity):
             made.drop(victim)
             del sizes[victim]
         made.put(name, size, cost)
-        sizes[name] = max(size, 1)
+        sizes[name] = size
         assert made.used == sum(sizes.values()) <= capacity
         assert set(made) == sizes.keys()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import random
+import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import FormatError, LimitError, NotFound, Overloaded, Unsupported
 from bertology_serve.serving.registry import Registry
+from bertology_serve.serving.splits import Split
 from bertology_serve.serving.tiers.cards import read_card
 from bertology_serve.serving.tiers.tiers import Tier
 from bertology_serve.tasks.spec import TaskSpec
@@ -216,3 +222,145 @@ def test_what_is_larger_than_the_device_is_told_so(made):
     registry = made(fits=0)
     with pytest.raises(LimitError, match="the device takes"):
         registry.tiers.raise_up("d0")
+
+
+def failing(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on no rows are copied."""
+
+    def runs_out(key: str, delta: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(registry.pipeline, "admit", runs_out)
+
+
+def test_a_swap_that_fails_leaves_the_old_version_counted(made, size, monkeypatch):
+    registry = made(fits=1, host=0)
+    assert registry.tiers.device_bytes == size
+    with monkeypatch.context() as patch:
+        failing(registry, patch)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                registry.put("d0", "1")
+    assert registry.tiers.device_bytes == size
+    assert registry.pipeline.resident("d0").version == "2"
+    registry.tiers.raise_up("d1")  # so that one of the two has to go
+    assert registry.tiers.is_cold("d0")
+    assert registry.tiers.device_bytes == size
+
+
+def test_what_stands_beside_takes_room_too(made, size, many):
+    registry = made(fits=2, host=0)
+    tiers, label_before = registry.tiers, label(registry, "d0")
+    registry.split("d0", Split("1", 0.5))
+    assert tiers.device_bytes == 2 * size
+    assert registry.resident() == ["d0"]
+    tiers.pin("d0")
+    with pytest.raises(Overloaded, match="pinned or in use"):
+        tiers.raise_up("d1")
+    with pytest.raises(Overloaded):
+        registry.split("d1", Split("1"))
+    registry.put("d0", "1")
+    with pytest.raises(NotFound):
+        registry.split("d0", Split("1", shadow="7"))
+    assert registry.splits.of("d0") == Split("1", 0.5)
+    registry.split("d0", Split())
+    assert tiers.device_bytes == size
+    assert registry.rollback("d0").version == "2"  # from disk: the host takes nothing
+    assert label(registry, "d0") == pytest.approx(label_before, abs=1e-5)
+    assert (tiers.device_bytes, tiers.host_bytes) == (size, 0)
+
+
+def test_a_split_of_which_one_version_fails_brings_up_neither(made, size, many, tmp_path):
+    registry = made(fits=3)
+    shutil.copytree(many / "d0", tmp_path / "d0")
+    shutil.copytree(tmp_path / "d0" / "1", tmp_path / "d0" / "3")
+    (tmp_path / "d0" / "3" / "adapter_model.safetensors").write_bytes(b"torn")
+    registry.root = tmp_path
+    before = registry.tiers.device_bytes
+    with pytest.raises(FormatError):
+        registry.split("d0", Split("1", shadow="3"))
+    assert registry.tiers.device_bytes <= before
+    assert registry.pipeline._beside == {}
+    assert not registry.splits
+
+
+def test_the_version_before_is_kept_on_the_host_and_one_only(made, size):
+    registry = made(fits=2, host=1)
+    tiers = registry.tiers
+    for version in ("1", "2", "1", "2"):
+        registry.put("d0", version)
+        assert tiers.host_bytes == size
+    loads = tiers.loads
+    registry.rollback("d0")
+    assert (tiers.loads, tiers.host_bytes) == (loads, size)
+    registry.remove("d0")
+    assert tiers.host_bytes == 0
+
+
+def test_a_version_with_calls_under_way_is_counted_until_they_are_answered(made, size):
+    registry = made(fits=2, host=0)
+    pipeline, tiers = registry.pipeline, registry.tiers
+    jobs = [pipeline.prepare(Request("d0", {"text": "the cat"}))]
+    registry.put("d0", "1")
+    assert tiers.device_bytes == 3 * size  # d1, and d0 twice
+    jobs.append(pipeline.prepare(Request("d0", {"text": "the cat"})))
+    registry.put("d0", "2")
+    assert tiers.is_cold("d1")  # which had to make room for what is not yet gone
+    assert [answer.version for answer in pipeline.run(jobs)] == ["2", "1"]
+    jobs.clear()
+    assert tiers.device_bytes == size
+
+
+def test_nothing_is_remembered_of_names_that_are_not_there(made):
+    registry = made()
+    tiers = registry.tiers
+    for number in range(100):
+        for do in (tiers.raise_up, registry.remove, registry.rollback, registry.put):
+            with pytest.raises(NotFound):
+                do(f"x{number}")
+    for number in range(COUNT):
+        registry.tiers.raise_up(f"d{number}")
+    for number in range(COUNT):
+        registry.remove(f"d{number}")
+    maps = (tiers._locks, tiers._costs, tiers._failed, tiers._left, tiers._before, tiers._leases, tiers._deltas)
+    assert [len(known) for known in maps] == [0] * len(maps)
+
+
+def test_what_could_not_be_loaded_is_not_held_by_the_memory_of_it(made, monkeypatch):
+    registry = made()
+    gone: list[Any] = []
+
+    def refuses(key: str, delta: Any) -> Any:
+        gone.append(weakref.ref(delta))
+        raise FormatError("no")
+
+    monkeypatch.setattr(registry.pipeline, "admit", refuses)
+    for _ in range(2):
+        with pytest.raises(FormatError, match="no"):
+            registry.tiers.raise_up("d5")
+    gc.collect()
+    assert [found() for found in gone] == [None]
+
+
+def test_loaders_at_once_keep_within_the_device(made, size):
+    """Four threads bring up deltas at random: nobody is promised room that another one takes."""
+    registry = made(fits=3)
+    tiers, most, draw = registry.tiers, [0], random.Random(0)
+    orders = [[draw.randrange(COUNT) for _ in range(40)] for _ in range(4)]
+
+    def load(order: list[int]) -> None:
+        for number in order:
+            with suppress(Overloaded):
+                tiers.raise_up(f"d{number}")
+            most.append(tiers.device_bytes)
+            tiers.touch([f"d{number}"])
+
+    threads = [threading.Thread(target=load, args=(order,)) for order in orders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert max(most) <= 3 * size + size // 2
+    answering = [delta for delta in registry.pipeline.deltas.values() if delta.name != "base"]
+    assert tiers.device_bytes == size * len(answering)
+    assert set(tiers._device) == {delta.name for delta in answering}

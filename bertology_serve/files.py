@@ -1,0 +1,85 @@
+"""Files and directories that are replaced whole: at every moment, also that of a kill, the old one is there or the new.
+
+For all that writes something that others read. Everything is written under a hidden name beside its place first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+
+
+def flush(path: Path) -> None:
+    """Waits until the disk holds a file, or a directory's entries. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hidden(path: Path) -> Path:
+    """A name beside ``path`` that nothing else has."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden name to write a file under; at the end it becomes ``path``, or is removed where anything was raised."""
+    own = hidden(path)
+    try:
+        yield own
+        flush(own)
+        os.replace(own, path)
+    finally:
+        own.unlink(missing_ok=True)
+
+
+def replace_directory(stage: Path, target: Path) -> None:
+    """The directory ``stage`` becomes ``target``, all its files on the disk before.
+
+    What stood there lies at ``stage`` then, for the caller to remove. Both must be on one file system. Raises OSError,
+    and nothing has changed. Where a file system cannot exchange two names (most of Linux's can), a process that dies
+    between two renames leaves the old directory as ``.NAME.old``; the next replacement puts it back first.
+    """
+    target = target.resolve()  # through links, so that a link stays one
+    for path in (*stage.rglob("*"), stage):
+        if not path.is_symlink():
+            flush(path)
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        os.rename(old, target)
+    if not target.exists():
+        os.rename(stage, target)
+    elif not _exchanged(stage, target):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+        try:
+            os.rename(stage, target)
+        except BaseException:
+            os.rename(old, target)
+            raise
+        os.rename(old, stage)
+    flush(target.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Gives two directories each other's names, in one step; false where the system cannot. Raises OSError."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
