@@ -27,7 +27,7 @@ from bertology_serve.export.samples import built_in, of_encodings
 from bertology_serve.export.session import Session
 from bertology_serve.export.spec import ExportSpec
 from bertology_serve.export.triton_server import write_config
-from bertology_serve.export.verify import Report, check, verify
+from bertology_serve.export.verify import Bars, Report, check, verify
 from bertology_serve.tasks.spec import Encoding
 
 
@@ -82,7 +82,7 @@ def export_delta(
         written = time.perf_counter()
         cases = chain(built_in(encoder.tokenizer, longest(encoder, delta)), of_encodings(records))
         session, pad = Session(file, spec.provider), encoder.tokenizer.pad_token_id or 0
-        report = verify(session, reference, cases, pad, spec.atol, spec.drift, spec.neighbours)
+        report = verify(session, reference, cases, pad, Bars.of(spec, encoder.anatomy.layers))
         if spec.merge:
             report = replace(report, lost=lost(encoder.model.state_dict(), parts.state))
         check(report)

@@ -47,8 +47,8 @@ def metadata(
         "outputs": f"{parts.output}: {_output(delta)}",
         "precision": spec.precision,
         "target": spec.target,
-        "verification": f"{parts.output} {_bound(spec)} the unmerged float32 torch engine in ONNX Runtime, "
-        "or this file would not have been published; the figures are in verification.json",
+        "verification": f"{parts.output} {_bound(spec, encoder.anatomy.layers)} the unmerged float32 torch engine "
+        "in ONNX Runtime, or this file would not have been published; the figures are in verification.json",
         "opset": chosen.opset,
         "back_end": chosen.name,
         "unpadded": chosen.unpad,
@@ -59,8 +59,11 @@ def metadata(
     }
 
 
-def _bound(spec: ExportSpec) -> str:
-    return f"within {spec.atol:g} of" if not spec.drift else f"with ‖Δ‖/‖·‖ at most {spec.drift:g} against"
+def _bound(spec: ExportSpec, layers: int) -> str:
+    drift = spec.drift(layers)
+    if drift:
+        return f"with ‖Δ‖/‖·‖ at most {drift:.2g} against"
+    return f"within {f'{spec.atol:g}' if spec.atol else f'what float32 rounds in {layers} layers'} of"
 
 
 def longest(encoder: Encoder, delta: Delta) -> int:

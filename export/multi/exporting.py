@@ -29,7 +29,7 @@ from bertology_serve.export.reference import Reference
 from bertology_serve.export.samples import built_in, of_encodings
 from bertology_serve.export.session import Session
 from bertology_serve.export.spec import ExportSpec, MultiPrecision
-from bertology_serve.export.verify import Report, check
+from bertology_serve.export.verify import Bars, Report, check
 from bertology_serve.tasks.spec import Encoding
 
 PRECISIONS = get_args(MultiPrecision)
@@ -118,7 +118,8 @@ def _verified(
     mixed = Mixed(Session(stage / spec.model), library, encoder.tokenizer.pad_token_id or 0)
     longest = min(one.max_length for one in library.cards)
     cases = chain(built_in(encoder.tokenizer, longest), of_encodings(records))
-    report = verify_mixed(mixed, references, numbers or range(len(references)), cases, spec.atol, spec.drift)
+    bars = Bars.of(spec, encoder.anatomy.layers)
+    report = verify_mixed(mixed, references, numbers or range(len(references)), cases, bars)
     check(report)
     return report
 
