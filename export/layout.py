@@ -10,9 +10,12 @@ from typing import Any
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.export.session import ROWS
+from bertology_serve.export.spec import MODEL
 from bertology_serve.export.verify import Report
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
+    EMBEDDING,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
@@ -48,6 +51,8 @@ def write_around(
     _write_tokenizer(directory, encoder, int(facts["max_length"]))
     _write_json(directory / "config.json", config(encoder, delta, facts))
     _write_json(directory / REPORT, report.as_dict())
+    if delta.task.kind == EMBEDDING and model != MODEL["triton"]:
+        _write_modules(directory, delta, encoder.anatomy.hidden, int(facts["max_length"]))
     (directory / "README.md").write_text(card(model, facts, report, cautions), encoding="utf-8")
 
 
@@ -78,12 +83,12 @@ def architectures(delta: Delta) -> list[str]:
 def example(model: str, facts: Mapping[str, str], directory: str) -> str:
     """Three lines of Python that run the file ``directory/model``."""
     inputs = facts["inputs"].split(":")[0].split(", ")
-    output = facts["outputs"].split(":")[0]
+    outputs = [name for name in facts["outputs"].split(":")[0].split(", ") if name != ROWS]
     return (
         f"import onnxruntime, transformers; tokenizer = transformers.AutoTokenizer.from_pretrained({directory!r})\n"
         f"session = onnxruntime.InferenceSession({directory + '/' + model!r}, providers=['CPUExecutionProvider'])\n"
         f"texts = tokenizer(['A text.', 'Another one.'], padding=True, truncation=True, return_tensors='np'); "
-        f"print(session.run(['{output}'], {{name: texts[name] for name in {inputs!r}}})[0])"
+        f"print(session.run({outputs!r}, {{name: texts[name] for name in {inputs!r}}}))"
     )
 
 
@@ -113,5 +118,21 @@ def _write_tokenizer(directory: Path, encoder: Encoder, max_length: int) -> None
     tokenizer.save_pretrained(directory)
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def _write_modules(directory: Path, delta: Delta, hidden: int, max_length: int) -> None:
+    """What sentence-transformers does with the rows: the task's pooling, and unit length where the task has it."""
+    steps = {"Transformer": "", "Pooling": "1_Pooling"} | ({"Normalize": "2_Normalize"} if delta.task.normalize else {})
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (name, path) in enumerate(steps.items())
+    ]
+    modes = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens"}
+    pooling = {f"pooling_mode_{mode}": name == delta.task.pooling for name, mode in modes.items()}
+    for path in filter(None, steps.values()):
+        (directory / path).mkdir()
+    _write_json(directory / "modules.json", modules)
+    _write_json(directory / "1_Pooling" / "config.json", {"word_embedding_dimension": hidden} | pooling)
+    _write_json(directory / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+
+
+def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -37,12 +37,19 @@ from tests.export.cases import (
     VECTORS,
     encodings,
     padded,
+    ran,
     small,
 )
 
 ROOT = Path(__file__).parents[2]
 BAKED = {name: ExportSpec(merge=True, bake=True, back_end=name) for name in ("auto", "direct", "torch")}
 TASKS = {"bert": CLASSES, "modernbert": ANSWERS, "deberta-v2": TAGS, "distilbert": SCORES, "mpnet": VECTORS}
+
+
+OUTPUTS = {
+    "question-answering": ["start_logits", "end_logits"],
+    "embedding": ["last_hidden_state", "sentence_embedding"],
+}
 
 
 class Made:
@@ -78,7 +85,7 @@ def bert(tmp_path_factory) -> Made:
 def run(file: Path, arrays: list[torch.Tensor]) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     names = [found.name for found in session.get_inputs()]
-    return session.run(None, {name: array.numpy() for name, array in zip(names, arrays, strict=False)})[0]
+    return ran(session, {name: array.numpy() for name, array in zip(names, arrays, strict=False)})
 
 
 def test_onnx_runtime_agrees_with_the_engine(made):
@@ -119,8 +126,22 @@ def test_the_file_says_what_it_is(made):
     assert facts["tool"] == f"bertology-serve {bertology_serve.__version__}"
     dims = [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim]
     assert dims == ["batch", "sequence"]
-    assert [found.name for found in model.graph.output] == ["embedding" if task.kind == "embedding" else "logits"]
+    assert [found.name for found in model.graph.output] == OUTPUTS.get(task.kind, ["logits"])
     assert [(one.domain, one.version) for one in model.opset_import] == [("", 23 if direct else 20)]
+
+
+@pytest.mark.parametrize("back_end", ["direct", "torch"])
+def test_rows_lie_beside_the_embedding_where_the_caller_has_them(back_end, exports):
+    """Pooled by the caller they are the embedding: what sentence-transformers does with them."""
+    made = exports("mpnet", back_end)
+    session = onnxruntime.InferenceSession(str(made.file), providers=["CPUExecutionProvider"])
+    for left in (False, True):
+        ids, mask, _ = padded(encodings((6, 1, 11), typed=False), left, extra=2)
+        rows, pooled = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        assert rows.shape == (*ids.shape, 32)
+        assert not rows[mask.numpy() == 0].any()
+        mean = rows.sum(1) / mask.numpy().sum(1, keepdims=True)
+        assert np.abs(mean / np.linalg.norm(mean, axis=1, keepdims=True) - pooled).max() <= 1e-5
 
 
 def test_nothing_of_this_machine_is_in_any_file(made):
