@@ -47,7 +47,7 @@ def main(directory: Path) -> int:
     versions = f"optimum {__version__}, transformers {transformers.__version__}, onnxruntime {onnxruntime.__version__}"
     labels = getattr(model.config, "id2label", None)
     print(f"{versions}: {kind.__name__}, {facts['task']}, labels {labels}, max |Δ| {off:.1e}")
-    return int(not off == 0)
+    return int(off != 0)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.export.session import ROWS
 from bertology_serve.export.spec import MODEL
-from bertology_serve.export.verify import Report
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -22,8 +21,11 @@ from bertology_serve.tasks.spec import (
     TOKEN_CLASSIFICATION,
 )
 
+if TYPE_CHECKING:
+    from bertology_serve.export.verify import Report
+
 REPORT = "verification.json"
-_CLASSES = {
+CLASSES = {
     CLASSIFICATION: "SEQUENCE_CLASSIFICATION",
     REGRESSION: "SEQUENCE_CLASSIFICATION",
     TOKEN_CLASSIFICATION: "TOKEN_CLASSIFICATION",
@@ -64,7 +66,7 @@ def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> dict[str
     if labels:
         values["id2label"] = {str(i): label for i, label in enumerate(labels)}
         values["label2id"] = {label: i for i, label in enumerate(labels)}
-    if delta.task.kind in _CLASSES:
+    if delta.task.kind in CLASSES:
         values["architectures"] = architectures(delta)
     if delta.task.kind in (CLASSIFICATION, REGRESSION):
         values["problem_type"] = "regression" if delta.task.kind == REGRESSION else "single_label_classification"
@@ -75,7 +77,7 @@ def architectures(delta: Delta) -> list[str]:
     """The name of HuggingFace's task model; what serves the file tells the task by it."""
     from transformers.models.auto import modeling_auto
 
-    known = getattr(modeling_auto, f"MODEL_FOR_{_CLASSES[delta.task.kind]}_MAPPING_NAMES")
+    known = getattr(modeling_auto, f"MODEL_FOR_{CLASSES[delta.task.kind]}_MAPPING_NAMES")
     found = known.get(delta.base.family)
     return [found] if isinstance(found, str) else []
 
@@ -116,6 +118,12 @@ def _write_tokenizer(directory: Path, encoder: Encoder, max_length: int) -> None
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if (
+        values.get("tokenizer_class") == "TokenizersBackend"
+    ):  # its name since transformers 5; optimum has transformers 4
+        _write_json(path, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _write_modules(directory: Path, delta: Delta, hidden: int, max_length: int) -> None:

@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.probe import rounding
 from bertology_serve.errors import VerificationError
-from bertology_serve.export.reference import Reference
+from bertology_serve.export.reference import Reference, Theirs
 from bertology_serve.export.samples import Case
 from bertology_serve.export.session import Session
 from bertology_serve.export.spec import ExportSpec, Neighbours
 from bertology_serve.tasks.spec import CLASSIFICATION, QUESTION_ANSWERING, TOKEN_CLASSIFICATION, TaskSpec
 
 Output = NDArray[np.float32]
-NEIGHBOURS = 4
+NEIGHBOURS, SHORT = 4, 64
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,26 @@ def verify(session: Session, reference: Reference, cases: Iterable[Case], pad: i
         tally.add(case.shape, expected, _rows(session, case, pad, task), [task] * len(expected))
     changed, flips = _neighbours(session, cases, pad, task)
     return tally.report(session, bars, changed, flips)
+
+
+def witnesses(encoder: Encoder, delta: Delta, reference: Reference, cases: Sequence[Case]) -> tuple[Witness, ...]:
+    """The torch engine beside HuggingFace's own model, on the largest batches of short sequences.
+
+    Empty where there is no such model of the delta.
+    """
+    theirs = Theirs.of(encoder, delta)
+    if theirs is None:
+        return ()
+    short = sorted((case for case in cases if case.length <= SHORT), key=lambda case: sum(map(len, case.encodings)))
+    differences, scale, sequences = [0.0], [0.0], 0
+    for case in short[-NEIGHBOURS:]:
+        pairs = zip(reference.outputs(case.encodings), theirs.outputs(case.encodings), strict=True)
+        for own, other in pairs:
+            differences.append(float((own - other).abs().max()))
+            scale.append(float(other.abs().max()))
+        sequences += len(case.encodings)
+    allowed = rounding(encoder.anatomy.layers, float(np.max(scale)))
+    return (Witness(theirs.name, sequences, float(np.max(differences)), allowed),)
 
 
 def _square(values: Output) -> float:

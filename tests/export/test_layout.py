@@ -42,6 +42,8 @@ def test_huggingface_reads_what_is_beside_the_model(family, name, architecture, 
     assert read.architectures == [architecture]
     assert read.problem_type == {"lora-one-layer": "regression", "folds": "single_label_classification"}.get(name)
     tokenizer = AutoTokenizer.from_pretrained(out)
+    named = json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert named == "PreTrainedTokenizerFast"  # transformers 4 knows no other name for it
     assert tokenizer.model_max_length == delta.task.max_length
     assert tokenizer.backend_tokenizer.padding is None
     assert len(tokenizer("the cat " * 60, truncation=True)["input_ids"]) == delta.task.max_length
