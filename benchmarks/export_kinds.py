@@ -1,16 +1,16 @@
 """Deltas of every kind, trained on the packaged MiniLM and the built-in examples, exported and compared with torch.
 
     python benchmarks/export_kinds.py [--steps 12] [--back-ends direct,torch] [--methods "full;lora,bitfit"]
+        [--backbone DIR]
 
 Each is merged, what cannot be folded baked, and the file compared with the torch engine on the delta unmerged: the
 verifier's own inputs, in every shape, and the records of the kind's examples. Writes one Markdown table to stdout and
-exits with 1 where an output differs by more than 1e-5.
+stops at the first file that the verifier refuses.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +83,7 @@ def rows(steps: int, back_ends: list[str], methods: list[str], backbone: str) ->
                 )
 
 
-def main() -> int:
+def main() -> None:
     """Trains, exports, prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12)
@@ -105,8 +105,7 @@ def main() -> int:
         print(line, flush=True)
         worst = max(worst, done.report.largest)
     print(f"\nlargest difference: {worst:.1e}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
