@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.probe import rounding
+from bertology_serve.errors import VerificationError
 from bertology_serve.examples import path
 from bertology_serve.export.exporting import export_delta
 from bertology_serve.export.multi.exporting import export_many
@@ -141,11 +143,20 @@ def test_the_onnx_engine_agrees(precision: MultiPrecision, encoder: Encoder, del
     assert precision in settle(pipeline, "onnx", precision)  # which raises where it does not
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8-row", "int8-nbits", "int8-dynamic"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8-row", "int8-nbits"])
 def test_exports_pass_with_default_settings(precision: Precision, encoder: Encoder, trained: Delta, tmp_path: Path):
     done = export_delta(encoder, trained, tmp_path / "out", ExportSpec(merge=True, precision=precision))
     assert done.report.passed, done.report.line()
     assert [one.name for one in done.report.witnesses] == ["transformers' MPNetModel"]
+
+
+def test_one_scale_for_all_rows_is_too_coarse_here(encoder: Encoder, trained: Delta, tmp_path: Path):
+    """39 % off, and 28 % of decisions others (measured): refused, and the advice helps."""
+    spec = ExportSpec(merge=True, precision="int8-dynamic")
+    with pytest.raises(VerificationError, match="give a larger --max-drift if that will do, or leave out --precision"):
+        export_delta(encoder, trained, tmp_path / "no", spec)
+    done = export_delta(encoder, trained, tmp_path / "out", replace(spec, max_drift=0.9))
+    assert done.cautions[0].startswith("answers depend on the rest of the batch")
 
 
 @pytest.mark.parametrize("name", ["pfeiffer", "prompt", "ia3", "vectors"])
