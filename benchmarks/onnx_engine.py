@@ -225,12 +225,13 @@ def main() -> None:
     import tempfile
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="minilm")
     parser.add_argument("--texts", default=None)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    encoder = Encoder.load("minilm")
+    encoder = Encoder.load(options.backbone)
     where = environment() | {"prepacked": encoder.prepack()}
     where["versions"]["onnxruntime"] = onnxruntime.__version__
     with tempfile.TemporaryDirectory() as directory:

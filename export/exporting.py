@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from bertology_serve.export.samples import built_in, of_encodings
 from bertology_serve.export.session import Session
 from bertology_serve.export.spec import ExportSpec
 from bertology_serve.export.triton_server import write_config
-from bertology_serve.export.verify import Report, check, verify
+from bertology_serve.export.verify import Bars, Report, check, verify, witnesses
 from bertology_serve.files import replace_directory
 from bertology_serve.tasks.spec import Encoding
 
@@ -81,9 +80,10 @@ def export_delta(
         file.parent.mkdir(exist_ok=True)
         size = save(model, file)
         written = time.perf_counter()
-        cases = chain(built_in(encoder.tokenizer, longest(encoder, delta)), of_encodings(records))
+        cases = [*built_in(encoder.tokenizer, longest(encoder, delta)), *of_encodings(records)]
         session, pad = Session(file, spec.provider), encoder.tokenizer.pad_token_id or 0
-        report = verify(session, reference, cases, pad, spec.atol, spec.drift, spec.neighbours)
+        report = verify(session, reference, cases, pad, Bars.of(spec, encoder.anatomy.layers))
+        report = replace(report, witnesses=witnesses(encoder, delta, reference, cases))
         if spec.merge:
             report = replace(report, lost=lost(encoder.model.state_dict(), parts.state))
         check(report)

@@ -20,20 +20,21 @@ from bertology_serve.export.parts import Parts
 from bertology_serve.export.plain import plain_model
 from bertology_serve.export.products import as_products
 from bertology_serve.export.rows import Gathered, Weave, gather
-from bertology_serve.tasks.spec import EMBEDDING
+from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING
 
 
 class Graph(nn.Module):
     """An encoder with one delta, its pooling and head.
 
-    ``forward``: ``inputs``, int64 [B, L] each. Returns ``output``, float32: logits [B, C]; for tasks that answer for
-    every token [B, L, C], zero at padding; embeddings [B, H]. ``names`` maps parameters to their names in the exported
+    ``forward``: ``inputs``, int64 [B, L] each. Returns ``outputs`` (``Parts.outputs``), float32: logits [B, C]; for
+    tasks that answer for every token [B, L, C], zero at padding; start and end [B, L] each; rows [B, L, H] and
+    embeddings [B, H]. ``names`` maps parameters to their names in the exported
     file: HuggingFace's for the encoder; ``delta.NAME.query.0.a``, ``delta.NAME.head.classifier.weight`` for the delta.
     """
 
     def __init__(self, parts: Parts) -> None:
         super().__init__()
-        self.task, self.inputs, self.output = parts.task, parts.inputs, parts.output
+        self.task, self.inputs, self.outputs = parts.task, parts.inputs, tuple(parts.outputs)
         interface = getattr(parts.kind, "_supports_attention_backend", False)
         self.model = plain_model(parts.kind, parts.config, parts.state, register() if interface else "eager")
         self._accepted = set(inspect.signature(self.model.forward).parameters)
@@ -55,14 +56,19 @@ class Graph(nn.Module):
         for layer, module in enumerate(self._attentions):
             module.scene, module.prefix_rows = self.scene, _prefix_rows(prefix, layer, anatomy)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         rows = gather(input_ids, attention_mask, types)
         hidden = self._encode(rows)
         if self.task.per_token:
-            return self._per_token(self.weave.text(hidden), rows)
-        out: Tensor = self.head(self._pool(hidden, rows))
-        return F.normalize(out, dim=-1) if self.task.kind == EMBEDDING and self.task.normalize else out
+            out = _home(self.head(self.weave.text(hidden)), rows)
+            return out.unbind(-1) if self.task.kind == QUESTION_ANSWERING else (out,)
+        out = self.head(self._pool(hidden, rows))
+        if self.task.kind != EMBEDDING:
+            return (out,)
+        return _home(self.weave.text(hidden), rows), F.normalize(out, dim=-1) if self.task.normalize else out
 
     def _encode(self, rows: Gathered) -> Tensor:
         """The last hidden states [B, R, H]: prompt rows among the text's, padding behind."""
@@ -87,12 +93,6 @@ class Graph(nn.Module):
             return text.masked_fill(~seen, torch.finfo(torch.float32).min).amax(1)
         return text.masked_fill(~seen, 0.0).sum(1) / rows.count.clamp(min=1)
 
-    def _per_token(self, hidden: Tensor, rows: Gathered) -> Tensor:
-        """[B, L, H] -> [B, L, C], every row back where the caller has it."""
-        out: Tensor = self.head(hidden)
-        out = out.masked_fill(~rows.seen[..., None], 0.0)
-        return out.gather(1, rows.home[..., None].expand(-1, -1, out.shape[-1]))
-
     def _named(self, added: dict[str, str], parts: Parts) -> dict[str, str]:
         names = {path: path.removeprefix("model.").replace(".own.", ".") for path, _ in self.named_parameters()}
         own = {f"model.{path}": name for path, name in added.items()} | {"weave.vectors": "prompt.vectors"}
@@ -104,6 +104,12 @@ class Graph(nn.Module):
         for path, parameter in self.head.named_parameters(prefix="head"):
             names[path] = parts.named_in_head(heads[id(parameter)])
         return names | {path: parts.named(name) for path, name in own.items() if path in names}
+
+
+def _home(out: Tensor, rows: Gathered) -> Tensor:
+    """[B, L, C], every row back where the caller has it, zero at padding."""
+    out = out.masked_fill(~rows.seen[..., None], 0.0)
+    return out.gather(1, rows.home[..., None].expand(-1, -1, out.shape[-1]))
 
 
 def _prefix_rows(prefix: Prefix | None, layer: int, anatomy: Anatomy) -> PrefixRows | None:

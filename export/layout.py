@@ -6,21 +6,26 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.export.verify import Report
+from bertology_serve.export.session import ROWS
+from bertology_serve.export.spec import MODEL
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
+    EMBEDDING,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
     TOKEN_CLASSIFICATION,
 )
 
+if TYPE_CHECKING:
+    from bertology_serve.export.verify import Report
+
 REPORT = "verification.json"
-_CLASSES = {
+CLASSES = {
     CLASSIFICATION: "SEQUENCE_CLASSIFICATION",
     REGRESSION: "SEQUENCE_CLASSIFICATION",
     TOKEN_CLASSIFICATION: "TOKEN_CLASSIFICATION",
@@ -48,6 +53,8 @@ def write_around(
     _write_tokenizer(directory, encoder, int(facts["max_length"]))
     _write_json(directory / "config.json", config(encoder, delta, facts))
     _write_json(directory / REPORT, report.as_dict())
+    if delta.task.kind == EMBEDDING and model != MODEL["triton"]:
+        _write_modules(directory, delta, encoder.anatomy.hidden, int(facts["max_length"]))
     (directory / "README.md").write_text(card(model, facts, report, cautions), encoding="utf-8")
 
 
@@ -59,7 +66,7 @@ def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> dict[str
     if labels:
         values["id2label"] = {str(i): label for i, label in enumerate(labels)}
         values["label2id"] = {label: i for i, label in enumerate(labels)}
-    if delta.task.kind in _CLASSES:
+    if delta.task.kind in CLASSES:
         values["architectures"] = architectures(delta)
     if delta.task.kind in (CLASSIFICATION, REGRESSION):
         values["problem_type"] = "regression" if delta.task.kind == REGRESSION else "single_label_classification"
@@ -70,7 +77,7 @@ def architectures(delta: Delta) -> list[str]:
     """The name of HuggingFace's task model; what serves the file tells the task by it."""
     from transformers.models.auto import modeling_auto
 
-    known = getattr(modeling_auto, f"MODEL_FOR_{_CLASSES[delta.task.kind]}_MAPPING_NAMES")
+    known = getattr(modeling_auto, f"MODEL_FOR_{CLASSES[delta.task.kind]}_MAPPING_NAMES")
     found = known.get(delta.base.family)
     return [found] if isinstance(found, str) else []
 
@@ -78,12 +85,12 @@ def architectures(delta: Delta) -> list[str]:
 def example(model: str, facts: Mapping[str, str], directory: str) -> str:
     """Three lines of Python that run the file ``directory/model``."""
     inputs = facts["inputs"].split(":")[0].split(", ")
-    output = facts["outputs"].split(":")[0]
+    outputs = [name for name in facts["outputs"].split(":")[0].split(", ") if name != ROWS]
     return (
         f"import onnxruntime, transformers; tokenizer = transformers.AutoTokenizer.from_pretrained({directory!r})\n"
         f"session = onnxruntime.InferenceSession({directory + '/' + model!r}, providers=['CPUExecutionProvider'])\n"
         f"texts = tokenizer(['A text.', 'Another one.'], padding=True, truncation=True, return_tensors='np'); "
-        f"print(session.run(['{output}'], {{name: texts[name] for name in {inputs!r}}})[0])"
+        f"print(session.run({outputs!r}, {{name: texts[name] for name in {inputs!r}}}))"
     )
 
 
@@ -111,7 +118,29 @@ def _write_tokenizer(directory: Path, encoder: Encoder, max_length: int) -> None
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if (
+        values.get("tokenizer_class") == "TokenizersBackend"
+    ):  # its name since transformers 5; optimum has transformers 4
+        _write_json(path, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def _write_modules(directory: Path, delta: Delta, hidden: int, max_length: int) -> None:
+    """What sentence-transformers does with the rows: the task's pooling, and unit length where the task has it."""
+    steps = {"Transformer": "", "Pooling": "1_Pooling"} | ({"Normalize": "2_Normalize"} if delta.task.normalize else {})
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (name, path) in enumerate(steps.items())
+    ]
+    modes = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens"}
+    pooling = {f"pooling_mode_{mode}": name == delta.task.pooling for name, mode in modes.items()}
+    for path in filter(None, steps.values()):
+        (directory / path).mkdir()
+    _write_json(directory / "modules.json", modules)
+    _write_json(directory / "1_Pooling" / "config.json", {"word_embedding_dimension": hidden} | pooling)
+    _write_json(directory / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+
+
+def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.export.back_ends import Chosen
 from bertology_serve.export.parts import Parts
 from bertology_serve.export.spec import ExportSpec
-from bertology_serve.tasks.spec import EMBEDDING, MULTIPLE_CHOICE
+from bertology_serve.tasks.spec import EMBEDDING, MULTIPLE_CHOICE, QUESTION_ANSWERING
 
 TASK_OPTIONS = ("head", "stride", "max_answer_length", "normalize", "token_types", "pairs")
 """Fields of the task that say how texts are cut and answers read."""
@@ -44,11 +44,11 @@ def metadata(
         "kinds": list(delta.kinds),
         "merged": spec.merge,
         "inputs": f"{', '.join(parts.inputs)}: {SEMANTICS}",
-        "outputs": f"{parts.output}: {_output(delta)}",
+        "outputs": f"{', '.join(parts.outputs)}: {_output(delta)}",
         "precision": spec.precision,
         "target": spec.target,
-        "verification": f"{parts.output} {_bound(spec)} the unmerged float32 torch engine in ONNX Runtime, "
-        "or this file would not have been published; the figures are in verification.json",
+        "verification": f"answers {_bound(spec, encoder.anatomy.layers)} the unmerged float32 torch engine "
+        "in ONNX Runtime, or this file would not have been published; the figures are in verification.json",
         "opset": chosen.opset,
         "back_end": chosen.name,
         "unpadded": chosen.unpad,
@@ -59,8 +59,11 @@ def metadata(
     }
 
 
-def _bound(spec: ExportSpec) -> str:
-    return f"within {spec.atol:g} of" if not spec.drift else f"with ‖Δ‖/‖·‖ at most {spec.drift:g} against"
+def _bound(spec: ExportSpec, layers: int) -> str:
+    drift = spec.drift(layers)
+    if drift:
+        return f"with ‖Δ‖/‖·‖ at most {drift:.2g} against"
+    return f"within {f'{spec.atol:g}' if spec.atol else f'what float32 rounds in {layers} layers'} of"
 
 
 def longest(encoder: Encoder, delta: Delta) -> int:
@@ -91,8 +94,11 @@ def delta_hash(delta: Delta) -> str:
 def _output(delta: Delta) -> str:
     task = delta.task
     if task.kind == EMBEDDING:
-        return f"float32 [batch, hidden], {'of unit length' if task.normalize else 'not normalised'}"
+        unit = "of unit length" if task.normalize else "not normalised"
+        return f"float32 [batch, sequence, hidden], zero at padding, and pooled [batch, hidden], {unit}"
     if task.kind == MULTIPLE_CHOICE:
         return "float32 [batch, 1], one row a choice: the caller groups a question's rows and takes the largest"
+    if task.kind == QUESTION_ANSWERING:
+        return "float32 [batch, sequence] each, before any softmax, zero at padding"
     shape = f"[batch, sequence, {task.outputs}], zero at padding" if task.per_token else f"[batch, {task.outputs}]"
     return f"float32 {shape}, before any softmax"

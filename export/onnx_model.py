@@ -45,7 +45,7 @@ def _traced(graph: Graph, example: tuple[torch.Tensor, ...], opset: int, dynamic
             graph,
             example,
             input_names=list(graph.inputs),
-            output_names=[graph.output],
+            output_names=list(graph.outputs),
             opset_version=opset,
             dynamic_shapes=dynamic_shapes,
             dynamo=True,

@@ -15,8 +15,9 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.reading import form_for
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.fold import fold
+from bertology_serve.export.session import END, LOGITS, POOLED, ROWS, START
 from bertology_serve.tasks.heads import Head
-from bertology_serve.tasks.spec import EMBEDDING, TaskSpec
+from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, TaskSpec
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -41,9 +42,17 @@ class Parts:
     inputs: tuple[str, ...]
 
     @property
-    def output(self) -> str:
-        """The name of the only output."""
-        return "embedding" if self.task.kind == EMBEDDING else "logits"
+    def outputs(self) -> dict[str, tuple[str | int, ...]]:
+        """The outputs' names, which are those that HuggingFace's tools look for, and their shapes, in order.
+
+        ``session.answer`` reads them.
+        """
+        task, hidden = self.task, self.anatomy.hidden
+        if task.kind == QUESTION_ANSWERING:
+            return dict.fromkeys((START, END), ("batch", "sequence"))
+        if task.kind == EMBEDDING:
+            return {ROWS: ("batch", "sequence", hidden), POOLED: ("batch", hidden)}
+        return {LOGITS: ("batch", "sequence", task.outputs) if task.per_token else ("batch", task.outputs)}
 
     @property
     def first_position(self) -> int:

@@ -60,15 +60,21 @@ class OnnxModel:
 
 
 def exports(root: Path, some: bool = True) -> list[Path]:
-    """The exports in a directory, or itself; NotFound where there is none, unless ``some`` need not be."""
-    candidates = [root, *sorted(path for path in root.iterdir() if path.is_dir())] if root.is_dir() else []
-    found = [path for path in candidates if any((path / model).is_file() for model in _LAYOUTS)]
+    """A directory that is an export itself, or else those in it; NotFound where there is none, unless ``some`` need not
+    be.
+    """
+    below = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    found = [root] if _holds_model(root) else [path for path in below if _holds_model(path)]
     if some and not found:
         raise NotFound(f"no export in {root}; expected onnx/model.onnx or NAME/onnx/model.onnx below it")
     return found
 
 
 _LAYOUTS = (MODEL["hf"], MODEL["flat"])
+
+
+def _holds_model(directory: Path) -> bool:
+    return any((directory / model).is_file() for model in _LAYOUTS)
 
 
 def _file(directory: Path) -> Path:

@@ -13,6 +13,19 @@ from numpy.typing import NDArray
 from bertology_serve.errors import Unsupported, VerificationError
 from bertology_serve.export.spec import CPU
 
+LOGITS, START, END, ROWS, POOLED = "logits", "start_logits", "end_logits", "last_hidden_state", "sentence_embedding"
+"""Names of outputs in the files of single deltas."""
+
+
+def answer(outputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """What a file answers, of its outputs by name, also of files that have but one, whatever they call it.
+
+    Logits [B, C] or [B, L, C]; of answers in texts [B, L, 2], start and end; of embeddings [B, H].
+    """
+    if START in outputs:
+        return np.stack([outputs[START], outputs[END]], -1)
+    return outputs[POOLED] if POOLED in outputs else next(iter(outputs.values()))
+
 
 class Session:
     """A loaded ONNX file. ``asked`` is the provider that was wanted, ``provider`` the one that really runs it: ONNX
@@ -35,17 +48,17 @@ class Session:
         self.asked = provider
         self.provider: str = self._session.get_providers()[0]
         self.version: str = runtime.__version__
+        self._names = [found.name for found in self._session.get_outputs()]
         self.inputs: tuple[str, ...] = tuple(found.name for found in self._session.get_inputs())
 
     def run(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """The only output; arrays that the graph does not take are left out."""
-        outputs = self._session.run(None, {name: arrays[name] for name in self.inputs})
-        return np.asarray(outputs[0])
+        """The ``answer``; arrays that the graph does not take are left out."""
+        return np.asarray(answer(self.outputs(arrays)))
 
     def outputs(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
         """All outputs, by name."""
-        names = [found.name for found in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, {name: arrays[name] for name in self.inputs}), strict=True))
+        outputs = self._session.run(self._names, {name: arrays[name] for name in self.inputs})
+        return dict(zip(self._names, outputs, strict=True))
 
 
 def silence() -> None:

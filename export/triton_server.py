@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bertology_serve.export.parts import Parts
-from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING
+from bertology_serve.tasks.spec import CLASSIFICATION
 
 CONFIG, LABELS = "config.pbtxt", "labels.txt"
 MOST_ROWS, THREADS = 64, 1
@@ -28,21 +28,17 @@ def write_config(directory: Path, parts: Parts, gpu: bool = False) -> None:
 def config(parts: Parts, labelled: bool, gpu: bool = False) -> str:
     """The model configuration, in protobuf's text format (``model_config.proto``); batch is its first dimension."""
     inputs = ",\n".join(_tensor(name, "TYPE_INT64", [-1]) for name in parts.inputs)
-    output = _tensor(parts.output, "TYPE_FP32", _row(parts), LABELS if labelled else None)
+    outputs = ",\n".join(
+        _tensor(name, "TYPE_FP32", [-1 if isinstance(n, str) else n for n in shape[1:]], LABELS if labelled else None)
+        for name, shape in parts.outputs.items()
+    )
     return (
         f'backend: "onnxruntime"\nmax_batch_size: {MOST_ROWS}\n'
-        f"input [\n{inputs}\n]\noutput [\n{output}\n]\n"
+        f"input [\n{inputs}\n]\noutput [\n{outputs}\n]\n"
         "dynamic_batching { }\n"
         f"instance_group [ {{ kind: {'KIND_GPU' if gpu else 'KIND_CPU'}, count: 1 }} ]\n"
         f'parameters {{ key: "intra_op_thread_count", value: {{ string_value: "{THREADS}" }} }}\n'
     )
-
-
-def _row(parts: Parts) -> Sequence[int]:
-    """The shape of one sequence's output."""
-    if parts.task.kind == EMBEDDING:
-        return [parts.anatomy.hidden]
-    return [-1, parts.task.outputs] if parts.task.per_token else [parts.task.outputs]
 
 
 def _tensor(name: str, kind: str, dims: Sequence[int], labels: str | None = None) -> str:

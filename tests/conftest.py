@@ -18,14 +18,19 @@ THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
-        return
-    import torch
+    if "BERTOLOGY_REAL" not in os.environ:
+        _skip(items, "real", "fetches a model of 440 MB: make test-real")
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
 
-    if not torch.cuda.is_available():
-        for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))
+        if not torch.cuda.is_available():
+            _skip(items, "gpu", "needs a CUDA GPU, and torch sees none")
+
+
+def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
+    for item in items:
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,10 +66,11 @@ def prune(
         small = _opened(str(stage), subject)
         smaller = Trial(small, trial.name, None, settings.max_tokens)
         facts = _compared(trial, smaller, heads, neurons, settings)
-        if facts["largest_difference"] > settings.atol * max(1.0, facts["largest_output"]):
+        difference, size = facts["largest_difference"], facts["largest_output"]
+        if not (math.isfinite(size) and difference <= settings.atol * max(1.0, size)):
             raise VerificationError(
-                f"the pruned encoder differs from the masked one by {facts['largest_difference']:.1e}; at most "
-                f"{settings.atol:.1e} of {facts['largest_output']:.2g} is accepted, and nothing was written"
+                f"the pruned encoder differs from the masked one by {difference:.1e}; at most "
+                f"{settings.atol:.1e} of {size:.2g} is accepted, and nothing was written"
             )
         publish(stage, target)
     facts = {
@@ -114,14 +116,14 @@ def _compared(
     gates = torch.zeros(encoder.anatomy.layers, encoder.anatomy.heads, dtype=encoder.dtype, device=encoder.device)
     for layer, own in enumerate(heads):
         gates[layer, list(own)] = 1.0
-    difference, size = 0.0, 0.0
+    difference, size = torch.zeros(()), torch.zeros(())  # whose maximum keeps a NaN
     with torch.inference_mode():
         for items, others in zip(trial.groups(), smaller.groups(), strict=True):
             with masked(encoder, neurons):
                 expected = trial.output(trial.pack(items), Gates(gates))
             found = smaller.output(smaller.pack(others))
-            difference = max(difference, float((found - expected).abs().max()))
-            size = max(size, float(expected.abs().max()))
+            difference = torch.maximum(difference, (found - expected).abs().max().cpu())
+            size = torch.maximum(size, expected.abs().max().cpu())
     metric = trial.task.main_metric
     before, after = trial.measure()[metric], smaller.measure()[metric]
     seconds = _timed([trial, smaller], settings.rounds)
@@ -129,7 +131,8 @@ def _compared(
     return {
         "heads": [len(head_numbers(encoder.anatomy)), sum(map(len, heads))],
         "neurons": [sum(_widths(encoder)), sum(map(len, neurons))],
-        "metric_before": before, "metric_after": after, "largest_difference": difference, "largest_output": size,
+        "metric_before": before, "metric_after": after, "largest_difference": float(difference),
+        "largest_output": float(size),
         "parameters": [_parameters(encoder), _parameters(small)],
         "megabytes": [4e-6 * _parameters(encoder), 4e-6 * _parameters(small)],
         "tokens_per_s": [tokens / one for one in seconds], "speed_up": seconds[0] / seconds[1],

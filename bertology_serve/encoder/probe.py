@@ -19,6 +19,18 @@ from bertology_serve.tasks.spec import Encoding
 _LENGTHS = (3, 7, 3, 150)  # equal lengths share a group; the longest passes ModernBERT's window
 _TOLERANCE = 1e-4
 _SEEN = 1e-6  # what another last token changes in the first row at least, where that sees it
+_STEPS, _AROUND = 16, 2
+
+
+def rounding(layers: int, scale: float) -> float:
+    """By how much float32 outputs that reach ``scale`` may differ between two engines that compute the same.
+
+    They add the same products in other orders: up to 16 of float32's steps (2⁻²³ of the largest output, or of 1) in
+    each layer, where embeddings and head count as one each. NaN, which nothing is within, where ``scale`` is no number.
+    """
+    if not math.isfinite(scale):
+        return math.nan
+    return _STEPS * torch.finfo(torch.float32).eps * (layers + _AROUND) * max(1.0, scale)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ HELPS = {
     "port": "Port to listen on; 0 takes a free one.",
     "grpc_port": "Port for the Open Inference Protocol over gRPC; 0 takes a free one. Without it there is none. "
     "Needs the extra grpc.",
-    "max_batch_ms": "Longest that a batch may take, in milliseconds. How many tokens that is, is found at start-up.",
+    "max_batch_ms": "Longest that a batch may take, in milliseconds; how many tokens that is, is found at start-up. "
+    "Longer where its fixed part would be more than a fifth of it, as with large encoders, and no deadline forbids.",
     "max_batch_tokens": "Most tokens in one batch of several items, however fast the machine.",
     "max_queue_tokens": "Most tokens waiting; beyond that, calls are answered 503 with Retry-After.",
     "max_delta_tokens": "Most tokens waiting for one delta; beyond that 429 with Retry-After.",

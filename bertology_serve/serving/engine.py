@@ -84,8 +84,9 @@ class Engine:
         ladder = list(known) or climb(self.pipeline, times.cap, times.most)
         times.start(ladder)
         log.info(
-            "a batch takes %.1f ms and %.1f µs a token, %.3f %% more for each before it: %d tokens fit into %g ms",
-            1e3 * times.fixed, 1e6 * times.per_token, 100 * times.bend, times.budget, 1e3 * times.cap,
+            "a batch takes %.1f ms and %.1f µs a token, %.3f %% more for each before it: %d tokens in %.0f ms (cap %g)",
+            1e3 * times.fixed, 1e6 * times.per_token, 100 * times.bend, times.budget,
+            1e3 * times.seconds(times.budget), 1e3 * times.cap,
         )  # fmt: skip
         return ladder
 

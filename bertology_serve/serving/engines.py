@@ -15,9 +15,10 @@ from torch import Tensor
 from bertology_serve.encoder.bank import BARE, Entry
 from bertology_serve.encoder.packing import PackedBatch, pack
 from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.encoder.probe import rounding
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
 from bertology_serve.export.multi.engine import OnnxEngine
-from bertology_serve.export.spec import MultiPrecision
+from bertology_serve.export.spec import MultiPrecision, allowed_drift
 from bertology_serve.tasks.encoding import encode_text
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,6 @@ Name = Literal["auto", "torch", "onnx"]
 SENTENCE = "a sentence of some twenty words or so, as people send them to a server that reads what they mean"
 LENGTHS = (6, 9, 12, 14, 17, 22, 30, 48)
 ROUNDS, WARM, DELTAS = 5, 2, 8
-ATOL, DRIFT = 1e-5, 0.1
 
 
 def check(engine: Name, precision: MultiPrecision) -> None:
@@ -87,8 +87,11 @@ def compare(pipeline: Pipeline, onnx: OnnxEngine, batch: PackedBatch) -> None:
     """Raises VerificationError where the engines give different rows."""
     expected, found = _torch(pipeline, batch), onnx.run(batch, pipeline.bank)
     largest, drift = (found - expected).abs().max().item(), ((found - expected).norm() / expected.norm()).item()
-    allowed = ATOL * max(1.0, expected.abs().max().item())  # float32's own noise grows with the rows
-    close = largest <= allowed if onnx.precision == "fp32" else drift <= DRIFT
+    layers = pipeline.encoder.anatomy.layers
+    if onnx.precision == "fp32":
+        close = largest <= rounding(layers, expected.abs().max().item())
+    else:
+        close = drift <= allowed_drift(onnx.precision, layers)
     if not close:
         raise VerificationError(
             f"{onnx.name} gives other rows than torch: max |Δ| {largest:.1e}, drift {drift:.1%}; take --engine torch"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from statistics import median
 
 from bertology_serve.encoder.pipeline import BASE, Job, Request, Residents
-from bertology_serve.serving.times import Rung
+from bertology_serve.serving.times import WHOLE, Rung
 from bertology_serve.serving.work import squares_of
 
 SENTENCE = "a sentence of some twenty words or so, as people send them to a server that reads what they mean"
@@ -17,13 +17,14 @@ FIRST, REPEATS = 32, 3
 
 def climb(pipeline: Residents, cap: float, most: int, clock: Callable[[], float] = time.perf_counter) -> list[Rung]:
     """(tokens, Σlen², seconds) of batches of about 32 tokens, 64, 128 ... up to ``most``, or until one takes twice
-    ``cap``: of short sentences, then of a text as long as the encoder's base reads.
+    ``cap`` and five times as long as the first, which is mostly the fixed part of a batch (``times.WHOLE``): of short
+    sentences, then of a text as long as the encoder's base reads.
     """
     rungs: list[Rung] = []
     for text in (SENTENCE, LONG):
         job, last = pipeline.prepare(Request(BASE, {"text": text})), 0.0
         size = FIRST if text == SENTENCE else job.cost
-        while size <= max(most, FIRST) and last <= 2 * cap:
+        while size <= max(most, FIRST) and last <= max(2 * cap, WHOLE * (rungs[0][2] if rungs else 0.0)):
             jobs = [job] * max(1, round(size / job.cost))
             last = _timed(pipeline, jobs, clock)
             rungs.append((job.cost * len(jobs), squares_of(job) * len(jobs), last))

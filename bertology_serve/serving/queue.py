@@ -143,7 +143,9 @@ class WorkQueue:
         """Tells the queue how long a batch took; the next are as large as fits into the time that they may take."""
         times = self.times
         times.observe(times.size(sum(work.cost for work in works), sum(work.squares for work in works)), seconds)
-        self._scheduler.max_tokens, self._scheduler.bend = times.budget, times.bend
+        scheduler = self._scheduler
+        scheduler.max_tokens, scheduler.hurried = times.budget, min(times.hurried, times.budget)
+        scheduler.seconds, scheduler.bend = times.seconds, times.bend
 
     def close(self) -> None:
         """Takes no more work; what is queued is still handed out."""

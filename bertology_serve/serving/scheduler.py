@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 from bertology_serve.serving.lane import Lane, Tally
 from bertology_serve.serving.work import Work
@@ -25,12 +26,15 @@ class FairScheduler:
     """The order of the queue. ``WorkQueue`` calls it under its lock, with its own clock's time in seconds.
 
     Batches hold up to ``max_tokens``, of whatever deltas, work counting as ``cost + bend · squares``; work beyond that
-    goes alone. A batch ends at the first piece that does not fit, so that nothing overtakes it. ``weights`` are by
-    delta, 1 for those not named. ``total`` counts what waits.
+    goes alone. A batch ends at the first piece that does not fit, so that nothing overtakes it. Beyond ``hurried``
+    tokens it only grows while all in it are answered before their deadlines, if it takes ``seconds(size)``. ``weights``
+    are by delta, 1 for those not named. ``total`` counts what waits.
     """
 
     def __init__(self, max_tokens: int, weights: Mapping[str, float] | None = None) -> None:
         self.max_tokens: float = max_tokens
+        self.hurried: float = max_tokens
+        self.seconds: Callable[[float], float] = lambda size: 0.0
         self.bend = 0.0
         self._weights = dict(weights or {})
         self.total = Tally()
@@ -71,7 +75,7 @@ class FairScheduler:
     def pick(self, now: float) -> list[Work]:
         """Removes and returns the next batch, work of any deltas together; empty when nothing waits."""
         batch: list[Work] = []
-        filled = 0.0
+        filled, soonest = 0.0, math.inf
         while self._queue:
             lane = self._queue[0][2]
             work = lane.first(now)
@@ -80,7 +84,9 @@ class FairScheduler:
                 self._closed(lane)
                 continue
             size = work.cost + self.bend * work.squares
-            if batch and filled + size > self.max_tokens:
+            soonest = min(soonest, work.deadline)
+            in_time = now + self.seconds(filled + size) <= soonest
+            if batch and filled + size > (self.max_tokens if in_time else self.hurried):
                 break
             self._floor = lane.counter
             batch.append(lane.take())

@@ -13,6 +13,7 @@ import numpy as np
 Rung = tuple[int, int, float]  # tokens, Σlen², seconds
 FIRST_GUESS: tuple[Rung, ...] = ((0, 0, 0.002), (1000, 0, 0.102))  # before anything was measured
 FADES = 0.98  # what a batch weighs after the next one: the last fifty count
+WHOLE = 5  # a batch of the budget's size takes at least so many times as long as its fixed part
 WILDEST = 4.0  # a batch counts as at most so many times as long as expected
 Sums = tuple[float, float, float, float, float]  # weight, sums of x, y, xx, xy
 NOTHING: Sums = (0.0, 0.0, 0.0, 0.0, 0.0)
@@ -25,8 +26,9 @@ class BatchTimes:
     start stay in with the weight of one each, so that batches of always the same size do not turn the line.
     ``bend`` is c / b.
 
-    Where a batch's fixed part fills the cap, its tokens get as long as that part had at the start, or as the cap:
-    batches of one text each would only make everything wait longer on a machine that is too slow for the cap anyway.
+    The budget is what fits into the cap, and never so little that a batch's fixed part, as it was at the start, is more
+    than a fifth of it: a large encoder reads its weights once a batch, and small batches would only make everything
+    wait longer. ``hurried`` is what fits into the cap alone, for batches with work whose deadline is near.
     """
 
     def __init__(self, cap: float, most: int, ladder: Iterable[Rung] = FIRST_GUESS) -> None:
@@ -38,9 +40,9 @@ class BatchTimes:
         rungs = list(ladder)
         self.bend = bend_of(rungs)
         self._ladder = _sums([(self.size(tokens, squares), seconds) for tokens, squares, seconds in rungs])
-        self._recent, self._knee = NOTHING, 0.0
+        self._recent, self._least = NOTHING, 0.0
         self._fit()
-        self._knee = self.fixed / self.per_token
+        self._least = (WHOLE - 1) * self.fixed / self.per_token
         self._fit()
 
     def size(self, tokens: float, squares: float) -> float:
@@ -78,8 +80,8 @@ class BatchTimes:
         if not 0 < slope <= through_zero:  # noise: no line falls, none starts below zero
             slope = through_zero
         self.per_token, self.fixed = max(slope, 1e-9), max(0.0, (y - slope * x) / weight)
-        fits, least = (self.cap - self.fixed) / self.per_token, min(self._knee, self.cap / self.per_token)
-        self.budget = max(1, min(self.most, int(max(fits, least))))
+        fits = (self.cap - self.fixed) / self.per_token
+        self.hurried, self.budget = (max(1, min(self.most, int(size))) for size in (fits, max(fits, self._least)))
 
 
 def bend_of(rungs: list[Rung]) -> float:

@@ -15,12 +15,12 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.live import LiveDelta
 from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.encoder.probe import rounding
 from bertology_serve.errors import VerificationError
 from bertology_serve.files import hidden, replace_directory
 from bertology_serve.training.evaluate import run
 from bertology_serve.training.items import Item
 
-TOLERANCE = 1e-5
 MOST_TOKENS, MOST_ITEMS = 4096, 64
 
 
@@ -37,7 +37,7 @@ def publish(
 
     It is written under a hidden name, loaded from there into a fresh encoder, and asked the first of the ``records``
     (whose ``items`` are ready for training) through the serving engine. Raises VerificationError, with nothing
-    published, where a logit differs from the live delta's by more than 1e-5 of the largest (or of 1, if that is more).
+    published, where a logit differs from the live delta's by more than float32 rounds (``rounding``).
     ``fresh`` takes the place of that encoder where it was loaded before (for deltas that leave it as it is). Returns
     the largest difference.
     """
@@ -84,16 +84,16 @@ def compare(
     pipeline.add(delta)
     requests = (Request(delta.name, fields, logits=True, where=where) for fields, where in records[:count])
     found = torch.tensor([value for answer in pipeline.answer(requests) for value in _flat(answer.answer["logits"])])
-    return _difference(expected, found, delta.name)
+    return _difference(expected, found, delta.name, encoder.anatomy.layers)
 
 
-def _difference(expected: Tensor, found: Tensor, name: str) -> float:
+def _difference(expected: Tensor, found: Tensor, name: str, layers: int) -> float:
     if expected.shape != found.shape:
         raise VerificationError(
             f"delta {name!r}, loaded again, gives {found.numel()} logits for {expected.numel()}; nothing was published"
         )
     difference = float((expected - found).abs().max())
-    allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
+    allowed = rounding(layers, float(expected.abs().max()))
     if not difference <= allowed:
         raise VerificationError(
             f"delta {name!r}, loaded again, gives logits that differ by {difference:.2g} (allowed: {allowed:.2g}); "

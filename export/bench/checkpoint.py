@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.prepacked import Prepacked
 from bertology_serve.errors import Unsupported
+from bertology_serve.export import plain
 from bertology_serve.export.layout import architectures
 from bertology_serve.export.parts import Parts
 
@@ -21,22 +21,10 @@ def task_model(parts: Parts, delta: Delta) -> Any:
     ``parts`` are those of the merged delta. Raises Unsupported where something of it does not fold, or where
     HuggingFace has no model for the task.
     """
-    import transformers
-
     names = architectures(delta)
     if not names or delta.effects(parts.anatomy).unfoldable:
         raise Unsupported(f"delta {delta.name!r} is no checkpoint that others could export; give one that folds")
-    config = copy.deepcopy(parts.config)
-    config.num_labels, config._attn_implementation = delta.task.outputs, "sdpa"
-    with torch.random.fork_rng(devices=[]):
-        model = getattr(transformers, names[0])(config)
-    prefix = model.base_model_prefix
-    head: dict[str, Tensor] = {name: tensor.detach() for name, _, tensor in parts.head.named()}
-    state = {f"{prefix}.{name}": tensor for name, tensor in parts.state.items()} | head
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise Unsupported(f"{names[0]} has no place for {(unexpected or missing)[0]}; give another delta")
-    return model.float().eval().requires_grad_(False)
+    return plain.task_model(parts, names[0], "sdpa")
 
 
 class _Packed(nn.Module):

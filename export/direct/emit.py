@@ -13,7 +13,6 @@ from bertology_serve.export.direct.rows import Packed, Padded, gather
 from bertology_serve.export.parts import Parts
 from bertology_serve.export.rows import Weave
 from bertology_serve.export.spec import Precision
-from bertology_serve.tasks.spec import EMBEDDING
 
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet", "modernbert")
 
@@ -37,7 +36,7 @@ def emit(parts: Parts, opset: int, unpad: bool, precision: Precision = "fp32", f
     ``precision`` fp16 is that of the whole encoder, 8 bits that of its linears; all else is float32. ``fused`` graphs
     have operators of ONNX Runtime's own, for its CUDA provider.
 
-    Inputs and output are those of ``graph.Graph``; weights have the same names.
+    Inputs and outputs are those of ``graph.Graph``; weights have the same names.
     """
     nodes = Nodes(opset, fused)
     inputs = [nodes.input(name) for name in parts.inputs]
@@ -46,11 +45,5 @@ def emit(parts: Parts, opset: int, unpad: bool, precision: Precision = "fp32", f
     with nodes.halves(precision == "fp16"):
         hidden = encode(Modules(nodes, parts, precision), rows)
     hidden = hidden.real() if precision == "fp16" else hidden
-    return nodes.model(inputs, Output(parts.output, read(nodes, parts, rows, hidden), output_shape(parts)))
-
-
-def output_shape(parts: Parts) -> tuple[str | int, ...]:
-    """Of the only output."""
-    if parts.task.kind == EMBEDDING:
-        return "batch", parts.anatomy.hidden
-    return ("batch", "sequence", parts.task.outputs) if parts.task.per_token else ("batch", parts.task.outputs)
+    answers = read(nodes, parts, rows, hidden)
+    return nodes.model(inputs, *(Output(name, answers[name], shape) for name, shape in parts.outputs.items()))

@@ -1,4 +1,4 @@
-"""From the last hidden rows to the output: pooling and head, or the head at every token."""
+"""From the last hidden rows to the outputs: pooling and head, or the head at every token."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ from bertology_serve.export.direct.activations import ACTIVATIONS
 from bertology_serve.export.direct.nodes import Nodes, Value, joined
 from bertology_serve.export.direct.rows import Rows
 from bertology_serve.export.parts import Parts
+from bertology_serve.export.session import LOGITS, POOLED, ROWS
 from bertology_serve.tasks.heads import Head, Layer
-from bertology_serve.tasks.spec import EMBEDDING
+from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING
 
 
-def read(nodes: Nodes, parts: Parts, rows: Rows, hidden: Value) -> Value:
-    """hidden [T, H] -> logits [B, C] or [B, L, C], embeddings [B, H]."""
+def read(nodes: Nodes, parts: Parts, rows: Rows, hidden: Value) -> dict[str, Value]:
+    """hidden [T, H] -> ``parts.outputs`` by name."""
     task = parts.task
+    if task.kind == QUESTION_ANSWERING:
+        out = rows.callers(answered(nodes, parts, hidden))
+        return {name: out.gather(column, 2) for column, name in enumerate(parts.outputs)}
     if task.per_token:
-        return rows.callers(answered(nodes, parts, hidden))
+        return {LOGITS: rows.callers(answered(nodes, parts, hidden))}
     out = answered(nodes, parts, pooled(parts, rows, hidden))
-    return unit(nodes, out) if task.kind == EMBEDDING and task.normalize else out
+    if task.kind != EMBEDDING:
+        return {LOGITS: out}
+    return {ROWS: rows.callers(hidden), POOLED: unit(nodes, out) if task.normalize else out}
 
 
 def pooled(parts: Parts, rows: Rows, hidden: Value) -> Value:

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import cast, get_args
 
@@ -29,7 +28,7 @@ from bertology_serve.export.reference import Reference
 from bertology_serve.export.samples import built_in, of_encodings
 from bertology_serve.export.session import Session
 from bertology_serve.export.spec import ExportSpec, MultiPrecision
-from bertology_serve.export.verify import Report, check
+from bertology_serve.export.verify import Bars, Report, check, witnesses
 from bertology_serve.files import replace_directory
 from bertology_serve.tasks.spec import Encoding
 
@@ -118,8 +117,11 @@ def _verified(
     """Runs the staged file; ``numbers`` [D] are the references' deltas in the library, all of them by default."""
     mixed = Mixed(Session(stage / spec.model), library, encoder.tokenizer.pad_token_id or 0)
     longest = min(one.max_length for one in library.cards)
-    cases = chain(built_in(encoder.tokenizer, longest), of_encodings(records))
-    report = verify_mixed(mixed, references, numbers or range(len(references)), cases, spec.atol, spec.drift)
+    cases = [*built_in(encoder.tokenizer, longest), *of_encodings(records)]
+    bars = Bars.of(spec, encoder.anatomy.layers)
+    report = verify_mixed(mixed, references, numbers or range(len(references)), cases, bars)
+    found = [one for reference in references for one in witnesses(encoder, reference.delta, reference, cases)]
+    report = replace(report, witnesses=tuple(found))
     check(report)
     return report
 

@@ -12,7 +12,7 @@ from bertology_serve.export.multi.stacks import INDEX
 from bertology_serve.export.reference import Reference
 from bertology_serve.export.samples import Case
 from bertology_serve.export.session import Session
-from bertology_serve.export.verify import NEIGHBOURS, Output, Report, Tally
+from bertology_serve.export.verify import NEIGHBOURS, Bars, Output, Report, Tally
 
 
 class Mixed:
@@ -39,8 +39,7 @@ def verify_mixed(
     references: Sequence[Reference],
     numbers: Sequence[int],
     cases: Iterable[Case],
-    atol: float,
-    max_drift: float,
+    bars: Bars,
 ) -> Report:
     """Compares on every case; ``references`` are deltas whose ``numbers`` in the library are these."""
     cases, tally = list(cases), Tally()
@@ -50,7 +49,7 @@ def verify_mixed(
         expected = [one.outputs([text])[0].numpy() for one, text in zip(mine, case.encodings, strict=True)]
         found = mixed.rows(case, [numbers[owner] for owner in owners])
         tally.add(case.shape, expected, found, [one.task for one in mine])
-    return tally.report(mixed.session, atol, max_drift, _neighbours(mixed, cases, numbers), atol)
+    return tally.report(mixed.session, bars, _neighbours(mixed, cases, numbers))
 
 
 def dealt(number: int, sequences: int, deltas: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +132,18 @@ def test_what_cannot_be_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         prune(other.subject, other.name, tmp_path / "small")
     monkeypatch.setattr(pruning, "masked", lambda encoder, _: masked(encoder, [range(9)] * 3))
     with pytest.raises(VerificationError, match="nothing was written"):
+        prune(trial.subject, trial.name, tmp_path / "small", PruneSettings(rounds=1))
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_pruned_encoder_that_gives_no_numbers_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial, real = made("bert", tmp_path, CLASSES), Trial.output
+
+    def output(self: Trial, *args: Any) -> torch.Tensor:
+        return real(self, *args) * (1.0 if self.subject.encoder is trial.subject.encoder else float("nan"))
+
+    monkeypatch.setattr(Trial, "output", output)
+    with pytest.raises(VerificationError, match=r"by nan; .* nothing was written"):
         prune(trial.subject, trial.name, tmp_path / "small", PruneSettings(rounds=1))
     assert not (tmp_path / "small").exists()
 

@@ -227,7 +227,7 @@ def test_what_stands_there_is_not_overwritten(bert, train_file, tmp_path, capsys
 def test_a_copy_that_differs_is_exit_code_1(bert, train_file, tmp_path, capsys, monkeypatch):
     import bertology_serve.training.publish as publishing
 
-    monkeypatch.setattr(publishing, "TOLERANCE", -1.0)
+    monkeypatch.setattr(publishing, "rounding", lambda *_: -1.0)
     assert main(arguments(bert, train_file, tmp_path / "x", "--epochs", "1")) == 1
     assert "nothing was published" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from bertology_serve.deltas.norms import NormsSpec
 from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.export.graph import Graph
+from bertology_serve.export.session import answer
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 from tests import tiny
 
@@ -82,3 +85,15 @@ def padded(sequences: list[Encoding], left: bool, extra: int = 0) -> list[Tensor
         at = slice(length - len(one), length) if left else slice(0, len(one))
         ids[row, at], mask[row, at], types[row, at] = torch.tensor(one.ids), 1, torch.tensor(one.types)
     return [ids, mask, types]
+
+
+def answered(graph: Graph, *inputs: Tensor) -> Tensor:
+    """What a graph in torch answers, as ``Session.run`` gives it."""
+    outputs = [out.detach().numpy() for out in graph(*inputs)]
+    return torch.from_numpy(answer(dict(zip(graph.outputs, outputs, strict=True))))
+
+
+def ran(session: Any, arrays: Mapping[str, Any]) -> Any:
+    """The same for a session of ONNX Runtime."""
+    names = [one.name for one in session.get_outputs()]
+    return answer(dict(zip(names, session.run(names, dict(arrays)), strict=True)))

@@ -37,12 +37,19 @@ from tests.export.cases import (
     VECTORS,
     encodings,
     padded,
+    ran,
     small,
 )
 
 ROOT = Path(__file__).parents[2]
 BAKED = {name: ExportSpec(merge=True, bake=True, back_end=name) for name in ("auto", "direct", "torch")}
 TASKS = {"bert": CLASSES, "modernbert": ANSWERS, "deberta-v2": TAGS, "distilbert": SCORES, "mpnet": VECTORS}
+
+
+OUTPUTS = {
+    "question-answering": ["start_logits", "end_logits"],
+    "embedding": ["last_hidden_state", "sentence_embedding"],
+}
 
 
 class Made:
@@ -78,7 +85,7 @@ def bert(tmp_path_factory) -> Made:
 def run(file: Path, arrays: list[torch.Tensor]) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     names = [found.name for found in session.get_inputs()]
-    return session.run(None, {name: array.numpy() for name, array in zip(names, arrays, strict=False)})[0]
+    return ran(session, {name: array.numpy() for name, array in zip(names, arrays, strict=False)})
 
 
 def test_onnx_runtime_agrees_with_the_engine(made):
@@ -119,8 +126,22 @@ def test_the_file_says_what_it_is(made):
     assert facts["tool"] == f"bertology-serve {bertology_serve.__version__}"
     dims = [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim]
     assert dims == ["batch", "sequence"]
-    assert [found.name for found in model.graph.output] == ["embedding" if task.kind == "embedding" else "logits"]
+    assert [found.name for found in model.graph.output] == OUTPUTS.get(task.kind, ["logits"])
     assert [(one.domain, one.version) for one in model.opset_import] == [("", 23 if direct else 20)]
+
+
+@pytest.mark.parametrize("back_end", ["direct", "torch"])
+def test_rows_lie_beside_the_embedding_where_the_caller_has_them(back_end, exports):
+    """Pooled by the caller they are the embedding: what sentence-transformers does with them."""
+    made = exports("mpnet", back_end)
+    session = onnxruntime.InferenceSession(str(made.file), providers=["CPUExecutionProvider"])
+    for left in (False, True):
+        ids, mask, _ = padded(encodings((6, 1, 11), typed=False), left, extra=2)
+        rows, pooled = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        assert rows.shape == (*ids.shape, 32)
+        assert not rows[mask.numpy() == 0].any()
+        mean = rows.sum(1) / mask.numpy().sum(1, keepdims=True)
+        assert np.abs(mean / np.linalg.norm(mean, axis=1, keepdims=True) - pooled).max() <= 1e-5
 
 
 def test_nothing_of_this_machine_is_in_any_file(made):
@@ -230,11 +251,10 @@ def test_8_bits_are_published_where_they_stay_close(bert, tmp_path):
     spec = ExportSpec(merge=True, precision="int8-row")
     done = export_delta(bert.encoder, bert.delta, tmp_path / "out", spec)
     assert 0 < done.report.drift < 0.05
-    assert done.report.neighbours <= 1e-5
     model = onnx.load(done.directory / "onnx" / "model.onnx")
     facts = {prop.key: prop.value for prop in model.metadata_props}
     assert facts["precision"] == "int8-row"
-    assert "‖Δ‖/‖·‖ at most 0.1 against the unmerged float32" in facts["verification"]
+    assert "‖Δ‖/‖·‖ at most 0.057 against the unmerged float32" in facts["verification"]
     kinds = {one.name: one.data_type for one in model.graph.initializer}
     assert kinds["encoder.layer.0.attention.self.query.weight"] == onnx.TensorProto.INT8
     assert kinds["encoder.layer.0.attention.self.query.weight_scale"] == onnx.TensorProto.FLOAT
@@ -257,7 +277,7 @@ def test_what_a_precision_costs_is_said(bert, tmp_path):
     assert half.bytes < 0.75 * bert.done.bytes
     report = json.loads((tmp_path / "half" / "verification.json").read_text())
     assert report["lost"] == half.report.lost
-    assert report["neighbours_allowed"] == pytest.approx(0.01 * report["scale"])
+    assert report["neighbours_allowed"] == pytest.approx(0.004 * 2**0.5 * report["scale"])
 
 
 def test_large_weights_lie_beside_the_model_and_are_verified_there(bert, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from bertology_serve.export.parts import parts_of
 from bertology_serve.export.reference import Reference
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
-from tests.export.cases import CLASSES, DELTAS, EVERYTHING, encodings, padded
+from tests.export.cases import CLASSES, DELTAS, EVERYTHING, answered, encodings, padded
 
 LENGTHS = (1, 2, 5, 17, 32)
 
@@ -29,7 +29,7 @@ def difference(encoder: Encoder, delta: Delta, merge: bool) -> float:
     for left, extra in ((False, 0), (True, 3)):
         ids, mask, types = padded(sequences, left, extra)
         with torch.inference_mode():
-            out = graph(*[ids, mask, types][: len(graph.inputs)])
+            out = answered(graph, *[ids, mask, types][: len(graph.inputs)])
         parts = [row[keep.bool()] for row, keep in zip(out, mask, strict=True)] if delta.task.per_token else out
         found += [(part - one).abs().max() for part, one in zip(parts, expected, strict=True)]
     return float(torch.stack(found).max())
@@ -56,7 +56,7 @@ def test_a_part_left_out_would_be_seen(tmp_path, monkeypatch):
             patch.setattr(Delta, "effects", lambda *_, parts=parts: Effects(**parts))
             graph = Graph(parts_of(encoder, delta, True))
         sequences = encodings((9,), typed=True)
-        out = graph(*padded(sequences, left=False))[0]
+        out = answered(graph, *padded(sequences, left=False))[0]
         assert (out - reference.outputs(sequences)[0]).abs().max() > 1e-4, missing
 
 
@@ -64,7 +64,7 @@ def test_padding_is_zero_for_tasks_that_answer_for_every_token(tmp_path):
     encoder = tiny.encoder("bert", tmp_path)
     graph = Graph(parts_of(encoder, tiny.delta(encoder, "x", *DELTAS["prompt-tags"]), True))
     ids, mask, types = padded(encodings((3, 8), typed=True), left=True)
-    out = graph(ids, mask, types)
+    out = answered(graph, ids, mask, types)
     assert out.shape == (2, 8, 3)
     assert (out[0, :5] == 0).all()
     assert (out[0, 5:] != 0).all()
@@ -77,9 +77,8 @@ def test_every_pooling(pooling, tmp_path):
         task = TaskSpec("embedding", max_length=32, head="none", pooling=pooling, normalize=normalize)
         delta = tiny.delta(encoder, "x", DELTAS["prompt"][0], task)
         assert difference(encoder, delta, True) <= 1e-5
-        lengths = Graph(parts_of(encoder, delta, True))(*padded(encodings((4, 9), typed=False), left=False)[:2]).norm(
-            dim=1
-        )
+        graph = Graph(parts_of(encoder, delta, True))
+        lengths = answered(graph, *padded(encodings((4, 9), typed=False), left=False)[:2]).norm(dim=1)
         assert torch.allclose(lengths, torch.ones(2)) == normalize
 
 
@@ -89,9 +88,9 @@ def test_a_row_of_padding_alone_is_finite_and_changes_nothing(tmp_path):
         graph = Graph(parts_of(encoder, tiny.delta(encoder, "x", *DELTAS["prefix-shifted"]), True))
         ids, mask, _ = padded(encodings((20, 9), typed=False), left=False)
         with torch.inference_mode():
-            before = graph(ids, mask)
+            before = answered(graph, ids, mask)
             mask[1] = 0
-            after = graph(ids, mask)
+            after = answered(graph, ids, mask)
         assert torch.isfinite(after).all()
         assert torch.equal(before[0], after[0])
 

@@ -11,6 +11,7 @@ from bertology_serve.export.metadata import metadata
 from bertology_serve.export.parts import parts_of
 from bertology_serve.export.spec import ExportSpec
 from bertology_serve.export.verify import Report
+from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.export.cases import DELTAS
 
@@ -41,6 +42,8 @@ def test_huggingface_reads_what_is_beside_the_model(family, name, architecture, 
     assert read.architectures == [architecture]
     assert read.problem_type == {"lora-one-layer": "regression", "folds": "single_label_classification"}.get(name)
     tokenizer = AutoTokenizer.from_pretrained(out)
+    named = json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert named == "PreTrainedTokenizerFast"  # transformers 4 knows no other name for it
     assert tokenizer.model_max_length == delta.task.max_length
     assert tokenizer.backend_tokenizer.padding is None
     assert len(tokenizer("the cat " * 60, truncation=True)["input_ids"]) == delta.task.max_length
@@ -56,7 +59,28 @@ def test_embeddings_keep_the_architecture_of_the_base(tmp_path):
     delta = tiny.delta(encoder, "x", *DELTAS["prefix-shifted"])
     facts = metadata(encoder, delta, parts_of(encoder, delta, False), ExportSpec(), DENSE, "x")
     assert config(encoder, delta, facts)["architectures"] == ["BertModel"]
-    assert "session.run(['embedding']" in example("model.onnx", facts, "there")
+    assert "session.run(['sentence_embedding'], " in example("model.onnx", facts, "there")
+
+
+@pytest.mark.parametrize(("pooling", "normalize"), [("cls", True), ("mean", False), ("max", True)])
+def test_sentence_transformers_is_told_how_to_pool(pooling, normalize, tmp_path):
+    """Without these files it takes the mean, whatever the task says."""
+    encoder = tiny.encoder("bert", tmp_path / "base")
+    task = TaskSpec("embedding", max_length=20, head="none", pooling=pooling, normalize=normalize)
+    delta = tiny.delta(encoder, "x", DELTAS["lora"][0], task)
+    facts = metadata(encoder, delta, parts_of(encoder, delta, True), ExportSpec(), DENSE, "x")
+    (tmp_path / "out").mkdir()
+    write_around(tmp_path / "out", "onnx/model.onnx", encoder, delta, facts, REPORT)
+    modules = json.loads((tmp_path / "out" / "modules.json").read_text())
+    assert [one["type"].rpartition(".")[2] for one in modules] == ["Transformer", "Pooling", "Normalize"][
+        : 2 + normalize
+    ]
+    read = json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())
+    assert read.pop("word_embedding_dimension") == 32
+    assert [name for name, value in read.items() if value] == [
+        {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens"}[pooling]
+    ]
+    assert json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text())["max_seq_length"] == 20
 
 
 def test_the_card_survives_any_label(tmp_path):

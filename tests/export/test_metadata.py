@@ -58,7 +58,15 @@ def test_shifted_virtual_tokens_take_room_from_the_text(tmp_path):
     [
         ("folds", "logits: float32 [batch, 3], before any softmax"),
         ("pfeiffer", "logits: float32 [batch, sequence, 3], zero at padding, before any softmax"),
-        ("prefix-shifted", "embedding: float32 [batch, hidden], of unit length"),
+        (
+            "prefix-shifted",
+            "last_hidden_state, sentence_embedding: float32 [batch, sequence, hidden], zero at padding, and pooled "
+            "[batch, hidden], of unit length",
+        ),
+        (
+            "prefix",
+            "start_logits, end_logits: float32 [batch, sequence] each, before any softmax, zero at padding",
+        ),
         (
             "bitfit-attention",
             "logits: float32 [batch, 1], one row a choice: the caller groups a question's rows and takes the largest",

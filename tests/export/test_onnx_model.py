@@ -12,7 +12,7 @@ from bertology_serve.export.onnx_model import to_onnx
 
 
 class Untraceable(torch.nn.Module):
-    inputs, output, names = ("input_ids", "attention_mask"), "logits", {}
+    inputs, outputs, names = ("input_ids", "attention_mask"), ("logits",), {}
     model = torch.nn.Identity()
 
     def forward(self, input_ids, attention_mask):

@@ -90,3 +90,10 @@ def spoiled(path: Path, **facts: str) -> None:
     config = json.loads((path / "config.json").read_text())
     config["bertology_serve"] |= facts
     (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", ["lora-1", "pfeiffer"])
+def test_an_export_is_one_whatever_its_layout(name, pair):
+    """The file of the layout hf lies in a directory of its own, which is no second export."""
+    assert exports(pair[1] / name) == [pair[1] / name]
+    assert exports(pair[1]) == [pair[1] / name for name in sorted(NAMES)]

@@ -18,7 +18,9 @@ from tests.export.cases import CLASSES, DELTAS, FOLDS
     [
         ("bert", "folds", '{ name: "logits", data_type: TYPE_FP32, dims: [ 3 ] }'),
         ("roberta", "houlsby-gelu", '{ name: "logits", data_type: TYPE_FP32, dims: [ -1, 3 ] }'),
-        ("mpnet", "prefix-shifted", '{ name: "embedding", data_type: TYPE_FP32, dims: [ 32 ] }'),
+        ("mpnet", "prefix-shifted", '{ name: "sentence_embedding", data_type: TYPE_FP32, dims: [ 32 ] }'),
+        ("mpnet", "prefix-shifted", '{ name: "last_hidden_state", data_type: TYPE_FP32, dims: [ -1, 32 ] }'),
+        ("electra", "prefix", '{ name: "start_logits", data_type: TYPE_FP32, dims: [ -1 ] }'),
     ],
 )
 def test_inputs_and_outputs_are_those_of_the_file(family, name, output, tmp_path):

@@ -9,9 +9,10 @@ import torch
 
 from bertology_serve.errors import VerificationError
 from bertology_serve.export.samples import Case
-from bertology_serve.export.verify import check, verify
+from bertology_serve.export.verify import Bars, Witness, check, verify
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 
+BARS = Bars(layers=2, atol=1e-5)
 CLASSES = TaskSpec("classification", ("a", "b"))
 
 
@@ -53,7 +54,7 @@ CASES = [case(1), case(3, 1), case(1, 4, left=True), case(7)]
 
 
 def test_agreement_is_reported():
-    report = verify(Session(), Reference(), CASES, 0, 1e-5)
+    report = verify(Session(), Reference(), CASES, 0, BARS)
     assert report.passed
     assert (report.largest, report.mean, report.neighbours, report.scale) == (0, 0, 0, 7)
     assert (report.sequences, report.agreement) == (6, 1.0)
@@ -65,18 +66,18 @@ def test_agreement_is_reported():
 
 @pytest.mark.parametrize("off", [1.5, 1e-4, float("nan"), float("inf")])
 def test_what_differs_is_found_and_named(off):
-    report = verify(Session(off), Reference(), CASES, 0, 1e-5)
+    report = verify(Session(off), Reference(), CASES, 0, BARS)
     assert not report.passed
     assert report.neighbours == pytest.approx(off, rel=0.01, nan_ok=True)
     assert report.largest == pytest.approx(off, rel=0.01, nan_ok=True)
     with pytest.raises(
-        VerificationError, match=r"^DIFFERS: .*worst at 2×[34] (left|right), outputs reach 7; nothing was published"
+        VerificationError, match=r"^DIFFERS: .*outputs reach 7\).*worst at 2×[34] (left|right); nothing was published"
     ):
         check(report)
 
 
 def test_decisions_that_flip_are_counted():
-    report = verify(Session(1.5), Reference(), CASES, 0, 1e-5)
+    report = verify(Session(1.5), Reference(), CASES, 0, BARS)
     assert report.agreement == pytest.approx(4 / 6)  # lengths 1 of the two mixed batches become 2.5 > 2
 
 
@@ -86,7 +87,7 @@ def test_decisions_that_flip_are_counted():
 )
 def test_padding_is_not_compared_and_only_decisions_are_counted(kind, agreement):
     task = TaskSpec(kind, ("O", "B-X") if kind == "token-classification" else ())
-    report = verify(Session(per_token=task.per_token), Reference(task), CASES, 0, 1e-5)
+    report = verify(Session(per_token=task.per_token), Reference(task), CASES, 0, BARS)
     assert report.passed
     assert report.agreement == agreement
 
@@ -99,7 +100,7 @@ def test_drift_counts_where_it_is_allowed(allowed, passes):
         def run(self, arrays):
             return super().run(arrays) + np.array([1.0, 0.0], dtype=np.float32)
 
-    report = verify(Off(), Reference(), CASES, 0, 1e-5, allowed)
+    report = verify(Off(), Reference(), CASES, 0, replace(BARS, max_drift=allowed))
     expected = np.sqrt(6 / sum(n * n + 4 for n in (1, 3, 1, 1, 4, 7)))
     assert report.drift == pytest.approx(expected)
     assert report.passed is passes
@@ -113,7 +114,7 @@ def test_drift_counts_where_it_is_allowed(allowed, passes):
 @pytest.mark.parametrize("off", [1e-6, 0.3, 1.5])
 def test_neighbours_change_no_more_than_is_allowed(neighbours, allowed, off):
     """Outputs reach 7, so a drift of 10 % lets rounding change 0.7."""
-    report = verify(Session(off), Reference(), CASES, 0, 1e-5, 0.1, neighbours)
+    report = verify(Session(off), Reference(), CASES, 0, replace(BARS, max_drift=0.1, neighbours=neighbours))
     assert report.neighbours_allowed == (pytest.approx(allowed) if allowed else None)
     assert report.passed == (report.drift <= 0.1 and (allowed is None or off <= allowed))
     assert report.flips == pytest.approx(2 / 4 if off > 1 else 0)
@@ -121,7 +122,7 @@ def test_neighbours_change_no_more_than_is_allowed(neighbours, allowed, off):
 
 
 def test_what_a_cast_loses_is_in_the_line():
-    report = verify(Session(), Reference(), CASES, 0, 1e-5)
+    report = verify(Session(), Reference(), CASES, 0, BARS)
     assert "loses" not in report.line()
     lost = replace(report, lost={"float16": 0.012, "bfloat16": 0.4})
     assert lost.line().endswith(", a cast loses of the delta: float16 1.2%, bfloat16 40.0%")
@@ -129,7 +130,71 @@ def test_what_a_cast_loses_is_in_the_line():
 
 
 def test_no_drift_excuses_neighbours():
-    report = verify(Session(1e-3), Reference(), CASES, 0, 1e-5, 0.1)
+    report = verify(Session(1e-3), Reference(), CASES, 0, replace(BARS, max_drift=0.1))
     assert report.drift < 0.1
     assert not report.passed
-    assert not verify(Session(float("nan")), Reference(), CASES, 0, 1e-5, 0.1).passed
+    assert not verify(Session(float("nan")), Reference(), CASES, 0, replace(BARS, max_drift=0.1)).passed
+
+
+class Alone(Session):
+    """A session whose answers to sequences of 7 tokens are no numbers; neighbours are compared elsewhere."""
+
+    def run(self, arrays):
+        return np.where(arrays["attention_mask"].sum(1)[:, None] == 7, np.float32("nan"), super().run(arrays))
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.1])
+def test_nan_never_passes_and_is_named(drift):
+    """In the differences alone: what neighbours change is a number."""
+    report = verify(Alone(), Reference(), CASES, 0, replace(BARS, max_drift=drift))
+    assert report.neighbours == 0
+    assert not report.passed
+    with pytest.raises(VerificationError, match="worst at 1×7 right"):
+        check(report)
+
+
+@pytest.mark.parametrize("field", ["largest", "drift", "neighbours"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("drift", [0.0, 0.1])
+def test_every_bar_is_missed_by_what_is_no_number(field, value, drift):
+    report = verify(Session(), Reference(), CASES, 0, replace(BARS, max_drift=drift))
+    counts = field == "neighbours" or (field == "drift") == bool(drift)
+    assert replace(report, **{field: value}).passed is not counts
+    assert not replace(report, witnesses=(Witness("other", 1, value, 1.0),)).passed
+
+
+def test_torch_of_zeros_agrees_with_nothing_else():
+    class Zero(Reference):
+        def outputs(self, encodings):
+            return [torch.zeros(2) for _ in encodings]
+
+    bars = replace(BARS, max_drift=0.1)
+    assert verify(Session(), Zero(), CASES, 0, bars).drift == float("inf")
+    assert not verify(Session(), Zero(), CASES, 0, bars).passed
+
+
+def test_float32_may_round_more_in_deeper_encoders_and_larger_outputs():
+    """1e-5 where outputs reach 10 is one part in a million: no fault of six layers."""
+    assert Bars(6).output(10.0) == pytest.approx(1.5e-4, rel=0.05)
+    assert Bars(6).output(0.1) == Bars(6).output(1.0) == pytest.approx(1.5e-5, rel=0.05)
+    assert Bars(12).output(6.8) == pytest.approx(1.8e-4, rel=0.05)
+    report = verify(Session(5e-5), Reference(), CASES, 0, Bars(6))
+    assert report.passed
+    assert "(allowed 1.1e-04, outputs reach 7)" in report.line()
+    assert not verify(Session(2e-4), Reference(), CASES, 0, Bars(6)).passed
+
+
+def test_what_neighbours_change_too_much_is_said_with_advice_that_helps():
+    report = verify(Session(1e-3), Reference(), CASES, 0, replace(BARS, max_drift=0.1))
+    with pytest.raises(VerificationError, match=r"neighbours may change a row by 1.0e-05; leave out --precision$"):
+        check(report)
+
+
+def test_a_witness_that_disagrees_is_named():
+    report = verify(Session(), Reference(), CASES, 0, BARS)
+    one = Witness("transformers' BertForX", 8, 0.25, 1e-5)
+    assert replace(report, witnesses=(replace(one, largest=1e-6),)).passed
+    with pytest.raises(
+        VerificationError, match=r"torch against transformers' BertForX, 8 sequences: max \|Δ\| 2.5e-01"
+    ):
+        check(replace(report, witnesses=(one,)))

@@ -73,6 +73,13 @@ def test_rows_that_differ_are_never_served(loaded, monkeypatch):
         engines.settle(loaded, "onnx", "int8-row")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8-row"])
+def test_rows_that_are_no_numbers_are_never_served(precision, loaded, monkeypatch):
+    monkeypatch.setattr(OnnxEngine, "run", lambda self, batch, bank: loaded.encoder.run(batch, bank) * float("nan"))
+    with pytest.raises(VerificationError, match=r"max \|Δ\| nan"):
+        engines.settle(loaded, "onnx", precision)
+
+
 def test_8_bits(loaded):
     jobs = [loaded.prepare(Request("raw", RECORDS["raw"]))]
     expected = loaded.run(jobs)[0].answer["embedding"]

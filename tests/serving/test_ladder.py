@@ -3,14 +3,17 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from bertology_serve.serving.ladder import LONG, climb
+from bertology_serve.serving.times import BatchTimes
 
 
 class Machine:
-    """1 ms a token; a long text has 240."""
+    """1 ms a token, and ``fixed`` seconds; a long text has 240 tokens."""
 
-    def __init__(self) -> None:
-        self.now, self.sizes = 0.0, []
+    def __init__(self, fixed: float = 0.0) -> None:
+        self.now, self.sizes, self.fixed = 0.0, [], fixed
 
     def prepare(self, request: Any) -> Any:
         length = 240 if request.record["text"] == LONG else 24
@@ -18,7 +21,7 @@ class Machine:
 
     def run(self, jobs: Any) -> None:
         self.sizes.append(sum(job.cost for job in jobs))
-        self.now += 0.001 * self.sizes[-1]
+        self.now += self.fixed + 0.001 * self.sizes[-1]
 
 
 def test_sizes_double_until_a_batch_takes_twice_the_cap():
@@ -28,6 +31,13 @@ def test_sizes_double_until_a_batch_takes_twice_the_cap():
     assert [squares // tokens for tokens, squares, _ in rungs] == [24] * 5 + [240] * 2
     assert all(abs(seconds - 0.001 * tokens) < 1e-9 for tokens, _, seconds in rungs)
     assert len(machine.sizes) == 3 * len(rungs)
+
+
+def test_sizes_double_until_the_fixed_part_is_a_small_one():
+    machine: Any = Machine(fixed=0.2)
+    rungs = climb(machine, cap=0.05, most=10_000, clock=lambda: machine.now)
+    assert [tokens for tokens, _, _ in rungs] == [24, 72, 120, 264, 504, 1032, 240, 480, 960]
+    assert BatchTimes(0.05, 10_000, rungs).budget == pytest.approx(800, abs=1)
 
 
 def test_sizes_end_at_the_most():

@@ -61,6 +61,19 @@ def test_the_earliest_deadline_of_a_delta_goes_first():
     assert scheduler([whenever, late, soon], 10).pick(0.0) == [soon, late, whenever]
 
 
+def test_only_work_that_can_wait_makes_batches_beyond_the_cap():
+    """A second a token, at most 10 tokens, 4 where a deadline is near."""
+
+    def picked(*deadlines: float) -> int:
+        made = scheduler([work(1, deadline=one) for one in deadlines], 10)
+        made.hurried, made.seconds = 4, lambda size: size
+        return len(made.pick(100.0))
+
+    assert picked(*[math.inf] * 20) == picked(*[110.0] * 20) == 10
+    assert picked(*[107.5] * 20) == 7
+    assert picked(*[102.0] * 20) == picked(102.0, *[math.inf] * 19) == 4  # no smaller: nothing would be in time
+
+
 def test_dropped_and_expired_work_is_forgotten_and_costs_its_delta_nothing():
     works = [work(4), work(4), work(4, deadline=1.0)]
     made = scheduler(works, 10)

@@ -25,15 +25,24 @@ def test_the_line_through_exact_measurements_and_the_budget_that_follows():
 
 def test_the_budget_stays_within_its_bounds():
     assert BatchTimes(0.05, 100, LADDER).budget == 100
-    assert BatchTimes(1e-5, 100, LADDER).budget == 1
+    times = BatchTimes(1e-5, 100, [(size, 0, 0.0001 * size) for size in (32, 64)])
+    assert (times.budget, times.hurried) == (1, 1)
 
 
-def test_where_the_fixed_part_fills_the_cap_batches_do_not_shrink_to_nothing():
-    assert BatchTimes(0.001, 100, LADDER).budget == pytest.approx(10, abs=1)
-    slow = [(size, 0, 0.2 + 0.0001 * size) for size in (32, 512)]
-    assert BatchTimes(0.05, 10_000, slow).budget == pytest.approx(500, abs=1)
-    less = [(size, 0, 0.03 + 0.0001 * size) for size in (32, 512)]
-    assert BatchTimes(0.05, 10_000, less).budget == pytest.approx(300, abs=1)
+@pytest.mark.parametrize(
+    ("cap", "fixed", "per_token", "budget", "hurried"),
+    [
+        (0.05, 0.0245, 0.00055, 178, 46),  # 110 M parameters on two cores: batches of 46 tokens would half be waiting
+        (0.05, 0.010, 0.0001, 400, 400),
+        (0.05, 0.2, 0.0001, 8000, 1),
+        (0.001, 0.002, 0.0001, 80, 1),
+    ],
+)
+def test_the_fixed_part_is_at_most_a_fifth_of_a_batch(cap, fixed, per_token, budget, hurried):
+    times = BatchTimes(cap, 10_000, [(size, 0, fixed + per_token * size) for size in (32, 64, 512)])
+    assert times.budget == pytest.approx(budget, abs=1)
+    assert times.hurried == pytest.approx(hurried, abs=1)
+    assert times.fixed <= times.seconds(times.budget + 1) / 5
 
 
 def test_a_machine_that_slows_down_gets_smaller_batches_and_recovers():

@@ -10,6 +10,7 @@ import torch
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import VerificationError
+from bertology_serve.training import publish as publishing
 from bertology_serve.training.config import TrainConfig
 from bertology_serve.training.publish import publish
 from bertology_serve.training.train import Prepared, prepare
@@ -52,9 +53,16 @@ def test_a_copy_that_differs_is_not_published(tmp_path: Path, bert: Encoder):
     delta = ready.live.freeze("mine")
     with torch.no_grad():
         ready.live.tensors["lora-query-b"].add_(0.01)
-    with pytest.raises(VerificationError, match=r"differ by .* \(allowed: 1e-05\); nothing was published"):
+    with pytest.raises(VerificationError, match=r"differ by .* \(allowed: 9.5e-06\); nothing was published"):
         publish(delta, ready.live, tmp_path / "mine", ready.items, records)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("other", [float("nan"), float("inf")])
+def test_a_copy_that_answers_no_numbers_is_not_published(other: float):
+    for expected, found in (([1.0, other], [1.0, 2.0]), ([1.0, 2.0], [1.0, other])):
+        with pytest.raises(VerificationError, match="differ by"):
+            publishing._difference(torch.tensor(expected), torch.tensor(found), "mine", 3)
 
 
 def test_a_failed_copy_leaves_what_stood_there(tmp_path: Path, bert: Encoder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,7 +55,7 @@ def flat(values: Any) -> Numbers:
 
 
 def apart(one: Numbers, other: Numbers) -> float:
-    """The largest difference; endless where they differ in number."""
-    if len(one) != len(other):
-        return float("inf")
+    """The largest difference; endless where they differ in number, or one of them is no number."""
+    if len(one) != len(other) or any(map(math.isnan, (*one, *other))):
+        return math.inf
     return max((abs(a - b) for a, b in zip(one, other, strict=True)), default=0.0)

@@ -21,7 +21,7 @@ from bertology_serve.export.reference import Reference
 from bertology_serve.export.spec import Precision
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
-from tests.export.cases import CLASSES, DELTAS, EVERYTHING, encodings, padded, small
+from tests.export.cases import CLASSES, DELTAS, EVERYTHING, encodings, padded, ran, small
 
 TINY = [family for family in tiny.FAMILIES if not family.startswith("deberta")]
 LENGTHS = (1, 2, 5, 17, 32)
@@ -45,7 +45,7 @@ class Run:
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> np.ndarray:
         arrays = zip(self.parts.inputs, (ids, mask, types), strict=False)
-        return self.session.run(None, {name: array.numpy() for name, array in arrays})[0]
+        return ran(self.session, {name: array.numpy() for name, array in arrays})
 
 
 def difference(run: Run, reference: Reference) -> float:

@@ -121,6 +121,10 @@ def test_fuzzed(stage, monkeypatch):
     assert not stopped.holds
 
 
+def test_what_is_no_number_is_apart_from_everything():
+    assert isolation.apart([1.0, float("nan")], [1.0, 2.0]) == isolation.apart([1.0], [float("nan")]) == float("inf")
+
+
 def test_isolation(stage, monkeypatch):
     found = isolation.measure(stage)
     assert found.holds, found.words
