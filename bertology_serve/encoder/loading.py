@@ -77,7 +77,7 @@ def load_tokenizer(path: str) -> Any:
 
 def read_pooling(path: str) -> str | None:
     """The pooling of a sentence encoder (sentence-transformers' ``1_Pooling``), one of ``POOLINGS``; else None."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     with _reading(f"the pooling of {path}"):
         file = cached_file(path, f"{POOLING}/config.json", _raise_exceptions_for_missing_entries=False)

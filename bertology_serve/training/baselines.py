@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import BASE, Pipeline, Request
 from bertology_serve.tasks.base import Task
-from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import EMBEDDING, REGRESSION
 from bertology_serve.training.items import Item
 
@@ -20,7 +20,8 @@ def baselines(encoder: Encoder, task: Task, items: Sequence[Item], dev: Sequence
     ``constant``: the training data's most frequent label, or mean score, for every text. ``cosine``: for scored pairs
     the cosine of their embeddings by the untouched encoder.
     """
-    examples, found = [item.example for item in dev], {}
+    examples: list[Any] = [item.example for item in dev]
+    found = {}
     prior = task.prior([item.target for item in items])
     if prior is not None:
         found[CONSTANT] = task.metrics([task.decode(item.example, item.encodings, [prior]) for item in dev], examples)
@@ -28,5 +29,5 @@ def baselines(encoder: Encoder, task: Task, items: Sequence[Item], dev: Sequence
         pipeline = Pipeline(encoder)
         pairs = ({"text": example.text, "text_pair": example.text_pair} for example in examples)
         answers = [dict(found.answer) for found in pipeline.answer(Request(BASE, pair) for pair in pairs)]
-        found[COSINE] = task_for(pipeline.base.task).metrics(answers, examples)
+        found[COSINE] = pipeline.base.task.metrics(answers, examples)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -167,11 +168,11 @@ class Run:
             number * (count > 1),
         )
         start = before.metrics if before and stage.improves else None
-        folder = None if self.config.recipe else self.directory.path / "features"  # a recipe's are for others too
-        trainer = Solver(*own, folder) if stage.solved else Trainer(*own, self.processes, start)
+        own_rows = None if self.config.recipe else self.directory.path / "features"  # a recipe's are for others too
+        trainer = Solver(*own, own_rows) if stage.solved else Trainer(*own, self.processes, start)
         trainer.state.seconds = before.provenance["seconds"] if before else 0.0
         state = trainer.run()
-        if start and not state.best_step and self.data.dev and stage.config.keep == "best":
+        if before and start and not state.best_step and self.data.dev and stage.config.keep == "best":
             return self._unimproved(before, number, state, out)
         counts = count_parameters(live)
         config = self.config if number == count else stage.config
@@ -232,8 +233,11 @@ def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
     if form.per_token:
         return config
     first_row = config.starts_at_probe and "pooler.dense.weight" in encoder.base_head
-    pooling = config.pooling or own or ("cls" if first_row else form.pooling)
-    return replace(config, pooling=pooling, head=config.head or ("linear" if own and form.head == "hf" else form.head))
+    chosen: dict[str, Any] = {
+        "pooling": config.pooling or own or ("cls" if first_row else form.pooling),
+        "head": config.head or ("linear" if own and form.head == "hf" else form.head),
+    }
+    return replace(config, **chosen)
 
 
 def task_spec(config: TrainConfig, encoder: Encoder, train: Source) -> TaskSpec:

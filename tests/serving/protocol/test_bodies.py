@@ -27,7 +27,7 @@ from bertology_serve.serving.protocol.bodies import decode, encode, encode_list,
         (b'"\\ud83d\\ude00', "is not JSON"),
         (b"[" * 20_000, "nested too deeply"),
     ],
-    ids=lambda value: str(value)[:20],
+    ids=lambda value: str(value if isinstance(value, str) else bytes(value))[:20],
 )
 def test_whatever_is_wrong_is_a_data_error(body, message):
     with pytest.raises(DataError, match=message):
