@@ -11,11 +11,16 @@ BESIDE = -n $(WORKERS) --dist loadfile
 STAMP := $(VENV)/installed
 PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test check gpu lint format install clean
+# Older processors, as torch's and MKL's kernels see them, and this one; ONNX Runtime always takes this one's kernels
+SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2
+
+.PHONY: help demo test test-matrix check gpu lint format install clean
 
 help:
 	@echo 'make demo     train one delta of each kind, serve a mixed batch, export one to ONNX'
 	@echo 'make test     run the tests'
+	@echo 'make test-matrix  run them as older processors would, busy, and in every $(VENV)-* (other versions)'
 	@echo 'make check    what CI runs: format, lint, types, tests with coverage of at least $(COVERAGE) %'
 	@echo 'make gpu      on a machine with a CUDA GPU: its tests, then every measurement of it, into benchmarks/results'
 	@echo 'make lint     format, lint and types only'
@@ -28,6 +33,14 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(BESIDE)
+
+test-matrix: $(STAMP)
+	@for venv in $(VENV) $(wildcard $(VENV)-*); do \
+	  for machine in "$(SSE) OMP_NUM_THREADS=2" "$(AVX2) OMP_NUM_THREADS=1" OMP_NUM_THREADS=2; do \
+	    echo "== $$venv, $$machine, two processes for each core"; \
+	    env $$machine $$venv/bin/python -m pytest -n $$((2 * $$(nproc))) --dist loadfile -q $(TESTS) || exit; \
+	  done; \
+	done
 
 check: lint
 	$(BIN)/python -m pytest $(BESIDE) --cov --cov-report=term --cov-fail-under=$(COVERAGE)

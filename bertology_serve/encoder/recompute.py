@@ -20,7 +20,7 @@ from bertology_serve.encoder.passing import Current
 @contextmanager
 def recomputed(modules: Sequence[nn.Module], current: Current) -> Iterator[None]:
     """While it holds, the modules keep nothing for the backward pass but their inputs: they run twice, with the same
-    dropout, and their gradients have the same bits. Without gradients nothing is changed."""
+    dropout, and on one CPU their gradients have the same bits. Without gradients nothing is changed."""
     with ExitStack() as stack:
         for module in modules if torch.is_grad_enabled() else ():
             assert "forward" not in vars(module)
