@@ -14,12 +14,16 @@ PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
 # where models are kept that test-real fetches, and the environments of test-elsewhere
 REAL ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bertology-serve
 ELSEWHERE ?= .elsewhere
+# Older processors, as torch's and MKL's kernels see them, and this one; ONNX Runtime always takes this one's kernels
+SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2
 
-.PHONY: help demo test test-real test-elsewhere check gpu lint format install clean
+.PHONY: help demo test test-matrix test-real test-elsewhere check gpu lint format install clean
 
 help:
 	@echo 'make demo     train one delta of each kind, serve a mixed batch, export one to ONNX'
 	@echo 'make test     run the tests'
+	@echo 'make test-matrix     run them as older processors would, busy, and in every $(VENV)-* (other versions)'
 	@echo 'make test-real       train, serve and export on an encoder of 110 M parameters, from the package index (minutes)'
 	@echo 'make test-elsewhere  exports in optimum, sentence-transformers, OpenVINO and transformers.js (needs npm for that)'
 	@echo 'make check    what CI runs: format, lint, types, tests with coverage of at least $(COVERAGE) %'
@@ -49,6 +53,14 @@ $(ELSEWHERE)/made:
 	$(ELSEWHERE)/openvino/bin/pip install -qq openvino numpy
 	-npm install --silent --ignore-scripts --prefix $(ELSEWHERE) @huggingface/transformers
 	@touch $@
+
+test-matrix: $(STAMP)
+	@for venv in $(VENV) $(wildcard $(VENV)-*); do \
+	  for machine in "$(SSE) OMP_NUM_THREADS=2" "$(AVX2) OMP_NUM_THREADS=1" OMP_NUM_THREADS=2; do \
+	    echo "== $$venv, $$machine, two processes for each core"; \
+	    env $$machine $$venv/bin/python -m pytest -n $$((2 * $$(nproc))) --dist loadfile -q $(TESTS) || exit; \
+	  done; \
+	done
 
 check: lint
 	$(BIN)/python -m pytest $(BESIDE) --cov --cov-report=term --cov-fail-under=$(COVERAGE)

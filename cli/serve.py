@@ -94,7 +94,7 @@ def serve(
             nursery = stack.enter_context(Nursery(Plan(backbone, dtype, config.log_level, config.log_format)))
         from bertology_serve.serving.background import Background
         from bertology_serve.serving.engines import check
-        from bertology_serve.serving.findings import Findings, circumstances, keep, recall
+        from bertology_serve.serving.findings import circumstances, find, recall
         from bertology_serve.serving.server import Server
         from bertology_serve.serving.settling import Setting
 
@@ -105,8 +105,6 @@ def serve(
         registry = _load(opened.pipeline, deltas, skip_bad_deltas, config)
         wanted = Setting(engine, precision, cuda_graphs)
         where = circumstances(opened.pipeline, wanted, config, opened.device)
-        known = None if time_again else recall(where)
-        runs, setting = opened.settle(known.setting if known else wanted)
         if models is not None:
             registry.load_models(models)
         found, url = registry.all(), url_of(bound)
@@ -118,9 +116,7 @@ def serve(
             note(f"try: {example(url, found[-1])}")
 
         server = Server(registry.pipeline, registry, config, announce, keyring, background)
-        ladder = server.engine.warm_up(known.ladder if known else ())
-        if known is None:
-            keep(where, Findings(setting, tuple(ladder)))
+        runs = find(opened, server.engine, wanted, where, None if time_again else recall(where))
         opened.warmed(max(HUNG, config.max_call_seconds))
         settle_memory()
         server.run(sockets=[bound])

@@ -1,18 +1,22 @@
 """What was found of this machine at an earlier start: which engine is faster, and how long batches take.
 
 One small JSON file for each set of circumstances (processor, versions, threads, weights, options), in the user's cache.
+What a busy machine gave is not kept; what one gave before this was known is found out at the next quiet start.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -21,11 +25,18 @@ from bertology_serve.errors import DataError
 from bertology_serve.export.bench.environment import environment
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.files import writing
+from bertology_serve.serving.ladder import climb
 from bertology_serve.serving.settling import Setting
 from bertology_serve.serving.times import Rung
 
+if TYPE_CHECKING:
+    from bertology_serve.serving.engine import Engine
+    from bertology_serve.serving.opening import Opened
+
 log = logging.getLogger(__name__)
 DAYS = 7.0  # after which it is found anew
+BUSY = 1.5  # two times of one batch, or load and processors, that are so many times apart: the machine was busy
+SECOND_LOOK = 128  # tokens of the largest batch that is timed a second time
 SETTLED = ("cpu", "cores", "threads", "versions")  # of the environment: what does not change by itself
 
 
@@ -49,6 +60,51 @@ def circumstances(pipeline: Residents, setting: Setting, config: ServerConfig, d
         "setting": asdict(setting),
         "batch": [config.max_batch_ms, config.max_batch_tokens],
     }
+
+
+def find(opened: Opened, engine: Engine, wanted: Setting, where: Mapping[str, Any], known: Findings | None) -> str:
+    """Settles what runs the batches and how long they take, from what is ``known`` or by timing. The engine's name.
+
+    What is known is timed again where a short second look shows that it was found on a busy machine. What is timed now
+    is kept, unless this machine is busy. Raises what ``opened.settle`` does.
+    """
+    if known is not None:
+        runs, _ = opened.settle(known.setting)
+        engine.warm_up(known.ladder)
+        slower = _times_as_long(known.ladder, _second_look(engine))
+        if slower <= BUSY:
+            return runs
+        log.info("engines and batches are timed again: batches took %.1f times as long at an earlier start", slower)
+    runs, setting = opened.settle(wanted)
+    ladder = engine.warm_up()
+    if doubt := _doubt(ladder, _second_look(engine)):
+        log.warning("the machine seems busy (%s): timings are not kept, the next start times again", doubt)
+    else:
+        keep(where, Findings(setting, tuple(ladder)))
+    return runs
+
+
+def _second_look(engine: Engine) -> list[Rung]:
+    return climb(engine.pipeline, engine.queue.times.cap, SECOND_LOOK)
+
+
+def _times_as_long(ladder: Sequence[Rung], again: Sequence[Rung]) -> float:
+    """How many times as long a ladder's batches took as the same ones timed again: the median; endless for none."""
+    known = {(tokens, squares): seconds for tokens, squares, seconds in ladder}
+    ratios = [known[rung[:2]] / rung[2] for rung in again if rung[:2] in known]
+    return median(ratios) if ratios else math.inf
+
+
+def _doubt(ladder: Sequence[Rung], again: Sequence[Rung]) -> str:
+    """Why a ladder is not what a quiet machine gives; nothing where it may be."""
+    for (tokens, _, seconds), (more, _, less) in pairwise(ladder):
+        if more > tokens and seconds > BUSY * less:
+            return f"{tokens} tokens took {1e3 * seconds:.1f} ms, {more} took {1e3 * less:.1f} ms"
+    slower = _times_as_long(ladder, again)
+    if not 1 / BUSY <= slower <= BUSY:
+        return f"batches took {slower:.1f} times as long as a second time"
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    return f"load {load:.1f} on {cores} processors" if load > BUSY * cores else ""
 
 
 def recall(where: Mapping[str, Any], folder: Path | None = None) -> Findings | None:

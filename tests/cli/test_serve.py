@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +24,7 @@ from bertology_serve.serving.binding import bind
 from bertology_serve.serving.prove.families import descendants
 from bertology_serve.tasks.classification import Classification
 from tests.serving.conftest import RECORDS, deltas, encoder, registry  # noqa: F401 - fixtures
+from tests.serving.running import wait
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +54,7 @@ def serving(backbone: str, directory: Path, *options: str) -> Iterator[tuple[sub
 
 
 def test_sigterm_turns_readiness_off_and_answers_what_was_accepted(encoder, deltas):  # noqa: F811
-    with serving(encoder.name, deltas, "--drain-seconds", "1.5") as (process, url, _):
+    with serving(encoder.name, deltas, "--drain-seconds", "3") as (process, url, _):
         answers: list[int] = []
         item = {"delta": "mood", "text": "the cat was good"}
         stop = threading.Event()
@@ -70,10 +70,9 @@ def test_sigterm_turns_readiness_off_and_answers_what_was_accepted(encoder, delt
         threads = [threading.Thread(target=send) for _ in range(3)]
         for thread in threads:
             thread.start()
-        time.sleep(0.3)
+        wait(lambda: answers)
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.1)
-        assert httpx.get(f"{url}/v2/health/ready").status_code == 503
+        wait(lambda: httpx.get(f"{url}/v2/health/ready", timeout=20).status_code == 503)
         for thread in threads:
             thread.join(20)
         stop.set()
@@ -152,7 +151,4 @@ def test_the_executors_process_ends_with_the_server_however_that_ends(encoder, d
         assert len(family) == 2, "the fork server and the executor"
         process.kill()
         process.wait(10)
-        end = time.monotonic() + 10
-        while any(Path(f"/proc/{pid}").exists() for pid in family):
-            assert time.monotonic() < end, "they outlive the server"
-            time.sleep(0.02)
+        wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family))

@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from bertology_serve.cli.main import main
 from bertology_serve.cli.train import read_columns
 from bertology_serve.errors import SpecError
 from tests import tiny
+from tests.serving.running import wait
 from tests.training import sets
 
 
@@ -262,9 +262,7 @@ def test_killed_run_resumes_to_the_same_bytes(bert, train_file, tmp_path, own, l
 
     process = subprocess.Popen(command(tmp_path / "killed"), env=environment, stderr=subprocess.DEVNULL)
     log = tmp_path / ".killed.run" / "log.jsonl"
-    until = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > lines) and time.monotonic() < until:
-        time.sleep(0.01)
+    wait(lambda: (log.exists() and log.read_text().count("\n") > lines) or process.poll() is not None, 600)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()

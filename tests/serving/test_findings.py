@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from bertology_serve.serving import findings
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.engine import Engine
-from bertology_serve.serving.findings import Findings, circumstances, keep, recall
+from bertology_serve.serving.findings import Findings, circumstances, find, keep, recall
 from bertology_serve.serving.metrics import Metrics
 from bertology_serve.serving.settling import Setting
 
@@ -78,3 +83,79 @@ def test_a_ladder_that_is_known_is_not_timed(pipeline, monkeypatch):
     engine = Engine(pipeline, ServerConfig(max_batch_ms=10), Metrics())
     assert engine.warm_up(LADDER) == list(LADDER)
     assert engine.queue.times.budget == pytest.approx(80, abs=1)
+
+
+QUIET = [(24, 500, 0.004), (72, 1500, 0.008), (120, 2500, 0.013), (240, 60_000, 0.040)]
+
+
+class Machine:
+    """A server that starts: ``ladder`` is what it finds, ``again`` what a second look at it does; ``load`` beside."""
+
+    def __init__(self, monkeypatch: Any, ladder: list[Any], again: list[Any], load: float = 0.5) -> None:
+        self.settled: list[Setting] = []
+        self.started: list[Any] = []
+        self.ladder, self.pipeline = ladder, object()
+        self.queue = SimpleNamespace(times=SimpleNamespace(cap=0.05))
+        monkeypatch.setattr(findings, "climb", lambda pipeline, cap, most: again)
+        monkeypatch.setattr(findings.os, "getloadavg", lambda: (load, 0.0, 0.0))
+        monkeypatch.setattr(findings.os, "cpu_count", lambda: 2)
+
+    def settle(self, setting: Setting) -> tuple[str, Setting]:
+        self.settled.append(setting)
+        return setting.engine if setting.found else "torch", replace(setting, engine="torch", found=True)
+
+    def warm_up(self, known: Any = ()) -> list[Any]:
+        self.started.append(list(known) or self.ladder)
+        return self.started[-1]
+
+
+def starts(machine: Any, known: Findings | None, monkeypatch: Any) -> tuple[str, Findings | None]:
+    """Which engine a start takes, and what it keeps."""
+    kept: list[Findings] = []
+    monkeypatch.setattr(findings, "keep", lambda where, found: kept.append(found))
+    return find(machine, machine, Setting(), {}, known), kept[0] if kept else None
+
+
+def slowed(ladder: list[Any], times: float) -> list[Any]:
+    return [(tokens, squares, times * seconds) for tokens, squares, seconds in ladder]
+
+
+def test_what_a_quiet_machine_gives_is_kept(monkeypatch):
+    machine = Machine(monkeypatch, QUIET, slowed(QUIET[:3], 0.8))
+    kept = Findings(Setting("torch", found=True), tuple(QUIET))
+    assert starts(machine, None, monkeypatch) == ("torch", kept)
+
+
+@pytest.mark.parametrize(
+    ("ladder", "again", "load", "why"),
+    [
+        ([(24, 500, 0.307), *QUIET[1:]], QUIET[:3], 0.5, "24 tokens took 307.0 ms, 72 took 8.0 ms"),
+        (slowed(QUIET, 3), QUIET[:3], 0.5, "batches took 3.0 times as long as a second time"),
+        (QUIET, slowed(QUIET[:3], 4), 0.5, "batches took 0.2 times as long as a second time"),
+        (QUIET, QUIET[:3], 12.7, "load 12.7 on 2 processors"),
+    ],
+)
+def test_what_a_busy_machine_gives_is_not(ladder, again, load, why, monkeypatch, caplog):
+    machine = Machine(monkeypatch, ladder, again, load)
+    assert starts(machine, None, monkeypatch) == ("torch", None)
+    assert f"the machine seems busy ({why}): timings are not kept" in caplog.text
+
+
+@pytest.mark.parametrize("times", [0.3, 1.0, 1.2])
+def test_what_is_known_counts_though_the_machine_is_busy_now(times, monkeypatch):
+    known = Findings(FOUND.setting, tuple(slowed(QUIET, times)))
+    machine = Machine(monkeypatch, QUIET, QUIET[:3], 12.7)
+    assert starts(machine, known, monkeypatch) == ("onnx", None)
+    assert machine.settled == [FOUND.setting]
+    assert machine.started == [list(known.ladder)]
+
+
+@pytest.mark.parametrize("ladder", [slowed(QUIET, 38), [(1, 1, 0.1)]])
+def test_what_was_found_on_a_busy_machine_is_found_anew(ladder, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    machine = Machine(monkeypatch, QUIET, QUIET[:3])
+    name, kept = starts(machine, Findings(FOUND.setting, tuple(ladder)), monkeypatch)
+    assert (name, kept) == ("torch", Findings(Setting("torch", found=True), tuple(QUIET)))
+    assert machine.settled == [FOUND.setting, Setting()], "the engine is chosen anew too"
+    assert machine.started[-1] == QUIET
+    assert "are timed again" in caplog.text

@@ -75,8 +75,9 @@ def test_a_bad_line_is_named(pipeline, bad, message):
     assert str(problem.value).endswith("(--skip-bad goes on)")
     first, error, last = run(pipeline, [good, bad, good], skip_bad=True)
     assert error["error"].startswith(message)
-    assert first == last
-    assert "label" in first
+    assert first.keys() == last.keys()
+    assert first["label"] == last["label"]  # two rows of one batch may differ in their last bits
+    assert first["scores"] == pytest.approx(last["scores"], abs=1e-5)
 
 
 def test_a_skipped_line_keeps_what_names_it(pipeline):

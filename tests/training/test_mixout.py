@@ -113,7 +113,7 @@ def test_one_mask_for_all_micro_batches_of_a_step(bert: Encoder):
         with one.regulariser.mixed():
             one.gradient(one.items)
         gradients.append(one.parameters[f"{UP}.weight"].grad)
-    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5 * gradients[0].abs().max().item())
     assert gradients[0].norm() > 1e-3
 
 
@@ -129,7 +129,8 @@ def test_dropout_is_off_and_evaluation_uses_the_weights(bert: Encoder):
 def test_p_of_nothing_is_plain_fine_tuning(bert_path):
     ends = []
     for values in ({"method": "mixout", "options": {"mixout": {"p": 0.0}}}, {"method": "full"}):
-        one = trainer(Encoder.load(str(bert_path)), **values, trunk_dropout=False, max_steps=3, learning_rate=1e-3)
+        steps = {"max_steps": 3, "learning_rate": 1e-3, "epsilon": 1e-4}  # AdamW makes no whole step of noise
+        one = trainer(Encoder.load(str(bert_path)), **values, **steps, trunk_dropout=False)
         for module in one.live.head.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

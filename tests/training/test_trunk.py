@@ -71,7 +71,7 @@ def test_several_sequences_an_item(bert: Encoder, tmp_path: Path):
     kept = trainer(bert, tmp_path, "question-answering", **values)
     kept.live.eval()
     plain.live.eval()
-    assert kept.gradient(kept.items) == pytest.approx(plain.gradient(plain.items), rel=1e-6)
+    assert kept.gradient(kept.items) == pytest.approx(plain.gradient(plain.items), rel=1e-5)
 
 
 def test_unknown_sequences_take_the_whole_way(bert: Encoder, tmp_path: Path):

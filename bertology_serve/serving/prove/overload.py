@@ -26,7 +26,7 @@ def measure(stage: Stage) -> Measured:
     with stage.server(stage.zoo, *limits, environ=ONE_THREAD) as served, apart(served.pid) as pinned:
         asyncio.run(closed(served.url, lambda: ask, CLIENTS, seconds / 5))
         for turn in range(stage.rounds):
-            peak = len(asyncio.run(closed(served.url, lambda: ask, CLIENTS, seconds)).answered) / seconds
+            peak = asyncio.run(closed(served.url, lambda: ask, CLIENTS, seconds)).count / seconds
             over = asyncio.run(opened(served.url, lambda: ask, TIMES * peak, seconds, turn, most=512))
             peaks.append(peak)
             shares.append(len(over.answered) / seconds / peak)

@@ -66,6 +66,9 @@ async def _run(url: str, swaps: int) -> tuple[list[dict[str, Any]], int]:
             load = msgspec.json.encode({"parameters": {"version": list(VERSIONS)[swap % len(VERSIONS)]}})
             reply = await wire.send(request_bytes("POST", "/v2/repository/models/it/load", load, HEADERS))
             failures += reply.status != 200
+            heard = len(answers) + failures
+            while len(answers) + failures <= heard + CLIENTS and not all(one.done() for one in clients):
+                await asyncio.sleep(0.001)  # until one was asked for after the swap
     done.set()
     await asyncio.gather(*clients)
     return answers, failures

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from bertology_serve.errors import VerificationError
 from bertology_serve.serving.bench.wire import Broken, Wire, request_bytes
 from bertology_serve.serving.prove.stage import HEADERS
 
@@ -27,6 +28,15 @@ class Outcomes:
     refused: list[float] = field(default_factory=list)
     broken: int = 0
     unexplained: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many were answered, to divide by. Raises VerificationError for none."""
+        if not self.answered:
+            raise VerificationError(
+                f"no call was answered ({len(self.refused)} refused, {self.broken} broken): nothing can be timed"
+            )
+        return len(self.answered)
 
     def note(self, status: int, seconds: float, told: bool) -> None:
         """One call."""
@@ -58,11 +68,12 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 async def closed(url: str, ask: Ask, clients: int, seconds: float, outcomes: Outcomes | None = None) -> Outcomes:
-    """So many clients, each asking again when it was answered."""
+    """So many clients, each asking again when it was answered; once at least, however slow the machine."""
     found, end = outcomes or Outcomes(), time.perf_counter() + seconds
 
     async def one() -> None:
         async with Wire(url) as wire:
+            await _call(wire, ask(), found, time.perf_counter())
             while time.perf_counter() < end:
                 await _call(wire, ask(), found, time.perf_counter())
 

@@ -122,7 +122,7 @@ def test_a_row_of_padding_alone_is_finite_and_changes_nothing(unpad, tmp_path):
             mask[1] = 0
             after = run(ids, mask, types)
             assert np.isfinite(after).all()
-            assert np.array_equal(before[0], after[0])
+            assert np.abs(before[0] - after[0]).max() <= 1e-5  # unpadded, another number of rows is multiplied
             mask[0] = 0
             assert np.isfinite(run(ids, mask, types)).all()
 

@@ -25,8 +25,9 @@ from tests.export.cases import DELTAS, encodings, padded
 from tests.export.direct.test_emit import Run
 
 SIZES = [(1, 1, 1), (5, 33, 17), (64, 384, 96)]
-BOUNDS = [("int8-row", 0.05, 1e-6), ("int8-nbits", 0.05, 1e-6), ("fp16", 0.005, 0.005), ("int8-dynamic", 0.1, 0.1)]
-"""Precision; largest relative error; largest change of a row by its neighbours."""
+BOUNDS = [("int8-row", 0.05, 0.01), ("int8-nbits", 0.05, 0.01), ("fp16", 0.005, 0.005), ("int8-dynamic", 0.1, 0.1)]
+"""Precision; largest relative error; largest change of a row by its neighbours: in 8 bits, what follows from one value
+that float32's last bit tips over to the next step."""
 
 
 def rows_and_weight(rows: int, inputs: int, outputs: int) -> tuple[np.ndarray, torch.Tensor]:
@@ -90,7 +91,7 @@ def test_blocks_against_float64(size):
     norms = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(weight, axis=1)
     assert (np.abs(run(blocked_product, x, weight) - exact) / norms).max() < 0.02
     alone = run(blocked_product, x[-1:], weight)[0]
-    assert np.allclose(alone, run(blocked_product, x, weight)[-1], rtol=1e-6, atol=1e-6 * np.abs(exact).max())
+    assert np.allclose(alone, run(blocked_product, x, weight)[-1], rtol=1e-5, atol=1e-5 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("inputs", [1, 32, 33, 96])

@@ -92,12 +92,12 @@ def test_killed_while_idle(far, pipeline, remote):
     assert answers(remote, requests) == answers(pipeline, requests)
 
 
-def test_killed_during_a_batch(far, remote):
+def test_killed_during_a_batch(far, remote, monkeypatch):
     """A stopped process stands for one in the middle of a batch."""
-    job = remote.prepare(Request("mood", RECORDS["mood"]))
+    job, batches = remote.prepare(Request("mood", RECORDS["mood"])), remote.supervisor.line().batches
     os.kill(remote.supervisor.pid, signal.SIGSTOP)
-    timer = threading.Timer(0.2, kill, (remote,))
-    timer.start()
+    timer, ask = threading.Timer(0.2, kill, (remote,)), batches.ask
+    monkeypatch.setattr(batches, "ask", lambda *call: (timer.start(), ask(*call))[1])  # not before it is asked
     with pytest.raises(Crashed, match="ended while it ran a batch"):
         remote.run([job])
     timer.join()

@@ -39,7 +39,7 @@ from bertology_serve.serving.prove import (
 from bertology_serve.serving.prove.figure import Figure, Measured, prove
 from bertology_serve.serving.prove.figures import FIGURES
 from bertology_serve.serving.prove.stage import ADMIN, ZOO, Stage
-from bertology_serve.serving.prove.traffic import percentile
+from bertology_serve.serving.prove.traffic import Outcomes, percentile
 from bertology_serve.serving.registry import Registry
 from tests.serving.running import Running, running
 
@@ -97,6 +97,7 @@ def test_faults(stage, encoder, monkeypatch):
             yield Near(started)
 
     monkeypatch.setattr(faults, "serving", near)
+    monkeypatch.setattr(faults, "BETWEEN_KILLS", 3600.0)  # there is no executor's process here, however long it takes
     small = dataclasses.replace(stage, pace=0.15, _encoder=stage._encoder)
     found = faults.measure(small)
     assert found.holds, found.words
@@ -203,6 +204,7 @@ def test_overload(stage):
 
 
 def test_overhead(stage, encoder, monkeypatch):
+    """In no time at all, as a very slow machine has it: each client is answered once, one batch is run."""
     from bertology_serve.serving.prove.stub import Stub
 
     @contextmanager
@@ -212,7 +214,7 @@ def test_overhead(stage, encoder, monkeypatch):
             yield Near(started)
 
     monkeypatch.setattr(overhead, "serving", near)
-    found = overhead.measure(stage)
+    found = overhead.measure(dataclasses.replace(stage, pace=1e-9, _encoder=stage._encoder))
     assert found.facts["bare"][0]["texts_s"] > 0
     assert found.facts["http"][0]["cpu_ms"] > 0
     assert not found.facts["pinned"]
@@ -291,6 +293,12 @@ def test_percentiles():
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert percentile([1.0], 0.99) == 1.0
     assert percentile([], 0.5) == float("inf")
+
+
+def test_where_no_call_was_answered_nothing_is_timed():
+    assert Outcomes(answered=[0.1, 0.2]).count == 2
+    with pytest.raises(VerificationError, match=r"no call was answered \(1 refused, 0 broken\): nothing can be timed"):
+        _ = Outcomes(refused=[0.1]).count
 
 
 def test_a_server_that_does_not_start_is_told(tmp_path, monkeypatch):

@@ -205,9 +205,9 @@ async def _saturated(
     for turn in range(plan.rounds):
         for name, served in servers.items():
             before, started = served.cpu, time.perf_counter()
-            found = len((await closed(served.url, calls(_load(plan, turn)), plan.clients, plan.seconds)).answered)
+            found = (await closed(served.url, calls(_load(plan, turn)), plan.clients, plan.seconds)).count
             texts[name].append(found / (time.perf_counter() - started))
-            cpu[name].append(1e3 * (served.cpu - before) / max(1, found))
+            cpu[name].append(1e3 * (served.cpu - before) / found)
         advance()
     return texts, cpu
 
