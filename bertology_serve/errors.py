@@ -105,6 +105,11 @@ class VerificationError(BertologyError):
     """A result differs from its reference."""
 
 
+def printable(text: str) -> str:
+    """Text that every log can hold: what names of files may have and UTF-8 has not is written out (``\\udcff``)."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def one_line(error: BaseException) -> str:
     """What another library's error says, on one line and not long; its type where it says nothing."""
     return " ".join(str(error).split())[:200] or type(error).__name__

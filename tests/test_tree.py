@@ -221,7 +221,7 @@ def loaders(path: Path) -> Iterator[tuple[int, bool]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
-        peft = isinstance(node.func.value, ast.Name) and node.func.value.id == "PeftModel"  # adapters bring none
+        peft = ast.unparse(node.func.value).endswith("PeftModel")  # adapters bring none
         if node.func.attr in ("from_pretrained", "from_config") and not peft:
             given = {word.arg: word.value for word in node.keywords}.get("trust_remote_code")
             yield node.lineno, isinstance(given, ast.Constant) and given.value is False

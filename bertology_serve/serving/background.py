@@ -13,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from bertology_serve.errors import printable
 from bertology_serve.serving.faults import place_of
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class Told:
         with self._lock:
             known, self.problems[what] = self.problems.get(what), reason
         if known != reason:
-            self._log.warning("%s", reason if what in reason else f"{what}: {reason}")
+            self._log.warning("%s", printable(reason if what in reason else f"{what}: {reason}"))
 
     def over(self, what: str) -> None:
         """Forgets what is well again."""

@@ -9,6 +9,8 @@ from typing import TextIO
 
 import msgspec
 
+from bertology_serve.errors import printable
+
 CHATTY = ("uvicorn.error", "httpx", "transformers", "grpc")
 CALL = "call"
 
@@ -19,7 +21,12 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
         when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        line = {"time": when, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        line = {
+            "time": when,
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": printable(record.getMessage()),
+        }
         if record.exc_info and record.exc_info[0]:
             line["error"] = record.exc_info[0].__name__
         return msgspec.json.encode(line | getattr(record, CALL, {})).decode()

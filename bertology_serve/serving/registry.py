@@ -13,7 +13,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.reading import untrusted
 from bertology_serve.encoder.pipeline import BASE, Residents
 from bertology_serve.encoder.task_models import WholeModel, task_models
-from bertology_serve.errors import BertologyError, NotFound, SpecError, nearest
+from bertology_serve.errors import BertologyError, NotFound, SpecError, nearest, printable
 from bertology_serve.export.served import OnnxModel, exports
 from bertology_serve.serving.background import Told
 from bertology_serve.serving.splits import Split, Splits
@@ -61,7 +61,7 @@ class Registry:
                     raise
                 refused.append(Refused(one.path, problem))
         for refusal in refused:
-            log.warning("left out: %s", refusal.reason)
+            log.warning("left out: %s", printable(refusal.reason))
         return refused
 
     def _take_in(self, one: DeltaVersion) -> None:
@@ -120,7 +120,8 @@ class Registry:
             return resident
         with untrusted(one.path):
             delta = self._read(one.path, name)
-            self.tiers.put(card_of(delta, one.path), delta)
+            card = card_of(delta, one.path)
+        self.tiers.put(card, delta)
         self._note_name(one)
         return delta
 
@@ -153,7 +154,8 @@ class Registry:
         try:
             for version in new:
                 with untrusted(known[version].path):
-                    self.tiers.stand_by(self._read(known[version].path, name))
+                    delta = self._read(known[version].path, name)
+                self.tiers.stand_by(delta)
         except BaseException:
             self.pipeline.dismiss(name, new)
             raise

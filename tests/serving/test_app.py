@@ -225,18 +225,18 @@ def test_texts_and_calls_over_their_limits(pipeline):
         assert server.post("/predict", [short] * 3).status_code == 413
 
 
-LONG = ["the cat was good " * 30] * 9
+MANY = ["the cat was good " * 30] * 9
 LARGE: dict[str, Any] = {
-    "/predict": [{"delta": "mood", "text": text} for text in LONG],
-    "/models/mood": {"inputs": LONG},
-    "/models/sense": {"inputs": {"source_sentence": "cat", "sentences": LONG}},
-    "/v2/models/mood/infer": {"inputs": [{"name": "text", "shape": [9], "datatype": "BYTES", "data": LONG}]},
-    "/v1/embeddings": {"model": "sense", "input": LONG},
-    "/embed": {"model": "sense", "inputs": LONG, "truncate": True},
-    "/tei/mood/predict": {"inputs": [[text] for text in LONG], "truncate": True},
-    "/rerank": {"model": "grade", "query": "cat", "texts": LONG, "truncate": True},
-    "/similarity": {"model": "sense", "inputs": {"source_sentence": "cat", "sentences": LONG}, "truncate": True},
-    "/tokenize": {"inputs": LONG},
+    "/predict": [{"delta": "mood", "text": text} for text in MANY],
+    "/models/mood": {"inputs": MANY},
+    "/models/sense": {"inputs": {"source_sentence": "cat", "sentences": MANY}},
+    "/v2/models/mood/infer": {"inputs": [{"name": "text", "shape": [9], "datatype": "BYTES", "data": MANY}]},
+    "/v1/embeddings": {"model": "sense", "input": MANY},
+    "/embed": {"model": "sense", "inputs": MANY, "truncate": True},
+    "/tei/mood/predict": {"inputs": [[text] for text in MANY], "truncate": True},
+    "/rerank": {"model": "grade", "query": "cat", "texts": MANY, "truncate": True},
+    "/similarity": {"model": "sense", "inputs": {"source_sentence": "cat", "sentences": MANY}, "truncate": True},
+    "/tokenize": {"inputs": MANY},
     "/decode": {"ids": [[7] * 300] * 9},
 }
 

@@ -43,3 +43,10 @@ def test_lines_for_people():
     logging.getLogger("x").warning("mind the %s", "gap")
     logging.getLogger("x").info("not shown")
     assert stream.getvalue().endswith("WARNING x: mind the gap\n")
+
+
+def test_names_that_utf_8_has_not_are_written_out():
+    stream = io.StringIO()
+    logs.set_up("info", "json", stream)
+    logging.getLogger("here").warning("%s cannot be read", "deltas/\udcff")
+    assert json.loads(stream.getvalue())["message"] == "deltas/\\udcff cannot be read"
