@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from bertology_serve.encoder.pipeline import BASE, Job, Request, Residents
+from bertology_serve.encoder.pipeline import BASE, Job, Request
+from bertology_serve.encoder.residents import Residents
 from bertology_serve.serving.times import WHOLE, Rung
 from bertology_serve.serving.work import squares_of
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypeVar
 
 from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Example, Task
