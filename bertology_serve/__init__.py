@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bertology_serve.api import evaluate, export, load_delta, train
+    from bertology_serve.api import evaluate, load_delta, train
     from bertology_serve.deltas.bitfit import BitfitSpec
     from bertology_serve.deltas.bottleneck import AdapterSpec
     from bertology_serve.deltas.delta import BaseRef, Delta
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.encoder.pipeline import Pipeline, Prediction, Request
     from bertology_serve.errors import BertologyError
+    from bertology_serve.export.exporting import export
     from bertology_serve.tasks.spec import TaskSpec
 
 __version__ = "0.1.0"
@@ -59,11 +60,13 @@ _HOMES = {
     "PromptSpec": "deltas.prompt",
     "Request": "encoder.pipeline",
     "TaskSpec": "tasks.spec",
-    **dict.fromkeys(("evaluate", "export", "load_delta", "train"), "api"),
+    **dict.fromkeys(("evaluate", "load_delta", "train"), "api"),
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "export":  # the package, which is callable
+        return importlib.import_module(f"{__name__}.export")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

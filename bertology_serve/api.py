@@ -1,6 +1,6 @@
 """The public functions: what the commands do, from Python. ``bertology_serve`` names them all.
 
-Each does one job from end to end: ``load_delta``, ``train``, ``evaluate``, ``export``, ``serve``.
+Each does one job from end to end: ``load_delta``, ``train``, ``evaluate``; ``export`` is in the package of its name.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bertology_serve.data.records import DataLike, read_records
 from bertology_serve.deltas import store
+from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.kinds import kind_of
 from bertology_serve.encoder.encoder import Encoder
@@ -22,13 +23,9 @@ from bertology_serve.training.destination import Destination
 from bertology_serve.training.evaluate import Evaluation
 from bertology_serve.training.evaluate import evaluate as measured
 from bertology_serve.training.full_options import REGULARISED
-from bertology_serve.training.saved import newest
 from bertology_serve.training.sources import Source
 from bertology_serve.training.train import train as run
 from bertology_serve.training.watch import Several, Watcher
-
-if TYPE_CHECKING:
-    from bertology_serve.export.exporting import Exported
 
 Method = str | Any
 
@@ -94,26 +91,6 @@ def evaluate(
     """
     found = delta if isinstance(delta, Delta) else load_delta(delta, encoder)
     return measured(found, read_records(data, columns, found.columns), encoder)
-
-
-def export(
-    delta: Delta | str | Path,
-    out: str | Path,
-    encoder: Encoder | None = None,
-    *,
-    name: str | None = None,
-    **settings: Any,
-) -> Exported:
-    """Writes a delta with its encoder as a verified ONNX directory; published only where ONNX Runtime and torch agree.
-
-    ``settings`` are fields of ``ExportSpec``: ``merge=True``, ``precision="int8-row"``. Raises Unsupported for what
-    cannot be folded or written, VerificationError where the outputs differ, SpecError where ``out`` may not be written.
-    """
-    from bertology_serve.export.exporting import export_delta
-    from bertology_serve.export.spec import ExportSpec
-
-    found = delta if isinstance(delta, Delta) else load_delta(delta, encoder)
-    return export_delta(encoder or Encoder.for_delta(found), found, Path(out), ExportSpec(**settings), name=name)
 
 
 def _method(given: Method | Iterable[Method]) -> dict[str, Any]:

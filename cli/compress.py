@@ -44,6 +44,7 @@ def compress(
     """Write what full fine-tuning changed as a low-rank or sparse delta, and measure what that costs."""
     from bertology_serve.data.records import read_records
     from bertology_serve.deltas import store
+    from bertology_serve.deltas.catalog import newest
     from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.encoder.task_models import is_task_model, read_task_model
     from bertology_serve.errors import InputError, SpecError
@@ -52,7 +53,6 @@ def compress(
     from bertology_serve.training.destination import Destination
     from bertology_serve.training.device import find_device
     from bertology_serve.training.evaluate import evaluate
-    from bertology_serve.training.saved import newest
 
     budget, called = Budget(rank, energy, share, per_tensor), Destination(out, name).open()[0]
     if out.exists():

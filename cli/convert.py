@@ -34,11 +34,11 @@ def convert(
     """Convert an adapter; pickles are opened here only, and for tensors only."""
     from bertology_serve.deltas import store
     from bertology_serve.deltas.adapterhub import write_adapterhub
+    from bertology_serve.deltas.catalog import newest
     from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.training.convert import Told
     from bertology_serve.training.convert import convert as run
     from bertology_serve.training.destination import Destination
-    from bertology_serve.training.saved import newest
 
     if out.exists():
         raise InputError(f"{out} exists; choose another --out")

@@ -17,8 +17,8 @@ def push(
     revision: Annotated[str | None, typer.Option(help="The branch to write to. Default: main.")] = None,
 ) -> None:
     """Upload a delta; who does it is what the hub's login or HF_TOKEN says."""
+    from bertology_serve.deltas.catalog import newest
     from bertology_serve.deltas.hub import push as run
-    from bertology_serve.training.saved import newest
 
     note(f"uploaded: {run(newest(delta), repository, private=private, revision=revision)}")
     note_next(["pull", repository, "--out", "DIR"])

@@ -6,9 +6,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from bertology_serve.deltas import store
+from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.writing import staging
 from bertology_serve.encoder.encoder import Encoder
@@ -45,6 +48,25 @@ class Exported:
     verify_seconds: float
     example: str
     cautions: tuple[str, ...] = ()
+
+
+def export(
+    delta: Delta | str | Path,
+    out: str | Path,
+    encoder: Encoder | None = None,
+    *,
+    name: str | None = None,
+    **settings: Any,
+) -> Exported:
+    """Writes a delta with its encoder as a verified ONNX directory; published only where ONNX Runtime and torch agree.
+
+    ``settings`` are fields of ``ExportSpec``: ``merge=True``, ``precision="int8-row"``. Raises Unsupported for what
+    cannot be folded or written, VerificationError where the outputs differ, SpecError where ``out`` may not be written.
+    """
+    if not isinstance(delta, Delta):
+        path = newest(Path(delta))
+        delta = store.load(path) if encoder is None else encoder.read_delta(path)
+    return export_delta(encoder or Encoder.for_delta(delta), delta, Path(out), ExportSpec(**settings), name=name)
 
 
 def export_delta(

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, check_name
 from bertology_serve.deltas.reading import Limits, read_bytes, read_json, untrusted
-from bertology_serve.errors import BertologyError, FormatError, NotFound, nearest
+from bertology_serve.errors import BertologyError, FormatError, InputError, NotFound, nearest
 
 VERSION_DIGITS = 12
 
@@ -229,3 +229,13 @@ def _age(one: DeltaVersion) -> tuple[object, ...]:
         return 0, (one.path / marker).stat().st_mtime_ns, one.version
     parts = re.split(r"(\d+)", one.version)
     return 1, *((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part)
+
+
+def newest(directory: Path) -> Path:
+    """The delta's directory itself, or its newest version where it is ``NAME`` of ``NAME/VERSION``."""
+    if is_delta(directory) or not directory.is_dir():
+        return directory
+    found = discover(directory)
+    if len(found) > 1:
+        raise InputError(f"{directory} holds {len(found)} deltas; give one of them: {', '.join(sorted(found))}")
+    return next(iter(found.values()))[-1].path if found else directory

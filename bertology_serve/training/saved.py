@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from bertology_serve.deltas import store
-from bertology_serve.deltas.catalog import is_delta
+from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.kinds import kind_of
 from bertology_serve.deltas.names import ADAPTER_CONFIG, MANIFEST
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.encoder.task_models import is_task_model, read_task_model, verify_peft
-from bertology_serve.errors import InputError
 
 
 def open_delta(
@@ -39,16 +38,6 @@ def open_delta(
     delta = store.load(path, name=name)
     encoder = Encoder.for_delta(delta, backbone, device=device)
     return encoder.read_delta(path, name), encoder
-
-
-def newest(directory: Path) -> Path:
-    """The delta's directory itself, or its newest version where it is ``NAME`` of ``NAME/VERSION``."""
-    if is_delta(directory) or not directory.is_dir():
-        return directory
-    found = store.discover(directory)
-    if len(found) > 1:
-        raise InputError(f"{directory} holds {len(found)} deltas; give one of them: {', '.join(sorted(found))}")
-    return next(iter(found.values()))[-1].path if found else directory
 
 
 def load_delta(path: Path, encoder: Encoder | None = None, name: str | None = None) -> Delta:

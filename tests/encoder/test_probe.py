@@ -12,9 +12,9 @@ from bertology_serve.encoder.probe import rounding
 @pytest.mark.parametrize("off", [float("nan"), float("inf"), 1e-3])
 def test_rows_that_differ_or_are_no_numbers_are_not_near(off):
     own = torch.ones(2, 3)
-    assert probe._near(own + 1e-6, own)
+    assert probe._apart(own + 1e-6, own) <= probe._TOLERANCE
     for rows, others in ((own + off, own), (own, own + off)):
-        assert not probe._near(rows, others)
+        assert not probe._apart(rows, others) <= probe._TOLERANCE
 
 
 def test_rounding_grows_with_depth_and_size():

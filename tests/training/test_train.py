@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 
 from bertology_serve.data.records import Record
 from bertology_serve.deltas import store
+from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.kinds import parameter_count
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
@@ -20,7 +21,7 @@ from bertology_serve.training.destination import Destination
 from bertology_serve.training.device import find_device
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.methods import count_parameters, make_live, specs_for
-from bertology_serve.training.saved import describe, newest, open_delta
+from bertology_serve.training.saved import describe, open_delta
 from bertology_serve.training.sources import Source
 from bertology_serve.training.train import Outcome, for_encoder, train
 from bertology_serve.training.watch import Silent
