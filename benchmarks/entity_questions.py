@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bertology_serve.data.records import read_records
-from bertology_serve.tasks.spans import spans_of
-from bertology_serve.tasks.squad import squad_scores
-from bertology_serve.tasks.words import join_words
+from bertology_serve.tasks.question_answering import squad_scores
+from bertology_serve.tasks.token_classification import join_words, spans_of
 
 QUESTIONS = {
     "person": "Who is named?",

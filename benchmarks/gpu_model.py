@@ -25,12 +25,11 @@ import torch
 from transformers import BertConfig, BertModel
 
 import bertology_serve
-from bertology_serve.deltas.kinds import effects, init
-from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.encoder.bank import BARE, DeltaBank, Entry
+from bertology_serve.encoder.batch import make_plan, pack
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.packing import pack
-from bertology_serve.encoder.plan import make_plan
+from bertology_serve.kinds.kinds import effects, init
+from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import Encoding
 
 SIZES = {
@@ -66,7 +65,7 @@ def main() -> None:
 def make_encoder(config: BertConfig, name: str, device: str, dtype: torch.dtype) -> Encoder:
     """An encoder with random weights; there is nothing to tokenise."""
     torch.manual_seed(SEED)
-    encoder = Encoder(BertModel(copy.deepcopy(config)), None, name)
+    encoder = Encoder.of_model(BertModel(copy.deepcopy(config)), None, name)
     encoder.model.to(device=torch.device(device), dtype=dtype)
     encoder.prepack()
     return encoder
@@ -85,7 +84,7 @@ def workload(tokens: int) -> list[Encoding]:
 def resident(encoder: Encoder, count: int) -> tuple[DeltaBank, list[Entry]]:
     """A bank with so many LoRA deltas, A and B random."""
     bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
-    specs = [LoraSpec(rank=RANK)]
+    specs = [Lora(rank=RANK)]
     tensors = init(specs, encoder.anatomy, torch.Generator().manual_seed(SEED))
     for name, tensor in tensors.items():
         if name.endswith(".b"):

@@ -26,14 +26,13 @@ from sklearn.linear_model import LogisticRegression
 import bertology_serve
 from bertology_serve.data.records import read_records
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.training.config import TrainConfig
+from bertology_serve.training.batches import Source
 from bertology_serve.training.features import pooled
-from bertology_serve.training.logistic import Logistic
+from bertology_serve.training.probe_solver import Logistic, Solver
 from bertology_serve.training.recipes import stages
-from bertology_serve.training.rundir import RunDirectory
-from bertology_serve.training.solve import Solver
-from bertology_serve.training.sources import Source
+from bertology_serve.training.run_directory import RunDirectory
 from bertology_serve.training.train import Prepared, prepare
+from bertology_serve.training.train_config import TrainConfig
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -23,30 +23,29 @@ from typing import Any
 import onnxruntime
 import torch
 
+from bertology_serve.bench.serving import peft_contenders
+from bertology_serve.bench.serving.texts_workload import Workload, lengths
 from bertology_serve.data.set_files import locate
 from bertology_serve.data.sets import SETS
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.bottleneck import AdapterSpec
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.kinds import init
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.bank import BARE, DeltaBank
+from bertology_serve.encoder.batch import PackedBatch, pack
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.packing import PackedBatch, pack
-from bertology_serve.export.bench.environment import environment
-from bertology_serve.export.direct.emit import emit
-from bertology_serve.export.multi.buckets import buckets
-from bertology_serve.export.multi.engine import OnnxEngine
-from bertology_serve.export.multi.feed import texts as padded
-from bertology_serve.export.onnx_file import save
-from bertology_serve.export.parts import parts_of
+from bertology_serve.export.emitter.delta_inputs import texts as padded
+from bertology_serve.export.emitter.emit import emit
+from bertology_serve.export.environment import environment
+from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_spec import fastest_on_cpu
+from bertology_serve.export.metadata import save
+from bertology_serve.export.onnx_engine import OnnxEngine, buckets
 from bertology_serve.export.samples import SENTENCES
 from bertology_serve.export.session import Session
-from bertology_serve.export.spec import fastest_on_cpu
-from bertology_serve.serving.bench import contenders
-from bertology_serve.serving.bench.workload import Workload, lengths
+from bertology_serve.kinds.adapter import Adapter
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.kinds import init
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 
@@ -55,7 +54,7 @@ REAL = ("glue/sst2", "glue/mrpc", "glue/rte")
 Calls = dict[str, Callable[[], Any]]
 WARM = 2
 TASK = TaskSpec("embedding", head="none", max_length=128, normalize=False)
-LORA, ATTENTION, ALL = LoraSpec(rank=8), BitfitSpec("attention"), BitfitSpec()
+LORA, ATTENTION, ALL = Lora(rank=8), Bitfit("attention"), Bitfit()
 # batch -> the components of its deltas, dealt to the sequences in turn; bars are for ours ÷ merged, float32
 BATCHES: dict[str, tuple[int, list[Any], float | None]] = {
     "8 LoRA": (64, [LORA] * 8, 1.12),
@@ -63,10 +62,10 @@ BATCHES: dict[str, tuple[int, list[Any], float | None]] = {
     "4 LoRA, 4 BitFit of all biases": (64, [LORA, ALL] * 4, 1.12),
     "32 LoRA, one row each": (32, [LORA] * 32, 1.15),
     "no delta": (64, [None], None),
-    "8 Houlsby adapters of 48": (64, [AdapterSpec(width=48)] * 8, None),
-    "8 Pfeiffer adapters of 48": (64, [AdapterSpec("pfeiffer", 48)] * 8, None),
-    "8 prompts of 8": (64, [PromptSpec(8)] * 8, None),
-    "8 prefixes of 8": (64, [PrefixSpec(8)] * 8, None),
+    "8 Houlsby adapters of 48": (64, [Adapter(width=48)] * 8, None),
+    "8 Pfeiffer adapters of 48": (64, [Adapter("pfeiffer", 48)] * 8, None),
+    "8 prompts of 8": (64, [Prompt(8)] * 8, None),
+    "8 prefixes of 8": (64, [Prefix(8)] * 8, None),
 }
 BARS = (
     ("torch engine", "ONNX fp32", 1.0),
@@ -174,11 +173,11 @@ def reference(encoder: Encoder, batch: PackedBatch, bank: DeltaBank) -> torch.Te
 def server(encoder: Encoder, lines: Sequence[str], rounds: int) -> dict[str, Any]:
     """The pipeline's answers to 64 texts, mean 24 tokens, longest 128, over 8 LoRA deltas; and peft's."""
     work = Workload()
-    deltas = contenders.make_deltas(encoder, work)
-    calls: Calls = {"torch engine": contenders.ours(encoder, work, deltas, lines=lines)[0].run}
+    deltas = peft_contenders.make_deltas(encoder, work)
+    calls: Calls = {"torch engine": peft_contenders.ours(encoder, work, deltas, lines=lines)[0].run}
     for precision in ("fp32", "int8-row"):
-        calls[f"ONNX {precision}"] = contenders.ours(encoder, work, deltas, "onnx", precision, lines)[0].run
-    calls |= {one.name: one.run for one in contenders.peft(encoder, work, deltas, lines)}
+        calls[f"ONNX {precision}"] = peft_contenders.ours(encoder, work, deltas, "onnx", precision, lines)[0].run
+    calls |= {one.name: one.run for one in peft_contenders.peft(encoder, work, deltas, lines)}
     expected = calls["torch engine"]()
     largest = {name: float((call() - expected).abs().max()) for name, call in calls.items()}
     taken = times(calls, rounds)

@@ -22,9 +22,9 @@ from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Job, Pipeline, Request
+from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.export.exporting import export_delta
 from bertology_serve.export.session import Session
-from bertology_serve.export.spec import ExportSpec
 
 BATCH = 32
 

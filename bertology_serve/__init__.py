@@ -11,55 +11,67 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bertology_serve.api import evaluate, load_delta, train
-    from bertology_serve.deltas.bitfit import BitfitSpec
-    from bertology_serve.deltas.bottleneck import AdapterSpec
     from bertology_serve.deltas.delta import BaseRef, Delta
-    from bertology_serve.deltas.lora import LoraSpec
-    from bertology_serve.deltas.prefix import PrefixSpec
-    from bertology_serve.deltas.prompt import PromptSpec
     from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.encoder.pipeline import Pipeline, Prediction, Request
     from bertology_serve.errors import BertologyError
     from bertology_serve.export.exporting import export
+    from bertology_serve.kinds.adapter import Adapter
+    from bertology_serve.kinds.bitfit import Bitfit
+    from bertology_serve.kinds.ia3 import Ia3
+    from bertology_serve.kinds.lora import Lora
+    from bertology_serve.kinds.norms import Norms
+    from bertology_serve.kinds.prefix import Prefix
+    from bertology_serve.kinds.prompt import Prompt
+    from bertology_serve.serving.config import ServerConfig
+    from bertology_serve.serving.serve import serve
     from bertology_serve.tasks.spec import TaskSpec
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdapterSpec",
+    "Adapter",
     "BaseRef",
     "BertologyError",
-    "BitfitSpec",
+    "Bitfit",
     "Delta",
     "Encoder",
-    "LoraSpec",
+    "Ia3",
+    "Lora",
+    "Norms",
     "Pipeline",
     "Prediction",
-    "PrefixSpec",
-    "PromptSpec",
+    "Prefix",
+    "Prompt",
     "Request",
+    "ServerConfig",
     "TaskSpec",
     "__version__",
     "evaluate",
     "export",
     "load_delta",
+    "serve",
     "train",
 ]
 
 _HOMES = {
-    "AdapterSpec": "deltas.bottleneck",
+    "Adapter": "kinds.adapter",
     "BaseRef": "deltas.delta",
     "BertologyError": "errors",
-    "BitfitSpec": "deltas.bitfit",
+    "Bitfit": "kinds.bitfit",
     "Delta": "deltas.delta",
     "Encoder": "encoder.encoder",
-    "LoraSpec": "deltas.lora",
+    "Lora": "kinds.lora",
+    "Norms": "kinds.norms",
+    "Ia3": "kinds.ia3",
     "Pipeline": "encoder.pipeline",
     "Prediction": "encoder.pipeline",
-    "PrefixSpec": "deltas.prefix",
-    "PromptSpec": "deltas.prompt",
+    "Prefix": "kinds.prefix",
+    "Prompt": "kinds.prompt",
     "Request": "encoder.pipeline",
+    "ServerConfig": "serving.config",
     "TaskSpec": "tasks.spec",
+    "serve": "serving.serve",
     **dict.fromkeys(("evaluate", "load_delta", "train"), "api"),
 }
 

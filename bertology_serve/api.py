@@ -16,16 +16,16 @@ from bertology_serve.data.records import DataLike, read_records
 from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.kinds import kind_of
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.training.config import TrainConfig
-from bertology_serve.training.destination import Destination
+from bertology_serve.kinds.kinds import kind_of
+from bertology_serve.training.batches import Source
+from bertology_serve.training.callbacks import Callback, CallbackList
 from bertology_serve.training.evaluate import Evaluation
 from bertology_serve.training.evaluate import evaluate as measured
-from bertology_serve.training.full_options import REGULARISED
-from bertology_serve.training.sources import Source
+from bertology_serve.training.method_options import REGULARISED
+from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import train as run
-from bertology_serve.training.watch import Several, Watcher
+from bertology_serve.training.train_config import TrainConfig
 
 Method = str | Any
 
@@ -54,14 +54,14 @@ def train(
     version: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    callbacks: Sequence[Watcher] = (),
+    callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> Delta:
     """Trains one delta, and returns it once a saved copy has given the same answers.
 
     ``data``, ``eval`` (it chooses the state that is kept) and ``ood`` (another domain, only measured) are files, names
     of data sets, lists of records, pandas DataFrames or ``datasets.Dataset``; ``columns`` says which column holds which
-    field: ``{"text": "sentence"}``. ``method`` is a spec, such as ``LoraSpec(rank=8)``, the name of a method, or
+    field: ``{"text": "sentence"}``. ``method`` is a spec, such as ``Lora(rank=8)``, the name of a method, or
     several kinds of delta. With ``out`` the delta is kept in that directory, else only in memory, as ``name``.
     ``settings`` are fields of ``TrainConfig``: ``epochs=5``. The encoder is left as it was.
 
@@ -75,7 +75,7 @@ def train(
         at = Path(out) if out is not None else Path(str(folder)) / name
         place = Destination(at, None, version, resume, overwrite)
         own = encoder.fresh() if config.full else encoder
-        return run(config, own, source, dev, ood=other, place=place, watcher=Several(callbacks)).delta
+        return run(config, own, source, dev, ood=other, place=place, watcher=CallbackList(callbacks)).delta
 
 
 def evaluate(

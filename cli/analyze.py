@@ -55,7 +55,7 @@ def attention(
     settings: AttentionSettings,
 ) -> None:
     """What each head attends to on a corpus, and which heads attend alike (Clark et al. 2019)."""
-    from bertology_serve.analysis.attention import attention as run
+    from bertology_serve.analysis.attention_maps import attention as run
 
     one = subject(backbone, delta, device)
     files = (corpus, dependencies)
@@ -221,7 +221,7 @@ def side_by_side(
     settings: DistanceSettings,
 ) -> None:  # fmt: skip
     """``distance --beside``."""
-    from bertology_serve.analysis.beside import beside as run
+    from bertology_serve.analysis.compare_deltas import beside as run
 
     subjects = [subject(backbone, delta, device) for delta in deltas]
     with kept(out, "beside", again, subjects, (corpus,), settings) as (ask, advance):

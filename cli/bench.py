@@ -16,7 +16,7 @@ from bertology_serve.cli.common import note, progress, table
 from bertology_serve.errors import VerificationError
 
 if TYPE_CHECKING:
-    from bertology_serve.serving.bench.serving import Result
+    from bertology_serve.bench.serving.serving import Result
 
 app = typer.Typer(help="Measure speed on this machine, beside the alternatives.", rich_markup_mode=None)
 
@@ -50,9 +50,9 @@ def serving(
 
     Lengths are lognormal, mean 24 tokens, at most 128. Contenders take turns; ratios are medians over the rounds.
     """
-    from bertology_serve.serving.bench.report import check_suffix, write
-    from bertology_serve.serving.bench.serving import run
-    from bertology_serve.serving.bench.workload import Workload
+    from bertology_serve.bench.serving.serving import run
+    from bertology_serve.bench.serving.serving_report import check_suffix, write
+    from bertology_serve.bench.serving.texts_workload import Workload
 
     check_suffix(output)
     work = Workload(sequences, deltas, seed=seed)

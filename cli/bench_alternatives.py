@@ -29,10 +29,10 @@ def alternatives(
     Each server is a process of its own with one thread for its model; lengths are mixed. They take turns: saturated,
     then all at half of what the slowest can answer. Merged models are written to a temporary directory.
     """
-    from bertology_serve.export.bench.environment import environment
-    from bertology_serve.serving.bench.alternatives.compare import Plan, compare, draw
-    from bertology_serve.serving.bench.load import check_plot
-    from bertology_serve.serving.prove.stage import Stage
+    from bertology_serve.bench.prove.stage import Stage
+    from bertology_serve.bench.serving.alternatives.alternatives_run import Plan, compare, draw
+    from bertology_serve.bench.serving.load import check_plot
+    from bertology_serve.export.environment import environment
 
     check_plot(plot)
     if output is not None and output.suffix != ".json":

@@ -38,9 +38,9 @@ def export(
     """
     import torch
 
-    from bertology_serve.export.bench.bars import judge
-    from bertology_serve.export.bench.report import bars, costs, speeds, write
-    from bertology_serve.export.bench.run import run
+    from bertology_serve.bench.export.bars import judge
+    from bertology_serve.bench.export.export_report import bars, costs, speeds, write
+    from bertology_serve.bench.export.export_run import run
 
     if data is not None and delta is None:
         raise SpecError("--data was given without --delta; a random head has no metric, so give the delta too")
@@ -63,9 +63,9 @@ def export(
 
 
 def _opened(delta: Path | None, backbone: str | None) -> tuple[Delta, Encoder]:
+    from bertology_serve.bench.export.export_run import bare
     from bertology_serve.encoder.encoder import Encoder
-    from bertology_serve.export.bench.run import bare
-    from bertology_serve.training.saved import open_delta
+    from bertology_serve.training.publish import open_delta
 
     if delta is not None:
         return open_delta(delta, backbone, "cpu")
@@ -84,8 +84,8 @@ def _inputs(
     compiled: bool,
 ) -> Any:
     from bertology_serve import examples
-    from bertology_serve.data.examples import load_examples
-    from bertology_serve.export.bench.run import Inputs
+    from bertology_serve.bench.export.export_run import Inputs
+    from bertology_serve.data.records import load_examples
     from bertology_serve.tasks.registry import task_for
 
     task, named = task_for(delta.task), read_columns(columns)

@@ -30,12 +30,12 @@ def kernels(
     heights = [_number(text) for text in _listed(rows)]
     if dtype not in ("bfloat16", "float16", "float32"):
         raise SpecError(f"got --dtype {dtype}, expected bfloat16, float16 or float32")
-    from bertology_serve.kernels import bench_plot, bench_run
+    from bertology_serve.bench.kernels import kernel_plot, kernel_run
 
-    device = bench_run.cuda()
-    bench_plot.check(plot)
+    device = kernel_run.cuda()
+    kernel_plot.check(plot)
     if tune is not None:
-        table = bench_run.tune(
+        table = kernel_run.tune(
             device,
             lambda row: (
                 (not sizes or (row.point.k, row.point.n) in sizes) and (not heights or row.point.rows in heights)
@@ -59,12 +59,12 @@ def _sweep(
 ) -> None:
     import torch
 
-    from bertology_serve.kernels import bench_plot, bench_report, bench_rows, bench_run
-    from bertology_serve.kernels.bench_methods import BASELINE, OURS
-    from bertology_serve.kernels.bench_timing import machine
-    from bertology_serve.kernels.bench_workload import sweep
+    from bertology_serve.bench.kernels import kernel_plot, kernel_report, kernel_run, row_kernels
+    from bertology_serve.bench.kernels.gpu_timing import machine
+    from bertology_serve.bench.kernels.methods import BASELINE, OURS
+    from bertology_serve.bench.kernels.workload import sweep
 
-    device = bench_run.cuda()
+    device = kernel_run.cuda()
     about = machine(device)
     note(", ".join(f"{key} {value}" for key, value in about.items()))
     wanted = [
@@ -73,16 +73,16 @@ def _sweep(
     if not wanted:
         raise SpecError("no point of the sweep has those --shapes and --rows; run with --quick to see some that it has")
     figures = []
-    for found in bench_run.measure(wanted, device, also):
+    for found in kernel_run.measure(wanted, device, also):
         figures += found
         note(f"{len(figures)} figures: {found[0].workload}")
         if csv is not None:
-            bench_report.write_csv(csv, figures, about)
-    print("\n".join([*bench_report.lines(figures), *bench_report.losses(figures, OURS, BASELINE)]))
+            kernel_report.write_csv(csv, figures, about)
+    print("\n".join([*kernel_report.lines(figures), *kernel_report.losses(figures, OURS, BASELINE)]))
     if plot is not None:
-        bench_plot.draw(figures, about, plot)
+        kernel_plot.draw(figures, about, plot)
     if not sizes and not heights:
-        print("\n".join(bench_rows.lines(bench_rows.measure(bench_rows.sweep(getattr(torch, dtype)), device))))
+        print("\n".join(row_kernels.lines(row_kernels.measure(row_kernels.sweep(getattr(torch, dtype)), device))))
 
 
 def _listed(text: str) -> list[str]:

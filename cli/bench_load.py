@@ -33,7 +33,7 @@ def load(
 
     Open loop: calls come whether or not those before were answered, and their time counts from when they were due.
     """
-    from bertology_serve.serving.bench.load import Load, as_dict, check_plot, draw, run
+    from bertology_serve.bench.serving.load import Load, as_dict, check_plot, draw, run
 
     check_plot(plot)
     if output is not None and output.suffix != ".json":

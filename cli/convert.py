@@ -33,12 +33,12 @@ def convert(
 ) -> None:
     """Convert an adapter; pickles are opened here only, and for tensors only."""
     from bertology_serve.deltas import store
-    from bertology_serve.deltas.adapterhub import write_adapterhub
     from bertology_serve.deltas.catalog import newest
+    from bertology_serve.deltas.interop.adapterhub import write_adapterhub
     from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.training.convert import Told
     from bertology_serve.training.convert import convert as run
-    from bertology_serve.training.destination import Destination
+    from bertology_serve.training.run_directory import Destination
 
     if out.exists():
         raise InputError(f"{out} exists; choose another --out")

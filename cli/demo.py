@@ -85,10 +85,10 @@ def _train(encoder: Encoder, deltas: Path) -> None:
     """One delta a lesson, all on the same frozen encoder."""
     from bertology_serve.examples import path
     from bertology_serve.tasks.registry import task_named
-    from bertology_serve.training.config import TrainConfig
-    from bertology_serve.training.destination import Destination
-    from bertology_serve.training.sources import Source
+    from bertology_serve.training.batches import Source
+    from bertology_serve.training.run_directory import Destination
     from bertology_serve.training.train import train
+    from bertology_serve.training.train_config import TrainConfig
 
     rows = []
     for lesson in LESSONS:
@@ -171,9 +171,9 @@ def _address(process: subprocess.Popen[str]) -> str:
 
 
 def _export(encoder: Encoder, delta: Path, out: Path) -> None:
+    from bertology_serve.export.export_spec import ExportSpec
     from bertology_serve.export.exporting import export_delta
-    from bertology_serve.export.spec import ExportSpec
-    from bertology_serve.training.saved import load_delta
+    from bertology_serve.training.publish import load_delta
 
     note(f"bertology-serve export --merge {delta} --out {out}")
     done = export_delta(encoder, load_delta(delta, encoder), out, ExportSpec(merge=True, overwrite=True))

@@ -18,8 +18,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
     """Look at versions, ONNX Runtime, CUDA and Triton; say how to mend what is wrong. Exit code 1 if something is."""
-    from bertology_serve.export.checkup import findings, of_encoder
-    from bertology_serve.export.machine import look
+    from bertology_serve.export.installation import findings, look, of_encoder
 
     found = findings(look())
     if backbone is not None:

@@ -10,7 +10,7 @@ import typer
 from bertology_serve.cli.common import note
 from bertology_serve.cli.options import options
 from bertology_serve.errors import SpecError
-from bertology_serve.export.spec import ExportSpec
+from bertology_serve.export.export_spec import ExportSpec
 
 if TYPE_CHECKING:
     from bertology_serve.deltas.delta import Delta
@@ -68,7 +68,7 @@ def _one(
     delta: Path, out: Path, spec: ExportSpec, backbone: str | None, name: str | None, verify: str | None
 ) -> Exported:
     from bertology_serve.export.exporting import export_delta
-    from bertology_serve.training.saved import open_delta
+    from bertology_serve.training.publish import open_delta
 
     loaded, encoder = open_delta(delta, backbone, "cpu")
     records = _encoded(verify, loaded, encoder) if verify else []
@@ -85,8 +85,8 @@ def _many(
     into: bool,
 ) -> Exported:
     from bertology_serve.deltas import store
-    from bertology_serve.export.multi.exporting import export_many, join
-    from bertology_serve.training.saved import load_delta, open_delta
+    from bertology_serve.export.export_deltas import export_many, join
+    from bertology_serve.training.publish import load_delta, open_delta
 
     found = [versions[-1] for path in paths for versions in store.discover(path).values()]
     path, called = (found[0].path, found[0].name) if found else (paths[0], None)
@@ -100,7 +100,7 @@ def _many(
 
 def _encoded(path: str, delta: Delta, encoder: Encoder) -> list[list[Encoding]]:
     """The sequences of each record of a file."""
-    from bertology_serve.data.examples import load_examples
+    from bertology_serve.data.records import load_examples
     from bertology_serve.tasks.registry import task_for
 
     task = task_for(delta.task)

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from bertology_serve.errors import NotFound, SpecError, nearest
-from bertology_serve.training.flags import join_list
+from bertology_serve.training.method_options import join_list
 
 
 def from_file(context: typer.Context, path: Path | None) -> Path | None:

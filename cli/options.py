@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 
 from bertology_serve.errors import SpecError
-from bertology_serve.training.flags import join_list, split_list
+from bertology_serve.training.method_options import join_list, split_list
 
 PLAIN = (bool, int, float, str, Path)
 

@@ -34,8 +34,7 @@ def predict(
 
     The output appears when every line is answered. The first bad line ends the run (exit code 2) unless --skip-bad.
     """
-    from bertology_serve.serving.files import STANDARD, reading
-    from bertology_serve.serving.offline import Lines
+    from bertology_serve.serving.offline import STANDARD, Lines, reading
 
     with reading(input) as source:  # what is wrong there is said before anything is loaded
         options = Lines("stdin" if input == STANDARD else input, logits, skip_bad, max_tokens)
@@ -48,9 +47,9 @@ def predict(
 
 def _open(backbone: str, deltas: Path, skip_bad: bool, device: str) -> Pipeline:
     from bertology_serve.encoder.encoder import Encoder
+    from bertology_serve.encoder.loading import find_device
     from bertology_serve.encoder.pipeline import Pipeline
-    from bertology_serve.serving.registry import Registry
-    from bertology_serve.training.device import find_device
+    from bertology_serve.serving.versions.delta_registry import Registry
 
     encoder = Encoder.load(backbone, device=find_device(device))
     pipeline = Pipeline(encoder)
@@ -65,16 +64,15 @@ def _lines_in(name: str) -> int | None:
     """How many lines there are to answer, ``None`` where that is known only at the end."""
     if name.endswith(".gz") or not Path(name).is_file():
         return None
-    from bertology_serve.data.lines import bounded_lines
+    from bertology_serve.data.formats import bounded_lines
 
     with open(name, "rb") as file:
         return sum(1 for _, line in bounded_lines(file, name) if not line.isspace())
 
 
 def _answer(pipeline: Pipeline, source: IO[bytes], output: str, options: Lines, total: int | None) -> int:
-    from bertology_serve.data.lines import bounded_lines
-    from bertology_serve.serving.files import writing
-    from bertology_serve.serving.offline import answer_lines
+    from bertology_serve.data.formats import bounded_lines
+    from bertology_serve.serving.offline import answer_lines, writing
 
     count = cut = 0
 

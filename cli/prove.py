@@ -26,10 +26,10 @@ def prove(
     Servers run in processes of their own, with random deltas of several kinds. Figures in milliseconds mean little on
     a machine that does other things at the same time.
     """
-    from bertology_serve.export.bench.environment import environment
-    from bertology_serve.serving.prove.figure import prove as measure
-    from bertology_serve.serving.prove.figures import FIGURES
-    from bertology_serve.serving.prove.stage import Stage
+    from bertology_serve.bench.prove.figure import prove as measure
+    from bertology_serve.bench.prove.figures import FIGURES
+    from bertology_serve.bench.prove.stage import Stage
+    from bertology_serve.export.environment import environment
 
     numbers = listed(only)
     chosen = [figure for figure in FIGURES if numbers is None or str(figure.number) in numbers]

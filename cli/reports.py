@@ -11,15 +11,15 @@ from bertology_serve.cli.common import note, progress
 
 if TYPE_CHECKING:
     from bertology_serve.analysis.report import Report
-    from bertology_serve.analysis.subject import Advance, Subject
+    from bertology_serve.analysis.subject_model import Advance, Subject
 
 
 def subject(backbone: str | None, delta: Path | None, device: str) -> Subject:
     """The encoder, with the delta of a directory (or the newest of its versions) if there is one."""
-    from bertology_serve.analysis.subject import Subject
+    from bertology_serve.analysis.subject_model import Subject
     from bertology_serve.encoder.encoder import Encoder
-    from bertology_serve.training.device import find_device
-    from bertology_serve.training.saved import open_delta
+    from bertology_serve.encoder.loading import find_device
+    from bertology_serve.training.publish import open_delta
 
     if delta is None:
         loaded, encoder = None, Encoder.load(backbone or "minilm", device=find_device(device))
@@ -34,7 +34,7 @@ def kept(
     out: Path, name: str, again: bool, subjects: Sequence[Subject], files: Sequence[str | None], *settings: object
 ) -> Iterator[tuple[Callable[[Callable[[], Report]], Report], Advance]]:
     """A function that makes a report, or reads it back where the same lies in ``out``, and a progress bar for it."""
-    from bertology_serve.analysis.cache import content_key, remembered
+    from bertology_serve.analysis.report import content_key, remembered
 
     key = content_key(name, subjects, files, *settings)
 

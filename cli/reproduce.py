@@ -13,7 +13,7 @@ from bertology_serve.errors import SpecError
 
 if TYPE_CHECKING:
     from bertology_serve.training.grids.grid import Grid, GridRun
-    from bertology_serve.training.grids.run import Place
+    from bertology_serve.training.grids.grid_run import Place
 
 
 def reproduce(
@@ -31,7 +31,7 @@ def reproduce(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
 ) -> None:
     """Run a grid of methods, tasks and seeds; what is finished is kept, and the same command continues."""
-    from bertology_serve.training.grids.presets import find_grid
+    from bertology_serve.training.grids.grid import find_grid
 
     if show:
         return show_presets()
@@ -45,10 +45,10 @@ def reproduce(
     if out is None:
         raise SpecError("no --out was given; say where runs and table shall lie, or count the runs with --dry-run")
 
-    from bertology_serve.training.device import find_device
-    from bertology_serve.training.grids.report import LONG, TABLE, WIDE, write_report
-    from bertology_serve.training.grids.run import Place
-    from bertology_serve.training.grids.tables import figures
+    from bertology_serve.encoder.loading import find_device
+    from bertology_serve.training.grids.grid_report import LONG, TABLE, WIDE, write_report
+    from bertology_serve.training.grids.grid_run import Place
+    from bertology_serve.training.grids.grid_tables import figures
     from bertology_serve.training.processes import check_alone
 
     check_alone("reproduce")
@@ -63,8 +63,7 @@ def reproduce(
 
 def show_presets() -> None:
     """The packaged grids, and what each is."""
-    from bertology_serve.training.grids.grid import read_grid
-    from bertology_serve.training.grids.presets import presets
+    from bertology_serve.training.grids.grid import presets, read_grid
 
     grids = {name: read_grid(path) for name, path in presets().items()}
     rows = [[name, one.title, one.backbone, len(list(one.runs()))] for name, one in grids.items()]
@@ -73,8 +72,8 @@ def show_presets() -> None:
 
 def make(runs: list[GridRun], grid: Grid, place: Place) -> list[str]:
     """Makes what is missing, the table anew after each run; returns the keys of runs that failed."""
-    from bertology_serve.training.grids.report import write_report
-    from bertology_serve.training.grids.run import execute, result_of
+    from bertology_serve.training.grids.grid_report import write_report
+    from bertology_serve.training.grids.grid_run import execute, result_of
 
     missing = [run for run in runs if result_of(run, place) is None]
     note(f"{len(runs) - len(missing)} of {len(runs)} runs are there")

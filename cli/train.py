@@ -16,15 +16,15 @@ from bertology_serve.cli.common import note, note_next, progress, table
 from bertology_serve.cli.filling import from_file, from_set
 from bertology_serve.cli.options import listed, options
 from bertology_serve.errors import SpecError
-from bertology_serve.training.config import TrainConfig
-from bertology_serve.training.flags import KindFlags
+from bertology_serve.training.method_options import KindFlags
+from bertology_serve.training.train_config import TrainConfig
 
 if TYPE_CHECKING:
-    from bertology_serve.encoder.live import LiveDelta
+    from bertology_serve.encoder.trainable import TrainableDelta
+    from bertology_serve.training.batches import Source
     from bertology_serve.training.methods import ParameterCount
     from bertology_serve.training.processes import Processes
     from bertology_serve.training.recipes import Stage
-    from bertology_serve.training.sources import Source
     from bertology_serve.training.train import Outcome
 
 
@@ -68,17 +68,17 @@ def train(
         raise SpecError("no --out was given; say where the delta shall lie, or count its parameters with --dry-run")
 
     from bertology_serve.encoder.encoder import Encoder
+    from bertology_serve.encoder.loading import find_device
     from bertology_serve.tasks.registry import task_for
     from bertology_serve.training import train as training
-    from bertology_serve.training.curve import check_plots, draw_curve
-    from bertology_serve.training.destination import Destination
-    from bertology_serve.training.device import find_device
-    from bertology_serve.training.events import Board
+    from bertology_serve.training.batches import Source
+    from bertology_serve.training.callbacks import CallbackList
+    from bertology_serve.training.learning_curve import check_plots, draw_curve
     from bertology_serve.training.methods import make_live
     from bertology_serve.training.processes import join
     from bertology_serve.training.recipes import stages
-    from bertology_serve.training.sources import Source
-    from bertology_serve.training.watch import Several
+    from bertology_serve.training.run_directory import Destination
+    from bertology_serve.training.tensorboard import TensorBoard
 
     place = Destination(out or Path("dry-run"), name, version, resume, overwrite)
     if plot:
@@ -97,7 +97,7 @@ def train(
     files = {"backbone": backbone, "train": train, "eval": eval, "ood": ood}
     named = {flag: _lasting(path) for flag, path in files.items() if path} | {"device": device}
     named |= {"columns": columns} if columns else {}
-    boards = [Board(tensorboard / place.open()[0])] if tensorboard and processes.leads else []
+    boards = [TensorBoard(tensorboard / place.open()[0])] if tensorboard and processes.leads else []
     with Bar() if processes.leads else nullcontext() as bar:
         outcome = training.train(
             config,
@@ -106,7 +106,7 @@ def train(
             dev,
             ood=other,
             place=place,
-            watcher=Several([*([bar] if bar else []), *boards]),
+            watcher=CallbackList([*([bar] if bar else []), *boards]),
             prepack=prepack,
             files=named,
             processes=processes,
@@ -198,9 +198,9 @@ def counted(parameters: ParameterCount) -> str:
     return f"{parameters.trained:,} parameters ({share}), {parameters.head:,} of them in the head"
 
 
-def show_dry_run(live: LiveDelta, stage: Stage, source: Source, processes: Processes) -> None:
+def show_dry_run(live: TrainableDelta, stage: Stage, source: Source, processes: Processes) -> None:
     """What a stage would train, and the memory that it would need in each process."""
-    from bertology_serve.deltas.kinds import kind_of
+    from bertology_serve.kinds.kinds import kind_of
     from bertology_serve.training.methods import count_parameters
 
     count = count_parameters(live)
@@ -215,12 +215,12 @@ def show_dry_run(live: LiveDelta, stage: Stage, source: Source, processes: Proce
     table(f"would train {counted(count)}", ["part", "field", "value"], rows, stderr=False)
 
 
-def needed(live: LiveDelta, stage: Stage, source: Source, processes: Processes) -> dict[str, int]:
+def needed(live: TrainableDelta, stage: Stage, source: Source, processes: Processes) -> dict[str, int]:
     """Bytes that training needs by their use; activations are tried on the longest of the first thousand records."""
     from bertology_serve.tasks.registry import task_for
-    from bertology_serve.training.items import make_items
-    from bertology_serve.training.loop import Trainer
+    from bertology_serve.training.batches import make_items
     from bertology_serve.training.memory import estimate
+    from bertology_serve.training.trainer import Trainer
 
     task = task_for(live.task)
     items = make_items(task, source.records[:1000], live.encoder.tokenizer)
@@ -275,7 +275,7 @@ def advice(outcome: Outcome) -> Iterator[str]:
 
 def show_layers(directory: Path) -> None:
     """The probe of every layer, where they were asked for."""
-    from bertology_serve.training.rundir import LAYERS
+    from bertology_serve.training.run_directory import LAYERS
 
     if not (directory / LAYERS).exists():
         return

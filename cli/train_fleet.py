@@ -10,7 +10,7 @@ import typer
 
 from bertology_serve.cli.common import note, note_next, table
 from bertology_serve.errors import SpecError
-from bertology_serve.training.fleet.spec import FleetSpec, read_fleet
+from bertology_serve.training.fleet.fleet_spec import FleetSpec, read_fleet
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -39,9 +39,9 @@ def train_fleet(
         raise SpecError("no --out was given; say where the deltas shall stand, or look at them with --dry-run")
 
     from bertology_serve.encoder.encoder import Encoder
-    from bertology_serve.training.device import find_device
-    from bertology_serve.training.fleet.directory import FleetDirectory
-    from bertology_serve.training.fleet.run import train_fleet as run
+    from bertology_serve.encoder.loading import find_device
+    from bertology_serve.training.fleet.fleet_directory import FleetDirectory
+    from bertology_serve.training.fleet.fleet_run import train_fleet as run
     from bertology_serve.training.processes import check_alone
 
     check_alone("train-fleet")
@@ -133,7 +133,7 @@ class Board:
 
 def show_dry_run(spec: FleetSpec, encoder: Encoder) -> None:
     """What would be trained, and nothing else."""
-    from bertology_serve.training.fleet.run import enrol
+    from bertology_serve.training.fleet.fleet_run import enrol
     from bertology_serve.training.methods import count_parameters
 
     rows = []

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import onnx_ir
 
 from bertology_serve.errors import Unsupported
-from bertology_serve.export.direct.emit import emit, obstacle
-from bertology_serve.export.parts import Parts
-from bertology_serve.export.spec import PORTABLE, ExportSpec
+from bertology_serve.export.emitter.emit import emit, obstacle
+from bertology_serve.export.export_inputs import ExportInputs
+from bertology_serve.export.export_spec import PORTABLE, ExportSpec
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Chosen:
         return "direct" if self.direct else "torch"
 
 
-def choose(parts: Parts, spec: ExportSpec) -> Chosen:
+def choose(parts: ExportInputs, spec: ExportSpec) -> Chosen:
     """The direct back end where it can; raises Unsupported where it was asked for by name and cannot."""
     stands_in_the_way = obstacle(parts) if spec.back_end != "torch" else "another was asked for"
     if stands_in_the_way is None:
@@ -39,11 +39,13 @@ def choose(parts: Parts, spec: ExportSpec) -> Chosen:
     return Chosen(False, False, PORTABLE if spec.opset is None else spec.opset)
 
 
-def write(parts: Parts, chosen: Chosen, spec: ExportSpec) -> onnx_ir.Model:
+def write(parts: ExportInputs, chosen: Chosen, spec: ExportSpec) -> onnx_ir.Model:
     """The ONNX model; raises what ``to_onnx`` raises."""
     if chosen.direct:
         return emit(parts, chosen.opset, chosen.unpad, spec.precision, fused=spec.target == "cuda")
-    from bertology_serve.export.graph import Graph  # the exporter is half a second of imports
-    from bertology_serve.export.onnx_model import to_onnx
+    from bertology_serve.export.torch_exporter import (
+        Graph,  # the exporter is half a second of imports
+        to_onnx,
+    )
 
     return to_onnx(Graph(parts), chosen.opset)

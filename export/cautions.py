@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from bertology_serve.export.spec import ExportSpec
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.export.verify import Report
 
 LOSS = 0.1
@@ -28,3 +33,26 @@ def cautions(spec: ExportSpec, report: Report) -> tuple[str, ...]:
     if report.asked and report.asked != report.provider:
         found.append(f"{report.asked} was asked for, but {report.provider} ran; bertology-serve doctor says why")
     return tuple(found)
+
+
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def lost(base: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, float] | None:
+    """``‖(cast(W + Δ) - cast(W)) - Δ‖ / ‖Δ‖`` over all weights that a delta changed, by the type cast to.
+
+    ``base`` holds W and ``merged`` W + Δ, by the same names; what ``base`` lacks is zero there. Near zero, the cast
+    model still has the delta; at 1, it might as well be the base. ``None`` where nothing changed.
+    """
+    gone, whole = dict.fromkeys(HALVES, 0.0), 0.0
+    for name, after in merged.items():
+        before = base.get(name)
+        if not after.is_floating_point() or (before is not None and before.data_ptr() == after.data_ptr()):
+            continue
+        before = torch.zeros_like(after) if before is None else before.detach().to("cpu", torch.float32)
+        delta = after.double() - before.double()
+        whole += float(delta.square().sum())
+        for kind, half in HALVES.items():
+            kept = after.to(half).double() - before.to(half).double()
+            gone[kind] += float((kept - delta).square().sum())
+    return {kind: (part / whole) ** 0.5 for kind, part in gone.items()} if whole else None

@@ -13,22 +13,17 @@ import torch
 from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.writing import staging
+from bertology_serve.deltas.store import staging
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.back_ends import choose, write
-from bertology_serve.export.cautions import cautions
-from bertology_serve.export.layout import example, write_around
-from bertology_serve.export.loss import lost
-from bertology_serve.export.metadata import longest, metadata
-from bertology_serve.export.onnx_file import annotate, save
-from bertology_serve.export.parts import parts_of
-from bertology_serve.export.publish import check_target
-from bertology_serve.export.reference import Reference
-from bertology_serve.export.samples import built_in, of_encodings
+from bertology_serve.export.cautions import cautions, lost
+from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_spec import ExportSpec
+from bertology_serve.export.layout import check_target, example, write_around, write_config
+from bertology_serve.export.metadata import annotate, longest, metadata, save
+from bertology_serve.export.samples import Reference, built_in, of_encodings
 from bertology_serve.export.session import Session
-from bertology_serve.export.spec import ExportSpec
-from bertology_serve.export.triton_server import write_config
 from bertology_serve.export.verify import Bars, Report, check, verify, witnesses
 from bertology_serve.files import replace_directory
 from bertology_serve.tasks.spec import Encoding

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bertology_serve.deltas.effects import Effects
-from bertology_serve.deltas.slots import Anatomy, Slot
+from bertology_serve.kinds.effects import Effects
+from bertology_serve.kinds.slots import Anatomy, Slot
 
 
 def fold(state: Mapping[str, Tensor], effects: Effects, anatomy: Anatomy) -> dict[str, Tensor]:

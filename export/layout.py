@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.errors import SpecError
+from bertology_serve.export.export_inputs import ExportInputs
+from bertology_serve.export.export_spec import MODEL
 from bertology_serve.export.session import ROWS
-from bertology_serve.export.spec import MODEL
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -23,6 +25,7 @@ from bertology_serve.tasks.spec import (
 
 if TYPE_CHECKING:
     from bertology_serve.export.verify import Report
+
 
 REPORT = "verification.json"
 CLASSES = {
@@ -144,3 +147,47 @@ def _write_modules(directory: Path, delta: Delta, hidden: int, max_length: int) 
 
 def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+CONFIG, LABELS = "config.pbtxt", "labels.txt"
+MOST_ROWS, THREADS = 64, 1
+
+
+def write_config(directory: Path, parts: ExportInputs, gpu: bool = False) -> None:
+    """Writes both files; labels where a row of the output is one decision. ``gpu``: it is to run on one."""
+    labels = parts.task.labels if parts.task.kind == CLASSIFICATION else ()
+    if labels:
+        text = "".join(" ".join(label.split()) + "\n" for label in labels)
+        (directory / LABELS).write_text(text, encoding="utf-8")
+    (directory / CONFIG).write_text(triton_config(parts, labelled=bool(labels), gpu=gpu), encoding="utf-8")
+
+
+def triton_config(parts: ExportInputs, labelled: bool, gpu: bool = False) -> str:
+    """The model configuration, in protobuf's text format (``model_config.proto``); batch is its first dimension."""
+    inputs = ",\n".join(_tensor(name, "TYPE_INT64", [-1]) for name in parts.inputs)
+    outputs = ",\n".join(
+        _tensor(name, "TYPE_FP32", [-1 if isinstance(n, str) else n for n in shape[1:]], LABELS if labelled else None)
+        for name, shape in parts.outputs.items()
+    )
+    return (
+        f'backend: "onnxruntime"\nmax_batch_size: {MOST_ROWS}\n'
+        f"input [\n{inputs}\n]\noutput [\n{outputs}\n]\n"
+        "dynamic_batching { }\n"
+        f"instance_group [ {{ kind: {'KIND_GPU' if gpu else 'KIND_CPU'}, count: 1 }} ]\n"
+        f'parameters {{ key: "intra_op_thread_count", value: {{ string_value: "{THREADS}" }} }}\n'
+    )
+
+
+def _tensor(name: str, kind: str, dims: Sequence[int], labels: str | None = None) -> str:
+    more = f', label_filename: "{labels}"' if labels else ""
+    return f'  {{ name: "{name}", data_type: {kind}, dims: [ {", ".join(map(str, dims))} ]{more} }}'
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises SpecError where ``target`` may not be written: only an earlier export is ever replaced."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / REPORT).is_file() or not any((target / path).is_file() for path in MODEL.values()):
+        raise SpecError(f"{target} exists and is no export; give --out a new directory")
+    if not overwrite:
+        raise SpecError(f"{target} holds an export already; give --overwrite to replace it, or another --out")

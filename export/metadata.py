@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import PurePath
+from collections.abc import Mapping
+from pathlib import Path, PurePath
 from typing import Any
+
+import onnx_ir
 
 import bertology_serve
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.export.back_ends import Chosen
-from bertology_serve.export.parts import Parts
-from bertology_serve.export.spec import ExportSpec
+from bertology_serve.export.export_inputs import ExportInputs
+from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.tasks.spec import EMBEDDING, MULTIPLE_CHOICE, QUESTION_ANSWERING
 
 TASK_OPTIONS = ("head", "stride", "max_answer_length", "normalize", "token_types", "pairs")
@@ -24,7 +27,7 @@ SEMANTICS = (
 
 
 def metadata(
-    encoder: Encoder, delta: Delta, parts: Parts, spec: ExportSpec, chosen: Chosen, name: str
+    encoder: Encoder, delta: Delta, parts: ExportInputs, spec: ExportSpec, chosen: Chosen, name: str
 ) -> dict[str, str]:
     """Facts by name, all texts; lists and objects are JSON."""
     task = delta.task
@@ -102,3 +105,26 @@ def _output(delta: Delta) -> str:
         return "float32 [batch, sequence] each, before any softmax, zero at padding"
     shape = f"[batch, sequence, {task.outputs}], zero at padding" if task.per_token else f"[batch, {task.outputs}]"
     return f"float32 {shape}, before any softmax"
+
+
+EXTERNAL_OVER = 1_800_000_000
+"""Bytes of weights from which they get a file of their own; a protobuf ends at 2 GiB."""
+DATA_SUFFIX = "_data"
+
+
+def annotate(model: onnx_ir.Model, metadata: Mapping[str, str]) -> None:
+    """Writes metadata, sorted, in place of what the exporter left."""
+    model.metadata_props.clear()
+    model.metadata_props.update(sorted(metadata.items()))
+    model.graph.name = "main"
+
+
+def save(model: onnx_ir.Model, path: Path, external_over: int | None = None) -> int:
+    """Writes the file, and ``model.onnx_data`` beside it for large weights; returns the bytes of both."""
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    data = path.with_name(path.name + DATA_SUFFIX)
+    if weights > (EXTERNAL_OVER if external_over is None else external_over):
+        onnx_ir.save(model, path, external_data=data.name)
+    else:
+        onnx_ir.save(model, path)
+    return sum(file.stat().st_size for file in (path, data) if file.exists())

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from bertology_serve.errors import Unsupported, VerificationError
-from bertology_serve.export.spec import CPU
+from bertology_serve.export.export_spec import CPU
 
 LOGITS, START, END, ROWS, POOLED = "logits", "start_logits", "end_logits", "last_hidden_state", "sentence_embedding"
 """Names of outputs in the files of single deltas."""

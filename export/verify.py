@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.probe import rounding
+from bertology_serve.encoder.loading import rounding
 from bertology_serve.errors import VerificationError
-from bertology_serve.export.reference import Reference, Theirs
-from bertology_serve.export.samples import Case
+from bertology_serve.export.export_spec import ExportSpec, Neighbours
+from bertology_serve.export.samples import Case, Reference, Theirs
 from bertology_serve.export.session import Session
-from bertology_serve.export.spec import ExportSpec, Neighbours
 from bertology_serve.tasks.spec import CLASSIFICATION, QUESTION_ANSWERING, TOKEN_CLASSIFICATION, TaskSpec
 
 Output = NDArray[np.float32]

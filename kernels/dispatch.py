@@ -17,10 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bertology_serve.kernels.columns import Pools, TileColumns, tile_columns
-from bertology_serve.kernels.config import Config
-from bertology_serve.kernels.heuristics import SPLIT, TORCH
 from bertology_serve.kernels.segments import ACTIVATIONS, RowSegment, add_low_rank
-from bertology_serve.kernels.tuning import COLUMNS, Point, table
+from bertology_serve.kernels.tuning import COLUMNS, SPLIT, TORCH, Config, Point, table
 
 DTYPES = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float"}
 TYPICAL = 4 / 3  # the widest tile counts up to this many times the mean: a rare wider one takes another chunk

@@ -16,8 +16,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from bertology_serve.kernels.activations import activate
 from bertology_serve.kernels.blocks import (
+    activate,
     b_tile,
     base_product,
     column_rows,
@@ -26,8 +26,8 @@ from bertology_serve.kernels.blocks import (
     shrunk,
 )
 from bertology_serve.kernels.columns import Pools, TileColumns
-from bertology_serve.kernels.config import Config, cdiv
 from bertology_serve.kernels.launching import Int, Ptr, check_dtypes, check_matrix, jit
+from bertology_serve.kernels.tuning import Config, cdiv
 
 GROUP = 8
 NONE, COMPUTE, READ = 0, 1, 2

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bertology_serve.kernels.dispatch import DTYPES, BatchColumns, architecture
-from bertology_serve.kernels.heuristics import adapter_config
 from bertology_serve.kernels.segments import RowSegment, add_low_rank, bottleneck, cuts
+from bertology_serve.kernels.tuning import adapter_config
 
 NORM_ROWS = 4
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from bertology_serve.kernels.blocks import b_tile, column_rows, shrunk
 from bertology_serve.kernels.columns import Pools, TileColumns
-from bertology_serve.kernels.config import Config, cdiv
 from bertology_serve.kernels.fused_lora_linear import launch_linear, pool_arguments
 from bertology_serve.kernels.launching import Int, Ptr, check_dtypes, check_matrix, jit
+from bertology_serve.kernels.tuning import Config, cdiv
 
 
 @jit

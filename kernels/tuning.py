@@ -1,8 +1,4 @@
-"""The committed tuning tables: ``tuning.sm_90.json`` and others beside this file, one row per measured point.
-
-A table says of itself whether it was measured, on which GPU, with which versions and when; one that was not holds what
-``heuristics`` derives. A lookup takes the row nearest in K, N, T and columns.
-"""
+"""Launch configurations: the committed tuning tables (``tuning.sm_90.json``), and the rules that they start from."""
 
 from __future__ import annotations
 
@@ -14,8 +10,82 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bertology_serve.kernels.config import Config
-from bertology_serve.kernels.heuristics import FUSED, SPLIT, TORCH, by_rule
+
+@dataclass(frozen=True)
+class Config:
+    """How one launch of a matrix kernel is cut.
+
+    ``block_m``, ``block_n``, ``block_k``: the tile; ``rank_tile`` RT: rank columns per matrix instruction group;
+    ``sweep`` q: N tiles that one program computes with the same xA (1: recomputed by every program); ``tma``: x and W
+    are read through tensor descriptors (Hopper and later).
+    """
+
+    block_m: int = 64
+    block_n: int = 64
+    block_k: int = 32
+    rank_tile: int = 16
+    sweep: int = 1
+    warps: int = 4
+    stages: int = 2
+    tma: bool = False
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+FUSED, SPLIT, TORCH = "fused", "split", "torch"
+RANK_TILES = (16, 32, 64)
+FLOP_PER_BYTE = 184
+MANY_ROWS, SOME_ROWS, FEW_ROWS = 8192, 2048, 256
+
+
+def rank_tile(columns: int) -> int:
+    """RT: the smallest of 16, 32 and 64 that holds so many columns; more are done in chunks of 64."""
+    return next((tile for tile in RANK_TILES if columns <= tile), RANK_TILES[-1])
+
+
+def by_rule(arch: str, half: bool, k: int, n: int, rows: int, columns: int) -> tuple[str, Config]:
+    """(form, configuration) for x [rows, k], one slice of width n, and so many rank columns in a tile."""
+    config = _hopper(k, n, rows, columns) if arch == "sm_90" and half else _ampere(half, k, n, rows, columns)
+    if columns == 0:
+        return TORCH, config  # cuBLAS has nothing to add
+    small_enough = config.rank_tile * n < FLOP_PER_BYTE * config.sweep * config.block_n
+    one_chunk = columns <= config.rank_tile
+    return (FUSED if one_chunk and (small_enough or rows <= SOME_ROWS) else SPLIT), config
+
+
+def _hopper(k: int, n: int, rows: int, columns: int) -> Config:
+    rank = rank_tile(columns)
+    if rows <= FEW_ROWS:
+        return Config(64, 32 if n <= 1024 else 64, 64, rank, 1, 4, 4, True)
+    if rows <= SOME_ROWS:
+        return Config(64, 128, 64, rank, 1, 4, 4 if rank < 64 else 3, True)
+    if rows <= MANY_ROWS:
+        return Config(128, 128, 64, rank, 1, 4 if rank < 64 else 8, 3, True)
+    return Config(128, 128, 64, rank, _sweep(n, 128) if columns else 1, 8, 3, True)
+
+
+def _ampere(half: bool, k: int, n: int, rows: int, columns: int) -> Config:
+    rank = min(rank_tile(columns), 32)
+    if not half:
+        return Config(64, 64, 16, rank, 1, 4, 2)
+    if rows <= SOME_ROWS:
+        return Config(64, 64, 32, rank, 1, 4, 3)
+    return Config(128, 128, 32, rank, 1, 8, 3)
+
+
+def _sweep(n: int, block_n: int) -> int:
+    """q: as many N tiles as a program may keep xA for, 4 at most, dividing their number."""
+    tiles = cdiv(n, block_n)
+    return next(q for q in (4, 3, 2, 1) if tiles % q == 0)
+
+
+def adapter_config(half: bool) -> Config:
+    """Of bottleneck adapters: memory-bound, so tiles as high as registers allow, for fewer reads of D and U."""
+    return Config(64, 64, 64, 64, 1, 4, 3) if half else Config(32, 32, 16, 64, 1, 8, 2)
+
 
 FORMS = (FUSED, SPLIT, TORCH)
 SHAPES = ((768, 768), (768, 2304), (768, 3072), (3072, 768), (1024, 1024), (1024, 3072), (1024, 4096), (4096, 1024))

@@ -56,7 +56,7 @@ def test_every_public_name_is_there():
 
 
 def test_the_common_job_from_end_to_end(bert: bs.Encoder, tmp_path: Path):
-    delta = bs.train(bert, ROWS, eval=ROWS, method=bs.LoraSpec(rank=2), start="random", out=tmp_path / "mood", **QUICK)
+    delta = bs.train(bert, ROWS, eval=ROWS, method=bs.Lora(rank=2), start="random", out=tmp_path / "mood", **QUICK)
     assert (delta.name, delta.kinds, delta.specs[0].rank) == ("mood", ("lora",), 2)
     loaded = bs.load_delta(str(tmp_path / "mood"))
     assert loaded.version == delta.version
@@ -89,7 +89,7 @@ def test_missing_cells_of_a_frame_are_no_text(bert: bs.Encoder):
 
 
 def test_several_kinds_and_the_regularised_forms_are_methods(bert: bs.Encoder):
-    both = bs.train(bert, ROWS, method=[bs.LoraSpec(rank=2), "bitfit"], start="random", **QUICK)
+    both = bs.train(bert, ROWS, method=[bs.Lora(rank=2), "bitfit"], start="random", **QUICK)
     assert both.kinds == ("lora", "bitfit")
     before = bert.ref.sha256
     full = bs.train(bert, ROWS, method="full", **QUICK)

@@ -19,27 +19,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.bottleneck import AdapterSpec
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.ia3 import Ia3Spec
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.norms import NormsSpec
-from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.loading import rounding
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.encoder.probe import rounding
 from bertology_serve.errors import VerificationError
 from bertology_serve.examples import path
+from bertology_serve.export.export_deltas import export_many
+from bertology_serve.export.export_spec import ExportSpec, MultiPrecision, Precision
 from bertology_serve.export.exporting import export_delta
-from bertology_serve.export.multi.exporting import export_many
-from bertology_serve.export.spec import ExportSpec, MultiPrecision, Precision
-from bertology_serve.serving.engines import settle
+from bertology_serve.kinds.adapter import Adapter
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.ia3 import Ia3
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.norms import Norms
+from bertology_serve.kinds.prompt import Prompt
+from bertology_serve.serving.execution.engine_choice import settle
 from bertology_serve.tasks.spec import TaskSpec
-from bertology_serve.training.config import TrainConfig
-from bertology_serve.training.destination import Destination
-from bertology_serve.training.sources import Source
+from bertology_serve.training.batches import Source
+from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import train
+from bertology_serve.training.train_config import TrainConfig
 from tests import tiny
 
 pytestmark = pytest.mark.real
@@ -48,13 +48,13 @@ SHA256 = "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658"
 CLASSES, TAGS = TaskSpec("classification", ("a", "b")), TaskSpec("token-classification", ("O", "B-X", "I-X"))
 # every kind but the prefix, which MPNet's attention does not take
 KINDS: dict[str, tuple[list[Any], TaskSpec]] = {
-    "lora": ([LoraSpec(rank=8)], CLASSES),
-    "bitfit": ([BitfitSpec()], TaskSpec("regression", pooling="mean")),
-    "houlsby": ([AdapterSpec(width=16)], TAGS),
-    "pfeiffer": ([AdapterSpec("pfeiffer", width=16)], CLASSES),
-    "prompt": ([PromptSpec(8)], CLASSES),
-    "ia3": ([Ia3Spec(("key", "value"), ("down",))], CLASSES),
-    "norms": ([NormsSpec()], TAGS),
+    "lora": ([Lora(rank=8)], CLASSES),
+    "bitfit": ([Bitfit()], TaskSpec("regression", pooling="mean")),
+    "houlsby": ([Adapter(width=16)], TAGS),
+    "pfeiffer": ([Adapter("pfeiffer", width=16)], CLASSES),
+    "prompt": ([Prompt(8)], CLASSES),
+    "ia3": ([Ia3(("key", "value"), ("down",))], CLASSES),
+    "norms": ([Norms()], TAGS),
     "vectors": ([], TaskSpec("embedding", head="none", pooling="mean")),
 }
 TEXTS = (

@@ -25,7 +25,7 @@ from transformers import (
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.tasks.spec import TaskSpec
 
 TEXT = (
@@ -117,7 +117,7 @@ def encoder(family: str, directory: Path, seed: int = 0) -> Encoder:
 
 def delta(loaded: Encoder, name: str, specs: Sequence[Any], task: TaskSpec, seed: int = 0, size: float = 0.1) -> Delta:
     """A delta whose tensors are all random, head included."""
-    live = LiveDelta(loaded, specs, task, seed)
+    live = TrainableDelta(loaded, specs, task, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in live.parameters():

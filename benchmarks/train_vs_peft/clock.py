@@ -8,10 +8,10 @@ from typing import Any
 
 import transformers
 
-from bertology_serve.training.watch import Silent
+from bertology_serve.training.callbacks import NoCallback
 
 
-class Clock(transformers.TrainerCallback, Silent):  # type: ignore[misc]
+class Clock(transformers.TrainerCallback, NoCallback):  # type: ignore[misc]
     """Processor seconds between the beginning of training and its last step: a busy machine moves them less."""
 
     def __init__(self) -> None:

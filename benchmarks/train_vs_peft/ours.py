@@ -11,11 +11,11 @@ from benchmarks.train_vs_peft.clock import Clock
 from benchmarks.train_vs_peft.works import BATCH, OPTIONS, STRIDE, Work
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.tasks.spec import QUESTION_ANSWERING
-from bertology_serve.training.config import TrainConfig
-from bertology_serve.training.destination import Destination
+from bertology_serve.training.batches import Source
 from bertology_serve.training.evaluate import evaluate
-from bertology_serve.training.sources import Source
+from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import train
+from bertology_serve.training.train_config import TrainConfig
 
 
 def ours(work: Work, **flags: Any) -> dict[str, Any]:

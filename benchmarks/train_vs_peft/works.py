@@ -13,7 +13,7 @@ from bertology_serve.data.sets import DataSet, set_named
 from bertology_serve.tasks.base import Answer, Example, Task
 from bertology_serve.tasks.registry import task_for, task_named
 from bertology_serve.tasks.spec import QUESTION_ANSWERING, TaskSpec
-from bertology_serve.training.config import LEARNING_RATES
+from bertology_serve.training.train_config import LEARNING_RATES
 
 BATCH, STRIDE = 16, 64
 SETS: Mapping[str, tuple[str, str]] = {

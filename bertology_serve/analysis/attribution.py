@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertology_serve.analysis.subject import Subject
-from bertology_serve.encoder.reading import read
+from bertology_serve.analysis.subject_model import Subject
+from bertology_serve.encoder.pooling import read
 from bertology_serve.errors import Unsupported
 from bertology_serve.tasks.spec import Encoding
 

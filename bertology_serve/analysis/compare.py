@@ -13,11 +13,11 @@ from torch import Tensor
 
 from bertology_serve.analysis.attribution import attributions, check_available
 from bertology_serve.analysis.figures import Figure, HeatMap
-from bertology_serve.analysis.labelled import Labelled, Trial
+from bertology_serve.analysis.head_statistics import TextMaps
+from bertology_serve.analysis.labelled import Labelled, TaskEvaluation
 from bertology_serve.analysis.report import Report, origin
 from bertology_serve.analysis.settings import CompareSettings
-from bertology_serve.analysis.subject import Advance, Subject, silent
-from bertology_serve.analysis.word_maps import TextMaps
+from bertology_serve.analysis.subject_model import Advance, Subject, silent
 from bertology_serve.data.records import read_records
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import DataError, SpecError
@@ -47,7 +47,7 @@ def compare(
     _check_tasks(subjects)
     started = time.perf_counter()
     labelled = _labelled(subjects[0], input)
-    trials = [Trial(one, input, settings.most, settings.max_tokens, labelled) for one in subjects]
+    trials = [TaskEvaluation(one, input, settings.most, settings.max_tokens, labelled) for one in subjects]
     sides = [_answered(trial, advance) for trial in trials]
     rows = [_row(n, item, sides[0][n], sides[1][n], labelled) for n, item in enumerate(trials[0].items)]
     apart = sorted((row for row in rows if not row["agree"]), key=lambda row: (-row["gap"], row["record"]))
@@ -74,14 +74,14 @@ def _labelled(subject: Subject, input: str | Path) -> bool:
     """Whether the file's first record has the task's labels."""
     record = read_records(input, remembered=subject.delta.columns if subject.delta else None)[0]
     try:
-        Trial.task_of(subject).example(record.fields, record.where, labelled=True)
+        TaskEvaluation.task_of(subject).example(record.fields, record.where, labelled=True)
     except DataError:
         return False
     return True
 
 
 @torch.inference_mode()
-def _answered(trial: Trial, advance: Advance) -> list[tuple[Mapping[str, Any], Tensor]]:
+def _answered(trial: TaskEvaluation, advance: Advance) -> list[tuple[Mapping[str, Any], Tensor]]:
     """Each item's answer, and the head's output for it (of all its sequences)."""
     found: dict[int, tuple[Mapping[str, Any], Tensor]] = {}
     numbers = {id(item): number for number, item in enumerate(trial.items)}
@@ -121,7 +121,7 @@ def _row(
     return {**row, "gold": gold[0]} if labelled and gold else row
 
 
-def _facts(trials: Sequence[Trial], rows: Sequence[Mapping[str, Any]], labelled: bool) -> dict[str, Any]:
+def _facts(trials: Sequence[TaskEvaluation], rows: Sequence[Mapping[str, Any]], labelled: bool) -> dict[str, Any]:
     one, other = (trial.subject for trial in trials)
     facts: dict[str, Any] = {
         "first": one.facts(), "second": other.facts(), "records": len(rows),
@@ -144,7 +144,7 @@ def mcnemar(first: int, second: int) -> float:
     return min(1.0, float(2 * tail / 2**total))
 
 
-def _confusion(trials: Sequence[Trial], rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+def _confusion(trials: Sequence[TaskEvaluation], rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
     labels = list(trials[0].task.spec.labels)
     names = [trial.subject.delta.name if trial.subject.delta else "" for trial in trials]
     if trials[0].task.spec.kind != CLASSIFICATION or not labels:
@@ -155,7 +155,7 @@ def _confusion(trials: Sequence[Trial], rows: Sequence[Mapping[str, Any]]) -> di
 
 
 def _looked(
-    trials: Sequence[Trial], sides: Sequence[Sequence[tuple[Mapping[str, Any], Tensor]]],
+    trials: Sequence[TaskEvaluation], sides: Sequence[Sequence[tuple[Mapping[str, Any], Tensor]]],
     shown: Sequence[Mapping[str, Any]], settings: CompareSettings, advance: Advance,
 ) -> tuple[dict[str, Figure], list[dict[str, Any]]]:  # fmt: skip
     """A figure a shown record, and a row a token; nothing for tasks whose answers are not one for the whole text."""
@@ -175,7 +175,7 @@ def _looked(
 
 
 def _record(
-    trials: Sequence[Trial], number: int, ends: Sequence[int], settings: CompareSettings
+    trials: Sequence[TaskEvaluation], number: int, ends: Sequence[int], settings: CompareSettings
 ) -> tuple[list[HeatMap], list[dict[str, Any]]]:
     regression = trials[0].task.spec.kind == REGRESSION
 

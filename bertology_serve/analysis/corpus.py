@@ -9,12 +9,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from bertology_serve import examples
-from bertology_serve.data.lines import read_lines
+from bertology_serve.data.formats import read_lines
 from bertology_serve.data.records import read_records
 from bertology_serve.errors import DataError, NotFound
 from bertology_serve.tasks.encoding import encode_text, encode_words
 from bertology_serve.tasks.spec import Encoding
-from bertology_serve.tasks.words import join_words
+from bertology_serve.tasks.token_classification import join_words
 
 Corpus = str | Path | Sequence[str] | None
 _PAIRS = (("text", "text_pair"), ("text_a", "text_b"), ("premise", "question"), ("question", "context"))

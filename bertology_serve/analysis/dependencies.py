@@ -18,13 +18,13 @@ import torch
 
 from bertology_serve import examples
 from bertology_serve.analysis.figures import Bars, Figure, HeatMap
-from bertology_serve.analysis.subject import Subject, batches, head_numbers, mapped
-from bertology_serve.analysis.word_maps import TextMaps, by_words
+from bertology_serve.analysis.head_statistics import TextMaps, by_words
+from bertology_serve.analysis.subject_model import Subject, batches, head_numbers, mapped
 from bertology_serve.data.records import read_records
 from bertology_serve.errors import DataError
 from bertology_serve.tasks.encoding import encode_words
 from bertology_serve.tasks.spec import Encoding
-from bertology_serve.tasks.words import join_words
+from bertology_serve.tasks.token_classification import join_words
 
 EXAMPLE = "example"
 OFFSETS = tuple(k for k in range(-10, 11) if k)

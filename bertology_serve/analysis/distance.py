@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from bertology_serve.analysis.cka import LinearCka
 from bertology_serve.analysis.corpus import Corpus, corpus_name, read_corpus
 from bertology_serve.analysis.figures import Figure, HeatMap, Lines, Panel
 from bertology_serve.analysis.report import Report, origin
+from bertology_serve.analysis.representations import LinearCka
 from bertology_serve.analysis.settings import DistanceSettings
-from bertology_serve.analysis.subject import Advance, Subject, batches, silent
-from bertology_serve.analysis.weights import Move, moves_between, moves_of
+from bertology_serve.analysis.subject_model import Advance, Subject, batches, silent
+from bertology_serve.analysis.weight_change import Move, moves_between, moves_of
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import BaseMismatch, SpecError

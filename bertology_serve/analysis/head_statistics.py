@@ -8,12 +8,16 @@ the virtual rows of a prompt or prefix. Each statistic is the mean over all rows
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from bertology_serve.analysis.subject import text_rows
+from bertology_serve.analysis.subject_model import text_rows
 from bertology_serve.encoder.attention import Group
-from bertology_serve.encoder.packing import PackedBatch
+from bertology_serve.encoder.batch import PackedBatch
 
 TITLES = {
     "entropy": "entropy",
@@ -85,3 +89,91 @@ class HeadStatistics:
         diagonals = [text.diagonal(offset, -2, -1) for offset in (1, -1, 0)]
         columns = [entropy, distance, *special, *diagonals, 1.0 - mass]
         return torch.stack([column.double().sum((0, 2)) for column in columns], -1)
+
+
+class Divergences:
+    """Mean Jensen-Shannon divergence, in bits, of every two heads' attention over the rows seen (Clark et al. 2019).
+
+    JS(p, q) = H((p + q) / 2) - (H(p) + H(q)) / 2, between 0 and 1.
+    """
+
+    def __init__(self, heads: int) -> None:
+        self.sums = torch.zeros(heads, heads, dtype=torch.float64)
+        self.rows = 0
+
+    def add(self, maps: Iterable[Tensor]) -> None:
+        """The maps [heads, n, keys] of each layer for the same n rows."""
+        attention = torch.cat(list(maps))  # [all heads, n, keys]
+        entropies = torch.special.entr(attention).sum(-1)  # [all heads, n]
+        for head in range(len(attention) - 1):
+            mixed = torch.special.entr((attention[head] + attention[head + 1 :]) / 2).sum(-1)
+            apart = mixed - (entropies[head] + entropies[head + 1 :]) / 2
+            self.sums[head, head + 1 :] += apart.double().sum(-1).cpu()
+        self.rows += attention.shape[1]
+
+    def means(self) -> np.ndarray:
+        """[heads, heads], symmetric, zero on the diagonal."""
+        half = self.sums.clamp(min=0) / (max(1, self.rows) * math.log(2))
+        return (half + half.T).numpy()
+
+
+def clusters(distances: np.ndarray, count: int) -> list[int]:
+    """Average-linkage clusters of points, given their distances [n, n]: a number each, the largest cluster is 0."""
+    between = distances.astype(float).copy()
+    np.fill_diagonal(between, np.inf)
+    members: dict[int, list[int]] = {i: [i] for i in range(len(distances))}
+    while len(members) > max(1, count):
+        i, j = sorted(divmod(int(np.argmin(between)), len(between)))
+        a, b = len(members[i]), len(members[j])
+        between[i] = between[:, i] = (a * between[i] + b * between[j]) / (a + b)
+        between[j] = between[:, j] = between[i, i] = np.inf
+        members[i] += members.pop(j)
+    labels = [0] * len(distances)
+    for number, cluster in enumerate(sorted(members.values(), key=lambda points: (-len(points), min(points)))):
+        for point in cluster:
+            labels[point] = number
+    return labels
+
+
+def flat_map(distances: np.ndarray) -> np.ndarray:
+    """Classical multidimensional scaling: points [n, 2] whose distances come near those given."""
+    n = len(distances)
+    centre = np.eye(n) - 1.0 / n
+    values, vectors = np.linalg.eigh(-0.5 * centre @ np.square(distances) @ centre)
+    points = vectors[:, ::-1][:, :2] * np.sqrt(np.clip(values[::-1][:2], 0, None))
+    signs = np.sign(points[np.abs(points).argmax(0), range(points.shape[1])])
+    return points * np.where(signs == 0, 1, signs)  # type: ignore[no-any-return]
+
+
+class TextMaps:
+    """Takes the place of torch's attention (see ``passing.Heads``) and keeps every map of one batch.
+
+    ``maps[sequence]``: a map [heads, n, n] a layer, text rows by text rows.
+    """
+
+    def __init__(self, batch: PackedBatch) -> None:
+        self.batch, self.texts = batch, text_rows(batch)
+        self.maps: list[list[Tensor]] = [[] for _ in range(batch.sequences)]
+
+    def __call__(
+        self, layer: int, group: Group, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        attention = attention_map(q, k, mask, scale)
+        for i, sequence in enumerate(group.sequences):
+            text = self.texts[sequence] - self.batch.starts[sequence]
+            self.maps[sequence].append(attention[i][:, text][:, :, text + k.shape[2] - group.length])
+        return attention @ v
+
+
+def by_words(attention: Tensor, words: Sequence[int]) -> Tensor:
+    """Attention [..., n, n] between tokens -> [..., W, W] between the words that they belong to (-1: to none).
+
+    Attention to a word is the sum over its tokens, attention from it their mean.
+    """
+    count = max(words, default=-1) + 1
+    member = torch.zeros(len(words), count, dtype=attention.dtype, device=attention.device)
+    for row, word in enumerate(words):
+        if word >= 0:
+            member[row, word] = 1.0
+    means = member / member.sum(0).clamp(min=1.0)
+    return means.T @ attention @ member

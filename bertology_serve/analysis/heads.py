@@ -13,10 +13,10 @@ from torch import Tensor
 
 from bertology_serve.analysis.figures import Figure, HeatMap, Lines
 from bertology_serve.analysis.importance import importance, left_out, normalised
-from bertology_serve.analysis.labelled import Trial
+from bertology_serve.analysis.labelled import TaskEvaluation
 from bertology_serve.analysis.report import Report, origin
 from bertology_serve.analysis.settings import HeadSettings
-from bertology_serve.analysis.subject import Advance, Subject, head_numbers, mapped, silent
+from bertology_serve.analysis.subject_model import Advance, Subject, head_numbers, mapped, silent
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 
@@ -40,8 +40,8 @@ def heads(
     """
     settings = settings or HeadSettings()
     subject = Subject.of(backbone, delta)
-    judged = Trial(subject, input, settings.most, settings.max_tokens)
-    trial = judged if eval is None else Trial(subject, eval, None, settings.max_tokens)
+    judged = TaskEvaluation(subject, input, settings.most, settings.max_tokens)
+    trial = judged if eval is None else TaskEvaluation(subject, eval, None, settings.max_tokens)
     started = time.perf_counter()
     raw = importance(judged, advance)
     rises = left_out(judged, advance) if settings.leave_one_out else None
@@ -75,7 +75,9 @@ def going(values: Tensor, numbers: Sequence[int]) -> list[int]:
     return [numbers[i] for i in values.flatten()[list(numbers)].argsort(stable=True)]
 
 
-def _curves(trial: Trial, orders: Mapping[str, list[list[int]]], shares: Sequence[float], advance: Advance) -> Curves:
+def _curves(
+    trial: TaskEvaluation, orders: Mapping[str, list[list[int]]], shares: Sequence[float], advance: Advance
+) -> Curves:
     """The metric at every share of masked heads. What all orders share, nothing and everything, is measured once."""
     encoder = trial.subject.encoder
     known: dict[frozenset[int], float] = {}

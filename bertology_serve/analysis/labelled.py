@@ -9,17 +9,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from bertology_serve.analysis.gates import Gates
-from bertology_serve.analysis.subject import Subject, batches
+from bertology_serve.analysis.subject_model import Subject, batches
 from bertology_serve.data.records import read_records
-from bertology_serve.encoder.packing import PackedBatch
-from bertology_serve.encoder.passing import Heads
-from bertology_serve.encoder.reading import read
+from bertology_serve.encoder.attention import Group
+from bertology_serve.encoder.batch import PackedBatch
+from bertology_serve.encoder.forward_context import Heads
+from bertology_serve.encoder.pooling import read
 from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
+
+
+class Gates:
+    """Takes the place of torch's attention (see ``passing.Heads``); differentiable in the gates.
+
+    ``values``: [L, heads] for all sequences, or [S, L, heads], one set a packed sequence.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def __call__(
+        self, layer: int, group: Group, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        values = self.values[..., : out.shape[1]]  # a pruned layer has fewer heads
+        if values.dim() == 2:
+            return out * values[layer][:, None, None]
+        return out * values[list(group.sequences), layer][:, :, None, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +51,7 @@ class Labelled:
     target: Any
 
 
-class Trial:
+class TaskEvaluation:
     """A subject's task and its examples, answered again and again. Raises SpecError without a delta.
 
     Only ``labelled`` ones have a loss and metrics.

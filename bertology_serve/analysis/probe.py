@@ -14,11 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertology_serve.analysis.coding import online_code
-from bertology_serve.analysis.features import Features, gather
 from bertology_serve.analysis.figures import Figure, Lines
-from bertology_serve.analysis.logistic import fit, score
-from bertology_serve.analysis.mixing import fit_mix
+from bertology_serve.analysis.linear_probe import fit, fit_mix, online_code, score
 from bertology_serve.analysis.probe_tasks import (
     OF_WORDS,
     Control,
@@ -32,8 +29,9 @@ from bertology_serve.analysis.probe_tasks import (
     sampled,
 )
 from bertology_serve.analysis.report import Report, origin
+from bertology_serve.analysis.representations import Features, gather
 from bertology_serve.analysis.settings import ProbeSettings
-from bertology_serve.analysis.subject import Advance, Subject, silent
+from bertology_serve.analysis.subject_model import Advance, Subject, silent
 from bertology_serve.data.records import read_records
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder

@@ -16,7 +16,7 @@ from bertology_serve.errors import DataError, SpecError, nearest
 from bertology_serve.tasks.encoding import encode_words
 from bertology_serve.tasks.fields import read_tags
 from bertology_serve.tasks.spec import Encoding
-from bertology_serve.tasks.words import join_words, split_words
+from bertology_serve.tasks.token_classification import join_words, split_words
 
 LENGTH, POSITION, CONTENT, TAGS, DEPTH, LABEL = "length", "position", "content", "tags", "depth", "label"
 TASKS = (LENGTH, POSITION, CONTENT, TAGS, DEPTH, LABEL)

@@ -13,22 +13,19 @@ import torch
 from torch import Tensor
 
 from bertology_serve.analysis.figures import Figure, HeatMap, Lines
-from bertology_serve.analysis.gates import Gates
-from bertology_serve.analysis.importance import importance, normalised
-from bertology_serve.analysis.keeping import kept
-from bertology_serve.analysis.labelled import Trial
-from bertology_serve.analysis.neurons import masked, neuron_importance
+from bertology_serve.analysis.importance import importance, kept, masked, neuron_importance, normalised
+from bertology_serve.analysis.labelled import Gates, TaskEvaluation
 from bertology_serve.analysis.report import Report, origin
 from bertology_serve.analysis.settings import PruneSettings
-from bertology_serve.analysis.subject import Advance, Subject, head_numbers, mapped, silent
+from bertology_serve.analysis.subject_model import Advance, Subject, head_numbers, mapped, silent
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.pruning import Numbers
-from bertology_serve.deltas.slots import UP
-from bertology_serve.deltas.writing import publish, staging
+from bertology_serve.deltas.store import publish, staging
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pruned import obstacle
 from bertology_serve.encoder.pruned import prune as cut
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
+from bertology_serve.kinds.slots import UP
 
 
 def prune(
@@ -58,13 +55,13 @@ def prune(
     target = Path(save).absolute()
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise SpecError(f"{save} exists already; give a new directory for the pruned encoder (--save)")
-    judged = Trial(subject, input, settings.most, settings.max_tokens)
-    trial = judged if eval is None else Trial(subject, eval, None, settings.max_tokens)
+    judged = TaskEvaluation(subject, input, settings.most, settings.max_tokens)
+    trial = judged if eval is None else TaskEvaluation(subject, eval, None, settings.max_tokens)
     heads, neurons, values = _chosen(judged, settings, advance)
     with staging(target) as stage:
         cut(base, heads, neurons, stage)
         small = _opened(str(stage), subject)
-        smaller = Trial(small, trial.name, None, settings.max_tokens)
+        smaller = TaskEvaluation(small, trial.name, None, settings.max_tokens)
         facts = _compared(trial, smaller, heads, neurons, settings)
         difference, size = facts["largest_difference"], facts["largest_output"]
         if not (math.isfinite(size) and difference <= settings.atol * max(1.0, size)):
@@ -95,7 +92,7 @@ def _opened(path: str, subject: Subject) -> Subject:
     return Subject(encoder, subject.delta).checked()
 
 
-def _chosen(judged: Trial, settings: PruneSettings, advance: Advance) -> tuple[Numbers, Numbers, Tensor]:
+def _chosen(judged: TaskEvaluation, settings: PruneSettings, advance: Advance) -> tuple[Numbers, Numbers, Tensor]:
     """Heads and neurons that stay, and the heads' scaled importances [L, heads]."""
     anatomy = judged.subject.encoder.anatomy
     values = normalised(importance(judged, advance))
@@ -109,7 +106,7 @@ def _chosen(judged: Trial, settings: PruneSettings, advance: Advance) -> tuple[N
 
 
 def _compared(
-    trial: Trial, smaller: Trial, heads: Numbers, neurons: Numbers, settings: PruneSettings
+    trial: TaskEvaluation, smaller: TaskEvaluation, heads: Numbers, neurons: Numbers, settings: PruneSettings
 ) -> dict[str, Any]:
     """Metrics, outputs, sizes and speeds of the two encoders."""
     encoder, small = trial.subject.encoder, smaller.subject.encoder
@@ -149,7 +146,7 @@ def _parameters(encoder: Encoder) -> int:
 
 
 @torch.inference_mode()
-def _timed(trials: Sequence[Trial], rounds: int) -> list[float]:
+def _timed(trials: Sequence[TaskEvaluation], rounds: int) -> list[float]:
     """Median seconds of a pass over all examples, the trials taking turns; on a CPU of processor time."""
     clock = time.process_time if trials[0].subject.encoder.device.type == "cpu" else time.perf_counter
     taken: list[list[float]] = [[] for _ in trials]

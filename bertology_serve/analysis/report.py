@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from bertology_serve import __version__
 from bertology_serve.analysis import page, plots
 from bertology_serve.analysis.figures import Figure
+from bertology_serve.analysis.subject_model import Subject
+from bertology_serve.encoder.encoder import weights_hash
 from bertology_serve.errors import FormatError, NotFound
 
 Row = Mapping[str, Any]
@@ -94,3 +97,42 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+KEY = "content"  # the fact that holds the key
+
+
+def content_key(name: str, subjects: Sequence[Subject], files: Sequence[str | Path | None], *settings: Any) -> str:
+    """SHA-256 (hex) of all that a report follows from: this version, weights, deltas, the files' bytes, settings.
+
+    A name that is no file (``hub:...``, a word) counts as itself.
+    """
+    digest = hashlib.sha256(f"{__version__} {name}".encode())
+    for subject in subjects:
+        delta = subject.delta
+        digest.update(subject.encoder.ref.sha256.encode())
+        if delta is not None:
+            digest.update(repr((delta.name, delta.version, delta.specs, delta.task)).encode())
+            for tensors in (delta.tensors, delta.head):
+                digest.update(weights_hash(tensors).encode())
+    for file in files:
+        path = None if file is None else Path(file)
+        there = path is not None and path.is_file()
+        digest.update(hashlib.sha256(path.read_bytes()).digest() if path and there else repr(file).encode())
+    digest.update(repr(settings).encode())
+    return digest.hexdigest()
+
+
+def remembered(
+    folder: Path, name: str, key: str, make: Callable[[], Report], again: bool = False
+) -> tuple[Report, bool]:
+    """The report that lies in a folder if its key is this one, else (or ``again``) a new one; whether it lay there."""
+    file = folder / f"{name}.json"
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+        if held["facts"][KEY] == key and not again:
+            return Report.from_dict(held), True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no report, or none of ours: it is made
+    report = make()
+    return replace(report, facts={**report.facts, KEY: key}), False

@@ -8,7 +8,7 @@ from typing import Any
 from bertology_serve.data.sets import DataSet
 from bertology_serve.tasks.fields import read_class
 from bertology_serve.tasks.metrics import positive_f1
-from bertology_serve.tasks.squad import exact, overlap_f1
+from bertology_serve.tasks.question_answering import exact, overlap_f1
 
 Answers = Sequence[Mapping[str, Any]]
 Records = Sequence[tuple[Mapping[str, Any], str]]

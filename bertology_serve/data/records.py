@@ -6,8 +6,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bertology_serve.data import conll, conllu, hub, jsonl, parquet, set_files, tables
+from bertology_serve.data import formats, set_files
 from bertology_serve.errors import DataError, NotFound, SpecError, nearest
+from bertology_serve.tasks.base import Example, Task
+from bertology_serve.tasks.registry import task_named
+from bertology_serve.tasks.spec import CLASSIFICATION
 
 FIELDS = (
     "text",
@@ -24,14 +27,14 @@ FIELDS = (
 )
 ALIASES = {"text": "text_a", "text_pair": "text_b"}
 READERS = {
-    ".jsonl": jsonl.read,
-    ".ndjson": jsonl.read,
-    ".json": jsonl.read,
-    ".csv": tables.read_csv,
-    ".tsv": tables.read_tsv,
-    ".conllu": conllu.read,
-    ".parquet": parquet.read,
-    ".conll": conll.read,
+    ".jsonl": formats.read_jsonl,
+    ".ndjson": formats.read_jsonl,
+    ".json": formats.read_jsonl,
+    ".csv": formats.read_csv,
+    ".tsv": formats.read_tsv,
+    ".conllu": formats.read_conllu,
+    ".parquet": formats.read_parquet,
+    ".conll": formats.read_conll,
 }
 
 
@@ -73,7 +76,7 @@ def read_records(
 def name_of(data: DataLike) -> str:
     """What a source of records is called: a file's name, a data set's, or that of its type."""
     if isinstance(data, str | Path):
-        return str(data) if str(data).startswith((hub.PREFIX, set_files.PREFIX)) else Path(data).name
+        return str(data) if str(data).startswith((set_files.HUB_PREFIX, set_files.PREFIX)) else Path(data).name
     return type(data).__name__
 
 
@@ -81,7 +84,7 @@ def _rows(data: DataLike) -> Iterable[tuple[Mapping[str, Any], str]]:
     if isinstance(data, str | Path):
         return _named_rows(data)
     if hasattr(data, "features") and hasattr(data, "column_names"):
-        return hub.rows_of(data, name_of(data))
+        return set_files.rows_of(data, name_of(data))
     if hasattr(data, "columns") and hasattr(data, "to_dict"):
         return _frame_rows(data)
     return _listed_rows(data)
@@ -112,8 +115,8 @@ def _listed_rows(rows: Iterable[Any]) -> Iterable[tuple[Mapping[str, Any], str]]
 
 
 def _named_rows(path: str | Path) -> Iterable[tuple[Mapping[str, Any], str]]:
-    if str(path).startswith(hub.PREFIX):
-        return hub.read(str(path))
+    if str(path).startswith(set_files.HUB_PREFIX):
+        return set_files.read(str(path))
     return (
         set_files.read_split(str(path), _read_file)
         if str(path).startswith(set_files.PREFIX)
@@ -128,7 +131,7 @@ def _read_file(path: Path) -> Iterable[tuple[Mapping[str, Any], str]]:
     zipped = suffixes[-1:] == [".gz"]
     kind = (suffixes[:-1] if zipped else suffixes)[-1:]
     reader = READERS.get(kind[0]) if kind else None
-    if reader is None or (zipped and reader is parquet.read):
+    if reader is None or (zipped and reader is formats.read_parquet):
         raise DataError(f"{path}: unknown kind of file; expected {', '.join(READERS)}, all but .parquet also with .gz")
     if not path.is_file():
         raise DataError(f"{path}: not a file; give the file inside it")
@@ -145,9 +148,34 @@ def _record(fields: Mapping[str, Any], where: str, columns: Mapping[str, str], r
     gone = {*found.values(), *(ALIASES[field] for field in found if field in ALIASES)}
     kept = {name: value for name, value in fields.items() if name not in gone}
     named = {**kept, **{field: fields[name] for field, name in found.items()}}
-    return Record(tables.decode_lists(named, where), where)
+    return Record(formats.decode_lists(named, where), where)
 
 
 def _column(fields: Mapping[str, Any], column: str) -> str | None:
     """The name that a column has in a record: the same, or the same but for blanks at its ends."""
     return column if column in fields else next((own for own in fields if str(own).strip() == column.strip()), None)
+
+
+def load_examples(
+    path: str | Path,
+    task: Task,
+    columns: Mapping[str, str] | None = None,
+    labelled: bool = True,
+    remembered: Mapping[str, str] | None = None,
+) -> list[Example]:
+    """The checked examples of a file or hub data set; see ``read_records`` for paths and columns.
+
+    Raises DataError for the first record that does not fit the task.
+    """
+    return [task.example(fields, where, labelled) for fields, where in read_records(path, columns, remembered)]
+
+
+def infer_labels(kind: str, records: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[str, ...]:
+    """The ``TaskSpec.labels`` for a task of that kind, from training records: stable whatever their order.
+
+    Raises DataError when classification finds fewer than two labels.
+    """
+    labels = task_named(kind).labels_in(records)
+    if kind == CLASSIFICATION and len(labels) < 2:
+        raise DataError(f"the training data holds only the label {', '.join(labels) or 'none'}; expected at least two")
+    return labels

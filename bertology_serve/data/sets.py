@@ -1,13 +1,14 @@
-"""Well-known data sets: what each asks, where it lies, what its columns are called, how it is officially measured."""
+"""Well-known data sets: what each asks, where it lies, what its columns are called, how it is officially measured.
+
+Shapes turn rows of those sets into records of our tasks: each reads the hub's columns, or its authors' files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from bertology_serve.data import shapes
-from bertology_serve.data.shapes import Shape
-from bertology_serve.errors import NotFound, nearest
+from bertology_serve.errors import DataError, NotFound, nearest
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     MULTIPLE_CHOICE,
@@ -15,6 +16,99 @@ from bertology_serve.tasks.spec import (
     REGRESSION,
     TOKEN_CLASSIFICATION,
 )
+
+Row = Mapping[str, Any]
+Shape = Callable[[Row, str], Iterator[Row]]
+
+TRUE, FALSE = "True", "False"
+
+
+def plain(row: Row, where: str) -> Iterator[Row]:
+    """The row as it is."""
+    yield row
+
+
+def copa(row: Row, where: str) -> Iterator[Row]:
+    """COPA: the two choices in one list. A label that is the name of a column becomes its index."""
+    choices = [_taken(row, where, name) for name in ("choice1", "choice2")]
+    names = {"choice1": 0, "choice2": 1}
+    label = row.get("label")
+    yield {
+        **_without(row, names),
+        "choices": choices,
+        "label": names.get(label, label) if isinstance(label, str) else label,
+    }
+
+
+def wic(row: Row, where: str) -> Iterator[Row]:
+    """WiC as a pair: the word before the first sentence. (The benchmark's own baseline reads the words' vectors.)"""
+    word, first, second = (_taken(row, where, name) for name in ("word", "sentence1", "sentence2"))
+    yield {"text": f"{word}: {first}", "text_pair": second, "label": row.get("label")}
+
+
+def wsc(row: Row, where: str) -> Iterator[Row]:
+    """WSC as a pair: the text, and who the pronoun may be."""
+    text, name, pronoun = (_taken(row, where, name) for name in ("text", "span1_text", "span2_text"))
+    yield {"text": text, "text_pair": f"{pronoun}: {name}", "label": row.get("label")}
+
+
+def multirc(row: Row, where: str) -> Iterator[Row]:
+    """MultiRC as a pair: the paragraph, and question and answer; ``group`` is the question."""
+    text, question, answer = (_taken(row, where, name) for name in ("paragraph", "question", "answer"))
+    place = row.get("idx") or {}
+    group = f"{place.get('paragraph')}/{place.get('question')}"
+    yield {"text": text, "text_pair": f"{question} {answer}", "label": row.get("label"), "group": group}
+
+
+def record(row: Row, where: str) -> Iterator[Row]:
+    """ReCoRD as pairs: the passage, and the query with each entity in the gap; ``group`` is the query.
+
+    ``entity`` and ``golds`` are what the official metric compares.
+    """
+    passage, query, entities = (_taken(row, where, name) for name in ("passage", "query", "entities"))
+    golds = list(row.get("answers") or ())
+    group = row.get("idx")
+    for entity in dict.fromkeys(entities):
+        label = TRUE if entity in golds else FALSE
+        text = query.replace("@placeholder", entity)
+        facts = {"group": str(group.get("query", where) if group else where), "entity": entity, "golds": golds}
+        yield {"text": passage.replace("\n@highlight\n", " "), "text_pair": text, "label": label, **facts}
+
+
+def mrqa(row: Row, where: str) -> Iterator[Row]:
+    """MRQA: a question a record. The authors' files hold the questions of a context in ``qas``, after a header line."""
+    if "header" in row:
+        return
+    context = _taken(row, where, "context")
+    for asked in row.get("qas", (row,)):
+        if "detected_answers" not in asked and "answers" in asked:
+            yield asked  # SQuAD's own shape
+            continue
+        found = _taken(asked, where, "detected_answers")
+        texts, starts = _hub_answers(found) if isinstance(found, Mapping) else _own_answers(found)
+        answers = {"text": texts, "answer_start": starts}
+        yield {"question": _taken(asked, where, "question"), "context": context, "answers": answers}
+
+
+def _hub_answers(found: Row) -> tuple[list[str], list[int]]:
+    """``{"text": [...], "char_spans": [{"start": [...], "end": [...]}, ...]}``: the first place of each."""
+    return list(found["text"]), [int(spans["start"][0]) for spans in found["char_spans"]]
+
+
+def _own_answers(found: Any) -> tuple[list[str], list[int]]:
+    """``[{"text": ..., "char_spans": [[start, end], ...]}, ...]``."""
+    return [one["text"] for one in found], [int(one["char_spans"][0][0]) for one in found]
+
+
+def _taken(row: Row, where: str, name: str) -> Any:
+    if row.get(name) is None:
+        raise DataError(f"{where}: column {name!r} is missing (columns found: {', '.join(map(str, row)) or 'none'})")
+    return row[name]
+
+
+def _without(row: Row, names: Mapping[str, int]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names}
+
 
 USUAL = {"train": "train", "dev": "validation", "test": "test"}
 
@@ -35,7 +129,7 @@ class DataSet:
     columns: Mapping[str, str] = field(default_factory=dict)
     positive: str = ""
     splits: Mapping[str, str] = field(default_factory=USUAL.copy)
-    shape: Shape = shapes.plain
+    shape: Shape = plain
     subset: str = ""
 
 
@@ -69,9 +163,7 @@ def _mrqa(name: str, subset: str, split: str = "test") -> DataSet:
     """A set of MRQA 2019 (Fisch et al., arXiv 1910.09753); those out of domain have no training split."""
     splits = {"train": "train", "dev": "validation"} if split == "train" else {"dev": split}
     place = "mrqa-workshop/mrqa:plain_text"
-    return DataSet(
-        f"mrqa/{name}", QUESTION_ANSWERING, place, ("f1", "exact"), splits=splits, shape=shapes.mrqa, subset=subset
-    )
+    return DataSet(f"mrqa/{name}", QUESTION_ANSWERING, place, ("f1", "exact"), splits=splits, shape=mrqa, subset=subset)
 
 
 _MATCHED = {
@@ -99,12 +191,12 @@ SETS: Mapping[str, DataSet] = _known([
     _glue("wnli", *_TWO),
     _super_glue("boolq", columns={"text": "question", "text_pair": "passage"}),
     _super_glue("cb", columns={"text": "premise", "text_pair": "hypothesis"}, metrics=("accuracy", "macro_f1")),
-    _super_glue("copa", MULTIPLE_CHOICE, shape=shapes.copa),
-    _super_glue("wic", shape=shapes.wic),
+    _super_glue("copa", MULTIPLE_CHOICE, shape=copa),
+    _super_glue("wic", shape=wic),
     _super_glue("rte", columns={"text": "premise", "text_pair": "hypothesis"}),
-    _super_glue("multirc", shape=shapes.multirc, metrics=("f1a", "em"), positive="True"),
-    _super_glue("record", shape=shapes.record, metrics=("entity_f1", "entity_em"), positive="True"),
-    _super_glue("wsc", shape=shapes.wsc),
+    _super_glue("multirc", shape=multirc, metrics=("f1a", "em"), positive="True"),
+    _super_glue("record", shape=record, metrics=("entity_f1", "entity_em"), positive="True"),
+    _super_glue("wsc", shape=wsc),
     _mrqa("squad", "SQuAD", "train"),
     _mrqa("textbookqa", "TextbookQA"),
     _mrqa("bioasq", "BioASQ"),

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from bertology_serve.deltas.slots import Anatomy, Slot
 from bertology_serve.deltas.typed import as_object, build
 from bertology_serve.errors import FormatError
+from bertology_serve.kinds.slots import Anatomy, Slot
 
 MOST_LAYERS, MOST_SLOTS = 1024, 64
 _PATH = re.compile(r"\w+(\.\w+)*")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, check_name
-from bertology_serve.deltas.reading import Limits, read_bytes, read_json, untrusted
+from bertology_serve.deltas.safe_io import Limits, read_bytes, read_json, untrusted
 from bertology_serve.errors import BertologyError, FormatError, InputError, NotFound, nearest
 
 VERSION_DIGITS = 12

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from bertology_serve.deltas import kinds
-from bertology_serve.deltas.effects import Effects
-from bertology_serve.deltas.slots import Anatomy
+from bertology_serve.kinds import kinds
+from bertology_serve.kinds.effects import Effects
+from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.spec import EMBEDDING, TaskSpec
 
 

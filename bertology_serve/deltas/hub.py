@@ -13,7 +13,7 @@ from pathlib import Path
 from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import check_place
 from bertology_serve.deltas.names import ADAPTER_CONFIG, MANIFEST
-from bertology_serve.deltas.writing import publish, staging
+from bertology_serve.deltas.store import publish, staging
 from bertology_serve.errors import FormatError, InputError
 
 PATTERNS = ["*.json", "*.safetensors", "*.md", "log.jsonl"]

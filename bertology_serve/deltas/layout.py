@@ -22,18 +22,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.ia3 import Ia3Spec
-from bertology_serve.deltas.ia3_modules import read_ia3, write_ia3
-from bertology_serve.deltas.kind import Tensors
-from bertology_serve.deltas.kinds import kind_of
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.modules import is_beft, read_beft, read_lora, take, write_beft, write_lora
+from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.interop.peft_tensors import (
+    is_beft,
+    read_beft,
+    read_ia3,
+    read_lora,
+    take,
+    write_beft,
+    write_ia3,
+    write_lora,
+)
 from bertology_serve.deltas.names import OWN_PREFIX
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
-from bertology_serve.deltas.slots import KEY, Anatomy
-from bertology_serve.errors import FormatError
+from bertology_serve.errors import BaseMismatch, FormatError, SpecError, nearest
+from bertology_serve.kinds import kinds
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.ia3 import Ia3
+from bertology_serve.kinds.kind import Tensors
+from bertology_serve.kinds.kinds import kind_of
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
+from bertology_serve.kinds.slots import KEY, Anatomy
+from bertology_serve.tasks.heads import Dense, head_form
+from bertology_serve.tasks.spec import TaskSpec
 
 MODEL_ROOT, PROMPT_ROOT = "base_model.model.", "base_model."
 PROMPT_EMBEDDINGS = "prompt_embeddings"
@@ -41,11 +53,11 @@ PROMPT_EMBEDDINGS = "prompt_embeddings"
 
 def as_peft_does(specs: Sequence[Any]) -> str | None:
     """``prompt`` or ``prefix`` where the delta has exactly one of the two and it works as peft's does."""
-    learned = [spec for spec in specs if isinstance(spec, PromptSpec | PrefixSpec)]
+    learned = [spec for spec in specs if isinstance(spec, Prompt | Prefix)]
     if len(learned) != 1 or learned[0].positions != "shifted":
         return None
     spec = learned[0]
-    if isinstance(spec, PromptSpec) and (spec.placement, spec.head_reads) != ("before_cls", "first_row"):
+    if isinstance(spec, Prompt) and (spec.placement, spec.head_reads) != ("before_cls", "first_row"):
         return None
     return kind_of(spec).name
 
@@ -61,11 +73,11 @@ def to_disk(tensors: Mapping[str, Tensor], specs: Sequence[Any], anatomy: Anatom
     for spec in specs:
         kind = kind_of(spec).name
         own = {n.removeprefix(f"{kind}."): t for n, t in tensors.items() if n.startswith(f"{kind}.")}
-        if isinstance(spec, LoraSpec):
+        if isinstance(spec, Lora):
             written |= write_lora(own, spec, anatomy, root)
-        elif isinstance(spec, BitfitSpec) and is_beft(spec, anatomy):
+        elif isinstance(spec, Bitfit) and is_beft(spec, anatomy):
             written |= write_beft(own, spec, anatomy, root)
-        elif isinstance(spec, Ia3Spec):
+        elif isinstance(spec, Ia3):
             written |= write_ia3(own, spec, anatomy, root)
         elif as_peft_does(specs) == kind:
             written[PROMPT_EMBEDDINGS] = own["vectors"] if kind == "prompt" else join_prefix(own)
@@ -79,11 +91,11 @@ def from_disk(written: Tensors, specs: Sequence[Any], anatomy: Anatomy, root: st
     tensors: Tensors = {}
     for spec in specs:
         kind = kind_of(spec).name
-        if isinstance(spec, LoraSpec):
+        if isinstance(spec, Lora):
             own = read_lora(written, spec, anatomy, root)
-        elif isinstance(spec, BitfitSpec) and is_beft(spec, anatomy):
+        elif isinstance(spec, Bitfit) and is_beft(spec, anatomy):
             own = read_beft(written, spec, anatomy, root)
-        elif isinstance(spec, Ia3Spec):
+        elif isinstance(spec, Ia3):
             own = read_ia3(written, spec, anatomy, root)
         elif as_peft_does(specs) == kind:
             found = take(written, PROMPT_EMBEDDINGS)
@@ -109,3 +121,91 @@ def split_prefix(embeddings: Tensor, anatomy: Anatomy) -> Tensors:
         raise FormatError(f"{PROMPT_EMBEDDINGS} has shape {list(embeddings.shape)}; expected [V, {wanted}]")
     both = embeddings.view(-1, anatomy.layers, 2, width).permute(2, 1, 0, 3)
     return {"keys": both[0].contiguous(), "values": both[1].contiguous()}
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def expected_shapes(specs: Sequence[Any], anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
+    """The components' shapes by name, nothing allocated; FormatError where the encoder cannot have such components."""
+    try:
+        return shapes_of(kinds.init(specs, anatomy, None))
+    except (SpecError, RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        raise FormatError(f"the kinds do not fit the encoder: {str(error).splitlines()[0][:200]}") from None
+
+
+def check_shapes(found: Shapes, expected: Shapes, what: str) -> None:
+    """Raises FormatError for a tensor that is missing, unknown or of another shape."""
+    for name in found.keys() - expected.keys():
+        hint = nearest(name[:120], expected) if expected else "expected none"
+        raise FormatError(f"{what}: unknown tensor {name[:120]!r}; {hint}")
+    for name, shape in expected.items():
+        if name not in found:
+            raise FormatError(f"{what}: the tensor {name!r} is missing; expected {list(shape)}")
+        if found[name] != shape:
+            raise FormatError(f"{what}: the tensor {name!r} has shape {list(found[name])}; expected {list(shape)}")
+
+
+def check_head(head: Shapes, task: TaskSpec, anatomy: Anatomy, options: Mapping[str, Any]) -> None:
+    """Raises FormatError for a head's tensor that is unknown, misshapen or missing.
+
+    ``head`` are shapes by HuggingFace name, ``options`` values of the encoder's configuration. Parts that the base
+    checkpoint may bring (BERT's pooler) are not missed here: the encoder that the delta is attached to knows.
+    """
+    form = head_form(anatomy.family, anatomy.prefix, task, anatomy.hidden, options)
+    known = {name: shape for dense in form for name, shape in _head_tensors(dense).items()}
+    needed = {f"{dense.path}.weight" for dense in form if dense.base_name is None}
+    lacking = [name for name in known if name in needed and name not in head]
+    if lacking:
+        raise FormatError(f"the head lacks {', '.join(lacking)}; a head must be saved with all that the base lacks")
+    wanted = {name: shape for name, shape in known.items() if name in head}
+    check_shapes(head, wanted, f"the head of {anatomy.family} for {task.kind}")
+
+
+def check_fits(delta: Delta, made_for: Anatomy, anatomy: Anatomy) -> None:
+    """Raises BaseMismatch unless an encoder has the dimensions of the one that the delta was made for."""
+    for field in ("family", "layers", "hidden", "heads", "embedding_width"):
+        ours, theirs = getattr(anatomy, field), getattr(made_for, field)
+        if ours != theirs:
+            raise BaseMismatch(
+                f"delta {delta.name!r} was made for {delta.base.name} with {field} {theirs}; this encoder has {ours}"
+            )
+    try:
+        fits = expected_shapes(delta.specs, anatomy) == shapes_of(delta.tensors)
+    except FormatError:
+        fits = False
+    if not fits:
+        raise BaseMismatch(f"delta {delta.name!r} was made for {delta.base.name}, whose projections have other shapes")
+
+
+def check_base(delta: Delta, ref: BaseRef) -> None:
+    """Raises BaseMismatch, naming both, unless the delta was made for exactly these weights."""
+    if delta.base.sha256 != ref.sha256:
+        raise BaseMismatch(
+            f"delta {delta.name!r} was made for {delta.base.name} (weights {delta.base.sha256[:12] or 'unknown'}), "
+            f"but the encoder is {ref.name} (weights {ref.sha256[:12]}); "
+            f"give the encoder that it was made for, or train it again on this one"
+        )
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises FormatError for NaN and infinity."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise FormatError(f"the tensor {name[:120]!r} holds NaN or infinity; train the delta again")
+
+
+def _head_tensors(dense: Dense) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that one layer of a head may have."""
+    found: dict[str, tuple[int, ...]] = {
+        f"{dense.path}.weight": (dense.outputs, dense.inputs),
+        f"{dense.path}.bias": (dense.outputs,),
+    }
+    if dense.norm:
+        found |= {f"{dense.norm}.weight": (dense.outputs,), f"{dense.norm}.bias": (dense.outputs,)}
+    return found

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertology_serve.deltas import anatomy_record, kinds
+from bertology_serve.deltas import anatomy_record
 from bertology_serve.deltas.delta import BaseRef, Delta
-from bertology_serve.deltas.slots import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, Anatomy, Slot
 from bertology_serve.deltas.typed import as_object, build, check_keys, conform
 from bertology_serve.errors import FormatError, Unsupported
+from bertology_serve.kinds import kinds
+from bertology_serve.kinds.slots import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, Anatomy, Slot
 
 FORMAT = 1
 PRUNED = "bertology_pruned"  # the field of config.json that tells a pruned encoder from a whole one

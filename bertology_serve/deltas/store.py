@@ -25,43 +25,54 @@ NaN, names that are not ``[a-z0-9][a-z0-9._-]{0,63}``, and files that lie elsewh
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bertology_serve.deltas.card import model_card
 from bertology_serve.deltas.catalog import check_called, check_place, discover, find, identify
-from bertology_serve.deltas.checks import (
+from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.format import FileRecord, Manifest, from_json, to_json
+from bertology_serve.deltas.interop.peft_export import adapter_config, obstacle, tensor_root
+from bertology_serve.deltas.interop.peft_import import import_peft
+from bertology_serve.deltas.interop.peft_tensors import take
+from bertology_serve.deltas.layout import (
     check_base,
     check_finite,
+    check_fits,
     check_head,
     check_shapes,
     expected_shapes,
+    from_disk,
+    head_root,
     shapes_of,
+    to_disk,
 )
-from bertology_serve.deltas.delta import BaseRef, Delta
-from bertology_serve.deltas.layout import head_root, to_disk
-from bertology_serve.deltas.manifest import Manifest, to_json
 from bertology_serve.deltas.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CARD,
+    FILES,
     FULL_WEIGHTS,
     MANIFEST,
     PICKLES,
     check_name,
 )
-from bertology_serve.deltas.own_format import load_own
-from bertology_serve.deltas.peft_export import adapter_config, obstacle, tensor_root
-from bertology_serve.deltas.peft_import import import_peft
-from bertology_serve.deltas.reading import Limits, untrusted
-from bertology_serve.deltas.slots import Anatomy
-from bertology_serve.deltas.writing import file_record, publish, staging, write_json, write_tensors
-from bertology_serve.errors import FormatError, NotFound
+from bertology_serve.deltas.safe_io import Limits, read_json, read_tensors, untrusted
+from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
+from bertology_serve.files import flush, hidden, replace_directory
+from bertology_serve.kinds.kind import Tensors
+from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.spec import TaskSpec
 
 __all__ = ["Limits", "check_base", "discover", "find", "identify", "load", "save"]
@@ -200,3 +211,114 @@ def _stands(manifest: Manifest, stage: Path, target: Path, overwrite: bool) -> b
     if not overwrite and not same:
         raise FormatError(f"{target} holds another delta already; choose another directory or version, or overwrite it")
     return False
+
+
+def load_own(directory: Path, anatomy: Anatomy | None, version: str, limits: Limits, root: Path) -> Delta:
+    """The delta of a directory with ``delta.json``; raises FormatError, or BaseMismatch where it does not fit."""
+    values, _ = read_json(directory / MANIFEST, limits, root)
+    manifest = from_json(values, str(directory / MANIFEST))
+    try:
+        check_shapes(manifest.tensors, expected_shapes(manifest.specs, manifest.anatomy), MANIFEST)
+        check_head(manifest.head, manifest.task, manifest.anatomy, {})
+        tensors, head = _unpacked(_read(directory, ADAPTER_WEIGHTS, manifest, limits, root), manifest)
+    except (FormatError, SpecError, Unsupported) as error:
+        known = isinstance(error, FormatError) and str(directory) in str(error)
+        raise FormatError(str(error) if known else f"{directory}: {error}") from None
+    weights = _read(directory, FULL_WEIGHTS, manifest, limits, root) if FULL_WEIGHTS in manifest.files else {}
+    delta = Delta(
+        name=manifest.name,
+        base=manifest.base,
+        task=manifest.task,
+        specs=manifest.specs,
+        tensors=tensors,
+        head=head,
+        weights=weights,
+        version=version,
+        metrics=manifest.metrics,
+        provenance=manifest.provenance,
+    )
+    if anatomy is not None:
+        check_fits(delta, manifest.anatomy, anatomy)
+    return delta
+
+
+def _read(directory: Path, file: str, manifest: Manifest, limits: Limits, root: Path) -> Tensors:
+    tensors, digest, size = read_tensors(directory / file, limits, root)
+    expected = manifest.files[file]
+    if (size, digest) != (expected.bytes, expected.sha256):
+        raise FormatError(
+            f"{directory / file} has {size} bytes and SHA-256 {digest[:12]}; {MANIFEST} expects {expected.bytes} and "
+            f"{expected.sha256[:12]}: copy the directory again"
+        )
+    return tensors
+
+
+def _unpacked(written: Tensors, manifest: Manifest) -> tuple[Tensors, Tensors]:
+    """Components and head in their memory form; every tensor of the file must be one of the two."""
+    written = {name: tensor.float() for name, tensor in written.items()}
+    tensors = from_disk(written, manifest.specs, manifest.anatomy, tensor_root(manifest.task, manifest.anatomy))
+    check_shapes(shapes_of(tensors), manifest.tensors, ADAPTER_WEIGHTS)
+    root = head_root(manifest.specs)
+    head = {name: take(written, root + name, shape) for name, shape in manifest.head.items()}
+    check_shapes(shapes_of(written), {}, ADAPTER_WEIGHTS)
+    return tensors, head
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A hidden empty directory beside ``target``, removed at the end unless ``publish`` took it.
+
+    What the disk refuses inside the block is a FormatError.
+    """
+    stage = hidden(target.resolve())
+    try:
+        stage.parent.mkdir(parents=True, exist_ok=True)
+        stage.mkdir()
+        yield stage
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
+        raise FormatError(f"cannot write {target}: {reason}; free the disk or choose another directory") from None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Writes a safetensors file; what it must be from then on."""
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}  # no shared memory
+    save_file(copies, path, {"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read; the umask decides here
+    return file_record(path)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes JSON for people to read too."""
+    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def publish(stage: Path, target: Path) -> None:
+    """Moves the files of ``stage`` to ``target``, flushed to the disk before they are seen."""
+    if target.exists() and not target.is_dir():
+        raise FormatError(f"{target} is a file; expected a directory to write the delta to")
+    if target.exists() and any(path.name not in FILES for path in target.iterdir()):
+        _move_files(stage, target)
+    else:
+        replace_directory(stage, target)
+
+
+def _move_files(stage: Path, target: Path) -> None:
+    for path in stage.iterdir():
+        flush(path)
+    for name in (ADAPTER_CONFIG, MANIFEST):
+        (target / name).unlink(missing_ok=True)
+    for name in FILES:
+        if (stage / name).exists():
+            (stage / name).replace(target / name)
+        else:
+            (target / name).unlink(missing_ok=True)
+    flush(target)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bertology_serve.deltas.slots import (
+from bertology_serve.errors import Unsupported
+from bertology_serve.kinds.slots import (
     ATTENTION_NORM,
     DOWN,
     EMBEDDING_NORM,
@@ -30,7 +31,6 @@ from bertology_serve.deltas.slots import (
     Anatomy,
     Slot,
 )
-from bertology_serve.errors import Unsupported
 
 _ROLES = {
     QKV: {"Wqkv", "qkv", "qkv_proj", "in_proj"},

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bertology_serve.deltas.effects import Effects, Prefix, Prompt
-from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.kernels.segments import RowSegment
+from bertology_serve.kinds.effects import Effects, PrefixEffect, PromptEffect
+from bertology_serve.kinds.slots import Anatomy
 
 PROMPT, PREFIX = "prompt", "prefix"
 Rows = dict[str, Tensor]  # column name -> [L, n, width]
@@ -52,8 +52,8 @@ class Entry:
     key: str
     rows: Mapping[str, RowSegment] = field(default_factory=dict)
     layers: Mapping[str, frozenset[int]] = field(default_factory=dict)
-    prompt: Prompt | None = None
-    prefix: Prefix | None = None
+    prompt: PromptEffect | None = None
+    prefix: PrefixEffect | None = None
 
     @property
     def prompt_length(self) -> int:

@@ -18,13 +18,13 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_po
 
 from bertology_serve.encoder.attention import Group, packed_attention
 from bertology_serve.encoder.bank import Entry
-from bertology_serve.encoder.passing import Current, Pass, Place
+from bertology_serve.encoder.forward_context import CurrentContext, ForwardContext, Place
 from bertology_serve.kernels.segments import RowSegment
 
 _POSITION_SLOTS = ("query", "key", "position_key", "position_query", "relative_norm")
 
 
-def prepare(model: Any, current: Current) -> None:
+def prepare(model: Any, current: CurrentContext) -> None:
     """Stops the encoder from making [T, T] masks and positions; the convolution, if any, goes sequence by sequence."""
     encoder = model.encoder
     encoder.get_attention_mask = lambda mask: mask
@@ -38,7 +38,7 @@ def prepare(model: Any, current: Current) -> None:
 
 def attend(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     """DisentangledSelfAttention.forward: hidden_states [1, T, H] -> ([1, T, H], None)."""
-    now: Pass = self.current.it
+    now: ForwardContext = self.current.it
     heads = self.num_attention_heads
     projections = (self.query_proj, self.key_proj, self.value_proj)
     query, key, value = (p(hidden_states)[0].view(hidden_states.shape[1], heads, -1) for p in projections)
@@ -62,7 +62,7 @@ def attend(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor
 class _Positions:
     """The projected relative-position embeddings of one layer, for the base and for every delta that changes them."""
 
-    def __init__(self, module: Any, now: Pass) -> None:
+    def __init__(self, module: Any, now: ForwardContext) -> None:
         self.module, self.now = module, now
         self.span = module.pos_ebd_size
         deltas = {e.key: e for e in now.batch.entries if any(slot in e.rows for slot in _POSITION_SLOTS)}
@@ -131,7 +131,7 @@ class _Positions:
 
 def _convolve(self: Any, hidden_states: Tensor, residual_states: Tensor, input_mask: Any) -> Tensor:
     """ConvLayer.forward on packed rows: each sequence is convolved on its own, zeros around it."""
-    now: Pass = self.current.it
+    now: ForwardContext = self.current.it
     batch = now.batch
     rows = [hidden_states[0, start : start + length] for start, length in zip(batch.starts, batch.lengths, strict=True)]
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)

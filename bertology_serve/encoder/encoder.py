@@ -17,28 +17,31 @@ from torch import Tensor
 
 from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import BaseRef, Delta
-from bertology_serve.deltas.effects import Effects
 from bertology_serve.deltas.names import MANIFEST
 from bertology_serve.deltas.pruning import Pruning, fitted, sliced_state
-from bertology_serve.deltas.slots import KEY, QUERY, Anatomy
-from bertology_serve.encoder import families, joined
+from bertology_serve.encoder import families, linear
 from bertology_serve.encoder.anatomy import EXPECTED, find_anatomy
-from bertology_serve.encoder.attention import make_layout
+from bertology_serve.encoder.attention import HALVES, make_layout
 from bertology_serve.encoder.bank import PROMPT, DeltaBank
-from bertology_serve.encoder.graphs import Graphs, Record
-from bertology_serve.encoder.loading import check_vocabulary, load_model, load_tokenizer, locate, read_pooling
-from bertology_serve.encoder.memory import keep_freed_memory
-from bertology_serve.encoder.packing import PackedBatch
-from bertology_serve.encoder.passing import Current, Heads, Pass, Pools
-from bertology_serve.encoder.plan import BatchPlan, make_plan
-from bertology_serve.encoder.prepacked import Prepacked, pays
-from bertology_serve.encoder.probe import Probe
+from bertology_serve.encoder.batch import BatchPlan, PackedBatch, make_plan
+from bertology_serve.encoder.cuda_graphs import Graphs, Record
+from bertology_serve.encoder.forward_context import CurrentContext, ForwardContext, Heads, Pools
+from bertology_serve.encoder.linear import Prepacked, SlotLinear, pays, wrap
+from bertology_serve.encoder.loading import (
+    LoadProof,
+    check_vocabulary,
+    keep_freed_memory,
+    load_model,
+    load_tokenizer,
+    locate,
+    read_pooling,
+)
 from bertology_serve.encoder.pruned import read_pruning
 from bertology_serve.encoder.recompute import recomputed
-from bertology_serve.encoder.varlen import HALVES
-from bertology_serve.encoder.wrapped import SlotLinear, wrap
 from bertology_serve.errors import BertologyError, LimitError, Unsupported
 from bertology_serve.kernels.dispatch import BatchColumns
+from bertology_serve.kinds.effects import Effects
+from bertology_serve.kinds.slots import KEY, QUERY, Anatomy
 
 log = logging.getLogger(__name__)
 
@@ -52,42 +55,55 @@ class Encoder:
     ``pooling`` is a sentence encoder's own, as its checkpoint says.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, name: str, base_head: dict[str, Tensor] | None = None,
+    def __init__(self, name: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        """The encoder of a hub id, a local directory or ``minilm`` (the packaged all-MiniLM-L6-v2).
+
+        Raises NotFound where there is nothing of that name, Unsupported for models that are no BERT-like encoder.
+        """
+        path = locate(str(name))
+        model, base_head = load_model(path)
+        self._set_up(model, load_tokenizer(path), str(name), base_head, read_pruning(path), read_pooling(path))
+        model.to(device=torch.device(device), dtype=dtype)
+
+    @classmethod
+    def load(cls, name: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Encoder:
+        """The same as ``Encoder(name)``."""
+        return cls(name, device=device, dtype=dtype)
+
+    @classmethod
+    def of_model(
+        cls, model: Any, tokenizer: Any, name: str, base_head: dict[str, Tensor] | None = None,
         pruning: Pruning | None = None, pooling: str | None = None,
+    ) -> Encoder:  # fmt: skip
+        """The encoder of a headless model that is in memory already; it is changed, and must not be used elsewhere."""
+        encoder = cls.__new__(cls)
+        encoder._set_up(model, tokenizer, name, base_head, pruning, pooling)
+        return encoder
+
+    def _set_up(
+        self, model: Any, tokenizer: Any, name: str, base_head: dict[str, Tensor] | None,
+        pruning: Pruning | None, pooling: str | None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.base_head = base_head or {}
         self.config, self.pruning, self.pooling = model.config, pruning, pooling
         with _encoder_like(name, self.config.model_type):
             self.anatomy: Anatomy = find_anatomy(model)
-            probe = Probe.of(model, self.anatomy)
+            probe = LoadProof.of(model, self.anatomy)
         check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], name)
         self.ref = BaseRef(name, weights_hash(model.state_dict()), self.anatomy.family)
         self.lock = threading.RLock()
         self.graphs: Graphs | None = None
-        self._current = Current()
+        self._current = CurrentContext()
         self._inputs = set(inspect.signature(model.forward).parameters)
         wrap(model, self.anatomy, self._current)
         self.packs = families.prepare(model, self.anatomy, self._current)
         self.packing = self._settle(probe)
         log.log(logging.INFO if self.packs else logging.WARNING, "%s (%s) is %s", name, self.ref.family, self.packing)
 
-    @classmethod
-    def load(cls, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Encoder:
-        """An encoder by hub id, local directory or ``minilm`` (the packaged all-MiniLM-L6-v2).
-
-        Raises NotFound where there is nothing of that name, Unsupported for models that are no BERT-like encoder.
-        """
-        path = locate(name)
-        model, head = load_model(path)
-        encoder = cls(model, load_tokenizer(path), name, head, read_pruning(path), read_pooling(path))
-        model.to(device=torch.device(device), dtype=dtype)
-        return encoder
-
     def fresh(self) -> Encoder:
         """The same encoder loaded again from where it came, untouched by training."""
-        return Encoder.load(self.name, device=str(self.device), dtype=self.dtype)
+        return Encoder(self.name, device=str(self.device), dtype=self.dtype)
 
     @classmethod
     def for_delta(cls, delta: Delta, name: str | None = None, *, device: str = "cpu") -> Encoder:
@@ -97,7 +113,8 @@ class Encoder:
         if delta.weights:
             whole = pruning is not None and delta.base.sha256 == pruning.parent.sha256
             model.load_state_dict(sliced_state(delta.weights, pruning) if pruning and whole else delta.weights)
-        encoder = cls(model, load_tokenizer(path), name or delta.base.name, head, pruning, read_pooling(path))
+        own = name or delta.base.name
+        encoder = cls.of_model(model, load_tokenizer(path), own, head, pruning, read_pooling(path))
         model.to(torch.device(device))
         return encoder
 
@@ -173,7 +190,7 @@ class Encoder:
         if self._trains:
             return False
         if self.device.type == "cuda":
-            return wanted is not False and joined.join(self.model, self.anatomy)
+            return wanted is not False and linear.join(self.model, self.anatomy)
         if self.device.type != "cpu" or self.dtype != torch.float32 or not (pays() if wanted is None else wanted):
             return False
         keep_freed_memory()
@@ -188,7 +205,7 @@ class Encoder:
 
     def unpack_weights(self) -> None:
         """Back to plain linears: for weights that are about to change, or that something else runs now."""
-        joined.part(self.model, self.anatomy)
+        linear.part(self.model, self.anatomy)
         for module in self._linears():
             module.prepacked = None
 
@@ -235,15 +252,15 @@ class Encoder:
         self.graphs = Graphs(self._last_hidden, record)
         return True
 
-    def _pass(self, batch: PackedBatch, pools: Pools, plan: BatchPlan, heads: Heads | None = None) -> Pass:
+    def _pass(self, batch: PackedBatch, pools: Pools, plan: BatchPlan, heads: Heads | None = None) -> ForwardContext:
         layout = make_layout(batch) if self.packs else None
-        return Pass(batch, plan, pools, layout, BatchColumns(batch.rows, batch.ids.device), heads)
+        return ForwardContext(batch, plan, pools, layout, BatchColumns(batch.rows, batch.ids.device), heads)
 
-    def _last_hidden(self, now: Pass) -> Tensor:
+    def _last_hidden(self, now: ForwardContext) -> Tensor:
         """The last hidden states of a pass: [1, T, H], or padded [S, Lmax, H]."""
         return self._output(now).last_hidden_state  # type: ignore[no-any-return]
 
-    def _output(self, now: Pass, **more: bool) -> Any:
+    def _output(self, now: ForwardContext, **more: bool) -> Any:
         """The model's own output for a pass; ``more`` goes to the model."""
         batch = now.batch
         with self._running(now):
@@ -267,7 +284,7 @@ class Encoder:
         vectors = pools.layer(PROMPT, "v", 0)[batch.prompt_vectors]
         return words.index_copy(0, batch.prompt_rows, vectors.to(words.dtype))
 
-    def _settle(self, probe: Probe) -> str:
+    def _settle(self, probe: LoadProof) -> str:
         """Packs if packed rows give the model's own answers; pads if only padded ones do; else refuses the model.
 
         Says in words what it did.
@@ -294,7 +311,7 @@ class Encoder:
         return any(parameter.requires_grad for parameter in self.model.parameters())
 
     @contextmanager
-    def _running(self, now: Pass) -> Iterator[None]:
+    def _running(self, now: ForwardContext) -> Iterator[None]:
         with self.lock, self._current.during(now):
             yield
 

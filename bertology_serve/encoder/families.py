@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from bertology_serve.deltas.slots import QUERY, Anatomy
 from bertology_serve.encoder import deberta, mpnet
 from bertology_serve.encoder.attention import packed_attention
-from bertology_serve.encoder.passing import Current
+from bertology_serve.encoder.forward_context import CurrentContext
+from bertology_serve.kinds.slots import QUERY, Anatomy
 
 NAME = "bertology_packed"
 
@@ -65,7 +65,7 @@ def attention_modules(model: nn.Module, anatomy: Anatomy) -> list[Any]:
     return [model.get_submodule(path) for path in paths]
 
 
-def prepare(model: Any, anatomy: Anatomy, current: Current) -> bool:
+def prepare(model: Any, anatomy: Anatomy, current: CurrentContext) -> bool:
     """Connects the model's attention with the pass; whether it can take packed rows at all."""
     own = {"mpnet": mpnet.attend, "deberta-v2": deberta.attend}.get(anatomy.family)
     if own is None and not getattr(model, "_supports_attention_backend", False):

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.bank import BARE, DeltaBank
+from bertology_serve.encoder.batch import PackedBatch, pack
+from bertology_serve.encoder.delta_set import BASE, DeltaSet, Job, LoadedDelta, Model, Prediction, Request
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.packing import PackedBatch, pack
-from bertology_serve.encoder.reading import form_for, read
-from bertology_serve.encoder.residents import BASE, Job, Model, Prediction, Ready, Request, Residents
+from bertology_serve.encoder.pooling import form_for, read
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
 
-__all__ = ["BASE", "Engine", "Job", "Model", "Pipeline", "Prediction", "Ready", "Request", "Residents"]
+__all__ = ["BASE", "DeltaSet", "Engine", "Job", "LoadedDelta", "Model", "Pipeline", "Prediction", "Request"]
 
 
 class Engine(Protocol):
@@ -33,7 +33,7 @@ class Engine(Protocol):
         ...
 
 
-class Pipeline(Residents):
+class Pipeline(DeltaSet):
     """An encoder of this process with its resident deltas. ``engine`` runs their batches; it is the encoder unless it
     was replaced.
     """
@@ -71,7 +71,7 @@ class Pipeline(Residents):
         """What a delta's tensors take, unpacked."""
         return delta.resident_bytes(self.encoder.anatomy)
 
-    def admit(self, key: str, delta: Delta) -> Ready:
+    def admit(self, key: str, delta: Delta) -> LoadedDelta:
         """Copies a delta's rows into the bank."""
         delta = self.encoder.fitted(delta)
         self.check(delta)
@@ -82,13 +82,13 @@ class Pipeline(Residents):
         with self.encoder.lock:  # no batch runs meanwhile, so nothing is done here but copying rows
             self.sweep()
             entry = self.bank.add(key, effects) if delta.specs else BARE
-        return Ready(delta, task_for(delta.task), head, entry)
+        return LoadedDelta(delta, task_for(delta.task), head, entry)
 
     def release(self, key: str) -> None:
         """Frees a delta's rows in the bank."""
         self.bank.remove(key)
 
-    def outputs(self, owned: Sequence[tuple[Ready, Encoding]]) -> list[Tensor]:
+    def outputs(self, owned: Sequence[tuple[LoadedDelta, Encoding]]) -> list[Tensor]:
         """Sequences of many deltas in one pass of the encoder."""
         encoder, owners = self.encoder, [ready for ready, _ in owned]
         encodings, entries = [encoding for _, encoding in owned], [ready.entry for ready in owners]
@@ -96,7 +96,7 @@ class Pipeline(Residents):
         return _outputs(self.engine.run(batch, self.bank), batch, owners)
 
 
-def _outputs(hidden: Tensor, batch: PackedBatch, owners: Sequence[Ready]) -> list[Tensor]:
+def _outputs(hidden: Tensor, batch: PackedBatch, owners: Sequence[LoadedDelta]) -> list[Tensor]:
     """Each delta's head over its sequences; one output a sequence, in the caller's order."""
     members: dict[int, list[int]] = {}
     for packed, original in enumerate(batch.order):

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bertology_serve.encoder.passing import Current
+from bertology_serve.encoder.forward_context import CurrentContext
 
 
 @contextmanager
-def recomputed(modules: Sequence[nn.Module], current: Current) -> Iterator[None]:
+def recomputed(modules: Sequence[nn.Module], current: CurrentContext) -> Iterator[None]:
     """While it holds, the modules keep nothing for the backward pass but their inputs: they run twice, with the same
     dropout, and their gradients have the same bits (for the same batch, on the same CPU with as many threads). Without
     gradients nothing is changed."""
@@ -30,7 +30,7 @@ def recomputed(modules: Sequence[nn.Module], current: Current) -> Iterator[None]
         yield
 
 
-def _twice(forward: Callable[..., Any], current: Current) -> Callable[..., Any]:
+def _twice(forward: Callable[..., Any], current: CurrentContext) -> Callable[..., Any]:
     def run(*inputs: Any, **named: Any) -> Any:
         now = current.it
 

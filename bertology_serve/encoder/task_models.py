@@ -18,13 +18,12 @@ from torch import Tensor
 from bertology_serve.deltas.catalog import VERSION_DIGITS
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, check_name
-from bertology_serve.deltas.reading import Limits, read_json
+from bertology_serve.deltas.safe_io import Limits, read_json
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.loading import locate
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import BaseMismatch, BertologyError, FormatError, InputError, Unsupported, VerificationError
-from bertology_serve.tasks.forms import head_form, head_pooling
-from bertology_serve.tasks.heads import Head, pool
+from bertology_serve.tasks.heads import Head, head_form, head_pooling, pool
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,

@@ -10,12 +10,12 @@ from typing import TypeVar
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import NotFound, VersionGone
-from bertology_serve.serving.engine import Engine
-from bertology_serve.serving.keys import Access
-from bertology_serve.serving.registry import Registry
-from bertology_serve.serving.shadows import Shadows
-from bertology_serve.serving.terms import Terms
-from bertology_serve.serving.tiers.cold import Cold
+from bertology_serve.serving.auth.keys import Access
+from bertology_serve.serving.batching.delta_queue import CallOptions
+from bertology_serve.serving.execution.engine import Engine
+from bertology_serve.serving.versions.canary import Shadows
+from bertology_serve.serving.versions.cold import Cold
+from bertology_serve.serving.versions.delta_registry import Registry
 
 SWAPS = 8
 ONE = ("",)
@@ -42,7 +42,7 @@ class Answering:
         self,
         access: Access,
         items: Sequence[Request],
-        terms: Terms,
+        terms: CallOptions,
     ) -> list[Prediction]:
         """The answers, within the caller's rights and time; charged to its rates unless the terms say otherwise. See
         ``Engine.answer``."""
@@ -68,7 +68,7 @@ class Answering:
         self,
         names: Sequence[str],
         items: Sequence[Request],
-        terms: Terms,
+        terms: CallOptions,
     ) -> list[Prediction]:
         tiers = self.registry.tiers
         if not any(tiers.is_cold(name) for name in names):
@@ -86,7 +86,7 @@ class Answering:
         self,
         names: Sequence[str],
         items: Sequence[Request],
-        terms: Terms,
+        terms: CallOptions,
     ) -> list[Prediction]:
         """The answers once the deltas are there; leased, so that none leaves before its work is done."""
         seconds = min(terms.seconds, self.engine.config.max_call_seconds)

@@ -18,20 +18,19 @@ from typing import Any
 
 import uvicorn
 
-from bertology_serve.encoder.pipeline import Residents
+from bertology_serve.encoder.pipeline import DeltaSet
 from bertology_serve.serving.answering import Answering
 from bertology_serve.serving.app import make_app
-from bertology_serve.serving.background import Background
-from bertology_serve.serving.binding import room_for
+from bertology_serve.serving.auth.keys import Keyring
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.connection import limited
-from bertology_serve.serving.engine import DRAINING, Engine
-from bertology_serve.serving.keys import Keyring
-from bertology_serve.serving.metrics import Metrics
-from bertology_serve.serving.registry import Registry
-from bertology_serve.serving.rpc.server import GrpcServer
-from bertology_serve.serving.tiers.cold import Cold
-from bertology_serve.serving.tracing import Tracing
+from bertology_serve.serving.execution.engine import DRAINING, Engine
+from bertology_serve.serving.http.connection import limited, room_for
+from bertology_serve.serving.observability.background import Background
+from bertology_serve.serving.observability.metrics import Metrics
+from bertology_serve.serving.observability.tracing import Tracing
+from bertology_serve.serving.rpc.grpc_server import GrpcServer
+from bertology_serve.serving.versions.cold import Cold
+from bertology_serve.serving.versions.delta_registry import Registry
 
 log = logging.getLogger(__name__)
 READ_SECONDS = 0.1  # for the calls of connections that had just been taken, before those that rest are closed
@@ -44,7 +43,7 @@ class Server(uvicorn.Server):
 
     def __init__(
         self,
-        pipeline: Residents,
+        pipeline: DeltaSet,
         registry: Registry,
         config: ServerConfig,
         announce: Callable[[], None] = lambda: None,

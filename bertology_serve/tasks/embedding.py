@@ -18,11 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from bertology_serve.errors import DataError
 from bertology_serve.tasks import metrics
-from bertology_serve.tasks.base import Answer, Task
+from bertology_serve.tasks.base import Answer, Task, TextExample, read_pair
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.fields import read_score
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
-from bertology_serve.tasks.texts import TextExample, read_pair
 
 SHARPNESS = 20.0
 

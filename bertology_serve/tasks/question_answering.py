@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from bertology_serve.errors import SpecError
-from bertology_serve.tasks.answer_spans import CANDIDATES, CharSpan, best_spans, rows_of
+from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.base import Answer, Example, Task
 from bertology_serve.tasks.encoding import encode_windows
-from bertology_serve.tasks.fields import read_integer, read_text
-from bertology_serve.tasks.gold_answers import read_answers
+from bertology_serve.tasks.fields import kind_of, read_integer, read_text, required
 from bertology_serve.tasks.spec import QUESTION_ANSWERING, Encoding, TaskSpec
-from bertology_serve.tasks.squad import squad_scores
 
 NO_ANSWER = "no-answer"
 LEAST_LENGTH = 8
@@ -110,3 +111,157 @@ class QuestionAnswering(Task[QuestionExample]):
         """Normalised F1 and exact match of SQuAD, the best over gold answers."""
         golds = [[example.context[start:end] for start, end in example.answers or ()] for example in examples]
         return squad_scores(golds, [answer["answer"]["text"] for answer in answers])
+
+
+CANDIDATES = 20
+CharSpan = tuple[int, int]
+
+
+def best_spans(
+    context: str, encodings: Sequence[Encoding], outputs: Sequence[Tensor], longest: int
+) -> tuple[list[tuple[CharSpan, float]], float]:
+    """The best spans of a context over all windows, best first, and the score of no answer.
+
+    ``outputs`` are [len, 2] start and end logits a window. A span's score is the sum of its start and end logits, the
+    greatest where windows overlap; spans of more than ``longest`` tokens are left out, white space at their ends is
+    taken off (byte-level tokens hold the space before a word), and at most 20 come back. No
+    answer scores what [CLS] has as start and end, the least over the windows: one window that sees an answer is enough
+    (Devlin et al. 2019, arXiv 1810.04805, section 4.3).
+    """
+    spans: dict[CharSpan, float] = {}
+    null = np.inf
+    for encoding, output in zip(encodings, outputs, strict=True):
+        logits = output.double().numpy()
+        null = min(null, float(logits[0].sum()))
+        for first, last, score in _candidates(encoding, logits, longest):
+            span = trimmed(context, encoding.offsets[first][0], encoding.offsets[last][1])
+            if span[0] < span[1]:
+                spans[span] = max(score, spans.get(span, -np.inf))
+    ranked = sorted(spans.items(), key=lambda item: (-item[1], item[0]))
+    return ranked[:CANDIDATES], null
+
+
+def trimmed(context: str, start: int, end: int) -> CharSpan:
+    """The span without white space at its ends; empty when nothing else is in it."""
+    text = context[start:end]
+    start += len(text) - len(text.lstrip())
+    return start, start + len(text.strip())
+
+
+def rows_of(encoding: Encoding, span: CharSpan) -> tuple[int, int]:
+    """First and last row of the context's tokens that touch a character span; (0, 0) when part of it is outside."""
+    rows = [row for row, part in enumerate(encoding.parts) if part == 1]
+    touching = [row for row in rows if encoding.offsets[row][1] > span[0] and encoding.offsets[row][0] < span[1]]
+    whole = rows and encoding.offsets[rows[0]][0] <= span[0] and encoding.offsets[rows[-1]][1] >= span[1]
+    return (touching[0], touching[-1]) if whole and touching else (0, 0)
+
+
+def _candidates(encoding: Encoding, logits: NDArray[np.float64], longest: int) -> list[tuple[int, int, float]]:
+    """(first row, last row, score) of a window's best spans."""
+    rows = np.flatnonzero(np.asarray(encoding.parts) == 1)
+    if not len(rows):
+        return []
+    starts, ends = logits[rows, 0], logits[rows, 1]
+    width = min(longest, len(rows))
+    padded = np.concatenate([ends, np.full(width - 1, -np.inf)])
+    table = starts[:, None] + np.lib.stride_tricks.sliding_window_view(padded, width)
+    flat = table.ravel()
+    top = np.argsort(-flat, kind="stable")[:CANDIDATES]
+    pairs = [(divmod(int(place), width), float(flat[place])) for place in top if flat[place] > -np.inf]
+    return [(int(rows[start]), int(rows[start + length]), score) for (start, length), score in pairs]
+
+
+GoldAnswer = tuple[int, int]
+
+
+def read_answers(record: Mapping[str, Any], where: str, context: str) -> tuple[GoldAnswer, ...]:
+    """Character spans (start, end) of the gold answers in the context; empty when there is none.
+
+    ``answers`` may be ``{"text": [...], "answer_start": [...]}``, a list of ``{"text", "answer_start" or "start"}``, a
+    list of texts, or one text. Without a start the answer's first occurrence counts; with one that does not fit, the
+    occurrence nearest to it. White space at the ends is dropped. An answer that the context lacks is a DataError.
+    """
+    value = required(record, where, "answers", "answers (an empty list: there is none)")
+    spans = (_locate(text, start, where, context) for text, start in _pairs(value, where))
+    return tuple(dict.fromkeys(spans))
+
+
+def _pairs(value: Any, where: str) -> list[tuple[Any, Any]]:
+    """(text, start or None) of each answer."""
+    if isinstance(value, Mapping):
+        texts, starts = value.get("text"), value.get("answer_start", value.get("start"))
+        if isinstance(texts, str):
+            return [(texts, starts)]
+        texts = _items(texts, where, "answers.text")
+        starts = [None] * len(texts) if starts is None else _items(starts, where, "answers.answer_start")
+        if len(texts) != len(starts):
+            raise DataError(f"{where}: field 'answers' has {len(texts)} texts and {len(starts)} starts; expected pairs")
+        return list(zip(texts, starts, strict=True))
+    if isinstance(value, str):
+        return [(value, None)]
+    return [_pair(item) for item in _items(value, where, "answers")]
+
+
+def _pair(item: Any) -> tuple[Any, Any]:
+    if isinstance(item, Mapping):
+        return item.get("text"), item.get("answer_start", item.get("start"))
+    return item, None
+
+
+def _items(value: Any, where: str, name: str) -> list[Any]:
+    if value is None or isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
+        raise DataError(f"{where}: field {name!r} is {kind_of(value)}; expected a list")
+    return list(value)
+
+
+def _locate(text: Any, start: Any, where: str, context: str) -> GoldAnswer:
+    """The span of an answer, checked against the context."""
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where}: field 'answers' holds {kind_of(text)}; expected a text that is not empty")
+    if start is not None and (isinstance(start, bool) or not isinstance(start, int)):
+        raise DataError(f"{where}: field 'answers' has the start {kind_of(start)}; expected an integer")
+    indent = len(text) - len(text.lstrip())
+    text = text.strip()
+    hint = 0 if start is None else start + indent
+    if context[hint : hint + len(text)] == text and hint >= 0:
+        return hint, hint + len(text)
+    hint = max(hint, 0)
+    before, after = context.rfind(text, 0, hint + len(text)), context.find(text, hint)
+    found = [place for place in (before, after) if place >= 0]
+    if not found:
+        raise DataError(f"{where}: field 'answers' holds {kind_of(text)}, which the context does not contain")
+    nearest = min(found, key=lambda place: abs(place - hint))
+    return nearest, nearest + len(text)
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalise(text: str) -> str:
+    """Lower case, without ASCII punctuation, articles and extra white space."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact(gold: str, found: str) -> float:
+    """1 if both are equal once normalised, else 0."""
+    return float(normalise(gold) == normalise(found))
+
+
+def overlap_f1(gold: str, found: str) -> float:
+    """F1 of the words that both share; when one side has no words, whether both have none."""
+    gold_words, found_words = normalise(gold).split(), normalise(found).split()
+    if not gold_words or not found_words:
+        return float(gold_words == found_words)
+    shared = sum((Counter(gold_words) & Counter(found_words)).values())
+    return 2 * shared / (len(gold_words) + len(found_words))
+
+
+def squad_scores(golds: Sequence[Sequence[str]], found: Sequence[str]) -> dict[str, float]:
+    """Mean F1 and exact match, each the best over an example's gold answers (no gold answers: the empty text)."""
+    pairs = [(gold or ("",), text) for gold, text in zip(golds, found, strict=True)]
+    count = max(len(pairs), 1)
+    return {
+        "f1": sum(max(overlap_f1(gold, text) for gold in options) for options, text in pairs) / count,
+        "exact": sum(max(exact(gold, text) for gold in options) for options, text in pairs) / count,
+    }

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bertology_serve.tasks import metrics
-from bertology_serve.tasks.base import Answer
+from bertology_serve.tasks.base import Answer, TextExample, TextTask
 from bertology_serve.tasks.fields import read_score
 from bertology_serve.tasks.spec import REGRESSION, Encoding
-from bertology_serve.tasks.texts import TextExample, TextTask
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -17,9 +19,7 @@ from bertology_serve.tasks.base import Answer, Example, Task
 from bertology_serve.tasks.encoding import encode_words
 from bertology_serve.tasks.fields import label_index, read_tags, read_text, read_texts, sorted_labels
 from bertology_serve.tasks.metrics import accuracy
-from bertology_serve.tasks.spans import span_scores, spans_of
 from bertology_serve.tasks.spec import IGNORED, TOKEN_CLASSIFICATION, Encoding, TaskSpec
-from bertology_serve.tasks.words import Span, join_words, split_words
 
 MOST_WORDS = 1_000_000
 
@@ -131,3 +131,85 @@ def _first_rows(encoding: Encoding) -> dict[int, int]:
         if word >= 0 and word not in rows:
             rows[word] = row
     return rows
+
+
+TagSpan = tuple[str, int, int]
+OUTSIDE = ("O", "0")
+PREFIXES = {"B": "B", "I": "I", "E": "E", "S": "S", "M": "I", "L": "E", "U": "S"}
+"""Those of IOB and IOBES, and what they are called in BMES and BILOU."""
+
+
+def spans_of(tags: Sequence[str]) -> list[TagSpan]:
+    """(label, first word, word after the last) of each span.
+
+    ``B-`` starts a span, and so does ``I-`` after ``O`` or after another label; ``E-`` ends and ``S-`` is a span of
+    its own (BILOU calls them ``L-`` and ``U-``; BMES has ``M-`` for ``I-``). A tag without prefix counts as ``I-`` of
+    itself, so runs of one part-of-speech tag are spans too; but for ``0``, which is ``O`` where tags are class indices.
+    """
+    spans: list[TagSpan] = []
+    previous, label, start = "O", "", 0
+    for index, tag in enumerate([*tags, "O"]):
+        prefix, kind = split_tag(tag)
+        begins = prefix != "O" and (prefix in "BS" or previous in "OES" or kind != label)
+        if previous != "O" and (begins or prefix == "O"):
+            spans.append((label, start, index))
+        if begins:
+            start = index
+        previous, label = prefix, kind
+    return spans
+
+
+def split_tag(tag: str) -> tuple[str, str]:
+    """A tag's prefix (one of B, I, E, S, O) and its label."""
+    if tag in OUTSIDE:
+        return "O", ""
+    if len(tag) > 2 and tag[1] == "-" and tag[0] in PREFIXES:
+        return PREFIXES[tag[0]], tag[2:]
+    return "I", tag
+
+
+def span_scores(gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Micro F1, precision and recall of spans over sentences: a span counts when label and both ends agree."""
+    right = expected = given = 0
+    for gold_tags, found_tags in zip(gold, found, strict=True):
+        gold_spans, found_spans = set(spans_of(gold_tags)), set(spans_of(found_tags))
+        right += len(gold_spans & found_spans)
+        expected += len(gold_spans)
+        given += len(found_spans)
+    return {
+        "f1": 2 * right / (given + expected) if given + expected else 0.0,
+        "precision": right / given if given else 0.0,
+        "recall": right / expected if expected else 0.0,
+    }
+
+
+Span = tuple[int, int]
+
+_MARKS = "".join(chr(code) for code in range(0x300, 0x3100) if unicodedata.category(chr(code)).startswith("M"))
+_IDEOGRAPHS = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+_RUN = rf"(?:(?![{_IDEOGRAPHS}])[\w{_MARKS}\u200c\u200d])+"
+_CLITIC = r"['\u2019](?:s|m|d|re|ve|ll)\b"
+_WORD = re.compile(
+    rf"""(?:https?://|www\.)\S*[^\s.,;:!?)\]}}>"'\u2019]
+    | (?<!\w)[@\#]{_RUN}
+    | (?<!\w)(?:[^\W\d_]\.){{2,}}
+    | (?<!\w)\d+(?:[.,:]\d+)+(?!\w)
+    | (?<=\w){_CLITIC}
+    | {_RUN}(?:(?!{_CLITIC})[-'\u2019]{_RUN})*
+    | \S""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def split_words(text: str) -> list[Span]:
+    """Character spans of the words of a text, in order."""
+    return [match.span() for match in _WORD.finditer(text)]
+
+
+def join_words(words: tuple[str, ...]) -> tuple[str, list[Span]]:
+    """The words joined by one space, and the character span of each."""
+    spans, start = [], 0
+    for word in words:
+        spans.append((start, start + len(word)))
+        start += len(word) + 1
+    return " ".join(words), spans

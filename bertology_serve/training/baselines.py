@@ -9,7 +9,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import BASE, Pipeline, Request
 from bertology_serve.tasks.base import Task
 from bertology_serve.tasks.spec import EMBEDDING, REGRESSION
-from bertology_serve.training.items import Item
+from bertology_serve.training.batches import Item
 
 CONSTANT, COSINE, PROBE = "constant", "cosine", "probe"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,34 @@ def set_random_state(device: torch.device, states: Mapping[str, Tensor]) -> None
     torch.set_rng_state(states["rng.cpu"])
     if device.type == "cuda" and "rng.cuda" in states:
         torch.cuda.set_rng_state(states["rng.cuda"], device)
+
+
+@dataclass
+class RunState:
+    """``stage`` counts a recipe's stages from 1, and is 0 where there is but one. ``epoch`` and ``offset`` are the
+    sampler's place; ``best`` is the highest dev metric and, where several steps reached it, the highest negative loss
+    among them; ``best_step`` got there.
+
+    ``metrics`` are those of the state that is kept, ``stale`` counts evaluations since ``best_step``, ``stopped`` says
+    that patience ran out, ``seconds`` is the time spent so far.
+    """
+
+    stage: int = 0
+    step: int = 0
+    epoch: int = 0
+    offset: int = 0
+    best: list[float] = field(default_factory=list)
+    best_step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    stale: int = 0
+    stopped: bool = False
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunState:
+        """The inverse of ``as_dict``."""
+        return cls(**values)

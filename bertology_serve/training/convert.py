@@ -11,24 +11,22 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bertology_serve.deltas.adapterhub import is_adapterhub, read_adapterhub
-from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.catalog import is_delta
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.dora import magnitudes, spelt_out
-from bertology_serve.deltas.kind import Tensors
+from bertology_serve.deltas.interop.adapterhub import is_adapterhub, read_adapterhub
+from bertology_serve.deltas.interop.microsoft import read_microsoft_lora, read_trusted
+from bertology_serve.deltas.interop.peft_import import magnitudes, peft_delta, spelt_out, unwrapped
 from bertology_serve.deltas.layout import MODEL_ROOT
-from bertology_serve.deltas.microsoft_lora import read_microsoft_lora
 from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
-from bertology_serve.deltas.norms import NormsSpec
-from bertology_serve.deltas.peft_import import peft_delta, unwrapped
-from bertology_serve.deltas.reading import Limits, read_json
-from bertology_serve.deltas.slots import Anatomy
-from bertology_serve.deltas.unpickle import read_trusted
+from bertology_serve.deltas.safe_io import Limits, read_json
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.encoder.task_models import is_task_model, read_task_model, verify_peft
 from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.kind import Tensors
+from bertology_serve.kinds.norms import Norms
+from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.training.compress import differences, dropped, moved_biases, moved_norms
 
 
@@ -126,8 +124,8 @@ def _with_moved(delta: Delta, moved: Mapping[str, Tensor], anatomy: Anatomy, sou
         raise Unsupported(f"{source} moves {lost[0]}, which no delta holds; train it again without")
     specs, tensors = list(delta.specs), dict(delta.tensors)
     for spec, parts in (
-        (BitfitSpec(), moved_biases(moved, anatomy)),
-        (NormsSpec(biases=False), moved_norms(moved, anatomy)),
+        (Bitfit(), moved_biases(moved, anatomy)),
+        (Norms(biases=False), moved_norms(moved, anatomy)),
     ):
         specs += [spec] if parts and spec not in specs else []
         tensors |= {name: tensors[name] + part if name in tensors else part for name, part in parts.items()}

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.live import LiveDelta
 from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Answer, Task
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.training.items import WHOLE_BATCH, Item, micro_batches
+from bertology_serve.training.batches import WHOLE_BATCH, Item, micro_batches
 from bertology_serve.training.processes import ALONE, Processes
 
 Records = Iterable[tuple[Mapping[str, Any], str]]
@@ -63,7 +63,7 @@ def evaluate(
 
 
 def measure(
-    live: LiveDelta, task: Task, items: Sequence[Item], max_tokens: int, processes: Processes = ALONE
+    live: TrainableDelta, task: Task, items: Sequence[Item], max_tokens: int, processes: Processes = ALONE
 ) -> dict[str, float]:
     """Metrics of a delta under training, in float32 and without dropout; ``loss`` too where it adds up over batches.
 
@@ -85,7 +85,7 @@ def measure(
 
 
 @torch.inference_mode()
-def run(live: LiveDelta, items: Sequence[Item]) -> tuple[Tensor, list[list[Tensor]]]:
+def run(live: TrainableDelta, items: Sequence[Item]) -> tuple[Tensor, list[list[Tensor]]]:
     """The head's output for one batch as the loss takes it, and for each item one float32 CPU tensor a sequence."""
     mode = live.training
     live.eval()

@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertology_serve.encoder.live import LiveDelta
-from bertology_serve.encoder.reading import read_rows
+from bertology_serve.encoder.pooling import read_rows
+from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import FormatError
+from bertology_serve.training.batches import Item, micro_batches
 from bertology_serve.training.checkpoint import read_checkpoint, write_checkpoint
-from bertology_serve.training.items import Item, micro_batches
 from bertology_serve.training.layers import layer_paths
 
 Features = dict[int, Tensor]
 
 
-def features(live: LiveDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int, folder: Path) -> Features:
+def features(
+    live: TrainableDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int, folder: Path
+) -> Features:
     """By layer the rows [N, H] (float32) that a head of the live delta's task would read there, an item each.
 
     Layer 0 is what the embeddings put out, the last what the encoder does. Each item has one sequence. The rows are
@@ -39,7 +41,7 @@ def features(live: LiveDelta, items: Sequence[Item], layers: Sequence[int], max_
 
 
 @torch.inference_mode()
-def pooled(live: LiveDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int) -> Features:
+def pooled(live: TrainableDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int) -> Features:
     """The rows themselves, from one pass."""
     encoder, mode = live.encoder, live.training
     live.eval()
@@ -59,7 +61,7 @@ def pooled(live: LiveDelta, items: Sequence[Item], layers: Sequence[int], max_to
 
 
 @contextmanager
-def _tapped(live: LiveDelta, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+def _tapped(live: TrainableDelta, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """What enters each layer during a pass, by the layer below that put it out."""
     seen: dict[int, Tensor] = {}
     with ExitStack() as stack:
@@ -81,13 +83,13 @@ def _tap(module: torch.nn.Module, number: int, seen: dict[int, Tensor]) -> Itera
         handle.remove()
 
 
-def _key(live: LiveDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int) -> dict[str, Any]:
+def _key(live: TrainableDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int) -> dict[str, Any]:
     """Everything that the rows' bits depend on."""
     own = {"pooling": live.task.pooling, "layers": list(layers), "max_tokens": max_tokens}
     return origin(live, items) | own
 
 
-def origin(live: LiveDelta, items: Sequence[Item]) -> dict[str, Any]:
+def origin(live: TrainableDelta, items: Sequence[Item]) -> dict[str, Any]:
     """What the bits of any rows of the frozen encoder depend on."""
     digest = hashlib.sha256()
     for item in items:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from bertology_serve.deltas.slots import QUERY, Anatomy
-from bertology_serve.encoder.live import LiveDelta
+from collections.abc import Mapping
+
+import torch
+
+from bertology_serve.encoder.trainable import Around, TrainableDelta
 from bertology_serve.errors import SpecError
+from bertology_serve.kinds.slots import QUERY, Anatomy
 
 
 def layer_paths(anatomy: Anatomy) -> tuple[str, ...]:
@@ -15,7 +19,7 @@ def layer_paths(anatomy: Anatomy) -> tuple[str, ...]:
     return tuple(".".join(path[: at + 1]) for path in paths)
 
 
-def lowest_trained(live: LiveDelta) -> int:
+def lowest_trained(live: TrainableDelta) -> int:
     """The lowest layer whose output a live delta changes: the encoder's depth where only the head is trained."""
     anatomy = live.encoder.anatomy
     if not live.full:
@@ -29,7 +33,7 @@ def lowest_trained(live: LiveDelta) -> int:
     return min(owners)
 
 
-def train_upper_layers(live: LiveDelta, count: int) -> None:
+def train_upper_layers(live: TrainableDelta, count: int) -> None:
     """Freezes all of the encoder but its upper ``count`` layers: no graph is then built below them.
 
     Raises SpecError where the encoder has fewer.
@@ -40,3 +44,37 @@ def train_upper_layers(live: LiveDelta, count: int) -> None:
     live.encoder.model.requires_grad_(False)
     for path in paths[len(paths) - count :]:
         live.encoder.model.get_submodule(path).requires_grad_(True)
+
+
+def layer_norms(parameters: Mapping[str, torch.nn.Parameter], anatomy: Anatomy) -> dict[str, float]:
+    """L2 norms of the gradients by place: ``embeddings``, ``0`` to ``L-1``, ``head``; ``delta`` for a delta's tensors.
+
+    ``parameters`` are named as a live delta names them. What the encoder has beside layers and embeddings is ``rest``.
+    """
+    layers = {f"model.{path}.": str(number) for number, path in enumerate(layer_paths(anatomy))}
+    squares: dict[str, float] = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            place = _place(name, layers)
+            squares[place] = squares.get(place, 0.0) + float(torch.linalg.vector_norm(parameter.grad)) ** 2
+    return {place: square**0.5 for place, square in squares.items()}
+
+
+def _place(name: str, layers: Mapping[str, str]) -> str:
+    if name.startswith("head."):
+        return "head"
+    if not name.startswith("model."):
+        return "delta"
+    found = [place for prefix, place in layers.items() if name.startswith(prefix)]
+    return found[0] if found else "embeddings" if "embed" in name else "rest"
+
+
+def recomputed_layers(live: TrainableDelta) -> tuple[str, ...]:
+    """Paths of the layers that gradient checkpointing has run again: from the lowest trained one up."""
+    return layer_paths(live.encoder.anatomy)[lowest_trained(live) :]
+
+
+def checkpointing(live: TrainableDelta) -> Around:
+    """What a live delta's ``around`` is with gradient checkpointing."""
+    paths = recomputed_layers(live)
+    return lambda encodings, batch: live.encoder.recomputing(paths)

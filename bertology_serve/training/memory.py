@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bertology_serve.encoder.live import LiveDelta
-from bertology_serve.training.checkpointing import recomputed_layers
-from bertology_serve.training.items import WHOLE_BATCH, Item, micro_batches
-from bertology_serve.training.loop import Trainer
+from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.training.batches import WHOLE_BATCH, Item, micro_batches
+from bertology_serve.training.layers import recomputed_layers
+from bertology_serve.training.trainer import Trainer
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -80,7 +80,7 @@ def estimate(trainer: Trainer) -> Estimate:
     return Estimate(sum(parameter.nbytes for parameter in held.values()), trained, 2 * trained, activations)
 
 
-def _activations(live: LiveDelta, items: Sequence[Item], held: Collection[int], recomputed: int) -> int:
+def _activations(live: TrainableDelta, items: Sequence[Item], held: Collection[int], recomputed: int) -> int:
     """What is kept for a backward pass; of layers that are ``recomputed`` their inputs, and one of them as a whole."""
     kept, around = saved_bytes(live, items, held), live.around
     if not recomputed:
@@ -91,7 +91,7 @@ def _activations(live: LiveDelta, items: Sequence[Item], held: Collection[int], 
     return kept + (whole - kept) // recomputed
 
 
-def saved_bytes(live: LiveDelta, items: Sequence[Item], held: Collection[int] = ()) -> int:
+def saved_bytes(live: TrainableDelta, items: Sequence[Item], held: Collection[int] = ()) -> int:
     """Bytes that one forward pass in training mode keeps for its backward pass, those at ``held`` addresses apart."""
     storages: dict[int, int] = {}
 

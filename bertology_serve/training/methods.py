@@ -8,21 +8,18 @@ from typing import Any
 
 import torch
 
-from bertology_serve.deltas.kind import spec_from_dict
-from bertology_serve.deltas.kinds import kind_named
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import LimitError, SpecError
+from bertology_serve.kinds.kind import spec_from_dict
+from bertology_serve.kinds.kinds import kind_named
 from bertology_serve.tasks.spec import REGRESSION, TaskSpec
-from bertology_serve.training.checkpointing import checkpointing
-from bertology_serve.training.child_tuning import ChildNetwork
-from bertology_serve.training.config import ALONE, TrainConfig
-from bertology_serve.training.full_options import MIXOUT, REGULARISED, ChildTuning, Mixout, TopK, read_options
-from bertology_serve.training.items import Item
-from bertology_serve.training.layers import train_upper_layers
-from bertology_serve.training.mixout import MixedWeights
+from bertology_serve.training.batches import Item
+from bertology_serve.training.layers import checkpointing, train_upper_layers
+from bertology_serve.training.method_options import MIXOUT, REGULARISED, ChildTuning, Mixout, TopK, read_options
 from bertology_serve.training.optimizer import trained
-from bertology_serve.training.regulariser import Regulariser
+from bertology_serve.training.regularisers import ChildNetwork, MixedWeights, Regulariser
+from bertology_serve.training.train_config import ALONE, TrainConfig
 
 
 def specs_for(config: TrainConfig) -> tuple[Any, ...]:
@@ -31,13 +28,13 @@ def specs_for(config: TrainConfig) -> tuple[Any, ...]:
     return tuple(spec_from_dict(kind_named(name), config.options.get(name, {})) for name in names)
 
 
-def make_live(encoder: Encoder, config: TrainConfig, spec: TaskSpec) -> LiveDelta:
+def make_live(encoder: Encoder, config: TrainConfig, spec: TaskSpec) -> TrainableDelta:
     """A fresh delta on that encoder. Raises SpecError where nothing would be trained, LimitError for long sequences."""
     if spec.max_length > encoder.max_tokens:
         raise LimitError(
             f"max_length is {spec.max_length}, but {encoder.name} reads at most {encoder.max_tokens} tokens; lower it"
         )
-    live = LiveDelta(encoder, specs_for(config), spec, config.seed, full=config.full)
+    live = TrainableDelta(encoder, specs_for(config), spec, config.seed, full=config.full)
     wanted = config.full and config.method != (MIXOUT,)
     live.trunk_dropout = wanted if config.trunk_dropout is None else config.trunk_dropout
     options = _form(config)
@@ -50,7 +47,7 @@ def make_live(encoder: Encoder, config: TrainConfig, spec: TaskSpec) -> LiveDelt
     return live
 
 
-def regulariser_for(live: LiveDelta, config: TrainConfig) -> Regulariser:
+def regulariser_for(live: TrainableDelta, config: TrainConfig) -> Regulariser:
     """What is done around each step; ``live`` still stands where training starts."""
     options = _form(config)
     if isinstance(options, Mixout):
@@ -64,7 +61,7 @@ def _form(config: TrainConfig) -> Mixout | ChildTuning | TopK | None:
     return read_options(name, config.options.get(name, {})) if name in REGULARISED else None
 
 
-def start_at_mean(live: LiveDelta, items: Sequence[Item]) -> None:
+def start_at_mean(live: TrainableDelta, items: Sequence[Item]) -> None:
     """Regression begins at the mean of the training scores, so that steps are spent on what explains them."""
     bias = live.head.layers[-1].linear.bias if live.task.kind == REGRESSION else None  # type: ignore[union-attr]
     if bias is not None:
@@ -91,7 +88,7 @@ class ParameterCount:
         return self.trained / (self.encoder + self.head)
 
 
-def count_parameters(live: LiveDelta) -> ParameterCount:
+def count_parameters(live: TrainableDelta) -> ParameterCount:
     """Counts what a live delta trains."""
     sizes = {name: parameter.numel() for name, parameter in trained(live).items()}
     head = sum(size for name, size in sizes.items() if name.startswith("head."))

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from bertology_serve.encoder.live import LiveDelta
-from bertology_serve.training.config import TrainConfig
+from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.training.train_config import TrainConfig
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def trained(live: LiveDelta) -> dict[str, torch.nn.Parameter]:
+def trained(live: TrainableDelta) -> dict[str, torch.nn.Parameter]:
     """The parameters under training by name, in a fixed order."""
     return {name: parameter for name, parameter in live.named_parameters() if parameter.requires_grad}
 
 
-def make_optimizer(live: LiveDelta, config: TrainConfig) -> AdamW:
+def make_optimizer(live: TrainableDelta, config: TrainConfig) -> AdamW:
     """AdamW with one group for each learning rate and decay; ``initial_rate`` is each group's highest rate."""
     spared = live.no_decay()
     groups: dict[tuple[float, float], list[Tensor]] = {}
@@ -75,3 +76,25 @@ def state_bytes(optimizer: AdamW) -> int:
     """Bytes of all that the optimizer remembers."""
     values = (value for state in optimizer.state.values() for value in state.values())
     return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def factor(step: int, total: int, warmup: float, schedule: str) -> float:
+    """The share of the highest learning rate that step ``step`` (from 0) of ``total`` uses.
+
+    It rises linearly over the first ``warmup * total`` steps, then falls to 0 at ``total`` (``linear``, or half a
+    ``cosine``) or stays (``constant``). The first step already learns.
+    """
+    rising = math.ceil(warmup * total)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    if schedule == "constant":
+        return 1.0
+    done = (step - rising) / max(1, total - rising)
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether ``precision`` means bf16 there: ``auto`` does on GPUs that have it."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16"

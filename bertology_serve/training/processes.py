@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from bertology_serve.errors import SpecError, Unsupported
+from bertology_serve.training.batches import Item
 from bertology_serve.training.checkpoint import random_state, set_random_state
-from bertology_serve.training.items import Item
 
 Thing = TypeVar("Thing")
 

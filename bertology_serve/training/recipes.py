@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bertology_serve.training.config import EH_FT, FULL, LP, LP_FT, PROBE, TrainConfig
+from bertology_serve.training.train_config import EH_FT, FULL, LP, LP_FT, PROBE, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -9,43 +9,39 @@ from typing import Any
 
 import torch
 
-from bertology_serve.data.examples import infer_labels
-from bertology_serve.deltas import kinds, store
+from bertology_serve.data.records import infer_labels
+from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import identify
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.live import LiveDelta, nested
-from bertology_serve.tasks.base import Task
+from bertology_serve.encoder.trainable import TrainableDelta, nested
+from bertology_serve.kinds import kinds
+from bertology_serve.tasks.base import Task, all_pairs
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import TaskSpec
-from bertology_serve.tasks.texts import all_pairs
 from bertology_serve.training.baselines import PROBE, baselines
-from bertology_serve.training.config import TrainConfig
-from bertology_serve.training.destination import Destination
-from bertology_serve.training.device import uses_bf16
+from bertology_serve.training.batches import Data, Item, Source, make_items
+from bertology_serve.training.callbacks import Callback, NoCallback
+from bertology_serve.training.checkpoint import RunState
+from bertology_serve.training.config_file import settings_text
 from bertology_serve.training.evaluate import measure
-from bertology_serve.training.items import Item, make_items
-from bertology_serve.training.loop import Trainer
+from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache
 from bertology_serve.training.methods import ParameterCount, count_parameters, make_live, specs_for, start_at_mean
-from bertology_serve.training.optimizer import state_bytes
+from bertology_serve.training.optimizer import state_bytes, uses_bf16
+from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.processes import ALONE, Processes
-from bertology_serve.training.provenance import identity, provenance
 from bertology_serve.training.publish import publish, publish_copy
 from bertology_serve.training.recipes import Stage, stages
-from bertology_serve.training.rundir import Follower, RunDirectory
-from bertology_serve.training.settings import settings_text
-from bertology_serve.training.solve import Solver
-from bertology_serve.training.sources import Data, Source
-from bertology_serve.training.state import RunState
-from bertology_serve.training.trunk import Trunk
-from bertology_serve.training.watch import Silent, Watcher
+from bertology_serve.training.run_directory import Destination, Follower, RunDirectory, identity, provenance
+from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Everything that a run needs in memory: the live delta, its task, and the examples made ready."""
 
-    live: LiveDelta
+    live: TrainableDelta
     task: Task
     items: list[Item]
     dev: list[Item]
@@ -93,7 +89,7 @@ def train(
     *,
     ood: Source | None = None,
     place: Destination,
-    watcher: Watcher | None = None,
+    watcher: Callback | None = None,
     prepack: bool | None = None,
     files: Mapping[str, str] | None = None,
     processes: Processes = ALONE,
@@ -124,7 +120,7 @@ def train(
     lay_out(encoder, began)
     directory.write_config(settings_text(config, files or data.names(encoder.name), began["prepacked"]))
     begin = baselines(encoder, ready.task, ready.items, ready.dev) if dev else {}
-    run = Run(config, data, directory, place.version or "", watcher or Silent(), processes, begin)
+    run = Run(config, data, directory, place.version or "", watcher or NoCallback(), processes, begin)
     for number, stage in enumerate(plan[:-1], 1):
         own, product = products.get(stage.kept, (name, None))
         if not any(processes.gathered(directory.stage(number).exists())):
@@ -144,7 +140,7 @@ class Run:
     data: Data
     directory: RunDirectory
     version: str
-    watcher: Watcher
+    watcher: Callback
     processes: Processes
     baselines: Mapping[str, Mapping[str, float]]
 
@@ -154,7 +150,7 @@ class Run:
         live = ready.live if before is None else _continued(stage, ready, before)
         if stage.config.trunk_cache:
             items, folder = [*ready.items, *ready.dev], self.directory.features
-            live.around = nested(Trunk(live, items, stage.config.max_tokens, folder).over, live.around)
+            live.around = nested(FrozenPrefixCache(live, items, stage.config.max_tokens, folder).over, live.around)
         if count > 1:
             self.watcher.staged(number, count, stage.title)
         own = (
@@ -196,7 +192,7 @@ class Run:
         head = sum(tensor.numel() for tensor in before.head.values())
         return Outcome(before, out, ParameterCount(0, head, 0), state, 0.0, baselines=self.baselines, unimproved=True)
 
-    def _elsewhere(self, live: LiveDelta, ready: Prepared, config: TrainConfig) -> dict[str, float]:
+    def _elsewhere(self, live: TrainableDelta, ready: Prepared, config: TrainConfig) -> dict[str, float]:
         """The metrics on ``ood`` items."""
         if not ready.ood:
             return {}
@@ -204,7 +200,7 @@ class Run:
         return {f"ood_{name}": value for name, value in found.items()}
 
 
-def _continued(stage: Stage, ready: Prepared, before: Delta) -> LiveDelta:
+def _continued(stage: Stage, ready: Prepared, before: Delta) -> TrainableDelta:
     """The next stage's live delta: the pretrained encoder, and the head that the stage before ended with."""
     live = make_live(ready.live.encoder, stage.config, ready.live.task)
     if stage.given_head:

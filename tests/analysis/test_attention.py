@@ -12,15 +12,15 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from transformers import AutoModel
 
-from bertology_serve.analysis.attention import attention
+from bertology_serve.analysis.attention_maps import attention
 from bertology_serve.analysis.settings import AttentionSettings
-from bertology_serve.analysis.subject import Subject
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
+from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.encoder import families
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import SpecError, Unsupported
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 
@@ -107,7 +107,7 @@ def test_divergences_are_measured_on_a_part_of_a_long_corpus(tmp_path: Path) -> 
 
 def test_a_delta_is_applied(tmp_path: Path) -> None:
     encoder = tiny.encoder("bert", tmp_path)
-    delta = tiny.delta(encoder, "d", [LoraSpec(("query", "key"), rank=2, alpha=4)], TASK, size=0.5)
+    delta = tiny.delta(encoder, "d", [Lora(("query", "key"), rank=2, alpha=4)], TASK, size=0.5)
     own = own_model(tmp_path)
     update = delta.effects(encoder.anatomy).low_rank
     for layer in range(3):
@@ -121,7 +121,7 @@ def test_a_delta_is_applied(tmp_path: Path) -> None:
     assert any(abs(row["entropy"] - expected[row["layer"], row["head"]]["entropy"]) > 1e-2 for row in base)
 
 
-@pytest.mark.parametrize("spec", [PrefixSpec(length=3), PromptSpec(length=3)])
+@pytest.mark.parametrize("spec", [Prefix(length=3), Prompt(length=3)])
 def test_virtual_rows_have_a_share_of_their_own(spec: object, tmp_path: Path) -> None:
     encoder = tiny.encoder("bert", tmp_path)
     delta = tiny.delta(encoder, "d", [spec], TASK)

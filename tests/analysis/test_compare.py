@@ -13,12 +13,12 @@ from scipy.stats import binomtest
 from bertology_serve.analysis import attribution, plots
 from bertology_serve.analysis.attribution import attributions, run_vectors
 from bertology_serve.analysis.compare import compare, mcnemar
-from bertology_serve.analysis.labelled import Trial
+from bertology_serve.analysis.labelled import TaskEvaluation
 from bertology_serve.analysis.settings import CompareSettings
-from bertology_serve.analysis.subject import Subject
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.prompt import PromptSpec
+from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.errors import SpecError, Unsupported
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 from tests import tiny
 from tests.training import sets
@@ -36,7 +36,7 @@ def pair(family: str, folder: Path, task: TaskSpec = CLASSES) -> tuple[Subject, 
     encoder = tiny.encoder(family, folder)
     return tuple(
         Subject(encoder, tiny.delta(encoder, name, specs, task, seed=seed, size=0.5))
-        for name, specs, seed in (("one", [LoraSpec(rank=2)], 0), ("two", [PromptSpec(length=2)], 1))
+        for name, specs, seed in (("one", [Lora(rank=2)], 0), ("two", [Prompt(length=2)], 1))
     )
 
 
@@ -66,7 +66,7 @@ def test_attributions_are_a_riemann_sum_of_gradients(family: str, tmp_path: Path
 
 def test_the_vectors_of_the_text_give_its_own_answer(tmp_path: Path) -> None:
     for subject in pair("roberta", tmp_path):
-        trial = Trial(subject, sets.write(tmp_path / "rows.jsonl", sets.classification()), 2, 64)
+        trial = TaskEvaluation(subject, sets.write(tmp_path / "rows.jsonl", sets.classification()), 2, 64)
         for item in trial.items:
             vectors = subject.encoder.model.get_input_embeddings()(torch.tensor([item.encodings[0].ids]))
             with torch.inference_mode():
@@ -81,7 +81,7 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = compare(one, two, rows, CompareSettings(shown=2, steps=8))
     records = report.tables["records"]
     assert len(records) == report.facts["records"] == 16
-    answers = [[Trial(side, rows, None, 64).measure()["accuracy"] for side in (one, two)]]
+    answers = [[TaskEvaluation(side, rows, None, 64).measure()["accuracy"] for side in (one, two)]]
     assert report.facts["values"] == answers[0]
     assert report.facts["agreement"] == sum(row["first"] == row["second"] for row in records) / 16
     apart = report.tables["disagreements"]

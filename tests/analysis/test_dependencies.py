@@ -9,11 +9,11 @@ import torch
 
 from bertology_serve import examples
 from bertology_serve.analysis import plots
-from bertology_serve.analysis.attention import attention
+from bertology_serve.analysis.attention_maps import attention
 from bertology_serve.analysis.dependencies import EXAMPLE, dependencies, offsets, read_sentences
+from bertology_serve.analysis.head_statistics import by_words
 from bertology_serve.analysis.settings import AttentionSettings
-from bertology_serve.analysis.subject import Subject
-from bertology_serve.analysis.word_maps import by_words
+from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.data.records import read_records
 from bertology_serve.errors import DataError
 from tests import tiny

@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from bertology_serve.analysis.cka import LinearCka
 from bertology_serve.analysis.distance import compare_features, distance
+from bertology_serve.analysis.representations import LinearCka
 from bertology_serve.analysis.settings import DistanceSettings
-from bertology_serve.analysis.subject import Subject
-from bertology_serve.analysis.weights import effective_rank, low_rank_singular
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.bottleneck import AdapterSpec
+from bertology_serve.analysis.subject_model import Subject
+from bertology_serve.analysis.weight_change import effective_rank, low_rank_singular
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.ia3 import Ia3Spec
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.norms import NormsSpec
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.errors import BaseMismatch, SpecError
+from bertology_serve.kinds.adapter import Adapter
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.ia3 import Ia3
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.norms import Norms
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 
@@ -67,7 +67,7 @@ def test_effective_rank() -> None:
 @pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v3"])
 def test_low_rank_moves_equal_dense_products(family: str, tmp_path: Path) -> None:
     encoder = tiny.encoder(family, tmp_path)
-    delta = tiny.delta(encoder, "d", [LoraSpec(("query", "down"), rank=3, alpha=6, layers=(0, 2))], TASK)
+    delta = tiny.delta(encoder, "d", [Lora(("query", "down"), rank=3, alpha=6, layers=(0, 2))], TASK)
     report = distance(encoder, delta, TEXTS)
     update = delta.effects(encoder.anatomy).low_rank
     rows = {(row["slot"], row["layer"]): row for row in report.tables["weights"]}
@@ -97,11 +97,11 @@ def test_singular_values_need_no_more_rank_than_width() -> None:
 @pytest.mark.parametrize(
     ("spec", "parts"),
     [
-        (BitfitSpec(), {"bias"}),
-        (NormsSpec(), {"weight", "bias"}),
-        (AdapterSpec(width=3), {"adapter down", "adapter up"}),
-        (PrefixSpec(length=2), {"keys", "values"}),
-        (PromptSpec(length=2), {"vectors"}),
+        (Bitfit(), {"bias"}),
+        (Norms(), {"weight", "bias"}),
+        (Adapter(width=3), {"adapter down", "adapter up"}),
+        (Prefix(length=2), {"keys", "values"}),
+        (Prompt(length=2), {"vectors"}),
     ],
 )
 def test_every_kind_has_a_report(spec: object, parts: set[str], tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_every_kind_has_a_report(spec: object, parts: set[str], tmp_path: Path) 
 
 def test_factors_are_compared_with_one(tmp_path: Path) -> None:
     encoder = tiny.encoder("bert", tmp_path)
-    delta = tiny.delta(encoder, "d", [Ia3Spec()], TASK)
+    delta = tiny.delta(encoder, "d", [Ia3()], TASK)
     rows = {(row["slot"], row["layer"]): row for row in distance(encoder, delta, TEXTS).tables["weights"]}
     assert {slot for slot, _ in rows} == {"key", "value", "down"}
     assert rows["down", 2]["part"] == "factors of inputs"
@@ -132,7 +132,7 @@ def test_factors_are_compared_with_one(tmp_path: Path) -> None:
 
 def test_features_of_a_layer_are_compared_over_all_batches(tmp_path: Path) -> None:
     encoder = tiny.encoder("roberta", tmp_path)
-    delta = tiny.delta(encoder, "d", [LoraSpec(rank=2, layers=(1,))], TASK)
+    delta = tiny.delta(encoder, "d", [Lora(rank=2, layers=(1,))], TASK)
     report = distance(encoder, delta, TEXTS, DistanceSettings(max_tokens=8))
     base, subject = Subject(encoder), Subject(encoder, delta)
     ids = [encoder.tokenizer(text)["input_ids"] for text in TEXTS]

@@ -7,7 +7,7 @@ import pytest
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import cdist, squareform
 
-from bertology_serve.analysis.divergence import clusters, flat_map
+from bertology_serve.analysis.head_statistics import clusters, flat_map
 
 
 def distances(count: int, width: int, seed: int) -> np.ndarray:

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bertology_serve.analysis.gates import Gates
 from bertology_serve.analysis.heads import IMPORTANCE, LEFT_OUT, RANDOM, _within, heads
 from bertology_serve.analysis.importance import importance, normalised
-from bertology_serve.analysis.labelled import Trial
+from bertology_serve.analysis.labelled import Gates, TaskEvaluation
 from bertology_serve.analysis.settings import HeadSettings
-from bertology_serve.analysis.subject import Subject
-from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.errors import SpecError, Unsupported
+from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.training import sets
@@ -26,13 +25,13 @@ TAGS = TaskSpec("token-classification", ("O", "B-WHO", "B-PLACE"), max_length=32
 CHOICE = TaskSpec("multiple-choice", max_length=32)
 
 
-def made(family: str, folder: Path, task: TaskSpec, rows: int | None = None) -> Trial:
+def made(family: str, folder: Path, task: TaskSpec, rows: int | None = None) -> TaskEvaluation:
     encoder = tiny.encoder(family, folder)
-    delta = tiny.delta(encoder, "d", [LoraSpec(rank=2)], task, size=0.3)
-    return Trial(Subject(encoder, delta), sets.write(folder / "rows.jsonl", sets.SETS[task.kind]()), rows, 64)
+    delta = tiny.delta(encoder, "d", [Lora(rank=2)], task, size=0.3)
+    return TaskEvaluation(Subject(encoder, delta), sets.write(folder / "rows.jsonl", sets.SETS[task.kind]()), rows, 64)
 
 
-def cross_entropy(trial: Trial, item: object, gates: torch.Tensor) -> torch.Tensor:
+def cross_entropy(trial: TaskEvaluation, item: object, gates: torch.Tensor) -> torch.Tensor:
     """One example's loss in float64, written out here."""
     out = trial.output(trial.pack([item]), Gates(gates)).double()
     if trial.task.kind == "multiple-choice":
@@ -130,7 +129,7 @@ def test_what_cannot_be_judged(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="--delta"):
         heads(encoder, "rows.jsonl")
     task = TaskSpec("embedding", max_length=32, pooling="mean", head="none")
-    delta = tiny.delta(encoder, "d", [LoraSpec(rank=2)], task)
+    delta = tiny.delta(encoder, "d", [Lora(rank=2)], task)
     with pytest.raises(Unsupported, match="embeddings"):
         heads(Subject(encoder, delta), "rows.jsonl")
     with pytest.raises(SpecError, match="seeds is -1"):

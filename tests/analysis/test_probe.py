@@ -12,19 +12,17 @@ from sklearn.linear_model import LogisticRegression
 
 from bertology_serve import examples
 from bertology_serve.analysis import probe as probing
-from bertology_serve.analysis.coding import STEPS, block_ends, online_code
-from bertology_serve.analysis.features import Features, gather
-from bertology_serve.analysis.logistic import Logistic, fit, score
-from bertology_serve.analysis.mixing import fit_mix
+from bertology_serve.analysis.linear_probe import STEPS, Logistic, block_ends, fit, fit_mix, online_code, score
 from bertology_serve.analysis.probe import probe
 from bertology_serve.analysis.probe_tasks import Control, Item, content_words, items, length_edges, make_text
+from bertology_serve.analysis.representations import Features, gather
 from bertology_serve.analysis.settings import ProbeSettings
-from bertology_serve.analysis.subject import Subject
+from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.data.records import Record
-from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder import families
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import DataError, SpecError
+from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.training import sets
@@ -55,7 +53,7 @@ def test_scores() -> None:
 def test_features_of_all_layers_are_those_of_one_text_alone(tmp_path: Path) -> None:
     encoder = tiny.encoder("deberta-v3", tmp_path)
     task = TaskSpec("classification", ("a", "b"), max_length=32)
-    subject = Subject(encoder, tiny.delta(encoder, "d", [PromptSpec(length=2)], task))
+    subject = Subject(encoder, tiny.delta(encoder, "d", [Prompt(length=2)], task))
     words = [["Ada", "went", "to", "Paris"], ["the", "film"], ["cold"]]
     texts = [make_text(Record({"tokens": own}, "here"), encoder.tokenizer, 16) for own in words]
     encodings = [text.encoding for text in texts]

@@ -9,19 +9,17 @@ import pytest
 import torch
 
 from bertology_serve.analysis import prune as pruning
-from bertology_serve.analysis.attention import attention
-from bertology_serve.analysis.gates import Gates
+from bertology_serve.analysis.attention_maps import attention
 from bertology_serve.analysis.heads import heads
-from bertology_serve.analysis.keeping import kept
-from bertology_serve.analysis.labelled import Trial
-from bertology_serve.analysis.neurons import masked, neuron_importance, watched
+from bertology_serve.analysis.importance import kept, masked, neuron_importance, watched
+from bertology_serve.analysis.labelled import Gates, TaskEvaluation
 from bertology_serve.analysis.prune import prune
 from bertology_serve.analysis.settings import HeadSettings, PruneSettings
-from bertology_serve.analysis.subject import Subject
-from bertology_serve.deltas.lora import LoraSpec
+from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
+from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.analysis.test_heads import CHOICE, CLASSES, TAGS, cross_entropy, made
@@ -84,7 +82,7 @@ def test_prune(family: str, tmp_path: Path) -> None:
     assert small.pruning is not None
     with masked(trial.subject.encoder, small.pruning.neurons), torch.inference_mode():
         expected = trial.output(trial.pack(trial.items), Gates(gates))
-    on_small = Trial(Subject(small, trial.subject.delta).checked(), trial.name, None, 10_000)
+    on_small = TaskEvaluation(Subject(small, trial.subject.delta).checked(), trial.name, None, 10_000)
     with torch.inference_mode():
         found = on_small.output(on_small.pack(on_small.items))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -107,7 +105,7 @@ def test_a_pruned_encoder_is_analysed_and_pruned_again(tmp_path: Path) -> None:
 
 def test_a_whole_model_is_pruned_through_its_base(tmp_path: Path) -> None:
     encoder = tiny.encoder("bert", tmp_path / "base")
-    live = LiveDelta(encoder, [], CLASSES, full=True)
+    live = TrainableDelta(encoder, [], CLASSES, full=True)
     with torch.no_grad():
         for parameter in live.parameters():
             parameter.mul_(1.1)
@@ -137,12 +135,12 @@ def test_what_cannot_be_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_pruned_encoder_that_gives_no_numbers_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trial, real = made("bert", tmp_path, CLASSES), Trial.output
+    trial, real = made("bert", tmp_path, CLASSES), TaskEvaluation.output
 
-    def output(self: Trial, *args: Any) -> torch.Tensor:
+    def output(self: TaskEvaluation, *args: Any) -> torch.Tensor:
         return real(self, *args) * (1.0 if self.subject.encoder is trial.subject.encoder else float("nan"))
 
-    monkeypatch.setattr(Trial, "output", output)
+    monkeypatch.setattr(TaskEvaluation, "output", output)
     with pytest.raises(VerificationError, match=r"by nan; .* nothing was written"):
         prune(trial.subject, trial.name, tmp_path / "small", PruneSettings(rounds=1))
     assert not (tmp_path / "small").exists()
@@ -152,5 +150,5 @@ def test_a_delta_trained_on_a_pruned_encoder_is_judged_there(tmp_path: Path) -> 
     trial = made("bert", tmp_path, CLASSES)
     prune(trial.subject, trial.name, tmp_path / "small", PruneSettings(heads=0.5, neurons=0.5, rounds=1))
     small = Encoder.load(str(tmp_path / "small"))
-    own = tiny.delta(small, "again", [LoraSpec(("query", "up", "down"), rank=2)], CLASSES)
-    assert 0 <= Trial(Subject(small, own).checked(), trial.name, None, 64).measure()["accuracy"] <= 1
+    own = tiny.delta(small, "again", [Lora(("query", "up", "down"), rank=2)], CLASSES)
+    assert 0 <= TaskEvaluation(Subject(small, own).checked(), trial.name, None, 64).measure()["accuracy"] <= 1

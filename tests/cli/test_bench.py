@@ -13,9 +13,9 @@ SMALL = ("--rounds", "1", "--sequences", "12", "--deltas", "2")
 @pytest.fixture
 def small(monkeypatch):
     """Lengths that the tiny encoder has positions for."""
-    from bertology_serve.serving.bench import workload
+    from bertology_serve.bench.serving import texts_workload
 
-    monkeypatch.setattr(workload.Workload.__init__, "__defaults__", (64, 8, 10.0, 32, 8, 0))
+    monkeypatch.setattr(texts_workload.Workload.__init__, "__defaults__", (64, 8, 10.0, 32, 8, 0))
 
 
 @pytest.mark.usefixtures("small")
@@ -31,9 +31,9 @@ def test_two_tables_and_a_file(encoder, tmp_path, capsys):  # noqa: F811
 
 @pytest.mark.usefixtures("small")
 def test_missed_bars_are_an_error_when_asked(encoder, monkeypatch, capsys):  # noqa: F811
-    from bertology_serve.serving.bench import report
+    from bertology_serve.bench.serving import serving_report
 
-    monkeypatch.setattr(report.Bar, "holds", lambda bar, measured: False)
+    monkeypatch.setattr(serving_report.Bar, "holds", lambda bar, measured: False)
     assert main(["bench", "serving", "--backbone", encoder.name, *SMALL, "--check"]) == 1
     assert "error: missed: peft as it arrives ÷ ours" in capsys.readouterr().err
 

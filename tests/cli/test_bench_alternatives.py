@@ -4,14 +4,19 @@ import json
 
 import pytest
 
+from bertology_serve.bench.serving.alternatives import alternatives_run
 from bertology_serve.cli.main import main
-from bertology_serve.serving.bench.alternatives import compare
 
 
 @pytest.fixture
 def measured(monkeypatch) -> None:
-    rows = [compare.Row(name, 10.0, 3.5, 20.0, 45.0, 400 << 20, 450 << 20) for name in compare.NAMES.values()]
-    monkeypatch.setattr(compare, "compare", lambda stage, plan, advance: compare.Compared(rows, 5.0, False))
+    rows = [
+        alternatives_run.Row(name, 10.0, 3.5, 20.0, 45.0, 400 << 20, 450 << 20)
+        for name in alternatives_run.NAMES.values()
+    ]
+    monkeypatch.setattr(
+        alternatives_run, "compare", lambda stage, plan, advance: alternatives_run.Compared(rows, 5.0, False)
+    )
 
 
 def test_a_table_a_file_and_a_plot(measured, tmp_path, capsys):

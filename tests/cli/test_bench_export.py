@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from bertology_serve.bench.export import export_run
 from bertology_serve.cli.main import main
 from bertology_serve.deltas import store
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.export.bench import run
+from bertology_serve.kinds.lora import Lora
 from tests import tiny
 from tests.export.cases import CLASSES
 
@@ -15,10 +15,10 @@ from tests.export.cases import CLASSES
 @pytest.fixture
 def mood(tmp_path, monkeypatch):
     """A delta's directory, on a small encoder; small batches."""
-    monkeypatch.setattr(run, "FULL", ((8, 16),))
-    monkeypatch.setattr(run, "EXPORTS", 2)
+    monkeypatch.setattr(export_run, "FULL", ((8, 16),))
+    monkeypatch.setattr(export_run, "EXPORTS", 2)
     encoder = tiny.encoder("bert", tmp_path / "base")
-    delta = tiny.delta(encoder, "mood", [LoraSpec(rank=2)], CLASSES)
+    delta = tiny.delta(encoder, "mood", [Lora(rank=2)], CLASSES)
     store.save(delta, tmp_path / "mood", encoder.anatomy, encoder.config.to_dict())
     return tmp_path / "mood"
 

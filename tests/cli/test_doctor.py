@@ -8,8 +8,8 @@ import pytest
 
 from bertology_serve.cli.main import main
 from bertology_serve.encoder import families
-from bertology_serve.export import machine
-from bertology_serve.export.machine import Machine
+from bertology_serve.export import installation
+from bertology_serve.export.installation import Machine
 from tests import tiny
 
 BOTH = {"torch": "2.13", "triton": "3.9", "onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
@@ -19,7 +19,7 @@ BOTH = {"torch": "2.13", "triton": "3.9", "onnxruntime": "1.32.0", "onnxruntime-
 def told(monkeypatch):
     """Says what machine this is."""
     return lambda installed: monkeypatch.setattr(
-        machine, "look", lambda: Machine(installed=installed, provider="CPUExecutionProvider")
+        installation, "look", lambda: Machine(installed=installed, provider="CPUExecutionProvider")
     )
 
 

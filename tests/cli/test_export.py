@@ -9,11 +9,11 @@ import pytest
 
 from bertology_serve.cli.main import main
 from bertology_serve.deltas import store
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.prefix import PrefixSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 
@@ -29,7 +29,7 @@ def saved(encoder, directory, specs, name="mood", task=CLASSES, size=0.1):
 
 def test_minilm_merged_answers_as_the_engine_does(tmp_path, capsys):
     encoder = Encoder.load("minilm")
-    delta = saved(encoder, tmp_path / "mood" / "1", [LoraSpec(rank=8), BitfitSpec()], size=0.02)
+    delta = saved(encoder, tmp_path / "mood" / "1", [Lora(rank=8), Bitfit()], size=0.02)
     records = tmp_path / "own.jsonl"
     records.write_text(
         "".join(json.dumps({"text": f"Line {i} of the {'very ' * i}long letter."}) + "\n" for i in range(9))
@@ -61,7 +61,7 @@ def test_minilm_merged_answers_as_the_engine_does(tmp_path, capsys):
 @pytest.fixture
 def prefixed(tmp_path):
     """The directory of a delta that holds a prefix, on a small encoder."""
-    saved(tiny.encoder("bert", tmp_path / "base"), tmp_path / "delta", [LoraSpec(), PrefixSpec(2)])
+    saved(tiny.encoder("bert", tmp_path / "base"), tmp_path / "delta", [Lora(), Prefix(2)])
     return tmp_path / "delta"
 
 
@@ -102,9 +102,9 @@ def test_no_delta_there(tmp_path, capsys):
 
 def test_many_deltas_in_one_graph_and_one_that_joins(tmp_path, capsys):
     encoder = tiny.encoder("bert", tmp_path / "encoder")
-    saved(encoder, tmp_path / "deltas" / "mood" / "1", [LoraSpec(rank=2)])
-    saved(encoder, tmp_path / "deltas" / "tone" / "1", [BitfitSpec()], "tone")
-    saved(encoder, tmp_path / "late" / "1", [PrefixSpec(2)], "late")
+    saved(encoder, tmp_path / "deltas" / "mood" / "1", [Lora(rank=2)])
+    saved(encoder, tmp_path / "deltas" / "tone" / "1", [Bitfit()], "tone")
+    saved(encoder, tmp_path / "late" / "1", [Prefix(2)], "late")
     out, backbone = tmp_path / "out", ["--backbone", encoder.name]
     assert main(["export", "--multi", str(tmp_path / "deltas"), "--out", str(out), *backbone]) == 0
     printed, said = capsys.readouterr()

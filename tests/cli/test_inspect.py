@@ -7,8 +7,8 @@ import pytest
 
 from bertology_serve.cli.main import main
 from bertology_serve.deltas import store
-from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 
@@ -20,7 +20,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder: Encoder = tiny.encoder("bert", folder / "bert")
     task = TaskSpec("classification", ("down", "up"), 32)
     for name in ("mood", "tone"):
-        delta = tiny.delta(encoder, name, [LoraSpec(rank=2)], task)
+        delta = tiny.delta(encoder, name, [Lora(rank=2)], task)
         store.save(delta, folder / "deltas" / name, encoder.anatomy, encoder.config.to_dict())
     return folder
 

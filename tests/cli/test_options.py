@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from bertology_serve.cli.options import listed, options
 from bertology_serve.errors import SpecError
-from bertology_serve.training.flags import join_list
+from bertology_serve.training.method_options import join_list
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def test_bad_deltas_are_one_line_and_code_2(encoder, deltas, tmp_path, capsys, s
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz"])
 def test_a_line_without_an_end_is_refused(predict, tmp_path, capsys, monkeypatch, name):
-    monkeypatch.setattr("bertology_serve.data.lines.MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("bertology_serve.data.formats.MOST_BYTES", 1 << 20)
     content = LINES + b" " * (2 << 20)
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert predict(source=str(tmp_path / name)) == 2

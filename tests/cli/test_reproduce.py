@@ -6,7 +6,7 @@ import pytest
 
 from bertology_serve.cli.main import main
 from bertology_serve.errors import SpecError
-from bertology_serve.training.grids import run as runs
+from bertology_serve.training.grids import grid_run as runs
 from tests import tiny
 from tests.training import sets
 

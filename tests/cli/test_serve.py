@@ -16,12 +16,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from bertology_serve.bench.prove.process_tree import descendants
 from bertology_serve.cli.main import main
-from bertology_serve.cli.serve import example
 from bertology_serve.deltas import store
 from bertology_serve.export.exporting import export_delta
-from bertology_serve.serving.binding import bind
-from bertology_serve.serving.prove.families import descendants
+from bertology_serve.serving.http.connection import bind
+from bertology_serve.serving.serve import example
 from bertology_serve.tasks.classification import Classification
 from tests.serving.conftest import RECORDS, deltas, encoder, registry  # noqa: F401 - fixtures
 from tests.serving.running import wait

@@ -234,7 +234,7 @@ def test_a_copy_that_differs_is_exit_code_1(bert, train_file, tmp_path, capsys, 
 
 
 def test_interrupt_says_how_to_continue(bert, train_file, tmp_path, capsys, monkeypatch):
-    import bertology_serve.training.loop as loop
+    import bertology_serve.training.trainer as loop
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 
-from bertology_serve.data.examples import infer_labels, load_examples
-from bertology_serve.data.records import read_records
+from bertology_serve.data.records import infer_labels, load_examples, read_records
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import TaskSpec

@@ -7,8 +7,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from bertology_serve.data.hub import parse_name
 from bertology_serve.data.records import read_records
+from bertology_serve.data.set_files import parse_name
 from bertology_serve.errors import DataError, Unsupported
 
 

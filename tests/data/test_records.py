@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertology_serve.data import lines
+from bertology_serve.data import formats
 from bertology_serve.data.records import read_records
 from bertology_serve.errors import DataError, NotFound, SpecError, Unsupported
 
@@ -217,7 +217,7 @@ def test_a_header_s_blanks_and_columns_without_a_name(written):
 
 def test_a_long_cell_and_a_line_without_an_end(written, monkeypatch):
     assert len(read_records(written("x.csv", b"text\n" + b"a" * 200_000))[0].fields["text"]) == 200_000
-    monkeypatch.setattr(lines, "MOST_BYTES", 3 << 20)
+    monkeypatch.setattr(formats, "MOST_BYTES", 3 << 20)
     path = written("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' + b" " * (4 << 20)))
     with pytest.raises(DataError, match=r"x\.jsonl\.gz:2: a line of more than 3 MiB; expected one record a line"):
         read_records(path)
@@ -231,7 +231,7 @@ def test_a_long_cell_and_a_line_without_an_end(written, monkeypatch):
             return len(buffer)
 
     with pytest.raises(DataError, match=r"^stdin:1: a line of more than 3 MiB"):
-        list(lines.bounded_lines(io.BufferedReader(Endless()), "stdin"))
+        list(formats.bounded_lines(io.BufferedReader(Endless()), "stdin"))
 
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=8)

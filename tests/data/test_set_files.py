@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from bertology_serve.data.examples import load_examples
-from bertology_serve.data.records import read_records
+from bertology_serve.data.records import load_examples, read_records
 from bertology_serve.data.set_files import FOLDER, find_set, has_split, locate, parse
 from bertology_serve.data.sets import SETS, set_named
 from bertology_serve.errors import DataError, NotFound

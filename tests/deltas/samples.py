@@ -8,19 +8,18 @@ from typing import Any
 
 import torch
 
-from bertology_serve.deltas import kinds
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.bottleneck import AdapterSpec
 from bertology_serve.deltas.delta import BaseRef, Delta
-from bertology_serve.deltas.ia3 import Ia3Spec
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.norms import NormsSpec
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
-from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.encoder.anatomy import empty_model, find_anatomy
-from bertology_serve.tasks.forms import head_form
-from bertology_serve.tasks.heads import Head
+from bertology_serve.kinds import kinds
+from bertology_serve.kinds.adapter import Adapter
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.ia3 import Ia3
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.norms import Norms
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
+from bertology_serve.kinds.slots import Anatomy
+from bertology_serve.tasks.heads import Head, head_form
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 
@@ -33,25 +32,25 @@ SCORE = TaskSpec("regression", max_length=32)
 VECTORS = TaskSpec("embedding", max_length=32, pooling="mean", head="none", normalize=False)
 TASKS = {task.kind: task for task in (CLASSES, TAGS, ANSWERS, CHOICE, SCORE, VECTORS)}
 
-PEFT_PROMPT = PromptSpec(3, "before_cls", "shifted", "first_row")
-PEFT_PREFIX = PrefixSpec(2, "shifted")
+PEFT_PROMPT = Prompt(3, "before_cls", "shifted", "first_row")
+PEFT_PREFIX = Prefix(2, "shifted")
 SPECS: dict[str, tuple[Any, ...]] = {
     "probe": (),
-    "lora": (LoraSpec(rank=3),),
-    "lora-all": (LoraSpec(("query", "key", "value", "output", "up", "down"), rank=2, rslora=True, dropout=0.1),),
-    "lora-one-layer": (LoraSpec(("key",), rank=2, alpha=3.5, layers=(1,)),),
-    "bitfit": (BitfitSpec(),),
-    "bitfit-attention": (BitfitSpec("attention"),),
-    "houlsby": (AdapterSpec(width=5),),
-    "pfeiffer": (AdapterSpec("pfeiffer", width=4, drop_lowest=1),),
-    "ia3": (Ia3Spec(),),
-    "ia3-some": (Ia3Spec(("query", "value", "up"), ()),),
-    "norms": (NormsSpec(),),
-    "prompt": (PromptSpec(3),),
+    "lora": (Lora(rank=3),),
+    "lora-all": (Lora(("query", "key", "value", "output", "up", "down"), rank=2, rslora=True, dropout=0.1),),
+    "lora-one-layer": (Lora(("key",), rank=2, alpha=3.5, layers=(1,)),),
+    "bitfit": (Bitfit(),),
+    "bitfit-attention": (Bitfit("attention"),),
+    "houlsby": (Adapter(width=5),),
+    "pfeiffer": (Adapter("pfeiffer", width=4, drop_lowest=1),),
+    "ia3": (Ia3(),),
+    "ia3-some": (Ia3(("query", "value", "up"), ()),),
+    "norms": (Norms(),),
+    "prompt": (Prompt(3),),
     "prompt-peft": (PEFT_PROMPT,),
-    "prefix": (PrefixSpec(4),),
+    "prefix": (Prefix(4),),
     "prefix-peft": (PEFT_PREFIX,),
-    "all": (LoraSpec(rank=2), BitfitSpec(), AdapterSpec("pfeiffer", 3), PEFT_PROMPT, PEFT_PREFIX),
+    "all": (Lora(rank=2), Bitfit(), Adapter("pfeiffer", 3), PEFT_PROMPT, PEFT_PREFIX),
 }
 
 

@@ -7,19 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertology_serve.deltas import kinds
-from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.layout import from_disk, head_root, to_disk
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.errors import FormatError
+from bertology_serve.kinds import kinds
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
 from tests import tiny
 from tests.deltas import samples
 
 TARGETS = ("query", "key", "value", "output", "up", "down")
 loras = st.builds(
-    LoraSpec,
+    Lora,
     targets=st.lists(st.sampled_from(TARGETS), min_size=1, unique=True).map(tuple),
     rank=st.integers(1, 5),
     rslora=st.booleans(),
@@ -28,22 +28,22 @@ loras = st.builds(
 others = st.fixed_dictionaries(
     {},
     optional={
-        "bitfit": st.builds(BitfitSpec, biases=st.sampled_from(["all", "attention"])),
+        "bitfit": st.builds(Bitfit, biases=st.sampled_from(["all", "attention"])),
         "prompt": st.builds(
-            PromptSpec,
+            Prompt,
             length=st.integers(1, 4),
             placement=st.sampled_from(["after_cls", "before_cls"]),
             positions=st.sampled_from(["kept", "shifted"]),
             head_reads=st.sampled_from(["cls", "first_row"]),
         ),
-        "prefix": st.builds(PrefixSpec, length=st.integers(1, 4), positions=st.sampled_from(["kept", "shifted"])),
+        "prefix": st.builds(Prefix, length=st.integers(1, 4), positions=st.sampled_from(["kept", "shifted"])),
     },
 )
 
 
 @settings(max_examples=150)
 @given(st.sampled_from(tiny.FAMILIES), st.none() | loras, others)
-def test_every_delta_comes_back_bit_for_bit(family: str, lora: LoraSpec | None, rest: dict[str, object]) -> None:
+def test_every_delta_comes_back_bit_for_bit(family: str, lora: Lora | None, rest: dict[str, object]) -> None:
     specs = ([lora] if lora else []) + list(rest.values())
     delta, anatomy = samples.delta(family, specs), samples.anatomy(family)
     written = to_disk(delta.tensors, specs, anatomy, "base_model.model.x.")
@@ -55,7 +55,7 @@ def test_every_delta_comes_back_bit_for_bit(family: str, lora: LoraSpec | None, 
 
 
 def test_lora_has_pefts_names_and_shapes() -> None:
-    delta = samples.delta("bert", [LoraSpec(rank=3)])
+    delta = samples.delta("bert", [Lora(rank=3)])
     written = to_disk(delta.tensors, delta.specs, samples.anatomy("bert"), "base_model.model.bert.")
     name = "base_model.model.bert.encoder.layer.2.attention.self.value.lora_"
     assert torch.equal(written[f"{name}A.weight"], delta.tensors["lora.value.a"][2])
@@ -65,7 +65,7 @@ def test_lora_has_pefts_names_and_shapes() -> None:
 
 @pytest.mark.parametrize("targets", [("query", "value"), ("value",), ("key", "qkv"), ("query", "key", "value")])
 def test_slices_of_a_packed_module_share_one_pair_that_does_the_same(targets: tuple[str, ...]) -> None:
-    spec, anatomy = LoraSpec(targets, rank=3), samples.anatomy("modernbert")
+    spec, anatomy = Lora(targets, rank=3), samples.anatomy("modernbert")
     delta = samples.delta("modernbert", [spec])
     written = to_disk(delta.tensors, [spec], anatomy, "")
     a, b = (written[f"layers.1.attn.Wqkv.lora_{side}.weight"] for side in "AB")
@@ -78,7 +78,7 @@ def test_slices_of_a_packed_module_share_one_pair_that_does_the_same(targets: tu
 
 
 def test_prefixes_lie_as_peft_views_them() -> None:
-    spec, anatomy = PrefixSpec(2, "shifted"), samples.anatomy("bert")
+    spec, anatomy = Prefix(2, "shifted"), samples.anatomy("bert")
     delta = samples.delta("bert", [spec])
     embeddings = to_disk(delta.tensors, [spec], anatomy, "")["prompt_embeddings"]
     # peft: view(batch, V, 2 L, heads, D).permute([2, 0, 3, 1, 4]).split(2), then keys, values of each layer
@@ -103,7 +103,7 @@ def test_heads_stand_where_peft_puts_them() -> None:
 @pytest.mark.parametrize("kind", ["lora", "bitfit-attention"])
 def test_values_outside_the_slots_are_refused(kind: str) -> None:
     specs, anatomy = samples.SPECS[kind], samples.anatomy("modernbert")
-    specs = (LoraSpec(("query",)),) if kind == "lora" else specs
+    specs = (Lora(("query",)),) if kind == "lora" else specs
     written = to_disk(samples.delta("modernbert", specs).tensors, specs, anatomy, "")
     assert from_disk(dict(written), specs, anatomy, "")
     if kind == "lora":

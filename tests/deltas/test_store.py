@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bertology_serve.deltas import store, writing
+from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import BaseRef, Delta
-from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.errors import BaseMismatch, BertologyError, FormatError, NotFound
+from bertology_serve.kinds.slots import Anatomy
 from tests.deltas import samples
 
 WEIGHTS = "adapter_model.safetensors"
@@ -157,14 +157,14 @@ def test_nothing_half_written_stands_under_the_name(tmp_path: Path, monkeypatch:
     """The power fails at each flush in turn, also while files are moved into a directory that exists."""
     count = 0
 
-    def flush(path: Path, real: Callable[[Path], None] = writing.flush) -> None:
+    def flush(path: Path, real: Callable[[Path], None] = store.flush) -> None:
         nonlocal count
         count += 1
         if count > step:
             raise OSError("power failure")
         real(path)
 
-    monkeypatch.setattr(writing, "flush", flush)
+    monkeypatch.setattr(store, "flush", flush)
     for path in (tmp_path / "new", tmp_path / "old"):
         path == tmp_path / "old" and path.mkdir()
         count = 0

@@ -11,13 +11,13 @@ from unittest import mock
 
 import torch
 
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.encoder import attention, joined, varlen
-from bertology_serve.encoder.graphs import Graphs
-from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.encoder import attention, linear
+from bertology_serve.encoder.cuda_graphs import Graphs
 from bertology_serve.encoder.pipeline import Request
+from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.kernels import autograd, bottleneck, dispatch, fused_lora_linear, layernorm, rows, shrink_expand
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.registry import task_for
 from tests import tiny
 from tests.encoder.test_mixed import DELTAS, TEXTS, logits, pipeline, record, requests
@@ -52,7 +52,7 @@ def _same_answers(family: str, joins: bool = False) -> dict[str, int]:
         made = pipeline(tiny.encoder(family, Path(folder)))
     jobs = [made.prepare(request) for request in requests()]
     by_torch = made.run(jobs)
-    assert not joins or joined.join(made.encoder.model, made.encoder.anatomy)
+    assert not joins or linear.join(made.encoder.model, made.encoder.anatomy)
     with as_on_hopper() as calls:
         by_kernels = made.run(jobs)
     for one, other in zip(by_torch, by_kernels, strict=True):
@@ -82,12 +82,12 @@ def check_modernbert(setting: Setting) -> None:
     assert calls["fused_lora_linear"] + calls["split_lora_linear"] >= 3, calls
 
 
-def _step() -> tuple[LiveDelta, list[Any], list[torch.Tensor]]:
+def _step() -> tuple[TrainableDelta, list[Any], list[torch.Tensor]]:
     """A live delta with BERT's every kind of column, encoded texts, and the parameters that it trains."""
     with tempfile.TemporaryDirectory() as folder:
         encoder = tiny.encoder("bert", Path(folder))
     task = DELTAS["lora-1"][1]
-    live = LiveDelta(encoder, [LoraSpec(("query", "value", "up"), rank=4, dropout=0.0), BitfitSpec()], task, 0)
+    live = TrainableDelta(encoder, [Lora(("query", "value", "up"), rank=4, dropout=0.0), Bitfit()], task, 0)
     with torch.no_grad():
         for parameter in live.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
@@ -101,7 +101,7 @@ def _step() -> tuple[LiveDelta, list[Any], list[torch.Tensor]]:
     return live, encodings, [parameter for parameter in live.parameters() if parameter.requires_grad]
 
 
-def _gradients(live: LiveDelta, encodings: list[Any], leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def _gradients(live: TrainableDelta, encodings: list[Any], leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return torch.autograd.grad(live(encodings).square().sum(), leaves)
 
 
@@ -119,7 +119,7 @@ def check_gradients(setting: Setting) -> None:
         _nearly(by_torch, _gradients(*step), 1e-6)
         apart = launched.call_count
         assert apart >= 3 * 3
-        assert joined.join(step[0].encoder.model, step[0].encoder.anatomy)
+        assert linear.join(step[0].encoder.model, step[0].encoder.anatomy)
         _nearly(by_torch, _gradients(*step), 1e-6)
         assert launched.call_count - apart == apart - 2 * LAYERS
 
@@ -153,7 +153,7 @@ def _replayed(family: str, deltas: Iterable[str] = DELTAS) -> tuple[Graphs, floa
         want = made.run(second)
         with (
             mock.patch.object(attention, "fits", return_value=True),
-            mock.patch.object(varlen, "_torch_varlen", return_value=by_definition),
+            mock.patch.object(attention, "_torch_varlen", return_value=by_definition),
         ):
             assert made.encoder.use_graphs(_again)
             made.run(first)

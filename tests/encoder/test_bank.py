@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertology_serve.deltas.effects import Effects, LowRank
 from bertology_serve.encoder.bank import DeltaBank, RowPool
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.kinds.effects import Effects, LowRank
 from tests import tiny
 
 CPU = torch.device("cpu")

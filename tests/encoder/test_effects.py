@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.bottleneck import AdapterSpec
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.ia3 import Ia3Spec
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.norms import NormsSpec
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import Unsupported
+from bertology_serve.kinds.adapter import Adapter
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.ia3 import Ia3
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.norms import Norms
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 
@@ -34,7 +34,7 @@ def engine(encoder: Encoder, delta: Delta) -> Tensor:
     """What the engine answers, among neighbours with other deltas."""
     pipeline = Pipeline(encoder)
     pipeline.add(delta)
-    pipeline.add(tiny.delta(encoder, "other", [LoraSpec(rank=3), BitfitSpec()], TASK, seed=9))
+    pipeline.add(tiny.delta(encoder, "other", [Lora(rank=3), Bitfit()], TASK, seed=9))
     names = ("other", delta.name, "base")
     answers = pipeline.run([pipeline.prepare(Request(name, {"text": TEXT})) for name in names])
     return torch.tensor(answers[1].answer["embedding"])
@@ -60,7 +60,7 @@ def hook(module: Any, change: Callable[[Tensor, Tensor], Tensor]) -> None:
 
 def test_lora(setting: tuple[Encoder, Any, Tensor]) -> None:
     encoder, own, ids = setting
-    delta = tiny.delta(encoder, "d", [LoraSpec(("query", "down"), rank=2, alpha=6, layers=(0, 2))], TASK)
+    delta = tiny.delta(encoder, "d", [Lora(("query", "down"), rank=2, alpha=6, layers=(0, 2))], TASK)
     for i, layer in enumerate((0, 2)):
         block = own.encoder.layer[layer]
         for name, module in (("query", block.attention.self.query), ("down", block.output.dense)):
@@ -70,13 +70,13 @@ def test_lora(setting: tuple[Encoder, Any, Tensor]) -> None:
 
 
 def test_rslora_scales_by_the_root_of_the_rank() -> None:
-    assert LoraSpec(rank=16, alpha=8).scale == 0.5
-    assert LoraSpec(rank=16, alpha=8, rslora=True).scale == 2.0
+    assert Lora(rank=16, alpha=8).scale == 0.5
+    assert Lora(rank=16, alpha=8, rslora=True).scale == 2.0
 
 
 def test_bitfit(setting: tuple[Encoder, Any, Tensor]) -> None:
     encoder, own, ids = setting
-    delta = tiny.delta(encoder, "d", [BitfitSpec()], TASK)
+    delta = tiny.delta(encoder, "d", [Bitfit()], TASK)
     with torch.no_grad():
         for slot in encoder.anatomy.slots.values():
             for i, path in enumerate(slot.paths):
@@ -86,7 +86,7 @@ def test_bitfit(setting: tuple[Encoder, Any, Tensor]) -> None:
 
 def test_ia3(setting: tuple[Encoder, Any, Tensor]) -> None:
     encoder, own, ids = setting
-    delta = tiny.delta(encoder, "d", [Ia3Spec(("key", "value", "output"), ("down",))], TASK, size=0.3)
+    delta = tiny.delta(encoder, "d", [Ia3(("key", "value", "output"), ("down",))], TASK, size=0.3)
     for i, block in enumerate(own.encoder.layer):
         attention = block.attention
         linears = {"key": attention.self.key, "value": attention.self.value, "output": attention.output.dense}
@@ -101,7 +101,7 @@ def test_ia3(setting: tuple[Encoder, Any, Tensor]) -> None:
 @pytest.mark.parametrize("biases", [True, False])
 def test_norms(setting: tuple[Encoder, Any, Tensor], biases: bool) -> None:
     encoder, own, ids = setting
-    delta = tiny.delta(encoder, "d", [NormsSpec(biases)], TASK, size=0.3)
+    delta = tiny.delta(encoder, "d", [Norms(biases)], TASK, size=0.3)
     assert len(delta.tensors) == (6 if biases else 3)
     with torch.no_grad():
         for name, tensor in delta.tensors.items():
@@ -114,7 +114,7 @@ def test_norms(setting: tuple[Encoder, Any, Tensor], biases: bool) -> None:
 def test_ia3_in_a_family_that_projects_positions_is_refused(tmp_path: Path) -> None:
     encoder = tiny.encoder("deberta-v3", tmp_path)
     with pytest.raises(Unsupported, match="projects positions with query and key too"):
-        Pipeline(encoder).add(tiny.delta(encoder, "d", [Ia3Spec()], TASK))
+        Pipeline(encoder).add(tiny.delta(encoder, "d", [Ia3()], TASK))
 
 
 def adapter(delta: Delta, place: str, i: int, act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -127,7 +127,7 @@ def adapter(delta: Delta, place: str, i: int, act: Callable[[Tensor], Tensor]) -
 
 def test_houlsby(setting: tuple[Encoder, Any, Tensor]) -> None:
     encoder, own, ids = setting
-    delta = tiny.delta(encoder, "d", [AdapterSpec(width=4)], TASK)
+    delta = tiny.delta(encoder, "d", [Adapter(width=4)], TASK)
     for i, block in enumerate(own.encoder.layer):
         for place, module in (("output", block.attention.output.dense), ("down", block.output.dense)):
             f = adapter(delta, place, i, F.silu)
@@ -139,7 +139,7 @@ def test_pfeiffer_uses_residual_and_norm_twice_and_adapterdrop_leaves_low_layers
     setting: tuple[Encoder, Any, Tensor],
 ) -> None:
     encoder, own, ids = setting
-    delta = tiny.delta(encoder, "d", [AdapterSpec("pfeiffer", 4, drop_lowest=1)], TASK)
+    delta = tiny.delta(encoder, "d", [Adapter("pfeiffer", 4, drop_lowest=1)], TASK)
     for i, block in enumerate(own.encoder.layer[1:]):
         norm, f = block.output.LayerNorm, adapter(delta, "ffn_norm", i, F.relu)
 
@@ -153,14 +153,14 @@ def test_pfeiffer_uses_residual_and_norm_twice_and_adapterdrop_leaves_low_layers
 @pytest.mark.parametrize(
     ("spec", "order", "positions", "read"),
     [
-        (PromptSpec(2), "c p p t", [0, 0, 0, 1], 0),
-        (PromptSpec(2, "before_cls"), "p p c t", [0, 0, 0, 1], 2),
-        (PromptSpec(2, "before_cls", "shifted", "first_row"), "p p c t", [0, 1, 2, 3], 0),
-        (PromptSpec(2, "after_cls", "shifted"), "c p p t", [0, 1, 2, 3], 0),
+        (Prompt(2), "c p p t", [0, 0, 0, 1], 0),
+        (Prompt(2, "before_cls"), "p p c t", [0, 0, 0, 1], 2),
+        (Prompt(2, "before_cls", "shifted", "first_row"), "p p c t", [0, 1, 2, 3], 0),
+        (Prompt(2, "after_cls", "shifted"), "c p p t", [0, 1, 2, 3], 0),
     ],
 )
 def test_prompt(
-    setting: tuple[Encoder, Any, Tensor], spec: PromptSpec, order: str, positions: list[int], read: int
+    setting: tuple[Encoder, Any, Tensor], spec: Prompt, order: str, positions: list[int], read: int
 ) -> None:
     encoder, own, ids = setting
     delta = tiny.delta(encoder, "d", [spec], TASK)
@@ -177,7 +177,7 @@ def test_prompt(
 @pytest.mark.parametrize("positions", ["kept", "shifted"])
 def test_prefix(setting: tuple[Encoder, Any, Tensor], positions: str) -> None:
     encoder, own, ids = setting
-    delta = tiny.delta(encoder, "d", [PrefixSpec(3, positions)], TASK)
+    delta = tiny.delta(encoder, "d", [Prefix(3, positions)], TASK)
     for i, block in enumerate(own.encoder.layer):
         attention = block.attention.self
 

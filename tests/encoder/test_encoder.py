@@ -21,17 +21,17 @@ from transformers import (
     RobertaConfig,
 )
 
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.bottleneck import AdapterSpec
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder import families
 from bertology_serve.encoder.bank import BARE, DeltaBank
+from bertology_serve.encoder.batch import pack
 from bertology_serve.encoder.encoder import Encoder, weights_hash
-from bertology_serve.encoder.packing import pack
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import InputError, NotFound, Unsupported
+from bertology_serve.kinds.adapter import Adapter
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 from tests import tiny
 
@@ -90,11 +90,11 @@ def test_a_family_that_cannot_be_packed_is_padded(tmp_path: Path, monkeypatch: p
 
 
 def test_padded_mixed_batch_equals_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    specs = [[LoraSpec()], [BitfitSpec()], [AdapterSpec(width=4)], [AdapterSpec("pfeiffer", 4)], [PromptSpec(3)]]
+    specs = [[Lora()], [Bitfit()], [Adapter(width=4)], [Adapter("pfeiffer", 4)], [Prompt(3)]]
     task = TaskSpec("embedding", max_length=32, pooling="mean", head="none")
     encoder = tiny.encoder("roberta", tmp_path)
     deltas = [tiny.delta(encoder, f"d{i}", part, task, i) for i, part in enumerate(specs)]
-    prefix = tiny.delta(encoder, "prefix", [PrefixSpec(2)], task)
+    prefix = tiny.delta(encoder, "prefix", [Prefix(2)], task)
     requests = [Request(f"d{i}", {"text": "the cat was good " * (i + 1)}) for i in range(5)]
 
     def answers(loaded: Encoder) -> torch.Tensor:
@@ -155,11 +155,11 @@ def test_layers_that_share_their_weights_are_one(tmp_path: Path) -> None:
     assert encoder.anatomy.layers == 1
     task = TaskSpec("embedding", max_length=32, pooling="mean", head="none")
     pipeline = Pipeline(encoder)
-    pipeline.add(tiny.delta(encoder, "lora", [LoraSpec()], task))
+    pipeline.add(tiny.delta(encoder, "lora", [Lora()], task))
     with pytest.raises(
         Unsupported, match=r"delta 'prefix': albert runs 1 layer\(s\) of weights 3 times; a prefix would need"
     ):
-        pipeline.add(tiny.delta(encoder, "prefix", [PrefixSpec(2)], task))
+        pipeline.add(tiny.delta(encoder, "prefix", [Prefix(2)], task))
     sequence = pack(encodings((5,)), [BARE], encoder.anatomy, encoder.device)
     bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
     with pytest.raises(Unsupported, match="the layers' hidden states"):
@@ -172,7 +172,7 @@ def test_pairs_have_one_type_where_the_model_has_one(tmp_path: Path) -> None:
     assert "token_type_ids" not in encoder.tokenizer.model_input_names
     task = TaskSpec("classification", ("a", "b"), max_length=32)
     pipeline = Pipeline(encoder)
-    pipeline.add(tiny.delta(encoder, "pairs", [LoraSpec()], task))
+    pipeline.add(tiny.delta(encoder, "pairs", [Lora()], task))
     record = {"text": "the cat was good", "text_pair": "a dog"}
     assert set(pipeline.prepare(Request("pairs", record)).encodings[0].types) == {0}
     (answer,) = pipeline.answer([Request("pairs", record)])

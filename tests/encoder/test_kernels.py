@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import Encoding
 from tests.encoder import checks_kernels
 from tests.encoder.test_mixed import DELTAS, logits, pipeline, requests
@@ -34,7 +34,7 @@ def test_training_under_autocast_on_gpu():
     task = DELTAS["lora-1"][1]
     losses = []
     for device in ("cpu", "cuda"):
-        live = LiveDelta(Encoder.load("minilm", device=device), [LoraSpec(rank=4, dropout=0.0)], task)
+        live = TrainableDelta(Encoder.load("minilm", device=device), [Lora(rank=4, dropout=0.0)], task)
         encodings = [Encoding((101, 2000 + i, 102), (0, 0, 0)) for i in range(40)]
         optimizer = torch.optim.SGD(live.parameters(), 0.1)
         for _ in range(5):

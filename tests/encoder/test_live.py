@@ -9,37 +9,37 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.bottleneck import AdapterSpec
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.live import LiveDelta
 from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import LimitError
+from bertology_serve.kinds.adapter import Adapter
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 
 KINDS: dict[str, list[Any]] = {
-    "lora": [LoraSpec(("query", "value", "output", "up", "down"), rank=2)],
-    "bitfit": [BitfitSpec()],
-    "houlsby": [AdapterSpec(width=3)],
-    "pfeiffer": [AdapterSpec("pfeiffer", 3, activation="tanh", drop_lowest=1)],
-    "prompt": [PromptSpec(2)],
-    "prefix": [PrefixSpec(2)],
+    "lora": [Lora(("query", "value", "output", "up", "down"), rank=2)],
+    "bitfit": [Bitfit()],
+    "houlsby": [Adapter(width=3)],
+    "pfeiffer": [Adapter("pfeiffer", 3, activation="tanh", drop_lowest=1)],
+    "prompt": [Prompt(2)],
+    "prefix": [Prefix(2)],
     "probe": [],
-    "all": [LoraSpec(rank=1), BitfitSpec(), AdapterSpec("pfeiffer", 2, "both", "gelu"), PromptSpec(1), PrefixSpec(1)],
+    "all": [Lora(rank=1), Bitfit(), Adapter("pfeiffer", 2, "both", "gelu"), Prompt(1), Prefix(1)],
 }
 TASK = TaskSpec("classification", ("x", "y", "z"), 24)
 STEP = 1e-3  # transformers rotates queries and keys in float32, which a smaller step would see
 TEXTS = ("the cat was good", "dog", "Ada met the cold river , late", "the house")
 
 
-def made(encoder: Encoder, specs: list[Any], task: TaskSpec = TASK) -> tuple[LiveDelta, list[Any], list[int]]:
+def made(encoder: Encoder, specs: list[Any], task: TaskSpec = TASK) -> tuple[TrainableDelta, list[Any], list[int]]:
     """A live delta away from its zero start, four encodings and their targets."""
-    live = LiveDelta(encoder, specs, task, seed=1)
+    live = TrainableDelta(encoder, specs, task, seed=1)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(2)
         for parameter in live.parameters():
@@ -50,7 +50,7 @@ def made(encoder: Encoder, specs: list[Any], task: TaskSpec = TASK) -> tuple[Liv
     return live.eval(), encodings, [0, 2, 1, 1]
 
 
-def loss_of(live: LiveDelta, encodings: list[Any], targets: list[int]) -> torch.Tensor:
+def loss_of(live: TrainableDelta, encodings: list[Any], targets: list[int]) -> torch.Tensor:
     """The cross-entropy in the module's own precision."""
     return F.cross_entropy(live(encodings), torch.tensor(targets))
 
@@ -97,7 +97,7 @@ def test_the_frozen_encoder_gets_no_gradient_and_full_tuning_all(tmp_path: Path)
     live, encodings, targets = made(encoder, KINDS["lora"])
     loss_of(live, encodings, targets).backward()
     assert all(parameter.grad is None for parameter in encoder.model.parameters())
-    full = LiveDelta(encoder, [], TASK, full=True)
+    full = TrainableDelta(encoder, [], TASK, full=True)
     loss_of(full, encodings, targets).backward()
     unread = {"model.embeddings.token_type_embeddings.weight"}
     assert {n for n, p in full.named_parameters() if p.grad is None} <= unread
@@ -117,7 +117,7 @@ def test_prepacked_training_has_the_same_gradients(tmp_path: Path) -> None:
 
 
 def test_decay_spares_biases_and_norms(tmp_path: Path) -> None:
-    live = LiveDelta(tiny.encoder("modernbert", tmp_path), KINDS["all"], TASK)
+    live = TrainableDelta(tiny.encoder("modernbert", tmp_path), KINDS["all"], TASK)
     assert live.no_decay() == {
         name for name, _ in live.named_parameters() if "bias" in name or "bitfit" in name or "norm" in name
     }
@@ -125,12 +125,12 @@ def test_decay_spares_biases_and_norms(tmp_path: Path) -> None:
 
 def test_a_sequence_limit_beyond_the_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LimitError, match="reads at most 64 tokens"):
-        LiveDelta(tiny.encoder("bert", tmp_path), [], TaskSpec("regression", max_length=65))
+        TrainableDelta(tiny.encoder("bert", tmp_path), [], TaskSpec("regression", max_length=65))
 
 
 def test_dropout_of_lora_acts_in_training_only(tmp_path: Path) -> None:
     encoder = tiny.encoder("bert", tmp_path)
-    live, encodings, _ = made(encoder, [LoraSpec(dropout=0.5)])
+    live, encodings, _ = made(encoder, [Lora(dropout=0.5)])
     with torch.inference_mode():
         still = live(encodings)
         assert torch.equal(live(encodings), still)

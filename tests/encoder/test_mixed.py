@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.bottleneck import AdapterSpec
-from bertology_serve.deltas.ia3 import Ia3Spec
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.norms import NormsSpec
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.linear import available
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.encoder.prepacked import available
+from bertology_serve.kinds.adapter import Adapter
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.ia3 import Ia3
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.norms import Norms
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 
@@ -27,28 +27,28 @@ TAGS = TaskSpec("token-classification", ("O", "B-LOC", "I-LOC", "B-PER", "I-PER"
 ANSWERS = TaskSpec("question-answering", max_length=24, stride=4)
 # name -> (components, task): five kinds, four ranks, every task, kinds combined
 DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
-    "lora-1": ([LoraSpec(rank=1)], CLASSES),
-    "lora-4": ([LoraSpec(("query", "key", "value", "output", "up", "down"), rank=4)], TAGS),
-    "lora-8": ([LoraSpec(("key", "value"), rank=8, rslora=True)], ANSWERS),
-    "lora-3": ([LoraSpec(("query",), rank=3, layers=(1,))], TaskSpec("regression", max_length=32, pooling="mean")),
-    "bitfit": ([BitfitSpec()], CLASSES),
-    "bitfit-qkv": ([BitfitSpec("attention")], TaskSpec("multiple-choice", max_length=32)),
-    "houlsby": ([AdapterSpec(width=5)], CLASSES),
-    "pfeiffer": ([AdapterSpec("pfeiffer", width=7, drop_lowest=1)], TAGS),
-    "prompt": ([PromptSpec(3)], CLASSES),
-    "prompt-before": ([PromptSpec(2, "before_cls", "shifted", "first_row")], CLASSES),
-    "prefix": ([PrefixSpec(4)], ANSWERS),
-    "prefix-shifted": ([PrefixSpec(2, "shifted")], TaskSpec("embedding", max_length=32, head="none", pooling="mean")),
-    "all": ([LoraSpec(rank=2), BitfitSpec(), AdapterSpec("pfeiffer", 3), PromptSpec(1), PrefixSpec(2)], CLASSES),
+    "lora-1": ([Lora(rank=1)], CLASSES),
+    "lora-4": ([Lora(("query", "key", "value", "output", "up", "down"), rank=4)], TAGS),
+    "lora-8": ([Lora(("key", "value"), rank=8, rslora=True)], ANSWERS),
+    "lora-3": ([Lora(("query",), rank=3, layers=(1,))], TaskSpec("regression", max_length=32, pooling="mean")),
+    "bitfit": ([Bitfit()], CLASSES),
+    "bitfit-qkv": ([Bitfit("attention")], TaskSpec("multiple-choice", max_length=32)),
+    "houlsby": ([Adapter(width=5)], CLASSES),
+    "pfeiffer": ([Adapter("pfeiffer", width=7, drop_lowest=1)], TAGS),
+    "prompt": ([Prompt(3)], CLASSES),
+    "prompt-before": ([Prompt(2, "before_cls", "shifted", "first_row")], CLASSES),
+    "prefix": ([Prefix(4)], ANSWERS),
+    "prefix-shifted": ([Prefix(2, "shifted")], TaskSpec("embedding", max_length=32, head="none", pooling="mean")),
+    "all": ([Lora(rank=2), Bitfit(), Adapter("pfeiffer", 3), Prompt(1), Prefix(2)], CLASSES),
     "probe": ([], TaskSpec("classification", ("x", "y"), 32, "max", "linear")),
     "base": ([], TaskSpec("embedding", max_length=32, head="none")),
 }
 # the kinds that scale rows, which not every engine can
 FACTORS: dict[str, tuple[list[Any], TaskSpec]] = {
-    "ia3": ([Ia3Spec(("value", "output"), ("down",))], CLASSES),
-    "ia3-up": ([Ia3Spec(("up",), ("output",)), LoraSpec(("up", "output"), rank=2)], TAGS),
-    "norms": ([NormsSpec()], CLASSES),
-    "norms-pfeiffer": ([NormsSpec(biases=False), AdapterSpec("pfeiffer", width=3)], TAGS),
+    "ia3": ([Ia3(("value", "output"), ("down",))], CLASSES),
+    "ia3-up": ([Ia3(("up",), ("output",)), Lora(("up", "output"), rank=2)], TAGS),
+    "norms": ([Norms()], CLASSES),
+    "norms-pfeiffer": ([Norms(biases=False), Adapter("pfeiffer", width=3)], TAGS),
 }
 TEXTS = (
     "the cat was good",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bertology_serve.deltas.effects import Prefix, Prompt
 from bertology_serve.encoder.bank import BARE, PREFIX, PROMPT, Entry
+from bertology_serve.encoder.batch import pack
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.packing import pack
 from bertology_serve.errors import LimitError
 from bertology_serve.kernels.segments import RowSegment
+from bertology_serve.kinds.effects import PrefixEffect, PromptEffect
 from bertology_serve.tasks.spec import Encoding
 from tests import tiny
 
@@ -26,11 +26,11 @@ def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def prompt(placement: str, positions: str) -> Entry:
-    return Entry("prompt", {PROMPT: ROWS}, prompt=Prompt(VECTORS, placement, positions))
+    return Entry("prompt", {PROMPT: ROWS}, prompt=PromptEffect(VECTORS, placement, positions))
 
 
 def prefix(positions: str) -> Entry:
-    return Entry("prefix", {PREFIX: ROWS}, prefix=Prefix(VECTORS.view(1, VIRTUAL, 32), VECTORS, positions))
+    return Entry("prefix", {PREFIX: ROWS}, prefix=PrefixEffect(VECTORS.view(1, VIRTUAL, 32), VECTORS, positions))
 
 
 ENTRIES = {

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from bertology_serve.encoder import probe
-from bertology_serve.encoder.probe import rounding
+from bertology_serve.encoder import loading
+from bertology_serve.encoder.loading import rounding
 
 
 @pytest.mark.parametrize("off", [float("nan"), float("inf"), 1e-3])
 def test_rows_that_differ_or_are_no_numbers_are_not_near(off):
     own = torch.ones(2, 3)
-    assert probe._apart(own + 1e-6, own) <= probe._TOLERANCE
+    assert loading._apart(own + 1e-6, own) <= loading._TOLERANCE
     for rows, others in ((own + off, own), (own, own + off)):
-        assert not probe._apart(rows, others) <= probe._TOLERANCE
+        assert not loading._apart(rows, others) <= loading._TOLERANCE
 
 
 def test_rounding_grows_with_depth_and_size():

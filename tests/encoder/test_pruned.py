@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from bertology_serve.deltas import store
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.bottleneck import AdapterSpec
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.ia3 import Ia3Spec
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.norms import NormsSpec
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder, weights_hash
-from bertology_serve.encoder.live import LiveDelta
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.pruned import RECORD, prune
+from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import BaseMismatch, FormatError, Unsupported
+from bertology_serve.kinds.adapter import Adapter
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.ia3 import Ia3
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.norms import Norms
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 from tests import tiny
 
@@ -32,7 +32,7 @@ HEADS = ((0, 2, 3), (1,), (0, 1, 2, 3))
 NEURONS = (tuple(range(0, 48, 2)), tuple(range(48)), (3, 40))
 TEXTS = ("the cat was great", "a bad film", "dog", "Paris is not very cold , Ada went to London")
 PRUNABLE = ("bert", "roberta", "distilbert", "electra")
-EVERYWHERE = LoraSpec(targets=("query", "key", "value", "output", "up", "down"), rank=3)
+EVERYWHERE = Lora(targets=("query", "key", "value", "output", "up", "down"), rank=3)
 
 
 def masked(whole: Encoder) -> Encoder:
@@ -80,10 +80,10 @@ def pair(family: str, folder: Path) -> tuple[Encoder, Encoder]:
 @pytest.mark.parametrize("family", PRUNABLE)
 def test_a_pruned_encoder_answers_as_the_masked_one(family: str, tmp_path: Path) -> None:
     whole, small = pair(family, tmp_path)
-    kinds = {"lora": [EVERYWHERE], "bitfit": [BitfitSpec()], "adapter": [AdapterSpec(width=4)],
-             "prompt": [PromptSpec(length=2)], "norms": [NormsSpec()],
-             "ia3": [Ia3Spec(("key", "value", "up"), ("down", "output"))], "prefix": [PrefixSpec(length=2)],
-             "both": [LoraSpec(rank=2, layers=(1, 2)), BitfitSpec("attention"), PrefixSpec(length=3)]}  # fmt: skip
+    kinds = {"lora": [EVERYWHERE], "bitfit": [Bitfit()], "adapter": [Adapter(width=4)],
+             "prompt": [Prompt(length=2)], "norms": [Norms()],
+             "ia3": [Ia3(("key", "value", "up"), ("down", "output"))], "prefix": [Prefix(length=2)],
+             "both": [Lora(rank=2, layers=(1, 2)), Bitfit("attention"), Prefix(length=3)]}  # fmt: skip
     if family != "bert":
         kinds = {name: kinds[name] for name in ("lora", "both")}
     deltas = {name: tiny.delta(whole, name, specs, TASK, size=0.3) for name, specs in kinds.items()}
@@ -101,7 +101,7 @@ def test_a_pruned_encoder_answers_as_the_masked_one(family: str, tmp_path: Path)
 
 def test_deltas_are_read_sliced_and_new_ones_come_back_as_they_were(tmp_path: Path) -> None:
     whole, small = pair("bert", tmp_path)
-    specs = [EVERYWHERE, BitfitSpec(), PrefixSpec(length=2, positions="shifted")]
+    specs = [EVERYWHERE, Bitfit(), Prefix(length=2, positions="shifted")]
     parents = tiny.delta(whole, "d", specs, TASK, size=0.3)
     store.save(parents, tmp_path / "d", whole.anatomy, whole.config.to_dict())
     read = small.read_delta(tmp_path / "d")
@@ -113,7 +113,7 @@ def test_deltas_are_read_sliced_and_new_ones_come_back_as_they_were(tmp_path: Pa
     assert not (tmp_path / "own" / "adapter_config.json").exists(), "peft cannot load the encoder"
     again = small.read_delta(tmp_path / "own")
     torch.testing.assert_close(logits(small, again), logits(small, own), rtol=0, atol=0)
-    beft = tiny.delta(small, "beft", [BitfitSpec("attention")], TASK)
+    beft = tiny.delta(small, "beft", [Bitfit("attention")], TASK)
     store.save(beft, tmp_path / "beft", small.anatomy, small.config.to_dict())
     torch.testing.assert_close(logits(small, small.read_delta(tmp_path / "beft")), logits(small, beft), rtol=0, atol=0)
     with pytest.raises(BaseMismatch, match="was made for"):
@@ -122,7 +122,7 @@ def test_deltas_are_read_sliced_and_new_ones_come_back_as_they_were(tmp_path: Pa
 
 def test_pefts_deltas_are_those_of_the_parent(tmp_path: Path) -> None:
     whole, small = pair("bert", tmp_path)
-    delta = tiny.delta(whole, "d", [LoraSpec(("query", "output"), rank=2)], TASK, size=0.3)
+    delta = tiny.delta(whole, "d", [Lora(("query", "output"), rank=2)], TASK, size=0.3)
     store.save(delta, tmp_path / "d", whole.anatomy, whole.config.to_dict())
     (tmp_path / "d" / "delta.json").unlink()
     read, expected = small.read_delta(tmp_path / "d"), small.fitted(delta)
@@ -133,7 +133,7 @@ def test_pefts_deltas_are_those_of_the_parent(tmp_path: Path) -> None:
 
 def test_a_delta_learns_on_a_pruned_encoder(tmp_path: Path) -> None:
     _, small = pair("distilbert", tmp_path)
-    live = LiveDelta(small, [EVERYWHERE, PrefixSpec(length=2)], TASK)
+    live = TrainableDelta(small, [EVERYWHERE, Prefix(length=2)], TASK)
     encodings = [tuple(small.tokenizer(text)["input_ids"]) for text in TEXTS]
     out = live([Encoding(ids, (0,) * len(ids)) for ids in encodings])
     torch.nn.functional.cross_entropy(out, torch.tensor([0, 1, 0, 1])).backward()
@@ -160,7 +160,7 @@ def test_pruned_again_it_takes_the_deltas_of_both(tmp_path: Path) -> None:
 
 def test_a_whole_checkpoint_is_sliced_too(tmp_path: Path) -> None:
     whole, _ = pair("bert", tmp_path)
-    live = LiveDelta(whole, [], TASK, full=True)
+    live = TrainableDelta(whole, [], TASK, full=True)
     with torch.no_grad():
         for parameter in live.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))

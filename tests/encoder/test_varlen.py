@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertology_serve.deltas.effects import Effects, Prefix
-from bertology_serve.encoder import varlen
+from bertology_serve.encoder import attention
 from bertology_serve.encoder.attention import make_layout, packed_attention
 from bertology_serve.encoder.bank import BARE, PREFIX, DeltaBank
-from bertology_serve.encoder.packing import PackedBatch, pack
+from bertology_serve.encoder.batch import PackedBatch, pack
+from bertology_serve.kinds.effects import Effects, PrefixEffect
 from bertology_serve.tasks.spec import Encoding
 from tests import tiny
 
@@ -46,7 +46,7 @@ def mixed(folder: Path, prefixes: tuple[int, ...], device: str = "cpu") -> tuple
     encoder = tiny.encoder("bert", folder)
     bank = DeltaBank(encoder.anatomy, torch.float32, torch.device(device))
     entries = [
-        bank.add(f"d{i}", Effects(prefix=Prefix(torch.randn(3, v, 32), torch.randn(3, v, 32)))) if v else BARE
+        bank.add(f"d{i}", Effects(prefix=PrefixEffect(torch.randn(3, v, 32), torch.randn(3, v, 32)))) if v else BARE
         for i, v in enumerate(prefixes)
     ]
     encodings = [Encoding(list(range(4, 4 + n)), [0] * n) for n in (3, 7, 1, 7, 12, 2, 9, 3, 5, 20)]
@@ -61,14 +61,16 @@ def test_one_launch_is_group_by_group(tmp_path, monkeypatch, prefixes, window):
     pools = (bank.layer(PREFIX, "k", 1), bank.layer(PREFIX, "v", 1)) if any(prefixes) else None
     query, key, value = torch.randn(3, batch.rows, HEADS, WIDTH)
     want = packed_attention(query, key, value, make_layout(batch), scale=0.3, window=window, prefix=pools)
-    monkeypatch.setattr(varlen, "_torch_varlen", lambda: by_definition)
-    found = varlen.varlen_attention(query, key, value, varlen.extents(batch), scale=0.3, window=window, prefix=pools)
+    monkeypatch.setattr(attention, "_torch_varlen", lambda: by_definition)
+    found = attention.varlen_attention(
+        query, key, value, attention.extents(batch), scale=0.3, window=window, prefix=pools
+    )
     assert (found - want).abs().max() < 1e-6
 
 
 def test_only_16_bits_on_a_gpu_go_this_way():
-    assert not varlen.fits(torch.zeros(1, HEADS, WIDTH))
-    assert not varlen.fits(torch.zeros(1, HEADS, WIDTH, dtype=torch.bfloat16))
+    assert not attention.fits(torch.zeros(1, HEADS, WIDTH))
+    assert not attention.fits(torch.zeros(1, HEADS, WIDTH, dtype=torch.bfloat16))
 
 
 @pytest.mark.gpu
@@ -78,7 +80,7 @@ def test_torchs_launch_on_gpu(tmp_path, prefixes):
     batch, bank = mixed(tmp_path, prefixes, "cuda")
     pools = (bank.layer(PREFIX, "k", 1).half(), bank.layer(PREFIX, "v", 1).half()) if any(prefixes) else None
     query, key, value = torch.randn(3, batch.rows, HEADS, WIDTH, device="cuda", dtype=torch.half)
-    assert varlen.fits(query)
+    assert attention.fits(query)
     found = packed_attention(query, key, value, make_layout(batch), scale=0.3, prefix=pools)
     exact = None if pools is None else (pools[0].float(), pools[1].float())
     want = packed_attention(query.float(), key.float(), value.float(), make_layout(batch), scale=0.3, prefix=exact)

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.bottleneck import AdapterSpec
-from bertology_serve.deltas.ia3 import Ia3Spec
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.norms import NormsSpec
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.export.graph import Graph
 from bertology_serve.export.session import answer
+from bertology_serve.export.torch_exporter import Graph
+from bertology_serve.kinds.adapter import Adapter
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.ia3 import Ia3
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.norms import Norms
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 from tests import tiny
 
@@ -30,32 +30,32 @@ VECTORS = TaskSpec("embedding", max_length=32, head="none", pooling="mean")
 SCORES = TaskSpec("regression", max_length=32, pooling="mean")
 ALL_LINEARS = ("query", "key", "value", "output", "up", "down")
 
-FOLDS = [LoraSpec(ALL_LINEARS, rank=3), BitfitSpec()]
-EVERYTHING = [LoraSpec(rank=2), BitfitSpec(), AdapterSpec("pfeiffer", 3), PromptSpec(3), PrefixSpec(2)]
+FOLDS = [Lora(ALL_LINEARS, rank=3), Bitfit()]
+EVERYTHING = [Lora(rank=2), Bitfit(), Adapter("pfeiffer", 3), Prompt(3), Prefix(2)]
 # name -> (components, task)
 DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "folds": (FOLDS, CLASSES),
-    "lora": ([LoraSpec(("key", "value"), rank=4, rslora=True)], ANSWERS),
-    "lora-one-layer": ([LoraSpec(("query",), rank=3, layers=(1,))], SCORES),
-    "bitfit-attention": ([BitfitSpec("attention")], TaskSpec("multiple-choice", max_length=32)),
-    "houlsby": ([AdapterSpec(width=5)], CLASSES),
-    "houlsby-gelu": ([AdapterSpec(width=3, after="attention", activation="gelu")], TAGS),
-    "pfeiffer": ([AdapterSpec("pfeiffer", width=7, drop_lowest=1)], TAGS),
-    "prompt": ([PromptSpec(3)], CLASSES),
-    "prompt-tags": ([PromptSpec(2)], TAGS),
-    "prompt-before": ([PromptSpec(2, "before_cls")], ANSWERS),
-    "prompt-peft": ([PromptSpec(2, "before_cls", "shifted", "first_row")], CLASSES),
-    "prefix": ([PrefixSpec(4)], ANSWERS),
-    "prefix-shifted": ([PrefixSpec(2, "shifted")], VECTORS),
+    "lora": ([Lora(("key", "value"), rank=4, rslora=True)], ANSWERS),
+    "lora-one-layer": ([Lora(("query",), rank=3, layers=(1,))], SCORES),
+    "bitfit-attention": ([Bitfit("attention")], TaskSpec("multiple-choice", max_length=32)),
+    "houlsby": ([Adapter(width=5)], CLASSES),
+    "houlsby-gelu": ([Adapter(width=3, after="attention", activation="gelu")], TAGS),
+    "pfeiffer": ([Adapter("pfeiffer", width=7, drop_lowest=1)], TAGS),
+    "prompt": ([Prompt(3)], CLASSES),
+    "prompt-tags": ([Prompt(2)], TAGS),
+    "prompt-before": ([Prompt(2, "before_cls")], ANSWERS),
+    "prompt-peft": ([Prompt(2, "before_cls", "shifted", "first_row")], CLASSES),
+    "prefix": ([Prefix(4)], ANSWERS),
+    "prefix-shifted": ([Prefix(2, "shifted")], VECTORS),
     "everything": (EVERYTHING, CLASSES),
     "probe": ([], TaskSpec("classification", ("x", "y"), max_length=48, pooling="max", head="linear")),
 }
 # the kinds that scale rows: merged, or in the graph for many deltas
 FACTORS: dict[str, tuple[list[Any], TaskSpec]] = {
-    "ia3": ([Ia3Spec(("key", "value"), ("down",))], CLASSES),
-    "ia3-lora": ([Ia3Spec(("up", "query"), ("output", "down")), LoraSpec(("up", "output"), rank=2)], TAGS),
-    "norms": ([NormsSpec()], CLASSES),
-    "norms-pfeiffer": ([NormsSpec(biases=False), AdapterSpec("pfeiffer", width=3), BitfitSpec()], TAGS),
+    "ia3": ([Ia3(("key", "value"), ("down",))], CLASSES),
+    "ia3-lora": ([Ia3(("up", "query"), ("output", "down")), Lora(("up", "output"), rank=2)], TAGS),
+    "norms": ([Norms()], CLASSES),
+    "norms-pfeiffer": ([Norms(biases=False), Adapter("pfeiffer", width=3), Bitfit()], TAGS),
 }
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from bertology_serve.export.attention import PrefixRows, Scene, attend
+from bertology_serve.export.torch_exporter import PrefixRows, Scene, attend
 
 
 def scene(*lengths: int) -> Scene:

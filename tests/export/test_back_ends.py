@@ -4,8 +4,8 @@ import pytest
 
 from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.export.back_ends import Chosen, choose
-from bertology_serve.export.parts import parts_of
-from bertology_serve.export.spec import ExportSpec
+from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_spec import ExportSpec
 from tests import tiny
 from tests.export.cases import DELTAS
 

@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
-from bertology_serve.export.checkup import findings
-from bertology_serve.export.machine import Machine
-from bertology_serve.export.spec import CUDA
+from bertology_serve.export.export_spec import CUDA
+from bertology_serve.export.installation import Machine, findings
 
 CPU = "CPUExecutionProvider"
 REQUIRED = ("torch>=2.9", "onnxruntime>=1.23; extra == 'cpu'", "bertology-serve[cpu]; extra == 'dev'",

@@ -9,17 +9,17 @@ import pytest
 
 from bertology_serve.cli.main import main
 from bertology_serve.deltas import store
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.bottleneck import AdapterSpec
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
+from bertology_serve.kinds.adapter import Adapter
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
 from tests import tiny
 from tests.export.cases import CLASSES
 from tests.export.corruptions import corruptions
 
 EVERY = corruptions()
-KINDS = [LoraSpec(rank=2), BitfitSpec(), AdapterSpec(width=3), PromptSpec(2), PrefixSpec(2)]
+KINDS = [Lora(rank=2), Bitfit(), Adapter(width=3), Prompt(2), Prefix(2)]
 
 
 @pytest.fixture(scope="module")

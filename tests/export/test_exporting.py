@@ -19,12 +19,12 @@ import pytest
 import torch
 
 import bertology_serve
-from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.errors import BaseMismatch, SpecError, Unsupported, VerificationError
-from bertology_serve.export import exporting, onnx_file
+from bertology_serve.export import exporting, metadata
+from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.export.exporting import Exported, export_delta
-from bertology_serve.export.reference import Reference
-from bertology_serve.export.spec import ExportSpec
+from bertology_serve.export.samples import Reference
+from bertology_serve.kinds.lora import Lora
 from tests import tiny
 from tests.export.cases import (
     ANSWERS,
@@ -171,8 +171,8 @@ def test_another_process_writes_the_same_bytes(back_end, exports, tmp_path):
 
 def test_without_merge_another_delta_can_take_its_place(tmp_path):
     """The delta's initialisers, put in for those of another of the same form, make the other's answers."""
-    made = Made("roberta", tmp_path, [LoraSpec(rank=2)], SCORES, ExportSpec())
-    other = tiny.delta(made.encoder, "other", [LoraSpec(rank=2)], SCORES, seed=5)
+    made = Made("roberta", tmp_path, [Lora(rank=2)], SCORES, ExportSpec())
+    other = tiny.delta(made.encoder, "other", [Lora(rank=2)], SCORES, seed=5)
     model = onnx_ir.load(made.file)
     own = {name: value for name, value in model.graph.initializers.items() if name.startswith("delta.mine.")}
     low = other.effects(made.encoder.anatomy).low_rank
@@ -281,7 +281,7 @@ def test_what_a_precision_costs_is_said(bert, tmp_path):
 
 
 def test_large_weights_lie_beside_the_model_and_are_verified_there(bert, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_file, "EXTERNAL_OVER", 1000)
+    monkeypatch.setattr(metadata, "EXTERNAL_OVER", 1000)
     done = export_delta(bert.encoder, bert.delta, tmp_path / "out", ExportSpec(merge=True))
     names = {path.name for path in (tmp_path / "out" / "onnx").iterdir()}
     assert names == {"model.onnx", "model.onnx_data"}

@@ -3,16 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bertology_serve.deltas import kinds
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.effects import Effects
-from bertology_serve.deltas.ia3 import Ia3Spec
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.norms import NormsSpec
 from bertology_serve.encoder.bank import DeltaBank
-from bertology_serve.encoder.packing import pack
+from bertology_serve.encoder.batch import pack
 from bertology_serve.export.fold import fold
-from bertology_serve.export.plain import plain_model
+from bertology_serve.export.torch_exporter import plain_model
+from bertology_serve.kinds import kinds
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.effects import Effects
+from bertology_serve.kinds.ia3 import Ia3
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.norms import Norms
 from tests import tiny
 from tests.export.cases import FOLDS, encodings
 
@@ -25,7 +25,7 @@ def effects_of(encoder, specs, seed=0):
     )
 
 
-SCALED = (Ia3Spec(("value", "up"), ("down",)), NormsSpec(), LoraSpec(("value", "down"), rank=2))
+SCALED = (Ia3(("value", "up"), ("down",)), Norms(), Lora(("value", "down"), rank=2))
 
 
 @pytest.mark.parametrize("specs", [FOLDS, SCALED], ids=["sums", "factors"])
@@ -55,7 +55,7 @@ def test_folded_weights_in_plain_huggingface_equal_the_unmerged_engine(family, s
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_weights_are_summed_in_float64_and_rounded_once(family, tmp_path):
     encoder = tiny.encoder(family, tmp_path)
-    effects = effects_of(encoder, [LoraSpec(("query", "value"), rank=4)])
+    effects = effects_of(encoder, [Lora(("query", "value"), rank=4)])
     state = encoder.model.state_dict()
     before = {name: tensor.clone() for name, tensor in state.items()}
     folded = fold(state, effects, encoder.anatomy)
@@ -75,7 +75,7 @@ def test_weights_are_summed_in_float64_and_rounded_once(family, tmp_path):
 def test_a_slice_of_a_packed_projection_leaves_the_others_alone(tmp_path):
     encoder = tiny.encoder("modernbert", tmp_path)
     state = encoder.model.state_dict()
-    folded = fold(state, effects_of(encoder, [LoraSpec(("key",), rank=2)]), encoder.anatomy)
+    folded = fold(state, effects_of(encoder, [Lora(("key",), rank=2)]), encoder.anatomy)
     lo, hi = encoder.anatomy.slot("key").part
     name = f"{encoder.anatomy.slot('key').paths[0]}.weight"
     changed = (folded[name] != state[name]).any(1)
@@ -86,7 +86,7 @@ def test_a_slice_of_a_packed_projection_leaves_the_others_alone(tmp_path):
 
 def test_biases_are_added_where_the_encoder_has_none(tmp_path):
     encoder = tiny.encoder("modernbert", tmp_path)
-    effects = effects_of(encoder, [BitfitSpec("attention")])
+    effects = effects_of(encoder, [Bitfit("attention")])
     folded = fold(encoder.model.state_dict(), effects, encoder.anatomy)
     added = folded.keys() - encoder.model.state_dict().keys()
     assert added == {f"layers.{i}.attn.Wqkv.bias" for i in range(3)}

@@ -7,12 +7,12 @@ import torch
 from transformers import AutoConfig
 
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.effects import Effects
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import Unsupported
-from bertology_serve.export.graph import Graph
-from bertology_serve.export.parts import parts_of
-from bertology_serve.export.reference import Reference
+from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.samples import Reference
+from bertology_serve.export.torch_exporter import Graph
+from bertology_serve.kinds.effects import Effects
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.export.cases import CLASSES, DELTAS, EVERYTHING, answered, encodings, padded

@@ -6,10 +6,10 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from bertology_serve.export.back_ends import Chosen
+from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.export.layout import card, config, example, write_around
 from bertology_serve.export.metadata import metadata
-from bertology_serve.export.parts import parts_of
-from bertology_serve.export.spec import ExportSpec
 from bertology_serve.export.verify import Report
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny

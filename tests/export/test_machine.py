@@ -3,7 +3,7 @@ from __future__ import annotations
 import sys
 import types
 
-from bertology_serve.export.machine import look
+from bertology_serve.export.installation import look
 
 
 def install(directory, name, version, requires=()):
@@ -47,7 +47,7 @@ def test_half_a_module_is_said(monkeypatch):
 
 def test_it_looks_on_where_a_library_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setitem(sys.modules, "bertology_serve.export.direct.nodes", None)
+    monkeypatch.setitem(sys.modules, "bertology_serve.export.emitter.nodes", None)
     found = look()
     assert (found.torch_cuda, found.torch_sees) == (None, False)
     assert (found.provider, found.runtime_error) == (None, None)

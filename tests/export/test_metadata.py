@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 
 from bertology_serve.deltas.delta import BaseRef, Delta
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.export.back_ends import Chosen
+from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.export.metadata import base_name, delta_hash, longest, metadata
-from bertology_serve.export.parts import parts_of
-from bertology_serve.export.spec import ExportSpec
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.export.cases import CLASSES, DELTAS
@@ -45,9 +45,9 @@ def test_shifted_virtual_tokens_take_room_from_the_text(tmp_path):
     encoder = tiny.encoder("roberta", tmp_path)
     task = TaskSpec("classification", ("a", "b"), max_length=64)
     kinds = {
-        64: [PromptSpec(5), PrefixSpec(4)],
-        63: [PromptSpec(5, positions="shifted")],
-        59: [PromptSpec(5, "before_cls", "shifted"), PrefixSpec(4, "shifted")],
+        64: [Prompt(5), Prefix(4)],
+        63: [Prompt(5, positions="shifted")],
+        59: [Prompt(5, "before_cls", "shifted"), Prefix(4, "shifted")],
     }
     assert encoder.anatomy.max_tokens == 68
     assert {longest(encoder, tiny.delta(encoder, "x", specs, task)): specs for specs in kinds.values()} == kinds

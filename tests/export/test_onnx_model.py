@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bertology_serve.errors import Unsupported
-from bertology_serve.export import onnx_model
-from bertology_serve.export.onnx_model import to_onnx
+from bertology_serve.export import torch_exporter
+from bertology_serve.export.torch_exporter import to_onnx
 
 
 class Untraceable(torch.nn.Module):
@@ -27,7 +27,7 @@ def test_a_model_that_torch_cannot_trace_is_refused_by_name():
 def test_the_exporter_is_silenced_narrowly():
     logger = logging.getLogger("onnxscript.optimizer._constant_folding")
     before = logger.level
-    with onnx_model._quiet():
+    with torch_exporter._quiet():
         warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated, use something else", FutureWarning, stacklevel=1)
         assert logger.level == logging.ERROR
         with pytest.raises(FutureWarning, match="something new"):

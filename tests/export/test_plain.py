@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from bertology_serve.encoder.wrapped import SlotLinear, SlotNorm
-from bertology_serve.export.plain import plain_model
+from bertology_serve.encoder.linear import SlotLinear, SlotNorm
+from bertology_serve.export.torch_exporter import plain_model
 from tests import tiny
 
 

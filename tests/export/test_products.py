@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bertology_serve.export.products import Product, as_products
+from bertology_serve.export.torch_exporter import Product, as_products
 
 
 def test_linears_are_turned_round_and_keep_their_names():

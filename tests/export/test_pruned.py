@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.pruned import prune
+from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.export.exporting import export_delta
-from bertology_serve.export.multi.engine import OnnxEngine
-from bertology_serve.export.spec import ExportSpec
+from bertology_serve.export.onnx_engine import OnnxEngine
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.lora import Lora
 from tests import tiny
 from tests.export.cases import ALL_LINEARS, CLASSES, EVERYTHING, FOLDS, small
 from tests.export.test_graph import difference
@@ -45,7 +45,7 @@ def test_exports_equal_the_pruned_encoder(pair, specs, tmp_path: Path) -> None:
 def test_one_graph_for_many_deltas_of_a_pruned_encoder(pair) -> None:
     whole, pruned = pair
     made = Pipeline(pruned)
-    for number, specs in enumerate(([LoraSpec(ALL_LINEARS, rank=3)], EVERYTHING, [BitfitSpec()], [])):
+    for number, specs in enumerate(([Lora(ALL_LINEARS, rank=3)], EVERYTHING, [Bitfit()], [])):
         made.add(tiny.delta(whole, f"d{number}", specs, CLASSES, seed=number, size=0.2))
     texts = ("the cat was great", "a bad film", "dog")
     jobs = [made.prepare(Request(f"d{n}", {"text": text}, logits=True)) for n in range(4) for text in texts]

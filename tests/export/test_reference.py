@@ -3,13 +3,12 @@ from __future__ import annotations
 import pytest
 
 from bertology_serve.errors import VerificationError
+from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.export.exporting import export_delta
 from bertology_serve.export.layout import architectures
-from bertology_serve.export.parts import parts_of
-from bertology_serve.export.plain import task_model
-from bertology_serve.export.reference import Reference, Theirs
-from bertology_serve.export.samples import built_in
-from bertology_serve.export.spec import ExportSpec
+from bertology_serve.export.samples import Reference, Theirs, built_in
+from bertology_serve.export.torch_exporter import task_model
 from bertology_serve.export.verify import witnesses
 from tests import tiny
 from tests.export.cases import DELTAS, FOLDS, SCORES, TAGS, VECTORS

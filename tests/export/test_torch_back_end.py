@@ -6,13 +6,12 @@ import onnx_ir
 import onnxruntime
 import pytest
 
-from bertology_serve.export.graph import Graph
-from bertology_serve.export.onnx_model import to_onnx
-from bertology_serve.export.parts import parts_of
-from bertology_serve.export.reference import Reference
+from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.samples import Reference
+from bertology_serve.export.torch_exporter import Graph, to_onnx
 from tests import tiny
 from tests.export.cases import CLASSES, EVERYTHING, TAGS
-from tests.export.direct.test_emit import Run, difference
+from tests.export.emitter.test_emit import Run, difference
 from tests.export.test_exporting import TASKS as ELSEWHERE
 
 REST = {"roberta": CLASSES, "electra": TAGS, "deberta-v3": CLASSES, "deberta-own": TAGS}

@@ -5,10 +5,10 @@ import re
 import pytest
 
 from bertology_serve.errors import SpecError
+from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_spec import MODEL, ExportSpec
 from bertology_serve.export.exporting import export_delta
-from bertology_serve.export.parts import parts_of
-from bertology_serve.export.spec import MODEL, ExportSpec
-from bertology_serve.export.triton_server import config
+from bertology_serve.export.layout import triton_config
 from tests import tiny
 from tests.export.cases import CLASSES, DELTAS, FOLDS
 
@@ -26,7 +26,7 @@ from tests.export.cases import CLASSES, DELTAS, FOLDS
 def test_inputs_and_outputs_are_those_of_the_file(family, name, output, tmp_path):
     encoder = tiny.encoder(family, tmp_path)
     parts = parts_of(encoder, tiny.delta(encoder, "x", *DELTAS[name]), True)
-    text = config(parts, labelled=False)
+    text = triton_config(parts, labelled=False)
     assert output in text
     assert tuple(re.findall(r'name: "(\w+)", data_type: TYPE_INT64, dims: \[ -1 \]', text)) == parts.inputs
     assert text.count("{") == text.count("}")

@@ -12,13 +12,13 @@ import transformers
 from torch import Tensor
 
 from bertology_serve.deltas import store
-from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.deltas import samples
@@ -67,7 +67,7 @@ def test_the_pooler_that_the_base_lacks_is_saved(tmp_path: Path) -> None:
     reloaded = peft.PeftModel.from_pretrained(fresh(1), str(tmp_path / "theirs")).eval()
     assert (theirs(input_ids=ids).logits - reloaded(input_ids=ids).logits).abs().max() > 1e-3
 
-    delta = tiny.delta(encoder, "x", [LoraSpec()], samples.CLASSES)
+    delta = tiny.delta(encoder, "x", [Lora()], samples.CLASSES)
     store.save(delta, tmp_path / "ours", encoder.anatomy, encoder.config.to_dict())
     expected = logits(encoder, [delta], ask("x"))[0]
     for seed in range(2):
@@ -78,7 +78,7 @@ def test_the_pooler_that_the_base_lacks_is_saved(tmp_path: Path) -> None:
 def test_every_kind_keeps_to_its_own_rows_of_a_mixed_batch(tmp_path: Path) -> None:
     """peft ignores ``adapter_names`` for BEFT and prefixes without a word: every row gets the active adapter."""
     encoder = tiny.encoder("bert", tmp_path)
-    specs: list[Any] = [PrefixSpec(3), PrefixSpec(2), BitfitSpec("attention"), BitfitSpec(), PromptSpec(2)]
+    specs: list[Any] = [Prefix(3), Prefix(2), Bitfit("attention"), Bitfit(), Prompt(2)]
     made = [tiny.delta(encoder, f"d{i}", [spec], samples.CLASSES, i, 0.3) for i, spec in enumerate(specs)]
     check_mixed_is_solo(encoder, made)
 
@@ -86,7 +86,7 @@ def test_every_kind_keeps_to_its_own_rows_of_a_mixed_batch(tmp_path: Path) -> No
 def test_composite_heads_and_label_counts_mix(tmp_path: Path) -> None:
     """peft raises for RoBERTa's composite head in a mixed batch, and for two numbers of labels."""
     encoder = tiny.encoder("roberta", tmp_path)
-    made = [tiny.delta(encoder, f"d{i}", [LoraSpec()], task, i, 0.3) for i, task in enumerate((TWO, samples.CLASSES))]
+    made = [tiny.delta(encoder, f"d{i}", [Lora()], task, i, 0.3) for i, task in enumerate((TWO, samples.CLASSES))]
     check_mixed_is_solo(encoder, made)
 
 
@@ -95,7 +95,7 @@ def test_a_prompt_leaves_text_positions_and_token_logits_as_they_are(tmp_path: P
     encoder = tiny.encoder("bert", tmp_path)
     longest = encoder.max_tokens
     task = TaskSpec("token-classification", ("O", "B"), longest)
-    delta = tiny.delta(encoder, "x", [PromptSpec(5)], task)
+    delta = tiny.delta(encoder, "x", [Prompt(5)], task)
     words = ["cat"] * (longest - 2)
     assert logits(encoder, [delta], ask("x", tokens=words))[0].shape == (longest, 2)
 
@@ -111,14 +111,14 @@ def test_a_prompt_leaves_text_positions_and_token_logits_as_they_are(tmp_path: P
 @pytest.mark.parametrize("family", ["modernbert", "mpnet", "deberta-v3"])
 def test_prefixes_work_where_peft_fails_or_ignores_them(tmp_path: Path, family: str) -> None:
     encoder = tiny.encoder(family, tmp_path)
-    check_mixed_is_solo(encoder, [tiny.delta(encoder, "x", [PrefixSpec(3)], samples.CLASSES, size=0.5)])
+    check_mixed_is_solo(encoder, [tiny.delta(encoder, "x", [Prefix(3)], samples.CLASSES, size=0.5)])
 
 
 @torch.no_grad()
 def test_token_types_reach_the_encoder_for_questions(tmp_path: Path) -> None:
     """``PeftModelForQuestionAnswering.forward`` takes token types and passes them to nobody."""
     encoder = tiny.encoder("bert", tmp_path / "base")
-    delta = tiny.delta(encoder, "x", [LoraSpec()], samples.ANSWERS)
+    delta = tiny.delta(encoder, "x", [Lora()], samples.ANSWERS)
     store.save(delta, tmp_path / "x", encoder.anatomy, encoder.config.to_dict())
     tokens = encoder.tokenizer("who ?", "the dog", return_tensors="pt")
     assert tokens.token_type_ids.any()

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bertology_serve.deltas import store
-from bertology_serve.deltas.bitfit import BitfitSpec
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.ia3 import Ia3Spec
-from bertology_serve.deltas.lora import LoraSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Job, Pipeline, Request
 from bertology_serve.errors import Unsupported
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.ia3 import Ia3
+from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.convert import Told, convert
 from tests import tiny
@@ -51,7 +51,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     "embedding": {"text": "the cat was very good"},
 }
 MATTERS = 1e-3
-LORA = LoraSpec(("query", "key", "value", "output", "up", "down"), rank=3)
+LORA = Lora(("query", "key", "value", "output", "up", "down"), rank=3)
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,12 @@ def test_lora_made_here_answers_alike_in_peft(lab: Lab, tmp_path: Path, kind: st
 
 
 def test_slices_and_rslora_and_chosen_layers_answer_alike_in_peft(lab: Lab, tmp_path: Path) -> None:
-    for i, spec in enumerate((LoraSpec(rank=2, rslora=True), LoraSpec(("value",), rank=3, alpha=5.5, layers=(0, 2)))):
+    for i, spec in enumerate((Lora(rank=2, rslora=True), Lora(("value",), rank=3, alpha=5.5, layers=(0, 2)))):
         check_in_peft(lab, tiny.delta(lab.encoder, "x", [spec], samples.CLASSES, size=0.2), tmp_path / f"x{i}")
 
 
 def test_attention_biases_made_here_answer_alike_in_peft(lab: Lab, tmp_path: Path) -> None:
-    delta = tiny.delta(lab.encoder, "x", [BitfitSpec("attention")], samples.CLASSES, size=0.3)
+    delta = tiny.delta(lab.encoder, "x", [Bitfit("attention")], samples.CLASSES, size=0.3)
     check_in_peft(lab, delta, tmp_path / "x")
 
 
@@ -158,7 +158,7 @@ def ia3_targets(lab: Lab) -> tuple[str, ...]:
 
 
 def test_ia3_made_here_answers_alike_in_peft(lab: Lab, tmp_path: Path) -> None:
-    for i, spec in enumerate((Ia3Spec(ia3_targets(lab)), Ia3Spec(("value", "down"), ("output",)))):
+    for i, spec in enumerate((Ia3(ia3_targets(lab)), Ia3(("value", "down"), ("output",)))):
         delta = tiny.delta(lab.encoder, "x", [spec], samples.CLASSES, size=0.3)
         check_in_peft(lab, delta, tmp_path / f"x{i}")
 
@@ -201,7 +201,7 @@ def test_dora_made_by_peft_answers_alike_when_converted(lab: Lab, tmp_path: Path
 def test_minilm_answers_alike_in_peft(tmp_path: Path, minilm_path: Path) -> None:
     """The real one, with a rank and targets as people use them, and its 24 target modules."""
     minilm = Lab(minilm_path, Encoder.load("minilm"))
-    spec = LoraSpec(("query", "value", "output"), rank=8)
+    spec = Lora(("query", "value", "output"), rank=8)
     check_in_peft(minilm, tiny.delta(minilm.encoder, "x", [spec], samples.CLASSES, size=0.02), tmp_path / "x")
 
 

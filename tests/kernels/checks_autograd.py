@@ -9,7 +9,7 @@ import torch
 from bertology_serve.kernels import reference
 from bertology_serve.kernels.autograd import differentiable_lora_linear
 from bertology_serve.kernels.columns import Pools
-from bertology_serve.kernels.config import Config
+from bertology_serve.kernels.tuning import Config
 from tests.kernels.deltas import Case, Request, Setting, case, normal, poisoned, surrounded
 
 CONFIG = Config(16, 16, 32, 16, 2)

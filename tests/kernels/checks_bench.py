@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from bertology_serve.kernels.bench_methods import exact, form, methods, pair, plain
-from bertology_serve.kernels.bench_workload import Workload, batch_segments, inputs
-from bertology_serve.kernels.config import Config
+from bertology_serve.bench.kernels.methods import exact, form, methods, pair, plain
+from bertology_serve.bench.kernels.workload import Workload, batch_segments, inputs
 from bertology_serve.kernels.dispatch import Choice
-from bertology_serve.kernels.heuristics import FUSED, SPLIT
+from bertology_serve.kernels.tuning import FUSED, SPLIT, Config
 from tests.kernels.deltas import Setting, error
 
 WORKLOAD = Workload(32, 48, 70, 8, 5, lengths="16")

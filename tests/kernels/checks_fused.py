@@ -9,8 +9,8 @@ import torch
 
 from bertology_serve.kernels import reference
 from bertology_serve.kernels.columns import Pools
-from bertology_serve.kernels.config import Config
 from bertology_serve.kernels.fused_lora_linear import fused_lora_linear
+from bertology_serve.kernels.tuning import Config
 from tests.kernels.deltas import Case, Request, Setting, case, poisoned
 
 ONE = Config(16, 32, 32, 16, 1)

@@ -6,8 +6,8 @@ import torch
 
 from bertology_serve.kernels import reference
 from bertology_serve.kernels.bottleneck import grouped_bottleneck_adapter
-from bertology_serve.kernels.config import Config
 from bertology_serve.kernels.layernorm import BLOCK_ROWS, layer_norm
+from bertology_serve.kernels.tuning import Config
 from tests.kernels.deltas import Request, Setting, case, normal, poisoned, surrounded
 
 CONFIG = Config(16, 16, 32, 32)

@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from bertology_serve.kernels import reference
 from bertology_serve.kernels.columns import active
-from bertology_serve.kernels.config import Config
 from bertology_serve.kernels.fused_lora_linear import fused_lora_linear
 from bertology_serve.kernels.shrink_expand import lora_expand, segmented_lora_shrink, split_lora_linear
+from bertology_serve.kernels.tuning import Config
 from tests.kernels.deltas import Case, Request, Setting, case, poisoned
 
 CONFIG = Config(16, 16, 32, 16, 2)

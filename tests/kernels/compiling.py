@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bertology_serve.kernels import tuning
-from bertology_serve.kernels.config import Config
-from bertology_serve.kernels.heuristics import SPLIT, adapter_config
+from bertology_serve.kernels.tuning import SPLIT, Config, adapter_config
 
 ROOT = Path(__file__).parents[2]
 BIN = Path("backends", "nvidia", "bin")

@@ -52,8 +52,8 @@ def stand_in() -> list[tuple[str, dict[str, Any]]]:
 def launches() -> None:
     """Calls every host function once or twice."""
     from bertology_serve.kernels import autograd, bottleneck, layernorm, shrink_expand
-    from bertology_serve.kernels.config import Config
     from bertology_serve.kernels.fused_lora_linear import fused_lora_linear
+    from bertology_serve.kernels.tuning import Config
 
     small = Config(64, 32, 64, 32, 1, 4, 3, True)
     it = case([REQUESTS], 128, 64).cast(SETTING)

@@ -11,14 +11,15 @@ from itertools import pairwise
 import pytest
 import torch
 
+from bertology_serve.bench.kernels import kernel_plot, kernel_run, methods, row_kernels
+from bertology_serve.bench.kernels.gpu_timing import Ceilings, Spread
+from bertology_serve.bench.kernels.kernel_report import Figure, floor_ratio, lines, losses, write_csv
+from bertology_serve.bench.kernels.workload import LENGTHS, MIXES, NOBODY, Workload, batch_segments, inputs, sweep
 from bertology_serve.cli.bench_kernels import kernels
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
-from bertology_serve.kernels import bench_methods, bench_plot, bench_rows, bench_run, tuning
-from bertology_serve.kernels.bench_report import Figure, floor_ratio, lines, losses, write_csv
-from bertology_serve.kernels.bench_timing import Ceilings, Spread
-from bertology_serve.kernels.bench_workload import LENGTHS, MIXES, NOBODY, Workload, batch_segments, inputs, sweep
-from bertology_serve.kernels.config import Config
+from bertology_serve.kernels import tuning
 from bertology_serve.kernels.segments import RowSegment
+from bertology_serve.kernels.tuning import Config
 from tests.kernels import checks_bench
 from tests.kernels.deltas import error
 from tests.kernels.interpreting import ROOT, checks, interpreted
@@ -97,29 +98,29 @@ def timed(monkeypatch):
             call(sets[0])
         return {name: Spread(1.0, 2.0 + i, 9.0, 1.0) for i, name in enumerate(calls)}
 
-    monkeypatch.setattr(bench_run, "compare", compare)
-    monkeypatch.setattr(bench_run, "ceilings", lambda device, dtype: Ceilings(1e12, 1e12))
-    monkeypatch.setattr(bench_run, "sets_needed", lambda size, device: 2)
-    monkeypatch.setattr(bench_run, "_plan_time", lambda work, device: (1.0, 2.0))
-    monkeypatch.setattr(bench_run, "machine", lambda device: {"gpu": "none", "date": "today"})
+    monkeypatch.setattr(kernel_run, "compare", compare)
+    monkeypatch.setattr(kernel_run, "ceilings", lambda device, dtype: Ceilings(1e12, 1e12))
+    monkeypatch.setattr(kernel_run, "sets_needed", lambda size, device: 2)
+    monkeypatch.setattr(kernel_run, "_plan_time", lambda work, device: (1.0, 2.0))
+    monkeypatch.setattr(kernel_run, "machine", lambda device: {"gpu": "none", "date": "today"})
 
 
 @pytest.mark.usefixtures("timed")
 def test_a_measurement_compares_before_it_times(monkeypatch):
     work = Workload(32, 48, 70, 8, 5, dtype="float32")
-    [found] = bench_run.measure([work], CPU)
+    [found] = kernel_run.measure([work], CPU)
     assert [f.method for f in found] == ["cublas", "ours", "torch_loop", "merged"]
     assert found[1].ratio == 1.5
     assert found[1].floor > 1.0 == found[0].floor
     assert found[1].error < 1e-6
-    monkeypatch.setitem(bench_run.ALLOWED, "float32", 0.0)
+    monkeypatch.setitem(kernel_run.ALLOWED, "float32", 0.0)
     with pytest.raises(VerificationError, match="against float64 on Workload"):
-        list(bench_run.measure([work], CPU))
+        list(kernel_run.measure([work], CPU))
 
 
 @pytest.mark.usefixtures("timed")
 def test_a_batch_that_asks_for_no_delta_is_plain():
-    [found] = bench_run.measure([Workload(32, 48, 70, 8, 5, NOBODY, dtype="float32")], CPU)
+    [found] = kernel_run.measure([Workload(32, 48, 70, 8, 5, NOBODY, dtype="float32")], CPU)
     assert [f.method for f in found] == ["cublas", "ours", "torch_loop"]
     assert found[1].floor == 1.0
     assert found[1].error < 1e-6
@@ -128,16 +129,16 @@ def test_a_batch_that_asks_for_no_delta_is_plain():
 @pytest.mark.parametrize("kernel", ["adapter", "norm"])
 def test_row_kernels_are_compared_before_they_are_timed(kernel, monkeypatch):
     times = {"copy": Spread(1, 2, 3, 1), "ours": Spread(2, 3, 4, 2), "torch": Spread(8, 9, 10, 7)}
-    monkeypatch.setattr(bench_rows, "sets_needed", lambda size, device: 2)
-    monkeypatch.setattr(bench_rows, "compare", lambda calls, sets: {name: times[name] for name in calls})
-    work = bench_rows.RowWork(kernel, 70, 32, torch.float32)
-    [found] = bench_rows.measure([work], CPU)
+    monkeypatch.setattr(row_kernels, "sets_needed", lambda size, device: 2)
+    monkeypatch.setattr(row_kernels, "compare", lambda calls, sets: {name: times[name] for name in calls})
+    work = row_kernels.RowWork(kernel, 70, 32, torch.float32)
+    [found] = row_kernels.measure([work], CPU)
     assert found.ratio == 1.5
     assert 0 < found.error < 1e-6
-    assert bench_rows.lines([found])[1].split()[:6] == [kernel, "70", "32", "2.0", "3.0", "9.0"]
-    monkeypatch.setitem(bench_rows.ALLOWED, torch.float32, 0.0)
+    assert row_kernels.lines([found])[1].split()[:6] == [kernel, "70", "32", "2.0", "3.0", "9.0"]
+    monkeypatch.setitem(row_kernels.ALLOWED, torch.float32, 0.0)
     with pytest.raises(VerificationError, match="against float64 on RowWork"):
-        list(bench_rows.measure([work], CPU))
+        list(row_kernels.measure([work], CPU))
 
 
 def test_the_picture_has_geometric_means(tmp_path):
@@ -148,9 +149,9 @@ def test_the_picture_has_geometric_means(tmp_path):
         for rows in (1024, 16384)
         for name, ratio in (("cublas", 1.0), ("ours", 1.1 * factor), ("cublas_pair", 1.5))
     ]
-    assert bench_plot.over_rows(some)["ours"] == [(1024, pytest.approx(2.2)), (16384, pytest.approx(2.2))]
-    assert bench_plot.over_deltas(some).keys() == {"ours", "floor", "cublas_pair"}
-    bench_plot.draw(some, {"gpu": "none"}, tmp_path / "ratio.png")
+    assert kernel_plot.over_rows(some)["ours"] == [(1024, pytest.approx(2.2)), (16384, pytest.approx(2.2))]
+    assert kernel_plot.over_deltas(some).keys() == {"ours", "floor", "cublas_pair"}
+    kernel_plot.draw(some, {"gpu": "none"}, tmp_path / "ratio.png")
     assert (tmp_path / "ratio.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -158,20 +159,20 @@ def test_the_picture_has_geometric_means(tmp_path):
 def test_another_implementation_can_stand_beside(monkeypatch):
     monkeypatch.setattr(checks_bench, "theirs", lambda work, segments, device: lambda i: i.x @ i.w.T, raising=False)
     also = f"{checks_bench.__name__}:theirs"
-    [found] = bench_run.measure([Workload(32, 48, 70, 8, 5, dtype="float32")], CPU, also)
+    [found] = kernel_run.measure([Workload(32, 48, 70, 8, 5, dtype="float32")], CPU, also)
     assert found[-1].method == also
     assert found[-1].error > 0.01
 
 
 @pytest.mark.usefixtures("timed")
 def test_tuning_changes_the_rows_that_it_measured(monkeypatch):
-    monkeypatch.setattr(bench_run, "architecture", lambda device: ("sm_80", ""))
-    by_torch = bench_run.Choice("torch", Config(), "")
-    plain = bench_run.form
-    monkeypatch.setattr(bench_run, "form", lambda choice, *rest: plain(by_torch, *rest))
-    monkeypatch.setattr(bench_run, "compare", first_is_slow())
+    monkeypatch.setattr(kernel_run, "architecture", lambda device: ("sm_80", ""))
+    by_torch = kernel_run.Choice("torch", Config(), "")
+    plain = kernel_run.form
+    monkeypatch.setattr(kernel_run, "form", lambda choice, *rest: plain(by_torch, *rest))
+    monkeypatch.setattr(kernel_run, "compare", first_is_slow())
     said: list[str] = []
-    new = bench_run.tune(CPU, lambda row: row.point.rows == 128 and row.point.k == row.point.n == 768, said.append)
+    new = kernel_run.tune(CPU, lambda row: row.point.rows == 128 and row.point.k == row.point.n == 768, said.append)
     assert new.measured == {"gpu": "none", "date": "today", "points": "10 of 400"}
     old = {row.point: row for row in tuning.table("sm_80").rows}
     changed = {row.point for row in new.rows if row != old[row.point]}
@@ -188,7 +189,7 @@ def first_is_slow():
 
 def test_candidates_begin_with_what_stands():
     row = tuning.table("sm_90").nearest(tuning.Point("half", 768, 768, 1, 4096, 16))
-    tried = list(bench_run.candidates(row, True))
+    tried = list(kernel_run.candidates(row, True))
     assert (tried[0].form, tried[0].config) == (row.form, row.config)
     assert {choice.form for choice in tried} == {"fused", "split", "torch"}
     assert all(choice.config.rank_tile == 16 for choice in tried)
@@ -226,10 +227,10 @@ def test_the_command_needs_torch_triton_and_typer_alone():
     assert "no CUDA GPU" in run.stderr
 
 
-@pytest.mark.skipif(bench_methods._grouped() is None, reason="this torch has no grouped_mm")
+@pytest.mark.skipif(methods._grouped() is None, reason="this torch has no grouped_mm")
 def test_grouped_mm_computes_the_same_linear():
     work = Workload(64, 96, 200, 8, 5)
     found = batch_segments(work)
     given = inputs(work, CPU, 0)
-    got = bench_methods.grouped(found, CPU)(given)
-    assert error(got, bench_methods.exact(given, found, 200)) < 4e-3
+    got = methods.grouped(found, CPU)(given)
+    assert error(got, methods.exact(given, found, 200)) < 4e-3

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from bertology_serve.kernels.config import Config
+from bertology_serve.kernels.tuning import Config
 from tests.kernels.compiling import BIN, ROOT, compiled, heaviest, linear_job, others
 
 MATRIX = {80: "HMMA", 90: "HGMMA"}

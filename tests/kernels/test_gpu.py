@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bertology_serve.kernels.bench_methods import exact
-from bertology_serve.kernels.bench_workload import Workload, batch_segments, inputs
+from bertology_serve.bench.kernels.methods import exact
+from bertology_serve.bench.kernels.workload import Workload, batch_segments, inputs
 from bertology_serve.kernels.columns import tile_columns
-from bertology_serve.kernels.config import Config
 from bertology_serve.kernels.dispatch import BatchColumns, lora_linear, torch_linear
 from bertology_serve.kernels.fused_lora_linear import fused_lora_linear
 from bertology_serve.kernels.shrink_expand import split_lora_linear
+from bertology_serve.kernels.tuning import Config
 from tests.kernels.deltas import ON_GPU, error, poisoned
 
 SHAPES = ((768, 768), (768, 3072), (3072, 768), (1024, 4096), (384, 1536))

@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 
 from bertology_serve.kernels import tuning
-from bertology_serve.kernels.heuristics import FUSED, SPLIT, TORCH, rank_tile
-from bertology_serve.kernels.tuning import Point
+from bertology_serve.kernels.tuning import FUSED, SPLIT, TORCH, Point, rank_tile
 
 ARCHITECTURES = ("sm_80", "sm_90")
 

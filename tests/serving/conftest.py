@@ -9,26 +9,26 @@ from typing import Any
 import pytest
 
 from bertology_serve.deltas import store
-from bertology_serve.deltas.bitfit import BitfitSpec
-from bertology_serve.deltas.bottleneck import AdapterSpec
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.prefix import PrefixSpec
-from bertology_serve.deltas.prompt import PromptSpec
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
-from bertology_serve.serving.registry import Registry
+from bertology_serve.kinds.adapter import Adapter
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
+from bertology_serve.serving.versions.delta_registry import Registry
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.serving.running import Running, running
 
 TAGS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
 DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
-    "mood": ([LoraSpec(rank=2)], TaskSpec("classification", ("bad", "good", "so-so"), 32)),
-    "grade": ([BitfitSpec()], TaskSpec("regression", max_length=32)),
-    "names": ([AdapterSpec(width=4)], TaskSpec("token-classification", TAGS, 32)),
-    "finder": ([PrefixSpec(3)], TaskSpec("question-answering", max_length=24, stride=4)),
-    "chooser": ([PromptSpec(2)], TaskSpec("multiple-choice", max_length=32)),
-    "sense": ([LoraSpec(("key",), rank=3)], TaskSpec("embedding", head="none", pooling="mean", max_length=32)),
+    "mood": ([Lora(rank=2)], TaskSpec("classification", ("bad", "good", "so-so"), 32)),
+    "grade": ([Bitfit()], TaskSpec("regression", max_length=32)),
+    "names": ([Adapter(width=4)], TaskSpec("token-classification", TAGS, 32)),
+    "finder": ([Prefix(3)], TaskSpec("question-answering", max_length=24, stride=4)),
+    "chooser": ([Prompt(2)], TaskSpec("multiple-choice", max_length=32)),
+    "sense": ([Lora(("key",), rank=3)], TaskSpec("embedding", head="none", pooling="mean", max_length=32)),
     "raw": ([], TaskSpec("embedding", head="none", max_length=32, normalize=False)),
 }
 RECORDS: dict[str, dict[str, Any]] = {

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 
-from bertology_serve.serving.engine import INLINE
-from bertology_serve.serving.keys import Key, Keyring, digest_of
-from bertology_serve.serving.protocol import bodies
+from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
+from bertology_serve.serving.execution.engine import INLINE
+from bertology_serve.serving.protocol import json_codec
 from bertology_serve.tasks import encoding
 from tests.serving.conftest import DELTAS, RECORDS
 from tests.serving.held import Held
@@ -252,7 +252,7 @@ def test_what_is_large_is_read_and_tokenised_beside_the_event_loop(server, path,
 
         return run
 
-    monkeypatch.setattr(bodies.msgspec.json, "decode", noted(bodies.msgspec.json.decode))
+    monkeypatch.setattr(json_codec.msgspec.json, "decode", noted(json_codec.msgspec.json.decode))
     monkeypatch.setattr(encoding, "_encoded", noted(encoding._encoded))
     body = json.dumps(LARGE[path]).encode()
     assert len(body) > INLINE

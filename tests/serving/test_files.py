@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from bertology_serve.errors import DataError, NotFound
-from bertology_serve.serving.files import reading, writing
+from bertology_serve.serving.offline import reading, writing
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
@@ -91,7 +91,7 @@ def test_what_cannot_be_written(tmp_path):
 
 def test_a_reader_of_standard_output_may_leave_early():
     code = (
-        "from bertology_serve.serving.files import writing\n"
+        "from bertology_serve.serving.offline import writing\n"
         "with writing('-') as out:\n"
         "    for _ in range(10**5): out.write(b'x' * 100 + b'\\n')\n"
     )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from bertology_serve.serving.openapi import document
+from bertology_serve.serving.http.openapi import document
 from tests.serving.conftest import DELTAS, RECORDS
 from tests.serving.running import Running
 

@@ -11,14 +11,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from bertology_serve.bench.prove.accounting import Fault, Walked, copying_fails, differences
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import BertologyError, FormatError, NotFound, Overloaded
-from bertology_serve.serving.prove.accounting import Fault, Walked, copying_fails, differences
-from bertology_serve.serving.registry import Registry
-from bertology_serve.serving.splits import Split
-from bertology_serve.serving.tiers.tiers import Tier
+from bertology_serve.serving.versions.canary import Split
+from bertology_serve.serving.versions.delta_cache import Tier
+from bertology_serve.serving.versions.delta_registry import Registry
 from tests import tiny
 from tests.serving.conftest import DELTAS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bertology_serve.serving.prove.contract import check, operations
+from bertology_serve.bench.prove.contract import check, operations
 
 OPERATIONS = operations()
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from bertology_serve.errors import DataError, SpecError
+from bertology_serve.tasks.base import all_pairs
 from bertology_serve.tasks.classification import Classification
 from bertology_serve.tasks.spec import TaskSpec
-from bertology_serve.tasks.texts import all_pairs
 
 TASK = Classification(TaskSpec("classification", ("bad", "good", "mixed")))
 

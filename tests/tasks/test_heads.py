@@ -16,14 +16,14 @@ from transformers import (
 )
 
 from bertology_serve.errors import FormatError, SpecError, Unsupported
-from bertology_serve.tasks import forms
+from bertology_serve.tasks import heads
 from bertology_serve.tasks.heads import Head, head_form, pool
 from bertology_serve.tasks.spec import TaskSpec
 
 H = 24
 SIZE = {"vocab_size": 40, "hidden_size": H, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 OPTIONS = {
-    **{family: {} for family in (*forms.POOLER, *forms.ROBERTA_LIKE)},
+    **{family: {} for family in (*heads.POOLER, *heads.ROBERTA_LIKE)},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "jina_embeddings_v3": {"position_embedding_type": "absolute"},
     "rembert": {"input_embedding_size": 16},
@@ -47,14 +47,14 @@ TASKS = {
     "question-answering": (AutoModelForQuestionAnswering, TaskSpec("question-answering")),
     "multiple-choice": (AutoModelForMultipleChoice, TaskSpec("multiple-choice")),
 }
-LACKING = {"question-answering": forms.NO_ANSWERS, "multiple-choice": forms.NO_CHOICE}
+LACKING = {"question-answering": heads.NO_ANSWERS, "multiple-choice": heads.NO_CHOICE}
 PAIRS = [
     (family, task)
     for family in OPTIONS
     for task in TASKS
     if family in CONFIG_MAPPING
     and family not in LACKING.get(task, ())
-    and (family not in forms.TAGS_ONLY or task == "token-classification")
+    and (family not in heads.TAGS_ONLY or task == "token-classification")
 ]
 IDS = torch.tensor([[2, 5, 6, 7, 3], [2, 9, 8, 11, 3], [2, 4, 10, 12, 3]])
 
@@ -103,7 +103,7 @@ def test_logits_equal_those_of_the_task_model(family, task):
 
 
 def test_a_family_is_proven_above_or_refused_by_name():
-    assert set(OPTIONS) == {*forms.FAMILIES, *forms.TAGS_ONLY}
+    assert set(OPTIONS) == {*heads.FAMILIES, *heads.TAGS_ONLY}
     for family, kind in (
         ("longformer", "classification"),
         ("luke", "token-classification"),

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from bertology_serve.errors import DataError, SpecError
-from bertology_serve.tasks.answer_spans import best_spans
-from bertology_serve.tasks.question_answering import NO_ANSWER, QuestionAnswering
+from bertology_serve.tasks.question_answering import NO_ANSWER, QuestionAnswering, best_spans
 from bertology_serve.tasks.spec import TaskSpec
 
 CONTEXT = "Ada Lovelace wrote the first program in 1843 . " * 3 + "Grace Hopper wrote the first linker in 1952 ."

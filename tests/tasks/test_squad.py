@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bertology_serve.tasks.squad import exact, normalise, overlap_f1, squad_scores
+from bertology_serve.tasks.question_answering import exact, normalise, overlap_f1, squad_scores
 
 
 def test_normalising_drops_case_articles_punctuation_and_spaces():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertology_serve.tasks.words import join_words, split_words
+from bertology_serve.tasks.token_classification import join_words, split_words
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.training.config import TrainConfig
-from bertology_serve.training.loop import Trainer
 from bertology_serve.training.train import prepare
+from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.trainer import Trainer
 from tests.training import sets
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bertology_serve.data.records import Record
-from bertology_serve.training.sources import Source
+from bertology_serve.training.batches import Source
 
 PEOPLE, PLACES, THINGS = ("Ada", "dog", "cat"), ("Paris", "London"), ("film", "river", "house", "bank")
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.live import nested
+from bertology_serve.encoder.trainable import nested
 from bertology_serve.errors import SpecError
-from bertology_serve.training.config import TrainConfig
 from bertology_serve.training.fleet.member import check_frozen
+from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache
 from bertology_serve.training.layers import layer_paths
 from bertology_serve.training.memory import estimate, saved_bytes
-from bertology_serve.training.trunk import Trunk
+from bertology_serve.training.train_config import TrainConfig
 from tests import tiny
 from tests.training.live import trainer
 
@@ -80,7 +80,7 @@ def test_it_goes_with_the_cache_of_the_trunk(bert: Encoder, tmp_path: Path):
     found = []
     for checkpointing in (False, True):
         made = trainer(bert, **METHODS["top-k"], checkpointing=checkpointing)
-        made.live.around = nested(Trunk(made.live, made.items, 4096, tmp_path).over, made.live.around)
+        made.live.around = nested(FrozenPrefixCache(made.live, made.items, 4096, tmp_path).over, made.live.around)
         made.live.eval()
         made.gradient(made.items)
         found.append({name: parameter.grad for name, parameter in made.parameters.items()})

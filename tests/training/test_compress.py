@@ -8,13 +8,13 @@ import torch
 
 from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.sparse import SparseSpec
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.live import LiveDelta
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.pruned import prune
+from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import BaseMismatch, SpecError
 from bertology_serve.export.fold import fold
+from bertology_serve.kinds.sparse import Sparse
 from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.compress import Budget, compress
 from tests import tiny
@@ -25,7 +25,7 @@ TEXTS = ["the film was good", "the river was not bad ."]
 
 def whole(encoder: Encoder, rank: int | None = None, only: str = "") -> Delta:
     """A fully tuned model: weights moved by matrices of a rank (``None``: any), biases and norms at random."""
-    live = LiveDelta(encoder.fresh(), (), TASK, full=True)
+    live = TrainableDelta(encoder.fresh(), (), TASK, full=True)
     delta, generator = live.freeze("tuned"), torch.Generator().manual_seed(0)
     weights = dict(delta.weights)
     for path, tensor in weights.items():
@@ -177,7 +177,7 @@ def test_the_largest_entries_are_kept_in_all_or_of_each_linear(bert: Encoder):
         key: tensor.numel() for key, tensor in base.items() if key.startswith("encoder.layer") and tensor.dim() == 2
     }
     every, each = (compress(tuned, bert, Budget(share=0.02, per_tensor=per), "small").delta for per in (False, True))
-    assert every.specs[0] == SparseSpec(("down",), (round(0.02 * sum(linears.values())),))
+    assert every.specs[0] == Sparse(("down",), (round(0.02 * sum(linears.values())),))
     kept = dict(zip(each.specs[0].targets, each.specs[0].kept, strict=True))
     assert sum(kept.values()) == sum(round(0.02 * count) for count in linears.values())
     assert kept["down"] == 3 * round(0.02 * size)

@@ -15,25 +15,25 @@ from safetensors.torch import load_file, save_file
 
 from bertology_serve.cli.main import main
 from bertology_serve.deltas import store
-from bertology_serve.deltas.adapterhub import _factor, read_adapterhub, write_adapterhub
-from bertology_serve.deltas.bottleneck import AdapterSpec
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.dora import spelt_out
-from bertology_serve.deltas.ia3 import Ia3Spec
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.prefix import PrefixSpec
+from bertology_serve.deltas.interop.adapterhub import _factor, read_adapterhub, write_adapterhub
+from bertology_serve.deltas.interop.peft_import import spelt_out
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
+from bertology_serve.kinds.adapter import Adapter
+from bertology_serve.kinds.ia3 import Ia3
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.convert import Told, convert
 from tests import tiny
 
 TASK = TaskSpec("classification", ("bad", "good", "none"), 32, head="linear")
 SPECS = {
-    "houlsby": AdapterSpec(width=5),
-    "attention": AdapterSpec(width=4, after="attention", activation="gelu"),
-    "pfeiffer": AdapterSpec("pfeiffer", width=8, drop_lowest=1),
+    "houlsby": Adapter(width=5),
+    "attention": Adapter(width=4, after="attention", activation="gelu"),
+    "pfeiffer": Adapter("pfeiffer", width=8, drop_lowest=1),
 }
 
 
@@ -135,7 +135,7 @@ def test_lora_of_adapterhub(tmp_path: Path) -> None:
             model.get_submodule(module.removeprefix("bert.")).weight += 1.5 * (b @ a).double()
 
     delta = check_logits(tmp_path / "base", as_adapters(tmp_path / "hub", LORA_CONFIG, tensors), change)
-    assert delta.specs == (LoraSpec(("query", "down"), rank=4, alpha=6.0, layers=(0, 2)),)
+    assert delta.specs == (Lora(("query", "down"), rank=4, alpha=6.0, layers=(0, 2)),)
 
 
 def test_ia3_of_adapterhub(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_ia3_of_adapterhub(tmp_path: Path) -> None:
             linear.bias *= 2 * factor[:, 0]
 
     delta = check_logits(tmp_path / "base", as_adapters(tmp_path / "hub", config, tensors), change)
-    assert delta.specs == (Ia3Spec(("key", "up"), ()),)
+    assert delta.specs == (Ia3(("key", "up"), ()),)
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -189,7 +189,7 @@ def test_prefixes_of_adapterhub(tmp_path: Path, flat: bool) -> None:
         )
     expected = out.last_hidden_state[0, 0] @ weight.double().T + bias.double()
     assert (logits(encoder, delta) - expected).abs().max() < 1e-5
-    assert delta.specs == (PrefixSpec(3),)
+    assert delta.specs == (Prefix(3),)
 
 
 def test_one_reduction_factor_a_layer(bert: Encoder, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_other_forms_are_refused(bert: Encoder, tmp_path: Path, file: str, value
 
 def test_what_adapterhub_cannot_hold(bert: Encoder, tmp_path: Path) -> None:
     for specs, task, message in (
-        ([LoraSpec()], TASK, "holds one bottleneck adapter, not lora"),
+        ([Lora()], TASK, "holds one bottleneck adapter, not lora"),
         ([SPECS["houlsby"]], replace(TASK, kind="regression", labels=()), "not regression"),
         ([SPECS["houlsby"]], replace(TASK, head="hf"), "takes bert.pooler.dense.weight from the base"),
     ):
@@ -312,7 +312,7 @@ def test_what_adapterhub_cannot_hold(bert: Encoder, tmp_path: Path) -> None:
 
 def microsoft(encoder: Encoder, path: Path, **more: torch.Tensor) -> Delta:
     """Writes a LoRA delta as ``loralib.lora_state_dict`` leaves it."""
-    delta = tiny.delta(encoder, "mood", [LoraSpec(rank=4, alpha=16)], replace(TASK, head="hf"), size=0.2)
+    delta = tiny.delta(encoder, "mood", [Lora(rank=4, alpha=16)], replace(TASK, head="hf"), size=0.2)
     table = dict(delta.head)
     for slot, layer in ((slot, layer) for slot in ("query", "value") for layer in range(3)):
         start = f"roberta.{encoder.anatomy.slot(slot).paths[layer]}"
@@ -348,11 +348,11 @@ def test_microsoft_lora(tmp_path: Path) -> None:
 
 
 def test_dora_without_its_magnitudes(bert: Encoder) -> None:
-    delta = tiny.delta(bert, "mood", [LoraSpec(("query",), rank=2, layers=(1,))], TASK)
+    delta = tiny.delta(bert, "mood", [Lora(("query",), rank=2, layers=(1,))], TASK)
     path = "encoder.layer.1.attention.self.query"
     weights = bert.model.state_dict()
     spelt = spelt_out(delta, {path: weights[f"{path}.weight"].norm(dim=1)}, weights, bert.anatomy)
-    assert [type(spec).__name__ for spec in spelt.specs] == ["LoraSpec", "Ia3Spec", "BitfitSpec"]
+    assert [type(spec).__name__ for spec in spelt.specs] == ["Lora", "Ia3", "Bitfit"]
     more = {path: torch.ones(32), "x": torch.ones(1)}
     for wrong, message in (({}, "missing"), ({path: torch.ones(3)}, "another width"), (more, "no update")):
         with pytest.raises(FormatError, match=message):

@@ -7,9 +7,9 @@ import pytest
 from bertology_serve.data.records import Record
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import BaseMismatch, DataError
-from bertology_serve.training.config import TrainConfig
 from bertology_serve.training.evaluate import evaluate, measure
 from bertology_serve.training.train import prepare
+from bertology_serve.training.train_config import TrainConfig
 from tests import tiny
 from tests.training import sets
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.training.gradients import layer_norms
+from bertology_serve.training.layers import layer_norms
 from tests.training.live import trainer
 
 

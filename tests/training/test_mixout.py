@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.training.loop import Trainer
-from bertology_serve.training.mixout import MixedWeights
+from bertology_serve.training.regularisers import MixedWeights
+from bertology_serve.training.trainer import Trainer
 from tests.training.live import trainer
 
 UP = "model.encoder.layer.0.intermediate.dense"

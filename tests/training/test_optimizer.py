@@ -3,9 +3,9 @@ from __future__ import annotations
 import torch
 
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.training.config import HEAD_RATE, LEARNING_RATES, TrainConfig
 from bertology_serve.training.methods import make_live
 from bertology_serve.training.optimizer import make_optimizer, moments, set_moments, set_rate, trained
+from bertology_serve.training.train_config import HEAD_RATE, LEARNING_RATES, TrainConfig
 from tests.training.live import trainer
 
 

@@ -12,12 +12,12 @@ import torch
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.training import processes
-from bertology_serve.training.config import TrainConfig
-from bertology_serve.training.destination import Destination
-from bertology_serve.training.loop import Trainer, check_divisible
+from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.processes import ALONE, Processes, check_alone, join
+from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import prepare, train
-from bertology_serve.training.watch import Silent
+from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.trainer import Trainer, check_divisible
 from tests.training import sets, two
 from tests.training.live import trainer
 
@@ -85,7 +85,7 @@ def test_a_whole_run_is_written_by_the_first_alone(bert_path: Path, tmp_path: Pa
     data = sets.source("classification"), sets.source("classification", "dev.jsonl")
     steps: list[int] = []
 
-    class Killer(Silent):
+    class Killer(NoCallback):
         def stepped(self, line: Any) -> None:
             steps.append(line["step"])
             if line["step"] == 5 and len(steps) == 5:

@@ -11,9 +11,9 @@ from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import VerificationError
 from bertology_serve.training import publish as publishing
-from bertology_serve.training.config import TrainConfig
 from bertology_serve.training.publish import publish
 from bertology_serve.training.train import Prepared, prepare
+from bertology_serve.training.train_config import TrainConfig
 from tests.training import sets
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import InputError, SpecError
-from bertology_serve.training.config import TrainConfig
-from bertology_serve.training.destination import Destination
+from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.evaluate import evaluate
-from bertology_serve.training.loop import Trainer
+from bertology_serve.training.publish import open_delta
 from bertology_serve.training.recipes import stages
-from bertology_serve.training.saved import open_delta
+from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, train
-from bertology_serve.training.watch import Silent
+from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.trainer import Trainer
 from tests.training import sets
 
 QUICK = {"epochs": 2, "batch_size": 4, "save_every": 1, "max_length": 32}
@@ -86,7 +86,7 @@ def test_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
-class Starts(Silent):
+class Starts(NoCallback):
     """Remembers what was said, and the weights before each stage's first step."""
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ class Killed(Exception):
     pass
 
 
-class Killer(Silent):
+class Killer(NoCallback):
     """Stops a run in a stage, after a step."""
 
     def __init__(self, stage: int, step: int) -> None:

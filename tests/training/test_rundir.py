@@ -9,8 +9,7 @@ import torch
 from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import identify, survey
 from bertology_serve.errors import FormatError, InputError, SpecError
-from bertology_serve.training.destination import Destination
-from bertology_serve.training.rundir import RunDirectory
+from bertology_serve.training.run_directory import Destination, RunDirectory
 from tests.deltas import samples
 
 IDENTITY = {"epochs": 2, "method": ["lora"], "train": "4 rows"}

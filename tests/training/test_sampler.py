@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bertology_serve.training.sampler import Buckets, Sampler
+from bertology_serve.training.batches import Buckets, Sampler
 
 
 def test_every_epoch_holds_each_index_once_in_another_order():

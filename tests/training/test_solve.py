@@ -10,15 +10,15 @@ from torch.nn import functional as F
 
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.live import LiveDelta
-from bertology_serve.training.config import TrainConfig
-from bertology_serve.training.destination import Destination
+from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.features import pooled
-from bertology_serve.training.saved import open_delta
-from bertology_serve.training.solve import Solver
+from bertology_serve.training.probe_solver import Solver
+from bertology_serve.training.publish import open_delta
+from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, prepare, train
-from bertology_serve.training.watch import Silent
+from bertology_serve.training.train_config import TrainConfig
 from tests.training import sets
 
 
@@ -56,11 +56,11 @@ def test_probe_is_published_at_the_optimum_for_its_c(tmp_path: Path, bert: Encod
 
 def test_every_layer_has_a_probe_from_one_pass(tmp_path: Path, bert: Encoder, monkeypatch: pytest.MonkeyPatch):
     passes: list[int] = []
-    hidden = LiveDelta.hidden
-    monkeypatch.setattr(LiveDelta, "hidden", lambda self, own: (passes.append(len(own)), hidden(self, own))[1])
+    hidden = TrainableDelta.hidden
+    monkeypatch.setattr(TrainableDelta, "hidden", lambda self, own: (passes.append(len(own)), hidden(self, own))[1])
     seen: list[int] = []
 
-    class Watch(Silent):
+    class Watch(NoCallback):
         def evaluated(self, line: Any) -> None:
             seen.append(line["layer"])
 
@@ -89,7 +89,7 @@ def test_lp_ft_begins_with_the_solved_probe(tmp_path: Path, bert_path: Path):
     probe = run(Encoder.load(str(bert_path)), tmp_path / "probe").delta
     said: list[str] = []
 
-    class Watch(Silent):
+    class Watch(NoCallback):
         def staged(self, stage: int, count: int, title: str) -> None:
             said.append(title)
 

@@ -12,19 +12,19 @@ from scipy.stats import spearmanr
 from bertology_serve.data.records import Record
 from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import newest
-from bertology_serve.deltas.kinds import parameter_count
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.loading import find_device
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import DataError, FormatError, InputError, SpecError
-from bertology_serve.training.config import METHODS, TrainConfig
-from bertology_serve.training.destination import Destination
-from bertology_serve.training.device import find_device
+from bertology_serve.kinds.kinds import parameter_count
+from bertology_serve.training.batches import Source
+from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.methods import count_parameters, make_live, specs_for
-from bertology_serve.training.saved import describe, open_delta
-from bertology_serve.training.sources import Source
+from bertology_serve.training.publish import describe, open_delta
+from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, for_encoder, train
-from bertology_serve.training.watch import Silent
+from bertology_serve.training.train_config import METHODS, TrainConfig
 from tests.training import sets
 
 
@@ -163,7 +163,7 @@ class Killed(Exception):
     pass
 
 
-class Killer(Silent):
+class Killer(NoCallback):
     def stepped(self, line: Any) -> None:
         if line["step"] == 2:
             raise Killed

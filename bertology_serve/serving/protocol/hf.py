@@ -7,18 +7,23 @@ answered in this project's own shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
-from bertology_serve.errors import DataError
-from bertology_serve.serving.protocol.bodies import decode, encode, encode_list, shown
-from bertology_serve.serving.protocol.hf_options import Options, read_options
-from bertology_serve.serving.protocol.hf_shapes import SHAPES
-from bertology_serve.serving.sizes import check_items
-from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING
+from bertology_serve.errors import DataError, Unsupported
+from bertology_serve.serving.batching.limits import check_items
+from bertology_serve.serving.protocol.json_codec import decode, encode, encode_list, shown
+from bertology_serve.tasks.spec import (
+    CLASSIFICATION,
+    EMBEDDING,
+    MULTIPLE_CHOICE,
+    QUESTION_ANSWERING,
+    REGRESSION,
+    TOKEN_CLASSIFICATION,
+)
 
 
 @dataclass(frozen=True)
@@ -92,3 +97,187 @@ def cosine(one: Sequence[float], other: Sequence[float]) -> float:
     product = sum(a * b for a, b in zip(one, other, strict=True))
     sizes = sum(a * a for a in one) * sum(b * b for b in other)
     return float(product / sizes**0.5) if sizes else 0.0
+
+
+TRANSFORMS = ("softmax", "sigmoid", "none")
+GROUPED = ("simple", "first", "average", "max")
+_KNOWN = {
+    CLASSIFICATION: ("top_k", "function_to_apply"),
+    REGRESSION: (),
+    TOKEN_CLASSIFICATION: ("aggregation_strategy", "ignore_labels"),
+    QUESTION_ANSWERING: ("top_k",),
+    MULTIPLE_CHOICE: (),
+    EMBEDDING: ("normalize", "dimensions", "truncate"),
+}
+# What counts as an option beside ``inputs`` too, where InferenceClient puts those of embeddings; other keys are ignored
+_OPTIONS = frozenset(sum(_KNOWN.values(), ())) | {
+    "stride", "align_to_words", "doc_stride", "handle_impossible_answer", "max_answer_len", "max_question_len",
+    "max_seq_len", "prompt_name", "truncation_direction", "encoding_format", "candidate_labels", "hypothesis_template",
+    "multi_label",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call asks for; ``None`` is the task's default.
+
+    ``unit`` says that the delta's embeddings have unit length already, ``normalize`` that the answer's are to.
+    """
+
+    top_k: int | None = None
+    transform: str = "softmax"
+    ignore_labels: tuple[str, ...] = ()
+    normalize: bool = False
+    unit: bool = False
+    dimensions: int | None = None
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the answer is made from logits."""
+        return self.transform != "softmax"
+
+
+def read_options(body: dict[str, Any], delta: Delta) -> Options:
+    """The options of a body, under ``parameters`` or beside ``inputs``. Unsupported for those that the task lacks: a
+    delta has decided them in its training, its labels too."""
+    parameters = body.get("parameters")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise DataError(f"field 'parameters' is {shown(parameters)}; expected an object")
+    beside = {name: value for name, value in body.items() if name in _OPTIONS}
+    given = {name: value for name, value in (beside | (parameters or {})).items() if value is not None}
+    kind = delta.task.kind
+    for name in given:
+        if name not in _KNOWN[kind]:
+            known = f"; {kind} has {', '.join(_KNOWN[kind])}" if _KNOWN[kind] else ""
+            raise Unsupported(f"option {name[:40]!r} is not supported for {kind}; leave it out{known}")
+    unit = kind == EMBEDDING and delta.task.normalize
+    options = Options(
+        top_k=_integer(given, "top_k", 20 if kind == QUESTION_ANSWERING else 100_000),
+        transform=_choice(given, "function_to_apply", TRANSFORMS, "softmax"),
+        ignore_labels=_texts(given, "ignore_labels"),
+        normalize=_flag(given, "normalize", unit),
+        unit=unit,
+        dimensions=_integer(given, "dimensions", 100_000),
+    )
+    _check(given, options, delta)
+    return options
+
+
+def _check(given: dict[str, Any], options: Options, delta: Delta) -> None:
+    """Options that are known and yet cannot be honoured."""
+    _choice(given, "aggregation_strategy", GROUPED, "simple")
+    if options.unit and not options.normalize:
+        raise Unsupported(f"delta {delta.name!r} gives normalised embeddings; leave 'normalize' out")
+    if _flag(given, "truncate", True) is False:
+        raise Unsupported("texts are always cut to the delta's maximum length; leave 'truncate' out")
+
+
+def _integer(given: dict[str, Any], name: str, most: int) -> int | None:
+    value = given.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise DataError(f"option {name!r} is out of range; expected an integer from 1 to {most}")
+    return value
+
+
+def _flag(given: dict[str, Any], name: str, default: bool = False) -> bool:
+    value = given.get(name, default)
+    if not isinstance(value, bool):
+        raise DataError(f"option {name!r} is {shown(value)}; expected true or false")
+    return value
+
+
+def _choice(given: dict[str, Any], name: str, choices: tuple[str, ...], default: str) -> str:
+    value = given.get(name, default)
+    if value not in choices:
+        raise DataError(f"option {name!r} is not supported with this value; expected one of {', '.join(choices)}")
+    return str(value)
+
+
+def _texts(given: dict[str, Any], name: str) -> tuple[str, ...]:
+    value = given.get(name, [])
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise DataError(f"option {name!r} is {shown(value)}; expected a list of labels")
+    return tuple(value)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``answer`` makes one item's answer; ``nested``: a single text, too, is answered with a list of answers."""
+
+    answer: Callable[[Prediction, Options], Any]
+    nested: bool = False
+
+
+def classification(prediction: Prediction, options: Options) -> list[dict[str, Any]]:
+    """``[{label, score}]``, best first."""
+    scores: dict[str, float] = prediction.answer["scores"]
+    if options.needs_logits:
+        scores = dict(zip(scores, prediction.answer["logits"], strict=True))
+    if options.transform == "sigmoid":
+        scores = {label: sigmoid(logit) for label, logit in scores.items()}
+    ranked = sorted(scores.items(), key=lambda item: -item[1])
+    return [{"label": label, "score": score} for label, score in ranked[: options.top_k]]
+
+
+def regression(prediction: Prediction, options: Options) -> list[dict[str, Any]]:
+    """``[{label: "value", score}]``, as a classification with one label."""
+    return [{"label": "value", "score": prediction.answer["value"]}]
+
+
+def tokens(prediction: Prediction, options: Options) -> list[dict[str, Any]]:
+    """``[{entity_group, score, word, start, end}]``."""
+    return [
+        {
+            "entity_group": entity["label"],
+            "score": entity["score"],
+            "word": entity["text"],
+            "start": entity["start"],
+            "end": entity["end"],
+        }
+        for entity in prediction.answer["entities"]
+        if entity["label"] not in options.ignore_labels
+    ]
+
+
+def question(prediction: Prediction, options: Options) -> Any:
+    """``{answer, score, start, end}``, or a list of them when more than one was asked for."""
+    found = prediction.answer.get("answers", [prediction.answer["answer"]])
+    answers = [
+        {"answer": answer["text"], "score": answer["score"], "start": answer["start"], "end": answer["end"]}
+        for answer in found
+    ]
+    return answers if (options.top_k or 1) > 1 else answers[0]
+
+
+def embedding(prediction: Prediction, options: Options) -> list[float]:
+    """The vector; the first ``dimensions`` of it, scaled again to unit length where it had that."""
+    vector: Sequence[float] = prediction.answer["embedding"]
+    if options.dimensions is not None and options.dimensions > len(vector):
+        raise DataError(f"option 'dimensions' is {options.dimensions}; the embedding has {len(vector)}")
+    part = list(vector[: options.dimensions])
+    if not options.normalize or (options.unit and options.dimensions is None):
+        return part
+    size = math.sqrt(sum(number * number for number in part))
+    return [number / size for number in part] if size else part
+
+
+def own(prediction: Prediction, options: Options) -> dict[str, Any]:
+    """This project's own shape."""
+    return prediction.as_dict()
+
+
+SHAPES = {
+    CLASSIFICATION: Shape(classification, nested=True),
+    REGRESSION: Shape(regression, nested=True),
+    TOKEN_CLASSIFICATION: Shape(tokens),
+    QUESTION_ANSWERING: Shape(question),
+    EMBEDDING: Shape(embedding),
+    MULTIPLE_CHOICE: Shape(own),
+}
+
+
+def sigmoid(logit: float) -> float:
+    """1 / (1 + exp(-logit)) that does not overflow."""
+    return 1.0 / (1.0 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1.0 + math.exp(logit))

@@ -12,9 +12,9 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError
-from bertology_serve.serving.protocol.bodies import encode_list, object_of, shown
+from bertology_serve.serving.batching.limits import check_items
+from bertology_serve.serving.protocol.json_codec import encode_list, object_of, shown
 from bertology_serve.serving.protocol.native import answer_of, read_request
-from bertology_serve.serving.sizes import check_items
 
 
 def read_predict(body: bytes, delta: Delta, most: float) -> list[Request]:

@@ -10,8 +10,8 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError
-from bertology_serve.serving.protocol.bodies import decode, encode, encode_list, shown
-from bertology_serve.serving.sizes import check_items
+from bertology_serve.serving.batching.limits import check_items
+from bertology_serve.serving.protocol.json_codec import decode, encode, encode_list, shown
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import msgspec
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, nearest
-from bertology_serve.serving.protocol.bodies import decode, encode, shown
+from bertology_serve.serving.protocol.json_codec import decode, encode, shown
 from bertology_serve.serving.protocol.oip_model import (
     ANY_TASK,
     INPUTS,

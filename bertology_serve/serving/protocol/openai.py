@@ -17,10 +17,9 @@ import numpy as np
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
-from bertology_serve.serving.protocol.bodies import encode, encode_list, object_of, shown
-from bertology_serve.serving.protocol.hf_options import Options
-from bertology_serve.serving.protocol.hf_shapes import embedding
-from bertology_serve.serving.sizes import check_items
+from bertology_serve.serving.batching.limits import check_items
+from bertology_serve.serving.protocol.hf import Options, embedding
+from bertology_serve.serving.protocol.json_codec import encode, encode_list, object_of, shown
 from bertology_serve.tasks.spec import EMBEDDING
 
 FORMATS = ("float", "base64")

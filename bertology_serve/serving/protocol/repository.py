@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from bertology_serve.errors import DataError, Unsupported, nearest
-from bertology_serve.serving.protocol.bodies import decode, shown
+from bertology_serve.serving.protocol.json_codec import decode, shown
 
 PARAMETERS = ("version", "config")
 CONFIG = ("version",)

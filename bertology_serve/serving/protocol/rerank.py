@@ -12,8 +12,8 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
-from bertology_serve.serving.protocol.bodies import encode, object_of, shown
-from bertology_serve.serving.protocol.hf_shapes import sigmoid
+from bertology_serve.serving.protocol.hf import sigmoid
+from bertology_serve.serving.protocol.json_codec import encode, object_of, shown
 from bertology_serve.serving.protocol.openai import Receipt, model_of, texts_of
 from bertology_serve.tasks.spec import EMBEDDING, REGRESSION
 

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from bertology_serve.errors import DataError, LimitError
-from bertology_serve.serving.protocol.bodies import MOST_VALUES, shown
+from bertology_serve.serving.protocol.json_codec import MOST_VALUES, shown
 
 Parameters = dict[str, Any]
 _NUMPY = {"FP32": "<f4", "INT64": "<i8"}

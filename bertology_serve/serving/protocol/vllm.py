@@ -13,7 +13,7 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
-from bertology_serve.serving.protocol.bodies import encode, object_of, shown
+from bertology_serve.serving.protocol.json_codec import encode, object_of, shown
 from bertology_serve.serving.protocol.openai import Receipt, model_of, texts_of
 from bertology_serve.serving.protocol.rerank import pairs, score_of
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION

@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertology_serve.encoder.live import LiveDelta
+from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import SpecError
 from bertology_serve.tasks.base import Task
+from bertology_serve.training.batches import Item
 from bertology_serve.training.checkpoint import random_state, set_random_state
-from bertology_serve.training.config import TrainConfig
-from bertology_serve.training.fleet.directory import FleetDirectory
-from bertology_serve.training.fleet.watch import FleetWatcher, Quiet
-from bertology_serve.training.items import Item
+from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.layers import lowest_trained
-from bertology_serve.training.loop import Trainer
 from bertology_serve.training.methods import count_parameters
+from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.trainer import Trainer
 
 RANDOM = "rng."
 ALONE = ("trunk_cache", "checkpointing")
@@ -36,7 +35,7 @@ class Member(Trainer):
     def __init__(
         self,
         name: str,
-        live: LiveDelta,
+        live: TrainableDelta,
         task: Task,
         items: Sequence[Item],
         config: TrainConfig,
@@ -125,7 +124,7 @@ def check_frozen(name: str, config: TrainConfig) -> None:
         raise SpecError(f"{name}: {alone} is for one run, and a fleet's passes are shared; leave it out")
 
 
-def _seeded(live: LiveDelta, seed: int) -> dict[str, Tensor]:
+def _seeded(live: TrainableDelta, seed: int) -> dict[str, Tensor]:
     """The state of the random generators after ``torch.manual_seed(seed)``."""
     device = live.encoder.device
     outside = random_state(device)

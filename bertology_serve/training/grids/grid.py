@@ -34,8 +34,8 @@ from typing import Any
 
 from bertology_serve.data.sets import set_named
 from bertology_serve.errors import NotFound, SpecError, nearest
-from bertology_serve.training.config import TrainConfig
-from bertology_serve.training.settings import read_settings
+from bertology_serve.training.config_file import read_settings
+from bertology_serve.training.train_config import TrainConfig
 
 STATISTICS = ("mean", "median")
 
@@ -228,3 +228,21 @@ def _chosen(entries: tuple[Any, ...], names: Sequence[str]) -> tuple[Any, ...]:
         if slug(name) not in known:
             raise SpecError(f"the grid has no {name!r}; {nearest(slug(name), known)}")
     return tuple(one for one in entries if not names or slug(one.name) in {slug(name) for name in names})
+
+
+FOLDER = Path(__file__).parent / "presets"
+
+
+def presets() -> dict[str, Path]:
+    """The packaged grids by name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
+
+
+def find_grid(name: str) -> Grid:
+    """A packaged grid by its name, or any other from its file. Raises NotFound, SpecError."""
+    known = presets()
+    if name in known:
+        return read_grid(known[name])
+    if not name.endswith(".toml"):
+        raise NotFound(f"no grid {name!r}; {nearest(name, known)} (or a TOML file)")
+    return read_grid(Path(name))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bertology_serve.serving.openapi import document
+from bertology_serve.serving.http.openapi import document
 from tests.serving.conftest import DELTAS
 
 PYTHON = os.environ.get("BERTOLOGY_OPENAPI_PYTHON", "")

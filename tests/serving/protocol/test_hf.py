@@ -8,7 +8,7 @@ import torch
 
 from bertology_serve.errors import DataError, Unsupported
 from bertology_serve.serving.protocol.hf import read_task, write_task
-from bertology_serve.serving.registry import Registry
+from bertology_serve.serving.versions.delta_registry import Registry
 
 
 def ask(registry: Registry, name: str, inputs: Any, top: dict[str, Any] | None = None, **parameters: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import DataError, LimitError, NotFound
 from bertology_serve.serving.protocol.oip import InferCall, read_infer, write_infer
-from bertology_serve.serving.registry import Registry
+from bertology_serve.serving.versions.delta_registry import Registry
 
 
 def read(registry: Registry, model: str, body: Any, length: int | None = None) -> InferCall:

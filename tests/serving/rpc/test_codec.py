@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 from bertology_serve.serving.protocol.oip import read_infer
-from bertology_serve.serving.rpc.codec import write_infer
+from bertology_serve.serving.rpc.grpc_server import write_infer
 
 
 def test_what_was_cut_is_told(registry):

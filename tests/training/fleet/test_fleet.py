@@ -9,12 +9,11 @@ import torch
 
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import SpecError
-from bertology_serve.training.config import TrainConfig
-from bertology_serve.training.fleet.fleet import Fleet
+from bertology_serve.training.fleet.fleet import Fleet, joined, pieces
 from bertology_serve.training.fleet.member import Member
-from bertology_serve.training.fleet.step import joined, pieces
-from bertology_serve.training.loop import Trainer
 from bertology_serve.training.train import prepare
+from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.trainer import Trainer
 from tests import tiny
 from tests.training import sets
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bertology_serve.training.grids.grid import Grid, GridMethod, GridTask
-from bertology_serve.training.grids.results import Results
+from bertology_serve.training.grids.grid_tables import Results
 
 RANKS = (1, 4)
 

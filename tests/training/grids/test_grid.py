@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from bertology_serve.errors import NotFound, SpecError
-from bertology_serve.training.grids.grid import Grid, GridTask, read_grid, slug
-from bertology_serve.training.grids.presets import find_grid, presets
+from bertology_serve.training.grids.grid import Grid, GridTask, find_grid, presets, read_grid, slug
 from tests.training.grids import made
 
 TEXT = """
@@ -124,7 +123,7 @@ def test_a_grid_that_is_not_there_names_the_nearest(tmp_path: Path):
 
 
 def test_imports_no_torch():
-    code = "import sys, bertology_serve.training.grids.presets, bertology_serve.training.grids.tables;"
+    code = "import sys, bertology_serve.training.grids.grid, bertology_serve.training.grids.grid_tables;"
     done = subprocess.run(
         [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True
     )

@@ -7,13 +7,13 @@ import functools
 import pytest
 from transformers import DebertaV2Config, RobertaConfig
 
-from bertology_serve.deltas import kinds
-from bertology_serve.deltas.lora import LoraSpec
-from bertology_serve.deltas.slots import Anatomy
 from bertology_serve.encoder.anatomy import empty_model, find_anatomy
+from bertology_serve.kinds import kinds
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.heads import Head, head_form
 from bertology_serve.tasks.spec import TaskSpec
-from bertology_serve.training.grids.presets import find_grid
+from bertology_serve.training.grids.grid import find_grid
 from bertology_serve.training.methods import specs_for
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
@@ -68,7 +68,7 @@ def test_whole_models_have_the_published_size(name: str, published: float):
 
 def test_lora_on_deberta_xxlarge_is_4_7_million_at_rank_16():
     """The paper's appendix says rank 8, its scripts 16: 4.7M is 16."""
-    assert kinds.parameter_count([LoraSpec(rank=16)], shape("xxlarge")[0]) == 4_718_592
+    assert kinds.parameter_count([Lora(rank=16)], shape("xxlarge")[0]) == 4_718_592
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from io import StringIO
 
 import pytest
 
-from bertology_serve.training.grids.tables import figures, long_csv, markdown, wide_csv
+from bertology_serve.training.grids.grid_tables import figures, long_csv, markdown, wide_csv
 from tests.training.grids import made
 
 FOUND = {

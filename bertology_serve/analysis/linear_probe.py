@@ -1,0 +1,139 @@
+"""Linear probes: multinomial logistic regression on standardised features, solved to its only optimum."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """``logits = (x - mean) / std Wᵀ + b``; weight [C, H], bias [C], mean and std [H]."""
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [n, H] -> [n, C]."""
+        return F.linear((x - self.mean) / self.std, self.weight, self.bias)
+
+
+def fit(x: Tensor, y: Tensor, classes: int, penalty: float, steps: int = 100) -> Logistic:
+    """Minimises mean cross-entropy + penalty / 2 ‖W‖² by L-BFGS from zero: no seed, the same answer every time.
+
+    x [n, H], y [n] int64 below ``classes``. Features without variance get a standard deviation of 1.
+    """
+    mean, std = x.mean(0), x.std(0, unbiased=False)
+    std = torch.where(std > 1e-7, std, torch.ones_like(std))
+    features = (x - mean) / std
+    weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=steps, history_size=10, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(F.linear(features, weight, bias), y) + penalty / 2 * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    solver.step(closure)  # type: ignore[no-untyped-call]
+    return Logistic(weight.detach(), bias.detach(), mean, std)
+
+
+@dataclass(frozen=True)
+class Score:
+    """``accuracy`` and ``macro_f1`` as fractions, ``bits``: mean cross-entropy."""
+
+    accuracy: float
+    macro_f1: float
+    bits: float
+
+
+def score(probe: Logistic, x: Tensor, y: Tensor) -> Score:
+    """How a probe does on x [n, H] with the right classes y [n]; F1 over the classes that occur or are answered."""
+    logits = probe.logits(x)
+    found = logits.argmax(1)
+    classes = torch.unique(torch.cat([y, found])).tolist()
+    scores = []
+    for label in classes:
+        hits = ((y == label) & (found == label)).sum().item()
+        scores.append(2 * hits / ((y == label).sum().item() + (found == label).sum().item()))
+    return Score(
+        accuracy=(found == y).double().mean().item(),
+        macro_f1=sum(scores) / len(scores),
+        bits=F.cross_entropy(logits.double(), y).item() / math.log(2),
+    )
+
+
+@dataclass(frozen=True)
+class Mix:
+    """``weights`` [L + 1] of the layers, of sum 1; ``accuracy`` of the probe on held-out rows."""
+
+    weights: Tensor
+    accuracy: float
+
+    @property
+    def centre(self) -> float:
+        """The mean layer, weighted."""
+        return float((self.weights * torch.arange(len(self.weights))).sum())
+
+
+def fit_mix(x: Tensor, y: Tensor, held: Tensor, gold: Tensor, classes: int, penalty: float, steps: int = 40) -> Mix:
+    """Learns softmax weights over layers and one linear probe together, by L-BFGS from equal weights.
+
+    x [L + 1, n, H] and ``held`` alike, standardised layer by layer with x's statistics; y [n], ``gold`` alike, int64.
+    The objective is that of ``logistic.fit``; not convex in the weights, but without any random start.
+    """
+    mean, std = x.mean(1, keepdim=True), x.std(1, unbiased=False, keepdim=True)
+    std = torch.where(std > 1e-7, std, torch.ones_like(std))
+    features, others = (x - mean) / std, (held - mean) / std
+    mix = torch.zeros(len(x), dtype=x.dtype, requires_grad=True)
+    weight = torch.zeros(classes, x.shape[2], dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
+    solver = torch.optim.LBFGS([mix, weight, bias], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
+
+    def logits(rows: Tensor) -> Tensor:
+        return F.linear(torch.einsum("l,lnh->nh", mix.softmax(0), rows), weight, bias)
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(logits(features), y) + penalty / 2 * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    solver.step(closure)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        accuracy = (logits(others).argmax(1) == gold).double().mean().item()
+    return Mix(mix.detach().softmax(0), accuracy)
+
+
+SHARES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
+FEWEST = 16  # examples of the first block
+STEPS = 50  # of each probe's solver: what is left to gain by more is far below what the labels cost
+
+
+def online_code(x: Tensor, y: Tensor, classes: int, penalty: float, seed: int) -> float:
+    """Bits for all labels y [n] given x [n, H]; the order is drawn from the seed."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    x, y = x[order], y[order]
+    ends = block_ends(len(y))
+    bits = ends[0] * math.log2(classes)
+    for start, end in pairwise(ends):
+        logits = fit(x[:start], y[:start], classes, penalty, STEPS).logits(x[start:end])
+        bits += F.cross_entropy(logits.double(), y[start:end], reduction="sum").item() / math.log(2)
+    return bits
+
+
+def block_ends(count: int) -> list[int]:
+    """Where the blocks of so many examples end, the last at their end."""
+    ends = [round(share * count) for share in SHARES]
+    return sorted({end for end in ends if end >= min(FEWEST, count)})

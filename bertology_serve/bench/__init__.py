@@ -1,0 +1,1 @@
+"""What measures the rest: ``bench`` and ``prove``. Nothing but the command line imports it."""

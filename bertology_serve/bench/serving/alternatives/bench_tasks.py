@@ -1,0 +1,90 @@
+"""The tasks that all alternatives answer, in the form that each of them reads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from bertology_serve.bench.export.checkpoint import task_model
+from bertology_serve.bench.prove.stage import LENGTH, Stage
+from bertology_serve.deltas import store
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.loading import locate
+from bertology_serve.export.back_ends import choose, write
+from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_spec import ExportSpec
+from bertology_serve.export.metadata import save
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.tasks.spec import CLASSIFICATION, TaskSpec
+
+LABELS = ("bad", "good", "so-so")
+TASK = TaskSpec(CLASSIFICATION, LABELS, LENGTH)
+RANK = 8
+
+
+@dataclass(frozen=True)
+class Made:
+    """``count`` random LoRA classifiers over the checkpoint ``base``: d0, d1 and so on.
+
+    ``directory`` holds them as deltas, which are peft's adapters too, merged as checkpoints, and merged in ONNX.
+    """
+
+    directory: Path
+    base: Path
+    count: int
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tasks."""
+        return [f"d{number}" for number in range(self.count)]
+
+    @property
+    def deltas(self) -> Path:
+        """NAME/VERSION/ of exactly these."""
+        return self.directory / f"deltas-{self.count}"
+
+    def adapter(self, name: str) -> Path:
+        """One delta, as peft reads it."""
+        return self.deltas / name / "1"
+
+    def checkpoint(self, name: str) -> Path:
+        """One merged model, as transformers reads it."""
+        return self.directory / "checkpoints" / name
+
+    def onnx(self, name: str) -> Path:
+        """One merged model, as ONNX Runtime reads it."""
+        return self.directory / "onnx" / f"{name}.onnx"
+
+
+def make(stage: Stage, directory: Path, count: int, different: int) -> Made:
+    """Writes what is not there yet. From the ``different``-th on merged models are copies of those before.
+
+    They cost as much to run and to hold. Checkpoints are copied as files of their own, because transformers maps them
+    into memory, where copies by name would be shared; ONNX Runtime reads its files.
+    """
+    made = Made(directory, Path(locate(stage.backbone)), count)
+    for folder in (made.checkpoint(""), made.onnx("").parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(made.names):
+        delta = stage.random(name, Lora(rank=RANK), TASK, number)
+        store.save(delta, made.adapter(name), stage.encoder.anatomy, stage.encoder.config.to_dict())
+        if made.onnx(name).exists():
+            continue
+        if number < different:
+            _merge(stage, made, delta)
+        else:
+            like = f"d{number % different}"
+            shutil.copytree(made.checkpoint(like), made.checkpoint(name))
+            os.link(made.onnx(like), made.onnx(name))
+    return made
+
+
+def _merge(stage: Stage, made: Made, delta: Delta) -> None:
+    spec, parts = ExportSpec(merge=True), parts_of(stage.encoder, delta, merge=True)
+    save(write(parts, choose(parts, spec), spec), made.onnx(delta.name))
+    model = task_model(parts, delta)
+    model.config.id2label, model.config.label2id = dict(enumerate(LABELS)), {name: i for i, name in enumerate(LABELS)}
+    model.save_pretrained(made.checkpoint(delta.name))
+    stage.encoder.tokenizer.save_pretrained(made.checkpoint(delta.name))

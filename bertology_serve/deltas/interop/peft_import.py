@@ -1,0 +1,340 @@
+"""Deltas from directories that peft wrote: LoRA, BEFT (biases), prompt tuning and prefix tuning.
+
+A setting of ``adapter_config.json`` that is not known to leave the function alone is refused by name, so that no
+checkpoint is answered differently without a word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, float32
+
+from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.interop.peft_export import PREFIX_FAMILIES, TASK_TYPES, drops_types
+from bertology_serve.deltas.interop.peft_modules import beft_delta, check_none_left, check_whole, lora_delta, merge_head
+from bertology_serve.deltas.interop.peft_tensors import MERGE, ia3_delta, take
+from bertology_serve.deltas.interop.sentence_transformers import embedding_task
+from bertology_serve.deltas.layout import (
+    MODEL_ROOT,
+    PROMPT_EMBEDDINGS,
+    PROMPT_ROOT,
+    check_head,
+    shapes_of,
+    split_prefix,
+)
+from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from bertology_serve.deltas.safe_io import Limits, read_json, read_tensors
+from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
+from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.bitfit import slots as bias_slots
+from bertology_serve.kinds.ia3 import Ia3
+from bertology_serve.kinds.kind import Tensors, chosen_layers
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.prompt import Prompt
+from bertology_serve.kinds.slots import Anatomy
+from bertology_serve.tasks.heads import head_form, head_pooling
+from bertology_serve.tasks.spec import (
+    CLASSIFICATION,
+    EMBEDDING,
+    QUESTION_ANSWERING,
+    REGRESSION,
+    TOKEN_CLASSIFICATION,
+    TaskSpec,
+)
+
+# Settings that leave the function alone, or are read here, whatever their value.
+_HARMLESS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "encoder_hidden_size", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save",
+    "num_attention_heads", "num_layers", "num_virtual_tokens", "peft_type", "peft_version", "prompt_tuning_init",
+    "prompt_tuning_init_text", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "feedforward_modules", "init_ia3_weights",
+    "target_modules", "task_type", "token_dim", "tokenizer_kwargs", "tokenizer_name_or_path", "use_rslora",
+}  # fmt: skip
+# Methods of which peft 0.21 makes a LoRA by ``convert_to_lora``, and those that it cannot fold into the weights.
+_CONVERTED = {
+    "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA",
+    "VBLORA", "VERA", "WAVEFT",
+}  # fmt: skip
+_UNMERGED = {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY", "XLORA"}
+# Settings that are read at these values only. The other ways of initialising LoRA change the base weights.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "num_transformer_submodules": (None, 1),
+}
+_WRAPPED = re.compile(r"\.(modules_to_save|base_layer|ln_tuning_layers)(\.default)?(?=\.)")
+_POOLER_LORA = re.compile(r"(.*\.)?pooler\.dense\.lora_[AB]\.weight")
+_LONGEST = 512
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A peft directory as read: its configuration, its tensors (taken out as they are used) and what it is for."""
+
+    config: Mapping[str, Any]
+    tensors: Tensors
+    anatomy: Anatomy
+
+
+def import_peft(
+    directory: Path,
+    anatomy: Anatomy,
+    base: BaseRef,
+    known_as: Path,
+    *,
+    task: TaskSpec | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+    root: Path | None = None,
+    base_head: Mapping[str, Tensor] | None = None,
+) -> Delta:
+    """The delta ``known_as`` (NAME/VERSION) of a peft directory, for the encoder ``base``: peft names no weights.
+
+    ``task`` says what peft does not: labels, maximum length. Without it, or with its kind alone, they follow from the
+    task type and the head's width (``LABEL_0``...), for embeddings from what sentence-transformers wrote beside.
+    ``base_head`` is what the base checkpoint has of a head, by its name there: a delta whose LoRA reaches the pooler
+    carries the pooler's whole weight. Raises FormatError for a malformed directory, Unsupported for what cannot be had
+    here.
+    """
+    limits, root = limits or Limits(), root or directory
+    config, _ = read_json(directory / ADAPTER_CONFIG, limits, root)
+    tensors, _, _ = read_tensors(directory / ADAPTER_WEIGHTS, limits, root)
+    return peft_delta(
+        directory, config, tensors, anatomy, base, known_as, task=task, options=options, limits=limits, root=root,
+        base_head=base_head,
+    )  # fmt: skip
+
+
+def peft_delta(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    anatomy: Anatomy,
+    base: BaseRef,
+    known_as: Path,
+    *,
+    task: TaskSpec | str | None = None,
+    options: Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+    root: Path | None = None,
+    base_head: Mapping[str, Tensor] | None = None,
+) -> Delta:
+    """What ``import_peft`` returns, for a configuration and tensors that were read from ``directory``."""
+    limits, root = limits or Limits(), root or directory
+    method = str(config.get("peft_type"))
+    if method not in _METHODS:
+        raise Unsupported(f"{directory} holds peft's {method[:40]}; {_way_out(method)}{nearest(method[:40], _METHODS)}")
+    _check_settings(config, directory)
+    checkpoint = Checkpoint(config, {name: tensor.to(float32) for name, tensor in tensors.items()}, anatomy)
+    try:
+        spec, components = _METHODS[method](checkpoint)
+        head = _head(
+            checkpoint.tensors, PROMPT_ROOT if method in ("PROMPT_TUNING", "PREFIX_TUNING") else MODEL_ROOT, anatomy
+        )
+        if not isinstance(task, TaskSpec):
+            virtual = spec.length if isinstance(spec, Prompt | Prefix) else 0
+            longest = max(3, min(_LONGEST, anatomy.max_tokens - virtual))
+            task = _task(config, head, anatomy.family, task, longest, options or {}) or embedding_task(
+                directory, longest, limits, root
+            )
+        if config.get("task_type") and drops_types(task, anatomy.family, options or {}):
+            task = replace(task, token_types=False)
+        if method == "LORA":
+            head = _merged(config, head, task, anatomy, options or {}, base_head or {})
+        check_head(shapes_of(head), task, anatomy, options or {})
+    except (FormatError, SpecError) as error:
+        raise FormatError(f"{directory}: {error}") from None
+    except Unsupported as error:
+        raise Unsupported(f"{directory}: {error}") from None
+    origin = _provenance(config)
+    specs = () if spec is None else (spec,)
+    return Delta(known_as.parent.name, base, task, specs, components, head, version=known_as.name, provenance=origin)
+
+
+def _check_settings(config: Mapping[str, Any], directory: Path) -> None:
+    for name, value in config.items():
+        if name in _NEUTRAL:
+            fine = any(value is known or (type(value) is type(known) and value == known) for known in _NEUTRAL[name])
+        else:
+            fine = name in _HARMLESS or not value
+        if not fine:
+            read = name == "use_dora" or (name == "bias" and value in ("all", "lora_only"))
+            way = "convert it with bertology-serve convert" if read else MERGE
+            raise Unsupported(f"{directory}: {name[:60]}={str(value)[:60]} is not read here; {way}")
+
+
+def _merged(
+    config: Mapping[str, Any], head: Tensors, task: TaskSpec, anatomy: Anatomy, options: Mapping[str, Any],
+    base_head: Mapping[str, Tensor],
+) -> Tensors:  # fmt: skip
+    """The head with the LoRA of its layers merged; embeddings do not read the pooler, whatever its LoRA."""
+    if task.kind == EMBEDDING:
+        head = {name: tensor for name, tensor in head.items() if not _POOLER_LORA.fullmatch(name)}
+    merge_head(config, head, head_form(anatomy.family, anatomy.prefix, task, anatomy.hidden, options), base_head)
+    check_none_left(head, anatomy)
+    return head
+
+
+def _way_out(method: str) -> str:
+    """What can be done about a method that is not read here."""
+    if method in _CONVERTED:
+        return "peft's convert_to_lora makes a LoRA of it; "
+    return "" if method in _UNMERGED else f"{MERGE}; "
+
+
+def _lora(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+    check_whole(checkpoint.config, checkpoint.tensors, ".lora_A.weight", checkpoint.anatomy)
+    return lora_delta(checkpoint.config, checkpoint.tensors, checkpoint.anatomy)
+
+
+def _beft(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+    check_whole(checkpoint.config, checkpoint.tensors, ".beft_bias", checkpoint.anatomy)
+    return beft_delta(checkpoint.tensors, checkpoint.anatomy)
+
+
+def _ia3(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+    check_whole(checkpoint.config, checkpoint.tensors, ".ia3_l", checkpoint.anatomy)
+    return ia3_delta(checkpoint.tensors, checkpoint.anatomy, MODEL_ROOT)
+
+
+def _prompt(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+    vectors, wide = take(checkpoint.tensors, PROMPT_EMBEDDINGS), checkpoint.anatomy.embedding_width
+    if vectors.dim() != 2 or not len(vectors) or vectors.shape[1] != wide:
+        raise FormatError(f"{PROMPT_EMBEDDINGS} has shape {list(vectors.shape)}; expected [V, {wide}]")
+    spec = Prompt(len(vectors), placement="before_cls", positions="shifted", head_reads="first_row")
+    return spec, {"prompt.vectors": vectors}
+
+
+def _prefix(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+    family = checkpoint.anatomy.family
+    if family not in PREFIX_FAMILIES:
+        raise Unsupported(f"peft itself runs no prefixes on {family}; {nearest(family, PREFIX_FAMILIES)}")
+    own = split_prefix(take(checkpoint.tensors, PROMPT_EMBEDDINGS), checkpoint.anatomy)
+    spec = Prefix(own["keys"].shape[1], positions="shifted")
+    return spec, {f"prefix.{name}": tensor for name, tensor in own.items()}
+
+
+def _norms(_: Checkpoint) -> tuple[Any, Tensors]:
+    """Nothing but norms, which whoever has the base's weights takes out beforehand."""
+    return None, {}
+
+
+_METHODS: dict[str, Callable[[Checkpoint], tuple[Any, Tensors]]] = {
+    "LN_TUNING": _norms,
+    "LORA": _lora,
+    "BEFT": _beft,
+    "IA3": _ia3,
+    "PROMPT_TUNING": _prompt,
+    "PREFIX_TUNING": _prefix,
+}
+
+
+def _head(tensors: Tensors, root: str, anatomy: Anatomy) -> Tensors:
+    """What is left when the method has taken its tensors, by HuggingFace names."""
+    head: dict[str, Tensor] = {}
+    changed = {path for slot in anatomy.slots.values() for path in slot.paths}
+    for name, tensor in tensors.items():
+        if not name.startswith(root):
+            raise Unsupported(f"the tensor {name[:120]!r} belongs to no method that is read here; expected {root}...")
+        own = unwrapped(name.removeprefix(root))
+        if own.removeprefix(f"{anatomy.prefix}.").rpartition(".")[0] in changed:
+            raise Unsupported(f"it holds {own[:120]!r} of the encoder whole; convert it with bertology-serve convert")
+        if ".original_module." not in name:
+            head[own] = tensor
+    return head
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name in HuggingFace's model, without the modules that peft put around it."""
+    return _WRAPPED.sub("", name, count=1)
+
+
+def _task(
+    config: Mapping[str, Any], head: Tensors, family: str, told: str | None, longest: int, options: Mapping[str, Any]
+) -> TaskSpec | None:
+    """The task as far as peft records it; None for embeddings."""
+    kind = told or {t: k for k, t in TASK_TYPES.items() if t and k != REGRESSION}.get(str(config.get("task_type")))
+    if kind is None and not config.get("task_type"):  # what peft's plain model answers shows in its head alone
+        kind = EMBEDDING if not head else QUESTION_ANSWERING if "qa_outputs.weight" in head else None
+    if kind is None:
+        got = str(config.get("task_type"))[:40]
+        raise FormatError(f"task_type is {got!r}, which names no task of these; convert it with --task")
+    if kind == EMBEDDING:
+        return None
+    if kind == QUESTION_ANSWERING:
+        return TaskSpec(kind, max_length=longest, stride=min(128, longest // 4))
+    outputs = next((len(head[n]) for n in ("classifier.out_proj.weight", "classifier.weight") if n in head), 0)
+    if not outputs:
+        raise FormatError("the checkpoint holds no classifier; train it again with its head in modules_to_save")
+    kind = REGRESSION if kind == CLASSIFICATION and outputs == 1 else kind
+    labels = tuple(f"LABEL_{i}" for i in range(outputs)) if kind in (CLASSIFICATION, TOKEN_CLASSIFICATION) else ()
+    return TaskSpec(kind, labels, max_length=longest, pooling=head_pooling(family, kind, options))
+
+
+def _provenance(config: Mapping[str, Any]) -> dict[str, Any]:
+    recorded = ("peft_type", "peft_version", "base_model_name_or_path", "revision")
+    return {"imported_from": "peft", **{name: str(config[name]) for name in recorded if config.get(name)}}
+
+
+LEAF = ".lora_magnitude_vector"
+Magnitudes = Mapping[str, Tensor]
+
+
+def spelt_out(lora: Delta, magnitudes: Magnitudes, weights: Mapping[str, Tensor], anatomy: Anatomy) -> Delta:
+    """The LoRA delta of a DoRA checkpoint with its magnitudes [N] by module path, as three kinds.
+
+    ``weights`` is the base's state dict. Raises FormatError where a magnitude is missing or belongs to no update.
+    """
+    spec: Lora = lora.specs[0]
+    left, tensors = dict(magnitudes), dict(lora.tensors)
+    factors, biases = {}, _blank_biases(anatomy)
+    for name in spec.targets:
+        slot = anatomy.slot(name)
+        factors[f"ia3.{name}"] = torch.ones(slot.depth, slot.outputs)
+        tensors[f"lora.{name}.b"] = tensors[f"lora.{name}.b"].clone()
+        for index, layer in enumerate(chosen_layers(spec.layers, slot.depth)):
+            path, a = str(slot.paths[layer]), tensors[f"lora.{name}.a"][index]
+            b = tensors[f"lora.{name}.b"][index]
+            gain = _gain(path, left.pop(path, None), weights[f"{path}.weight"], spec.scale * b.double().T @ a.double())
+            factors[f"ia3.{name}"][layer] = gain.float()
+            tensors[f"lora.{name}.b"][index] = (b.double() * gain).float()
+            bias = weights.get(f"{path}.bias")
+            if bias is not None:
+                biases[f"bitfit.{name}"][slot.present.index(layer)] = ((1.0 - gain) * bias.cpu().double()).float()
+    if left:
+        raise FormatError(f"the magnitudes of {next(iter(left))[:80]} belong to no update; save the checkpoint again")
+    shifted = any(stack.any() for stack in biases.values())
+    specs = (spec, Ia3(spec.targets, ()), *([Bitfit()] if shifted else []))
+    return replace(lora, specs=specs, tensors={**tensors, **factors, **(biases if shifted else {})})
+
+
+def magnitudes(tensors: Tensors, anatomy: Anatomy, root: str) -> dict[str, Tensor]:
+    """Takes peft's magnitude vectors out of ``tensors``, by module path in the headless encoder."""
+    found = {}
+    for name in [name for name in tensors if name.removesuffix(".weight").endswith(LEAF)]:
+        path = name.removesuffix(".weight").removeprefix(root).removesuffix(LEAF)
+        found[path.removeprefix(f"{anatomy.prefix}.")] = tensors.pop(name).float()
+    return found
+
+
+def _gain(path: str, magnitude: Tensor | None, weight: Tensor, change: Tensor) -> Tensor:
+    """``m / ‖W + s B A‖`` [N], float64, for one module."""
+    if magnitude is None or magnitude.numel() != len(weight):
+        raise FormatError(f"the magnitudes of {path} are missing or of another width; save the checkpoint again")
+    whole: Tensor = weight.cpu().double() + change
+    gain: Tensor = magnitude.flatten().double() / torch.linalg.vector_norm(whole, dim=1)
+    return gain
+
+
+def _blank_biases(anatomy: Anatomy) -> Tensors:
+    slots = bias_slots(Bitfit(), anatomy)
+    return {f"bitfit.{slot.name}": torch.zeros(len(slot.present), slot.outputs) for slot in slots}

@@ -1,0 +1,381 @@
+"""The deltas that answer, by name and version: everything between a request and its prediction but the computing."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import RLock
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bertology_serve.deltas.delta import BaseRef, Delta, bare
+from bertology_serve.deltas.layout import check_base
+from bertology_serve.encoder.bank import BARE, Entry
+from bertology_serve.encoder.batch import rows_of
+from bertology_serve.encoder.encoder import weights_hash
+from bertology_serve.errors import BertologyError, NotFound, SpecError, Unsupported, VersionGone, about, nearest
+from bertology_serve.tasks.base import Example, Task
+from bertology_serve.tasks.heads import Head
+from bertology_serve.tasks.registry import task_for
+from bertology_serve.tasks.spec import Encoding
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One record for one delta; ``id`` is the caller's own, ``logits`` asks for the head's raw output too.
+
+    With ``version`` no other version of the delta may answer.
+    """
+
+    delta: str
+    record: Mapping[str, Any]
+    id: str = ""
+    logits: bool = False
+    where: str = "request"
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer, with the delta and version that gave it. ``answer`` holds the task's fields.
+
+    ``tokens_read`` are those of all its sequences, special tokens included (windows overlap); ``tokens_given`` those
+    that the record had, which are more where it was cut to the delta's maximum length.
+    """
+
+    delta: str
+    version: str
+    task: str
+    answer: Mapping[str, Any]
+    id: str = ""
+    tokens_read: int = 0
+    tokens_given: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a part of the text was not read."""
+        return self.tokens_given > self.tokens_read
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, ready for JSON. Only what was cut says so: ``truncated`` and both counts of tokens."""
+        own = {"delta": self.delta, "version": self.version, "task": self.task, **self.answer}
+        if self.truncated:
+            own |= {"truncated": True, "tokens_read": self.tokens_read, "tokens_given": self.tokens_given}
+        return {"id": self.id, **own} if self.id else own
+
+
+class Model(Protocol):
+    """A whole model of one task, with an encoder and a tokenizer of its own."""
+
+    tokenizer: Any
+
+    def outputs(self, encodings: Sequence[Encoding]) -> list[Tensor]:
+        """[C], [len, C] or [H] of every sequence, float32 on CPU."""
+        ...
+
+
+class LoadedDelta:
+    """A delta that can answer: its task, its head, and its rows in the bank, which live as long as it does.
+
+    Where it has a ``model``, that one answers, and head and entry are bare.
+    """
+
+    def __init__(self, delta: Delta, task: Task, head: Head, entry: Entry, model: Model | None = None) -> None:
+        self.delta, self.task, self.head, self.entry, self.model = delta, task, head, entry, model
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked, tokenised request. It holds on to the version of the delta that it began with."""
+
+    request: Request
+    ready: LoadedDelta = field(repr=False)
+    example: Example = field(repr=False)
+    encodings: tuple[Encoding, ...] = field(repr=False)
+    cost: int = 0
+
+
+class Ledger:
+    """The bytes of every delta that takes room, by key: from before its rows are copied until nothing refers to it.
+
+    ``gone`` are the keys whose rows can be freed. For any thread, and for finalizers: nothing here takes a lock.
+    """
+
+    def __init__(self) -> None:
+        self._bytes: dict[str, int] = {}
+        self.gone: deque[str] = deque()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._bytes))
+
+    @property
+    def total(self) -> int:
+        """Bytes of all of them."""
+        return sum(list(self._bytes.values()))
+
+    def enter(self, key: str, size: int) -> None:
+        """Counts a delta of ``size`` bytes from now on."""
+        self._bytes[key] = size
+
+    def leave(self, key: str) -> None:
+        """Counts it no longer, and leaves its rows to be freed."""
+        self._bytes.pop(key, None)
+        self.gone.append(key)
+
+
+class Backbone(Protocol):
+    """What is known of the encoder wherever it runs. ``lock`` is held while a batch does; ``packing`` is "packed", or
+    "padded" with the reason.
+    """
+
+    name: str
+    ref: BaseRef
+    tokenizer: Any
+    lock: RLock
+    packing: str
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence, special tokens included."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        ...
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether it was made from a larger one by leaving out heads."""
+        ...
+
+    def check_length(self, tokens: int) -> None:
+        """Raises LimitError where sequences of that many tokens do not fit."""
+        ...
+
+
+class DeltaSet(ABC):
+    """The deltas of one encoder that answer. Subclasses say where their rows lie and what runs the pass.
+
+    ``prepare`` may be called from many threads; ``run``, ``add`` and ``remove`` serialise themselves.
+    The name ``base`` is reserved: the bare encoder, answering mean-pooled, normalised embeddings.
+    """
+
+    encoder: Backbone
+
+    def __init__(self, encoder: Backbone) -> None:
+        self.encoder = encoder
+        self._ready: dict[str, LoadedDelta] = {}
+        self._beside: dict[tuple[str, str], LoadedDelta] = {}
+        self.ledger = Ledger()
+        self._keys = itertools.count(1)
+        base = bare(BASE, encoder.ref, min(256, encoder.max_tokens))
+        self.base = self._ready[BASE] = LoadedDelta(base, task_for(base.task), Head(()), BARE)
+
+    @property
+    def deltas(self) -> dict[str, Delta]:
+        """The deltas that answer now, by name, the bare base included."""
+        return {name: ready.delta for name, ready in list(self._ready.items())}
+
+    @property
+    def is_up(self) -> bool:
+        """Whether batches can run now."""
+        return True
+
+    @property
+    def restarts(self) -> int:
+        """How often what runs them had to be started again."""
+        return 0
+
+    def reserve(self, delta: Delta) -> str:
+        """Counts a delta as resident before it is; the key for ``add``, which counts it no longer where it fails."""
+        key = f"{delta.name}#{next(self._keys)}"
+        self.ledger.enter(key, self.resident_bytes(delta))
+        return key
+
+    def add(self, delta: Delta, beside: bool = False, key: str = "") -> None:
+        """Makes a delta resident; one of the same name is replaced, its jobs under way finish on it.
+
+        ``beside`` keeps that one: the new version answers requests that name it, and no others. ``key`` is that of
+        ``reserve``, where room was reserved.
+        On a pruned encoder the deltas of what it was pruned from are sliced.
+        Raises BaseMismatch for a delta of other weights, Unsupported for what this encoder cannot apply, LimitError
+        where its sequences do not fit.
+        """
+        key = key or self.reserve(delta)
+        try:
+            ready = self.admit(key, delta)
+        except BaseException as problem:
+            self.ledger.leave(key)
+            if isinstance(problem, BertologyError):
+                raise about(problem, f"delta {delta.name!r}") from None
+            raise
+        weakref.finalize(ready, self.ledger.leave, key)
+        if beside:
+            self._beside[delta.name, delta.version] = ready
+        else:
+            self._ready[delta.name] = ready
+
+    @abstractmethod
+    def read(self, path: Path, name: str) -> Delta:
+        """A delta from its directory, for ``add``; raises what is wrong with it."""
+
+    @abstractmethod
+    def resident_bytes(self, delta: Delta) -> int:
+        """What a delta that was read takes once it is resident."""
+
+    @abstractmethod
+    def admit(self, key: str, delta: Delta) -> LoadedDelta:
+        """Copies a delta's rows to where batches run, under a key; no batch waits for more.
+
+        Raises what ``add`` does.
+        """
+
+    @abstractmethod
+    def release(self, key: str) -> None:
+        """Frees the rows under a key; there need not be any. The lock is held."""
+
+    @abstractmethod
+    def outputs(self, owned: Sequence[tuple[LoadedDelta, Encoding]]) -> list[Tensor]:
+        """Sequences of many deltas in one pass: each one's head output, as ``_forward``. The lock is held."""
+
+    def add_model(self, delta: Delta, model: Model) -> None:
+        """Makes a whole model answer under the name of a delta, which says its task; it never shares a pass.
+
+        Raises SpecError where something answers under that name already.
+        """
+        if delta.name in self._ready:
+            raise SpecError(f"{delta.name!r} answers already; export the model under another --name")
+        self._ready[delta.name] = LoadedDelta(delta, task_for(delta.task), Head(()), BARE, model)
+
+    def resident(self, name: str, version: str = "") -> Delta | None:
+        """The delta that answers under that name now; the one of that version, where one is named."""
+        ready = self._at(name, version)
+        return ready.delta if ready else None
+
+    def dismiss(self, name: str, versions: Iterable[str]) -> None:
+        """Takes away versions that stand beside the one that answers; unknown ones are fine."""
+        for version in versions:
+            self._beside.pop((name, version), None)
+
+    def remove(self, name: str) -> None:
+        """Takes a delta away; its rows are freed once the last job under way has finished."""
+        if name == BASE:
+            raise Unsupported("the bare base cannot be removed")
+        if not self.retire(name):
+            self._find(name)
+        with self.encoder.lock:
+            self.sweep()
+
+    def retire(self, name: str) -> bool:
+        """Takes a delta away without waiting for a batch, the next of which frees its rows; whether it was there."""
+        return self._ready.pop(name, None) is not None
+
+    def prepare(self, request: Request) -> Job:
+        """Checks and tokenises one request. Raises NotFound (VersionGone), DataError."""
+        main = self._find(request.delta)
+        ready = self._at(request.delta, request.version)
+        if ready is None:
+            raise VersionGone(
+                f"delta {request.delta!r} has no version {request.version[:80]!r} here; it answers with "
+                f"{main.delta.version!r}"
+            )
+        example = ready.task.example(request.record, request.where, labelled=False)
+        encodings = tuple(ready.task.encode(example, (ready.model or self.encoder).tokenizer))
+        cost = sum(rows_of(encoding, ready.entry) for encoding in encodings)
+        return Job(request, ready, example, encodings, cost)
+
+    def run(self, jobs: Sequence[Job]) -> list[Prediction]:
+        """Answers all jobs, of whatever deltas, in one packed batch; in the order given."""
+        if not jobs:
+            return []
+        with self.encoder.lock, torch.inference_mode():
+            self.sweep()
+            outputs = self._forward(jobs)
+        predictions, at = [], 0
+        for job in jobs:
+            own = outputs[at : at + len(job.encodings)]
+            at += len(job.encodings)
+            predictions.append(_prediction(job, own))
+        return predictions
+
+    def answer(self, requests: Iterable[Request], max_tokens: int = 4096) -> list[Prediction]:
+        """Answers in order, in batches of up to ``max_tokens`` rows; a longer request gets a batch of its own.
+
+        Raises NotFound for a delta that is not here, DataError for a record that its task cannot read.
+        """
+        return list(self.stream(requests, max_tokens))
+
+    def stream(self, requests: Iterable[Request], max_tokens: int = 4096) -> Iterator[Prediction]:
+        """The same as ``answer``, each answer as soon as its batch has run."""
+        waiting: list[Job] = []
+        for request in requests:
+            job = self.prepare(request)
+            if waiting and sum(other.cost for other in waiting) + job.cost > max_tokens:
+                yield from self.run(waiting)
+                waiting = []
+            waiting.append(job)
+        yield from self.run(waiting)
+
+    def _forward(self, jobs: Sequence[Job]) -> list[Tensor]:
+        """The head's output of every sequence of every job, in order: [C], [len, C] or [H], float32 on CPU."""
+        owned = [(job.ready, encoding) for job in jobs for encoding in job.encodings]
+        members: dict[int, list[int]] = {}
+        for i, (ready, _) in enumerate(owned):
+            members.setdefault(id(ready.model), []).append(i)
+        outputs: dict[int, Tensor] = {}
+        for group in members.values():
+            model = owned[group[0]][0].model
+            chosen = [owned[i] for i in group]
+            found = self.outputs(chosen) if model is None else model.outputs([encoding for _, encoding in chosen])
+            outputs |= zip(group, found, strict=True)
+        return [outputs[i] for i in range(len(owned))]
+
+    def check(self, delta: Delta) -> None:
+        """Raises what ``add`` would for a delta that is not for this encoder; its tensors do not matter."""
+        if delta.name == BASE:
+            raise Unsupported("the name 'base' is reserved for the bare encoder; rename the delta")
+        if not delta.weights:
+            check_base(delta, self.encoder.ref)
+        elif weights_hash(delta.weights) != self.encoder.ref.sha256:
+            raise Unsupported(
+                f"delta {delta.name!r} is a whole checkpoint and shares no backbone; "
+                "compress it, or export it and serve it with --models"
+            )
+        self.encoder.check_length(delta.task.max_length)
+
+    def _at(self, name: str, version: str) -> LoadedDelta | None:
+        ready = self._ready.get(name)
+        if ready is not None and version in ("", ready.delta.version):
+            return ready
+        return self._beside.get((name, version))
+
+    def _find(self, name: str) -> LoadedDelta:
+        ready = self._ready.get(name)
+        if ready is None:
+            raise NotFound(f"no delta {name!r}; {nearest(name, self._ready)}")
+        return ready
+
+    def sweep(self) -> None:
+        """Frees the rows of deltas that nothing refers to any more. The lock is held."""
+        while self.ledger.gone:
+            self.release(self.ledger.gone.popleft())
+
+
+def _prediction(job: Job, outputs: Sequence[Tensor]) -> Prediction:
+    delta = job.ready.delta
+    answer = dict(job.ready.task.decode(job.example, job.encodings, outputs))
+    if job.request.logits:
+        logits = [output.tolist() for output in outputs]
+        answer["logits"] = logits[0] if len(logits) == 1 else logits
+    read, cut = (sum(counts) for counts in zip(*((len(one), one.cut) for one in job.encodings), strict=True))
+    return Prediction(delta.name, delta.version, delta.task.kind, answer, job.request.id, read, read + cut)

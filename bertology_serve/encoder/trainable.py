@@ -1,0 +1,169 @@
+"""One delta under training: its parameters, its head, and the shared forward pass with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.bank import BARE, LiveBank
+from bertology_serve.encoder.batch import PackedBatch, pack
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pooling import form_for, read
+from bertology_serve.kinds import kinds
+from bertology_serve.kinds.effects import Effects
+from bertology_serve.tasks.heads import Head
+from bertology_serve.tasks.spec import Encoding, TaskSpec
+
+Around = Callable[[Sequence[Encoding], PackedBatch], AbstractContextManager[None]]
+
+
+def nested(outer: Around, inner: Around) -> Around:
+    """Two contexts as one."""
+
+    @contextmanager
+    def both(encodings: Sequence[Encoding], batch: PackedBatch) -> Iterator[None]:
+        with outer(encodings, batch), inner(encodings, batch):
+            yield
+
+    return both
+
+
+class TrainableDelta(nn.Module):
+    """The trainable tensors of one delta on an encoder that stays frozen, or with ``full`` is trained itself.
+
+    ``trunk_dropout`` says whether the encoder's own dropout is active in training mode; ``around`` makes a context that
+    holds while the encoder runs.
+    """
+
+    def __init__(
+        self, encoder: Encoder, specs: Sequence[Any], task: TaskSpec, seed: int = 0, full: bool = False
+    ) -> None:
+        super().__init__()
+        encoder.check_length(task.max_length)
+        generator = torch.Generator().manual_seed(seed)
+        self.encoder, self.specs, self.task, self.full = encoder, tuple(specs), task, full
+        self.trunk_dropout = full
+        self.around: Around = lambda encodings, batch: nullcontext()
+        tensors = kinds.init(specs, encoder.anatomy, generator)
+        self._names = {name.replace(".", "-"): name for name in tensors}
+        self.tensors = nn.ParameterDict({name.replace(".", "-"): nn.Parameter(t) for name, t in tensors.items()})
+        dropout = _head_dropout(encoder.config)
+        self.head = Head.build(form_for(encoder, task), encoder.base_head, generator, dropout, adopt=full)
+        if full:
+            encoder.unpack_weights()
+            self.model = encoder.model.requires_grad_(True)
+        self.to(encoder.device)
+
+    def forward(self, encodings: Sequence[Encoding]) -> Tensor:
+        """The head's output for the sequences in the order given, as ``Task.loss`` takes it.
+
+        [S, C]; [sum of lengths, C] for tasks that answer for every token; [S, H] for embeddings; float32.
+        """
+        hidden, batch = self.hidden(encodings)
+        packed = sorted(range(batch.sequences), key=batch.order.__getitem__)
+        return read(hidden, batch, packed, self.task, self.head)
+
+    def hidden(self, encodings: Sequence[Encoding]) -> tuple[Tensor, PackedBatch]:
+        """The encoder's rows [T, H] and the packed batch that they belong to."""
+        pools = LiveBank([("live", self.effects())], self.training)
+        entry = pools.entries["live"] if self.specs else BARE
+        batch = pack(encodings, [entry] * len(encodings), self.encoder.anatomy, self.encoder.device,
+                     padded=not self.encoder.packs)  # fmt: skip
+        with self.around(encodings, batch):
+            return self.encoder.run(batch, pools), batch
+
+    def effects(self) -> Effects:
+        """What the components do at this moment, differentiable in them."""
+        return self.encoder.allowed(kinds.effects(self.specs, self.named_tensors(), self.encoder.anatomy))
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """The components' parameters by the names that the delta saves them under."""
+        return {self._names[key]: tensor for key, tensor in self.tensors.items()}
+
+    def train(self, mode: bool = True) -> TrainableDelta:
+        """Training mode for the head, and for the encoder's dropout where ``trunk_dropout`` says so."""
+        super().train(mode)
+        self.encoder.model.train(mode and self.trunk_dropout)
+        return self
+
+    def no_decay(self) -> set[str]:
+        """Names (as in ``named_parameters``) that weight decay leaves alone: biases, LayerNorms and factors."""
+        components = {f"tensors.{key}" for key, name in self._names.items() if _is_bias(name)}
+        others = {name for name, p in self.named_parameters() if not name.startswith("tensors.") and p.dim() < 2}
+        return components | others
+
+    def freeze(
+        self, name: str, version: str = "", metrics: Mapping[str, float] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Delta:  # fmt: skip
+        """What has been trained so far, as a delta of detached float32 CPU copies."""
+
+        def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {key: tensor.detach().to("cpu", torch.float32, copy=True) for key, tensor in tensors.items()}
+
+        return Delta(
+            name=name,
+            base=self.encoder.ref,
+            task=self.task,
+            specs=self.specs,
+            tensors=own(self.named_tensors()),
+            head=self.head.own_tensors(),
+            weights=own(self.encoder.model.state_dict()) if self.full else {},
+            version=version,
+            metrics=metrics or {},
+            provenance=provenance or {},
+        )
+
+
+def _is_bias(name: str) -> bool:
+    return name.startswith(("bitfit.", "ia3.", "norms.")) or name.endswith("_bias")
+
+
+def _head_dropout(config: Any) -> float:
+    """The rate that HuggingFace's task models put before their classifier."""
+    for field in ("classifier_dropout", "cls_dropout", "seq_classif_dropout", "hidden_dropout_prob", "dropout"):
+        rate = getattr(config, field, None)
+        if isinstance(rate, float):
+            return rate
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one delta has in a pass: ``sequences`` are the places of its encodings, in order, in the packed batch."""
+
+    live: TrainableDelta
+    hidden: Tensor
+    batch: PackedBatch
+    sequences: tuple[int, ...]
+
+    def output(self) -> Tensor:
+        """The delta's head over its own rows, as ``TrainableDelta`` itself gives it."""
+        return read(self.hidden, self.batch, self.sequences, self.live.task, self.live.head)
+
+
+def run_together(parts: Sequence[tuple[TrainableDelta, Sequence[Encoding]]]) -> list[Share]:
+    """One pass over the encodings of several live deltas of one encoder; a delta may have several parts.
+
+    Gradients reach each delta from its own rows only: they are those of a pass of its own.
+    """
+    encoder, training = parts[0][0].encoder, parts[0][0].training
+    keys = {id(live): str(number) for number, (live, _) in enumerate(parts)}
+    changing = {keys[id(live)]: live.effects() for live, _ in parts if live.specs}
+    pools = LiveBank(list(changing.items()), training)
+    entries = [pools.entries.get(keys[id(live)], BARE) for live, encodings in parts for _ in encodings]
+    encodings = [encoding for _, own in parts for encoding in own]
+    batch = pack(encodings, entries, encoder.anatomy, encoder.device, padded=not encoder.packs)
+    hidden = encoder.run(batch, pools)
+    places = sorted(range(batch.sequences), key=batch.order.__getitem__)
+    shares, at = [], 0
+    for live, own in parts:
+        shares.append(Share(live, hidden, batch, tuple(places[at : at + len(own)])))
+        at += len(own)
+    return shares

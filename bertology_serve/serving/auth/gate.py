@@ -1,0 +1,138 @@
+"""The gate before every route: default-deny. What is not listed here needs an API key, paths that do not exist too."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import time
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bertology_serve.errors import BertologyError
+from bertology_serve.serving.auth.keys import Access, Keyring
+from bertology_serve.serving.http.bodies import REQUEST_ID, error_response, problem_response
+from bertology_serve.serving.http.connection import CONNECTION
+from bertology_serve.serving.observability import logs
+from bertology_serve.serving.observability.metrics import Metrics
+
+log = logging.getLogger(__name__)
+PUBLIC = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
+ACCESS, NAMED = "bertology.access", "bertology.request_id"
+_REQUEST_ID = REQUEST_ID.lower().encode()
+_SANE = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+class Gate:
+    """ASGI middleware: heads over their limit are 431, callers without a key 401, those with too many calls 429.
+
+    What passes finds its ``Access`` by ``access_of``. It reads heads only, never a body.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keyring: Keyring, metrics: Metrics, max_header_bytes: int, log_calls: bool = False
+    ) -> None:
+        self._app, self._keyring, self._metrics, self._most = app, keyring, metrics, max_header_bytes
+        self._log_calls = log_calls
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets a call through, or answers it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        send = _noting(scope, send) if self._log_calls else send
+        if self._metrics.tracing is None:
+            await self._judge(scope, receive, send)
+            return
+        with self._metrics.tracing.call(scope) as span:
+            await self._judge(scope, receive, _traced(span, send))
+
+    async def _judge(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Rights, rates and sizes, before anything else."""
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        given = b""
+        for name, value in headers:
+            size += len(name) + len(value)
+            if name == _REQUEST_ID:
+                given = value
+        scope[NAMED] = id_of(given)
+        try:
+            if scope["path"] not in PUBLIC:
+                scope[ACCESS] = access = self._keyring.find(headers)
+                if CONNECTION in scope:
+                    scope[CONNECTION].known = True
+                access.call()
+        except BertologyError as problem:
+            refusal = problem_response(problem, scope["path"])
+        else:
+            if size <= self._most:
+                try:
+                    await self._app(scope, receive, send)
+                    return
+                except HTTPException as problem:
+                    refusal = _unrouted(scope, problem)
+            else:
+                message = f"the path and headers hold {size} bytes; at most {self._most} are taken"
+                refusal = error_response(message, 431, scope["path"])
+        self._metrics.call(refusal.status_code)
+        await named(refusal, scope)(scope, receive, send)
+
+
+def _unrouted(scope: Scope, problem: HTTPException) -> Response:
+    """404 for unknown paths and 405 for other methods."""
+    known = {404: "no such path; GET /openapi.json lists them", 405: f"{scope['method']} is not for this path"}
+    message = known.get(problem.status_code, problem.detail)
+    return error_response(message, problem.status_code, scope["path"], problem.headers)
+
+
+def _traced(span: Any, send: Send) -> Send:
+    """Gives a span the status of the answer."""
+
+    async def traced(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            span.set_attribute("http.response.status_code", message["status"])
+        await send(message)
+
+    return traced
+
+
+def _noting(scope: Scope, send: Send) -> Send:
+    """Logs a call as its answer begins. The path is logged as it was sent: escaped, so that no line breaks in it."""
+    started = time.perf_counter()
+
+    async def noting(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            access: Access | None = scope.get(ACCESS)
+            name, path = access.name if access else "", scope["raw_path"].decode("ascii", "replace")
+            seconds = time.perf_counter() - started
+            logs.call(log, scope["method"], path, message["status"], seconds, name, request_id_of(scope))
+        await send(message)
+
+    return noting
+
+
+def id_of(given: bytes) -> bytes:
+    """The id of a call: the caller's own where that is sane, else one that is made."""
+    return given if _SANE.fullmatch(given) else b"%032x" % random.getrandbits(128)
+
+
+def named(response: Response, scope: Scope) -> Response:
+    """The response with the id of its call."""
+    response.raw_headers.append((_REQUEST_ID, scope[NAMED]))
+    return response
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id of a call. For what lies behind the gate."""
+    found: bytes = scope[NAMED]
+    return found.decode("ascii")
+
+
+def access_of(scope: Scope) -> Access:
+    """Who calls. For routes behind the gate that are not public."""
+    access: Access = scope[ACCESS]
+    return access

@@ -1,0 +1,162 @@
+"""The bounded queue between the calls and the executor. Its size is in tokens."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+
+from bertology_serve.errors import Overloaded, RateLimited
+from bertology_serve.serving.batching.batch_time import BatchTimes
+from bertology_serve.serving.batching.delta_queue import State, Work
+from bertology_serve.serving.batching.scheduler import FairScheduler
+
+LONGEST_WAIT = 60.0
+NOTHING: Mapping[str, int] = MappingProxyType({})
+OPEN_AGAIN = 7 / 8  # of the queue's size: a full queue takes no calls until it is down to this
+
+
+class WorkQueue:
+    """Work waits here until a batch takes it. Thread-safe; ``clock`` gives seconds.
+
+    ``put`` takes all of a call's work or none of it: at most ``max_tokens`` wait, and ``max_delta_tokens`` for one
+    delta, so that a flood for one leaves room for the others. ``times`` learns how long batches take and says how large
+    the next one may be.
+
+    A queue that had to refuse a call for being nearly full refuses all until an eighth of it is free, that of a delta
+    likewise: ``check`` then says so before a call is read, and no work is done that ends in a refusal.
+    """
+
+    def __init__(
+        self,
+        scheduler: FairScheduler,
+        times: BatchTimes,
+        max_tokens: int,
+        max_delta_tokens: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.max_tokens, self.max_delta_tokens = max_tokens, max_delta_tokens or max_tokens
+        self.times = times
+        self._scheduler, self._clock = scheduler, clock
+        self._changed = threading.Condition()
+        self._closed = self._full = False
+        self._shut = set[str]()
+
+    @property
+    def items(self) -> int:
+        """Pieces of work that wait."""
+        return self._scheduler.total.items
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that wait."""
+        return self._scheduler.total.tokens
+
+    def put(self, works: Sequence[Work], charge: Callable[[int], None] | None = None) -> None:
+        """Queues a call's work. Overloaded when it does not fit or the server is stopping; RateLimited when there is
+        room, but not for that delta.
+
+        ``charge(tokens)`` hears what it costs once there is room, so that nobody pays for a refusal; it may raise.
+        """
+        costs = _costs(works)
+        with self._changed:
+            self._check(costs)
+            if charge is not None:
+                charge(sum(costs.values()))
+            now = self._clock()
+            for work in works:
+                work.arrived = now
+                self._scheduler.push(work)
+            self._changed.notify()
+
+    def check(self, costs: Mapping[str, int] = NOTHING) -> None:
+        """Raises what ``put`` would for work of these tokens by delta."""
+        with self._changed:
+            self._check(costs)
+
+    def _check(self, costs: Mapping[str, int]) -> None:
+        if self._closed:
+            raise Overloaded("the server is stopping; send the call to another one", retry_after=1.0)
+        cost, room = sum(costs.values()), OPEN_AGAIN * self.max_tokens
+        self._full = self._full and self.tokens > room
+        if self._full or self.tokens + cost > self.max_tokens:
+            self._full = self.tokens > room
+            wait = self._seconds(self.tokens)
+            raise Overloaded(
+                f"the queue is full: {self.tokens} of {self.max_tokens} tokens wait, {cost} more are not taken now; "
+                f"try again in {math.ceil(wait)} s",
+                retry_after=wait,
+            )
+        for delta, own in costs.items():
+            self._check_delta(delta, own)
+
+    def _check_delta(self, delta: str, cost: int) -> None:
+        waiting, room = self._scheduler.waiting(delta), OPEN_AGAIN * self.max_delta_tokens
+        if waiting <= room:
+            self._shut.discard(delta)
+        if delta in self._shut or waiting + cost > self.max_delta_tokens:
+            if waiting > room:
+                self._shut.add(delta)
+            wait = self._seconds(min(waiting / self._scheduler.share(delta), self.tokens))
+            raise RateLimited(
+                f"the queue of delta {delta!r} is full: {waiting} of {self.max_delta_tokens} tokens wait, {cost} more "
+                f"are not taken now; try again in {math.ceil(wait)} s",
+                retry_after=wait,
+            )
+
+    def _seconds(self, tokens: float) -> float:
+        """How long that many tokens take, within reason."""
+        return min(max(tokens / self.times.rate, 1.0), LONGEST_WAIT)
+
+    def waiting(self) -> list[str]:
+        """The deltas that work waits for."""
+        with self._changed:
+            return list(self._scheduler.counters())
+
+    def weigh(self, weights: Mapping[str, float]) -> None:
+        """Sets the weights of some deltas from now on."""
+        with self._changed:
+            self._scheduler.weigh(weights)
+
+    def take(self) -> list[Work]:
+        """The next batch; waits for one. Empty once the queue is closed and everything in it was taken."""
+        with self._changed:
+            while True:
+                batch = self._scheduler.pick(self._clock())
+                if batch:
+                    return batch
+                if self._closed:
+                    return []
+                self._changed.wait()
+
+    def drop(self, works: Iterable[Work]) -> int:
+        """Forgets work that nobody waits for any more and returns how many pieces that spared."""
+        with self._changed:
+            waiting = [work for work in works if work.state is State.WAITING]
+            for work in waiting:
+                self._scheduler.drop(work)
+            return len(waiting)
+
+    def served(self, works: Sequence[Work], seconds: float) -> None:
+        """Tells the queue how long a batch took; the next are as large as fits into the time that they may take."""
+        times = self.times
+        times.observe(times.size(sum(work.cost for work in works), sum(work.squares for work in works)), seconds)
+        scheduler = self._scheduler
+        scheduler.max_tokens, scheduler.hurried = times.budget, min(times.hurried, times.budget)
+        scheduler.seconds, scheduler.bend = times.seconds, times.bend
+
+    def close(self) -> None:
+        """Takes no more work; what is queued is still handed out."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+def _costs(works: Sequence[Work]) -> dict[str, int]:
+    """Tokens by delta."""
+    costs: dict[str, int] = {}
+    for work in works:
+        costs[work.delta] = costs.get(work.delta, 0) + work.cost
+    return costs

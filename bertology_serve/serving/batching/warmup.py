@@ -1,0 +1,168 @@
+"""Times batches of growing size, so that the server knows what it can do before the first call comes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from bertology_serve.encoder.delta_set import DeltaSet
+from bertology_serve.encoder.pipeline import BASE, Job, Request
+from bertology_serve.errors import DataError
+from bertology_serve.export.environment import environment
+from bertology_serve.serving.batching.batch_time import WHOLE, Sample
+from bertology_serve.serving.batching.delta_queue import squares_of
+from bertology_serve.serving.config import ServerConfig
+from bertology_serve.serving.execution.engine_choice import EngineConfig
+from bertology_serve.serving.offline import writing
+
+if TYPE_CHECKING:
+    from bertology_serve.serving.execution.engine import Engine
+    from bertology_serve.serving.execution.startup import Startup
+
+
+SENTENCE = "a sentence of some twenty words or so, as people send them to a server that reads what they mean"
+LONG = " ".join([SENTENCE] * 16)
+FIRST, REPEATS = 32, 3
+
+
+def climb(pipeline: DeltaSet, cap: float, most: int, clock: Callable[[], float] = time.perf_counter) -> list[Sample]:
+    """(tokens, Σlen², seconds) of batches of about 32 tokens, 64, 128 ... up to ``most``, or until one takes twice
+    ``cap`` and five times as long as the first, which is mostly the fixed part of a batch (``times.WHOLE``): of short
+    sentences, then of a text as long as the encoder's base reads.
+    """
+    rungs: list[Sample] = []
+    for text in (SENTENCE, LONG):
+        job, last = pipeline.prepare(Request(BASE, {"text": text})), 0.0
+        size = FIRST if text == SENTENCE else job.cost
+        while size <= max(most, FIRST) and last <= max(2 * cap, WHOLE * (rungs[0][2] if rungs else 0.0)):
+            jobs = [job] * max(1, round(size / job.cost))
+            last = _timed(pipeline, jobs, clock)
+            rungs.append((job.cost * len(jobs), squares_of(job) * len(jobs), last))
+            size *= 2
+    return rungs
+
+
+def _timed(pipeline: DeltaSet, jobs: list[Job], clock: Callable[[], float]) -> float:
+    """The least seconds of a batch: what else the machine does only adds to them."""
+    seconds = []
+    for _ in range(REPEATS):
+        start = clock()
+        pipeline.run(jobs)
+        seconds.append(clock() - start)
+    return min(seconds)
+
+
+log = logging.getLogger(__name__)
+DAYS = 7.0  # after which it is found anew
+BUSY = 1.5  # two times of one batch, or load and processors, that are so many times apart: the machine was busy
+SECOND_LOOK = 128  # tokens of the largest batch that is timed a second time
+SETTLED = ("cpu", "cores", "threads", "versions")  # of the environment: what does not change by itself
+
+
+@dataclass(frozen=True)
+class Findings:
+    """``setting`` as it was settled; ``ladder`` how long batches took."""
+
+    setting: EngineConfig
+    ladder: tuple[Sample, ...]
+
+
+def circumstances(pipeline: DeltaSet, setting: EngineConfig, config: ServerConfig, device: str) -> dict[str, Any]:
+    """All that findings follow from."""
+    here = environment()
+    return {
+        **{name: here[name] for name in SETTLED},
+        "weights": pipeline.encoder.ref.sha256,
+        "dtype": str(pipeline.encoder.dtype),
+        "device": device,
+        "executor": type(pipeline).__name__,
+        "setting": asdict(setting),
+        "batch": [config.max_batch_ms, config.max_batch_tokens],
+    }
+
+
+def find(
+    opened: Startup, engine: Engine, wanted: EngineConfig, where: Mapping[str, Any], known: Findings | None
+) -> str:
+    """Settles what runs the batches and how long they take, from what is ``known`` or by timing. The engine's name.
+
+    What is known is timed again where a short second look shows that it was found on a busy machine. What is timed now
+    is kept, unless this machine is busy. Raises what ``opened.settle`` does.
+    """
+    if known is not None:
+        runs, _ = opened.settle(known.setting)
+        engine.warm_up(known.ladder)
+        slower = _times_as_long(known.ladder, _second_look(engine))
+        if slower <= BUSY:
+            return runs
+        log.info("engines and batches are timed again: batches took %.1f times as long at an earlier start", slower)
+    runs, setting = opened.settle(wanted)
+    ladder = engine.warm_up()
+    if doubt := _doubt(ladder, _second_look(engine)):
+        log.warning("the machine seems busy (%s): timings are not kept, the next start times again", doubt)
+    else:
+        keep(where, Findings(setting, tuple(ladder)))
+    return runs
+
+
+def _second_look(engine: Engine) -> list[Sample]:
+    return climb(engine.pipeline, engine.queue.times.cap, SECOND_LOOK)
+
+
+def _times_as_long(ladder: Sequence[Sample], again: Sequence[Sample]) -> float:
+    """How many times as long a ladder's batches took as the same ones timed again: the median; endless for none."""
+    known = {(tokens, squares): seconds for tokens, squares, seconds in ladder}
+    ratios = [known[rung[:2]] / rung[2] for rung in again if rung[:2] in known]
+    return median(ratios) if ratios else math.inf
+
+
+def _doubt(ladder: Sequence[Sample], again: Sequence[Sample]) -> str:
+    """Why a ladder is not what a quiet machine gives; nothing where it may be."""
+    for (tokens, _, seconds), (more, _, less) in pairwise(ladder):
+        if more > tokens and seconds > BUSY * less:
+            return f"{tokens} tokens took {1e3 * seconds:.1f} ms, {more} took {1e3 * less:.1f} ms"
+    slower = _times_as_long(ladder, again)
+    if not 1 / BUSY <= slower <= BUSY:
+        return f"batches took {slower:.1f} times as long as a second time"
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    return f"load {load:.1f} on {cores} processors" if load > BUSY * cores else ""
+
+
+def recall(where: Mapping[str, Any], folder: Path | None = None) -> Findings | None:
+    """What was found in the same circumstances within the last week, ``None`` where nothing was that can be read."""
+    path = _path(where, folder)
+    try:
+        if time.time() - path.stat().st_mtime > DAYS * 86_400:
+            return None
+        found = msgspec.json.decode(path.read_bytes(), type=Findings)
+    except (OSError, ValueError):
+        return None
+    return found if found.ladder and all(min(rung) > 0 for rung in found.ladder) else None
+
+
+def keep(where: Mapping[str, Any], findings: Findings, folder: Path | None = None) -> None:
+    """Writes them down; where that cannot be, the next start measures again."""
+    path = _path(where, folder)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(str(path)) as file:
+            file.write(msgspec.json.encode(findings))
+    except (OSError, DataError) as problem:
+        log.info("what was timed is not kept: %s", problem)
+
+
+def _path(where: Mapping[str, Any], folder: Path | None) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256(msgspec.json.encode(where, order="sorted")).hexdigest()
+    return (folder or home / "bertology-serve" / "findings") / f"{digest[:32]}.json"

@@ -1,0 +1,147 @@
+"""Which engine runs the batches: torch's, which is the reference, or ONNX Runtime's, where that is faster."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bertology_serve.encoder.bank import BARE, Entry
+from bertology_serve.encoder.batch import PackedBatch, pack
+from bertology_serve.encoder.loading import rounding
+from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.errors import SpecError, Unsupported, VerificationError
+from bertology_serve.export.export_spec import MultiPrecision, allowed_drift
+from bertology_serve.export.onnx_engine import OnnxEngine
+from bertology_serve.tasks.encoding import encode_text
+
+log = logging.getLogger(__name__)
+Name = Literal["auto", "torch", "onnx"]
+SENTENCE = "a sentence of some twenty words or so, as people send them to a server that reads what they mean"
+LENGTHS = (6, 9, 12, 14, 17, 22, 30, 48)
+ROUNDS, WARM, DELTAS = 5, 2, 8
+
+
+def check(engine: Name, precision: MultiPrecision) -> None:
+    """Raises SpecError for a precision that the engine does not have."""
+    if engine == "torch" and precision != "fp32":
+        raise SpecError(f"--precision {precision} is the ONNX engine's; give --engine onnx or auto with it")
+
+
+def settle(pipeline: Pipeline, engine: Name, precision: MultiPrecision = "fp32", known: bool = False) -> str:
+    """Gives a pipeline its engine and returns that one's name.
+
+    ``auto`` takes ONNX Runtime's where it can run this encoder, agrees with torch's, and is faster on a short timing;
+    the log says which it was and why. ``onnx`` raises what is in the way (Unsupported, VerificationError). One that is
+    ``known`` to agree here is not compared again.
+    """
+    check(engine, precision)
+    pipeline.engine = pipeline.encoder
+    if engine == "torch":
+        return _taken("torch", "known to be faster" if known else "asked for")
+    try:
+        onnx = OnnxEngine(pipeline.encoder, precision)
+        if known:
+            pipeline.engine = onnx
+            return _taken(onnx.name, "known to agree")
+        batch = sample(pipeline, onnx)
+        compare(pipeline, onnx, batch)
+    except (Unsupported, VerificationError) as problem:
+        if engine == "onnx":
+            raise
+        return _taken("torch", str(problem))
+    if engine == "auto":
+        ours, theirs = race(lambda: _torch(pipeline, batch), lambda: onnx.run(batch, pipeline.bank))
+        timed = f"{1e3 * theirs:.1f} ms against torch's {1e3 * ours:.1f} for {batch.rows} rows"
+        if theirs >= ours:
+            return _taken("torch", f"{onnx.name} takes {timed}")
+        pipeline.engine = onnx
+        return _taken(onnx.name, timed)
+    pipeline.engine = onnx
+    return _taken(onnx.name, "asked for")
+
+
+def _taken(name: str, why: str) -> str:
+    log.info("engine: %s (%s)", name, why)
+    return name
+
+
+def sample(pipeline: Pipeline, onnx: OnnxEngine) -> PackedBatch:
+    """A batch of mixed lengths over up to eight of the resident deltas that the graph takes."""
+    encoder, words = pipeline.encoder, " ".join([SENTENCE] * 4)
+    taken = (entry for entry in pipeline.bank.entries.values() if onnx.takes(entry))
+    entries: list[Entry] = list(islice(taken, DELTAS)) or [BARE]
+    room = encoder.max_tokens - max(entry.prompt_length + entry.prefix_length for entry in entries)
+    encodings = [encode_text(encoder.tokenizer, words, None, min(length, room)) for length in LENGTHS * 2]
+    owners = [entries[i % len(entries)] for i in range(len(encodings))]
+    return pack(encodings, owners, encoder.anatomy, encoder.device, padded=not encoder.packs)
+
+
+def compare(pipeline: Pipeline, onnx: OnnxEngine, batch: PackedBatch) -> None:
+    """Raises VerificationError where the engines give different rows."""
+    expected, found = _torch(pipeline, batch), onnx.run(batch, pipeline.bank)
+    largest, drift = (found - expected).abs().max().item(), ((found - expected).norm() / expected.norm()).item()
+    layers = pipeline.encoder.anatomy.layers
+    if onnx.precision == "fp32":
+        close = largest <= rounding(layers, expected.abs().max().item())
+    else:
+        close = drift <= allowed_drift(onnx.precision, layers)
+    if not close:
+        raise VerificationError(
+            f"{onnx.name} gives other rows than torch: max |Δ| {largest:.1e}, drift {drift:.1%}; take --engine torch"
+        )
+
+
+def _torch(pipeline: Pipeline, batch: PackedBatch) -> Tensor:
+    with torch.inference_mode():
+        return pipeline.encoder.run(batch, pipeline.bank)
+
+
+def race(one: Callable[[], object], other: Callable[[], object]) -> tuple[float, float]:
+    """The least seconds of each, taking turns: what else the machine does only adds to them."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(WARM + ROUNDS):
+        for call, taken in zip((one, other), seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+    return min(seconds[0][WARM:]), min(seconds[1][WARM:])
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What was asked for, or with ``found`` what was settled before on this machine and is not timed again.
+
+    ``prepack`` lays weights out for oneDNN; ``None``: a short timing decides.
+    """
+
+    engine: Name = "auto"
+    precision: MultiPrecision = "fp32"
+    cuda_graphs: bool = False
+    prepack: bool | None = None
+    found: bool = False
+
+
+def apply(pipeline: Pipeline, setting: EngineConfig) -> tuple[str, EngineConfig]:
+    """Makes a pipeline so; the engine's name, and what was found. Its deltas are what the engines are compared with.
+
+    Raises Unsupported, VerificationError for what cannot be.
+    """
+    encoder = pipeline.encoder
+    prepacked = encoder.prepack(setting.prepack)
+    if setting.cuda_graphs and not encoder.use_graphs():
+        where = f"{str(encoder.dtype).removeprefix('torch.')} on {encoder.device}"
+        raise Unsupported(f"--cuda-graphs: got {where}, expected float16 or bfloat16 on cuda")
+    name = settle(pipeline, setting.engine, setting.precision, setting.found)
+    engine: Name = "torch" if pipeline.engine is encoder else "onnx"
+    if engine == "onnx":
+        encoder.unpack_weights()  # ONNX Runtime has laid them out for itself
+    return name, replace(
+        setting, engine=engine, prepack=prepacked if encoder.device.type == "cpu" else None, found=True
+    )

@@ -1,0 +1,112 @@
+"""The one thread that runs batches."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from bertology_serve.encoder.pipeline import Job, Prediction
+from bertology_serve.errors import BertologyError, Crashed
+from bertology_serve.serving.batching.delta_queue import Outcome, Work
+from bertology_serve.serving.batching.queue import WorkQueue
+from bertology_serve.serving.execution.quarantine import Quarantine
+from bertology_serve.serving.observability.background import Background
+from bertology_serve.serving.observability.logs import place_of
+
+log = logging.getLogger(__name__)
+THREAD = "executor"
+Run = Callable[[Sequence[Job]], list[Prediction]]
+Deliver = Callable[[Sequence[Work], Sequence[Outcome]], None]
+Observe = Callable[[Sequence[Work], float], None]
+
+
+class Executor:
+    """Takes batches from the queue, runs them, and delivers an outcome for every piece of work.
+
+    ``run`` answers the jobs of one batch; when it raises, each job is run by itself, so that one bad job spoils no
+    other; when it raises Crashed, each delta is run by itself once more, and set aside where it crashes again.
+    ``deliver`` and ``observe(batch, seconds)`` are called in this thread. Whatever raises in it, the batch in hand is
+    delivered and ``background`` begins it again.
+    """
+
+    def __init__(
+        self, queue: WorkQueue, run: Run, deliver: Deliver, observe: Observe, background: Background | None = None
+    ) -> None:
+        self._queue, self._run, self._deliver, self._observe = queue, run, deliver, observe
+        self.quarantine = Quarantine()
+        self._background = background or Background()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begins to take batches."""
+        self._thread = self._background.thread(THREAD, self._loop, vital=True)
+
+    def stop(self, timeout: float) -> bool:
+        """Closes the queue and waits for what is in it, at most ``timeout`` seconds; whether all was answered."""
+        self._queue.close()
+        if self._thread is None:
+            return True
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _loop(self) -> None:
+        _name_thread()
+        while self._serve(self._queue.take()):
+            pass
+
+    def _serve(self, batch: Sequence[Work]) -> bool:
+        """Runs one batch, of which nothing is held while the next is waited for; false for the end, which is empty."""
+        if not batch:
+            return False
+        start, now = time.perf_counter(), time.monotonic()
+        for work in batch:
+            work.started = now
+        outcomes: Sequence[Outcome] = [RuntimeError("the executor's thread failed; try again")] * len(batch)
+        try:
+            outcomes = self._judged([work.job for work in batch])
+            seconds = time.perf_counter() - start
+            self._queue.served(batch, seconds)
+        finally:
+            self._deliver(batch, outcomes)
+        self._observe(batch, seconds)
+        return True
+
+    def _judged(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
+        """The outcomes; deltas that are set aside cost no batch."""
+        refusals = [self.quarantine.refusal(job.ready) for job in jobs]
+        left = [job for job, refusal in zip(jobs, refusals, strict=True) if refusal is None]
+        run = iter(self._outcomes(left) if left else ())
+        return [next(run) if refusal is None else refusal for refusal in refusals]
+
+    def _outcomes(self, jobs: Sequence[Job], again: bool = False) -> Sequence[Outcome]:
+        try:
+            outcomes = self._run(jobs)
+            if len(outcomes) != len(jobs):
+                raise RuntimeError(f"{len(outcomes)} answers to {len(jobs)} jobs")
+            return outcomes
+        except Crashed:
+            if again:
+                return [self.quarantine.put(jobs[0].ready)] * len(jobs)
+            return self._once_more(jobs)
+        except Exception as problem:
+            if not isinstance(problem, BertologyError):
+                log.error("a batch of %d raised %s", len(jobs), place_of(problem))
+            return [problem] if len(jobs) == 1 else [self._outcomes([job], again)[0] for job in jobs]
+
+    def _once_more(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
+        """What the executor ended on runs once more, each delta by itself: so it shows which of them it was."""
+        found: dict[int, Outcome] = {}
+        for ready in dict.fromkeys(job.ready for job in jobs):
+            own = [i for i, job in enumerate(jobs) if job.ready is ready]
+            found |= zip(own, self._outcomes([jobs[i] for i in own], again=True), strict=True)
+        return [found[i] for i in range(len(jobs))]
+
+
+def _name_thread() -> None:
+    """Tells the system the thread's name, so that ``top -H`` shows it; Python does so from 3.14 on."""
+    with suppress(OSError):
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text(THREAD, encoding="ascii")

@@ -1,0 +1,115 @@
+"""Memory that two processes share: without a name, so that nothing is left of it when both have ended, however."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
+
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.serving.execution.process.frames import Lost
+from bertology_serve.tasks.spec import EMBEDDING, Encoding
+
+PAGE = 1 << 20  # what it grows by, in bytes
+
+
+class SharedMemory:
+    """One writer, one reader, who are told of each other's doings by frames. Grows as it needs to.
+
+    ``fd`` is its file descriptor, which the other process gets.
+    """
+
+    def __init__(self, fd: int | None = None) -> None:
+        self.fd = os.memfd_create("bertology-serve") if fd is None else fd
+        self._map: mmap.mmap | None = None
+        weakref.finalize(self, os.close, self.fd)  # not before: another thread's number may soon be another file's
+
+    def write(self, arrays: Sequence[NDArray[np.generic]]) -> None:
+        """Lays arrays one after the other from the beginning."""
+        size = sum(array.nbytes for array in arrays)
+        if not size:
+            return
+        if size > os.fstat(self.fd).st_size:
+            os.ftruncate(self.fd, -(-size // PAGE) * PAGE)
+        memory, at = self._mapped(size), 0
+        for array in arrays:
+            memory[at : at + array.nbytes] = array.tobytes()
+            at += array.nbytes
+
+    def read(self, count: int, dtype: DTypeLike) -> NDArray[np.generic]:
+        """A copy of that many numbers from the beginning; Lost where they cannot be there."""
+        size = count * np.dtype(dtype).itemsize
+        if not 0 <= size <= os.fstat(self.fd).st_size:
+            raise Lost(f"{size} bytes are said to be in {os.fstat(self.fd).st_size}")
+        if not size:
+            return np.zeros(0, dtype)
+        return np.frombuffer(self._mapped(size)[:size], dtype=dtype)
+
+    def _mapped(self, size: int) -> mmap.mmap:
+        if self._map is None or len(self._map) < size:
+            if self._map is not None:
+                self._map.close()
+            self._map = mmap.mmap(self.fd, os.fstat(self.fd).st_size)
+        return self._map
+
+
+Owned = tuple[int, Encoding]  # the number of a sequence's delta in the batch's list of keys, and its tokens
+
+
+def put_batch(arena: SharedMemory, owned: Sequence[Owned]) -> tuple[int, int]:
+    """Writes S owners, S lengths, T ids and T types, int32; returns (S, T)."""
+    lengths = [len(encoding) for _, encoding in owned]
+    columns = (
+        [owner for owner, _ in owned],
+        lengths,
+        [number for _, encoding in owned for number in encoding.ids],
+        [number for _, encoding in owned for number in encoding.types],
+    )
+    arena.write([np.array(column, dtype=np.int32) for column in columns])
+    return len(owned), sum(lengths)
+
+
+def take_batch(arena: SharedMemory, sequences: int, tokens: int) -> list[Owned]:
+    """What ``put_batch`` wrote; Lost where it is no such batch."""
+    numbers = arena.read(2 * (sequences + tokens), np.int32).tolist()
+    owners, lengths = numbers[:sequences], numbers[sequences : 2 * sequences]
+    if min(lengths, default=0) < 0 or sum(lengths) != tokens:
+        raise Lost(f"sequences of {sum(lengths)} tokens; expected {tokens}")
+    ids, types = numbers[2 * sequences : 2 * sequences + tokens], numbers[2 * sequences + tokens :]
+    found, at = [], 0
+    for owner, length in zip(owners, lengths, strict=True):
+        found.append((owner, Encoding(tuple(ids[at : at + length]), tuple(types[at : at + length]))))
+        at += length
+    return found
+
+
+def put_outputs(arena: SharedMemory, outputs: Sequence[Tensor]) -> int:
+    """Writes the numbers of all outputs, float32; returns how many."""
+    flat = torch.cat([output.reshape(-1) for output in outputs])
+    arena.write([flat.to(torch.float32).numpy()])
+    return flat.numel()
+
+
+def take_outputs(arena: SharedMemory, count: int, owned: Sequence[tuple[Delta, Encoding]], hidden: int) -> list[Tensor]:
+    """Each sequence's output, [C], [len, C] or [H] as its delta's task has it; Lost where the numbers are others."""
+    shapes = [shape_of(delta, encoding, hidden) for delta, encoding in owned]
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    if count != sum(sizes):
+        raise Lost(f"{count} numbers came back; expected {sum(sizes)}")
+    numbers: NDArray[np.generic] = arena.read(count, np.float32)
+    parts = torch.split(torch.from_numpy(numbers.copy()), sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def shape_of(delta: Delta, encoding: Encoding, hidden: int) -> tuple[int, ...]:
+    """The shape of a sequence's output."""
+    task = delta.task
+    if task.kind == EMBEDDING:
+        return (hidden,)
+    return (len(encoding), task.outputs) if task.per_token else (task.outputs,)

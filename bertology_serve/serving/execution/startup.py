@@ -1,0 +1,85 @@
+"""The deltas of a server and what runs them: in this process, or in one of their own."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from bertology_serve.encoder.delta_set import DeltaSet
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.serving.execution.engine_choice import EngineConfig, apply
+from bertology_serve.serving.execution.process.executor_handle import ForkServer
+from bertology_serve.serving.execution.process.remote import Remote
+from bertology_serve.serving.observability.background import Background
+
+Executor = Literal["thread", "process"]
+
+
+@dataclass(frozen=True)
+class Startup:
+    """``settle`` says what runs the batches, once there are deltas: the engine's name, and what was found; ``warmed``
+    that batches now take what they should; ``close`` gives everything back.
+    """
+
+    pipeline: DeltaSet
+    device: str
+    settle: Callable[[EngineConfig], tuple[str, EngineConfig]]
+    warmed: Callable[[float], None] = lambda seconds: None
+    close: Callable[[], None] = lambda: None
+
+
+def open_backbone(
+    backbone: str,
+    device: str,
+    dtype: torch.dtype,
+    nursery: ForkServer | None = None,
+    background: Background | None = None,
+) -> Startup:
+    """An encoder without deltas: loaded here, or with a ``nursery`` the one that it has loaded."""
+    if nursery is not None:
+        remote = Remote(nursery, backbone, device, dtype, background)
+        return Startup(remote, device, remote.settle, remote.patience, remote.close)
+    pipeline = Pipeline(Encoder.load(backbone, device=device, dtype=dtype))
+    return Startup(pipeline, device, partial(apply, pipeline))
+
+
+_MAPS = Path("/proc/self/smaps")
+_FILE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...p \S+ \S+ \S+ +/(?!dev/)")  # mapped by this process for itself
+_DONTNEED = 4  # of madvise(2)
+
+
+def settle_memory() -> None:
+    """Keeps the garbage collector from what is there now, for a process that only serves, or forks, from here on.
+
+    Torch and its models are hundreds of thousands of objects; looking at all of them stops every call meanwhile, and
+    copies what forked processes share. What loading has left behind goes back to the system, where the C library can
+    do that; so do the pages of files that are as the files are, weights that were packed or checked and code that only
+    a start needs: who reads them again has them back from the page cache.
+    """
+    gc.collect()
+    gc.freeze()
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)
+        for start, end in _unchanged():
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED)
+
+
+def _unchanged() -> Iterator[tuple[int, int]]:
+    """First and last address of every mapped file of which nothing was changed in memory. Linux."""
+    mapped: re.Match[str] | None = None
+    for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line[0] in "0123456789abcdef":
+            mapped = _FILE.match(line)
+        elif mapped and line.startswith("Anonymous:") and line.split()[1] == "0":
+            yield int(mapped[1], 16), int(mapped[2], 16)

@@ -1,0 +1,232 @@
+"""Bodies in and answers out, with their limits. No Content-Type is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import zlib
+from collections.abc import Awaitable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from bertology_serve.encoder.delta_set import Prediction
+from bertology_serve.errors import (
+    BertologyError,
+    DataError,
+    Expired,
+    Forbidden,
+    InputError,
+    LimitError,
+    NotFound,
+    Overloaded,
+    RateLimited,
+    SlowBody,
+    Unauthorized,
+    Unsupported,
+    VerificationError,
+)
+from bertology_serve.serving.http.connection import CONNECTION, WHOLE
+from bertology_serve.serving.protocol.json_codec import encode
+
+JSON, BINARY = "application/json", "application/octet-stream"
+JSON_LENGTH = "Inference-Header-Content-Length"
+TIMEOUT, PRIORITY, REQUEST_ID = "X-Request-Timeout-Ms", "X-Request-Priority", "X-Request-Id"
+TRUNCATED = "X-Truncated"
+_JSON_LENGTH, _TIMEOUT, _PRIORITY = (name.lower().encode() for name in (JSON_LENGTH, TIMEOUT, PRIORITY))
+_WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits
+_PIECE = 4096  # bytes that are decompressed at once, and at most without a thread for it
+MOST_MEMBERS = 1024  # of one gzip body
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A value as JSON."""
+    return Response(encode(value), status, headers, JSON)
+
+
+def answer_response(
+    content: bytes, predictions: Sequence[Prediction], kind: str = JSON, headers: Mapping[str, str] | None = None
+) -> Response:
+    """An encoded answer; X-Truncated says how many of its items were cut, in whatever shape they are answered."""
+    cut = sum(prediction.truncated for prediction in predictions)
+    return Response(content, headers={**(headers or {}), **({TRUNCATED: str(cut)} if cut else {})}, media_type=kind)
+
+
+def problem_response(problem: Exception, path: str) -> Response:
+    """An error with its status, in the shape of the path."""
+    return error_response(message_of(problem), status_of(problem), path, headers_of(problem))
+
+
+def error_response(message: str, status: int, path: str, headers: Mapping[str, str] | None = None) -> Response:
+    """``{"error": message}``; under ``/v1`` an object, as OpenAI's client reads it, but for KServe's ``:predict``."""
+    error: Any = message
+    if path.startswith("/v1/") and not path.endswith(":predict"):
+        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+        error = {"message": message, "type": kind, "param": None, "code": None}
+    return json_response({"error": error}, status, headers)
+
+
+async def read_body(request: Request, most: int, seconds: float) -> bytes:
+    """The whole body, decompressed; LimitError beyond ``most`` bytes, as soon as that is known.
+
+    SlowBody where it is not there after so many seconds.
+    """
+    announced = _header(request, b"content-length")
+    if announced and announced.isdigit() and int(announced[:18]) > most:
+        raise _too_large(most)
+    if WHOLE in request.scope:  # what is there already needs no clock
+        body = await _read(request, most)
+    else:
+        try:
+            async with asyncio.timeout(seconds):
+                body = await _read(request, most)
+        except TimeoutError:
+            raise SlowBody(f"the body was not there after {seconds:g} s; send it faster, or less in one call") from None
+    encoding = (_header(request, b"content-encoding") or b"").decode("latin-1").strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    if len(body) > _PIECE:
+        return await asyncio.to_thread(_decompressed, body, encoding, most)
+    return _decompressed(body, encoding, most)
+
+
+async def _read(request: Request, most: int) -> bytes:
+    chunks: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk, more = message.get("body", b""), message.get("more_body", False)
+        size += len(chunk)
+        if size > most:
+            raise _too_large(most)
+        chunks.append(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _header(request: Request, name: bytes) -> bytes | None:
+    """The first header of that name, in lower case, as it was sent."""
+    for known, value in request.scope["headers"]:
+        if known == name:
+            found: bytes = value
+            return found
+    return None
+
+
+def header_length(request: Request) -> int | None:
+    """The length of the JSON part of a body with binary tensors, ``None`` for JSON alone."""
+    value = _header(request, _JSON_LENGTH)
+    if value is None:
+        return None
+    if not value.isdigit() or len(value) > 18:
+        raise DataError(f"header {JSON_LENGTH} is {value[:40].decode('latin-1')!r}; expected a number of bytes")
+    return int(value)
+
+
+def timeout_of(request: Request) -> float:
+    """The seconds that the caller allows, by X-Request-Timeout-Ms; without end where it says nothing."""
+    value = _header(request, _TIMEOUT)
+    if value is None:
+        return math.inf
+    if not value.isdigit() or len(value) > 10 or int(value) == 0:
+        raise DataError(
+            f"header {TIMEOUT} is {value[:40].decode('latin-1')!r}; expected a whole number of milliseconds above 0"
+        )
+    return int(value) / 1000
+
+
+def priority_of(request: Request) -> int:
+    """The priority that the caller asks for, by X-Request-Priority; 0 where it says nothing."""
+    value = _header(request, _PRIORITY)
+    if value is None:
+        return 0
+    if not value.isdigit() or len(value) > 9:
+        raise DataError(f"header {PRIORITY} is {value[:40].decode('latin-1')!r}; expected a whole number, 1 goes first")
+    return int(value)
+
+
+def departure(request: Request) -> Awaitable[None]:
+    """Done when the client has hung up. For after the body was read."""
+    connection = request.scope.get(CONNECTION)
+    if connection is None:  # under another server
+        return _disconnected(request)
+    left: Awaitable[None] = connection.departure()
+    return left
+
+
+async def _disconnected(request: Request) -> None:
+    try:
+        while (await request.receive())["type"] != "http.disconnect":
+            await asyncio.sleep(0)
+    except ClientDisconnect:
+        return
+
+
+def _decompressed(body: bytes, encoding: str, most: int) -> bytes:
+    """All members of a gzip body, one after the other, or the one of a deflate body."""
+    if encoding not in _WINDOW:
+        raise DataError(f"Content-Encoding {encoding[:40]!r} is not supported; expected gzip, deflate or none")
+    found, at = bytearray(), 0
+    for _ in range(MOST_MEMBERS):
+        reader = zlib.decompressobj(_WINDOW[encoding])
+        while not reader.eof:
+            piece = body[at : at + _PIECE]
+            if not piece:
+                raise DataError(f"the {encoding} body is cut short")
+            try:
+                found += reader.decompress(piece, most + 1 - len(found))
+            except zlib.error:
+                raise DataError(f"the body is not valid {encoding}") from None
+            if len(found) > most:
+                raise _too_large(most)
+            at += len(piece) - len(reader.unused_data)
+        if at == len(body) or (body[at] == 0 and not body[at:].strip(b"\0")):  # gzip files may be padded with zeros
+            return bytes(found)
+        if encoding != "gzip":
+            raise DataError(f"the {encoding} body goes on after its end")
+    raise LimitError(f"the gzip body has more than {MOST_MEMBERS} members; compress it as one")
+
+
+def _too_large(most: int) -> LimitError:
+    return LimitError(f"the body is larger than {most} bytes; send less in one call")
+
+
+_STATUS: tuple[tuple[type[BertologyError], HTTPStatus], ...] = (
+    (LimitError, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
+    (SlowBody, HTTPStatus.REQUEST_TIMEOUT),
+    (InputError, HTTPStatus.BAD_REQUEST),
+    (NotFound, HTTPStatus.NOT_FOUND),
+    (Unsupported, HTTPStatus.BAD_REQUEST),
+    (Unauthorized, HTTPStatus.UNAUTHORIZED),
+    (Forbidden, HTTPStatus.FORBIDDEN),
+    (RateLimited, HTTPStatus.TOO_MANY_REQUESTS),
+    (Overloaded, HTTPStatus.SERVICE_UNAVAILABLE),
+    (Expired, HTTPStatus.GATEWAY_TIMEOUT),
+    (VerificationError, HTTPStatus.INTERNAL_SERVER_ERROR),
+)
+UNEXPECTED = "the server failed on this call; the fault is in its log"
+
+
+def status_of(problem: Exception) -> HTTPStatus:
+    """The status of an error, by its place in the tree of ``errors``; 500 for what nobody raised on purpose."""
+    for kind, status in _STATUS:
+        if isinstance(problem, kind):
+            return status
+    return HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def message_of(problem: Exception) -> str:
+    """What the caller is told: the message of errors raised on purpose, nothing of others."""
+    return " ".join(str(problem).split()) if isinstance(problem, BertologyError) else UNEXPECTED
+
+
+def headers_of(problem: Exception) -> dict[str, str]:
+    """Retry-After in whole seconds where trying again makes sense; how to show a key where none was shown."""
+    if isinstance(problem, Unauthorized):
+        return {"WWW-Authenticate": "Bearer"}
+    if isinstance(problem, SlowBody):
+        return {"Connection": "close"}  # the rest of the body would be read as the next call
+    return {"Retry-After": str(math.ceil(problem.retry_after))} if isinstance(problem, Overloaded) else {}

@@ -1,0 +1,208 @@
+"""What the server measures, for Prometheus. Names begin with ``bertology_``; durations are in seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+from bertology_serve.encoder.delta_set import DeltaSet
+from bertology_serve.serving.batching.delta_queue import Work
+from bertology_serve.serving.batching.queue import WorkQueue
+from bertology_serve.serving.observability.background import Background
+from bertology_serve.serving.observability.statistics import Statistics
+from bertology_serve.serving.observability.tracing import Tracing
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+OTHER = "other"
+ANSWERED, REFUSED, FAILED, DROPPED, EXPIRED = "answered", "refused", "failed", "dropped", "expired"
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16_384)
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """One server's counters, in a registry of their own. ``most_deltas`` are named, later ones are ``other``;
+    ``statistics`` are those of the Open Inference Protocol; ``tracing`` makes spans where it is set."""
+
+    def __init__(self, most_deltas: int = 200) -> None:
+        self._most, self._named = most_deltas, set[str]()
+        self.registry = CollectorRegistry()
+        self.statistics = Statistics()
+        self.tracing: Tracing | None = None
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}
+        own = self.registry
+        self._items = Counter("bertology_items", "Items by delta and outcome", ("delta", "outcome"), registry=own)
+        self._tokens = Counter(
+            "bertology_tokens", "Tokens answered by delta, prompts included", ("delta",), registry=own
+        )
+        self._latency = Histogram(
+            "bertology_item_seconds", "From queueing an item to its answer", ("delta",), buckets=_SECONDS, registry=own
+        )
+        self._calls = Counter("bertology_calls", "Calls by HTTP status", ("status",), registry=own)
+        self._batch = Histogram("bertology_batch_seconds", "Time of one batch", buckets=_SECONDS, registry=own)
+        self._batch_tokens = Histogram("bertology_batch_tokens", "Tokens in one batch", buckets=_TOKENS, registry=own)
+        self._batch_items = Histogram("bertology_batch_items", "Items in one batch", buckets=_COUNTS, registry=own)
+        self._batch_deltas = Histogram("bertology_batch_deltas", "Deltas in one batch", buckets=_COUNTS, registry=own)
+        self._shadows = Counter(
+            "bertology_shadow_items", "Items that shadows were asked too", ("delta", "version", "outcome"), registry=own
+        )
+        self._deltas = Gauge("bertology_deltas", "Deltas that answer", registry=own)
+
+    def watch(self, queue: WorkQueue) -> None:
+        """Shows what waits in a queue."""
+        items = Gauge("bertology_queue_items", "Items waiting", registry=self.registry)
+        tokens = Gauge("bertology_queue_tokens", "Tokens waiting", registry=self.registry)
+        items.set_function(lambda: queue.items)
+        tokens.set_function(lambda: queue.tokens)
+        budget = Gauge("bertology_batch_budget_tokens", "Tokens that a batch may hold now", registry=self.registry)
+        budget.set_function(lambda: queue.times.budget)
+
+    def batch(self, works: Sequence[Work], seconds: float) -> None:
+        """Notes one batch that ran."""
+        self._batch.observe(seconds)
+        self._batch_tokens.observe(sum(work.cost for work in works))
+        self._batch_items.observe(len(works))
+        self._batch_deltas.observe(len({work.delta for work in works}))
+        self.statistics.batch(works, seconds, time.monotonic())
+
+    def finished(self, works: Sequence[Work], outcome: str, now: float) -> None:
+        """Notes what became of queued items; ``now`` is the time of the queue's clock."""
+        if self.tracing:
+            self.tracing.works(works, outcome, now)
+        if outcome in (ANSWERED, FAILED):
+            self.statistics.finished(works, outcome == ANSWERED, now)
+        for work in works:
+            name = self._label(work.delta)
+            self._child(self._items, (name, outcome)).inc()
+            if outcome == ANSWERED:
+                self._child(self._tokens, (name,)).inc(work.cost)
+                self._child(self._latency, (name,)).observe(now - work.arrived)
+
+    def refused(self, items: Mapping[str, int]) -> None:
+        """Notes how many items of each delta were refused before they were read."""
+        for delta, count in items.items():
+            self._child(self._items, (self._label(delta), REFUSED)).inc(count)
+
+    def shadow(self, delta: str, version: str, outcome: str) -> None:
+        """Notes whether a shadow decided as the version that answered."""
+        self._child(self._shadows, (self._label(delta), version, outcome)).inc()
+
+    def call(self, status: int) -> None:
+        """Notes the status of one call."""
+        self._child(self._calls, (str(status),)).inc()
+
+    def _child(self, metric: Any, labels: tuple[str, ...]) -> Any:
+        """The metric of those labels; found faster than ``labels()`` finds it, four times a call."""
+        child = self._children.get((metric, labels))
+        if child is None:
+            child = self._children[metric, labels] = metric.labels(*labels)
+        return child
+
+    def _label(self, delta: str) -> str:
+        if delta in self._named:
+            return delta
+        if len(self._named) >= self._most:
+            return OTHER
+        self._named.add(delta)
+        return delta
+
+    def deltas(self, count: int) -> None:
+        """Notes how many deltas answer."""
+        self._deltas.set(count)
+
+    def affinity(self, resident: Callable[[], Iterable[str]], waiting: Callable[[], Iterable[str]], slots: int) -> None:
+        """Shows which deltas are here, in the gauge that Kubernetes' endpoint pickers route by."""
+        self.registry.register(Affinity(resident, waiting, slots))
+
+    def render(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self.registry)
+
+
+TICK = 0.05  # seconds
+
+
+class Health(Collector):
+    """As it is at the time of the scrape."""
+
+    def __init__(self, is_ready: Callable[[], bool], pipeline: DeltaSet, background: Background) -> None:
+        self._is_ready, self._pipeline, self._background = is_ready, pipeline, background
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: there may be no executor yet."""
+        yield from ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Readiness, how the executor does, and what else runs."""
+        pipeline = self._pipeline
+        yield GaugeMetricFamily("bertology_ready", "1 while readiness answers 200", value=self._is_ready())
+        yield GaugeMetricFamily("bertology_executor_up", "1 while batches can run", value=pipeline.is_up)
+        yield CounterMetricFamily(
+            "bertology_executor_restarts", "Executors that had to be replaced", value=pipeline.restarts
+        )
+        up = GaugeMetricFamily("bertology_background_up", "1 while background work runs", labels=("work",))
+        faults = CounterMetricFamily(
+            "bertology_background_faults", "Errors that ended background work, which begins again", labels=("work",)
+        )
+        for name, state in list(self._background.works.items()):
+            up.add_metric((name,), state.up)
+            faults.add_metric((name,), state.faults)
+        yield from (up, faults)
+
+
+class LoopLag:
+    """Watches how late the event loop is: how long something held it, so that nothing else was answered meanwhile."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._seconds = Histogram(
+            "bertology_event_loop_lag_seconds", "How late the event loop ran what was due, looked at every 50 ms",
+            buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5), registry=registry,
+        )  # fmt: skip
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Looks from now on."""
+        due = loop.time() + TICK
+        self._timer = loop.call_at(due, self._tick, loop, due)
+
+    def stop(self) -> None:
+        """Looks no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _tick(self, loop: asyncio.AbstractEventLoop, due: float) -> None:
+        self._seconds.observe(max(0.0, loop.time() - due))
+        self.start(loop)
+
+
+NAME = "vllm:lora_requests_info"
+LABELS = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+MOST_NAMED = 1000
+
+
+class Affinity(Collector):
+    """``resident()`` and ``waiting()`` are asked at every scrape; ``slots`` is how many deltas fit."""
+
+    def __init__(self, resident: Callable[[], Iterable[str]], waiting: Callable[[], Iterable[str]], slots: int) -> None:
+        self._resident, self._waiting, self._slots = resident, waiting, slots
+
+    def describe(self) -> Iterator[GaugeMetricFamily]:
+        """Its name and labels."""
+        yield GaugeMetricFamily(NAME, "Deltas loaded and waited for", labels=LABELS)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """One sample."""
+        for family in self.describe():
+            family.add_metric((str(self._slots), _joined(self._resident()), _joined(self._waiting())), time.time())
+            yield family
+
+
+def _joined(names: Iterable[str]) -> str:
+    return ",".join(sorted(names)[:MOST_NAMED])

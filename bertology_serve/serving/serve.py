@@ -1,0 +1,124 @@
+"""Serves deltas over HTTP: from an empty process to the signal that ends it."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from bertology_serve.export.export_spec import MultiPrecision
+from bertology_serve.serving.config import ServerConfig
+
+if TYPE_CHECKING:
+    from bertology_serve.deltas.delta import Delta
+    from bertology_serve.encoder.delta_set import DeltaSet
+    from bertology_serve.serving.execution.process.executor_handle import ForkServer
+    from bertology_serve.serving.execution.startup import Startup
+    from bertology_serve.serving.observability.background import Background
+    from bertology_serve.serving.versions.delta_registry import Registry
+
+HUNG = 60.0  # seconds after which a batch is not waited for; the first ones, which compile, are
+
+
+def serve(
+    backbone: str,
+    deltas: str | Path,
+    config: ServerConfig | None = None,
+    *,
+    skip_bad_deltas: bool = False,
+    device: str = "auto",
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    engine: Literal["auto", "torch", "onnx"] = "auto",
+    precision: MultiPrecision = "fp32",
+    cuda_graphs: bool = False,
+    executor: Literal["thread", "process"] = "thread",
+    time_again: bool = False,
+    models: str | Path | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Answers for the deltas of a directory until SIGTERM or SIGINT; what was accepted is answered first.
+
+    ``backbone`` is a hub id, a directory or ``minilm``; ``config`` holds the port, the limits and the rest. ``say`` is
+    told the address. Logs and signal handlers of the process are set, so call it from the main thread. Raises NotFound
+    and FormatError for a directory or a delta that cannot be served, InputError where the port is taken.
+    """
+    config = config or ServerConfig()
+    started = time.monotonic()
+    from bertology_serve.serving.auth.keys import read_keyring
+    from bertology_serve.serving.execution.process.executor_handle import ForkServer, WorkerOptions
+    from bertology_serve.serving.execution.startup import settle_memory
+    from bertology_serve.serving.http.connection import bind, url_of
+    from bertology_serve.serving.observability import logs
+
+    logs.set_up(config.log_level, config.log_format)
+    keyring = read_keyring(config.keys_file, os.environ)
+    if not keyring and config.host not in ("127.0.0.1", "::1", "localhost"):
+        say(f"anyone who reaches {config.host} may ask: there are no API keys (--keys-file)")
+    with ExitStack() as stack:
+        bound = stack.enter_context(bind(config.host, config.port))  # before anything is loaded: is the port free?
+        nursery: ForkServer | None = None
+        if executor == "process":  # it loads the encoder while this process imports torch
+            nursery = stack.enter_context(
+                ForkServer(WorkerOptions(backbone, dtype, config.log_level, config.log_format))
+            )
+        from bertology_serve.serving.batching.warmup import circumstances, find, recall
+        from bertology_serve.serving.execution.engine_choice import EngineConfig, check
+        from bertology_serve.serving.observability.background import Background
+        from bertology_serve.serving.server import Server
+
+        check(engine, precision)
+        background = Background()
+        opened = _open(backbone, device, dtype, nursery, background)
+        stack.callback(opened.close)
+        registry = _load(opened.pipeline, Path(deltas), skip_bad_deltas, config)
+        wanted = EngineConfig(engine, precision, cuda_graphs)
+        where = circumstances(opened.pipeline, wanted, config, opened.device)
+        if models is not None:
+            registry.load_models(Path(models))
+        found, url = registry.all(), url_of(bound)
+
+        def announce() -> None:
+            seconds = time.monotonic() - started
+            how = f"{runs}, {opened.pipeline.encoder.packing}"
+            say(f"{len(found) - 1} deltas on {backbone} ({how}), ready after {seconds:.1f} s: {url}")
+            say(f"try: {example(url, found[-1])}")
+
+        server = Server(registry.pipeline, registry, config, announce, keyring, background)
+        runs = find(opened, server.engine, wanted, where, None if time_again else recall(where))
+        opened.warmed(max(HUNG, config.max_call_seconds))
+        settle_memory()
+        server.run(sockets=[bound])
+
+
+def example(url: str, delta: Delta) -> str:
+    """A curl command that asks a delta something."""
+    fields = {
+        "token-classification": '"text": "Ada Lovelace lived in London."',
+        "question-answering": '"question": "Who lived in London?", "context": "Ada Lovelace lived in London."',
+        "multiple-choice": '"premise": "It rained.", "choices": ["The street is wet.", "The street is dry."]',
+    }.get(delta.task.kind, '"text": "What a lovely day."')
+    if delta.task.pairs:
+        fields += ', "text_pair": "The sun is shining."'
+    return f'curl {url}/predict -d \'{{"delta": "{delta.name}", {fields}}}\''
+
+
+def _open(backbone: str, device: str, dtype: str, nursery: ForkServer | None, background: Background) -> Startup:
+    import torch
+
+    from bertology_serve.encoder.loading import find_device
+    from bertology_serve.serving.execution.startup import open_backbone
+
+    return open_backbone(backbone, str(find_device(device)), getattr(torch, dtype), nursery, background)
+
+
+def _load(pipeline: DeltaSet, deltas: Path, skip_bad: bool, config: ServerConfig) -> Registry:
+    from bertology_serve.serving.versions.delta_registry import Registry
+
+    room = math.inf if config.device_mb is None else config.device_mb * 2**20
+    registry = Registry(pipeline, device_bytes=room, host_bytes=config.host_mb * 2**20)
+    registry.load(deltas, skip_bad)
+    return registry

@@ -1,0 +1,116 @@
+"""Which version answers a call that names none: a canary takes a share, a shadow sees a copy."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from bertology_serve.encoder.pipeline import Prediction, Request
+from bertology_serve.errors import BertologyError
+from bertology_serve.serving.batching.delta_queue import CallOptions
+from bertology_serve.serving.execution.engine import ClientGone, Engine
+
+
+@dataclass(frozen=True)
+class Split:
+    """``canary`` is the version that answers ``share`` of the calls; ``shadow`` one that is asked too, in vain."""
+
+    canary: str = ""
+    share: float = 0.0
+    shadow: str = ""
+
+    @property
+    def versions(self) -> set[str]:
+        """The versions that stand beside the one that answers."""
+        return {version for version in (self.canary, self.shadow) if version}
+
+
+class Splits:
+    """The splits by delta. ``draw()`` gives numbers from 0 to 1."""
+
+    def __init__(self, draw: Callable[[], float] = random.random) -> None:
+        self._splits: dict[str, Split] = {}
+        self._draw = draw
+
+    def __bool__(self) -> bool:
+        return bool(self._splits)
+
+    def of(self, name: str) -> Split:
+        """A delta's split; without one nothing stands beside it."""
+        return self._splits.get(name, Split())
+
+    def put(self, name: str, split: Split) -> None:
+        """Sets a delta's split, or ends it."""
+        if split.versions:
+            self._splits[name] = split
+        else:
+            self._splits.pop(name, None)
+
+    def version(self, name: str) -> str:
+        """The canary's version where this call is one of its, else nothing."""
+        split = self._splits.get(name)
+        return split.canary if split and split.canary and self._draw() < split.share else ""
+
+
+LAST = 10**6  # the priority of shadows: after everything else of their delta
+MOST = 64  # calls of shadows under way; what is beyond is not asked
+AGREES, DIFFERS, FAILED = "agrees", "differs", "failed"
+DECISIONS = ("label", "choice", "tags", "entities", "answer")
+CLOSE = 1e-3
+
+
+class Shadows:
+    """Belongs to the event loop. Nothing that happens here reaches a caller, nor any limit of theirs."""
+
+    def __init__(self, engine: Engine, splits: Splits) -> None:
+        self._engine, self._splits = engine, splits
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def send(self, items: Sequence[Request], answers: Sequence[Prediction]) -> None:
+        """Asks the shadows of the deltas among the items."""
+        asked = []
+        for item, answer in zip(items, answers, strict=True):
+            shadow = self._splits.of(item.delta).shadow
+            if shadow:
+                asked.append((replace(item, version=shadow), answer))
+        if asked and len(self._tasks) < MOST:
+            task = self._engine.background.once("shadow", partial(self._compare, asked))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _compare(self, asked: Sequence[tuple[Request, Prediction]]) -> None:
+        found: Sequence[Prediction] = ()
+        try:
+            found = await self._engine.answer([item for item, _ in asked], CallOptions(priority=LAST))
+        except (BertologyError, ClientGone):
+            return
+        finally:
+            for item, _ in () if found else asked:
+                self._engine.metrics.shadow(item.delta, item.version, FAILED)
+        for (item, answer), other in zip(asked, found, strict=True):
+            outcome = AGREES if agree(answer.answer, other.answer) else DIFFERS
+            self._engine.metrics.shadow(item.delta, item.version, outcome)
+
+
+def agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two answers decide the same: label, choice, entities, span; for numbers, whether they are close."""
+    for name in DECISIONS:
+        if name in one or name in other:
+            return bool(_decision(one.get(name)) == _decision(other.get(name)))
+    numbers = [_numbers(answer.get("value", answer.get("embedding"))) for answer in (one, other)]
+    return len(numbers[0]) == len(numbers[1]) and all(abs(a - b) <= CLOSE for a, b in zip(*numbers, strict=True))
+
+
+def _decision(value: Any) -> Any:
+    """Without scores."""
+    if isinstance(value, Mapping):
+        return {name: part for name, part in value.items() if name != "score"}
+    return [_decision(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _numbers(value: Any) -> list[float]:
+    return [float(value)] if isinstance(value, int | float) else [float(number) for number in value or ()]

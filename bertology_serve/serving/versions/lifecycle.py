@@ -1,0 +1,126 @@
+"""Deltas come and go while the server answers: on threads of their own, one change of a delta after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+from weakref import WeakValueDictionary
+
+from bertology_serve.deltas.catalog import DeltaVersion
+from bertology_serve.deltas.delta import Delta
+from bertology_serve.errors import BertologyError, NotFound
+from bertology_serve.serving.observability.metrics import Metrics
+from bertology_serve.serving.versions.canary import Split
+from bertology_serve.serving.versions.delta_registry import Registry
+
+log = logging.getLogger(__name__)
+READY, UNAVAILABLE, LOADING, UNLOADING = "READY", "UNAVAILABLE", "LOADING", "UNLOADING"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One version of a delta, as the repository's index tells of it. ``reason``: why it is not ready."""
+
+    name: str
+    version: str
+    state: str
+    reason: str = ""
+
+
+class Lifecycle:
+    """Loads and unloads. Belongs to the event loop; threads of its own do the work, never the one of the batches."""
+
+    def __init__(self, registry: Registry, metrics: Metrics) -> None:
+        self.registry, self._metrics = registry, metrics
+        self._loaders = ThreadPoolExecutor(2, thread_name_prefix="loader")
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # there while somebody holds it
+        self._doing: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
+
+    async def load(self, name: str, version: str | None = None) -> Delta:
+        """Makes a version answer; the newest where none is named. Raises what is wrong with it, and nothing changes."""
+        async with self._lock(name):
+            with self._telling(name, LOADING):
+                delta = await self._run(lambda: self.registry.put(name, version))
+        log.info("delta %s: version %s answers", delta.name, delta.version)
+        return delta
+
+    async def split(self, name: str, split: Split) -> None:
+        """Gives a canary its share and a shadow its copies; raises what is wrong with them, and nothing changes."""
+        async with self._lock(name):
+            await self._run(lambda: self.registry.split(name, split))
+
+    async def rollback(self, name: str) -> Delta:
+        """Makes the version answer that answered before. NotFound where there was none."""
+        async with self._lock(name):
+            delta = await self._run(lambda: self.registry.rollback(name))
+        log.info("delta %s: back to version %s", delta.name, delta.version)
+        return delta
+
+    async def unload(self, name: str) -> None:
+        """Takes a delta away; calls under way are answered."""
+        async with self._lock(name):
+            with self._telling(name, UNLOADING):
+                await self._run(lambda: self.registry.remove(name))
+            self._reasons[name] = "unloaded"
+        log.info("delta %s: unloaded", name)
+
+    async def index(self, ready_only: bool = False) -> list[Entry]:
+        """Every version that lies in the served directory or answers, by name."""
+        shelf = await self.shelf()
+        answering = {delta.name: delta.version for delta in self.registry.all()}
+        entries: list[Entry] = []
+        for name in sorted(shelf.keys() | answering.keys(), key=lambda name: (name != "base", name)):
+            current = answering.get(name)
+            others = [one.version for one in shelf.get(name, ()) if one.version != current]
+            if not ready_only:
+                entries += [self._entry(name, version, current) for version in others]
+            if current is not None:
+                entries.append(Entry(name, current, READY))
+        return entries
+
+    async def shelf(self) -> dict[str, list[DeltaVersion]]:
+        """What lies in the served directory, see ``Registry.shelf``. Reasons of what is not there are forgotten."""
+        shelf = await self._run(self.registry.shelf)
+        self._reasons = {name: reason for name, reason in self._reasons.items() if name in shelf}
+        return shelf
+
+    def close(self) -> None:
+        """Starts nothing more."""
+        self._loaders.shutdown(wait=False, cancel_futures=True)
+
+    def _entry(self, name: str, version: str, current: str | None) -> Entry:
+        state = self._doing.get(name, UNAVAILABLE)
+        reason = f"version {current} answers" if current else self._reasons.get(name, "not loaded")
+        return Entry(name, version, state, reason if state == UNAVAILABLE else "")
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._loaders, work)
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    @contextmanager
+    def _telling(self, name: str, state: str) -> Iterator[None]:
+        """The state while it lasts, and the reason where it ends badly."""
+        self._doing[name] = state
+        try:
+            yield
+            self._reasons.pop(name, None)
+        except BertologyError as problem:
+            if not isinstance(problem, NotFound):  # anybody may ask for names that are not there
+                self._reasons[name] = str(problem)
+            if state == LOADING:
+                problem.args = (f"failed to load {name[:80]!r}: {problem}",)
+            raise
+        finally:
+            del self._doing[name]
+            deltas = self.registry.all()
+            self._metrics.deltas(len(deltas))
+            self._metrics.statistics.keep(deltas)

@@ -1,0 +1,165 @@
+"""Examples made ready for training, and how a batch of them is cut into micro-batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from bertology_serve.data.records import DataLike, Record, name_of, read_records
+from bertology_serve.errors import DataError
+from bertology_serve.tasks.base import Example, Task
+from bertology_serve.tasks.spec import EMBEDDING, Encoding
+
+# The loss of embeddings compares every pair of a batch with every other: cut, it would be another loss.
+WHOLE_BATCH = (EMBEDDING,)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A labelled example, its sequences, and what the loss compares them with."""
+
+    example: Example
+    encodings: tuple[Encoding, ...]
+    target: Any
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all its sequences."""
+        return sum(map(len, self.encodings))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence."""
+        return max(map(len, self.encodings))
+
+
+def make_items(
+    task: Task, records: Iterable[tuple[Mapping[str, Any], str]], tokenizer: PreTrainedTokenizerBase
+) -> list[Item]:
+    """Checks and tokenises labelled (fields, where) records once. Raises DataError naming the first that is wrong."""
+    items = []
+    for fields, where in records:
+        example = task.example(fields, where, labelled=True)
+        encodings = tuple(task.encode(example, tokenizer))
+        items.append(Item(example, encodings, task.target(example, encodings)))
+    if not items:
+        raise DataError("no records were found; expected at least one")
+    return items
+
+
+def micro_batches(items: Sequence[Item], max_tokens: int, padded: bool, whole: bool = False) -> list[list[Item]]:
+    """Groups of items of like length, shortest first, each of at most ``max_tokens`` rows (or a single item).
+
+    ``padded``: every sequence takes as many rows as the longest of its group. ``whole``: one group, whatever its size.
+    """
+    if whole:
+        return [list(items)]
+    groups: list[list[Item]] = []
+    rows = sequences = 0
+    for item in sorted(items, key=lambda item: item.longest):
+        sequences += len(item.encodings)
+        rows = sequences * item.longest if padded else rows + item.tokens
+        if not groups or rows > max_tokens:
+            groups.append([])
+            sequences = len(item.encodings)
+            rows = sequences * item.longest if padded else item.tokens
+        groups[-1].append(item)
+    return groups
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Batches of like length: those of each ``window`` batches of ``size`` are sorted by ``lengths`` and cut anew."""
+
+    lengths: Sequence[int]
+    size: int
+    window: int
+
+    def order(self, drawn: Sequence[int], generator: torch.Generator) -> list[int]:
+        """A permutation of the same indices; its batches are shuffled, and what fills no batch stays at the end."""
+        whole, step = len(drawn) - len(drawn) % self.size, self.size * self.window
+        windows = (drawn[start : min(start + step, whole)] for start in range(0, whole, step))
+        near = [index for window in windows for index in sorted(window, key=self.lengths.__getitem__)]
+        firsts = torch.randperm(whole // self.size, generator=generator).mul(self.size).tolist()
+        return [index for first in firsts for index in near[first : first + self.size]] + list(drawn[whole:])
+
+
+@dataclass
+class Sampler:
+    """Hands out indices 0..count-1, each once an epoch. ``seed``, ``epoch`` and ``offset`` are its whole state."""
+
+    count: int
+    seed: int
+    epoch: int = 0
+    offset: int = 0
+    buckets: Buckets | None = None
+    _order: tuple[int, list[int]] = field(default=(-1, []), repr=False)
+
+    def take(self, size: int) -> list[int]:
+        """The next ``size`` indices, fewer at the end of an epoch; after its last batch the next epoch begins."""
+        chosen = self._permutation()[self.offset : self.offset + size]
+        self.offset += len(chosen)
+        if self.offset >= self.count:
+            self.epoch, self.offset = self.epoch + 1, 0
+        return chosen
+
+    def _permutation(self) -> list[int]:
+        if self._order[0] != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            drawn = torch.randperm(self.count, generator=generator).tolist()
+            self._order = (self.epoch, self.buckets.order(drawn, generator) if self.buckets else drawn)
+        return self._order[1]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records, the name of the file or data set that they came from, and the columns that held their fields."""
+
+    name: str
+    records: Sequence[Record]
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, data: DataLike, columns: Mapping[str, str] | None = None) -> Source:
+        """All records of a file, a data set or what is in memory; see ``read_records``."""
+        return cls(name_of(data), read_records(data, columns), columns or {})
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of the fields of all records, in order."""
+        digest = hashlib.sha256()
+        for fields, _ in self.records:
+            digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """What two equal sources have in common."""
+        return f"{len(self.records)} rows, sha256 {self.sha256[:12]}"
+
+    def facts(self) -> dict[str, object]:
+        """Name, rows and hash, and columns where any were named, for provenance."""
+        facts = {"name": self.name, "rows": len(self.records), "sha256": self.sha256}
+        return {**facts, "columns": dict(self.columns)} if self.columns else facts
+
+
+@dataclass(frozen=True)
+class Data:
+    """The sources of a run: ``dev`` chooses the state that is kept, ``ood``, of another domain, is only measured."""
+
+    train: Source
+    dev: Source | None = None
+    ood: Source | None = None
+
+    def names(self, backbone: str) -> dict[str, str]:
+        """The backbone and the sources by the names of their flags."""
+        named = {"backbone": backbone, "train": self.train.name}
+        others = {"eval": self.dev, "ood": self.ood}
+        return named | {flag: source.name for flag, source in others.items() if source is not None}

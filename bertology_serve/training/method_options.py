@@ -1,0 +1,139 @@
+"""The methods' options as the command line names them. Imports no torch; defaults are those of their specs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from bertology_serve.errors import SpecError, nearest
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """``"query, value"`` -> ``("query", "value")``. What holds a comma is quoted as in CSV: ``'"Rome, GA",Paris'``."""
+    try:
+        parts = next(csv.reader([text], skipinitialspace=True, strict=True), [])
+    except csv.Error as problem:
+        raise SpecError(
+            f"{text!r} is no list ({problem}); expected values with commas, quoted where they hold one"
+        ) from None
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def join_list(values: Iterable[object]) -> str:
+    """The inverse of ``split_list``."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="").writerow([str(value) for value in values])
+    return out.getvalue()
+
+
+def _flag(kind: str, spec_field: str, text: str) -> Any:
+    return field(default=None, metadata={"kind": kind, "field": spec_field, "help": f"{kind}: {text}"})
+
+
+@dataclass(frozen=True)
+class KindFlags:
+    """One field for each option of each method; ``None`` leaves the method's default."""
+
+    rank: int | None = _flag("lora", "rank", "rank of the update.")
+    targets: tuple[str, ...] | None = _flag("lora", "targets", "linears to change, with commas (query,key,value,...).")
+    alpha: float | None = _flag("lora", "alpha", "the update is scaled by alpha / rank.")
+    dropout: float | None = _flag("lora", "dropout", "share of the update's inputs dropped in training.")
+    rslora: bool | None = _flag("lora", "rslora", "scale by alpha / sqrt(rank) instead.")
+    lora_init: str | None = _flag("lora", "init", "how A is drawn: kaiming or gaussian.")
+    layers: tuple[int, ...] | None = _flag("lora", "layers", "layers to change, from 0, with commas.")
+    biases: str | None = _flag("bitfit", "biases", "all, or attention (query, key and value).")
+    adapter_preset: str | None = _flag("adapter", "preset", "houlsby or pfeiffer.")
+    adapter_width: int | None = _flag("adapter", "width", "width of the bottleneck.")
+    adapter_after: str | None = _flag("adapter", "after", "houlsby stands after attention, ffn, or both.")
+    adapter_activation: str | None = _flag("adapter", "activation", "relu, gelu, silu or tanh.")
+    adapter_drop_lowest: int | None = _flag("adapter", "drop_lowest", "lowest layers without an adapter (AdapterDrop).")
+    prompt_length: int | None = _flag("prompt", "length", "number of vectors.")
+    prompt_placement: str | None = _flag("prompt", "placement", "after_cls or before_cls.")
+    prompt_positions: str | None = _flag("prompt", "positions", "kept, or shifted as peft has it.")
+    prompt_head_reads: str | None = _flag("prompt", "head_reads", "cls, or first_row as peft has it.")
+    prefix_length: int | None = _flag("prefix", "length", "keys and values a layer.")
+    prefix_positions: str | None = _flag("prefix", "positions", "kept, or shifted as peft has it.")
+    ia3_targets: tuple[str, ...] | None = _flag("ia3", "targets", "linears whose outputs are scaled, with commas.")
+    ia3_feedforward: tuple[str, ...] | None = _flag("ia3", "feedforward", "linears whose inputs are, with commas.")
+    norm_biases: bool | None = _flag("norms", "biases", "tune the LayerNorms' biases too (the default).")
+
+    mixout_p: float | None = _flag("mixout", "p", "share of the weights put back for a step. Default: 0.7.")
+    child_mode: str | None = _flag("child-tuning", "mode", "d (chosen once, by Fisher information) or f (drawn anew).")
+    child_share: float | None = _flag("child-tuning", "share", "share of the weights that is trained. Default: 0.3.")
+    top_k: int | None = _flag("top-k", "layers", "upper layers to train. Default: 3.")
+
+    def by_kind(self) -> dict[str, dict[str, Any]]:
+        """What was given, as ``TrainConfig.options`` takes it."""
+        given: dict[str, dict[str, Any]] = {}
+        for flag in fields(self):
+            value = getattr(self, flag.name)
+            if value is not None:
+                given.setdefault(flag.metadata["kind"], {})[flag.metadata["field"]] = value
+        return given
+
+
+MIXOUT, CHILD_TUNING, TOP_K = "mixout", "child-tuning", "top-k"
+MODES = ("d", "f")
+
+
+@dataclass(frozen=True)
+class Mixout:
+    """Mixout (Lee et al. 2019, arXiv 1909.11299): ``p`` is the share of a linear's weights put back for a step."""
+
+    p: float = 0.7
+
+    def __post_init__(self) -> None:
+        _check_share("p", self.p, 0 <= self.p < 1 if _is_number(self.p) else False, "from 0 up to, not including, 1")
+
+
+@dataclass(frozen=True)
+class ChildTuning:
+    """Child-Tuning (Xu et al. 2021, arXiv 2109.05687): ``share`` of the weights has a gradient.
+
+    ``mode`` d chooses them once, by their Fisher information for the task; f draws others each step.
+    """
+
+    mode: str = "d"
+    share: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise SpecError(f"unknown mode {self.mode!r} of child-tuning; {nearest(str(self.mode), MODES)}")
+        _check_share("share", self.share, 0 < self.share <= 1 if _is_number(self.share) else False, "above 0, up to 1")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Only the upper ``layers`` layers and the head are trained."""
+
+    layers: int = 3
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 1:
+            raise SpecError(f"layers of top-k is {self.layers!r}; expected a whole number from 1 up")
+
+
+Options = Mixout | ChildTuning | TopK
+REGULARISED: Mapping[str, type[Options]] = {MIXOUT: Mixout, CHILD_TUNING: ChildTuning, TOP_K: TopK}
+
+
+def read_options(method: str, values: Mapping[str, Any]) -> Options:
+    """The options of a regularised form from JSON or flags. Raises SpecError, naming the nearest known field."""
+    form = REGULARISED[method]
+    known = [field.name for field in fields(form)]
+    for name in values:
+        if name not in known:
+            raise SpecError(f"{method} has no field {name!r}; {nearest(name, known)}")
+    return form(**values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_share(name: str, value: Any, fits: bool, expected: str) -> None:
+    if not fits:
+        raise SpecError(f"{name} is {value!r}; expected a number {expected}")

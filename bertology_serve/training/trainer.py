@@ -1,0 +1,267 @@
+"""The step loop: one delta, one optimizer, batches of examples, and a run that can be killed at any moment."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.errors import SpecError
+from bertology_serve.tasks.base import Task
+from bertology_serve.training.batches import WHOLE_BATCH, Buckets, Item, Sampler, micro_batches
+from bertology_serve.training.callbacks import Callback, NoCallback
+from bertology_serve.training.checkpoint import RunState, random_state, set_random_state
+from bertology_serve.training.evaluate import measure
+from bertology_serve.training.layers import layer_norms
+from bertology_serve.training.methods import count_parameters, regulariser_for
+from bertology_serve.training.optimizer import (
+    factor,
+    make_optimizer,
+    moments,
+    set_moments,
+    set_rate,
+    trained,
+    uses_bf16,
+)
+from bertology_serve.training.processes import ALONE, Processes
+from bertology_serve.training.run_directory import RunDirectory
+from bertology_serve.training.train_config import TrainConfig
+
+
+class Trainer:
+    """Trains a live delta on items, and measures it on ``dev`` items where there are any.
+
+    With a run directory the run continues from its checkpoint, if it has one, and writes them: N steps give the same
+    bits as N/2 steps, a kill, and N/2 steps more (on CPU, with the same number of threads). Every step is a log line
+    ``{step, epoch, loss, lr, grad_norm, tokens, tokens_per_s}``, every evaluation ``{step, epoch, eval: metrics}``;
+    the lines of a recipe begin with ``stage``, from 1.
+    """
+
+    def __init__(
+        self,
+        live: TrainableDelta,
+        task: Task,
+        items: Sequence[Item],
+        config: TrainConfig,
+        dev: Sequence[Item] = (),
+        directory: RunDirectory | None = None,
+        watcher: Callback | None = None,
+        stage: int = 0,
+        processes: Processes = ALONE,
+        start: Mapping[str, float] | None = None,
+    ) -> None:
+        """``start`` are the dev metrics of what training begins with: a state whose main metric is no higher is not
+        kept.
+        """
+        check_divisible(task, processes)
+        self.processes = processes
+        self.live, self.task, self.items, self.config, self.dev = live, task, items, config, dev
+        self.directory, self.watcher = directory, watcher or NoCallback()
+        self.parameters = trained(live)
+        self.optimizer = make_optimizer(live, config)
+        self.regulariser = regulariser_for(live, config)
+        lengths, window = [item.longest for item in items], config.bucket_batches
+        buckets = Buckets(lengths, config.batch_size, window) if window else None
+        self.sampler = Sampler(len(items), config.seed, buckets=buckets)
+        steps_an_epoch = math.ceil(len(items) / config.batch_size)
+        self.eval_every = config.eval_every or steps_an_epoch
+        steps = config.passes(len(items)) * steps_an_epoch
+        self.total = min(steps, config.max_steps or steps)
+        self.state = RunState(stage)
+        if start and dev and config.keep == "best":
+            self.state.best, self.state.metrics = [start[self.task.main_metric], 0.0], dict(start)
+        self.best: dict[str, Tensor] = {}
+
+    def run(self) -> RunState:
+        """Trains to the end; the live delta then holds what is to be kept."""
+        self._begin()
+        while not self.done:
+            started = time.perf_counter()
+            batch = [self.items[i] for i in self.sampler.take(self.config.batch_size)]
+            self.processes.seed(self.config.seed, self.state.step)
+            with self.regulariser.mixed():
+                loss = self.gradient(batch)
+            self._learn(batch, loss, started)
+            if self._is_due(self.eval_every) or self._is_due(self.config.save_every):
+                self._save()
+        self._end()
+        return self.state
+
+    @property
+    def done(self) -> bool:
+        """Whether there is no further step to make."""
+        return self.state.step >= self.total or self.state.stopped
+
+    def gradient(self, batch: Sequence[Item]) -> float:
+        """Adds the gradient of the batch's mean loss, micro-batch by micro-batch; returns that loss.
+
+        Of several processes each runs its share of the batch, and all get the whole gradient and loss.
+        """
+        weight = max(1, self.task.weight([item.target for item in batch]))
+        with self.processes.drawing(self.live.encoder.device):
+            loss = self._add_gradient(self.processes.share(batch), weight)
+        self.processes.sum_gradients(self.parameters.values())
+        return sum(self.processes.gathered(loss))
+
+    def _add_gradient(self, items: Sequence[Item], weight: int) -> float:
+        """Adds the gradient of the items' losses over ``weight``; returns their sum."""
+        whole, padded = self.task.kind in WHOLE_BATCH, not self.live.encoder.packs
+        total = 0.0
+        for group in micro_batches(items, self.config.max_tokens, padded, whole):
+            encodings = [encoding for item in group for encoding in item.encodings]
+            with autocast(self.config.precision, self.live.encoder.device):
+                out = self.live(encodings)
+            lengths = [len(encoding) for encoding in encodings]
+            loss = self.task.loss(out, lengths, [item.target for item in group]) / weight
+            torch.autograd.backward(loss)
+            total += loss.item()
+        return total
+
+    def _learn(self, batch: Sequence[Item], loss: float, started: float) -> None:
+        """One step on the gradients that a batch of that mean loss left, and an evaluation where it is due."""
+        norms = self._layer_norms()
+        rate, norm = self._update(loss)
+        self._log_step(batch, {"loss": loss, "lr": rate, "grad_norm": norm, **norms}, started)
+        if self._is_due(self.eval_every):
+            self._evaluate()
+
+    def _update(self, loss: float) -> tuple[float, float]:
+        """One step of the optimizer on the gradients; returns the learning rate and the gradient's norm."""
+        rate = set_rate(self.optimizer, factor(self.state.step, self.total, self.config.warmup, self.config.schedule))
+        norm = float(clip_grad_norm_(self.parameters.values(), self.config.clip or math.inf, foreach=True))
+        self.state.step += 1
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise SpecError(
+                f"step {self.state.step}: the loss is {loss:g} and its gradient {norm:g} long; "
+                f"lower --learning-rate (it is {self.optimizer.param_groups[0]['initial_rate']:g})"
+            )
+        self.regulariser.step(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.epoch, self.state.offset = self.sampler.epoch, self.sampler.offset
+        return rate, norm
+
+    def _layer_norms(self) -> dict[str, Any]:
+        """What the log says of the first steps' gradients, before they are clipped."""
+        if self.state.step >= self.config.gradient_steps:
+            return {}
+        return {"layer_norms": layer_norms(self.parameters, self.live.encoder.anatomy)}
+
+    def _log_step(self, batch: Sequence[Item], facts: Mapping[str, Any], started: float) -> None:
+        seconds, tokens = time.perf_counter() - started, sum(item.tokens for item in batch)
+        self.state.seconds += seconds
+        line = {**self._place(), **facts}
+        line |= {"tokens": tokens, "tokens_per_s": round(tokens / seconds, 1)}
+        self._log(line)
+        self.watcher.stepped(line)
+
+    def _evaluate(self) -> None:
+        """Measures the delta, remembers the best state, and stops where patience runs out."""
+        if not self.dev:
+            return
+        started, state = time.perf_counter(), self.state
+        metrics = measure(self.live, self.task, self.dev, self.config.max_tokens, self.processes)
+        rank = self._rank(metrics)
+        better = not state.best or rank > state.best
+        state.stale = 0 if better else state.stale + 1
+        if better:
+            state.best, state.best_step = rank, state.step
+        if better or self.config.keep == "last":
+            state.metrics = metrics
+        if better and self.config.keep == "best":
+            self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        state.stopped = self.config.patience is not None and state.stale >= self.config.patience
+        state.seconds += time.perf_counter() - started
+        line = {**self._place(), "eval": metrics}
+        self._log(line)
+        self.watcher.evaluated(line)
+
+    def _rank(self, metrics: Mapping[str, float]) -> list[float]:
+        """What is compared: the main metric, then the loss."""
+        return [metrics[self.task.main_metric], -metrics.get("loss", 0.0)]
+
+    def _begin(self) -> None:
+        """From the first step, or from where the checkpoint stands."""
+        torch.manual_seed(self.config.seed)
+        found = self.directory.load(self.state.stage) if self.directory else None
+        if found is not None:
+            self.restore(*found)
+            set_random_state(self.live.encoder.device, found[0])
+        else:
+            self.live.eval()
+            self.regulariser.begin(self._gradients)
+        self.live.train()
+        self.watcher.began(self.state.step, self.total, count_parameters(self.live))
+
+    def _gradients(self) -> Iterator[None]:
+        """Leaves the gradient of each batch of the data, in its order, in the parameters, and clears them after."""
+        for start in range(0, len(self.items), self.config.batch_size):
+            self.gradient(self.items[start : start + self.config.batch_size])
+            yield
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _end(self) -> None:
+        self.live.eval()
+        self._set_parameters(self.best)
+
+    def _save(self) -> None:
+        if self.directory is not None:
+            self.directory.save(self.tensors() | random_state(self.live.encoder.device), self.state.as_dict())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold to continue, beside ``state`` and the state of the random generators."""
+        tensors: dict[str, Tensor] = {f"parameter.{name}": parameter for name, parameter in self.parameters.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"regulariser.{name}": tensor for name, tensor in self.regulariser.tensors().items()}
+        return tensors | moments(self.optimizer, self.parameters)
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """The inverse of ``tensors``."""
+        self.state = RunState.from_dict(state)
+        self.sampler.epoch, self.sampler.offset = self.state.epoch, self.state.offset
+        self._set_parameters(_named(tensors, "parameter."))
+        self.best = _named(tensors, "best.")
+        self.regulariser.restore(_named(tensors, "regulariser."))
+        set_moments(self.optimizer, self.parameters, tensors)
+
+    def _set_parameters(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                self.parameters[name].copy_(value)
+
+    def _is_due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.total
+
+    def _place(self) -> dict[str, Any]:
+        epoch = self.state.epoch + self.state.offset / len(self.items)
+        stage = {"stage": self.state.stage} if self.state.stage else {}
+        return {**stage, "step": self.state.step, "epoch": round(epoch, 4)}
+
+    def _log(self, line: Mapping[str, Any]) -> None:
+        if self.directory is not None:
+            self.directory.log(line)
+
+
+def _named(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def check_divisible(task: Task, processes: Processes) -> None:
+    """Raises SpecError where a batch has to stay whole."""
+    if processes.count > 1 and task.kind in WHOLE_BATCH:
+        raise SpecError(
+            f"the loss of {task.kind} compares all pairs of a batch, which {processes.count} processes cannot divide; "
+            "run it in one"
+        )
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 for the products where the configuration and the hardware say so; parameters stay float32."""
+    bf16 = uses_bf16(precision, device)
+    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()

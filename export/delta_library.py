@@ -1,0 +1,238 @@
+"""Many deltas as arrays, ready to be the graph's inputs; new ones join by standing behind those there are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from bertology_serve.deltas.delta import Delta, bare
+from bertology_serve.encoder.bank import BARE, DeltaBank
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pooling import form_for
+from bertology_serve.errors import FormatError, SpecError, Unsupported
+from bertology_serve.export.emitter import head_nodes
+from bertology_serve.export.emitter.delta_inputs import GATED, INDEX, Arrays, Feed
+from bertology_serve.export.emitter.emit import EMBEDDING, LOGITS, TOKEN_LOGITS
+from bertology_serve.export.metadata import delta_hash, longest
+from bertology_serve.tasks.heads import Head, Layer
+from bertology_serve.tasks.spec import EMBEDDING as VECTORS
+
+AGAIN = "export with --multi again"
+FILE, CARDS = "stacks.safetensors", "deltas"
+_NUMBERS = ("ranks", "bias", "units", "rows")
+"""Tables that hold numbers of stack rows, which move when the stack stands behind another."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a caller must know of a delta: its answer is in the first ``columns`` of ``output``, called ``labels``."""
+
+    name: str
+    version: str
+    task: str
+    output: str
+    columns: int
+    labels: tuple[str, ...]
+    max_length: int
+    kinds: tuple[str, ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Library:
+    """``arrays`` are all inputs of the graph but the text and ``delta``; ``cards`` [D] the deltas in order."""
+
+    arrays: Arrays
+    cards: tuple[Card, ...]
+
+    def join(self, other: Library) -> Library:
+        """Both, the other's deltas behind; SpecError where a name is there already, FormatError for other arrays."""
+        twice = {card.name for card in self.cards} & {card.name for card in other.cards}
+        if twice:
+            raise SpecError(f"delta {min(twice)!r} is there already; export under another name, or leave it out")
+        _check_alike(self.arrays, other.arrays)
+        return Library(_joined(self.arrays, other.arrays), self.cards + other.cards)
+
+    def without_base(self) -> Library:
+        """All but number 0, whose rows are zero."""
+        tables = {name: array if _is_stacked(name, array) else array[1:] for name, array in self.arrays.items()}
+        return Library(tables, self.cards[1:])
+
+    def save(self, path: Path) -> None:
+        """Writes one safetensors file, the cards as JSON in its metadata; the same bytes every time."""
+        cards = json.dumps([asdict(card) for card in self.cards], ensure_ascii=False)
+        arrays = {name: np.ascontiguousarray(array) for name, array in sorted(self.arrays.items())}
+        save_file(arrays, path, metadata={CARDS: cards})
+
+    @classmethod
+    def load(cls, path: Path) -> Library:
+        """Reads what ``save`` wrote; FormatError where it is something else."""
+        try:
+            with safe_open(path, "np") as file:
+                cards = json.loads((file.metadata() or {})[CARDS])
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+            return cls(arrays, tuple(_read(card) for card in list(cards)))
+        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as problem:
+            raise FormatError(f"{path.name} is no file of stacks ({problem}); {AGAIN}") from None
+
+
+def library_of(encoder: Encoder, deltas: Iterable[Delta]) -> Library:
+    """The bare base as number 0 (mean-pooled, of unit length), then the deltas. Raises Unsupported for a checkpoint."""
+    base = bare("base", encoder.ref, min(256, encoder.max_tokens))
+    return reduce(Library.join, (_single(encoder, delta) for delta in deltas), _single(encoder, base))
+
+
+def head_eps(encoder: Encoder) -> float | None:
+    """The epsilon of the norms in this family's heads; ``None`` where heads have none."""
+    return float(getattr(encoder.config, "norm_eps", 1e-5)) if encoder.anatomy.family == "modernbert" else None
+
+
+def _single(encoder: Encoder, delta: Delta) -> Library:
+    if delta.weights:
+        raise Unsupported(f"delta {delta.name!r} is a whole checkpoint and shares no encoder; export it by itself")
+    delta = encoder.fitted(delta)
+    bank, feed = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device), Feed(encoder.anatomy)
+    effects = encoder.allowed(delta.effects(encoder.anatomy))
+    entry = bank.add(delta.name, effects) if delta.specs else BARE
+    if not feed.takes([entry]):
+        stuck = ", ".join(sorted(effects.inner.keys() - {*GATED}))
+        raise Unsupported(
+            f"delta {delta.name!r} scales the inputs of {stuck}, which the graph has for {' and '.join(GATED)} alone; "
+            "export it by itself, with --merge"
+        )
+    stacks = {name: array[:, : _height(name, entry.rows)].copy() for name, array in feed.stacks(bank).items()}
+    tables = {name: array for name, array in feed.tables([entry]).items() if name != INDEX}
+    return Library(stacks | tables | _head(encoder, delta), (_card(encoder, delta),))
+
+
+def _height(stack: str, rows: Any) -> int:
+    """Rows of a stack that a single delta fills, row 0 included."""
+    segment = rows.get(stack.rpartition(".")[0])
+    return 1 if segment is None else max(segment.last, segment.bias + 1)
+
+
+def _read(card: dict[str, Any]) -> Card:
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in card.items()}
+    return Card(**values)
+
+
+def _card(encoder: Encoder, delta: Delta) -> Card:
+    task = delta.task
+    output = EMBEDDING if task.kind == VECTORS else TOKEN_LOGITS if task.per_token else LOGITS
+    columns = task.outputs or encoder.anatomy.hidden
+    sha256 = delta_hash(delta)
+    return Card(
+        delta.name, delta.version, task.kind, output, columns, task.labels, longest(encoder, delta), delta.kinds, sha256
+    )
+
+
+def _head(encoder: Encoder, delta: Delta) -> Arrays:
+    """The stacks and the form of one head; row 0 of each stack is zero."""
+    head, task, hidden = (
+        Head.build(form_for(encoder, delta.task), encoder.base_head),
+        delta.task,
+        encoder.anatomy.hidden,
+    )
+    head.load(delta.head)
+    layers = [layer for layer in head.layers if isinstance(layer, Layer)]
+    out, dense = layers[-1] if layers else None, layers[0] if len(layers) == 2 else None
+    kind = head_nodes.HEAD_ACTIVATIONS.index(dense.form.activation) if dense else 0
+    pooling = head_nodes.POOLINGS.index(task.pooling)
+    form = [int(dense is not None), int(out is not None), kind, pooling, int(task.per_token), 0]
+    form[head_nodes.UNIT] = int(task.kind == VECTORS and task.normalize)
+    found = {head_nodes.FORM: np.array([form], np.int64)}
+    found |= _layer("dense", dense, hidden, hidden) | _layer("out", out, hidden, max(task.outputs, 1))
+    if head_eps(encoder) is not None:
+        norm = dense.norm if dense else None
+        weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+        found |= {"head.norm": _below(weight, (hidden,), dense), "head.norm_bias": _below(bias, (hidden,), dense)}
+    return found
+
+
+def _layer(name: str, layer: Layer | None, inputs: int, outputs: int) -> Arrays:
+    weight = None if layer is None else layer.linear.weight.T
+    bias = None if layer is None else layer.linear.bias
+    return {
+        f"head.{name}": _below(weight, (inputs, outputs), layer),
+        f"head.{name}_bias": _below(bias, (outputs,), layer),
+    }
+
+
+def _below(tensor: Any, shape: tuple[int, ...], layer: Layer | None) -> np.ndarray[Any, Any]:
+    """A tensor (zeros where the layer lacks it) below a row of zeros; that row alone without a layer."""
+    rows = [np.zeros(shape, np.float32)]
+    if layer is not None:
+        rows.append(rows[0] if tensor is None else tensor.detach().float().numpy())
+    return np.stack(rows)
+
+
+def _check_alike(one: Arrays, other: Arrays) -> None:
+    """Raises FormatError unless both have the same arrays, alike in all but the axes that grow."""
+    for name in sorted(one.keys() ^ other.keys()):
+        raise FormatError(f"the stacks {'have no' if name in other else 'have a strange'} {name}; {AGAIN}")
+    for name, array in one.items():
+        fixed = [
+            axis for axis in range(array.ndim) if axis not in ((1,) if _is_stack(name, array) else (0, array.ndim - 1))
+        ]
+        theirs = other[name]
+        same = array.dtype == theirs.dtype and array.ndim == theirs.ndim
+        if not same or any(array.shape[axis] != theirs.shape[axis] for axis in fixed):
+            found, expected = (f"{part.dtype} {list(part.shape)}" for part in (array, theirs))
+            raise FormatError(f"the stack {name} is {found}, where the encoder has {expected}; {AGAIN}")
+
+
+def _joined(one: Arrays, other: Arrays) -> Arrays:
+    heights = {name: array.shape[int(_is_stack(name, array))] for name, array in one.items()}
+    found: Arrays = {}
+    for name in one:
+        first, second = one[name], other[name]
+        place, _, column = name.rpartition(".")
+        if _is_stack(name, first):
+            found[name] = np.concatenate([first, second[:, 1:]], 1)
+        elif first.dtype == np.float32:
+            found[name] = np.concatenate(_as_wide(first, second[1:]), 0)
+        else:
+            moved = _moved(second, place, column, one, heights)
+            found[name] = np.concatenate(_as_wide(first, moved), 0)
+    return found
+
+
+def _is_stacked(name: str, array: Any) -> bool:
+    """Whether an array holds rows of deltas rather than a row for each delta."""
+    return bool(array.dtype == np.float32)
+
+
+def _is_stack(name: str, array: Any) -> bool:
+    """Whether an array is a pool [L, P, width]; heads have their rows first, tables their deltas."""
+    return array.dtype == np.float32 and not name.startswith("head.")
+
+
+def _moved(table: Any, place: str, column: str, one: Arrays, heights: dict[str, int]) -> Any:
+    """Another library's table, its numbers counted from where its rows now stand."""
+    if column in _NUMBERS:
+        height = next(heights[name] for name in one if name.rpartition(".")[0] == place and _is_stack(name, one[name]))
+        return np.where(table > 0, table + height - 1, 0)
+    if place == "head":
+        by = np.zeros(table.shape[1], np.int64)
+        by[head_nodes.DENSE], by[head_nodes.OUT] = heights["head.dense"] - 1, heights["head.out"] - 1
+        by[head_nodes.ACTIVATION :] = 0
+        return np.where((table > 0) & (by > 0), table + by, table)
+    return table
+
+
+def _as_wide(first: Any, second: Any) -> tuple[Any, Any]:
+    """Two arrays, the last axis of the narrower one filled up with zeros."""
+    width = max(first.shape[-1], second.shape[-1])
+
+    def filled(array: Any) -> Any:
+        return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])])
+
+    return filled(first), filled(second)

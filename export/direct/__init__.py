@@ -1,1 +1,0 @@
-"""The direct back end: a BERT-like encoder's weights become an ONNX graph by its formula, without tracing."""

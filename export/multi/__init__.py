@@ -1,1 +1,0 @@
-"""One graph for many deltas: their tensors are inputs, and every sequence names the delta that it is for."""

@@ -1,0 +1,186 @@
+"""The direct back end in ONNX Runtime against the engine: every family, every kind, every form of the graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime
+import pytest
+import torch
+
+from bertology_serve.export.emitter.emit import FAMILIES, emit, obstacle
+from bertology_serve.export.export_inputs import ExportInputs, parts_of
+from bertology_serve.export.export_spec import Precision
+from bertology_serve.export.samples import Reference
+from bertology_serve.export.torch_exporter import Graph
+from bertology_serve.kinds.ia3 import Ia3
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.norms import Norms
+from bertology_serve.tasks.spec import TaskSpec
+from tests import tiny
+from tests.export.cases import CLASSES, DELTAS, EVERYTHING, encodings, padded, ran, small
+
+TINY = [family for family in tiny.FAMILIES if not family.startswith("deberta")]
+LENGTHS = (1, 2, 5, 17, 32)
+
+
+class Run:
+    """An emitted graph, checked by ONNX and loaded into ONNX Runtime."""
+
+    def __init__(
+        self,
+        parts: ExportInputs,
+        opset: int = 20,
+        unpad: bool = True,
+        precision: Precision = "fp32",
+        fused: bool = False,
+    ) -> None:
+        self.parts = parts
+        self.model = model = onnx_ir.to_proto(emit(parts, opset, unpad, precision, fused))
+        own = any(node.domain for node in model.graph.node)  # ONNX's checker does not know ONNX Runtime's operators
+        onnx.checker.check_model(model, full_check=opset < 23 and not own)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> np.ndarray:
+        arrays = zip(self.parts.inputs, (ids, mask, types), strict=False)
+        return ran(self.session, {name: array.numpy() for name, array in arrays})
+
+
+def difference(run: Run, reference: Reference) -> float:
+    """The largest |Δ| over both sides of padding; NaN where anything is."""
+    sequences = encodings(LENGTHS, typed=len(run.parts.inputs) == 3)
+    expected, found = [out.numpy() for out in reference.outputs(sequences)], []
+    for left, extra in ((False, 0), (True, 3)):
+        ids, mask, types = padded(sequences, left, extra)
+        out = run(ids, mask, types)
+        if reference.task.per_token:
+            out = [row[keep] for row, keep in zip(out, mask.bool().numpy(), strict=True)]
+        found += [np.abs(a - b).max() for a, b in zip(out, expected, strict=True)]
+    return float(np.max(found))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_kind_equals_the_engine(family, tmp_path, monkeypatch):
+    encoder = small(family, tmp_path, monkeypatch)
+    for seed, (name, (specs, task)) in enumerate(DELTAS.items()):
+        delta = tiny.delta(encoder, name, specs, task, seed)
+        reference = Reference(encoder, delta)
+        for unpad in (False, True):
+            merge, opset = (seed + unpad) % 2 == 0, (18, 20, 23)[seed % 3]
+            run = Run(parts_of(encoder, delta, merge), opset, unpad)
+            assert difference(run, reference) <= 1e-5, f"{name}, merge={merge}, opset={opset}, unpad={unpad}"
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_what_scales_rows_is_in_the_weights(family, tmp_path, monkeypatch):
+    encoder = small(family, tmp_path, monkeypatch)
+    specs = [Ia3(("value",), ("down",)), Norms(), Lora(("value", "down"), rank=2)]
+    delta = tiny.delta(encoder, "scaled", specs, CLASSES)
+    assert difference(Run(parts_of(encoder, delta, merge=True)), Reference(encoder, delta)) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "mpnet"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_form_for_cuda_on_a_cpu(family, precision, tmp_path, monkeypatch):
+    """Its operators and types, and its answers: ONNX Runtime has the fused attention for CPUs too, in float32."""
+    encoder = small(family, tmp_path, monkeypatch)
+    for seed, name in enumerate(("folds", "everything", "prefix-shifted", "prompt-tags")):
+        delta = tiny.delta(encoder, name, *DELTAS[name], seed)
+        run = Run(parts_of(encoder, delta, True), unpad=False, precision=precision, fused=True)
+        assert difference(run, Reference(encoder, delta)) <= (1e-5 if precision == "fp32" else 5e-3), name
+        operators = Counter(node.op_type for node in run.model.graph.node)
+        assert operators["MultiHeadAttention"] == encoder.anatomy.layers
+        assert operators["Softmax"] + operators["Sum"] + operators["NonZero"] == 0
+        weights = {one.name: one.data_type for one in run.model.graph.initializer}
+        half = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.FLOAT
+        own = [name for name in weights if not name.startswith(("constant_", "delta."))]
+        assert {weights[name] for name in own if "classifier" not in name and "pooler" not in name} == {half}
+        assert run.model.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_weights_have_the_names_and_shapes_of_the_other_back_end(family, tmp_path, monkeypatch):
+    encoder = small(family, tmp_path, monkeypatch)
+    parts = parts_of(encoder, tiny.delta(encoder, "mine", EVERYTHING, CLASSES), merge=False)
+    graph = Graph(parts)
+    theirs = {graph.names[path]: tuple(tensor.shape) for path, tensor in graph.named_parameters()}
+    made = emit(parts, 20, unpad=True).graph.initializers
+    ours = {name: tuple(value.const_value.shape) for name, value in made.items() if not name.startswith("constant_")}
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("unpad", [False, True])
+def test_a_row_of_padding_alone_is_finite_and_changes_nothing(unpad, tmp_path):
+    for family in ("bert", "modernbert", "mpnet"):
+        encoder = tiny.encoder(family, tmp_path / family)
+        for name in ("prefix-shifted", "prompt", "prompt-tags", "folds"):
+            run = Run(parts_of(encoder, tiny.delta(encoder, "x", *DELTAS[name]), True), unpad=unpad)
+            ids, mask, types = padded(encodings((20, 9), typed=False), left=True)
+            before = run(ids, mask, types)
+            mask[1] = 0
+            after = run(ids, mask, types)
+            assert np.isfinite(after).all()
+            assert np.abs(before[0] - after[0]).max() <= 1e-5  # unpadded, another number of rows is multiplied
+            mask[0] = 0
+            assert np.isfinite(run(ids, mask, types)).all()
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_every_pooling(pooling, normalize, tmp_path):
+    encoder = tiny.encoder("distilbert", tmp_path)
+    task = TaskSpec("embedding", max_length=32, head="none", pooling=pooling, normalize=normalize)
+    delta = tiny.delta(encoder, "x", DELTAS["prompt"][0], task)
+    for unpad in (False, True):
+        assert difference(Run(parts_of(encoder, delta, True), unpad=unpad), Reference(encoder, delta)) <= 1e-5
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "relu", "silu"])
+@pytest.mark.parametrize("opset", [18, 20])
+def test_every_activation(activation, opset, tmp_path, monkeypatch):
+    config = tiny.CONFIGS["bert"]()
+    config.hidden_act = activation
+    monkeypatch.setitem(tiny.CONFIGS, "bert", lambda: config)
+    encoder = tiny.encoder("bert", tmp_path)
+    delta = tiny.delta(encoder, "x", *DELTAS["folds"])
+    assert difference(Run(parts_of(encoder, delta, True), opset), Reference(encoder, delta)) <= 1e-5
+
+
+def test_what_it_cannot_write_is_said(tmp_path, monkeypatch):
+    def found(family: str) -> str | None:
+        encoder = tiny.encoder(family, tmp_path / family)
+        return obstacle(parts_of(encoder, tiny.delta(encoder, "x", *DELTAS["folds"]), True))
+
+    assert found("roberta") is None
+    assert found("deberta-v3") == f"deberta-v2 is not among {', '.join(FAMILIES)}"
+    config, rotary = tiny.CONFIGS["bert"](), tiny.CONFIGS["modernbert"]()
+    config.hidden_act = "mish"
+    monkeypatch.setitem(tiny.CONFIGS, "bert", lambda: config)
+    assert str(found("bert")).startswith("the activation mish is not among gelu, ")
+    rotary.rope_parameters["full_attention"] |= {"rope_type": "linear", "factor": 2.0}
+    monkeypatch.setitem(tiny.CONFIGS, "modernbert", lambda: rotary)
+    assert found("modernbert") == "the rotary positions of full_attention are scaled"
+
+
+def test_unpadded_work_follows_the_tokens(tmp_path):
+    """The first linear sees as many rows as there are tokens, not as many as the caller sent."""
+    encoder = tiny.encoder("bert", tmp_path)
+    parts = parts_of(encoder, tiny.delta(encoder, "x", *DELTAS["folds"]), True)
+    seen = {}
+    for unpad in (False, True):
+        model = emit(parts, 20, unpad)
+        product = next(node for node in model.graph if node.op_type == "MatMul")
+        product.outputs[0].dtype = onnx_ir.DataType.FLOAT
+        model.graph.outputs.append(product.outputs[0])
+        session = onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString())
+        ids, mask, types = padded(encodings((3, 9, 1), typed=True), left=False, extra=7)
+        arrays = dict(zip(parts.inputs, (ids.numpy(), mask.numpy(), types.numpy()), strict=True))
+        seen[unpad] = session.run(None, arrays)[1].shape[0]
+    assert seen == {False: 3 * 16, True: 3 + 9 + 1}

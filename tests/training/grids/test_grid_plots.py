@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bertology_serve.training.grids import grid_plots
+from tests.training.grids import made
+
+pytest.importorskip("matplotlib", reason="the plots extra is not installed")
+
+FOUND = {
+    f"mood/lora-rank-{rank}/seed-{seed}": made.result(0.5 + rank / 10 + seed / 50, 0.4)
+    for rank in made.RANKS
+    for seed in (0, 1)
+}
+
+
+def log(path: Path, *lines: dict) -> Path:
+    path.write_text("".join(json.dumps({"step": 1, **line}) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_a_metric_over_an_axis_is_drawn_with_its_points(tmp_path: Path):
+    results = made.results(made.grid(), FOUND)
+    (name, points), = grid_plots._lines(results, "rank", results.columns[0])  # fmt: skip
+    assert name == "LoRA"
+    assert [point[:2] for point in points] == [(1, pytest.approx(61.0)), (4, pytest.approx(91.0))]
+    assert grid_plots.draw_axes(results, tmp_path) == [tmp_path / "over-rank.png"]
+    assert grid_plots.draw_parameters(results, tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_words_are_no_axis(tmp_path: Path):
+    grid = made.grid().only([], ["ft"])
+    assert grid_plots.draw_axes(made.results(grid, {}), tmp_path) == []
+
+
+def test_curves_are_of_the_last_stage_and_mean_over_seeds(tmp_path: Path):
+    norms = {"embeddings": 1.0, "0": 2.0, "head": 3.0, "delta": 9.0}
+    first = log(tmp_path / "a", {"stage": 1, "layer_norms": {"delta": 5.0}}, {"stage": 2, "layer_norms": norms})
+    second = log(tmp_path / "b", {"stage": 2, "layer_norms": {**norms, "0": 4.0}}, {"stage": 2, "loss": 1.0})
+    assert grid_plots.layer_curves([first, second]) == {"embeddings": [1.0], "0": [3.0], "head": [3.0]}
+    assert grid_plots.layer_curves([log(tmp_path / "c", {"loss": 1.0})]) == {}
+    logs = {("FT", "Mood"): [first]}
+    assert grid_plots.draw_gradients(made.results(made.grid(), {}), logs, tmp_path) == [tmp_path / "gradients-mood.png"]
+
+
+def test_places_stand_from_below():
+    assert sorted(["head", "10", "2", "rest", "embeddings"], key=grid_plots._order) == [
+        "embeddings",
+        "2",
+        "10",
+        "rest",
+        "head",
+    ]

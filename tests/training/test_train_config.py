@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bertology_serve.errors import SpecError
+from bertology_serve.kinds.kinds import KINDS
+from bertology_serve.kinds.sparse import SPARSE
+from bertology_serve.training.method_options import REGULARISED, KindFlags
+from bertology_serve.training.methods import specs_for
+from bertology_serve.training.train_config import (
+    FULL,
+    HEAD_RATE,
+    HEAD_RATES,
+    LEARNING_RATES,
+    METHODS,
+    PROBE,
+    TrainConfig,
+)
+
+
+def test_methods_are_the_kinds_the_probe_and_the_forms_of_full_fine_tuning():
+    trainable = [kind for kind in KINDS if kind != SPARSE.name]  # compress makes those
+    assert (*trainable, PROBE, FULL, *REGULARISED) == METHODS
+    assert set(LEARNING_RATES) == set(METHODS)
+
+
+def test_survives_json():
+    config = TrainConfig("classification", "lora,bitfit", labels=("a", "b"), options={"lora": {"rank": 2}})
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+
+
+def test_unknown_key_names_the_nearest():
+    with pytest.raises(SpecError, match="no field 'epoch'; did you mean 'epochs'"):
+        TrainConfig.from_dict({"task": "regression", "epoch": 2})
+    with pytest.raises(SpecError, match="field 'task' is missing"):
+        TrainConfig.from_dict({})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"task": "classfication"}, "unknown task 'classfication'; did you mean 'classification'"),
+        ({"method": "lore"}, "unknown method 'lore'; did you mean 'lora'"),
+        ({"method": "lora,lora"}, "names a kind twice"),
+        ({"method": "full,lora"}, "'full' stands alone"),
+        ({"method": "lora,"}, "unknown method ''"),
+        ({"epochs": 0}, "epochs is 0; expected a number from 1 up"),
+        ({"warmup": 1.5}, "warmup is 1.5; expected a number from 0 to 1"),
+        ({"learning_rate": -1e-3}, "learning_rate is -0.001"),
+        ({"clip": float("nan")}, "clip is nan"),
+        ({"schedule": "linaer"}, "did you mean 'linear'"),
+        ({"precision": "fp16"}, "unknown precision 'fp16'"),
+        ({"max_length": 2}, "max_length is 2"),
+        ({"head": "none"}, "head 'none' does not fit"),
+        ({"labels": ("a", "a")}, "labels repeat"),
+        ({"method": "mixout,lora"}, "'mixout' stands alone"),
+        ({"method": "mixout", "options": {"mixout": {"p": 1.0}}}, "p is 1.0; expected a number from 0 up to"),
+        ({"method": "mixout", "options": {"mixout": {"q": 1.0}}}, "mixout has no field 'q'; known: p"),
+        ({"method": "child-tuning", "options": {"child-tuning": {"mode": "g"}}}, "unknown mode 'g' of child-tuning"),
+        (
+            {"method": "child-tuning", "options": {"child-tuning": {"share": 0}}},
+            "share is 0; expected a number above 0",
+        ),
+        ({"method": "top-k", "options": {"top-k": {"layers": 0}}}, "layers of top-k is 0; expected a whole number"),
+        ({"options": {"bitfit": {"biases": "all"}}}, "options of 'bitfit' were given, but the method is lora"),
+    ],
+)
+def test_senseless_values_are_refused(values, message):
+    with pytest.raises(SpecError, match=message):
+        TrainConfig(**{"task": "classification", **values})
+
+
+def test_defaults_depend_on_the_task():
+    assert TrainConfig("question-answering").task_spec(()).max_length == 384
+    spec = TrainConfig("embedding").task_spec(())
+    assert (spec.pooling, spec.head, spec.max_length) == ("mean", "none", 128)
+    spec = TrainConfig("regression", "probe").task_spec(())
+    assert (spec.pooling, spec.head) == ("mean", "linear")
+    spec = TrainConfig("regression").task_spec(())
+    assert (spec.pooling, spec.head) == ("cls", "hf")
+    assert TrainConfig("regression", stride=3, max_answer_length=4, max_length=9).task_spec(()).stride == 3
+
+
+def test_learning_rate_is_the_method_s_unless_given():
+    assert TrainConfig("regression").rate("lora") == 1e-3
+    assert TrainConfig("regression", learning_rate=0.5).rate("prompt") == 0.5
+
+
+def test_method_defaults_to_what_the_recipe_needs():
+    methods = [TrainConfig("regression", recipe=recipe).method for recipe in (None, "lp-ft", "eh-ft")]
+    assert methods == [("lora",), ("full",), ("lora",)]
+
+
+def test_head_has_a_learning_rate_of_its_own():
+    assert TrainConfig("regression", learning_rate=0.5).head_rate == HEAD_RATE
+    assert TrainConfig("regression", "full").head_rate == HEAD_RATES[FULL]
+    assert TrainConfig("regression", "probe", learning_rate=0.5).head_rate == 0.5
+    assert TrainConfig("regression", "probe").head_rate == LEARNING_RATES[PROBE]
+    assert TrainConfig("regression", head_learning_rate=0.25).head_rate == 0.25
+
+
+def test_flags_become_specs():
+    flags = KindFlags(rank=2, targets=("key",), adapter_width=3, prompt_placement="before_cls", layers=(0, 1))
+    config = TrainConfig("regression", "prompt,lora,adapter", options=flags.by_kind())
+    prompt, lora, adapter = specs_for(config)
+    assert (lora.rank, lora.targets, lora.layers, lora.alpha) == (2, ("key",), (0, 1), 16.0)
+    assert (adapter.width, prompt.placement) == (3, "before_cls")
+    assert specs_for(TrainConfig("regression", "probe")) == ()
+
+
+def test_every_flag_is_a_field_of_its_kind():
+    from dataclasses import fields
+
+    for flag in fields(KindFlags):
+        kind = flag.metadata["kind"]
+        spec = REGULARISED[kind] if kind in REGULARISED else KINDS[kind].spec
+        assert flag.metadata["field"] in {field.name for field in fields(spec)}
+
+
+def test_imports_no_torch():
+    names = "method_options, train_config"
+    code = f"import sys; from bertology_serve.training import {names}; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

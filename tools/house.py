@@ -1,0 +1,72 @@
+"""Prints how large the house is and how often it says the same word: files, lines, names used twice, ``Any``.
+
+``python tools/house.py`` from the root. ``tests/test_tree.py`` keeps the figures that are cheap from growing.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LINKED = ("kernels", "export", "cli")
+HARNESS = ROOT / "bertology_serve" / "bench"
+FAMILIES = (
+    "bert",
+    "roberta",
+    "distilbert",
+    "electra",
+    "mpnet",
+    "modernbert",
+    "deberta-v2",
+    "albert",
+    "ernie",
+    "rembert",
+)
+
+
+def library() -> list[Path]:
+    """Every file of the library but the harness, each once."""
+    links = {ROOT / "bertology_serve" / name for name in LINKED}
+    folders = [ROOT / "bertology_serve", *(ROOT / name for name in LINKED)]
+    found = (path for folder in folders for path in folder.rglob("*.py") if links.isdisjoint(path.parents))
+    return sorted(path for path in found if HARNESS not in path.parents)
+
+
+def repeated(names: list[str]) -> list[str]:
+    """The names that stand there twice or more."""
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
+def figures() -> dict[str, int]:
+    """Each figure by its name."""
+    files = library()
+    texts = {path: path.read_text(encoding="utf-8") for path in files}
+    trees = {path: ast.parse(text) for path, text in texts.items()}
+    names = [path.name for path in files if not path.name.startswith("__")]
+    classes = [node.name for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    words = [node.id for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    return {
+        "library files": len(files),
+        "lines": sum(text.count("\n") for text in texts.values()),
+        "file names used twice or more": len(repeated(names)),
+        "class names used twice or more": len(repeated(classes)),
+        "Any": words.count("Any"),
+        "places that compare a family's name": sum(compares_family(tree) for tree in trees.values()),
+    }
+
+
+def compares_family(tree: ast.AST) -> int:
+    """How often something is compared with a family's name, or with a collection of them."""
+    found = 0
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            words = {item.value for item in ast.walk(node) if isinstance(item, ast.Constant)}
+            found += bool(words & set(FAMILIES))
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(figures(), indent=2))
