@@ -1,4 +1,4 @@
-"""What a user should know before using an export that passed."""
+"""What a user should know before using an export that passed, such as how much of the delta a cast loses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many deltas of one encoder become one verified directory: a graph, and a file of all that is the deltas' own."""
+"""Many deltas of one encoder become one verified directory: a graph, all that is the deltas' own, and a card."""
 
 from __future__ import annotations
 

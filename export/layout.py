@@ -1,4 +1,4 @@
-"""What lies beside the model, as HuggingFace's tools expect it: tokenizer, config.json, a model card."""
+"""What lies beside the model (tokenizer, config.json, card, config.pbtxt), and putting a directory in its place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an exported file says of itself. No time, no path of a machine: the same delta gives the same bytes."""
+"""What an exported file says of itself, and how it is saved. No time, no path: the same delta gives the same bytes."""
 
 from __future__ import annotations
 

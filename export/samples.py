@@ -1,4 +1,4 @@
-"""Real inputs for the verifier: sentences written for this project, in every shape from 1×1 to the longest."""
+"""Real inputs for the verifier, in every shape, and the reference outputs: the torch engine's and HuggingFace's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is exported: token ids in, logits or embeddings out, the delta, pooling and head inside."""
+"""ONNX by torch's exporter, for families that the emitter cannot write: the graph, their attention, the file."""
 
 from __future__ import annotations
 

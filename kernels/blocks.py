@@ -1,4 +1,4 @@
-"""Device code that the matrix kernels share: tile loads, the K loops, and the rank columns of a tile.
+"""Device code that the matrix kernels share: activations, tile loads, the K loops, the rank columns of a tile.
 
 Shapes in BM rows, BN output columns, BK of the K loop, RT rank columns. Row indices are clamped rather than masked:
 rows beyond T or N repeat the last one, and only stores are masked.

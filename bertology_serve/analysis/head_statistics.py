@@ -1,4 +1,4 @@
-"""Sums over attention rows, head by head, gathered as batches pass: no map outlives its batch.
+"""What heads do, gathered as batches pass: sums over attention rows, divergences between heads, maps between words.
 
 Definitions after Clark et al. 2019 (arXiv 1906.04341), for a row i (a text token, [CLS] and [SEP] included) whose
 attention over the keys j is a_ij: entropy -Σ a_ij log2 a_ij in bits; distance Σ a_ij |i-j| / Σ a_ij over text keys, in

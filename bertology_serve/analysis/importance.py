@@ -1,4 +1,4 @@
-"""How much each head matters to a task: the gradient of the loss by its gate."""
+"""How much each head and each FFN neuron matters to a task, and which stay when a share of them goes."""
 
 from __future__ import annotations
 

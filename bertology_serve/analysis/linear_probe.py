@@ -1,4 +1,4 @@
-"""Linear probes: multinomial logistic regression on standardised features, solved to its only optimum."""
+"""Linear probes: logistic regression solved to its optimum, a probe on a mix of layers, and the online code (MDL)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every layer makes of texts and words, gathered from one pass over them."""
+"""What every layer makes of texts and words, from one pass; and linear CKA between two such sets of rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a delta moved the weights: norms per layer and module, and the spectra of updates."""
+"""How far a delta moved the weights: norms per layer and module, spectra, and the directions that a change acts on."""
 
 from __future__ import annotations
 

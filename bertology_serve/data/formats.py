@@ -1,4 +1,4 @@
-"""Lines of a UTF-8 text file, gzipped or not, each with its number."""
+"""Files of records, read row by row: JSON lines, CSV and TSV, CoNLL, CoNLL-U, Parquet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and hub data sets -> records."""
+"""Files, data sets and what is in memory -> records; records -> examples of a task."""
 
 from __future__ import annotations
 

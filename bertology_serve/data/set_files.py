@@ -1,4 +1,4 @@
-"""Reads the splits of well-known data sets: from a folder where it has them, else from the hub."""
+"""The splits of well-known data sets, from a folder where it has them, else from the HuggingFace hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a delta's tensors are named and shaped in ``adapter_model.safetensors``: as peft does, where peft has the kind.
+"""How a delta's tensors are named and shaped on disk (as peft does, where peft has the kind), and checks of that.
 
 * LoRA: ``{root}{module}.lora_A.weight`` [R, K] and ``.lora_B.weight`` [N, R], one pair a module. Slots that are
   slices of one packed module share its pair: the A blocks stand one above the other, B is block-diagonal with zero

@@ -1,4 +1,4 @@
-"""Packs tokenised sequences of many deltas into one batch of unpadded rows.
+"""Packs tokenised sequences of many deltas into one batch of unpadded rows, and plans which pool rows act on which.
 
 Sequences of one delta lie next to each other, the shorter ones first. Where an encoder cannot be packed, the same
 structure holds padded rows: sequence i then owns rows ``i * stride`` to ``(i + 1) * stride``.

@@ -1,4 +1,4 @@
-"""The encoder's linears and LayerNorms, taking part in the pass: same parameters and names, deltas applied."""
+"""The encoder's linears and LayerNorms, deltas applied; query, key and value in one launch; weights for oneDNN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds and reads encoders: hub ids, local directories, and the packaged MiniLM. Safetensors only."""
+"""Finds and reads encoders (hub ids, directories, packaged MiniLM), and proves them as they load. Safetensors only."""
 
 from __future__ import annotations
 

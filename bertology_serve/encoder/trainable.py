@@ -1,4 +1,4 @@
-"""One delta under training: its parameters, its head, and the shared forward pass with gradients."""
+"""Deltas under training: their parameters, their heads, and the shared forward pass with gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers JSON lines without a server: each line one item for one delta, one line back for each, in order."""
+"""Answers JSON lines without a server, in order; the output file appears whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every task provides. A new task is one file beside this one and one line in ``registry.py``."""
+"""What every task provides, and what tasks on a text or a pair share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Task heads: rows of the encoder's last hidden state -> logits. The forms are HuggingFace's (see ``forms``)."""
+"""Task heads: rows of the encoder's last hidden state -> logits, in the form that HuggingFace gives each family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Extractive question answering: start and end of the answer in a context, read through overlapping windows."""
+"""Extractive question answering: answers as spans of a context read through windows; gold answers; SQuAD's metrics."""
 
 from __future__ import annotations
 

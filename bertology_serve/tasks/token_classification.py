@@ -1,4 +1,4 @@
-"""Token classification: one tag a word, read from the word's first subword; BIO tags make entities."""
+"""Token classification: one tag a word, read from its first subword; spans of tags; how texts are cut into words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples made ready for training, and how a batch of them is cut into micro-batches."""
+"""The data of a run: its sources, examples made ready, their order, and how a batch is cut into micro-batches."""
 
 from __future__ import annotations
 

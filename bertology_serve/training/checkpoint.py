@@ -1,4 +1,4 @@
-"""One file that a run continues from: tensors and a JSON state, written whole or not at all. No pickle."""
+"""One file that a run continues from: tensors and a JSON state, whole or not at all; and where the run stands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoder's stack of layers by the paths of its modules, and training only the upper ones."""
+"""The encoder's layers by the paths of their modules: training the upper ones, their gradients, less memory."""
 
 from __future__ import annotations
 

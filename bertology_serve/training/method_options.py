@@ -1,4 +1,4 @@
-"""The methods' options as the command line names them. Imports no torch; defaults are those of their specs."""
+"""The methods' options as the command line names them, and those of the regularised forms. Imports no torch."""
 
 from __future__ import annotations
 

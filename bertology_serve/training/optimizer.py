@@ -1,4 +1,4 @@
-"""AdamW over a live delta: a learning rate a method, and no decay of biases and LayerNorms."""
+"""AdamW over a delta under training, its learning rates and their schedule, and the precision that a device has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression solved to its optimum: L-BFGS in float64 on preconditioned coordinates."""
+"""The linear probe solved to its optimum on features of one pass: L-BFGS in float64 over a path of C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saves a trained delta, proves the copy on disk, and only then gives it its name."""
+"""Saves a trained delta, proves the copy on disk, and only then gives it its name; opens and describes saved ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a form of full fine-tuning does around each step. Plain training is the form that does nothing."""
+"""What forms of full fine-tuning do around each step: Mixout, Child-Tuning; plain training does nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run directory: what an unfinished run needs to continue, hidden beside the delta that it will give.
+"""Where a run works and where its delta goes: what it needs to continue, what it is, how the delta came to be.
 
 ``PARENT/.NAME.run/`` holds ``run.json`` (what the run is), ``config.toml`` (the same as flags),
 ``checkpoint.safetensors`` (where it stands) and ``log.jsonl`` (what it did); a recipe's finished stages lie in

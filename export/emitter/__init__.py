@@ -1,3 +1,3 @@
-"""The direct back end: a BERT-like encoder's weights become an ONNX graph by its formula, without tracing."""
+"""The emitter: a BERT-like encoder's weights become an ONNX graph by its formula, without tracing."""
 
 from __future__ import annotations

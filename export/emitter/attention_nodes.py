@@ -1,4 +1,4 @@
-"""Attention of the rows of a batch to their own sequence, and what families add: rotations, distances, windows."""
+"""Attention as nodes: rotations, distances, windows, and for many deltas a prefix of each sequence's own."""
 
 from __future__ import annotations
 

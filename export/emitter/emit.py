@@ -1,4 +1,4 @@
-"""The direct back end's one call: parts in, ONNX out."""
+"""The emitter's calls: an encoder with one delta, or for many, as an ONNX graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoder's linears and norms, each with what the delta adds to it."""
+"""The encoder's linears and norms as nodes, with what one delta, or every sequence's own, adds to them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of a batch inside the graph: T of them, each one token or one vector of the prompt.
+"""The rows of a batch inside the graph, tokens and prompt vectors; for many deltas, which delta each row is for.
 
 Letters: B sequences of L columns as the caller padded them; R columns inside the graph, prompt included. ``Padded``
 computes all B R rows. ``Packed`` computes only those that are no padding: linears, norms and activations then see

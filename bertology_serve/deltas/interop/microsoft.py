@@ -1,4 +1,4 @@
-"""Checkpoints of microsoft/LoRA (``loralib``): one pickle with raw ``lora_A`` and ``lora_B`` and the head.
+"""Checkpoints of microsoft/LoRA (``loralib``), and the explicit conversion of pickles, which are opened here only.
 
 They hold neither alpha nor labels. The file is opened by ``unpickle`` only, and only when asked to.
 """

@@ -1,4 +1,4 @@
-"""Deltas from directories that peft wrote: LoRA, BEFT (biases), prompt tuning and prefix tuning.
+"""Deltas from directories that peft wrote: LoRA, DoRA, IA3, BEFT (biases), prompt tuning and prefix tuning.
 
 A setting of ``adapter_config.json`` that is not known to leave the function alone is refused by name, so that no
 checkpoint is answered differently without a word.

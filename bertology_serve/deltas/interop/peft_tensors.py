@@ -1,4 +1,4 @@
-"""LoRA and BitFit as peft stores them: tensors by module, where in memory they are stacks by slot.
+"""LoRA, BitFit and IA3 as peft stores them: tensors by module, where in memory they are stacks by slot.
 
 Slots that are slices of one packed module (query and value of ModernBERT's Wqkv) share the module's tensors: the A
 blocks stand one above the other, B is block-diagonal with zero rows where no slot reaches, so r' = n R.

@@ -1,4 +1,4 @@
-"""API keys: who may ask which deltas for how much. Keys are kept and compared as digests, and never logged."""
+"""API keys: who may ask which deltas for how much, and where keys come from. They are kept as digests, never logged."""
 
 from __future__ import annotations
 

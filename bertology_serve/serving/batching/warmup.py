@@ -1,4 +1,4 @@
-"""Times batches of growing size, so that the server knows what it can do before the first call comes."""
+"""Times batches of growing size at the start, and keeps what was found on this machine, unless the machine was busy."""
 
 from __future__ import annotations
 

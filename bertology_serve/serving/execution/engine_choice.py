@@ -1,4 +1,4 @@
-"""Which engine runs the batches: torch's, which is the reference, or ONNX Runtime's, where that is faster."""
+"""Which engine runs the batches, torch's or ONNX Runtime's, and how its weights are laid out; chosen by timing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The deltas of a server and what runs them: in this process, or in one of their own."""
+"""Opens the backbone, here or in a process of its own, and gives back the memory that only a start needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies in and answers out, with their limits. No Content-Type is needed."""
+"""Bodies in and answers out, with their limits, and errors as answers. No Content-Type is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the server logs: lines for people, or JSON objects for machines. Texts are in neither."""
+"""How the server logs: lines for people, or JSON objects for machines; faults by their place. Texts are in neither."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server measures, for Prometheus. Names begin with ``bertology_``; durations are in seconds."""
+"""What the server measures, for Prometheus: calls, batches, health, and the gauges that endpoint pickers read."""
 
 from __future__ import annotations
 

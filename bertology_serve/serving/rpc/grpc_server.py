@@ -1,4 +1,4 @@
-"""The gRPC port beside HTTP, in the same event loop."""
+"""The Open Inference Protocol over gRPC: the port, its methods, and messages to requests and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which version answers a call that names none: a canary takes a share, a shadow sees a copy."""
+"""Which version answers a call that names none: a canary takes a share, a shadow is asked and only compared."""
 
 from __future__ import annotations
 

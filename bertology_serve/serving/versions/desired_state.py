@@ -1,4 +1,4 @@
-"""The desired-state file: which version of each delta answers, what stands beside it, its weight and pins.
+"""The desired-state file (versions, canaries, weights, pins), and the work that makes what is served what it says.
 
 ``{"deltas": {"mood": {"version": "2", "pin": true, "weight": 2, "canary": {"version": "3", "share": 0.1},
 "shadow": "4"}}, "others": "keep"}``. Every field may be left out: without ``version`` the newest answers. ``others``

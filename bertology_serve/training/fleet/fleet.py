@@ -1,4 +1,4 @@
-"""The loop of a fleet: many deltas, each with an optimizer of its own, over one frozen encoder."""
+"""The loop of a fleet: many deltas, each with its optimizer, their gradients from one pass of the frozen encoder."""
 
 from __future__ import annotations
 

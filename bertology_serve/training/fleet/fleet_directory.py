@@ -1,4 +1,4 @@
-"""What an unfinished fleet needs to continue, hidden in the directory that its deltas will stand in.
+"""What an unfinished fleet needs to continue, hidden where its deltas will stand; and what it tells whoever watches.
 
 ``OUT/.fleet/`` holds ``run.json`` (what the fleet is), ``checkpoint.safetensors`` (where all of it stands: one file, so
 that the members are always at the steps that they had together) and ``NAME.log.jsonl`` for each member. It goes when

@@ -1,4 +1,4 @@
-"""The server's side of the nursery: it is started once, and gives birth to executors within milliseconds."""
+"""The server's side of the fork server: it is started once, and forks executors within milliseconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that two processes share: without a name, so that nothing is left of it when both have ended, however."""
+"""Memory that two processes share, without a name; and a batch as the numbers that go through it."""
 
 from __future__ import annotations
 
