@@ -47,7 +47,7 @@ LESSONS = (
     Lesson("intent-probe", "intent", "classification", "probe", 8, "mean"),
 )
 QUESTIONS: tuple[dict[str, Any], ...] = (
-    {"delta": "sentiment", "text": "The plot was thin, but I left the cinema smiling."},
+    {"delta": "sentiment", "text": "The plot was simple, and I left the cinema smiling."},
     {"delta": "sentiment", "text": "Cold soup, rude waiter, never again."},
     {"delta": "intent", "text": "How much money do I have left this month?"},
     {"delta": "intent-probe", "text": "Wake me at half past six tomorrow."},
@@ -100,6 +100,7 @@ def _train(encoder: Encoder, deltas: Path) -> None:
             pooling=lesson.pooling,  # type: ignore[arg-type]
             learning_rate=lesson.rate,
             batch_size=8,
+            keep="last",  # a delta of each kind is to be shown, where "best" may leave the probe
         )
         place = Destination(deltas / lesson.name, overwrite=True)
         data = [Source.read(path(lesson.examples, split)) for split in ("train", "dev")]
