@@ -14,6 +14,7 @@ from bertology_serve.cli.main import main
 from bertology_serve.cli.train import read_columns
 from bertology_serve.errors import SpecError
 from tests import tiny
+from tests.bits import same_bits
 from tests.serving.running import wait
 from tests.training import sets
 
@@ -244,6 +245,7 @@ def test_interrupt_says_how_to_continue(bert, train_file, tmp_path, capsys, monk
     assert "stopped at step 1; --resume continues from the last checkpoint" in capsys.readouterr().err
 
 
+@same_bits
 @pytest.mark.parametrize(
     ("own", "lines", "file"),
     [

@@ -21,6 +21,7 @@ from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, train
 from bertology_serve.training.train_config import TrainConfig
 from bertology_serve.training.trainer import Trainer
+from tests.bits import same_bits
 from tests.training import sets
 
 QUICK = {"epochs": 2, "batch_size": 4, "save_every": 1, "max_length": 32}
@@ -176,6 +177,7 @@ class Killer(NoCallback):
             raise Killed
 
 
+@same_bits
 @pytest.mark.parametrize("recipe", ["lp-ft", "eh-ft"])
 @pytest.mark.parametrize("at", [(1, 3), (1, 8), (2, 1), (2, 5)], ids=str)
 def test_killed_in_any_stage_it_ends_at_the_same_bits(tmp_path: Path, bert_path: Path, recipe: str, at: Any):

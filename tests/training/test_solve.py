@@ -19,6 +19,7 @@ from bertology_serve.training.publish import open_delta
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, prepare, train
 from bertology_serve.training.train_config import TrainConfig
+from tests.bits import same_bits
 from tests.training import sets
 
 
@@ -105,6 +106,7 @@ class Killed(Exception):
     pass
 
 
+@same_bits
 @pytest.mark.parametrize("recipe", ["lp", "lp-ft"])
 def test_killed_in_the_path_it_ends_at_the_same_bits(
     tmp_path: Path, bert_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str

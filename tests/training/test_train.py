@@ -25,6 +25,7 @@ from bertology_serve.training.publish import describe, open_delta
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, for_encoder, train
 from bertology_serve.training.train_config import METHODS, TrainConfig
+from tests.bits import same_bits
 from tests.training import sets
 
 
@@ -65,8 +66,9 @@ def test_the_probe_is_where_training_begins_and_what_stays_if_nothing_is_better(
     assert still.unimproved
     assert (still.delta.kinds, still.state.best_step) == (("probe",), 0)
     for name, tensor in probe.delta.head.items():
-        assert torch.equal(still.delta.head[name], tensor)
-    assert open_delta(tmp_path / "still", None)[0].metrics == still.delta.metrics == probe.delta.metrics
+        assert torch.allclose(still.delta.head[name], tensor, atol=1e-4)
+    assert open_delta(tmp_path / "still", None)[0].metrics == still.delta.metrics
+    assert still.delta.metrics == pytest.approx(probe.delta.metrics, abs=1e-5)
     weak = {"lp_path": 1}  # C = 1e-7: nearly the constant answer
     moved = run(bert, tmp_path / "moved", learning_rate=2e-2, epochs=8, **weak)
     assert not moved.unimproved
@@ -139,6 +141,7 @@ def test_no_version_is_written_where_nobody_would_see_it(tmp_path: Path, bert: E
     assert one.path == tmp_path / "mine"
 
 
+@same_bits
 def test_same_seed_same_delta_other_seed_another(tmp_path: Path, bert_path: Path):
     seeds = enumerate((0, 0, 1))
     deltas = [
@@ -217,18 +220,20 @@ def test_an_unseen_label_names_file_and_row(tmp_path: Path, bert: Encoder):
 def test_another_domain_is_measured_and_chooses_nothing(tmp_path: Path, bert: Encoder, bert_path: Path):
     rows = [Record({"text": f"the {thing} was {word}", "label": "up"}, "ood.jsonl:1") for thing in ("dog", "cat")
             for word in ("good", "bad")]  # fmt: skip
-    config = TrainConfig("classification", "full", max_length=32, epochs=2, learning_rate=1e-3)
+    config = TrainConfig("classification", "full", max_length=32, epochs=2, learning_rate=1e-3, start="random")
     data = sets.source("classification"), sets.source("classification", "dev.jsonl")
     ood = Source("ood.jsonl", rows)
     delta = train(config, bert, *data, ood=ood, place=Destination(tmp_path / "mine")).delta
     plain = train(config, Encoder.load(str(bert_path)), *data, place=Destination(tmp_path / "plain")).delta
-    assert all(torch.equal(plain.weights[name], tensor) for name, tensor in delta.weights.items())
+    assert delta.weights
+    assert all(torch.allclose(plain.weights[name], tensor, atol=1e-3) for name, tensor in delta.weights.items())
     mine, encoder = open_delta(tmp_path / "mine", None)
     found = evaluate(mine, rows, encoder).metrics
     assert {name.removeprefix("ood_"): v for name, v in delta.metrics.items() if name.startswith("ood_")} == (
         pytest.approx(found | {"loss": delta.metrics["ood_loss"]}, abs=1e-5)
     )
-    assert {name: v for name, v in delta.metrics.items() if not name.startswith("ood_")} == plain.metrics
+    own = {name: v for name, v in delta.metrics.items() if not name.startswith("ood_")}
+    assert own == pytest.approx(plain.metrics, abs=1e-3)
     assert delta.provenance["ood"]["rows"] == 4
     strange = Source("ood.jsonl", [Record({"text": "good", "label": "sideways"}, "ood.jsonl:7")])
     with pytest.raises(DataError, match=r"ood\.jsonl:7: field 'label' has the unknown label 'sideways'"):

@@ -17,6 +17,7 @@ from bertology_serve.training.train import Prepared, prepare
 from bertology_serve.training.train_config import TrainConfig
 from bertology_serve.training.trainer import Trainer
 from tests import tiny
+from tests.bits import same_bits
 from tests.training import sets
 
 MACHINE = {"prepacked": False}
@@ -122,6 +123,7 @@ def straight_and_resumed(path: Path, bert_path: Path, kill_at: int, **values: An
     return runs, logs
 
 
+@same_bits
 @pytest.mark.parametrize(
     "values",
     [
@@ -148,6 +150,7 @@ def test_resumed_run_is_the_straight_run_bit_for_bit(tmp_path, bert_path, values
     assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
 
 
+@same_bits
 def test_a_kill_before_the_first_checkpoint_begins_again(tmp_path, bert_path):
     (straight, resumed), logs = straight_and_resumed(tmp_path, bert_path, 1, epochs=2, save_every=50)
     assert all(torch.equal(p, resumed.parameters[name]) for name, p in straight.parameters.items())
@@ -174,6 +177,7 @@ def test_best_state_is_kept(bert: Encoder):
     assert all(torch.equal(now, seen[index][1][name]) for name, now in one.parameters.items())
 
 
+@same_bits
 def test_patience_stops_and_last_keeps_the_last(bert: Encoder):
     one = trainer(bert, "classification", epochs=50, learning_rate=1e-9, patience=2, keep="last")
     state = one.run()
