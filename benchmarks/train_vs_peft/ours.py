@@ -25,7 +25,7 @@ def ours(work: Work, **flags: Any) -> dict[str, Any]:
         work.known.task, (work.method,), epochs=work.epochs, batch_size=BATCH, learning_rate=work.rate,
         head_learning_rate=work.rate, max_length=work.max_length, seed=work.seed, keep="last",
         options={work.method: OPTIONS[work.method]}, labels=work.labels, stride=STRIDE if asked else None,
-        **flags,
+        **{"start": "random", "pooling": "cls", "head": "hf", **flags},  # as peft's runs have it
     )  # fmt: skip
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
