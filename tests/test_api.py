@@ -82,8 +82,22 @@ def test_data_may_be_a_file_a_list_a_frame_or_a_data_set(bert: bs.Encoder, tmp_p
     assert all(delta.provenance["train"]["rows"] == len(ROWS) for delta in made)
 
 
-def test_missing_cells_of_a_frame_are_no_text(bert: bs.Encoder):
-    rows = [{"text": "good", "label": "up"}, {"text": float("nan"), "label": "down"}]
+class NAType:
+    """As ``pandas.NA`` is: a comparison has no truth."""
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    __ne__ = __eq__
+    __hash__ = object.__hash__
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+
+@pytest.mark.parametrize("missing", [float("nan"), None, NAType()], ids=["NaN", "None", "NA"])
+def test_missing_cells_of_a_frame_are_no_text(bert: bs.Encoder, missing: Any):
+    rows = [{"text": "good", "label": "up"}, {"text": missing, "label": "down"}]
     with pytest.raises(DataError, match="row 2: field 'text' is missing"):
         bs.train(bert, frame(rows), **QUICK)
 

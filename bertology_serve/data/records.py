@@ -91,13 +91,15 @@ def _rows(data: DataLike) -> Iterable[tuple[Mapping[str, Any], str]]:
 
 
 def _frame_rows(frame: Any) -> Iterable[tuple[Mapping[str, Any], str]]:
-    """The rows of a pandas DataFrame; a missing value (NaN, NaT, None) is none."""
+    """The rows of a pandas DataFrame; a missing value (None, NaN, ``pandas.NA``, ``NaT``) is none."""
     for row, fields in enumerate(frame.to_dict("records"), 1):
         values = {str(name): value.tolist() if hasattr(value, "tolist") else value for name, value in fields.items()}
-        yield (
-            {name: None if value is not value or value != value else value for name, value in values.items()},
-            (f"row {row}"),
-        )
+        yield {name: None if _is_missing(value) else value for name, value in values.items()}, f"row {row}"
+
+
+def _is_missing(value: Any) -> bool:
+    """``pandas.NA`` is equal to nothing and refuses to say so: types are asked, not values."""
+    return type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
 
 
 def _listed_rows(rows: Iterable[Any]) -> Iterable[tuple[Mapping[str, Any], str]]:

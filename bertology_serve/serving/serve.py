@@ -60,9 +60,9 @@ def serve(
         say(f"anyone who reaches {config.host} may ask: there are no API keys (--keys-file)")
     with ExitStack() as stack:
         bound = stack.enter_context(bind(config.host, config.port))  # before anything is loaded: is the port free?
-        nursery: ForkServer | None = None
+        fork_server: ForkServer | None = None
         if executor == "process":  # it loads the encoder while this process imports torch
-            nursery = stack.enter_context(
+            fork_server = stack.enter_context(
                 ForkServer(WorkerOptions(backbone, dtype, config.log_level, config.log_format))
             )
         from bertology_serve.serving.batching.warmup import circumstances, find, recall
@@ -72,7 +72,7 @@ def serve(
 
         check(engine, precision)
         background = Background()
-        opened = _open(backbone, device, dtype, nursery, background)
+        opened = _open(backbone, device, dtype, fork_server, background)
         stack.callback(opened.close)
         registry = _load(opened.pipeline, Path(deltas), skip_bad_deltas, config)
         wanted = EngineConfig(engine, precision, cuda_graphs)
@@ -106,13 +106,13 @@ def example(url: str, delta: Delta) -> str:
     return f'curl {url}/predict -d \'{{"delta": "{delta.name}", {fields}}}\''
 
 
-def _open(backbone: str, device: str, dtype: str, nursery: ForkServer | None, background: Background) -> Startup:
+def _open(backbone: str, device: str, dtype: str, fork_server: ForkServer | None, background: Background) -> Startup:
     import torch
 
     from bertology_serve.encoder.loading import find_device
     from bertology_serve.serving.execution.startup import open_backbone
 
-    return open_backbone(backbone, str(find_device(device)), getattr(torch, dtype), nursery, background)
+    return open_backbone(backbone, str(find_device(device)), getattr(torch, dtype), fork_server, background)
 
 
 def _load(pipeline: DeltaSet, deltas: Path, skip_bad: bool, config: ServerConfig) -> Registry:
