@@ -69,7 +69,8 @@ def read_records(
     known = {field: column for field, column in (remembered or {}).items() if field in FIELDS}
     records = [_record(fields, where, columns or known, bool(columns)) for fields, where in _rows(data)]
     if not records:
-        raise DataError(f"{name_of(data)}: holds no records; expected at least one")
+        where = data if isinstance(data, str | Path) else name_of(data)
+        raise DataError(f"{where}: holds no records; expected at least one")
     return records
 
 

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -271,6 +272,14 @@ def test_a_damaged_parquet_file_is_read_or_named(changes):
             read_records(path)
         except DataError as problem:
             assert str(problem).startswith(str(path))  # noqa: PT017
+
+
+def test_what_holds_no_records_is_named(tmp_path):
+    (tmp_path / "x.jsonl").write_text("")
+    with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'x.jsonl'}: holds no records")):
+        read_records(tmp_path / "x.jsonl")
+    with pytest.raises(DataError, match="list: holds no records"):
+        read_records([])
 
 
 def test_remembered_columns_count_where_a_record_has_them(written):
