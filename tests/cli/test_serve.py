@@ -20,7 +20,7 @@ from bertology_serve.bench.prove.process_tree import descendants
 from bertology_serve.cli.main import main
 from bertology_serve.deltas import store
 from bertology_serve.export.exporting import export_delta
-from bertology_serve.serving.http.connection import bind
+from bertology_serve.serving.http.binding import bind
 from bertology_serve.serving.serve import example
 from bertology_serve.tasks.classification import Classification
 from tests.serving.conftest import RECORDS, deltas, encoder, registry  # noqa: F401 - fixtures

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from bertology_serve.errors import InputError
-from bertology_serve.serving.http.connection import KEPT, LEAST, bind, room_for, url_of
+from bertology_serve.serving.http.binding import KEPT, LEAST, bind, room_for, url_of
 from bertology_serve.serving.server import _taken
 from tests.serving.running import running, wait
 

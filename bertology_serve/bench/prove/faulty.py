@@ -15,7 +15,7 @@ from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.process.executor_handle import ForkServer, WorkerOptions
 from bertology_serve.serving.execution.process.remote import Remote
-from bertology_serve.serving.http.connection import bind, url_of
+from bertology_serve.serving.http.binding import bind, url_of
 from bertology_serve.serving.server import Server
 from bertology_serve.serving.versions.cards import read_card
 from bertology_serve.serving.versions.delta_registry import Registry, newest
