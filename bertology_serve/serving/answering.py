@@ -10,9 +10,9 @@ from typing import TypeVar
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import NotFound, VersionGone
-from bertology_serve.serving.auth.keys import Access
-from bertology_serve.serving.batching.delta_queue import CallOptions
+from bertology_serve.serving.batching.scheduler import CallOptions
 from bertology_serve.serving.execution.engine import Engine
+from bertology_serve.serving.keys import Access
 from bertology_serve.serving.versions.canary import Shadows
 from bertology_serve.serving.versions.cold import Cold
 from bertology_serve.serving.versions.delta_registry import Registry

@@ -16,18 +16,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bertology_serve.errors import BertologyError
 from bertology_serve.serving.answering import Answering
-from bertology_serve.serving.auth.gate import Gate, named, request_id_of
-from bertology_serve.serving.auth.keys import Keyring
 from bertology_serve.serving.execution.engine import ClientGone, Engine
 from bertology_serve.serving.http.bodies import JSON_LENGTH, PRIORITY, REQUEST_ID, TIMEOUT, problem_response
+from bertology_serve.serving.http.gate import Gate, named, request_id_of
 from bertology_serve.serving.http.routes import Handlers, Management
+from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.observability.logs import place_of
 from bertology_serve.serving.observability.metrics import Metrics
 from bertology_serve.serving.rpc.grpc_server import GrpcServer
 from bertology_serve.serving.versions.delta_cache import TierGauges
-from bertology_serve.serving.versions.desired_state import Reconciler
 from bertology_serve.serving.versions.lifecycle import Lifecycle
-from bertology_serve.serving.versions.watcher import Watcher
+from bertology_serve.serving.versions.watcher import Reconciler, Watcher
 
 log = logging.getLogger(__name__)
 Endpoint = Callable[[Request], Awaitable[Response]]

@@ -48,10 +48,10 @@ def serve(
     """
     config = config or ServerConfig()
     started = time.monotonic()
-    from bertology_serve.serving.auth.keys import read_keyring
     from bertology_serve.serving.execution.process.executor_handle import ForkServer, WorkerOptions
     from bertology_serve.serving.execution.startup import settle_memory
     from bertology_serve.serving.http.binding import bind, url_of
+    from bertology_serve.serving.keys import read_keyring
     from bertology_serve.serving.observability import logs
 
     logs.set_up(config.log_level, config.log_format)

@@ -21,11 +21,11 @@ import uvicorn
 from bertology_serve.encoder.pipeline import DeltaSet
 from bertology_serve.serving.answering import Answering
 from bertology_serve.serving.app import make_app
-from bertology_serve.serving.auth.keys import Keyring
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.engine import DRAINING, Engine
 from bertology_serve.serving.http.binding import room_for
 from bertology_serve.serving.http.connection import limited
+from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.observability.metrics import Metrics
 from bertology_serve.serving.observability.tracing import Tracing

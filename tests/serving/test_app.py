@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 
-from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
 from bertology_serve.serving.execution.engine import INLINE
+from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.protocol import json_codec
 from bertology_serve.tasks import encoding
 from tests.serving.conftest import DELTAS, RECORDS

@@ -10,7 +10,7 @@ from typing import Any
 from bertology_serve.bench.prove.figure import Measured
 from bertology_serve.bench.prove.stage import Stage
 from bertology_serve.encoder.pipeline import Job, Pipeline, Prediction, Request
-from bertology_serve.serving.batching.delta_queue import CallOptions
+from bertology_serve.serving.batching.scheduler import CallOptions
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.engine import ClientGone, Engine
 from bertology_serve.serving.observability.metrics import Metrics

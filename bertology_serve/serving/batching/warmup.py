@@ -20,8 +20,8 @@ from bertology_serve.encoder.delta_set import DeltaSet
 from bertology_serve.encoder.pipeline import BASE, Job, Request
 from bertology_serve.errors import DataError
 from bertology_serve.export.environment import environment
-from bertology_serve.serving.batching.batch_time import WHOLE, Sample
-from bertology_serve.serving.batching.delta_queue import squares_of
+from bertology_serve.serving.batching.queue import WHOLE, Sample
+from bertology_serve.serving.batching.scheduler import squares_of
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.engine_choice import EngineConfig
 from bertology_serve.serving.offline import writing

@@ -11,17 +11,15 @@ from typing import TypeVar
 
 from bertology_serve.encoder.pipeline import BASE, DeltaSet, Job, Prediction, Request
 from bertology_serve.errors import DataError, Expired, LimitError, Overloaded
-from bertology_serve.serving.batching.batch_time import BatchTimes, Sample
-from bertology_serve.serving.batching.delta_queue import CallOptions, Outcome, Ticket, Work
-from bertology_serve.serving.batching.limits import check_items, check_size
-from bertology_serve.serving.batching.queue import WorkQueue
-from bertology_serve.serving.batching.scheduler import FairScheduler
+from bertology_serve.serving.batching.queue import BatchTimes, Sample, WorkQueue
+from bertology_serve.serving.batching.scheduler import CallOptions, FairScheduler, Outcome, Ticket, Work
 from bertology_serve.serving.batching.warmup import climb
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.executor import Executor
 from bertology_serve.serving.observability import metrics as outcomes
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.observability.metrics import Health, LoopLag, Metrics
+from bertology_serve.serving.protocol.json_codec import check_items, check_size
 
 log = logging.getLogger(__name__)
 INLINE = 4096  # bytes or characters of a call that is read, tokenised and written without a thread for it

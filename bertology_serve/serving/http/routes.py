@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from bertology_serve import __version__
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.encoder.pipeline import Prediction
+from bertology_serve.encoder.pipeline import BASE, Prediction
 from bertology_serve.encoder.pipeline import Request as Item
 from bertology_serve.errors import Forbidden
 from bertology_serve.serving.answering import Answering, of_one_version, size_of
-from bertology_serve.serving.auth.gate import access_of
-from bertology_serve.serving.batching.delta_queue import CallOptions
+from bertology_serve.serving.batching.scheduler import CallOptions
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.http.bodies import (
     BINARY,
+    JSON,
     JSON_LENGTH,
     answer_response,
     departure,
@@ -32,13 +32,171 @@ from bertology_serve.serving.http.bodies import (
     read_body,
     timeout_of,
 )
-from bertology_serve.serving.http.model_routes import ModelRoutes
+from bertology_serve.serving.http.gate import access_of, request_id_of
 from bertology_serve.serving.http.openapi import document
-from bertology_serve.serving.http.tei_routes import TeiRoutes
 from bertology_serve.serving.observability.metrics import CONTENT_TYPE, Metrics
-from bertology_serve.serving.protocol import hf, kserve_v1, native, oip, oip_model, openai, repository
-from bertology_serve.serving.protocol.tei import PREDICT
+from bertology_serve.serving.protocol import hf, native, oip, oip_model, openai
+from bertology_serve.serving.protocol.json_codec import object_of
+from bertology_serve.serving.protocol.openai import (
+    Receipt,
+    read_classify,
+    read_embeddings,
+    read_rerank,
+    read_score,
+    write_classify,
+    write_embeddings,
+    write_rerank,
+    write_score,
+)
+from bertology_serve.serving.protocol.tei import (
+    EMBED,
+    PREDICT,
+    RERANK,
+    SIMILARITY,
+    Body,
+    TeiCall,
+    check_fit,
+    ids,
+    info,
+    read_tei,
+    tokenize,
+    write_tei,
+)
 from bertology_serve.serving.versions.lifecycle import READY, UNAVAILABLE, Entry, Lifecycle
+
+
+class TeiRoutes:
+    """The endpoints; each is there twice, see above."""
+
+    def __init__(self, answering: Answering) -> None:
+        self._answering, self._config = answering, answering.engine.config
+        self._encoder = answering.registry.pipeline.encoder
+
+    async def embed(self, request: Request) -> Response:
+        """POST /embed and /tei/{delta}/embed"""
+        return await self.call(request, EMBED)
+
+    async def predict(self, request: Request) -> Response:
+        """POST /tei/{delta}/predict; at the root, /predict tells TEI's bodies by their field ``inputs``"""
+        return await self.call(request, PREDICT)
+
+    async def rerank(self, request: Request) -> Response:
+        """POST /rerank and /tei/{delta}/rerank"""
+        return await self.call(request, RERANK)
+
+    async def similarity(self, request: Request) -> Response:
+        """POST /similarity and /tei/{delta}/similarity"""
+        return await self.call(request, SIMILARITY)
+
+    async def call(self, request: Request, what: str, body: bytes | None = None) -> Response:
+        """One call, whose body may have been read already."""
+        content, engine = await self._body(request) if body is None else body, self._answering.engine
+        access, named = access_of(request.scope), request.path_params.get("delta")
+
+        async def answer() -> Response:
+            def read() -> TeiCall:
+                call = read_tei(content, what, partial(self._answering.find, access), named, self._config.max_items)
+                check_fit(call, self._encoder.tokenizer, self._config.max_text_characters)
+                return call
+
+            call = await engine.aside(len(content), read)
+            found = await self._answering.answer(
+                access,
+                call.requests,
+                CallOptions(lambda: departure(request), seconds=timeout_of(request), priority=priority_of(request)),
+            )
+            return answer_response(await engine.aside(size_of(found), lambda: write_tei(call, found)), found)
+
+        return await of_one_version(answer)
+
+    async def info(self, request: Request) -> Response:
+        """GET /info?model= and /tei/{delta}/info"""
+        name = request.path_params.get("delta") or request.query_params.get("model") or BASE
+        delta = self._answering.find(access_of(request.scope), name)
+        return json_response(info(delta, self._config, str(self._encoder.dtype).removeprefix("torch.")))
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize and /tei/{delta}/tokenize"""
+        return await self._tokens(request, tokenize)
+
+    async def decode(self, request: Request) -> Response:
+        """POST /decode and /tei/{delta}/decode"""
+        return await self._tokens(request, ids)
+
+    async def _tokens(self, request: Request, what: Callable[[Body, Any, ServerConfig], bytes]) -> Response:
+        """Tokens of texts, or texts of tokens. All deltas share the tokenizer; the one that is named must be there."""
+        access, named = access_of(request.scope), request.path_params.get("delta")
+        if named:
+            self._answering.find(access, named)
+        body = await self._body(request)
+
+        def answer() -> bytes:
+            value = object_of(body)
+            if not named and isinstance(value.get("model"), str):
+                self._answering.find(access, value["model"])
+            return what(value, self._encoder.tokenizer, self._config)
+
+        return Response(await self._answering.engine.aside(len(body), answer), media_type=JSON)
+
+    async def _body(self, request: Request) -> bytes:
+        return await read_body(request, self._config.max_body_bytes, self._config.max_body_seconds)
+
+
+class Call(Protocol):
+    """What is read of a body."""
+
+    @property
+    def requests(self) -> list[Item]: ...
+
+
+C = TypeVar("C", bound=Call)
+
+
+class ModelRoutes:
+    """The endpoints."""
+
+    def __init__(self, answering: Answering) -> None:
+        self._answering, self._config = answering, answering.engine.config
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings"""
+        return await self._call(request, read_embeddings, write_embeddings)
+
+    async def rerank(self, request: Request) -> Response:
+        """POST /v1/rerank and /v2/rerank"""
+        return await self._call(request, read_rerank, write_rerank)
+
+    async def score(self, request: Request) -> Response:
+        """POST /score"""
+        return await self._call(request, read_score, write_score)
+
+    async def classify(self, request: Request) -> Response:
+        """POST /classify"""
+        return await self._call(request, read_classify, write_classify)
+
+    async def _call(
+        self,
+        request: Request,
+        read: Callable[[bytes, Callable[[str], Delta], float], C],
+        write: Callable[[C, Sequence[Prediction], Receipt], bytes],
+    ) -> Response:
+        body = await read_body(request, self._config.max_body_bytes, self._config.max_body_seconds)
+        access, aside, tokens = access_of(request.scope), self._answering.engine.aside, 0
+        find, most = partial(self._answering.find, access), self._config.max_items
+
+        def charge(cost: int) -> None:
+            nonlocal tokens
+            access.charge(cost)
+            tokens = cost
+
+        async def answer() -> Response:
+            call = await aside(len(body), lambda: read(body, find, most))
+            terms = CallOptions(lambda: departure(request), charge, timeout_of(request), priority_of(request))
+            found = await self._answering.answer(access, call.requests, terms)
+            receipt = Receipt(request_id_of(request.scope), int(time.time()), tokens)
+            return answer_response(await aside(size_of(found), lambda: write(call, found, receipt)), found)
+
+        return await of_one_version(answer)
 
 
 class Handlers:
@@ -103,9 +261,9 @@ class Handlers:
 
         async def answer() -> Response:
             delta = self._named(request)
-            requests = await aside(len(body), lambda: kserve_v1.read_predict(body, delta, most))
+            requests = await aside(len(body), lambda: native.read_predict(body, delta, most))
             found = await self._answer(request, requests)
-            content = await aside(size_of(found), lambda: kserve_v1.write_predict(requests, found))
+            content = await aside(size_of(found), lambda: native.write_predict(requests, found))
             return answer_response(content, found)
 
         return await of_one_version(answer)
@@ -230,27 +388,27 @@ class Management:
     async def index(self, request: Request) -> Response:
         """POST /v2/repository/index"""
         access_of(request.scope).check_admin()
-        ready_only = repository.read_index(await self._body(request))
+        ready_only = oip_model.read_index(await self._body(request))
         return json_response([asdict(entry) for entry in await self.lifecycle.index(ready_only)])
 
     async def load(self, request: Request) -> Response:
         """POST /v2/repository/models/{delta}/load"""
         access_of(request.scope).check_admin()
-        version = repository.read_load(await self._body(request))
+        version = oip_model.read_load(await self._body(request))
         delta = await self.lifecycle.load(request.path_params["delta"], version)
         return json_response(asdict(Entry(delta.name, delta.version, READY)))
 
     async def rollback(self, request: Request) -> Response:
         """POST /v2/repository/models/{delta}/rollback, this project's own"""
         access_of(request.scope).check_admin()
-        repository.read_unload(await self._body(request))
+        oip_model.read_unload(await self._body(request))
         delta = await self.lifecycle.rollback(request.path_params["delta"])
         return json_response(asdict(Entry(delta.name, delta.version, READY)))
 
     async def unload(self, request: Request) -> Response:
         """POST /v2/repository/models/{delta}/unload"""
         access_of(request.scope).check_admin()
-        repository.read_unload(await self._body(request))
+        oip_model.read_unload(await self._body(request))
         name = request.path_params["delta"]
         await self.lifecycle.unload(name)
         return json_response(asdict(Entry(name, "", UNAVAILABLE, "unloaded")))

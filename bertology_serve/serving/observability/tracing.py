@@ -14,7 +14,7 @@ from typing import Any
 from starlette.types import Scope
 
 from bertology_serve.errors import Unsupported
-from bertology_serve.serving.batching.delta_queue import Work
+from bertology_serve.serving.batching.scheduler import Work
 
 
 class Tracing:

@@ -14,8 +14,7 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
-from bertology_serve.serving.batching.limits import check_items
-from bertology_serve.serving.protocol.json_codec import decode, encode, encode_list, shown
+from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, shown
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,

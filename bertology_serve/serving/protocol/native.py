@@ -1,17 +1,19 @@
-"""This project's own shape: requests with the fields of a record, answers as in the README. Pure: bytes and structs."""
+"""This project's own shape, and KServe's first protocol, which answers in it. Pure: bytes in, bytes out.
+
+``/predict`` takes requests with the fields of a record, and answers as in the README. KServe's ``{"instances": [...]}``
+-> ``{"predictions": [...]}``: an instance is a text, or an object with the fields that the task reads."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError
-from bertology_serve.serving.batching.limits import check_items
-from bertology_serve.serving.protocol.json_codec import decode, encode, encode_list, shown
+from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, object_of, shown
 
 
 @dataclass(frozen=True)
@@ -83,3 +85,27 @@ def describe(delta: Delta) -> dict[str, Any]:
         "bytes": delta.bytes,
         "metrics": dict(delta.metrics),
     }
+
+
+def read_predict(body: bytes, delta: Delta, most: float) -> list[Request]:
+    """A call of ``POST /v1/models/{delta}:predict``; DataError, LimitError for more than ``most`` instances."""
+    value = object_of(body)
+    field = "instances" if "instances" in value else "inputs"
+    instances = value.get(field)
+    if not isinstance(instances, list):
+        raise DataError(f"field 'instances' is {shown(instances)}; expected a list of texts or objects")
+    check_items(len(instances), most)
+    return [_request(instance, f"{field}[{index}]", delta) for index, instance in enumerate(instances)]
+
+
+def write_predict(requests: Sequence[Request], predictions: Sequence[Prediction]) -> bytes:
+    """The answers in the order of the instances."""
+    answers = encode_list(answer_of(*pair) for pair in zip(requests, predictions, strict=True))
+    return b'{"predictions":' + answers + b"}"
+
+
+def _request(instance: Any, where: str, delta: Delta) -> Request:
+    record = {"text": instance} if isinstance(instance, str) else instance
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: is {shown(instance)}; expected a text or an object with the fields of its task")
+    return replace(read_request({**record, "delta": delta.name}, where), version=delta.version)

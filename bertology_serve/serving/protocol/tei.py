@@ -18,10 +18,9 @@ from bertology_serve import __version__
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import BASE, Prediction, Request
 from bertology_serve.errors import DataError, LimitError, Unsupported
-from bertology_serve.serving.batching.limits import check_items, check_size
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.protocol.hf import Options, classification, cosine, embedding, sigmoid
-from bertology_serve.serving.protocol.json_codec import encode, encode_list, object_of, shown
+from bertology_serve.serving.protocol.json_codec import check_items, check_size, encode, encode_list, object_of, shown
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
 

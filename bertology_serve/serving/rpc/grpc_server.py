@@ -26,13 +26,13 @@ from bertology_serve.errors import (
     Unsupported,
 )
 from bertology_serve.serving.answering import Answering, of_one_version, size_of
-from bertology_serve.serving.auth.gate import id_of
-from bertology_serve.serving.auth.keys import Access, Keyring
-from bertology_serve.serving.batching.delta_queue import CallOptions
+from bertology_serve.serving.batching.scheduler import CallOptions
 from bertology_serve.serving.http.bodies import headers_of, message_of
+from bertology_serve.serving.http.gate import id_of
+from bertology_serve.serving.keys import Access, Keyring
 from bertology_serve.serving.observability.logs import place_of
 from bertology_serve.serving.observability.metrics import Metrics
-from bertology_serve.serving.protocol import oip, oip_model, repository
+from bertology_serve.serving.protocol import oip, oip_model
 from bertology_serve.serving.protocol.json_codec import encode
 from bertology_serve.serving.protocol.oip import AskedOutput, InferCall, InferRequest, tensors_of, version_of
 from bertology_serve.serving.protocol.oip import parameters_of as response_parameters
@@ -216,7 +216,7 @@ class Service:
     async def load(self, asked: Any, access: Access, context: Any) -> Any:
         """Loads a version, or swaps to it."""
         access.check_admin()
-        await self._lifecycle.load(asked.model_name, repository.read_load(_body(asked)))
+        await self._lifecycle.load(asked.model_name, oip_model.read_load(_body(asked)))
         return message("RepositoryModelLoadResponse")()
 
     async def unload(self, asked: Any, access: Access, context: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import BertologyError
-from bertology_serve.serving.batching.delta_queue import CallOptions
+from bertology_serve.serving.batching.scheduler import CallOptions
 from bertology_serve.serving.execution.engine import ClientGone, Engine
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bertology_serve.serving.batching.batch_time import BatchTimes
+from bertology_serve.serving.batching.queue import BatchTimes
 from bertology_serve.serving.batching.warmup import LONG, climb
 
 

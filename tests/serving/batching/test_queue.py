@@ -6,10 +6,8 @@ from typing import Any
 import pytest
 
 from bertology_serve.errors import Overloaded, RateLimited
-from bertology_serve.serving.batching.batch_time import BatchTimes
-from bertology_serve.serving.batching.delta_queue import State
-from bertology_serve.serving.batching.queue import WorkQueue
-from bertology_serve.serving.batching.scheduler import FairScheduler
+from bertology_serve.serving.batching.queue import BatchTimes, WorkQueue
+from bertology_serve.serving.batching.scheduler import FairScheduler, State
 from tests.serving.batching.test_scheduler import work
 
 

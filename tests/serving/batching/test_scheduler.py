@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertology_serve.serving.batching.delta_queue import DeltaQueue, State, Work
-from bertology_serve.serving.batching.scheduler import FairScheduler
+from bertology_serve.serving.batching.scheduler import DeltaQueue, FairScheduler, State, Work
 
 
 def work(cost: int, delta: str = "d", deadline: float = math.inf, priority: int = 0) -> Work:

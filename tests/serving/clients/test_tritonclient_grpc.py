@@ -13,7 +13,7 @@ from tritonclient.utils import InferenceServerException
 
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import Expired, Overloaded
-from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
+from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.delta_registry import Registry
 from tests.serving.conftest import DELTAS
 from tests.serving.running import Running, running

@@ -9,7 +9,7 @@ import pytest
 
 from bertology_serve.encoder.pipeline import Request
 from bertology_serve.errors import DataError, Expired, LimitError, NotFound, Overloaded, RateLimited
-from bertology_serve.serving.batching.delta_queue import CallOptions
+from bertology_serve.serving.batching.scheduler import CallOptions
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution import engine as engines
 from bertology_serve.serving.execution.engine import ClientGone, Engine

@@ -15,16 +15,14 @@ import pytest
 from bertology_serve.bench.prove.fuzzed import scribble, vandalise, write_state
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import BertologyError
-from bertology_serve.serving.batching.batch_time import BatchTimes
-from bertology_serve.serving.batching.queue import WorkQueue
+from bertology_serve.serving.batching.queue import BatchTimes, WorkQueue
 from bertology_serve.serving.batching.scheduler import FairScheduler
 from bertology_serve.serving.observability import background as module
 from bertology_serve.serving.observability.background import Background, Told
 from bertology_serve.serving.observability.metrics import Metrics
 from bertology_serve.serving.versions.delta_registry import Registry
-from bertology_serve.serving.versions.desired_state import Reconciler
 from bertology_serve.serving.versions.lifecycle import Lifecycle
-from bertology_serve.serving.versions.watcher import Watcher
+from bertology_serve.serving.versions.watcher import Reconciler, Watcher
 from tests.serving.conftest import save_version
 from tests.serving.running import running, wait
 

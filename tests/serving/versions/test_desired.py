@@ -14,10 +14,10 @@ import pytest
 from bertology_serve.deltas import store
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import NotFound, SpecError
-from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
+from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.canary import Split, Splits, agree
 from bertology_serve.serving.versions.delta_registry import Registry
-from bertology_serve.serving.versions.desired_state import Canary, Desired, Wish, read_desired
+from bertology_serve.serving.versions.watcher import Canary, Desired, Wish, read_desired
 from tests import tiny
 from tests.serving.conftest import DELTAS
 from tests.serving.running import Running, running, wait

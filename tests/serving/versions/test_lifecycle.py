@@ -17,7 +17,7 @@ from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import FormatError, NotFound, Unsupported, VersionGone
-from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
+from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.observability.metrics import Metrics
 from bertology_serve.serving.versions.delta_registry import Registry
 from bertology_serve.serving.versions.lifecycle import Lifecycle

@@ -13,9 +13,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertology_serve.errors import BertologyError
-from bertology_serve.serving.auth.keys import Access, Keyring
 from bertology_serve.serving.http.bodies import REQUEST_ID, error_response, problem_response
 from bertology_serve.serving.http.connection import CONNECTION
+from bertology_serve.serving.keys import Access, Keyring
 from bertology_serve.serving.observability import logs
 from bertology_serve.serving.observability.metrics import Metrics
 

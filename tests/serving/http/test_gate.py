@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from bertology_serve.serving.auth.gate import PUBLIC
-from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
+from bertology_serve.serving.http.gate import PUBLIC
+from bertology_serve.serving.keys import Key, Keyring, digest_of
 from tests.serving.conftest import DELTAS
 from tests.serving.running import Running, running
 
