@@ -43,7 +43,7 @@ def running(
     """A server on a free port, stopped and joined at the end."""
     config = ServerConfig(**{"port": 0, "drain_seconds": 0.0, "shutdown_seconds": 20.0, **options})
     bound = bind(config.host, config.port)
-    server = Server(pipeline, registry or Registry(pipeline, root), config, keyring=keyring)
+    server = Server(registry or Registry(pipeline, root), config, keyring=keyring)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:

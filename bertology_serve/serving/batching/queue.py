@@ -15,7 +15,7 @@ from types import MappingProxyType
 import numpy as np
 
 from bertology_serve.errors import Overloaded, RateLimited
-from bertology_serve.serving.batching.scheduler import FairScheduler, State, Work
+from bertology_serve.serving.batching.scheduler import FairScheduler, Item, State
 
 Sample = tuple[int, int, float]  # tokens, Σlen², seconds
 FIRST_GUESS: tuple[Sample, ...] = ((0, 0, 0.002), (1000, 0, 0.102))  # before anything was measured
@@ -152,21 +152,21 @@ class WorkQueue:
         """Tokens that wait."""
         return self._scheduler.total.tokens
 
-    def put(self, works: Sequence[Work], charge: Callable[[int], None] | None = None) -> None:
+    def put(self, items: Sequence[Item], charge: Callable[[int], None] | None = None) -> None:
         """Queues a call's work. Overloaded when it does not fit or the server is stopping; RateLimited when there is
         room, but not for that delta.
 
         ``charge(tokens)`` hears what it costs once there is room, so that nobody pays for a refusal; it may raise.
         """
-        costs = _costs(works)
+        costs = _costs(items)
         with self._changed:
             self._check(costs)
             if charge is not None:
                 charge(sum(costs.values()))
             now = self._clock()
-            for work in works:
-                work.arrived = now
-                self._scheduler.push(work)
+            for item in items:
+                item.arrived = now
+                self._scheduler.push(item)
             self._changed.notify()
 
     def check(self, costs: Mapping[str, int] = NOTHING) -> None:
@@ -191,7 +191,8 @@ class WorkQueue:
             self._check_delta(delta, own)
 
     def _check_delta(self, delta: str, cost: int) -> None:
-        waiting, room = self._scheduler.waiting(delta), OPEN_AGAIN * self.max_delta_tokens
+        queue, room = self._scheduler.queues.get(delta), OPEN_AGAIN * self.max_delta_tokens
+        waiting = queue.waiting.tokens if queue else 0
         if waiting <= room:
             self._shut.discard(delta)
         if delta in self._shut or waiting + cost > self.max_delta_tokens:
@@ -218,7 +219,7 @@ class WorkQueue:
         with self._changed:
             self._scheduler.weigh(weights)
 
-    def take(self) -> list[Work]:
+    def take(self) -> list[Item]:
         """The next batch; waits for one. Empty once the queue is closed and everything in it was taken."""
         with self._changed:
             while True:
@@ -229,18 +230,18 @@ class WorkQueue:
                     return []
                 self._changed.wait()
 
-    def drop(self, works: Iterable[Work]) -> int:
-        """Forgets work that nobody waits for any more and returns how many pieces that spared."""
+    def cancel(self, items: Iterable[Item]) -> int:
+        """Takes out items that nobody waits for any more and returns how many that spared."""
         with self._changed:
-            waiting = [work for work in works if work.state is State.WAITING]
-            for work in waiting:
-                self._scheduler.drop(work)
+            waiting = [item for item in items if item.state is State.WAITING]
+            for item in waiting:
+                self._scheduler.cancel(item)
             return len(waiting)
 
-    def served(self, works: Sequence[Work], seconds: float) -> None:
+    def served(self, items: Sequence[Item], seconds: float) -> None:
         """Tells the queue how long a batch took; the next are as large as fits into the time that they may take."""
         times = self.times
-        times.observe(times.size(sum(work.cost for work in works), sum(work.squares for work in works)), seconds)
+        times.observe(times.size(sum([one.cost for one in items]), sum([one.squares for one in items])), seconds)
         scheduler = self._scheduler
         scheduler.max_tokens, scheduler.hurried = times.budget, min(times.hurried, times.budget)
         scheduler.seconds, scheduler.bend = times.seconds, times.bend
@@ -252,9 +253,9 @@ class WorkQueue:
             self._changed.notify_all()
 
 
-def _costs(works: Sequence[Work]) -> dict[str, int]:
+def _costs(items: Sequence[Item]) -> dict[str, int]:
     """Tokens by delta."""
     costs: dict[str, int] = {}
-    for work in works:
-        costs[work.delta] = costs.get(work.delta, 0) + work.cost
+    for item in items:
+        costs[item.delta] = costs.get(item.delta, 0) + item.cost
     return costs

@@ -14,7 +14,7 @@ from pathlib import Path
 from bertology_serve.encoder.pipeline import Job, LoadedDelta, Prediction
 from bertology_serve.errors import BertologyError, Crashed
 from bertology_serve.serving.batching.queue import WorkQueue
-from bertology_serve.serving.batching.scheduler import Outcome, Work
+from bertology_serve.serving.batching.scheduler import Item, Outcome
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.observability.logs import place_of
 
@@ -29,6 +29,9 @@ class Quarantine:
         self._clock = clock
         self._until: weakref.WeakKeyDictionary[LoadedDelta, tuple[float, float]] = weakref.WeakKeyDictionary()
 
+    def __len__(self) -> int:
+        return len(self._until)
+
     def put(self, ready: LoadedDelta) -> Crashed:
         """Sets a delta aside; what its callers are told."""
         _, before = self._until.get(ready, (0.0, FIRST / 2))
@@ -40,8 +43,6 @@ class Quarantine:
 
     def refusal(self, ready: LoadedDelta) -> Crashed | None:
         """What a caller is told where the delta is set aside now."""
-        if not self._until:
-            return None
         left = self._until.get(ready, (0.0, 0.0))[0] - self._clock()
         return self._told(ready, left) if left > 0 else None
 
@@ -55,12 +56,12 @@ class Quarantine:
 
 THREAD = "executor"
 Run = Callable[[Sequence[Job]], list[Prediction]]
-Deliver = Callable[[Sequence[Work], Sequence[Outcome]], None]
-Observe = Callable[[Sequence[Work], float], None]
+Deliver = Callable[[Sequence[Item], Sequence[Outcome]], None]
+Observe = Callable[[Sequence[Item], float], None]
 
 
 class Executor:
-    """Takes batches from the queue, runs them, and delivers an outcome for every piece of work.
+    """Takes batches from the queue, runs them, and delivers an outcome for every item.
 
     ``run`` answers the jobs of one batch; when it raises, each job is run by itself, so that one bad job spoils no
     other; when it raises Crashed, each delta is run by itself once more, and set aside where it crashes again.
@@ -93,16 +94,16 @@ class Executor:
         while self._serve(self._queue.take()):
             pass
 
-    def _serve(self, batch: Sequence[Work]) -> bool:
+    def _serve(self, batch: Sequence[Item]) -> bool:
         """Runs one batch, of which nothing is held while the next is waited for; false for the end, which is empty."""
         if not batch:
             return False
         start, now = time.perf_counter(), time.monotonic()
-        for work in batch:
-            work.started = now
+        for item in batch:
+            item.started = now
         outcomes: Sequence[Outcome] = [RuntimeError("the executor's thread failed; try again")] * len(batch)
         try:
-            outcomes = self._judged([work.job for work in batch])
+            outcomes = self._judged(batch)
             seconds = time.perf_counter() - start
             self._queue.served(batch, seconds)
         finally:
@@ -112,6 +113,8 @@ class Executor:
 
     def _judged(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
         """The outcomes; deltas that are set aside cost no batch."""
+        if not self.quarantine:
+            return self._outcomes(jobs)
         refusals = [self.quarantine.refusal(job.ready) for job in jobs]
         left = [job for job, refusal in zip(jobs, refusals, strict=True) if refusal is None]
         run = iter(self._outcomes(left) if left else ())

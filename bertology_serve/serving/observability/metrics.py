@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.delta_set import DeltaSet
 from bertology_serve.serving.batching.queue import WorkQueue
-from bertology_serve.serving.batching.scheduler import Work
+from bertology_serve.serving.batching.scheduler import Item
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.observability.tracing import Tracing
 
@@ -78,24 +78,24 @@ class Statistics:
         self._lock = threading.Lock()
         self._clock = clock
 
-    def batch(self, works: Sequence[Work], seconds: float, now: float) -> None:
-        """Notes a batch that took ``seconds`` and ended ``now``, on the clock by which the work arrived."""
+    def batch(self, items: Sequence[Item], seconds: float, now: float) -> None:
+        """Notes a batch that took ``seconds`` and ended ``now``, on the clock by which the items arrived."""
         with self._lock:
             seen = set()
-            for work in works:
-                record = self._record(work)
-                record.queue.add(max(0.0, now - seconds - work.arrived))
+            for item in items:
+                record = self._record(item)
+                record.queue.add(max(0.0, now - seconds - item.arrived))
                 record.compute.add(seconds)
                 if id(record) not in seen:
                     record.batches += 1
                     seen.add(id(record))
 
-    def finished(self, works: Iterable[Work], success: bool, now: float) -> None:
+    def finished(self, items: Iterable[Item], success: bool, now: float) -> None:
         """Notes items that were answered, or failed."""
         with self._lock:
-            for work in works:
-                record = self._record(work)
-                (record.success if success else record.fail).add(max(0.0, now - work.arrived))
+            for item in items:
+                record = self._record(item)
+                (record.success if success else record.fail).add(max(0.0, now - item.arrived))
                 record.last = self._clock()
 
     def of(self, deltas: Iterable[Delta]) -> dict[str, Any]:
@@ -110,8 +110,8 @@ class Statistics:
         with self._lock:
             self._records = {key: record for key, record in self._records.items() if key in known}
 
-    def _record(self, work: Work) -> Record:
-        key = work.delta, work.version
+    def _record(self, item: Item) -> Record:
+        key = item.delta, item.version
         record = self._records.get(key)
         if record is None:
             record = self._records[key] = Record()
@@ -163,26 +163,26 @@ class Metrics:
         budget = Gauge("bertology_batch_budget_tokens", "Tokens that a batch may hold now", registry=self.registry)
         budget.set_function(lambda: queue.times.budget)
 
-    def batch(self, works: Sequence[Work], seconds: float) -> None:
+    def batch(self, items: Sequence[Item], seconds: float) -> None:
         """Notes one batch that ran."""
         self._batch.observe(seconds)
-        self._batch_tokens.observe(sum(work.cost for work in works))
-        self._batch_items.observe(len(works))
-        self._batch_deltas.observe(len({work.delta for work in works}))
-        self.statistics.batch(works, seconds, time.monotonic())
+        self._batch_tokens.observe(sum(item.cost for item in items))
+        self._batch_items.observe(len(items))
+        self._batch_deltas.observe(len({item.delta for item in items}))
+        self.statistics.batch(items, seconds, time.monotonic())
 
-    def finished(self, works: Sequence[Work], outcome: str, now: float) -> None:
+    def finished(self, items: Sequence[Item], outcome: str, now: float) -> None:
         """Notes what became of queued items; ``now`` is the time of the queue's clock."""
         if self.tracing:
-            self.tracing.works(works, outcome, now)
+            self.tracing.items(items, outcome, now)
         if outcome in (ANSWERED, FAILED):
-            self.statistics.finished(works, outcome == ANSWERED, now)
-        for work in works:
-            name = self._label(work.delta)
+            self.statistics.finished(items, outcome == ANSWERED, now)
+        for item in items:
+            name = self._label(item.delta)
             self._child(self._items, (name, outcome)).inc()
             if outcome == ANSWERED:
-                self._child(self._tokens, (name,)).inc(work.cost)
-                self._child(self._latency, (name,)).observe(now - work.arrived)
+                self._child(self._tokens, (name,)).inc(item.cost)
+                self._child(self._latency, (name,)).observe(now - item.arrived)
 
     def refused(self, items: Mapping[str, int]) -> None:
         """Notes how many items of each delta were refused before they were read."""

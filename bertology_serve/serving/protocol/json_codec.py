@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -85,6 +85,12 @@ def check_items(count: int, most: float) -> None:
     """LimitError for a call of more than ``most`` items; told before anything is made of them."""
     if count > most:
         raise LimitError(f"the call holds {count} items; at most {most} are taken, send several")
+
+
+def check_sizes(requests: Sequence[Request], most_items: float, most: int) -> int:
+    """The characters of all texts of a call's requests; LimitError as ``check_items`` and ``check_size``."""
+    check_items(len(requests), most_items)
+    return sum([check_size(request, most) for request in requests])
 
 
 def check_size(request: Request, most: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from bertology_serve.deltas.delta import Delta
@@ -17,33 +17,34 @@ from bertology_serve.serving.protocol.json_codec import check_items, decode, enc
 
 
 @dataclass(frozen=True)
-class Call:
+class NativeCall:
     """The requests of one body; ``single`` says that it held one object rather than a list."""
 
     requests: list[Request]
     single: bool
 
 
+INPUTS = b'"inputs"'  # what no body for TEI's ``/predict`` lacks
+
+
 def is_tei(body: bytes) -> bool:
     """Whether a body is one for TEI's ``/predict``: an object with ``inputs``, without ``delta``."""
-    if b'"inputs"' not in body:
-        return False
     value: Any = decode(body)
     return isinstance(value, dict) and "inputs" in value and "delta" not in value
 
 
-def read_call(body: bytes, most: float = math.inf) -> Call:
+def read_call(body: bytes, most: float = math.inf, find: object = None) -> NativeCall:
     """``{"delta", "id"?, "logits"?, ...fields of the record}`` or a list of those, for any deltas together.
 
-    LimitError for more than ``most`` of them.
+    LimitError for more than ``most`` of them. What they are does not depend on their deltas: nothing is looked up.
     """
     value: Any = decode(body)
     if isinstance(value, dict):
-        return Call([read_request(value, "request")], single=True)
+        return NativeCall([read_request(value, "request")], single=True)
     if not isinstance(value, list):
         raise DataError(f"the body is {shown(value)}; expected an object with 'delta' and 'text', or a list of those")
     check_items(len(value), most)
-    return Call([read_request(item, f"item {index}") for index, item in enumerate(value)], single=False)
+    return NativeCall([read_request(item, f"item {index}") for index, item in enumerate(value)], single=False)
 
 
 def read_request(item: Any, where: str) -> Request:
@@ -60,7 +61,7 @@ def read_request(item: Any, where: str) -> Request:
     return Request(delta, item, logits=bool(logits), where=where)
 
 
-def write_answers(call: Call, predictions: Sequence[Prediction]) -> bytes:
+def write_answers(call: NativeCall, predictions: Sequence[Prediction]) -> bytes:
     """The answers in the order of the requests: a list for a list, an object for an object."""
     answers = [answer_of(*pair) for pair in zip(call.requests, predictions, strict=True)]
     return encode(answers[0]) if call.single else encode_list(answers)
@@ -87,7 +88,7 @@ def describe(delta: Delta) -> dict[str, Any]:
     }
 
 
-def read_predict(body: bytes, delta: Delta, most: float) -> list[Request]:
+def read_instances(body: bytes, delta: Delta, most: float) -> NativeCall:
     """A call of ``POST /v1/models/{delta}:predict``; DataError, LimitError for more than ``most`` instances."""
     value = object_of(body)
     field = "instances" if "instances" in value else "inputs"
@@ -95,12 +96,12 @@ def read_predict(body: bytes, delta: Delta, most: float) -> list[Request]:
     if not isinstance(instances, list):
         raise DataError(f"field 'instances' is {shown(instances)}; expected a list of texts or objects")
     check_items(len(instances), most)
-    return [_request(instance, f"{field}[{index}]", delta) for index, instance in enumerate(instances)]
+    return NativeCall([_request(one, f"{field}[{index}]", delta) for index, one in enumerate(instances)], single=False)
 
 
-def write_predict(requests: Sequence[Request], predictions: Sequence[Prediction]) -> bytes:
+def write_predictions(call: NativeCall, predictions: Sequence[Prediction]) -> bytes:
     """The answers in the order of the instances."""
-    answers = encode_list(answer_of(*pair) for pair in zip(requests, predictions, strict=True))
+    answers = encode_list(answer_of(*pair) for pair in zip(call.requests, predictions, strict=True))
     return b'{"predictions":' + answers + b"}"
 
 
@@ -108,4 +109,4 @@ def _request(instance: Any, where: str, delta: Delta) -> Request:
     record = {"text": instance} if isinstance(instance, str) else instance
     if not isinstance(record, dict):
         raise DataError(f"{where}: is {shown(instance)}; expected a text or an object with the fields of its task")
-    return replace(read_request({**record, "delta": delta.name}, where), version=delta.version)
+    return read_request({**record, "delta": delta.name}, where)

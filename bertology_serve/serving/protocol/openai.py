@@ -68,7 +68,7 @@ def read_embeddings(body: bytes, find: Callable[[str], Delta], most: float = mat
     unit = delta.task.normalize
     options = Options(normalize=unit, unit=unit, dimensions=_dimensions(value.get("dimensions")))
     requests = [
-        Request(delta.name, {"text": text}, where=f"input[{index}]", version=delta.version)
+        Request(delta.name, {"text": text}, where=f"input[{index}]")
         for index, text in enumerate(texts_of(value.get("input"), "input", most))
     ]
     return EmbeddingsCall(delta, requests, options, wanted == "base64")
@@ -175,7 +175,7 @@ def write_rerank(call: RerankCall, predictions: Sequence[Prediction], receipt: R
 def pairs(delta: Delta, ones: Sequence[Any], others: Sequence[Any], places: Sequence[str]) -> list[Request]:
     """A request for each pair of texts; ``places`` name them in messages."""
     return [
-        Request(delta.name, {"text": one, "text_pair": other}, where=place, version=delta.version)
+        Request(delta.name, {"text": one, "text_pair": other}, where=place)
         for one, other, place in zip(ones, others, places, strict=True)
     ]
 
@@ -237,7 +237,7 @@ def read_classify(body: bytes, find: Callable[[str], Delta], most: float) -> Poo
     value = object_of(body)
     delta, raw = model_of(value, find, CLASSIFICATION), _raw(value)
     requests = [
-        Request(delta.name, {"text": text}, logits=raw, where=f"input[{index}]", version=delta.version)
+        Request(delta.name, {"text": text}, logits=raw, where=f"input[{index}]")
         for index, text in enumerate(texts_of(value.get("input"), "input", most))
     ]
     return PoolingCall(delta, requests, raw)

@@ -26,6 +26,7 @@ from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
 
 Find = Callable[[str], Delta]
 Body = Mapping[str, Any]
+Tokenizer = Any
 EMBED, PREDICT, RERANK, SIMILARITY = "embed", "predict", "rerank", "similarity"
 TASKS = {EMBED: EMBEDDING, SIMILARITY: EMBEDDING, PREDICT: CLASSIFICATION, RERANK: REGRESSION}
 
@@ -58,7 +59,7 @@ def read_tei(body: bytes, what: str, find: Find, named: str | None = None, most:
     check_items(_count(value), most)
     records, names, more = _RECORDS[what](value)
     requests = [
-        Request(delta.name, record, "", _flag(value, "raw_scores"), where, delta.version)
+        Request(delta.name, record, "", _flag(value, "raw_scores"), where)
         for record, where in zip(records, names, strict=True)
     ]
     _refuse(value)

@@ -165,7 +165,7 @@ def test_drain(stage):
 def test_cancelled(stage, monkeypatch):
     found = cancelled.measure(stage)
     assert found.holds, found.words
-    monkeypatch.setattr("bertology_serve.serving.execution.engine.Engine._drop", lambda *_: None)
+    monkeypatch.setattr("bertology_serve.serving.service.Service._cancel", lambda *_: None)
     assert not cancelled.measure(stage).holds
 
 

@@ -195,7 +195,7 @@ def test_faults_and_overload(client, served, monkeypatch, problem, status, text)
     async def fail(*args: Any, **kwargs: Any) -> Any:
         raise problem
 
-    monkeypatch.setattr(served.server.engine, "answer", fail)
+    monkeypatch.setattr(served.server.service, "answer", fail)
     with pytest.raises(InferenceServerException, match=text) as told:
         client.infer("mood", [tensor("text", TEXTS)], headers=HEADERS)
     assert told.value.status() == f"StatusCode.{status}"

@@ -125,7 +125,7 @@ class Fragile(Harness):
     def put(self, *works: tuple[int, str]) -> None:
         made = [work(cost, delta) for cost, delta in works]
         for one in made:
-            one.job.ready = self.readies.setdefault(one.delta, Ready(one.delta))
+            one.ready = self.readies.setdefault(one.delta, Ready(one.delta))
         self.queue.put(made)
 
 
