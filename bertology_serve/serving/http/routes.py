@@ -104,14 +104,14 @@ class Routes:
                 route(f"{base}/{name}", endpoint)
                 for base in ("", "/tei/{delta}")
                 for name, route, endpoint in (
-                    ("embed", ask, partial(self.tei, what=tei.EMBED)),
-                    ("rerank", ask, partial(self.tei, what=tei.RERANK)),
-                    ("similarity", ask, partial(self.tei, what=tei.SIMILARITY)),
+                    ("embed", ask, partial(self.ask_tei, what=tei.EMBED)),
+                    ("rerank", ask, partial(self.ask_tei, what=tei.RERANK)),
+                    ("similarity", ask, partial(self.ask_tei, what=tei.SIMILARITY)),
                     ("tokenize", post, partial(self.tokens, what=tei.tokenize)),
                     ("decode", post, partial(self.tokens, what=tei.ids)),
                 )
             ),
-            ask("/tei/{delta}/predict", partial(self.tei, what=tei.PREDICT)),
+            ask("/tei/{delta}/predict", partial(self.ask_tei, what=tei.PREDICT)),
             get("/tei/{delta}/info", self.tei_info),
             get("/info", self.tei_info),
             get("/health", self.health),
@@ -165,7 +165,7 @@ class Routes:
             return answer_response(content, found)
         return answer_response(content, found, BINARY, {JSON_LENGTH: str(json_length)})
 
-    async def tei(self, request: Request, what: str) -> Response:
+    async def ask_tei(self, request: Request, what: str) -> Response:
         """POST /embed, /rerank, /similarity, the same and /predict below /tei/{delta}"""
         body, call = await receive(request, self.config)
         reader = self._tei_reader(request, body, what)
