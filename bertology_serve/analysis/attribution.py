@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bertology_serve.analysis.subject_model import Subject
-from bertology_serve.encoder.pooling import read
+from bertology_serve.encoder.batch import read
 from bertology_serve.errors import Unsupported
 from bertology_serve.tasks.spec import Encoding
 

@@ -15,10 +15,9 @@ from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.layout import check_base
 from bertology_serve.encoder.bank import BARE, Entry, LiveBank
-from bertology_serve.encoder.batch import PackedBatch, pack
+from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.forward_context import Heads
-from bertology_serve.encoder.pooling import form_for
 from bertology_serve.errors import BaseMismatch
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.heads import Head
@@ -97,7 +96,7 @@ class Subject:
         """The delta's task head, frozen."""
         assert self.delta is not None
         with torch.inference_mode(False):
-            head = Head.build(form_for(self.encoder, self.delta.task), self.encoder.base_head)
+            head = self.encoder.head(self.delta.task)
             head.load(self.delta.head)
             return head.to(self.encoder.device).eval().requires_grad_(False)
 
@@ -105,7 +104,7 @@ class Subject:
         """One batch of sequences, the delta on all of them."""
         entry: Entry = self.pools.entries.get(KEY, BARE)
         encoder = self.encoder
-        return pack(encodings, [entry] * len(encodings), encoder.anatomy, encoder.device, padded=not encoder.packs)
+        return encoder.pack(encodings, [entry] * len(encodings))
 
     def run(self, batch: PackedBatch, heads: Heads | None = None) -> Tensor:
         """The last hidden states [T, H]."""

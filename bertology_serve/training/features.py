@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertology_serve.encoder.pooling import read_rows
+from bertology_serve.encoder.batch import read_rows
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import FormatError
 from bertology_serve.training.batches import Item, micro_batches
