@@ -88,8 +88,12 @@ class Subject:
     @property
     def virtual(self) -> int:
         """Rows that the delta's prompt or prefix takes of the encoder's positions, at most."""
-        entry = self.pools.entries.get(KEY, BARE)
-        return entry.prompt_length + entry.prefix_length
+        return self.entry.prompt_length + self.entry.prefix_length
+
+    @property
+    def entry(self) -> Entry:
+        """The delta's place among ``pools``."""
+        return self.pools.entries.get(KEY, BARE)
 
     @cached_property
     def head(self) -> Head:
@@ -102,17 +106,19 @@ class Subject:
 
     def pack(self, encodings: Sequence[Encoding]) -> PackedBatch:
         """One batch of sequences, the delta on all of them."""
-        entry: Entry = self.pools.entries.get(KEY, BARE)
-        encoder = self.encoder
-        return encoder.pack(encodings, [entry] * len(encodings))
+        return self.encoder.pack(encodings, [self.entry] * len(encodings))
 
     def run(self, batch: PackedBatch, heads: Heads | None = None) -> Tensor:
         """The last hidden states [T, H]."""
         return self.encoder.run(batch, self.pools, heads=heads)
 
-    def layers(self, batch: PackedBatch) -> tuple[Tensor, ...]:
-        """The hidden states [T, H] after the embeddings and each layer."""
-        return self.encoder.layers(batch, self.pools)
+    def passes(
+        self, encodings: Sequence[Encoding], max_tokens: int
+    ) -> Iterator[tuple[Sequence[int], PackedBatch, dict[int, Tensor]]]:
+        """Batches of the sequences with the hidden states [T, H] of every layer; see ``Encoder.layer_rows``."""
+        groups = batches([len(encoding) for encoding in encodings], max_tokens)
+        layers = range(self.encoder.anatomy.layers + 1)
+        return self.encoder.layer_rows(self.pools, self.entry, encodings, groups, layers)
 
     def facts(self) -> dict[str, Any]:
         """What the report says of it."""

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -251,6 +251,26 @@ class Encoder:
         self.check_layers("the layers' hidden states")
         found = self._output(self._pass(batch, pools, make_plan(batch)), output_hidden_states=True).hidden_states
         return tuple(hidden.reshape(batch.rows, -1) for hidden in found)
+
+    def layer_rows(
+        self, pools: Pools, entry: Entry, encodings: Sequence[Encoding], groups: Iterable[Sequence[int]],
+        layers: Sequence[int],
+    ) -> Iterator[tuple[Sequence[int], PackedBatch, dict[int, Tensor]]]:  # fmt: skip
+        """For each group of sequences (numbers of ``encodings``) its batch, and by layer the hidden rows [T, H].
+
+        Layer 0 is what the embeddings put out, the last what the encoder does; ``entry`` is the delta of all sequences.
+        ``batch.order[i]`` is the place in the group of packed sequence i. Raises Unsupported for other layers than the
+        last where layers share their weights.
+        """
+        depth = self.anatomy.layers
+        for members in groups:
+            own = [encodings[i] for i in members]
+            batch = self.pack(own, [entry] * len(own))
+            if set(layers) == {depth}:
+                yield members, batch, {depth: self.run(batch, pools)}
+            else:
+                found = self.layers(batch, pools)
+                yield members, batch, {layer: found[layer] for layer in layers}
 
     def recomputing(self, paths: Sequence[str]) -> AbstractContextManager[None]:
         """While it holds, the modules at ``paths`` keep but their inputs for the backward pass; see ``recompute``."""
