@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bertology_serve import analysis
     from bertology_serve.api import evaluate, load_delta, train
     from bertology_serve.deltas.delta import BaseRef, Delta
     from bertology_serve.encoder.encoder import Encoder
@@ -47,6 +48,7 @@ __all__ = [
     "ServerConfig",
     "TaskSpec",
     "__version__",
+    "analysis",
     "evaluate",
     "export",
     "load_delta",
@@ -77,8 +79,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "export":  # the package, which is callable
-        return importlib.import_module(f"{__name__}.export")
+    if name in ("analysis", "export"):  # packages; export is callable
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
