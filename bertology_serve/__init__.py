@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bertology_serve.serving.config import ServerConfig
     from bertology_serve.serving.serve import serve
     from bertology_serve.tasks.spec import TaskSpec
+    from bertology_serve.training.method_options import ChildTuning, Full, Mixout, Probe, TopK
 
 __version__ = "0.1.0"
 
@@ -35,18 +36,23 @@ __all__ = [
     "BaseRef",
     "BertologyError",
     "Bitfit",
+    "ChildTuning",
     "Delta",
     "Encoder",
+    "Full",
     "Ia3",
     "Lora",
+    "Mixout",
     "Norms",
     "Pipeline",
     "Prediction",
     "Prefix",
+    "Probe",
     "Prompt",
     "Request",
     "ServerConfig",
     "TaskSpec",
+    "TopK",
     "__version__",
     "analysis",
     "evaluate",
@@ -74,6 +80,7 @@ _HOMES = {
     "ServerConfig": "serving.config",
     "TaskSpec": "tasks.spec",
     "serve": "serving.serve",
+    **dict.fromkeys(("ChildTuning", "Full", "Mixout", "Probe", "TopK"), "training.method_options"),
     **dict.fromkeys(("evaluate", "load_delta", "train"), "api"),
 }
 
