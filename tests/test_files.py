@@ -119,7 +119,7 @@ def test_who_reads_meanwhile_always_finds_one(tmp_path):
     for _ in range(50):
         replace_directory(stage, target)
     stop.set()
-    reader.join(20)
+    reader.join(120)
     assert set(seen) <= {"even", "odd"}
 
 
