@@ -10,11 +10,19 @@ from typing import Any, Literal
 from bertology_serve.errors import SpecError, nearest
 from bertology_serve.tasks.fields import read_label
 from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, TASK_KINDS, TaskSpec
-from bertology_serve.training.method_options import CHILD_TUNING, MIXOUT, REGULARISED, TOP_K, read_options
+from bertology_serve.training.method_options import (
+    CHILD_TUNING,
+    FULL,
+    MIXOUT,
+    PROBE,
+    REGULARISED,
+    SPECS,
+    TOP_K,
+    read_options,
+)
 
-PROBE, FULL = "probe", "full"
 METHODS = ("lora", "bitfit", "adapter", "prompt", "prefix", "ia3", "norms", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K)
-ALONE = (PROBE, FULL, *REGULARISED)
+ALONE = tuple(SPECS)
 LP, LP_FT, EH_FT = "lp", "lp-ft", "eh-ft"
 DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP: PROBE, LP_FT: FULL, EH_FT: "lora"}
 

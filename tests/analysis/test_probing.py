@@ -11,11 +11,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from bertology_serve import examples
-from bertology_serve.analysis import probe as probing
-from bertology_serve.analysis.linear_probe import block_ends, fit, fit_mix, online_code, score
-from bertology_serve.analysis.probe import probe
-from bertology_serve.analysis.probe_tasks import Control, Item, content_words, items, length_edges, make_text
-from bertology_serve.analysis.representations import Features, gather
+from bertology_serve.analysis import probing
+from bertology_serve.analysis.linear_probe import Features, block_ends, fit, fit_mix, gather, online_code, score
+from bertology_serve.analysis.probe_tasks import Control, ProbeItem, content_words, items, length_edges, make_text
+from bertology_serve.analysis.probing import probe
 from bertology_serve.analysis.settings import ProbeSettings
 from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.data.records import Record
@@ -103,10 +102,10 @@ def test_items_and_control_labels(tmp_path: Path) -> None:
     positions = items("position", texts, [])
     assert {item.answer for item in positions} == set("012345")  # eight tokens hold six words
     assert [item.row for item in positions[-6:]] == [1, 2, 3, 4, 5, 6]
-    train = [Item(0, 0, "a", "x")] * 9 + [Item(0, 0, "b", "x")]
+    train = [ProbeItem(0, 0, "a", "x")] * 9 + [ProbeItem(0, 0, "b", "x")]
     control = Control(train, 0)
-    drawn = [control.answer(Item(0, 0, "?", f"word {n}")) for n in range(1000)]
-    assert drawn == [Control(train, 0).answer(Item(7, 3, "!", f"word {n}")) for n in range(1000)]
+    drawn = [control.answer(ProbeItem(0, 0, "?", f"word {n}")) for n in range(1000)]
+    assert drawn == [Control(train, 0).answer(ProbeItem(7, 3, "!", f"word {n}")) for n in range(1000)]
     assert 60 < drawn.count("b") < 140
 
 

@@ -8,15 +8,74 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bertology_serve.analysis.subject_model import Subject
+from bertology_serve.analysis.figures import Figure, HeatMap
+from bertology_serve.analysis.labelled import TaskEvaluation
+from bertology_serve.analysis.report import AnalysisReport, origin
+from bertology_serve.analysis.subject_model import Advance, DeltaLike, EncoderLike, Subject, silent
+from bertology_serve.data.records import DataLike
 from bertology_serve.encoder.batch import read
 from bertology_serve.errors import Unsupported
-from bertology_serve.tasks.spec import Encoding
+from bertology_serve.files import JsonObject
+from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, Encoding
+
+LONGEST_NAME = 14
+
+
+def attribution(
+    encoder: EncoderLike,
+    data: DataLike,
+    *,
+    delta: DeltaLike = None,
+    most: int = 8,
+    steps: int = 32,
+    advance: Advance = silent,
+) -> AnalysisReport:
+    """What each token of the first ``most`` records adds to the answer of ``delta``, a classification or regression.
+
+    Integrated gradients of the chosen class's logit, or of the value, in ``steps`` steps from a text of [PAD]s.
+    Table ``tokens``: a row a token, with its attribution in logits (float) and ``missed``, what the sum of all misses.
+
+    Raises SpecError without a delta, Unsupported for other tasks and without captum, DataError naming a record that
+    is wrong.
+    """
+    check_available()
+    subject = Subject.of(encoder, delta)
+    trial = TaskEvaluation(subject, data, most, 4096, labelled=False)
+    spec = trial.task.spec
+    if spec.kind not in (CLASSIFICATION, REGRESSION):
+        raise Unsupported(f"attribution is to one answer a text, not to those of {spec.kind}")
+    rows: list[JsonObject] = []
+    figures = {}
+    for number, item in enumerate(trial.items):
+        (encoding,) = item.encodings
+        with torch.inference_mode():
+            best = int(trial.output(trial.pack([item]))[0].argmax())
+
+        def chosen(out: Tensor, best: int = best) -> Tensor:
+            return out[:, best]
+
+        answer, names = (spec.labels or ("value",))[best], token_names(subject, encoding)
+        found, missed = attributions(subject, encoding, chosen, steps)
+        rows += [
+            {"record": number, "answer": answer, "token": token, "place": place, "attribution": own, "missed": missed}
+            for place, (token, own) in enumerate(zip(names, found, strict=True))
+        ]
+        end = max(map(abs, found)) or 1.0
+        panel = HeatMap("", [found], "", "token", "logits", (-end, end), [answer], names, True)
+        figures[f"record{number}"] = Figure(f"What each token adds: record {number}, {subject.name}", [panel])
+        advance(number + 1, len(trial.items))
+    facts = {**subject.facts(), "input": trial.name, **origin()}
+    return AnalysisReport("attribution", facts, {"tokens": rows}, figures)
+
+
+def token_names(subject: Subject, encoding: Encoding) -> list[str]:
+    """The tokens of a sequence, cut to what fits beside a figure."""
+    pieces = subject.encoder.tokenizer.convert_ids_to_tokens(list(encoding.ids))
+    return [str(piece)[:LONGEST_NAME] for piece in pieces]
 
 
 def check_available() -> None:
@@ -66,7 +125,7 @@ def run_vectors(subject: Subject, encoding: Encoding, vectors: Tensor) -> Tensor
     batch = subject.pack([encoding] * len(vectors))
     rows = torch.cat([vectors[original] for original in batch.order])
 
-    def replaced(_: Any, __: Any, words: Tensor) -> Tensor:
+    def replaced(_: torch.nn.Module, __: object, words: Tensor) -> Tensor:
         return words.index_copy(0, batch.text_rows, rows.to(words.dtype))
 
     handle = subject.encoder.model.get_input_embeddings().register_forward_hook(replaced)

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bertology_serve.analysis.distance import compare_features, distance
-from bertology_serve.analysis.representations import LinearCka
+from bertology_serve.analysis.delta_distance import compare_features, distance
 from bertology_serve.analysis.settings import DistanceSettings
 from bertology_serve.analysis.subject_model import Subject
-from bertology_serve.analysis.weight_change import effective_rank, low_rank_singular
+from bertology_serve.analysis.weight_change import LinearCka, effective_rank, low_rank_singular
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.errors import BaseMismatch, SpecError
