@@ -22,6 +22,7 @@ from bertology_serve.training.fleet.member import Member
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import train
 from bertology_serve.training.train_config import TrainConfig
+from tests.bits import same_bits
 from tests.training import sets
 
 
@@ -74,6 +75,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, bert_path: Path) -> tuple
     return deltas, {one: lines(root / "out" / one) for one in deltas}
 
 
+@same_bits
 @pytest.mark.parametrize(("name", "step"), [("score", 1), ("mood", 6), ("tone", 0), ("mood", 8)])
 def test_a_killed_fleet_ends_as_if_nothing_had_happened(tmp_path, bert_path, straight, name, step):
     out, spec = tmp_path / "out", fleet(tmp_path)
