@@ -259,6 +259,7 @@ def show(outcome: Outcome, eval: str | None) -> None:
 def advice(outcome: Outcome) -> Iterator[str]:
     """What the figures mean for what to do next, a line each."""
     from bertology_serve.tasks.registry import task_for
+    from bertology_serve.training.baselines import COSINE
 
     delta, state = outcome.delta, outcome.state
     main = task_for(delta.task).main_metric
@@ -268,7 +269,12 @@ def advice(outcome: Outcome) -> Iterator[str]:
     elif known and main in delta.metrics:
         name = max(known, key=known.__getitem__)
         gain = 100 * (delta.metrics[main] - known[name])
-        yield f"{main}: {gain:+.1f} points beside {'' if name == 'cosine' else 'the '}{name} ({100 * known[name]:.1f})"
+        if name == COSINE and gain < 0:
+            yield (
+                "the cosine of the untouched encoder's embeddings is better: ask the encoder itself, or take --task "
+                "embedding, which begins there"
+            )
+        yield f"{main}: {gain:+.1f} points beside {'' if name == COSINE else 'the '}{name} ({100 * known[name]:.1f})"
     if state.metrics and 0 < state.best_step == state.step and not outcome.unimproved:
         yield "the last step was the best one: more --epochs may help"
 

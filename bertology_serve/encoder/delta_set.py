@@ -138,8 +138,8 @@ class Ledger:
 
 
 class Backbone(Protocol):
-    """What is known of the encoder wherever it runs. ``lock`` is held while a batch does; ``packing`` is "packed", or
-    "padded" with the reason.
+    """What is known of the encoder wherever it runs. ``lock`` is held while a batch does; ``packing`` is "packed" or
+    "padded", and why.
     """
 
     name: str

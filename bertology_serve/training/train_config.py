@@ -9,12 +9,22 @@ from typing import Any, Literal
 
 from bertology_serve.errors import SpecError, nearest
 from bertology_serve.tasks.fields import read_label
-from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, TASK_KINDS, TaskSpec
-from bertology_serve.training.method_options import CHILD_TUNING, MIXOUT, REGULARISED, TOP_K, read_options
+from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, QUESTION_ANSWERING, REGRESSION, TASK_KINDS, TaskSpec
+from bertology_serve.training.method_options import (
+    CHILD_TUNING,
+    FULL,
+    MIXOUT,
+    PROBE,
+    REGULARISED,
+    SPECS,
+    TOP_K,
+    read_options,
+)
 
-PROBE, FULL = "probe", "full"
 METHODS = ("lora", "bitfit", "adapter", "prompt", "prefix", "ia3", "norms", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K)
-ALONE = (PROBE, FULL, *REGULARISED)
+ALONE = tuple(SPECS)
+SOLVED = (CLASSIFICATION, REGRESSION)
+"""The tasks whose probe can be solved."""
 LP, LP_FT, EH_FT = "lp", "lp-ft", "eh-ft"
 DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP: PROBE, LP_FT: FULL, EH_FT: "lora"}
 
@@ -64,7 +74,7 @@ class TrainConfig:
     start: Literal["probe", "random"] = _option(
         "probe",
         "Where the head begins. probe: at the linear probe, solved on the frozen encoder's rows in seconds "
-        "(classification); what is published is never worse on --eval than that. random: at random numbers.",
+        "(classification, regression); what is published is never worse on --eval. random: at random numbers.",
     )
     epochs: int | None = _option(None, "Passes over the training data. Default: 3, more for fewer than 2,000 rows.")
     first_epochs: int | None = _option(
@@ -153,7 +163,7 @@ class TrainConfig:
     def starts_at_probe(self) -> bool:
         """Whether the probe is solved first, and its head is where training begins."""
         plain = self.recipe is None and self.start == "probe" and PROBE not in self.method
-        return plain and self.task == "classification" and self.head in (None, "linear")
+        return plain and self.task in SOLVED and self.head in (None, "linear")
 
     def passes(self, rows: int) -> int:
         """Epochs over that many rows: as given, or three, and more where those would be few steps."""
@@ -161,8 +171,8 @@ class TrainConfig:
 
     @property
     def solvable(self) -> bool:
-        """Whether the head is one linear layer that gives a text its label."""
-        return self.task == "classification" and self.form.head == "linear"
+        """Whether the head is one linear layer that gives a text its label or score."""
+        return self.task in SOLVED and self.form.head == "linear"
 
     @property
     def full(self) -> bool:
@@ -252,9 +262,9 @@ def _check_recipe(config: TrainConfig) -> None:
         raise SpecError(
             "first_epochs and first_learning_rate are those of a recipe's first stage; give --recipe lp-ft or eh-ft too"
         )
-    if config.recipe == LP and (config.method != (PROBE,) or config.task != "classification"):
+    if config.recipe == LP and (config.method != (PROBE,) or config.task not in SOLVED):
         raise SpecError(
-            f"recipe lp solves a probe for classification; got method {names} and task {config.task}; "
+            f"recipe lp solves a probe for {' or '.join(SOLVED)}; got method {names} and task {config.task}; "
             "leave --recipe out, or take lp-ft"
         )
     if config.recipe == LP and config.head not in (None, "linear"):

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from bertology_serve.analysis import prune as pruning
-from bertology_serve.analysis.attention_maps import attention
-from bertology_serve.analysis.heads import heads
-from bertology_serve.analysis.importance import kept, masked, neuron_importance, watched
+from bertology_serve.analysis import head_pruning as pruning
+from bertology_serve.analysis.attention_heads import attention
+from bertology_serve.analysis.head_importance import heads, kept, masked, neuron_importance, watched
+from bertology_serve.analysis.head_pruning import prune
 from bertology_serve.analysis.labelled import Gates, TaskEvaluation
-from bertology_serve.analysis.prune import prune
 from bertology_serve.analysis.settings import HeadSettings, PruneSettings
 from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.encoder.encoder import Encoder
@@ -22,7 +21,7 @@ from bertology_serve.errors import SpecError, Unsupported, VerificationError
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
-from tests.analysis.test_heads import CHOICE, CLASSES, TAGS, cross_entropy, made
+from tests.analysis.test_head_importance import CHOICE, CLASSES, TAGS, cross_entropy, made
 from tests.training import sets
 
 

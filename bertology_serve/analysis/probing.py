@@ -8,19 +8,17 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bertology_serve.analysis.figures import Figure, Lines
-from bertology_serve.analysis.linear_probe import fit, fit_mix, online_code, score
+from bertology_serve.analysis.figures import Figure, LineChart
+from bertology_serve.analysis.linear_probe import Features, fit, fit_mix, gather, online_code, score
 from bertology_serve.analysis.probe_tasks import (
     OF_WORDS,
     Control,
-    Item,
-    Text,
+    ProbeItem,
+    ProbeText,
     chosen,
     content_words,
     items,
@@ -28,22 +26,20 @@ from bertology_serve.analysis.probe_tasks import (
     make_text,
     sampled,
 )
-from bertology_serve.analysis.report import Report, origin
-from bertology_serve.analysis.representations import Features, gather
+from bertology_serve.analysis.report import AnalysisReport, origin
 from bertology_serve.analysis.settings import ProbeSettings
-from bertology_serve.analysis.subject_model import Advance, Subject, silent
-from bertology_serve.data.records import read_records
-from bertology_serve.deltas.delta import Delta
-from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.analysis.subject_model import Advance, DeltaLike, EncoderLike, Subject, data_name, silent
+from bertology_serve.data.records import DataLike, read_records
 from bertology_serve.errors import DataError
+from bertology_serve.files import JsonObject
 
 
 @dataclass(frozen=True)
 class Side:
     """Texts to train or to judge probes on: the items of each task, and the features of all that they name."""
 
-    texts: Sequence[Text]
-    items: dict[str, list[Item]]
+    texts: Sequence[ProbeText]
+    items: dict[str, list[ProbeItem]]
     features: Features
     places: dict[tuple[int, int], int]
 
@@ -56,37 +52,42 @@ class Side:
 
 
 def probe(
-    backbone: str | Encoder | Subject | None = "minilm",
-    input: str | Path = "",
+    encoder: EncoderLike,
+    data: DataLike,
     settings: ProbeSettings | None = None,
     *,
-    eval: str | Path | None = None,
-    delta: Delta | str | Path | None = None,
+    eval: DataLike | None = None,
+    delta: DeltaLike = None,
     advance: Advance = silent,
-) -> Report:
-    """Trains a linear probe a task and layer on the records of ``input``, judges it on ``eval``.
+) -> AnalysisReport:
+    """What a linear probe reads from each layer, beside control tasks (Hewitt and Liang 2019, arXiv 1909.03368).
 
-    Without ``eval`` a quarter of the records, drawn from the seed, is held out. All layers come from one pass.
-    Selectivity is the probe's accuracy minus that of a probe of the same form on the control task. Raises SpecError
-    for tasks that the records cannot answer.
+    A probe a task and layer is trained on the records ``data`` (``text`` or ``tokens``; ``label``, ``tags`` or
+    ``heads`` where those are probed) and judged on ``eval``; without it on a quarter of the records, drawn from the
+    seed. All layers' features, [L + 1, items, H] float32, come from one pass; layer 0 is the embeddings.
+
+    Table ``layers``: a row a task and layer, with accuracy, macro F1, cross-entropy in bits, selectivity (the accuracy
+    minus that on the control task) and the online code (Voita and Titov 2020, arXiv 2003.12298). With ``settings.mix``
+    also ``mix``, the layers' weights in a probe on all of them. Raises SpecError for tasks that the records cannot
+    answer, DataError for records that are no single texts.
     """
     settings = settings or ProbeSettings()
-    subject = Subject.of(backbone, delta)
-    texts, judged = _texts(subject, input, eval, settings)
+    subject = Subject.of(encoder, delta)
+    texts, judged = _texts(subject, data, eval, settings)
     tasks = chosen(settings.tasks or None, [*texts, *judged])
     edges, words = length_edges(texts), content_words(texts)
     started = time.perf_counter()
     train, held = (_side(subject, own, tasks, (edges, words), settings, advance) for own in (texts, judged))
     passed = time.perf_counter() - started
-    table: list[dict[str, Any]] = []
-    mixes: list[dict[str, Any]] = []
+    table: list[JsonObject] = []
+    mixes: list[JsonObject] = []
     layers = subject.encoder.anatomy.layers + 1
     for task in tasks:
         table += _probe_task(task, train, held, settings)
         mixes += _mixed(task, train, held, settings) if settings.mix else []
         advance(len(table), layers * len(tasks))
     facts = {
-        **subject.facts(), "input": str(input), "eval": None if eval is None else str(eval),
+        **subject.facts(), "input": data_name(data), "eval": None if eval is None else data_name(eval),
         "texts": [len(texts), len(judged)],
         "items": {task: [len(side.items[task]) for side in (train, held)] for task in tasks},
         "length_edges_words": edges, "content_words": words,
@@ -97,33 +98,32 @@ def probe(
     return _report(subject, table, mixes, tasks, facts)
 
 
-def _best_layer(table: Sequence[dict[str, Any]], task: str) -> int:
+def _best_layer(table: Sequence[JsonObject], task: str) -> int:
     """The layer, 0 for the embeddings, that the task is read from best; the lowest of equals."""
     rows = [row for row in table if row["task"] == task]
     return int(max(rows, key=lambda row: row["accuracy"])["layer"])
 
 
 def _texts(
-    subject: Subject, input: str | Path, eval: str | Path | None, settings: ProbeSettings
-) -> tuple[list[Text], list[Text]]:
-    encoder = subject.encoder
-    length = min(settings.max_length, encoder.max_tokens - subject.virtual)
+    subject: Subject, data: DataLike, eval: DataLike | None, settings: ProbeSettings
+) -> tuple[list[ProbeText], list[ProbeText]]:
+    tokenizer, length = subject.encoder.tokenizer, subject.longest(settings.max_length)
     read = [
-        [make_text(record, encoder.tokenizer, length) for record in read_records(path)[: settings.most]]
-        for path in (input, eval)
-        if path is not None
+        [make_text(record, tokenizer, length) for record in read_records(source)[: settings.most]]
+        for source in (data, eval)
+        if source is not None
     ]
     if eval is not None:
         return read[0], read[1]
     order = random.Random(settings.seed).sample(range(len(read[0])), len(read[0]))
     held = sorted(order[: max(1, len(order) // 4)])
     if len(order) < 2:
-        raise DataError(f"{input}: holds one record; expected more, or records to judge on (--eval FILE)")
+        raise DataError(f"{data_name(data)}: holds one record; expected more, or records to judge on (--eval FILE)")
     return [text for i, text in enumerate(read[0]) if i not in set(held)], [read[0][i] for i in held]
 
 
 def _side(
-    subject: Subject, texts: list[Text], tasks: Sequence[str], classes: tuple[Sequence[float], Sequence[str]],
+    subject: Subject, texts: list[ProbeText], tasks: Sequence[str], classes: tuple[Sequence[float], Sequence[str]],
     settings: ProbeSettings, advance: Advance,
 ) -> Side:  # fmt: skip
     found = {task: sampled(items(task, texts, *classes), settings.rows, settings.seed) for task in tasks}
@@ -139,7 +139,7 @@ def _side(
     return Side(texts, found, features, places)
 
 
-def _probe_task(task: str, train: Side, judged: Side, settings: ProbeSettings) -> list[dict[str, Any]]:
+def _probe_task(task: str, train: Side, judged: Side, settings: ProbeSettings) -> list[JsonObject]:
     """One row a layer."""
     control = Control(train.items[task], settings.seed)
     real, index = _answers(task, train, judged)
@@ -167,7 +167,7 @@ def _answers(task: str, train: Side, judged: Side) -> tuple[list[Tensor], dict[s
     return [torch.tensor([index[item.answer] for item in side.items[task]]) for side in (train, judged)], index
 
 
-def _mixed(task: str, train: Side, judged: Side, settings: ProbeSettings) -> list[dict[str, Any]]:
+def _mixed(task: str, train: Side, judged: Side, settings: ProbeSettings) -> list[JsonObject]:
     """One row a layer, of the probe on a mix of all of them."""
     real, index = _answers(task, train, judged)
     found = fit_mix(train.rows(task), real[0], judged.rows(task), real[1], len(index), settings.penalty)
@@ -178,14 +178,14 @@ def _mixed(task: str, train: Side, judged: Side, settings: ProbeSettings) -> lis
 
 
 def _report(
-    subject: Subject, table: list[dict[str, Any]], mixes: list[dict[str, Any]], tasks: Sequence[str],
-    facts: dict[str, Any],
-) -> Report:  # fmt: skip
+    subject: Subject, table: list[JsonObject], mixes: list[JsonObject], tasks: Sequence[str],
+    facts: JsonObject,
+) -> AnalysisReport:  # fmt: skip
     layers = sorted({row["layer"] for row in table})
 
-    def lines(rows: Sequence[dict[str, Any]], column: str, title: str, unit: str) -> Lines:
+    def lines(rows: Sequence[JsonObject], column: str, title: str, unit: str) -> LineChart:
         curves = {task: [row[column] for row in rows if row["task"] == task] for task in tasks}
-        return Lines(title, layers, curves, "layer (0: embeddings)", unit)
+        return LineChart(title, layers, curves, "layer (0: embeddings)", unit)
 
     shown = [
         ("accuracy", "what a linear probe reads", "accuracy (fraction)"),
@@ -198,4 +198,4 @@ def _report(
     if mixes:
         panels.append(lines(mixes, "weight", "where a mix of all layers reads", "weight of the layer (fraction)"))
     tables = {"layers": table} | ({"mix": mixes} if mixes else {})
-    return Report("probe", facts, tables, {"layers": Figure(f"Linear probes: {subject.name}", panels, 2)})
+    return AnalysisReport("probe", facts, tables, {"layers": Figure(f"Linear probes: {subject.name}", panels, 2)})

@@ -9,8 +9,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bertology_serve.analysis.heads import IMPORTANCE, LEFT_OUT, RANDOM, _within, heads
-from bertology_serve.analysis.importance import importance, normalised
+from bertology_serve.analysis.head_importance import (
+    IMPORTANCE,
+    LEFT_OUT,
+    RANDOM,
+    _within,
+    heads,
+    importance,
+    normalised,
+)
 from bertology_serve.analysis.labelled import Gates, TaskEvaluation
 from bertology_serve.analysis.settings import HeadSettings
 from bertology_serve.analysis.subject_model import Subject

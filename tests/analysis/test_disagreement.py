@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from bertology_serve.analysis import attribution, plots
-from bertology_serve.analysis.attribution import attributions, run_vectors
-from bertology_serve.analysis.compare import compare, mcnemar
+from bertology_serve.analysis import figures, integrated_gradients
+from bertology_serve.analysis.disagreement import compare, mcnemar
+from bertology_serve.analysis.integrated_gradients import attributions, run_vectors
 from bertology_serve.analysis.labelled import TaskEvaluation
 from bertology_serve.analysis.settings import CompareSettings
 from bertology_serve.analysis.subject_model import Subject
@@ -97,7 +97,7 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown[0].diverging
     tokens = [row for row in report.tables["tokens"] if row["record"] == apart[0]["record"]]
     assert [row["attribution"] for row in tokens if row["side"] == "two"] == shown[0].values[1]
-    monkeypatch.setattr(plots, "available", lambda: False)
+    monkeypatch.setattr(figures, "available", lambda: False)
     assert len(report.save(tmp_path / "out")) == 5
 
 
@@ -142,6 +142,6 @@ def test_what_cannot_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(SpecError, match="shown is -1"):
         CompareSettings(shown=-1)
     monkeypatch.setitem(sys.modules, "captum", None)
-    monkeypatch.setattr(attribution.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(integrated_gradients.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Unsupported, match="no-attributions"):
         compare(one, one, rows)

@@ -7,47 +7,57 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bertology_serve.analysis.figures import Figure, HeatMap, Lines
-from bertology_serve.analysis.importance import importance, kept, masked, neuron_importance, normalised
+from bertology_serve.analysis.figures import Figure, HeatMap, LineChart
+from bertology_serve.analysis.head_importance import importance, kept, masked, neuron_importance, normalised
 from bertology_serve.analysis.labelled import Gates, TaskEvaluation
-from bertology_serve.analysis.report import Report, origin
+from bertology_serve.analysis.report import AnalysisReport, origin
 from bertology_serve.analysis.settings import PruneSettings
-from bertology_serve.analysis.subject_model import Advance, Subject, head_numbers, mapped, silent
-from bertology_serve.deltas.delta import Delta
+from bertology_serve.analysis.subject_model import (
+    Advance,
+    DeltaLike,
+    EncoderLike,
+    Subject,
+    head_numbers,
+    mapped,
+    silent,
+)
+from bertology_serve.data.records import DataLike
 from bertology_serve.deltas.pruning import Numbers
-from bertology_serve.deltas.store import publish, staging
+from bertology_serve.deltas.store import publish
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pruned import obstacle
 from bertology_serve.encoder.pruned import prune as cut
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
+from bertology_serve.files import JsonObject, staging
 from bertology_serve.kinds.slots import UP
 
 
 def prune(
-    backbone: str | Encoder | Subject | None = None,
-    input: str | Path = "",
-    save: str | Path = "pruned",
+    encoder: EncoderLike,
+    data: DataLike,
+    save: str | Path,
     settings: PruneSettings | None = None,
     *,
-    eval: str | Path | None = None,
-    delta: Delta | str | Path | None = None,
+    eval: DataLike | None = None,
+    delta: DeltaLike = None,
     advance: Advance = silent,
-) -> Report:
-    """Writes the encoder without its least important heads and neurons to ``save``, for the task of ``delta``.
+) -> AnalysisReport:
+    """Writes the encoder without the heads and FFN neurons that the task of ``delta`` needs least to ``save``.
 
-    Importance is measured on ``input`` and compared after each layer's is scaled to norm 1. Published only if, on
+    Importance (Michel et al. 2019) is measured on the labelled records ``data`` and compared after each layer's is
+    scaled to norm 1; shares are those of ``settings``. Published only if, on
     ``eval`` (default: the same records), the pruned encoder's outputs are the masked one's within ``settings.atol``;
     VerificationError otherwise. What is saved is the delta's base, which the delta runs on when it is loaded again.
-    Raises SpecError without a delta and where something lies at ``save``, Unsupported for families that cannot be
-    pruned.
+
+    Table ``layers``: what stayed of each layer; the facts have both encoders' metrics, parameters and speeds. Raises
+    SpecError without a delta and where something lies at ``save``, Unsupported for families that cannot be pruned.
     """
     settings = settings or PruneSettings()
-    subject = Subject.of(backbone, delta)
+    subject = Subject.of(encoder, delta)
     base = _base(subject)
     reason = obstacle(base)
     if reason is not None:
@@ -55,13 +65,13 @@ def prune(
     target = Path(save).absolute()
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise SpecError(f"{save} exists already; give a new directory for the pruned encoder (--save)")
-    judged = TaskEvaluation(subject, input, settings.most, settings.max_tokens)
+    judged = TaskEvaluation(subject, data, settings.most, settings.max_tokens)
     trial = judged if eval is None else TaskEvaluation(subject, eval, None, settings.max_tokens)
     heads, neurons, values = _chosen(judged, settings, advance)
     with staging(target) as stage:
         cut(base, heads, neurons, stage)
         small = _opened(str(stage), subject)
-        smaller = TaskEvaluation(small, trial.name, None, settings.max_tokens)
+        smaller = TaskEvaluation(small, trial.records, None, settings.max_tokens)
         facts = _compared(trial, smaller, heads, neurons, settings)
         difference, size = facts["largest_difference"], facts["largest_output"]
         if not (math.isfinite(size) and difference <= settings.atol * max(1.0, size)):
@@ -107,7 +117,7 @@ def _chosen(judged: TaskEvaluation, settings: PruneSettings, advance: Advance) -
 
 def _compared(
     trial: TaskEvaluation, smaller: TaskEvaluation, heads: Numbers, neurons: Numbers, settings: PruneSettings
-) -> dict[str, Any]:
+) -> JsonObject:
     """Metrics, outputs, sizes and speeds of the two encoders."""
     encoder, small = trial.subject.encoder, smaller.subject.encoder
     gates = torch.zeros(encoder.anatomy.layers, encoder.anatomy.heads, dtype=encoder.dtype, device=encoder.device)
@@ -159,7 +169,7 @@ def _timed(trials: Sequence[TaskEvaluation], rounds: int) -> list[float]:
     return [median(own) for own in taken]
 
 
-def _report(subject: Subject, heads: Numbers, neurons: Numbers, values: Tensor, facts: dict[str, Any]) -> Report:
+def _report(subject: Subject, heads: Numbers, neurons: Numbers, values: Tensor, facts: JsonObject) -> AnalysisReport:
     anatomy = subject.encoder.anatomy
     widths = _widths(subject.encoder)
     table = [
@@ -175,6 +185,6 @@ def _report(subject: Subject, heads: Numbers, neurons: Numbers, values: Tensor, 
         "heads": [100 * len(own) / anatomy.heads_of(layer) for layer, own in enumerate(heads)],
         "neurons": [100 * len(own) / widths[layer] for layer, own in enumerate(neurons)],
     }
-    lines = Lines("what is left of each layer", list(range(anatomy.layers)), left, "layer", "left (%)")
+    lines = LineChart("what is left of each layer", list(range(anatomy.layers)), left, "layer", "left (%)")
     figure = Figure(f"Pruned: {subject.name}", [stayed, lines], 2)
-    return Report("prune", facts, {"layers": table}, {"layers": figure})
+    return AnalysisReport("prune", facts, {"layers": table}, {"layers": figure})

@@ -1,4 +1,4 @@
-"""``analyze compare``: two deltas on the same records, where they disagree, and what each looked at there."""
+"""Two deltas on the same records: where they disagree, and what each looked at and went by there."""
 
 from __future__ import annotations
 
@@ -6,39 +6,43 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bertology_serve.analysis.attribution import attributions, check_available
 from bertology_serve.analysis.figures import Figure, HeatMap
 from bertology_serve.analysis.head_statistics import TextMaps
+from bertology_serve.analysis.integrated_gradients import attributions, check_available, token_names
 from bertology_serve.analysis.labelled import Labelled, TaskEvaluation
-from bertology_serve.analysis.report import Report, origin
+from bertology_serve.analysis.report import AnalysisReport, origin
 from bertology_serve.analysis.settings import CompareSettings
-from bertology_serve.analysis.subject_model import Advance, Subject, silent
-from bertology_serve.data.records import read_records
+from bertology_serve.analysis.subject_model import Advance, Subject, data_name, silent
+from bertology_serve.data.records import DataLike, read_records
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import DataError, SpecError
-from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION
+from bertology_serve.files import JsonObject
+from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, Encoding
 
 ANSWERS = ("label", "value", "entities", "answer", "choice")
-LONGEST_NAME = 14
 
 
 def compare(
     first: Subject | Delta | str | Path,
     second: Subject | Delta | str | Path,
-    input: str | Path = "",
+    data: DataLike,
     settings: CompareSettings | None = None,
     *,
     advance: Advance = silent,
-) -> Report:
-    """Both deltas' answers to every record, agreement, metrics where records are labelled, and the widest gaps.
+) -> AnalysisReport:
+    """What two deltas of one task answer to the same records, labelled or not, and where they disagree.
 
-    For the ``shown`` widest gaps of classification and regression also each token's attribution (see ``attribution``)
-    and attention from the first row. Raises SpecError for deltas of other tasks or labels; Unsupported without captum.
+    Tables: ``records``, both answers to each, whether they agree, and the gap (the largest difference of class
+    probabilities, else of the head's outputs); ``disagreements``, the widest gap first; for the ``settings.shown``
+    widest of classification and regression ``tokens``, each token's attribution (see ``attribution``) and attention
+    from the first row. The facts have agreement and, for labelled records, both metrics and McNemar's exact test.
+
+    Raises SpecError for deltas of other tasks or labels, Unsupported without captum where attributions are asked for,
+    DataError naming a record that is wrong.
     """
     settings = settings or CompareSettings()
     if settings.attributions:
@@ -46,19 +50,20 @@ def compare(
     subjects = [one if isinstance(one, Subject) else Subject.of(None, one) for one in (first, second)]
     _check_tasks(subjects)
     started = time.perf_counter()
-    labelled = _labelled(subjects[0], input)
-    trials = [TaskEvaluation(one, input, settings.most, settings.max_tokens, labelled) for one in subjects]
+    records = data if isinstance(data, str | Path) else read_records(data)
+    labelled = _labelled(subjects[0], records)
+    trials = [TaskEvaluation(one, records, settings.most, settings.max_tokens, labelled) for one in subjects]
     sides = [_answered(trial, advance) for trial in trials]
     rows = [_row(n, item, sides[0][n], sides[1][n], labelled) for n, item in enumerate(trials[0].items)]
     apart = sorted((row for row in rows if not row["agree"]), key=lambda row: (-row["gap"], row["record"]))
     shown = apart[: settings.shown]
     figures, tokens = _looked(trials, sides, shown, settings, advance)
-    facts = {**_facts(trials, rows, labelled), "input": str(input), "shown": [row["record"] for row in shown],
+    facts = {**_facts(trials, rows, labelled), "input": data_name(data), "shown": [row["record"] for row in shown],
              "seconds": round(time.perf_counter() - started, 3), **origin()}  # fmt: skip
-    tables: dict[str, Sequence[Mapping[str, Any]]] = {"records": rows, "disagreements": apart}
+    tables: dict[str, Sequence[JsonObject]] = {"records": rows, "disagreements": apart}
     if tokens:
         tables["tokens"] = tokens
-    return Report("compare", facts, tables, _confusion(trials, rows) | figures)
+    return AnalysisReport("compare", facts, tables, _confusion(trials, rows) | figures)
 
 
 def _check_tasks(subjects: Sequence[Subject]) -> None:
@@ -70,9 +75,9 @@ def _check_tasks(subjects: Sequence[Subject]) -> None:
         raise SpecError(f"the two answer different questions: {said}; give two deltas of one task and one label set")
 
 
-def _labelled(subject: Subject, input: str | Path) -> bool:
-    """Whether the file's first record has the task's labels."""
-    record = read_records(input, remembered=subject.delta.columns if subject.delta else None)[0]
+def _labelled(subject: Subject, data: DataLike) -> bool:
+    """Whether the first record has the task's labels."""
+    record = read_records(data, remembered=subject.delta.columns if subject.delta else None)[0]
     try:
         TaskEvaluation.task_of(subject).example(record.fields, record.where, labelled=True)
     except DataError:
@@ -81,9 +86,9 @@ def _labelled(subject: Subject, input: str | Path) -> bool:
 
 
 @torch.inference_mode()
-def _answered(trial: TaskEvaluation, advance: Advance) -> list[tuple[Mapping[str, Any], Tensor]]:
+def _answered(trial: TaskEvaluation, advance: Advance) -> list[tuple[JsonObject, Tensor]]:
     """Each item's answer, and the head's output for it (of all its sequences)."""
-    found: dict[int, tuple[Mapping[str, Any], Tensor]] = {}
+    found: dict[int, tuple[JsonObject, Tensor]] = {}
     numbers = {id(item): number for number, item in enumerate(trial.items)}
     for items in trial.groups():
         out = trial.output(trial.pack(items)).float().cpu()
@@ -94,19 +99,19 @@ def _answered(trial: TaskEvaluation, advance: Advance) -> list[tuple[Mapping[str
     return [found[number] for number in range(len(trial.items))]
 
 
-def _said(answer: Mapping[str, Any]) -> Any:
+def _said(answer: JsonObject) -> str | float:
     """The part of an answer that two models agree on or not."""
     name = next(name for name in ANSWERS if name in answer)
-    value = answer[name]
     if name == "entities":
-        return ", ".join(f"{one['label']} {one['start']}-{one['end']}" for one in value) or "none"
-    return value["text"] if name == "answer" else value
+        return ", ".join(f"{one['label']} {one['start']}-{one['end']}" for one in answer[name]) or "none"
+    said: str | float = answer[name]["text"] if name == "answer" else answer[name]
+    return said
 
 
 def _row(
-    number: int, item: Labelled, first: tuple[Mapping[str, Any], Tensor], second: tuple[Mapping[str, Any], Tensor],
+    number: int, item: Labelled, first: tuple[JsonObject, Tensor], second: tuple[JsonObject, Tensor],
     labelled: bool,
-) -> dict[str, Any]:  # fmt: skip
+) -> JsonObject:  # fmt: skip
     """``gap``: the largest difference of class probabilities, else of the head's outputs."""
     (one, out), (other, outs) = first, second
     scores = [dict(answer["scores"]) if isinstance(answer.get("scores"), Mapping) else None for answer in (one, other)]
@@ -114,16 +119,16 @@ def _row(
         gap = max(abs(scores[0][name] - scores[1][name]) for name in scores[0])
     else:
         gap = float((out - outs).abs().max())
-    said = [_said(one), _said(other)]
-    agree = abs(said[0] - said[1]) < 0.5 if isinstance(said[0], float) else said[0] == said[1]
-    row = {"record": number, "first": said[0], "second": said[1], "agree": agree, "gap": gap}
+    a, b = _said(one), _said(other)
+    agree = abs(a - b) < 0.5 if isinstance(a, float) and isinstance(b, float) else a == b
+    row = {"record": number, "first": a, "second": b, "agree": agree, "gap": gap}
     gold = [getattr(item.example, name) for name in ("label", "score") if hasattr(item.example, name)]
     return {**row, "gold": gold[0]} if labelled and gold else row
 
 
-def _facts(trials: Sequence[TaskEvaluation], rows: Sequence[Mapping[str, Any]], labelled: bool) -> dict[str, Any]:
+def _facts(trials: Sequence[TaskEvaluation], rows: Sequence[JsonObject], labelled: bool) -> JsonObject:
     one, other = (trial.subject for trial in trials)
-    facts: dict[str, Any] = {
+    facts: JsonObject = {
         "first": one.facts(), "second": other.facts(), "records": len(rows),
         "agreement": sum(row["agree"] for row in rows) / len(rows),
     }  # fmt: skip
@@ -144,7 +149,7 @@ def mcnemar(first: int, second: int) -> float:
     return min(1.0, float(2 * tail / 2**total))
 
 
-def _confusion(trials: Sequence[TaskEvaluation], rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+def _confusion(trials: Sequence[TaskEvaluation], rows: Sequence[JsonObject]) -> dict[str, Figure]:
     labels = list(trials[0].task.spec.labels)
     names = [trial.subject.delta.name if trial.subject.delta else "" for trial in trials]
     if trials[0].task.spec.kind != CLASSIFICATION or not labels:
@@ -155,9 +160,9 @@ def _confusion(trials: Sequence[TaskEvaluation], rows: Sequence[Mapping[str, Any
 
 
 def _looked(
-    trials: Sequence[TaskEvaluation], sides: Sequence[Sequence[tuple[Mapping[str, Any], Tensor]]],
-    shown: Sequence[Mapping[str, Any]], settings: CompareSettings, advance: Advance,
-) -> tuple[dict[str, Figure], list[dict[str, Any]]]:  # fmt: skip
+    trials: Sequence[TaskEvaluation], sides: Sequence[Sequence[tuple[JsonObject, Tensor]]],
+    shown: Sequence[JsonObject], settings: CompareSettings, advance: Advance,
+) -> tuple[dict[str, Figure], list[JsonObject]]:  # fmt: skip
     """A figure a shown record, and a row a token; nothing for tasks whose answers are not one for the whole text."""
     spec = trials[0].task.spec
     if spec.kind not in (CLASSIFICATION, REGRESSION):
@@ -176,7 +181,7 @@ def _looked(
 
 def _record(
     trials: Sequence[TaskEvaluation], number: int, ends: Sequence[int], settings: CompareSettings
-) -> tuple[list[HeatMap], list[dict[str, Any]]]:
+) -> tuple[list[HeatMap], list[JsonObject]]:
     regression = trials[0].task.spec.kind == REGRESSION
 
     def margin(out: Tensor) -> Tensor:
@@ -185,8 +190,7 @@ def _record(
     names, found, maps, missed = [], [], [], []
     for trial in trials:
         encoding = trial.items[number].encodings[0]
-        pieces = trial.subject.encoder.tokenizer.convert_ids_to_tokens(list(encoding.ids))
-        names.append([str(piece)[:LONGEST_NAME] for piece in pieces])
+        names.append(token_names(trial.subject, encoding))
         maps.append(_attention(trial.subject, encoding))
         if settings.attributions:
             own, rest = attributions(trial.subject, encoding, margin, settings.steps)
@@ -216,7 +220,7 @@ def _record(
 
 
 @torch.inference_mode()
-def _attention(subject: Subject, encoding: Any) -> list[list[float]]:
+def _attention(subject: Subject, encoding: Encoding) -> list[list[float]]:
     """From the first row to every token, mean over heads: [L][n]; nothing where the family keeps its own attention."""
     batch = subject.pack([encoding])
     if not subject.encoder.packs:

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bertology_serve.analysis.distance import compare_features, distance
-from bertology_serve.analysis.representations import LinearCka
+from bertology_serve.analysis.delta_distance import compare_features, distance
 from bertology_serve.analysis.settings import DistanceSettings
 from bertology_serve.analysis.subject_model import Subject
-from bertology_serve.analysis.weight_change import effective_rank, low_rank_singular
+from bertology_serve.analysis.weight_change import LinearCka, effective_rank, low_rank_singular
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.errors import BaseMismatch, SpecError
@@ -141,7 +140,9 @@ def test_features_of_a_layer_are_compared_over_all_batches(tmp_path: Path) -> No
     encodings = [Encoding(tuple(own), (0,) * len(own)) for own in ids]
     batches = [model.pack(encodings) for model in (base, subject)]
     with torch.inference_mode():
-        whole = [model.layers(batch) for model, batch in zip((base, subject), batches, strict=True)]
+        whole = [
+            model.encoder.layers(batch, model.pools) for model, batch in zip((base, subject), batches, strict=True)
+        ]
     expected = [gram_cka(x.double(), y.double()) for x, y in zip(*whole, strict=True)]
     found = [row["cka"] for row in report.tables["features"]]
     assert found == pytest.approx(expected, abs=1e-6)
