@@ -21,14 +21,7 @@ from bertology_serve.analysis.subject_model import (
     read_texts,
     silent,
 )
-from bertology_serve.analysis.weight_change import (
-    Directions,
-    LinearCka,
-    Move,
-    directions_of,
-    moves,
-    overlap,
-)
+from bertology_serve.analysis.weight_change import Directions, LinearCka, Move, directions_of, moves, overlap
 from bertology_serve.data.records import DataLike
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder

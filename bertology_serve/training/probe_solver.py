@@ -36,7 +36,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Candidate:
     """The value of C that did best on one layer, and how: ``rank`` is accuracy, then the negative loss."""
 
     layer: int
@@ -97,7 +97,7 @@ class Solver:
             self.directory.write_layers([_shown(choice) for choice in choices])
         return state
 
-    def _choose(self, layer: int, fit: Part, held: Part) -> Chosen:
+    def _choose(self, layer: int, fit: Part, held: Part) -> Candidate:
         """The best C of the path for one layer."""
         found = [self._tried(layer, index, solution, held) for index, solution in self._solutions(layer, fit)]
         best = max(found, key=lambda choice: (choice.rank, -choice.index))
@@ -112,14 +112,14 @@ class Solver:
             start = solution.raw
             yield index, solution
 
-    def _tried(self, layer: int, index: int, solution: Solution, held: Part) -> Chosen:
+    def _tried(self, layer: int, index: int, solution: Solution, held: Part) -> Candidate:
         logits = solution.logits(held.rows[layer])
         accuracy = (logits.argmax(1) == held.labels).double().mean().item()
         metrics = {"accuracy": accuracy, "loss": F.cross_entropy(logits, held.labels).item()}
         self.state.step += 1
         about = {"layer": layer, "c": self.path[index], "loss": solution.loss, "eval": metrics}
         self.directory.log({**self._place(), **about})
-        return Chosen(layer, index, self.path[index], [accuracy, -metrics["loss"]], metrics, solution)
+        return Candidate(layer, index, self.path[index], [accuracy, -metrics["loss"]], metrics, solution)
 
     def _place(self) -> dict[str, Any]:
         stage = {"stage": self.state.stage} if self.state.stage else {}
@@ -164,5 +164,5 @@ def _chosen(part: Part, at: Tensor) -> Part:
     return Part([part.items[i] for i in at.tolist()], rows, part.labels[at])
 
 
-def _shown(choice: Chosen) -> dict[str, Any]:
+def _shown(choice: Candidate) -> dict[str, Any]:
     return {"layer": choice.layer, "c": choice.c, "train_loss": choice.solution.loss, **choice.metrics}

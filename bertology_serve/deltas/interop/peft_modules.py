@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from bertology_serve.deltas.interop.peft_tensors import MERGE, modules, read_beft, width
 from bertology_serve.deltas.layout import MODEL_ROOT
-from bertology_serve.deltas.typed import conform
+from bertology_serve.deltas.safe_io import conform
 from bertology_serve.errors import FormatError, Unsupported
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.kind import Tensors

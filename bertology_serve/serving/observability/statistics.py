@@ -29,7 +29,7 @@ class Duration:
         return {"count": self.count, "ns": round(1e9 * self.seconds)}
 
 
-class Record:
+class ModelStatistics:
     """One version's numbers. Times of a batch count whole for each of its items: they shared it."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class Statistics:
     """Of all deltas that answer. For any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._records: dict[tuple[str, str], Record] = {}
+        self._records: dict[tuple[str, str], ModelStatistics] = {}
         self._lock = threading.Lock()
         self._clock = clock
 
@@ -92,7 +92,7 @@ class Statistics:
         """``{"model_stats": [...]}`` of those deltas."""
         with self._lock:
             known = [(delta.name, delta.version) for delta in deltas]
-            return {"model_stats": [self._records.get(key, Record()).as_dict(*key) for key in known]}
+            return {"model_stats": [self._records.get(key, ModelStatistics()).as_dict(*key) for key in known]}
 
     def keep(self, deltas: Iterable[Delta]) -> None:
         """Forgets all but those."""
@@ -100,9 +100,9 @@ class Statistics:
         with self._lock:
             self._records = {key: record for key, record in self._records.items() if key in known}
 
-    def _record(self, work: Work) -> Record:
+    def _record(self, work: Work) -> ModelStatistics:
         key = work.delta, work.version
         record = self._records.get(key)
         if record is None:
-            record = self._records[key] = Record()
+            record = self._records[key] = ModelStatistics()
         return record
