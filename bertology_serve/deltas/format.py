@@ -11,12 +11,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
 
 from bertology_serve.deltas.delta import BaseRef
 from bertology_serve.deltas.names import ADAPTER_WEIGHTS, FULL_WEIGHTS, MANIFEST, check_name
 from bertology_serve.deltas.safe_io import as_object, build, check_keys, conform
 from bertology_serve.errors import FormatError
+from bertology_serve.files import JsonObject
+from bertology_serve.kinds.kind import Spec
 from bertology_serve.kinds.kinds import KINDS, kind_of
 from bertology_serve.kinds.slots import Anatomy, Slot
 from bertology_serve.tasks.spec import TaskSpec
@@ -41,13 +42,13 @@ class Manifest:
     name: str
     base: BaseRef
     task: TaskSpec
-    specs: tuple[Any, ...]
+    specs: tuple[Spec, ...]
     anatomy: Anatomy
     tensors: Shapes
     head: Shapes
     files: Mapping[str, FileRecord]
     metrics: Mapping[str, float]
-    provenance: Mapping[str, Any]
+    provenance: JsonObject
 
 
 def to_json(manifest: Manifest) -> bytes:
@@ -76,7 +77,7 @@ def to_json(manifest: Manifest) -> bytes:
 _LIST_OF_NUMBERS = re.compile(r"(?<=\[)\n(?:\s*-?[\d.e+-]+,?\n)+\s*(?=\])")
 
 
-def from_json(values: Mapping[str, Any], where: str) -> Manifest:
+def from_json(values: JsonObject, where: str) -> Manifest:
     """The manifest that ``values`` hold; raises FormatError naming the field, what it is and what it should be."""
     if values.get("format") != FORMAT:
         got = str(values.get("format"))[:40]
@@ -101,12 +102,12 @@ def from_json(values: Mapping[str, Any], where: str) -> Manifest:
     )
 
 
-def kinds_record(specs: Sequence[Any]) -> dict[str, Any]:
+def kinds_record(specs: Sequence[Spec]) -> JsonObject:
     """The kinds' specs by the kinds' names, as plain values."""
     return {kind_of(spec).name: asdict(spec) for spec in specs}
 
 
-def specs_of(values: object, where: str) -> tuple[Any, ...]:
+def specs_of(values: object, where: str) -> tuple[Spec, ...]:
     """The specs that ``kinds_record`` wrote; raises FormatError."""
     table = as_object(values, f"{where}: kinds")
     check_keys(table, KINDS, f"{where}: kinds")
@@ -152,7 +153,7 @@ _PATH = re.compile(r"\w+(\.\w+)*")
 _ELSEWHERE = ("family", "slots")  # the family stands in the record of the base
 
 
-def anatomy_record(anatomy: Anatomy) -> dict[str, Any]:
+def anatomy_record(anatomy: Anatomy) -> JsonObject:
     """JSON values of an anatomy; ``restore`` gives it back."""
     plain = {field.name: getattr(anatomy, field.name) for field in fields(anatomy) if field.name not in _ELSEWHERE}
     return {**plain, "slots": {name: _slot_record(slot, anatomy.layers) for name, slot in anatomy.slots.items()}}
@@ -173,7 +174,7 @@ def anatomy_of(values: object, family: str, where: str) -> Anatomy:
     return replace(anatomy, slots=found)
 
 
-def _slot_record(slot: Slot, layers: int) -> dict[str, Any]:
+def _slot_record(slot: Slot, layers: int) -> JsonObject:
     values = {name: value for name, value in asdict(slot).items() if name != "name" and value not in (None, ())}
     return {**values, "paths": _template(slot.paths, layers) or list(slot.paths)}
 
@@ -190,7 +191,7 @@ def _filled(template: str, layers: int) -> tuple[str, ...]:
 
 
 def _slot(name: str, values: object, layers: int, where: str) -> Slot:
-    table: Mapping[str, Any] = as_object(values, where)
+    table: JsonObject = as_object(values, where)
     paths = table.get("paths")
     paths = _filled(paths, layers) if isinstance(paths, str) else paths
     slot = build(Slot, {**table, "name": name, "paths": paths}, where)

@@ -17,7 +17,6 @@ for bit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +34,11 @@ from bertology_serve.deltas.interop.peft_tensors import (
 )
 from bertology_serve.deltas.names import OWN_PREFIX
 from bertology_serve.errors import BaseMismatch, FormatError, SpecError, nearest
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds import kinds
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.ia3 import Ia3
-from bertology_serve.kinds.kind import Tensors
+from bertology_serve.kinds.kind import Spec, Tensors
 from bertology_serve.kinds.kinds import kind_of
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.prefix import Prefix
@@ -51,7 +51,7 @@ MODEL_ROOT, PROMPT_ROOT = "base_model.model.", "base_model."
 PROMPT_EMBEDDINGS = "prompt_embeddings"
 
 
-def as_peft_does(specs: Sequence[Any]) -> str | None:
+def as_peft_does(specs: Sequence[Spec]) -> str | None:
     """``prompt`` or ``prefix`` where the delta has exactly one of the two and it works as peft's does."""
     learned = [spec for spec in specs if isinstance(spec, Prompt | Prefix)]
     if len(learned) != 1 or learned[0].positions != "shifted":
@@ -62,12 +62,12 @@ def as_peft_does(specs: Sequence[Any]) -> str | None:
     return kind_of(spec).name
 
 
-def head_root(specs: Sequence[Any]) -> str:
+def head_root(specs: Sequence[Spec]) -> str:
     """What the names of head tensors begin with."""
     return PROMPT_ROOT if len(specs) == 1 and as_peft_does(specs) else MODEL_ROOT
 
 
-def to_disk(tensors: Mapping[str, Tensor], specs: Sequence[Any], anatomy: Anatomy, root: str) -> Tensors:
+def to_disk(tensors: Mapping[str, Tensor], specs: Sequence[Spec], anatomy: Anatomy, root: str) -> Tensors:
     """The components' tensors under their names on disk."""
     written: Tensors = {}
     for spec in specs:
@@ -86,7 +86,7 @@ def to_disk(tensors: Mapping[str, Tensor], specs: Sequence[Any], anatomy: Anatom
     return {name: tensor.contiguous() for name, tensor in written.items()}
 
 
-def from_disk(written: Tensors, specs: Sequence[Any], anatomy: Anatomy, root: str) -> Tensors:
+def from_disk(written: Tensors, specs: Sequence[Spec], anatomy: Anatomy, root: str) -> Tensors:
     """The inverse of ``to_disk``; takes what it reads out of ``written``. Raises FormatError for what is missing."""
     tensors: Tensors = {}
     for spec in specs:
@@ -131,7 +131,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def expected_shapes(specs: Sequence[Any], anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
+def expected_shapes(specs: Sequence[Spec], anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
     """The components' shapes by name, nothing allocated; FormatError where the encoder cannot have such components."""
     try:
         return shapes_of(kinds.init(specs, anatomy, None))
@@ -151,7 +151,7 @@ def check_shapes(found: Shapes, expected: Shapes, what: str) -> None:
             raise FormatError(f"{what}: the tensor {name!r} has shape {list(found[name])}; expected {list(shape)}")
 
 
-def check_head(head: Shapes, task: TaskSpec, anatomy: Anatomy, options: Mapping[str, Any]) -> None:
+def check_head(head: Shapes, task: TaskSpec, anatomy: Anatomy, options: JsonObject) -> None:
     """Raises FormatError for a head's tensor that is unknown, misshapen or missing.
 
     ``head`` are shapes by HuggingFace name, ``options`` values of the encoder's configuration. Parts that the base

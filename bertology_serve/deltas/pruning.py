@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
 from bertology_serve.deltas.format import anatomy_of, anatomy_record
 from bertology_serve.deltas.safe_io import as_object, build, check_keys, conform
 from bertology_serve.errors import FormatError, Unsupported
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds import kinds
 from bertology_serve.kinds.slots import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, Anatomy, Slot
 
@@ -53,7 +53,7 @@ class Pruning:
             return (torch.tensor(self.heads[layer])[:, None] * width + torch.arange(width)).flatten()
         return torch.tensor(self.neurons[layer]) if by_neuron else None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Ready for JSON; ``restore`` gives it back."""
         return {
             "format": FORMAT,

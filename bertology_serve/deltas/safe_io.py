@@ -11,7 +11,7 @@ import json
 import os
 import stat
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -31,6 +31,7 @@ from bertology_serve.errors import (
     nearest,
     one_line,
 )
+from bertology_serve.files import JsonObject
 
 DTYPES = ("F32", "F16", "BF16")
 
@@ -99,13 +100,13 @@ def read_regular(path: Path, limit: int, where: str) -> bytes:
     return data
 
 
-def read_json(path: Path, limits: Limits, root: Path) -> tuple[dict[str, Any], bytes]:
+def read_json(path: Path, limits: Limits, root: Path) -> tuple[JsonObject, bytes]:
     """A JSON object and the bytes that it was read from."""
     data = read_bytes(path, limits.json_bytes, root)
     return parse_json(data, str(path)), data
 
 
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
+def parse_json(data: bytes, where: str) -> JsonObject:
     """A JSON object: UTF-8, no key twice, no NaN or Infinity."""
     try:
         values = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
@@ -150,7 +151,7 @@ def _check_header(data: bytes, path: Path, limits: Limits) -> None:
         raise FormatError(f"{path} is truncated: {len(data)} bytes of {8 + size + end}; copy it again")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> JsonObject:
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
@@ -159,7 +160,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _refuse(constant: str) -> Any:
+def _refuse(constant: str) -> object:
     raise ValueError(f"{constant} is no JSON number")
 
 
@@ -191,44 +192,39 @@ def build(cls: type[T], values: object, where: str) -> T:
         raise FormatError(f"{where}: {error}") from None
 
 
-def as_object(values: object, where: str) -> Mapping[str, Any]:
+def as_object(values: object, where: str) -> JsonObject:
     """``values`` if it is a JSON object."""
-    if not isinstance(values, Mapping):
+    if not isinstance(values, dict):
         raise FormatError(f"{where} is {_shown(values)}; expected an object")
     return values
 
 
-def check_keys(table: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+def check_keys(table: JsonObject, known: JsonObject, where: str) -> None:
     """Raises FormatError for a key that is not known, naming the nearest that is."""
     for name in table:
         if name not in known:
             raise FormatError(f"{where} has an unknown field {name[:80]!r}; {nearest(name[:80], known)}")
 
 
-def conform(value: Any, hint: Any, where: str) -> Any:
+def conform(value: object, hint: Any, where: str) -> Any:
     """``value`` as the annotation ``hint`` has it (lists become tuples, whole numbers floats where floats are due)."""
     if get_origin(hint) in (Union, types.UnionType):
-        return _conform_union(value, get_args(hint), where)
+        hints = get_args(hint)
+        optional = value is None and type(None) in hints
+        return None if optional else conform(value, next(own for own in hints if own is not type(None)), where)
     if get_origin(hint) is tuple:
         return _conform_tuple(value, get_args(hint), where)
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is float and plain and abs(value) < 1e300:
-        return float(value)
-    if hint is int and plain and isinstance(value, int) and abs(value) < _LARGEST:
-        return value
-    if hint in (str, bool, type(None)) and isinstance(value, hint):
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if hint is float and abs(value) < 1e300:
+            return float(value)
+        if hint is int and isinstance(value, int) and abs(value) < _LARGEST:
+            return value
+    elif hint in (str, bool, type(None)) and isinstance(value, hint):
         return value
     raise FormatError(f"{where} is {_shown(value)}; expected {_JSON_NAMES[hint]}")
 
 
-def _conform_union(value: Any, hints: tuple[Any, ...], where: str) -> Any:
-    if value is None and type(None) in hints:
-        return None
-    rest = [hint for hint in hints if hint is not type(None)]
-    return conform(value, rest[0], where)
-
-
-def _conform_tuple(value: Any, hints: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+def _conform_tuple(value: object, hints: tuple[object, ...], where: str) -> tuple[object, ...]:
     if not isinstance(value, list | tuple):
         raise FormatError(f"{where} is {_shown(value)}; expected a list")
     if hints[-1] is Ellipsis:

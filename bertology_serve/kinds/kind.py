@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from dataclasses import Field, dataclass, fields
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,12 @@ from bertology_serve.kinds.effects import Effects
 from bertology_serve.kinds.slots import Anatomy, Slot
 
 Tensors = dict[str, Tensor]
+
+
+class Spec(Protocol):
+    """What a kind is told: its frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
 
 @dataclass(frozen=True)

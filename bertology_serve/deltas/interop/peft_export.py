@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.interop.peft_tensors import ia3_config, is_beft, modules
 from bertology_serve.deltas.layout import MODEL_ROOT, as_peft_does
 from bertology_serve.deltas.pruning import PRUNED
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.ia3 import Ia3
 from bertology_serve.kinds.lora import Lora
@@ -58,7 +58,7 @@ def tensor_root(task: TaskSpec, anatomy: Anatomy) -> str:
     return MODEL_ROOT + module_root(task, anatomy)
 
 
-def drops_types(task: TaskSpec, family: str, options: Mapping[str, Any]) -> bool:
+def drops_types(task: TaskSpec, family: str, options: JsonObject) -> bool:
     """Whether peft's model for a task silently drops the token types that the family's pairs carry.
 
     ``PeftModelForQuestionAnswering.forward`` (0.21.2) takes ``token_type_ids`` and passes them to nobody.
@@ -67,7 +67,7 @@ def drops_types(task: TaskSpec, family: str, options: Mapping[str, Any]) -> bool
     return task.kind == QUESTION_ANSWERING and task.token_types and types > 1 and family not in ROBERTA_LIKE
 
 
-def obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> str:
+def obstacle(delta: Delta, anatomy: Anatomy, options: JsonObject) -> str:
     """Why peft does not compute the same function; empty where it does. ``options`` are the encoder's configuration."""
     if options.get(PRUNED):
         return "peft cannot load the encoder, which was pruned"
@@ -76,7 +76,7 @@ def obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> str:
     return _method_obstacle(delta, anatomy, options) or _head_obstacle(delta.task, anatomy.family, options)
 
 
-def adapter_config(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> dict[str, Any]:
+def adapter_config(delta: Delta, anatomy: Anatomy, options: JsonObject) -> JsonObject:
     """The values of ``adapter_config.json``; only for deltas without an ``obstacle``.
 
     Where peft's model for the task drops token types, none is named: its plain ``PeftModel`` hands them on.
@@ -97,7 +97,7 @@ def modules_to_save(head: Iterable[str]) -> list[str]:
     return list(dict.fromkeys("classifier" if owner.startswith("classifier.") else owner for owner in owners))
 
 
-def _method_obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> str:
+def _method_obstacle(delta: Delta, anatomy: Anatomy, options: JsonObject) -> str:
     spec, task, family = delta.specs[0], delta.task, anatomy.family
     if isinstance(spec, Lora | Ia3):
         return ""
@@ -116,7 +116,7 @@ def _method_obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any])
     return ""
 
 
-def _head_obstacle(task: TaskSpec, family: str, options: Mapping[str, Any]) -> str:
+def _head_obstacle(task: TaskSpec, family: str, options: JsonObject) -> str:
     if task.kind == EMBEDDING:
         return ""
     if task.head != "hf" or family not in (*FAMILIES, *TAGS_ONLY):
@@ -127,7 +127,7 @@ def _head_obstacle(task: TaskSpec, family: str, options: Mapping[str, Any]) -> s
     return ""
 
 
-def _method(delta: Delta, anatomy: Anatomy) -> dict[str, Any]:
+def _method(delta: Delta, anatomy: Anatomy) -> JsonObject:
     spec, root = delta.specs[0], module_root(delta.task, anatomy)
     if isinstance(spec, Lora):
         return _lora(spec, anatomy, root)
@@ -135,6 +135,7 @@ def _method(delta: Delta, anatomy: Anatomy) -> dict[str, Any]:
         return {"peft_type": "BEFT", "target_modules": _targets(list(modules(spec, anatomy)), anatomy, root)}
     if isinstance(spec, Ia3):
         return ia3_config(spec, anatomy, root)
+    assert isinstance(spec, Prompt | Prefix)
     sizes = {
         "num_virtual_tokens": spec.length,
         "num_layers": anatomy.layers,
@@ -148,7 +149,7 @@ def _method(delta: Delta, anatomy: Anatomy) -> dict[str, Any]:
     return {"peft_type": "PREFIX_TUNING"} | width | sizes
 
 
-def _lora(spec: Lora, anatomy: Anatomy, root: str) -> dict[str, Any]:
+def _lora(spec: Lora, anatomy: Anatomy, root: str) -> JsonObject:
     """Modules that several slots share have n times the rank, and the alpha that leaves the scale as it is."""
     shares = {path: len(blocks) for path, blocks in modules(spec, anatomy).items()}
     usual = min(shares.values())

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, float32
@@ -31,10 +30,11 @@ from bertology_serve.deltas.layout import (
 from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from bertology_serve.deltas.safe_io import Limits, read_json, read_tensors
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.bitfit import slots as bias_slots
 from bertology_serve.kinds.ia3 import Ia3
-from bertology_serve.kinds.kind import Tensors, chosen_layers
+from bertology_serve.kinds.kind import Spec, Tensors, chosen_layers
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt
@@ -66,7 +66,7 @@ _CONVERTED = {
 }  # fmt: skip
 _UNMERGED = {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY", "XLORA"}
 # Settings that are read at these values only. The other ways of initialising LoRA change the base weights.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+_NEUTRAL: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "num_transformer_submodules": (None, 1),
@@ -80,7 +80,7 @@ _LONGEST = 512
 class Checkpoint:
     """A peft directory as read: its configuration, its tensors (taken out as they are used) and what it is for."""
 
-    config: Mapping[str, Any]
+    config: JsonObject
     tensors: Tensors
     anatomy: Anatomy
 
@@ -92,11 +92,11 @@ def import_peft(
     known_as: Path,
     *,
     task: TaskSpec | str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: JsonObject | None = None,
     limits: Limits | None = None,
     root: Path | None = None,
     base_head: Mapping[str, Tensor] | None = None,
-    read: tuple[Mapping[str, Any], Tensors] | None = None,
+    read: tuple[JsonObject, Tensors] | None = None,
 ) -> Delta:
     """The delta ``known_as`` (NAME/VERSION) of a peft directory, for the encoder ``base``: peft names no weights.
 
@@ -142,7 +142,7 @@ def import_peft(
     )  # fmt: skip
 
 
-def _check_settings(config: Mapping[str, Any], directory: Path) -> None:
+def _check_settings(config: JsonObject, directory: Path) -> None:
     for name, value in config.items():
         if name in _NEUTRAL:
             fine = any(value is known or (type(value) is type(known) and value == known) for known in _NEUTRAL[name])
@@ -155,7 +155,7 @@ def _check_settings(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def _merged(
-    config: Mapping[str, Any], head: Tensors, task: TaskSpec, anatomy: Anatomy, options: Mapping[str, Any],
+    config: JsonObject, head: Tensors, task: TaskSpec, anatomy: Anatomy, options: JsonObject,
     base_head: Mapping[str, Tensor],
 ) -> Tensors:  # fmt: skip
     """The head with the LoRA of its layers merged; embeddings do not read the pooler, whatever its LoRA."""
@@ -173,22 +173,22 @@ def _way_out(method: str) -> str:
     return "" if method in _UNMERGED else f"{MERGE}; "
 
 
-def _lora(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+def _lora(checkpoint: Checkpoint) -> tuple[Spec, Tensors]:
     check_whole(checkpoint.config, checkpoint.tensors, ".lora_A.weight", checkpoint.anatomy)
     return lora_delta(checkpoint.config, checkpoint.tensors, checkpoint.anatomy)
 
 
-def _beft(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+def _beft(checkpoint: Checkpoint) -> tuple[Spec, Tensors]:
     check_whole(checkpoint.config, checkpoint.tensors, ".beft_bias", checkpoint.anatomy)
     return beft_delta(checkpoint.tensors, checkpoint.anatomy)
 
 
-def _ia3(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+def _ia3(checkpoint: Checkpoint) -> tuple[Spec, Tensors]:
     check_whole(checkpoint.config, checkpoint.tensors, ".ia3_l", checkpoint.anatomy)
     return ia3_delta(checkpoint.tensors, checkpoint.anatomy, MODEL_ROOT)
 
 
-def _prompt(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+def _prompt(checkpoint: Checkpoint) -> tuple[Spec, Tensors]:
     vectors, wide = take(checkpoint.tensors, PROMPT_EMBEDDINGS), checkpoint.anatomy.embedding_width
     if vectors.dim() != 2 or not len(vectors) or vectors.shape[1] != wide:
         raise FormatError(f"{PROMPT_EMBEDDINGS} has shape {list(vectors.shape)}; expected [V, {wide}]")
@@ -196,7 +196,7 @@ def _prompt(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
     return spec, {"prompt.vectors": vectors}
 
 
-def _prefix(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
+def _prefix(checkpoint: Checkpoint) -> tuple[Spec, Tensors]:
     family = checkpoint.anatomy.family
     if family not in PREFIX_FAMILIES:
         raise Unsupported(f"peft itself runs no prefixes on {family}; {nearest(family, PREFIX_FAMILIES)}")
@@ -205,12 +205,12 @@ def _prefix(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
     return spec, {f"prefix.{name}": tensor for name, tensor in own.items()}
 
 
-def _norms(_: Checkpoint) -> tuple[Any, Tensors]:
+def _norms(_: Checkpoint) -> tuple[Spec | None, Tensors]:
     """Nothing but norms, which whoever has the base's weights takes out beforehand."""
     return None, {}
 
 
-_METHODS: dict[str, Callable[[Checkpoint], tuple[Any, Tensors]]] = {
+_METHODS: dict[str, Callable[[Checkpoint], tuple[Spec | None, Tensors]]] = {
     "LN_TUNING": _norms,
     "LORA": _lora,
     "BEFT": _beft,
@@ -241,7 +241,7 @@ def unwrapped(name: str) -> str:
 
 
 def _task(
-    config: Mapping[str, Any], head: Tensors, family: str, told: str | None, longest: int, options: Mapping[str, Any]
+    config: JsonObject, head: Tensors, family: str, told: str | None, longest: int, options: JsonObject
 ) -> TaskSpec | None:
     """The task as far as peft records it; None for embeddings."""
     kind = told or {t: k for k, t in TASK_TYPES.items() if t and k != REGRESSION}.get(str(config.get("task_type")))
@@ -262,7 +262,7 @@ def _task(
     return TaskSpec(kind, labels, max_length=longest, pooling=head_pooling(family, kind, options))
 
 
-def _provenance(config: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(config: JsonObject) -> JsonObject:
     recorded = ("peft_type", "peft_version", "base_model_name_or_path", "revision")
     return {"imported_from": "peft", **{name: str(config[name]) for name in recorded if config.get(name)}}
 
@@ -276,7 +276,8 @@ def spelt_out(lora: Delta, magnitudes: Magnitudes, weights: Mapping[str, Tensor]
 
     ``weights`` is the base's state dict. Raises FormatError where a magnitude is missing or belongs to no update.
     """
-    spec: Lora = lora.specs[0]
+    (spec,) = lora.specs
+    assert isinstance(spec, Lora)
     left, tensors = dict(magnitudes), dict(lora.tensors)
     factors, biases = {}, _blank_biases(anatomy)
     for name in spec.targets:
@@ -295,8 +296,8 @@ def spelt_out(lora: Delta, magnitudes: Magnitudes, weights: Mapping[str, Tensor]
     if left:
         raise FormatError(f"the magnitudes of {next(iter(left))[:80]} belong to no update; save the checkpoint again")
     shifted = any(stack.any() for stack in biases.values())
-    specs = (spec, Ia3(spec.targets, ()), *([Bitfit()] if shifted else []))
-    return replace(lora, specs=specs, tensors={**tensors, **factors, **(biases if shifted else {})})
+    specs: list[Spec] = [spec, Ia3(spec.targets, ()), *([Bitfit()] if shifted else [])]
+    return replace(lora, specs=tuple(specs), tensors={**tensors, **factors, **(biases if shifted else {})})
 
 
 def magnitudes(tensors: Tensors, anatomy: Anatomy, root: str) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from bertology_serve.deltas.interop.peft_tensors import MERGE, modules, read_bef
 from bertology_serve.deltas.layout import MODEL_ROOT
 from bertology_serve.deltas.safe_io import conform
 from bertology_serve.errors import FormatError, Unsupported
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.kind import Tensors
 from bertology_serve.kinds.lora import Lora
@@ -39,7 +39,7 @@ class Pair:
     scale: float
 
 
-def lora_delta(config: Mapping[str, Any], tensors: Tensors, anatomy: Anatomy) -> tuple[Lora, Tensors]:
+def lora_delta(config: JsonObject, tensors: Tensors, anatomy: Anatomy) -> tuple[Lora, Tensors]:
     """Spec and stacks of a LoRA checkpoint; takes the tensors of the encoder's modules out of ``tensors``.
 
     What is left may be the head's (``merge_head``, ``check_none_left``). Modules of lower rank than the highest get
@@ -60,9 +60,7 @@ def lora_delta(config: Mapping[str, Any], tensors: Tensors, anatomy: Anatomy) ->
     return spec, _stacks(spec, pairs, anatomy)
 
 
-def merge_head(
-    config: Mapping[str, Any], head: Tensors, form: Sequence[Dense], base_head: Mapping[str, Tensor]
-) -> None:
+def merge_head(config: JsonObject, head: Tensors, form: Sequence[Dense], base_head: Mapping[str, Tensor]) -> None:
     """Merges the LoRA of a head's own layers (the pooler, which ``all-linear`` reaches) into weights of the delta.
 
     ``base_head`` is what the base checkpoint has of a head. Raises FormatError where nobody has the weight, or where
@@ -96,7 +94,7 @@ def check_none_left(tensors: Mapping[str, Tensor], anatomy: Anatomy) -> None:
             raise Unsupported(f"the tensor {name[:120]!r} is no plain LoRA of a linear projection; {MERGE}")
 
 
-def check_whole(config: Mapping[str, Any], tensors: Mapping[str, Tensor], leaf: str, anatomy: Anatomy) -> None:
+def check_whole(config: JsonObject, tensors: Mapping[str, Tensor], leaf: str, anatomy: Anatomy) -> None:
     """Raises FormatError where the file lacks a tensor ``leaf`` of a projection that ``target_modules`` name."""
     found = {name.removeprefix(MODEL_ROOT).removesuffix(leaf) for name in tensors if name.endswith(leaf)}
     start = f"{anatomy.prefix}." if any(name.startswith(f"{anatomy.prefix}.") for name in found) else ""
@@ -111,7 +109,7 @@ def _lacking(module: str, count: int) -> str:
     return f"the file lacks the tensors of {module}{others}, which target_modules name; copy it again"
 
 
-def _is_targeted(config: Mapping[str, Any], module: str, layer: int | None) -> bool:
+def _is_targeted(config: JsonObject, module: str, layer: int | None) -> bool:
     """Whether peft changes the module of that full name; False where that cannot be told."""
     layers = config.get("layers_to_transform")
     if layers is not None and layer not in (layers if isinstance(layers, list) else [layers]):
@@ -121,7 +119,7 @@ def _is_targeted(config: Mapping[str, Any], module: str, layer: int | None) -> b
     )
 
 
-def _named(targets: Any, module: str, doubt: bool) -> bool:
+def _named(targets: object, module: str, doubt: bool) -> bool:
     """Whether a list of names or a pattern means a module, as peft reads them; ``doubt`` for patterns not read here."""
     if targets == "all-linear":
         return True
@@ -161,7 +159,7 @@ def _places(anatomy: Anatomy) -> dict[str, tuple[str, int]]:
     return {path: (slot.name, layer) for slot in whole for layer, path in enumerate(slot.paths) if path is not None}
 
 
-def _path(module: str, anatomy: Anatomy, places: Mapping[str, Any]) -> str | None:
+def _path(module: str, anatomy: Anatomy, places: JsonObject) -> str | None:
     """A module's path in the headless encoder, ``None`` for what is no linear of a layer."""
     return next((path for path in (module, module.removeprefix(f"{anatomy.prefix}.")) if path in places), None)
 
@@ -170,7 +168,7 @@ def _unknown(module: str, anatomy: Anatomy) -> Unsupported:
     return Unsupported(f"{module[:120]!r} is no linear projection of a layer of {anatomy.family}; {MERGE}")
 
 
-def _pair(module: str, name: str, tensors: Tensors, config: Mapping[str, Any], inputs: int, outputs: int) -> Pair:
+def _pair(module: str, name: str, tensors: Tensors, config: JsonObject, inputs: int, outputs: int) -> Pair:
     a, b = tensors.pop(name), tensors.pop(name.replace(".lora_A.", ".lora_B."), None)
     rank = len(a) if a.dim() == 2 else 0
     if b is None or not rank or tuple(a.shape) != (rank, inputs) or tuple(b.shape) != (outputs, rank):
@@ -180,7 +178,7 @@ def _pair(module: str, name: str, tensors: Tensors, config: Mapping[str, Any], i
     return Pair(a, b, alpha, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def _alpha(module: str, config: Mapping[str, Any]) -> Any:
+def _alpha(module: str, config: JsonObject) -> object:
     """The module's alpha: the first pattern that matches the end of its name, as peft looks it up."""
     patterns = config.get("alpha_pattern") or {}
     for pattern, alpha in patterns.items() if isinstance(patterns, Mapping) else ():
@@ -195,7 +193,7 @@ def _alpha(module: str, config: Mapping[str, Any]) -> Any:
     return config.get("lora_alpha", 8)
 
 
-def _spec(config: Mapping[str, Any], pairs: Mapping[tuple[str, int], Pair], anatomy: Anatomy) -> Lora:
+def _spec(config: JsonObject, pairs: Mapping[tuple[str, int], Pair], anatomy: Anatomy) -> Lora:
     ranks, alphas = {len(pair.a) for pair in pairs.values()}, {pair.alpha for pair in pairs.values()}
     layers = tuple(sorted({layer for _, layer in pairs}))
     rank, alpha = max(ranks), next(iter(alphas))

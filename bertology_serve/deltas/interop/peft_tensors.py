@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bertology_serve.errors import FormatError, Unsupported
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.bitfit import slots as bitfit_slots
 from bertology_serve.kinds.ia3 import Ia3
@@ -231,7 +231,7 @@ def ia3_delta(tensors: Tensors, anatomy: Anatomy, prefix: str) -> tuple[Ia3, Ten
     return spec, {f"ia3.{name}": stack for name, stack in read_ia3({**blank, **own}, spec, anatomy, "").items()}
 
 
-def ia3_config(spec: Ia3, anatomy: Anatomy, root: str) -> dict[str, Any]:
+def ia3_config(spec: Ia3, anatomy: Anatomy, root: str) -> JsonObject:
     """The method's part of ``adapter_config.json``: full names, since peft matches ends of names."""
     outer, inner = paths(spec, anatomy)
     return {
