@@ -18,6 +18,7 @@ from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.kinds.kinds import kind_of
+from bertology_serve.training.auto import Forwarded, train_auto
 from bertology_serve.training.batches import Source
 from bertology_serve.training.callbacks import Callback, CallbackList
 from bertology_serve.training.evaluate import Evaluation
@@ -25,7 +26,7 @@ from bertology_serve.training.evaluate import evaluate as measured
 from bertology_serve.training.method_options import REGULARISED
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import train as run
-from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.train_config import AUTO, TrainConfig
 
 Method = str | Any
 
@@ -62,7 +63,8 @@ def train(
     ``data``, ``eval`` (it chooses the state that is kept) and ``ood`` (another domain, only measured) are files, names
     of data sets, lists of records, pandas DataFrames or ``datasets.Dataset``; ``columns`` says which column holds which
     field: ``{"text": "sentence"}``. ``method`` is a spec, such as ``Lora(rank=8)``, the name of a method, or
-    several kinds of delta. With ``out`` the delta is kept in that directory, else only in memory, as ``name``.
+    several kinds of delta; ``"auto"`` tries several within ``budget`` (``"10m"``, or passes over the data) and keeps
+    the best. With ``out`` the delta is kept in that directory, else only in memory, as ``name``.
     ``settings`` are fields of ``TrainConfig``: ``epochs=5``. The encoder is left as it was.
 
     Raises DataError naming file and row, SpecError for settings that do not fit, InputError where something is in the
@@ -74,8 +76,11 @@ def train(
     with nullcontext() if out is not None else tempfile.TemporaryDirectory() as folder:
         at = Path(out) if out is not None else Path(str(folder)) / name
         place = Destination(at, None, version, resume, overwrite)
-        own = encoder.fresh() if config.full else encoder
-        return run(config, own, source, dev, ood=other, place=place, watcher=CallbackList(callbacks)).delta
+        own, told = encoder.fresh() if config.full else encoder, CallbackList(callbacks)
+        if AUTO in config.method:
+            watcher = Forwarded(told)
+            return train_auto(config, own, source, dev, ood=other, place=place, watcher=watcher).delta
+        return run(config, own, source, dev, ood=other, place=place, watcher=told).delta
 
 
 def evaluate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -12,9 +13,11 @@ from bertology_serve.tasks.fields import read_label
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, QUESTION_ANSWERING, REGRESSION, TASK_KINDS, TaskSpec
 from bertology_serve.training.method_options import CHILD_TUNING, MIXOUT, REGULARISED, TOP_K, read_options
 
-PROBE, FULL = "probe", "full"
-METHODS = ("lora", "bitfit", "adapter", "prompt", "prefix", "ia3", "norms", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K)
-ALONE = (PROBE, FULL, *REGULARISED)
+PROBE, FULL, AUTO = "probe", "full", "auto"
+METHODS = (
+    "lora", "bitfit", "adapter", "prompt", "prefix", "ia3", "norms", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K, AUTO
+)  # fmt: skip
+ALONE = (PROBE, FULL, *REGULARISED, AUTO)
 SOLVED = (CLASSIFICATION, REGRESSION)
 """The tasks whose probe can be solved."""
 LP, LP_FT, EH_FT = "lp", "lp-ft", "eh-ft"
@@ -54,8 +57,11 @@ class TrainConfig:
 
     task: str = field(metadata={"help": "What the delta answers: " + ", ".join(TASK_KINDS) + "."})
     method: tuple[str, ...] = _option(
-        (), "One kind of delta or several, with commas, or another method: " + ", ".join(METHODS) + ". Default: lora."
+        (),
+        "One kind of delta or several, with commas, or another method: " + ", ".join(METHODS) + ". Default: lora. "
+        "auto tries several of them, together, and keeps the best.",
     )
+    budget: str = _option("5m", "auto: what the search may take: minutes (10m), or passes over the data in all (40).")
     recipe: Literal["lp", "lp-ft", "eh-ft"] | None = _option(
         None,
         "lp: the probe, solved to its optimum on cached features; lp-ft: that, then --method (default: full) with its "
@@ -140,6 +146,8 @@ class TrainConfig:
             _check_number(name, getattr(self, name), least)
         _check_number("warmup", self.warmup, 0, most=1)
         _check_number("beta2", self.beta2, 0, most=1)
+        object.__setattr__(self, "budget", str(self.budget))
+        read_budget(self.budget)
         for name in ("learning_rate", "head_learning_rate", "first_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < 10:
@@ -234,6 +242,14 @@ _LEAST: Mapping[str, float] = {
 }  # fmt: skip
 
 
+def read_budget(text: str) -> tuple[float, bool]:
+    """``10m`` -> 600 seconds and True, ``40`` -> 40 passes and False. Raises SpecError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if found is None or not float(found[1]):
+        raise SpecError(f"budget is {text!r}; expected minutes such as 10m, or a number of passes over the data")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]], bool(found[2])
+
+
 def _methods(given: Any) -> tuple[str, ...]:
     """``lora,bitfit`` or a list of names -> names, each once; what is no kind of delta stands alone."""
     names = tuple(given.split(",")) if isinstance(given, str) else tuple(given)
@@ -250,6 +266,8 @@ def _methods(given: Any) -> tuple[str, ...]:
 def _check_recipe(config: TrainConfig) -> None:
     """Raises SpecError where a recipe and its method do not go together."""
     names = ",".join(config.method)
+    if config.recipe and AUTO in config.method:
+        raise SpecError(f"recipe {config.recipe} names what is trained, and method auto chooses it; leave one out")
     if config.recipe in (None, LP) and (config.first_epochs or config.first_learning_rate):
         raise SpecError(
             "first_epochs and first_learning_rate are those of a recipe's first stage; give --recipe lp-ft or eh-ft too"
