@@ -11,13 +11,22 @@ from typing import Any, Literal
 from bertology_serve.errors import SpecError, nearest
 from bertology_serve.tasks.fields import read_label
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, QUESTION_ANSWERING, REGRESSION, TASK_KINDS, TaskSpec
-from bertology_serve.training.method_options import CHILD_TUNING, MIXOUT, REGULARISED, TOP_K, read_options
+from bertology_serve.training.method_options import (
+    CHILD_TUNING,
+    FULL,
+    MIXOUT,
+    PROBE,
+    REGULARISED,
+    SPECS,
+    TOP_K,
+    read_options,
+)
 
-PROBE, FULL, AUTO = "probe", "full", "auto"
+AUTO = "auto"
 METHODS = (
     "lora", "bitfit", "adapter", "prompt", "prefix", "ia3", "norms", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K, AUTO
 )  # fmt: skip
-ALONE = (PROBE, FULL, *REGULARISED, AUTO)
+ALONE = (*SPECS, AUTO)
 SOLVED = (CLASSIFICATION, REGRESSION)
 """The tasks whose probe can be solved."""
 LP, LP_FT, EH_FT = "lp", "lp-ft", "eh-ft"
