@@ -95,7 +95,7 @@ def evaluate(
 
 def _method(given: Method | Iterable[Method]) -> dict[str, Any]:
     """``method`` and ``options`` of a TrainConfig from specs, names, or both."""
-    chosen = given.split(",") if isinstance(given, str) else [given] if is_dataclass(given) else list(given)
+    chosen: list[Any] = given.split(",") if isinstance(given, str) else [given] if is_dataclass(given) else list(given)
     names, options = [], {}
     for one in chosen:
         form = next((name for name, kind in REGULARISED.items() if isinstance(one, kind)), None)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bertology_serve.training.train_config import EH_FT, FULL, LP, LP_FT, PROBE, TrainConfig
+from bertology_serve.training.method_options import FULL, PROBE
+from bertology_serve.training.train_config import EH_FT, LP, LP_FT, TrainConfig
 
 
 @dataclass(frozen=True)
