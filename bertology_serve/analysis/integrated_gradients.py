@@ -17,7 +17,7 @@ from bertology_serve.analysis.labelled import TaskEvaluation
 from bertology_serve.analysis.report import AnalysisReport, origin
 from bertology_serve.analysis.subject_model import Advance, DeltaLike, EncoderLike, Subject, silent
 from bertology_serve.data.records import DataLike
-from bertology_serve.encoder.pooling import read
+from bertology_serve.encoder.batch import read
 from bertology_serve.errors import Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, Encoding

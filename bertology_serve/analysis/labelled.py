@@ -13,9 +13,8 @@ from torch.nn import functional as F
 from bertology_serve.analysis.subject_model import Subject, batches, data_name
 from bertology_serve.data.records import DataLike, Record, read_records
 from bertology_serve.encoder.attention import Group
-from bertology_serve.encoder.batch import PackedBatch
+from bertology_serve.encoder.batch import PackedBatch, read
 from bertology_serve.encoder.forward_context import Heads
-from bertology_serve.encoder.pooling import read
 from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.registry import task_for

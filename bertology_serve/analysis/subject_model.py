@@ -19,11 +19,10 @@ from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.layout import check_base
 from bertology_serve.encoder.bank import BARE, Entry, LiveBank
-from bertology_serve.encoder.batch import PackedBatch, pack
+from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.forward_context import Heads
 from bertology_serve.encoder.opening import load_delta, open_delta
-from bertology_serve.encoder.pooling import form_for, layer_rows
 from bertology_serve.errors import BaseMismatch, DataError, NotFound
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.slots import Anatomy
@@ -113,14 +112,13 @@ class Subject:
         """The delta's task head, frozen."""
         assert self.delta is not None
         with torch.inference_mode(False):
-            head = Head.build(form_for(self.encoder, self.delta.task), self.encoder.base_head)
+            head = self.encoder.head(self.delta.task)
             head.load(self.delta.head)
             return head.to(self.encoder.device).eval().requires_grad_(False)
 
     def pack(self, encodings: Sequence[Encoding]) -> PackedBatch:
         """One batch of sequences, the delta on all of them."""
-        encoder = self.encoder
-        return pack(encodings, [self.entry] * len(encodings), encoder.anatomy, encoder.device, padded=not encoder.packs)
+        return self.encoder.pack(encodings, [self.entry] * len(encodings))
 
     def run(self, batch: PackedBatch, heads: Heads | None = None) -> Tensor:
         """The last hidden states [T, H]."""
@@ -129,10 +127,10 @@ class Subject:
     def passes(
         self, encodings: Sequence[Encoding], max_tokens: int
     ) -> Iterator[tuple[Sequence[int], PackedBatch, dict[int, Tensor]]]:
-        """Batches of the sequences with the hidden states [T, H] of every layer; see ``layer_rows``."""
+        """Batches of the sequences with the hidden states [T, H] of every layer; see ``Encoder.layer_rows``."""
         groups = batches([len(encoding) for encoding in encodings], max_tokens)
         layers = range(self.encoder.anatomy.layers + 1)
-        return layer_rows(self.encoder, self.pools, self.entry, encodings, groups, layers)
+        return self.encoder.layer_rows(self.pools, self.entry, encodings, groups, layers)
 
     def facts(self) -> JsonObject:
         """What the report says of it."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bertology_serve as bs
-from bertology_serve.encoder.pooling import read
+from bertology_serve.encoder.batch import read
 from bertology_serve.errors import NotFound, SpecError, Unsupported
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 from tests import tiny

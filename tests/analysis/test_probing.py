@@ -18,9 +18,9 @@ from bertology_serve.analysis.probing import probe
 from bertology_serve.analysis.settings import ProbeSettings
 from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.data.records import Record
-from bertology_serve.encoder import families
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import DataError, SpecError
+from bertology_serve.families import compat
 from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.tasks.logistic import LOOSE, Solution
 from bertology_serve.tasks.spec import TaskSpec
@@ -84,7 +84,7 @@ def test_padded_rows_give_the_same_features(tmp_path: Path, monkeypatch: pytest.
     sides = []
     for padded in (False, True):
         if padded:
-            monkeypatch.setattr(families, "prepare", lambda *_: False)
+            monkeypatch.setattr(compat, "connect", lambda *_: False)
         encoder = Encoder.load(path)
         assert encoder.packs is not padded
         texts = [make_text(Record({"tokens": own}, "here"), encoder.tokenizer, 16) for own in words]

@@ -24,7 +24,7 @@ from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt
-from bertology_serve.serving.auth.keys import ADMIN_KEYS
+from bertology_serve.serving.keys import ADMIN_KEYS
 from bertology_serve.tasks.spec import TaskSpec
 
 ADMIN = "the-admin-key-of-the-proof"

@@ -3,34 +3,43 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bertology_serve.encoder.pipeline import Request
 from bertology_serve.errors import DataError, Expired, LimitError, NotFound, Overloaded, RateLimited
-from bertology_serve.serving.batching.delta_queue import CallOptions
+from bertology_serve.serving import service as services
+from bertology_serve.serving.batching.queue import BatchTimes
+from bertology_serve.serving.batching.scheduler import CallContext
+from bertology_serve.serving.batching.warmup import warm_up
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.execution import engine as engines
-from bertology_serve.serving.execution.engine import ClientGone, Engine
 from bertology_serve.serving.observability.metrics import Metrics
+from bertology_serve.serving.service import ClientGone, Service
+from bertology_serve.serving.versions.delta_registry import Registry
 from tests.serving.conftest import RECORDS
 from tests.serving.held import Held
 
 
-def with_engine(pipeline: Any, use: Callable[[Engine], Awaitable[Any]], **options: Any) -> tuple[Any, str]:
-    """What ``use(engine)`` gives, and the metrics at the end."""
+def with_service(pipeline: Any, use: Callable[[Service], Awaitable[Any]], **options: Any) -> tuple[Any, str]:
+    """What ``use(service)`` gives, and the metrics at the end."""
     metrics = Metrics()
 
     async def run() -> Any:
-        engine = Engine(pipeline, ServerConfig(**options), metrics)
-        engine.start()
+        service = Service(Registry(pipeline), ServerConfig(**options), metrics)
+        service.start()
         try:
-            return await use(engine)
+            return await use(service)
         finally:
-            assert await engine.stop()
+            assert await service.stop()
 
     return asyncio.run(run()), metrics.render().decode()
+
+
+def paying(charge: Callable[[int], None]) -> CallContext:
+    access: Any = SimpleNamespace(charge=charge, restricted=False, metered=True, allows=lambda _: True)
+    return CallContext(access)
 
 
 def text(words: str) -> Request:
@@ -41,10 +50,10 @@ def test_many_calls_share_batches_and_get_their_own_answers(pipeline):
     requests = [Request(name, record) for name, record in RECORDS.items()] * 3
     alone = [pipeline.run([pipeline.prepare(request)])[0].as_dict() for request in requests]
 
-    async def use(engine: Engine) -> Any:
-        return await asyncio.gather(*(engine.answer([request]) for request in requests))
+    async def use(service: Service) -> Any:
+        return await asyncio.gather(*(service.answer(CallContext(), [request]) for request in requests))
 
-    answers, metrics = with_engine(pipeline, use)
+    answers, metrics = with_service(pipeline, use)
     for (answer,), expected in zip(answers, alone, strict=True):
         own = answer.as_dict()
         assert own.keys() == expected.keys()
@@ -56,15 +65,15 @@ def test_many_calls_share_batches_and_get_their_own_answers(pipeline):
 
 
 def test_the_first_bad_item_is_what_a_call_hears_of(pipeline):
-    async def use(engine: Engine) -> Any:
+    async def use(service: Service) -> Any:
         with pytest.raises(DataError, match="row 7: field 'text' is empty"):
-            await engine.answer([text("a cat"), Request("mood", {"text": ""}, where="row 7")])
+            await service.answer(CallContext(), [text("a cat"), Request("mood", {"text": ""}, where="row 7")])
         with pytest.raises(NotFound, match="no delta 'moot'"):
-            await engine.answer([Request("moot", {"text": "a"})])
+            await service.answer(CallContext(), [Request("moot", {"text": "a"})])
         with pytest.raises(DataError, match="no items"):
-            await engine.answer([])
+            await service.answer(CallContext(), [])
 
-    with_engine(pipeline, use)
+    with_service(pipeline, use)
 
 
 @pytest.mark.parametrize(
@@ -82,30 +91,28 @@ def test_the_first_bad_item_is_what_a_call_hears_of(pipeline):
     ],
 )
 def test_limits(pipeline, options, count, message):
-    async def use(engine: Engine) -> Any:
+    async def use(service: Service) -> Any:
         with pytest.raises(LimitError, match=message):
-            await engine.answer([text("the cat was good")] * count)
+            await service.answer(CallContext(), [text("the cat was good")] * count)
 
-    with_engine(pipeline, use, **options)
+    with_service(pipeline, use, **options)
 
 
 def test_long_texts_are_tokenised_beside_the_event_loop(pipeline, monkeypatch):
     threads: set[str] = set()
-    prepare = pipeline.prepare
-    monkeypatch.setattr(
-        pipeline, "prepare", lambda request: threads.add(threading.current_thread().name) or prepare(request)
-    )
+    tokenise = pipeline.tokenise
+    monkeypatch.setattr(pipeline, "tokenise", lambda job: threads.add(threading.current_thread().name) or tokenise(job))
 
-    async def use(engine: Engine) -> Any:
-        return await engine.answer([text("cat " * 5000)])
+    async def use(service: Service) -> Any:
+        return await service.answer(CallContext(), [text("cat " * 5000)])
 
-    answers, _ = with_engine(pipeline, use)
+    answers, _ = with_service(pipeline, use)
     assert len(answers) == 1
     assert all(name.startswith("tokenizer") for name in threads)
 
 
 def test_large_work_is_done_beside_the_event_loop_and_only_so_much_of_it(pipeline, monkeypatch):
-    monkeypatch.setattr(engines, "MOST_ASIDE", 3)
+    monkeypatch.setattr(services, "MOST_ASIDE", 3)
     go, seen = threading.Event(), list[str]()
 
     def work() -> str:
@@ -113,65 +120,65 @@ def test_large_work_is_done_beside_the_event_loop_and_only_so_much_of_it(pipelin
         seen.append(threading.current_thread().name)
         return "done"
 
-    async def use(engine: Engine) -> Any:
-        assert await engine.aside(10, lambda: threading.current_thread().name) == threading.current_thread().name
-        large = [asyncio.ensure_future(engine.aside(10**6, work)) for _ in range(3)]
+    async def use(service: Service) -> Any:
+        assert await service.aside(10, lambda: threading.current_thread().name) == threading.current_thread().name
+        large = [asyncio.ensure_future(service.aside(10**6, work)) for _ in range(3)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded, match="3 large calls are being read; try again in 1 s"):
-            await engine.aside(10**6, work)
+            await service.aside(10**6, work)
         go.set()
         assert await asyncio.gather(*large) == ["done"] * 3
-        assert await engine.aside(10**6, work) == "done"
+        assert await service.aside(10**6, work) == "done"
 
-    with_engine(pipeline, use)
+    with_service(pipeline, use)
     assert all(name.startswith("tokenizer") for name in seen)
 
 
 def test_tokenising_ends_with_the_first_item_that_is_too_much(pipeline, monkeypatch):
-    seen, prepare = list[Any](), pipeline.prepare
-    monkeypatch.setattr(pipeline, "prepare", lambda request: seen.append(1) or prepare(request))
+    seen, tokenise = list[Any](), pipeline.tokenise
+    monkeypatch.setattr(pipeline, "tokenise", lambda job: seen.append(1) or tokenise(job))
 
-    async def use(engine: Engine) -> Any:
+    async def use(service: Service) -> Any:
         with pytest.raises(LimitError, match="126 tokens or more; at most 120"):
-            await engine.answer([text("the cat was good")] * 100)
+            await service.answer(CallContext(), [text("the cat was good")] * 100)
 
-    with_engine(pipeline, use, max_item_tokens=10, max_queue_tokens=120)
+    with_service(pipeline, use, max_item_tokens=10, max_queue_tokens=120)
     assert len(seen) == 21
 
 
 def test_nobody_pays_for_a_refusal(pipeline):
     held, paid = Held(pipeline), list[int]()
 
-    async def use(engine: Engine) -> Any:
-        first = asyncio.ensure_future(engine.answer([text("the cat")], CallOptions(charge=paid.append)))
+    async def use(service: Service) -> Any:
+        first = asyncio.ensure_future(service.answer(paying(paid.append), [text("the cat")]))
         while not held.busy.is_set():
             await asyncio.sleep(0.001)
-        second = asyncio.ensure_future(engine.answer([text("the cat was")] * 2, CallOptions(charge=paid.append)))
-        while not engine.queue.items:
+        second = asyncio.ensure_future(service.answer(paying(paid.append), [text("the cat was")] * 2))
+        while not service.queue.items:
             await asyncio.sleep(0.001)
         with pytest.raises(Overloaded):
-            await engine.answer([text("the cat was good and red")], CallOptions(charge=paid.append))
+            await service.answer(paying(paid.append), [text("the cat was good and red")])
         assert paid == [4, 10]
         held.go.set()
         await asyncio.gather(first, second)
 
-    with_engine(held, use, max_queue_tokens=12, max_item_tokens=12)
+    with_service(held, use, max_queue_tokens=12, max_item_tokens=12)
 
 
 def test_a_full_queue_refuses_at_once(pipeline):
     held = Held(pipeline)
 
-    async def use(engine: Engine) -> Any:
-        first = asyncio.ensure_future(engine.answer([text("the cat")]))
+    async def use(service: Service) -> Any:
+        first = asyncio.ensure_future(service.answer(CallContext(), [text("the cat")]))
         await asyncio.to_thread(held.busy.wait, 20)
-        queued = asyncio.ensure_future(engine.answer([text("the dog")] * 2))
+        queued = asyncio.ensure_future(service.answer(CallContext(), [text("the dog")] * 2))
         await asyncio.sleep(0.01)
         with pytest.raises(Overloaded):
-            await engine.answer([text("the house")])
+            await service.answer(CallContext(), [text("the house")])
         held.go.set()
         return [len(await first), len(await queued)]
 
-    answers, metrics = with_engine(held, use, max_queue_tokens=8, max_item_tokens=8)
+    answers, metrics = with_service(held, use, max_queue_tokens=8, max_item_tokens=8)
     assert answers == [1, 2]
     assert 'outcome="refused"} 1.0' in metrics
 
@@ -179,25 +186,25 @@ def test_a_full_queue_refuses_at_once(pipeline):
 def test_who_has_left_costs_no_compute(pipeline):
     held = Held(pipeline)
 
-    async def use(engine: Engine) -> Any:
-        first = asyncio.ensure_future(engine.answer([text("the cat")]))
+    async def use(service: Service) -> Any:
+        first = asyncio.ensure_future(service.answer(CallContext(), [text("the cat")]))
         await asyncio.to_thread(held.busy.wait, 20)
 
-        async def gone() -> None:
-            await asyncio.sleep(0.01)
+        def gone(left: Callable[[], None]) -> None:
+            asyncio.get_running_loop().call_later(0.01, left)
 
         with pytest.raises(ClientGone):
-            await engine.answer([text("the dog")], CallOptions(gone))
-        cancelled = asyncio.ensure_future(engine.answer([text("the house")]))
+            await service.answer(CallContext(watch=gone), [text("the dog")])
+        cancelled = asyncio.ensure_future(service.answer(CallContext(), [text("the house")]))
         await asyncio.sleep(0.01)
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
             await cancelled
-        assert engine.queue.tokens == 0
+        assert service.queue.tokens == 0
         held.go.set()
         await first
 
-    _, metrics = with_engine(held, use)
+    _, metrics = with_service(held, use)
     assert held.batches == [["the cat"]]
     assert 'bertology_items_total{delta="mood",outcome="dropped"} 2.0' in metrics
 
@@ -205,18 +212,18 @@ def test_who_has_left_costs_no_compute(pipeline):
 def test_a_deadline_that_passes_in_the_queue_costs_no_compute(pipeline):
     held = Held(pipeline)
 
-    async def use(engine: Engine) -> Any:
-        first = asyncio.ensure_future(engine.answer([text("the cat")]))
+    async def use(service: Service) -> Any:
+        first = asyncio.ensure_future(service.answer(CallContext(), [text("the cat")]))
         await asyncio.to_thread(held.busy.wait, 20)
         with pytest.raises(Expired, match=r"no answer within 0.02 s"):
-            await engine.answer([text("the dog")] * 2, CallOptions(seconds=0.02))
-        assert engine.queue.tokens == 0
-        patient = asyncio.ensure_future(engine.answer([text("the house")], CallOptions(seconds=20)))
+            await service.answer(CallContext(seconds=0.02), [text("the dog")] * 2)
+        assert service.queue.tokens == 0
+        patient = asyncio.ensure_future(service.answer(CallContext(seconds=20), [text("the house")]))
         await asyncio.sleep(0.01)
         held.go.set()
         return [await first, await patient]
 
-    _, metrics = with_engine(held, use)
+    _, metrics = with_service(held, use)
     assert held.texts == ["the cat", "the house"]
     assert 'bertology_items_total{delta="mood",outcome="expired"} 2.0' in metrics
 
@@ -224,12 +231,12 @@ def test_a_deadline_that_passes_in_the_queue_costs_no_compute(pipeline):
 def test_no_call_waits_longer_than_the_configuration_allows(pipeline):
     held = Held(pipeline)
 
-    async def use(engine: Engine) -> Any:
+    async def use(service: Service) -> Any:
         with pytest.raises(Expired, match=r"no answer within 1 s"):
-            await engine.answer([text("the cat")], CallOptions(seconds=50))
+            await service.answer(CallContext(seconds=50), [text("the cat")])
         held.go.set()
 
-    with_engine(held, use, max_call_seconds=1.0)
+    with_service(held, use, max_call_seconds=1.0)
 
 
 def test_what_is_charged_too_much_is_never_queued(pipeline):
@@ -239,12 +246,12 @@ def test_what_is_charged_too_much_is_never_queued(pipeline):
         heard.append(tokens)
         raise RateLimited("too much")
 
-    async def use(engine: Engine) -> Any:
+    async def use(service: Service) -> Any:
         with pytest.raises(RateLimited, match="too much"):
-            await engine.answer([text("the cat was good")] * 2, CallOptions(charge=charge))
-        assert engine.queue.items == 0
+            await service.answer(paying(charge), [text("the cat was good")] * 2)
+        assert service.queue.items == 0
 
-    with_engine(pipeline, use)
+    with_service(pipeline, use)
     assert heard == [12]
 
 
@@ -252,19 +259,19 @@ def test_a_flood_for_one_delta_is_refused_while_others_are_served_next(pipeline)
     """The flood fills its own lane only, and a batch after the light delta's arrival holds its work."""
     held = Held(pipeline)
 
-    async def use(engine: Engine) -> Any:
-        first = asyncio.ensure_future(engine.answer([text("first")]))
+    async def use(service: Service) -> Any:
+        first = asyncio.ensure_future(service.answer(CallContext(), [text("first")]))
         await asyncio.to_thread(held.busy.wait, 20)
-        flood = [asyncio.ensure_future(engine.answer([text("flood")])) for _ in range(20)]
+        flood = [asyncio.ensure_future(service.answer(CallContext(), [text("flood")])) for _ in range(20)]
         await asyncio.sleep(0.01)
         with pytest.raises(RateLimited, match="queue of delta 'mood' is full"):
-            await engine.answer([text("flood")])
-        light = asyncio.ensure_future(engine.answer([Request("grade", {"text": "light"})]))
+            await service.answer(CallContext(), [text("flood")])
+        light = asyncio.ensure_future(service.answer(CallContext(), [Request("grade", {"text": "light"})]))
         await asyncio.sleep(0.01)
         held.go.set()
         return await asyncio.gather(first, *flood, light)
 
-    answers, _ = with_engine(held, use, max_batch_tokens=12, max_delta_tokens=60, max_item_tokens=60)
+    answers, _ = with_service(held, use, max_batch_tokens=12, max_delta_tokens=60, max_item_tokens=60)
     assert len(answers) == 22
     assert held.batches[0] == ["first"]
     assert "light" in held.batches[1]
@@ -283,15 +290,15 @@ def test_what_waits_together_is_answered_in_one_batch_of_all_kinds_and_tasks(pip
 
     held = Seen(pipeline)
 
-    async def use(engine: Engine) -> Any:
-        first = asyncio.ensure_future(engine.answer([text("the cat")]))
+    async def use(service: Service) -> Any:
+        first = asyncio.ensure_future(service.answer(CallContext(), [text("the cat")]))
         await asyncio.to_thread(held.busy.wait, 20)
-        calls = [asyncio.ensure_future(engine.answer([request])) for request in requests]
+        calls = [asyncio.ensure_future(service.answer(CallContext(), [request])) for request in requests]
         await asyncio.sleep(0.02)
         held.go.set()
         return await asyncio.gather(first, *calls)
 
-    with_engine(held, use)
+    with_service(held, use)
     assert batches == [{"mood"}, set(RECORDS)]
 
 
@@ -305,13 +312,13 @@ def test_a_failing_batch_hurts_only_its_own_call(pipeline, monkeypatch):
 
     monkeypatch.setattr(pipeline, "run", failing)
 
-    async def use(engine: Engine) -> Any:
-        good = [asyncio.ensure_future(engine.answer([text("the cat")])) for _ in range(3)]
+    async def use(service: Service) -> Any:
+        good = [asyncio.ensure_future(service.answer(CallContext(), [text("the cat")])) for _ in range(3)]
         with pytest.raises(ValueError, match="a fault"):
-            await engine.answer([text("bad")])
+            await service.answer(CallContext(), [text("bad")])
         return await asyncio.gather(*good)
 
-    answers, metrics = with_engine(pipeline, use)
+    answers, metrics = with_service(pipeline, use)
     assert [len(answer) for answer in answers] == [1, 1, 1]
     assert 'bertology_items_total{delta="mood",outcome="failed"} 1.0' in metrics
 
@@ -319,41 +326,44 @@ def test_a_failing_batch_hurts_only_its_own_call(pipeline, monkeypatch):
 def test_stopping_answers_what_was_accepted_and_refuses_the_rest(pipeline):
     held = Held(pipeline)
 
-    async def use(engine: Engine) -> Any:
-        accepted = [asyncio.ensure_future(engine.answer([text("the cat")])) for _ in range(5)]
+    async def use(service: Service) -> Any:
+        accepted = [asyncio.ensure_future(service.answer(CallContext(), [text("the cat")])) for _ in range(5)]
         await asyncio.to_thread(held.busy.wait, 20)
-        engine.drain()
-        assert not engine.ready
-        late = asyncio.ensure_future(engine.answer([text("the dog")]))  # draining, not stopped: still taken
+        service.drain()
+        assert not service.ready
+        late = asyncio.ensure_future(
+            service.answer(CallContext(), [text("the dog")])
+        )  # draining, not stopped: still taken
         await asyncio.sleep(0.01)
-        stopping = asyncio.ensure_future(engine.stop())
+        stopping = asyncio.ensure_future(service.stop())
         await asyncio.sleep(0.05)
         with pytest.raises(Overloaded, match="stopping"):
-            await engine.answer([text("the house")])
+            await service.answer(CallContext(), [text("the house")])
         held.go.set()
         assert await stopping
         return await asyncio.gather(*accepted, late)
 
-    answers, _ = with_engine(held, use)
+    answers, _ = with_service(held, use)
     assert len(answers) == 6
 
 
-def test_warm_up_answers_before_the_engine_starts_and_finds_the_size_of_batches(pipeline):
+def test_warm_up_answers_before_the_service_starts_and_finds_the_size_of_batches(pipeline):
     metrics = Metrics()
-    engine = Engine(pipeline, ServerConfig(max_batch_tokens=256), metrics)
-    guess = engine.queue.times.per_token
-    engine.warm_up()
-    assert engine.queue.times.per_token != guess
-    assert f"bertology_batch_budget_tokens {engine.queue.times.budget}.0" in metrics.render().decode()
+    service = Service(Registry(pipeline), ServerConfig(max_batch_tokens=256), metrics)
+    times: BatchTimes = service.queue.times
+    guess = times.per_token
+    warm_up(pipeline, times)
+    assert times.per_token != guess
+    assert f"bertology_batch_budget_tokens {times.budget}.0" in metrics.render().decode()
 
 
 def test_answers_after_the_loop_has_closed_are_logged_not_raised(pipeline, caplog):
-    engine = Engine(pipeline, ServerConfig(), Metrics())
+    service = Service(Registry(pipeline), ServerConfig(), Metrics())
 
     async def start() -> None:
-        engine.start()
+        service.start()
 
     asyncio.run(start())
-    engine._deliver([object()], [ValueError()])
+    service._deliver([object()], [ValueError()])
     assert "1 answers came after the server had stopped" in caplog.text
-    asyncio.run(engine.stop())
+    asyncio.run(service.stop())

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertology_serve.serving.auth.keys import Bucket
+from bertology_serve.serving.keys import Bucket
 
 
 def test_a_burst_then_the_average():

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bertology_serve.errors import NotFound, SpecError
-from bertology_serve.serving.auth.keys import LARGEST, read_keyring
+from bertology_serve.serving.keys import LARGEST, read_keyring
 
 ONE, OTHER = "one-very-long-key-1", "another-long-key-22"
 

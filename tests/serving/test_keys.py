@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bertology_serve.errors import Forbidden, RateLimited, SpecError, Unauthorized
-from bertology_serve.serving.auth.keys import Access, Key, Keyring, digest_of
+from bertology_serve.serving.keys import Access, Key, Keyring, digest_of
 
 ONE, OTHER = "one-very-long-key-1", "another-long-key-22"
 

@@ -61,17 +61,16 @@ class Key:
 
 
 class Access:
-    """What one caller may do. ``check`` and ``charge`` raise; ``allows`` says."""
+    """What one caller may do. ``check`` and ``charge`` raise; ``allows`` says; some deltas are closed to ``restricted``
+    ones.
+    """
 
     def __init__(self, key: Key, clock: Callable[[], float] = time.monotonic) -> None:
         self.name, self.admin, self._patterns, self._clock = key.name, key.admin, key.deltas, clock
+        self.restricted = key.deltas is not None
         self._calls = _bucket(key.calls_per_second, key.burst_seconds)
         self._tokens = _bucket(key.tokens_per_second, key.burst_seconds)
-
-    @property
-    def restricted(self) -> bool:
-        """Whether some deltas are closed to it."""
-        return self._patterns is not None
+        self.metered = self._tokens is not None
 
     def allows(self, delta: str) -> bool:
         """Whether it opens the delta of that name."""
@@ -92,7 +91,7 @@ class Access:
         _take(self._calls, 1, "calls", self._clock)
 
     def charge(self, tokens: int) -> None:
-        """Counts tokens about to be queued; RateLimited where there were too many."""
+        """Counts tokens about to be queued; RateLimited where there were too many. Needed where it is ``metered``."""
         _take(self._tokens, tokens, "tokens", self._clock)
 
 

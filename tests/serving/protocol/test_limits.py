@@ -4,7 +4,7 @@ import pytest
 
 from bertology_serve.encoder.pipeline import Request
 from bertology_serve.errors import LimitError
-from bertology_serve.serving.batching.limits import characters, check_size
+from bertology_serve.serving.protocol.json_codec import characters, check_size
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from bertology_serve.serving.auth.gate import PUBLIC
-from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
+from bertology_serve.serving.http.gate import PUBLIC
+from bertology_serve.serving.keys import Key, Keyring, digest_of
 from tests.serving.conftest import DELTAS
 from tests.serving.running import Running, running
 
@@ -131,7 +131,7 @@ def test_too_many_tokens_are_429_and_never_queued(guarded):
     response = call(guarded, "thrifty", "POST", "/predict", item)
     assert response.status_code == 429
     assert 1 <= int(response.headers["retry-after"]) <= 2
-    assert guarded.server.engine.queue.items == 0
+    assert guarded.server.service.queue.items == 0
 
 
 ITEM = {"delta": "mood", "text": "cat"}

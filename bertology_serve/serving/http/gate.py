@@ -1,4 +1,6 @@
-"""The gate before every route: default-deny. What is not listed here needs an API key, paths that do not exist too."""
+"""The gates before every route, and around each. Default-deny: what is not listed here needs an API key, paths that do
+not exist too.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +8,62 @@ import logging
 import random
 import re
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertology_serve.errors import BertologyError
-from bertology_serve.serving.auth.keys import Access, Keyring
-from bertology_serve.serving.http.bodies import REQUEST_ID, error_response, problem_response
+from bertology_serve.serving.http.bodies import (
+    ACCESS,
+    NAMED,
+    REQUEST_ID_FIELD,
+    error_response,
+    named,
+    problem_response,
+    request_id_of,
+)
 from bertology_serve.serving.http.connection import CONNECTION
+from bertology_serve.serving.keys import Access, Keyring
 from bertology_serve.serving.observability import logs
 from bertology_serve.serving.observability.metrics import Metrics
+from bertology_serve.serving.service import ClientGone
 
 log = logging.getLogger(__name__)
 PUBLIC = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
-ACCESS, NAMED = "bertology.access", "bertology.request_id"
-_REQUEST_ID = REQUEST_ID.lower().encode()
 _SANE = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+CLIENT_GONE = 499  # nobody reads it; it tells the metrics
+
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class Guarded:
+    """Endpoints by method, whose errors are answers and whose status is counted. ``admit`` may refuse a POST unread."""
+
+    def __init__(self, metrics: Metrics, admit: Callable[[], None] | None = None, **endpoints: Endpoint) -> None:
+        self._metrics, self._admit, self._endpoints = metrics, admit, endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one call."""
+        path, method = scope["path"], scope["method"]
+        try:
+            if self._admit is not None and method == "POST":
+                self._admit()
+            response = await self._endpoints[method](Request(scope, receive))
+        except BertologyError as problem:
+            response = problem_response(problem, path)
+        except (ClientGone, ClientDisconnect):
+            response = Response(status_code=CLIENT_GONE)
+        except Exception as problem:
+            log.error("%s %s raised %s (request %s)", method, path, logs.place_of(problem), request_id_of(scope))
+            response = problem_response(problem, path)
+        named(response, scope)
+        self._metrics.call(response.status_code)
+        await response(scope, receive, send)
 
 
 class Gate:
@@ -57,7 +97,7 @@ class Gate:
         given = b""
         for name, value in headers:
             size += len(name) + len(value)
-            if name == _REQUEST_ID:
+            if name == REQUEST_ID_FIELD:
                 given = value
         scope[NAMED] = id_of(given)
         try:
@@ -118,21 +158,3 @@ def _noting(scope: Scope, send: Send) -> Send:
 def id_of(given: bytes) -> bytes:
     """The id of a call: the caller's own where that is sane, else one that is made."""
     return given if _SANE.fullmatch(given) else b"%032x" % random.getrandbits(128)
-
-
-def named(response: Response, scope: Scope) -> Response:
-    """The response with the id of its call."""
-    response.raw_headers.append((_REQUEST_ID, scope[NAMED]))
-    return response
-
-
-def request_id_of(scope: Scope) -> str:
-    """The id of a call. For what lies behind the gate."""
-    found: bytes = scope[NAMED]
-    return found.decode("ascii")
-
-
-def access_of(scope: Scope) -> Access:
-    """Who calls. For routes behind the gate that are not public."""
-    access: Access = scope[ACCESS]
-    return access
