@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.task_models import is_task_model, read_task_model, verify_peft
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import VerificationError
-from bertology_serve.files import replace_directory, staging
+from bertology_serve.files import JsonObject, replace_directory, staging
 from bertology_serve.kinds.kinds import kind_of
 from bertology_serve.training.batches import Item
 from bertology_serve.training.evaluate import run
@@ -159,7 +158,7 @@ def load_delta(path: Path, encoder: Encoder | None = None, name: str | None = No
     return delta
 
 
-def describe(path: Path, delta: Delta) -> dict[str, Any]:
+def describe(path: Path, delta: Delta) -> JsonObject:
     """What there is to know about a delta that was loaded from ``path``, ready for JSON."""
     components, head, weights = (
         sum(tensor.numel() for tensor in group.values()) for group in (delta.tensors, delta.head, delta.weights)

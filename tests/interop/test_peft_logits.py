@@ -28,7 +28,7 @@ from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.ia3 import Ia3
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import TaskSpec
-from bertology_serve.training.convert import Told, convert
+from bertology_serve.training.convert import ConvertOptions, convert
 from tests import tiny
 from tests.deltas import samples
 
@@ -187,7 +187,7 @@ def test_dora_made_by_peft_answers_alike_when_converted(lab: Lab, tmp_path: Path
         modules_to_save=own_head(lab, samples.CLASSES) or None,
     )
     model = trained(lab, samples.CLASSES, config, tmp_path)
-    told = Told(labels=samples.CLASSES.labels, max_length=32)
+    told = ConvertOptions(labels=samples.CLASSES.labels, max_length=32)
     delta = convert(tmp_path, lab.encoder, "x", told)
     ours, job = lab.ours(delta)
     found = theirs(model, job, "classification")
@@ -356,7 +356,7 @@ def test_what_peft_holds_whole_is_converted(tmp_path: Path, config: Any) -> None
     model = trained(lab, samples.CLASSES, config, tmp_path / "x")
     with pytest.raises(Unsupported, match=r"x.* convert it with bertology-serve convert"):
         lab.encoder.read_delta(tmp_path / "x")
-    delta = convert(tmp_path / "x", lab.encoder, "x", Told(max_length=32))
+    delta = convert(tmp_path / "x", lab.encoder, "x", ConvertOptions(max_length=32))
     ours, job = lab.ours(delta)
     found = theirs(model.double(), job, "classification")
     assert difference(ours, found) <= 1e-5

@@ -12,6 +12,7 @@ from bertology_serve.kinds.sparse import SPARSE
 from bertology_serve.training.method_options import REGULARISED, KindFlags
 from bertology_serve.training.methods import specs_for
 from bertology_serve.training.train_config import (
+    AUTO,
     FULL,
     HEAD_RATE,
     HEAD_RATES,
@@ -24,8 +25,8 @@ from bertology_serve.training.train_config import (
 
 def test_methods_are_the_kinds_the_probe_and_the_forms_of_full_fine_tuning():
     trainable = [kind for kind in KINDS if kind != SPARSE.name]  # compress makes those
-    assert (*trainable, PROBE, FULL, *REGULARISED) == METHODS
-    assert set(LEARNING_RATES) == set(METHODS)
+    assert (*trainable, PROBE, FULL, *REGULARISED, AUTO) == METHODS
+    assert set(LEARNING_RATES) == {*METHODS} - {AUTO}
 
 
 def test_survives_json():
