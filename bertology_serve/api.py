@@ -23,10 +23,10 @@ from bertology_serve.training.batches import Source
 from bertology_serve.training.callbacks import Callback, CallbackList
 from bertology_serve.training.evaluate import Evaluation
 from bertology_serve.training.evaluate import evaluate as measured
-from bertology_serve.training.method_options import SPECS
+from bertology_serve.training.method_options import AUTO, SPECS
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import train as run
-from bertology_serve.training.train_config import AUTO, TrainConfig
+from bertology_serve.training.train_config import TrainConfig
 
 Method = str | Any
 
@@ -101,7 +101,7 @@ def evaluate(
 
 def _method(given: Method | Iterable[Method]) -> dict[str, Any]:
     """``method`` and ``options`` of a TrainConfig from specs, names, or both."""
-    chosen = given.split(",") if isinstance(given, str) else [given] if is_dataclass(given) else list(given)
+    chosen: list[Any] = given.split(",") if isinstance(given, str) else [given] if is_dataclass(given) else list(given)
     names, options = [], {}
     for one in chosen:
         form = next((name for name, spec in SPECS.items() if isinstance(one, spec)), None)

@@ -41,7 +41,6 @@ from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
 from bertology_serve.deltas.format import FileRecord, Manifest, from_json, to_json
 from bertology_serve.deltas.interop.peft_export import adapter_config, obstacle, tensor_root
 from bertology_serve.deltas.interop.peft_import import import_peft
-from bertology_serve.deltas.interop.peft_tensors import take
 from bertology_serve.deltas.layout import (
     check_base,
     check_finite,
@@ -68,6 +67,7 @@ from bertology_serve.deltas.safe_io import Limits, read_json, read_tensors, untr
 from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
 from bertology_serve.files import flush, replace_directory, staging, write_json
 from bertology_serve.kinds.kind import Tensors
+from bertology_serve.kinds.peft_format import take
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.spec import TaskSpec
 
@@ -94,7 +94,7 @@ def save(
     check_place(directory, delta.name)
     with staging(directory) as stage:
         written = to_disk(delta.tensors, delta.specs, anatomy, tensor_root(delta.task, anatomy))
-        written |= {head_root(delta.specs) + name: tensor for name, tensor in delta.head.items()}
+        written |= {head_root(delta.specs, anatomy) + name: tensor for name, tensor in delta.head.items()}
         files = {ADAPTER_WEIGHTS: write_tensors(stage / ADAPTER_WEIGHTS, written)}
         if delta.weights:
             files[FULL_WEIGHTS] = write_tensors(stage / FULL_WEIGHTS, delta.weights)
@@ -256,7 +256,7 @@ def _unpacked(written: Tensors, manifest: Manifest) -> tuple[Tensors, Tensors]:
     written = {name: tensor.float() for name, tensor in written.items()}
     tensors = from_disk(written, manifest.specs, manifest.anatomy, tensor_root(manifest.task, manifest.anatomy))
     check_shapes(shapes_of(tensors), manifest.tensors, ADAPTER_WEIGHTS)
-    root = head_root(manifest.specs)
+    root = head_root(manifest.specs, manifest.anatomy)
     head = {name: take(written, root + name, shape) for name, shape in manifest.head.items()}
     check_shapes(shapes_of(written), {}, ADAPTER_WEIGHTS)
     return tensors, head

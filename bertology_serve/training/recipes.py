@@ -8,8 +8,8 @@ from typing import Any
 
 from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
-from bertology_serve.training.method_options import FULL, PROBE
-from bertology_serve.training.train_config import AUTO, EH_FT, LP, LP_FT, TrainConfig
+from bertology_serve.training.method_options import AUTO, FULL, PROBE
+from bertology_serve.training.train_config import EH_FT, LP, LP_FT, TrainConfig
 
 
 @dataclass(frozen=True)

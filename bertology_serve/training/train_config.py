@@ -13,40 +13,23 @@ from bertology_serve.files import JsonObject
 from bertology_serve.tasks.fields import read_label
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, QUESTION_ANSWERING, REGRESSION, TASK_KINDS, TaskSpec
 from bertology_serve.training.method_options import (
-    CHILD_TUNING,
+    AUTO,
     FULL,
-    MIXOUT,
+    LEARNING_RATES,
+    METHODS,
     PROBE,
     REGULARISED,
     SPECS,
-    TOP_K,
     Values,
     read_options,
 )
 
-AUTO = "auto"
-METHODS = (
-    "lora", "bitfit", "adapter", "prompt", "prefix", "ia3", "norms", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K, AUTO
-)  # fmt: skip
 ALONE = (*SPECS, AUTO)
 SOLVED = (CLASSIFICATION, REGRESSION)
 """The tasks whose probe can be solved."""
 LP, LP_FT, EH_FT = "lp", "lp-ft", "eh-ft"
 DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP: PROBE, LP_FT: FULL, EH_FT: "lora"}
 
-# Tried on MiniLM with batches of 32 and a few hundred steps (docs/training.md). The head starts at random beside a
-# delta that starts at nothing, so it takes larger steps: with 77 labels, LoRA's own rate leaves it far behind.
-LEARNING_RATES: Mapping[str, float] = {
-    "lora": 1e-3,
-    "bitfit": 4e-3,
-    "adapter": 2e-3,
-    "prompt": 5e-2,
-    "prefix": 3e-2,
-    "ia3": 1e-2,
-    "norms": 4e-3,
-    PROBE: 1e-2,
-    **dict.fromkeys((FULL, *REGULARISED), 1e-4),
-}
 HEAD_RATES: Mapping[str, float] = dict.fromkeys((FULL, *REGULARISED), 1e-3)
 HEAD_RATE = 5e-3
 # Epochs where none are given: enough_rows examples are seen in all, within limits.
