@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bertology_serve.kinds.norms import Norms
     from bertology_serve.kinds.prefix import Prefix
     from bertology_serve.kinds.prompt import Prompt
+    from bertology_serve.kinds.vera import Vera
     from bertology_serve.serving.config import ServerConfig
     from bertology_serve.serving.serve import serve
     from bertology_serve.tasks.spec import TaskSpec
@@ -46,6 +47,7 @@ __all__ = [
     "Request",
     "ServerConfig",
     "TaskSpec",
+    "Vera",
     "__version__",
     "evaluate",
     "export",
@@ -71,6 +73,7 @@ _HOMES = {
     "Request": "encoder.pipeline",
     "ServerConfig": "serving.config",
     "TaskSpec": "tasks.spec",
+    "Vera": "kinds.vera",
     "serve": "serving.serve",
     **dict.fromkeys(("evaluate", "load_delta", "train"), "api"),
 }
