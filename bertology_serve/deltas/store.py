@@ -37,7 +37,7 @@ from torch import Tensor
 
 from bertology_serve.deltas.card import model_card
 from bertology_serve.deltas.catalog import check_called, check_place, discover, find, identify
-from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
 from bertology_serve.deltas.format import FileRecord, Manifest, from_json, to_json
 from bertology_serve.deltas.interop.peft_export import adapter_config, obstacle, tensor_root
 from bertology_serve.deltas.interop.peft_import import import_peft
@@ -81,12 +81,13 @@ def save(
     config: Mapping[str, Any] | None = None,
     *,
     overwrite: bool = False,
+    peft: bool = True,
 ) -> Path:
     """Writes a delta to ``directory`` (``ROOT/NAME/VERSION`` or a bare one) and returns it.
 
     ``anatomy`` and ``config`` (``model.config.to_dict()``) are those of the encoder that it was made for. Saving the
-    same delta again changes nothing; another delta is replaced only with ``overwrite``. Raises FormatError for a delta
-    that could not be loaded again, or not be seen there.
+    same delta again changes nothing; another delta is replaced only with ``overwrite``. Without ``peft`` its
+    configuration is left out. Raises FormatError for a delta that could not be loaded again, or not be seen there.
     """
     options = config or {}
     _check_saveable(delta, anatomy, options)
@@ -99,7 +100,7 @@ def save(
             files[FULL_WEIGHTS] = write_tensors(stage / FULL_WEIGHTS, delta.weights)
         manifest = _manifest(delta, anatomy, files)
         (stage / MANIFEST).write_bytes(to_json(manifest))
-        hindrance = obstacle(delta, anatomy, options)
+        hindrance = obstacle(delta, anatomy, options) or ("" if peft else "it was saved without its configuration")
         if not hindrance:
             write_json(stage / ADAPTER_CONFIG, adapter_config(delta, anatomy, options))
         (stage / CARD).write_text(model_card(delta, hindrance), encoding="utf-8")
@@ -231,7 +232,8 @@ def load_own(directory: Path, anatomy: Anatomy | None, version: str, limits: Lim
         weights=weights,
         version=version,
         metrics=manifest.metrics,
-        provenance=manifest.provenance,
+        provenance=dict(manifest.provenance),
+        made_for=EncoderShape(manifest.anatomy, peft=(directory / ADAPTER_CONFIG).is_file()),
     )
     if anatomy is not None:
         check_fits(delta, manifest.anatomy, anatomy)

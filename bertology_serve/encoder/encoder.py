@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bertology_serve.deltas import store
-from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
 from bertology_serve.deltas.names import MANIFEST
 from bertology_serve.deltas.pruning import Pruning, fitted, sliced_state
 from bertology_serve.encoder import linear
@@ -156,7 +157,12 @@ class Encoder:
         if anatomy is not None:  # no text may be longer than the tokenizer's limit either
             anatomy = replace(anatomy, max_tokens=min(anatomy.max_tokens, self.max_tokens))
         found = store.load(path, anatomy, base=base, name=name, options=self.config.to_dict(), base_head=self.base_head)
-        return self.fitted(found)
+        return self.fitted(found if self.pruning else replace(found, made_for=self.shape))
+
+    @cached_property
+    def shape(self) -> EncoderShape:
+        """What deltas that were made for it remember of it."""
+        return EncoderShape(self.anatomy, self.config.to_dict())
 
     def head(
         self, task: TaskSpec, generator: torch.Generator | None = None, dropout: float = 0.0, adopt: bool = False

@@ -120,7 +120,8 @@ class TrainableDelta(nn.Module):
             weights=own(self.encoder.model.state_dict()) if self.full else {},
             version=version,
             metrics=metrics or {},
-            provenance=provenance or {},
+            provenance=dict(provenance or {}),
+            made_for=self.encoder.shape,
         )
 
 

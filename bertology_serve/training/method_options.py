@@ -27,7 +27,8 @@ that starts at nothing, so it takes larger steps: with 77 labels, LoRA's own rat
 """
 PROBE, FULL = "probe", "full"
 MIXOUT, CHILD_TUNING, TOP_K = "mixout", "child-tuning", "top-k"
-METHODS = (*KINDS, PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K)
+AUTO = "auto"
+METHODS = (*KINDS, PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K, AUTO)
 LEARNING_RATES = {**KINDS, PROBE: 1e-2, **dict.fromkeys((FULL, MIXOUT, CHILD_TUNING, TOP_K), 1e-4)}
 
 
@@ -106,6 +107,16 @@ MODES = ("d", "f")
 
 
 @dataclass(frozen=True)
+class Probe:
+    """The task's head alone, on the encoder as it is (a linear probe)."""
+
+
+@dataclass(frozen=True)
+class Full:
+    """Full fine-tuning: every weight of the encoder, and the head."""
+
+
+@dataclass(frozen=True)
 class Mixout:
     """Mixout (Lee et al. 2019, arXiv 1909.11299): ``p`` is the share of a linear's weights put back for a step."""
 
@@ -144,6 +155,8 @@ class TopK:
 
 Options = Mixout | ChildTuning | TopK
 REGULARISED: Mapping[str, type[Options]] = {MIXOUT: Mixout, CHILD_TUNING: ChildTuning, TOP_K: TopK}
+SPECS: Mapping[str, type[Probe | Full | Options]] = {PROBE: Probe, FULL: Full, **REGULARISED}
+"""The specs of the methods that are no kind of delta, by the methods' names."""
 
 
 def read_options(method: str, values: Mapping[str, Any]) -> Options:

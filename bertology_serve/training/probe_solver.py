@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.tasks.base import Task
-from bertology_serve.tasks.logistic import LOOSE, Logistic, Solution
+from bertology_serve.tasks.logistic import LOOSE, Logistic, Ridge, Solution
+from bertology_serve.tasks.spec import REGRESSION
 from bertology_serve.training.batches import Item
 from bertology_serve.training.callbacks import Callback, NoCallback
 from bertology_serve.training.checkpoint import RunState
@@ -28,7 +29,7 @@ HELD_OUT = 0.1
 
 @dataclass(frozen=True)
 class Part:
-    """Some items, their features by layer, and their labels [N]."""
+    """Some items, their features by layer, and their labels or scores [N]."""
 
     items: Sequence[Item]
     rows: Features
@@ -37,7 +38,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The value of C that did best on one layer, and how: ``rank`` is accuracy, then the negative loss."""
+    """The value of C that did best on one layer, and how: ``rank`` is the main metric, then the negative loss."""
 
     layer: int
     index: int
@@ -88,7 +89,7 @@ class Solver:
         fit, held = (whole, self._part(self.dev)) if self.dev else _split(whole, self.config.seed)
         choices = [self._choose(layer, fit, held) for layer in self.layers]
         best, last = choices[-1], self.layers[-1]
-        problem = Logistic(whole.rows[last], whole.labels, len(self.live.task.labels))
+        problem = self._problem(whole, last)
         self._set(problem.solve(best.c, best.solution.raw if self.dev else None))
         state.best, state.best_step = best.rank, state.step - len(self.path) + best.index + 1
         state.metrics = self._measure(self._logits(held), held) if self.dev else {}
@@ -105,8 +106,14 @@ class Solver:
         self.watcher.evaluated({**self._place(), "layer": layer, "c": best.c, "eval": metrics})
         return replace(best, metrics=metrics)
 
+    def _problem(self, part: Part, layer: int) -> Logistic | Ridge:
+        """What is solved: logistic or, for scores, ridge regression."""
+        if self.task.kind == REGRESSION:
+            return Ridge(part.rows[layer], part.labels)
+        return Logistic(part.rows[layer], part.labels, len(self.live.task.labels))
+
     def _solutions(self, layer: int, fit: Part) -> Iterator[tuple[int, Solution]]:
-        problem, start = Logistic(fit.rows[layer], fit.labels, len(self.live.task.labels)), None
+        problem, start = self._problem(fit, layer), None
         for index, c in enumerate(self.path):
             solution = problem.solve(c, start, LOOSE)
             start = solution.raw
@@ -114,12 +121,17 @@ class Solver:
 
     def _tried(self, layer: int, index: int, solution: Solution, held: Part) -> Chosen:
         logits = solution.logits(held.rows[layer])
-        accuracy = (logits.argmax(1) == held.labels).double().mean().item()
-        metrics = {"accuracy": accuracy, "loss": F.cross_entropy(logits, held.labels).item()}
+        if self.task.kind == REGRESSION:
+            metrics = self._measure(logits, held)
+        else:  # without the answers in words, of which there are many
+            accuracy = (logits.argmax(1) == held.labels).double().mean().item()
+            metrics = {"accuracy": accuracy, "loss": F.cross_entropy(logits, held.labels).item()}
         self.state.step += 1
         about = {"layer": layer, "c": self.path[index], "loss": solution.loss, "eval": metrics}
         self.directory.log({**self._place(), **about})
-        return Chosen(layer, index, self.path[index], [accuracy, -metrics["loss"]], metrics, solution)
+        return Chosen(
+            layer, index, self.path[index], [metrics[self.task.main_metric], -metrics["loss"]], metrics, solution
+        )
 
     def _place(self) -> dict[str, Any]:
         stage = {"stage": self.state.stage} if self.state.stage else {}
@@ -149,7 +161,8 @@ class Solver:
             self.task.decode(item.example, item.encodings, [own]) for item, own in zip(part.items, logits, strict=True)
         ]
         metrics = self.task.metrics(answers, [item.example for item in part.items])
-        return {**metrics, "loss": float(F.cross_entropy(logits, part.labels))}
+        loss = self.task.loss(logits, [1] * len(logits), part.labels.tolist())
+        return {**metrics, "loss": float(loss) / len(logits)}
 
 
 def _split(whole: Part, seed: int) -> tuple[Part, Part]:

@@ -48,7 +48,7 @@ def publish(
     the largest difference.
     """
     with staging(out) as own:
-        stage = store.save(delta, own / "delta", live.encoder.anatomy, live.encoder.config.to_dict())
+        stage = delta.save(own / "delta", live.encoder)
         difference = compare(stage, live, items, records, fresh)
         for path in extra:
             if path.exists():

@@ -12,7 +12,7 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from transformers import AutoModel
 
-from bertology_serve.analysis.attention_maps import attention
+from bertology_serve.analysis.attention_heads import attention
 from bertology_serve.analysis.settings import AttentionSettings
 from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.encoder.encoder import Encoder

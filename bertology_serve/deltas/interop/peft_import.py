@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, float32
 
-from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
 from bertology_serve.deltas.interop.peft_export import TASK_TYPES, drops_types
 from bertology_serve.deltas.interop.sentence_transformers import embedding_task
 from bertology_serve.deltas.layout import check_head, shapes_of
@@ -128,9 +128,10 @@ def import_peft(
         raise FormatError(f"{directory}: {error}") from None
     except Unsupported as error:
         raise Unsupported(f"{directory}: {error}") from None
-    origin = _provenance(config)
-    specs = () if spec is None else (spec,)
-    return Delta(known_as.parent.name, base, task, specs, components, head, version=known_as.name, provenance=origin)
+    return Delta(
+        known_as.parent.name, base, task, () if spec is None else (spec,), components, head, version=known_as.name,
+        provenance=_provenance(config), made_for=EncoderShape(anatomy, dict(options or {})),
+    )  # fmt: skip
 
 
 def _check_settings(config: Mapping[str, Any], directory: Path, own: frozenset[str]) -> None:
