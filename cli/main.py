@@ -12,7 +12,6 @@ import typer
 
 import bertology_serve
 from bertology_serve.cli.common import complain
-from bertology_serve.cli.options import LaidOut, Layout
 from bertology_serve.cli.threads import share_cores
 
 PROGRAM = "bertology-serve"
@@ -59,9 +58,9 @@ def application(asked: str | None = None) -> typer.Typer:
             app.add_typer(module.app, name=name)
         else:
             command = getattr(module, name.replace("-", "_"))
-            layout: Layout | None = getattr(command, "layout", None)
+            layout = getattr(command, "layout", None)  # of those with many options, see ``options.laid_out``
             settings = {"auto_envvar_prefix": layout.prefix} if layout and layout.prefix else {}
-            app.command(name, cls=LaidOut if layout else None, context_settings=settings)(command)
+            app.command(name, cls=layout and layout.form, context_settings=settings)(command)
     return app
 
 

@@ -92,6 +92,11 @@ class Layout:
     panels: Mapping[str, tuple[str, ...]]
     prefix: str | None = None
 
+    @property
+    def form(self) -> type[LaidOut]:
+        """The kind of command that is laid out like this."""
+        return LaidOut
+
 
 def laid_out(
     common: Sequence[str], panels: Mapping[str, tuple[str, ...]], prefix: str | None = None

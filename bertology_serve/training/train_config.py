@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from bertology_serve.errors import SpecError, nearest
+from bertology_serve.files import JsonObject
 from bertology_serve.tasks.fields import read_label
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, QUESTION_ANSWERING, REGRESSION, TASK_KINDS, TaskSpec
 from bertology_serve.training.method_options import (
-    CHILD_TUNING,
+    AUTO,
     FULL,
-    MIXOUT,
+    LEARNING_RATES,
+    METHODS,
     PROBE,
     REGULARISED,
     SPECS,
-    TOP_K,
+    Values,
     read_options,
 )
 
-METHODS = ("lora", "bitfit", "adapter", "prompt", "prefix", "ia3", "norms", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K)
-ALONE = tuple(SPECS)
+ALONE = (*SPECS, AUTO)
 SOLVED = (CLASSIFICATION, REGRESSION)
 """The tasks whose probe can be solved."""
 LP, LP_FT, EH_FT = "lp", "lp-ft", "eh-ft"
 DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP: PROBE, LP_FT: FULL, EH_FT: "lora"}
 
-# Tried on MiniLM with batches of 32 and a few hundred steps (docs/training.md). The head starts at random beside a
-# delta that starts at nothing, so it takes larger steps: with 77 labels, LoRA's own rate leaves it far behind.
-LEARNING_RATES: Mapping[str, float] = {
-    "lora": 1e-3,
-    "bitfit": 4e-3,
-    "adapter": 2e-3,
-    "prompt": 5e-2,
-    "prefix": 3e-2,
-    "ia3": 1e-2,
-    "norms": 4e-3,
-    PROBE: 1e-2,
-    **dict.fromkeys((FULL, *REGULARISED), 1e-4),
-}
 HEAD_RATES: Mapping[str, float] = dict.fromkeys((FULL, *REGULARISED), 1e-3)
 HEAD_RATE = 5e-3
 # Epochs where none are given: enough_rows examples are seen in all, within limits.
@@ -62,8 +51,11 @@ class TrainConfig:
 
     task: str = field(metadata={"help": "What the delta answers: " + ", ".join(TASK_KINDS) + "."})
     method: tuple[str, ...] = _option(
-        (), "One kind of delta or several, with commas, or another method: " + ", ".join(METHODS) + ". Default: lora."
+        (),
+        "One kind of delta or several, with commas, or another method: " + ", ".join(METHODS) + ". Default: lora. "
+        "auto tries several of them, together, and keeps the best.",
     )
+    budget: str = _option("5m", "auto: what the search may take: minutes (10m), or passes over the data in all (40).")
     recipe: Literal["lp", "lp-ft", "eh-ft"] | None = _option(
         None,
         "lp: the probe, solved to its optimum on cached features; lp-ft: that, then --method (default: full) with its "
@@ -131,7 +123,7 @@ class TrainConfig:
     keep: Literal["best", "last"] = _option("best", "Which state is saved where there is evaluation data.")
     save_every: int = _option(200, "Steps between checkpoints; one is written after each evaluation too.")
     gradient_steps: int = _option(0, "First steps whose gradient's length is logged for every layer.")
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Values] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.recipe is not None:
@@ -148,6 +140,8 @@ class TrainConfig:
             _check_number(name, getattr(self, name), least)
         _check_number("warmup", self.warmup, 0, most=1)
         _check_number("beta2", self.beta2, 0, most=1)
+        object.__setattr__(self, "budget", str(self.budget))
+        read_budget(self.budget)
         for name in ("learning_rate", "head_learning_rate", "first_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < 10:
@@ -210,12 +204,12 @@ class TrainConfig:
             max_answer_length=self.max_answer_length or TaskSpec.max_answer_length,
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Ready for JSON."""
         return {**asdict(self), "method": list(self.method), "labels": list(self.labels)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+    def from_dict(cls, values: Values) -> TrainConfig:
         """The inverse of ``as_dict``; an unknown key is an error that names the nearest known one."""
         known = [field.name for field in fields(cls)]
         for name in values:
@@ -242,7 +236,15 @@ _LEAST: Mapping[str, float] = {
 }  # fmt: skip
 
 
-def _methods(given: Any) -> tuple[str, ...]:
+def read_budget(text: str) -> tuple[float, bool]:
+    """``10m`` -> 600 seconds and True, ``40`` -> 40 passes and False. Raises SpecError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if found is None or not float(found[1]):
+        raise SpecError(f"budget is {text!r}; expected minutes such as 10m, or a number of passes over the data")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]], bool(found[2])
+
+
+def _methods(given: str | Iterable[str]) -> tuple[str, ...]:
     """``lora,bitfit`` or a list of names -> names, each once; what is no kind of delta stands alone."""
     names = tuple(given.split(",")) if isinstance(given, str) else tuple(given)
     for name in names:
@@ -258,6 +260,8 @@ def _methods(given: Any) -> tuple[str, ...]:
 def _check_recipe(config: TrainConfig) -> None:
     """Raises SpecError where a recipe and its method do not go together."""
     names = ",".join(config.method)
+    if config.recipe and AUTO in config.method:
+        raise SpecError(f"recipe {config.recipe} names what is trained, and method auto chooses it; leave one out")
     if config.recipe in (None, LP) and (config.first_epochs or config.first_learning_rate):
         raise SpecError(
             "first_epochs and first_learning_rate are those of a recipe's first stage; give --recipe lp-ft or eh-ft too"
@@ -277,15 +281,15 @@ def _check_recipe(config: TrainConfig) -> None:
         raise SpecError("recipe lp-ft begins with the probe, and goes on with another method; expected full or another")
 
 
-def _check_known(name: str, value: Any, known: tuple[str, ...]) -> None:
+def _check_known(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise SpecError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
 
 
-def _check_number(name: str, value: Any, least: float, most: float | None = None) -> None:
+def _check_number(name: str, value: object, least: float, most: float | None = None) -> None:
     if value is None:
         return
     limits = f"from {least}" + (f" to {most}" if most is not None else " up")
-    wrong = isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf")
-    if wrong or (most is not None and value > most):
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not least <= number < math.inf or (most is not None and number > most):
         raise SpecError(f"{name} is {value!r}; expected a number {limits}")

@@ -11,25 +11,27 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from bertology_serve.deltas.catalog import check_place
 from bertology_serve.errors import InputError
+from bertology_serve.files import JsonObject
+from bertology_serve.training.callbacks import Line
 from bertology_serve.training.checkpoint import read_checkpoint
 from bertology_serve.training.methods import ParameterCount
 from bertology_serve.training.run_directory import LOG, RunDirectory
 
-Stored = tuple[dict[str, Tensor], dict[str, Any]]
+Stored = tuple[dict[str, Tensor], JsonObject]
 
 
 class FleetDirectory(RunDirectory):
-    """The fleet whose deltas will be ``root/NAME``."""
+    """The fleet whose deltas will be ``root/NAME``; it works in ``path``."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, path: Path | None = None) -> None:
         super().__init__(root)
-        self.root, self.path = root, root / ".fleet"
+        self.root, self.path = root, path or root / ".fleet"
 
     def check_members(self, names: Iterable[str], resume: bool, overwrite: bool) -> None:
         """Raises InputError where a delta, another thing of its name, or an unfinished fleet is in the way, or a delta
@@ -51,10 +53,15 @@ class FleetDirectory(RunDirectory):
             for path in [*self.root.glob(f".{name}.*.tmp"), *self.root.glob(f".{name}.*.old")]:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def log_of(self, name: str, record: Mapping[str, Any]) -> None:
+    def log_of(self, name: str, record: Line) -> None:
         """Appends one line to a member's log."""
         with self._log_path(name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+    def lines_of(self, name: str) -> list[JsonObject]:
+        """The lines of a member's log."""
+        path = self._log_path(name)
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     def take_log(self, name: str) -> Path:
         """The member's log under the name that it has beside a delta."""
@@ -95,42 +102,33 @@ class FleetDirectory(RunDirectory):
             path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")
 
 
-Line = Mapping[str, Any]
-
-
 class FleetWatcher(Protocol):
     """Sees the members of a fleet from outside, by name; see ``Trainer`` for what the lines hold."""
 
     def joined(self, name: str, step: int, total: int, parameters: ParameterCount) -> None:
         """A member begins after ``step`` of ``total`` steps."""
+        return
 
     def stepped(self, name: str, line: Line) -> None:
         """A member made a step."""
+        return
 
     def evaluated(self, name: str, line: Line) -> None:
         """A member answered its evaluation data."""
+        return
 
     def failed(self, name: str, reason: str) -> None:
         """A member was given up; the others go on."""
+        return
+
+    def dropped(self, name: str, step: int) -> None:
+        """A member ends after that step, because others are better."""
+        return
 
     def published(self, name: str, difference: float) -> None:
         """A member's delta stands in its place; its saved copy differs by so much."""
+        return
 
 
-class Quiet:
+class Quiet(FleetWatcher):
     """Watches nothing."""
-
-    def joined(self, name: str, step: int, total: int, parameters: ParameterCount) -> None:
-        """Nothing."""
-
-    def stepped(self, name: str, line: Line) -> None:
-        """Nothing."""
-
-    def evaluated(self, name: str, line: Line) -> None:
-        """Nothing."""
-
-    def failed(self, name: str, reason: str) -> None:
-        """Nothing."""
-
-    def published(self, name: str, difference: float) -> None:
-        """Nothing."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import SpecError
+from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Task
 from bertology_serve.training.batches import Item
+from bertology_serve.training.callbacks import Line
 from bertology_serve.training.checkpoint import random_state, set_random_state
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.layers import lowest_trained
@@ -29,7 +30,7 @@ class Member(Trainer):
     """A ``Trainer`` whose steps a ``Fleet`` makes. Its optimizer, clipping, schedule and early stop are its own.
 
     So is the dropout of its head, which is that of a run by itself. ``failure`` says why it was given up; the others
-    go on.
+    go on. ``latest`` are the metrics of its last evaluation.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Member(Trainer):
         super().__init__(live, task, items, config, dev)
         self.name, self.fleet, self.fleet_watcher = name, directory, watcher or Quiet()
         self.failure = ""
+        self.latest: Mapping[str, float] = {}
         self.random = _seeded(live, config.seed)
         self.lowest = lowest_trained(live)
 
@@ -55,11 +57,11 @@ class Member(Trainer):
         """Whether there is no further step to make."""
         return super().done or bool(self.failure)
 
-    def begin(self, found: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None) -> None:
+    def begin(self, found: tuple[Mapping[str, Tensor], JsonObject] | None) -> None:
         """From the first step, or from where a checkpoint stands."""
         if found is not None:
             tensors, state = found
-            self.failure = state["failure"]
+            self.failure, self.latest = state["failure"], state["latest"]
             self.restore(tensors, state["run"])
             self.random = {name: tensor for name, tensor in tensors.items() if name.startswith(RANDOM)}
         self.live.train()
@@ -77,9 +79,18 @@ class Member(Trainer):
             self.fail(str(error))
             return
         if self.done:
-            self._end()
-            self.best = {}
-            self.optimizer.state.clear()
+            self._leave()
+
+    def drop(self) -> None:
+        """Ends training here: others are better."""
+        self.state.stopped = True
+        self._leave()
+        self.fleet_watcher.dropped(self.name, self.state.step)
+
+    def _leave(self) -> None:
+        self._end()
+        self.best = {}
+        self.optimizer.state.clear()
 
     def fail(self, reason: str) -> None:
         """Gives the member up."""
@@ -99,14 +110,16 @@ class Member(Trainer):
             self.random = random_state(device)
             set_random_state(device, outside)
 
-    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def stored(self) -> tuple[dict[str, Tensor], JsonObject]:
         """What ``begin`` continues from."""
-        return {**self.tensors(), **self.random}, {"run": self.state.as_dict(), "failure": self.failure}
+        state = {"run": self.state.as_dict(), "failure": self.failure, "latest": self.latest}
+        return {**self.tensors(), **self.random}, state
 
-    def _log(self, line: Mapping[str, Any]) -> None:
+    def _log(self, line: Line) -> None:
         if self.fleet is not None:
             self.fleet.log_of(self.name, line)
         if "eval" in line:
+            self.latest = line["eval"]
             self.fleet_watcher.evaluated(self.name, line)
         else:
             self.fleet_watcher.stepped(self.name, line)
