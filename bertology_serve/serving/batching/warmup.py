@@ -7,12 +7,12 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -20,6 +20,7 @@ from bertology_serve.encoder.delta_set import DeltaSet
 from bertology_serve.encoder.pipeline import BASE, Job, Request
 from bertology_serve.errors import DataError
 from bertology_serve.export.environment import environment
+from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.batching.queue import WHOLE, BatchTimes, Sample
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.engine_choice import EngineConfig
@@ -77,7 +78,7 @@ class Findings:
     ladder: tuple[Sample, ...]
 
 
-def circumstances(pipeline: DeltaSet, setting: EngineConfig, config: ServerConfig, device: str) -> dict[str, Any]:
+def circumstances(pipeline: DeltaSet, setting: EngineConfig, config: ServerConfig, device: str) -> JsonObject:
     """All that findings follow from."""
     here = environment()
     return {
@@ -108,9 +109,7 @@ def warm_up(pipeline: DeltaSet, times: BatchTimes, known: Sequence[Sample] = ())
     return ladder
 
 
-def find(
-    opened: Startup, times: BatchTimes, wanted: EngineConfig, where: Mapping[str, Any], known: Findings | None
-) -> str:
+def find(opened: Startup, times: BatchTimes, wanted: EngineConfig, where: JsonMapping, known: Findings | None) -> str:
     """Settles what runs the batches and how long they take, from what is ``known`` or by timing. The engine's name.
 
     What is known is timed again where a short second look shows that it was found on a busy machine. What is timed now
@@ -156,7 +155,7 @@ def _doubt(ladder: Sequence[Sample], again: Sequence[Sample]) -> str:
     return f"load {load:.1f} on {cores} processors" if load > BUSY * cores else ""
 
 
-def recall(where: Mapping[str, Any], folder: Path | None = None) -> Findings | None:
+def recall(where: JsonMapping, folder: Path | None = None) -> Findings | None:
     """What was found in the same circumstances within the last week, ``None`` where nothing was that can be read."""
     path = _path(where, folder)
     try:
@@ -168,7 +167,7 @@ def recall(where: Mapping[str, Any], folder: Path | None = None) -> Findings | N
     return found if found.ladder and all(min(rung) > 0 for rung in found.ladder) else None
 
 
-def keep(where: Mapping[str, Any], findings: Findings, folder: Path | None = None) -> None:
+def keep(where: JsonMapping, findings: Findings, folder: Path | None = None) -> None:
     """Writes them down; where that cannot be, the next start measures again."""
     path = _path(where, folder)
     try:
@@ -179,7 +178,7 @@ def keep(where: Mapping[str, Any], findings: Findings, folder: Path | None = Non
         log.info("what was timed is not kept: %s", problem)
 
 
-def _path(where: Mapping[str, Any], folder: Path | None) -> Path:
+def _path(where: JsonMapping, folder: Path | None) -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(msgspec.json.encode(where, order="sorted")).hexdigest()
     return (folder or home / "bertology-serve" / "findings") / f"{digest[:32]}.json"
