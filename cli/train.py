@@ -87,6 +87,9 @@ def train(
         place.open()  # what is wrong there is said before anything is read
     source = Source.read(train, read_columns(columns))
     dev, other = (Source.read(path, read_columns(columns)) if path else None for path in (eval, ood))
+    config = training.for_data(given := config, source)
+    if config != given:
+        note(f"labels are lists: the task is {config.task}")
     processes, own_device = join(find_device(device))
     encoder = Encoder.load(backbone, device=own_device)
     if dry_run:

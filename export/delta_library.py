@@ -33,7 +33,10 @@ _NUMBERS = ("ranks", "bias", "units", "rows")
 
 @dataclass(frozen=True)
 class Card:
-    """What a caller must know of a delta: its answer is in the first ``columns`` of ``output``, called ``labels``."""
+    """What a caller must know of a delta: its answer is in the first ``columns`` of ``output``, called ``labels``.
+
+    ``thresholds`` are the least sigmoid of each label that applies, where several may (none: 0.5).
+    """
 
     name: str
     version: str
@@ -44,6 +47,7 @@ class Card:
     max_length: int
     kinds: tuple[str, ...]
     sha256: str
+    thresholds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,16 @@ def _card(encoder: Encoder, delta: Delta) -> Card:
     columns = task.outputs or encoder.anatomy.hidden
     sha256 = delta_hash(delta)
     return Card(
-        delta.name, delta.version, task.kind, output, columns, task.labels, longest(encoder, delta), delta.kinds, sha256
+        delta.name,
+        delta.version,
+        task.kind,
+        output,
+        columns,
+        task.labels,
+        longest(encoder, delta),
+        delta.kinds,
+        sha256,
+        task.thresholds,
     )
 
 

@@ -17,6 +17,7 @@ from bertology_serve.export.session import ROWS
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
+    MULTI_LABEL,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
@@ -30,10 +31,16 @@ if TYPE_CHECKING:
 REPORT = "verification.json"
 CLASSES = {
     CLASSIFICATION: "SEQUENCE_CLASSIFICATION",
+    MULTI_LABEL: "SEQUENCE_CLASSIFICATION",
     REGRESSION: "SEQUENCE_CLASSIFICATION",
     TOKEN_CLASSIFICATION: "TOKEN_CLASSIFICATION",
     QUESTION_ANSWERING: "QUESTION_ANSWERING",
     MULTIPLE_CHOICE: "MULTIPLE_CHOICE",
+}
+PROBLEMS = {
+    CLASSIFICATION: "single_label_classification",
+    MULTI_LABEL: "multi_label_classification",
+    REGRESSION: "regression",
 }
 _OF_THIS_MACHINE = (
     "_name_or_path",
@@ -71,8 +78,8 @@ def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> dict[str
         values["label2id"] = {label: i for i, label in enumerate(labels)}
     if delta.task.kind in CLASSES:
         values["architectures"] = architectures(delta)
-    if delta.task.kind in (CLASSIFICATION, REGRESSION):
-        values["problem_type"] = "regression" if delta.task.kind == REGRESSION else "single_label_classification"
+    if delta.task.kind in PROBLEMS:
+        values["problem_type"] = PROBLEMS[delta.task.kind]
     return values
 
 

@@ -16,9 +16,9 @@ from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.export.back_ends import Chosen
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import ExportSpec
-from bertology_serve.tasks.spec import EMBEDDING, MULTIPLE_CHOICE, QUESTION_ANSWERING
+from bertology_serve.tasks.spec import EMBEDDING, MULTI_LABEL, MULTIPLE_CHOICE, QUESTION_ANSWERING
 
-TASK_OPTIONS = ("head", "stride", "max_answer_length", "normalize", "token_types", "pairs")
+TASK_OPTIONS = ("head", "stride", "max_answer_length", "normalize", "token_types", "pairs", "thresholds", "abstain")
 """Fields of the task that say how texts are cut and answers read."""
 SEMANTICS = (
     "int64 [batch, sequence]; attention_mask is 1 for tokens and 0 for padding, which may stand on either side; "
@@ -104,7 +104,7 @@ def _output(delta: Delta) -> str:
     if task.kind == QUESTION_ANSWERING:
         return "float32 [batch, sequence] each, before any softmax, zero at padding"
     shape = f"[batch, sequence, {task.outputs}], zero at padding" if task.per_token else f"[batch, {task.outputs}]"
-    return f"float32 {shape}, before any softmax"
+    return f"float32 {shape}, before any {'sigmoid' if task.kind == MULTI_LABEL else 'softmax'}"
 
 
 EXTERNAL_OVER = 1_800_000_000

@@ -27,7 +27,8 @@ class Span(Struct, frozen=True):
 
 
 class Answer(Struct, frozen=True):
-    """One answer: ``label`` with ``scores`` (classification), ``value`` (regression), ``entities`` (tokens), ``answer``
+    """One answer: ``label`` (None where the delta abstains) or ``labels`` with
+    ``scores`` (classification, multi-label), ``value`` (regression), ``entities`` (tokens), ``answer``
     (questions), ``choice`` with ``scores`` (multiple choice), ``embedding``; and the version that gave it.
 
     Where the text was longer than the delta reads, ``truncated`` is true, ``tokens_read`` and ``tokens_given`` say how
@@ -39,6 +40,7 @@ class Answer(Struct, frozen=True):
     task: str
     id: str | int | None = None
     label: str | None = None
+    labels: tuple[str, ...] | None = None
     score: float | None = None
     scores: dict[str, float] | list[float] | None = None
     value: float | None = None

@@ -10,7 +10,7 @@ from bertology_serve.data import formats, set_files
 from bertology_serve.errors import DataError, NotFound, SpecError, nearest
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.registry import task_named
-from bertology_serve.tasks.spec import CLASSIFICATION
+from bertology_serve.tasks.spec import CLASSIFICATION, LABEL_KINDS
 
 FIELDS = (
     "text",
@@ -176,9 +176,9 @@ def load_examples(
 def infer_labels(kind: str, records: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[str, ...]:
     """The ``TaskSpec.labels`` for a task of that kind, from training records: stable whatever their order.
 
-    Raises DataError when classification finds fewer than two labels.
+    Raises DataError when classification finds fewer than two labels, multi-label none.
     """
     labels = task_named(kind).labels_in(records)
-    if kind == CLASSIFICATION and len(labels) < 2:
+    if kind in LABEL_KINDS and len(labels) < (2 if kind == CLASSIFICATION else 1):
         raise DataError(f"the training data holds only the label {', '.join(labels) or 'none'}; expected at least two")
     return labels

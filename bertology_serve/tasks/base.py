@@ -14,7 +14,8 @@ from typing_extensions import TypeVar
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.fields import optional_text, read_text
-from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, Encoding, TaskSpec
+from bertology_serve.tasks.metrics import Floats, ratio
+from bertology_serve.tasks.spec import TEXT_KINDS, Encoding, TaskSpec
 
 Answer = dict[str, Any]
 
@@ -91,6 +92,14 @@ class Task(ABC, Generic[E]):
     def metrics(self, answers: Sequence[Answer], examples: Sequence[E]) -> dict[str, float]:
         """Metrics of decoded answers against labelled examples, as fractions (0.91, not 91), ``main_metric`` first."""
 
+    @abstractmethod
+    def parts(self, answers: Sequence[Answer], examples: Sequence[E]) -> Floats:
+        """[N, 2]: what each example brings to the main metric, for ``main``."""
+
+    def main(self, parts: Floats) -> float:
+        """The main metric of ``parts`` [N, 2]: the sum of the first column over that of the second."""
+        return ratio(*parts.sum(0))
+
 
 @dataclass(frozen=True)
 class TextExample(Example):
@@ -100,7 +109,7 @@ class TextExample(Example):
     text_pair: str | None
 
 
-T = TypeVar("T", bound=TextExample)
+T = TypeVar("T", bound=TextExample, default=Any)
 
 
 class TextTask(Task[T]):
@@ -119,7 +128,7 @@ class TextTask(Task[T]):
 
 def all_pairs(kind: str, records: Iterable[tuple[Mapping[str, Any], str]]) -> bool:
     """The ``TaskSpec.pairs`` of (fields, where) records that a task of that kind is trained on."""
-    if kind not in (CLASSIFICATION, REGRESSION):
+    if kind not in TEXT_KINDS:
         return False
     return all(optional_text(fields, where, "text_pair", "text_b") is not None for fields, where in records)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, Task, TextExample, read_pair
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.fields import read_score
+from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
 
 SHARPNESS = 20.0
@@ -77,3 +79,15 @@ class Embedding(Task[EmbeddingExample]):
         gold = [float(example.score or 0.0) for example in examples]
         found = [answer["similarity"] for answer in answers]
         return {"spearman": metrics.spearman(gold, found), "pearson": metrics.pearson(gold, found)}
+
+    def parts(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> Floats:
+        """[N, 2]: the gold score and the cosine."""
+        return np.array(
+            [
+                [float(example.score or 0.0), answer["similarity"]]
+                for example, answer in zip(examples, answers, strict=True)
+            ]
+        )
+
+    def main(self, parts: Floats) -> float:
+        return metrics.spearman(*parts.T)

@@ -15,6 +15,7 @@ from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, Example, Task
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.fields import optional_text, read_integer, read_texts
+from bertology_serve.tasks.metrics import Floats, of_one
 from bertology_serve.tasks.spec import MULTIPLE_CHOICE, Encoding
 
 MOST_CHOICES = 64
@@ -68,6 +69,10 @@ class MultipleChoice(Task[ChoiceExample]):
         """Accuracy."""
         gold = [str(example.label) for example in examples]
         return {"accuracy": metrics.accuracy(gold, [str(answer["choice"]) for answer in answers])}
+
+    def parts(self, answers: Sequence[Answer], examples: Sequence[ChoiceExample]) -> Floats:
+        right = (example.label == answer["choice"] for example, answer in zip(examples, answers, strict=True))
+        return of_one([float(one) for one in right])
 
 
 def _prompt(record: Mapping[str, Any], where: str) -> str:

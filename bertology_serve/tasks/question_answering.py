@@ -20,6 +20,7 @@ from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.base import Answer, Example, Task
 from bertology_serve.tasks.encoding import encode_windows
 from bertology_serve.tasks.fields import kind_of, read_integer, read_text, required
+from bertology_serve.tasks.metrics import Floats, of_one
 from bertology_serve.tasks.spec import QUESTION_ANSWERING, Encoding, TaskSpec
 
 NO_ANSWER = "no-answer"
@@ -111,6 +112,10 @@ class QuestionAnswering(Task[QuestionExample]):
         """Normalised F1 and exact match of SQuAD, the best over gold answers."""
         golds = [[example.context[start:end] for start, end in example.answers or ()] for example in examples]
         return squad_scores(golds, [answer["answer"]["text"] for answer in answers])
+
+    def parts(self, answers: Sequence[Answer], examples: Sequence[QuestionExample]) -> Floats:
+        pairs = zip(answers, examples, strict=True)
+        return of_one([self.metrics([answer], [example])["f1"] for answer, example in pairs])
 
 
 CANDIDATES = 20

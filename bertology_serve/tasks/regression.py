@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, TextExample, TextTask
 from bertology_serve.tasks.fields import read_score
+from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import REGRESSION, Encoding
 
 
@@ -57,3 +59,12 @@ class Regression(TextTask[RegressionExample]):
             "pearson": metrics.pearson(gold, found),
             "mse": metrics.mse(gold, found),
         }
+
+    def parts(self, answers: Sequence[Answer], examples: Sequence[RegressionExample]) -> Floats:
+        """[N, 2]: the gold score and the answer."""
+        return np.array(
+            [[float(example.score or 0.0), answer["value"]] for example, answer in zip(examples, answers, strict=True)]
+        )
+
+    def main(self, parts: Floats) -> float:
+        return metrics.spearman(*parts.T)

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.optim import LBFGS
 
 from bertology_serve.encoder.trainable import TrainableDelta
-from bertology_serve.tasks.base import Task
+from bertology_serve.tasks.classification import LabelTask
+from bertology_serve.tasks.spec import MULTI_LABEL
 from bertology_serve.training.batches import Item
 from bertology_serve.training.callbacks import Callback, NoCallback
 from bertology_serve.training.checkpoint import RunState
@@ -45,17 +46,19 @@ class Solution:
 
 
 class Logistic:
-    """``min over W, b of  mean cross-entropy(Z Wᵀ + b) + ‖W‖² / (2 C N)``: scikit-learn's objective divided by C N.
+    """``min over W, b of  mean loss(Z Wᵀ + b) + ‖W‖² / (2 C N)``: scikit-learn's objective divided by C N.
 
+    ``gold`` [N, C] are the weights of the classes (1 for an example's own), and the loss is their cross-entropy.
+    With ``rest`` [N, C], the weights of not being each class, it is the sum of C binary ones: one-vs-rest.
     ``Z`` are the rows [N, H] less their mean, divided by their standard deviation (one number each, over all of them:
     LP-FT's scaling, folded back into the solution). Two classes have one vector w, as there, and W is (-w/2, w/2).
     Inside, the rows are turned to their principal axes, which leaves the penalty as it is, and each coordinate is
     stretched by the curvature there: the number of steps hardly grows with the spread of the axes.
     """
 
-    def __init__(self, rows: Tensor, labels: Tensor, classes: int) -> None:
+    def __init__(self, rows: Tensor, gold: Tensor, rest: Tensor | None = None) -> None:
         x = rows.double()
-        self.count, self.classes = len(x), classes
+        self.count = len(x)
         self.mean, self.std = x.mean(), x.std(correction=0).clamp_min(1e-12)
         z = (x - self.mean) / self.std
         self.centre = z.mean(0)
@@ -63,13 +66,14 @@ class Logistic:
         self.axes = torch.linalg.eigh(z.T @ z / self.count).eigenvectors
         self.rows = z @ self.axes
         self.squares = self.rows.square()
-        self.outputs = 1 if classes == 2 else classes
-        self.gold = F.one_hot(labels, classes).double()
+        self.halved = rest is None and gold.shape[1] == 2
+        self.gold, self.rest = (gold[:, 1:], gold[:, :1]) if self.halved else (gold, rest)
+        self.weights = self.gold.sum(1, keepdim=True) if self.rest is None else self.gold + self.rest
 
     def solve(self, c: float, start: Tensor | None = None, tolerance: float = TIGHT) -> Solution:
         """The optimum, where no component of the (preconditioned) gradient exceeds ``tolerance``."""
         decay = 1.0 / (c * self.count)
-        raw = self.rows.new_zeros(self.outputs, self.rows.shape[1] + 1) if start is None else start
+        raw = self.rows.new_zeros(self.gold.shape[1], self.rows.shape[1] + 1) if start is None else start
         for _ in range(MOST_ROUNDS):
             raw, done = self._round(raw, decay, tolerance)
             if done:
@@ -98,35 +102,38 @@ class Logistic:
         optimizer.step(closure)  # type: ignore[no-untyped-call]
         return scaled.detach() * scale, optimizer.state[scaled]["n_iter"] < STEPS_A_ROUND
 
-    def _shares(self, raw: Tensor) -> Tensor:
-        """The logarithms of the classes' probabilities [N, C]."""
-        logits = self.rows @ raw[:, :-1].T + raw[:, -1]
-        if self.outputs == 1:
-            logits = torch.cat([torch.zeros_like(logits), logits], 1)
-        shares: Tensor = logits.log_softmax(1)
-        return shares
+    def _logits(self, raw: Tensor) -> Tensor:
+        """[N, C or 1]."""
+        logits: Tensor = self.rows @ raw[:, :-1].T + raw[:, -1]
+        return logits
 
     def _curvature(self, raw: Tensor, decay: float) -> Tensor:
         """The diagonal of the Hessian at ``raw``, [H + 1].
 
         Its mean over the classes: with a scale of their own they would leave the plane where their sum is zero, in
-        which the optimum lies and outside of which the objective is all but flat.
+        which the optimum of a softmax lies and outside of which the objective is all but flat.
         """
-        shares = self._shares(raw).exp()[:, -self.outputs :]
-        spread = (shares * (1.0 - shares)).mean(1) / self.count
+        logits = self._logits(raw)
+        shares = logits.softmax(1) if self.rest is None else logits.sigmoid()
+        spread = (self.weights * shares * (1.0 - shares)).mean(1) / self.count
         return torch.cat([spread @ self.squares + decay, spread.sum()[None].clamp_min(1e-12)])
 
     def _objective(self, raw: Tensor, decay: float) -> tuple[Tensor, Tensor]:
         """The objective and its gradient at ``raw`` [C or 1, H + 1], the bias last."""
-        weight, shares = raw[:, :-1], self._shares(raw)
-        loss = -(shares * self.gold).sum() / self.count + 0.5 * decay * weight.square().sum()
-        missed = ((shares.exp() - self.gold) / self.count)[:, -self.outputs :]
+        weight, logits = raw[:, :-1], self._logits(raw)
+        if self.rest is None:
+            logs = logits.log_softmax(1)
+            terms, shares = self.gold * logs, logs.exp()
+        else:
+            terms, shares = self.gold * F.logsigmoid(logits) + self.rest * F.logsigmoid(-logits), logits.sigmoid()
+        loss = -terms.sum() / self.count + 0.5 * decay * weight.square().sum()
+        missed = (shares * self.weights - self.gold) / self.count
         return loss, torch.cat([missed.T @ self.rows + decay * weight, missed.sum(0)[:, None]], 1)
 
     def _folded(self, raw: Tensor, loss: float) -> Solution:
         """Back to rows as they were given."""
         weight, bias = raw[:, :-1] @ self.axes.T, raw[:, -1]
-        if self.outputs == 1:
+        if self.halved:
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
         bias = bias - weight @ (self.centre + self.mean / self.std)
         return Solution(weight / self.std, bias, loss, raw)
@@ -137,16 +144,16 @@ HELD_OUT = 0.1
 
 @dataclass(frozen=True)
 class Part:
-    """Some items, their features by layer, and their labels [N]."""
+    """Some items, their features by layer, and their targets' weights, float64 [N, C] (multi-label: [N, 2 C])."""
 
     items: Sequence[Item]
     rows: Features
-    labels: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The value of C that did best on one layer, and how: ``rank`` is accuracy, then the negative loss."""
+    """The value of C that did best on one layer, and how: ``rank`` is the main metric, then the negative loss."""
 
     layer: int
     index: int
@@ -169,7 +176,7 @@ class Solver:
     def __init__(
         self,
         live: TrainableDelta,
-        task: Task,
+        task: LabelTask,
         items: Sequence[Item],
         config: TrainConfig,
         dev: Sequence[Item],
@@ -197,7 +204,7 @@ class Solver:
         fit, held = (whole, self._part(self.dev)) if self.dev else _split(whole, self.config.seed)
         choices = [self._choose(layer, fit, held) for layer in self.layers]
         best, last = choices[-1], self.layers[-1]
-        problem = Logistic(whole.rows[last], whole.labels, len(self.live.task.labels))
+        problem = self._problem(whole, last)
         self._set(problem.solve(best.c, best.solution.raw if self.dev else None))
         state.best, state.best_step = best.rank, state.step - len(self.path) + best.index + 1
         state.metrics = self._measure(self._logits(held), held) if self.dev else {}
@@ -215,20 +222,25 @@ class Solver:
         return replace(best, metrics=metrics)
 
     def _solutions(self, layer: int, fit: Part) -> Iterator[tuple[int, Solution]]:
-        problem, start = Logistic(fit.rows[layer], fit.labels, len(self.live.task.labels)), None
+        problem, start = self._problem(fit, layer), None
         for index, c in enumerate(self.path):
             solution = problem.solve(c, start, LOOSE)
             start = solution.raw
             yield index, solution
 
+    def _problem(self, part: Part, layer: int) -> Logistic:
+        several = self.task.kind == MULTI_LABEL
+        sides = part.weights.chunk(2, 1) if several else (part.weights, None)
+        return Logistic(part.rows[layer], *sides)
+
     def _tried(self, layer: int, index: int, solution: Solution, held: Part) -> Choice:
         logits = solution.logits(held.rows[layer])
-        accuracy = (logits.argmax(1) == held.labels).double().mean().item()
-        metrics = {"accuracy": accuracy, "loss": F.cross_entropy(logits, held.labels).item()}
+        main = self.task.quick(logits, held.weights)
+        metrics = {self.task.main_metric: main, "loss": self._loss(logits, held)}
         self.state.step += 1
         about = {"layer": layer, "c": self.path[index], "loss": solution.loss, "eval": metrics}
         self.directory.log({**self._place(), **about})
-        return Choice(layer, index, self.path[index], [accuracy, -metrics["loss"]], metrics, solution)
+        return Choice(layer, index, self.path[index], [main, -metrics["loss"]], metrics, solution)
 
     def _place(self) -> dict[str, Any]:
         stage = {"stage": self.state.stage} if self.state.stage else {}
@@ -236,7 +248,7 @@ class Solver:
 
     def _part(self, items: Sequence[Item]) -> Part:
         rows = features(self.live, items, self.layers, self.config.max_tokens, self.folder)
-        return Part(items, rows, torch.tensor([item.target for item in items]))
+        return Part(items, rows, self.task.rows([item.target for item in items]))
 
     @torch.no_grad()
     def _set(self, solution: Solution) -> None:
@@ -258,7 +270,10 @@ class Solver:
             self.task.decode(item.example, item.encodings, [own]) for item, own in zip(part.items, logits, strict=True)
         ]
         metrics = self.task.metrics(answers, [item.example for item in part.items])
-        return {**metrics, "loss": float(F.cross_entropy(logits, part.labels))}
+        return {**metrics, "loss": self._loss(logits, part)}
+
+    def _loss(self, logits: Tensor, part: Part) -> float:
+        return float(self.task.loss(logits, [], [item.target for item in part.items])) / len(part.items)
 
 
 def _split(whole: Part, seed: int) -> tuple[Part, Part]:
@@ -270,7 +285,7 @@ def _split(whole: Part, seed: int) -> tuple[Part, Part]:
 
 def _chosen(part: Part, at: Tensor) -> Part:
     rows = {layer: rows[at] for layer, rows in part.rows.items()}
-    return Part([part.items[i] for i in at.tolist()], rows, part.labels[at])
+    return Part([part.items[i] for i in at.tolist()], rows, part.weights[at])
 
 
 def _shown(choice: Choice) -> dict[str, Any]:

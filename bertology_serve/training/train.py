@@ -17,10 +17,13 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta, nested
 from bertology_serve.kinds import kinds
 from bertology_serve.tasks.base import Task, all_pairs
+from bertology_serve.tasks.classification import LabelTask
+from bertology_serve.tasks.fields import holds_several
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import TaskSpec
+from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
-from bertology_serve.training.batches import Data, Item, Source, make_items
+from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
+from bertology_serve.training.calibration import settled
 from bertology_serve.training.callbacks import Callback, NoCallback
 from bertology_serve.training.checkpoint import RunState
 from bertology_serve.training.config_file import settings_text
@@ -77,6 +80,7 @@ def prepare(
     live, task = make_live(encoder, config, spec), task_for(spec)
     items = make_items(task, train.records, encoder.tokenizer)
     start_at_mean(live, items)
+    items = shaped(task, items, config.balance, config.label_smoothing)
     others = [make_items(task, source.records, encoder.tokenizer) if source else [] for source in (dev, ood)]
     return Prepared(live, task, items, *others)
 
@@ -105,7 +109,7 @@ def train(
     what ``config.toml``, which lies beside the delta in the end, says of the backbone and the data; names by default.
     All of ``processes`` call this with the same arguments but ``encoder``'s device; see there.
     """
-    config = for_encoder(config, encoder)
+    config = for_encoder(for_data(config, train), encoder)
     plan = stages(config)
     name, directory = place.open()
     products = {stage.kept: place.beside(stage.kept).open() for stage in plan if stage.kept}
@@ -153,51 +157,56 @@ class Run:
             live.around = nested(FrozenPrefixCache(live, items, stage.config.max_tokens, folder).over, live.around)
         if count > 1:
             self.watcher.staged(number, count, stage.title)
-        own = (
-            live,
-            ready.task,
-            ready.items,
-            stage.config,
-            ready.dev,
-            self.directory,
-            self.watcher,
-            number * (count > 1),
-        )
+        own = (ready.items, stage.config, ready.dev, self.directory, self.watcher, number * (count > 1))
         start = before.metrics if before and stage.improves else None
         own_rows = None if self.config.recipe else self.directory.path / "features"  # a recipe's are for others too
-        trainer = Solver(*own, own_rows) if stage.solved else Trainer(*own, self.processes, start)
+        if stage.solved and isinstance(ready.task, LabelTask):
+            trainer: Solver | Trainer = Solver(live, ready.task, *own, own_rows)
+        else:
+            trainer = Trainer(live, ready.task, *own, self.processes, start)
         trainer.state.seconds = before.provenance["seconds"] if before else 0.0
         state = trainer.run()
-        if before and start and not state.best_step and self.data.dev and stage.config.keep == "best":
-            return self._unimproved(before, number, state, out)
+        last, dev = number == count, self.data.dev
+        if before and start and not state.best_step and dev and stage.config.keep == "best":
+            return self._unimproved(before, ready, state, out)
         counts = count_parameters(live)
-        config = self.config if number == count else stage.config
+        config = self.config if last else stage.config
         known = {**self.baselines, **({PROBE: start} if start else {})}
         facts = {**provenance(config, counts, state, self.data, live.encoder, self.processes.count), "baselines": known}
-        metrics = {**state.metrics, **self._elsewhere(live, ready, stage.config)}
-        delta = live.freeze(name, self.version, metrics, facts)
+        with settled(live, ready.dev if last else [], self.config.max_tokens, self.config.calibrate) as own:
+            metrics = {**state.metrics, **own.metrics, **self._elsewhere(live, ready)}
+            delta = live.freeze(name, self.version, metrics, {**facts, **own.facts})
+            difference = self._publish(delta, live, ready, out)
+        held = state_bytes(trainer.optimizer) if isinstance(trainer, Trainer) else 0
+        return Outcome(delta, out, counts, state, difference, held, known)
+
+    def _unimproved(self, before: Delta, ready: Prepared, state: RunState, out: Path) -> Outcome:
+        """Publishes the stage before, the probe: no state of this one was better on the dev set."""
+        live = ready.live
+        live.head.adopt(before.head)
+        with settled(live, ready.dev, self.config.max_tokens, self.config.calibrate) as own:
+            metrics = {**before.metrics, **own.metrics, **self._elsewhere(live, ready)}
+            delta = live.freeze(before.name, self.version, metrics, {**before.provenance, **own.facts})
+            difference = self._publish(delta, live, ready, out)
+        head = sum(tensor.numel() for tensor in before.head.values())
+        counts = ParameterCount(0, head, 0)
+        return Outcome(delta, out, counts, state, difference, baselines=self.baselines, unimproved=True)
+
+    def _elsewhere(self, live: TrainableDelta, ready: Prepared) -> dict[str, float]:
+        """The metrics on ``ood`` items."""
+        if not ready.ood:
+            return {}
+        found = measure(live, task_for(live.task), ready.ood, self.config.max_tokens, self.processes)
+        return {f"ood_{name}": value for name, value in found.items()}
+
+    def _publish(self, delta: Delta, live: TrainableDelta, ready: Prepared, out: Path) -> float:
+        """Publishes a delta once, whatever the number of processes; see ``publish``."""
         dev = self.data.dev
         sample = (ready.dev, dev.records) if dev else (ready.items, self.data.train.records)
         leads, extras = self.processes.leads, self.directory.extras()
         difference = publish(delta, live, out, *sample, extra=extras) if leads else 0.0
         self.processes.wait()
-        held = state_bytes(trainer.optimizer) if isinstance(trainer, Trainer) else 0
-        return Outcome(delta, out, counts, state, difference, held, known)
-
-    def _unimproved(self, before: Delta, number: int, state: RunState, out: Path) -> Outcome:
-        """Publishes the stage before: no state of this one was better on the dev set."""
-        if self.processes.leads:
-            publish_copy(self.directory.stage(number - 1), out, self.directory.extras())
-        self.processes.wait()
-        head = sum(tensor.numel() for tensor in before.head.values())
-        return Outcome(before, out, ParameterCount(0, head, 0), state, 0.0, baselines=self.baselines, unimproved=True)
-
-    def _elsewhere(self, live: TrainableDelta, ready: Prepared, config: TrainConfig) -> dict[str, float]:
-        """The metrics on ``ood`` items."""
-        if not ready.ood:
-            return {}
-        found = measure(live, ready.task, ready.ood, config.max_tokens, self.processes)
-        return {f"ood_{name}": value for name, value in found.items()}
+        return difference
 
 
 def _continued(stage: Stage, ready: Prepared, before: Delta) -> TrainableDelta:
@@ -234,6 +243,12 @@ def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
         "head": config.head or ("linear" if own and form.head == "hf" else form.head),
     }
     return replace(config, **chosen)
+
+
+def for_data(config: TrainConfig, train: Source) -> TrainConfig:
+    """The configuration for multi-label where a classification's labels are lists."""
+    several = config.task == CLASSIFICATION and holds_several(train.records)
+    return replace(config, task=MULTI_LABEL) if several else config
 
 
 def task_spec(config: TrainConfig, encoder: Encoder, train: Source) -> TaskSpec:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from bertology_serve.errors import SpecError, nearest
 from bertology_serve.tasks.fields import read_label
-from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, TASK_KINDS, TaskSpec
+from bertology_serve.tasks.spec import EMBEDDING, LABEL_KINDS, QUESTION_ANSWERING, TASK_KINDS, TaskSpec
 from bertology_serve.training.method_options import CHILD_TUNING, MIXOUT, REGULARISED, TOP_K, read_options
 
 PROBE, FULL = "probe", "full"
@@ -64,7 +64,7 @@ class TrainConfig:
     start: Literal["probe", "random"] = _option(
         "probe",
         "Where the head begins. probe: at the linear probe, solved on the frozen encoder's rows in seconds "
-        "(classification); what is published is never worse on --eval than that. random: at random numbers.",
+        "(classification, multi-label); what is published is never worse on --eval than that. random: at random.",
     )
     epochs: int | None = _option(None, "Passes over the training data. Default: 3, more for fewer than 2,000 rows.")
     first_epochs: int | None = _option(
@@ -89,6 +89,14 @@ class TrainConfig:
     labels: tuple[str, ...] = _option(
         (), "Labels in logit order, with commas (quoted where they hold one). Default: those of the training data."
     )
+    balance: bool = _option(
+        False, "Weigh examples so that every label counts alike, however rare it is (classification, multi-label)."
+    )
+    label_smoothing: float = _option(0.0, "Share of each target that is spread over all labels.")
+    calibrate: bool = _option(
+        True, "Fit a temperature on --eval and put it into the head: scores then say how often answers are right."
+    )
+    abstain: float = _option(0.0, "Least score at which an answer names a label; below it the label is null.")
     max_length: int | None = _option(None, "Longest sequence in tokens. Default: 384 for question answering, else 128.")
     pooling: Literal["cls", "mean", "max"] | None = _option(
         None,
@@ -137,6 +145,9 @@ class TrainConfig:
         for name, least in _LEAST.items():
             _check_number(name, getattr(self, name), least)
         _check_number("warmup", self.warmup, 0, most=1)
+        _check_number("label_smoothing", self.label_smoothing, 0, most=0.99)
+        if (self.balance or self.label_smoothing) and self.task not in LABEL_KINDS:
+            raise SpecError(f"balance and label_smoothing are for {' and '.join(LABEL_KINDS)}, not {self.task}")
         _check_number("beta2", self.beta2, 0, most=1)
         for name in ("learning_rate", "head_learning_rate", "first_learning_rate"):
             rate = getattr(self, name)
@@ -153,7 +164,7 @@ class TrainConfig:
     def starts_at_probe(self) -> bool:
         """Whether the probe is solved first, and its head is where training begins."""
         plain = self.recipe is None and self.start == "probe" and PROBE not in self.method
-        return plain and self.task == "classification" and self.head in (None, "linear")
+        return plain and self.task in LABEL_KINDS and self.head in (None, "linear")
 
     def passes(self, rows: int) -> int:
         """Epochs over that many rows: as given, or three, and more where those would be few steps."""
@@ -162,7 +173,7 @@ class TrainConfig:
     @property
     def solvable(self) -> bool:
         """Whether the head is one linear layer that gives a text its label."""
-        return self.task == "classification" and self.form.head == "linear"
+        return self.task in LABEL_KINDS and self.form.head == "linear"
 
     @property
     def full(self) -> bool:
@@ -172,7 +183,7 @@ class TrainConfig:
     @property
     def form(self) -> TaskSpec:
         """The task as far as it is known without data: labels may stand for others."""
-        labelled = self.task in ("classification", "token-classification")
+        labelled = self.task in (*LABEL_KINDS, "token-classification")
         return self.task_spec(("O",) if labelled and not self.labels else self.labels)
 
     def rate(self, method: str) -> float:
@@ -198,6 +209,7 @@ class TrainConfig:
             head=self.head or ("none" if embedding else "linear" if probe else TaskSpec.head),
             stride=TaskSpec.stride if self.stride is None else self.stride,
             max_answer_length=self.max_answer_length or TaskSpec.max_answer_length,
+            abstain=self.abstain,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -252,9 +264,9 @@ def _check_recipe(config: TrainConfig) -> None:
         raise SpecError(
             "first_epochs and first_learning_rate are those of a recipe's first stage; give --recipe lp-ft or eh-ft too"
         )
-    if config.recipe == LP and (config.method != (PROBE,) or config.task != "classification"):
+    if config.recipe == LP and (config.method != (PROBE,) or config.task not in LABEL_KINDS):
         raise SpecError(
-            f"recipe lp solves a probe for classification; got method {names} and task {config.task}; "
+            f"recipe lp solves a probe for {' or '.join(LABEL_KINDS)}; got method {names} and task {config.task}; "
             "leave --recipe out, or take lp-ft"
         )
     if config.recipe == LP and config.head not in (None, "linear"):

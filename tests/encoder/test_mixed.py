@@ -31,6 +31,7 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "lora-4": ([Lora(("query", "key", "value", "output", "up", "down"), rank=4)], TAGS),
     "lora-8": ([Lora(("key", "value"), rank=8, rslora=True)], ANSWERS),
     "lora-3": ([Lora(("query",), rank=3, layers=(1,))], TaskSpec("regression", max_length=32, pooling="mean")),
+    "flags": ([Lora(rank=2)], TaskSpec("multi-label", LABELS, 32, thresholds=(0.4, 0.5, 0.6))),
     "bitfit": ([Bitfit()], CLASSES),
     "bitfit-qkv": ([Bitfit("attention")], TaskSpec("multiple-choice", max_length=32)),
     "houlsby": ([Adapter(width=5)], CLASSES),

@@ -18,12 +18,19 @@ from bertology_serve.export.exporting import export_delta
 from tests import tiny
 from tests.encoder.test_mixed import DELTAS, logits, record
 
-NAMES = {"lora-1": "hf", "pfeiffer": "flat", "prefix": "hf", "prefix-shifted": "hf", "bitfit-qkv": "flat"}
+NAMES = {
+    "lora-1": "hf",
+    "pfeiffer": "flat",
+    "prefix": "hf",
+    "prefix-shifted": "hf",
+    "flags": "hf",
+    "bitfit-qkv": "flat",
+}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[Encoder, Path]:
-    """An encoder, and exports of deltas of five tasks."""
+    """An encoder, and exports of deltas of six tasks."""
     root = tmp_path_factory.mktemp("served")
     encoder = tiny.encoder("roberta", root / "encoder")
     with pytest.MonkeyPatch.context() as patched:

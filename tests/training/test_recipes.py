@@ -68,8 +68,14 @@ def test_stages_say_what_is_trained_and_from_what_start():
         ({"recipe": "eh-ft", "method": "full"}, "recipe eh-ft begins with a delta, but the method is full"),
         ({"recipe": "lp-ft", "method": "probe"}, "recipe lp-ft begins with the probe"),
         ({"first_epochs": 2}, "those of a recipe's first stage; give --recipe lp-ft or eh-ft too"),
-        ({"recipe": "lp", "method": "lora"}, "recipe lp solves a probe for classification; got method lora"),
-        ({"recipe": "lp", "task": "regression"}, "recipe lp solves a probe for classification; got .* task regression"),
+        (
+            {"recipe": "lp", "method": "lora"},
+            "recipe lp solves a probe for classification or multi-label; got method lora",
+        ),
+        (
+            {"recipe": "lp", "task": "regression"},
+            "recipe lp solves a probe for .*; got .* task regression",
+        ),
         ({"recipe": "lp", "head": "hf"}, "recipe lp solves one linear layer; got head 'hf'"),
         ({"recipe": "lp", "lp_path": 0}, "lp_path is 0"),
         ({"recipe": "lp", "lp_layers": "some"}, "unknown lp_layers 'some'"),
@@ -145,8 +151,8 @@ def test_products_are_ordinary_deltas(tmp_path: Path, bert: Encoder):
 
 def test_the_first_stage_is_the_solo_run(tmp_path: Path, bert_path: Path):
     """The kept delta is what ``--method lora`` alone would have given."""
-    run(Encoder.load(str(bert_path)), tmp_path / "both", "eh-ft", version="1")
-    config = stages(TrainConfig("classification", recipe="eh-ft", **QUICK))[0].config
+    run(Encoder.load(str(bert_path)), tmp_path / "both", "eh-ft", version="1", calibrate=False)
+    config = stages(TrainConfig("classification", recipe="eh-ft", calibrate=False, **QUICK))[0].config
     data = sets.source("classification"), sets.source("classification", "dev.jsonl")
     solo = train(config, Encoder.load(str(bert_path)), *data, place=Destination(tmp_path / "solo")).delta
     kept = store.load(tmp_path / "both-lora" / "1")

@@ -22,11 +22,16 @@ from bertology_serve.training.train_config import TrainConfig
 from tests.bits import same_bits
 from tests.training import sets
 
+DEFAULTS = {"recipe": "lp", "max_length": 32, "epochs": 2, "batch_size": 4, "calibrate": False}
+
 
 def run(encoder: Encoder, out: Path, **values: Any) -> Outcome:
     place = {name: values.pop(name) for name in ("resume", "overwrite") if name in values}
     watcher, dev = values.pop("watcher", None), values.pop("dev", sets.source("classification", "dev.jsonl"))
-    config = TrainConfig("classification", **{"recipe": "lp", "max_length": 32, "epochs": 2, "batch_size": 4, **values})
+    config = TrainConfig(
+        "classification",
+        **{**DEFAULTS, **values},
+    )
     data = sets.source("classification"), dev
     return train(config, encoder, *data, place=Destination(out, **place), watcher=watcher)
 

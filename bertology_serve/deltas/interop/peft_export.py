@@ -21,6 +21,7 @@ from bertology_serve.tasks.heads import FAMILIES, ROBERTA_LIKE, TAGS_ONLY, head_
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
+    MULTI_LABEL,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
@@ -31,6 +32,7 @@ from bertology_serve.tasks.spec import (
 # Multiple choice has no task type in peft: its plain PeftModel runs the task model, the head listed by name.
 TASK_TYPES: dict[str, str | None] = {
     CLASSIFICATION: "SEQ_CLS",
+    MULTI_LABEL: "SEQ_CLS",
     REGRESSION: "SEQ_CLS",
     TOKEN_CLASSIFICATION: "TOKEN_CLS",
     QUESTION_ANSWERING: "QUESTION_ANS",

@@ -51,6 +51,7 @@ class Answer(Struct, omit_defaults=True):
     task: str
     id: str = ""
     label: str | None = None
+    labels: list[str] | None = None
     score: float | None = None
     scores: dict[str, float] | list[float] | None = None
     value: float | None = None

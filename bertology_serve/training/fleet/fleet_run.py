@@ -14,7 +14,8 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import SpecError
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import TaskSpec
-from bertology_serve.training.batches import Data, Item, Source, make_items
+from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
+from bertology_serve.training.calibration import settled
 from bertology_serve.training.evaluate import measure
 from bertology_serve.training.fleet.fleet import Fleet
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
@@ -84,6 +85,7 @@ def _enrolled(
     spec = task_spec(one.config, shelf.encoder, train)
     live, (items, dev, ood) = make_live(shelf.encoder, one.config, spec), [shelf.made(s, spec) for s in sources]
     start_at_mean(live, items)
+    items = shaped(task_for(spec), items, one.config.balance, one.config.label_smoothing)
     member = Member(one.name, live, task_for(spec), items, one.config, dev, directory, watcher)
     return Enrolled(member, Data(train, sources[1], sources[2]), ood)
 
@@ -145,10 +147,12 @@ class Publisher:
         one, out, live = self.crew[member.name], self.root / member.name, member.live
         self.fresh = self.fresh or live.encoder.fresh()
         facts = provenance(member.config, count_parameters(live), member.state, one.data, live.encoder)
-        delta = live.freeze(member.name, "", {**member.state.metrics, **_elsewhere(one)}, facts)
         sample = (member.dev, one.data.dev.records) if one.data.dev else (member.items, one.data.train.records)
         log = [self.directory.take_log(member.name)]
-        difference = publish(delta, live, out, *sample, extra=log, fresh=self.fresh)
+        with settled(live, member.dev, member.config.max_tokens, member.config.calibrate) as own:
+            metrics = {**member.state.metrics, **own.metrics, **_elsewhere(one)}
+            delta = live.freeze(member.name, "", metrics, {**facts, **own.facts})
+            difference = publish(delta, live, out, *sample, extra=log, fresh=self.fresh)
         self.deltas[member.name] = replace(delta, version=identify(out).version)
         self.watcher.published(member.name, difference)
 
@@ -157,5 +161,6 @@ def _elsewhere(one: Enrolled) -> dict[str, float]:
     """The metrics on ``ood`` items."""
     if not one.ood:
         return {}
-    found = measure(one.member.live, one.member.task, one.ood, one.member.config.max_tokens)
+    live = one.member.live
+    found = measure(live, task_for(live.task), one.ood, one.member.config.max_tokens)
     return {f"ood_{name}": value for name, value in found.items()}
