@@ -26,9 +26,10 @@ from sklearn.linear_model import LogisticRegression
 import bertology_serve
 from bertology_serve.data.records import read_records
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.tasks.logistic import Logistic
 from bertology_serve.training.batches import Source
 from bertology_serve.training.features import pooled
-from bertology_serve.training.probe_solver import Logistic, Solver
+from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.recipes import stages
 from bertology_serve.training.run_directory import RunDirectory
 from bertology_serve.training.train import Prepared, prepare
@@ -114,7 +115,7 @@ def against_sklearn(ready: Prepared, config: TrainConfig) -> dict[str, float]:
     rows = pooled(ready.live, ready.items, [depth], config.max_tokens)[depth]
     labels = torch.tensor([item.target for item in ready.items])
     x = rows.double()
-    ours = Logistic(rows, labels, int(labels.max()) + 1).solve(1.0).loss
+    ours = Logistic(rows, torch.nn.functional.one_hot(labels).double()).solve(1.0).loss
     z = ((x - x.mean()) / x.std(correction=0)).numpy()
     model = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(z, labels.numpy())
     logits = torch.from_numpy(model.decision_function(z))

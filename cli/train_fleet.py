@@ -133,11 +133,11 @@ class Board:
 
 def show_dry_run(spec: FleetSpec, encoder: Encoder) -> None:
     """What would be trained, and nothing else."""
-    from bertology_serve.training.fleet.fleet_run import enrol
+    from bertology_serve.training.fleet.fleet_run import Shelf, enrol
     from bertology_serve.training.methods import count_parameters
 
     rows = []
-    for one in enrol(spec, encoder):
+    for one in enrol(spec, Shelf(encoder)):
         member, count = one.member, count_parameters(one.member.live)
         about = [member.config.task, ",".join(member.config.method), f"{count.delta:,}", f"{count.head:,}"]
         rows.append([member.name, *about, len(member.items), member.total])

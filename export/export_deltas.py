@@ -14,7 +14,6 @@ import onnx_ir
 
 import bertology_serve
 from bertology_serve.deltas.delta import Delta, bare
-from bertology_serve.deltas.store import staging
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import BaseMismatch, FormatError, SpecError
 from bertology_serve.export.delta_library import FILE, Library, head_eps, library_of
@@ -29,7 +28,7 @@ from bertology_serve.export.samples import Reference, built_in, of_encodings
 from bertology_serve.export.session import Session
 from bertology_serve.export.verify import Bars, Report, check, witnesses
 from bertology_serve.export.verify_mixed import Mixed, verify_mixed
-from bertology_serve.files import replace_directory
+from bertology_serve.files import replace_directory, staging
 from bertology_serve.tasks.spec import Encoding
 
 PRECISIONS = get_args(MultiPrecision)

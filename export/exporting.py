@@ -13,7 +13,6 @@ import torch
 from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.store import staging
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.back_ends import choose, write
@@ -25,7 +24,7 @@ from bertology_serve.export.metadata import annotate, longest, metadata, save
 from bertology_serve.export.samples import Reference, built_in, of_encodings
 from bertology_serve.export.session import Session
 from bertology_serve.export.verify import Bars, Report, check, verify, witnesses
-from bertology_serve.files import replace_directory
+from bertology_serve.files import replace_directory, staging
 from bertology_serve.tasks.spec import Encoding
 
 

@@ -14,6 +14,7 @@ from bertology_serve.errors import SpecError
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import MODEL
 from bertology_serve.export.session import ROWS
+from bertology_serve.files import write_json
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -61,8 +62,8 @@ def write_around(
 ) -> None:
     """Writes everything but the model, which lies at ``model``, into ``directory``."""
     _write_tokenizer(directory, encoder, int(facts["max_length"]))
-    _write_json(directory / "config.json", config(encoder, delta, facts))
-    _write_json(directory / REPORT, report.as_dict())
+    write_json(directory / "config.json", config(encoder, delta, facts))
+    write_json(directory / REPORT, report.as_dict())
     if delta.task.kind == EMBEDDING and model != MODEL["triton"]:
         _write_modules(directory, delta, encoder.anatomy.hidden, int(facts["max_length"]))
     (directory / "README.md").write_text(card(model, facts, report, cautions), encoding="utf-8")
@@ -133,7 +134,7 @@ def _write_tokenizer(directory: Path, encoder: Encoder, max_length: int) -> None
     if (
         values.get("tokenizer_class") == "TokenizersBackend"
     ):  # its name since transformers 5; optimum has transformers 4
-        _write_json(path, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        write_json(path, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _write_modules(directory: Path, delta: Delta, hidden: int, max_length: int) -> None:
@@ -147,13 +148,9 @@ def _write_modules(directory: Path, delta: Delta, hidden: int, max_length: int) 
     pooling = {f"pooling_mode_{mode}": name == delta.task.pooling for name, mode in modes.items()}
     for path in filter(None, steps.values()):
         (directory / path).mkdir()
-    _write_json(directory / "modules.json", modules)
-    _write_json(directory / "1_Pooling" / "config.json", {"word_embedding_dimension": hidden} | pooling)
-    _write_json(directory / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(directory / "modules.json", modules)
+    write_json(directory / "1_Pooling" / "config.json", {"word_embedding_dimension": hidden} | pooling)
+    write_json(directory / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
 
 
 CONFIG, LABELS = "config.pbtxt", "labels.txt"

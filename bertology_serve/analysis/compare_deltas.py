@@ -16,7 +16,7 @@ from bertology_serve.analysis.figures import Bars, Figure, HeatMap, Lines
 from bertology_serve.analysis.report import Report, origin
 from bertology_serve.analysis.representations import LinearCka
 from bertology_serve.analysis.settings import DistanceSettings
-from bertology_serve.analysis.subject_model import Advance, Subject, batches, silent
+from bertology_serve.analysis.subject_model import Advance, Subject, silent
 from bertology_serve.analysis.weight_change import Directions, Move, directions_of, moves_between, moves_of, overlap
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import BaseMismatch, SpecError
@@ -82,18 +82,14 @@ def _features(
     from_base = [[LinearCka(anatomy.hidden) for _ in range(anatomy.layers + 1)] for _ in subjects]
     pairs = {pair: LinearCka(anatomy.hidden) for pair in combinations(range(len(subjects)), 2)}
     done = 0
-    for members in batches([len(encoding) for encoding in encodings], max_tokens):
-        sides = []
-        for model in (base, *subjects):
-            batch = model.pack([encodings[i] for i in members])
-            sides.append([hidden[batch.text_rows] for hidden in model.layers(batch)])
-        own, *others = sides
+    for passed in zip(*(model.passes(encodings, max_tokens) for model in (base, *subjects)), strict=True):
+        own, *others = [[hidden[batch.text_rows] for hidden in layers.values()] for _, batch, layers in passed]
         for layers, found in zip(others, from_base, strict=True):
             for cka, x, y in zip(found, own, layers, strict=True):
                 cka.add(x, y)
         for (i, j), cka in pairs.items():
             cka.add(others[i][-1], others[j][-1])
-        done += len(members)
+        done += len(passed[0][0])
         advance(done, len(encodings))
     return from_base, pairs
 

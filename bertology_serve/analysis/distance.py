@@ -14,7 +14,7 @@ from bertology_serve.analysis.figures import Figure, HeatMap, Lines, Panel
 from bertology_serve.analysis.report import Report, origin
 from bertology_serve.analysis.representations import LinearCka
 from bertology_serve.analysis.settings import DistanceSettings
-from bertology_serve.analysis.subject_model import Advance, Subject, batches, silent
+from bertology_serve.analysis.subject_model import Advance, Subject, silent
 from bertology_serve.analysis.weight_change import Move, moves_between, moves_of
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
@@ -82,14 +82,11 @@ def compare_features(
     anatomy = subject.encoder.anatomy
     found = [LinearCka(anatomy.hidden) for _ in range(anatomy.layers + 1)]
     done = 0
-    for members in batches([len(encoding) for encoding in encodings], max_tokens):
-        sides = []
-        for model in (base, subject):
-            batch = model.pack([encodings[i] for i in members])
-            sides.append([hidden[batch.text_rows] for hidden in model.layers(batch)])
+    for passed in zip(*(model.passes(encodings, max_tokens) for model in (base, subject)), strict=True):
+        sides = [[hidden[batch.text_rows] for hidden in layers.values()] for _, batch, layers in passed]
         for cka, x, y in zip(found, *sides, strict=True):
             cka.add(x, y)
-        done += len(members)
+        done += len(passed[0][0])
         advance(done, len(encodings))
     return found
 

@@ -20,11 +20,12 @@ from bertology_serve.analysis.settings import PruneSettings
 from bertology_serve.analysis.subject_model import Advance, Subject, head_numbers, mapped, silent
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.pruning import Numbers
-from bertology_serve.deltas.store import publish, staging
+from bertology_serve.deltas.store import publish
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pruned import obstacle
 from bertology_serve.encoder.pruned import prune as cut
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
+from bertology_serve.files import staging
 from bertology_serve.kinds.slots import UP
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bertology_serve.analysis.subject_model import Advance, Subject, batches, silent, text_rows
+from bertology_serve.analysis.subject_model import Advance, Subject, silent, text_rows
 from bertology_serve.tasks.heads import pool
 from bertology_serve.tasks.spec import Encoding
 
@@ -38,13 +38,12 @@ def gather(
     texts = torch.empty(anatomy.layers + 1, len(encodings), anatomy.hidden)
     words = torch.empty(anatomy.layers + 1, firsts[-1], anatomy.hidden)
     done = 0
-    for members in batches([len(encoding) for encoding in encodings], max_tokens):
-        batch = subject.pack([encodings[i] for i in members])
+    for members, batch, layers in subject.passes(encodings, max_tokens):
         owners = [members[original] for original in batch.order]
         lengths = torch.tensor(batch.text_lengths, device=batch.ids.device)
         chosen = [own[list(wanted[i])] for i, own in zip(owners, text_rows(batch), strict=True)]
         places = torch.cat([torch.arange(firsts[i], firsts[i + 1]) for i in owners])
-        for layer, hidden in enumerate(subject.layers(batch)):
+        for layer, hidden in layers.items():
             texts[layer, owners] = pool(hidden, batch.text_rows, lengths, pooling).float().cpu()
             words[layer, places] = hidden[torch.cat(chosen)].float().cpu()
         done += len(members)

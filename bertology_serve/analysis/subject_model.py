@@ -18,7 +18,7 @@ from bertology_serve.encoder.bank import BARE, Entry, LiveBank
 from bertology_serve.encoder.batch import PackedBatch, pack
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.forward_context import Heads
-from bertology_serve.encoder.pooling import form_for
+from bertology_serve.encoder.pooling import form_for, layer_rows
 from bertology_serve.errors import BaseMismatch
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.heads import Head
@@ -89,8 +89,12 @@ class Subject:
     @property
     def virtual(self) -> int:
         """Rows that the delta's prompt or prefix takes of the encoder's positions, at most."""
-        entry = self.pools.entries.get(KEY, BARE)
-        return entry.prompt_length + entry.prefix_length
+        return self.entry.prompt_length + self.entry.prefix_length
+
+    @property
+    def entry(self) -> Entry:
+        """The delta's place among ``pools``."""
+        return self.pools.entries.get(KEY, BARE)
 
     @cached_property
     def head(self) -> Head:
@@ -103,17 +107,20 @@ class Subject:
 
     def pack(self, encodings: Sequence[Encoding]) -> PackedBatch:
         """One batch of sequences, the delta on all of them."""
-        entry: Entry = self.pools.entries.get(KEY, BARE)
         encoder = self.encoder
-        return pack(encodings, [entry] * len(encodings), encoder.anatomy, encoder.device, padded=not encoder.packs)
+        return pack(encodings, [self.entry] * len(encodings), encoder.anatomy, encoder.device, padded=not encoder.packs)
 
     def run(self, batch: PackedBatch, heads: Heads | None = None) -> Tensor:
         """The last hidden states [T, H]."""
         return self.encoder.run(batch, self.pools, heads=heads)
 
-    def layers(self, batch: PackedBatch) -> tuple[Tensor, ...]:
-        """The hidden states [T, H] after the embeddings and each layer."""
-        return self.encoder.layers(batch, self.pools)
+    def passes(
+        self, encodings: Sequence[Encoding], max_tokens: int
+    ) -> Iterator[tuple[Sequence[int], PackedBatch, dict[int, Tensor]]]:
+        """Batches of the sequences with the hidden states [T, H] of every layer; see ``layer_rows``."""
+        groups = batches([len(encoding) for encoding in encodings], max_tokens)
+        layers = range(self.encoder.anatomy.layers + 1)
+        return layer_rows(self.encoder, self.pools, self.entry, encodings, groups, layers)
 
     def facts(self) -> dict[str, Any]:
         """What the report says of it."""

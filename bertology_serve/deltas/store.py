@@ -26,16 +26,12 @@ NaN, names that are not ``[a-z0-9][a-z0-9._-]{0,63}``, and files that lie elsewh
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -70,7 +66,7 @@ from bertology_serve.deltas.names import (
 )
 from bertology_serve.deltas.safe_io import Limits, read_json, read_tensors, untrusted
 from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
-from bertology_serve.files import flush, hidden, replace_directory
+from bertology_serve.files import flush, replace_directory, staging, write_json
 from bertology_serve.kinds.kind import Tensors
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.spec import TaskSpec
@@ -264,35 +260,12 @@ def _unpacked(written: Tensors, manifest: Manifest) -> tuple[Tensors, Tensors]:
     return tensors, head
 
 
-@contextmanager
-def staging(target: Path) -> Iterator[Path]:
-    """A hidden empty directory beside ``target``, removed at the end unless ``publish`` took it.
-
-    What the disk refuses inside the block is a FormatError.
-    """
-    stage = hidden(target.resolve())
-    try:
-        stage.parent.mkdir(parents=True, exist_ok=True)
-        stage.mkdir()
-        yield stage
-    except (OSError, SafetensorError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
-        raise FormatError(f"cannot write {target}: {reason}; free the disk or choose another directory") from None
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     """Writes a safetensors file; what it must be from then on."""
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}  # no shared memory
     save_file(copies, path, {"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read; the umask decides here
     return file_record(path)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes JSON for people to read too."""
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def file_record(path: Path) -> FileRecord:

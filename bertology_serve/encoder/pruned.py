@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bertology_serve.deltas.pruning import PRUNED, Numbers, Pruning, check_kept, restore, sliced_state
-from bertology_serve.deltas.store import write_json, write_tensors
+from bertology_serve.deltas.store import write_tensors
 from bertology_serve.errors import FormatError, Unsupported
+from bertology_serve.files import write_json
 from bertology_serve.kinds.slots import GATE, QKV
 
 RECORD, WEIGHTS = "pruning.json", "model.safetensors"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.encoder.bank import BARE, LiveBank
+from bertology_serve.encoder.bank import BARE, Entry, LiveBank
 from bertology_serve.encoder.batch import PackedBatch, pack
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pooling import form_for, read
@@ -71,12 +71,16 @@ class TrainableDelta(nn.Module):
 
     def hidden(self, encodings: Sequence[Encoding]) -> tuple[Tensor, PackedBatch]:
         """The encoder's rows [T, H] and the packed batch that they belong to."""
-        pools = LiveBank([("live", self.effects())], self.training)
-        entry = pools.entries["live"] if self.specs else BARE
+        pools, entry = self.bank()
         batch = pack(encodings, [entry] * len(encodings), self.encoder.anatomy, self.encoder.device,
                      padded=not self.encoder.packs)  # fmt: skip
         with self.around(encodings, batch):
             return self.encoder.run(batch, pools), batch
+
+    def bank(self) -> tuple[LiveBank, Entry]:
+        """The components' rows as they are at this moment, and their place there."""
+        pools = LiveBank([("live", self.effects())], self.training)
+        return pools, pools.entries["live"] if self.specs else BARE
 
     def effects(self) -> Effects:
         """What the components do at this moment, differentiable in them."""

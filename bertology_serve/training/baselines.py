@@ -22,7 +22,7 @@ def baselines(encoder: Encoder, task: Task, items: Sequence[Item], dev: Sequence
     """
     examples: list[Any] = [item.example for item in dev]
     found = {}
-    prior = task.prior([item.target for item in items])
+    prior = task.prior([task.target(item.example, item.encodings) for item in items])  # unweighted
     if prior is not None:
         found[CONSTANT] = task.metrics([task.decode(item.example, item.encodings, [prior]) for item in dev], examples)
     if task.kind in (REGRESSION, EMBEDDING) and all(example.text_pair is not None for example in examples):

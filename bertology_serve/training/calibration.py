@@ -57,6 +57,7 @@ def settled(live: TrainableDelta, dev: Sequence[Item], max_tokens: int, calibrat
 
 def _settle(live: TrainableDelta, task: LabelTask, dev: Sequence[Item], max_tokens: int, calibrate: bool) -> Settled:
     logits, targets = _logits(live, dev, max_tokens), [item.target for item in dev]
+    final: LabelTask = task
     found: dict[str, Any] = {}
     if calibrate:
         by = temperature(task, logits, targets)
@@ -70,10 +71,10 @@ def _settle(live: TrainableDelta, task: LabelTask, dev: Sequence[Item], max_toke
         has, lacks = task.rows(targets).chunk(2, 1)
         chosen = thresholds(task.probabilities(logits).numpy(), (has > lacks).numpy(), (has + lacks > 0).numpy())
         live.task = replace(live.task, thresholds=chosen)
-        task = MultiLabel(live.task)
+        final = MultiLabel(live.task)
         found["thresholds"] = f"micro F1 on {len(dev)} rows"
     loss = float(task.loss(logits, [], targets)) / len(dev)
-    metrics = task.metrics(_answers(task, dev, logits), [item.example for item in dev])
+    metrics = final.metrics(_answers(final, dev, logits), [item.example for item in dev])
     return Settled({**metrics, "loss": loss}, {"calibration": found} if found else {})
 
 
@@ -102,7 +103,7 @@ def thresholds(scores: Floats, gold: Flags, known: Flags) -> tuple[float, ...]:
     flat: Floats = scores[known]
     right: Flags = gold[known]
     if not right.any():
-        return (EVEN,) * scores.shape[1]
+        return (EVEN,) * int(scores.shape[1])
     order = np.argsort(-flat, kind="stable")
     f1 = 2 * np.cumsum(right[order]) / (np.arange(1, len(flat) + 1) + right.sum())
     common, best = _cut(flat[order], f1), float(f1.max())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bertology_serve.data.records import infer_labels
+from bertology_serve.data.records import Record, infer_labels
 from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import identify
 from bertology_serve.deltas.delta import Delta
@@ -23,7 +23,7 @@ from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
-from bertology_serve.training.calibration import settled
+from bertology_serve.training.calibration import Settled, settled
 from bertology_serve.training.callbacks import Callback, NoCallback
 from bertology_serve.training.checkpoint import RunState
 from bertology_serve.training.config_file import settings_text
@@ -49,6 +49,10 @@ class Prepared:
     items: list[Item]
     dev: list[Item]
     ood: list[Item] = field(default_factory=list)
+
+    def sample(self, data: Data) -> tuple[list[Item], Sequence[Record]]:
+        """The items, and their records, that a saved copy is compared on."""
+        return (self.dev, data.dev.records) if data.dev else (self.items, data.train.records)
 
 
 @dataclass(frozen=True)
@@ -158,55 +162,68 @@ class Run:
         if count > 1:
             self.watcher.staged(number, count, stage.title)
         own = (ready.items, stage.config, ready.dev, self.directory, self.watcher, number * (count > 1))
-        start = before.metrics if before and stage.improves else None
         own_rows = None if self.config.recipe else self.directory.path / "features"  # a recipe's are for others too
         if stage.solved and isinstance(ready.task, LabelTask):
             trainer: Solver | Trainer = Solver(live, ready.task, *own, own_rows)
         else:
-            trainer = Trainer(live, ready.task, *own, self.processes, start)
+            trainer = Trainer(live, ready.task, *own, self.processes)
         trainer.state.seconds = before.provenance["seconds"] if before else 0.0
+        known = dict(self.baselines)
+        if before and stage.improves and isinstance(trainer, Trainer):
+            known[PROBE] = before.metrics
+            trainer.begin_at(before.metrics)
         state = trainer.run()
-        last, dev = number == count, self.data.dev
-        if before and start and not state.best_step and dev and stage.config.keep == "best":
+        if before and isinstance(trainer, Trainer) and trainer.unimproved:
             return self._unimproved(before, ready, state, out)
-        counts = count_parameters(live)
+        last = number == count
         config = self.config if last else stage.config
-        known = {**self.baselines, **({PROBE: start} if start else {})}
-        facts = {**provenance(config, counts, state, self.data, live.encoder, self.processes.count), "baselines": known}
-        with settled(live, ready.dev if last else [], self.config.max_tokens, self.config.calibrate) as own:
-            metrics = {**state.metrics, **own.metrics, **self._elsewhere(live, ready)}
-            delta = live.freeze(name, self.version, metrics, {**facts, **own.facts})
+        with settled(live, ready.dev if last else (), config.max_tokens, config.calibrate) as scores:
+            delta = finished(live, ready, state, config, self.data, known, name, self.version, self.processes, scores)
             difference = self._publish(delta, live, ready, out)
         held = state_bytes(trainer.optimizer) if isinstance(trainer, Trainer) else 0
-        return Outcome(delta, out, counts, state, difference, held, known)
+        return Outcome(delta, out, count_parameters(live), state, difference, held, known)
 
     def _unimproved(self, before: Delta, ready: Prepared, state: RunState, out: Path) -> Outcome:
         """Publishes the stage before, the probe: no state of this one was better on the dev set."""
         live = ready.live
         live.head.adopt(before.head)
         with settled(live, ready.dev, self.config.max_tokens, self.config.calibrate) as own:
-            metrics = {**before.metrics, **own.metrics, **self._elsewhere(live, ready)}
+            metrics = {**before.metrics, **own.metrics}
             delta = live.freeze(before.name, self.version, metrics, {**before.provenance, **own.facts})
             difference = self._publish(delta, live, ready, out)
         head = sum(tensor.numel() for tensor in before.head.values())
         counts = ParameterCount(0, head, 0)
         return Outcome(delta, out, counts, state, difference, baselines=self.baselines, unimproved=True)
 
-    def _elsewhere(self, live: TrainableDelta, ready: Prepared) -> dict[str, float]:
-        """The metrics on ``ood`` items."""
-        if not ready.ood:
-            return {}
-        found = measure(live, task_for(live.task), ready.ood, self.config.max_tokens, self.processes)
-        return {f"ood_{name}": value for name, value in found.items()}
-
     def _publish(self, delta: Delta, live: TrainableDelta, ready: Prepared, out: Path) -> float:
         """Publishes a delta once, whatever the number of processes; see ``publish``."""
-        dev = self.data.dev
-        sample = (ready.dev, dev.records) if dev else (ready.items, self.data.train.records)
         leads, extras = self.processes.leads, self.directory.extras()
-        difference = publish(delta, live, out, *sample, extra=extras) if leads else 0.0
+        difference = publish(delta, live, out, *ready.sample(self.data), extra=extras) if leads else 0.0
         self.processes.wait()
         return difference
+
+
+def finished(
+    live: TrainableDelta,
+    ready: Prepared,
+    state: RunState,
+    config: TrainConfig,
+    data: Data,
+    known: Mapping[str, Mapping[str, float]],
+    name: str,
+    version: str = "",
+    processes: Processes = ALONE,
+    scores: Settled | None = None,
+) -> Delta:
+    """The delta that training ended with: its metrics, on ``ood`` items too, what it had to beat, how it came to be.
+
+    ``scores`` are what the dev set settled.
+    """
+    scores = scores or Settled()
+    elsewhere = measure(live, task_for(live.task), ready.ood, config.max_tokens, processes) if ready.ood else {}
+    metrics = {**state.metrics, **scores.metrics, **{f"ood_{metric}": value for metric, value in elsewhere.items()}}
+    facts = provenance(config, count_parameters(live), state, data, live.encoder, processes.count)
+    return live.freeze(name, version, metrics, {**facts, "baselines": known, **scores.facts})
 
 
 def _continued(stage: Stage, ready: Prepared, before: Delta) -> TrainableDelta:

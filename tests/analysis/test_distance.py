@@ -141,7 +141,9 @@ def test_features_of_a_layer_are_compared_over_all_batches(tmp_path: Path) -> No
     encodings = [Encoding(tuple(own), (0,) * len(own)) for own in ids]
     batches = [model.pack(encodings) for model in (base, subject)]
     with torch.inference_mode():
-        whole = [model.layers(batch) for model, batch in zip((base, subject), batches, strict=True)]
+        whole = [
+            model.encoder.layers(batch, model.pools) for model, batch in zip((base, subject), batches, strict=True)
+        ]
     expected = [gram_cka(x.double(), y.double()) for x, y in zip(*whole, strict=True)]
     found = [row["cka"] for row in report.tables["features"]]
     assert found == pytest.approx(expected, abs=1e-6)

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from bertology_serve import examples
 from bertology_serve.analysis import probe as probing
-from bertology_serve.analysis.linear_probe import STEPS, Logistic, block_ends, fit, fit_mix, online_code, score
+from bertology_serve.analysis.linear_probe import block_ends, fit, fit_mix, online_code, score
 from bertology_serve.analysis.probe import probe
 from bertology_serve.analysis.probe_tasks import Control, Item, content_words, items, length_edges, make_text
 from bertology_serve.analysis.representations import Features, gather
@@ -23,25 +23,36 @@ from bertology_serve.encoder import families
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.kinds.prompt import Prompt
+from bertology_serve.tasks.logistic import LOOSE, Solution
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.training import sets
 
 
-def test_probe_is_scikit_learns_logistic_regression() -> None:
+@pytest.mark.parametrize("classes", [2, 3])
+def test_probe_is_scikit_learns_logistic_regression(classes: int) -> None:
+    """Which has half the penalty of ours for two classes: its one vector w is W = (-w/2, w/2)."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 5, generator=generator, dtype=torch.float64) * torch.tensor([1, 10, 0.1, 1, 1]) + 3
+    x = torch.randn(200, 6, generator=generator, dtype=torch.float64) * torch.tensor([1, 10, 0.1, 1, 1, 0]) + 3
     y = (x[:, 0] - 3 + torch.randn(200, generator=generator) > 0).long() + (x[:, 1] > 10).long()
-    found = fit(x, y, 3, 1e-2)
-    scaled = ((x - x.mean(0)) / x.std(0, unbiased=False)).numpy()
-    expected = LogisticRegression(C=1 / (1e-2 * len(x)), tol=1e-8, max_iter=1000).fit(scaled, y.numpy())
-    assert found.weight.numpy() == pytest.approx(expected.coef_, abs=1e-3)
-    logits = found.logits(x)
-    assert logits.softmax(1).numpy() == pytest.approx(expected.predict_proba(scaled), abs=1e-3)
+    y = y.clamp(max=classes - 1)
+    found = fit(x, y, classes, 1e-2)
+    scaled = ((x - x.mean(0)) / x.std(0, unbiased=False).clamp(min=1e-7)).numpy()
+    c = (2 if classes == 2 else 1) / (1e-2 * len(x))
+    expected = LogisticRegression(C=c, tol=1e-12, max_iter=10_000).fit(scaled, y.numpy())
+    assert found.logits(x).softmax(1).numpy() == pytest.approx(expected.predict_proba(scaled), abs=1e-4)
+    weight = (found.weight * x.std(0, unbiased=False)).numpy()
+    assert (weight[1:] * 2 if classes == 2 else weight) == pytest.approx(expected.coef_, abs=1e-3)
+
+
+def test_answers_that_are_all_the_same_are_read_without_error() -> None:
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    found = score(fit(x, torch.zeros(20, dtype=torch.int64), 1, 1e-3), x, torch.zeros(20, dtype=torch.int64))
+    assert (found.accuracy, found.bits) == (1.0, 0.0)
 
 
 def test_scores() -> None:
-    probe = Logistic(torch.eye(3), torch.zeros(3), torch.zeros(3), torch.ones(3))
+    probe = Solution(torch.eye(3, dtype=torch.float64), torch.zeros(3), 0.0, torch.zeros(0))
     x = torch.tensor([[9.0, 0, 0], [9, 0, 0], [0, 9, 0], [0, 0, 0]])
     found = score(probe, x, torch.tensor([0, 1, 1, 0]))
     assert found.accuracy == 0.75
@@ -62,7 +73,7 @@ def test_features_of_all_layers_are_those_of_one_text_alone(tmp_path: Path) -> N
     for number, rows in ((0, [1, 4]), (1, [2])):
         batch = subject.pack([encodings[number]])
         with torch.inference_mode():
-            alone = torch.stack([hidden[batch.text_rows] for hidden in subject.layers(batch)])
+            alone = torch.stack([hidden[batch.text_rows] for hidden in encoder.layers(batch, subject.pools)])
         torch.testing.assert_close(found.texts[:, number], alone.mean(1), atol=1e-5, rtol=1e-5)
         first = 0 if number == 0 else 2
         torch.testing.assert_close(found.words[:, first : first + len(rows)], alone[:, rows], atol=1e-5, rtol=1e-5)
@@ -195,7 +206,7 @@ def test_the_online_code_is_the_sum_of_its_blocks() -> None:
     order = torch.randperm(300, generator=torch.Generator().manual_seed(7))
     expected = 19 * math.log2(3)
     for start, end in ((19, 38), (38, 75), (75, 150), (150, 300)):
-        own = fit(x[order[:start]], y[order[:start]], 3, 1e-2, STEPS).logits(x[order[start:end]]).softmax(1)
+        own = fit(x[order[:start]], y[order[:start]], 3, 1e-2, LOOSE).logits(x[order[start:end]]).softmax(1)
         expected -= sum(
             math.log2(row[label]) for row, label in zip(own.tolist(), y[order[start:end]].tolist(), strict=True)
         )

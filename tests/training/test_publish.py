@@ -9,7 +9,7 @@ import torch
 
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.errors import VerificationError
+from bertology_serve.errors import FormatError, VerificationError
 from bertology_serve.training import publish as publishing
 from bertology_serve.training.publish import publish
 from bertology_serve.training.train import Prepared, prepare
@@ -108,7 +108,7 @@ def test_what_stood_there_stays_where_nothing_can_take_its_place(tmp_path: Path,
     monkeypatch.setattr("bertology_serve.files._exchanged", lambda one, other: False)
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", fails)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(FormatError, match="No space"):
             publish(ready.live.freeze("mine"), ready.live, tmp_path / "mine", ready.items, records)
     assert {path.name: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -207,6 +207,7 @@ def test_killed_in_any_stage_it_ends_at_the_same_bits(tmp_path: Path, bert_path:
     assert logs[0] == logs[1]
 
 
+@same_bits
 def test_a_kill_between_stages_continues_with_the_next(tmp_path: Path, bert_path: Path, monkeypatch: Any):
     """The first stage's delta stands, the second has no checkpoint; the one that lies there is the first's."""
     straight = run(Encoder.load(str(bert_path)), tmp_path / "straight", "eh-ft")

@@ -27,9 +27,10 @@ from bertology_serve.deltas.interop.peft_tensors import ia3_delta, take
 from bertology_serve.deltas.layout import MODEL_ROOT, check_shapes, expected_shapes, shapes_of, split_prefix
 from bertology_serve.deltas.names import ADAPTER_CONFIG, check_name
 from bertology_serve.deltas.safe_io import Limits, read_json
-from bertology_serve.deltas.store import publish, staging, write_json, write_tensors
+from bertology_serve.deltas.store import publish, write_tensors
 from bertology_serve.deltas.typed import conform
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
+from bertology_serve.files import staging, write_json
 from bertology_serve.kinds.adapter import Adapter, layers, places
 from bertology_serve.kinds.kind import Tensors
 from bertology_serve.kinds.prefix import Prefix

@@ -97,40 +97,21 @@ def import_peft(
     limits: Limits | None = None,
     root: Path | None = None,
     base_head: Mapping[str, Tensor] | None = None,
+    read: tuple[Mapping[str, Any], Tensors] | None = None,
 ) -> Delta:
     """The delta ``known_as`` (NAME/VERSION) of a peft directory, for the encoder ``base``: peft names no weights.
 
     ``task`` says what peft does not: labels, maximum length. Without it, or with its kind alone, they follow from the
     task type and the head's width (``LABEL_0``...), for embeddings from what sentence-transformers wrote beside.
     ``base_head`` is what the base checkpoint has of a head, by its name there: a delta whose LoRA reaches the pooler
-    carries the pooler's whole weight. Raises FormatError for a malformed directory, Unsupported for what cannot be had
-    here.
+    carries the pooler's whole weight. ``read`` are the configuration and the tensors where they were read already.
+    Raises FormatError for a malformed directory, Unsupported for what cannot be had here.
     """
     limits, root = limits or Limits(), root or directory
-    config, _ = read_json(directory / ADAPTER_CONFIG, limits, root)
-    tensors, _, _ = read_tensors(directory / ADAPTER_WEIGHTS, limits, root)
-    return peft_delta(
-        directory, config, tensors, anatomy, base, known_as, task=task, options=options, limits=limits, root=root,
-        base_head=base_head,
-    )  # fmt: skip
-
-
-def peft_delta(
-    directory: Path,
-    config: Mapping[str, Any],
-    tensors: Tensors,
-    anatomy: Anatomy,
-    base: BaseRef,
-    known_as: Path,
-    *,
-    task: TaskSpec | str | None = None,
-    options: Mapping[str, Any] | None = None,
-    limits: Limits | None = None,
-    root: Path | None = None,
-    base_head: Mapping[str, Tensor] | None = None,
-) -> Delta:
-    """What ``import_peft`` returns, for a configuration and tensors that were read from ``directory``."""
-    limits, root = limits or Limits(), root or directory
+    config, tensors = read or (
+        read_json(directory / ADAPTER_CONFIG, limits, root)[0],
+        read_tensors(directory / ADAPTER_WEIGHTS, limits, root)[0],
+    )
     method = str(config.get("peft_type"))
     if method not in _METHODS:
         raise Unsupported(f"{directory} holds peft's {method[:40]}; {_way_out(method)}{nearest(method[:40], _METHODS)}")

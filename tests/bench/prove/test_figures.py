@@ -173,7 +173,7 @@ def test_clients(stage, monkeypatch, tmp_path):
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
-    set_client_factory(lambda: httpx.Client(timeout=20))  # offline tests forbid it even the loopback
+    set_client_factory(lambda: httpx.Client(timeout=120))  # offline tests forbid it even the loopback
     try:
         found = clients.measure(stage)
     finally:

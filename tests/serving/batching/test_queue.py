@@ -102,7 +102,7 @@ def test_take_waits_for_work():
     thread.start()
     late = work(1)
     made.put([late])
-    thread.join(10)
+    thread.join(120)
     assert found == [[late]]
 
 
@@ -124,10 +124,10 @@ def test_many_threads_lose_nothing():
     for thread in (*takers, *putters):
         thread.start()
     for thread in putters:
-        thread.join(10)
+        thread.join(120)
     made.close()
     for thread in takers:
-        thread.join(10)
+        thread.join(120)
     assert sorted(map(id, taken)) == sorted(id(one) for mine in works for one in mine)
     assert (made.items, made.tokens) == (0, 0)
 

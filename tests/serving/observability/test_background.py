@@ -78,7 +78,7 @@ def test_readiness_follows_the_threads_that_calls_need(caplog):
     thread = works.thread("it", run, vital=True)
     assert works.is_up
     go.set()
-    thread.join(20)
+    thread.join(120)
     assert not thread.is_alive()
     assert (works.works["it"].faults, works.is_up) == (2, True)
     works.works["it"].up = False

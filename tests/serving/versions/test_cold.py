@@ -92,7 +92,7 @@ def test_hot_calls_do_not_wait_for_cold_ones(cold, registry, monkeypatch):
     assert (late.status_code, "was not loaded within 0.03 s" in late.text) == (504, True)
     slow.go.set()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     assert [response.status_code for response in found] == [200] * 3
 
 
@@ -108,7 +108,7 @@ def test_too_many_calls_for_cold_deltas_are_told_to_come_back(registry, monkeypa
         refused = server.post("/predict", body)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         slow.go.set()
-        first.join(20)
+        first.join(120)
 
 
 def test_a_torn_delta_is_told_and_spoils_nothing(cold, registry, deltas, monkeypatch):

@@ -158,7 +158,7 @@ def test_200_swaps_under_load_fail_nothing_and_every_answer_is_its_version_s(enc
         stop = threading.Event()
 
         def ask() -> None:
-            with httpx.Client(base_url=server.url, headers=HEADERS, timeout=20) as client:
+            with httpx.Client(base_url=server.url, headers=HEADERS, timeout=120) as client:
                 while not stop.is_set():
                     items = [{"delta": "mood", "text": TEXT}, {"delta": "grade", "text": TEXT}]
                     response = client.post("/predict", json=items)
@@ -180,13 +180,13 @@ def test_200_swaps_under_load_fail_nothing_and_every_answer_is_its_version_s(enc
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for thread in threads:
             thread.start()
-        with httpx.Client(base_url=server.url, headers=HEADERS, timeout=20) as client:
+        with httpx.Client(base_url=server.url, headers=HEADERS, timeout=120) as client:
             for swap in range(200):
                 body = {"parameters": {"version": str(1 + swap % 5)}}
                 assert client.post("/v2/repository/models/mood/load", json=body).status_code == 200
         stop.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(120)
     assert failures == []
     assert set(seen) == set(expected)
 
@@ -212,7 +212,7 @@ def test_calls_under_way_finish_on_the_version_that_they_began_with(made, encode
         made.remove("mood")
         held.go.set()
         for call in calls:
-            call.join(20)
+            call.join(120)
     assert [answers[when]["version"] for when in ("running", "queued", "after")] == ["1", "1", "2"]
     assert check(answers["queued"], expected) == "1"
     assert "entities" in answers["after"]
@@ -362,7 +362,7 @@ def test_a_slow_load_delays_nobody(made, managed, monkeypatch):
     assert states(managed)["mood", "1"] == "LOADING"
     assert managed.post("/predict", {"delta": "grade", "text": TEXT}).status_code == 200
     go.set()
-    load.join(20)
+    load.join(120)
     assert states(managed, ready=True) == {("grade", "1"): "READY", ("mood", "2"): "READY"}
 
 

@@ -127,7 +127,7 @@ def test_closing_ends_a_thread_that_waits():
         thread = threading.Thread(target=wait)
         thread.start()
         channel.close()
-        thread.join(10)
+        thread.join(120)
         assert len(found) == 1
 
 

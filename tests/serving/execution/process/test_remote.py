@@ -31,6 +31,7 @@ def answers(pipeline, requests) -> list[dict]:
 
 
 def kill(remote: Remote) -> None:
+    wait(lambda: remote.is_up)
     os.kill(remote.supervisor.pid, signal.SIGKILL)
 
 

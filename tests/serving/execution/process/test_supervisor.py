@@ -104,7 +104,7 @@ def test_closing_does_not_wait_for_a_fork_server_that_hangs(made, monkeypatch):
     keeper.close()
     assert keeper._thread.is_alive()
     nursery.may_fork.set()
-    keeper._thread.join(20)
+    keeper._thread.join(120)
     assert all(line.dead.is_set() for line in nursery.lines)
 
 
@@ -134,7 +134,7 @@ def test_who_asks_meanwhile_waits_for_so_long(made):
     thread = threading.Thread(target=lambda: found.append(keeper.line()))
     thread.start()
     nursery.may_fork.set()
-    thread.join(10)
+    thread.join(120)
     assert found[0].pid == 1
 
 
@@ -165,8 +165,8 @@ def test_who_waits_while_it_closes_hears_so(made):
     thread.start()
     closing = threading.Thread(target=keeper.close)
     closing.start()
-    thread.join(10)
+    thread.join(120)
     nursery.may_fork.set()
-    closing.join(10)
+    closing.join(120)
     assert len(problems) == 1
     assert all(line.closed or line.dead.is_set() for line in nursery.lines)

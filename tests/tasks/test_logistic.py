@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertology_serve.training.probe_solver import Logistic
+from bertology_serve.tasks.logistic import Logistic
 
 PATH = torch.logspace(-7, 2, 10, dtype=torch.float64).tolist()
 
