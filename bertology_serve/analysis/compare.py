@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from bertology_serve.analysis.subject_model import Advance, Subject, silent
 from bertology_serve.data.records import read_records
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import DataError, SpecError
+from bertology_serve.tasks.significance import mcnemar
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION
 
 ANSWERS = ("label", "value", "entities", "answer", "choice")
@@ -135,13 +135,6 @@ def _facts(trials: Sequence[TaskEvaluation], rows: Sequence[Mapping[str, Any]], 
                                                                                 ("second", "first"))]  # fmt: skip
         facts |= {"only_first_right": only[0], "only_second_right": only[1], "mcnemar_p": mcnemar(*only)}
     return facts
-
-
-def mcnemar(first: int, second: int) -> float:
-    """The exact two-sided probability of a split at least as uneven, were both right equally often (McNemar 1947)."""
-    total, fewer = first + second, min(first, second)
-    tail = sum(math.comb(total, k) for k in range(fewer + 1))
-    return min(1.0, float(2 * tail / 2**total))
 
 
 def _confusion(trials: Sequence[TaskEvaluation], rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypeVar
@@ -18,6 +19,8 @@ from bertology_serve.tasks.metrics import Floats, ratio
 from bertology_serve.tasks.spec import TEXT_KINDS, Encoding, TaskSpec
 
 Answer = dict[str, Any]
+Named = tuple[str, int, int]
+"""A label and where it stands: the words of a span from first to last, 0 and 0 for a whole text."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,17 @@ class Task(ABC, Generic[E]):
     def main(self, parts: Floats) -> float:
         """The main metric of ``parts`` [N, 2]: the sum of the first column over that of the second."""
         return ratio(*parts.sum(0))
+
+    def quality(self, answers: Sequence[Answer], examples: Sequence[E]) -> Floats:
+        """[N]: how good each answer is, 1 where nothing is wrong; the least are the worst."""
+        part, whole = self.parts(answers, examples).T
+        return np.where(whole > 0, part / np.maximum(whole, 1e-12), 1.0)
+
+    def named(self, answers: Sequence[Answer], examples: Sequence[E]) -> list[tuple[set[Named], set[Named]]]:
+        """For each example the labels, each at its place, that are right and those that the answer names; empty for
+        tasks without labels.
+        """
+        return []
 
 
 @dataclass(frozen=True)

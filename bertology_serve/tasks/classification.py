@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bertology_serve.tasks import metrics
-from bertology_serve.tasks.base import Answer, T, TextExample, TextTask
+from bertology_serve.tasks.base import Answer, Named, T, TextExample, TextTask
 from bertology_serve.tasks.fields import label_index, read_class, sorted_labels
 from bertology_serve.tasks.metrics import Floats, of_one
 from bertology_serve.tasks.spec import CLASSIFICATION, Encoding, TaskSpec
@@ -130,7 +130,7 @@ class Classification(LabelTask[ClassificationExample]):
         """Accuracy, macro F1 and Matthews correlation of the best label; where some named none, the share that did
         (``coverage``) and the accuracy of those.
         """
-        gold, found = [str(example.label) for example in examples], self.named(answers)
+        gold, found = [str(example.label) for example in examples], self.best(answers)
         measured = {
             "accuracy": metrics.accuracy(gold, found),
             "macro_f1": metrics.macro_f1(gold, found),
@@ -142,13 +142,24 @@ class Classification(LabelTask[ClassificationExample]):
             measured["accuracy_covered"] = metrics.accuracy([gold[row] for row in named], [found[row] for row in named])
         return measured
 
-    def named(self, answers: Sequence[Answer]) -> list[str]:
+    def best(self, answers: Sequence[Answer]) -> list[str]:
         """The best label of each answer, also of those that name none."""
         return [answer["label"] or max(answer["scores"], key=answer["scores"].__getitem__) for answer in answers]
 
     def parts(self, answers: Sequence[Answer], examples: Sequence[ClassificationExample]) -> Floats:
-        right = [example.label == found for example, found in zip(examples, self.named(answers), strict=True)]
+        right = [example.label == found for example, found in zip(examples, self.best(answers), strict=True)]
         return of_one(right)
+
+    def quality(self, answers: Sequence[Answer], examples: Sequence[ClassificationExample]) -> Floats:
+        """1 where it is right, else the less the surer it was."""
+        right = self.parts(answers, examples)[:, 0] > 0
+        return np.where(right, 1.0, 1.0 - np.array([answer["score"] for answer in answers]))
+
+    def named(
+        self, answers: Sequence[Answer], examples: Sequence[ClassificationExample]
+    ) -> list[tuple[set[Named], set[Named]]]:
+        pairs = zip(examples, self.best(answers), strict=True)
+        return [({(str(example.label), 0, 0)}, {(found, 0, 0)}) for example, found in pairs]
 
     def certainty(self, answers: Sequence[Answer], examples: Sequence[ClassificationExample]) -> Floats:
         right = self.parts(answers, examples)[:, 0]

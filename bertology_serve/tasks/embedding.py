@@ -89,5 +89,11 @@ class Embedding(Task[EmbeddingExample]):
             ]
         )
 
+    def quality(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> Floats:
+        """1 less the distance of both scores, each in its standard deviations."""
+        gold, found = ((side - side.mean()) / max(side.std(), 1e-12) for side in self.parts(answers, examples).T)
+        near: Floats = 1.0 - np.abs(gold - found)
+        return near
+
     def main(self, parts: Floats) -> float:
         return metrics.spearman(*parts.T)

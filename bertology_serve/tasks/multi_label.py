@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bertology_serve.tasks import metrics
-from bertology_serve.tasks.base import Answer, TextExample
+from bertology_serve.tasks.base import Answer, Named, TextExample
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.fields import label_names, read_labels, sorted_labels
 from bertology_serve.tasks.metrics import Flags, Floats
@@ -110,6 +110,15 @@ class MultiLabel(LabelTask[MultiLabelExample]):
     def parts(self, answers: Sequence[Answer], examples: Sequence[MultiLabelExample]) -> Floats:
         gold, found = self.tables(answers, examples)
         return np.stack([2.0 * (gold & found).sum(1), gold.sum(1) + found.sum(1)], 1)
+
+    def named(
+        self, answers: Sequence[Answer], examples: Sequence[MultiLabelExample]
+    ) -> list[tuple[set[Named], set[Named]]]:
+        sides = [
+            [{(label, 0, 0) for label, one in zip(self.spec.labels, row, strict=True) if one} for row in table]
+            for table in self.tables(answers, examples)
+        ]
+        return list(zip(*sides, strict=True))
 
     def certainty(self, answers: Sequence[Answer], examples: Sequence[MultiLabelExample]) -> Floats:
         gold, _ = self.tables(answers, examples)

@@ -66,5 +66,11 @@ class Regression(TextTask[RegressionExample]):
             [[float(example.score or 0.0), answer["value"]] for example, answer in zip(examples, answers, strict=True)]
         )
 
+    def quality(self, answers: Sequence[Answer], examples: Sequence[RegressionExample]) -> Floats:
+        """1 less the distance from the gold score."""
+        gold, found = self.parts(answers, examples).T
+        near: Floats = 1.0 - np.abs(gold - found)
+        return near
+
     def main(self, parts: Floats) -> float:
         return metrics.spearman(*parts.T)

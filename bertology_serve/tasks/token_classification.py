@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from bertology_serve.errors import DataError
-from bertology_serve.tasks.base import Answer, Example, Task
+from bertology_serve.tasks.base import Answer, Example, Named, Task
 from bertology_serve.tasks.encoding import encode_words
 from bertology_serve.tasks.fields import label_index, read_tags, read_text, read_texts, sorted_labels
 from bertology_serve.tasks.metrics import Floats, accuracy, ratio
@@ -114,6 +114,13 @@ class TokenClassification(Task[TokensExample]):
     def parts(self, answers: Sequence[Answer], examples: Sequence[TokensExample]) -> Floats:
         counts = [_span_counts(*tags) for tags in zip(*_known(answers, examples), strict=True)]
         return np.array([[2.0 * right, expected + given] for right, expected, given in counts])
+
+    def named(
+        self, answers: Sequence[Answer], examples: Sequence[TokensExample]
+    ) -> list[tuple[set[Named], set[Named]]]:
+        return [
+            (set(spans_of(gold)), set(spans_of(found))) for gold, found in zip(*_known(answers, examples), strict=True)
+        ]
 
     def _tagged(self, example: TokensExample, encoding: Encoding, out: Tensor) -> tuple[list[str], list[float]]:
         """A tag and its probability for each word; ``O`` at probability 1 for words without a row."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,19 +15,8 @@ from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Answer, Task
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.training.batches import WHOLE_BATCH, Item, micro_batches
+from bertology_serve.training.evaluation import Evaluation, Records
 from bertology_serve.training.processes import ALONE, Processes
-
-Records = Iterable[tuple[Mapping[str, Any], str]]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """``metrics`` as fractions, the answer to each example, in order, and how many texts were cut to the delta's
-    maximum length."""
-
-    metrics: dict[str, float]
-    answers: list[Answer]
-    truncated: int = 0
 
 
 def evaluate(
@@ -59,7 +46,7 @@ def evaluate(
         answers.append(dict(prediction.answer))
         truncated += prediction.truncated
         advance(1)
-    return Evaluation(task.metrics(answers, examples), answers, truncated)
+    return Evaluation(task.metrics(answers, examples), answers, truncated, task, examples, rows)
 
 
 def measure(
