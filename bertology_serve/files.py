@@ -14,11 +14,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from bertology_serve.errors import FormatError
 
+JsonObject = dict[str, Any]
+"""A JSON object as Python holds it."""
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 

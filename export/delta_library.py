@@ -16,13 +16,13 @@ from safetensors.numpy import save_file
 from bertology_serve.deltas.delta import Delta, bare
 from bertology_serve.encoder.bank import BARE, DeltaBank
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.pooling import form_for
 from bertology_serve.errors import FormatError, SpecError, Unsupported
 from bertology_serve.export.emitter import head_nodes
 from bertology_serve.export.emitter.delta_inputs import GATED, INDEX, Arrays, Feed
 from bertology_serve.export.emitter.emit import EMBEDDING, LOGITS, TOKEN_LOGITS
 from bertology_serve.export.metadata import delta_hash, longest
-from bertology_serve.tasks.heads import Head, Layer
+from bertology_serve.families.family import HeadShape
+from bertology_serve.tasks.heads import Layer
 from bertology_serve.tasks.spec import EMBEDDING as VECTORS
 
 AGAIN = "export with --multi again"
@@ -96,7 +96,9 @@ def library_of(encoder: Encoder, deltas: Iterable[Delta]) -> Library:
 
 def head_eps(encoder: Encoder) -> float | None:
     """The epsilon of the norms in this family's heads; ``None`` where heads have none."""
-    return float(getattr(encoder.config, "norm_eps", 1e-5)) if encoder.anatomy.family == "modernbert" else None
+    form = encoder.family.sequence
+    layers = form(HeadShape("", 1, 1, encoder.config.to_dict())) if form is not None else ()
+    return next((layer.norm_eps for layer in layers if layer.norm is not None), None)
 
 
 def _single(encoder: Encoder, delta: Delta) -> Library:
@@ -150,7 +152,7 @@ def _card(encoder: Encoder, delta: Delta) -> Card:
 def _head(encoder: Encoder, delta: Delta) -> Arrays:
     """The stacks and the form of one head; row 0 of each stack is zero."""
     head, task, hidden = (
-        Head.build(form_for(encoder, delta.task), encoder.base_head),
+        encoder.head(delta.task),
         delta.task,
         encoder.anatomy.hidden,
     )

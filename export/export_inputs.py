@@ -10,10 +10,11 @@ from torch import Tensor
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.pooling import form_for
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.fold import fold
 from bertology_serve.export.session import END, LOGITS, POOLED, ROWS, START
+from bertology_serve.families import family_named
+from bertology_serve.families.family import Family
 from bertology_serve.kinds.effects import Effects
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.heads import Head
@@ -40,6 +41,11 @@ class ExportInputs:
     head: Head
     own_head: frozenset[str]
     inputs: tuple[str, ...]
+
+    @property
+    def family(self) -> Family:
+        """What the encoder's family does in its own way."""
+        return family_named(self.anatomy.family)
 
     @property
     def outputs(self) -> dict[str, tuple[str | int, ...]]:
@@ -78,7 +84,7 @@ def parts_of(encoder: Encoder, delta: Delta, merge: bool) -> ExportInputs:
     state = fold(encoder.model.state_dict(), effects if merge else Effects(), anatomy)
     if merge:
         effects = Effects(bottleneck=effects.bottleneck, prompt=effects.prompt, prefix=effects.prefix)
-    head = Head.build(form_for(encoder, delta.task), encoder.base_head)
+    head = encoder.head(delta.task)
     head.load(delta.head)
     return ExportInputs(
         delta=delta.name,

@@ -14,6 +14,7 @@ from bertology_serve.errors import SpecError
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import MODEL
 from bertology_serve.export.session import ROWS
+from bertology_serve.families.compat import ATTENTION_SETTINGS, task_classes
 from bertology_serve.files import write_json
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
@@ -43,12 +44,7 @@ PROBLEMS = {
     MULTI_LABEL: "multi_label_classification",
     REGRESSION: "regression",
 }
-_OF_THIS_MACHINE = (
-    "_name_or_path",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "_attn_implementation_autoset",
-)
+_OF_THIS_MACHINE = ("_name_or_path", *ATTENTION_SETTINGS)
 
 
 def write_around(
@@ -86,10 +82,7 @@ def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> dict[str
 
 def architectures(delta: Delta) -> list[str]:
     """The name of HuggingFace's task model; what serves the file tells the task by it."""
-    from transformers.models.auto import modeling_auto
-
-    known = getattr(modeling_auto, f"MODEL_FOR_{CLASSES[delta.task.kind]}_MAPPING_NAMES")
-    found = known.get(delta.base.family)
+    found = task_classes(CLASSES[delta.task.kind]).get(delta.base.family)
     return [found] if isinstance(found, str) else []
 
 

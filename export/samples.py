@@ -15,16 +15,14 @@ from torch.nn import functional as F
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.bank import BARE
-from bertology_serve.encoder.batch import pack
+from bertology_serve.encoder.batch import read
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
-from bertology_serve.encoder.pooling import form_for, read
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.export_inputs import parts_of
 from bertology_serve.export.layout import CLASSES, architectures
 from bertology_serve.export.torch_exporter import plain_model, task_model
 from bertology_serve.tasks.encoding import encode_text
-from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.spec import EMBEDDING, MULTIPLE_CHOICE, QUESTION_ANSWERING, Encoding
 
 SENTENCES = (
@@ -123,7 +121,7 @@ class Reference:
         self._pipeline = Pipeline(encoder)
         self._pipeline.add(delta)
         self._entry = next(iter(self._pipeline.bank.entries.values()), BARE)
-        self._head = Head.build(form_for(encoder, delta.task), encoder.base_head)
+        self._head = encoder.head(delta.task)
         self._head.load(delta.head)
         self._head.eval()
 
@@ -132,7 +130,7 @@ class Reference:
         """[C], for tasks that answer for every token [len, C], for embeddings [H] as the task normalises them."""
         encoder = self.encoder
         entries = [self._entry] * len(encodings)
-        batch = pack(encodings, entries, encoder.anatomy, encoder.device, padded=not encoder.packs)
+        batch = encoder.pack(encodings, entries)
         hidden = encoder.run(batch, self._pipeline.bank)
         packed = sorted(range(batch.sequences), key=batch.order.__getitem__)
         out = read(hidden, batch, packed, self.task, self._head)

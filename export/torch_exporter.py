@@ -17,16 +17,14 @@ from onnx_ir.passes import common
 from onnxscript import optimizer, rewriter
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
-from bertology_serve.encoder.families import attention_modules
+from bertology_serve.encoder.anatomy import attention_modules
 from bertology_serve.encoder.pruned import shrink
 from bertology_serve.errors import Unsupported, VerificationError
 from bertology_serve.export.delta_modules import attach
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.prompt_rows import Gathered, PromptLayout, gather
+from bertology_serve.families import compat, family_named
 from bertology_serve.kinds.effects import PrefixEffect
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING
@@ -44,8 +42,9 @@ class Graph(nn.Module):
     def __init__(self, parts: ExportInputs) -> None:
         super().__init__()
         self.task, self.inputs, self.outputs = parts.task, parts.inputs, tuple(parts.outputs)
-        interface = getattr(parts.kind, "_supports_attention_backend", False)
-        self.model = plain_model(parts.kind, parts.config, parts.state, register() if interface else "eager")
+        interface = compat.has_interface(parts.kind)
+        attention = compat.register("bertology_dense", _attend) if interface else "eager"
+        self.model = plain_model(parts.kind, parts.config, parts.state, attention)
         self._accepted = set(inspect.signature(self.model.forward).parameters)
         added = attach(self.model, parts.effects, parts.anatomy)
         self._connect(parts, interface)
@@ -62,7 +61,8 @@ class Graph(nn.Module):
         if prefix is not None and not (interface or own):
             raise Unsupported(f"a prefix cannot be put into a graph of {anatomy.family}; train another kind for it")
         self._attentions = attention_modules(self.model, anatomy)
-        for layer, module in enumerate(self._attentions):
+        modules: list[Any] = self._attentions
+        for layer, module in enumerate(modules):
             module.scene, module.prefix_rows = self.scene, _prefix_rows(prefix, layer, anatomy)
 
     def forward(
@@ -134,10 +134,11 @@ def prepare(model: Any, anatomy: Anatomy, rows: int) -> bool:
 
     Says whether its attention modules got a forward of their own here.
     """
-    own = {"mpnet": _prepare_mpnet, "deberta-v2": _prepare_deberta}.get(anatomy.family)
+    positions = family_named(anatomy.family).positions
+    own = {"bias": _prepare_mpnet, "disentangled": _prepare_deberta}.get(positions)
     if own is not None:
         own(model, rows)
-    elif anatomy.family == "modernbert":
+    elif positions == "rotary":
         _prepare_modernbert(model)
     return own is not None
 
@@ -163,12 +164,12 @@ def _distances(rows: int) -> Tensor:
 
 def _prepare_mpnet(model: Any, rows: int) -> None:
     encoder = model.encoder
-    encoder.compute_position_bias = lambda *_, **__: None
-    encoder.distances = Distances(encoder.relative_position_bucket(-_distances(rows)))
+    compat.patch(encoder, "compute_position_bias", compat.nothing)
+    encoder.distances = Distances(compat.mpnet_buckets(-_distances(rows)))
     for layer in encoder.layer:
         module = layer.attention.attn
         module.shared = [encoder]  # in a list: not to be registered as a submodule
-        module.forward = MethodType(_attend_mpnet, module)
+        compat.patch(module, "forward", MethodType(_attend_mpnet, module))
 
 
 def _attend_mpnet(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
@@ -183,17 +184,17 @@ def _attend_mpnet(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple
 
 def _prepare_deberta(model: Any, rows: int) -> None:
     encoder = model.encoder
-    encoder.get_attention_mask = lambda mask: mask
-    encoder.get_rel_pos = lambda *_, **__: None
+    compat.patch(encoder, "get_attention_mask", lambda mask: mask)
+    compat.patch(encoder, "get_rel_pos", compat.nothing)
     if encoder.relative_attention:
         distances, buckets = _distances(rows), encoder.position_buckets
         if buckets > 0 and encoder.max_relative_positions > 0:
-            distances = make_log_bucket_position(distances, buckets, encoder.max_relative_positions)
+            distances = compat.deberta_buckets(distances, buckets, encoder.max_relative_positions)
         encoder.distances = Distances(distances.long())
     for layer in encoder.layer:
         module = layer.attention.self
         module.shared = [encoder]
-        module.forward = MethodType(_attend_deberta, module)
+        compat.patch(module, "forward", MethodType(_attend_deberta, module))
 
 
 def _attend_deberta(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
@@ -241,10 +242,7 @@ def _prepare_modernbert(model: Any) -> None:
             made.update({other: rotate(x, positions, other) for other in kinds})
         return made.pop(kind)
 
-    model.rotary_emb.forward = forward
-
-
-NAME = "bertology_dense"
+    compat.patch(model.rotary_emb, "forward", forward)
 
 
 class Scene:
@@ -335,17 +333,6 @@ def _attend(
     return attend(query, key, value, module.scene, module.prefix_rows, scale=scale, window=window), None
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The scene has the mask."""
-
-
-def register() -> str:
-    """Makes this attention known to transformers, under the name returned; calling it again changes nothing."""
-    ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _no_mask)
-    return NAME
-
-
 class Product(nn.Module):
     """``x weight + bias`` for x [..., K]; weight [K, N], bias [N] or ``None``.
 
@@ -378,7 +365,7 @@ def plain_model(kind: type[Any], config: Any, state: Mapping[str, Tensor], atten
     that it names. ``attention`` is a name that transformers' attention interface knows (``eager``, ``sdpa``).
     """
     config = copy.deepcopy(config)
-    config._attn_implementation = attention
+    compat.use_attention(config, attention)
     with torch.random.fork_rng(devices=[]):
         model = kind(config)
     model.pooler = None
@@ -401,7 +388,8 @@ def task_model(parts: ExportInputs, name: str, attention: str) -> Any:
     import transformers
 
     config = copy.deepcopy(parts.config)
-    config.num_labels, config._attn_implementation = parts.task.outputs, attention
+    config.num_labels = parts.task.outputs
+    compat.use_attention(config, attention)
     with torch.random.fork_rng(devices=[]):
         model = getattr(transformers, name)(config)
     head: dict[str, Tensor] = {name: tensor.detach() for name, _, tensor in parts.head.named()}

@@ -1,8 +1,9 @@
-"""Linear probes: their fit and scores, a probe on a mix of layers, and the online code (MDL)."""
+"""Linear probes: the features that they read, their fit and scores, a mix of layers, and the online code (MDL)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,7 +11,49 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bertology_serve.analysis.subject_model import Advance, Subject, silent, text_rows
+from bertology_serve.tasks.heads import pool
 from bertology_serve.tasks.logistic import LOOSE, Logistic, Solution
+from bertology_serve.tasks.spec import Encoding
+
+
+@dataclass(frozen=True)
+class Features:
+    """``texts`` [L + 1, sequences, H] pooled, ``words`` [L + 1, wanted rows, H]; float32 on the CPU, layer 0 embeds."""
+
+    texts: Tensor
+    words: Tensor
+
+
+@torch.inference_mode()
+def gather(
+    subject: Subject,
+    encodings: Sequence[Encoding],
+    wanted: Sequence[Sequence[int]],
+    pooling: str = "mean",
+    max_tokens: int = 4096,
+    advance: Advance = silent,
+) -> Features:
+    """Features of each sequence, and of its ``wanted`` rows (numbers within the text), in the order given."""
+    anatomy = subject.encoder.anatomy
+    firsts = [0]
+    for rows in wanted:
+        firsts.append(firsts[-1] + len(rows))
+    texts = torch.empty(anatomy.layers + 1, len(encodings), anatomy.hidden)
+    words = torch.empty(anatomy.layers + 1, firsts[-1], anatomy.hidden)
+    done = 0
+    for members, batch, layers in subject.passes(encodings, max_tokens):
+        owners = [members[original] for original in batch.order]
+        lengths = torch.tensor(batch.text_lengths, device=batch.ids.device)
+        chosen = [own[list(wanted[i])] for i, own in zip(owners, text_rows(batch), strict=True)]
+        places = torch.cat([torch.arange(firsts[i], firsts[i + 1]) for i in owners])
+        for layer, hidden in layers.items():
+            texts[layer, owners] = pool(hidden, batch.text_rows, lengths, pooling).float().cpu()
+            words[layer, places] = hidden[torch.cat(chosen)].float().cpu()
+        done += len(members)
+        advance(done, len(encodings))
+    return Features(texts, words)
+
 
 CLOSE = 1e-5  # of each probe's gradient: what is left to gain is below what a probe's scores show
 

@@ -37,11 +37,10 @@ from torch import Tensor
 
 from bertology_serve.deltas.card import model_card
 from bertology_serve.deltas.catalog import check_called, check_place, discover, find, identify
-from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
 from bertology_serve.deltas.format import FileRecord, Manifest, from_json, to_json
 from bertology_serve.deltas.interop.peft_export import adapter_config, obstacle, tensor_root
 from bertology_serve.deltas.interop.peft_import import import_peft
-from bertology_serve.deltas.interop.peft_tensors import take
 from bertology_serve.deltas.layout import (
     check_base,
     check_finite,
@@ -68,6 +67,7 @@ from bertology_serve.deltas.safe_io import Limits, read_json, read_tensors, untr
 from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
 from bertology_serve.files import flush, replace_directory, staging, write_json
 from bertology_serve.kinds.kind import Tensors
+from bertology_serve.kinds.peft_format import take
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.spec import TaskSpec
 
@@ -81,25 +81,26 @@ def save(
     config: Mapping[str, Any] | None = None,
     *,
     overwrite: bool = False,
+    peft: bool = True,
 ) -> Path:
     """Writes a delta to ``directory`` (``ROOT/NAME/VERSION`` or a bare one) and returns it.
 
     ``anatomy`` and ``config`` (``model.config.to_dict()``) are those of the encoder that it was made for. Saving the
-    same delta again changes nothing; another delta is replaced only with ``overwrite``. Raises FormatError for a delta
-    that could not be loaded again, or not be seen there.
+    same delta again changes nothing; another delta is replaced only with ``overwrite``. Without ``peft`` its
+    configuration is left out. Raises FormatError for a delta that could not be loaded again, or not be seen there.
     """
     options = config or {}
     _check_saveable(delta, anatomy, options)
     check_place(directory, delta.name)
     with staging(directory) as stage:
         written = to_disk(delta.tensors, delta.specs, anatomy, tensor_root(delta.task, anatomy))
-        written |= {head_root(delta.specs) + name: tensor for name, tensor in delta.head.items()}
+        written |= {head_root(delta.specs, anatomy) + name: tensor for name, tensor in delta.head.items()}
         files = {ADAPTER_WEIGHTS: write_tensors(stage / ADAPTER_WEIGHTS, written)}
         if delta.weights:
             files[FULL_WEIGHTS] = write_tensors(stage / FULL_WEIGHTS, delta.weights)
         manifest = _manifest(delta, anatomy, files)
         (stage / MANIFEST).write_bytes(to_json(manifest))
-        hindrance = obstacle(delta, anatomy, options)
+        hindrance = obstacle(delta, anatomy, options) or ("" if peft else "it was saved without its configuration")
         if not hindrance:
             write_json(stage / ADAPTER_CONFIG, adapter_config(delta, anatomy, options))
         (stage / CARD).write_text(model_card(delta, hindrance), encoding="utf-8")
@@ -231,7 +232,8 @@ def load_own(directory: Path, anatomy: Anatomy | None, version: str, limits: Lim
         weights=weights,
         version=version,
         metrics=manifest.metrics,
-        provenance=manifest.provenance,
+        provenance=dict(manifest.provenance),
+        made_for=EncoderShape(manifest.anatomy, peft=(directory / ADAPTER_CONFIG).is_file()),
     )
     if anatomy is not None:
         check_fits(delta, manifest.anatomy, anatomy)
@@ -254,7 +256,7 @@ def _unpacked(written: Tensors, manifest: Manifest) -> tuple[Tensors, Tensors]:
     written = {name: tensor.float() for name, tensor in written.items()}
     tensors = from_disk(written, manifest.specs, manifest.anatomy, tensor_root(manifest.task, manifest.anatomy))
     check_shapes(shapes_of(tensors), manifest.tensors, ADAPTER_WEIGHTS)
-    root = head_root(manifest.specs)
+    root = head_root(manifest.specs, manifest.anatomy)
     head = {name: take(written, root + name, shape) for name, shape in manifest.head.items()}
     check_shapes(shapes_of(written), {}, ADAPTER_WEIGHTS)
     return tensors, head

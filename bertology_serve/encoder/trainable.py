@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.bank import BARE, Entry, LiveBank
-from bertology_serve.encoder.batch import PackedBatch, pack
+from bertology_serve.encoder.batch import PackedBatch, read
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.pooling import form_for, read
 from bertology_serve.kinds import kinds
 from bertology_serve.kinds.effects import Effects
-from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 
 Around = Callable[[Sequence[Encoding], PackedBatch], AbstractContextManager[None]]
@@ -52,9 +50,11 @@ class TrainableDelta(nn.Module):
         self.around: Around = lambda encodings, batch: nullcontext()
         tensors = kinds.init(specs, encoder.anatomy, generator)
         self._names = {name.replace(".", "-"): name for name in tensors}
-        self.tensors = nn.ParameterDict({name.replace(".", "-"): nn.Parameter(t) for name, t in tensors.items()})
+        self.tensors = nn.ParameterDict(
+            {name.replace(".", "-"): nn.Parameter(t, not kinds.is_frozen(name)) for name, t in tensors.items()}
+        )
         dropout = _head_dropout(encoder.config)
-        self.head = Head.build(form_for(encoder, task), encoder.base_head, generator, dropout, adopt=full)
+        self.head = encoder.head(task, generator, dropout, adopt=full)
         if full:
             encoder.unpack_weights()
             self.model = encoder.model.requires_grad_(True)
@@ -72,8 +72,7 @@ class TrainableDelta(nn.Module):
     def hidden(self, encodings: Sequence[Encoding]) -> tuple[Tensor, PackedBatch]:
         """The encoder's rows [T, H] and the packed batch that they belong to."""
         pools, entry = self.bank()
-        batch = pack(encodings, [entry] * len(encodings), self.encoder.anatomy, self.encoder.device,
-                     padded=not self.encoder.packs)  # fmt: skip
+        batch = self.encoder.pack(encodings, [entry] * len(encodings))
         with self.around(encodings, batch):
             return self.encoder.run(batch, pools), batch
 
@@ -98,7 +97,7 @@ class TrainableDelta(nn.Module):
 
     def no_decay(self) -> set[str]:
         """Names (as in ``named_parameters``) that weight decay leaves alone: biases, LayerNorms and factors."""
-        components = {f"tensors.{key}" for key, name in self._names.items() if _is_bias(name)}
+        components = {f"tensors.{key}" for key, name in self._names.items() if not kinds.decays(name)}
         others = {name for name, p in self.named_parameters() if not name.startswith("tensors.") and p.dim() < 2}
         return components | others
 
@@ -121,12 +120,9 @@ class TrainableDelta(nn.Module):
             weights=own(self.encoder.model.state_dict()) if self.full else {},
             version=version,
             metrics=metrics or {},
-            provenance=provenance or {},
+            provenance=dict(provenance or {}),
+            made_for=self.encoder.shape,
         )
-
-
-def _is_bias(name: str) -> bool:
-    return name.startswith(("bitfit.", "ia3.", "norms.")) or name.endswith("_bias")
 
 
 def _head_dropout(config: Any) -> float:
@@ -163,7 +159,7 @@ def run_together(parts: Sequence[tuple[TrainableDelta, Sequence[Encoding]]]) -> 
     pools = LiveBank(list(changing.items()), training)
     entries = [pools.entries.get(keys[id(live)], BARE) for live, encodings in parts for _ in encodings]
     encodings = [encoding for _, own in parts for encoding in own]
-    batch = pack(encodings, entries, encoder.anatomy, encoder.device, padded=not encoder.packs)
+    batch = encoder.pack(encodings, entries)
     hidden = encoder.run(batch, pools)
     places = sorted(range(batch.sequences), key=batch.order.__getitem__)
     shares, at = [], 0

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bertology_serve.tasks import metrics
-from bertology_serve.tasks.base import Answer, Named, T, TextExample, TextTask
-from bertology_serve.tasks.fields import label_index, read_class, sorted_labels
+from bertology_serve.tasks.base import Answer, G, Named, T, TextExample, TextTask
+from bertology_serve.tasks.fields import Record, Records, label_index, read_class, sorted_labels
 from bertology_serve.tasks.metrics import Floats, of_one
 from bertology_serve.tasks.spec import CLASSIFICATION, Encoding, TaskSpec
 
@@ -27,7 +26,11 @@ class ClassificationExample(TextExample):
     shares: Mapping[str, float] = field(default_factory=dict)
 
 
-class LabelTask(TextTask[T]):
+Weights = tuple[float, ...]
+Target = int | Weights
+
+
+class LabelTask(TextTask[T, G]):
     """A task whose answer is among labels, each with a probability: the head's outputs are C logits."""
 
     def __init__(self, spec: TaskSpec) -> None:
@@ -35,11 +38,11 @@ class LabelTask(TextTask[T]):
         self.index = {label: index for index, label in enumerate(spec.labels)}
 
     @abstractmethod
-    def rows(self, targets: Sequence[Any]) -> Tensor:
+    def rows(self, targets: Sequence[G]) -> Tensor:
         """Targets as float64 [n, C], the weight of each class; multi-label [n, 2 C], of having and of lacking it."""
 
     @abstractmethod
-    def shaped(self, targets: Sequence[Any], balance: bool, smoothing: float) -> list[tuple[float, ...]]:
+    def shaped(self, targets: Sequence[G], balance: bool, smoothing: float) -> list[Weights]:
         """Training targets, smoothed (Szegedy et al. 2016, arXiv 1512.00567); ``balance``: labels weigh alike."""
 
     @abstractmethod
@@ -55,7 +58,7 @@ class LabelTask(TextTask[T]):
         """[M, 2]: the probabilities that answers give, and whether each came true."""
 
 
-class Classification(LabelTask[ClassificationExample]):
+class Classification(LabelTask[ClassificationExample, Target]):
     """Records ``{"text", "text_pair"?, "label"}``; answers ``label``, its ``score``, and ``scores`` of all labels.
 
     ``label`` may be an object with the share of each label: votes or probabilities, which the loss then learns. Below
@@ -67,22 +70,22 @@ class Classification(LabelTask[ClassificationExample]):
     main_metric = "accuracy"
 
     @classmethod
-    def labels_in(cls, records: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[str, ...]:
+    def labels_in(cls, records: Records) -> tuple[str, ...]:
         classes = (read_class(fields, where) for fields, where in records)
         return sorted_labels({name for label, shares in classes for name in (label, *shares)})
 
-    def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> ClassificationExample:
+    def example(self, record: Record, where: str, labelled: bool) -> ClassificationExample:
         label, shares = read_class(record, where) if labelled else (None, {})
         for name in (*shares, *([label] if label else [])):
             label_index(name, self.index, where, "label")
         return ClassificationExample(where, *self.texts(record, where), label, shares)
 
-    def target(self, example: ClassificationExample, encodings: Sequence[Encoding]) -> int | tuple[float, ...]:
+    def target(self, example: ClassificationExample, encodings: Sequence[Encoding]) -> Target:
         if example.shares:
             return tuple(example.shares.get(label, 0.0) for label in self.spec.labels)
         return label_index(str(example.label), self.index, example.where, "label")
 
-    def rows(self, targets: Sequence[Any]) -> Tensor:
+    def rows(self, targets: Sequence[Target]) -> Tensor:
         found = torch.zeros(len(targets), len(self.spec.labels), dtype=torch.float64)
         for row, target in zip(found, targets, strict=True):
             if isinstance(target, int):
@@ -94,7 +97,7 @@ class Classification(LabelTask[ClassificationExample]):
     def quick(self, out: Tensor, rows: Tensor) -> float:
         return (out.argmax(1) == rows.argmax(1)).double().mean().item()
 
-    def shaped(self, targets: Sequence[Any], balance: bool, smoothing: float) -> list[tuple[float, ...]]:
+    def shaped(self, targets: Sequence[Target], balance: bool, smoothing: float) -> list[Weights]:
         """``balance`` weighs an example by n / (C · n of its class), as scikit-learn's ``balanced`` does."""
         rows = self.rows(targets)
         each = rows.sum(0)
@@ -102,13 +105,13 @@ class Classification(LabelTask[ClassificationExample]):
         soft = (1.0 - smoothing) * rows + smoothing / rows.shape[1]
         return [tuple(row) for row in (soft * (rows @ weights)[:, None]).tolist()]
 
-    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Any]) -> Tensor:
+    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Target]) -> Tensor:
         """Cross-entropy of out [S, C]."""
         if all(isinstance(target, int) for target in targets):
             return F.cross_entropy(out.float(), torch.tensor(targets, device=out.device), reduction="sum")
         return F.cross_entropy(out.float(), self.rows(targets).to(out.device, torch.float32), reduction="sum")
 
-    def prior(self, targets: Sequence[Any]) -> Tensor:
+    def prior(self, targets: Sequence[Target]) -> Tensor:
         """The log share [C] of each label."""
         return self.rows(targets).mean(0).log()
 

@@ -7,9 +7,8 @@ so any scale will do; a batch with a single pair teaches nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from bertology_serve.errors import DataError
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, Task, TextExample, read_pair
 from bertology_serve.tasks.encoding import encode_text
-from bertology_serve.tasks.fields import read_score
+from bertology_serve.tasks.fields import Record, read_score
 from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
 
@@ -35,7 +34,7 @@ class EmbeddingExample(TextExample):
     score: float | None = None
 
 
-class Embedding(Task[EmbeddingExample]):
+class Embedding(Task[EmbeddingExample, float]):
     """Records ``{"text"}``, or ``{"text", "text_pair", "score"}`` to train and to evaluate.
 
     Answers ``embedding`` [H]; with a pair also ``embedding_pair`` [H] and their cosine, ``similarity``.
@@ -44,7 +43,7 @@ class Embedding(Task[EmbeddingExample]):
     kind = EMBEDDING
     main_metric = "spearman"
 
-    def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> EmbeddingExample:
+    def example(self, record: Record, where: str, labelled: bool) -> EmbeddingExample:
         text, pair = read_pair(record, where)
         if labelled and pair is None:
             raise DataError(f"{where}: field 'text_pair' is missing; embeddings are trained on scored pairs")
@@ -57,7 +56,7 @@ class Embedding(Task[EmbeddingExample]):
     def target(self, example: EmbeddingExample, encodings: Sequence[Encoding]) -> float:
         return float(example.score or 0.0)
 
-    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Any]) -> Tensor:
+    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[float]) -> Tensor:
         """CoSENT over the batch, times the number of pairs; out is [2 n, H], text and pair in turn."""
         rows = out.float()
         cosine = SHARPNESS * F.cosine_similarity(rows[0::2], rows[1::2])

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from bertology_serve.errors import DataError, nearest
 from bertology_serve.tasks.spec import IGNORED
 
-Record = Mapping[str, Any]
+Record = Mapping[str, object]
+Records = Iterable[tuple[Record, str]]
+"""Fields, and where they stand."""
 EMPTY = "is missing (it is null, or an empty cell)"
 
 
-def required(record: Record, where: str, name: str, expected: str) -> Any:
+def required(record: Record, where: str, name: str, expected: str) -> object:
     """The value of a field that is there and not null."""
     value = record.get(name)
     if value is None and name in record:
@@ -43,7 +44,7 @@ def optional_text(record: Record, where: str, name: str, *aliases: str) -> str |
     return check_text(record[found[0]], where, found[0])
 
 
-def check_text(value: Any, where: str, name: str) -> str:
+def check_text(value: object, where: str, name: str) -> str:
     """``value`` if it is a text that can be tokenised."""
     if not isinstance(value, str):
         raise DataError(f"{where}: field {name!r} is {kind_of(value)}; expected a text")
@@ -74,15 +75,24 @@ def read_texts(record: Record, where: str, name: str, least: int, most: int) -> 
     return tuple(check_text(item, where, f"{name}[{index}]") for index, item in enumerate(value))
 
 
-def read_list(record: Record, where: str, name: str) -> list[Any]:
+def read_list(record: Record, where: str, name: str) -> list[object]:
     """A list; arrays that Parquet readers give are lists too."""
-    value = required(record, where, name, "a list")
-    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
+    return as_list(required(record, where, name, "a list"), where, name)
+
+
+def as_list(value: object, where: str, name: str) -> list[object]:
+    """The items of a list or an array."""
+    found = _items(value)
+    if found is None:
         raise DataError(f"{where}: field {name!r} is {kind_of(value)}; expected a list")
-    return list(value)
+    return found
 
 
-def read_label(value: Any, where: str, name: str) -> str:
+def _items(value: object) -> list[object] | None:
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else None
+
+
+def read_label(value: object, where: str, name: str) -> str:
     """A class name. Integers and integral floats become their digits, booleans ``true`` and ``false``."""
     if value is None:
         raise DataError(f"{where}: field {name!r} {EMPTY}; expected a label")
@@ -119,7 +129,7 @@ def read_class(record: Record, where: str) -> tuple[str, dict[str, float]]:
 SEPARATORS = ("|", ";", ",")
 
 
-def label_names(records: Iterable[tuple[Record, str]]) -> set[str]:
+def label_names(records: Records) -> set[str]:
     """The labels of records that may have several each; digits from 0 where they are lists of 0 and 1."""
     rows = [(_labels_field(record, where)[1], where) for record, where in records]
     lists = [value for value, _ in rows if isinstance(value, list)]
@@ -158,7 +168,7 @@ def read_labels(record: Record, where: str, known: Mapping[str, int]) -> dict[st
     return found
 
 
-def holds_several(records: Iterable[tuple[Record, str]]) -> bool:
+def holds_several(records: Records) -> bool:
     """Whether labels are lists: records that may have several."""
     return any(isinstance(_opened(record.get("label")), list) for record, _ in records)
 
@@ -177,8 +187,8 @@ def _opened(value: object) -> object:
             return json.loads(value)
         except (ValueError, RecursionError):
             return value
-    is_list = hasattr(value, "__iter__") and not isinstance(value, str | bytes | Mapping)
-    return list(value) if is_list else value  # type: ignore[call-overload]
+    items = _items(value)
+    return value if items is None else items
 
 
 def _is_hot(values: Sequence[object]) -> bool:
@@ -238,11 +248,12 @@ def read_score(record: Record, where: str) -> float:
 def read_integer(record: Record, where: str, name: str, least: int, most: int) -> int:
     """An integer from ``least`` to ``most``; digits in a text and integral floats count."""
     value = required(record, where, name, f"an integer from {least} to {most}")
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    digits = isinstance(value, str) and len(value) < 20 and value.strip().isdecimal()
-    if isinstance(value, bool) or not (whole or digits) or not least <= int(value) <= most:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    digits = isinstance(value, str) and value.strip().isdecimal()
+    number = _number(value) if plain or digits else math.nan
+    if not number.is_integer() or not least <= number <= most:
         raise DataError(f"{where}: field {name!r} is {kind_of(value)}; expected an integer from {least} to {most}")
-    return int(value)
+    return int(number)
 
 
 def sorted_labels(labels: set[str]) -> tuple[str, ...]:
@@ -253,7 +264,7 @@ def sorted_labels(labels: set[str]) -> tuple[str, ...]:
         return tuple(sorted(labels))
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """A value for an error message: what it is and, cut short, what it says."""
     if value is None:
         return "null"

@@ -1,4 +1,4 @@
-"""Logistic regression, the head of classification, solved to its optimum: L-BFGS in float64."""
+"""Linear heads solved to their optimum in float64: logistic regression by L-BFGS, ridge regression in closed form."""
 
 from __future__ import annotations
 
@@ -30,21 +30,15 @@ class Solution:
         return rows.double() @ self.weight.T + self.bias
 
 
-class Logistic:
-    """``min over W, b of  mean loss(Z Wᵀ + b) + ‖W‖² / (2 C N)``: scikit-learn's objective divided by C N.
+class Scaled:
+    """The rows ``Z`` of a problem, and the way back from it.
 
-    The loss is a softmax's cross-entropy, or with ``rest`` the sum of C binary ones (one-vs-rest).
     ``Z`` are the rows [N, H] less their mean, divided by their standard deviation: one number each over all of them
     (LP-FT's scaling), or with ``by_feature`` one a feature, 1 where it hardly varies. The solution is for rows as they
-    were given. Two classes have one vector w, as there, and W is (-w/2, w/2).
-    Inside, the rows are turned to their principal axes, which leaves the penalty as it is, and each coordinate is
-    stretched by the curvature there: the number of steps hardly grows with the spread of the axes.
+    were given. Inside, the rows are turned to their principal axes, which leaves a penalty on ‖W‖² as it is.
     """
 
-    def __init__(self, rows: Tensor, gold: Tensor, rest: Tensor | None = None, by_feature: bool = False) -> None:
-        """rows [N, H] of any float type; gold [N, C], how much each class weighs for each row (1 for its own), and rest
-        [N, C], how much its not being so does.
-        """
+    def __init__(self, rows: Tensor, by_feature: bool = False) -> None:
         x = rows.double()
         self.count = len(x)
         if by_feature:
@@ -55,8 +49,46 @@ class Logistic:
         z = (x - self.mean) / self.std
         self.centre = z.mean(0)
         z = z - self.centre
-        self.axes = torch.linalg.eigh(z.T @ z / self.count).eigenvectors
+        self.spread, self.axes = torch.linalg.eigh(z.T @ z / self.count)
         self.rows = z @ self.axes
+
+    def given(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight [C, H] and bias [C] for rows as they were given."""
+        weight = weight @ self.axes.T
+        return weight / self.std, bias - weight @ (self.centre + self.mean / self.std)
+
+
+class Ridge(Scaled):
+    """``min over w, b of  ½ mean (Z w + b - y)² + ‖w‖² / (2 C N)``: scikit-learn's ``Ridge(alpha=1 / C)`` on ``Z``."""
+
+    def __init__(self, rows: Tensor, scores: Tensor) -> None:
+        """rows [N, H] of any float type, scores [N]."""
+        super().__init__(rows)
+        self.level = scores.double().mean()
+        self.scores = scores.double() - self.level
+
+    def solve(self, c: float, start: Tensor | None = None, tolerance: float = TIGHT) -> Solution:
+        """The optimum; neither a start nor a tolerance matters."""
+        decay = 1.0 / (c * self.count)
+        raw = (self.scores @ self.rows / self.count / (self.spread.clamp_min(0.0) + decay))[None]
+        missed = self.rows @ raw[0] - self.scores
+        loss = 0.5 * (missed.square().mean() + decay * raw.square().sum())
+        return Solution(*self.given(raw, self.level[None]), float(loss), raw)
+
+
+class Logistic(Scaled):
+    """``min over W, b of  mean loss(Z Wᵀ + b) + ‖W‖² / (2 C N)``: scikit-learn's objective divided by C N.
+
+    The loss is a softmax's cross-entropy, or with ``rest`` the sum of C binary ones (one-vs-rest).
+    Two classes have one vector w, as there, and W is (-w/2, w/2). Inside, each coordinate is stretched by the curvature
+    there: the number of steps hardly grows with the spread of the axes.
+    """
+
+    def __init__(self, rows: Tensor, gold: Tensor, rest: Tensor | None = None, by_feature: bool = False) -> None:
+        """rows [N, H] of any float type; gold [N, C], how much each class weighs for each row (1 for its own), and rest
+        [N, C], how much its not being so does.
+        """
+        super().__init__(rows, by_feature)
         self.squares = self.rows.square()
         self.halved = rest is None and gold.shape[1] == 2
         self.gold, self.rest = (gold[:, 1:], gold[:, :1]) if self.halved else (gold, rest)
@@ -124,8 +156,7 @@ class Logistic:
 
     def _folded(self, raw: Tensor, loss: float) -> Solution:
         """Back to rows as they were given."""
-        weight, bias = raw[:, :-1] @ self.axes.T, raw[:, -1]
+        weight, bias = raw[:, :-1], raw[:, -1]
         if self.halved:
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-        bias = bias - weight @ (self.centre + self.mean / self.std)
-        return Solution(weight / self.std, bias, loss, raw)
+        return Solution(*self.given(weight, bias), loss, raw)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +12,8 @@ from torch.nn import functional as F
 
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, Named, TextExample
-from bertology_serve.tasks.classification import LabelTask
-from bertology_serve.tasks.fields import label_names, read_labels, sorted_labels
+from bertology_serve.tasks.classification import LabelTask, Weights
+from bertology_serve.tasks.fields import Record, Records, label_names, read_labels, sorted_labels
 from bertology_serve.tasks.metrics import Flags, Floats
 from bertology_serve.tasks.spec import IGNORED, MULTI_LABEL, Encoding, TaskSpec
 
@@ -28,7 +27,7 @@ class MultiLabelExample(TextExample):
     labels: Mapping[str, float] = field(default_factory=dict)
 
 
-class MultiLabel(LabelTask[MultiLabelExample]):
+class MultiLabel(LabelTask[MultiLabelExample, Weights]):
     """Records ``{"text", "text_pair"?, "label"}``, ``label`` as ``read_labels`` has it; answers ``labels``, those whose
     probability reaches their threshold, and the ``scores`` of all.
 
@@ -44,19 +43,19 @@ class MultiLabel(LabelTask[MultiLabelExample]):
         self.thresholds = spec.thresholds or (EVEN,) * len(spec.labels)
 
     @classmethod
-    def labels_in(cls, records: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[str, ...]:
+    def labels_in(cls, records: Records) -> tuple[str, ...]:
         return sorted_labels(label_names(records))
 
-    def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> MultiLabelExample:
+    def example(self, record: Record, where: str, labelled: bool) -> MultiLabelExample:
         labels = read_labels(record, where, self.index) if labelled else {}
         return MultiLabelExample(where, *self.texts(record, where), labels)
 
-    def target(self, example: MultiLabelExample, encodings: Sequence[Encoding]) -> tuple[float, ...]:
+    def target(self, example: MultiLabelExample, encodings: Sequence[Encoding]) -> Weights:
         shares = [example.labels.get(label, 0.0) for label in self.spec.labels]
         known = [(share, 1.0 - share) if share != IGNORED else (0.0, 0.0) for share in shares]
         return tuple(share for side in zip(*known, strict=True) for share in side)
 
-    def rows(self, targets: Sequence[Any]) -> Tensor:
+    def rows(self, targets: Sequence[Weights]) -> Tensor:
         return torch.tensor(targets, dtype=torch.float64)
 
     def quick(self, out: Tensor, rows: Tensor) -> float:
@@ -64,7 +63,7 @@ class MultiLabel(LabelTask[MultiLabelExample]):
         gold, found = has > lacks, (out >= 0) & (has + lacks > 0)
         return metrics.ratio(2 * int((gold & found).sum()), int(gold.sum() + found.sum()))
 
-    def shaped(self, targets: Sequence[Any], balance: bool, smoothing: float) -> list[tuple[float, ...]]:
+    def shaped(self, targets: Sequence[Weights], balance: bool, smoothing: float) -> list[Weights]:
         rows = self.rows(targets).view(len(targets), 2, -1)
         both = rows.sum(1, keepdim=True)
         soft = (1.0 - smoothing) * rows + smoothing / 2 * both
@@ -72,12 +71,12 @@ class MultiLabel(LabelTask[MultiLabelExample]):
             soft = soft * both.sum(0) / (2.0 * rows.sum(0).clamp_min(1.0))
         return [tuple(row) for row in soft.flatten(1).tolist()]
 
-    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Any]) -> Tensor:
+    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Weights]) -> Tensor:
         """Binary cross-entropy of out [S, C], the mean over labels."""
         sides = torch.cat([out, -out], 1).float()
         return -(F.logsigmoid(sides) * self.rows(targets).to(out.device, torch.float32)).sum() / out.shape[1]
 
-    def prior(self, targets: Sequence[Any]) -> Tensor:
+    def prior(self, targets: Sequence[Weights]) -> Tensor:
         """The log odds [C] of each label."""
         has, lacks = self.rows(targets).sum(0).chunk(2)
         return has.log() - lacks.log()

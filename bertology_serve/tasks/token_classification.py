@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Answer, Example, Named, Task
 from bertology_serve.tasks.encoding import encode_words
-from bertology_serve.tasks.fields import label_index, read_tags, read_text, read_texts, sorted_labels
+from bertology_serve.tasks.fields import Record, Records, label_index, read_tags, read_text, read_texts, sorted_labels
 from bertology_serve.tasks.metrics import Floats, accuracy, ratio
 from bertology_serve.tasks.spec import IGNORED, TOKEN_CLASSIFICATION, Encoding, TaskSpec
 
@@ -38,7 +37,7 @@ class TokensExample(Example):
     tags: tuple[str | None, ...] | None = None
 
 
-class TokenClassification(Task[TokensExample]):
+class TokenClassification(Task[TokensExample, tuple[int, ...]]):
     """Records ``{"tokens", "tags"}``, or ``{"text"}`` where only an answer is wanted (cut as ``words`` says).
 
     Answers ``entities [{label, start, end, text, score}]``, where offsets are characters of the text, or of the tokens
@@ -55,12 +54,12 @@ class TokenClassification(Task[TokensExample]):
         self.index = {label: index for index, label in enumerate(spec.labels)}
 
     @classmethod
-    def labels_in(cls, records: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[str, ...]:
+    def labels_in(cls, records: Records) -> tuple[str, ...]:
         """The tags found, ``O`` first."""
         found = {tag for fields, where in records for tag in read_tags(fields, where) if tag is not None}
         return sorted_labels({"O"} & found) + sorted_labels(found - {"O"})
 
-    def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> TokensExample:
+    def example(self, record: Record, where: str, labelled: bool) -> TokensExample:
         if record.get("tokens") is None and not labelled:
             text = read_text(record, where, "text", "text_a")
             return TokensExample(where, text, tuple(split_words(text)), False)
@@ -88,11 +87,11 @@ class TokenClassification(Task[TokensExample]):
             target[row] = IGNORED if tag is None else self.index[tag]
         return tuple(target)
 
-    def weight(self, targets: Sequence[Any]) -> int:
+    def weight(self, targets: Sequence[tuple[int, ...]]) -> int:
         """The number of labelled rows."""
         return sum(index != IGNORED for target in targets for index in target)
 
-    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Any]) -> Tensor:
+    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[tuple[int, ...]]) -> Tensor:
         """Cross-entropy of the labelled rows of out [T, C]."""
         gold = torch.tensor([index for target in targets for index in target], device=out.device)
         return F.cross_entropy(out.float(), gold, ignore_index=IGNORED, reduction="sum")

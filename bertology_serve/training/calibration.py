@@ -43,16 +43,23 @@ def settled(live: TrainableDelta, dev: Sequence[Item], max_tokens: int, calibrat
     Dividing the logits by a temperature is dividing the last layer by it: whatever runs the delta, in whatever format,
     gives calibrated scores, and the answers' order stays as it was.
     """
-    task, before = task_for(live.task), live.task
+    task = task_for(live.task)
     if not dev or not isinstance(task, LabelTask):
         yield Settled()
         return
-    head = {name: tensor.clone() for name, tensor in live.head.state_dict().items()}
-    try:
+    with kept(live):
         yield _settle(live, task, dev, max_tokens, calibrate)
+
+
+@contextmanager
+def kept(live: TrainableDelta) -> Iterator[None]:
+    """Puts head and task back as they were."""
+    task, head = live.task, {name: tensor.clone() for name, tensor in live.head.state_dict().items()}
+    try:
+        yield
     finally:
         live.head.load_state_dict(head)
-        live.task = before
+        live.task = task
 
 
 def _settle(live: TrainableDelta, task: LabelTask, dev: Sequence[Item], max_tokens: int, calibrate: bool) -> Settled:

@@ -16,7 +16,6 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.interop.adapterhub import is_adapterhub, read_adapterhub
 from bertology_serve.deltas.interop.microsoft import read_microsoft_lora, read_trusted
 from bertology_serve.deltas.interop.peft_import import import_peft, magnitudes, spelt_out, unwrapped
-from bertology_serve.deltas.layout import MODEL_ROOT
 from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from bertology_serve.deltas.safe_io import Limits, read_json
 from bertology_serve.encoder.encoder import Encoder
@@ -26,6 +25,7 @@ from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.kind import Tensors
 from bertology_serve.kinds.norms import Norms
+from bertology_serve.kinds.peft_format import MODEL_ROOT
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.training.compress import differences, dropped, moved_biases, moved_norms
 

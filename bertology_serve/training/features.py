@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertology_serve.encoder.pooling import layer_rows, read_rows
+from bertology_serve.encoder.batch import read_rows
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import FormatError
 from bertology_serve.training.batches import Item, micro_batches
@@ -46,7 +46,7 @@ def pooled(live: TrainableDelta, items: Sequence[Item], layers: Sequence[int], m
     rows = {layer: torch.empty(len(items), encoder.anatomy.hidden) for layer in layers}
     groups = [[place[id(item)] for item in group] for group in micro_batches(items, max_tokens, not encoder.packs)]
     encodings = [item.encodings[0] for item in items]
-    for members, batch, hidden in layer_rows(encoder, *live.bank(), encodings, groups, layers):
+    for members, batch, hidden in encoder.layer_rows(*live.bank(), encodings, groups, layers):
         order = sorted(range(batch.sequences), key=batch.order.__getitem__)
         for layer, own in hidden.items():
             rows[layer][members] = read_rows(own, batch, order, live.task).float().cpu()

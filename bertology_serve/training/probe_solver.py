@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.tasks.base import Task
 from bertology_serve.tasks.classification import LabelTask
-from bertology_serve.tasks.logistic import LOOSE, Logistic, Solution
+from bertology_serve.tasks.logistic import LOOSE, Logistic, Ridge, Solution
 from bertology_serve.tasks.spec import MULTI_LABEL
 from bertology_serve.training.batches import Item
 from bertology_serve.training.callbacks import Callback, NoCallback
@@ -28,11 +29,11 @@ HELD_OUT = 0.1
 
 @dataclass(frozen=True)
 class Part:
-    """Some items, their features by layer, and their targets' weights, float64 [N, C] (multi-label: [N, 2 C])."""
+    """Some items, their features by layer, and their scores [N], or what their labels weigh (``LabelTask.rows``)."""
 
     items: Sequence[Item]
     rows: Features
-    weights: Tensor
+    targets: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Solver:
     def __init__(
         self,
         live: TrainableDelta,
-        task: LabelTask,
+        task: Task,
         items: Sequence[Item],
         config: TrainConfig,
         dev: Sequence[Item],
@@ -105,6 +106,15 @@ class Solver:
         self.watcher.evaluated({**self._place(), "layer": layer, "c": best.c, "eval": metrics})
         return replace(best, metrics=metrics)
 
+    def _problem(self, part: Part, layer: int) -> Logistic | Ridge:
+        """What is solved: logistic regression, one-vs-rest where several labels may apply; for scores ridge."""
+        if not isinstance(self.task, LabelTask):
+            return Ridge(part.rows[layer], part.targets)
+        if self.task.kind != MULTI_LABEL:
+            return Logistic(part.rows[layer], part.targets)
+        has, lacks = part.targets.chunk(2, 1)
+        return Logistic(part.rows[layer], has, lacks)
+
     def _solutions(self, layer: int, fit: Part) -> Iterator[tuple[int, Solution]]:
         problem, start = self._problem(fit, layer), None
         for index, c in enumerate(self.path):
@@ -112,19 +122,19 @@ class Solver:
             start = solution.raw
             yield index, solution
 
-    def _problem(self, part: Part, layer: int) -> Logistic:
-        several = self.task.kind == MULTI_LABEL
-        sides = part.weights.chunk(2, 1) if several else (part.weights, None)
-        return Logistic(part.rows[layer], *sides)
-
     def _tried(self, layer: int, index: int, solution: Solution, held: Part) -> Chosen:
         logits = solution.logits(held.rows[layer])
-        main = self.task.quick(logits, held.weights)
-        metrics = {self.task.main_metric: main, "loss": self._loss(logits, held)}
+        if isinstance(self.task, LabelTask):  # without the answers in words, of which there are many
+            main = self.task.quick(logits, held.targets)
+            metrics = {self.task.main_metric: main, "loss": self._loss(logits, held)}
+        else:
+            metrics = self._measure(logits, held)
         self.state.step += 1
         about = {"layer": layer, "c": self.path[index], "loss": solution.loss, "eval": metrics}
         self.directory.log({**self._place(), **about})
-        return Chosen(layer, index, self.path[index], [main, -metrics["loss"]], metrics, solution)
+        return Chosen(
+            layer, index, self.path[index], [metrics[self.task.main_metric], -metrics["loss"]], metrics, solution
+        )
 
     def _place(self) -> dict[str, Any]:
         stage = {"stage": self.state.stage} if self.state.stage else {}
@@ -132,7 +142,8 @@ class Solver:
 
     def _part(self, items: Sequence[Item]) -> Part:
         rows = features(self.live, items, self.layers, self.config.max_tokens, self.folder)
-        return Part(items, rows, self.task.rows([item.target for item in items]))
+        targets = [item.target for item in items]
+        return Part(items, rows, self.task.rows(targets) if isinstance(self.task, LabelTask) else torch.tensor(targets))
 
     @torch.no_grad()
     def _set(self, solution: Solution) -> None:
@@ -157,7 +168,7 @@ class Solver:
         return {**metrics, "loss": self._loss(logits, part)}
 
     def _loss(self, logits: Tensor, part: Part) -> float:
-        return float(self.task.loss(logits, [], [item.target for item in part.items])) / len(part.items)
+        return float(self.task.loss(logits, [1] * len(logits), [item.target for item in part.items])) / len(logits)
 
 
 def _split(whole: Part, seed: int) -> tuple[Part, Part]:
@@ -169,7 +180,7 @@ def _split(whole: Part, seed: int) -> tuple[Part, Part]:
 
 def _chosen(part: Part, at: Tensor) -> Part:
     rows = {layer: rows[at] for layer, rows in part.rows.items()}
-    return Part([part.items[i] for i in at.tolist()], rows, part.weights[at])
+    return Part([part.items[i] for i in at.tolist()], rows, part.targets[at])
 
 
 def _shown(choice: Chosen) -> dict[str, Any]:

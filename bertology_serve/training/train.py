@@ -17,13 +17,12 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta, nested
 from bertology_serve.kinds import kinds
 from bertology_serve.tasks.base import Task, all_pairs
-from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.fields import holds_several
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
-from bertology_serve.training.calibration import Settled, settled
+from bertology_serve.training.calibration import settled
 from bertology_serve.training.callbacks import Callback, NoCallback
 from bertology_serve.training.checkpoint import RunState
 from bertology_serve.training.config_file import settings_text
@@ -161,12 +160,18 @@ class Run:
             live.around = nested(FrozenPrefixCache(live, items, stage.config.max_tokens, folder).over, live.around)
         if count > 1:
             self.watcher.staged(number, count, stage.title)
-        own = (ready.items, stage.config, ready.dev, self.directory, self.watcher, number * (count > 1))
+        own = (
+            live,
+            ready.task,
+            ready.items,
+            stage.config,
+            ready.dev,
+            self.directory,
+            self.watcher,
+            number * (count > 1),
+        )
         own_rows = None if self.config.recipe else self.directory.path / "features"  # a recipe's are for others too
-        if stage.solved and isinstance(ready.task, LabelTask):
-            trainer: Solver | Trainer = Solver(live, ready.task, *own, own_rows)
-        else:
-            trainer = Trainer(live, ready.task, *own, self.processes)
+        trainer = Solver(*own, own_rows) if stage.solved else Trainer(*own, self.processes)
         trainer.state.seconds = before.provenance["seconds"] if before else 0.0
         known = dict(self.baselines)
         if before and stage.improves and isinstance(trainer, Trainer):
@@ -177,9 +182,8 @@ class Run:
             return self._unimproved(before, ready, state, out)
         last = number == count
         config = self.config if last else stage.config
-        with settled(live, ready.dev if last else (), config.max_tokens, config.calibrate) as scores:
-            delta = finished(live, ready, state, config, self.data, known, name, self.version, self.processes, scores)
-            difference = self._publish(delta, live, ready, out)
+        delta = finished(live, ready, state, config, self.data, known, name, self.version, self.processes, last)
+        difference = self._publish(delta, live, ready, out)
         held = state_bytes(trainer.optimizer) if isinstance(trainer, Trainer) else 0
         return Outcome(delta, out, count_parameters(live), state, difference, held, known)
 
@@ -187,12 +191,11 @@ class Run:
         """Publishes the stage before, the probe: no state of this one was better on the dev set."""
         live = ready.live
         live.head.adopt(before.head)
-        with settled(live, ready.dev, self.config.max_tokens, self.config.calibrate) as own:
-            metrics = {**before.metrics, **own.metrics}
-            delta = live.freeze(before.name, self.version, metrics, {**before.provenance, **own.facts})
-            difference = self._publish(delta, live, ready, out)
-        head = sum(tensor.numel() for tensor in before.head.values())
-        counts = ParameterCount(0, head, 0)
+        with settled(live, ready.dev, self.config.max_tokens, self.config.calibrate) as scores:
+            facts = {**before.provenance, **scores.facts}
+            delta = live.freeze(before.name, self.version, {**before.metrics, **scores.metrics}, facts)
+        difference = self._publish(delta, live, ready, out)
+        counts = ParameterCount(0, sum(tensor.numel() for tensor in before.head.values()), 0)
         return Outcome(delta, out, counts, state, difference, baselines=self.baselines, unimproved=True)
 
     def _publish(self, delta: Delta, live: TrainableDelta, ready: Prepared, out: Path) -> float:
@@ -213,17 +216,17 @@ def finished(
     name: str,
     version: str = "",
     processes: Processes = ALONE,
-    scores: Settled | None = None,
+    last: bool = True,
 ) -> Delta:
     """The delta that training ended with: its metrics, on ``ood`` items too, what it had to beat, how it came to be.
 
-    ``scores`` are what the dev set settled.
+    What the dev set settles is in it where the stage is the ``last``: others begin with the head as it was trained.
     """
-    scores = scores or Settled()
-    elsewhere = measure(live, task_for(live.task), ready.ood, config.max_tokens, processes) if ready.ood else {}
-    metrics = {**state.metrics, **scores.metrics, **{f"ood_{metric}": value for metric, value in elsewhere.items()}}
     facts = provenance(config, count_parameters(live), state, data, live.encoder, processes.count)
-    return live.freeze(name, version, metrics, {**facts, "baselines": known, **scores.facts})
+    with settled(live, ready.dev if last else (), config.max_tokens, config.calibrate) as scores:
+        elsewhere = measure(live, task_for(live.task), ready.ood, config.max_tokens, processes) if ready.ood else {}
+        metrics = {**state.metrics, **scores.metrics, **{f"ood_{metric}": value for metric, value in elsewhere.items()}}
+        return live.freeze(name, version, metrics, {**facts, "baselines": known, **scores.facts})
 
 
 def _continued(stage: Stage, ready: Prepared, before: Delta) -> TrainableDelta:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx_ir as ir
 import torch
-from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
-from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from bertology_serve.encoder.bank import PREFIX
 from bertology_serve.export.emitter.delta_inputs import LENGTH, Tables
 from bertology_serve.export.emitter.module_nodes import Modules
 from bertology_serve.export.emitter.nodes import CONTRIB, Value, counted, joined
 from bertology_serve.export.emitter.row_nodes import Mixed, Rows
+from bertology_serve.families.compat import modernbert_rates, mpnet_buckets
 from bertology_serve.kinds.slots import OUTPUT
 
 NATIVE_SINCE = 23
@@ -34,7 +31,7 @@ class Attention:
 
     def __call__(self, layer: int, query: Value, key: Value, value: Value) -> Value:
         """query, key, value [T, H] -> [T, H]; H as wide as the layer's heads."""
-        if self.parts.anatomy.family == "modernbert":
+        if self.parts.family.positions == "rotary":
             query, key = self._rotated(query, layer), self._rotated(key, layer)
         return self.grids(layer, *(self.grid(layer, x) for x in (query, key, value)))
 
@@ -73,7 +70,7 @@ class Attention:
             k, v = self._before(layer, "keys", k, 1), self._before(layer, "values", v, 1)
         q, k, v = (x.squeeze(1) for x in (q, k, v))
         count, bias = None, None
-        if self._slides(layer) or self.parts.anatomy.family == "mpnet":
+        if self._slides(layer) or self.parts.family.positions == "bias":
             mask = self._mask(layer)
             bias = self._square(self._opened(mask) if ahead else mask)
         else:
@@ -99,7 +96,7 @@ class Attention:
         if self._slides(layer):
             may = may & (self.nodes("Abs", self._apart) <= self.parts.config.sliding_window)
         mask = may.where(0.0, self.nodes.lowest)
-        return mask + self._relative() if self.parts.anatomy.family == "mpnet" else mask
+        return mask + self._relative() if self.parts.family.positions == "bias" else mask
 
     def _square(self, mask: Value) -> Value:
         """The mask with R rows, which ONNX Runtime's own attention wants."""
@@ -114,8 +111,7 @@ class Attention:
     def _relative(self) -> Value:
         """[1, heads, R, R]: MPNet's bias for the distance between two rows, from a table of all distances."""
         most = self.parts.anatomy.max_tokens + self.rows.prompt
-        encoder: Any = MPNetEncoder
-        buckets = encoder.relative_position_bucket(-torch.arange(1 - most, most))
+        buckets = mpnet_buckets(-torch.arange(1 - most, most))
         table = self.modules.own("encoder.relative_attention_bias.weight")
         assert table is not None
         biases = table.gather(self.nodes.constant(buckets.numpy()))
@@ -124,7 +120,7 @@ class Attention:
     def _rotated(self, x: Value, layer: int) -> Value:
         """Rotary positions (Su et al. 2021): halves (a, b) of each head become (a cos - b sin, b cos + a sin)."""
         config = self.parts.config
-        rates, _ = ModernBertRotaryEmbedding.compute_default_rope_parameters(config, None, config.layer_types[layer])
+        rates = modernbert_rates(config, config.layer_types[layer])
         positions = self.nodes("Cast", self.rows.positions, to=FLOAT)  # float16 ends at 2048 whole numbers
         angles = positions.unsqueeze(1, 2) * self.nodes.constant(rates.numpy())
         cos, sin = self.nodes("Cos", angles).real(), self.nodes("Sin", angles).real()

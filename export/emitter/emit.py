@@ -14,14 +14,15 @@ from bertology_serve.export.emitter.row_nodes import Mixed, Packed, Padded, gath
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import Precision
 from bertology_serve.export.prompt_rows import PromptLayout
+from bertology_serve.families import FAMILIES
 
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet", "modernbert")
+EMITTED = tuple(name for name, family in FAMILIES.items() if family.emitted)
 
 
 def obstacle(parts: ExportInputs) -> str | None:
     """Why this back end cannot write a model, or ``None`` where it can."""
-    if parts.anatomy.family not in FAMILIES:
-        return f"{parts.anatomy.family} is not among {', '.join(FAMILIES)}"
+    if parts.anatomy.family not in EMITTED:
+        return f"{parts.anatomy.family} is not among {', '.join(EMITTED)}"
     activations = [activation_of(parts), *activations_of(parts.head)]
     unknown = [str(name) for name in activations if name not in ACTIVATION_NODES]
     if unknown:

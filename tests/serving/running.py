@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 
 from bertology_serve.encoder.pipeline import Pipeline
-from bertology_serve.serving.auth.keys import Keyring
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.http.binding import bind, url_of
+from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.server import Server
 from bertology_serve.serving.versions.delta_registry import Registry
 
@@ -45,7 +45,7 @@ def running(
         **{"port": 0, "max_call_seconds": 120.0, "drain_seconds": 0.0, "shutdown_seconds": 20.0, **options}
     )
     bound = bind(config.host, config.port)
-    server = Server(pipeline, registry or Registry(pipeline, root), config, keyring=keyring)
+    server = Server(registry or Registry(pipeline, root), config, keyring=keyring)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 
-from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
-from bertology_serve.serving.execution.engine import INLINE
+from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.protocol import json_codec
+from bertology_serve.serving.service import INLINE
 from bertology_serve.tasks import encoding
 from tests.serving.conftest import DELTAS, RECORDS
 from tests.serving.held import Held
@@ -276,7 +276,7 @@ def test_a_fault_is_a_500_that_tells_and_logs_no_text(server, pipeline, monkeypa
     def fault(jobs: Any) -> Any:
         raise RuntimeError("about SECRET")
 
-    monkeypatch.setattr(server.server.engine._executor, "_run", fault)
+    monkeypatch.setattr(server.server.service._executor, "_run", fault)
     response = server.post("/predict", {"delta": "mood", "text": "SECRET"})
     assert response.status_code == 500
     assert response.json() == {"error": "the server failed on this call; the fault is in its log"}
@@ -288,7 +288,7 @@ def test_a_full_queue_is_a_503_with_retry_after(pipeline):
     held = Held(pipeline)
     with running(held, max_queue_tokens=8, max_item_tokens=8) as server:
         threads = [threading.Thread(target=send, args=(server, "the cat")) for _ in range(3)]
-        queue = server.server.engine.queue
+        queue = server.server.service.queue
         for number, thread in enumerate(threads):
             thread.start()
             assert held.busy.wait(20)  # the first is with the executor
@@ -312,7 +312,7 @@ def test_who_hangs_up_costs_nothing(pipeline):
     with running(held) as server:
         first = threading.Thread(target=send, args=(server, "first"))
         first.start()
-        queue = server.server.engine.queue
+        queue = server.server.service.queue
         assert held.busy.wait(20)
         body = b'{"delta": "mood", "text": "gone"}'
         url = httpx.URL(server.url)
@@ -372,7 +372,7 @@ def test_a_full_queue_of_one_delta_is_a_429_with_retry_after(pipeline):
     held = Held(pipeline)
     with running(held, max_delta_tokens=8, max_item_tokens=8) as server:
         threads = [threading.Thread(target=send, args=(server, "the cat")) for _ in range(3)]
-        queue = server.server.engine.queue
+        queue = server.server.service.queue
         for number, thread in enumerate(threads):
             thread.start()
             assert held.busy.wait(20)
@@ -433,7 +433,7 @@ def test_priorities_that_make_no_sense(server, value):
 def test_what_is_urgent_goes_first_and_a_full_queue_is_told_before_tokenising(pipeline, monkeypatch):
     held = Held(pipeline)
     with running(held, max_queue_tokens=8, max_item_tokens=8) as server:
-        queue = server.server.engine.queue
+        queue = server.server.service.queue
 
         def ask(text: str, **headers: str) -> threading.Thread:
             call = lambda: server.client.post("/predict", json={"delta": "mood", "text": text}, headers=headers)  # noqa: E731
@@ -445,7 +445,7 @@ def test_what_is_urgent_goes_first_and_a_full_queue_is_told_before_tokenising(pi
         assert held.busy.wait(20)
         threads.append(ask("patient"))
         wait(lambda: queue.items == 1)
-        server.server.engine.queue.times.budget = 1
+        server.server.service.queue.times.budget = 1
         queue._scheduler.max_tokens = 1
         threads.append(ask("urgent", **{"X-Request-Priority": "1"}))
         wait(lambda: queue.items == 2)

@@ -88,7 +88,7 @@ def test_signals_drain_then_stop_then_give_up(pipeline):
     with running(pipeline, drain_seconds=60.0) as started:
         server = started.server
         server.handle_exit(signal.SIGTERM, None)
-        assert (server.engine.ready, server.should_exit) == (False, False)
+        assert (server.service.ready, server.should_exit) == (False, False)
         server.handle_exit(signal.SIGTERM, None)
         assert (server.should_exit, server.force_exit) == (True, False)
         server.handle_exit(signal.SIGINT, None)
@@ -101,7 +101,7 @@ def test_a_terminal_that_hangs_up_drains_too(pipeline):
         with running(pipeline, drain_seconds=60.0) as started:
             with started.server.capture_signals():
                 signal.raise_signal(signal.SIGHUP)
-            assert (started.server.engine.ready, started.server.should_exit) == (False, False)
+            assert (started.server.service.ready, started.server.should_exit) == (False, False)
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -113,7 +113,7 @@ def test_a_server_under_nohup_goes_on(pipeline):
         with running(pipeline) as started:
             with started.server.capture_signals():
                 signal.raise_signal(signal.SIGHUP)
-            assert started.server.engine.ready
+            assert started.server.service.ready
     finally:
         signal.signal(signal.SIGHUP, before)
 

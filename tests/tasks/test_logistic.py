@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertology_serve.tasks.logistic import Logistic
+from bertology_serve.tasks.logistic import Logistic, Ridge
 
 PATH = torch.logspace(-7, 2, 10, dtype=torch.float64).tolist()
 
@@ -108,3 +108,23 @@ def test_one_vs_rest_is_scikit_learn_s():
             model.fit(z[rows], gold[:, label].numpy()[rows])
             theirs = torch.tensor(model.decision_function(z))
             torch.testing.assert_close(found.logits(x)[:, label], theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_ridge_is_scikit_learn_s():
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="the reference solver is scikit-learn's")
+    x, labels = problem(3)
+    scores = labels.double() * 2.5 + x[:, 3].double()
+    for c in PATH:
+        found = Ridge(x, scores).solve(c)
+        model = linear_model.Ridge(alpha=1 / c, solver="svd").fit(scaled(x).numpy(), scores.numpy())
+        assert found.weight.shape == (1, x.shape[1])
+        theirs = torch.tensor(model.predict(scaled(x).numpy()))
+        assert torch.allclose(found.logits(x)[:, 0], theirs, rtol=0, atol=1e-9), c
+        loss = (theirs - scores).square().mean() / 2 + (model.coef_**2).sum() / (2 * c * len(x))
+        assert found.loss == pytest.approx(float(loss), abs=1e-9)
+
+
+def test_ridge_with_fewer_rows_than_features_and_one_score():
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
+    found = Ridge(x, torch.full((5,), 2.5)).solve(100.0)
+    assert torch.allclose(found.logits(x), torch.full((5, 1), 2.5, dtype=torch.float64))

@@ -43,7 +43,8 @@ def test_stages_say_what_is_trained_and_from_what_start():
     probe, full = stages(TrainConfig("classification", recipe="lp-ft", epochs=5, first_epochs=2, learning_rate=1e-5))
     assert not probe.solved, "epochs were given for it"
     assert [stage.solved for stage in stages(TrainConfig("classification", recipe="lp-ft"))] == [True, False]
-    assert [stage.solved for stage in stages(TrainConfig("regression", recipe="lp-ft"))] == [False, False]
+    assert [stage.solved for stage in stages(TrainConfig("multiple-choice", recipe="lp-ft"))] == [False, False]
+    assert [stage.solved for stage in stages(TrainConfig("regression"))] == [True, False]
     assert [stage.solved for stage in stages(TrainConfig("classification", recipe="lp"))] == [True]
     assert (probe.config.method, probe.config.epochs, probe.config.learning_rate) == (("probe",), 2, None)
     assert (full.config.method, full.config.epochs, full.config.head_rate) == (("full",), 5, 1e-5)
@@ -57,7 +58,7 @@ def test_stages_say_what_is_trained_and_from_what_start():
     assert all(stage.config.recipe is None for stage in (delta, full))
     mixed = stages(TrainConfig("regression", "mixout", recipe="lp-ft", options={"mixout": {"p": 0.9}}))[1]
     assert mixed.config.options == {"mixout": {"p": 0.9}}
-    config = TrainConfig("regression")
+    config = TrainConfig("regression", start="random")
     assert [stage.config for stage in stages(config)] == [config]
 
 
@@ -70,11 +71,11 @@ def test_stages_say_what_is_trained_and_from_what_start():
         ({"first_epochs": 2}, "those of a recipe's first stage; give --recipe lp-ft or eh-ft too"),
         (
             {"recipe": "lp", "method": "lora"},
-            "recipe lp solves a probe for classification or multi-label; got method lora",
+            "recipe lp solves a probe for .*; got method lora",
         ),
         (
-            {"recipe": "lp", "task": "regression"},
-            "recipe lp solves a probe for .*; got .* task regression",
+            {"recipe": "lp", "task": "embedding"},
+            "recipe lp solves a probe for .*; .* embedding",
         ),
         ({"recipe": "lp", "head": "hf"}, "recipe lp solves one linear layer; got head 'hf'"),
         ({"recipe": "lp", "lp_path": 0}, "lp_path is 0"),

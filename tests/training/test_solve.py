@@ -27,14 +27,11 @@ from tests.training import sets
 DEFAULTS = {"recipe": "lp", "max_length": 32, "epochs": 2, "batch_size": 4, "calibrate": False}
 
 
-def run(encoder: Encoder, out: Path, **values: Any) -> Outcome:
+def run(encoder: Encoder, out: Path, task: str = "classification", **values: Any) -> Outcome:
     place = {name: values.pop(name) for name in ("resume", "overwrite") if name in values}
-    watcher, dev = values.pop("watcher", None), values.pop("dev", sets.source("classification", "dev.jsonl"))
-    config = TrainConfig(
-        "classification",
-        **{**DEFAULTS, **values},
-    )
-    data = sets.source("classification"), dev
+    watcher, dev = values.pop("watcher", None), values.pop("dev", sets.source(task, "dev.jsonl"))
+    config = TrainConfig(task, **{**DEFAULTS, **values})
+    data = sets.source(task), dev
     return train(config, encoder, *data, place=Destination(out, **place), watcher=watcher)
 
 
@@ -141,3 +138,18 @@ def test_killed_in_the_path_it_ends_at_the_same_bits(
             assert torch.equal(getattr(resumed.delta, group)[name], tensor), name
     assert len(lines(resumed)) == len(lines(straight))
     assert store.load(resumed.path).metrics == store.load(straight.path).metrics
+
+
+def test_regression_begins_at_ridge_and_is_never_worse(tmp_path: Path, bert: Encoder):
+    probe = run(bert, tmp_path / "probe", "regression")
+    found = evaluate(probe.delta, sets.source("regression").records, bert).metrics
+    assert {name: value for name, value in probe.delta.metrics.items() if name != "loss"} == pytest.approx(found)
+    best = max(line["eval"]["spearman"] for line in lines(probe))
+    assert probe.delta.metrics["spearman"] == pytest.approx(best)
+    assert best > 0.5
+    still = run(bert, tmp_path / "still", "regression", recipe=None, pooling="mean", learning_rate=1e-9)
+    assert still.unimproved
+    assert still.delta.metrics == pytest.approx(probe.delta.metrics)
+    moved = run(bert, tmp_path / "moved", "regression", recipe=None, pooling="mean", learning_rate=1e-2, epochs=8)
+    assert moved.delta.metrics["spearman"] >= best
+    assert moved.unimproved or moved.baselines["probe"] == pytest.approx(probe.delta.metrics)

@@ -9,7 +9,7 @@ import pytest
 from bertology_serve.errors import SpecError
 from bertology_serve.kinds.kinds import KINDS
 from bertology_serve.kinds.sparse import SPARSE
-from bertology_serve.training.method_options import REGULARISED, KindFlags
+from bertology_serve.training.method_options import AUTO, REGULARISED, KindFlags
 from bertology_serve.training.methods import specs_for
 from bertology_serve.training.train_config import (
     FULL,
@@ -24,8 +24,8 @@ from bertology_serve.training.train_config import (
 
 def test_methods_are_the_kinds_the_probe_and_the_forms_of_full_fine_tuning():
     trainable = [kind for kind in KINDS if kind != SPARSE.name]  # compress makes those
-    assert (*trainable, PROBE, FULL, *REGULARISED) == METHODS
-    assert set(LEARNING_RATES) == set(METHODS)
+    assert (*trainable, PROBE, FULL, *REGULARISED, AUTO) == METHODS
+    assert {*LEARNING_RATES, AUTO} == set(METHODS)
 
 
 def test_survives_json():
@@ -80,7 +80,8 @@ def test_defaults_depend_on_the_task():
     assert (spec.pooling, spec.head, spec.max_length) == ("mean", "none", 128)
     spec = TrainConfig("regression", "probe").task_spec(())
     assert (spec.pooling, spec.head) == ("mean", "linear")
-    spec = TrainConfig("regression").task_spec(())
+    assert (TrainConfig("regression").form.pooling, TrainConfig("regression").form.head) == ("mean", "linear")
+    spec = TrainConfig("regression", start="random").task_spec(())
     assert (spec.pooling, spec.head) == ("cls", "hf")
     assert TrainConfig("regression", stride=3, max_answer_length=4, max_length=9).task_spec(()).stride == 3
 

@@ -22,14 +22,12 @@ from bertology_serve.bench.export.others import TOOLS, exported_by
 from bertology_serve.bench.export.timing import Timed, interleave
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.pooling import form_for
 from bertology_serve.errors import Unsupported, VerificationError
 from bertology_serve.export.emitter.emit import emit
 from bertology_serve.export.environment import environment
 from bertology_serve.export.export_inputs import ExportInputs, parts_of
 from bertology_serve.export.metadata import save
 from bertology_serve.tasks.base import Task
-from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, Encoding, TaskSpec
 
 EXPORTS = 5
@@ -66,7 +64,7 @@ class Result:
 def bare(encoder: Encoder) -> Delta:
     """A delta that changes nothing, with a random head of two classes."""
     task = TaskSpec(CLASSIFICATION, ("a", "b"))
-    head = Head.build(form_for(encoder, task), encoder.base_head, torch.Generator().manual_seed(0))
+    head = encoder.head(task, torch.Generator().manual_seed(0))
     return Delta("bare", encoder.ref, task, head=head.own_tensors(), version="1")
 
 

@@ -21,25 +21,26 @@ from torch.nn import functional as F
 
 from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.interop.microsoft import read_trusted
-from bertology_serve.deltas.interop.peft_modules import lora_delta
-from bertology_serve.deltas.interop.peft_tensors import LEAF as IA3_LEAF
-from bertology_serve.deltas.interop.peft_tensors import ia3_delta, take
-from bertology_serve.deltas.layout import MODEL_ROOT, check_shapes, expected_shapes, shapes_of, split_prefix
+from bertology_serve.deltas.layout import check_shapes, expected_shapes, shapes_of
 from bertology_serve.deltas.names import ADAPTER_CONFIG, check_name
 from bertology_serve.deltas.safe_io import Limits, read_json
 from bertology_serve.deltas.store import publish, write_tensors
 from bertology_serve.deltas.typed import conform
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
+from bertology_serve.families import FAMILIES
 from bertology_serve.files import staging, write_json
+from bertology_serve.kinds import ia3, lora
 from bertology_serve.kinds.adapter import Adapter, layers, places
 from bertology_serve.kinds.kind import Tensors
-from bertology_serve.kinds.prefix import Prefix
+from bertology_serve.kinds.kinds import from_peft
+from bertology_serve.kinds.peft_format import MODEL_ROOT, take
+from bertology_serve.kinds.prefix import Prefix, split
 from bertology_serve.kinds.slots import DOWN, FFN_NORM, Anatomy
 from bertology_serve.tasks.heads import head_form
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, TaskSpec
 
 WEIGHTS, HEAD_CONFIG, HEAD_WEIGHTS = "adapter.safetensors", "head_config.json", "model_head.safetensors"
-FAMILIES = ("bert", "roberta", "xlm-roberta", "electra")
+KNOWN = tuple(name for name, family in FAMILIES.items() if family.adapterhub)
 VERSION = "adapters.1.3.0"
 ACTIVATIONS = {"swish": "silu", "silu": "silu", "relu": "relu", "gelu": "gelu", "tanh": "tanh"}
 _RUN: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -128,12 +129,13 @@ def _lora(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Anato
         module, _, leaf = path.partition(middle)
         own[f"{MODEL_ROOT}{module}.{leaf}"] = tensors.pop(path).float()
     if mode == "scale":
-        factors = {path.replace(".lora_B", IA3_LEAF): alpha * factor for path, factor in own.items()}
-        return ia3_delta(factors, anatomy, MODEL_ROOT)
+        factors = {path.replace(".lora_B", ia3.LEAF): alpha * factor for path, factor in own.items()}
+        return from_peft(ia3.IA3, {}, factors, anatomy)
     if mode != "add":
         raise Unsupported(f"composition_mode={str(mode)[:40]} of an AdapterHub adapter is not read here")
     given = {"lora_alpha": alpha, "lora_dropout": config.get("dropout")}
-    return lora_delta(given, {f"{path}.weight": tensor for path, tensor in own.items()}, anatomy)
+    weights = {f"{path}.weight": tensor for path, tensor in own.items()}
+    return from_peft(lora.LORA, given, weights, anatomy)
 
 
 def _prefix(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Anatomy) -> tuple[Any, Tensors]:
@@ -152,7 +154,7 @@ def _prefix(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Ana
             raise Unsupported(f"non_linearity={word[:40]} of an AdapterHub prefix: {nearest(word[:40], _RUN)}")
         first, second = ([take(own, f"control_trans.{i}.{part}") for part in ("weight", "bias")] for i in (0, 2))
         rows = F.linear(_RUN[word](F.linear(take(own, "wte.weight"), *first)), *second)
-    parts = split_prefix(rows, anatomy)
+    parts = split(rows, anatomy)
     return Prefix(len(rows)), {f"prefix.{part}": tensor for part, tensor in parts.items()}
 
 
@@ -188,8 +190,8 @@ def _only_adapter(delta: Delta, anatomy: Anatomy) -> Adapter:
 
 
 def _check_family(anatomy: Anatomy) -> None:
-    if anatomy.family not in FAMILIES or anatomy.pre_norm:
-        raise Unsupported(f"AdapterHub's names are known for {', '.join(FAMILIES)}, not for {anatomy.family}")
+    if anatomy.family not in KNOWN or anatomy.pre_norm:
+        raise Unsupported(f"AdapterHub's names are known for {', '.join(KNOWN)}, not for {anatomy.family}")
 
 
 def _config(spec: Adapter, anatomy: Anatomy) -> dict[str, Any]:

@@ -200,8 +200,9 @@ class Registry:
 
         Raises NotFound, whose message names only deltas that are ``visible`` to the caller.
         """
-        chosen = version or self.splits.version(name)
-        delta = self.pipeline.resident(name, chosen) or self.pipeline.resident(name) or self.tiers.cards.get(name)
+        delta = (
+            self.pipeline.resident(name, version or "") or self.pipeline.resident(name) or self.tiers.cards.get(name)
+        )
         if delta is None:
             known = [other for other in {**self.pipeline.deltas, **self.tiers.cards} if visible(other)]
             raise NotFound(f"no delta {name[:80]!r}; {nearest(name, known)}; GET /models lists them")

@@ -11,13 +11,13 @@ from typing import Any
 from bertology_serve.deltas.catalog import identify
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import SpecError
-from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
-from bertology_serve.training.calibration import settled
+from bertology_serve.training.checkpoint import RunState
 from bertology_serve.training.fleet.fleet import Fleet
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.fleet.fleet_spec import FleetSpec
@@ -35,6 +35,11 @@ ROWS = {"cpu": 512}
 ROWS_ELSEWHERE = 8192
 
 Columns = tuple[tuple[str, str], ...]
+
+
+def rows_of_a_pass(encoder: Encoder) -> int:
+    """The default for where the encoder is."""
+    return ROWS.get(encoder.device.type, ROWS_ELSEWHERE)
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,12 @@ class Shelf:
         solving = first and (first.lp_path, first.seed, first.max_tokens)
         key = id(ready.items), id(ready.dev), ready.task.spec, solving
         if key not in self.starts:
-            known = baselines(self.encoder, ready.task, ready.items, ready.dev) if ready.dev else {}
+            own = ready.task, ready.items
+            known = baselines(self.encoder, *own, ready.dev) if ready.dev else {}
             solver = None
-            if first is not None and isinstance(ready.task, LabelTask):
+            if first is not None:
                 live = make_live(self.encoder, first, ready.task.spec)
-                solver = Solver(live, ready.task, ready.items, first, ready.dev, Follower(folder), folder=folder)
+                solver = Solver(live, *own, first, ready.dev, Follower(folder), folder=folder)
                 known |= {PROBE: solver.run().metrics} if ready.dev else {}
             self.starts[key] = Start(known, solver)
         return self.starts[key]
@@ -88,7 +94,10 @@ class Shelf:
 
 @dataclass
 class Enrolled:
-    """A member with what the beginning and the end of its training need; ``config`` is as it was asked for."""
+    """A member with what the beginning and the end of its training need; ``config`` is as it was asked for.
+
+    ``beaten``: the probe is known to be better, whatever its own dev set says.
+    """
 
     member: Member
     config: TrainConfig
@@ -96,6 +105,7 @@ class Enrolled:
     ready: Prepared
     data: Data
     start: Start = field(default_factory=lambda: Start({}))
+    beaten: bool = False
 
     def begin(self, start: Start) -> None:
         """Puts the head where the probe has it."""
@@ -104,6 +114,19 @@ class Enrolled:
             self.member.live.head.adopt(start.solver.live.head.own_tensors())
             self.member.begin_at(start.solver.state.metrics)
             self.member.state.seconds = start.solver.state.seconds
+
+    @property
+    def unimproved(self) -> bool:
+        """Whether the probe is what is to be published."""
+        return self.start.solver is not None and (self.beaten or self.member.unimproved)
+
+    def ended(self, name: str, version: str = "") -> tuple[Delta, TrainableDelta, RunState]:
+        """The delta that is to be published, its live form, and the state of the run that led there."""
+        live, state, config, known = self.member.live, self.member.state, self.config, dict(self.start.known)
+        if self.start.solver is not None and self.unimproved:
+            live, state, config = self.start.solver.live, self.start.solver.state, self.start.solver.config
+            known.pop(PROBE, None)
+        return finished(live, self.ready, state, config, self.data, known, name, version), live, state
 
 
 def enrol(
@@ -157,7 +180,7 @@ def train_fleet(
     directory.check_members([one.name for one in spec.members], resume, overwrite)
     shelf = Shelf(encoder)
     crew = enrol(spec, shelf, directory, watcher)
-    rows = spec.max_tokens or ROWS.get(encoder.device.type, ROWS_ELSEWHERE)
+    rows = spec.max_tokens or rows_of_a_pass(encoder)
     began = directory.open(_identity(rows, encoder, crew), machine(crew[0].member.config, encoder), resume)
     directory.sweep(one.name for one in spec.members)
     lay_out(encoder, began)
@@ -198,15 +221,10 @@ class Publisher:
         """
         if member.failure:
             return
-        one, out, live = self.crew[member.name], self.root / member.name, member.live
-        self.fresh = self.fresh or live.encoder.fresh()
-        state, config, known, probe = member.state, one.config, dict(one.start.known), one.start.solver
-        if probe is not None and member.unimproved:
-            live, state, config = probe.live, probe.state, probe.config
-            del known[PROBE]
+        one, out = self.crew[member.name], self.root / member.name
+        self.fresh = self.fresh or member.live.encoder.fresh()
+        delta, live, _ = one.ended(member.name)
         log = [self.directory.take_log(member.name)]
-        with settled(live, one.ready.dev, config.max_tokens, config.calibrate) as scores:
-            delta = finished(live, one.ready, state, config, one.data, known, member.name, scores=scores)
-            difference = publish(delta, live, out, *one.ready.sample(one.data), extra=log, fresh=self.fresh)
+        difference = publish(delta, live, out, *one.ready.sample(one.data), extra=log, fresh=self.fresh)
         self.deltas[member.name] = replace(delta, version=identify(out).version)
         self.watcher.published(member.name, difference)

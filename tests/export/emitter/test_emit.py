@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
-from bertology_serve.export.emitter.emit import FAMILIES, emit, obstacle
+from bertology_serve.export.emitter.emit import EMITTED, emit, obstacle
 from bertology_serve.export.export_inputs import ExportInputs, parts_of
 from bertology_serve.export.export_spec import Precision
 from bertology_serve.export.samples import Reference
@@ -159,7 +159,7 @@ def test_what_it_cannot_write_is_said(tmp_path, monkeypatch):
         return obstacle(parts_of(encoder, tiny.delta(encoder, "x", *DELTAS["folds"]), True))
 
     assert found("roberta") is None
-    assert found("deberta-v3") == f"deberta-v2 is not among {', '.join(FAMILIES)}"
+    assert found("deberta-v3") == f"deberta-v2 is not among {', '.join(EMITTED)}"
     config, rotary = tiny.CONFIGS["bert"](), tiny.CONFIGS["modernbert"]()
     config.hidden_act = "mish"
     monkeypatch.setitem(tiny.CONFIGS, "bert", lambda: config)

@@ -13,7 +13,7 @@ from tritonclient.utils import InferenceServerException
 
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import Expired, Overloaded
-from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
+from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.delta_registry import Registry
 from tests.serving.conftest import DELTAS
 from tests.serving.running import Running, running
@@ -195,7 +195,7 @@ def test_faults_and_overload(client, served, monkeypatch, problem, status, text)
     async def fail(*args: Any, **kwargs: Any) -> Any:
         raise problem
 
-    monkeypatch.setattr(served.server.engine, "answer", fail)
+    monkeypatch.setattr(served.server.service, "answer", fail)
     with pytest.raises(InferenceServerException, match=text) as told:
         client.infer("mood", [tensor("text", TEXTS)], headers=HEADERS)
     assert told.value.status() == f"StatusCode.{status}"

@@ -597,8 +597,8 @@ def test_work_of_a_line_that_was_cut_is_dropped(pipeline: Pipeline):
             assert held.busy.wait(20)
             with socket.create_connection((url.host, url.port), timeout=120) as second:
                 second.sendall(predict("mood", "second"))
-                wait(lambda: started.server.engine.queue.items == 1)
-            wait(lambda: started.server.engine.queue.items == 0)
+                wait(lambda: started.server.service.queue.items == 1)
+            wait(lambda: started.server.service.queue.items == 0)
             held.go.set()
             assert b"200 OK" in first.recv(65_536)
     assert held.texts == ["first"]
@@ -613,7 +613,7 @@ def test_calls_are_refused_unread_while_the_queue_is_full(pipeline: Pipeline):
             assert held.busy.wait(20)
             with socket.create_connection((url.host, url.port), timeout=120) as second:
                 second.sendall(predict("mood", ["the", "the dog was"]))
-                wait(lambda: started.server.engine.queue.items == 2)
+                wait(lambda: started.server.service.queue.items == 2)
                 assert started.post("/predict", {"delta": "mood", "text": "the"}).status_code == 503
                 refused = started.post("/predict", b"this was never read")
                 held.go.set()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from bertology_serve.bench.export.checkpoint import task_model
 from bertology_serve.bench.prove.stage import LENGTH, Stage
-from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.loading import locate
 from bertology_serve.export.back_ends import choose, write
@@ -69,7 +68,7 @@ def make(stage: Stage, directory: Path, count: int, different: int) -> Made:
         folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(made.names):
         delta = stage.random(name, Lora(rank=RANK), TASK, number)
-        store.save(delta, made.adapter(name), stage.encoder.anatomy, stage.encoder.config.to_dict())
+        delta.save(made.adapter(name), stage.encoder)
         if made.onnx(name).exists():
             continue
         if number < different:

@@ -79,7 +79,7 @@ def test_not_ready_while_there_is_no_executor_and_what_comes_waits(served, remot
         found: list = []
         thread = threading.Thread(target=lambda: found.append(served.post("/predict", ITEMS)))
         thread.start()
-        wait(lambda: served.server.engine.queue.items == 0)
+        wait(lambda: served.server.service.queue.items == 0)
     finally:
         os.kill(nursery, signal.SIGCONT)
     thread.join(120)
@@ -96,7 +96,7 @@ def test_poison(served, remote, encoder, tmp_path, expected, monkeypatch):
             remote.supervisor.line().kill()
         return outputs(owned)
 
-    monkeypatch.setattr(served.server.engine._executor.quarantine, "_clock", lambda: 0.0)  # set aside until the end
+    monkeypatch.setattr(served.server.service._executor.quarantine, "_clock", lambda: 0.0)  # set aside until the end
     with monkeypatch.context() as patch:
         patch.setattr(remote, "outputs", poisoned)
         loop = asyncio.run(_ask_together(served.url))
@@ -113,7 +113,7 @@ def test_poison(served, remote, encoder, tmp_path, expected, monkeypatch):
     registry.put("mood")
     assert same(served.post("/predict", ITEMS[:1]).json(), expected[:1])
     remote._ready["mood"] = before
-    monkeypatch.setattr(served.server.engine._executor.quarantine, "_until", {})
+    monkeypatch.setattr(served.server.service._executor.quarantine, "_until", {})
 
 
 async def _ask_together(url: str) -> list[tuple]:
@@ -135,7 +135,7 @@ def test_draining_answers_what_was_accepted(remote, far, expected):
         threads = [threading.Thread(target=lambda: found.append(started.post("/predict", ITEMS))) for _ in range(4)]
         for thread in threads:
             thread.start()
-        wait(lambda: found or started.server.engine.queue.items)
+        wait(lambda: found or started.server.service.queue.items)
         kill(remote)
         started.server.drain()
         assert started.client.get("/health").json() == {"status": "draining"}

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from bertology_serve.errors import Overloaded
-from bertology_serve.serving.execution.process import supervisor
-from bertology_serve.serving.execution.process.executor_handle import WorkerPlace
-from bertology_serve.serving.execution.process.frames import Lost
-from bertology_serve.serving.execution.process.supervisor import Supervisor
+from bertology_serve.serving.execution.process import executor_handle
+from bertology_serve.serving.execution.process.channel import Lost
+from bertology_serve.serving.execution.process.executor_handle import Supervisor, WorkerPlace
 from tests.serving.running import wait
 
 
@@ -49,7 +48,7 @@ class FakeNursery:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(supervisor, "PAUSES", (0.0, 0.01))
+    monkeypatch.setattr(executor_handle, "PAUSES", (0.0, 0.01))
 
 
 @pytest.fixture
@@ -95,7 +94,7 @@ def test_what_watches_over_them_is_watched_over_itself(made, caplog, monkeypatch
 
 
 def test_closing_does_not_wait_for_a_fork_server_that_hangs(made, monkeypatch):
-    monkeypatch.setattr(supervisor, "CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(executor_handle, "CLOSE_SECONDS", 0.05)
     nursery = FakeNursery()
     keeper = made(nursery)
     nursery.may_fork.clear()
