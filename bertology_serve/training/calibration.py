@@ -21,9 +21,6 @@ from bertology_serve.tasks.registry import task_for
 from bertology_serve.training.batches import Item, micro_batches
 from bertology_serve.training.evaluate import run
 
-LEAST_POSITIVE = 10
-"""A label that fewer dev texts have keeps the threshold that all have in common."""
-
 
 @dataclass(frozen=True)
 class Settled:
@@ -105,28 +102,33 @@ def thresholds(scores: Floats, gold: Flags, known: Flags) -> tuple[float, ...]:
     """The least score [C] of each label with which micro F1 is highest; scores, gold and known are [N, C].
 
     At the optimum F of micro F1 a label is worth naming where that adds more to 2 TP than F times what it adds to what
-    is named (Lipton et al. 2014, arXiv 1402.1892): first one threshold for all, then each label's own.
+    is named (Lipton et al. 2014, arXiv 1402.1892): first one threshold for all, then each label's own. A threshold
+    moves only where the rows between the old and the new show by two standard errors that it should.
     """
-    flat: Floats = scores[known]
-    right: Flags = gold[known]
+    flat, right = _falling(scores[known], gold[known])
     if not right.any():
         return (EVEN,) * int(scores.shape[1])
-    order = np.argsort(-flat, kind="stable")
-    f1 = 2 * np.cumsum(right[order]) / (np.arange(1, len(flat) + 1) + right.sum())
-    common, best = _cut(flat[order], f1), float(f1.max())
-    found: list[float] = []
-    for label in range(scores.shape[1]):
-        own, mine = scores[known[:, label], label], gold[known[:, label], label]
-        order = np.argsort(-own, kind="stable")
-        gains = np.cumsum(np.where(mine[order], 2.0, 0.0) - best)
-        found.append(common if mine.sum() < LEAST_POSITIVE else _cut(own[order], gains))
-    return tuple(found)
+    best = float((2 * np.cumsum(right) / (np.arange(1, len(flat) + 1) + right.sum())).max())
+    common = _cut(flat, right, best, EVEN)
+    parts = ((scores[known[:, label], label], gold[known[:, label], label]) for label in range(scores.shape[1]))
+    return tuple(_cut(*_falling(*part), best, common) for part in parts)
 
 
-def _cut(falling: Floats, worth: Floats) -> float:
-    """Half-way between the last score that is worth taking and the next."""
-    last = int(worth.argmax())
-    return float((falling[last] + (falling[last + 1] if last + 1 < len(falling) else 0.0)) / 2)
+def _falling(scores: Floats, right: Flags) -> tuple[Floats, Flags]:
+    order = np.argsort(-scores, kind="stable")
+    return scores[order], right[order]
+
+
+def _cut(falling: Floats, right: Flags, f1: float, old: float) -> float:
+    """Half-way between the last score that is worth naming and the next; ``old`` where that is hardly better."""
+    worth = np.where(right, 2.0, 0.0) - f1
+    total = np.concatenate([[0.0], np.cumsum(worth)])
+    named, best = int((falling >= old).sum()), int(total.argmax())
+    between = worth[min(named, best) : max(named, best)]
+    if total[best] - total[named] <= 2.0 * float(np.sqrt(np.square(between).sum())):
+        return old
+    edges = np.concatenate([[1.0], falling, [0.0]])
+    return float(edges[best] + edges[best + 1]) / 2
 
 
 def _logits(live: TrainableDelta, items: Sequence[Item], max_tokens: int) -> Tensor:

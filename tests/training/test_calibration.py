@@ -83,7 +83,9 @@ def test_thresholds_raise_micro_f1_where_scores_are_off():
     assert micro(found) > micro((0.5, 0.5, 0.5)) + 0.05
     assert found[1] < found[0] - 0.1
     grid = np.linspace(0, 1, 101)
-    assert micro(found) >= max(micro((a, b, found[2])) for a in grid for b in grid) - 2e-3
+    assert micro(found) >= max(micro((a, b, found[2])) for a in grid for b in grid) - 0.02
+    few = thresholds(scores[:8], gold[:8], known[:8])
+    assert few == (0.5, 0.5, 0.5), "a few rows say nothing"
     assert thresholds(scores, np.zeros_like(gold), known) == (0.5, 0.5, 0.5)
 
 
