@@ -85,7 +85,7 @@ def _many(
     into: bool,
 ) -> Exported:
     from bertology_serve.deltas import store
-    from bertology_serve.export.export_deltas import export_many, join
+    from bertology_serve.export.exporting import export_many, join
     from bertology_serve.training.publish import load_delta, open_delta
 
     found = [versions[-1] for path in paths for versions in store.discover(path).values()]

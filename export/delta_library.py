@@ -21,7 +21,7 @@ from bertology_serve.errors import FormatError, SpecError, Unsupported
 from bertology_serve.export.emitter import head_nodes
 from bertology_serve.export.emitter.delta_inputs import GATED, INDEX, Arrays, Feed
 from bertology_serve.export.emitter.emit import EMBEDDING, LOGITS, TOKEN_LOGITS
-from bertology_serve.export.metadata import delta_hash, longest
+from bertology_serve.export.layout import delta_hash, longest
 from bertology_serve.tasks.heads import Head, Layer
 from bertology_serve.tasks.spec import EMBEDDING as VECTORS
 
@@ -32,7 +32,7 @@ _NUMBERS = ("ranks", "bias", "units", "rows")
 
 
 @dataclass(frozen=True)
-class Card:
+class DeltaCard:
     """What a caller must know of a delta: its answer is in the first ``columns`` of ``output``, called ``labels``."""
 
     name: str
@@ -51,7 +51,7 @@ class Library:
     """``arrays`` are all inputs of the graph but the text and ``delta``; ``cards`` [D] the deltas in order."""
 
     arrays: Arrays
-    cards: tuple[Card, ...]
+    cards: tuple[DeltaCard, ...]
 
     def join(self, other: Library) -> Library:
         """Both, the other's deltas behind; SpecError where a name is there already, FormatError for other arrays."""
@@ -119,17 +119,17 @@ def _height(stack: str, rows: Any) -> int:
     return 1 if segment is None else max(segment.last, segment.bias + 1)
 
 
-def _read(card: dict[str, Any]) -> Card:
+def _read(card: dict[str, Any]) -> DeltaCard:
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in card.items()}
-    return Card(**values)
+    return DeltaCard(**values)
 
 
-def _card(encoder: Encoder, delta: Delta) -> Card:
+def _card(encoder: Encoder, delta: Delta) -> DeltaCard:
     task = delta.task
     output = EMBEDDING if task.kind == VECTORS else TOKEN_LOGITS if task.per_token else LOGITS
     columns = task.outputs or encoder.anatomy.hidden
     sha256 = delta_hash(delta)
-    return Card(
+    return DeltaCard(
         delta.name, delta.version, task.kind, output, columns, task.labels, longest(encoder, delta), delta.kinds, sha256
     )
 

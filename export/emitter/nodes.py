@@ -89,11 +89,14 @@ class Nodes:
         self._count[op] += 1
         return value
 
-    def choose(self, condition: Value, then: Callable[[], Value], otherwise: Callable[[], Value]) -> Value:
+    def choose(self, condition: Condition, then: Callable[[], Value], otherwise: Callable[[], Value]) -> Value:
         """A float32 value: what ``then`` builds where the condition, one boolean, is true, else what the other does.
 
-        Only one of the two is computed. Both may use every value made before; what they make is theirs alone.
+        Only one of the two is computed. Both may use every value made before; what they make is theirs alone. Where the
+        condition is known already the other one is not even built.
         """
+        if isinstance(condition, bool):
+            return then() if condition else otherwise()
         return self.choose_all(condition, [ir.DataType.FLOAT], lambda: [then()], lambda: [otherwise()])[0]
 
     def choose_all(
@@ -271,6 +274,18 @@ class Value:
 
 
 Operand = Value | float | Sequence[int] | None
+
+
+Condition = Value | bool
+"""One boolean: computed by the graph, or known while it is built."""
+
+
+def either(*conditions: Condition) -> Condition:
+    """Whether one of them is true."""
+    unknown = [one for one in conditions if isinstance(one, Value)]
+    return True in (one for one in conditions if isinstance(one, bool)) or (
+        functools.reduce(Value.__or__, unknown) if unknown else False
+    )
 
 
 def joined(axis: int, *parts: Value) -> Value:

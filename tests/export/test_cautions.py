@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from bertology_serve.export.cautions import cautions
 from bertology_serve.export.export_spec import CPU, CUDA, ExportSpec
-from bertology_serve.export.verify import Report
+from bertology_serve.export.verify import Verification, cautions
 
-REPORT = Report("onnxruntime 1", CPU, 1e-5, 1e-7, 1e-8, 1.0, 0.25, 2.5, 3, (), asked=CPU)
+REPORT = Verification("onnxruntime 1", CPU, 1e-5, 1e-7, 1e-8, 1.0, 0.25, 2.5, 3, (), asked=CPU)
 
 
 @pytest.mark.parametrize(

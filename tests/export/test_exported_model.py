@@ -13,8 +13,8 @@ from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import FormatError, NotFound, SpecError
 from bertology_serve.export import exporting
 from bertology_serve.export.export_spec import ExportSpec
-from bertology_serve.export.exported_model import OnnxModel, exports
 from bertology_serve.export.exporting import export_delta
+from bertology_serve.export.onnx_engine import OnnxModel, exports
 from tests import tiny
 from tests.encoder.test_mixed import DELTAS, logits, record
 

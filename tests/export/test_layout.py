@@ -5,18 +5,17 @@ import json
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from bertology_serve.export.back_ends import Chosen
-from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.emitter.emit import BackEnd
+from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import ExportSpec
-from bertology_serve.export.layout import card, config, example, write_around
-from bertology_serve.export.metadata import metadata
-from bertology_serve.export.verify import Report
+from bertology_serve.export.layout import card, config, example, metadata, write_directory
+from bertology_serve.export.verify import Verification
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.export.cases import DELTAS
 
-DENSE = Chosen(True, False, 20)
-REPORT = Report("onnxruntime 1", "P", 1e-5, 1e-7, 1e-8, 1.0, 0.0, 2.5, 3, ())
+DENSE = BackEnd(True, False, 20)
+REPORT = Verification("onnxruntime 1", "P", 1e-5, 1e-7, 1e-8, 1.0, 0.0, 2.5, 3, ())
 
 
 @pytest.mark.parametrize(
@@ -32,11 +31,11 @@ REPORT = Report("onnxruntime 1", "P", 1e-5, 1e-7, 1e-8, 1.0, 0.0, 2.5, 3, ())
 def test_huggingface_reads_what_is_beside_the_model(family, name, architecture, labels, tmp_path):
     encoder = tiny.encoder(family, tmp_path / "base")
     delta = tiny.delta(encoder, "x", *DELTAS[name])
-    facts = metadata(encoder, delta, parts_of(encoder, delta, True), ExportSpec(), DENSE, "x")
+    facts = metadata(encoder, delta, ExportInputs.of(encoder, delta, True), ExportSpec(), DENSE, "x")
     out = tmp_path / "out"
     out.mkdir()
     encoder.tokenizer("a b", padding="max_length", max_length=9, truncation=True)  # leaves its switches on
-    write_around(out, "onnx/model.onnx", encoder, delta, facts, REPORT)
+    write_directory(out, "onnx/model.onnx", encoder, delta, facts, REPORT)
     read = AutoConfig.from_pretrained(out)
     assert [read.id2label[i] for i in range(len(read.id2label))] == labels
     assert read.architectures == [architecture]
@@ -57,7 +56,7 @@ def test_huggingface_reads_what_is_beside_the_model(family, name, architecture, 
 def test_embeddings_keep_the_architecture_of_the_base(tmp_path):
     encoder = tiny.encoder("bert", tmp_path)
     delta = tiny.delta(encoder, "x", *DELTAS["prefix-shifted"])
-    facts = metadata(encoder, delta, parts_of(encoder, delta, False), ExportSpec(), DENSE, "x")
+    facts = metadata(encoder, delta, ExportInputs.of(encoder, delta, False), ExportSpec(), DENSE, "x")
     assert config(encoder, delta, facts)["architectures"] == ["BertModel"]
     assert "session.run(['sentence_embedding'], " in example("model.onnx", facts, "there")
 
@@ -68,9 +67,9 @@ def test_sentence_transformers_is_told_how_to_pool(pooling, normalize, tmp_path)
     encoder = tiny.encoder("bert", tmp_path / "base")
     task = TaskSpec("embedding", max_length=20, head="none", pooling=pooling, normalize=normalize)
     delta = tiny.delta(encoder, "x", DELTAS["lora"][0], task)
-    facts = metadata(encoder, delta, parts_of(encoder, delta, True), ExportSpec(), DENSE, "x")
+    facts = metadata(encoder, delta, ExportInputs.of(encoder, delta, True), ExportSpec(), DENSE, "x")
     (tmp_path / "out").mkdir()
-    write_around(tmp_path / "out", "onnx/model.onnx", encoder, delta, facts, REPORT)
+    write_directory(tmp_path / "out", "onnx/model.onnx", encoder, delta, facts, REPORT)
     modules = json.loads((tmp_path / "out" / "modules.json").read_text())
     assert [one["type"].rpartition(".")[2] for one in modules] == ["Transformer", "Pooling", "Normalize"][
         : 2 + normalize

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bertology_serve.export.cautions import lost
+from bertology_serve.export.verify import lost
 
 
 def weights(size: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

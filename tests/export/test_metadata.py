@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from bertology_serve.deltas.delta import BaseRef, Delta
-from bertology_serve.export.back_ends import Chosen
-from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.emitter.emit import BackEnd
+from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import ExportSpec
-from bertology_serve.export.metadata import base_name, delta_hash, longest, metadata
+from bertology_serve.export.layout import base_name, delta_hash, longest, metadata
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.tasks.spec import TaskSpec
@@ -76,7 +76,9 @@ def test_shifted_virtual_tokens_take_room_from_the_text(tmp_path):
 def test_inputs_and_outputs_are_explained(name, output, tmp_path):
     encoder = tiny.encoder("bert", tmp_path)
     delta = tiny.delta(encoder, "x", *DELTAS[name])
-    facts = metadata(encoder, delta, parts_of(encoder, delta, False), ExportSpec(), Chosen(True, True, 23), "shown")
+    facts = metadata(
+        encoder, delta, ExportInputs.of(encoder, delta, False), ExportSpec(), BackEnd(True, True, 23), "shown"
+    )
     assert facts["outputs"] == output
     assert facts["inputs"].startswith("input_ids, attention_mask, token_type_ids: int64 [batch, sequence]; ")
     assert facts["name"] == "shown"

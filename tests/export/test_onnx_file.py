@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir
 import onnxruntime
 
-from bertology_serve.export.metadata import annotate, save
+from bertology_serve.export.layout import annotate, save
 
 
 def linear_model() -> onnx_ir.Model:

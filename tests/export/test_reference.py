@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 
 from bertology_serve.errors import VerificationError
-from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.export.exporting import export_delta
+from bertology_serve.export.hf_model import Theirs, task_model
 from bertology_serve.export.layout import architectures
-from bertology_serve.export.samples import Reference, Theirs, built_in
-from bertology_serve.export.torch_exporter import task_model
+from bertology_serve.export.samples import Reference, built_in
 from bertology_serve.export.verify import witnesses
 from tests import tiny
 from tests.export.cases import DELTAS, FOLDS, SCORES, TAGS, VECTORS
@@ -60,4 +60,4 @@ def test_a_head_without_all_that_huggingfaces_has_is_refused_by_name(tmp_path):
     encoder = tiny.encoder("bert", tmp_path)
     delta = tiny.delta(encoder, "probe", *DELTAS["probe"])
     with pytest.raises(VerificationError, match=r"BertForSequenceClassification also has bert.pooler.dense.weight"):
-        task_model(parts_of(encoder, delta, True), "BertForSequenceClassification", "eager")
+        task_model(ExportInputs.of(encoder, delta, True), "BertForSequenceClassification", "eager")

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from bertology_serve.errors import SpecError
-from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import MODEL, ExportSpec
 from bertology_serve.export.exporting import export_delta
 from bertology_serve.export.layout import triton_config
@@ -25,7 +25,7 @@ from tests.export.cases import CLASSES, DELTAS, FOLDS
 )
 def test_inputs_and_outputs_are_those_of_the_file(family, name, output, tmp_path):
     encoder = tiny.encoder(family, tmp_path)
-    parts = parts_of(encoder, tiny.delta(encoder, "x", *DELTAS[name]), True)
+    parts = ExportInputs.of(encoder, tiny.delta(encoder, "x", *DELTAS[name]), True)
     text = triton_config(parts, labelled=False)
     assert output in text
     assert tuple(re.findall(r'name: "(\w+)", data_type: TYPE_INT64, dims: \[ -1 \]', text)) == parts.inputs

@@ -9,10 +9,10 @@ import torch
 
 from bertology_serve.errors import VerificationError
 from bertology_serve.export.samples import Case
-from bertology_serve.export.verify import Bars, Witness, check, verify
+from bertology_serve.export.verify import SingleFile, Tolerance, Verification, Witness, check
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 
-BARS = Bars(layers=2, atol=1e-5)
+BARS = Tolerance(layers=2, atol=1e-5)
 CLASSES = TaskSpec("classification", ("a", "b"))
 
 
@@ -48,6 +48,10 @@ class Session:
 
 def case(*lengths, left=False):
     return Case(tuple(Encoding((5,) * n, (0,) * n) for n in lengths), max(lengths), left)
+
+
+def verify(session, reference, cases, pad, tolerance) -> Verification:
+    return SingleFile(session, reference, pad).verify(cases, tolerance)
 
 
 CASES = [case(1), case(3, 1), case(1, 4, left=True), case(7)]
@@ -175,13 +179,13 @@ def test_torch_of_zeros_agrees_with_nothing_else():
 
 def test_float32_may_round_more_in_deeper_encoders_and_larger_outputs():
     """1e-5 where outputs reach 10 is one part in a million: no fault of six layers."""
-    assert Bars(6).output(10.0) == pytest.approx(1.5e-4, rel=0.05)
-    assert Bars(6).output(0.1) == Bars(6).output(1.0) == pytest.approx(1.5e-5, rel=0.05)
-    assert Bars(12).output(6.8) == pytest.approx(1.8e-4, rel=0.05)
-    report = verify(Session(5e-5), Reference(), CASES, 0, Bars(6))
+    assert Tolerance(6).output(10.0) == pytest.approx(1.5e-4, rel=0.05)
+    assert Tolerance(6).output(0.1) == Tolerance(6).output(1.0) == pytest.approx(1.5e-5, rel=0.05)
+    assert Tolerance(12).output(6.8) == pytest.approx(1.8e-4, rel=0.05)
+    report = verify(Session(5e-5), Reference(), CASES, 0, Tolerance(6))
     assert report.passed
     assert "(allowed 1.1e-04, outputs reach 7)" in report.line()
-    assert not verify(Session(2e-4), Reference(), CASES, 0, Bars(6)).passed
+    assert not verify(Session(2e-4), Reference(), CASES, 0, Tolerance(6)).passed
 
 
 def test_what_neighbours_change_too_much_is_said_with_advice_that_helps():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.linear import Prepacked
 from bertology_serve.errors import Unsupported
-from bertology_serve.export import torch_exporter
+from bertology_serve.export import hf_model
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.layout import architectures
 
@@ -24,7 +24,7 @@ def task_model(parts: ExportInputs, delta: Delta) -> Any:
     names = architectures(delta)
     if not names or delta.effects(parts.anatomy).unfoldable:
         raise Unsupported(f"delta {delta.name!r} is no checkpoint that others could export; give one that folds")
-    return torch_exporter.task_model(parts, names[0], "sdpa")
+    return hf_model.task_model(parts, names[0], "sdpa")
 
 
 class _Packed(nn.Module):

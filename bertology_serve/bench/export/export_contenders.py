@@ -19,7 +19,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.export.emitter.emit import emit
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import PORTABLE, Precision, fastest_on_cpu
-from bertology_serve.export.metadata import save
+from bertology_serve.export.layout import save
 from bertology_serve.export.samples import Reference
 from bertology_serve.export.session import Session
 from bertology_serve.tasks.spec import Encoding

@@ -25,9 +25,9 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pooling import form_for
 from bertology_serve.errors import Unsupported, VerificationError
 from bertology_serve.export.emitter.emit import emit
-from bertology_serve.export.environment import environment
-from bertology_serve.export.export_inputs import ExportInputs, parts_of
-from bertology_serve.export.metadata import save
+from bertology_serve.export.export_inputs import ExportInputs
+from bertology_serve.export.installation import environment
+from bertology_serve.export.layout import save
 from bertology_serve.tasks.base import Task
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, Encoding, TaskSpec
@@ -79,7 +79,7 @@ def run(
     """
     if delta.task.kind not in (CLASSIFICATION, REGRESSION):
         raise Unsupported(f"delta {delta.name!r} answers {delta.task.kind}; expected classification or regression")
-    where, parts = environment(), parts_of(encoder, delta, merge=True)
+    where, parts = environment(), ExportInputs.of(encoder, delta, merge=True)
     batches = [*(full(encoder, *shape) for shape in FULL), as_they_come(encoder, "texts as they come", inputs.texts)]
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
@@ -145,7 +145,7 @@ def export_times(encoder: Encoder, delta: Delta, directory: Path) -> tuple[dict[
         taken, made = [], set[str]()
         for _ in range(EXPORTS):
             started = time.perf_counter()
-            save(emit(parts_of(encoder, delta, True), opset, unpad, precision), directory / "again.onnx")
+            save(emit(ExportInputs.of(encoder, delta, True), opset, unpad, precision), directory / "again.onnx")
             taken.append(time.perf_counter() - started)
             made.add(hashlib.sha256((directory / "again.onnx").read_bytes()).hexdigest())
         seconds[name], same[name] = median(taken), len(made) == 1

@@ -19,7 +19,7 @@ import msgspec
 from bertology_serve.encoder.delta_set import DeltaSet
 from bertology_serve.encoder.pipeline import BASE, Job, Request
 from bertology_serve.errors import DataError
-from bertology_serve.export.environment import environment
+from bertology_serve.export.installation import environment
 from bertology_serve.serving.batching.batch_time import WHOLE, Sample
 from bertology_serve.serving.batching.delta_queue import squares_of
 from bertology_serve.serving.config import ServerConfig

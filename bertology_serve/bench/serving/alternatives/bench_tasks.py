@@ -12,10 +12,10 @@ from bertology_serve.bench.prove.stage import LENGTH, Stage
 from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.loading import locate
-from bertology_serve.export.back_ends import choose, write
-from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.emitter.emit import choose, write
+from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import ExportSpec
-from bertology_serve.export.metadata import save
+from bertology_serve.export.layout import save
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import CLASSIFICATION, TaskSpec
 
@@ -82,7 +82,7 @@ def make(stage: Stage, directory: Path, count: int, different: int) -> Made:
 
 
 def _merge(stage: Stage, made: Made, delta: Delta) -> None:
-    spec, parts = ExportSpec(merge=True), parts_of(stage.encoder, delta, merge=True)
+    spec, parts = ExportSpec(merge=True), ExportInputs.of(stage.encoder, delta, merge=True)
     save(write(parts, choose(parts, spec), spec), made.onnx(delta.name))
     model = task_model(parts, delta)
     model.config.id2label, model.config.label2id = dict(enumerate(LABELS)), {name: i for i, name in enumerate(LABELS)}
