@@ -165,8 +165,8 @@ def graphs(encoder: Encoder, lines: Iterator[str], rounds: int, directory: Path)
 
 def one_model(engine: OnnxEngine, session: Session, batch: PackedBatch) -> None:
     """The merged model over a batch, in the buckets that the engine would make."""
-    for group in buckets(batch.lengths, engine.parts.anatomy.hidden):
-        session.run(padded(batch, group, engine.parts.inputs))
+    for group in buckets(batch.lengths, engine.export_inputs.anatomy.hidden):
+        session.run(padded(batch, group, engine.export_inputs.inputs))
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bertology_serve import analysis
     from bertology_serve.api import evaluate, load_delta, train
     from bertology_serve.deltas.delta import BaseRef, Delta
     from bertology_serve.encoder.encoder import Encoder
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from bertology_serve.serving.config import ServerConfig
     from bertology_serve.serving.serve import serve
     from bertology_serve.tasks.spec import TaskSpec
+    from bertology_serve.training.method_options import ChildTuning, Full, Mixout, Probe, TopK
 
 __version__ = "0.1.0"
 
@@ -34,19 +36,25 @@ __all__ = [
     "BaseRef",
     "BertologyError",
     "Bitfit",
+    "ChildTuning",
     "Delta",
     "Encoder",
+    "Full",
     "Ia3",
     "Lora",
+    "Mixout",
     "Norms",
     "Pipeline",
     "Prediction",
     "Prefix",
+    "Probe",
     "Prompt",
     "Request",
     "ServerConfig",
     "TaskSpec",
+    "TopK",
     "__version__",
+    "analysis",
     "evaluate",
     "export",
     "load_delta",
@@ -72,13 +80,14 @@ _HOMES = {
     "ServerConfig": "serving.config",
     "TaskSpec": "tasks.spec",
     "serve": "serving.serve",
+    **dict.fromkeys(("ChildTuning", "Full", "Mixout", "Probe", "TopK"), "training.method_options"),
     **dict.fromkeys(("evaluate", "load_delta", "train"), "api"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "export":  # the package, which is callable
-        return importlib.import_module(f"{__name__}.export")
+    if name in ("analysis", "export"):  # packages; export is callable
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

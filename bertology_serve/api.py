@@ -18,14 +18,15 @@ from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.kinds.kinds import kind_of
+from bertology_serve.training.auto import Forwarded, train_auto
 from bertology_serve.training.batches import Source
 from bertology_serve.training.callbacks import Callback, CallbackList
 from bertology_serve.training.evaluate import Evaluation
 from bertology_serve.training.evaluate import evaluate as measured
-from bertology_serve.training.method_options import REGULARISED
+from bertology_serve.training.method_options import SPECS
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import train as run
-from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.train_config import AUTO, TrainConfig
 
 Method = str | Any
 
@@ -61,9 +62,11 @@ def train(
 
     ``data``, ``eval`` (it chooses the state that is kept) and ``ood`` (another domain, only measured) are files, names
     of data sets, lists of records, pandas DataFrames or ``datasets.Dataset``; ``columns`` says which column holds which
-    field: ``{"text": "sentence"}``. ``method`` is a spec, such as ``Lora(rank=8)``, the name of a method, or
-    several kinds of delta. With ``out`` the delta is kept in that directory, else only in memory, as ``name``.
-    ``settings`` are fields of ``TrainConfig``: ``epochs=5``. The encoder is left as it was.
+    field: ``{"text": "sentence"}``. ``method`` is a spec, such as ``Lora(rank=8)``, ``Probe()`` or ``Full()``, the name
+    of a method, or several kinds of delta; ``"auto"`` tries several within ``budget`` (``"10m"``, or passes over the
+    data) and keeps the best. With ``out`` the delta is kept in that directory, else only in memory, as ``name``:
+    ``delta.save(path)`` writes it. ``settings`` are fields of ``TrainConfig``: ``epochs=5``. The encoder is left as it
+    was.
 
     Raises DataError naming file and row, SpecError for settings that do not fit, InputError where something is in the
     way at ``out``, LimitError for sequences that the encoder cannot read.
@@ -74,8 +77,11 @@ def train(
     with nullcontext() if out is not None else tempfile.TemporaryDirectory() as folder:
         at = Path(out) if out is not None else Path(str(folder)) / name
         place = Destination(at, None, version, resume, overwrite)
-        own = encoder.fresh() if config.full else encoder
-        return run(config, own, source, dev, ood=other, place=place, watcher=CallbackList(callbacks)).delta
+        own, told = encoder.fresh() if config.full else encoder, CallbackList(callbacks)
+        if AUTO in config.method:
+            watcher = Forwarded(told)
+            return train_auto(config, own, source, dev, ood=other, place=place, watcher=watcher).delta
+        return run(config, own, source, dev, ood=other, place=place, watcher=told).delta
 
 
 def evaluate(
@@ -98,8 +104,8 @@ def _method(given: Method | Iterable[Method]) -> dict[str, Any]:
     chosen = given.split(",") if isinstance(given, str) else [given] if is_dataclass(given) else list(given)
     names, options = [], {}
     for one in chosen:
-        form = next((name for name, kind in REGULARISED.items() if isinstance(one, kind)), None)
+        form = next((name for name, spec in SPECS.items() if isinstance(one, spec)), None)
         names.append(one if isinstance(one, str) else form or kind_of(one).name)
-        if not isinstance(one, str):
+        if not isinstance(one, str) and fields(one):
             options[names[-1]] = {field.name: getattr(one, field.name) for field in fields(one)}
     return {"method": tuple(names), "options": options}

@@ -9,7 +9,6 @@ BertologyError
 │   ├── FormatError     a delta directory is malformed, truncated or unsafe
 │   └── BaseMismatch    a delta was made for other base weights
 ├── NotFound            no delta, version or file of that name (HTTP: 404)
-│   └── VersionGone     the delta is there, but another version of it answers now
 ├── Unsupported         a combination that this encoder or exporter does not do (CLI: 2; HTTP: 400)
 ├── Unauthorized        no API key, or an unknown one (HTTP: 401)
 ├── Forbidden           the API key does not open this (HTTP: 403)
@@ -63,10 +62,6 @@ class BaseMismatch(InputError):
 
 class NotFound(BertologyError):
     """No delta, version or file of that name."""
-
-
-class VersionGone(NotFound):
-    """The delta is there, but another version of it answers now."""
 
 
 class Unsupported(BertologyError):

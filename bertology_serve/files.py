@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
+
+from bertology_serve.errors import FormatError
+
+JsonObject = dict[str, Any]
+"""A JSON object as Python holds it."""
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 
@@ -41,6 +49,30 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(own, path)
     finally:
         own.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: object) -> None:
+    """Writes JSON for people to read too, whole or not at all. What UTF-8 lacks (bytes of odd names) is escaped."""
+    with replacing(path) as own:
+        own.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A hidden empty directory beside ``target``, removed at the end unless it was moved.
+
+    What the disk refuses inside the block is a FormatError.
+    """
+    stage = hidden(target.resolve())
+    try:
+        stage.parent.mkdir(parents=True, exist_ok=True)
+        stage.mkdir()
+        yield stage
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
+        raise FormatError(f"cannot write {target}: {reason}; free the disk or choose another directory") from None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def replace_directory(stage: Path, target: Path) -> None:

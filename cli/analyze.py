@@ -55,13 +55,17 @@ def attention(
     settings: AttentionSettings,
 ) -> None:
     """What each head attends to on a corpus, and which heads attend alike (Clark et al. 2019)."""
-    from bertology_serve.analysis.attention_maps import attention as run
+    from bertology_serve import analysis
 
     one = subject(backbone, delta, device)
     files = (corpus, dependencies)
     texts = tuple(sentence or ())
     with kept(out, "attention", again, [one], files, settings, texts) as (ask, advance):
-        report = ask(lambda: run(one, corpus, settings, dependencies=dependencies, sentences=texts, advance=advance))
+        report = ask(
+            lambda: analysis.attention(
+                one, corpus, settings, dependencies=dependencies, sentences=texts, advance=advance
+            )
+        )
     rows = report.tables["heads"]
     shown = [name for name in rows[0] if name not in ("layer", "head", "cluster")]
     extremes = [(name, *extreme(rows, name)) for name in shown]
@@ -87,11 +91,11 @@ def heads(
     settings: HeadSettings,
 ) -> None:
     """Which heads a delta's task needs: |dL/dξ|, and the metric as heads are masked (Michel et al. 2019)."""
-    from bertology_serve.analysis.heads import heads as run
+    from bertology_serve import analysis
 
     one = subject(backbone, delta, device)
     with kept(out, "heads", again, [one], (input, eval), settings) as (ask, advance):
-        report = ask(lambda: run(one, input, settings, eval=eval, advance=advance))
+        report = ask(lambda: analysis.heads(one, input, settings, eval=eval, advance=advance))
     facts = report.facts
     rows = [(order, f"{share:.0%}") for order, share in facts["share_within_tolerance"].items()]
     title = f"{facts['metric']} {facts['unmasked']:.4f} unmasked; heads that go within {facts['tolerance']:g}"
@@ -113,10 +117,10 @@ def prune(
     settings: PruneSettings,
 ) -> None:
     """Cut out the heads and FFN neurons that a delta's task needs least; its base's deltas run on what is left."""
-    from bertology_serve.analysis.prune import prune as run
+    from bertology_serve import analysis
 
     with bar("prune") as advance:
-        report = run(subject(backbone, delta, device), input, save, settings, eval=eval, advance=advance)
+        report = analysis.prune(subject(backbone, delta, device), input, save, settings, eval=eval, advance=advance)
     facts = report.facts
     rows = [
         ("heads", *facts["heads"]), ("neurons", *facts["neurons"]), ("parameters", *facts["parameters"]),
@@ -143,11 +147,11 @@ def probe(
     settings: ProbeSettings,
 ) -> None:
     """What a linear probe reads from each layer, beside control tasks (Hewitt and Liang 2019)."""
-    from bertology_serve.analysis.probe import probe as run
+    from bertology_serve import analysis
 
     one = subject(backbone, delta, device)
     with kept(out, "probe", again, [one], (input, eval), settings) as (ask, advance):
-        report = ask(lambda: run(one, input, settings, eval=eval, advance=advance))
+        report = ask(lambda: analysis.probe(one, input, settings, eval=eval, advance=advance))
     columns = ("task", "layer", "accuracy", "macro_f1", "control_accuracy", "selectivity", "majority", "compression")
     rows = [[row[column] for column in columns] for row in report.tables["layers"]]
     table("probes; layer 0 is the embeddings", columns, rows, stderr=False)
@@ -174,13 +178,13 @@ def distance(
 
     With --beside several deltas are set beside each other instead: distances per layer, metrics, likeness of every two.
     """
-    from bertology_serve.analysis.distance import distance as run
+    from bertology_serve import analysis
 
     if beside:
         return side_by_side([delta, *beside], backbone, corpus, out, device, again, settings)
     one = subject(backbone, delta, device)
     with kept(out, "distance", again, [one], (corpus,), settings) as (ask, advance):
-        report = ask(lambda: run(one, None, corpus, settings, advance=advance))
+        report = ask(lambda: analysis.distance(one, None, corpus, settings, advance=advance))
     rows = [(row["layer"], row["cka"], row["drift"]) for row in report.tables["features"]]
     table("features beside the base's; layer 0 is the embeddings", ("layer", "CKA", "drift"), rows, stderr=False)
     written(report, out)
@@ -200,11 +204,11 @@ def compare(
     settings: CompareSettings,
 ) -> None:
     """Where two deltas disagree, and what each attends to and goes by there (integrated gradients, captum)."""
-    from bertology_serve.analysis.compare import compare as run
+    from bertology_serve import analysis
 
     pair = [subject(backbone, one, device) for one in (first, second)]
     with kept(out, "compare", again, pair, (input,), settings) as (ask, advance):
-        report = ask(lambda: run(pair[0], pair[1], input, settings, advance=advance))
+        report = ask(lambda: analysis.compare(pair[0], pair[1], input, settings, advance=advance))
     facts = report.facts
     rows = [(name, facts[name]) for name in ("records", "agreement", "metric", "values", "only_first_right",
                                              "only_second_right", "mcnemar_p") if name in facts]  # fmt: skip
@@ -221,11 +225,11 @@ def side_by_side(
     settings: DistanceSettings,
 ) -> None:  # fmt: skip
     """``distance --beside``."""
-    from bertology_serve.analysis.compare_deltas import beside as run
+    from bertology_serve import analysis
 
     subjects = [subject(backbone, delta, device) for delta in deltas]
     with kept(out, "beside", again, subjects, (corpus,), settings) as (ask, advance):
-        report = ask(lambda: run(subjects, corpus, settings, advance=advance))
+        report = ask(lambda: analysis.compare_deltas(subjects, corpus, settings, advance=advance))
     for name, title in (("deltas", "distance and metrics"), ("pairs", "every two deltas")):
         rows = report.tables[name]
         table(title, tuple(rows[0]), [tuple(row.values()) for row in rows], stderr=False)
@@ -238,9 +242,9 @@ def draw(
     out: Annotated[Path | None, typer.Option(help="Directory. Default: where the JSON lies.")] = None,
 ) -> None:
     """Write a report's tables, plots and page again, from its JSON alone."""
-    from bertology_serve.analysis.report import Report
+    from bertology_serve.analysis.report import AnalysisReport
 
-    written(Report.load(report), out or report.parent)
+    written(AnalysisReport.load(report), out or report.parent)
 
 
 def extreme(rows: object, name: str) -> tuple[float, float, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 from bertology_serve.cli.common import note, progress, table
 from bertology_serve.errors import SpecError
+from bertology_serve.files import write_json
 
 MEGA = 2**20
 
@@ -54,6 +54,6 @@ def alternatives(
         note("one core only: servers and client shared it")
     if output is not None:
         everything = {"benchmark": "alternatives", "backbone": backbone, "environment": where, **found.as_dict()}
-        output.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+        write_json(output, everything)
     if plot is not None:
         draw(found, plot)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +10,7 @@ import typer
 
 from bertology_serve.cli.common import note, progress, table
 from bertology_serve.errors import SpecError
+from bertology_serve.files import write_json
 
 Rates = Annotated[str, typer.Option(help="Calls a second, with commas between.")]
 Arrivals = Annotated[Literal["poisson", "bursty"], typer.Option(help="Bursty: eight at once on average.")]
@@ -55,7 +55,7 @@ def load(
     where = everything["environment"]
     note(f"{where['cpu']}, {where['threads']} of {where['cores']} cores, load {where['load_before']}; {where['date']}")
     if output is not None:
-        output.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+        write_json(output, everything)
     if plot is not None:
         draw(points, plot)
 

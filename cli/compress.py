@@ -74,7 +74,7 @@ def compress(
         after = evaluate(found.delta, records, encoder).metrics
         measured = {metric: (before[metric], after[metric]) for metric in before}
     small = replace(found.delta, metrics={metric: after for metric, (_, after) in measured.items()})
-    store.save(small, out, encoder.anatomy, encoder.config.to_dict())
+    small.save(out, encoder)
     show(whole, small, found, measured, as_json)
     note(f"saved to {out}; it shares the backbone now:")
     note_next(["serve", "--backbone", encoder.name, "--deltas", out])

@@ -51,7 +51,7 @@ def convert(
         raise SpecError("no --backbone was given; name the encoder that the checkpoint was made for")
     called, encoder = Destination(out, name).open()[0], Encoder.load(backbone)
     made = run(source, encoder, called, Told(alpha, listed(labels) or (), max_length, task))
-    store.save(made, out, encoder.anatomy, encoder.config.to_dict())
+    made.save(out, encoder)
     if "verified" in made.provenance:
         note(f"verified {made.provenance['verified']}")
     note(f"saved to {out}; next:")

@@ -41,8 +41,8 @@ def export(
     """Export a delta with its encoder to ONNX, run it in ONNX Runtime against torch, publish it if they agree.
 
     With --merge LoRA and BitFit are folded into the weights; without it the delta stays apart in the graph, as
-    initialisers called delta.NAME.SLOT.LAYER. BERT, RoBERTa, DistilBERT, ELECTRA, MPNet and ModernBERT are written
-    straight from their weights, and padding costs no work; other encoders go through torch's exporter. With
+    initialisers called delta.NAME.SLOT.LAYER. BERT, RoBERTa, DistilBERT, ELECTRA, MPNet, DeBERTa and ModernBERT are
+    written straight from their weights, and padding costs no work; other encoders go through torch's exporter. With
     --layout triton, --out is REPOSITORY/NAME.
 
     With --multi many deltas share one graph: their tensors lie beside it and are its inputs, each row of a batch names

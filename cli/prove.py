@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ import typer
 from bertology_serve.cli.common import note, progress, table
 from bertology_serve.cli.options import listed
 from bertology_serve.errors import SpecError, VerificationError
+from bertology_serve.files import write_json
 
 
 def prove(
@@ -62,7 +62,7 @@ def prove(
     if output is not None:
         everything = {"backbone": backbone, "quick": quick, "environment": where,
                       "figures": [line.as_dict() for line in lines]}  # fmt: skip
-        output.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+        write_json(output, everything)
     missed = [str(line.number) for line in lines if not line.measured.holds]
     if check and missed:
         raise VerificationError(f"missed: figures {', '.join(missed)}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bertology_serve.cli.common import note, progress
 
 if TYPE_CHECKING:
-    from bertology_serve.analysis.report import Report
+    from bertology_serve.analysis.report import AnalysisReport
     from bertology_serve.analysis.subject_model import Advance, Subject
 
 
@@ -32,13 +32,13 @@ def subject(backbone: str | None, delta: Path | None, device: str) -> Subject:
 @contextmanager
 def kept(
     out: Path, name: str, again: bool, subjects: Sequence[Subject], files: Sequence[str | None], *settings: object
-) -> Iterator[tuple[Callable[[Callable[[], Report]], Report], Advance]]:
+) -> Iterator[tuple[Callable[[Callable[[], AnalysisReport]], AnalysisReport], Advance]]:
     """A function that makes a report, or reads it back where the same lies in ``out``, and a progress bar for it."""
     from bertology_serve.analysis.report import content_key, remembered
 
     key = content_key(name, subjects, files, *settings)
 
-    def ask(make: Callable[[], Report]) -> Report:
+    def ask(make: Callable[[], AnalysisReport]) -> AnalysisReport:
         report, lay_there = remembered(out, name, key, make, again)
         if lay_there:
             note(f"nothing changed since {report.facts['date']}: read back from {out} (--again runs it again)")
@@ -56,11 +56,9 @@ def bar(name: str) -> Iterator[Advance]:
         yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
-def written(report: Report, out: Path) -> None:
+def written(report: AnalysisReport, out: Path) -> None:
     """Saves a report and says where it lies."""
-    from bertology_serve.analysis import plots
-
     paths = report.save(out)
     note(f"{len(paths)} files in {out}: {', '.join(path.name for path in paths)}")
-    if not plots.available():
+    if not any(path.suffix == ".png" for path in paths):
         note("no PNG: matplotlib is missing (pip install 'bertology-serve[plots]'); the HTML page has the figures")

@@ -15,9 +15,10 @@ import typer
 from bertology_serve.cli.common import note, note_next, progress, table
 from bertology_serve.cli.filling import from_file, from_set
 from bertology_serve.cli.options import listed, options
+from bertology_serve.cli.train_fleet import Board
 from bertology_serve.errors import SpecError
 from bertology_serve.training.method_options import KindFlags
-from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.train_config import AUTO, TrainConfig
 
 if TYPE_CHECKING:
     from bertology_serve.encoder.trainable import TrainableDelta
@@ -71,11 +72,12 @@ def train(
     from bertology_serve.encoder.loading import find_device
     from bertology_serve.tasks.registry import task_for
     from bertology_serve.training import train as training
+    from bertology_serve.training.auto import candidates, train_auto
     from bertology_serve.training.batches import Source
     from bertology_serve.training.callbacks import CallbackList
     from bertology_serve.training.learning_curve import check_plots, draw_curve
-    from bertology_serve.training.methods import make_live
-    from bertology_serve.training.processes import join
+    from bertology_serve.training.methods import count_parameters, make_live
+    from bertology_serve.training.processes import check_alone, join
     from bertology_serve.training.recipes import stages
     from bertology_serve.training.run_directory import Destination
     from bertology_serve.training.tensorboard import TensorBoard
@@ -91,12 +93,31 @@ def train(
     encoder = Encoder.load(backbone, device=own_device)
     if dry_run:
         spec = training.task_spec(config, encoder, source)
+        if AUTO in config.method:
+            tried = candidates(config, encoder, len(source.records))
+            counts = {name: count_parameters(make_live(encoder, own, spec)) for name, own in tried.items()}
+            rows = [[name, ",".join(tried[name].method), f"{own.trained:,}"] for name, own in counts.items()]
+            table(f"would try {len(rows)} candidates", ["candidate", "method", "parameters"], rows, stderr=False)
+            return
         for stage in stages(config) if processes.leads else ():
             show_dry_run(make_live(encoder, stage.config, spec), stage, source, processes)
         return
     files = {"backbone": backbone, "train": train, "eval": eval, "ood": ood}
     named = {flag: _lasting(path) for flag, path in files.items() if path} | {"device": device}
     named |= {"columns": columns} if columns else {}
+    if AUTO in config.method:
+        check_alone("train --method auto")
+        if tensorboard:
+            raise SpecError("--tensorboard shows one run, and method auto has many; leave it out")
+        with Board("candidates", ranked=True) as shown:
+            outcome = train_auto(
+                config, encoder, source, dev, ood=other, place=place, watcher=shown, prepack=prepack, files=named
+            )
+        show_search(outcome)
+        if plot:
+            draw_curve(outcome.path, task_for(outcome.delta.task).main_metric)
+        show(outcome, eval)
+        return
     boards = [TensorBoard(tensorboard / place.open()[0])] if tensorboard and processes.leads else []
     with Bar() if processes.leads else nullcontext() as bar:
         outcome = training.train(
@@ -116,6 +137,14 @@ def train(
     if plot:
         draw_curve(outcome.path, task_for(outcome.delta.task).main_metric)
     show(outcome, eval)
+
+
+def show_search(outcome: Outcome) -> None:
+    """The leader board, and why its winner won."""
+    facts = outcome.delta.provenance["auto"]
+    columns = [name for name in facts["board"][0] if name not in ("options", "seconds")]
+    table("candidates", columns, [[row[name] for name in columns] for row in facts["board"]], stderr=False)
+    note(facts["why"])
 
 
 def _lasting(path: str) -> str:
@@ -259,6 +288,7 @@ def show(outcome: Outcome, eval: str | None) -> None:
 def advice(outcome: Outcome) -> Iterator[str]:
     """What the figures mean for what to do next, a line each."""
     from bertology_serve.tasks.registry import task_for
+    from bertology_serve.training.baselines import COSINE
 
     delta, state = outcome.delta, outcome.state
     main = task_for(delta.task).main_metric
@@ -268,7 +298,12 @@ def advice(outcome: Outcome) -> Iterator[str]:
     elif known and main in delta.metrics:
         name = max(known, key=known.__getitem__)
         gain = 100 * (delta.metrics[main] - known[name])
-        yield f"{main}: {gain:+.1f} points beside {'' if name == 'cosine' else 'the '}{name} ({100 * known[name]:.1f})"
+        if name == COSINE and gain < 0:
+            yield (
+                "the cosine of the untouched encoder's embeddings is better: ask the encoder itself, or take --task "
+                "embedding, which begins there"
+            )
+        yield f"{main}: {gain:+.1f} points beside {'' if name == COSINE else 'the '}{name} ({100 * known[name]:.1f})"
     if state.metrics and 0 < state.best_step == state.step and not outcome.unimproved:
         yield "the last step was the best one: more --epochs may help"
 

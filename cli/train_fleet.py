@@ -63,8 +63,11 @@ class Board:
 
     COLUMNS = ("delta", "parameters", "step", "loss", "tokens/s", "result", "state")
 
-    def __init__(self) -> None:
+    def __init__(self, title: str = "fleet", ranked: bool = False) -> None:
+        """``ranked``: the best result stands first."""
+        self.title, self.ranked = title, ranked
         self.rows: dict[str, list[str]] = {}
+        self.results: dict[str, float] = {}
         self.totals: dict[str, int] = {}
         self.losses: dict[str, float] = {}
         self.live: Live | None = None
@@ -88,9 +91,10 @@ class Board:
         """The table as it stands."""
         from rich.table import Table
 
-        found = Table(*self.COLUMNS, title="fleet", title_justify="left", title_style="bold")
-        for row in self.rows.values():
-            found.add_row(*row)
+        found = Table(*self.COLUMNS, title=self.title, title_justify="left", title_style="bold")
+        order = sorted(self.rows, key=lambda name: -self.results.get(name, -1.0)) if self.ranked else self.rows
+        for name in order:
+            found.add_row(*self.rows[name])
         return found
 
     def joined(self, name: str, step: int, total: int, parameters: ParameterCount) -> None:
@@ -112,12 +116,18 @@ class Board:
         """The metrics."""
         metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in line["eval"].items())
         self.rows[name][5] = next((f"{metric} {value:.4f}" for metric, value in line["eval"].items()), "-")
+        self.results[name] = next(iter(line["eval"].values()))
         self._say(f"{name}, step {line['step']}: {metrics}")
 
     def failed(self, name: str, reason: str) -> None:
         """The reason."""
         self.rows[name][6] = "failed"
         self._say(f"{name}: given up at {reason}", always=True)
+
+    def dropped(self, name: str, step: int) -> None:
+        """That others are better."""
+        self.rows[name][6] = "dropped"
+        self._say(f"{name}: dropped after step {step}")
 
     def published(self, name: str, difference: float) -> None:
         """That it is there."""
@@ -133,11 +143,11 @@ class Board:
 
 def show_dry_run(spec: FleetSpec, encoder: Encoder) -> None:
     """What would be trained, and nothing else."""
-    from bertology_serve.training.fleet.fleet_run import enrol
+    from bertology_serve.training.fleet.fleet_run import Shelf, enrol
     from bertology_serve.training.methods import count_parameters
 
     rows = []
-    for one in enrol(spec, encoder):
+    for one in enrol(spec, Shelf(encoder)):
         member, count = one.member, count_parameters(one.member.live)
         about = [member.config.task, ",".join(member.config.method), f"{count.delta:,}", f"{count.head:,}"]
         rows.append([member.name, *about, len(member.items), member.total])

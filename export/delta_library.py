@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from bertology_serve.deltas.delta import Delta, bare
 from bertology_serve.encoder.bank import BARE, DeltaBank
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.pooling import form_for
 from bertology_serve.errors import FormatError, SpecError, Unsupported
 from bertology_serve.export.emitter import head_nodes
 from bertology_serve.export.emitter.delta_inputs import GATED, INDEX, Arrays, Feed
 from bertology_serve.export.emitter.emit import EMBEDDING, LOGITS, TOKEN_LOGITS
+from bertology_serve.export.emitter.nodes import Array
 from bertology_serve.export.layout import delta_hash, longest
-from bertology_serve.tasks.heads import Head, Layer
+from bertology_serve.families.family import HeadShape
+from bertology_serve.files import JsonObject
+from bertology_serve.kernels.segments import RowSegment
+from bertology_serve.tasks.heads import Layer
 from bertology_serve.tasks.spec import EMBEDDING as VECTORS
 
 AGAIN = "export with --multi again"
@@ -63,8 +67,8 @@ class Library:
 
     def without_base(self) -> Library:
         """All but number 0, whose rows are zero."""
-        tables = {name: array if _is_stacked(name, array) else array[1:] for name, array in self.arrays.items()}
-        return Library(tables, self.cards[1:])
+        arrays = {name: array if array.dtype == np.float32 else array[1:] for name, array in self.arrays.items()}
+        return Library(arrays, self.cards[1:])
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file, the cards as JSON in its metadata; the same bytes every time."""
@@ -92,7 +96,9 @@ def library_of(encoder: Encoder, deltas: Iterable[Delta]) -> Library:
 
 def head_eps(encoder: Encoder) -> float | None:
     """The epsilon of the norms in this family's heads; ``None`` where heads have none."""
-    return float(getattr(encoder.config, "norm_eps", 1e-5)) if encoder.anatomy.family == "modernbert" else None
+    form = encoder.family.sequence
+    layers = form(HeadShape("", 1, 1, encoder.config.to_dict())) if form is not None else ()
+    return next((layer.norm_eps for layer in layers if layer.norm is not None), None)
 
 
 def _single(encoder: Encoder, delta: Delta) -> Library:
@@ -113,34 +119,35 @@ def _single(encoder: Encoder, delta: Delta) -> Library:
     return Library(stacks | tables | _head(encoder, delta), (_card(encoder, delta),))
 
 
-def _height(stack: str, rows: Any) -> int:
+def _height(stack: str, rows: Mapping[str, RowSegment]) -> int:
     """Rows of a stack that a single delta fills, row 0 included."""
     segment = rows.get(stack.rpartition(".")[0])
     return 1 if segment is None else max(segment.last, segment.bias + 1)
 
 
-def _read(card: dict[str, Any]) -> DeltaCard:
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in card.items()}
+def _read(card: JsonObject) -> DeltaCard:
+    values: JsonObject = {name: tuple(value) if isinstance(value, list) else value for name, value in card.items()}
     return DeltaCard(**values)
 
 
 def _card(encoder: Encoder, delta: Delta) -> DeltaCard:
     task = delta.task
-    output = EMBEDDING if task.kind == VECTORS else TOKEN_LOGITS if task.per_token else LOGITS
-    columns = task.outputs or encoder.anatomy.hidden
-    sha256 = delta_hash(delta)
     return DeltaCard(
-        delta.name, delta.version, task.kind, output, columns, task.labels, longest(encoder, delta), delta.kinds, sha256
+        name=delta.name,
+        version=delta.version,
+        task=task.kind,
+        output=EMBEDDING if task.kind == VECTORS else TOKEN_LOGITS if task.per_token else LOGITS,
+        columns=task.outputs or encoder.anatomy.hidden,
+        labels=task.labels,
+        max_length=longest(encoder, delta),
+        kinds=delta.kinds,
+        sha256=delta_hash(delta),
     )
 
 
 def _head(encoder: Encoder, delta: Delta) -> Arrays:
     """The stacks and the form of one head; row 0 of each stack is zero."""
-    head, task, hidden = (
-        Head.build(form_for(encoder, delta.task), encoder.base_head),
-        delta.task,
-        encoder.anatomy.hidden,
-    )
+    head, task, hidden = encoder.head(delta.task), delta.task, encoder.anatomy.hidden
     head.load(delta.head)
     layers = [layer for layer in head.layers if isinstance(layer, Layer)]
     out, dense = layers[-1] if layers else None, layers[0] if len(layers) == 2 else None
@@ -148,7 +155,7 @@ def _head(encoder: Encoder, delta: Delta) -> Arrays:
     pooling = head_nodes.POOLINGS.index(task.pooling)
     form = [int(dense is not None), int(out is not None), kind, pooling, int(task.per_token), 0]
     form[head_nodes.UNIT] = int(task.kind == VECTORS and task.normalize)
-    found = {head_nodes.FORM: np.array([form], np.int64)}
+    found: Arrays = {head_nodes.FORM: np.array([form], np.int64)}
     found |= _layer("dense", dense, hidden, hidden) | _layer("out", out, hidden, max(task.outputs, 1))
     if head_eps(encoder) is not None:
         norm = dense.norm if dense else None
@@ -160,13 +167,11 @@ def _head(encoder: Encoder, delta: Delta) -> Arrays:
 def _layer(name: str, layer: Layer | None, inputs: int, outputs: int) -> Arrays:
     weight = None if layer is None else layer.linear.weight.T
     bias = None if layer is None else layer.linear.bias
-    return {
-        f"head.{name}": _below(weight, (inputs, outputs), layer),
-        f"head.{name}_bias": _below(bias, (outputs,), layer),
-    }
+    found: Arrays = {f"head.{name}": _below(weight, (inputs, outputs), layer)}
+    return found | {f"head.{name}_bias": _below(bias, (outputs,), layer)}
 
 
-def _below(tensor: Any, shape: tuple[int, ...], layer: Layer | None) -> np.ndarray[Any, Any]:
+def _below(tensor: Tensor | None, shape: tuple[int, ...], layer: Layer | None) -> NDArray[np.float32]:
     """A tensor (zeros where the layer lacks it) below a row of zeros; that row alone without a layer."""
     rows = [np.zeros(shape, np.float32)]
     if layer is not None:
@@ -200,22 +205,19 @@ def _joined(one: Arrays, other: Arrays) -> Arrays:
         elif first.dtype == np.float32:
             found[name] = np.concatenate(_as_wide(first, second[1:]), 0)
         else:
-            moved = _moved(second, place, column, one, heights)
+            moved = _moved(second.astype(np.int64), place, column, one, heights)
             found[name] = np.concatenate(_as_wide(first, moved), 0)
     return found
 
 
-def _is_stacked(name: str, array: Any) -> bool:
-    """Whether an array holds rows of deltas rather than a row for each delta."""
-    return bool(array.dtype == np.float32)
-
-
-def _is_stack(name: str, array: Any) -> bool:
+def _is_stack(name: str, array: Array) -> bool:
     """Whether an array is a pool [L, P, width]; heads have their rows first, tables their deltas."""
-    return array.dtype == np.float32 and not name.startswith("head.")
+    return bool(array.dtype == np.float32) and not name.startswith("head.")
 
 
-def _moved(table: Any, place: str, column: str, one: Arrays, heights: dict[str, int]) -> Any:
+def _moved(
+    table: NDArray[np.int64], place: str, column: str, one: Arrays, heights: dict[str, int]
+) -> NDArray[np.int64]:
     """Another library's table, its numbers counted from where its rows now stand."""
     if column in _NUMBERS:
         height = next(heights[name] for name in one if name.rpartition(".")[0] == place and _is_stack(name, one[name]))
@@ -228,11 +230,11 @@ def _moved(table: Any, place: str, column: str, one: Arrays, heights: dict[str, 
     return table
 
 
-def _as_wide(first: Any, second: Any) -> tuple[Any, Any]:
+def _as_wide(first: Array, second: Array) -> tuple[Array, Array]:
     """Two arrays, the last axis of the narrower one filled up with zeros."""
     width = max(first.shape[-1], second.shape[-1])
 
-    def filled(array: Any) -> Any:
+    def filled(array: Array) -> Array:
         return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])])
 
     return filled(first), filled(second)

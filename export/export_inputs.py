@@ -15,8 +15,9 @@ from torch import Tensor
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.pooling import form_for
 from bertology_serve.export.session import END, LOGITS, POOLED, ROWS, START
+from bertology_serve.families import family_named
+from bertology_serve.families.family import Family
 from bertology_serve.kinds.effects import Effects
 from bertology_serve.kinds.slots import Anatomy, Slot
 from bertology_serve.tasks.heads import Head
@@ -51,7 +52,7 @@ class ExportInputs:
         state = fold(encoder.model.state_dict(), effects if merge else Effects(), anatomy)
         if merge:
             effects = Effects(bottleneck=effects.bottleneck, prompt=effects.prompt, prefix=effects.prefix)
-        head = Head.build(form_for(encoder, delta.task), encoder.base_head)
+        head = encoder.head(delta.task)
         head.load(delta.head)
         return cls(
             delta=delta.name,
@@ -65,6 +66,17 @@ class ExportInputs:
             own_head=frozenset(delta.head),
             inputs=INPUTS if _typed(encoder) else INPUTS[:2],
         )
+
+    @property
+    def family(self) -> Family:
+        """What the encoder's family does in its own way."""
+        return family_named(self.anatomy.family)
+
+    @property
+    def positions(self) -> str:
+        """How attention knows distances (``Family.positions``): DeBERTa's may be told not to."""
+        told = self.family.positions
+        return told if told != "disentangled" or getattr(self.config, "relative_attention", False) else ""
 
     @property
     def activation(self) -> str:

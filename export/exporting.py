@@ -16,7 +16,6 @@ import bertology_serve
 from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta, bare
-from bertology_serve.deltas.store import staging
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import BaseMismatch, FormatError, SpecError, Unsupported
 from bertology_serve.export.delta_library import FILE, Library, head_eps, library_of
@@ -49,7 +48,7 @@ from bertology_serve.export.verify import (
     lost,
     witnesses,
 )
-from bertology_serve.files import replace_directory
+from bertology_serve.files import replace_directory, staging
 from bertology_serve.tasks.spec import Encoding
 
 

@@ -17,6 +17,7 @@ from bertology_serve.errors import Unsupported, VerificationError
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.layout import CLASSES, architectures
 from bertology_serve.export.samples import Case
+from bertology_serve.families import compat
 from bertology_serve.tasks.spec import EMBEDDING, MULTIPLE_CHOICE, QUESTION_ANSWERING, Encoding
 
 
@@ -27,7 +28,7 @@ def hf_model(kind: type[Any], config: Any, state: Mapping[str, Tensor], attentio
     that it names. ``attention`` is a name that transformers' attention interface knows (``eager``, ``sdpa``).
     """
     config = copy.deepcopy(config)
-    config._attn_implementation = attention
+    compat.use_attention(config, attention)
     with torch.random.fork_rng(devices=[]):
         model = kind(config)
     model.pooler = None
@@ -50,7 +51,8 @@ def task_model(export_inputs: ExportInputs, name: str, attention: str) -> Any:
     import transformers
 
     config = copy.deepcopy(export_inputs.config)
-    config.num_labels, config._attn_implementation = export_inputs.task.outputs, attention
+    config.num_labels = export_inputs.task.outputs
+    compat.use_attention(config, attention)
     with torch.random.fork_rng(devices=[]):
         model = getattr(transformers, name)(config)
     head: dict[str, Tensor] = {name: tensor.detach() for name, _, tensor in export_inputs.head.named()}

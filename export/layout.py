@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnx_ir
 
@@ -22,6 +22,8 @@ from bertology_serve.export.emitter.emit import BackEnd
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import MODEL, ExportSpec
 from bertology_serve.export.session import ROWS
+from bertology_serve.families.compat import ATTENTION_SETTINGS, task_classes
+from bertology_serve.files import JsonObject, write_json
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -161,12 +163,7 @@ CLASSES = {
     QUESTION_ANSWERING: "QUESTION_ANSWERING",
     MULTIPLE_CHOICE: "MULTIPLE_CHOICE",
 }
-_OF_THIS_MACHINE = (
-    "_name_or_path",
-    "_attn_implementation",
-    "_attn_implementation_internal",
-    "_attn_implementation_autoset",
-)
+_OF_THIS_MACHINE = ("_name_or_path", *ATTENTION_SETTINGS)
 
 
 def write_directory(
@@ -180,14 +177,14 @@ def write_directory(
 ) -> None:
     """Writes everything but the model, which lies at ``model``, into ``directory``."""
     _write_tokenizer(directory, encoder, int(facts["max_length"]))
-    _write_json(directory / "config.json", config(encoder, delta, facts))
-    _write_json(directory / REPORT, report.as_dict())
+    write_json(directory / "config.json", config(encoder, delta, facts))
+    write_json(directory / REPORT, report.as_dict())
     if delta.task.kind == EMBEDDING and model != MODEL["triton"]:
         _write_modules(directory, delta, encoder.anatomy.hidden, int(facts["max_length"]))
     (directory / "README.md").write_text(card(model, facts, report, cautions), encoding="utf-8")
 
 
-def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> dict[str, Any]:
+def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> JsonObject:
     """The encoder's configuration with the task's labels, class and, under ``bertology_serve``, the metadata."""
     values = {key: value for key, value in encoder.config.to_dict().items() if key not in _OF_THIS_MACHINE}
     labels = delta.task.labels or tuple(f"LABEL_{i}" for i in range(delta.task.outputs))
@@ -204,10 +201,7 @@ def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> dict[str
 
 def architectures(delta: Delta) -> list[str]:
     """The name of HuggingFace's task model; what serves the file tells the task by it."""
-    from transformers.models.auto import modeling_auto
-
-    known = getattr(modeling_auto, f"MODEL_FOR_{CLASSES[delta.task.kind]}_MAPPING_NAMES")
-    found = known.get(delta.base.family)
+    found = task_classes(CLASSES[delta.task.kind]).get(delta.base.family)
     return [found] if isinstance(found, str) else []
 
 
@@ -252,7 +246,7 @@ def _write_tokenizer(directory: Path, encoder: Encoder, max_length: int) -> None
     if (
         values.get("tokenizer_class") == "TokenizersBackend"
     ):  # its name since transformers 5; optimum has transformers 4
-        _write_json(path, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        write_json(path, values | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _write_modules(directory: Path, delta: Delta, hidden: int, max_length: int) -> None:
@@ -266,13 +260,9 @@ def _write_modules(directory: Path, delta: Delta, hidden: int, max_length: int) 
     pooling = {f"pooling_mode_{mode}": name == delta.task.pooling for name, mode in modes.items()}
     for path in filter(None, steps.values()):
         (directory / path).mkdir()
-    _write_json(directory / "modules.json", modules)
-    _write_json(directory / "1_Pooling" / "config.json", {"word_embedding_dimension": hidden} | pooling)
-    _write_json(directory / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(directory / "modules.json", modules)
+    write_json(directory / "1_Pooling" / "config.json", {"word_embedding_dimension": hidden} | pooling)
+    write_json(directory / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
 
 
 CONFIG, LABELS = "config.pbtxt", "labels.txt"

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,7 +26,11 @@ from bertology_serve.export.export_spec import MODEL, MultiPrecision, fastest_on
 from bertology_serve.export.layout import TASK_OPTIONS, save
 from bertology_serve.export.samples import Case
 from bertology_serve.export.session import Session
+from bertology_serve.files import JsonObject
 from bertology_serve.tasks.spec import Encoding, TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class OnnxEngine:
@@ -131,7 +135,7 @@ FACTS = "bertology_serve"
 class OnnxModel:
     """One export: ``delta`` says name, version, task and base, and holds no tensors."""
 
-    def __init__(self, delta: Delta, session: Session, tokenizer: Any, hidden: int) -> None:
+    def __init__(self, delta: Delta, session: Session, tokenizer: PreTrainedTokenizerBase, hidden: int) -> None:
         self.delta, self.tokenizer, self._session, self._hidden = delta, tokenizer, session, hidden
 
     @classmethod
@@ -186,7 +190,7 @@ def _file(directory: Path) -> Path:
     return next((directory / model for model in _LAYOUTS if (directory / model).is_file()), directory / _LAYOUTS[0])
 
 
-def _config(directory: Path) -> Mapping[str, Any]:
+def _config(directory: Path) -> JsonObject:
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:

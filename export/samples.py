@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,13 +15,14 @@ from torch.nn import functional as F
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.bank import BARE
-from bertology_serve.encoder.batch import pack
+from bertology_serve.encoder.batch import read
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
-from bertology_serve.encoder.pooling import form_for, read
 from bertology_serve.tasks.encoding import encode_text
-from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SENTENCES = (
     "The ferry leaves at seven, and the last bus to the harbour is always late.",
@@ -75,7 +76,7 @@ class Case:
         return slice(self.length - size, self.length) if self.left else slice(0, size)
 
 
-def built_in(tokenizer: Any, longest: int) -> Iterator[Case]:
+def built_in(tokenizer: PreTrainedTokenizerBase, longest: int) -> Iterator[Case]:
     """Batches of 1 to 8 sequences of mixed lengths, at least 16 shapes, 1×1 first and 2×``longest`` last."""
     lengths = [n for n in STEPS if n < longest] + [longest]
     texts = Texts(tokenizer)
@@ -99,7 +100,7 @@ def of_encodings(encodings: Iterable[Sequence[Encoding]]) -> Iterator[Case]:
 class Texts:
     """Cuts encodings of any length out of the sentences."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer, self._made = tokenizer, 0
 
     def encoding(self, length: int) -> Encoding:
@@ -123,7 +124,7 @@ class Reference:
         self._pipeline = Pipeline(encoder)
         self._pipeline.add(delta)
         self._entry = next(iter(self._pipeline.bank.entries.values()), BARE)
-        self._head = Head.build(form_for(encoder, delta.task), encoder.base_head)
+        self._head = encoder.head(delta.task)
         self._head.load(delta.head)
         self._head.eval()
 
@@ -132,7 +133,7 @@ class Reference:
         """[C], for tasks that answer for every token [len, C], for embeddings [H] as the task normalises them."""
         encoder = self.encoder
         entries = [self._entry] * len(encodings)
-        batch = pack(encodings, entries, encoder.anatomy, encoder.device, padded=not encoder.packs)
+        batch = encoder.pack(encodings, entries)
         hidden = encoder.run(batch, self._pipeline.bank)
         packed = sorted(range(batch.sequences), key=batch.order.__getitem__)
         out = read(hidden, batch, packed, self.task, self._head)

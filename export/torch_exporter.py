@@ -20,19 +20,17 @@ from onnx_ir.passes import common
 from onnxscript import optimizer, rewriter
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from bertology_serve.encoder.families import attention_modules
+from bertology_serve.encoder.anatomy import attention_modules
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.emitter.row_nodes import PromptLayout
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.hf_model import hf_model
+from bertology_serve.families import compat
 from bertology_serve.kernels.segments import ACTIVATIONS
 from bertology_serve.kinds.slots import Slot
 from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING
 
-NAME = "bertology_dense"
 LOWEST = torch.finfo(torch.float32).min
 Change = Callable[[Tensor, Tensor], Tensor]
 """What a delta makes of a module's output, given its input."""
@@ -50,7 +48,7 @@ class Graph(nn.Module):
         effects, kind = export_inputs.effects, export_inputs.kind
         self.export_inputs, self.task, self.anatomy = export_inputs, export_inputs.task, export_inputs.anatomy
         self.inputs, self.outputs = export_inputs.inputs, tuple(export_inputs.outputs)
-        interface = getattr(kind, "_supports_attention_backend", False)
+        interface = compat.has_interface(kind)
         if effects.scale or effects.inner:
             raise Unsupported(
                 f"delta {export_inputs.delta!r} scales rows, which torch's exporter does not; give --merge"
@@ -59,7 +57,8 @@ class Graph(nn.Module):
             raise Unsupported(
                 f"a prefix cannot be put into a graph of {self.anatomy.family}; train another kind for it"
             )
-        self.model = hf_model(kind, export_inputs.config, export_inputs.state, register() if interface else "eager")
+        attention = compat.register("bertology_dense", _attend) if interface else "eager"
+        self.model = hf_model(kind, export_inputs.config, export_inputs.state, attention)
         self.head = copy.deepcopy(export_inputs.head)
         heads = {id(parameter): name for name, _, parameter in self.head.named()}
         self.names = {
@@ -73,7 +72,8 @@ class Graph(nn.Module):
         if effects.prompt is not None:
             self._mine("prompt.vectors", effects.prompt.vectors[None])
         self._attach()
-        for layer, module in enumerate(attention_modules(self.model, self.anatomy)):
+        modules: list[Any] = attention_modules(self.model, self.anatomy)
+        for layer, module in enumerate(modules):
             module.graph, module.layer_number = [self], layer  # in a list: not to be registered as a submodule
         self.eval().requires_grad_(False)
 
@@ -96,9 +96,10 @@ class Graph(nn.Module):
                 adapters[str(self.anatomy.slot(name).paths[layer])].append(self._adapter(name, layer))
         for path in updates.keys() | adapters.keys():
             self.model.get_submodule(path).register_forward_hook(_hook(updates[path], adapters[path]))
-        for layer in range(self.anatomy.layers if effects.prefix else 0):
+        prefix = {"keys": effects.prefix.keys, "values": effects.prefix.values} if effects.prefix else {}
+        for layer in range(self.anatomy.layers):
             heads, width = self.anatomy.heads_of(layer), self.anatomy.head_width
-            for part, rows in (("keys", effects.prefix.keys), ("values", effects.prefix.values)):
+            for part, rows in prefix.items():
                 by_head = rows[layer, :, : heads * width].reshape(1, -1, heads, width).transpose(1, 2)
                 self._mine(f"prefix.{layer}.{part}", by_head)
 
@@ -261,17 +262,6 @@ def _attend(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = None if sliding_window is None else sliding_window - 1
     return module.graph[0].attend(module.layer_number, query, key, value, scale, window), None
-
-
-def _no_mask(*_: object, **__: object) -> None:
-    """The graph has the mask."""
-
-
-def register() -> str:
-    """Makes this attention known to transformers, under the name returned; calling it again changes nothing."""
-    ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _no_mask)
-    return NAME
 
 
 class Product(nn.Module):

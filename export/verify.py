@@ -9,7 +9,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from bertology_serve.export.export_spec import ExportSpec, Neighbours
 from bertology_serve.export.hf_model import Theirs
 from bertology_serve.export.samples import Case, Reference
 from bertology_serve.export.session import Session
+from bertology_serve.files import JsonObject
 from bertology_serve.tasks.spec import CLASSIFICATION, QUESTION_ANSWERING, TOKEN_CLASSIFICATION, TaskSpec
 
 Output = NDArray[np.float32]
@@ -169,7 +169,7 @@ class Verification:
             f"mean {self.mean:.1e}{decided}, neighbours change a row by {self.neighbours:.1e}{lost}{beside}"
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Ready for JSON."""
         return {"passed": self.passed, **asdict(self)}
 
@@ -358,8 +358,8 @@ def _decisions(expected: Output, found: Output, task: TaskSpec) -> list[tuple[in
     axis = {CLASSIFICATION: -1, TOKEN_CLASSIFICATION: -1, QUESTION_ANSWERING: 0}.get(task.kind)
     if axis is None:
         return []
-    sides: Sequence[Any] = [np.atleast_1d(side.argmax(axis)).tolist() for side in (expected, found)]
-    return list(zip(*sides, strict=True))
+    ours, theirs = (np.atleast_1d(side.argmax(axis)).tolist() for side in (expected, found))
+    return list(zip(ours, theirs, strict=True))
 
 
 LOSS = 0.1

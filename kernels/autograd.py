@@ -16,9 +16,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from bertology_serve.kernels.blocks import Int, Ptr, jit
 from bertology_serve.kernels.columns import Pools, TileColumns
 from bertology_serve.kernels.fused_lora_linear import launch_linear
-from bertology_serve.kernels.launching import Int, Ptr, jit
 from bertology_serve.kernels.shrink_expand import segmented_lora_shrink
 from bertology_serve.kernels.tuning import Config, cdiv
 

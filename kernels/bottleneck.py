@@ -11,9 +11,20 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from bertology_serve.kernels.blocks import a_tile, activate, b_tile, column_rows, masked, x_tile
+from bertology_serve.kernels.blocks import (
+    Int,
+    Ptr,
+    a_tile,
+    activate,
+    b_tile,
+    check_dtypes,
+    check_matrix,
+    column_rows,
+    jit,
+    masked,
+    x_tile,
+)
 from bertology_serve.kernels.columns import TileColumns
-from bertology_serve.kernels.launching import Int, Ptr, check_dtypes, check_matrix, jit
 from bertology_serve.kernels.tuning import Config, adapter_config, cdiv
 
 ENOUGH_PROGRAMS = 132  # one for each multiprocessor of an H100

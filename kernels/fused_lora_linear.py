@@ -17,16 +17,20 @@ import triton.language as tl
 from torch import Tensor
 
 from bertology_serve.kernels.blocks import (
+    Int,
+    Ptr,
     activate,
     b_tile,
     base_product,
+    check_dtypes,
+    check_matrix,
     column_rows,
     fused_product,
     grouped_order,
+    jit,
     shrunk,
 )
 from bertology_serve.kernels.columns import Pools, TileColumns
-from bertology_serve.kernels.launching import Int, Ptr, check_dtypes, check_matrix, jit
 from bertology_serve.kernels.tuning import Config, cdiv
 
 GROUP = 8

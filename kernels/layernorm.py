@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bertology_serve.kernels.blocks import Int, Ptr, check_dtypes, check_matrix, jit
 from bertology_serve.kernels.columns import TileColumns
-from bertology_serve.kernels.launching import Int, Ptr, check_dtypes, check_matrix, jit
 from bertology_serve.kernels.tuning import cdiv
 
 BLOCK_ROWS = 4

@@ -14,10 +14,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from bertology_serve.kernels.blocks import b_tile, column_rows, shrunk
+from bertology_serve.kernels.blocks import Int, Ptr, b_tile, check_dtypes, check_matrix, column_rows, jit, shrunk
 from bertology_serve.kernels.columns import Pools, TileColumns
 from bertology_serve.kernels.fused_lora_linear import launch_linear, pool_arguments
-from bertology_serve.kernels.launching import Int, Ptr, check_dtypes, check_matrix, jit
 from bertology_serve.kernels.tuning import Config, cdiv
 
 

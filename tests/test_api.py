@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import bertology_serve as bs
-from bertology_serve.errors import DataError, NotFound, SpecError
+from bertology_serve.errors import BaseMismatch, DataError, FormatError, NotFound, SpecError
 from tests import tiny
 from tests.training import sets
 
@@ -109,6 +111,44 @@ def test_several_kinds_and_the_regularised_forms_are_methods(bert: bs.Encoder):
     full = bs.train(bert, ROWS, method="full", **QUICK)
     assert full.kinds == ("full",)
     assert bert.fresh().ref.sha256 == before
+
+
+def test_a_head_alone_and_all_weights_are_specs_too(bert: bs.Encoder):
+    probe, named = (bs.train(bert, ROWS, method=method, **QUICK) for method in (bs.Probe(), "probe"))
+    assert probe.kinds == ("probe",)
+    assert all(torch.equal(probe.head[name], tensor) for name, tensor in named.head.items())
+    assert bs.train(bert, ROWS, method=bs.Full(), **QUICK).kinds == ("full",)
+    upper = bs.train(bert, ROWS, method=bs.TopK(layers=1), **QUICK)
+    moved = {name for name, tensor in bert.model.state_dict().items() if not torch.equal(tensor, upper.weights[name])}
+    assert moved
+    assert all(".layer.2." in name for name in moved), "the highest of three"
+
+
+@pytest.mark.parametrize("method", [bs.Lora(rank=2), bs.Full()], ids=["lora", "full"])
+def test_a_delta_saves_itself(bert: bs.Encoder, tmp_path: Path, method: Any):
+    trained = bs.train(bert, ROWS, method=method, start="random", out=tmp_path / "mood", **QUICK)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "mood").iterdir() if path.suffix != ".jsonl"}
+    encoders = [None, bert] if isinstance(method, bs.Lora) else [None]
+    for number, delta in enumerate([trained, *(bs.load_delta(tmp_path / "mood", own) for own in encoders)]):
+        copy = delta.save(tmp_path / f"copy{number}")
+        again = {path.name: path.read_bytes() for path in copy.iterdir()}
+        assert again == {name: data for name, data in files.items() if name in again}
+        assert {"delta.json", "adapter_model.safetensors"} <= again.keys()
+        assert ("adapter_config.json" in again) == (method == bs.Lora(rank=2))
+    assert bs.load_delta(tmp_path / "copy1").version == trained.version
+
+
+def test_what_a_delta_cannot_save(bert: bs.Encoder, tmp_path: Path):
+    delta = bs.train(bert, ROWS, method="probe", **QUICK)
+    with pytest.raises(SpecError, match=r"give it: delta.save\(path, encoder\)"):
+        replace(delta, made_for=None).save(tmp_path / "a")
+    replace(delta, made_for=None).save(tmp_path / "a", bert)
+    with pytest.raises(FormatError, match="holds another delta already"):
+        replace(delta, name="b").save(tmp_path / "a")
+    replace(delta, name="b").save(tmp_path / "a", overwrite=True)
+    assert bs.load_delta(tmp_path / "a").name == "b"
+    with pytest.raises(BaseMismatch):
+        delta.save(tmp_path / "c", tiny.encoder("bert", tmp_path / "other", seed=1))
 
 
 def test_what_is_wrong_is_said(bert: bs.Encoder, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from bertology_serve import files
-from bertology_serve.files import replace_directory, replacing
+from bertology_serve.files import replace_directory, replacing, write_json
 
 
 def made(path: Path, text: str) -> Path:
@@ -118,7 +119,7 @@ def test_who_reads_meanwhile_always_finds_one(tmp_path):
     for _ in range(50):
         replace_directory(stage, target)
     stop.set()
-    reader.join(20)
+    reader.join(120)
     assert set(seen) <= {"even", "odd"}
 
 
@@ -142,3 +143,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         raise ValueError("stop")
     assert path.read_text() == "2"
     assert [found.name for found in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_json_is_for_people_and_keeps_names_that_utf8_lacks(tmp_path):
+    values = {"name": "Zoë", "path": os.fsdecode(b"a\xff")}
+    write_json(tmp_path / "a.json", values)
+    assert '"Zoë"' in (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == values
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"name": object()})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 import bertology_serve
 from bertology_serve.cli.main import COMMANDS
+from tools import house
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bertology_serve"
@@ -20,6 +22,7 @@ LINKED = ("kernels", "export", "cli")
 # Lower floors first. The sets of one floor may not import each other where ``SIBLINGS`` says so.
 FLOORS = (
     {"errors", "files", "kernels", "examples", "client"},
+    {"families"},
     {"data", "tasks"},
     {"kinds"},
     {"deltas"},
@@ -210,6 +213,37 @@ def test_public_names_exist(name):
 def test_unknown_public_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         bertology_serve.nothing  # noqa: B018
+
+
+def test_no_place_but_families_compares_a_familys_name():
+    places = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in sources()
+        if PACKAGE / "families" not in path.parents
+        for line in house.family_comparisons(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert places == []
+
+
+def test_a_comparison_with_a_familys_name_is_seen():
+    tree = ast.parse("a = x.family == 'mpnet'\nb = y in ('bert', z)\nc = {'mpnet': 1}.get(x)\nd = 'mpnet'")
+    assert house.family_comparisons(tree) == [1, 2, 3]
+
+
+def test_what_transformers_does_not_promise_stands_behind_one_door():
+    """Its modelling code, its attention interface and its private names: ``families/compat.py`` alone has them."""
+    door = PACKAGE / "families" / "compat.py"
+    inside = re.compile(r"transformers\.(models|masking_utils|modeling_\w+|integrations)(\.|$)")
+    private = {"_attn_implementation", "_supports_attention_backend"}
+    paths = [path for path in sources() if path != door and PACKAGE / "bench" not in path.parents]
+    wrong = [f"{path.name}:{line} {name}" for path in paths for line, name in imports(path) if inside.match(name)]
+    wrong += [
+        f"{path.name}:{node.lineno} {node.attr}"
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in private
+    ]
+    assert wrong == []
 
 
 def loaders(path: Path) -> Iterator[tuple[int, bool]]:

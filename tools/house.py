@@ -13,7 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LINKED = ("kernels", "export", "cli")
 HARNESS = ROOT / "bertology_serve" / "bench"
-FAMILIES = (
+FAMILY_FILES = ROOT / "bertology_serve" / "families"
+FAMILIES = {
     "bert",
     "roberta",
     "distilbert",
@@ -24,7 +25,7 @@ FAMILIES = (
     "albert",
     "ernie",
     "rembert",
-)
+}
 
 
 def library() -> list[Path]:
@@ -54,18 +55,25 @@ def figures() -> dict[str, int]:
         "file names used twice or more": len(repeated(names)),
         "class names used twice or more": len(repeated(classes)),
         "Any": words.count("Any"),
-        "places that compare a family's name": sum(compares_family(tree) for tree in trees.values()),
+        "places that compare a family's name": sum(
+            len(family_comparisons(tree)) for path, tree in trees.items() if FAMILY_FILES not in path.parents
+        ),
     }
 
 
-def compares_family(tree: ast.AST) -> int:
-    """How often something is compared with a family's name, or with a collection of them."""
-    found = 0
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Compare):
-            words = {item.value for item in ast.walk(node) if isinstance(item, ast.Constant)}
-            found += bool(words & set(FAMILIES))
-    return found
+def family_comparisons(tree: ast.AST) -> list[int]:
+    """The lines that compare something with a family's name, or look it up in a table of them."""
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Compare) and FAMILIES & constants(node))
+        or (isinstance(node, ast.Dict) and FAMILIES & {key for part in node.keys if part for key in constants(part)})
+    ]
+
+
+def constants(node: ast.AST) -> set[object]:
+    """The constants that stand in an expression."""
+    return {item.value for item in ast.walk(node) if isinstance(item, ast.Constant)}
 
 
 if __name__ == "__main__":

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertology_serve.analysis.subject_model import Subject, batches
-from bertology_serve.data.records import read_records
+from bertology_serve.analysis.subject_model import Subject, batches, data_name
+from bertology_serve.data.records import DataLike, Record, read_records
 from bertology_serve.encoder.attention import Group
-from bertology_serve.encoder.batch import PackedBatch
+from bertology_serve.encoder.batch import PackedBatch, read
 from bertology_serve.encoder.forward_context import Heads
-from bertology_serve.encoder.pooling import read
 from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.registry import task_for
@@ -58,17 +56,17 @@ class TaskEvaluation:
     """
 
     def __init__(
-        self, subject: Subject, path: str | Path, most: int | None, max_tokens: int, labelled: bool = True
+        self, subject: Subject, data: DataLike, most: int | None, max_tokens: int, labelled: bool = True
     ) -> None:
         if subject.delta is None:
-            raise SpecError("heads are judged by a task; give the delta that does it (--delta DIR)")
+            raise SpecError("answers are those of a task; give the delta that does it (--delta DIR)")
         if subject.delta.task.kind == EMBEDDING:
             raise Unsupported("the loss of embeddings compares examples with each other; expected a task with labels")
         self.subject, self.max_tokens = subject, max_tokens
         self.task, self.labelled = self.task_of(subject), labelled
-        self.name = str(path)
-        records = read_records(path, remembered=subject.delta.columns)
-        self.items = [self._item(record.fields, record.where) for record in records[:most]]
+        self.name = data_name(data)
+        self.records = read_records(data, remembered=subject.delta.columns)[:most]
+        self.items = [self._item(record) for record in self.records]
 
     @staticmethod
     def task_of(subject: Subject) -> Task:
@@ -76,8 +74,8 @@ class TaskEvaluation:
         assert subject.delta is not None
         return task_for(subject.delta.task)
 
-    def _item(self, fields: Any, where: str) -> Labelled:
-        example = self.task.example(fields, where, labelled=self.labelled)
+    def _item(self, record: Record) -> Labelled:
+        example = self.task.example(*record, labelled=self.labelled)
         encodings = tuple(self.task.encode(example, self.subject.encoder.tokenizer))
         return Labelled(example, encodings, self.task.target(example, encodings) if self.labelled else None)
 

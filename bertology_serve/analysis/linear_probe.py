@@ -1,8 +1,9 @@
-"""Linear probes: logistic regression solved to its optimum, a probe on a mix of layers, and the online code (MDL)."""
+"""Linear probes: the features that they read, their fit and scores, a mix of layers, and the online code (MDL)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,47 +11,64 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bertology_serve.analysis.subject_model import Advance, Subject, silent, text_rows
+from bertology_serve.tasks.heads import pool
+from bertology_serve.tasks.logistic import LOOSE, Logistic, Solution
+from bertology_serve.tasks.spec import Encoding
+
 
 @dataclass(frozen=True)
-class Logistic:
-    """``logits = (x - mean) / std Wᵀ + b``; weight [C, H], bias [C], mean and std [H]."""
+class Features:
+    """``texts`` [L + 1, sequences, H] pooled, ``words`` [L + 1, wanted rows, H]; float32 on the CPU, layer 0 embeds."""
 
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    std: Tensor
-
-    def logits(self, x: Tensor) -> Tensor:
-        """x [n, H] -> [n, C]."""
-        return F.linear((x - self.mean) / self.std, self.weight, self.bias)
+    texts: Tensor
+    words: Tensor
 
 
-def fit(x: Tensor, y: Tensor, classes: int, penalty: float, steps: int = 100) -> Logistic:
-    """Minimises mean cross-entropy + penalty / 2 ‖W‖² by L-BFGS from zero: no seed, the same answer every time.
+@torch.inference_mode()
+def gather(
+    subject: Subject,
+    encodings: Sequence[Encoding],
+    wanted: Sequence[Sequence[int]],
+    pooling: str = "mean",
+    max_tokens: int = 4096,
+    advance: Advance = silent,
+) -> Features:
+    """Features of each sequence, and of its ``wanted`` rows (numbers within the text), in the order given."""
+    anatomy = subject.encoder.anatomy
+    firsts = [0]
+    for rows in wanted:
+        firsts.append(firsts[-1] + len(rows))
+    texts = torch.empty(anatomy.layers + 1, len(encodings), anatomy.hidden)
+    words = torch.empty(anatomy.layers + 1, firsts[-1], anatomy.hidden)
+    done = 0
+    for members, batch, layers in subject.passes(encodings, max_tokens):
+        owners = [members[original] for original in batch.order]
+        lengths = torch.tensor(batch.text_lengths, device=batch.ids.device)
+        chosen = [own[list(wanted[i])] for i, own in zip(owners, text_rows(batch), strict=True)]
+        places = torch.cat([torch.arange(firsts[i], firsts[i + 1]) for i in owners])
+        for layer, hidden in layers.items():
+            texts[layer, owners] = pool(hidden, batch.text_rows, lengths, pooling).float().cpu()
+            words[layer, places] = hidden[torch.cat(chosen)].float().cpu()
+        done += len(members)
+        advance(done, len(encodings))
+    return Features(texts, words)
+
+
+CLOSE = 1e-5  # of each probe's gradient: what is left to gain is below what a probe's scores show
+
+
+def fit(x: Tensor, y: Tensor, classes: int, penalty: float, tolerance: float = CLOSE) -> Solution:
+    """Minimises mean cross-entropy + penalty / 2 ‖W‖² over standardised features: no seed, the same answer every time.
 
     x [n, H], y [n] int64 below ``classes``. Features without variance get a standard deviation of 1.
     """
-    mean, std = x.mean(0), x.std(0, unbiased=False)
-    std = torch.where(std > 1e-7, std, torch.ones_like(std))
-    features = (x - mean) / std
-    weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
-    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=steps, history_size=10, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        solver.zero_grad()
-        loss = F.cross_entropy(F.linear(features, weight, bias), y) + penalty / 2 * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    solver.step(closure)  # type: ignore[no-untyped-call]
-    return Logistic(weight.detach(), bias.detach(), mean, std)
+    rows_of_w = 2.0 if classes == 2 else 1.0  # the solver penalises the one vector w, of which W holds two halves
+    return Logistic(x, y, classes, by_feature=True).solve(rows_of_w / (penalty * len(x)), tolerance=tolerance)
 
 
 @dataclass(frozen=True)
-class Score:
+class ProbeScore:
     """``accuracy`` and ``macro_f1`` as fractions, ``bits``: mean cross-entropy."""
 
     accuracy: float
@@ -58,7 +76,7 @@ class Score:
     bits: float
 
 
-def score(probe: Logistic, x: Tensor, y: Tensor) -> Score:
+def score(probe: Solution, x: Tensor, y: Tensor) -> ProbeScore:
     """How a probe does on x [n, H] with the right classes y [n]; F1 over the classes that occur or are answered."""
     logits = probe.logits(x)
     found = logits.argmax(1)
@@ -67,10 +85,10 @@ def score(probe: Logistic, x: Tensor, y: Tensor) -> Score:
     for label in classes:
         hits = ((y == label) & (found == label)).sum().item()
         scores.append(2 * hits / ((y == label).sum().item() + (found == label).sum().item()))
-    return Score(
+    return ProbeScore(
         accuracy=(found == y).double().mean().item(),
         macro_f1=sum(scores) / len(scores),
-        bits=F.cross_entropy(logits.double(), y).item() / math.log(2),
+        bits=F.cross_entropy(logits, y).item() / math.log(2),
     )
 
 
@@ -91,7 +109,7 @@ def fit_mix(x: Tensor, y: Tensor, held: Tensor, gold: Tensor, classes: int, pena
     """Learns softmax weights over layers and one linear probe together, by L-BFGS from equal weights.
 
     x [L + 1, n, H] and ``held`` alike, standardised layer by layer with x's statistics; y [n], ``gold`` alike, int64.
-    The objective is that of ``logistic.fit``; not convex in the weights, but without any random start.
+    The objective is that of ``fit``; not convex in the weights, but without any random start.
     """
     mean, std = x.mean(1, keepdim=True), x.std(1, unbiased=False, keepdim=True)
     std = torch.where(std > 1e-7, std, torch.ones_like(std))
@@ -118,7 +136,6 @@ def fit_mix(x: Tensor, y: Tensor, held: Tensor, gold: Tensor, classes: int, pena
 
 SHARES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
 FEWEST = 16  # examples of the first block
-STEPS = 50  # of each probe's solver: what is left to gain by more is far below what the labels cost
 
 
 def online_code(x: Tensor, y: Tensor, classes: int, penalty: float, seed: int) -> float:
@@ -128,8 +145,8 @@ def online_code(x: Tensor, y: Tensor, classes: int, penalty: float, seed: int) -
     ends = block_ends(len(y))
     bits = ends[0] * math.log2(classes)
     for start, end in pairwise(ends):
-        logits = fit(x[:start], y[:start], classes, penalty, STEPS).logits(x[start:end])
-        bits += F.cross_entropy(logits.double(), y[start:end], reduction="sum").item() / math.log(2)
+        logits = fit(x[:start], y[:start], classes, penalty, LOOSE).logits(x[start:end])
+        bits += F.cross_entropy(logits, y[start:end], reduction="sum").item() / math.log(2)
     return bits
 
 

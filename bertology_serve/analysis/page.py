@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
-from typing import Any
 
-from bertology_serve.analysis.figures import Bars, Figure, HeatMap, Lines, Panel, Scatter
+from bertology_serve.analysis.figures import BarChart, Figure, HeatMap, LineChart, Panel, Scatter
+from bertology_serve.files import JsonObject
 
 # viridis and PuOr at ninths, and Okabe and Ito's colours
 VIRIDIS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
@@ -24,7 +24,7 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 580, 280, 72, 40
 MANY = 60  # points of a curve, beyond which they are drawn small
 
 
-def render(name: str, facts: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
+def render(name: str, facts: JsonObject, figures: Mapping[str, Figure]) -> str:
     """The whole page."""
     sections = "\n".join(f"<h2>{escape(figure.title)}</h2>\n{_rows(figure)}" for figure in figures.values())
     shown = escape(json.dumps(facts, indent=1))
@@ -43,7 +43,7 @@ def _rows(figure: Figure) -> str:
 
 
 def _panel(panel: Panel) -> str:
-    body = {HeatMap: _heat_map, Lines: _lines, Scatter: _scatter, Bars: _bars}[type(panel)](panel)  # type: ignore[operator]
+    body = {HeatMap: _heat_map, LineChart: _lines, Scatter: _scatter, BarChart: _bars}[type(panel)](panel)  # type: ignore[operator]
     return f"<figure><figcaption>{escape(panel.title)}</figcaption>{body}</figure>"
 
 
@@ -73,7 +73,7 @@ def _heat_map(panel: HeatMap) -> str:
     return _svg(wide + max(columns * side, 8 * len(panel.columns)), rows * side + tall, cells) + key
 
 
-def _lines(panel: Lines) -> str:
+def _lines(panel: LineChart) -> str:
     values = [v for curve in panel.curves.values() for v in curve if v is not None and math.isfinite(v)]
     edges = [
         value + way * width
@@ -113,7 +113,7 @@ def _scatter(panel: Scatter) -> str:
     )
 
 
-def _bars(panel: Bars) -> str:
+def _bars(panel: BarChart) -> str:
     known = [v for own in panel.series.values() for v in own if v is not None and math.isfinite(v)]
     low, high = min(0.0, *known, 0.0), max(0.0, *known, 0.0) or 1.0
     wide, thick = max(map(len, panel.names), default=2) * 6 + 20, 9
@@ -175,7 +175,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(number * step, 12) for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _keys(names: Any) -> str:
+def _keys(names: Iterable[str]) -> str:
     spans = (
         f'<span class="key"><i style="background:{PALETTE[n % len(PALETTE)]}"></i>{escape(name)}</span>'
         for n, name in enumerate(names)

@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -26,7 +25,7 @@ CONTENT_WORDS, CONTENT_TEXTS, CONTENT_SHARE = 20, 10, 0.1  # words, texts that e
 
 
 @dataclass(frozen=True)
-class Text:
+class ProbeText:
     """A record made ready: its words, its sequence, and the first row of each word that the length left.
 
     A tag of None says that its word has none.
@@ -41,7 +40,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Item:
+class ProbeItem:
     """One thing to read: text number, its row (0 for whole texts), the answer, and the type that controls go by."""
 
     text: int
@@ -50,7 +49,7 @@ class Item:
     type: str
 
 
-def make_text(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Text:
+def make_text(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: int) -> ProbeText:
     """From ``tokens`` (with ``tags``) or ``text`` (cut into words); raises DataError for pairs and other records."""
     fields, where = record
     words = fields.get("tokens")
@@ -72,7 +71,7 @@ def make_text(record: Record, tokenizer: PreTrainedTokenizerBase, max_length: in
         raise DataError(f"{where}: field 'tags' has {len(tags)} items; expected {len(words)}, one a token")
     depths = _depths(fields["heads"], where) if isinstance(fields.get("heads"), list) else None
     named = None if label is None else str(label)
-    return Text(tuple(words), encoding, rows, None if tags is None else tuple(tags), named, depths)
+    return ProbeText(tuple(words), encoding, rows, None if tags is None else tuple(tags), named, depths)
 
 
 def _depths(heads: Sequence[int], where: str) -> tuple[int, ...]:
@@ -88,7 +87,7 @@ def _depths(heads: Sequence[int], where: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def chosen(asked: Sequence[str] | None, texts: Sequence[Text]) -> tuple[str, ...]:
+def chosen(asked: Sequence[str] | None, texts: Sequence[ProbeText]) -> tuple[str, ...]:
     """The probes asked for, or all that the texts can answer; raises SpecError for others."""
     lacking = {
         TAGS: any(text.tags is None for text in texts),
@@ -107,13 +106,13 @@ def chosen(asked: Sequence[str] | None, texts: Sequence[Text]) -> tuple[str, ...
     return tuple(asked) if asked else tuple(name for name in TASKS if not lacking.get(name))
 
 
-def length_edges(texts: Sequence[Text]) -> list[float]:
+def length_edges(texts: Sequence[ProbeText]) -> list[float]:
     """Upper ends of up to six classes of words a text, equally full (Conneau et al. 2018 have six, too)."""
     quantiles = np.quantile([len(text.words) for text in texts], np.arange(1, LENGTH_CLASSES) / LENGTH_CLASSES)
     return sorted(set(quantiles.tolist()))
 
 
-def content_words(texts: Sequence[Text]) -> list[str]:
+def content_words(texts: Sequence[ProbeText]) -> list[str]:
     """Up to twenty words, the commonest of those in ten texts or more, yet in at most a tenth of them."""
     counts = Counter(word for text in texts for word in {word.lower() for word in text.words} if word.isalpha())
     most = CONTENT_SHARE * len(texts)
@@ -121,34 +120,36 @@ def content_words(texts: Sequence[Text]) -> list[str]:
     return [word for _, word in sorted(fitting)[:CONTENT_WORDS]]
 
 
-def items(task: str, texts: Sequence[Text], edges: Sequence[float], words: Sequence[str] = ()) -> list[Item]:
+def items(task: str, texts: Sequence[ProbeText], edges: Sequence[float], words: Sequence[str] = ()) -> list[ProbeItem]:
     """Everything that a probe is asked about those texts; ``words`` are those of ``content``.
 
     ``content`` (Conneau et al. 2018): which one of those words a text holds, for the texts that hold exactly one.
     """
     if task in OF_WORDS:
         return [
-            Item(number, row, _of_word(task, text, word), text.words[word])
+            ProbeItem(number, row, _of_word(task, text, word), text.words[word])
             for number, text in enumerate(texts)
             for word, row in text.rows.items()
             if (task != POSITION or word < POSITIONS) and not (task == TAGS and (text.tags or ())[word] is None)
         ]
     if task == CONTENT:
         held = [{word.lower() for word in text.words} & set(words) for text in texts]
-        return [Item(n, 0, next(iter(own)), texts[n].words[0]) for n, own in enumerate(held) if len(own) == 1]
-    answers: list[Any] = [
+        return [ProbeItem(n, 0, next(iter(own)), texts[n].words[0]) for n, own in enumerate(held) if len(own) == 1]
+    answers: list[int | str | None] = [
         int(np.searchsorted(edges, len(text.words))) if task == LENGTH else text.label for text in texts
     ]
-    return [Item(n, 0, str(answer), text.words[0]) for n, (text, answer) in enumerate(zip(texts, answers, strict=True))]
+    return [
+        ProbeItem(n, 0, str(answer), text.words[0]) for n, (text, answer) in enumerate(zip(texts, answers, strict=True))
+    ]
 
 
-def _of_word(task: str, text: Text, word: int) -> str:
+def _of_word(task: str, text: ProbeText, word: int) -> str:
     if task == DEPTH:
         return str(min((text.depths or ())[word], DEEPEST))
     return str(word if task == POSITION else (text.tags or ())[word])
 
 
-def sampled(found: list[Item], most: int, seed: int) -> list[Item]:
+def sampled(found: list[ProbeItem], most: int, seed: int) -> list[ProbeItem]:
     """At most so many items, drawn from a seed, in order."""
     if len(found) <= most:
         return found
@@ -161,11 +162,11 @@ class Control:
     Answers are drawn from those of the real task as often as they occur. For whole texts the type is the first word.
     """
 
-    def __init__(self, train: Sequence[Item], seed: int) -> None:
+    def __init__(self, train: Sequence[ProbeItem], seed: int) -> None:
         counts = sorted(Counter(item.answer for item in train).items())
         self.answers, self.weights = [a for a, _ in counts], [n for _, n in counts]
         self.seed = seed
 
-    def answer(self, item: Item) -> str:
+    def answer(self, item: ProbeItem) -> str:
         """The type's answer, whatever the text."""
         return random.Random(f"{self.seed} {item.type}").choices(self.answers, self.weights)[0]

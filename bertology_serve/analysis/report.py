@@ -10,30 +10,48 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bertology_serve import __version__
-from bertology_serve.analysis import page, plots
+from bertology_serve.analysis import figures as drawing
 from bertology_serve.analysis.figures import Figure
+from bertology_serve.analysis.page import render
 from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.encoder.encoder import weights_hash
-from bertology_serve.errors import FormatError, NotFound
-
-Row = Mapping[str, Any]
+from bertology_serve.errors import FormatError, NotFound, nearest
+from bertology_serve.files import JsonObject, write_json
 
 
 @dataclass(frozen=True)
-class Report:
-    """``facts`` say what was analysed and found, ``tables`` are rows by name, ``figures`` hold all their numbers."""
+class AnalysisReport:
+    """What an analysis found: ``facts`` say what was analysed and how, ``tables`` are rows (cells by column) by name.
+
+    ``figures`` hold all their numbers. Everything is plain JSON values; numbers are floats, shares are fractions.
+    """
 
     name: str
-    facts: Mapping[str, Any]
-    tables: Mapping[str, Sequence[Row]]
+    facts: JsonObject
+    tables: Mapping[str, Sequence[JsonObject]]
     figures: Mapping[str, Figure]
 
-    def as_dict(self) -> dict[str, Any]:
+    @property
+    def table(self) -> Sequence[JsonObject]:
+        """The rows of the main table."""
+        return next(iter(self.tables.values()))
+
+    def plot(self, path: str | Path, figure: str | None = None) -> Path:
+        """Draws one figure, the first unless another is named, as the PNG ``path``, and returns that.
+
+        Raises NotFound for a name that is not among ``figures``, Unsupported without matplotlib (extra ``plots``).
+        """
+        name = next(iter(self.figures)) if figure is None else figure
+        if name not in self.figures:
+            raise NotFound(f"the report has no figure {name[:80]!r}; {nearest(name, self.figures)}")
+        drawing.draw(self.figures[name], Path(path))
+        return Path(path)
+
+    def as_dict(self) -> JsonObject:
         """Everything, ready for JSON; numbers that are not finite become null."""
         return {
             "analysis": self.name,
@@ -43,13 +61,13 @@ class Report:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Report:
+    def from_dict(cls, values: JsonObject) -> AnalysisReport:
         """The report whose JSON this is."""
         figures = {name: Figure.from_dict(figure) for name, figure in values["figures"].items()}
         return cls(values["analysis"], values["facts"], values["tables"], figures)
 
     @classmethod
-    def load(cls, path: str | Path) -> Report:
+    def load(cls, path: str | Path) -> AnalysisReport:
         """A report from its JSON: ``save`` writes every file of it again. Raises NotFound, FormatError."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -64,14 +82,14 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         whole = self.as_dict()
         paths = [folder / f"{self.name}.json", folder / f"{self.name}.html"]
-        paths[0].write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        paths[1].write_text(page.render(self.name, whole["facts"], self.figures), encoding="utf-8")
+        write_json(paths[0], whole)
+        paths[1].write_text(render(self.name, whole["facts"], self.figures), encoding="utf-8")
         for name, rows in self.tables.items():
             paths.append(folder / f"{self.name}-{name}.csv")
             _write_csv(paths[-1], rows)
-        for name, figure in self.figures.items() if plots.available() else ():
+        for name, figure in self.figures.items() if drawing.available() else ():
             paths.append(folder / f"{self.name}-{name}.png")
-            plots.draw(figure, paths[-1])
+            drawing.draw(figure, paths[-1])
         return paths
 
 
@@ -81,7 +99,7 @@ def origin() -> dict[str, str]:
     return {"bertology_serve": __version__, "torch": torch.__version__, "date": now}
 
 
-def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+def _write_csv(path: Path, rows: Sequence[JsonObject]) -> None:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -89,7 +107,7 @@ def _write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows(rows)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -102,7 +120,7 @@ def _plain(value: Any) -> Any:
 KEY = "content"  # the fact that holds the key
 
 
-def content_key(name: str, subjects: Sequence[Subject], files: Sequence[str | Path | None], *settings: Any) -> str:
+def content_key(name: str, subjects: Sequence[Subject], files: Sequence[str | Path | None], *settings: object) -> str:
     """SHA-256 (hex) of all that a report follows from: this version, weights, deltas, the files' bytes, settings.
 
     A name that is no file (``hub:...``, a word) counts as itself.
@@ -124,14 +142,14 @@ def content_key(name: str, subjects: Sequence[Subject], files: Sequence[str | Pa
 
 
 def remembered(
-    folder: Path, name: str, key: str, make: Callable[[], Report], again: bool = False
-) -> tuple[Report, bool]:
+    folder: Path, name: str, key: str, make: Callable[[], AnalysisReport], again: bool = False
+) -> tuple[AnalysisReport, bool]:
     """The report that lies in a folder if its key is this one, else (or ``again``) a new one; whether it lay there."""
     file = folder / f"{name}.json"
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
         if held["facts"][KEY] == key and not again:
-            return Report.from_dict(held), True
+            return AnalysisReport.from_dict(held), True
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no report, or none of ours: it is made
     report = make()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from bertology_serve.errors import SpecError
 
 
-def at_least_one(settings: Any, *names: str) -> None:
+def at_least_one(settings: object, *names: str) -> None:
     """Raises SpecError for a field below 1."""
     for name in names:
         value = getattr(settings, name)

@@ -1,4 +1,4 @@
-"""What is analysed: an encoder, alone or with one delta applied, run on token sequences."""
+"""What is analysed: an encoder, alone or with one delta applied, and the texts that it is run on."""
 
 from __future__ import annotations
 
@@ -6,26 +6,34 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from bertology_serve import examples
+from bertology_serve.data.formats import Fields, read_lines
+from bertology_serve.data.records import DataLike, Record, name_of, read_records
 from bertology_serve.deltas import store
+from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.layout import check_base
 from bertology_serve.encoder.bank import BARE, Entry, LiveBank
-from bertology_serve.encoder.batch import PackedBatch, pack
+from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.forward_context import Heads
-from bertology_serve.encoder.pooling import form_for
-from bertology_serve.errors import BaseMismatch
+from bertology_serve.errors import BaseMismatch, DataError, NotFound
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.slots import Anatomy
+from bertology_serve.tasks.encoding import encode_text, encode_words
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.spec import Encoding
+from bertology_serve.tasks.token_classification import join_words
 
 KEY = "subject"
 Advance = Callable[[int, int], None]  # (sequences done, of so many)
+DeltaLike = Delta | str | Path | None
 
 
 def silent(done: int, total: int) -> None:
@@ -40,23 +48,21 @@ class Subject:
     delta: Delta | None = None
 
     @classmethod
-    def of(
-        cls, backbone: str | Encoder | Subject | None, delta: Delta | str | Path | None = None, device: str = "cpu"
-    ) -> Subject:
-        """From names, directories or what is already loaded; without ``backbone`` the one that the delta names.
+    def of(cls, encoder: EncoderLike, delta: DeltaLike = None, device: str = "cpu") -> Subject:
+        """From names, directories or what is already loaded; without ``encoder`` the one that the delta names.
 
         Raises NotFound, FormatError, and BaseMismatch for a delta of other weights.
         """
-        if isinstance(backbone, Subject):
-            return backbone
+        if isinstance(encoder, Subject):
+            return encoder
         if isinstance(delta, (str, Path)):
-            delta = store.load(Path(delta))
-        if isinstance(backbone, Encoder):
-            encoder = backbone
-        elif delta is not None:
-            encoder = Encoder.for_delta(delta, backbone, device=device)
-        else:
-            encoder = Encoder.load(backbone or "minilm", device=device)
+            delta = store.load(newest(Path(delta)))
+        if not isinstance(encoder, Encoder):
+            name = None if encoder is None else str(encoder)
+            if delta is None:
+                encoder = Encoder.load(name or "minilm", device=device)
+            else:
+                encoder = Encoder.for_delta(delta, name, device=device)
         return cls(encoder, delta).checked()
 
     def checked(self) -> Subject:
@@ -89,37 +95,50 @@ class Subject:
     @property
     def virtual(self) -> int:
         """Rows that the delta's prompt or prefix takes of the encoder's positions, at most."""
-        entry = self.pools.entries.get(KEY, BARE)
-        return entry.prompt_length + entry.prefix_length
+        return self.entry.prompt_length + self.entry.prefix_length
+
+    def longest(self, length: int) -> int:
+        """A length in tokens, or the longest text that encoder and delta leave room for."""
+        return min(length, self.encoder.max_tokens - self.virtual)
+
+    @property
+    def entry(self) -> Entry:
+        """The delta's place among ``pools``."""
+        return self.pools.entries.get(KEY, BARE)
 
     @cached_property
     def head(self) -> Head:
         """The delta's task head, frozen."""
         assert self.delta is not None
         with torch.inference_mode(False):
-            head = Head.build(form_for(self.encoder, self.delta.task), self.encoder.base_head)
+            head = self.encoder.head(self.delta.task)
             head.load(self.delta.head)
             return head.to(self.encoder.device).eval().requires_grad_(False)
 
     def pack(self, encodings: Sequence[Encoding]) -> PackedBatch:
         """One batch of sequences, the delta on all of them."""
-        entry: Entry = self.pools.entries.get(KEY, BARE)
-        encoder = self.encoder
-        return pack(encodings, [entry] * len(encodings), encoder.anatomy, encoder.device, padded=not encoder.packs)
+        return self.encoder.pack(encodings, [self.entry] * len(encodings))
 
     def run(self, batch: PackedBatch, heads: Heads | None = None) -> Tensor:
         """The last hidden states [T, H]."""
         return self.encoder.run(batch, self.pools, heads=heads)
 
-    def layers(self, batch: PackedBatch) -> tuple[Tensor, ...]:
-        """The hidden states [T, H] after the embeddings and each layer."""
-        return self.encoder.layers(batch, self.pools)
+    def passes(
+        self, encodings: Sequence[Encoding], max_tokens: int
+    ) -> Iterator[tuple[Sequence[int], PackedBatch, dict[int, Tensor]]]:
+        """Batches of the sequences with the hidden states [T, H] of every layer; see ``Encoder.layer_rows``."""
+        groups = batches([len(encoding) for encoding in encodings], max_tokens)
+        layers = range(self.encoder.anatomy.layers + 1)
+        return self.encoder.layer_rows(self.pools, self.entry, encodings, groups, layers)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """What the report says of it."""
         base, delta = self.encoder.ref, self.delta
         own = None if delta is None else {"name": delta.name, "version": delta.version, "kinds": list(delta.kinds)}
         return {"base": base.name, "family": base.family, "sha256": base.sha256, "delta": own}
+
+
+EncoderLike = str | Path | Encoder | Subject | None
 
 
 def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
@@ -151,3 +170,56 @@ def mapped(values: Tensor, numbers: Sequence[int]) -> list[list[float | None]]:
 def text_rows(batch: PackedBatch) -> tuple[Tensor, ...]:
     """For each packed sequence, the numbers of its text rows."""
     return torch.split(batch.text_rows, list(batch.text_lengths))
+
+
+_PAIRS = (("text", "text_pair"), ("text_a", "text_b"), ("premise", "question"), ("question", "context"))
+
+
+def data_name(data: DataLike | None) -> str:
+    """What a report calls its data; ``None`` are the built-in examples."""
+    if data is None or isinstance(data, (str, Path)):
+        return "built-in examples" if data is None else str(data)
+    return f"{len(data)} texts" if _are_texts(data) else name_of(data)
+
+
+def _are_texts(data: DataLike) -> TypeGuard[Sequence[str]]:
+    return isinstance(data, Sequence) and all(isinstance(text, str) for text in data)
+
+
+def read_texts(
+    texts: DataLike | None, tokenizer: PreTrainedTokenizerBase, max_length: int, most: int | None = None
+) -> list[Encoding]:
+    """Tokenised sequences of at most ``max_length`` tokens: a line each of ``.txt``, else a record each.
+
+    ``None`` are the built-in examples, a list may hold the texts themselves; ``most`` takes the first so many. Raises
+    NotFound, and DataError for records without a text.
+    """
+    if texts is None:
+        texts = examples.path("sentiment", "dev")
+    if isinstance(texts, (str, Path)) and Path(texts).suffixes[:1] == [".txt"]:
+        rows = _lines(Path(texts))
+    elif not isinstance(texts, (str, Path)) and _are_texts(texts):
+        rows = [Record({"text": text}, f"text {i}") for i, text in enumerate(texts)]
+    else:
+        rows = read_records(texts)
+    if not rows:
+        raise DataError(f"{data_name(texts)}: holds no text; expected at least one line")
+    return [_encode(fields, where, tokenizer, max_length) for fields, where in rows[:most]]
+
+
+def _lines(path: Path) -> list[Record]:
+    if not path.exists():
+        raise NotFound(f"no file {path}; give a file that exists, or none for the built-in examples")
+    return [Record({"text": line.strip()}, f"{path}:{number}") for number, line in read_lines(path) if line.strip()]
+
+
+def _encode(fields: Fields, where: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoding:
+    if isinstance(fields.get("tokens"), list):
+        words = [str(word) for word in fields["tokens"]]
+        _, spans = join_words(tuple(words))
+        return encode_words(tokenizer, words, [start for start, _ in spans], max_length)
+    for first, second in _PAIRS:
+        if isinstance(fields.get(first), str):
+            pair = fields.get(second)
+            return encode_text(tokenizer, fields[first], pair if isinstance(pair, str) else None, max_length)
+    raise DataError(f"{where}: no text; expected a field text, text_a, tokens, question or premise")

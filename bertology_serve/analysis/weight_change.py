@@ -1,15 +1,15 @@
-"""How far a delta moved the weights: norms per layer and module, spectra, and the directions that a change acts on."""
+"""How far a delta moved weights and features: norms, spectra, the directions that a change acts on, linear CKA."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects
 from bertology_serve.kinds.slots import QKV, UP_GATE, Anatomy, Slot
 
@@ -33,7 +33,7 @@ class Move:
         """exp of the entropy of the singular values scaled to sum 1 (Roy and Vetterli 2007)."""
         return effective_rank(torch.tensor(self.singular, dtype=torch.float64)) if self.singular else None
 
-    def as_row(self) -> dict[str, Any]:
+    def as_row(self) -> JsonObject:
         """A line of the table."""
         largest = self.singular[0] if self.singular else None
         return {"slot": self.slot, "layer": self.layer, "part": self.part, "frobenius": self.frobenius,
@@ -51,6 +51,15 @@ def low_rank_singular(a: Tensor, b: Tensor) -> Tensor:
     """Singular values of Bᵀ A, for a [R, K] and b [R, N], without making the [N, K] product: at most R of them."""
     right, left = torch.linalg.qr(a.double().T).R, torch.linalg.qr(b.double().T).R
     return torch.linalg.svdvals(left @ right.T)  # type: ignore[no-any-return]
+
+
+def moves(delta: Delta, anatomy: Anatomy, base: Mapping[str, Tensor]) -> Iterator[Move]:
+    """What a delta does to the weights ``base`` (the encoder's state dict)."""
+    return (
+        moves_between(delta.weights, anatomy, base)
+        if delta.weights
+        else moves_of(delta.effects(anatomy), anatomy, base)
+    )
 
 
 def moves_of(effects: Effects, anatomy: Anatomy, base: Mapping[str, Tensor]) -> Iterator[Move]:
@@ -185,3 +194,42 @@ def overlap(first: Tensor, second: Tensor) -> float:
     1 where one subspace lies in the other, 0 where they are orthogonal; max(i, j) / n for random ones.
     """
     return float((first.T @ second).square().sum()) / max(1, min(first.shape[1], second.shape[1]))
+
+
+class LinearCka:
+    """‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖) of centred features, Frobenius norms, from sums that rows are added to batch by batch.
+
+    Memory is three [H, H] float64 matrices, however many rows there are. Also gathers how far rows moved:
+    ‖y - x‖ / ‖x‖, averaged over rows.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.products = torch.zeros(3, width, width, dtype=torch.float64)  # XᵀX, YᵀY, YᵀX
+        self.sums = torch.zeros(2, width, dtype=torch.float64)
+        self.rows = 0
+        self.moved = 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Rows x and y [n, H] of the two models."""
+        x, y = x.detach().cpu().double(), y.detach().cpu().double()
+        for product, (left, right) in zip(self.products, ((x, x), (y, y), (y, x)), strict=True):
+            product += left.T @ right
+        self.sums += torch.stack([x.sum(0), y.sum(0)])
+        self.rows += len(x)
+        self.moved += float(((y - x).norm(dim=1) / x.norm(dim=1).clamp(min=1e-12)).sum())
+
+    @property
+    def value(self) -> float:
+        """Between 0 and 1; 1 for representations that differ by rotation, scale and shift only."""
+        x, y = self.sums
+        centred = [
+            product - torch.outer(left, right) / self.rows
+            for product, (left, right) in zip(self.products, ((x, x), (y, y), (y, x)), strict=True)
+        ]
+        own_x, own_y, cross = (matrix.square().sum() for matrix in centred)
+        return float(cross / (own_x.sqrt() * own_y.sqrt()).clamp(min=1e-300))
+
+    @property
+    def drift(self) -> float:
+        """Mean of ‖y - x‖ / ‖x‖ over the rows."""
+        return self.moved / max(1, self.rows)

@@ -15,6 +15,10 @@ from typing import IO, Any, Literal
 
 from bertology_serve.errors import DataError, Unsupported, one_line
 
+Fields = Mapping[str, Any]
+"""The fields of one record, as they were read."""
+Row = tuple[Fields, str]
+"""A record's fields, and where it stands."""
 BOM = b"\xef\xbb\xbf"
 MOST_BYTES = 64 * 2**20
 """The longest line that is read: a record is one example, and a small .gz may hold a line without an end."""
@@ -58,7 +62,7 @@ def _decode(line: bytes, where: str) -> str:
     return text
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+def read_jsonl(path: Path) -> Iterator[Row]:
     """(object, where) of each line that is not blank; of each item when the file starts with ``[``."""
     lines = ((number, line) for number, line in read_lines(path) if not line.isspace())
     first = next(lines, None)
@@ -81,15 +85,13 @@ def parse(text: str, where: str, expected: str = "one JSON object a line") -> An
         raise DataError(f"{where}: not JSON ({error}); expected {expected}") from None
 
 
-def _object(value: Any, where: str) -> Mapping[str, Any]:
+def _object(value: Any, where: str) -> Fields:
     if not isinstance(value, dict):
         raise DataError(f'{where}: a JSON {type(value).__name__}; expected an object such as {{"text": ...}}')
     return value
 
 
 LISTS = ("tokens", "tags", "choices", "answers")
-
-Row = tuple[Mapping[str, Any], str]
 
 
 def read_csv(path: Path) -> Iterator[Row]:
@@ -102,7 +104,7 @@ def read_tsv(path: Path) -> Iterator[Row]:
     return _read(path, "\t", csv.QUOTE_NONE)
 
 
-def decode_lists(fields: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+def decode_lists(fields: Fields, where: str) -> Fields:
     """Fields that are lists, decoded where a cell holds them as JSON."""
     cells = {name: fields[name] for name in LISTS if isinstance(fields.get(name), str)}
     decoded = {
@@ -158,7 +160,7 @@ BLANKS = " \t\r\n"
 _BIO = re.compile("O|[BIESMLU]-.+")
 
 
-def read_conll(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+def read_conll(path: Path) -> Iterator[Row]:
     """({"tokens", "tags"}, where) of each sentence; where names its first line.
 
     The word is the first column, the tag the last. Tabs part the columns of a line that has any, else spaces do.
@@ -213,7 +215,7 @@ def _is_comment(cells: list[str], widths: Collection[int], tags: Collection[str]
 COLUMNS = 10
 
 
-def read_conllu(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+def read_conllu(path: Path) -> Iterator[Row]:
     """(fields, ``file:line``) of each sentence; raises DataError for lines that are not CoNLL-U."""
     for blank, lines in groupby(read_lines(path), key=lambda numbered: not numbered[1].strip(BLANKS)):
         words = [] if blank else [_word(line, f"{path}:{number}") for number, line in lines if line[0] != "#"]
@@ -230,7 +232,7 @@ def _word(line: str, where: str) -> tuple[str, list[str]] | None:
     return None if "-" in columns[0] or "." in columns[0] else (where, columns)
 
 
-def _sentence(words: list[tuple[str, list[str]]]) -> tuple[Mapping[str, Any], str]:
+def _sentence(words: list[tuple[str, list[str]]]) -> Row:
     heads = []
     for number, (where, columns) in enumerate(words, 1):
         if columns[0] != str(number) or not columns[6].isdecimal() or int(columns[6]) > len(words):
@@ -247,7 +249,7 @@ def _sentence(words: list[tuple[str, list[str]]]) -> tuple[Mapping[str, Any], st
     return fields, words[0][0]
 
 
-def read_parquet(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+def read_parquet(path: Path) -> Iterator[Row]:
     """(values by column, where) of each row; where names the row, from 1.
 
     Raises DataError for a broken file, for two columns of one name, and for a value that Python cannot hold (a text

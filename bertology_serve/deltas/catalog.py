@@ -36,7 +36,7 @@ class DeltaVersion(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Refused:
+class InvalidDelta:
     """A delta directory that cannot be used, and why."""
 
     path: Path
@@ -87,7 +87,7 @@ def check_called(directory: Path, held: str, name: str | None) -> None:
 
 def survey(
     root: Path, limits: Limits | None = None, name: str | None = None
-) -> tuple[dict[str, list[DeltaVersion]], list[Refused]]:
+) -> tuple[dict[str, list[DeltaVersion]], list[InvalidDelta]]:
     """The deltas under ``root`` by name, each with its versions, the newest last; and what cannot be identified.
 
     ``root`` may be a delta directory itself. Hidden entries (``.name``) are passed over, so that what is being written
@@ -99,7 +99,7 @@ def survey(
     if not root.is_dir():
         raise NotFound(f"no directory {root}; expected one with deltas in it (NAME/VERSION/ or bare)")
     found: dict[tuple[str, str], tuple[tuple[object, ...], DeltaVersion]] = {}
-    refused: list[Refused] = []
+    refused: list[InvalidDelta] = []
     with untrusted(root):
         for path, holder in _directories(root, name, refused):
             try:
@@ -107,7 +107,7 @@ def survey(
                 with untrusted(path):
                     found[one.name, one.version] = (_age(one), one)
             except BertologyError as problem:
-                refused.append(Refused(path, problem))
+                refused.append(InvalidDelta(path, problem))
     deltas: dict[str, list[DeltaVersion]] = {}
     for _, one in sorted(found.values(), key=lambda entry: (entry[1].name, *entry)):
         if name in (None, one.name):
@@ -137,7 +137,7 @@ def find(root: Path, name: str, version: str | None = None) -> Path:
 
 
 def versions(
-    root: Path, name: str, limits: Limits | None = None, refused: list[Refused] | None = None
+    root: Path, name: str, limits: Limits | None = None, refused: list[InvalidDelta] | None = None
 ) -> dict[str, DeltaVersion]:
     """One delta's versions under ``root``, the newest last; other deltas' faults do not matter.
 
@@ -187,7 +187,7 @@ def _held(directory: Path) -> str | None:
         return None
 
 
-def _directories(root: Path, name: str | None, refused: list[Refused]) -> Iterator[tuple[Path, str | None]]:
+def _directories(root: Path, name: str | None, refused: list[InvalidDelta]) -> Iterator[tuple[Path, str | None]]:
     """Delta directories, with the name of the directory that holds them where that is below ``root``."""
     if is_delta(root):
         yield root, None
@@ -202,11 +202,11 @@ def _directories(root: Path, name: str | None, refused: list[Refused]) -> Iterat
             yield from [(path, child.name) for path in below if is_delta(path)]
         except OSError as problem:
             refused.append(
-                Refused(child, FormatError(f"cannot read {child}: {problem.strerror}; check its permissions"))
+                InvalidDelta(child, FormatError(f"cannot read {child}: {problem.strerror}; check its permissions"))
             )
 
 
-def _inside(directory: Path, root: Path, refused: list[Refused]) -> list[Path]:
+def _inside(directory: Path, root: Path, refused: list[InvalidDelta]) -> list[Path]:
     """The directories in a directory; those that are links to what lies outside ``root`` are refused."""
     found, real = [], os.path.realpath(root)
     for path in _children(directory):
@@ -215,7 +215,7 @@ def _inside(directory: Path, root: Path, refused: list[Refused]) -> list[Path]:
             found.append(path)
         else:
             outside = f"{path} points outside {root}, to {target}; copy the directory there (cp -rL)"
-            refused.append(Refused(path, FormatError(outside)))
+            refused.append(InvalidDelta(path, FormatError(outside)))
     return found
 
 

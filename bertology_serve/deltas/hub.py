@@ -13,8 +13,9 @@ from pathlib import Path
 from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import check_place
 from bertology_serve.deltas.names import ADAPTER_CONFIG, MANIFEST
-from bertology_serve.deltas.store import publish, staging
-from bertology_serve.errors import FormatError, InputError
+from bertology_serve.deltas.store import publish
+from bertology_serve.errors import FormatError, InputError, one_line
+from bertology_serve.files import staging
 
 PATTERNS = ["*.json", "*.safetensors", "*.md", "log.jsonl"]
 _REPOSITORY = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
@@ -81,5 +82,4 @@ def _asked(repository: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"the hub does not serve {repository}: {reason}") from None
+        raise InputError(f"the hub does not serve {repository}: {one_line(error)}") from None

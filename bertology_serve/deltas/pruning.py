@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bertology_serve.deltas import anatomy_record
-from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
 from bertology_serve.deltas.typed import as_object, build, check_keys, conform
 from bertology_serve.errors import FormatError, Unsupported
 from bertology_serve.kinds import kinds
@@ -168,6 +168,5 @@ def _sliced(delta: Delta, pruning: Pruning, anatomy: Anatomy, ref: BaseRef) -> D
         start = f"{kind.name}."
         own = {name.removeprefix(start): rows for name, rows in delta.tensors.items() if name.startswith(start)}
         tensors |= {start + name: rows for name, rows in kind.cut(spec, own, pruning.anatomy, left).items()}
-    return replace(
-        delta, base=ref, tensors=tensors, weights=sliced_state(delta.weights, pruning) if delta.weights else {}
-    )
+    weights = sliced_state(delta.weights, pruning) if delta.weights else {}
+    return replace(delta, base=ref, tensors=tensors, weights=weights, made_for=EncoderShape(anatomy, peft=False))

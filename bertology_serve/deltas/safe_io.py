@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from bertology_serve.errors import BertologyError, FormatError, InputError, Unsupported
+from bertology_serve.errors import BertologyError, FormatError, InputError, Unsupported, about, one_line
 
 DTYPES = ("F32", "F16", "BF16")
 
@@ -45,9 +45,7 @@ def untrusted(path: Path, what: str = "cannot be used") -> Iterator[None]:
     try:
         yield
     except (InputError, Unsupported) as error:
-        if str(path) in str(error):
-            raise
-        raise type(error)(f"{path}: {error}") from None
+        raise about(error, str(path)) from None
     except BertologyError:
         raise
     except OSError as error:
@@ -158,4 +156,4 @@ def _refuse(constant: str) -> Any:
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error)

@@ -26,22 +26,18 @@ NaN, names that are not ``[a-z0-9][a-z0-9._-]{0,63}``, and files that lie elsewh
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bertology_serve.deltas.card import model_card
 from bertology_serve.deltas.catalog import check_called, check_place, discover, find, identify
-from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
 from bertology_serve.deltas.format import FileRecord, Manifest, from_json, to_json
 from bertology_serve.deltas.interop.peft_export import adapter_config, obstacle, tensor_root
 from bertology_serve.deltas.interop.peft_import import import_peft
@@ -70,7 +66,7 @@ from bertology_serve.deltas.names import (
 )
 from bertology_serve.deltas.safe_io import Limits, read_json, read_tensors, untrusted
 from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
-from bertology_serve.files import flush, hidden, replace_directory
+from bertology_serve.files import flush, replace_directory, staging, write_json
 from bertology_serve.kinds.kind import Tensors
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.spec import TaskSpec
@@ -85,12 +81,13 @@ def save(
     config: Mapping[str, Any] | None = None,
     *,
     overwrite: bool = False,
+    peft: bool = True,
 ) -> Path:
     """Writes a delta to ``directory`` (``ROOT/NAME/VERSION`` or a bare one) and returns it.
 
     ``anatomy`` and ``config`` (``model.config.to_dict()``) are those of the encoder that it was made for. Saving the
-    same delta again changes nothing; another delta is replaced only with ``overwrite``. Raises FormatError for a delta
-    that could not be loaded again, or not be seen there.
+    same delta again changes nothing; another delta is replaced only with ``overwrite``. Without ``peft`` its
+    configuration is left out. Raises FormatError for a delta that could not be loaded again, or not be seen there.
     """
     options = config or {}
     _check_saveable(delta, anatomy, options)
@@ -103,7 +100,7 @@ def save(
             files[FULL_WEIGHTS] = write_tensors(stage / FULL_WEIGHTS, delta.weights)
         manifest = _manifest(delta, anatomy, files)
         (stage / MANIFEST).write_bytes(to_json(manifest))
-        hindrance = obstacle(delta, anatomy, options)
+        hindrance = obstacle(delta, anatomy, options) or ("" if peft else "it was saved without its configuration")
         if not hindrance:
             write_json(stage / ADAPTER_CONFIG, adapter_config(delta, anatomy, options))
         (stage / CARD).write_text(model_card(delta, hindrance), encoding="utf-8")
@@ -235,7 +232,8 @@ def load_own(directory: Path, anatomy: Anatomy | None, version: str, limits: Lim
         weights=weights,
         version=version,
         metrics=manifest.metrics,
-        provenance=manifest.provenance,
+        provenance=dict(manifest.provenance),
+        made_for=EncoderShape(manifest.anatomy, peft=(directory / ADAPTER_CONFIG).is_file()),
     )
     if anatomy is not None:
         check_fits(delta, manifest.anatomy, anatomy)
@@ -264,35 +262,12 @@ def _unpacked(written: Tensors, manifest: Manifest) -> tuple[Tensors, Tensors]:
     return tensors, head
 
 
-@contextmanager
-def staging(target: Path) -> Iterator[Path]:
-    """A hidden empty directory beside ``target``, removed at the end unless ``publish`` took it.
-
-    What the disk refuses inside the block is a FormatError.
-    """
-    stage = hidden(target.resolve())
-    try:
-        stage.parent.mkdir(parents=True, exist_ok=True)
-        stage.mkdir()
-        yield stage
-    except (OSError, SafetensorError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
-        raise FormatError(f"cannot write {target}: {reason}; free the disk or choose another directory") from None
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     """Writes a safetensors file; what it must be from then on."""
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}  # no shared memory
     save_file(copies, path, {"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read; the umask decides here
     return file_record(path)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes JSON for people to read too."""
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def file_record(path: Path) -> FileRecord:

@@ -187,6 +187,11 @@ def _outside_slots(model: nn.Module, stack_path: str) -> Iterator[Slot]:
                 yield _slot(name, (path,), [module])
 
 
+def attention_modules(model: nn.Module, anatomy: Anatomy) -> list[nn.Module]:
+    """The module of each layer that holds the query projection and calls attention."""
+    return [model.get_submodule(str(path).rpartition(".")[0]) for path in anatomy.slot(QUERY).paths]
+
+
 def module_at(model: nn.Module, path: str) -> nn.Module:
     """The submodule at a dotted path."""
     return model.get_submodule(path)

@@ -8,7 +8,7 @@ torch can (``varlen``).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -51,8 +51,8 @@ class Layout:
     extents: Extents | None = None
 
 
-# bias(group, q, k) -> [count, heads, length, length], added to the scaled scores
-Bias = Callable[[Group, Tensor, Tensor], Tensor]
+# bias(sequences, q, k) -> [count, heads, length, length], added to the scaled scores
+Bias = Callable[[Sequence[int], Tensor, Tensor], Tensor]
 
 # attend(group, q, k, v, mask, scale) -> [count, heads, length, D], in place of torch's attention. q [count, heads,
 # length, D]; k, v with the prefix's rows first; mask is boolean, added to the scaled scores, or None. For analyses.
@@ -139,7 +139,7 @@ def _group_attention(
     q, k, v = (rows[group.lo : group.hi].view(shape).transpose(1, 2) for rows in (query, key, value))
     mask = _window_mask(group.length, window, q.device)
     if bias is not None:
-        scores = bias(group, q, k)
+        scores = bias(group.sequences, q, k)
         mask = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
     if group.prefix is not None and prefix is not None:
         own = [pool[:, : heads * width].index_select(0, group.prefix) for pool in prefix]

@@ -17,7 +17,8 @@ from bertology_serve.encoder.bank import PROMPT, Entry
 from bertology_serve.errors import LimitError
 from bertology_serve.kernels.segments import RowSegment
 from bertology_serve.kinds.slots import Anatomy
-from bertology_serve.tasks.spec import Encoding
+from bertology_serve.tasks.heads import Head, pool
+from bertology_serve.tasks.spec import Encoding, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -194,9 +195,9 @@ def make_plan(batch: PackedBatch) -> BatchPlan:
     runs = tuple(_runs(batch))
     segments: dict[str, list[RowSegment]] = {}
     for run in runs:
-        for pool, template in run.entry.rows.items():
-            segments.setdefault(pool, []).append(replace(template, lo=run.lo, hi=run.hi))
-    return BatchPlan(runs, segments, frozenset(pool for run in runs for pool in run.entry.layers))
+        for name, template in run.entry.rows.items():
+            segments.setdefault(name, []).append(replace(template, lo=run.lo, hi=run.hi))
+    return BatchPlan(runs, segments, frozenset(name for run in runs for name in run.entry.layers))
 
 
 def _runs(batch: PackedBatch) -> Iterator[Run]:
@@ -206,3 +207,26 @@ def _runs(batch: PackedBatch) -> Iterator[Run]:
             hi = batch.starts[i] if i < batch.sequences else batch.rows
             yield Run(batch.entries[first], first, i, batch.starts[first], hi)
             first = i
+
+
+def read(hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: TaskSpec, head: Head) -> Tensor:
+    """The head's output for packed sequences, in the order given.
+
+    hidden [T, H]. Returns [S, C], for tasks that answer for every token [sum of text lengths, C], for embeddings
+    [S, H]; in the head's own precision, float32 unless it was moved.
+    """
+    rows = read_rows(hidden, batch, sequences, task)
+    own = next((parameter.dtype for parameter in head.parameters()), torch.float32)
+    return head(rows.to(own))  # type: ignore[no-any-return]
+
+
+def read_rows(hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: TaskSpec) -> Tensor:
+    """The rows that a task's head reads: [S, H] pooled, or for tasks that answer for every token all of the text."""
+    if not task.per_token and task.pooling == "cls":
+        return hidden[batch.first_rows[list(sequences)]]
+    texts = torch.split(batch.text_rows, list(batch.text_lengths))
+    rows = torch.cat([texts[i] for i in sequences])
+    if task.per_token:
+        return hidden[rows]
+    lengths = torch.tensor([batch.text_lengths[i] for i in sequences], device=hidden.device)
+    return pool(hidden, rows, lengths, task.pooling)

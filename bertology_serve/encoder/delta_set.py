@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from threading import RLock
 from typing import Any, Protocol
@@ -18,9 +19,8 @@ from torch import Tensor
 from bertology_serve.deltas.delta import BaseRef, Delta, bare
 from bertology_serve.deltas.layout import check_base
 from bertology_serve.encoder.bank import BARE, Entry
-from bertology_serve.encoder.batch import rows_of
 from bertology_serve.encoder.encoder import weights_hash
-from bertology_serve.errors import BertologyError, NotFound, SpecError, Unsupported, VersionGone, about, nearest
+from bertology_serve.errors import BertologyError, NotFound, SpecError, Unsupported, about, nearest
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
@@ -60,7 +60,7 @@ class Prediction:
     tokens_read: int = 0
     tokens_given: int = 0
 
-    @property
+    @cached_property
     def truncated(self) -> bool:
         """Whether a part of the text was not read."""
         return self.tokens_given > self.tokens_read
@@ -91,17 +91,22 @@ class LoadedDelta:
 
     def __init__(self, delta: Delta, task: Task, head: Head, entry: Entry, model: Model | None = None) -> None:
         self.delta, self.task, self.head, self.entry, self.model = delta, task, head, entry, model
+        self.prompt_length = entry.prompt_length
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Job:
-    """A checked, tokenised request. It holds on to the version of the delta that it began with."""
+    """A request for a loaded delta, which it holds on to. ``DeltaSet.tokenise`` adds the rest.
+
+    ``cost`` is in rows; ``squares`` sums the squared lengths of its sequences, which attention costs.
+    """
 
     request: Request
     ready: LoadedDelta = field(repr=False)
-    example: Example = field(repr=False)
-    encodings: tuple[Encoding, ...] = field(repr=False)
-    cost: int = 0
+    example: Example = field(init=False, repr=False)
+    encodings: tuple[Encoding, ...] = field(init=False, repr=False)
+    cost: int = field(init=False, default=0)
+    squares: int = field(init=False, default=0)
 
 
 class Ledger:
@@ -133,8 +138,8 @@ class Ledger:
 
 
 class Backbone(Protocol):
-    """What is known of the encoder wherever it runs. ``lock`` is held while a batch does; ``packing`` is "packed", or
-    "padded" with the reason.
+    """What is known of the encoder wherever it runs. ``lock`` is held while a batch does; ``packing`` is "packed" or
+    "padded", and why.
     """
 
     name: str
@@ -259,8 +264,15 @@ class DeltaSet(ABC):
 
     def resident(self, name: str, version: str = "") -> Delta | None:
         """The delta that answers under that name now; the one of that version, where one is named."""
-        ready = self._at(name, version)
+        ready = self.loaded(name, version)
         return ready.delta if ready else None
+
+    def loaded(self, name: str, version: str = "") -> LoadedDelta | None:
+        """The same with all that it needs to answer, which stays in memory for as long as this is held."""
+        ready = self._ready.get(name)
+        if ready is not None and version in ("", ready.delta.version):
+            return ready
+        return self._beside.get((name, version))
 
     def dismiss(self, name: str, versions: Iterable[str]) -> None:
         """Takes away versions that stand beside the one that answers; unknown ones are fine."""
@@ -281,18 +293,26 @@ class DeltaSet(ABC):
         return self._ready.pop(name, None) is not None
 
     def prepare(self, request: Request) -> Job:
-        """Checks and tokenises one request. Raises NotFound (VersionGone), DataError."""
+        """Checks and tokenises one request. Raises NotFound, DataError."""
         main = self._find(request.delta)
-        ready = self._at(request.delta, request.version)
+        ready = self.loaded(request.delta, request.version)
         if ready is None:
-            raise VersionGone(
+            raise NotFound(
                 f"delta {request.delta!r} has no version {request.version[:80]!r} here; it answers with "
                 f"{main.delta.version!r}"
             )
-        example = ready.task.example(request.record, request.where, labelled=False)
-        encodings = tuple(ready.task.encode(example, (ready.model or self.encoder).tokenizer))
-        cost = sum(rows_of(encoding, ready.entry) for encoding in encodings)
-        return Job(request, ready, example, encodings, cost)
+        job = Job(request, ready)
+        self.tokenise(job)
+        return job
+
+    def tokenise(self, job: Job) -> None:
+        """Checks the record of a job and tokenises it. Raises DataError."""
+        request, ready = job.request, job.ready
+        job.example = ready.task.example(request.record, request.where, labelled=False)
+        job.encodings = tuple(ready.task.encode(job.example, (ready.model or self.encoder).tokenizer))
+        lengths = [len(encoding.ids) for encoding in job.encodings]
+        job.cost = sum(lengths) + len(lengths) * ready.prompt_length
+        job.squares = sum([length * length for length in lengths])
 
     def run(self, jobs: Sequence[Job]) -> list[Prediction]:
         """Answers all jobs, of whatever deltas, in one packed batch; in the order given."""
@@ -352,12 +372,6 @@ class DeltaSet(ABC):
                 "compress it, or export it and serve it with --models"
             )
         self.encoder.check_length(delta.task.max_length)
-
-    def _at(self, name: str, version: str) -> LoadedDelta | None:
-        ready = self._ready.get(name)
-        if ready is not None and version in ("", ready.delta.version):
-            return ready
-        return self._beside.get((name, version))
 
     def _find(self, name: str) -> LoadedDelta:
         ready = self._ready.get(name)

@@ -6,9 +6,10 @@ import hashlib
 import inspect
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,16 @@ import torch
 from torch import Tensor
 
 from bertology_serve.deltas import store
-from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
 from bertology_serve.deltas.names import MANIFEST
 from bertology_serve.deltas.pruning import Pruning, fitted, sliced_state
-from bertology_serve.encoder import families, linear
-from bertology_serve.encoder.anatomy import EXPECTED, find_anatomy
+from bertology_serve.encoder import linear
+from bertology_serve.encoder.anatomy import EXPECTED, attention_modules, find_anatomy
 from bertology_serve.encoder.attention import HALVES, make_layout
-from bertology_serve.encoder.bank import PROMPT, DeltaBank
-from bertology_serve.encoder.batch import BatchPlan, PackedBatch, make_plan
+from bertology_serve.encoder.bank import PROMPT, DeltaBank, Entry
+from bertology_serve.encoder.batch import BatchPlan, PackedBatch, make_plan, pack
 from bertology_serve.encoder.cuda_graphs import Graphs, Record
-from bertology_serve.encoder.forward_context import CurrentContext, ForwardContext, Heads, Pools
+from bertology_serve.encoder.forward_context import CurrentContext, ForwardContext, Heads, Pools, recomputed
 from bertology_serve.encoder.linear import Prepacked, SlotLinear, pays, wrap
 from bertology_serve.encoder.loading import (
     LoadProof,
@@ -37,11 +38,13 @@ from bertology_serve.encoder.loading import (
     read_pooling,
 )
 from bertology_serve.encoder.pruned import read_pruning
-from bertology_serve.encoder.recompute import recomputed
 from bertology_serve.errors import BertologyError, LimitError, Unsupported
+from bertology_serve.families import compat, family_named
 from bertology_serve.kernels.dispatch import BatchColumns
 from bertology_serve.kinds.effects import Effects
 from bertology_serve.kinds.slots import KEY, QUERY, Anatomy
+from bertology_serve.tasks.heads import Head, head_form
+from bertology_serve.tasks.spec import Encoding, TaskSpec
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ class Encoder:
 
     ``model`` is the headless HuggingFace model, its linears and norms wrapped; ``base_head`` holds what the base
     checkpoint has of a head (BERT's pooler), by its name there; ``packs`` says whether rows travel unpadded, and
-    ``packing`` in words: "packed", or "padded" with the reason; ``pruning`` what it was pruned from, if it was;
+    ``packing`` in words: "packed" or "padded", and why; ``pruning`` what it was pruned from, if it was;
     ``pooling`` is a sentence encoder's own, as its checkpoint says.
     """
 
@@ -97,7 +100,8 @@ class Encoder:
         self._current = CurrentContext()
         self._inputs = set(inspect.signature(model.forward).parameters)
         wrap(model, self.anatomy, self._current)
-        self.packs = families.prepare(model, self.anatomy, self._current)
+        self.family = family_named(self.anatomy.family)
+        self.packs = compat.connect(model, attention_modules(model, self.anatomy), self._current, self.family)
         self.packing = self._settle(probe)
         log.log(logging.INFO if self.packs else logging.WARNING, "%s (%s) is %s", name, self.ref.family, self.packing)
 
@@ -153,7 +157,23 @@ class Encoder:
         if anatomy is not None:  # no text may be longer than the tokenizer's limit either
             anatomy = replace(anatomy, max_tokens=min(anatomy.max_tokens, self.max_tokens))
         found = store.load(path, anatomy, base=base, name=name, options=self.config.to_dict(), base_head=self.base_head)
-        return self.fitted(found)
+        return self.fitted(found if self.pruning else replace(found, made_for=self.shape))
+
+    @cached_property
+    def shape(self) -> EncoderShape:
+        """What deltas that were made for it remember of it."""
+        return EncoderShape(self.anatomy, self.config.to_dict())
+
+    def head(
+        self, task: TaskSpec, generator: torch.Generator | None = None, dropout: float = 0.0, adopt: bool = False
+    ) -> Head:
+        """A fresh head for a task, in the form of the encoder's family; see ``Head.build``."""
+        form = head_form(self.anatomy.family, self.anatomy.prefix, task, self.anatomy.hidden, self.config.to_dict())
+        return Head.build(form, self.base_head, generator, dropout, adopt)
+
+    def pack(self, encodings: Sequence[Encoding], entries: Sequence[Entry]) -> PackedBatch:
+        """One batch of all sequences, each with its delta's place in the bank; raises LimitError for too long ones."""
+        return pack(encodings, entries, self.anatomy, self.device, padded=not self.packs)
 
     def check_length(self, tokens: int) -> None:
         """Raises LimitError where sequences of that many tokens do not fit."""
@@ -166,9 +186,9 @@ class Encoder:
             raise Unsupported(f"{self.anatomy.family} is run with its own attention, which takes no prefix")
         if effects.prefix is not None:
             self.check_layers("a prefix")
-        if {QUERY, KEY} & effects.scale.keys() and self.anatomy.family == "deberta-v2":
+        if {QUERY, KEY} & effects.scale.keys() and self.family.positions == "disentangled":
             raise Unsupported(
-                "deberta-v2 projects positions with query and key too, which no factors reach; target others"
+                f"{self.family.name} projects positions with query and key too, which no factors reach; target others"
             )
         return effects
 
@@ -238,6 +258,26 @@ class Encoder:
         found = self._output(self._pass(batch, pools, make_plan(batch)), output_hidden_states=True).hidden_states
         return tuple(hidden.reshape(batch.rows, -1) for hidden in found)
 
+    def layer_rows(
+        self, pools: Pools, entry: Entry, encodings: Sequence[Encoding], groups: Iterable[Sequence[int]],
+        layers: Sequence[int],
+    ) -> Iterator[tuple[Sequence[int], PackedBatch, dict[int, Tensor]]]:  # fmt: skip
+        """For each group of sequences (numbers of ``encodings``) its batch, and by layer the hidden rows [T, H].
+
+        Layer 0 is what the embeddings put out, the last what the encoder does; ``entry`` is the delta of all sequences.
+        ``batch.order[i]`` is the place in the group of packed sequence i. Raises Unsupported for other layers than the
+        last where layers share their weights.
+        """
+        depth = self.anatomy.layers
+        for members in groups:
+            own = [encodings[i] for i in members]
+            batch = self.pack(own, [entry] * len(own))
+            if set(layers) == {depth}:
+                yield members, batch, {depth: self.run(batch, pools)}
+            else:
+                found = self.layers(batch, pools)
+                yield members, batch, {layer: found[layer] for layer in layers}
+
     def recomputing(self, paths: Sequence[str]) -> AbstractContextManager[None]:
         """While it holds, the modules at ``paths`` keep but their inputs for the backward pass; see ``recompute``."""
         return recomputed([self.model.get_submodule(path) for path in paths], self._current)
@@ -293,8 +333,9 @@ class Encoder:
         if self.packs:
             why = probe.gap(self)
             if not why:
-                return "packed"
-            self.packs = families.undo(self.model)
+                own = self.family.connect is not None
+                return "packed through " + ("an attention of our own" if own else "transformers' attention interface")
+            self.packs = compat.disconnect(self.model)
         gap = probe.gap(self)
         if gap:
             raise Unsupported(

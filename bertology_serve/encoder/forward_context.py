@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from bertology_serve.encoder.attention import Attend, Group, Layout
+from bertology_serve.encoder.attention import Bias, Group, Layout, packed_attention
 from bertology_serve.encoder.bank import PREFIX, Entry, adapter, inner, scale
 from bertology_serve.encoder.batch import BatchPlan, PackedBatch
 from bertology_serve.kernels import rows
@@ -61,9 +62,48 @@ class ForwardContext:
     lists: BatchColumns
     heads: Heads | None = None
 
-    def attend(self, layer: int) -> Attend | None:
-        """What takes the place of torch's attention in a layer, if anything."""
-        return None if self.heads is None else partial(self.heads, layer)
+    @property
+    def extents(self) -> list[tuple[int, int]]:
+        """First row and number of rows of each sequence."""
+        return list(zip(self.batch.starts, self.batch.lengths, strict=True))
+
+    def attention(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None = None,
+        bias: Bias | None = None, dropout: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """query, key, value [T, heads, D] -> [T, heads * D]: every row sees its own sequence and prefix."""
+        if self.layout is None:
+            raise RuntimeError("attention of our own takes packed rows only")
+        return packed_attention(
+            query,
+            key,
+            value,
+            self.layout,
+            scale=scale,
+            window=window,
+            prefix=self.prefix(layer),
+            bias=bias,
+            dropout=dropout,
+            attend=None if self.heads is None else partial(self.heads, layer),
+        )
+
+    def changing(self, slots: Sequence[str]) -> tuple[list[str], list[int]]:
+        """The deltas that change one of the slots, and for each sequence the number of its own, from 1; else 0."""
+        entries = self.batch.entries
+        keys = list(dict.fromkeys(entry.key for entry in entries if any(slot in entry.rows for slot in slots)))
+        numbers = {key: number for number, key in enumerate(keys, 1)}
+        return keys, [numbers.get(entry.key, 0) for entry in entries]
+
+    def alone(self, delta: str, slot: str, layer: int, x: Tensor | None, y: Tensor) -> Tensor:
+        """y [n, N] with what one delta does to a slot, for rows x [n, K] that belong to no sequence."""
+        template = next(entry for entry in self.batch.entries if entry.key == delta).rows.get(slot)
+        if template is None:
+            return y
+        return self.update(Place(slot, layer), x, y.clone(), [replace(template, lo=0, hi=y.shape[0])])
+
+    def outside(self, slot: str, y: Tensor) -> Tensor:
+        """y [T, N] with the biases of a slot that stands outside the layers."""
+        return self.update(Place(slot, 0), None, y)
 
     def linear(self, places: Sequence[Place], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y [T, N] = x [T, K] Wᵀ + bias with the low ranks and biases of the places: one launch where it can be."""
@@ -198,3 +238,29 @@ class CurrentContext:
             yield
         finally:
             self.it = before
+
+
+@contextmanager
+def recomputed(modules: Sequence[nn.Module], current: CurrentContext) -> Iterator[None]:
+    """While it holds, the modules keep nothing for the backward pass but their inputs: they run twice, with the same
+    dropout, and their gradients have the same bits (for the same batch, on the same CPU with as many threads). Without
+    gradients nothing is changed."""
+    with ExitStack() as stack:
+        for module in modules if torch.is_grad_enabled() else ():
+            assert "forward" not in vars(module)
+            module.forward = _twice(module.forward, current)
+            stack.callback(delattr, module, "forward")
+        yield
+
+
+def _twice(forward: Callable[..., Any], current: CurrentContext) -> Callable[..., Any]:
+    def run(*inputs: Any, **named: Any) -> Any:
+        now = current.it
+
+        def again(*inputs: Any, **named: Any) -> Any:
+            with current.during(now):
+                return forward(*inputs, **named)
+
+        return checkpoint(again, *inputs, use_reentrant=False, **named)
+
+    return run

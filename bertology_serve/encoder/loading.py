@@ -20,18 +20,14 @@ from bertology_serve.deltas.pruning import PRUNED
 from bertology_serve.deltas.safe_io import Limits, read_json
 from bertology_serve.encoder.anatomy import EXPECTED
 from bertology_serve.encoder.bank import BARE, LiveBank
-from bertology_serve.encoder.batch import pack
 from bertology_serve.encoder.pruned import pruned_model
 from bertology_serve.errors import BertologyError, InputError, NotFound, SpecError, Unsupported
+from bertology_serve.families import family_named
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.spec import POOLINGS, Encoding
 
 MINILM = "minilm"
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.bpe")
-_HEAD_PARTS = (
-    "pooler.dense.weight", "pooler.dense.bias", "pooler.weight", "pooler.bias",
-    "head.dense.weight", "head.dense.bias", "head.norm.weight",
-)  # fmt: skip
 
 
 def locate(name: str) -> str:
@@ -137,11 +133,12 @@ def _head_parts(path: str, family: str) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     found: dict[str, Tensor] = {}
+    wanted = family_named(family).base_head
     for file in _weight_files(path):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
-                part = next((part for part in _HEAD_PARTS if name == part or name.endswith("." + part)), None)
-                if part is not None and (part.startswith("pooler") or family == "modernbert"):
+                part = next((part for part in wanted if name == part or name.endswith("." + part)), None)
+                if part is not None:
                     found[part] = tensors.get_tensor(name).to(float32)
     return found
 
@@ -213,7 +210,7 @@ class LoadProof:
     def gap(self, encoder: Any) -> str:
         """What is wrong where the encoder gives the sequences, in one batch, other rows than they got alone; or ""."""
         kind = "packed" if encoder.packs else "padded"
-        batch = pack(self.encodings, [BARE] * len(self.encodings), encoder.anatomy, encoder.device, not encoder.packs)
+        batch = encoder.pack(self.encodings, [BARE] * len(self.encodings))
         try:
             with torch.inference_mode():
                 hidden = encoder.run(batch, LiveBank([]))

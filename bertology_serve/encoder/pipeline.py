@@ -14,11 +14,9 @@ from torch import Tensor
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.bank import BARE, DeltaBank
-from bertology_serve.encoder.batch import PackedBatch, pack
+from bertology_serve.encoder.batch import PackedBatch, read
 from bertology_serve.encoder.delta_set import BASE, DeltaSet, Job, LoadedDelta, Model, Prediction, Request
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.pooling import form_for, read
-from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
 
@@ -75,7 +73,7 @@ class Pipeline(DeltaSet):
         """Copies a delta's rows into the bank."""
         delta = self.encoder.fitted(delta)
         self.check(delta)
-        head = Head.build(form_for(self.encoder, delta.task), self.encoder.base_head)
+        head = self.encoder.head(delta.task)
         head.load(delta.head)
         head.to(self.encoder.device).eval().requires_grad_(False)
         effects = self.encoder.allowed(delta.effects(self.encoder.anatomy))
@@ -92,7 +90,7 @@ class Pipeline(DeltaSet):
         """Sequences of many deltas in one pass of the encoder."""
         encoder, owners = self.encoder, [ready for ready, _ in owned]
         encodings, entries = [encoding for _, encoding in owned], [ready.entry for ready in owners]
-        batch = pack(encodings, entries, encoder.anatomy, encoder.device, padded=not encoder.packs)
+        batch = encoder.pack(encodings, entries)
         return _outputs(self.engine.run(batch, self.bank), batch, owners)
 
 

@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bertology_serve.deltas.pruning import PRUNED, Numbers, Pruning, check_kept, restore, sliced_state
-from bertology_serve.deltas.store import write_json, write_tensors
+from bertology_serve.deltas.store import write_tensors
 from bertology_serve.errors import FormatError, Unsupported
+from bertology_serve.families import compat
+from bertology_serve.files import write_json
 from bertology_serve.kinds.slots import GATE, QKV
 
 RECORD, WEIGHTS = "pruning.json", "model.safetensors"
-OWN_ATTENTION = ("mpnet", "deberta-v2")
 
 
 def obstacle(encoder: Any) -> str | None:
@@ -33,7 +34,7 @@ def obstacle(encoder: Any) -> str | None:
     family, slots = encoder.anatomy.family, encoder.anatomy.slots
     if QKV in slots or GATE in slots:
         return f"{family} packs projections into one matrix, whose parts would differ from layer to layer"
-    if family in OWN_ATTENTION or not encoder.packs:
+    if encoder.family.connect is not None or not encoder.packs:
         return f"the attention of {family} counts on the same heads in every layer"
     return None
 
@@ -50,7 +51,7 @@ def prune(encoder: Any, heads: Numbers, neurons: Numbers, directory: Path) -> No
     pruning = Pruning(encoder.ref, encoder.anatomy, heads, neurons, encoder.pruning)
     check_kept(pruning, encoder.name)
     config = copy.deepcopy(encoder.config)
-    config._attn_implementation = encoder.model.dense_attention
+    compat.use_attention(config, encoder.model.dense_attention)
     setattr(config, PRUNED, True)
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.encoder.bank import BARE, LiveBank
-from bertology_serve.encoder.batch import PackedBatch, pack
+from bertology_serve.encoder.bank import BARE, Entry, LiveBank
+from bertology_serve.encoder.batch import PackedBatch, read
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.pooling import form_for, read
 from bertology_serve.kinds import kinds
 from bertology_serve.kinds.effects import Effects
-from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 
 Around = Callable[[Sequence[Encoding], PackedBatch], AbstractContextManager[None]]
@@ -54,7 +52,7 @@ class TrainableDelta(nn.Module):
         self._names = {name.replace(".", "-"): name for name in tensors}
         self.tensors = nn.ParameterDict({name.replace(".", "-"): nn.Parameter(t) for name, t in tensors.items()})
         dropout = _head_dropout(encoder.config)
-        self.head = Head.build(form_for(encoder, task), encoder.base_head, generator, dropout, adopt=full)
+        self.head = encoder.head(task, generator, dropout, adopt=full)
         if full:
             encoder.unpack_weights()
             self.model = encoder.model.requires_grad_(True)
@@ -71,12 +69,15 @@ class TrainableDelta(nn.Module):
 
     def hidden(self, encodings: Sequence[Encoding]) -> tuple[Tensor, PackedBatch]:
         """The encoder's rows [T, H] and the packed batch that they belong to."""
-        pools = LiveBank([("live", self.effects())], self.training)
-        entry = pools.entries["live"] if self.specs else BARE
-        batch = pack(encodings, [entry] * len(encodings), self.encoder.anatomy, self.encoder.device,
-                     padded=not self.encoder.packs)  # fmt: skip
+        pools, entry = self.bank()
+        batch = self.encoder.pack(encodings, [entry] * len(encodings))
         with self.around(encodings, batch):
             return self.encoder.run(batch, pools), batch
+
+    def bank(self) -> tuple[LiveBank, Entry]:
+        """The components' rows as they are at this moment, and their place there."""
+        pools = LiveBank([("live", self.effects())], self.training)
+        return pools, pools.entries["live"] if self.specs else BARE
 
     def effects(self) -> Effects:
         """What the components do at this moment, differentiable in them."""
@@ -117,7 +118,8 @@ class TrainableDelta(nn.Module):
             weights=own(self.encoder.model.state_dict()) if self.full else {},
             version=version,
             metrics=metrics or {},
-            provenance=provenance or {},
+            provenance=dict(provenance or {}),
+            made_for=self.encoder.shape,
         )
 
 
@@ -159,7 +161,7 @@ def run_together(parts: Sequence[tuple[TrainableDelta, Sequence[Encoding]]]) -> 
     pools = LiveBank(list(changing.items()), training)
     entries = [pools.entries.get(keys[id(live)], BARE) for live, encodings in parts for _ in encodings]
     encodings = [encoding for _, own in parts for encoding in own]
-    batch = pack(encodings, entries, encoder.anatomy, encoder.device, padded=not encoder.packs)
+    batch = encoder.pack(encodings, entries)
     hidden = encoder.run(batch, pools)
     places = sorted(range(batch.sequences), key=batch.order.__getitem__)
     shares, at = [], 0

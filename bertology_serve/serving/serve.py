@@ -48,10 +48,10 @@ def serve(
     """
     config = config or ServerConfig()
     started = time.monotonic()
-    from bertology_serve.serving.auth.keys import read_keyring
     from bertology_serve.serving.execution.process.executor_handle import ForkServer, WorkerOptions
     from bertology_serve.serving.execution.startup import settle_memory
     from bertology_serve.serving.http.binding import bind, url_of
+    from bertology_serve.serving.keys import read_keyring
     from bertology_serve.serving.observability import logs
 
     logs.set_up(config.log_level, config.log_format)
@@ -87,8 +87,8 @@ def serve(
             say(f"{len(found) - 1} deltas on {backbone} ({how}), ready after {seconds:.1f} s: {url}")
             say(f"try: {example(url, found[-1])}")
 
-        server = Server(registry.pipeline, registry, config, announce, keyring, background)
-        runs = find(opened, server.engine, wanted, where, None if time_again else recall(where))
+        server = Server(registry, config, announce, keyring, background)
+        runs = find(opened, server.service.queue.times, wanted, where, None if time_again else recall(where))
         opened.warmed(max(HUNG, config.max_call_seconds))
         settle_memory()
         server.run(sockets=[bound])

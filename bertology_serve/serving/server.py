@@ -1,4 +1,4 @@
-"""The server process: a bound socket, uvicorn, and the way it stops.
+"""The server process: a bound socket, uvicorn around the application, and the way it stops.
 
 SIGTERM, SIGINT or SIGHUP: readiness answers 503 at once, calls are still taken for ``drain_seconds`` (so that load
 balancers can notice), then the socket closes and what was accepted is answered. A second signal skips the waiting.
@@ -11,40 +11,113 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.routing import Route
+from starlette.types import ASGIApp
 
-from bertology_serve.encoder.pipeline import DeltaSet
-from bertology_serve.serving.answering import Answering
-from bertology_serve.serving.app import make_app
-from bertology_serve.serving.auth.keys import Keyring
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.execution.engine import DRAINING, Engine
 from bertology_serve.serving.http.binding import room_for
+from bertology_serve.serving.http.bodies import JSON_LENGTH, PRIORITY, REQUEST_ID, TIMEOUT
 from bertology_serve.serving.http.connection import limited
+from bertology_serve.serving.http.gate import Gate
+from bertology_serve.serving.http.routes import Routes
+from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.observability.metrics import Metrics
 from bertology_serve.serving.observability.tracing import Tracing
 from bertology_serve.serving.rpc.grpc_server import GrpcServer
-from bertology_serve.serving.versions.cold import Cold
+from bertology_serve.serving.service import DRAINING, Service
+from bertology_serve.serving.versions.delta_cache import TierGauges
 from bertology_serve.serving.versions.delta_registry import Registry
+from bertology_serve.serving.versions.watcher import Reconciler, Watcher
 
 log = logging.getLogger(__name__)
 READ_SECONDS = 0.1  # for the calls of connections that had just been taken, before those that rest are closed
 BACKLOG, AT_ONCE = 2048, 16  # connections that may wait to be accepted; that asyncio accepts before it tells of any
+STATE_SECONDS = 1.0  # how often the desired-state file is looked at
+SLOTS = 10_000  # deltas that fit, as far as routers are told: memory is the bound
+# What web pages may send and read beyond what browsers always allow
+SENT_HEADERS = ("Authorization", "X-API-Key", "Content-Type", REQUEST_ID, TIMEOUT, PRIORITY, JSON_LENGTH, "traceparent")
+TOLD_HEADERS = (REQUEST_ID, "Retry-After", JSON_LENGTH)
+Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 KEEP_ALIVE = 75  # seconds: longer than load balancers keep an idle connection, so that it is they who end it
 
 
+class Application(Starlette):
+    """Starlette with ``layers`` in the place of its own.
+
+    Those turn what is raised into pages; here ``Guarded`` and the gate do, which costs less.
+    """
+
+    def __init__(self, routes: list[Route], layers: Callable[[ASGIApp], ASGIApp], lifespan: Lifespan) -> None:
+        super().__init__(routes=routes, lifespan=lifespan)
+        self.router.redirect_slashes = False
+        self._layers = layers
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """The layers around the routes."""
+        return self._layers(self.router)
+
+
+def make_app(service: Service, keyring: Keyring, rpc: GrpcServer | None = None) -> Starlette:
+    """The application around a service, which it starts and stops, and a gRPC port beside it."""
+    registry, metrics, config, lifecycle = service.registry, service.metrics, service.config, service.lifecycle
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await _follow(service)
+        service.start()
+        if rpc:
+            await rpc.start(service, keyring)
+        yield
+        await service.background.close()
+        if rpc:
+            await rpc.stop(config.shutdown_seconds)
+        if not await service.stop():
+            log.error("stopped with %d items unanswered", service.queue.items)
+
+    def layers(app: ASGIApp) -> ASGIApp:
+        """The gate, and around it what was switched on. Browsers ask before they send keys, so CORS comes first."""
+        app = Gate(app, keyring, metrics, config.max_header_bytes, config.log_calls)
+        if config.gzip_bytes:
+            app = GZipMiddleware(app, minimum_size=config.gzip_bytes, compresslevel=1)
+        if config.cors_origin:
+            app = CORSMiddleware(app, config.cors_origin, ("GET", "POST"), SENT_HEADERS, expose_headers=TOLD_HEADERS)
+        return app
+
+    metrics.deltas(len(registry.all()))
+    metrics.affinity(registry.resident, lambda: [*service.queue.waiting(), *lifecycle.loading()], SLOTS)
+    metrics.registry.register(TierGauges(registry.tiers))
+    return Application(Routes(service).table(), layers, lifespan)
+
+
+async def _follow(service: Service) -> None:
+    """From now on the desired-state file is followed or else, where that is asked for, the directory of deltas.
+
+    The file is obeyed once before anything answers.
+    """
+    config, lifecycle = service.config, service.lifecycle
+    if config.state_file is not None:
+        reconciler = Reconciler(config.state_file, lifecycle, service.queue, config.watch_seconds or STATE_SECONDS)
+        await reconciler.look()
+        service.background.loop("reconciler", reconciler.run)
+    elif config.watch_seconds:
+        service.background.loop("watcher", Watcher(lifecycle, config.watch_seconds).run)
+
+
 class Server(uvicorn.Server):
-    """One engine behind HTTP. ``announce`` is called once it answers."""
+    """One service behind HTTP. ``announce`` is called once it answers."""
 
     def __init__(
         self,
-        pipeline: DeltaSet,
         registry: Registry,
         config: ServerConfig,
         announce: Callable[[], None] = lambda: None,
@@ -54,9 +127,7 @@ class Server(uvicorn.Server):
         metrics = Metrics(config.max_metric_deltas)
         metrics.tracing = Tracing() if config.traces else None
         self._announce = announce
-        self.engine = Engine(pipeline, config, metrics, background)
-        cold = Cold(registry.tiers, config.max_cold_calls)
-        self.answering = Answering(self.engine, registry, cold)
+        self.service = Service(registry, config, metrics, background)
         self._drain_seconds = config.drain_seconds
         self._protocol = limited(
             config.max_header_bytes, config.max_body_bytes, config.max_body_seconds, KEEP_ALIVE, config.max_connections
@@ -64,7 +135,7 @@ class Server(uvicorn.Server):
         self.rpc = None if config.grpc_port is None else GrpcServer(config.host, config.grpc_port)
         super().__init__(
             uvicorn.Config(
-                make_app(self.answering, metrics, keyring or Keyring(), self.rpc),
+                make_app(self.service, keyring or Keyring(), self.rpc),
                 http=self._protocol,
                 ws="none",
                 log_config=None,
@@ -93,7 +164,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain; second: close the socket now; third: do not even answer what was accepted."""
-        if self.engine.state == DRAINING:
+        if self.service.state == DRAINING:
             self.force_exit = self.should_exit
             self.should_exit = True
             return
@@ -102,7 +173,7 @@ class Server(uvicorn.Server):
 
     def drain(self) -> None:
         """Readiness turns false now, the socket closes after the configured time. For signal handlers and threads."""
-        self.engine.drain()
+        self.service.drain()
         self._loop.call_soon_threadsafe(self._loop.call_later, self._drain_seconds, self._exit)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

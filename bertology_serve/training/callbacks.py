@@ -15,31 +15,23 @@ class Callback(Protocol):
 
     def staged(self, stage: int, count: int, title: str) -> None:
         """Stage ``stage`` (from 1) of a recipe's ``count`` comes next."""
+        return
 
     def began(self, step: int, total: int, parameters: ParameterCount) -> None:
         """Training begins after ``step`` of ``total`` steps."""
+        return
 
     def stepped(self, line: Line) -> None:
         """A step was made."""
+        return
 
     def evaluated(self, line: Line) -> None:
         """The evaluation data was answered."""
+        return
 
 
-class NoCallback:
+class NoCallback(Callback):
     """Watches nothing."""
-
-    def staged(self, stage: int, count: int, title: str) -> None:
-        """Nothing."""
-
-    def began(self, step: int, total: int, parameters: ParameterCount) -> None:
-        """Nothing."""
-
-    def stepped(self, line: Line) -> None:
-        """Nothing."""
-
-    def evaluated(self, line: Line) -> None:
-        """Nothing."""
 
 
 class CallbackList:

@@ -35,12 +35,6 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FormatError(f"{path} is no checkpoint of a run: {line}; begin again with --overwrite") from None
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """A JSON file, moved into place when it is whole."""
-    with replacing(path) as own:
-        own.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """The state of torch's random generators as tensors [bytes]."""
     states = {"rng.cpu": torch.get_rng_state()}

@@ -15,7 +15,7 @@ from bertology_serve.deltas.catalog import is_delta
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.interop.adapterhub import is_adapterhub, read_adapterhub
 from bertology_serve.deltas.interop.microsoft import read_microsoft_lora, read_trusted
-from bertology_serve.deltas.interop.peft_import import magnitudes, peft_delta, spelt_out, unwrapped
+from bertology_serve.deltas.interop.peft_import import import_peft, magnitudes, spelt_out, unwrapped
 from bertology_serve.deltas.layout import MODEL_ROOT
 from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from bertology_serve.deltas.safe_io import Limits, read_json
@@ -99,9 +99,9 @@ def _read_peft(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
     moved = differences(_wholes(tensors, anatomy, base), base)
     if config.get("bias") in ("all", "lora_only"):
         settings["bias"] = "none"  # they are among ``moved``
-    delta = peft_delta(
-        source, settings, tensors, replace(anatomy, max_tokens=min(anatomy.max_tokens, encoder.max_tokens)),
-        encoder.ref, Path(name) / "1", task=told.task, options=encoder.config.to_dict(), base_head=encoder.base_head,
+    delta = import_peft(
+        source, replace(anatomy, max_tokens=min(anatomy.max_tokens, encoder.max_tokens)), encoder.ref, Path(name) / "1",
+        task=told.task, options=encoder.config.to_dict(), base_head=encoder.base_head, read=(settings, tensors),
     )  # fmt: skip
     delta = spelt_out(delta, found, base, anatomy) if found else delta
     return _with_moved(delta, moved, anatomy, source) if moved else delta

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bertology_serve.encoder.pooling import read_rows
+from bertology_serve.encoder.batch import read_rows
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import FormatError
 from bertology_serve.training.batches import Item, micro_batches
 from bertology_serve.training.checkpoint import read_checkpoint, write_checkpoint
-from bertology_serve.training.layers import layer_paths
 
 Features = dict[int, Tensor]
 
@@ -43,44 +41,17 @@ def features(
 @torch.inference_mode()
 def pooled(live: TrainableDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int) -> Features:
     """The rows themselves, from one pass."""
-    encoder, mode = live.encoder, live.training
+    encoder, mode, place = live.encoder, live.training, {id(item): i for i, item in enumerate(items)}
     live.eval()
     rows = {layer: torch.empty(len(items), encoder.anatomy.hidden) for layer in layers}
-    place = {id(item): i for i, item in enumerate(items)}
-    with _tapped(live, layers) as seen:
-        for group in micro_batches(items, max_tokens, not encoder.packs):
-            hidden, batch = live.hidden([item.encodings[0] for item in group])
-            seen[encoder.anatomy.layers] = hidden
-            order = sorted(range(batch.sequences), key=batch.order.__getitem__)
-            at = torch.tensor([place[id(item)] for item in group])
-            for layer in layers:
-                own = seen[layer].reshape(batch.rows, -1)
-                rows[layer][at] = read_rows(own, batch, order, live.task).float().cpu()
+    groups = [[place[id(item)] for item in group] for group in micro_batches(items, max_tokens, not encoder.packs)]
+    encodings = [item.encodings[0] for item in items]
+    for members, batch, hidden in encoder.layer_rows(*live.bank(), encodings, groups, layers):
+        order = sorted(range(batch.sequences), key=batch.order.__getitem__)
+        for layer, own in hidden.items():
+            rows[layer][members] = read_rows(own, batch, order, live.task).float().cpu()
     live.train(mode)
     return rows
-
-
-@contextmanager
-def _tapped(live: TrainableDelta, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """What enters each layer during a pass, by the layer below that put it out."""
-    seen: dict[int, Tensor] = {}
-    with ExitStack() as stack:
-        for number, path in enumerate(layer_paths(live.encoder.anatomy)):
-            if number in layers:
-                stack.enter_context(_tap(live.encoder.model.get_submodule(path), number, seen))
-        yield seen
-
-
-@contextmanager
-def _tap(module: torch.nn.Module, number: int, seen: dict[int, Tensor]) -> Iterator[None]:
-    def keep(_: torch.nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        seen[number] = inputs[0] if inputs else named["hidden_states"]
-
-    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _key(live: TrainableDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int) -> dict[str, Any]:

@@ -43,6 +43,20 @@ def draw_curve(directory: Path, metric: str) -> Path:
     return directory / CURVE
 
 
+def draw_curves(path: Path, metric: str, curves: Mapping[str, Mapping[int, float]], start: float | None) -> None:
+    """Draws the metric of several runs by their steps; ``start`` is what all begin with."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel="step", ylabel=metric)
+    for name, curve in curves.items():
+        points = {**({} if start is None else {0: start}), **curve}
+        axes.plot(list(points), list(points.values()), marker="o", markersize=3, linewidth=1, label=name)
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
 def _places(lines: Iterable[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
     """Each line's step, counted on over the stages, and where a new stage begins."""
     places: list[int] = []

@@ -75,8 +75,19 @@ class KindFlags:
         return given
 
 
+PROBE, FULL = "probe", "full"
 MIXOUT, CHILD_TUNING, TOP_K = "mixout", "child-tuning", "top-k"
 MODES = ("d", "f")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The task's head alone, on the encoder as it is (a linear probe)."""
+
+
+@dataclass(frozen=True)
+class Full:
+    """Full fine-tuning: every weight of the encoder, and the head."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,8 @@ class TopK:
 
 Options = Mixout | ChildTuning | TopK
 REGULARISED: Mapping[str, type[Options]] = {MIXOUT: Mixout, CHILD_TUNING: ChildTuning, TOP_K: TopK}
+SPECS: Mapping[str, type[Probe | Full | Options]] = {PROBE: Probe, FULL: Full, **REGULARISED}
+"""The specs of the methods that are no kind of delta, by the methods' names."""
 
 
 def read_options(method: str, values: Mapping[str, Any]) -> Options:

@@ -1,4 +1,4 @@
-"""The linear probe solved to its optimum on features of one pass: L-BFGS in float64 over a path of C."""
+"""The linear probe of a training run, solved to its optimum on features of one pass, over a path of C."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim import LBFGS
 
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.tasks.base import Task
+from bertology_serve.tasks.logistic import LOOSE, Logistic, Ridge, Solution
+from bertology_serve.tasks.spec import REGRESSION
 from bertology_serve.training.batches import Item
 from bertology_serve.training.callbacks import Callback, NoCallback
 from bertology_serve.training.checkpoint import RunState
@@ -23,121 +24,12 @@ from bertology_serve.training.methods import count_parameters
 from bertology_serve.training.run_directory import RunDirectory
 from bertology_serve.training.train_config import TrainConfig
 
-TIGHT, LOOSE = 1e-7, 1e-4
-STEPS_A_ROUND, MOST_ROUNDS = 1000, 10
-
-
-@dataclass(frozen=True)
-class Solution:
-    """``weight`` [C, H] and ``bias`` [C], float64, for rows as they were given; ``loss`` is the objective reached.
-
-    ``raw`` is the same in the solver's own coordinates, from which a neighbouring problem may start.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    loss: float
-    raw: Tensor
-
-    def logits(self, rows: Tensor) -> Tensor:
-        """rows [N, H] -> [N, C], float64."""
-        return rows.double() @ self.weight.T + self.bias
-
-
-class Logistic:
-    """``min over W, b of  mean cross-entropy(Z Wᵀ + b) + ‖W‖² / (2 C N)``: scikit-learn's objective divided by C N.
-
-    ``Z`` are the rows [N, H] less their mean, divided by their standard deviation (one number each, over all of them:
-    LP-FT's scaling, folded back into the solution). Two classes have one vector w, as there, and W is (-w/2, w/2).
-    Inside, the rows are turned to their principal axes, which leaves the penalty as it is, and each coordinate is
-    stretched by the curvature there: the number of steps hardly grows with the spread of the axes.
-    """
-
-    def __init__(self, rows: Tensor, labels: Tensor, classes: int) -> None:
-        x = rows.double()
-        self.count, self.classes = len(x), classes
-        self.mean, self.std = x.mean(), x.std(correction=0).clamp_min(1e-12)
-        z = (x - self.mean) / self.std
-        self.centre = z.mean(0)
-        z = z - self.centre
-        self.axes = torch.linalg.eigh(z.T @ z / self.count).eigenvectors
-        self.rows = z @ self.axes
-        self.squares = self.rows.square()
-        self.outputs = 1 if classes == 2 else classes
-        self.gold = F.one_hot(labels, classes).double()
-
-    def solve(self, c: float, start: Tensor | None = None, tolerance: float = TIGHT) -> Solution:
-        """The optimum, where no component of the (preconditioned) gradient exceeds ``tolerance``."""
-        decay = 1.0 / (c * self.count)
-        raw = self.rows.new_zeros(self.outputs, self.rows.shape[1] + 1) if start is None else start
-        for _ in range(MOST_ROUNDS):
-            raw, done = self._round(raw, decay, tolerance)
-            if done:
-                break
-        return self._folded(raw, float(self._objective(raw, decay)[0]))
-
-    def _round(self, raw: Tensor, decay: float, tolerance: float) -> tuple[Tensor, bool]:
-        """L-BFGS from ``raw``, each coordinate stretched by its curvature there; and whether it is done."""
-        scale = self._curvature(raw, decay).rsqrt()
-        scaled = torch.nn.Parameter(raw / scale)
-
-        def closure() -> Tensor:
-            loss, gradient = self._objective(scaled.detach() * scale, decay)
-            scaled.grad = gradient * scale
-            return loss
-
-        optimizer = LBFGS(
-            [scaled],
-            max_iter=STEPS_A_ROUND,
-            max_eval=25 * STEPS_A_ROUND,
-            tolerance_grad=tolerance,
-            tolerance_change=1e-16,
-            history_size=20,
-            line_search_fn="strong_wolfe",
-        )
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
-        return scaled.detach() * scale, optimizer.state[scaled]["n_iter"] < STEPS_A_ROUND
-
-    def _shares(self, raw: Tensor) -> Tensor:
-        """The logarithms of the classes' probabilities [N, C]."""
-        logits = self.rows @ raw[:, :-1].T + raw[:, -1]
-        if self.outputs == 1:
-            logits = torch.cat([torch.zeros_like(logits), logits], 1)
-        shares: Tensor = logits.log_softmax(1)
-        return shares
-
-    def _curvature(self, raw: Tensor, decay: float) -> Tensor:
-        """The diagonal of the Hessian at ``raw``, [H + 1].
-
-        Its mean over the classes: with a scale of their own they would leave the plane where their sum is zero, in
-        which the optimum lies and outside of which the objective is all but flat.
-        """
-        shares = self._shares(raw).exp()[:, -self.outputs :]
-        spread = (shares * (1.0 - shares)).mean(1) / self.count
-        return torch.cat([spread @ self.squares + decay, spread.sum()[None].clamp_min(1e-12)])
-
-    def _objective(self, raw: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-        """The objective and its gradient at ``raw`` [C or 1, H + 1], the bias last."""
-        weight, shares = raw[:, :-1], self._shares(raw)
-        loss = -(shares * self.gold).sum() / self.count + 0.5 * decay * weight.square().sum()
-        missed = ((shares.exp() - self.gold) / self.count)[:, -self.outputs :]
-        return loss, torch.cat([missed.T @ self.rows + decay * weight, missed.sum(0)[:, None]], 1)
-
-    def _folded(self, raw: Tensor, loss: float) -> Solution:
-        """Back to rows as they were given."""
-        weight, bias = raw[:, :-1] @ self.axes.T, raw[:, -1]
-        if self.outputs == 1:
-            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-        bias = bias - weight @ (self.centre + self.mean / self.std)
-        return Solution(weight / self.std, bias, loss, raw)
-
-
 HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some items, their features by layer, and their labels [N]."""
+    """Some items, their features by layer, and their labels or scores [N]."""
 
     items: Sequence[Item]
     rows: Features
@@ -145,8 +37,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The value of C that did best on one layer, and how: ``rank`` is accuracy, then the negative loss."""
+class Chosen:
+    """The value of C that did best on one layer, and how: ``rank`` is the main metric, then the negative loss."""
 
     layer: int
     index: int
@@ -197,7 +89,7 @@ class Solver:
         fit, held = (whole, self._part(self.dev)) if self.dev else _split(whole, self.config.seed)
         choices = [self._choose(layer, fit, held) for layer in self.layers]
         best, last = choices[-1], self.layers[-1]
-        problem = Logistic(whole.rows[last], whole.labels, len(self.live.task.labels))
+        problem = self._problem(whole, last)
         self._set(problem.solve(best.c, best.solution.raw if self.dev else None))
         state.best, state.best_step = best.rank, state.step - len(self.path) + best.index + 1
         state.metrics = self._measure(self._logits(held), held) if self.dev else {}
@@ -206,7 +98,7 @@ class Solver:
             self.directory.write_layers([_shown(choice) for choice in choices])
         return state
 
-    def _choose(self, layer: int, fit: Part, held: Part) -> Choice:
+    def _choose(self, layer: int, fit: Part, held: Part) -> Chosen:
         """The best C of the path for one layer."""
         found = [self._tried(layer, index, solution, held) for index, solution in self._solutions(layer, fit)]
         best = max(found, key=lambda choice: (choice.rank, -choice.index))
@@ -214,21 +106,32 @@ class Solver:
         self.watcher.evaluated({**self._place(), "layer": layer, "c": best.c, "eval": metrics})
         return replace(best, metrics=metrics)
 
+    def _problem(self, part: Part, layer: int) -> Logistic | Ridge:
+        """What is solved: logistic or, for scores, ridge regression."""
+        if self.task.kind == REGRESSION:
+            return Ridge(part.rows[layer], part.labels)
+        return Logistic(part.rows[layer], part.labels, len(self.live.task.labels))
+
     def _solutions(self, layer: int, fit: Part) -> Iterator[tuple[int, Solution]]:
-        problem, start = Logistic(fit.rows[layer], fit.labels, len(self.live.task.labels)), None
+        problem, start = self._problem(fit, layer), None
         for index, c in enumerate(self.path):
             solution = problem.solve(c, start, LOOSE)
             start = solution.raw
             yield index, solution
 
-    def _tried(self, layer: int, index: int, solution: Solution, held: Part) -> Choice:
+    def _tried(self, layer: int, index: int, solution: Solution, held: Part) -> Chosen:
         logits = solution.logits(held.rows[layer])
-        accuracy = (logits.argmax(1) == held.labels).double().mean().item()
-        metrics = {"accuracy": accuracy, "loss": F.cross_entropy(logits, held.labels).item()}
+        if self.task.kind == REGRESSION:
+            metrics = self._measure(logits, held)
+        else:  # without the answers in words, of which there are many
+            accuracy = (logits.argmax(1) == held.labels).double().mean().item()
+            metrics = {"accuracy": accuracy, "loss": F.cross_entropy(logits, held.labels).item()}
         self.state.step += 1
         about = {"layer": layer, "c": self.path[index], "loss": solution.loss, "eval": metrics}
         self.directory.log({**self._place(), **about})
-        return Choice(layer, index, self.path[index], [accuracy, -metrics["loss"]], metrics, solution)
+        return Chosen(
+            layer, index, self.path[index], [metrics[self.task.main_metric], -metrics["loss"]], metrics, solution
+        )
 
     def _place(self) -> dict[str, Any]:
         stage = {"stage": self.state.stage} if self.state.stage else {}
@@ -258,7 +161,8 @@ class Solver:
             self.task.decode(item.example, item.encodings, [own]) for item, own in zip(part.items, logits, strict=True)
         ]
         metrics = self.task.metrics(answers, [item.example for item in part.items])
-        return {**metrics, "loss": float(F.cross_entropy(logits, part.labels))}
+        loss = self.task.loss(logits, [1] * len(logits), part.labels.tolist())
+        return {**metrics, "loss": float(loss) / len(logits)}
 
 
 def _split(whole: Part, seed: int) -> tuple[Part, Part]:
@@ -273,5 +177,5 @@ def _chosen(part: Part, at: Tensor) -> Part:
     return Part([part.items[i] for i in at.tolist()], rows, part.labels[at])
 
 
-def _shown(choice: Choice) -> dict[str, Any]:
+def _shown(choice: Chosen) -> dict[str, Any]:
     return {"layer": choice.layer, "c": choice.c, "train_loss": choice.solution.loss, **choice.metrics}

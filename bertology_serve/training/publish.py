@@ -22,7 +22,7 @@ from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.task_models import is_task_model, read_task_model, verify_peft
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import VerificationError
-from bertology_serve.files import hidden, replace_directory
+from bertology_serve.files import replace_directory, staging
 from bertology_serve.kinds.kinds import kind_of
 from bertology_serve.training.batches import Item
 from bertology_serve.training.evaluate import run
@@ -47,17 +47,13 @@ def publish(
     ``fresh`` takes the place of that encoder where it was loaded before (for deltas that leave it as it is). Returns
     the largest difference.
     """
-    own = hidden(out)
-    stage = own / "delta"
-    try:
-        store.save(delta, stage, live.encoder.anatomy, live.encoder.config.to_dict())
+    with staging(out) as own:
+        stage = delta.save(own / "delta", live.encoder)
         difference = compare(stage, live, items, records, fresh)
         for path in extra:
             if path.exists():
                 shutil.copy(path, stage)
         replace_directory(stage, out)
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
     return difference
 
 
@@ -66,16 +62,12 @@ def publish_copy(directory: Path, out: Path, extra: Iterable[Path] = ()) -> None
 
     Copies of the files ``extra`` take the place of those that lie beside the first.
     """
-    own = hidden(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        shutil.copytree(directory, own)
+    with staging(out) as own:
+        shutil.copytree(directory, own, dirs_exist_ok=True)
         for path in extra:
             if path.exists():
                 shutil.copy(path, own)
         replace_directory(own, out)
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
 
 
 def compare(

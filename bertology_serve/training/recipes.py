@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bertology_serve.training.train_config import EH_FT, FULL, LP, LP_FT, PROBE, TrainConfig
+from bertology_serve.errors import SpecError
+from bertology_serve.training.method_options import FULL, PROBE
+from bertology_serve.training.train_config import AUTO, EH_FT, LP, LP_FT, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ def stages(config: TrainConfig) -> tuple[Stage, ...]:
     """The stages of a configuration's recipe, in order. Without one: the probe where the head begins there, and the
     method.
     """
+    if AUTO in config.method:
+        raise SpecError("method auto is a search by itself, which train runs; name a kind of delta here")
     if config.recipe:
         return RECIPES[config.recipe](config)
     if not config.starts_at_probe:

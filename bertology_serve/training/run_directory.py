@@ -28,8 +28,9 @@ from bertology_serve.deltas.catalog import check_place, is_delta
 from bertology_serve.deltas.names import check_name
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import FormatError, InputError, SpecError
+from bertology_serve.files import write_json
 from bertology_serve.training.batches import Data
-from bertology_serve.training.checkpoint import RunState, read_checkpoint, write_checkpoint, write_json
+from bertology_serve.training.checkpoint import RunState, read_checkpoint, write_checkpoint
 from bertology_serve.training.methods import ParameterCount
 from bertology_serve.training.train_config import TrainConfig
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bertology_serve.data.records import infer_labels
+from bertology_serve.data.records import Record, infer_labels
 from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import identify
 from bertology_serve.deltas.delta import Delta
@@ -46,6 +46,10 @@ class Prepared:
     items: list[Item]
     dev: list[Item]
     ood: list[Item] = field(default_factory=list)
+
+    def sample(self, data: Data) -> tuple[list[Item], Sequence[Record]]:
+        """The items, and their records, that a saved copy is compared on."""
+        return (self.dev, data.dev.records) if data.dev else (self.items, data.train.records)
 
 
 @dataclass(frozen=True)
@@ -163,26 +167,23 @@ class Run:
             self.watcher,
             number * (count > 1),
         )
-        start = before.metrics if before and stage.improves else None
         own_rows = None if self.config.recipe else self.directory.path / "features"  # a recipe's are for others too
-        trainer = Solver(*own, own_rows) if stage.solved else Trainer(*own, self.processes, start)
+        trainer = Solver(*own, own_rows) if stage.solved else Trainer(*own, self.processes)
         trainer.state.seconds = before.provenance["seconds"] if before else 0.0
+        known = dict(self.baselines)
+        if before and stage.improves and isinstance(trainer, Trainer):
+            known[PROBE] = before.metrics
+            trainer.begin_at(before.metrics)
         state = trainer.run()
-        if before and start and not state.best_step and self.data.dev and stage.config.keep == "best":
+        if before and isinstance(trainer, Trainer) and trainer.unimproved:
             return self._unimproved(before, number, state, out)
-        counts = count_parameters(live)
         config = self.config if number == count else stage.config
-        known = {**self.baselines, **({PROBE: start} if start else {})}
-        facts = {**provenance(config, counts, state, self.data, live.encoder, self.processes.count), "baselines": known}
-        metrics = {**state.metrics, **self._elsewhere(live, ready, stage.config)}
-        delta = live.freeze(name, self.version, metrics, facts)
-        dev = self.data.dev
-        sample = (ready.dev, dev.records) if dev else (ready.items, self.data.train.records)
+        delta = finished(live, ready, state, config, self.data, known, name, self.version, self.processes)
         leads, extras = self.processes.leads, self.directory.extras()
-        difference = publish(delta, live, out, *sample, extra=extras) if leads else 0.0
+        difference = publish(delta, live, out, *ready.sample(self.data), extra=extras) if leads else 0.0
         self.processes.wait()
         held = state_bytes(trainer.optimizer) if isinstance(trainer, Trainer) else 0
-        return Outcome(delta, out, counts, state, difference, held, known)
+        return Outcome(delta, out, count_parameters(live), state, difference, held, known)
 
     def _unimproved(self, before: Delta, number: int, state: RunState, out: Path) -> Outcome:
         """Publishes the stage before: no state of this one was better on the dev set."""
@@ -192,12 +193,23 @@ class Run:
         head = sum(tensor.numel() for tensor in before.head.values())
         return Outcome(before, out, ParameterCount(0, head, 0), state, 0.0, baselines=self.baselines, unimproved=True)
 
-    def _elsewhere(self, live: TrainableDelta, ready: Prepared, config: TrainConfig) -> dict[str, float]:
-        """The metrics on ``ood`` items."""
-        if not ready.ood:
-            return {}
-        found = measure(live, ready.task, ready.ood, config.max_tokens, self.processes)
-        return {f"ood_{name}": value for name, value in found.items()}
+
+def finished(
+    live: TrainableDelta,
+    ready: Prepared,
+    state: RunState,
+    config: TrainConfig,
+    data: Data,
+    known: Mapping[str, Mapping[str, float]],
+    name: str,
+    version: str = "",
+    processes: Processes = ALONE,
+) -> Delta:
+    """The delta that training ended with: its metrics, on ``ood`` items too, what it had to beat, how it came to be."""
+    elsewhere = measure(live, ready.task, ready.ood, config.max_tokens, processes) if ready.ood else {}
+    metrics = {**state.metrics, **{f"ood_{metric}": value for metric, value in elsewhere.items()}}
+    facts = provenance(config, count_parameters(live), state, data, live.encoder, processes.count)
+    return live.freeze(name, version, metrics, {**facts, "baselines": known})
 
 
 def _continued(stage: Stage, ready: Prepared, before: Delta) -> TrainableDelta:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from bertology_serve.errors import SpecError, nearest
 from bertology_serve.tasks.fields import read_label
-from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, TASK_KINDS, TaskSpec
-from bertology_serve.training.method_options import CHILD_TUNING, MIXOUT, REGULARISED, TOP_K, read_options
+from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, QUESTION_ANSWERING, REGRESSION, TASK_KINDS, TaskSpec
+from bertology_serve.training.method_options import (
+    CHILD_TUNING,
+    FULL,
+    MIXOUT,
+    PROBE,
+    REGULARISED,
+    SPECS,
+    TOP_K,
+    read_options,
+)
 
-PROBE, FULL = "probe", "full"
-METHODS = ("lora", "bitfit", "adapter", "prompt", "prefix", "ia3", "norms", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K)
-ALONE = (PROBE, FULL, *REGULARISED)
+AUTO = "auto"
+METHODS = (
+    "lora", "bitfit", "adapter", "prompt", "prefix", "ia3", "norms", PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K, AUTO
+)  # fmt: skip
+ALONE = (*SPECS, AUTO)
+SOLVED = (CLASSIFICATION, REGRESSION)
+"""The tasks whose probe can be solved."""
 LP, LP_FT, EH_FT = "lp", "lp-ft", "eh-ft"
 DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP: PROBE, LP_FT: FULL, EH_FT: "lora"}
 
@@ -52,8 +66,11 @@ class TrainConfig:
 
     task: str = field(metadata={"help": "What the delta answers: " + ", ".join(TASK_KINDS) + "."})
     method: tuple[str, ...] = _option(
-        (), "One kind of delta or several, with commas, or another method: " + ", ".join(METHODS) + ". Default: lora."
+        (),
+        "One kind of delta or several, with commas, or another method: " + ", ".join(METHODS) + ". Default: lora. "
+        "auto tries several of them, together, and keeps the best.",
     )
+    budget: str = _option("5m", "auto: what the search may take: minutes (10m), or passes over the data in all (40).")
     recipe: Literal["lp", "lp-ft", "eh-ft"] | None = _option(
         None,
         "lp: the probe, solved to its optimum on cached features; lp-ft: that, then --method (default: full) with its "
@@ -64,7 +81,7 @@ class TrainConfig:
     start: Literal["probe", "random"] = _option(
         "probe",
         "Where the head begins. probe: at the linear probe, solved on the frozen encoder's rows in seconds "
-        "(classification); what is published is never worse on --eval than that. random: at random numbers.",
+        "(classification, regression); what is published is never worse on --eval. random: at random numbers.",
     )
     epochs: int | None = _option(None, "Passes over the training data. Default: 3, more for fewer than 2,000 rows.")
     first_epochs: int | None = _option(
@@ -138,6 +155,8 @@ class TrainConfig:
             _check_number(name, getattr(self, name), least)
         _check_number("warmup", self.warmup, 0, most=1)
         _check_number("beta2", self.beta2, 0, most=1)
+        object.__setattr__(self, "budget", str(self.budget))
+        read_budget(self.budget)
         for name in ("learning_rate", "head_learning_rate", "first_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < 10:
@@ -153,7 +172,7 @@ class TrainConfig:
     def starts_at_probe(self) -> bool:
         """Whether the probe is solved first, and its head is where training begins."""
         plain = self.recipe is None and self.start == "probe" and PROBE not in self.method
-        return plain and self.task == "classification" and self.head in (None, "linear")
+        return plain and self.task in SOLVED and self.head in (None, "linear")
 
     def passes(self, rows: int) -> int:
         """Epochs over that many rows: as given, or three, and more where those would be few steps."""
@@ -161,8 +180,8 @@ class TrainConfig:
 
     @property
     def solvable(self) -> bool:
-        """Whether the head is one linear layer that gives a text its label."""
-        return self.task == "classification" and self.form.head == "linear"
+        """Whether the head is one linear layer that gives a text its label or score."""
+        return self.task in SOLVED and self.form.head == "linear"
 
     @property
     def full(self) -> bool:
@@ -232,6 +251,14 @@ _LEAST: Mapping[str, float] = {
 }  # fmt: skip
 
 
+def read_budget(text: str) -> tuple[float, bool]:
+    """``10m`` -> 600 seconds and True, ``40`` -> 40 passes and False. Raises SpecError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if found is None or not float(found[1]):
+        raise SpecError(f"budget is {text!r}; expected minutes such as 10m, or a number of passes over the data")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]], bool(found[2])
+
+
 def _methods(given: Any) -> tuple[str, ...]:
     """``lora,bitfit`` or a list of names -> names, each once; what is no kind of delta stands alone."""
     names = tuple(given.split(",")) if isinstance(given, str) else tuple(given)
@@ -248,13 +275,15 @@ def _methods(given: Any) -> tuple[str, ...]:
 def _check_recipe(config: TrainConfig) -> None:
     """Raises SpecError where a recipe and its method do not go together."""
     names = ",".join(config.method)
+    if config.recipe and AUTO in config.method:
+        raise SpecError(f"recipe {config.recipe} names what is trained, and method auto chooses it; leave one out")
     if config.recipe in (None, LP) and (config.first_epochs or config.first_learning_rate):
         raise SpecError(
             "first_epochs and first_learning_rate are those of a recipe's first stage; give --recipe lp-ft or eh-ft too"
         )
-    if config.recipe == LP and (config.method != (PROBE,) or config.task != "classification"):
+    if config.recipe == LP and (config.method != (PROBE,) or config.task not in SOLVED):
         raise SpecError(
-            f"recipe lp solves a probe for classification; got method {names} and task {config.task}; "
+            f"recipe lp solves a probe for {' or '.join(SOLVED)}; got method {names} and task {config.task}; "
             "leave --recipe out, or take lp-ft"
         )
     if config.recipe == LP and config.head not in (None, "linear"):

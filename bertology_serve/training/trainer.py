@@ -55,11 +55,7 @@ class Trainer:
         watcher: Callback | None = None,
         stage: int = 0,
         processes: Processes = ALONE,
-        start: Mapping[str, float] | None = None,
     ) -> None:
-        """``start`` are the dev metrics of what training begins with: a state whose main metric is no higher is not
-        kept.
-        """
         check_divisible(task, processes)
         self.processes = processes
         self.live, self.task, self.items, self.config, self.dev = live, task, items, config, dev
@@ -75,8 +71,7 @@ class Trainer:
         steps = config.passes(len(items)) * steps_an_epoch
         self.total = min(steps, config.max_steps or steps)
         self.state = RunState(stage)
-        if start and dev and config.keep == "best":
-            self.state.best, self.state.metrics = [start[self.task.main_metric], 0.0], dict(start)
+        self.start: Mapping[str, float] | None = None
         self.best: dict[str, Tensor] = {}
 
     def run(self) -> RunState:
@@ -93,6 +88,17 @@ class Trainer:
                 self._save()
         self._end()
         return self.state
+
+    def begin_at(self, start: Mapping[str, float]) -> None:
+        """``start`` are the dev metrics of what training begins with: only a state that beats them is kept."""
+        if self.dev and self.config.keep == "best":
+            self.start, self.state.metrics = start, dict(start)
+            self.state.best = [start[self.task.main_metric], 0.0]
+
+    @property
+    def unimproved(self) -> bool:
+        """Whether what training began with is still the best."""
+        return self.start is not None and not self.state.best_step
 
     @property
     def done(self) -> bool:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx_ir as ir
 import torch
-from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
-from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
-from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from bertology_serve.encoder.bank import PREFIX
 from bertology_serve.export.emitter.module_nodes import Modules
 from bertology_serve.export.emitter.nodes import CONTRIB, Value, counted, joined
 from bertology_serve.export.emitter.row_nodes import Rows
+from bertology_serve.families.compat import deberta_buckets, modernbert_rotation, mpnet_buckets
 from bertology_serve.kinds.slots import KEY, OUTPUT, QUERY
 
 NATIVE_SINCE = 23
@@ -32,12 +28,13 @@ class Attention:
         self.modules, self.rows, self.nodes, self.updates = modules, rows, modules.nodes, modules.updates
         self.anatomy, self.config = modules.anatomy, modules.config
         self.width = self.anatomy.head_width
-        self.disentangled = Disentangled(self) if getattr(self.config, "relative_attention", False) else None
-        self.scale = (self.width * (self.disentangled.terms if self.disentangled else 1)) ** -0.5
+        self.positions = modules.positions
+        self.disentangled = Disentangled(self) if self.positions == "disentangled" else None
+        self.scale: float = (self.width * (self.disentangled.terms if self.disentangled else 1)) ** -0.5
 
     def __call__(self, layer: int, query: Value, key: Value, value: Value) -> Value:
         """query, key, value [T, H] -> [T, H]; H as wide as the layer's heads."""
-        if self.anatomy.family == "modernbert":
+        if self.positions == "rotary":
             query, key = self._rotated(query, layer), self._rotated(key, layer)
         return self.grids(layer, *(self.grid(layer, x) for x in (query, key, value)))
 
@@ -83,7 +80,7 @@ class Attention:
         heads, prefixed = self.anatomy.heads_of(layer), self.updates.used(PREFIX) is True
         keys, values = self._prefixed(layer, 1, k, v) if prefixed else (k, v)
         count, bias = None, None
-        if self._slides(layer) or self.disentangled or self.anatomy.family == "mpnet":
+        if self._slides(layer) or self.positions in ("bias", "disentangled"):
             by_head = (x.reshape(self.rows.batch, -1, heads, self.width).transpose(0, 2, 1, 3) for x in (q, k))
             mask = self._mask(layer, *by_head)
             bias = self._square(self._opened(mask, keys) if prefixed else mask)
@@ -112,7 +109,7 @@ class Attention:
         mask = may.where(0.0, self.nodes.lowest)
         if self.disentangled:
             return mask + self.disentangled(layer, q, k) * self.scale
-        return mask + self._relative() if self.anatomy.family == "mpnet" else mask
+        return mask + self._relative() if self.positions == "bias" else mask
 
     def _square(self, mask: Value) -> Value:
         """The mask with R rows, which ONNX Runtime's own attention wants."""
@@ -136,16 +133,14 @@ class Attention:
 
     def _relative(self) -> Value:
         """[1, heads, R, R]: MPNet's bias for the distance between two rows, from a table of all distances."""
-        encoder: Any = MPNetEncoder
         table = self.modules.own("encoder.relative_attention_bias.weight")
         assert table is not None
-        biases = table.gather(self.of_distance(encoder.relative_position_bucket(-self.distances)))
+        biases = table.gather(self.of_distance(mpnet_buckets(-self.distances)))
         return biases.transpose(2, 0, 1).unsqueeze(0)
 
     def _rotated(self, x: Value, layer: int) -> Value:
         """Rotary positions (Su et al. 2021): halves (a, b) of each head become (a cos - b sin, b cos + a sin)."""
-        rotary, kind = ModernBertRotaryEmbedding(self.config), self.config.layer_types[layer]
-        rates, factor = getattr(rotary, f"{kind}_inv_freq"), float(getattr(rotary, f"{kind}_attention_scaling"))
+        rates, factor = modernbert_rotation(self.config, self.config.layer_types[layer])
         positions = self.nodes("Cast", self.rows.positions, to=FLOAT)  # float16 ends at 2048 whole numbers
         angles = positions.unsqueeze(1, 2) * self.nodes.constant(rates.numpy())
         cos, sin = (self.nodes(wave, angles).real() for wave in ("Cos", "Sin"))
@@ -182,7 +177,7 @@ class Disentangled:
         most = config.max_position_embeddings if most < 1 else most
         self.span = buckets if buckets > 0 else most
         distances = attention.distances
-        self.apart = (make_log_bucket_position(distances, buckets, most) if buckets > 0 else distances).long()
+        self.apart = (deberta_buckets(distances, buckets, most) if buckets > 0 else distances).long()
 
     def __call__(self, layer: int, q: Value, k: Value) -> Value:
         """q, k [B, heads, R, D] -> [B, heads, R, R], not yet scaled; 0 without such scores."""

@@ -17,6 +17,7 @@ from bertology_serve.export.emitter.row_nodes import MixedRows, Packed, Padded, 
 from bertology_serve.export.emitter.updates import ManyDeltas, OneDelta
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import PORTABLE, ExportSpec, Precision
+from bertology_serve.families import FAMILIES
 from bertology_serve.kinds.slots import (
     ATTENTION_NORM,
     DOWN,
@@ -32,17 +33,7 @@ from bertology_serve.kinds.slots import (
     VALUE,
 )
 
-FAMILIES = (
-    "bert",
-    "roberta",
-    "xlm-roberta",
-    "camembert",
-    "distilbert",
-    "electra",
-    "mpnet",
-    "modernbert",
-    "deberta-v2",
-)
+EMITTED = tuple(name for name, family in FAMILIES.items() if family.emitted)
 GROWING = ("dynamic", "longrope")
 """Rotary positions whose rates depend on how long a sequence is."""
 
@@ -64,7 +55,7 @@ class BackEnd:
 def choose(export_inputs: ExportInputs, spec: ExportSpec) -> BackEnd:
     """The emitter where it can; raises Unsupported where it was asked for by name, or its options were, and cannot."""
     problem = obstacle(export_inputs) if spec.back_end != "torch" else "another was asked for"
-    if spec.precision == "fp16" and _disentangled(export_inputs):
+    if spec.precision == "fp16" and export_inputs.positions == "disentangled":
         raise Unsupported(
             f"ONNX Runtime crashes as it loads {export_inputs.anatomy.family} in float16; give another --precision"
         )
@@ -90,9 +81,9 @@ def write(export_inputs: ExportInputs, back_end: BackEnd, spec: ExportSpec) -> o
 def obstacle(export_inputs: ExportInputs, many: bool = False) -> str | None:
     """Why the emitter cannot write a model, for ``many`` deltas or for one; ``None`` where it can."""
     family, config = export_inputs.anatomy.family, export_inputs.config
-    if family not in FAMILIES:
-        return f"{family} is not among {', '.join(FAMILIES)}"
-    if many and _disentangled(export_inputs):
+    if family not in EMITTED:
+        return f"{family} is not among {', '.join(EMITTED)}"
+    if many and export_inputs.positions == "disentangled":
         return f"the relative positions of {family} go through projections that each delta changes"
     packed = [name for name in export_inputs.effects.inner if export_inputs.anatomy.slot(name).part]
     if packed:
@@ -105,10 +96,6 @@ def obstacle(export_inputs: ExportInputs, many: bool = False) -> str | None:
     ropes = getattr(config, "rope_parameters", None) or {}
     growing = [kind for kind, values in ropes.items() if values and values.get("rope_type") in GROWING]
     return f"the rotary positions of {growing[0]} depend on a sequence's length" if growing else None
-
-
-def _disentangled(export_inputs: ExportInputs) -> bool:
-    return bool(getattr(export_inputs.config, "relative_attention", False))
 
 
 def emit(

@@ -32,6 +32,7 @@ class Modules:
         self.nodes: Nodes = updates.nodes
         self.updates, self.config, self.state = updates, export_inputs.config, export_inputs.state
         self.anatomy, self.activation = export_inputs.anatomy, export_inputs.activation
+        self.positions = export_inputs.positions
         self._product, self._apart = PRODUCTS[precision], precision == "int8-row"
 
     def has(self, slot: str, layer: int = 0) -> bool:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from bertology_serve.encoder.bank import PREFIX, PROMPT
 from bertology_serve.export.emitter.delta_inputs import FIRST, LEAD, LENGTH, PREFIX_SHIFTED, SHIFTED, Tables
-from bertology_serve.export.emitter.nodes import Nodes, Value, counted, joined
+from bertology_serve.export.emitter.nodes import Condition, Nodes, Value, counted, joined
 from bertology_serve.kinds.effects import PromptEffect
 
 
@@ -48,8 +49,11 @@ def gather(ids: Value, mask: Value, types: Value | None) -> TextBatch:
     return TextBatch(ids, types, nodes("Max", count, 1), seen, home)
 
 
+Number = TypeVar("Number", int, Value)
+
+
 @dataclass(frozen=True)
-class PromptLayout:
+class PromptLayout(Generic[Number]):
     """Where the ``length`` rows of a soft prompt stand: behind ``lead`` rows of text.
 
     ``shifted``: rows are numbered as they stand, else the text keeps its positions and the prompt has that of [CLS].
@@ -58,27 +62,32 @@ class PromptLayout:
     within the prompt [B, R] into numbers of vectors.
     """
 
-    length: int | Value = 0
-    lead: int | Value = 0
-    shifted: bool | Value = False
-    first: int | Value = 0
-    offset: int | Value = 0
-    most: int = 0
-    vectors: Callable[[Value], Value] = lambda at: at
+    length: Number
+    lead: Number
+    shifted: Condition
+    first: Number
+    offset: Number
+    most: int
+    vectors: Callable[[Value], Value]
 
-    @classmethod
-    def of(cls, prompt: PromptEffect | None, offset: int) -> PromptLayout:
+    @property
+    def end(self) -> Number:
+        """The column of the grid behind the prompt."""
+        return self.lead + self.length
+
+    @staticmethod
+    def of(prompt: PromptEffect | None, offset: int) -> PromptLayout[int]:
         """That of one delta."""
         if prompt is None:
-            return cls(offset=offset)
+            return PromptLayout(0, 0, False, 0, offset, 0, lambda at: at)
         length, lead = int(prompt.vectors.shape[0]), int(prompt.placement == "after_cls")
         first = 0 if lead or prompt.head_reads == "first_row" else length
-        return cls(
+        return PromptLayout(
             length, lead, prompt.positions == "shifted", first, offset, length, lambda at: at.clip(0, length - 1)
         )
 
-    @classmethod
-    def of_each(cls, tables: Tables, delta: Value, offset: int) -> PromptLayout:
+    @staticmethod
+    def of_each(tables: Tables, delta: Value, offset: int) -> PromptLayout[Value]:
         """Those of the deltas [B] of a batch's sequences."""
         nodes = delta.nodes
         form = tables.table(PROMPT, "form").gather(delta)
@@ -91,7 +100,7 @@ class PromptLayout:
             rows = nodes("Pad", rows, [0, 0, 0, 1], 0)  # a column at least
             return nodes("GatherElements", rows, nodes("Max", nodes("Min", at, rows.size(1) - 1), 0), axis=1)
 
-        return cls(length, lead, nodes("Equal", shifted, 1), first, moved, LONGEST_PROMPT, vectors)
+        return PromptLayout(length, lead, nodes("Equal", shifted, 1), first, moved, LONGEST_PROMPT, vectors)
 
 
 class Rows(ABC):
@@ -102,14 +111,14 @@ class Rows(ABC):
     ``spoken`` [B, R] the text of it; ``place`` [B, R] the number of the row at each place of the grid.
     """
 
-    def __init__(self, text: TextBatch, layout: PromptLayout) -> None:
+    def __init__(self, text: TextBatch, layout: PromptLayout[int] | PromptLayout[Value]) -> None:
         self.text, self.layout, self.nodes = text, layout, text.ids.nodes
         self.batch, length, lead = text.ids.size(0), layout.length, layout.lead
         self.columns = self._widest()
         column = counted(self.nodes, self.columns).unsqueeze(0)
         told, virtual = column, None  # the column of the text that stands at each column of the grid
         if layout.most:
-            virtual = ~(column < lead) & (column < lead + length)
+            virtual = ~(column < lead) & (column < layout.end)
             told = (column < lead).where(column, virtual.where(0, column - length))
         self.spoken = self.seen = told < text.count
         if virtual is not None:
@@ -233,7 +242,7 @@ class MixedRows(Packed):
     The last tile is filled up with copies of the last row.
     """
 
-    def __init__(self, text: TextBatch, layout: PromptLayout, delta: Value) -> None:
+    def __init__(self, text: TextBatch, layout: PromptLayout[Value], delta: Value) -> None:
         self.delta = delta
         super().__init__(text, layout)
         self.runs = Runs(delta.gather(self.nodes("Div", self._kept, self.columns)), self._tiles[0])

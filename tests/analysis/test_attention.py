@@ -12,12 +12,12 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from transformers import AutoModel
 
-from bertology_serve.analysis.attention_maps import attention
+from bertology_serve.analysis.attention_heads import attention
 from bertology_serve.analysis.settings import AttentionSettings
 from bertology_serve.analysis.subject_model import Subject
-from bertology_serve.encoder import families
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import SpecError, Unsupported
+from bertology_serve.families import compat
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt
@@ -157,7 +157,7 @@ def test_report_is_written(tmp_path: Path) -> None:
 
 
 def test_an_encoder_with_its_own_attention_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "prepare", lambda *_: False)
+    monkeypatch.setattr(compat, "connect", lambda *_: False)
     encoder = tiny.encoder("bert", tmp_path)
     with pytest.raises(Unsupported, match="own attention"):
         attention(encoder, TEXTS)

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bertology_serve.analysis.compare_deltas import beside
-from bertology_serve.analysis.distance import distance
+from bertology_serve.analysis.delta_distance import compare_deltas, distance
 from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.analysis.weight_change import dense_directions, low_rank_directions, overlap
 from bertology_serve.encoder.encoder import Encoder
@@ -18,7 +17,7 @@ from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
-from tests.analysis.test_distance import TEXTS, full_delta
+from tests.analysis.test_delta_distance import TEXTS, full_delta
 
 TASK = TaskSpec("classification", ("a", "b"), max_length=32)
 
@@ -51,7 +50,7 @@ def test_tables_agree_with_one_delta_alone(tmp_path: Path) -> None:
     same = replace(tiny.delta(encoder, "same", [Lora(rank=2)], TASK), tensors=first.tensors)
     first = replace(first, metrics={"accuracy": 0.75, "ood_accuracy": 0.5})
     full = replace(full_delta(tiny.encoder("bert", tmp_path / "other")), base=encoder.ref)
-    report = beside([Subject(encoder, first), Subject(encoder, same), full], TEXTS)
+    report = compare_deltas([Subject(encoder, first), Subject(encoder, same), full], TEXTS)
     alone = distance(encoder, first, TEXTS)
     rows = [row for row in report.tables["layers"] if row["delta"] == "first"]
     assert [row["cka"] for row in rows] == pytest.approx([row["cka"] for row in alone.tables["features"]])
@@ -73,7 +72,7 @@ def test_tables_agree_with_one_delta_alone(tmp_path: Path) -> None:
 def test_deltas_without_matrices_have_no_overlap(tmp_path: Path) -> None:
     encoder = tiny.encoder("bert", tmp_path)
     pair = [Subject(encoder, tiny.delta(encoder, "b", [Bitfit()], TASK, seed=seed)) for seed in (0, 1)]
-    report = beside(pair, TEXTS)
+    report = compare_deltas(pair, TEXTS)
     assert report.facts["deltas"] == ["b (1)", "b (2)"]
     assert report.tables["pairs"][0]["overlap_inputs"] is None
     assert len(report.figures["pairs"].panels) == 1
@@ -84,6 +83,6 @@ def test_what_cannot_be_set_beside(tmp_path: Path) -> None:
     other: Encoder = tiny.encoder("bert", tmp_path / "b", seed=1)
     deltas = [Subject(one, tiny.delta(one, "d", [Bitfit()], TASK)) for one in (encoder, other)]
     with pytest.raises(SpecError, match="expected two or more"):
-        beside(deltas[:1])
+        compare_deltas(deltas[:1])
     with pytest.raises(BaseMismatch, match="different bases"):
-        beside(deltas, TEXTS)
+        compare_deltas(deltas, TEXTS)

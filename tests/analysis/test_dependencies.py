@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from bertology_serve import examples
-from bertology_serve.analysis import plots
-from bertology_serve.analysis.attention_maps import attention
-from bertology_serve.analysis.dependencies import EXAMPLE, dependencies, offsets, read_sentences
+from bertology_serve.analysis import figures
+from bertology_serve.analysis.attention_heads import EXAMPLE, attention, dependencies, offsets, read_sentences
 from bertology_serve.analysis.head_statistics import by_words
 from bertology_serve.analysis.settings import AttentionSettings
-from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.data.records import read_records
 from bertology_serve.errors import DataError
 from tests import tiny
@@ -59,7 +58,7 @@ def naive(family: str, folder: Path, relation: str) -> dict[tuple[int, int, str]
 
 def test_the_best_head_is_that_of_a_naive_computation(tmp_path: Path) -> None:
     encoder = tiny.encoder("bert", tmp_path)
-    found = dependencies(Subject(encoder), EXAMPLE, 60, 64, 1)
+    found = dependencies(encoder, EXAMPLE, replace(SETTINGS, max_length=60))
     rows = {row["relation"]: row for row in found.tables["relations"]}
     expected = naive("bert", tmp_path, "compound")
     best = max(expected.values())
@@ -80,7 +79,7 @@ def test_attention_between_words() -> None:
 
 def test_the_best_offset_is_counted(tmp_path: Path) -> None:
     encoder = tiny.encoder("bert", tmp_path)
-    found = offsets(read_sentences(EXAMPLE, encoder.tokenizer, 60, None))
+    found = offsets(read_sentences(EXAMPLE, encoder.tokenizer, 60))
     apart = [
         head - 1 - i
         for fields, _ in read_records(examples.trees())
@@ -99,9 +98,9 @@ def test_report_with_dependencies_and_maps(tmp_path: Path, monkeypatch: pytest.M
     assert [sum(row) for row in values] == pytest.approx([1.0] * 4)
     assert report.figures["text1-layer0"].panels[0].row_names == ["[CLS]", "the", "dog", "[SEP]"]
     assert len(report.tables["maps"]) == 2 * 3 * 4 * 4
-    plots.draw(report.figures["dependencies"], tmp_path / "dependencies.png")
+    figures.draw(report.figures["dependencies"], tmp_path / "dependencies.png")
     assert (tmp_path / "dependencies.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(plots, "available", lambda: False)  # drawing all maps takes its time
+    monkeypatch.setattr(figures, "available", lambda: False)  # drawing all maps takes its time
     assert {path.suffix for path in report.save(tmp_path / "out")} == {".json", ".html", ".csv"}
 
 

@@ -8,17 +8,17 @@ from html.parser import HTMLParser
 
 import pytest
 
-from bertology_serve.analysis.figures import Bars, Figure, HeatMap, Lines, Scatter
+from bertology_serve.analysis.figures import BarChart, Figure, HeatMap, LineChart, Scatter
 from bertology_serve.analysis.page import _colour, _ticks, render
 
 FIGURE = Figure(
     "all <kinds>",
     [
         HeatMap("map", [[0.0, None], [0.25, 1.0]], "layer", "module", "share", (0, 1), column_names=["query", "up"]),
-        Lines("lines", [0, 1, 2], {"a": [0.5, None, 0.75], "b & c": [1, 2, math.nan]}, "x", "y", level=0.6,
+        LineChart("lines", [0, 1, 2], {"a": [0.5, None, 0.75], "b & c": [1, 2, math.nan]}, "x", "y", level=0.6,
               level_name="limit"),
         Scatter("points", [0.0, 1.0], [2.0, 3.0], ["first", "second"], [0, 1], "x", "y"),
-        Bars("bars", ["one", "two"], {"this": [0.5, None], "that": [-0.25, 2.0]}, "share"),
+        BarChart("bars", ["one", "two"], {"this": [0.5, None], "that": [-0.25, 2.0]}, "share"),
     ],
 )  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_colours_run_from_end_to_end() -> None:
 
 
 def test_a_band_reaches_as_far_as_its_spread() -> None:
-    lines = Lines("", [0, 1], {"a": [1.0, 2.0], "b": [1.0, 1.0]}, "x", "y", {"a": [0.5, 0.25]})
+    lines = LineChart("", [0, 1], {"a": [1.0, 2.0], "b": [1.0, 1.0]}, "x", "y", {"a": [0.5, 0.25]})
     page = render("report", {}, {"one": Figure("f", [lines])})
     points = re.search(r'<polygon points="([^"]*)"', page)[1].split()
     heights = [float(point.split(",")[1]) for point in points]
@@ -90,7 +90,7 @@ def test_a_band_reaches_as_far_as_its_spread() -> None:
 
 
 def test_panels_stand_in_rows() -> None:
-    lines = Lines("", [0], {"a": [1.0]}, "x", "y")
+    lines = LineChart("", [0], {"a": [1.0]}, "x", "y")
     page = render("report", {}, {"one": Figure("f", [lines] * 3, 2)})
     rows = page.split('<div class="row">')[1:]
     assert [row.count("<figure>") for row in rows] == [2, 1]

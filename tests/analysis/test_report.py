@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from bertology_serve.analysis import plots
-from bertology_serve.analysis.figures import Bars, Figure, HeatMap, Lines, Scatter
-from bertology_serve.analysis.report import Report
+from bertology_serve.analysis import figures
+from bertology_serve.analysis.figures import BarChart, Figure, HeatMap, LineChart, Scatter
+from bertology_serve.analysis.report import AnalysisReport
 from bertology_serve.errors import FormatError, NotFound
 
-REPORT = Report(
+REPORT = AnalysisReport(
     "trial",
     {"share": math.nan, "names": ("a", "b")},
     {"rows": [{"a": 0.1 + 0.2, "b": None}, {"a": 2, "c": "x,y"}]},
     {
-        "lines": Figure("lines", [Lines("", [0, 1], {"a": [1, math.inf]}, "x", "y", {"a": [0.1, 0.1]}, 0.5, "half")]),
+        "lines": Figure(
+            "lines", [LineChart("", [0, 1], {"a": [1, math.inf]}, "x", "y", {"a": [0.1, 0.1]}, 0.5, "half")]
+        ),
         "maps": Figure("maps", [HeatMap("", [[1.0, None]], "r", "c", "unit", row_names=["one"])] * 3, 2),
     },
 )
@@ -41,18 +43,18 @@ def test_files(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "available", lambda: False)
+    monkeypatch.setattr(figures, "available", lambda: False)
     assert [path.suffix for path in REPORT.save(tmp_path)] == [".json", ".html", ".csv"]
 
 
 def test_everything_is_made_again_from_the_json(tmp_path: Path) -> None:
     """Tables, page and plots: nothing is in a figure that is not in the JSON."""
     whole = {**REPORT.figures, "more": Figure("more", [
-        Bars("", ["a", "b"], {"one": [0.1, None]}, "unit"),
+        BarChart("", ["a", "b"], {"one": [0.1, None]}, "unit"),
         Scatter("", [0.0, 1.0], [1.0, 2.0], ["p", "q"], [0, 1], "x", "y"),
     ])}  # fmt: skip
-    first = Report("trial", {"share": 0.5}, REPORT.tables, whole).save(tmp_path / "first")
-    again = Report.load(first[0]).save(tmp_path / "again")
+    first = AnalysisReport("trial", {"share": 0.5}, REPORT.tables, whole).save(tmp_path / "first")
+    again = AnalysisReport.load(first[0]).save(tmp_path / "again")
     assert [path.name for path in again] == [path.name for path in first]
     for one, other in zip(first, again, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
@@ -60,8 +62,8 @@ def test_everything_is_made_again_from_the_json(tmp_path: Path) -> None:
 
 def test_what_is_no_report_is_said(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="give the JSON"):
-        Report.load(tmp_path / "none.json")
+        AnalysisReport.load(tmp_path / "none.json")
     for text in ("{", "[]", '{"analysis": "x"}'):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(FormatError, match="no report's JSON"):
-            Report.load(tmp_path / "a.json")
+            AnalysisReport.load(tmp_path / "a.json")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bertology_serve.analysis import plots
+from bertology_serve.analysis import figures
 from bertology_serve.cli.main import main
 from tests import tiny
 from tests.training import sets
@@ -38,7 +38,7 @@ def test_attention_with_and_without_a_delta(made, tmp_path, capsys):
 
 
 def test_the_same_analysis_is_read_back(made, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plots, "available", lambda: False)
+    monkeypatch.setattr(figures, "available", lambda: False)
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the cat was great\na dog\n")
     arguments = ["analyze", "attention", "--backbone", str(made / "bert"), "--corpus", str(corpus), "--out"]
@@ -121,7 +121,7 @@ def test_distance(made, tmp_path, capsys):
 
 
 def test_without_matplotlib_the_page_is_left(made, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("bertology_serve.analysis.plots.available", lambda: False)
+    monkeypatch.setattr("bertology_serve.analysis.figures.available", lambda: False)
     arguments = ["--backbone", str(made / "bert"), "--corpus", str(made / "train.jsonl"), "--out", str(tmp_path)]
     assert main(["analyze", "attention", *arguments]) == 0
     assert "no PNG: matplotlib is missing" in capsys.readouterr().err

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from bertology_serve.cli.main import main
-from bertology_serve.encoder import families
 from bertology_serve.export import installation
 from bertology_serve.export.installation import Machine
+from bertology_serve.families import compat
 from tests import tiny
 
 BOTH = {"torch": "2.13", "triton": "3.9", "onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
@@ -42,7 +42,7 @@ def test_an_encoder_says_whether_its_rows_are_packed(told, tmp_path, monkeypatch
     path = tiny.save("bert", tmp_path)
     assert main(["doctor", "--backbone", path]) == 0
     assert f"ok      encoder {path}: bert, 3 layers, packed" in capsys.readouterr().out
-    monkeypatch.setattr(families, "prepare", lambda *_: False)
+    monkeypatch.setattr(compat, "connect", lambda *_: False)
     assert main(["doctor", "--backbone", path]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"note    encoder {path}: bert, 3 layers, padded: its attention does not go through")

@@ -30,7 +30,7 @@ def test_a_server_of_its_own_drains(encoder, tmp_path):  # noqa: F811
 
 
 def test_a_broken_promise_is_an_error_when_asked(encoder, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr("bertology_serve.serving.execution.engine.Engine._drop", lambda *_: None)
+    monkeypatch.setattr("bertology_serve.serving.service.Service._cancel", lambda *_: None)
     assert main(["prove", "--quick", "--only", "9", "--backbone", encoder.name, "--check"]) == 1
     assert "error: missed: figures 9" in capsys.readouterr().err
 

@@ -279,6 +279,63 @@ def test_killed_run_resumes_to_the_same_bytes(bert, train_file, tmp_path, own, l
     assert steps == [100, 100]
 
 
+@pytest.fixture
+def auto_flags(tmp_path: Path) -> list[str]:
+    """A search over 14 rows; the probe of one C, the smallest, is a constant, which any training is better than."""
+    rows = sets.classification()[2:]
+    files = {"train": sets.write(tmp_path / "few.jsonl", rows), "eval": sets.write(tmp_path / "dev.jsonl", rows * 8)}
+    own = {**files, "method": "auto", "budget": "60", "batch-size": "4", "lp-path": "1", "max-length": "32"}
+    return [text for name, value in own.items() for text in (f"--{name}", value)]
+
+
+def auto(bert: str, out: Path, *flags: str) -> list[str]:
+    return ["train", "--backbone", bert, "--task", "classification", "--out", str(out), *flags]
+
+
+def test_a_search_shows_its_board_and_what_it_would_try(bert, auto_flags, tmp_path, capsys):
+    assert main(auto(bert, tmp_path / "mood", *auto_flags, "--dry-run")) == 0
+    assert "would try 9 candidates" in capsys.readouterr().out
+    assert main(auto(bert, tmp_path / "mood", *auto_flags, "--tensorboard", str(tmp_path / "tb"))) == 2
+    assert "method auto has many" in capsys.readouterr().err
+    assert not (tmp_path / ".mood.run").exists()
+    assert main(auto(bert, tmp_path / "mood", *auto_flags, "--plot")) == 0
+    table, notes = capsys.readouterr()
+    assert "lora-wide-slow" in table
+    assert "dropped after step 5" in notes
+    assert "the highest of 9 candidates; the probe, where all began, has" in notes
+    assert f"evaluate {tmp_path / 'mood'}" in notes
+    assert (tmp_path / "mood" / "curve.png").exists()
+    assert main(["train", "--config", str(tmp_path / "mood" / "config.toml"), "--out", str(tmp_path / "again")]) == 0
+    metrics = [json.loads((tmp_path / name / "delta.json").read_text())["metrics"] for name in ("mood", "again")]
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
+
+
+@same_bits
+def test_a_killed_search_resumes_to_the_same_winner(bert, auto_flags, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def command(out: Path, *flags: str) -> list[str]:
+        return [sys.executable, "-m", "bertology_serve", *auto(bert, out, *auto_flags, "--save-every", "3", *flags)]
+
+    process = subprocess.Popen(command(tmp_path / "killed"), env=environment, stderr=subprocess.DEVNULL)
+    log = tmp_path / ".killed.run" / "lora.log.jsonl"
+    wait(lambda: (log.exists() and log.read_text().count("\n") > 7) or process.poll() is not None, 600)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    for command_line in (command(tmp_path / "killed", "--resume"), command(tmp_path / "straight")):
+        done = subprocess.run(command_line, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("continuing after step" in done.stderr) is ("--resume" in command_line)
+    found = [json.loads((tmp_path / name / "delta.json").read_text()) for name in ("killed", "straight")]
+    boards = [[{**row, "seconds": 0} for row in one["provenance"]["auto"]["board"]] for one in found]
+    assert boards[0] == boards[1]
+    assert found[0]["tensors"] == found[1]["tensors"]
+    (file,) = found[0]["files"]
+    weights = [(tmp_path / name / file).read_bytes() for name in ("killed", "straight")]
+    assert weights[0] == weights[1]
+
+
 def test_columns_are_pairs():
     assert read_columns(None) == {}
     assert read_columns("text=a, label = b") == {"text": "a", "label": "b"}

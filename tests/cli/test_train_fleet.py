@@ -16,6 +16,7 @@ eval = "mood.jsonl"
 epochs = 1
 batch_size = 3
 max_length = 32
+start = "random"
 
 [delta.mood]
 grid.rank = [2, 4]

@@ -29,7 +29,7 @@ from bertology_serve.errors import (
     RateLimited,
     Unauthorized,
 )
-from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
+from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.delta_registry import Registry
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny

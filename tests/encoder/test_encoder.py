@@ -21,12 +21,13 @@ from transformers import (
     RobertaConfig,
 )
 
-from bertology_serve.encoder import families
+from bertology_serve.encoder import forward_context
 from bertology_serve.encoder.bank import BARE, DeltaBank
 from bertology_serve.encoder.batch import pack
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import InputError, NotFound, Unsupported
+from bertology_serve.families import compat
 from bertology_serve.kinds.adapter import Adapter
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.lora import Lora
@@ -82,7 +83,7 @@ def test_layers_equal_transformers_hidden_states(family: str, tmp_path: Path) ->
 def test_a_family_that_cannot_be_packed_is_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = encodings((5, 1, 9, 5, 40, 2))
     packed = run(tiny.encoder("bert", tmp_path), sequences)
-    monkeypatch.setattr(families, "prepare", lambda *_: False)
+    monkeypatch.setattr(compat, "connect", lambda *_: False)
     encoder = Encoder.load(str(tmp_path))
     assert not encoder.packs
     for one, other in zip(packed, run(encoder, sequences, padded=True), strict=True):
@@ -104,7 +105,7 @@ def test_padded_mixed_batch_equals_packed(tmp_path: Path, monkeypatch: pytest.Mo
         return torch.tensor([prediction.answer["embedding"] for prediction in pipeline.answer(requests)])
 
     expected = answers(encoder)
-    monkeypatch.setattr(families, "prepare", lambda *_: False)
+    monkeypatch.setattr(compat, "connect", lambda *_: False)
     padded = Encoder.load(str(tmp_path))
     torch.testing.assert_close(answers(padded), expected, atol=1e-6, rtol=1e-5)
     with pytest.raises(Unsupported, match="takes no prefix"):
@@ -185,15 +186,16 @@ def test_loading_says_whether_rows_are_packed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "bertology_serve")
-    assert tiny.encoder("bert", tmp_path).packing == "packed"
-    assert caplog.messages == [f"{tmp_path} (bert) is packed"]
+    assert tiny.encoder("bert", tmp_path).packing == "packed through transformers' attention interface"
+    assert caplog.messages == [f"{tmp_path} (bert) is packed through transformers' attention interface"]
+    assert tiny.encoder("mpnet", tmp_path / "own").packing == "packed through an attention of our own"
     caplog.clear()
-    monkeypatch.setattr(families, "packed_attention", lambda query, *_, **__: query.flatten(1) * 0)
+    monkeypatch.setattr(forward_context, "packed_attention", lambda query, *_, **__: query.flatten(1) * 0)
     packing = Encoder.load(str(tmp_path)).packing
     assert packing.startswith("padded: packed rows differ from the model's own by ")
     assert caplog.messages == [f"{tmp_path} (bert) is {packing}"]
     assert caplog.records[0].levelname == "WARNING"
-    monkeypatch.setattr(families, "prepare", lambda *_: False)
+    monkeypatch.setattr(compat, "connect", lambda *_: False)
     assert "does not go through the interface of transformers" in Encoder.load(str(tmp_path)).packing
 
 
@@ -210,7 +212,7 @@ def test_code_that_comes_with_a_checkpoint_is_never_run(tmp_path: Path) -> None:
 def test_a_model_that_answers_otherwise_when_packed_falls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A family that took the registered attention's name and ignored it would attend across sequences."""
     tiny.save("bert", tmp_path)
-    monkeypatch.setattr(families, "packed_attention", lambda query, *_, **__: query.flatten(1) * 0)
+    monkeypatch.setattr(forward_context, "packed_attention", lambda query, *_, **__: query.flatten(1) * 0)
     encoder = Encoder.load(str(tmp_path))
     assert not encoder.packs
 

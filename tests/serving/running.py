@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 
 from bertology_serve.encoder.pipeline import Pipeline
-from bertology_serve.serving.auth.keys import Keyring
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.http.binding import bind, url_of
+from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.server import Server
 from bertology_serve.serving.versions.delta_registry import Registry
 
@@ -40,19 +40,21 @@ def running(
     registry: Registry | None = None,
     **options: Any,
 ) -> Iterator[Running]:
-    """A server on a free port, stopped and joined at the end."""
-    config = ServerConfig(**{"port": 0, "drain_seconds": 0.0, "shutdown_seconds": 20.0, **options})
+    """A server on a free port, stopped and joined at the end; its clocks run out on no slow machine."""
+    config = ServerConfig(
+        **{"port": 0, "max_call_seconds": 120.0, "drain_seconds": 0.0, "shutdown_seconds": 20.0, **options}
+    )
     bound = bind(config.host, config.port)
-    server = Server(pipeline, registry or Registry(pipeline, root), config, keyring=keyring)
+    server = Server(registry or Registry(pipeline, root), config, keyring=keyring)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
         wait(lambda: server.started or not thread.is_alive())
-        with httpx.Client(base_url=url_of(bound), timeout=60) as client:
+        with httpx.Client(base_url=url_of(bound), timeout=120) as client:
             yield Running(server, str(client.base_url), client)
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
     assert not thread.is_alive(), "the server did not stop"
 
 

@@ -78,7 +78,7 @@ def test_devices_are_never_replaced(tmp_path):
     reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
     with writing(str(tmp_path / "pipe")) as file:
         file.write(b"through")
-    assert reader.communicate(timeout=10)[0] == b"through"
+    assert reader.communicate(timeout=120)[0] == b"through"
     assert (tmp_path / "pipe").is_fifo()
 
 

@@ -16,14 +16,14 @@ from transformers import (
 )
 
 from bertology_serve.errors import FormatError, SpecError, Unsupported
-from bertology_serve.tasks import heads
+from bertology_serve.families import FAMILIES
 from bertology_serve.tasks.heads import Head, head_form, pool
 from bertology_serve.tasks.spec import TaskSpec
 
 H = 24
 SIZE = {"vocab_size": 40, "hidden_size": H, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 OPTIONS = {
-    **{family: {} for family in (*heads.POOLER, *heads.ROBERTA_LIKE)},
+    **{family: {} for family in FAMILIES},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "jina_embeddings_v3": {"position_embedding_type": "absolute"},
     "rembert": {"input_embedding_size": 16},
@@ -34,9 +34,7 @@ OPTIONS = {
     "eurobert": {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "mask_token_id": 4},
     "electra": {"embedding_size": 16},
     "distilbert": {"dim": H, "n_layers": 1, "n_heads": 2, "hidden_dim": 32},
-    "mpnet": {},
     "deberta": {"pooler_hidden_act": "tanh"},
-    "deberta-v2": {},
     "modernbert": {"pad_token_id": 0, "classifier_activation": "silu", "norm_eps": 1e-3},
 }
 LABELS = ("B-x", "I-x", "O")
@@ -47,14 +45,12 @@ TASKS = {
     "question-answering": (AutoModelForQuestionAnswering, TaskSpec("question-answering")),
     "multiple-choice": (AutoModelForMultipleChoice, TaskSpec("multiple-choice")),
 }
-LACKING = {"question-answering": heads.NO_ANSWERS, "multiple-choice": heads.NO_CHOICE}
+FORMS = {"token-classification": "tokens", "question-answering": "answers", "multiple-choice": "choice"}
 PAIRS = [
     (family, task)
-    for family in OPTIONS
+    for family, own in FAMILIES.items()
     for task in TASKS
-    if family in CONFIG_MAPPING
-    and family not in LACKING.get(task, ())
-    and (family not in heads.TAGS_ONLY or task == "token-classification")
+    if family in CONFIG_MAPPING and getattr(own, FORMS.get(task, "sequence")) is not None
 ]
 IDS = torch.tensor([[2, 5, 6, 7, 3], [2, 9, 8, 11, 3], [2, 4, 10, 12, 3]])
 
@@ -103,7 +99,8 @@ def test_logits_equal_those_of_the_task_model(family, task):
 
 
 def test_a_family_is_proven_above_or_refused_by_name():
-    assert set(OPTIONS) == {*heads.FAMILIES, *heads.TAGS_ONLY}
+    assert set(OPTIONS) == set(FAMILIES)
+    assert len({family for family, _ in PAIRS}) >= 23
     for family, kind in (
         ("longformer", "classification"),
         ("luke", "token-classification"),

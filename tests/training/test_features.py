@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.training.features import features, pooled
 from bertology_serve.training.train import Prepared, prepare
 from bertology_serve.training.train_config import TrainConfig
@@ -61,7 +60,7 @@ def test_every_family_has_layers(tmp_path: Path, family: str):
 def test_a_second_call_runs_nothing(tmp_path: Path, bert: Encoder, monkeypatch: pytest.MonkeyPatch):
     made = ready(bert)
     first = features(made.live, made.items, ALL, 4096, tmp_path / "kept")
-    monkeypatch.setattr(TrainableDelta, "hidden", None)
+    monkeypatch.setattr(Encoder, "layers", None)
     second = features(made.live, made.items, ALL, 4096, tmp_path / "kept")
     assert all(torch.equal(first[layer], second[layer]) for layer in ALL)
     assert [path.suffix for path in (tmp_path / "kept").iterdir()] == [".safetensors"]

@@ -43,7 +43,8 @@ def test_stages_say_what_is_trained_and_from_what_start():
     probe, full = stages(TrainConfig("classification", recipe="lp-ft", epochs=5, first_epochs=2, learning_rate=1e-5))
     assert not probe.solved, "epochs were given for it"
     assert [stage.solved for stage in stages(TrainConfig("classification", recipe="lp-ft"))] == [True, False]
-    assert [stage.solved for stage in stages(TrainConfig("regression", recipe="lp-ft"))] == [False, False]
+    assert [stage.solved for stage in stages(TrainConfig("multiple-choice", recipe="lp-ft"))] == [False, False]
+    assert [stage.solved for stage in stages(TrainConfig("regression"))] == [True, False]
     assert [stage.solved for stage in stages(TrainConfig("classification", recipe="lp"))] == [True]
     assert (probe.config.method, probe.config.epochs, probe.config.learning_rate) == (("probe",), 2, None)
     assert (full.config.method, full.config.epochs, full.config.head_rate) == (("full",), 5, 1e-5)
@@ -57,7 +58,7 @@ def test_stages_say_what_is_trained_and_from_what_start():
     assert all(stage.config.recipe is None for stage in (delta, full))
     mixed = stages(TrainConfig("regression", "mixout", recipe="lp-ft", options={"mixout": {"p": 0.9}}))[1]
     assert mixed.config.options == {"mixout": {"p": 0.9}}
-    config = TrainConfig("regression")
+    config = TrainConfig("regression", start="random")
     assert [stage.config for stage in stages(config)] == [config]
 
 
@@ -68,8 +69,14 @@ def test_stages_say_what_is_trained_and_from_what_start():
         ({"recipe": "eh-ft", "method": "full"}, "recipe eh-ft begins with a delta, but the method is full"),
         ({"recipe": "lp-ft", "method": "probe"}, "recipe lp-ft begins with the probe"),
         ({"first_epochs": 2}, "those of a recipe's first stage; give --recipe lp-ft or eh-ft too"),
-        ({"recipe": "lp", "method": "lora"}, "recipe lp solves a probe for classification; got method lora"),
-        ({"recipe": "lp", "task": "regression"}, "recipe lp solves a probe for classification; got .* task regression"),
+        (
+            {"recipe": "lp", "method": "lora"},
+            "recipe lp solves a probe for classification or regression; got method lora",
+        ),
+        (
+            {"recipe": "lp", "task": "embedding"},
+            "recipe lp solves a probe for classification or regression; .* embedding",
+        ),
         ({"recipe": "lp", "head": "hf"}, "recipe lp solves one linear layer; got head 'hf'"),
         ({"recipe": "lp", "lp_path": 0}, "lp_path is 0"),
         ({"recipe": "lp", "lp_layers": "some"}, "unknown lp_layers 'some'"),
@@ -201,6 +208,7 @@ def test_killed_in_any_stage_it_ends_at_the_same_bits(tmp_path: Path, bert_path:
     assert logs[0] == logs[1]
 
 
+@same_bits
 def test_a_kill_between_stages_continues_with_the_next(tmp_path: Path, bert_path: Path, monkeypatch: Any):
     """The first stage's delta stands, the second has no checkpoint; the one that lies there is the first's."""
     straight = run(Encoder.load(str(bert_path)), tmp_path / "straight", "eh-ft")

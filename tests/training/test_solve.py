@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from bertology_serve.deltas import store
+from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.encoder.forward_context import Pools
 from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.features import pooled
@@ -23,11 +25,11 @@ from tests.bits import same_bits
 from tests.training import sets
 
 
-def run(encoder: Encoder, out: Path, **values: Any) -> Outcome:
+def run(encoder: Encoder, out: Path, task: str = "classification", **values: Any) -> Outcome:
     place = {name: values.pop(name) for name in ("resume", "overwrite") if name in values}
-    watcher, dev = values.pop("watcher", None), values.pop("dev", sets.source("classification", "dev.jsonl"))
-    config = TrainConfig("classification", **{"recipe": "lp", "max_length": 32, "epochs": 2, "batch_size": 4, **values})
-    data = sets.source("classification"), dev
+    watcher, dev = values.pop("watcher", None), values.pop("dev", sets.source(task, "dev.jsonl"))
+    config = TrainConfig(task, **{"recipe": "lp", "max_length": 32, "epochs": 2, "batch_size": 4, **values})
+    data = sets.source(task), dev
     return train(config, encoder, *data, place=Destination(out, **place), watcher=watcher)
 
 
@@ -57,8 +59,13 @@ def test_probe_is_published_at_the_optimum_for_its_c(tmp_path: Path, bert: Encod
 
 def test_every_layer_has_a_probe_from_one_pass(tmp_path: Path, bert: Encoder, monkeypatch: pytest.MonkeyPatch):
     passes: list[int] = []
-    hidden = TrainableDelta.hidden
-    monkeypatch.setattr(TrainableDelta, "hidden", lambda self, own: (passes.append(len(own)), hidden(self, own))[1])
+    run_layers = Encoder.layers
+
+    def counted(self: Encoder, batch: PackedBatch, pools: Pools) -> tuple[Tensor, ...]:
+        passes.append(batch.sequences)
+        return run_layers(self, batch, pools)
+
+    monkeypatch.setattr(Encoder, "layers", counted)
     seen: list[int] = []
 
     class Watch(NoCallback):
@@ -68,7 +75,7 @@ def test_every_layer_has_a_probe_from_one_pass(tmp_path: Path, bert: Encoder, mo
     outcome = run(bert, tmp_path / "mine", lp_layers="all", lp_path=3, watcher=Watch())
     layers = json.loads((outcome.path / "layers.json").read_text())["layers"]
     assert [layer["layer"] for layer in layers] == seen == [0, 1, 2, 3]
-    assert sum(passes) <= 16 + 16 + 16, "training rows, evaluation rows, and those that were compared"
+    assert sum(passes) == 16, "the evaluation rows are the training rows, which were kept"
     assert layers[3]["accuracy"] == pytest.approx(outcome.delta.metrics["accuracy"])
     assert outcome.state.step == 12
     alone = run(bert, tmp_path / "alone", lp_path=3)
@@ -129,3 +136,18 @@ def test_killed_in_the_path_it_ends_at_the_same_bits(
             assert torch.equal(getattr(resumed.delta, group)[name], tensor), name
     assert len(lines(resumed)) == len(lines(straight))
     assert store.load(resumed.path).metrics == store.load(straight.path).metrics
+
+
+def test_regression_begins_at_ridge_and_is_never_worse(tmp_path: Path, bert: Encoder):
+    probe = run(bert, tmp_path / "probe", "regression")
+    found = evaluate(probe.delta, sets.source("regression").records, bert).metrics
+    assert {name: value for name, value in probe.delta.metrics.items() if name != "loss"} == pytest.approx(found)
+    best = max(line["eval"]["spearman"] for line in lines(probe))
+    assert probe.delta.metrics["spearman"] == pytest.approx(best)
+    assert best > 0.5
+    still = run(bert, tmp_path / "still", "regression", recipe=None, pooling="mean", learning_rate=1e-9)
+    assert still.unimproved
+    assert still.delta.metrics == pytest.approx(probe.delta.metrics)
+    moved = run(bert, tmp_path / "moved", "regression", recipe=None, pooling="mean", learning_rate=1e-2, epochs=8)
+    assert moved.delta.metrics["spearman"] >= best
+    assert moved.unimproved or moved.baselines["probe"] == pytest.approx(probe.delta.metrics)

@@ -80,7 +80,8 @@ def test_defaults_depend_on_the_task():
     assert (spec.pooling, spec.head, spec.max_length) == ("mean", "none", 128)
     spec = TrainConfig("regression", "probe").task_spec(())
     assert (spec.pooling, spec.head) == ("mean", "linear")
-    spec = TrainConfig("regression").task_spec(())
+    assert (TrainConfig("regression").form.pooling, TrainConfig("regression").form.head) == ("mean", "linear")
+    spec = TrainConfig("regression", start="random").task_spec(())
     assert (spec.pooling, spec.head) == ("cls", "hf")
     assert TrainConfig("regression", stride=3, max_answer_length=4, max_length=9).task_spec(()).stride == 3
 

@@ -15,16 +15,16 @@ from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.layout import architectures
 
 
-def task_model(parts: ExportInputs, delta: Delta) -> Any:
+def task_model(export_inputs: ExportInputs, delta: Delta) -> Any:
     """HuggingFace's own model for the task, float32, on CPU, not training, its attention SDPA.
 
-    ``parts`` are those of the merged delta. Raises Unsupported where something of it does not fold, or where
+    ``export_inputs`` are those of the merged delta. Raises Unsupported where something of it does not fold, or where
     HuggingFace has no model for the task.
     """
     names = architectures(delta)
-    if not names or delta.effects(parts.anatomy).unfoldable:
+    if not names or delta.effects(export_inputs.anatomy).unfoldable:
         raise Unsupported(f"delta {delta.name!r} is no checkpoint that others could export; give one that folds")
-    return hf_model.task_model(parts, names[0], "sdpa")
+    return hf_model.task_model(export_inputs, names[0], "sdpa")
 
 
 class _Packed(nn.Module):

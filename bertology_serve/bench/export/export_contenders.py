@@ -55,13 +55,13 @@ class Model:
     off: float = ROUNDED
 
 
-def exported(parts: ExportInputs, directory: Path) -> list[Model]:
+def exported(export_inputs: ExportInputs, directory: Path) -> list[Model]:
     """Every form, written into ``directory``, which is made, and loaded from there."""
     found = []
     directory.mkdir()
     for number, (name, (unpad, precision, opset)) in enumerate(FORMS.items()):
         path = directory / f"{number}.onnx"
-        size = save(emit(parts, opset, unpad, precision), path)
+        size = save(emit(export_inputs, opset, unpad, precision), path)
         found.append(Model(name, Session(path).run, size, ROUNDED if precision == "fp32" else COARSE))
     return found
 

@@ -22,14 +22,12 @@ from bertology_serve.bench.export.others import TOOLS, exported_by
 from bertology_serve.bench.export.timing import Timed, interleave
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.pooling import form_for
 from bertology_serve.errors import Unsupported, VerificationError
 from bertology_serve.export.emitter.emit import emit
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.installation import environment
 from bertology_serve.export.layout import save
 from bertology_serve.tasks.base import Task
-from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, Encoding, TaskSpec
 
 EXPORTS = 5
@@ -66,7 +64,7 @@ class Result:
 def bare(encoder: Encoder) -> Delta:
     """A delta that changes nothing, with a random head of two classes."""
     task = TaskSpec(CLASSIFICATION, ("a", "b"))
-    head = Head.build(form_for(encoder, task), encoder.base_head, torch.Generator().manual_seed(0))
+    head = encoder.head(task, torch.Generator().manual_seed(0))
     return Delta("bare", encoder.ref, task, head=head.own_tensors(), version="1")
 
 
@@ -79,17 +77,17 @@ def run(
     """
     if delta.task.kind not in (CLASSIFICATION, REGRESSION):
         raise Unsupported(f"delta {delta.name!r} answers {delta.task.kind}; expected classification or regression")
-    where, parts = environment(), ExportInputs.of(encoder, delta, merge=True)
+    where, export_inputs = environment(), ExportInputs.of(encoder, delta, merge=True)
     batches = [*(full(encoder, *shape) for shape in FULL), as_they_come(encoder, "texts as they come", inputs.texts)]
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         seconds, same = export_times(encoder, delta, directory)
         say("exported; other tools export")
-        models, missing = contenders(encoder, delta, parts, inputs, directory)
+        models, missing = contenders(encoder, delta, export_inputs, inputs, directory)
         for one in batches:
             check(models, one)
         say(f"{len(models)} contenders agree; accuracy")
-        close = closeness(encoder, delta, parts, batches[-1], directory / "embeddings")
+        close = closeness(encoder, delta, export_inputs, batches[-1], directory / "embeddings")
         accuracies = accuracies_of(encoder, inputs, models)
         times = {one.name: _timed(models, one, rounds, say) for one in batches}
     sizes = {model.name: model.size for model in models}
@@ -97,14 +95,14 @@ def run(
 
 
 def contenders(
-    encoder: Encoder, delta: Delta, parts: ExportInputs, inputs: Inputs, directory: Path
+    encoder: Encoder, delta: Delta, export_inputs: ExportInputs, inputs: Inputs, directory: Path
 ) -> tuple[list[Model], list[str]]:
     """Torch's eager form first; and why some are missing."""
-    model = task_model(parts, delta)
+    model = task_model(export_inputs, delta)
     checkpoint = directory / "checkpoint"
     model.save_pretrained(checkpoint)
     encoder.tokenizer.save_pretrained(checkpoint)
-    found, missing = [*in_torch(model, inputs.compiled), *exported(parts, directory / "ours")], []
+    found, missing = [*in_torch(model, inputs.compiled), *exported(export_inputs, directory / "ours")], []
     for name, tools in TOOLS.items():
         for tool in tools if name in inputs.tools else ():
             try:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bertology_serve.bench.prove.figure import Measured
 from bertology_serve.bench.prove.stage import Stage
 from bertology_serve.encoder.pipeline import Job, Pipeline, Prediction, Request
-from bertology_serve.serving.batching.delta_queue import CallOptions
+from bertology_serve.serving.batching.scheduler import CallContext
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.execution.engine import ClientGone, Engine
 from bertology_serve.serving.observability.metrics import Metrics
+from bertology_serve.serving.service import ClientGone, Service
+from bertology_serve.serving.versions.delta_registry import Registry
 
 
 class Gated(Pipeline):
@@ -42,25 +43,24 @@ def measure(stage: Stage) -> Measured:
 
 
 async def _run(pipeline: Gated, calls: int) -> tuple[int, int]:
-    engine = Engine(pipeline, ServerConfig(), Metrics())
-    engine.start()
-    first = asyncio.create_task(engine.answer([Request("base", {"text": "first"})]))
+    service = Service(Registry(pipeline), ServerConfig(), Metrics())
+    service.start()
+    first = asyncio.create_task(service.answer(CallContext(), [Request("base", {"text": "first"})]))
     await asyncio.to_thread(pipeline.busy.wait, 60)
-    leave = asyncio.Event()
-
-    async def hang_up() -> None:
-        await leave.wait()
-
+    leave = list[Callable[[], None]]()
     waiting = [
-        asyncio.create_task(engine.answer([Request("base", {"text": f"gone {number}"})], CallOptions(hang_up)))
+        asyncio.create_task(
+            service.answer(CallContext(watch=leave.append), [Request("base", {"text": f"gone {number}"})])
+        )
         for number in range(calls)
     ]
     await asyncio.sleep(0.1)
-    queued = engine.queue.items
-    leave.set()
+    queued = service.queue.items
+    for left in leave:
+        left()
     outcomes = await asyncio.gather(*waiting, return_exceptions=True)
-    dropped = queued - engine.queue.items
+    dropped = queued - service.queue.items
     pipeline.go.set()
     await first
-    await engine.stop()
+    await service.stop()
     return sum(isinstance(outcome, ClientGone) for outcome in outcomes), dropped

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bertology_serve.bench.prove.cores import cpu_seconds
-from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta
@@ -25,7 +24,7 @@ from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt
-from bertology_serve.serving.auth.keys import ADMIN_KEYS
+from bertology_serve.serving.keys import ADMIN_KEYS
 from bertology_serve.tasks.spec import TaskSpec
 
 ADMIN = "the-admin-key-of-the-proof"
@@ -116,7 +115,7 @@ class Stage:
         """Writes one random delta like one of the zoo."""
         spec, task = ZOO[like or name]
         delta = self.random(name, spec, task, seed, version)
-        store.save(delta, root / name / version, self.encoder.anatomy, self.encoder.config.to_dict())
+        delta.save(root / name / version, self.encoder)
 
     def random(self, name: str, spec: object, task: TaskSpec, seed: int, version: str = "1") -> Delta:
         """A delta all of whose tensors are random, so that it changes something."""

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from bertology_serve.bench.serving.texts_workload import Workload, lengths, owners, texts
-from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.loading import load_model, locate
@@ -123,7 +122,7 @@ def _peft_model(encoder: Encoder, deltas: Sequence[Delta]) -> Any:
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that is on its way out
         paths = [Path(directory) / delta.name / delta.version for delta in deltas]
         for path, delta in zip(paths, deltas, strict=True):
-            store.save(delta, path, encoder.anatomy, encoder.config.to_dict())
+            delta.save(path, encoder)
         wrapped = PeftModel.from_pretrained(model, paths[0], adapter_name=deltas[0].name)
         for path, delta in zip(paths[1:], deltas[1:], strict=True):
             wrapped.load_adapter(path, adapter_name=delta.name)

@@ -27,9 +27,11 @@ from bertology_serve.deltas.interop.peft_tensors import ia3_delta, take
 from bertology_serve.deltas.layout import MODEL_ROOT, check_shapes, expected_shapes, shapes_of, split_prefix
 from bertology_serve.deltas.names import ADAPTER_CONFIG, check_name
 from bertology_serve.deltas.safe_io import Limits, read_json
-from bertology_serve.deltas.store import publish, staging, write_json, write_tensors
+from bertology_serve.deltas.store import publish, write_tensors
 from bertology_serve.deltas.typed import conform
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
+from bertology_serve.families import FAMILIES
+from bertology_serve.files import staging, write_json
 from bertology_serve.kinds.adapter import Adapter, layers, places
 from bertology_serve.kinds.kind import Tensors
 from bertology_serve.kinds.prefix import Prefix
@@ -38,7 +40,7 @@ from bertology_serve.tasks.heads import head_form
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, TaskSpec
 
 WEIGHTS, HEAD_CONFIG, HEAD_WEIGHTS = "adapter.safetensors", "head_config.json", "model_head.safetensors"
-FAMILIES = ("bert", "roberta", "xlm-roberta", "electra")
+KNOWN = tuple(name for name, family in FAMILIES.items() if family.adapterhub)
 VERSION = "adapters.1.3.0"
 ACTIVATIONS = {"swish": "silu", "silu": "silu", "relu": "relu", "gelu": "gelu", "tanh": "tanh"}
 _RUN: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -187,8 +189,8 @@ def _only_adapter(delta: Delta, anatomy: Anatomy) -> Adapter:
 
 
 def _check_family(anatomy: Anatomy) -> None:
-    if anatomy.family not in FAMILIES or anatomy.pre_norm:
-        raise Unsupported(f"AdapterHub's names are known for {', '.join(FAMILIES)}, not for {anatomy.family}")
+    if anatomy.family not in KNOWN or anatomy.pre_norm:
+        raise Unsupported(f"AdapterHub's names are known for {', '.join(KNOWN)}, not for {anatomy.family}")
 
 
 def _config(spec: Adapter, anatomy: Anatomy) -> dict[str, Any]:

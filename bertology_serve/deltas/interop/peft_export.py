@@ -10,6 +10,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.interop.peft_tensors import ia3_config, is_beft, modules
 from bertology_serve.deltas.layout import MODEL_ROOT, as_peft_does
 from bertology_serve.deltas.pruning import PRUNED
+from bertology_serve.families import FAMILIES, family_named
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.ia3 import Ia3
 from bertology_serve.kinds.lora import Lora
@@ -17,7 +18,7 @@ from bertology_serve.kinds.norms import Norms
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.kinds.slots import Anatomy
-from bertology_serve.tasks.heads import FAMILIES, ROBERTA_LIKE, TAGS_ONLY, head_pooling
+from bertology_serve.tasks.heads import head_pooling
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -37,15 +38,7 @@ TASK_TYPES: dict[str, str | None] = {
     EMBEDDING: "FEATURE_EXTRACTION",
     MULTIPLE_CHOICE: None,
 }
-PREFIX_FAMILIES = (
-    "bert",
-    "roberta",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "camembert",
-    "electra",
-)  # peft fails on the others, or ignores the prefix
-_TOKEN_TYPES = {"bert": 2, "electra": 2}  # where no configuration says how many token types there are
+PREFIX_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.peft_prefix)
 
 
 def module_root(task: TaskSpec, anatomy: Anatomy) -> str:
@@ -63,8 +56,9 @@ def drops_types(task: TaskSpec, family: str, options: Mapping[str, Any]) -> bool
 
     ``PeftModelForQuestionAnswering.forward`` (0.21.2) takes ``token_type_ids`` and passes them to nobody.
     """
-    types = int(options.get("type_vocab_size") or (0 if options else _TOKEN_TYPES.get(family, 0)))
-    return task.kind == QUESTION_ANSWERING and task.token_types and types > 1 and family not in ROBERTA_LIKE
+    own = family_named(family).token_types
+    types = int(options.get("type_vocab_size") or (0 if options else own or 0))
+    return task.kind == QUESTION_ANSWERING and task.token_types and types > 1 and own != 0
 
 
 def obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> str:
@@ -119,7 +113,7 @@ def _method_obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any])
 def _head_obstacle(task: TaskSpec, family: str, options: Mapping[str, Any]) -> str:
     if task.kind == EMBEDDING:
         return ""
-    if task.head != "hf" or family not in (*FAMILIES, *TAGS_ONLY):
+    if task.head != "hf" or family not in FAMILIES:
         return f"the task models of {family} have no {task.head} head of this form"
     pooling = head_pooling(family, task.kind, options)
     if not task.per_token and task.pooling != pooling:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, float32
 
-from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
 from bertology_serve.deltas.interop.peft_export import PREFIX_FAMILIES, TASK_TYPES, drops_types
 from bertology_serve.deltas.interop.peft_modules import beft_delta, check_none_left, check_whole, lora_delta, merge_head
 from bertology_serve.deltas.interop.peft_tensors import MERGE, ia3_delta, take
@@ -96,40 +96,21 @@ def import_peft(
     limits: Limits | None = None,
     root: Path | None = None,
     base_head: Mapping[str, Tensor] | None = None,
+    read: tuple[Mapping[str, Any], Tensors] | None = None,
 ) -> Delta:
     """The delta ``known_as`` (NAME/VERSION) of a peft directory, for the encoder ``base``: peft names no weights.
 
     ``task`` says what peft does not: labels, maximum length. Without it, or with its kind alone, they follow from the
     task type and the head's width (``LABEL_0``...), for embeddings from what sentence-transformers wrote beside.
     ``base_head`` is what the base checkpoint has of a head, by its name there: a delta whose LoRA reaches the pooler
-    carries the pooler's whole weight. Raises FormatError for a malformed directory, Unsupported for what cannot be had
-    here.
+    carries the pooler's whole weight. ``read`` are the configuration and the tensors where they were read already.
+    Raises FormatError for a malformed directory, Unsupported for what cannot be had here.
     """
     limits, root = limits or Limits(), root or directory
-    config, _ = read_json(directory / ADAPTER_CONFIG, limits, root)
-    tensors, _, _ = read_tensors(directory / ADAPTER_WEIGHTS, limits, root)
-    return peft_delta(
-        directory, config, tensors, anatomy, base, known_as, task=task, options=options, limits=limits, root=root,
-        base_head=base_head,
-    )  # fmt: skip
-
-
-def peft_delta(
-    directory: Path,
-    config: Mapping[str, Any],
-    tensors: Tensors,
-    anatomy: Anatomy,
-    base: BaseRef,
-    known_as: Path,
-    *,
-    task: TaskSpec | str | None = None,
-    options: Mapping[str, Any] | None = None,
-    limits: Limits | None = None,
-    root: Path | None = None,
-    base_head: Mapping[str, Tensor] | None = None,
-) -> Delta:
-    """What ``import_peft`` returns, for a configuration and tensors that were read from ``directory``."""
-    limits, root = limits or Limits(), root or directory
+    config, tensors = read or (
+        read_json(directory / ADAPTER_CONFIG, limits, root)[0],
+        read_tensors(directory / ADAPTER_WEIGHTS, limits, root)[0],
+    )
     method = str(config.get("peft_type"))
     if method not in _METHODS:
         raise Unsupported(f"{directory} holds peft's {method[:40]}; {_way_out(method)}{nearest(method[:40], _METHODS)}")
@@ -155,9 +136,10 @@ def peft_delta(
         raise FormatError(f"{directory}: {error}") from None
     except Unsupported as error:
         raise Unsupported(f"{directory}: {error}") from None
-    origin = _provenance(config)
-    specs = () if spec is None else (spec,)
-    return Delta(known_as.parent.name, base, task, specs, components, head, version=known_as.name, provenance=origin)
+    return Delta(
+        known_as.parent.name, base, task, () if spec is None else (spec,), components, head, version=known_as.name,
+        provenance=_provenance(config), made_for=EncoderShape(anatomy, dict(options or {})),
+    )  # fmt: skip
 
 
 def _check_settings(config: Mapping[str, Any], directory: Path) -> None:

@@ -1,33 +1,179 @@
-"""Which of the waiting work makes the next batch: fair between deltas, earliest deadline first within each.
+"""Which of the waiting items make the next batch: fair between deltas, earliest deadline first within each.
 
 Virtual token counters (VTC; Sheng et al., Fairness in Serving Large Language Models, OSDI 2024), which are exact here:
 an encoder's cost is known on arrival. Each delta that waits has a counter of tokens served over its weight; the lowest
 goes next, and is charged as it goes. A delta that begins to wait is lifted to the lowest counter of those that wait, so
 that idling earns no credit. For any two deltas that wait, the counters differ by at most ``max(cost / weight)`` of one
-piece of work; over any time in which both wait, their service over weight differs by at most twice that.
+item; over any time in which both wait, their service over weight differs by at most twice that.
 
 Pure: no clock, no lock, no thread of its own.
 """
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from enum import Enum
 
-from bertology_serve.serving.batching.delta_queue import DeltaQueue, Tally, Work
+from bertology_serve.encoder.pipeline import Job, LoadedDelta, Prediction, Request
+from bertology_serve.serving.keys import Access
 
+Outcome = Prediction | Exception
+DEFAULT_PRIORITY = 5  # of calls that ask for none
 DEFAULT_WEIGHT = 1.0
+
+
+class State(Enum):
+    """Where an item is: a batch takes it once, or nobody wants it any more."""
+
+    WAITING = "waiting"
+    TAKEN = "taken"
+    CANCELLED = "cancelled"
+
+
+class CallContext:
+    """One call: who asks and on what terms, the versions that answer it, and its items. Belongs to the event loop.
+
+    The answer is worth nothing after ``seconds``. Of one delta's items those of the lowest ``priority`` go first (0:
+    the default one). ``watch(left)`` has ``left()`` called once the caller has gone, and may give what ends the watch.
+    ``acquired`` are the versions, by the name that was asked for: they stay, and stay in memory, until the call is
+    answered; ``leases`` keep them from being evicted. ``tokens`` is what was charged, ``started`` when the call came,
+    on the clock of ``time.monotonic``.
+    """
+
+    def __init__(
+        self,
+        access: Access | None = None,
+        watch: Callable[[Callable[[], None]], Callable[[], object] | None] | None = None,
+        seconds: float = math.inf,
+        priority: int = 0,
+    ) -> None:
+        self.access, self.watch, self.seconds, self.priority = access, watch, seconds, priority
+        self.acquired: dict[str, LoadedDelta] = {}
+        self.items: list[Item] = []
+        self.tokens, self.started = 0, time.monotonic()
+        self.leases: ExitStack | None = None
+        self.done: asyncio.Future[None] | None = None
+        self.unanswered = 0
+
+    def count_down(self) -> None:
+        """One more item has its outcome; the last one wakes the call."""
+        self.unanswered -= 1
+        if not self.unanswered and self.done is not None and not self.done.done():
+            self.done.set_result(None)
+
+    def fail(self, problem: Exception) -> None:
+        """Wakes the call with an error, unless it has been woken before."""
+        if self.done is not None and not self.done.done():
+            self.done.set_exception(problem)
+
+
+class Item(Job):
+    """One item of a call, from its arrival to its answer: its request, the delta that answers, its tokens, its outcome.
+
+    ``arrived``, ``started`` and ``deadline`` are in seconds of the queue's clock; 0: not yet.
+    """
+
+    def __init__(
+        self, request: Request, ready: LoadedDelta, call: CallContext, deadline: float = math.inf, priority: int = 0
+    ) -> None:
+        super().__init__(request, ready)
+        self.call, self.deadline, self.priority = call, deadline, priority or DEFAULT_PRIORITY
+        self.delta, self.version = request.delta, ready.delta.version
+        self.arrived, self.started, self.state = 0.0, 0.0, State.WAITING
+        self.outcome: Outcome | None = None
+
+
+def resolve(items: Sequence[Item], outcomes: Sequence[Outcome]) -> None:
+    """Gives items their outcomes. On the event loop; an outcome that comes twice is kept once."""
+    for item, outcome in zip(items, outcomes, strict=True):
+        if item.outcome is None:
+            item.outcome = outcome
+            item.call.count_down()
+
+
+_order = itertools.count()
+
+
+class Waiting:
+    """How much waits."""
+
+    __slots__ = ("items", "tokens")
+
+    def __init__(self) -> None:
+        self.items = self.tokens = 0
+
+    def add(self, items: int, tokens: int) -> None:
+        """Counts up, or down."""
+        self.items += items
+        self.tokens += tokens
+
+
+class DeltaQueue:
+    """Lowest priority number first, then earliest deadline, then first come.
+
+    ``waiting`` counts what still waits, ``total`` that of all queues together.
+
+    ``counter`` is the service that the delta has had: tokens over ``weight``, on the scheduler's scale.
+    """
+
+    __slots__ = ("_heap", "counter", "name", "total", "waiting", "weight")
+
+    def __init__(self, name: str, weight: float, counter: float, total: Waiting) -> None:
+        self.name, self.weight, self.counter = name, weight, counter
+        self.waiting, self.total = Waiting(), total
+        self._heap: list[tuple[int, float, int, Item]] = []
+
+    def push(self, item: Item) -> None:
+        """Takes in one item."""
+        heapq.heappush(self._heap, (item.priority, item.deadline, next(_order), item))
+        self._count(1, item.cost)
+
+    def first(self, now: float) -> Item | None:
+        """The next item, still waiting; ``None`` where there is none. What has expired is cancelled on the way."""
+        while self._heap:
+            item = self._heap[0][3]
+            if item.state is State.WAITING and item.deadline > now:
+                return item
+            heapq.heappop(self._heap)
+            if item.state is State.WAITING:
+                item.state = State.CANCELLED
+                self._count(-1, -item.cost)
+        return None
+
+    def take(self) -> Item:
+        """Removes the item that ``first`` gave and charges the delta for it."""
+        item = heapq.heappop(self._heap)[3]
+        item.state = State.TAKEN
+        self._count(-1, -item.cost)
+        self.counter += item.cost / self.weight
+        return item
+
+    def cancel(self, item: Item) -> None:
+        """Takes out an item that was waiting; it costs the delta nothing."""
+        item.state = State.CANCELLED
+        self._count(-1, -item.cost)
+        if len(self._heap) > 2 * self.waiting.items + 16:
+            self._heap = [entry for entry in self._heap if entry[3].state is State.WAITING]
+            heapq.heapify(self._heap)
+
+    def _count(self, items: int, tokens: int) -> None:
+        self.waiting.add(items, tokens)
+        self.total.add(items, tokens)
 
 
 class FairScheduler:
     """The order of the queue. ``WorkQueue`` calls it under its lock, with its own clock's time in seconds.
 
-    Batches hold up to ``max_tokens``, of whatever deltas, work counting as ``cost + bend · squares``; work beyond that
-    goes alone. A batch ends at the first piece that does not fit, so that nothing overtakes it. Beyond ``hurried``
+    Batches hold up to ``max_tokens``, of whatever deltas, an item counting as ``cost + bend · squares``; one beyond
+    that goes alone. A batch ends at the first item that does not fit, so that nothing overtakes it. Beyond ``hurried``
     tokens it only grows while all in it are answered before their deadlines, if it takes ``seconds(size)``. ``weights``
-    are by delta, 1 for those not named. ``total`` counts what waits.
+    are by delta, 1 for those not named. ``queues`` are the deltas that wait, ``total`` counts what does.
     """
 
     def __init__(self, max_tokens: int, weights: Mapping[str, float] | None = None) -> None:
@@ -36,9 +182,9 @@ class FairScheduler:
         self.seconds: Callable[[float], float] = lambda size: 0.0
         self.bend = 0.0
         self._weights = dict(weights or {})
-        self.total = Tally()
-        self._lanes: dict[str, DeltaQueue] = {}
-        self._queue: list[tuple[float, int, DeltaQueue]] = []  # a heap over the lanes that wait; empty lanes are stale
+        self.total = Waiting()
+        self.queues: dict[str, DeltaQueue] = {}
+        self._heap: list[tuple[float, int, DeltaQueue]] = []  # a heap over the queues that wait; empty queues are stale
         self._order = itertools.count()
         self._floor = 0.0
         self._spent: dict[str, float] = {}  # counters above the floor of deltas that do not wait now
@@ -46,82 +192,77 @@ class FairScheduler:
     def weigh(self, weights: Mapping[str, float]) -> None:
         """Changes some weights; what has been charged stays charged."""
         self._weights.update(weights)
-        for name in weights.keys() & self._lanes.keys():
-            self._lanes[name].weight = weights[name]
-
-    def waiting(self, delta: str) -> int:
-        """Tokens that wait for one delta."""
-        lane = self._lanes.get(delta)
-        return lane.waiting.tokens if lane else 0
+        for name in weights.keys() & self.queues.keys():
+            self.queues[name].weight = weights[name]
 
     def share(self, delta: str) -> float:
         """The part of the service that a delta would get now, beside those that wait."""
-        others = sum(lane.weight for name, lane in self._lanes.items() if name != delta)
+        others = sum(queue.weight for name, queue in self.queues.items() if name != delta)
         own = self._weights.get(delta, DEFAULT_WEIGHT)
         return own / (own + others)
 
     def counters(self) -> dict[str, float]:
         """The counters of the deltas that wait."""
-        return {name: lane.counter for name, lane in self._lanes.items()}
+        return {name: queue.counter for name, queue in self.queues.items()}
 
-    def push(self, work: Work) -> None:
-        """Takes in one piece of waiting work."""
-        lane = self._lanes.get(work.delta)
-        if lane is None:
-            lane = self._opened(work.delta)
-        lane.push(work)
+    def push(self, item: Item) -> None:
+        """Takes in one piece of waiting item."""
+        queue = self.queues.get(item.delta)
+        if queue is None:
+            queue = self._opened(item.delta)
+        queue.push(item)
 
-    def pick(self, now: float) -> list[Work]:
-        """Removes and returns the next batch, work of any deltas together; empty when nothing waits."""
-        batch: list[Work] = []
+    def pick(self, now: float) -> list[Item]:
+        """Removes and returns the next batch, items of any deltas together; empty when nothing waits."""
+        batch: list[Item] = []
         filled, soonest = 0.0, math.inf
-        while self._queue:
-            lane = self._queue[0][2]
-            work = lane.first(now)
-            if work is None:
-                heapq.heappop(self._queue)
-                self._closed(lane)
+        while self._heap:
+            queue = self._heap[0][2]
+            item = queue.first(now)
+            if item is None:
+                heapq.heappop(self._heap)
+                self._closed(queue)
                 continue
-            size = work.cost + self.bend * work.squares
-            soonest = min(soonest, work.deadline)
+            size = item.cost + self.bend * item.squares
+            soonest = min(soonest, item.deadline)
             in_time = now + self.seconds(filled + size) <= soonest
             if batch and filled + size > (self.max_tokens if in_time else self.hurried):
                 break
-            self._floor = lane.counter
-            batch.append(lane.take())
+            self._floor = queue.counter
+            batch.append(queue.take())
             filled += size
-            if lane.waiting.items:
-                heapq.heapreplace(self._queue, (lane.counter, next(self._order), lane))
+            if queue.waiting.items:
+                heapq.heapreplace(self._heap, (queue.counter, next(self._order), queue))
             else:
-                heapq.heappop(self._queue)
-                self._closed(lane)
+                heapq.heappop(self._heap)
+                self._closed(queue)
         return batch
 
-    def drop(self, work: Work) -> None:
-        """Forgets one piece of waiting work."""
-        lane = self._lanes[work.delta]
-        lane.drop(work)
-        if not lane.waiting.items:
-            self._closed(lane)
+    def cancel(self, item: Item) -> None:
+        """Takes out one waiting item."""
+        queue = self.queues[item.delta]
+        queue.cancel(item)
+        if not queue.waiting.items:
+            self._closed(queue)
 
     def _opened(self, name: str) -> DeltaQueue:
-        """A lane for a delta that begins to wait, lifted to those that wait already."""
-        while self._queue and not self._queue[0][2].waiting.items:
-            heapq.heappop(self._queue)
-        lowest = self._queue[0][0] if self._queue else self._floor
+        """The queue of a delta that begins to wait, lifted to those that wait already."""
+        while self._heap and not self._heap[0][2].waiting.items:
+            heapq.heappop(self._heap)
+        lowest = self._heap[0][0] if self._heap else self._floor
         counter = max(self._spent.pop(name, 0.0), lowest)
         weight = self._weights.get(name, DEFAULT_WEIGHT)
-        lane = self._lanes[name] = DeltaQueue(name, weight, counter, self.total)
-        heapq.heappush(self._queue, (counter, next(self._order), lane))
-        return lane
+        queue = self.queues[name] = DeltaQueue(name, weight, counter, self.total)
+        heapq.heappush(self._heap, (counter, next(self._order), queue))
+        return queue
 
-    def _closed(self, lane: DeltaQueue) -> None:
+    def _closed(self, queue: DeltaQueue) -> None:
         """Nothing of a delta waits any more. What it has spent beyond the others is remembered while others wait."""
-        if self._lanes.get(lane.name) is lane:
-            del self._lanes[lane.name]
-            self._spent[lane.name] = lane.counter
-        if not self._lanes:
+        if self.queues.get(queue.name) is queue:
+            del self.queues[queue.name]
+            self._spent[queue.name] = queue.counter
+        if not self.queues:
             self._spent.clear()
             self._floor = 0.0
-        elif len(self._spent) > 2 * len(self._lanes) + 64:
+        elif len(self._spent) > 2 * len(self.queues) + 64:
             self._spent = {name: spent for name, spent in self._spent.items() if spent > self._floor}

@@ -20,20 +20,19 @@ from bertology_serve.encoder.delta_set import DeltaSet
 from bertology_serve.encoder.pipeline import BASE, Job, Request
 from bertology_serve.errors import DataError
 from bertology_serve.export.installation import environment
-from bertology_serve.serving.batching.batch_time import WHOLE, Sample
-from bertology_serve.serving.batching.delta_queue import squares_of
+from bertology_serve.serving.batching.queue import WHOLE, BatchTimes, Sample
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.engine_choice import EngineConfig
 from bertology_serve.serving.offline import writing
 
 if TYPE_CHECKING:
-    from bertology_serve.serving.execution.engine import Engine
     from bertology_serve.serving.execution.startup import Startup
 
 
 SENTENCE = "a sentence of some twenty words or so, as people send them to a server that reads what they mean"
 LONG = " ".join([SENTENCE] * 16)
 FIRST, REPEATS = 32, 3
+WARM_UP = ("warm", "a warm-up sentence of some length", "another one, " * 20)
 
 
 def climb(pipeline: DeltaSet, cap: float, most: int, clock: Callable[[], float] = time.perf_counter) -> list[Sample]:
@@ -48,7 +47,7 @@ def climb(pipeline: DeltaSet, cap: float, most: int, clock: Callable[[], float] 
         while size <= max(most, FIRST) and last <= max(2 * cap, WHOLE * (rungs[0][2] if rungs else 0.0)):
             jobs = [job] * max(1, round(size / job.cost))
             last = _timed(pipeline, jobs, clock)
-            rungs.append((job.cost * len(jobs), squares_of(job) * len(jobs), last))
+            rungs.append((job.cost * len(jobs), job.squares * len(jobs), last))
             size *= 2
     return rungs
 
@@ -92,32 +91,50 @@ def circumstances(pipeline: DeltaSet, setting: EngineConfig, config: ServerConfi
     }
 
 
+def warm_up(pipeline: DeltaSet, times: BatchTimes, known: Sequence[Sample] = ()) -> list[Sample]:
+    """Runs a few sentences, so that the first call finds kernels and memory in place; times a ladder of sizes, or
+    takes one that is ``known``. Returns the ladder, by which ``times`` begin.
+    """
+    for count in (1, 4):
+        requests = [Request(BASE, {"text": text}) for text in WARM_UP * count]
+        pipeline.run([pipeline.prepare(request) for request in requests])
+    ladder = list(known) or climb(pipeline, times.cap, times.most)
+    times.start(ladder)
+    log.info(
+        "a batch takes %.1f ms and %.1f µs a token, %.3f %% more for each before it: %d tokens in %.0f ms (cap %g)",
+        1e3 * times.fixed, 1e6 * times.per_token, 100 * times.bend, times.budget,
+        1e3 * times.seconds(times.budget), 1e3 * times.cap,
+    )  # fmt: skip
+    return ladder
+
+
 def find(
-    opened: Startup, engine: Engine, wanted: EngineConfig, where: Mapping[str, Any], known: Findings | None
+    opened: Startup, times: BatchTimes, wanted: EngineConfig, where: Mapping[str, Any], known: Findings | None
 ) -> str:
     """Settles what runs the batches and how long they take, from what is ``known`` or by timing. The engine's name.
 
     What is known is timed again where a short second look shows that it was found on a busy machine. What is timed now
     is kept, unless this machine is busy. Raises what ``opened.settle`` does.
     """
+    pipeline = opened.pipeline
     if known is not None:
         runs, _ = opened.settle(known.setting)
-        engine.warm_up(known.ladder)
-        slower = _times_as_long(known.ladder, _second_look(engine))
+        warm_up(pipeline, times, known.ladder)
+        slower = _times_as_long(known.ladder, _second_look(pipeline, times))
         if slower <= BUSY:
             return runs
         log.info("engines and batches are timed again: batches took %.1f times as long at an earlier start", slower)
     runs, setting = opened.settle(wanted)
-    ladder = engine.warm_up()
-    if doubt := _doubt(ladder, _second_look(engine)):
+    ladder = warm_up(pipeline, times)
+    if doubt := _doubt(ladder, _second_look(pipeline, times)):
         log.warning("the machine seems busy (%s): timings are not kept, the next start times again", doubt)
     else:
         keep(where, Findings(setting, tuple(ladder)))
     return runs
 
 
-def _second_look(engine: Engine) -> list[Sample]:
-    return climb(engine.pipeline, engine.queue.times.cap, SECOND_LOOK)
+def _second_look(pipeline: DeltaSet, times: BatchTimes) -> list[Sample]:
+    return climb(pipeline, times.cap, SECOND_LOOK)
 
 
 def _times_as_long(ladder: Sequence[Sample], again: Sequence[Sample]) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bertology_serve.encoder.bank import BARE, Entry
-from bertology_serve.encoder.batch import PackedBatch, pack
+from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.loading import rounding
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
@@ -80,7 +80,7 @@ def sample(pipeline: Pipeline, onnx: OnnxEngine) -> PackedBatch:
     room = encoder.max_tokens - max(entry.prompt_length + entry.prefix_length for entry in entries)
     encodings = [encode_text(encoder.tokenizer, words, None, min(length, room)) for length in LENGTHS * 2]
     owners = [entries[i % len(entries)] for i in range(len(encodings))]
-    return pack(encodings, owners, encoder.anatomy, encoder.device, padded=not encoder.packs)
+    return encoder.pack(encodings, owners)
 
 
 def compare(pipeline: Pipeline, onnx: OnnxEngine, batch: PackedBatch) -> None:

@@ -1,31 +1,67 @@
-"""The one thread that runs batches."""
+"""The one thread that runs batches, and the deltas that it sets aside because they ended the executor twice running."""
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from bertology_serve.encoder.pipeline import Job, Prediction
+from bertology_serve.encoder.pipeline import Job, LoadedDelta, Prediction
 from bertology_serve.errors import BertologyError, Crashed
-from bertology_serve.serving.batching.delta_queue import Outcome, Work
 from bertology_serve.serving.batching.queue import WorkQueue
-from bertology_serve.serving.execution.quarantine import Quarantine
+from bertology_serve.serving.batching.scheduler import Item, Outcome
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.observability.logs import place_of
 
 log = logging.getLogger(__name__)
+FIRST, LONGEST = 10.0, 600.0  # seconds; each time twice as long as the time before
+
+
+class Quarantine:
+    """One version of a delta is set aside at a time; loading it again, or another, ends that."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._until: weakref.WeakKeyDictionary[LoadedDelta, tuple[float, float]] = weakref.WeakKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._until)
+
+    def put(self, ready: LoadedDelta) -> Crashed:
+        """Sets a delta aside; what its callers are told."""
+        _, before = self._until.get(ready, (0.0, FIRST / 2))
+        seconds = min(2 * before, LONGEST)
+        self._until[ready] = (self._clock() + seconds, seconds)
+        log.error("delta %s, version %s, is set aside for %g s: the executor ended on it twice",
+                  ready.delta.name, ready.delta.version, seconds)  # fmt: skip
+        return self._told(ready, seconds)
+
+    def refusal(self, ready: LoadedDelta) -> Crashed | None:
+        """What a caller is told where the delta is set aside now."""
+        left = self._until.get(ready, (0.0, 0.0))[0] - self._clock()
+        return self._told(ready, left) if left > 0 else None
+
+    def _told(self, ready: LoadedDelta, seconds: float) -> Crashed:
+        return Crashed(
+            f"the executor ended twice on delta {ready.delta.name!r}, version {ready.delta.version!r}; "
+            f"it is set aside for {math.ceil(seconds)} s: try then, or load another version",
+            retry_after=seconds,
+        )
+
+
 THREAD = "executor"
 Run = Callable[[Sequence[Job]], list[Prediction]]
-Deliver = Callable[[Sequence[Work], Sequence[Outcome]], None]
-Observe = Callable[[Sequence[Work], float], None]
+Deliver = Callable[[Sequence[Item], Sequence[Outcome]], None]
+Observe = Callable[[Sequence[Item], float], None]
 
 
 class Executor:
-    """Takes batches from the queue, runs them, and delivers an outcome for every piece of work.
+    """Takes batches from the queue, runs them, and delivers an outcome for every item.
 
     ``run`` answers the jobs of one batch; when it raises, each job is run by itself, so that one bad job spoils no
     other; when it raises Crashed, each delta is run by itself once more, and set aside where it crashes again.
@@ -58,16 +94,16 @@ class Executor:
         while self._serve(self._queue.take()):
             pass
 
-    def _serve(self, batch: Sequence[Work]) -> bool:
+    def _serve(self, batch: Sequence[Item]) -> bool:
         """Runs one batch, of which nothing is held while the next is waited for; false for the end, which is empty."""
         if not batch:
             return False
         start, now = time.perf_counter(), time.monotonic()
-        for work in batch:
-            work.started = now
+        for item in batch:
+            item.started = now
         outcomes: Sequence[Outcome] = [RuntimeError("the executor's thread failed; try again")] * len(batch)
         try:
-            outcomes = self._judged([work.job for work in batch])
+            outcomes = self._judged(batch)
             seconds = time.perf_counter() - start
             self._queue.served(batch, seconds)
         finally:
@@ -77,6 +113,8 @@ class Executor:
 
     def _judged(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
         """The outcomes; deltas that are set aside cost no batch."""
+        if not self.quarantine:
+            return self._outcomes(jobs)
         refusals = [self.quarantine.refusal(job.ready) for job in jobs]
         left = [job for job, refusal in zip(jobs, refusals, strict=True) if refusal is None]
         run = iter(self._outcomes(left) if left else ())

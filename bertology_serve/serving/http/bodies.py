@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 import zlib
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from bertology_serve.encoder.delta_set import Prediction
 from bertology_serve.errors import (
@@ -28,13 +31,18 @@ from bertology_serve.errors import (
     Unsupported,
     VerificationError,
 )
-from bertology_serve.serving.http.connection import CONNECTION, WHOLE
+from bertology_serve.serving.batching.scheduler import CallContext
+from bertology_serve.serving.config import ServerConfig
+from bertology_serve.serving.http.connection import CONNECTION, WHOLE, Connection
+from bertology_serve.serving.keys import Access
 from bertology_serve.serving.protocol.json_codec import encode
 
 JSON, BINARY = "application/json", "application/octet-stream"
 JSON_LENGTH = "Inference-Header-Content-Length"
 TIMEOUT, PRIORITY, REQUEST_ID = "X-Request-Timeout-Ms", "X-Request-Priority", "X-Request-Id"
 TRUNCATED = "X-Truncated"
+REQUEST_ID_FIELD = REQUEST_ID.lower().encode()
+ACCESS, NAMED = "bertology.access", "bertology.request_id"  # in the scope: who calls; the id of the call
 _JSON_LENGTH, _TIMEOUT, _PRIORITY = (name.lower().encode() for name in (JSON_LENGTH, TIMEOUT, PRIORITY))
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits
 _PIECE = 4096  # bytes that are decompressed at once, and at most without a thread for it
@@ -68,11 +76,12 @@ def error_response(message: str, status: int, path: str, headers: Mapping[str, s
     return json_response({"error": error}, status, headers)
 
 
-async def read_body(request: Request, most: int, seconds: float) -> bytes:
-    """The whole body, decompressed; LimitError beyond ``most`` bytes, as soon as that is known.
+async def read_body(request: Request, config: ServerConfig) -> bytes:
+    """The whole body, decompressed; LimitError beyond the configured size, as soon as that is known.
 
     SlowBody where it is not there after so many seconds.
     """
+    most, seconds = config.max_body_bytes, config.max_body_seconds
     announced = _header(request, b"content-length")
     if announced and announced.isdigit() and int(announced[:18]) > most:
         raise _too_large(most)
@@ -126,43 +135,59 @@ def header_length(request: Request) -> int | None:
     return int(value)
 
 
-def timeout_of(request: Request) -> float:
-    """The seconds that the caller allows, by X-Request-Timeout-Ms; without end where it says nothing."""
+def named(response: Response, scope: Scope) -> Response:
+    """The response with the id of its call."""
+    response.raw_headers.append((REQUEST_ID_FIELD, scope[NAMED]))
+    return response
+
+
+def request_id_of(scope: Scope) -> str:
+    """The id of a call. For what lies behind the gate."""
+    found: bytes = scope[NAMED]
+    return found.decode("ascii")
+
+
+def access_of(scope: Scope) -> Access:
+    """Who calls. For routes behind the gate that are not public."""
+    access: Access = scope[ACCESS]
+    return access
+
+
+async def receive(request: Request, config: ServerConfig) -> tuple[bytes, CallContext]:
+    """The body of a request for answers, and the call that it makes: who asks, the seconds that the caller allows, by
+    X-Request-Timeout-Ms, its priority, by X-Request-Priority, and what notices that it has hung up.
+    """
+    body = await read_body(request, config)
+    seconds, priority = math.inf, 0
     value = _header(request, _TIMEOUT)
-    if value is None:
-        return math.inf
-    if not value.isdigit() or len(value) > 10 or int(value) == 0:
-        raise DataError(
-            f"header {TIMEOUT} is {value[:40].decode('latin-1')!r}; expected a whole number of milliseconds above 0"
-        )
-    return int(value) / 1000
-
-
-def priority_of(request: Request) -> int:
-    """The priority that the caller asks for, by X-Request-Priority; 0 where it says nothing."""
+    if value is not None:
+        if not value.isdigit() or len(value) > 10 or int(value) == 0:
+            raise DataError(
+                f"header {TIMEOUT} is {value[:40].decode('latin-1')!r}; expected a whole number of milliseconds above 0"
+            )
+        seconds = int(value) / 1000
     value = _header(request, _PRIORITY)
-    if value is None:
-        return 0
-    if not value.isdigit() or len(value) > 9:
-        raise DataError(f"header {PRIORITY} is {value[:40].decode('latin-1')!r}; expected a whole number, 1 goes first")
-    return int(value)
+    if value is not None:
+        if not value.isdigit() or len(value) > 9:
+            raise DataError(
+                f"header {PRIORITY} is {value[:40].decode('latin-1')!r}; expected a whole number, 1 goes first"
+            )
+        priority = int(value)
+    connection: Connection | None = request.scope.get(CONNECTION)
+    watch = partial(_watched, request) if connection is None else connection.watch
+    return body, CallContext(request.scope[ACCESS], watch, seconds, priority)
 
 
-def departure(request: Request) -> Awaitable[None]:
-    """Done when the client has hung up. For after the body was read."""
-    connection = request.scope.get(CONNECTION)
-    if connection is None:  # under another server
-        return _disconnected(request)
-    left: Awaitable[None] = connection.departure()
-    return left
+def _watched(request: Request, left: Callable[[], None]) -> Callable[[], object]:
+    """Calls ``left`` once the client has hung up, under another server; what ends the watch."""
 
+    async def disconnected() -> None:
+        with suppress(ClientDisconnect):
+            while (await request.receive())["type"] != "http.disconnect":
+                await asyncio.sleep(0)
+        left()
 
-async def _disconnected(request: Request) -> None:
-    try:
-        while (await request.receive())["type"] != "http.disconnect":
-            await asyncio.sleep(0)
-    except ClientDisconnect:
-        return
+    return asyncio.ensure_future(disconnected()).cancel
 
 
 def _decompressed(body: bytes, encoding: str, most: int) -> bytes:

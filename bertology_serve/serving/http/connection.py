@@ -21,7 +21,7 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from http import HTTPStatus
 from typing import Any
@@ -245,7 +245,7 @@ class Connection(asyncio.Protocol):
         self._waiting = deque[Call | Refused]()
         self._stopping = self._paused = False
         self._writable: asyncio.Future[None] | None = None
-        self._departure: asyncio.Future[None] | None = None
+        self._left: Callable[[], None] | None = None
 
     # what the system tells
 
@@ -265,9 +265,11 @@ class Connection(asyncio.Protocol):
         self.state.connections.discard(self)
         if self._timer is not None:
             self._timer.cancel()
-        for future in (self._departure, self._writable):
-            if future is not None and not future.done():
-                future.set_result(None)
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        if self._left is not None:
+            self._left()
+            self._left = None
         if self._call is not None:
             self._call.news.set()
         self._waiting.clear()
@@ -456,6 +458,7 @@ class Connection(asyncio.Protocol):
 
     def has_answered(self, call: Call) -> None:
         """The answer has been written."""
+        self._left = None
         self.state.total_requests += 1
         if self.lost:
             return
@@ -519,12 +522,12 @@ class Connection(asyncio.Protocol):
         if self._writable is not None:
             await self._writable
 
-    def departure(self) -> asyncio.Future[None]:
-        """Done when the client has hung up. One call at a time is answered, so one future is kept."""
-        self._departure = self.loop.create_future()
+    def watch(self, left: Callable[[], None]) -> None:
+        """Calls ``left`` when the client hangs up before it is answered. One call at a time is, so one is kept."""
         if self.lost or self.transport.is_closing():
-            self._departure.set_result(None)
-        return self._departure
+            self.loop.call_soon(left)
+        else:
+            self._left = left
 
     def shutdown(self) -> None:
         """The server stops: calls that have come are answered, and nothing else is waited for."""

@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 
 from bertology_serve import __version__
-from bertology_serve.serving.auth.gate import PUBLIC
 from bertology_serve.serving.http.bodies import PRIORITY, TIMEOUT, TRUNCATED
+from bertology_serve.serving.http.gate import PUBLIC
 from bertology_serve.serving.protocol.schemas import BODIES
 
 REF = "#/components/schemas/{name}"

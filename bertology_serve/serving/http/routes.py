@@ -2,122 +2,251 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from bertology_serve import __version__
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.encoder.pipeline import Prediction
-from bertology_serve.encoder.pipeline import Request as Item
+from bertology_serve.encoder.pipeline import BASE, Prediction
 from bertology_serve.errors import Forbidden
-from bertology_serve.serving.answering import Answering, of_one_version, size_of
-from bertology_serve.serving.auth.gate import access_of
-from bertology_serve.serving.batching.delta_queue import CallOptions
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.http.bodies import (
     BINARY,
+    JSON,
     JSON_LENGTH,
+    access_of,
     answer_response,
-    departure,
     header_length,
     json_response,
-    priority_of,
     read_body,
-    timeout_of,
+    receive,
+    request_id_of,
 )
-from bertology_serve.serving.http.model_routes import ModelRoutes
+from bertology_serve.serving.http.gate import Endpoint, Guarded
 from bertology_serve.serving.http.openapi import document
-from bertology_serve.serving.http.tei_routes import TeiRoutes
-from bertology_serve.serving.observability.metrics import CONTENT_TYPE, Metrics
-from bertology_serve.serving.protocol import hf, kserve_v1, native, oip, oip_model, openai, repository
-from bertology_serve.serving.protocol.tei import PREDICT
-from bertology_serve.serving.versions.lifecycle import READY, UNAVAILABLE, Entry, Lifecycle
+from bertology_serve.serving.observability.metrics import CONTENT_TYPE
+from bertology_serve.serving.protocol import hf, native, oip, oip_model, openai, tei
+from bertology_serve.serving.protocol.json_codec import object_of
+from bertology_serve.serving.service import Find, Parsed, Service
+from bertology_serve.serving.versions.lifecycle import READY, UNAVAILABLE, Entry
+
+P = TypeVar("P", bound=Parsed)
 
 
-class Handlers:
-    """The endpoints of one server."""
+class Routes:
+    """The endpoints of one server.
 
-    def __init__(self, answering: Answering, metrics: Metrics) -> None:
-        self.engine, self.registry, self.metrics = answering.engine, answering.registry, metrics
-        self.answering = answering
-        self.config = self.engine.config
-        self.tei, self.named = TeiRoutes(self.answering), ModelRoutes(self.answering)
+    TEI's are there twice: at the root with ``model`` in the body, and below ``/tei/{delta}`` for clients that know one
+    model only.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.registry, self.metrics = service, service.registry, service.metrics
+        self.config, self.lifecycle = service.config, service.lifecycle
+        self._encoder = self.registry.pipeline.encoder
         self._started = int(time.time())
 
+    def table(self) -> list[Route]:
+        """All routes, those that answer items first. Calls for items are refused unread while the queue is full."""
+        model, version = "/v2/models/{delta}", "/versions/{version}"
+
+        def ask(path: str, endpoint: Endpoint) -> Route:
+            return Route(path, Guarded(self.metrics, self.service.queue.check, POST=endpoint), methods=["POST"])
+
+        def post(path: str, endpoint: Endpoint) -> Route:
+            return Route(path, Guarded(self.metrics, POST=endpoint), methods=["POST"])
+
+        def get(path: str, endpoint: Endpoint) -> Route:
+            return Route(path, Guarded(self.metrics, GET=endpoint, HEAD=endpoint), methods=["GET"])
+
+        both = Guarded(self.metrics, self.service.queue.check, GET=self.model, HEAD=self.model, POST=self.task)
+        return [
+            ask("/predict", self.predict),
+            ask(f"{model}/infer", self.infer),
+            ask(f"{model}{version}/infer", self.infer),
+            Route("/models/{delta}", both, methods=["GET", "POST"]),
+            get("/models/{delta}/info", self.model),
+            get("/models/{delta}/health", self.model_health),
+            get("/models", self.models),
+            ask("/v1/embeddings", self.embeddings),
+            ask("/v1/rerank", self.rerank),
+            ask("/v2/rerank", self.rerank),
+            ask("/score", self.score),
+            ask("/classify", self.classify),
+            ask("/v1/models/{delta}:predict", self.predict_v1),
+            get("/v1/models", self.openai_models),
+            get("/v1/models/{delta}", self.openai_model),
+            get("/v2/health/live", self.live),
+            get("/v2/health/ready", self.ready),
+            get("/v2/models", self.oip_models),
+            get("/v2/models/stats", self.statistics),
+            get(f"{model}/stats", self.statistics),
+            get(f"{model}{version}/stats", self.statistics),
+            get(model, self.oip_model),
+            get(f"{model}{version}", self.oip_model),
+            get(f"{model}/config", self.oip_config),
+            get(f"{model}{version}/config", self.oip_config),
+            get(f"{model}/ready", self.oip_model_ready),
+            get(f"{model}{version}/ready", self.oip_model_ready),
+            get("/v2", self.server),
+            post("/v2/repository/index", self.index),
+            post("/v2/repository/models/{delta}/load", self.load),
+            post("/v2/repository/models/{delta}/unload", self.unload),
+            post("/v2/repository/models/{delta}/rollback", self.rollback),
+            *(
+                route(f"{base}/{name}", endpoint)
+                for base in ("", "/tei/{delta}")
+                for name, route, endpoint in (
+                    ("embed", ask, partial(self.tei, what=tei.EMBED)),
+                    ("rerank", ask, partial(self.tei, what=tei.RERANK)),
+                    ("similarity", ask, partial(self.tei, what=tei.SIMILARITY)),
+                    ("tokenize", post, partial(self.tokens, what=tei.tokenize)),
+                    ("decode", post, partial(self.tokens, what=tei.ids)),
+                )
+            ),
+            ask("/tei/{delta}/predict", partial(self.tei, what=tei.PREDICT)),
+            get("/tei/{delta}/info", self.tei_info),
+            get("/info", self.tei_info),
+            get("/health", self.health),
+            get("/metrics", self.metrics_page),
+            get("/openapi.json", self.openapi),
+            get("/", self.about),
+        ]
+
     async def predict(self, request: Request) -> Response:
-        """POST /predict, in this project's shape or in TEI's"""
-        body = await self._body(request)
-        aside, most = self.engine.aside, self.config.max_items
-        if await aside(len(body), lambda: native.is_tei(body)):
-            return await self.tei.call(request, PREDICT, body)
-        call = await aside(len(body), lambda: native.read_call(body, most))
-
-        async def answer() -> Response:
-            found = await self._answer(request, call.requests)
-            content = await aside(size_of(found), lambda: native.write_answers(call, found))
-            return answer_response(content, found)
-
-        return await of_one_version(answer)
+        """POST /predict, in this project's shape or in TEI's, which is told by its field ``inputs``"""
+        body, call = await receive(request, self.config)
+        if native.INPUTS in body and await self.service.aside(len(body), lambda: native.is_tei(body)):
+            reader = self._tei_reader(request, body, tei.PREDICT)
+            return answer_response(*await self.service.serve(call, len(body), reader, tei.write_tei))
+        read = partial(native.read_call, body, self.config.max_items)
+        return answer_response(*await self.service.serve(call, len(body), read, native.write_answers))
 
     async def task(self, request: Request) -> Response:
         """POST /models/{delta}"""
-        body = await self._body(request)
-        aside, most = self.engine.aside, self.config.max_items
+        body, call = await receive(request, self.config)
+        name, most = request.path_params["delta"], self.config.max_items
 
-        async def answer() -> Response:
-            delta = self._named(request)
-            call = await aside(len(body), lambda: hf.read_task(body, delta, most))
-            found = await self._answer(request, call.requests)
-            return answer_response(await aside(size_of(found), lambda: hf.write_task(call, found)), found)
+        def read(find: Find) -> hf.TaskCall:
+            return hf.read_task(body, find(name), most)
 
-        return await of_one_version(answer)
+        return answer_response(*await self.service.serve(call, len(body), read, hf.write_task))
+
+    async def predict_v1(self, request: Request) -> Response:
+        """POST /v1/models/{delta}:predict"""
+        body, call = await receive(request, self.config)
+        name, most = request.path_params["delta"], self.config.max_items
+
+        def read(find: Find) -> native.NativeCall:
+            return native.read_instances(body, find(name), most)
+
+        return answer_response(*await self.service.serve(call, len(body), read, native.write_predictions))
 
     async def infer(self, request: Request) -> Response:
         """POST /v2/models/{delta}[/versions/{version}]/infer"""
         self._named(request)  # an unknown name is told before the body is read
-        body, length = await self._body(request), header_length(request)
-        find, aside = partial(self.answering.find, access_of(request.scope)), self.engine.aside
+        body, call = await receive(request, self.config)
+        length, name, version = header_length(request), request.path_params["delta"], request.path_params.get("version")
 
-        async def answer() -> Response:
-            delta = self._named(request)
-            call = await aside(len(body), lambda: oip.read_infer(body, length, delta, find, self.config.max_items))
-            found = await self._answer(request, call.requests, call.seconds, priority=call.priority)
-            content, json_length = await aside(size_of(found), lambda: oip.write_infer(call, found))
-            if json_length is None:
-                return answer_response(content, found)
-            return answer_response(content, found, BINARY, {JSON_LENGTH: str(json_length)})
+        def read(find: Find) -> oip.InferCall:
+            found = oip.read_infer(body, length, find(name, version), find, self.config.max_items)
+            call.seconds, call.priority = min(call.seconds, found.seconds), found.priority or call.priority
+            return found
 
-        return await of_one_version(answer)
-
-    async def predict_v1(self, request: Request) -> Response:
-        """POST /v1/models/{delta}:predict"""
-        body = await self._body(request)
-        aside, most = self.engine.aside, self.config.max_items
-
-        async def answer() -> Response:
-            delta = self._named(request)
-            requests = await aside(len(body), lambda: kserve_v1.read_predict(body, delta, most))
-            found = await self._answer(request, requests)
-            content = await aside(size_of(found), lambda: kserve_v1.write_predict(requests, found))
+        (content, json_length), found = await self.service.serve(call, len(body), read, oip.write_infer)
+        if json_length is None:
             return answer_response(content, found)
+        return answer_response(content, found, BINARY, {JSON_LENGTH: str(json_length)})
 
-        return await of_one_version(answer)
+    async def tei(self, request: Request, what: str) -> Response:
+        """POST /embed, /rerank, /similarity, the same and /predict below /tei/{delta}"""
+        body, call = await receive(request, self.config)
+        reader = self._tei_reader(request, body, what)
+        return answer_response(*await self.service.serve(call, len(body), reader, tei.write_tei))
+
+    def _tei_reader(self, request: Request, body: bytes, what: str) -> Callable[[Find], tei.TeiCall]:
+        named, config = request.path_params.get("delta"), self.config
+
+        def read(find: Find) -> tei.TeiCall:
+            call = tei.read_tei(body, what, find, named, config.max_items)
+            tei.check_fit(call, self._encoder.tokenizer, config.max_text_characters)
+            return call
+
+        return read
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings"""
+        return await self._told(request, openai.read_embeddings, openai.write_embeddings)
+
+    async def rerank(self, request: Request) -> Response:
+        """POST /v1/rerank and /v2/rerank"""
+        return await self._told(request, openai.read_rerank, openai.write_rerank)
+
+    async def score(self, request: Request) -> Response:
+        """POST /score"""
+        return await self._told(request, openai.read_score, openai.write_score)
+
+    async def classify(self, request: Request) -> Response:
+        """POST /classify"""
+        return await self._told(request, openai.read_classify, openai.write_classify)
+
+    async def _told(
+        self,
+        request: Request,
+        read: Callable[[bytes, Callable[[str], Delta], float], P],
+        write: Callable[[P, Sequence[Prediction], openai.Receipt], bytes],
+    ) -> Response:
+        """A call whose answer tells its id and its tokens."""
+        body, call = await receive(request, self.config)
+        most = self.config.max_items
+
+        def written(parsed: P, found: list[Prediction]) -> bytes:
+            return write(parsed, found, openai.Receipt(request_id_of(request.scope), int(time.time()), call.tokens))
+
+        return answer_response(*await self.service.serve(call, len(body), lambda find: read(body, find, most), written))
+
+    async def tokens(
+        self, request: Request, what: Callable[[tei.Body, tei.Tokenizer, ServerConfig], bytes]
+    ) -> Response:
+        """POST /tokenize and /decode, also below /tei/{delta}: tokens of texts, or texts of tokens.
+
+        All deltas share the tokenizer; the one that is named must be there.
+        """
+        access, named = access_of(request.scope), request.path_params.get("delta")
+        if named:
+            self.service.find(access, named)
+        body = await read_body(request, self.config)
+
+        def answer() -> bytes:
+            value = object_of(body)
+            name = value.get("model")
+            if not named and isinstance(name, str):
+                self.service.find(access, name)
+            return what(value, self._encoder.tokenizer, self.config)
+
+        return Response(await self.service.aside(len(body), answer), media_type=JSON)
+
+    async def tei_info(self, request: Request) -> Response:
+        """GET /info?model= and /tei/{delta}/info"""
+        name = request.path_params.get("delta") or request.query_params.get("model") or BASE
+        delta = self.service.find(access_of(request.scope), name)
+        return json_response(tei.info(delta, self.config, str(self._encoder.dtype).removeprefix("torch.")))
 
     async def openai_models(self, request: Request) -> Response:
         """GET /v1/models, for OpenAI's client and for KServe's, which reads ``models``"""
-        data = [openai.describe(delta, self._started, self.engine.ready) for delta in self._visible(request)]
+        data = [openai.describe(delta, self._started, self.service.ready) for delta in self._visible(request)]
         return json_response({"object": "list", "data": data, "models": [one["id"] for one in data]})
 
     async def openai_model(self, request: Request) -> Response:
         """GET /v1/models/{delta}"""
-        return json_response(openai.describe(self._named(request), self._started, self.engine.ready))
+        return json_response(openai.describe(self._named(request), self._started, self.service.ready))
 
     async def about(self, request: Request) -> Response:
         """GET /"""
@@ -126,7 +255,7 @@ class Handlers:
                 "name": "bertology-serve",
                 "version": __version__,
                 "status": "alive",  # the liveness of KServe's first protocol
-                "backbone": self.registry.pipeline.encoder.name,
+                "backbone": self._encoder.name,
                 "deltas": len(self._visible(request)),
                 "openapi": "/openapi.json",
             }
@@ -143,11 +272,11 @@ class Handlers:
     async def model_health(self, request: Request) -> Response:
         """GET /models/{delta}/health"""
         self._named(request)
-        return self._readiness({"ready": self.engine.ready})
+        return self._readiness({"ready": self.service.ready})
 
     async def health(self, request: Request) -> Response:
         """GET /health"""
-        return json_response({"status": self.engine.state})
+        return json_response({"status": self.service.state})
 
     async def metrics_page(self, request: Request) -> Response:
         """GET /metrics; its labels name every delta, so it needs a key that opens all"""
@@ -169,7 +298,7 @@ class Handlers:
 
     async def ready(self, request: Request) -> Response:
         """GET /v2/health/ready"""
-        return self._readiness({"ready": self.engine.ready})
+        return self._readiness({"ready": self.service.ready})
 
     async def oip_models(self, request: Request) -> Response:
         """GET /v2/models"""
@@ -190,70 +319,44 @@ class Handlers:
 
     async def oip_model_ready(self, request: Request) -> Response:
         """GET /v2/models/{delta}[/versions/{version}]/ready"""
-        return self._readiness({"name": self._named(request).name, "ready": self.engine.ready})
-
-    def _named(self, request: Request) -> Delta:
-        """The delta that the path names."""
-        return self.answering.find(
-            access_of(request.scope), request.path_params["delta"], request.path_params.get("version")
-        )
-
-    def _visible(self, request: Request) -> list[Delta]:
-        return self.answering.visible(access_of(request.scope))
-
-    def _readiness(self, body: dict[str, Any]) -> Response:
-        return json_response(body, 200 if self.engine.ready else 503)
-
-    async def _body(self, request: Request) -> bytes:
-        return await read_body(request, self.config.max_body_bytes, self.config.max_body_seconds)
-
-    async def _answer(
-        self,
-        request: Request,
-        items: Sequence[Item],
-        seconds: float = math.inf,
-        priority: int = 0,
-    ) -> list[Prediction]:
-        """The answers, within the caller's rights, rates and time."""
-        terms = CallOptions(
-            lambda: departure(request), None, min(seconds, timeout_of(request)), priority or priority_of(request)
-        )
-        return await self.answering.answer(access_of(request.scope), items, terms)
-
-
-class Management:
-    """The endpoints of the model repository extension."""
-
-    def __init__(self, lifecycle: Lifecycle, config: ServerConfig) -> None:
-        self.lifecycle, self._config = lifecycle, config
+        return self._readiness({"name": self._named(request).name, "ready": self.service.ready})
 
     async def index(self, request: Request) -> Response:
         """POST /v2/repository/index"""
         access_of(request.scope).check_admin()
-        ready_only = repository.read_index(await self._body(request))
+        ready_only = oip_model.read_index(await read_body(request, self.config))
         return json_response([asdict(entry) for entry in await self.lifecycle.index(ready_only)])
 
     async def load(self, request: Request) -> Response:
         """POST /v2/repository/models/{delta}/load"""
         access_of(request.scope).check_admin()
-        version = repository.read_load(await self._body(request))
+        version = oip_model.read_load(await read_body(request, self.config))
         delta = await self.lifecycle.load(request.path_params["delta"], version)
         return json_response(asdict(Entry(delta.name, delta.version, READY)))
 
     async def rollback(self, request: Request) -> Response:
         """POST /v2/repository/models/{delta}/rollback, this project's own"""
         access_of(request.scope).check_admin()
-        repository.read_unload(await self._body(request))
+        oip_model.read_unload(await read_body(request, self.config))
         delta = await self.lifecycle.rollback(request.path_params["delta"])
         return json_response(asdict(Entry(delta.name, delta.version, READY)))
 
     async def unload(self, request: Request) -> Response:
         """POST /v2/repository/models/{delta}/unload"""
         access_of(request.scope).check_admin()
-        repository.read_unload(await self._body(request))
+        oip_model.read_unload(await read_body(request, self.config))
         name = request.path_params["delta"]
         await self.lifecycle.unload(name)
         return json_response(asdict(Entry(name, "", UNAVAILABLE, "unloaded")))
 
-    async def _body(self, request: Request) -> bytes:
-        return await read_body(request, self._config.max_body_bytes, self._config.max_body_seconds)
+    def _named(self, request: Request) -> Delta:
+        """The delta that the path names."""
+        return self.service.find(
+            access_of(request.scope), request.path_params["delta"], request.path_params.get("version")
+        )
+
+    def _visible(self, request: Request) -> list[Delta]:
+        return self.service.visible(access_of(request.scope))
+
+    def _readiness(self, body: dict[str, object]) -> Response:
+        return json_response(body, 200 if self.service.ready else 503)

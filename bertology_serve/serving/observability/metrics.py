@@ -1,10 +1,12 @@
-"""What the server measures, for Prometheus: calls, batches, health, and the gauges that endpoint pickers read."""
+"""What the server measures, for Prometheus and for the Open Inference Protocol's statistics extension."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -12,12 +14,109 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.delta_set import DeltaSet
-from bertology_serve.serving.batching.delta_queue import Work
 from bertology_serve.serving.batching.queue import WorkQueue
+from bertology_serve.serving.batching.scheduler import Item
 from bertology_serve.serving.observability.background import Background
-from bertology_serve.serving.observability.statistics import Statistics
 from bertology_serve.serving.observability.tracing import Tracing
+
+
+@dataclass
+class Duration:
+    """How often, and how many seconds altogether."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Notes one more."""
+        self.count += 1
+        self.seconds += seconds
+
+    def as_dict(self) -> dict[str, int]:
+        """With nanoseconds, as the protocol has it."""
+        return {"count": self.count, "ns": round(1e9 * self.seconds)}
+
+
+class Record:
+    """One version's numbers. Times of a batch count whole for each of its items: they shared it."""
+
+    def __init__(self) -> None:
+        self.success, self.fail, self.queue, self.compute = Duration(), Duration(), Duration(), Duration()
+        self.batches = 0
+        self.last = 0.0
+
+    def as_dict(self, name: str, version: str) -> dict[str, Any]:
+        """One entry of ``model_stats``. Tokenising lies before the queue and is not told apart."""
+        nothing = Duration().as_dict()
+        return {
+            "name": name,
+            "version": version,
+            "last_inference": round(1e3 * self.last),
+            "inference_count": self.success.count,
+            "execution_count": self.batches,
+            "inference_stats": {
+                "success": self.success.as_dict(),
+                "fail": self.fail.as_dict(),
+                "queue": self.queue.as_dict(),
+                "compute_input": nothing,
+                "compute_infer": self.compute.as_dict(),
+                "compute_output": nothing,
+                "cache_hit": nothing,
+                "cache_miss": nothing,
+            },
+            "batch_stats": [],
+        }
+
+
+class Statistics:
+    """Of all deltas that answer. For any thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._records: dict[tuple[str, str], Record] = {}
+        self._lock = threading.Lock()
+        self._clock = clock
+
+    def batch(self, items: Sequence[Item], seconds: float, now: float) -> None:
+        """Notes a batch that took ``seconds`` and ended ``now``, on the clock by which the items arrived."""
+        with self._lock:
+            seen = set()
+            for item in items:
+                record = self._record(item)
+                record.queue.add(max(0.0, now - seconds - item.arrived))
+                record.compute.add(seconds)
+                if id(record) not in seen:
+                    record.batches += 1
+                    seen.add(id(record))
+
+    def finished(self, items: Iterable[Item], success: bool, now: float) -> None:
+        """Notes items that were answered, or failed."""
+        with self._lock:
+            for item in items:
+                record = self._record(item)
+                (record.success if success else record.fail).add(max(0.0, now - item.arrived))
+                record.last = self._clock()
+
+    def of(self, deltas: Iterable[Delta]) -> dict[str, Any]:
+        """``{"model_stats": [...]}`` of those deltas."""
+        with self._lock:
+            known = [(delta.name, delta.version) for delta in deltas]
+            return {"model_stats": [self._records.get(key, Record()).as_dict(*key) for key in known]}
+
+    def keep(self, deltas: Iterable[Delta]) -> None:
+        """Forgets all but those."""
+        known = {(delta.name, delta.version) for delta in deltas}
+        with self._lock:
+            self._records = {key: record for key, record in self._records.items() if key in known}
+
+    def _record(self, item: Item) -> Record:
+        key = item.delta, item.version
+        record = self._records.get(key)
+        if record is None:
+            record = self._records[key] = Record()
+        return record
+
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 OTHER = "other"
@@ -64,26 +163,26 @@ class Metrics:
         budget = Gauge("bertology_batch_budget_tokens", "Tokens that a batch may hold now", registry=self.registry)
         budget.set_function(lambda: queue.times.budget)
 
-    def batch(self, works: Sequence[Work], seconds: float) -> None:
+    def batch(self, items: Sequence[Item], seconds: float) -> None:
         """Notes one batch that ran."""
         self._batch.observe(seconds)
-        self._batch_tokens.observe(sum(work.cost for work in works))
-        self._batch_items.observe(len(works))
-        self._batch_deltas.observe(len({work.delta for work in works}))
-        self.statistics.batch(works, seconds, time.monotonic())
+        self._batch_tokens.observe(sum(item.cost for item in items))
+        self._batch_items.observe(len(items))
+        self._batch_deltas.observe(len({item.delta for item in items}))
+        self.statistics.batch(items, seconds, time.monotonic())
 
-    def finished(self, works: Sequence[Work], outcome: str, now: float) -> None:
+    def finished(self, items: Sequence[Item], outcome: str, now: float) -> None:
         """Notes what became of queued items; ``now`` is the time of the queue's clock."""
         if self.tracing:
-            self.tracing.works(works, outcome, now)
+            self.tracing.items(items, outcome, now)
         if outcome in (ANSWERED, FAILED):
-            self.statistics.finished(works, outcome == ANSWERED, now)
-        for work in works:
-            name = self._label(work.delta)
+            self.statistics.finished(items, outcome == ANSWERED, now)
+        for item in items:
+            name = self._label(item.delta)
             self._child(self._items, (name, outcome)).inc()
             if outcome == ANSWERED:
-                self._child(self._tokens, (name,)).inc(work.cost)
-                self._child(self._latency, (name,)).observe(now - work.arrived)
+                self._child(self._tokens, (name,)).inc(item.cost)
+                self._child(self._latency, (name,)).observe(now - item.arrived)
 
     def refused(self, items: Mapping[str, int]) -> None:
         """Notes how many items of each delta were refused before they were read."""

@@ -14,7 +14,7 @@ from typing import Any
 from starlette.types import Scope
 
 from bertology_serve.errors import Unsupported
-from bertology_serve.serving.batching.delta_queue import Work
+from bertology_serve.serving.batching.scheduler import Item
 
 
 class Tracing:
@@ -38,18 +38,18 @@ class Tracing:
         ) as span:
             yield span
 
-    def works(self, works: Sequence[Work], outcome: str, now: float) -> None:
-        """What became of a call's work, below the span of that call; ``now`` on the clock of ``time.monotonic``."""
+    def items(self, items: Sequence[Item], outcome: str, now: float) -> None:
+        """What became of a call's items, below the span of that call; ``now`` on the clock of ``time.monotonic``."""
         epoch = time.time() - time.monotonic()
-        deltas = sorted({work.delta for work in works})
+        deltas = sorted({item.delta for item in items})
         facts: dict[str, Any] = {
-            "bertology.items": len(works),
-            "bertology.tokens": sum(work.cost for work in works),
+            "bertology.items": len(items),
+            "bertology.tokens": sum(item.cost for item in items),
             "bertology.deltas": deltas[:16],
             "bertology.outcome": outcome,
         }
-        came = min(work.arrived for work in works)
-        begun = [work.started for work in works if work.started]
+        came = min(item.arrived for item in items)
+        begun = [item.started for item in items if item.started]
         if not came:
             return  # refused before it was queued
         parts = [("queue", came, min(begun, default=now))] + ([("batch", min(begun), now)] if begun else [])

@@ -14,8 +14,7 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
-from bertology_serve.serving.batching.limits import check_items
-from bertology_serve.serving.protocol.json_codec import decode, encode, encode_list, shown
+from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, shown
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -75,7 +74,7 @@ def _request(item: Any, where: str, delta: Delta, options: Options) -> Request:
         raise DataError(f"{where}: is {shown(item)}; expected a text or an object with the fields of {delta.task.kind}")
     if delta.task.kind == QUESTION_ANSWERING and options.top_k is not None:
         item = {**item, "top_k": options.top_k}
-    return Request(delta.name, item, "", options.needs_logits, where, delta.version)
+    return Request(delta.name, item, "", options.needs_logits, where)
 
 
 def _similarity(inputs: dict[str, Any], delta: Delta, options: Options, most: float) -> TaskCall:
@@ -85,10 +84,7 @@ def _similarity(inputs: dict[str, Any], delta: Delta, options: Options, most: fl
     check_items(1 + len(sentences), most)
     texts = [inputs["source_sentence"], *sentences]
     names = ["source_sentence", *(f"sentences[{index}]" for index in range(len(sentences)))]
-    requests = [
-        Request(delta.name, {"text": text}, where=name, version=delta.version)
-        for text, name in zip(texts, names, strict=True)
-    ]
+    requests = [Request(delta.name, {"text": text}, where=name) for text, name in zip(texts, names, strict=True)]
     return TaskCall(delta, options, requests, single=False, similarity=True)
 
 

@@ -1,4 +1,7 @@
-"""This project's own shape: requests with the fields of a record, answers as in the README. Pure: bytes and structs."""
+"""This project's own shape, and KServe's first protocol, which answers in it. Pure: bytes in, bytes out.
+
+``/predict`` takes requests with the fields of a record, and answers as in the README. KServe's ``{"instances": [...]}``
+-> ``{"predictions": [...]}``: an instance is a text, or an object with the fields that the task reads."""
 
 from __future__ import annotations
 
@@ -10,38 +13,38 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError
-from bertology_serve.serving.batching.limits import check_items
-from bertology_serve.serving.protocol.json_codec import decode, encode, encode_list, shown
+from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, object_of, shown
 
 
 @dataclass(frozen=True)
-class Call:
+class NativeCall:
     """The requests of one body; ``single`` says that it held one object rather than a list."""
 
     requests: list[Request]
     single: bool
 
 
+INPUTS = b'"inputs"'  # what no body for TEI's ``/predict`` lacks
+
+
 def is_tei(body: bytes) -> bool:
     """Whether a body is one for TEI's ``/predict``: an object with ``inputs``, without ``delta``."""
-    if b'"inputs"' not in body:
-        return False
     value: Any = decode(body)
     return isinstance(value, dict) and "inputs" in value and "delta" not in value
 
 
-def read_call(body: bytes, most: float = math.inf) -> Call:
+def read_call(body: bytes, most: float = math.inf, find: object = None) -> NativeCall:
     """``{"delta", "id"?, "logits"?, ...fields of the record}`` or a list of those, for any deltas together.
 
-    LimitError for more than ``most`` of them.
+    LimitError for more than ``most`` of them. What they are does not depend on their deltas: nothing is looked up.
     """
     value: Any = decode(body)
     if isinstance(value, dict):
-        return Call([read_request(value, "request")], single=True)
+        return NativeCall([read_request(value, "request")], single=True)
     if not isinstance(value, list):
         raise DataError(f"the body is {shown(value)}; expected an object with 'delta' and 'text', or a list of those")
     check_items(len(value), most)
-    return Call([read_request(item, f"item {index}") for index, item in enumerate(value)], single=False)
+    return NativeCall([read_request(item, f"item {index}") for index, item in enumerate(value)], single=False)
 
 
 def read_request(item: Any, where: str) -> Request:
@@ -58,7 +61,7 @@ def read_request(item: Any, where: str) -> Request:
     return Request(delta, item, logits=bool(logits), where=where)
 
 
-def write_answers(call: Call, predictions: Sequence[Prediction]) -> bytes:
+def write_answers(call: NativeCall, predictions: Sequence[Prediction]) -> bytes:
     """The answers in the order of the requests: a list for a list, an object for an object."""
     answers = [answer_of(*pair) for pair in zip(call.requests, predictions, strict=True)]
     return encode(answers[0]) if call.single else encode_list(answers)
@@ -83,3 +86,27 @@ def describe(delta: Delta) -> dict[str, Any]:
         "bytes": delta.bytes,
         "metrics": dict(delta.metrics),
     }
+
+
+def read_instances(body: bytes, delta: Delta, most: float) -> NativeCall:
+    """A call of ``POST /v1/models/{delta}:predict``; DataError, LimitError for more than ``most`` instances."""
+    value = object_of(body)
+    field = "instances" if "instances" in value else "inputs"
+    instances = value.get(field)
+    if not isinstance(instances, list):
+        raise DataError(f"field 'instances' is {shown(instances)}; expected a list of texts or objects")
+    check_items(len(instances), most)
+    return NativeCall([_request(one, f"{field}[{index}]", delta) for index, one in enumerate(instances)], single=False)
+
+
+def write_predictions(call: NativeCall, predictions: Sequence[Prediction]) -> bytes:
+    """The answers in the order of the instances."""
+    answers = encode_list(answer_of(*pair) for pair in zip(call.requests, predictions, strict=True))
+    return b'{"predictions":' + answers + b"}"
+
+
+def _request(instance: Any, where: str, delta: Delta) -> Request:
+    record = {"text": instance} if isinstance(instance, str) else instance
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: is {shown(instance)}; expected a text or an object with the fields of its task")
+    return read_request({**record, "delta": delta.name}, where)

@@ -96,7 +96,7 @@ def read_call(asked: InferRequest, blobs: Sequence[bytes | None], model: Delta, 
     for row, delta in enumerate(deltas):
         texts = {name: column[row] for name, column in columns.items() if name != DELTA}
         where = f"row {row}"
-        requests.append(Request(delta.name, record_of(delta, texts, where), "", logits, where, delta.version))
+        requests.append(Request(delta.name, record_of(delta, texts, where), "", logits, where))
     return InferCall(model, asked.id, requests, outputs, fields, _seconds(parameters), _priority(parameters))
 
 

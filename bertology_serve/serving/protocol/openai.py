@@ -1,7 +1,14 @@
-"""OpenAI's shape: ``/v1/models`` and ``/v1/embeddings``, as its own client sends and parses them. Pure.
+"""The shapes whose body names the model: OpenAI's, Cohere's and Jina's, vLLM's. Pure: bytes in, bytes out.
 
-A model is a delta; ``parent`` names the encoder that it shares. Vectors go out as numbers, or, as that client asks
-unless told otherwise, as base64 of little-endian float32.
+OpenAI: ``/v1/models`` and ``/v1/embeddings``, as its own client sends and parses them. A model is a delta; ``parent``
+names the encoder that it shares. Vectors go out as numbers, or, as that client asks unless told otherwise, as base64 of
+little-endian float32.
+
+Cohere and Jina: ``{model, query, documents}`` -> documents by relevance. The model is a regression on pairs, whose
+value is squeezed into 0..1, or an embedding, whose cosine is taken.
+
+vLLM: ``/score`` ``{model, text_1, text_2}`` -> a score a pair, one text beside many or as many beside as many, by a
+regression on pairs or by embeddings; ``/classify`` ``{model, input}`` -> label and probabilities, by a classification.
 """
 
 from __future__ import annotations
@@ -17,10 +24,9 @@ import numpy as np
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
-from bertology_serve.serving.batching.limits import check_items
-from bertology_serve.serving.protocol.hf import Options, embedding
-from bertology_serve.serving.protocol.json_codec import encode, encode_list, object_of, shown
-from bertology_serve.tasks.spec import EMBEDDING
+from bertology_serve.serving.protocol.hf import Options, embedding, sigmoid
+from bertology_serve.serving.protocol.json_codec import check_items, encode, encode_list, object_of, shown
+from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
 
 FORMATS = ("float", "base64")
 OWNER = "bertology-serve"
@@ -62,7 +68,7 @@ def read_embeddings(body: bytes, find: Callable[[str], Delta], most: float = mat
     unit = delta.task.normalize
     options = Options(normalize=unit, unit=unit, dimensions=_dimensions(value.get("dimensions")))
     requests = [
-        Request(delta.name, {"text": text}, where=f"input[{index}]", version=delta.version)
+        Request(delta.name, {"text": text}, where=f"input[{index}]")
         for index, text in enumerate(texts_of(value.get("input"), "input", most))
     ]
     return EmbeddingsCall(delta, requests, options, wanted == "base64")
@@ -120,3 +126,153 @@ def _dimensions(value: Any) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise DataError(f"field 'dimensions' is {shown(value)}; expected an integer from 1")
     return value
+
+
+@dataclass(frozen=True)
+class RerankCall:
+    """One pair a document; the best ``top_n`` are given (``None``: all), with their texts where those are wanted."""
+
+    delta: Delta
+    requests: list[Request]
+    top_n: int | None
+    with_text: bool
+
+
+def read_rerank(body: bytes, find: Callable[[str], Delta], most: float) -> RerankCall:
+    """A call of ``POST /v1/rerank`` or ``/v2/rerank``. DataError, NotFound; Unsupported for what is not done,
+    LimitError for more than ``most`` documents.
+    """
+    value = object_of(body)
+    delta = model_of(value, find, REGRESSION, EMBEDDING)
+    query, documents = value.get("query"), value.get("documents")
+    if not isinstance(query, str):
+        raise DataError(f"field 'query' is {shown(query)}; expected a text")
+    if not isinstance(documents, list):
+        raise DataError(f"field 'documents' is {shown(documents)}; expected a list of texts")
+    texts = texts_of([one.get("text") if isinstance(one, dict) else one for one in documents], "documents", most)
+    _refuse(value, delta)
+    top_n, with_text = value.get("top_n"), value.get("return_documents")
+    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 0):
+        raise DataError(f"field 'top_n' is {shown(top_n)}; expected a whole number from 1")
+    if with_text is not None and not isinstance(with_text, bool):
+        raise DataError(f"field 'return_documents' is {shown(with_text)}; expected true or false")
+    places = [f"documents[{index}]" for index in range(len(texts))]
+    return RerankCall(delta, pairs(delta, [query] * len(texts), texts, places), top_n or None, bool(with_text))
+
+
+def write_rerank(call: RerankCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
+    """The documents, best first."""
+    results: list[dict[str, Any]] = []
+    for index, (request, prediction) in enumerate(zip(call.requests, predictions, strict=True)):
+        result = {"index": index, "relevance_score": score_of(prediction)}
+        results.append(result | {"document": {"text": request.record["text_pair"]}} if call.with_text else result)
+    results.sort(key=lambda result: -float(result["relevance_score"]))
+    return encode(
+        {"id": receipt.id, "model": call.delta.name, "results": results[: call.top_n], "usage": receipt.usage}
+    )
+
+
+def pairs(delta: Delta, ones: Sequence[Any], others: Sequence[Any], places: Sequence[str]) -> list[Request]:
+    """A request for each pair of texts; ``places`` name them in messages."""
+    return [
+        Request(delta.name, {"text": one, "text_pair": other}, where=place)
+        for one, other, place in zip(ones, others, places, strict=True)
+    ]
+
+
+def score_of(prediction: Prediction, raw: bool = False) -> float:
+    """How well a pair fits: the cosine of two embeddings, or a regression's value, in 0..1 unless ``raw``."""
+    if "similarity" in prediction.answer:
+        return float(prediction.answer["similarity"])
+    value = float(prediction.answer["value"])
+    return value if raw else sigmoid(value)
+
+
+def _refuse(value: dict[str, Any], delta: Delta) -> None:
+    """What Cohere would do and this server does not: long texts are cut, and of documents only ``text`` is read."""
+    if value.get("rank_fields") not in (None, ["text"]):
+        raise Unsupported("option 'rank_fields' is not supported: documents are ranked by 'text'; leave it out")
+    if value.get("max_chunks_per_doc") is not None:
+        raise Unsupported("option 'max_chunks_per_doc' is not supported: documents are cut, not chunked; leave it out")
+    most = value.get("max_tokens_per_doc")
+    if most is not None and (not isinstance(most, int) or most < delta.task.max_length):
+        raise Unsupported(
+            f"option 'max_tokens_per_doc' is not supported below {delta.task.max_length}, where pairs are cut anyway; "
+            "leave it out"
+        )
+
+
+# Names of the two sides, older and newer
+SIDES = (("text_1", "queries", "data_1"), ("text_2", "documents", "items", "data_2"))
+
+
+@dataclass(frozen=True)
+class PoolingCall:
+    """One request a score or a text; ``raw``: as the head gives it, without sigmoid or softmax."""
+
+    delta: Delta
+    requests: list[Request]
+    raw: bool
+
+
+def read_score(body: bytes, find: Callable[[str], Delta], most: float) -> PoolingCall:
+    """A call of ``POST /score``. Raises DataError, NotFound, Unsupported, LimitError for more than ``most`` pairs."""
+    value = object_of(body)
+    delta, raw = model_of(value, find, REGRESSION, EMBEDDING), _raw(value)
+    ones, others = (_side(value, names, most) for names in SIDES)
+    if len(ones) == 1:
+        ones = ones * len(others)
+    if len(ones) != len(others):
+        raise DataError(f"there are {len(ones)} texts beside {len(others)}; expected one, or as many")
+    return PoolingCall(delta, pairs(delta, ones, others, [f"pair {index}" for index in range(len(ones))]), raw)
+
+
+def write_score(call: PoolingCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
+    """A score for each pair, in their order."""
+    return _listed(call, receipt, [{"object": "score", "score": score_of(one, call.raw)} for one in predictions])
+
+
+def read_classify(body: bytes, find: Callable[[str], Delta], most: float) -> PoolingCall:
+    """A call of ``POST /classify``. Raises as ``read_score``."""
+    value = object_of(body)
+    delta, raw = model_of(value, find, CLASSIFICATION), _raw(value)
+    requests = [
+        Request(delta.name, {"text": text}, logits=raw, where=f"input[{index}]")
+        for index, text in enumerate(texts_of(value.get("input"), "input", most))
+    ]
+    return PoolingCall(delta, requests, raw)
+
+
+def write_classify(call: PoolingCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
+    """Label and probabilities for each text, in their order."""
+    rows = []
+    for prediction in predictions:
+        answer = prediction.answer
+        numbers = list(answer["logits"] if call.raw else answer["scores"].values())
+        rows.append({"label": answer["label"], "probs": numbers, "num_classes": len(numbers)})
+    return _listed(call, receipt, rows)
+
+
+def _listed(call: PoolingCall, receipt: Receipt, rows: Sequence[dict[str, Any]]) -> bytes:
+    data = [{"index": index, **row} for index, row in enumerate(rows)]
+    told = {"id": receipt.id, "object": "list", "created": receipt.created, "model": call.delta.name}
+    return encode({**told, "data": data, "usage": receipt.usage})
+
+
+def _side(value: dict[str, Any], names: Sequence[str], most: float) -> list[str]:
+    given = [name for name in names if value.get(name) is not None]
+    if len(given) > 1:
+        raise DataError(f"fields {' and '.join(map(repr, given))} say the same; send one of them")
+    name = given[0] if given else names[0]
+    return texts_of(value.get(name), name, most)
+
+
+def _raw(value: dict[str, Any]) -> bool:
+    if value.get("truncate_prompt_tokens") not in (None, -1):
+        raise Unsupported(
+            "option 'truncate_prompt_tokens' is not supported: texts are cut where the delta ends; leave it out"
+        )
+    wanted = value.get("use_activation")
+    if wanted is not None and not isinstance(wanted, bool):
+        raise DataError(f"field 'use_activation' is {shown(wanted)}; expected true or false")
+    return wanted is False

@@ -18,15 +18,15 @@ from bertology_serve import __version__
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import BASE, Prediction, Request
 from bertology_serve.errors import DataError, LimitError, Unsupported
-from bertology_serve.serving.batching.limits import check_items, check_size
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.protocol.hf import Options, classification, cosine, embedding, sigmoid
-from bertology_serve.serving.protocol.json_codec import encode, encode_list, object_of, shown
+from bertology_serve.serving.protocol.json_codec import check_items, check_size, encode, encode_list, object_of, shown
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
 
 Find = Callable[[str], Delta]
 Body = Mapping[str, Any]
+Tokenizer = Any
 EMBED, PREDICT, RERANK, SIMILARITY = "embed", "predict", "rerank", "similarity"
 TASKS = {EMBED: EMBEDDING, SIMILARITY: EMBEDDING, PREDICT: CLASSIFICATION, RERANK: REGRESSION}
 
@@ -59,7 +59,7 @@ def read_tei(body: bytes, what: str, find: Find, named: str | None = None, most:
     check_items(_count(value), most)
     records, names, more = _RECORDS[what](value)
     requests = [
-        Request(delta.name, record, "", _flag(value, "raw_scores"), where, delta.version)
+        Request(delta.name, record, "", _flag(value, "raw_scores"), where)
         for record, where in zip(records, names, strict=True)
     ]
     _refuse(value)

@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import grpc
@@ -25,20 +24,18 @@ from bertology_serve.errors import (
     Unauthorized,
     Unsupported,
 )
-from bertology_serve.serving.answering import Answering, of_one_version, size_of
-from bertology_serve.serving.auth.gate import id_of
-from bertology_serve.serving.auth.keys import Access, Keyring
-from bertology_serve.serving.batching.delta_queue import CallOptions
+from bertology_serve.serving.batching.scheduler import CallContext
 from bertology_serve.serving.http.bodies import headers_of, message_of
+from bertology_serve.serving.http.gate import id_of
+from bertology_serve.serving.keys import Access, Keyring
 from bertology_serve.serving.observability.logs import place_of
-from bertology_serve.serving.observability.metrics import Metrics
-from bertology_serve.serving.protocol import oip, oip_model, repository
+from bertology_serve.serving.protocol import oip, oip_model
 from bertology_serve.serving.protocol.json_codec import encode
 from bertology_serve.serving.protocol.oip import AskedOutput, InferCall, InferRequest, tensors_of, version_of
 from bertology_serve.serving.protocol.oip import parameters_of as response_parameters
 from bertology_serve.serving.protocol.tensors import InputTensor
 from bertology_serve.serving.rpc.messages import SERVICE, message
-from bertology_serve.serving.versions.lifecycle import Lifecycle
+from bertology_serve.serving.service import Find, Service
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +54,9 @@ class GrpcServer:
         self.host, self.port = host, port
         self._module = grpc.aio
 
-    async def start(self, answering: Answering, lifecycle: Lifecycle, metrics: Metrics, keyring: Keyring) -> None:
+    async def start(self, service: Service, keyring: Keyring) -> None:
         """Takes calls from now on."""
-
-        config = answering.engine.config
+        config = service.config
         self._server = self._module.server(
             options=(
                 ("grpc.max_receive_message_length", config.max_body_bytes),
@@ -68,7 +64,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", 0),
             )
         )
-        self._server.add_generic_rpc_handlers((Service(answering, lifecycle, metrics, keyring).handler(),))
+        self._server.add_generic_rpc_handlers((Methods(service, keyring).handler(),))
         where = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
         try:
             self.port = self._server.add_insecure_port(where)
@@ -97,11 +93,12 @@ PUBLIC = ("ServerLive", "ServerReady")
 Method = Callable[[Any, Access, Any], Awaitable[Any]]
 
 
-class Service:
-    """The methods. Each gets the message, who calls (nobody for public ones) and gRPC's context."""
+class Methods:
+    """The service's methods. Each gets the message, who calls (nobody for public ones) and gRPC's context."""
 
-    def __init__(self, answering: Answering, lifecycle: Lifecycle, metrics: Metrics, keyring: Keyring) -> None:
-        self._answering, self._lifecycle, self._metrics, self._keyring = answering, lifecycle, metrics, keyring
+    def __init__(self, service: Service, keyring: Keyring) -> None:
+        self._service, self._keyring = service, keyring
+        self._lifecycle, self._metrics = service.lifecycle, service.metrics
 
     def handler(self) -> Any:
         """What a gRPC server takes."""
@@ -158,7 +155,7 @@ class Service:
 
     async def ready(self, asked: Any, access: Access, context: Any) -> Any:
         """Readiness."""
-        return message("ServerReadyResponse")(ready=self._answering.engine.ready)
+        return message("ServerReadyResponse")(ready=self._service.ready)
 
     async def server(self, asked: Any, access: Access, context: Any) -> Any:
         """About the server."""
@@ -171,7 +168,7 @@ class Service:
             self._find(access, asked)
         except NotFound:
             return message("ModelReadyResponse")(ready=False)
-        return message("ModelReadyResponse")(ready=self._answering.engine.ready)
+        return message("ModelReadyResponse")(ready=self._service.ready)
 
     async def model(self, asked: Any, access: Access, context: Any) -> Any:
         """A delta's tensors."""
@@ -185,27 +182,24 @@ class Service:
 
     async def statistics(self, asked: Any, access: Access, context: Any) -> Any:
         """What a delta, or every one, has done."""
-        deltas = [self._find(access, asked)] if asked.name else self._answering.visible(access)
+        deltas = [self._find(access, asked)] if asked.name else self._service.visible(access)
         return statistics(self._metrics.statistics.of(deltas)["model_stats"])
 
     async def infer(self, asked: Any, access: Access, context: Any) -> Any:
         """Answers; the client's deadline is the queue's."""
-        engine, size = self._answering.engine, asked.ByteSize()
-        request, blobs = await engine.aside(size, lambda: read_infer(asked))
+        service, size = self._service, asked.ByteSize()
+        request, blobs = await service.aside(size, lambda: read_infer(asked))
         remaining = context.time_remaining()
-        seconds = math.inf if remaining is None else max(remaining, 1e-3)
-        find = partial(self._answering.find, access)
-        most = engine.config.max_items
+        call = CallContext(access, seconds=math.inf if remaining is None else max(remaining, 1e-3))
 
-        async def answer() -> tuple[oip.InferCall, list[Prediction]]:
+        def read(find: Find) -> InferCall:
             model = find(asked.model_name, asked.model_version or None)
-            call = await engine.aside(size, lambda: oip.read_call(request, blobs, model, find, most))
-            return call, await self._answering.answer(
-                access, call.requests, CallOptions(seconds=min(seconds, call.seconds), priority=call.priority)
-            )
+            found = oip.read_call(request, blobs, model, find, service.config.max_items)
+            call.seconds, call.priority = min(call.seconds, found.seconds), found.priority
+            return found
 
-        call, found = await of_one_version(answer)
-        return await engine.aside(size_of(found), lambda: write_infer(call, found))
+        response, _ = await service.serve(call, size, read, write_infer)
+        return response
 
     async def index(self, asked: Any, access: Access, context: Any) -> Any:
         """Every version on disk or in service."""
@@ -216,7 +210,7 @@ class Service:
     async def load(self, asked: Any, access: Access, context: Any) -> Any:
         """Loads a version, or swaps to it."""
         access.check_admin()
-        await self._lifecycle.load(asked.model_name, repository.read_load(_body(asked)))
+        await self._lifecycle.load(asked.model_name, oip_model.read_load(_body(asked)))
         return message("RepositoryModelLoadResponse")()
 
     async def unload(self, asked: Any, access: Access, context: Any) -> Any:
@@ -226,7 +220,7 @@ class Service:
         return message("RepositoryModelUnloadResponse")()
 
     def _find(self, access: Access, asked: Any) -> Any:
-        return self._answering.find(access, asked.name, asked.version or None)
+        return self._service.find(access, asked.name, asked.version or None)
 
 
 def _request_id(context: Any) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import BertologyError
-from bertology_serve.serving.batching.delta_queue import CallOptions
-from bertology_serve.serving.execution.engine import ClientGone, Engine
+from bertology_serve.serving.observability.background import Background
+from bertology_serve.serving.observability.metrics import Metrics
+
+Ask = Callable[[Sequence[Request]], Awaitable[Sequence[Prediction]]]
 
 
 @dataclass(frozen=True)
@@ -29,31 +31,28 @@ class Split:
         return {version for version in (self.canary, self.shadow) if version}
 
 
-class Splits:
+class Splits(dict[str, Split]):
     """The splits by delta. ``draw()`` gives numbers from 0 to 1."""
 
     def __init__(self, draw: Callable[[], float] = random.random) -> None:
-        self._splits: dict[str, Split] = {}
+        super().__init__()
         self._draw = draw
-
-    def __bool__(self) -> bool:
-        return bool(self._splits)
 
     def of(self, name: str) -> Split:
         """A delta's split; without one nothing stands beside it."""
-        return self._splits.get(name, Split())
+        return self.get(name, Split())
 
     def put(self, name: str, split: Split) -> None:
         """Sets a delta's split, or ends it."""
         if split.versions:
-            self._splits[name] = split
+            self[name] = split
         else:
-            self._splits.pop(name, None)
+            self.pop(name, None)
 
     def version(self, name: str) -> str:
         """The canary's version where this call is one of its, else nothing."""
-        split = self._splits.get(name)
-        return split.canary if split and split.canary and self._draw() < split.share else ""
+        split = self.of(name)
+        return split.canary if split.canary and self._draw() < split.share else ""
 
 
 LAST = 10**6  # the priority of shadows: after everything else of their delta
@@ -64,36 +63,39 @@ CLOSE = 1e-3
 
 
 class Shadows:
-    """Belongs to the event loop. Nothing that happens here reaches a caller, nor any limit of theirs."""
+    """Belongs to the event loop. Nothing that happens here reaches a caller, nor any limit of theirs.
 
-    def __init__(self, engine: Engine, splits: Splits) -> None:
-        self._engine, self._splits = engine, splits
+    ``ask`` answers requests, each by the version that it names, with the priority ``LAST``.
+    """
+
+    def __init__(self, ask: Ask, splits: Splits, metrics: Metrics, background: Background) -> None:
+        self._ask, self._splits, self._metrics, self._background = ask, splits, metrics, background
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def send(self, items: Sequence[Request], answers: Sequence[Prediction]) -> None:
-        """Asks the shadows of the deltas among the items."""
+    def send(self, requests: Sequence[Request], answers: Sequence[Prediction]) -> None:
+        """Asks the shadows of the deltas among the requests."""
         asked = []
-        for item, answer in zip(items, answers, strict=True):
-            shadow = self._splits.of(item.delta).shadow
+        for request, answer in zip(requests, answers, strict=True):
+            shadow = self._splits.of(request.delta).shadow
             if shadow:
-                asked.append((replace(item, version=shadow), answer))
+                asked.append((replace(request, version=shadow), answer))
         if asked and len(self._tasks) < MOST:
-            task = self._engine.background.once("shadow", partial(self._compare, asked))
+            task = self._background.once("shadow", partial(self._compare, asked))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _compare(self, asked: Sequence[tuple[Request, Prediction]]) -> None:
         found: Sequence[Prediction] = ()
         try:
-            found = await self._engine.answer([item for item, _ in asked], CallOptions(priority=LAST))
-        except (BertologyError, ClientGone):
+            found = await self._ask([request for request, _ in asked])
+        except BertologyError:
             return
         finally:
-            for item, _ in () if found else asked:
-                self._engine.metrics.shadow(item.delta, item.version, FAILED)
-        for (item, answer), other in zip(asked, found, strict=True):
+            for request, _ in () if found else asked:
+                self._metrics.shadow(request.delta, request.version, FAILED)
+        for (request, answer), other in zip(asked, found, strict=True):
             outcome = AGREES if agree(answer.answer, other.answer) else DIFFERS
-            self._engine.metrics.shadow(item.delta, item.version, outcome)
+            self._metrics.shadow(request.delta, request.version, outcome)
 
 
 def agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

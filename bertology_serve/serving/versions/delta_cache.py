@@ -50,8 +50,9 @@ class Tier(Enum):
 class DeltaCache:
     """Registered deltas by name (``cards``), of which as many are on host and device as fit. For any thread.
 
-    ``read`` gives the whole delta of a card. Capacities are bytes of the deltas' tensors; an unbounded device has an
-    unbounded host. While one version takes another's place both are there.
+    ``read`` gives the whole delta of a card. Capacities are bytes of the deltas' tensors; not all of them need fit
+    where the device is ``bounded``, an unbounded one has an unbounded host. While one version takes another's place
+    both are there.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class DeltaCache:
             GdsfCache(device_bytes),
             GdsfCache(host_bytes if device_bytes < math.inf else math.inf),
         )
+        self.bounded = device_bytes < math.inf
         self._deltas: dict[str, Delta] = {}  # on the host, by name and version
         self._before: dict[str, Card] = {}
         self._costs: dict[str, float] = {}
@@ -79,11 +81,6 @@ class DeltaCache:
         self._left: dict[str, float] = {}
         self._room = threading.RLock()
         self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()  # there while somebody holds it
-
-    @property
-    def bounded(self) -> bool:
-        """Whether not all of them need fit."""
-        return self._device.capacity < math.inf
 
     @property
     def device_bytes(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bertology_serve.deltas import catalog
-from bertology_serve.deltas.catalog import DeltaVersion, Refused
+from bertology_serve.deltas.catalog import DeltaVersion, InvalidDelta
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.safe_io import untrusted
 from bertology_serve.encoder.pipeline import BASE, DeltaSet
@@ -44,7 +44,7 @@ class Registry:
         self._told = Told(log)
         self.tiers = DeltaCache(pipeline, lambda card: self._read(card.path, card.name), device_bytes, host_bytes)
 
-    def load(self, root: Path, skip_bad: bool = False) -> list[Refused]:
+    def load(self, root: Path, skip_bad: bool = False) -> list[InvalidDelta]:
         """Makes the newest version of every delta below ``root`` answer.
 
         All of them are read and resident, or, where the device is bounded, known, and as many resident as fit.
@@ -52,14 +52,14 @@ class Registry:
         is logged and returned. Raises NotFound where there is no delta at all.
         """
         self.root = root
-        refused: list[Refused] = []
+        refused: list[InvalidDelta] = []
         for one in newest(root, skip_bad, refused):
             try:
                 self._take_in(one)
             except BertologyError as problem:
                 if not skip_bad:
                     raise
-                refused.append(Refused(one.path, problem))
+                refused.append(InvalidDelta(one.path, problem))
         for refusal in refused:
             log.warning("left out: %s", printable(refusal.reason))
         return refused
@@ -129,7 +129,7 @@ class Registry:
         """The versions of a delta in the served directory, the newest last. NotFound, FormatError."""
         if self.root is None:
             raise NotFound("this server has no directory of deltas; start it with --deltas")
-        refused: list[Refused] = []
+        refused: list[InvalidDelta] = []
         try:
             return catalog.versions(self.root, name, refused=refused)
         finally:
@@ -200,8 +200,9 @@ class Registry:
 
         Raises NotFound, whose message names only deltas that are ``visible`` to the caller.
         """
-        chosen = version or self.splits.version(name)
-        delta = self.pipeline.resident(name, chosen) or self.pipeline.resident(name) or self.tiers.cards.get(name)
+        delta = (
+            self.pipeline.resident(name, version or "") or self.pipeline.resident(name) or self.tiers.cards.get(name)
+        )
         if delta is None:
             known = [other for other in {**self.pipeline.deltas, **self.tiers.cards} if visible(other)]
             raise NotFound(f"no delta {name[:80]!r}; {nearest(name, known)}; GET /models lists them")
@@ -219,7 +220,7 @@ class Registry:
         return sorted(known.values(), key=lambda delta: (delta.name != "base", delta.name))
 
 
-def newest(root: Path, skip_bad: bool, refused: list[Refused]) -> list[DeltaVersion]:
+def newest(root: Path, skip_bad: bool, refused: list[InvalidDelta]) -> list[DeltaVersion]:
     """The newest version of each delta below ``root``; with ``skip_bad`` what cannot be identified goes to ``refused``.
 
     NotFound where there is none.

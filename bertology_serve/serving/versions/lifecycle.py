@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from weakref import WeakValueDictionary
 
 from bertology_serve.deltas.catalog import DeltaVersion
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.errors import BertologyError, NotFound
+from bertology_serve.errors import BertologyError, Expired, NotFound, Overloaded
 from bertology_serve.serving.observability.metrics import Metrics
 from bertology_serve.serving.versions.canary import Split
 from bertology_serve.serving.versions.delta_registry import Registry
 
 log = logging.getLogger(__name__)
 READY, UNAVAILABLE, LOADING, UNLOADING = "READY", "UNAVAILABLE", "LOADING", "UNLOADING"
+LOADERS = 2  # threads for what is told, and as many for what calls wait for
 T = TypeVar("T")
 
 
@@ -34,11 +36,17 @@ class Entry:
 
 
 class Lifecycle:
-    """Loads and unloads. Belongs to the event loop; threads of its own do the work, never the one of the batches."""
+    """Loads and unloads, when told to and when a call asks a cold delta: at most ``most_cold`` calls wait for that.
 
-    def __init__(self, registry: Registry, metrics: Metrics) -> None:
-        self.registry, self._metrics = registry, metrics
-        self._loaders = ThreadPoolExecutor(2, thread_name_prefix="loader")
+    Belongs to the event loop; threads of its own do the work, never the one of the batches.
+    """
+
+    def __init__(self, registry: Registry, metrics: Metrics, most_cold: int = 256) -> None:
+        self.registry, self._metrics, self._most_cold = registry, metrics, most_cold
+        self._loaders = ThreadPoolExecutor(LOADERS, thread_name_prefix="loader")
+        self._cold_loaders = ThreadPoolExecutor(LOADERS, thread_name_prefix="loader")
+        self._flights: dict[str, asyncio.Future[Delta]] = {}
+        self.waiting_calls = 0
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # there while somebody holds it
         self._doing: dict[str, str] = {}
         self._reasons: dict[str, str] = {}
@@ -71,6 +79,28 @@ class Lifecycle:
             self._reasons[name] = "unloaded"
         log.info("delta %s: unloaded", name)
 
+    async def warm(self, names: Sequence[str], seconds: float, started: float) -> None:
+        """Returns when all those deltas are on the device; a delta is loaded once, whoever waits for it. Overloaded,
+        Expired so many seconds after ``started`` (of ``time.monotonic``), or what is wrong with one of them.
+        """
+        cold = [name for name in names if self.registry.tiers.is_cold(name)]
+        if not cold:
+            return
+        if self.waiting_calls >= self._most_cold:
+            raise Overloaded(f"{self.waiting_calls} calls wait for deltas to be loaded; try again in 1 s", 1.0)
+        self.waiting_calls += 1
+        try:
+            async with asyncio.timeout(started + seconds - time.monotonic()):
+                await asyncio.gather(*(asyncio.shield(self._flight(name)) for name in cold))
+        except TimeoutError:
+            raise Expired(f"delta {cold[0]!r} was not loaded within {seconds:g} s; allow more time, or later") from None
+        finally:
+            self.waiting_calls -= 1
+
+    def loading(self) -> list[str]:
+        """The deltas that calls wait for."""
+        return list(self._flights)
+
     async def index(self, ready_only: bool = False) -> list[Entry]:
         """Every version that lies in the served directory or answers, by name."""
         shelf = await self.shelf()
@@ -93,7 +123,22 @@ class Lifecycle:
 
     def close(self) -> None:
         """Starts nothing more."""
-        self._loaders.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._loaders, self._cold_loaders):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _flight(self, name: str) -> asyncio.Future[Delta]:
+        flight = self._flights.get(name)
+        if flight is None:
+            loop = asyncio.get_running_loop()
+            flight = loop.run_in_executor(self._cold_loaders, self.registry.tiers.raise_up, name)
+            self._flights[name] = flight
+            flight.add_done_callback(lambda done: self._landed(name, done))
+        return flight
+
+    def _landed(self, name: str, done: asyncio.Future[Delta]) -> None:
+        self._flights.pop(name, None)
+        if not done.cancelled():
+            done.exception()  # whoever waited was told; nobody may be left
 
     def _entry(self, name: str, version: str, current: str | None) -> Entry:
         state = self._doing.get(name, UNAVAILABLE)

@@ -22,7 +22,8 @@ class Fleet:
 
     A step takes the next batch of every member that is not done. With a directory the fleet continues from its
     checkpoint: the end is the same to the last bit (on a CPU, with the same number of threads). ``finished`` is told
-    of each member as soon as it is done and that is on disk.
+    of each member as soon as it is done and that is on disk. ``losers`` names, after a step, those members in training
+    that are to make no other.
     """
 
     def __init__(
@@ -32,10 +33,11 @@ class Fleet:
         directory: FleetDirectory | None = None,
         save_every: int = 200,
         finished: Callable[[Member], None] = lambda member: None,
+        losers: Callable[[Sequence[Member]], Sequence[Member]] = lambda active: (),
     ) -> None:
         _check(members)
         self.members, self.max_tokens = list(members), max_tokens
-        self.directory, self.save_every, self.finished = directory, save_every, finished
+        self.directory, self.save_every, self.finished, self.losers = directory, save_every, finished, losers
         self.step = 0
 
     def run(self) -> None:
@@ -44,6 +46,8 @@ class Fleet:
         while active := [member for member in self.members if not member.done]:
             self._step(active)
             self.step += 1
+            for member in self.losers([member for member in active if not member.done]):
+                member.drop()
             ended = [member for member in active if member.done]
             if ended or self.step % self.save_every == 0:
                 self._save()

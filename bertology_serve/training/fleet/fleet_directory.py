@@ -25,11 +25,11 @@ Stored = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 class FleetDirectory(RunDirectory):
-    """The fleet whose deltas will be ``root/NAME``."""
+    """The fleet whose deltas will be ``root/NAME``; it works in ``path``."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, path: Path | None = None) -> None:
         super().__init__(root)
-        self.root, self.path = root, root / ".fleet"
+        self.root, self.path = root, path or root / ".fleet"
 
     def check_members(self, names: Iterable[str], resume: bool, overwrite: bool) -> None:
         """Raises InputError where a delta, another thing of its name, or an unfinished fleet is in the way, or a delta
@@ -55,6 +55,11 @@ class FleetDirectory(RunDirectory):
         """Appends one line to a member's log."""
         with self._log_path(name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+    def lines_of(self, name: str) -> list[dict[str, Any]]:
+        """The lines of a member's log."""
+        path = self._log_path(name)
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     def take_log(self, name: str) -> Path:
         """The member's log under the name that it has beside a delta."""
@@ -103,34 +108,28 @@ class FleetWatcher(Protocol):
 
     def joined(self, name: str, step: int, total: int, parameters: ParameterCount) -> None:
         """A member begins after ``step`` of ``total`` steps."""
+        return
 
     def stepped(self, name: str, line: Line) -> None:
         """A member made a step."""
+        return
 
     def evaluated(self, name: str, line: Line) -> None:
         """A member answered its evaluation data."""
+        return
 
     def failed(self, name: str, reason: str) -> None:
         """A member was given up; the others go on."""
+        return
+
+    def dropped(self, name: str, step: int) -> None:
+        """A member ends after that step, because others are better."""
+        return
 
     def published(self, name: str, difference: float) -> None:
         """A member's delta stands in its place; its saved copy differs by so much."""
+        return
 
 
-class Quiet:
+class Quiet(FleetWatcher):
     """Watches nothing."""
-
-    def joined(self, name: str, step: int, total: int, parameters: ParameterCount) -> None:
-        """Nothing."""
-
-    def stepped(self, name: str, line: Line) -> None:
-        """Nothing."""
-
-    def evaluated(self, name: str, line: Line) -> None:
-        """Nothing."""
-
-    def failed(self, name: str, reason: str) -> None:
-        """Nothing."""
-
-    def published(self, name: str, difference: float) -> None:
-        """Nothing."""

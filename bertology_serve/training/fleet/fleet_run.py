@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,24 @@ from typing import Any
 from bertology_serve.deltas.catalog import identify
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import SpecError
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import TaskSpec
+from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items
-from bertology_serve.training.evaluate import measure
+from bertology_serve.training.checkpoint import RunState
 from bertology_serve.training.fleet.fleet import Fleet
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
-from bertology_serve.training.fleet.fleet_spec import FleetSpec, MemberSpec
+from bertology_serve.training.fleet.fleet_spec import FleetSpec
 from bertology_serve.training.fleet.member import Member, check_frozen
-from bertology_serve.training.methods import count_parameters, make_live, start_at_mean
+from bertology_serve.training.methods import make_live, start_at_mean
+from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.publish import publish
-from bertology_serve.training.run_directory import identity, provenance
-from bertology_serve.training.train import lay_out, machine, task_spec
+from bertology_serve.training.recipes import Stage, stages
+from bertology_serve.training.run_directory import Follower, identity
+from bertology_serve.training.train import Prepared, finished, for_encoder, lay_out, machine, task_spec
+from bertology_serve.training.train_config import TrainConfig
 
 # Rows of one pass where none were asked for. On a CPU more no longer fit its caches; a GPU wants to be full.
 ROWS = {"cpu": 512}
@@ -32,13 +37,27 @@ ROWS_ELSEWHERE = 8192
 Columns = tuple[tuple[str, str], ...]
 
 
+def rows_of_a_pass(encoder: Encoder) -> int:
+    """The default for where the encoder is."""
+    return ROWS.get(encoder.device.type, ROWS_ELSEWHERE)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a member has to beat: dev metrics by name, and the solved probe that it begins at, where it does."""
+
+    known: Mapping[str, Mapping[str, float]]
+    solver: Solver | None = None
+
+
 @dataclass
 class Shelf:
-    """Records and tokenised items, each read and made once however many members want them."""
+    """Records, tokenised items and solved probes, each made once however many members want them."""
 
     encoder: Encoder
     sources: dict[tuple[str, Columns], Source] = field(default_factory=dict)
     items: dict[tuple[int, TaskSpec], list[Item]] = field(default_factory=dict)
+    starts: dict[tuple[object, ...], Start] = field(default_factory=dict)
 
     def source(self, path: str, columns: Mapping[str, str]) -> Source:
         """The records of a file or hub data set."""
@@ -56,36 +75,90 @@ class Shelf:
             self.items[key] = make_items(task_for(spec), source.records, self.encoder.tokenizer)
         return self.items[key]
 
+    def start(self, plan: Sequence[Stage], ready: Prepared, folder: Path) -> Start:
+        """What training by ``plan`` begins with; features lie in ``folder`` meanwhile."""
+        first = plan[0].config if len(plan) > 1 else None
+        solving = first and (first.lp_path, first.seed, first.max_tokens)
+        key = id(ready.items), id(ready.dev), ready.task.spec, solving
+        if key not in self.starts:
+            own = ready.task, ready.items
+            known = baselines(self.encoder, *own, ready.dev) if ready.dev else {}
+            solver = None
+            if first is not None:
+                live = make_live(self.encoder, first, ready.task.spec)
+                solver = Solver(live, *own, first, ready.dev, Follower(folder), folder=folder)
+                known |= {PROBE: solver.run().metrics} if ready.dev else {}
+            self.starts[key] = Start(known, solver)
+        return self.starts[key]
 
-@dataclass(frozen=True)
+
+@dataclass
 class Enrolled:
-    """A member with its data, as the end of its training needs them."""
+    """A member with what the beginning and the end of its training need; ``config`` is as it was asked for.
+
+    ``beaten``: the probe is known to be better, whatever its own dev set says.
+    """
 
     member: Member
+    config: TrainConfig
+    plan: Sequence[Stage]
+    ready: Prepared
     data: Data
-    ood: list[Item]
+    start: Start = field(default_factory=lambda: Start({}))
+    beaten: bool = False
+
+    def begin(self, start: Start) -> None:
+        """Puts the head where the probe has it."""
+        self.start = start
+        if start.solver is not None:
+            self.member.live.head.adopt(start.solver.live.head.own_tensors())
+            self.member.begin_at(start.solver.state.metrics)
+            self.member.state.seconds = start.solver.state.seconds
+
+    @property
+    def unimproved(self) -> bool:
+        """Whether the probe is what is to be published."""
+        return self.start.solver is not None and (self.beaten or self.member.unimproved)
+
+    def ended(self, name: str, version: str = "") -> tuple[Delta, TrainableDelta, RunState]:
+        """The delta that is to be published, its live form, and the state of the run that led there."""
+        live, state, config, known = self.member.live, self.member.state, self.config, dict(self.start.known)
+        if self.start.solver is not None and self.unimproved:
+            live, state, config = self.start.solver.live, self.start.solver.state, self.start.solver.config
+            known.pop(PROBE, None)
+        return finished(live, self.ready, state, config, self.data, known, name, version), live, state
 
 
 def enrol(
-    spec: FleetSpec, encoder: Encoder, directory: FleetDirectory | None = None, watcher: FleetWatcher | None = None
+    spec: FleetSpec, shelf: Shelf, directory: FleetDirectory | None = None, watcher: FleetWatcher | None = None
 ) -> list[Enrolled]:
     """Reads and checks all data and makes every member. Raises DataError and SpecError naming the delta."""
-    shelf = Shelf(encoder)
-    return [_enrolled(one, shelf, directory, watcher) for one in spec.members]
+    crew = []
+    for one in spec.members:
+        train, dev, ood = (shelf.source(path, one.columns) if path else None for path in (one.train, one.eval, one.ood))
+        assert train is not None
+        crew.append(enrolled(one.name, one.config, Data(train, dev, ood), shelf, directory, watcher))
+    return crew
 
 
-def _enrolled(
-    one: MemberSpec, shelf: Shelf, directory: FleetDirectory | None, watcher: FleetWatcher | None
+def enrolled(
+    name: str,
+    config: TrainConfig,
+    data: Data,
+    shelf: Shelf,
+    directory: FleetDirectory | None = None,
+    watcher: FleetWatcher | None = None,
 ) -> Enrolled:
-    check_frozen(one.name, one.config)
-    sources = [shelf.source(path, one.columns) if path else None for path in (one.train, one.eval, one.ood)]
-    train = sources[0]
-    assert train is not None
-    spec = task_spec(one.config, shelf.encoder, train)
-    live, (items, dev, ood) = make_live(shelf.encoder, one.config, spec), [shelf.made(s, spec) for s in sources]
-    start_at_mean(live, items)
-    member = Member(one.name, live, task_for(spec), items, one.config, dev, directory, watcher)
-    return Enrolled(member, Data(train, sources[1], sources[2]), ood)
+    """One member, its head at random numbers yet."""
+    check_frozen(name, config)
+    config = for_encoder(config, shelf.encoder)
+    plan = stages(config)
+    own, spec = plan[-1].config, task_spec(config, shelf.encoder, data.train)
+    live, task = make_live(shelf.encoder, own, spec), task_for(spec)
+    ready = Prepared(live, task, *(shelf.made(source, spec) for source in (data.train, data.dev, data.ood)))
+    start_at_mean(live, ready.items)
+    member = Member(name, live, task, ready.items, own, ready.dev, directory, watcher)
+    return Enrolled(member, config, plan, ready, data)
 
 
 def train_fleet(
@@ -104,11 +177,14 @@ def train_fleet(
     root, watcher = Path(os.path.abspath(root)), watcher or Quiet()
     directory = FleetDirectory(root)
     directory.check_members([one.name for one in spec.members], resume, overwrite)
-    crew = enrol(spec, encoder, directory, watcher)
-    rows = spec.max_tokens or ROWS.get(encoder.device.type, ROWS_ELSEWHERE)
+    shelf = Shelf(encoder)
+    crew = enrol(spec, shelf, directory, watcher)
+    rows = spec.max_tokens or rows_of_a_pass(encoder)
     began = directory.open(_identity(rows, encoder, crew), machine(crew[0].member.config, encoder), resume)
     directory.sweep(one.name for one in spec.members)
     lay_out(encoder, began)
+    for one in crew:
+        one.begin(shelf.start(one.plan, one.ready, directory.path / "features"))
     publisher = Publisher(crew, root, directory, watcher)
     fleet = Fleet([one.member for one in crew], rows, directory, spec.save_every, publisher.finished)
     fleet.run()
@@ -124,7 +200,7 @@ def _identity(rows: int, encoder: Encoder, crew: list[Enrolled]) -> dict[str, An
     own = {
         f"{one.member.name}.{key}": value
         for one in crew
-        for key, value in identity(one.member.config, encoder, one.member.name, one.data).items()
+        for key, value in identity(one.config, encoder, one.member.name, one.data).items()
     }
     return {"deltas": [one.member.name for one in crew], "max_tokens": rows, **own}
 
@@ -139,23 +215,15 @@ class Publisher:
         self.deltas: dict[str, Delta] = {}
 
     def finished(self, member: Member) -> None:
-        """Freezes, measures, saves and compares a member's delta; nothing for one that failed."""
+        """Freezes, measures, saves and compares a member's delta, or the probe that it is not better than; nothing for
+        one that failed.
+        """
         if member.failure:
             return
-        one, out, live = self.crew[member.name], self.root / member.name, member.live
-        self.fresh = self.fresh or live.encoder.fresh()
-        facts = provenance(member.config, count_parameters(live), member.state, one.data, live.encoder)
-        delta = live.freeze(member.name, "", {**member.state.metrics, **_elsewhere(one)}, facts)
-        sample = (member.dev, one.data.dev.records) if one.data.dev else (member.items, one.data.train.records)
+        one, out = self.crew[member.name], self.root / member.name
+        self.fresh = self.fresh or member.live.encoder.fresh()
+        delta, live, _ = one.ended(member.name)
         log = [self.directory.take_log(member.name)]
-        difference = publish(delta, live, out, *sample, extra=log, fresh=self.fresh)
+        difference = publish(delta, live, out, *one.ready.sample(one.data), extra=log, fresh=self.fresh)
         self.deltas[member.name] = replace(delta, version=identify(out).version)
         self.watcher.published(member.name, difference)
-
-
-def _elsewhere(one: Enrolled) -> dict[str, float]:
-    """The metrics on ``ood`` items."""
-    if not one.ood:
-        return {}
-    found = measure(one.member.live, one.member.task, one.ood, one.member.config.max_tokens)
-    return {f"ood_{name}": value for name, value in found.items()}

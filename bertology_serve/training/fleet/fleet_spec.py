@@ -125,8 +125,6 @@ def _member(name: str, own: Mapping[str, Any], shared: Mapping[str, Any], root: 
         raise SpecError("it has no train; name a file of records")
     columns = _table(values.get("columns", {}), "columns")
     sources = {key: _place(key, values.get(key), root) for key in SOURCES[:3]}
-    if plain.setdefault("start", "random") != "random":
-        raise SpecError("start is 'probe'; the members of a fleet begin at random; leave it out")
     return MemberSpec(name, TrainConfig(**plain, options=options), columns=columns, **sources)  # type: ignore[arg-type]
 
 

@@ -29,7 +29,7 @@ class Member(Trainer):
     """A ``Trainer`` whose steps a ``Fleet`` makes. Its optimizer, clipping, schedule and early stop are its own.
 
     So is the dropout of its head, which is that of a run by itself. ``failure`` says why it was given up; the others
-    go on.
+    go on. ``latest`` are the metrics of its last evaluation.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Member(Trainer):
         super().__init__(live, task, items, config, dev)
         self.name, self.fleet, self.fleet_watcher = name, directory, watcher or Quiet()
         self.failure = ""
+        self.latest: Mapping[str, float] = {}
         self.random = _seeded(live, config.seed)
         self.lowest = lowest_trained(live)
 
@@ -59,7 +60,7 @@ class Member(Trainer):
         """From the first step, or from where a checkpoint stands."""
         if found is not None:
             tensors, state = found
-            self.failure = state["failure"]
+            self.failure, self.latest = state["failure"], state["latest"]
             self.restore(tensors, state["run"])
             self.random = {name: tensor for name, tensor in tensors.items() if name.startswith(RANDOM)}
         self.live.train()
@@ -77,9 +78,18 @@ class Member(Trainer):
             self.fail(str(error))
             return
         if self.done:
-            self._end()
-            self.best = {}
-            self.optimizer.state.clear()
+            self._leave()
+
+    def drop(self) -> None:
+        """Ends training here: others are better."""
+        self.state.stopped = True
+        self._leave()
+        self.fleet_watcher.dropped(self.name, self.state.step)
+
+    def _leave(self) -> None:
+        self._end()
+        self.best = {}
+        self.optimizer.state.clear()
 
     def fail(self, reason: str) -> None:
         """Gives the member up."""
@@ -101,12 +111,14 @@ class Member(Trainer):
 
     def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What ``begin`` continues from."""
-        return {**self.tensors(), **self.random}, {"run": self.state.as_dict(), "failure": self.failure}
+        state = {"run": self.state.as_dict(), "failure": self.failure, "latest": self.latest}
+        return {**self.tensors(), **self.random}, state
 
     def _log(self, line: Mapping[str, Any]) -> None:
         if self.fleet is not None:
             self.fleet.log_of(self.name, line)
         if "eval" in line:
+            self.latest = line["eval"]
             self.fleet_watcher.evaluated(self.name, line)
         else:
             self.fleet_watcher.stepped(self.name, line)

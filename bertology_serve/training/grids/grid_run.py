@@ -26,8 +26,8 @@ from bertology_serve.data.sets import set_named
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import InputError, nearest
+from bertology_serve.files import write_json
 from bertology_serve.training.batches import Source
-from bertology_serve.training.checkpoint import write_json
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.grids.grid import GridRun, GridTask
 from bertology_serve.training.memory import Peak

@@ -67,7 +67,7 @@ def test_everything_in_one_run(encoder, small, tmp_path, monkeypatch):
 def _first(encoder, delta, directory):
     """The dense form, as if another tool had made it."""
     shutil.rmtree(directory / "first", ignore_errors=True)
-    return export_run.exported(export_run.parts_of(encoder, delta, True), directory / "first")[0].logits
+    return export_run.exported(export_run.ExportInputs.of(encoder, delta, True), directory / "first")[0].logits
 
 
 def _is_written(result, tmp_path):
@@ -104,7 +104,7 @@ def test_what_cannot_be_measured_is_refused(encoder, small):
 
 def _with_parts(encoder, name):
     delta = tiny.delta(encoder, "x", DELTAS[name][0], CLASSES)
-    return delta, export_run.parts_of(encoder, delta, True)
+    return delta, export_run.ExportInputs.of(encoder, delta, True)
 
 
 def test_without_a_delta_there_is_a_head_all_the_same(encoder):

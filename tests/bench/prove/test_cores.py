@@ -30,7 +30,7 @@ def other():
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     yield process.pid
-    process.communicate("", timeout=20)
+    process.communicate("", timeout=120)
 
 
 def where(pid: int) -> dict[str, set[int]]:

@@ -39,7 +39,7 @@ from bertology_serve.bench.prove.traffic import Outcomes, percentile
 from bertology_serve.encoder.delta_set import Ledger
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import Overloaded, VerificationError
-from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
+from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.delta_registry import Registry
 from tests.serving.running import Running, running
 
@@ -165,7 +165,7 @@ def test_drain(stage):
 def test_cancelled(stage, monkeypatch):
     found = cancelled.measure(stage)
     assert found.holds, found.words
-    monkeypatch.setattr("bertology_serve.serving.execution.engine.Engine._drop", lambda *_: None)
+    monkeypatch.setattr("bertology_serve.serving.service.Service._cancel", lambda *_: None)
     assert not cancelled.measure(stage).holds
 
 
@@ -173,7 +173,7 @@ def test_clients(stage, monkeypatch, tmp_path):
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
-    set_client_factory(lambda: httpx.Client(timeout=20))  # offline tests forbid it even the loopback
+    set_client_factory(lambda: httpx.Client(timeout=120))  # offline tests forbid it even the loopback
     try:
         found = clients.measure(stage)
     finally:

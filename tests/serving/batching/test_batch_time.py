@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertology_serve.serving.batching.batch_time import BatchTimes
+from bertology_serve.serving.batching.queue import BatchTimes
 
 RUNGS = st.builds(
     lambda length, count, seconds: (length * count, length**2 * count, seconds),

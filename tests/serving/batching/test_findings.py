@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 from bertology_serve.serving.batching import warmup
+from bertology_serve.serving.batching.queue import BatchTimes
 from bertology_serve.serving.batching.warmup import Findings, circumstances, find, keep, recall
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.execution.engine import Engine
 from bertology_serve.serving.execution.engine_choice import EngineConfig
-from bertology_serve.serving.observability.metrics import Metrics
 
 LADDER = ((100, 1000, 0.012), (1100, 11_000, 0.112))
 FOUND = Findings(EngineConfig("onnx", prepack=True, found=True), ((32, 500, 0.004), (64, 1000, 0.0061)))
@@ -79,10 +78,10 @@ def test_in_the_users_cache(where, tmp_path, monkeypatch):
 
 
 def test_a_ladder_that_is_known_is_not_timed(pipeline, monkeypatch):
-    monkeypatch.setattr("bertology_serve.serving.execution.engine.climb", lambda *_: pytest.fail("timed again"))
-    engine = Engine(pipeline, ServerConfig(max_batch_ms=10), Metrics())
-    assert engine.warm_up(LADDER) == list(LADDER)
-    assert engine.queue.times.budget == pytest.approx(80, abs=1)
+    monkeypatch.setattr("bertology_serve.serving.batching.warmup.climb", lambda *_: pytest.fail("timed again"))
+    times = BatchTimes(0.010, 8192)
+    assert warmup.warm_up(pipeline, times, LADDER) == list(LADDER)
+    assert times.budget == pytest.approx(80, abs=1)
 
 
 QUIET = [(24, 500, 0.004), (72, 1500, 0.008), (120, 2500, 0.013), (240, 60_000, 0.040)]
@@ -95,7 +94,8 @@ class Machine:
         self.settled: list[EngineConfig] = []
         self.started: list[Any] = []
         self.ladder, self.pipeline = ladder, object()
-        self.queue = SimpleNamespace(times=SimpleNamespace(cap=0.05))
+        self.times = SimpleNamespace(cap=0.05)
+        monkeypatch.setattr(warmup, "warm_up", self.warm_up)
         monkeypatch.setattr(warmup, "climb", lambda pipeline, cap, most: again)
         monkeypatch.setattr(warmup.os, "getloadavg", lambda: (load, 0.0, 0.0))
         monkeypatch.setattr(warmup.os, "cpu_count", lambda: 2)
@@ -104,7 +104,7 @@ class Machine:
         self.settled.append(setting)
         return setting.engine if setting.found else "torch", replace(setting, engine="torch", found=True)
 
-    def warm_up(self, known: Any = ()) -> list[Any]:
+    def warm_up(self, pipeline: Any, times: Any, known: Any = ()) -> list[Any]:
         self.started.append(list(known) or self.ladder)
         return self.started[-1]
 
@@ -113,7 +113,7 @@ def starts(machine: Any, known: Findings | None, monkeypatch: Any) -> tuple[str,
     """Which engine a start takes, and what it keeps."""
     kept: list[Findings] = []
     monkeypatch.setattr(warmup, "keep", lambda where, found: kept.append(found))
-    return find(machine, machine, EngineConfig(), {}, known), kept[0] if kept else None
+    return find(machine, machine.times, EngineConfig(), {}, known), kept[0] if kept else None
 
 
 def slowed(ladder: list[Any], times: float) -> list[Any]:

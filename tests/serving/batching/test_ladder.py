@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bertology_serve.serving.batching.batch_time import BatchTimes
+from bertology_serve.serving.batching.queue import BatchTimes
 from bertology_serve.serving.batching.warmup import LONG, climb
 
 
@@ -17,7 +17,7 @@ class Machine:
 
     def prepare(self, request: Any) -> Any:
         length = 240 if request.record["text"] == LONG else 24
-        return SimpleNamespace(cost=length, encodings=(range(length),))
+        return SimpleNamespace(cost=length, squares=length**2)
 
     def run(self, jobs: Any) -> None:
         self.sizes.append(sum(job.cost for job in jobs))

@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertology_serve.serving.batching.delta_queue import DeltaQueue, State, Work
-from bertology_serve.serving.batching.scheduler import FairScheduler
+from bertology_serve.encoder.pipeline import Request
+from bertology_serve.serving.batching.scheduler import CallContext, DeltaQueue, FairScheduler, Item, State
 
 
-def work(cost: int, delta: str = "d", deadline: float = math.inf, priority: int = 0) -> Work:
-    ready = SimpleNamespace(delta=SimpleNamespace(version="1"))
-    job: Any = SimpleNamespace(cost=cost, encodings=(), request=SimpleNamespace(delta=delta), ready=ready)
-    ticket: Any = None
-    return Work(job, ticket, 0, deadline, priority)
+def work(cost: int, delta: str = "d", deadline: float = math.inf, priority: int = 0) -> Item:
+    ready: Any = SimpleNamespace(delta=SimpleNamespace(version="1"))
+    made = Item(Request(delta, {}), ready, CallContext(), deadline, priority)
+    made.cost, made.encodings = cost, ()
+    return made
 
 
-def scheduler(works: list[Work], budget: int, **weights: float) -> FairScheduler:
+def scheduler(works: list[Item], budget: int, **weights: float) -> FairScheduler:
     made = FairScheduler(budget, weights)
     for one in works:
         made.push(one)
@@ -76,10 +76,10 @@ def test_only_work_that_can_wait_makes_batches_beyond_the_cap():
 def test_dropped_and_expired_work_is_forgotten_and_costs_its_delta_nothing():
     works = [work(4), work(4), work(4, deadline=1.0)]
     made = scheduler(works, 10)
-    made.drop(works[0])
+    made.cancel(works[0])
     assert made.pick(2.0) == [works[1]]
     assert made.pick(2.0) == []
-    assert [one.state for one in works] == [State.DROPPED, State.TAKEN, State.DROPPED]
+    assert [one.state for one in works] == [State.CANCELLED, State.TAKEN, State.CANCELLED]
     assert (made.total.items, made.total.tokens) == (0, 0)
 
 
@@ -135,15 +135,15 @@ def test_memory_is_bounded_by_what_waits():
         once = work(1, f"once-{number}")
         for one in (gone, once):
             made.push(one)
-        made.drop(gone)
+        made.cancel(gone)
         if number % 2:
-            made.drop(once)
+            made.cancel(once)
         else:
             while once.state is State.WAITING:
                 made.pick(0.0)
-    assert len(made._lanes) == 1
+    assert len(made.queues) == 1
     assert len(made._spent) < 100
-    assert len(made._lanes["steady"]._heap) <= 2 * made.total.items + 17
+    assert len(made.queues["steady"]._heap) <= 2 * made.total.items + 17
 
 
 NAMES = ("a", "b", "c", "d")
@@ -164,7 +164,7 @@ class Watch:
 
     def __init__(self, budget: int) -> None:
         self.made, self.budget, self.now = FairScheduler(budget, WEIGHTS), budget, 0.0
-        self.waiting: list[Work] = []
+        self.waiting: list[Item] = []
         self.service = dict.fromkeys(NAMES, 0.0)
         self.since: dict[tuple[str, str], tuple[float, float]] = {}
         self.unit = 0.0
@@ -193,7 +193,7 @@ class Watch:
     def drop(self, index: int) -> None:
         waiting = [one for one in self.waiting if one.state is State.WAITING]
         if index < len(waiting):
-            self.made.drop(waiting[index])
+            self.made.cancel(waiting[index])
             self.waiting.remove(waiting[index])
 
     def wait(self, seconds: float) -> None:
@@ -225,7 +225,7 @@ def test_the_bound_of_fairness_is_never_broken(steps, budget):
 
 def test_the_watch_sees_an_unfair_scheduler(monkeypatch):
     """Taking turns without a look at the costs breaks the bound."""
-    monkeypatch.setattr(DeltaQueue, "counter", property(lambda lane: 0.0, lambda lane, value: None))
+    monkeypatch.setattr(DeltaQueue, "counter", property(lambda queue: 0.0, lambda queue, value: None))
     watch = Watch(5)
     for cost, name in ((1, "a"), (30, "b")):
         for _ in range(100):

@@ -17,7 +17,7 @@ async def main(url: str) -> None:
     from kserve.inference_client import RESTConfig
 
     found: dict[str, Any] = {}
-    async with InferenceRESTClient(RESTConfig(protocol="v2", timeout=20)) as client:
+    async with InferenceRESTClient(RESTConfig(protocol="v2", timeout=120)) as client:
         found["server"] = [await client.is_server_live(url), await client.is_server_ready(url)]
         found["model"] = await client.is_model_ready(url, "mood")
         for binary in (False, True):
@@ -30,7 +30,7 @@ async def main(url: str) -> None:
             await client.infer(url, InferRequest(model_name="moot", infer_inputs=[tensor]), model_name="moot")
         except Exception as problem:  # httpx's, of that environment
             found["unknown"] = str(problem)
-    async with InferenceRESTClient(RESTConfig(protocol="v1", timeout=20)) as client:
+    async with InferenceRESTClient(RESTConfig(protocol="v1", timeout=120)) as client:
         found["first"] = {
             "server": await client.is_server_live(url),
             "model": await client.is_model_ready(url, "mood"),

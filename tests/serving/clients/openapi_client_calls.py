@@ -29,7 +29,7 @@ def main(url: str) -> None:
         score,
     )
 
-    with AuthenticatedClient(url, token="none", timeout=20) as client:
+    with AuthenticatedClient(url, token="none", timeout=120) as client:
         pair = {"model": "grade", "query": "a dog", "documents": TEXTS}
         tensor = models.InputTensor(name="text", shape=[2], datatype="BYTES", data=TEXTS)
 

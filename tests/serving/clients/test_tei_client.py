@@ -19,7 +19,7 @@ def client(server) -> Iterator[Callable[[str], HttpClient]]:
     made: list[HttpClient] = []
 
     def make(name: str) -> HttpClient:
-        made.append(HttpClient(f"{server.url}/tei/{name}", timeout=20))
+        made.append(HttpClient(f"{server.url}/tei/{name}", timeout=120))
         return made[-1]
 
     yield make

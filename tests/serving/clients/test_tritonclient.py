@@ -11,7 +11,7 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 from bertology_serve.encoder.pipeline import Pipeline
-from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
+from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.delta_registry import Registry
 from tests.serving.conftest import DELTAS, RECORDS
 from tests.serving.running import running

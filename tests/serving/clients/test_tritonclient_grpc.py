@@ -13,7 +13,7 @@ from tritonclient.utils import InferenceServerException
 
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import Expired, Overloaded
-from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
+from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.delta_registry import Registry
 from tests.serving.conftest import DELTAS
 from tests.serving.running import Running, running
@@ -83,18 +83,18 @@ def test_typed_contents_as_other_clients_send_them(served):
             message("ModelInferRequest").SerializeToString,
             message("ModelInferResponse").FromString,
         )
-        answer = infer(request, metadata=(("x-api-key", USER),), timeout=20)
+        answer = infer(request, metadata=(("x-api-key", USER),), timeout=120)
         assert np.linalg.norm(np.frombuffer(answer.raw_output_contents[0], "<f4")) == pytest.approx(1, abs=1e-6)
         request.inputs[0].contents.bytes_contents[0] = b"\xff"
         with pytest.raises(grpc.RpcError, match="not UTF-8"):
-            infer(request, metadata=(("x-api-key", USER),), timeout=20)
+            infer(request, metadata=(("x-api-key", USER),), timeout=120)
         request.inputs[0].contents.bytes_contents[0] = b"typed"
         request.raw_input_contents.append(b"\x03\x00\x00\x00raw")
         with pytest.raises(grpc.RpcError, match="send one of them"):
-            infer(request, metadata=(("x-api-key", USER),), timeout=20)
+            infer(request, metadata=(("x-api-key", USER),), timeout=120)
         request.raw_input_contents.append(b"")
         with pytest.raises(grpc.RpcError, match="2 entries for 1 inputs"):
-            infer(request, metadata=(("x-api-key", USER),), timeout=20)
+            infer(request, metadata=(("x-api-key", USER),), timeout=120)
 
 
 def test_a_call_keeps_its_id_or_gets_one(served):
@@ -111,7 +111,7 @@ def test_a_call_keeps_its_id_or_gets_one(served):
         for sent in ("mine-7", "not sane", ""):
             metadata = [("x-api-key", USER), *([("x-request-id", sent)] if sent else [])]
             try:
-                _, call = ask.with_call(kind(**fields), metadata=metadata, timeout=20)
+                _, call = ask.with_call(kind(**fields), metadata=metadata, timeout=120)
             except grpc.RpcError as problem:
                 call = problem
             found.append(dict(call.trailing_metadata())["x-request-id"])
@@ -195,7 +195,7 @@ def test_faults_and_overload(client, served, monkeypatch, problem, status, text)
     async def fail(*args: Any, **kwargs: Any) -> Any:
         raise problem
 
-    monkeypatch.setattr(served.server.engine, "answer", fail)
+    monkeypatch.setattr(served.server.service, "answer", fail)
     with pytest.raises(InferenceServerException, match=text) as told:
         client.infer("mood", [tensor("text", TEXTS)], headers=HEADERS)
     assert told.value.status() == f"StatusCode.{status}"

@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 
 from bertology_serve.errors import Crashed, DataError
-from bertology_serve.serving.batching.batch_time import BatchTimes
-from bertology_serve.serving.batching.queue import WorkQueue
+from bertology_serve.serving.batching.queue import BatchTimes, WorkQueue
 from bertology_serve.serving.batching.scheduler import FairScheduler
-from bertology_serve.serving.execution.executor import THREAD, Executor
-from bertology_serve.serving.execution.quarantine import FIRST, LONGEST, Quarantine
+from bertology_serve.serving.execution.executor import FIRST, LONGEST, THREAD, Executor, Quarantine
 from tests.serving.batching.test_scheduler import work
 from tests.serving.running import wait
 
@@ -127,7 +125,7 @@ class Fragile(Harness):
     def put(self, *works: tuple[int, str]) -> None:
         made = [work(cost, delta) for cost, delta in works]
         for one in made:
-            one.job.ready = self.readies.setdefault(one.delta, Ready(one.delta))
+            one.ready = self.readies.setdefault(one.delta, Ready(one.delta))
         self.queue.put(made)
 
 

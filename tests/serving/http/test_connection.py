@@ -551,7 +551,7 @@ def test_any_bytes_end_in_nothing_or_a_refusal(junk):
 def heard(server: Any, sent: bytes, end: bytes) -> bytes:
     """What a server says to raw bytes, until it has said ``end``."""
     url = httpx.URL(server.url)
-    with socket.create_connection((url.host, url.port), timeout=20) as line:
+    with socket.create_connection((url.host, url.port), timeout=120) as line:
         line.sendall(sent)
         found = b""
         while end not in found:
@@ -570,7 +570,7 @@ def test_a_body_in_pieces_and_one_that_waits_for_leave(server):
     call = predict("mood", "the cat").replace(b"Host: x", b"Host: x\r\nExpect: 100-continue")
     head, body = call.split(b"\r\n\r\n")
     url = httpx.URL(server.url)
-    with socket.create_connection((url.host, url.port), timeout=20) as line:
+    with socket.create_connection((url.host, url.port), timeout=120) as line:
         line.sendall(head + b"\r\n\r\n")
         assert line.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         line.sendall(body)
@@ -592,13 +592,13 @@ def test_work_of_a_line_that_was_cut_is_dropped(pipeline: Pipeline):
     held: Any = Held(pipeline)
     with running(held) as started:
         url = httpx.URL(started.url)
-        with socket.create_connection((url.host, url.port), timeout=20) as first:
+        with socket.create_connection((url.host, url.port), timeout=120) as first:
             first.sendall(predict("mood", "first"))
             assert held.busy.wait(20)
-            with socket.create_connection((url.host, url.port), timeout=20) as second:
+            with socket.create_connection((url.host, url.port), timeout=120) as second:
                 second.sendall(predict("mood", "second"))
-                wait(lambda: started.server.engine.queue.items == 1)
-            wait(lambda: started.server.engine.queue.items == 0)
+                wait(lambda: started.server.service.queue.items == 1)
+            wait(lambda: started.server.service.queue.items == 0)
             held.go.set()
             assert b"200 OK" in first.recv(65_536)
     assert held.texts == ["first"]
@@ -608,12 +608,12 @@ def test_calls_are_refused_unread_while_the_queue_is_full(pipeline: Pipeline):
     held: Any = Held(pipeline)
     with running(held, max_queue_tokens=8, max_item_tokens=8) as started:
         url = httpx.URL(started.url)
-        with socket.create_connection((url.host, url.port), timeout=20) as first:
+        with socket.create_connection((url.host, url.port), timeout=120) as first:
             first.sendall(predict("mood", "the"))
             assert held.busy.wait(20)
-            with socket.create_connection((url.host, url.port), timeout=20) as second:
+            with socket.create_connection((url.host, url.port), timeout=120) as second:
                 second.sendall(predict("mood", ["the", "the dog was"]))
-                wait(lambda: started.server.engine.queue.items == 2)
+                wait(lambda: started.server.service.queue.items == 2)
                 assert started.post("/predict", {"delta": "mood", "text": "the"}).status_code == 503
                 refused = started.post("/predict", b"this was never read")
                 held.go.set()

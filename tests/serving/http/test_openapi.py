@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from bertology_serve.serving.auth.gate import PUBLIC
+from bertology_serve.serving.http.gate import PUBLIC
 from bertology_serve.serving.http.openapi import document
 from tests.serving.conftest import RECORDS
 

@@ -15,16 +15,14 @@ import pytest
 from bertology_serve.bench.prove.fuzzed import scribble, vandalise, write_state
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import BertologyError
-from bertology_serve.serving.batching.batch_time import BatchTimes
-from bertology_serve.serving.batching.queue import WorkQueue
+from bertology_serve.serving.batching.queue import BatchTimes, WorkQueue
 from bertology_serve.serving.batching.scheduler import FairScheduler
 from bertology_serve.serving.observability import background as module
 from bertology_serve.serving.observability.background import Background, Told
 from bertology_serve.serving.observability.metrics import Metrics
 from bertology_serve.serving.versions.delta_registry import Registry
-from bertology_serve.serving.versions.desired_state import Reconciler
 from bertology_serve.serving.versions.lifecycle import Lifecycle
-from bertology_serve.serving.versions.watcher import Watcher
+from bertology_serve.serving.versions.watcher import Reconciler, Watcher
 from tests.serving.conftest import save_version
 from tests.serving.running import running, wait
 
@@ -78,7 +76,7 @@ def test_readiness_follows_the_threads_that_calls_need(caplog):
     thread = works.thread("it", run, vital=True)
     assert works.is_up
     go.set()
-    thread.join(20)
+    thread.join(120)
     assert not thread.is_alive()
     assert (works.works["it"].faults, works.is_up) == (2, True)
     works.works["it"].up = False
@@ -189,7 +187,7 @@ def test_not_ready_while_the_executor_s_thread_is_down(pipeline, monkeypatch):
     monkeypatch.setattr(module, "FIRST_PAUSE", 1.0)
     monkeypatch.setattr(module, "LONGEST_PAUSE", 1.0)
     with running(pipeline) as server:
-        executor, item = server.server.engine._executor, {"delta": "mood", "text": "the cat"}
+        executor, item = server.server.service._executor, {"delta": "mood", "text": "the cat"}
         observe = executor._observe
 
         def fail(*_: object) -> None:
@@ -202,13 +200,13 @@ def test_not_ready_while_the_executor_s_thread_is_down(pipeline, monkeypatch):
         assert server.client.get("/health").json() == {"status": "restarting"}
         assert server.post("/predict", item).status_code == 200, "what comes meanwhile waits"
         wait(lambda: server.client.get("/v2/health/ready").status_code == 200)
-        served = server.server.engine.queue.served
+        served = server.server.service.queue.served
 
         def refuse(*_: object) -> None:
-            server.server.engine.queue.served = served
+            server.server.service.queue.served = served
             raise RuntimeError("times that are none")
 
-        server.server.engine.queue.served = refuse
+        server.server.service.queue.served = refuse
         assert server.post("/predict", item).status_code == 200
         wait(lambda: 'faults_total{work="executor"} 2.0' in server.client.get("/metrics").text)
 

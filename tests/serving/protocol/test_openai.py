@@ -9,7 +9,7 @@ import numpy as np
 import openai
 import pytest
 
-from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
+from bertology_serve.serving.keys import Key, Keyring, digest_of
 from tests.serving.conftest import DELTAS
 from tests.serving.running import Running, running
 

@@ -20,11 +20,11 @@ def test_without_its_package_it_says_what_to_install(monkeypatch):
 
 
 def test_a_port_that_is_taken():
-    answering: Any = SimpleNamespace(engine=SimpleNamespace(config=ServerConfig()))
+    service: Any = SimpleNamespace(config=ServerConfig(), lifecycle=None, metrics=None)
     nothing: Any = None
 
     async def start(port: int) -> None:
-        await GrpcServer("127.0.0.1", port).start(answering, nothing, nothing, nothing)
+        await GrpcServer("127.0.0.1", port).start(service, nothing)
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

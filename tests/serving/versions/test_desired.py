@@ -14,10 +14,10 @@ import pytest
 from bertology_serve.deltas import store
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import NotFound, SpecError
-from bertology_serve.serving.auth.keys import Key, Keyring, digest_of
+from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.canary import Split, Splits, agree
 from bertology_serve.serving.versions.delta_registry import Registry
-from bertology_serve.serving.versions.desired_state import Canary, Desired, Wish, read_desired
+from bertology_serve.serving.versions.watcher import Canary, Desired, Wish, read_desired
 from tests import tiny
 from tests.serving.conftest import DELTAS
 from tests.serving.running import Running, running, wait
@@ -67,10 +67,10 @@ def versions(server: Running, calls: int = 40) -> Counter[str]:
 
 
 def test_the_state_holds_before_the_first_call_and_is_followed(served, state):
-    registry = served.server.answering.registry
+    registry = served.server.service.registry
     assert versions(served, 3) == {"2": 3}
     assert registry.tiers.pins == {"mood"}
-    assert served.server.engine.queue._scheduler._weights["mood"] == 3
+    assert served.server.service.queue._scheduler._weights["mood"] == 3
     write(state, mood={"version": "1"}, others="unload")
     wait(lambda: versions(served, 1) == {"1": 1})
     wait(lambda: {delta.name for delta in registry.all()} == {"base", "mood"})
@@ -79,7 +79,7 @@ def test_the_state_holds_before_the_first_call_and_is_followed(served, state):
 
 def test_a_canary_takes_its_share_on_every_route_and_a_version_that_is_named_is_kept(served, state):
     write(state, mood={"version": "2", "canary": {"version": "4", "share": 0.5}})
-    wait(lambda: served.server.answering.registry.splits)
+    wait(lambda: served.server.service.registry.splits)
     found = versions(served, 60)
     assert found.keys() == {"2", "4"}
     assert 10 <= found["4"] <= 50
@@ -95,13 +95,13 @@ def test_a_canary_takes_its_share_on_every_route_and_a_version_that_is_named_is_
     for version in ("2", "4"):
         assert served.post(f"/v2/models/mood/versions/{version}/infer", tensor).json()["model_version"] == version
     write(state, mood={"version": "4"})
-    wait(lambda: not served.server.answering.registry.pipeline._beside)
+    wait(lambda: not served.server.service.registry.pipeline._beside)
     assert versions(served, 8) == {"4": 8}
 
 
 def test_a_shadow_is_asked_and_never_heard(served, state):
     write(state, mood={"version": "2", "shadow": "3"})
-    wait(lambda: served.server.answering.registry.splits)
+    wait(lambda: served.server.service.registry.splits)
     assert versions(served, 10) == {"2": 10}
 
     def counted() -> float:
@@ -126,7 +126,7 @@ def test_rollback_reads_nothing(served, monkeypatch):
 
 def test_what_cannot_be_had_is_told_once_and_the_rest_is_done(served, state, caplog):
     write(state, mood={"version": "9"}, grade={"version": "1", "pin": True})
-    wait(lambda: served.server.answering.registry.tiers.pins >= {"grade"})
+    wait(lambda: served.server.service.registry.tiers.pins >= {"grade"})
     assert versions(served, 2) == {"2": 2}
     state.write_text("{")
     wait(lambda: "state.json" in caplog.text)
@@ -141,7 +141,7 @@ def test_a_canary_that_is_not_there(encoder, root):
         registry.split("mood", Split("7", 0.5))
     assert not registry.splits
     registry.split("mood", Split("1", 1.0, shadow="3"))
-    assert registry.find("mood").version == "1"
+    assert registry.splits.version("mood") == "1"
     assert registry.find("mood", "3").version == "3"
     registry.remove("mood")
     assert not registry.splits

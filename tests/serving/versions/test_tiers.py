@@ -136,7 +136,7 @@ def test_many_at_once_read_a_delta_once(made, monkeypatch):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     assert reads == ["d5"]
 
 

@@ -12,24 +12,30 @@ import torch
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import InputError, SpecError
+from bertology_serve.training.batches import Source
 from bertology_serve.training.evaluate import evaluate
+from bertology_serve.training.features import pooled
 from bertology_serve.training.fleet.fleet_directory import Quiet
 from bertology_serve.training.fleet.fleet_run import train_fleet
 from bertology_serve.training.fleet.fleet_spec import FleetSpec, fleet_from_dict
 from bertology_serve.training.fleet.member import Member
+from bertology_serve.training.run_directory import Destination
+from bertology_serve.training.train import train
+from bertology_serve.training.train_config import TrainConfig
+from tests.bits import same_bits
 from tests.training import sets
 
 
 def fleet(root: Path, **more: Any) -> FleetSpec:
-    """Three deltas of two tasks; one has dropout inside the encoder."""
+    """Three deltas of two tasks; one has dropout inside the encoder, one begins at the probe."""
     for task in ("classification", "regression"):
         sets.write(root / f"{task}.jsonl", sets.SETS[task]())
     shared = {"task": "classification", "train": "classification.jsonl", "eval": "classification.jsonl"}
-    shared |= {"batch_size": 5, "max_length": 32, "learning_rate": 5e-3, "epochs": 3}
+    shared |= {"batch_size": 5, "max_length": 32, "learning_rate": 5e-3, "epochs": 3, "start": "random"}
     deltas: dict[str, dict[str, Any]] = {
         "mood": {"method": "lora", "dropout": 0.2, "ood": "classification.jsonl"},
         "score": {"task": "regression", "train": "regression.jsonl", "eval": "regression.jsonl", "method": "adapter"},
-        "tone": {"method": "bitfit", "epochs": 1, "seed": 4},
+        "tone": {"method": "bitfit", "epochs": 1, "seed": 4, "start": "probe"},
     }
     for name, own in more.pop("deltas", {}).items():
         deltas[name] = {**deltas[name], **own}
@@ -69,6 +75,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, bert_path: Path) -> tuple
     return deltas, {one: lines(root / "out" / one) for one in deltas}
 
 
+@same_bits
 @pytest.mark.parametrize(("name", "step"), [("score", 1), ("mood", 6), ("tone", 0), ("mood", 8)])
 def test_a_killed_fleet_ends_as_if_nothing_had_happened(tmp_path, bert_path, straight, name, step):
     out, spec = tmp_path / "out", fleet(tmp_path)
@@ -102,13 +109,41 @@ def test_a_member_that_fails_is_named_when_the_others_are_there(tmp_path, bert: 
             super().begin(found)
             if self.name == "tone":
                 with torch.no_grad():
-                    self.parameters["head.layers.1.linear.bias"].fill_(float("inf"))
+                    list(self.parameters.values())[-1].fill_(float("inf"))
 
     monkeypatch.setattr("bertology_serve.training.fleet.fleet_run.Member", Sick)
     out = tmp_path / "out"
     with pytest.raises(SpecError, match="tone failed at step 1: the loss is nan"):
         train_fleet(fleet(tmp_path), bert, out)
     assert sorted(path.name for path in out.iterdir()) == ["mood", "score"]
+
+
+@pytest.mark.parametrize("epochs", [1, 20])
+def test_members_begin_and_end_as_runs_alone(tmp_path, bert: Encoder, epochs: int):
+    rows = sets.classification()[2:]  # more of one label than of the other
+    sets.write(tmp_path / "rows.jsonl", rows)
+    own = {"task": "classification", "epochs": epochs, "batch_size": 6}
+    # with one C, the smallest, the probe is a constant, which any training is better than
+    own |= {"learning_rate": 1e-6} if epochs == 1 else {"learning_rate": 1e-2, "lp_path": 1}
+    shared = {**own, "train": "rows.jsonl", "eval": "rows.jsonl"}
+    spec = fleet_from_dict({"all": shared, "delta": {"a": {"method": "lora"}, "b": {"method": "bitfit"}}}, tmp_path)
+    taken: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        name = "bertology_serve.training.features.pooled"
+        patch.setattr(name, lambda live, items, *more: (taken.append(len(items)), pooled(live, items, *more))[1])
+        together = train_fleet(spec, bert, tmp_path / "out")
+    assert taken == [len(rows)], "features are taken once; the dev rows are the training rows"
+    for method, name in (("lora", "a"), ("bitfit", "b")):
+        source, place = Source.read(rows), Destination(tmp_path / f"alone-{name}")
+        alone = train(TrainConfig(method=(method,), **own), bert, source, source, place=place)
+        assert together[name].kinds == alone.delta.kinds == (("probe",) if epochs == 1 else (method,))
+        assert alone.unimproved is (epochs == 1)
+        assert together[name].provenance["baselines"] == alone.baselines
+        assert alone.unimproved or together[name].metrics["accuracy"] > alone.baselines["probe"]["accuracy"]
+        assert together[name].metrics == pytest.approx(alone.delta.metrics, abs=1e-3)
+        for key, tensor in alone.delta.head.items():
+            assert torch.allclose(together[name].head[key], tensor, atol=1e-3), key
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b"]
 
 
 def test_what_is_in_the_way_stays(tmp_path, bert: Encoder):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from bertology_serve.bench.export.checkpoint import task_model
 from bertology_serve.bench.prove.stage import LENGTH, Stage
-from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.loading import locate
 from bertology_serve.export.emitter.emit import choose, write
@@ -69,7 +68,7 @@ def make(stage: Stage, directory: Path, count: int, different: int) -> Made:
         folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(made.names):
         delta = stage.random(name, Lora(rank=RANK), TASK, number)
-        store.save(delta, made.adapter(name), stage.encoder.anatomy, stage.encoder.config.to_dict())
+        delta.save(made.adapter(name), stage.encoder)
         if made.onnx(name).exists():
             continue
         if number < different:
@@ -82,9 +81,9 @@ def make(stage: Stage, directory: Path, count: int, different: int) -> Made:
 
 
 def _merge(stage: Stage, made: Made, delta: Delta) -> None:
-    spec, parts = ExportSpec(merge=True), ExportInputs.of(stage.encoder, delta, merge=True)
-    save(write(parts, choose(parts, spec), spec), made.onnx(delta.name))
-    model = task_model(parts, delta)
+    spec, export_inputs = ExportSpec(merge=True), ExportInputs.of(stage.encoder, delta, merge=True)
+    save(write(export_inputs, choose(export_inputs, spec), spec), made.onnx(delta.name))
+    model = task_model(export_inputs, delta)
     model.config.id2label, model.config.label2id = dict(enumerate(LABELS)), {name: i for i, name in enumerate(LABELS)}
     model.save_pretrained(made.checkpoint(delta.name))
     stage.encoder.tokenizer.save_pretrained(made.checkpoint(delta.name))

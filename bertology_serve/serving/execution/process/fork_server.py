@@ -19,9 +19,8 @@ import torch
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import BertologyError
+from bertology_serve.serving.execution.process.channel import Channel, Lost, Op, SharedMemory, fault
 from bertology_serve.serving.execution.process.executor_handle import WorkerOptions, WorkerPlace
-from bertology_serve.serving.execution.process.frames import Channel, Lost, Op, fault
-from bertology_serve.serving.execution.process.shared_memory import SharedMemory
 from bertology_serve.serving.execution.process.worker import work
 from bertology_serve.serving.execution.startup import settle_memory
 from bertology_serve.serving.observability import logs

@@ -23,10 +23,13 @@ from bertology_serve.encoder.loading import load_tokenizer, locate
 from bertology_serve.errors import BertologyError, Crashed, LimitError, Unsupported
 from bertology_serve.kernels.segments import RowSegment
 from bertology_serve.serving.execution.engine_choice import EngineConfig
-from bertology_serve.serving.execution.process.executor_handle import ExecutorHandle, ForkServer, WorkerPlace
-from bertology_serve.serving.execution.process.frames import Lost, Op
-from bertology_serve.serving.execution.process.shared_memory import put_batch, take_outputs
-from bertology_serve.serving.execution.process.supervisor import Supervisor
+from bertology_serve.serving.execution.process.channel import Lost, Op, put_batch, take_outputs
+from bertology_serve.serving.execution.process.executor_handle import (
+    ExecutorHandle,
+    ForkServer,
+    Supervisor,
+    WorkerPlace,
+)
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.versions.cards import Card, from_record
 from bertology_serve.tasks.heads import Head

@@ -20,8 +20,16 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import LoadedDelta, Pipeline
 from bertology_serve.errors import BertologyError, FormatError, NotFound
 from bertology_serve.serving.execution.engine_choice import EngineConfig, apply
-from bertology_serve.serving.execution.process.frames import Body, Channel, Lost, Op, fault
-from bertology_serve.serving.execution.process.shared_memory import SharedMemory, put_outputs, take_batch
+from bertology_serve.serving.execution.process.channel import (
+    Body,
+    Channel,
+    Lost,
+    Op,
+    SharedMemory,
+    fault,
+    put_outputs,
+    take_batch,
+)
 from bertology_serve.serving.execution.startup import settle_memory
 from bertology_serve.serving.observability.logs import place_of
 from bertology_serve.serving.versions.cards import card_of, to_record

@@ -43,7 +43,7 @@ def near(command: list[str], environ: Any) -> Iterator[Any]:
             yield type("Near", (), {"url": url_of(bound), "pid": 0, "cpu": 1.0})()
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(120)
 
 
 @pytest.fixture

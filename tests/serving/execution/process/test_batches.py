@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bertology_serve.deltas.delta import BaseRef, Delta
-from bertology_serve.serving.execution.process.frames import Lost
-from bertology_serve.serving.execution.process.shared_memory import (
+from bertology_serve.serving.execution.process.channel import (
     PAGE,
+    Lost,
     SharedMemory,
     put_batch,
     put_outputs,

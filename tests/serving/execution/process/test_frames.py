@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bertology_serve import errors
 from bertology_serve.errors import BertologyError, Crashed, FormatError, NotFound, Overloaded
-from bertology_serve.serving.execution.process.frames import HEAD, LARGEST, Channel, Lost, Op, fault, problem_of
+from bertology_serve.serving.execution.process.channel import HEAD, LARGEST, Channel, Lost, Op, fault, problem_of
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text()
 BODIES = st.dictionaries(
@@ -127,7 +127,7 @@ def test_closing_ends_a_thread_that_waits():
         thread = threading.Thread(target=wait)
         thread.start()
         channel.close()
-        thread.join(10)
+        thread.join(120)
         assert len(found) == 1
 
 

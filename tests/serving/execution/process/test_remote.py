@@ -14,8 +14,8 @@ from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import Crashed, FormatError, NotFound, Unsupported
 from bertology_serve.serving.execution.engine_choice import EngineConfig
 from bertology_serve.serving.execution.process import executor_handle, worker
+from bertology_serve.serving.execution.process.channel import Lost, Op
 from bertology_serve.serving.execution.process.executor_handle import WorkerOptions, WorkerPlace
-from bertology_serve.serving.execution.process.frames import Lost, Op
 from bertology_serve.serving.execution.process.remote import Remote
 from bertology_serve.serving.execution.process.worker import Worker
 from bertology_serve.serving.versions.delta_registry import Registry
@@ -31,6 +31,7 @@ def answers(pipeline, requests) -> list[dict]:
 
 
 def kill(remote: Remote) -> None:
+    wait(lambda: remote.is_up)
     os.kill(remote.supervisor.pid, signal.SIGKILL)
 
 

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from bertology_serve.errors import Overloaded
-from bertology_serve.serving.execution.process import supervisor
-from bertology_serve.serving.execution.process.executor_handle import WorkerPlace
-from bertology_serve.serving.execution.process.frames import Lost
-from bertology_serve.serving.execution.process.supervisor import Supervisor
+from bertology_serve.serving.execution.process import executor_handle
+from bertology_serve.serving.execution.process.channel import Lost
+from bertology_serve.serving.execution.process.executor_handle import Supervisor, WorkerPlace
 from tests.serving.running import wait
 
 
@@ -49,7 +48,7 @@ class FakeNursery:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(supervisor, "PAUSES", (0.0, 0.01))
+    monkeypatch.setattr(executor_handle, "PAUSES", (0.0, 0.01))
 
 
 @pytest.fixture
@@ -95,7 +94,7 @@ def test_what_watches_over_them_is_watched_over_itself(made, caplog, monkeypatch
 
 
 def test_closing_does_not_wait_for_a_fork_server_that_hangs(made, monkeypatch):
-    monkeypatch.setattr(supervisor, "CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(executor_handle, "CLOSE_SECONDS", 0.05)
     nursery = FakeNursery()
     keeper = made(nursery)
     nursery.may_fork.clear()
@@ -104,7 +103,7 @@ def test_closing_does_not_wait_for_a_fork_server_that_hangs(made, monkeypatch):
     keeper.close()
     assert keeper._thread.is_alive()
     nursery.may_fork.set()
-    keeper._thread.join(20)
+    keeper._thread.join(120)
     assert all(line.dead.is_set() for line in nursery.lines)
 
 
@@ -134,7 +133,7 @@ def test_who_asks_meanwhile_waits_for_so_long(made):
     thread = threading.Thread(target=lambda: found.append(keeper.line()))
     thread.start()
     nursery.may_fork.set()
-    thread.join(10)
+    thread.join(120)
     assert found[0].pid == 1
 
 
@@ -165,8 +164,8 @@ def test_who_waits_while_it_closes_hears_so(made):
     thread.start()
     closing = threading.Thread(target=keeper.close)
     closing.start()
-    thread.join(10)
+    thread.join(120)
     nursery.may_fork.set()
-    closing.join(10)
+    closing.join(120)
     assert len(problems) == 1
     assert all(line.closed or line.dead.is_set() for line in nursery.lines)

@@ -1,0 +1,66 @@
+"""BERT and the families that differ from it by their heads alone: RoBERTa, DistilBERT, ELECTRA, ALBERT and their kin.
+
+All of them go through transformers' attention interface, on which rows travel packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from bertology_serve.families.family import (
+    Dense,
+    Family,
+    HeadShape,
+    classifier,
+    dense_out_proj,
+    hidden_first,
+    pooler,
+    spans,
+)
+
+
+def _dropped_spans(shape: HeadShape) -> tuple[Dense, ...]:
+    return (Dense("qa_outputs", shape.hidden, 2, dropout=True),)
+
+
+_BERT = Family("bert", pooler, pooler, classifier, spans)
+_ROBERTA = Family("roberta", dense_out_proj("tanh"), pooler, classifier, spans, token_types=0)
+_first = hidden_first("pre_classifier", "relu")
+_DISTILBERT = Family("distilbert", _first, _first, classifier, _dropped_spans, emitted=True)
+_ELECTRA = Family(
+    "electra",
+    dense_out_proj("gelu"),
+    hidden_first("sequence_summary.summary", "gelu", "summary_activation"),
+    classifier,
+    spans,
+    choice_reads="summary_type",
+    emitted=True,
+    token_types=2,
+    peft_prefix=True,
+    adapterhub=True,
+)
+_albert_pooler = hidden_first("{prefix}.pooler", "tanh", base_name="pooler")
+_ALBERT = Family("albert", _albert_pooler, _albert_pooler, classifier, spans)
+
+
+def rows() -> Iterator[Family]:
+    """All of them."""
+    yield replace(_BERT, emitted=True, token_types=2, peft_prefix=True, adapterhub=True)
+    for name in ("ernie", "megatron-bert", "rembert", "roc_bert"):
+        yield replace(_BERT, name=name)
+    for name in ("gte", "nomic_bert"):
+        yield replace(_BERT, name=name, choice=None, answers=None)
+    for name in ("roberta", "xlm-roberta"):
+        yield replace(_ROBERTA, name=name, emitted=True, peft_prefix=True, adapterhub=True)
+    yield replace(_ROBERTA, name="camembert", emitted=True, peft_prefix=True)
+    yield replace(_ROBERTA, name="xlm-roberta-xl", peft_prefix=True)
+    yield replace(_ROBERTA, name="xmod")
+    for name in ("data2vec-text", "jina_embeddings_v3", "roberta-prelayernorm"):
+        yield replace(_ROBERTA, name=name, choice=None)
+    yield from (_DISTILBERT, _ELECTRA, _ALBERT)
+    roformer = Family("roformer", dense_out_proj("gelu", "hidden_act"), None, classifier, spans)
+    yield roformer
+    yield replace(roformer, name="big_bird", choice=_albert_pooler, answers=None)
+    # Longformer's other heads read tokens of global attention, EuroBERT's the mean of every logit.
+    yield from (Family(name, tokens=classifier) for name in ("eurobert", "longformer"))

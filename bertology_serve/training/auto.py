@@ -1,0 +1,356 @@
+"""``--method auto``: candidates train together as a fleet, and the worse two of three end at every rung.
+
+Successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943) on the dev set: all candidates make ``unit`` steps, the
+best third three times as many, and so on until one is left, which makes all. Each has the schedule of the whole length,
+so that the winner is what its settings alone would have given. Where there is no dev set, or a small one, candidates
+are judged on held-out folds of the training data, and the winner is trained anew on all of it.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from bertology_serve.data.records import infer_labels
+from bertology_serve.deltas.catalog import identify
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.errors import SpecError
+from bertology_serve.kinds import kinds
+from bertology_serve.tasks.registry import task_for
+from bertology_serve.training.baselines import PROBE
+from bertology_serve.training.batches import Data, Source
+from bertology_serve.training.callbacks import Callback
+from bertology_serve.training.config_file import settings_text
+from bertology_serve.training.evaluate import measure
+from bertology_serve.training.fleet.fleet import Fleet
+from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Line, Quiet
+from bertology_serve.training.fleet.fleet_run import Enrolled, Shelf, enrolled, rows_of_a_pass
+from bertology_serve.training.fleet.member import Member
+from bertology_serve.training.learning_curve import draw_curves
+from bertology_serve.training.method_options import join_list
+from bertology_serve.training.methods import count_parameters, specs_for
+from bertology_serve.training.publish import publish
+from bertology_serve.training.run_directory import CONFIG, Destination, identity
+from bertology_serve.training.train import Outcome, for_encoder, lay_out, machine, task_spec
+from bertology_serve.training.train_config import TrainConfig, read_budget
+
+BOARD, PLOT = "board.csv", "board.png"
+THIRD, FOLDS, SMALL = 3, 3, 100
+"""One in so many goes on; folds, and the dev rows below which they judge instead."""
+STEP = 3.5
+"""What a row of a training step takes beside a row that is only answered."""
+TIMED = 64
+
+ALL = ("query", "key", "value", "output", "up", "down")
+CANDIDATES: Mapping[str, tuple[str, float, Mapping[str, Any]]] = {
+    "lora": ("lora", 1e-3, {}),
+    "lora-fast": ("lora", 3e-3, {}),
+    "lora-wide": ("lora", 1e-3, {"rank": 16, "targets": ALL}),
+    "lora-wide-slow": ("lora", 3e-4, {"rank": 16, "targets": ALL}),
+    "lora-thin": ("lora", 2e-3, {"rank": 2, "targets": ALL}),
+    "bitfit": ("bitfit", 4e-3, {}),
+    "bitfit-slow": ("bitfit", 1e-3, {}),
+    "adapter": ("adapter", 2e-3, {}),
+    "adapter-slow": ("adapter", 5e-4, {}),
+    "prefix": ("prefix", 1e-2, {}),
+}
+"""Method, learning rate and options of what is tried, the likelier first."""
+MANY_ROWS = {"prefix": 2000}
+"""Training rows from which a method stands a chance."""
+
+
+def candidates(config: TrainConfig, encoder: Encoder, rows: int) -> dict[str, TrainConfig]:
+    """What is tried on that encoder with so many training rows, by name; a learning rate that was given is for all."""
+    found: dict[str, TrainConfig] = {}
+    for name, (method, rate, options) in CANDIDATES.items():
+        own = {method: options} if options else {}
+        one = replace(config, method=(method,), options=own, learning_rate=config.learning_rate or rate)
+        try:
+            kinds.init(specs_for(one), encoder.anatomy, torch.Generator())
+        except SpecError:
+            continue  # not on this encoder
+        if rows >= MANY_ROWS.get(method, 0) and one not in found.values():
+            found[name] = one
+    return found
+
+
+def rungs(count: int, unit: int = 1) -> dict[int, int]:
+    """After how many steps how many candidates go on."""
+    found, step = {}, unit
+    while count > 1:
+        count = max(1, count // THIRD)
+        found[step] = count
+        step *= THIRD
+    return found
+
+
+def folds(data: Data, seed: int) -> list[Data]:
+    """The records that candidates are trained and judged on: the dev set's, or each part of the training data once."""
+    if data.dev is not None and len(data.dev.records) >= SMALL:
+        return [data]
+    records = data.train.records
+    if len(records) < 2 * FOLDS:
+        raise SpecError(f"method auto has {len(records)} training records to choose by; give more, or an --eval")
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    found = []
+    for fold in range(FOLDS):
+        held = set(order[fold::FOLDS])
+        parts = [r for i, r in enumerate(records) if i not in held], [records[i] for i in sorted(held)]
+        found.append(Data(*(Source(f"{data.train.name}, fold {fold + 1}", part) for part in parts)))
+    return found
+
+
+Row = dict[str, str | int | float]
+"""A candidate on the board."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """The candidates of a run, each with a member for every fold, and the steps before the first rung."""
+
+    crew: Mapping[str, Sequence[Enrolled]]
+    unit: int
+    directory: FleetDirectory
+
+    def losers(self, active: Sequence[Member]) -> Sequence[Member]:
+        """The members in training whose candidates are not among the best at this step."""
+        keep = rungs(len(self.crew), self.unit).get(active[0].state.step) if active else None
+        if keep is None:
+            return ()
+        running = {member.name for member in active}
+        whole = [name for name in self.crew if running.issuperset(member.name for member in self.members(name))]
+        best = sorted(whole, key=self.rank, reverse=True)[:keep]
+        kept = {member.name for name in best for member in self.members(name)}
+        return [member for member in active if member.name not in kept]
+
+    def members(self, name: str) -> list[Member]:
+        """A candidate's, one a fold."""
+        return [one.member for one in self.crew[name]]
+
+    def rank(self, name: str) -> tuple[float, ...]:
+        """What candidates are compared by: the best state so far, where that is what is kept, then the latest."""
+        members = self.members(name)
+        best = [member.state.best[0] for member in members if member.config.keep == "best"]
+        latest = fmean(member.latest[self.metric] for member in members)
+        return fmean(best) if best else latest, latest, -fmean(member.latest.get("loss", 0.0) for member in members)
+
+    @property
+    def metric(self) -> str:
+        """What candidates are judged by."""
+        return next(iter(self.crew.values()))[0].member.task.main_metric
+
+    @property
+    def winner(self) -> str:
+        """The candidate that made all steps. Raises SpecError where none did."""
+        failures = {name: "".join(member.failure for member in self.members(name)) for name in self.crew}
+        done = [name for name in self.crew if all(m.state.step == m.total for m in self.members(name))]
+        whole = [name for name in done if not failures[name]]
+        if not whole:
+            raise SpecError(
+                f"no candidate came to its end: {'; '.join(f'{k} failed at {v}' for k, v in failures.items())}"
+            )
+        return max(whole, key=self.rank)
+
+    @property
+    def start(self) -> float | None:
+        """What the probe has, the mean over the folds; None where training does not begin there."""
+        known = [one.start.known.get(PROBE) for one in next(iter(self.crew.values()))]
+        return fmean(own[self.metric] for own in known if own) if all(known) else None
+
+    @property
+    def improves(self) -> bool:
+        """Whether the winner is better than the probe."""
+        return self.start is None or self.rank(self.winner)[0] > self.start
+
+    def curve(self, name: str) -> dict[int, float]:
+        """The metric of a candidate by steps, the mean over its folds."""
+        found: dict[int, list[float]] = {}
+        for member in self.members(name):
+            for line in self.directory.lines_of(member.name):
+                if "eval" in line:
+                    found.setdefault(line["step"], []).append(line["eval"][self.metric])
+        return {step: fmean(values) for step, values in found.items()}
+
+    def board(self) -> list[Row]:
+        """A row for each candidate, the best first, and the probe among them where training began there."""
+        rows = [self._row(name) for name in self.crew]
+        if self.start is not None:
+            own: Row = {"candidate": PROBE, "method": PROBE, "steps": 0, self.metric: self.start}
+            rows.append({**dict.fromkeys(rows[0], ""), **own})
+        return sorted(
+            rows, key=lambda row: -math.inf if row[self.metric] == "" else float(row[self.metric]), reverse=True
+        )
+
+    def _row(self, name: str) -> Row:
+        first, members, curve = self.crew[name][0].config, self.members(name), list(self.curve(name).values())
+        kept, steps = max if first.keep == "best" else (lambda values: values[-1]), members[0].state.step
+        failure = next((f"failed at {member.failure}" for member in members if member.failure), "")
+        return {
+            "candidate": name,
+            "method": ",".join(first.method),
+            "learning_rate": first.rate(first.method[0]),
+            "options": " ".join(
+                f"{key}={_shown(value)}" for own in first.options.values() for key, value in own.items()
+            ),
+            "parameters": count_parameters(members[0].live).trained,
+            "steps": steps,
+            self.metric: kept(curve) if curve else "",
+            "seconds": round(sum(member.state.seconds for member in members), 1),
+            "end": failure or ("won" if name == self.winner else "dropped"),
+        }
+
+    def facts(self, config: TrainConfig, board: Sequence[Row]) -> dict[str, Any]:
+        """What the delta says of the search, and why it is the one."""
+        folds, row = len(self.crew[self.winner]), next(row for row in board if row["candidate"] == self.winner)
+        where = f"on {folds} held-out folds" if folds > 1 else "on the dev set"
+        what = f"{self.metric} {row[self.metric]:.4f} {where}, the highest of {len(self.crew)} candidates"
+        if self.start is not None:
+            what += f"; the probe, where all began, has {self.start:.4f}" + ("" if self.improves else ": no less")
+        what = f"{self.winner} has {what}"
+        return {"budget": config.budget, "first_rung": self.unit, "folds": folds, "why": what, "board": list(board)}
+
+
+def _shown(value: object) -> str:
+    return join_list(value) if isinstance(value, tuple) else str(value)
+
+
+def train_auto(
+    config: TrainConfig,
+    encoder: Encoder,
+    train: Source,
+    dev: Source | None = None,
+    *,
+    ood: Source | None = None,
+    place: Destination,
+    watcher: FleetWatcher | None = None,
+    prepack: bool | None = None,
+    files: Mapping[str, str] | None = None,
+) -> Outcome:
+    """Searches, and publishes the winner, or the probe where nothing is better; arguments are those of ``train``.
+
+    ``board.csv`` and, where matplotlib is installed, ``board.png`` lie beside the delta; ``provenance.auto`` says why
+    it won. Under a budget in passes a search is the same every time (on a CPU, with the same number of threads); one
+    in minutes is turned into passes by a timing at the beginning.
+    """
+    config = for_encoder(replace(config, labels=config.labels or infer_labels(config.task, train.records)), encoder)
+    data, (name, free) = Data(train, dev, ood), place.open()
+    directory, watcher, shelf = FleetDirectory(free.out.parent, free.path), watcher or Quiet(), Shelf(encoder)
+    tried, parts = candidates(config, encoder, len(train.records)), folds(data, config.seed)
+    laid_out = machine(config, encoder, prepack)
+    unit = 0 if place.resume and directory.unfinished else unit_of(config, len(tried), parts, shelf)
+    began = directory.open(identity(config, encoder, name, data), {**laid_out, "unit": unit}, place.resume)
+    lay_out(encoder, began)
+    rows, features = rows_of_a_pass(encoder), directory.path / "features"
+
+    def ready(name: str, config: TrainConfig, part: Data, at: FleetDirectory) -> Enrolled:
+        one = enrolled(name, config, part, shelf, at, watcher)
+        one.begin(shelf.start(one.plan, one.ready, features))
+        return one
+
+    unit, keep = began["unit"], "best" if len(parts) == 1 else "last"
+    crew = {
+        name: [
+            ready(
+                f"{name}-{number}" if len(parts) > 1 else name,
+                scheduled(own, unit, len(tried), part, keep),
+                part,
+                directory,
+            )
+            for number, part in enumerate(parts, 1)
+        ]
+        for name, own in tried.items()
+    }
+    search = Search(crew, unit, directory)
+    members = [one.member for ones in crew.values() for one in ones]
+    Fleet(members, rows, directory, config.save_every, losers=search.losers).run()
+    one, log = crew[search.winner][0], directory
+    if len(parts) > 1:  # once more, on all of the training data
+        log = FleetDirectory(directory.root, directory.path / "winner")
+        log.path.mkdir(exist_ok=True)
+        longer = round(unit * len(train.records) / len(parts[0].train.records))
+        one = ready(search.winner, scheduled(tried[search.winner], longer, len(tried), data, "best"), data, log)
+        one.beaten = not search.improves
+        if not one.beaten:
+            Fleet([one.member], rows, log, config.save_every).run()
+    delta, live, state = one.ended(name, place.version or "")
+    board = search.board()
+    delta = replace(delta, provenance={**delta.provenance, "auto": search.facts(config, board)})
+    write_board(directory.path, board, search)
+    own = settings_text(one.config, files or data.names(encoder.name), began["prepacked"])
+    directory.write_config(own)
+    extra = [log.take_log(one.member.name), *(directory.path / name for name in (CONFIG, BOARD, PLOT))]
+    difference = publish(delta, live, free.out, *one.ready.sample(data), extra=extra)
+    directory.remove()
+    delta = replace(delta, version=identify(free.out).version)
+    return Outcome(delta, free.out, count_parameters(live), state, difference, 0, one.start.known, one.unimproved)
+
+
+def scheduled(config: TrainConfig, unit: int, count: int, part: Data, keep: str) -> TrainConfig:
+    """The settings of a run of its own: as many steps as the winner of ``count`` makes, measured after every unit."""
+    steps = unit * THIRD ** len(rungs(count))
+    epochs = math.ceil(steps / math.ceil(len(part.train.records) / config.batch_size))
+    own: dict[str, Any] = {"max_steps": steps, "eval_every": unit, "epochs": epochs, "patience": None, "keep": keep}
+    return replace(config, budget=TrainConfig.budget, **own)
+
+
+def unit_of(config: TrainConfig, count: int, parts: Sequence[Data], shelf: Shelf) -> int:
+    """The steps before the first rung: what the budget buys, and no more than give the winner its epochs."""
+    rows, dev = len(parts[0].train.records), len(parts[0].dev.records) if parts[0].dev else 0
+    most: int = THIRD ** len(rungs(count))
+    spent, before, left = 0, 0, count
+    for step, kept in [*rungs(count).items(), (most, 0)]:
+        spent, before, left = spent + left * (step - before), step, kept
+    spent = spent * len(parts) + (2 * most if len(parts) > 1 else 0)  # and the winner once more
+    amount, timed = read_budget(config.budget)
+    each = amount / spent
+    texts = (each / _seconds_a_row(config, parts[0], shelf) - dev) / STEP if timed else each * rows
+    full = config.passes(rows) * math.ceil(rows / config.batch_size)
+    return max(1, min(int(texts / config.batch_size), math.ceil(min(full, config.max_steps or full) / most)))
+
+
+def _seconds_a_row(config: TrainConfig, part: Data, shelf: Shelf) -> float:
+    """What an answer takes, timed on some training rows."""
+    spec = task_spec(config, shelf.encoder, part.train)
+    items = shelf.made(part.train, spec)
+    sample = items[:: max(1, len(items) // TIMED)][:TIMED]
+    live, times = TrainableDelta(shelf.encoder, (), spec), []
+    for _ in range(3):
+        began = time.perf_counter()
+        measure(live, task_for(spec), sample, config.max_tokens)
+        times.append(time.perf_counter() - began)
+    return min(times) / len(sample)
+
+
+def write_board(folder: Path, board: Sequence[Row], search: Search) -> None:
+    """The board as CSV and, where matplotlib is installed, every candidate's curve."""
+    with (folder / BOARD).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(board[0]))
+        writer.writeheader()
+        writer.writerows(board)
+    if find_spec("matplotlib") is not None:
+        draw_curves(folder / PLOT, search.metric, {name: search.curve(name) for name in search.crew}, search.start)
+
+
+class Forwarded(Quiet):
+    """Tells the watcher of a single run of every candidate, whose lines have ``candidate``."""
+
+    def __init__(self, callback: Callback) -> None:
+        self.callback = callback
+
+    def stepped(self, name: str, line: Line) -> None:
+        """A candidate made a step."""
+        self.callback.stepped({**line, "candidate": name})
+
+    def evaluated(self, name: str, line: Line) -> None:
+        """A candidate was measured."""
+        self.callback.evaluated({**line, "candidate": name})
