@@ -1,4 +1,7 @@
-"""Many deltas as arrays, ready to be the graph's inputs; new ones join by standing behind those there are."""
+"""The deltas of an export for many: their rows as arrays, which are inputs of its graph, and a card for each.
+
+Further deltas join without a new graph: their rows stand behind those that are there.
+"""
 
 from __future__ import annotations
 

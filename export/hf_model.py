@@ -68,7 +68,7 @@ def task_model(export_inputs: ExportInputs, name: str, attention: str) -> Any:
     return model.float().eval().requires_grad_(False)
 
 
-class Theirs:
+class HfReference:
     """A delta merged into HuggingFace's own model, in padded batches: nothing of the torch engine is in it.
 
     Of the task where HuggingFace has a model for it, with the head that the delta has; else of the encoder, to whose
@@ -87,7 +87,7 @@ class Theirs:
         self.name = f"transformers' {names[0] if self._whole else kind.__name__}"
 
     @classmethod
-    def of(cls, encoder: Encoder, delta: Delta) -> Theirs | None:
+    def of(cls, encoder: Encoder, delta: Delta) -> HfReference | None:
         """``None`` where HuggingFace's model cannot hold the delta."""
         if encoder.is_pruned or delta.effects(encoder.anatomy).unfoldable:
             return None

@@ -296,12 +296,11 @@ _KNOWN = (
 )
 
 
-def to_onnx(export_inputs: ExportInputs, opset: int) -> onnx_ir.Model:
+def to_onnx(graph: Graph, opset: int) -> onnx_ir.Model:
     """The model with dynamic batch and sequence; weights are called as ``Graph.names`` says.
 
     Raises Unsupported where torch cannot trace or translate the model.
     """
-    graph = Graph(export_inputs)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     with _quiet(), torch.no_grad():
         try:

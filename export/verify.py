@@ -23,7 +23,7 @@ from bertology_serve.export.delta_library import Library
 from bertology_serve.export.emitter.delta_inputs import INDEX
 from bertology_serve.export.emitter.emit import EMBEDDING, TOKEN_LOGITS
 from bertology_serve.export.export_spec import ExportSpec, Neighbours
-from bertology_serve.export.hf_model import Theirs
+from bertology_serve.export.hf_model import HfReference
 from bertology_serve.export.samples import Case, Reference
 from bertology_serve.export.session import Session
 from bertology_serve.files import JsonObject
@@ -31,6 +31,7 @@ from bertology_serve.tasks.spec import CLASSIFICATION, QUESTION_ANSWERING, TOKEN
 
 Output = NDArray[np.float32]
 NEIGHBOURS, SHORT = 4, 64
+"""How many batches are run alone row by row, and shown to HuggingFace's model; and the longest of the latter."""
 
 
 @dataclass(frozen=True)
@@ -174,54 +175,6 @@ class Verification:
         return {"passed": self.passed, **asdict(self)}
 
 
-class Differences:
-    """What batches say, added up: each sequence's expected and found output, and its task."""
-
-    def __init__(self) -> None:
-        self.compared: list[Compared] = []
-        self._same: list[bool] = []
-        self._squares = np.zeros(2)
-        self._sequences = 0
-
-    def add(self, shape: str, expected: Sequence[Output], found: Sequence[Output], tasks: Sequence[TaskSpec]) -> None:
-        """One batch of that shape."""
-        pairs = list(zip(expected, found, tasks, strict=True))
-        differences = np.concatenate([np.abs(e - f).ravel() for e, f, _ in pairs])
-        self._squares += [_square(differences), sum(map(_square, expected))]
-        scale = max(float(np.abs(one).max()) for one in expected)
-        self.compared.append(Compared(shape, float(differences.max()), float(differences.mean()), scale))
-        self._same += [a == b for e, f, task in pairs for a, b in _decisions(e, f, task)]
-        self._sequences += len(pairs)
-
-    @property
-    def scale(self) -> float:
-        """The largest |output|."""
-        return float(np.max([one.scale for one in self.compared]))
-
-    def report(
-        self, session: Session, tolerance: Tolerance, neighbours: float, flips: float | None = None
-    ) -> Verification:
-        """All of it."""
-        off, whole = np.sqrt(self._squares).tolist()
-        return Verification(
-            runtime=f"onnxruntime {session.version}",
-            provider=session.provider,
-            atol=tolerance.output(self.scale),
-            largest=float(np.max([one.largest for one in self.compared])),
-            mean=float(np.mean([one.mean for one in self.compared])),
-            agreement=sum(self._same) / len(self._same) if self._same else None,
-            neighbours=neighbours,
-            scale=self.scale,
-            sequences=self._sequences,
-            shapes=tuple(self.compared),
-            drift=off / whole if whole else math.inf if off else 0.0,
-            max_drift=tolerance.max_drift,
-            neighbours_allowed=tolerance.neighbour(self.scale),
-            flips=flips,
-            asked=session.asked,
-        )
-
-
 class VerifiedFile(ABC):
     """A file in ONNX Runtime beside the torch engine. Cases are counted, and each is the same one on both sides."""
 
@@ -241,11 +194,35 @@ class VerifiedFile(ABC):
 
     def verify(self, cases: Iterable[Case], tolerance: Tolerance) -> Verification:
         """Compares both on every case."""
-        cases, differences = list(cases), Differences()
+        cases, compared = list(cases), list[Compared]()
+        same, squares = list[bool](), np.zeros(2)
         for number, case in enumerate(cases):
-            found = self.found(number, case)
-            differences.add(case.shape, self.expected(number, case), found, self.tasks(number, case))
-        return differences.report(self.session, tolerance, *self._neighbours(cases))
+            expected, found = self.expected(number, case), self.found(number, case)
+            apart = np.concatenate([np.abs(one - other).ravel() for one, other in zip(expected, found, strict=True)])
+            scale = max(float(np.abs(one).max()) for one in expected)
+            compared.append(Compared(case.shape, float(apart.max()), float(apart.mean()), scale))
+            squares += [_square(apart), sum(map(_square, expected))]
+            answers = zip(expected, found, self.tasks(number, case), strict=True)
+            same += [a == b for one, other, task in answers for a, b in _decisions(one, other, task)]
+        (off, whole), scale = np.sqrt(squares).tolist(), float(np.max([one.scale for one in compared]))
+        neighbours, flips = self._neighbours(cases)
+        return Verification(
+            runtime=f"onnxruntime {self.session.version}",
+            provider=self.session.provider,
+            atol=tolerance.output(scale),
+            largest=float(np.max([one.largest for one in compared])),
+            mean=float(np.mean([one.mean for one in compared])),
+            agreement=sum(same) / len(same) if same else None,
+            neighbours=neighbours,
+            scale=scale,
+            sequences=sum(len(case.encodings) for case in cases),
+            shapes=tuple(compared),
+            drift=off / whole if whole else math.inf if off else 0.0,
+            max_drift=tolerance.max_drift,
+            neighbours_allowed=tolerance.neighbour(scale),
+            flips=flips,
+            asked=self.session.asked,
+        )
 
     def _neighbours(self, cases: Sequence[Case]) -> tuple[float, float | None]:
         """The largest change of a row between its batch and alone, and the share of decisions that it flips.
@@ -326,7 +303,7 @@ def witnesses(encoder: Encoder, delta: Delta, reference: Reference, cases: Seque
 
     Empty where there is no such model of the delta.
     """
-    theirs = Theirs.of(encoder, delta)
+    theirs = HfReference.of(encoder, delta)
     if theirs is None:
         return ()
     short = sorted((case for case in cases if case.length <= SHORT), key=lambda case: sum(map(len, case.encodings)))

@@ -73,9 +73,9 @@ def write(export_inputs: ExportInputs, back_end: BackEnd, spec: ExportSpec) -> o
     """The ONNX model; raises what ``to_onnx`` raises."""
     if back_end.direct:
         return emit(export_inputs, back_end.opset, back_end.unpad, spec.precision, fused=spec.target == "cuda")
-    from bertology_serve.export.torch_exporter import to_onnx  # half a second of imports
+    from bertology_serve.export.torch_exporter import Graph, to_onnx  # half a second of imports
 
-    return to_onnx(export_inputs, back_end.opset)
+    return to_onnx(Graph(export_inputs), back_end.opset)
 
 
 def obstacle(export_inputs: ExportInputs, many: bool = False) -> str | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+
 import onnx_ir
 import onnxruntime
 import pytest
@@ -11,6 +14,7 @@ from torch import nn
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import Unsupported
+from bertology_serve.export import torch_exporter
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.samples import Reference
 from bertology_serve.export.torch_exporter import Graph, Product, as_products, to_onnx
@@ -66,7 +70,7 @@ def test_every_kind_at_once_equals_the_engine_in_onnx_runtime(family, task, tmp_
     delta = tiny.delta(encoder, "x", EVERYTHING, task)
     run = Run.__new__(Run)
     run.parts = ExportInputs.of(encoder, delta, merge=True)
-    run.session = onnxruntime.InferenceSession(onnx_ir.to_proto(to_onnx(run.parts, 20)).SerializeToString())
+    run.session = onnxruntime.InferenceSession(onnx_ir.to_proto(to_onnx(Graph(run.parts), 20)).SerializeToString())
     assert off(run, Reference(encoder, delta)) <= 1e-5
 
 
@@ -160,3 +164,27 @@ def test_linears_are_turned_round_and_keep_their_names():
     assert isinstance(model[0], Product)
     assert model[1][0].weight.shape == (5, 2)
     assert torch.allclose(model(x), before, atol=1e-6)
+
+
+class Untraceable(torch.nn.Module):
+    inputs, outputs, names = ("input_ids", "attention_mask"), ("logits",), {}
+    model = torch.nn.Identity()
+
+    def forward(self, input_ids, attention_mask):
+        return input_ids * (2.0 if input_ids.sum().item() > 3 else 1.0)
+
+
+def test_a_model_that_torch_cannot_trace_is_refused_by_name():
+    with pytest.raises(Unsupported, match="torch cannot turn Identity into ONNX: "):
+        to_onnx(Untraceable().eval(), 20)
+
+
+def test_the_exporter_is_silenced_narrowly():
+    logger = logging.getLogger("onnxscript.optimizer._constant_folding")
+    before = logger.level
+    with torch_exporter._quiet():
+        warnings.warn("`isinstance(treespec, LeafSpec)` is deprecated, use something else", FutureWarning, stacklevel=1)
+        assert logger.level == logging.ERROR
+        with pytest.raises(FutureWarning, match="something new"):
+            warnings.warn("something new", FutureWarning, stacklevel=1)
+    assert logger.level == before

@@ -15,10 +15,18 @@ import numpy as np
 import torch
 
 from bertology_serve.bench.export.accuracy import Accuracy, Closeness, Gold, closeness
-from bertology_serve.bench.export.checkpoint import task_model
 from bertology_serve.bench.export.export_batches import FULL, Batches, as_they_come, full
-from bertology_serve.bench.export.export_contenders import COMPILED, FORMS, Model, engine, exported, in_torch
-from bertology_serve.bench.export.others import TOOLS, exported_by
+from bertology_serve.bench.export.export_contenders import (
+    COMPILED,
+    FORMS,
+    TOOLS,
+    Model,
+    engine,
+    exported,
+    exported_by,
+    in_torch,
+    task_model,
+)
 from bertology_serve.bench.export.timing import Timed, interleave
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from bertology_serve.bench.export import export_batches, export_run
-from bertology_serve.bench.export.export_contenders import DENSE, EAGER, FORMS, Model
+from bertology_serve.bench.export.export_contenders import DENSE, EAGER, FORMS, Model, Tool
 from bertology_serve.bench.export.export_report import write
 from bertology_serve.bench.export.export_run import Inputs, bare
-from bertology_serve.bench.export.others import Tool
 from bertology_serve.errors import Unsupported, VerificationError
 from bertology_serve.tasks.registry import task_for
 from tests import tiny
