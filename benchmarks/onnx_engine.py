@@ -33,10 +33,10 @@ from bertology_serve.encoder.batch import PackedBatch, pack
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.export.emitter.delta_inputs import texts as padded
 from bertology_serve.export.emitter.emit import emit
+from bertology_serve.export.export_directory import save
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import fastest_on_cpu
 from bertology_serve.export.installation import environment
-from bertology_serve.export.layout import save
 from bertology_serve.export.onnx_engine import OnnxEngine, buckets
 from bertology_serve.export.samples import SENTENCES
 from bertology_serve.export.session import Session

@@ -25,7 +25,7 @@ from bertology_serve.export.emitter import head_nodes
 from bertology_serve.export.emitter.delta_inputs import GATED, INDEX, Arrays, Feed
 from bertology_serve.export.emitter.emit import EMBEDDING, LOGITS, TOKEN_LOGITS
 from bertology_serve.export.emitter.nodes import Array
-from bertology_serve.export.layout import delta_hash, longest
+from bertology_serve.export.export_directory import delta_hash, longest
 from bertology_serve.families.family import HeadShape
 from bertology_serve.files import JsonObject
 from bertology_serve.kernels.segments import RowSegment

@@ -20,9 +20,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import BaseMismatch, FormatError, SpecError, Unsupported
 from bertology_serve.export.delta_library import FILE, Library, head_eps, library_of
 from bertology_serve.export.emitter.emit import choose, emit_answers, write
-from bertology_serve.export.export_inputs import ExportInputs
-from bertology_serve.export.export_spec import ExportSpec, MultiPrecision
-from bertology_serve.export.layout import (
+from bertology_serve.export.export_directory import (
     SEMANTICS,
     annotate,
     as_texts,
@@ -35,6 +33,8 @@ from bertology_serve.export.layout import (
     write_config,
     write_directory,
 )
+from bertology_serve.export.export_inputs import ExportInputs
+from bertology_serve.export.export_spec import ExportSpec, MultiPrecision
 from bertology_serve.export.onnx_engine import bare_inputs
 from bertology_serve.export.samples import Reference, built_in, of_encodings
 from bertology_serve.export.session import Session

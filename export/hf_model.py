@@ -14,8 +14,8 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pruned import shrink
 from bertology_serve.errors import Unsupported, VerificationError
+from bertology_serve.export.export_directory import CLASSES, architectures
 from bertology_serve.export.export_inputs import ExportInputs
-from bertology_serve.export.layout import CLASSES, architectures
 from bertology_serve.export.samples import Case
 from bertology_serve.families import compat
 from bertology_serve.tasks.spec import EMBEDDING, MULTIPLE_CHOICE, QUESTION_ANSWERING, Encoding

@@ -84,7 +84,7 @@ def _runtime() -> tuple[str | None, str | None]:
     """The provider that runs a small file when CUDA is asked for, or why none does."""
     try:
         from bertology_serve.export.emitter.nodes import Nodes, Output
-        from bertology_serve.export.layout import save
+        from bertology_serve.export.export_directory import save
         from bertology_serve.export.session import Session, silence
     except (ImportError, OSError):  # not ONNX Runtime's fault: what is missing is among the versions
         return None, None

@@ -21,9 +21,9 @@ from bertology_serve.encoder.loading import load_tokenizer
 from bertology_serve.errors import BertologyError, FormatError, NotFound, Unsupported
 from bertology_serve.export.emitter.delta_inputs import Arrays, Feed, texts
 from bertology_serve.export.emitter.emit import emit_hidden, obstacle
+from bertology_serve.export.export_directory import TASK_OPTIONS, save
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import MODEL, MultiPrecision, fastest_on_cpu
-from bertology_serve.export.layout import TASK_OPTIONS, save
 from bertology_serve.export.samples import Case
 from bertology_serve.export.session import Session
 from bertology_serve.files import JsonObject

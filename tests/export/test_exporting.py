@@ -20,7 +20,7 @@ import torch
 
 import bertology_serve
 from bertology_serve.errors import BaseMismatch, SpecError, Unsupported, VerificationError
-from bertology_serve.export import exporting, layout
+from bertology_serve.export import export_directory, exporting
 from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.export.exporting import Exported, export_delta
 from bertology_serve.export.samples import Reference
@@ -282,7 +282,7 @@ def test_what_a_precision_costs_is_said(bert, tmp_path):
 
 
 def test_large_weights_lie_beside_the_model_and_are_verified_there(bert, tmp_path, monkeypatch):
-    monkeypatch.setattr(layout, "EXTERNAL_OVER", 1000)
+    monkeypatch.setattr(export_directory, "EXTERNAL_OVER", 1000)
     done = export_delta(bert.encoder, bert.delta, tmp_path / "out", ExportSpec(merge=True))
     names = {path.name for path in (tmp_path / "out" / "onnx").iterdir()}
     assert names == {"model.onnx", "model.onnx_data"}

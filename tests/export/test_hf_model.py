@@ -5,11 +5,11 @@ import torch
 
 from bertology_serve.encoder.linear import SlotLinear, SlotNorm
 from bertology_serve.errors import VerificationError
+from bertology_serve.export.export_directory import architectures
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.export.exporting import export_delta
 from bertology_serve.export.hf_model import HfReference, hf_model, task_model
-from bertology_serve.export.layout import architectures
 from bertology_serve.export.samples import Reference, built_in
 from bertology_serve.export.verify import witnesses
 from tests import tiny

@@ -25,9 +25,9 @@ from bertology_serve.encoder.linear import Prepacked
 from bertology_serve.errors import Unsupported
 from bertology_serve.export import hf_model
 from bertology_serve.export.emitter.emit import emit
+from bertology_serve.export.export_directory import architectures, save
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import PORTABLE, Precision, fastest_on_cpu
-from bertology_serve.export.layout import architectures, save
 from bertology_serve.export.samples import Reference
 from bertology_serve.export.session import Session
 from bertology_serve.tasks.spec import Encoding

@@ -32,9 +32,9 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import Unsupported, VerificationError
 from bertology_serve.export.emitter.emit import emit
+from bertology_serve.export.export_directory import save
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.installation import environment
-from bertology_serve.export.layout import save
 from bertology_serve.tasks.base import Task
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, Encoding, TaskSpec
 

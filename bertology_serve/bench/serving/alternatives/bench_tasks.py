@@ -12,9 +12,9 @@ from bertology_serve.bench.prove.stage import LENGTH, Stage
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.loading import locate
 from bertology_serve.export.emitter.emit import choose, write
+from bertology_serve.export.export_directory import save
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import ExportSpec
-from bertology_serve.export.layout import save
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import CLASSIFICATION, TaskSpec
 

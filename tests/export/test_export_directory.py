@@ -13,10 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.errors import SpecError
 from bertology_serve.export.emitter.emit import BackEnd
-from bertology_serve.export.export_inputs import ExportInputs
-from bertology_serve.export.export_spec import MODEL, ExportSpec
-from bertology_serve.export.exporting import export_delta
-from bertology_serve.export.layout import (
+from bertology_serve.export.export_directory import (
     annotate,
     base_name,
     card,
@@ -29,6 +26,9 @@ from bertology_serve.export.layout import (
     triton_config,
     write_directory,
 )
+from bertology_serve.export.export_inputs import ExportInputs
+from bertology_serve.export.export_spec import MODEL, ExportSpec
+from bertology_serve.export.exporting import export_delta
 from bertology_serve.export.verify import Verification
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt
