@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bertology_serve.data.records import DataLike, read_records
-from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder import opening
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.kinds.kinds import kind_of
 from bertology_serve.training.auto import Forwarded, train_auto
@@ -23,10 +23,10 @@ from bertology_serve.training.batches import Source
 from bertology_serve.training.callbacks import Callback, CallbackList
 from bertology_serve.training.evaluate import Evaluation
 from bertology_serve.training.evaluate import evaluate as measured
-from bertology_serve.training.method_options import SPECS
+from bertology_serve.training.method_options import AUTO, SPECS
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import train as run
-from bertology_serve.training.train_config import AUTO, TrainConfig
+from bertology_serve.training.train_config import TrainConfig
 
 Method = str | Any
 
@@ -34,11 +34,11 @@ Method = str | Any
 def load_delta(path: str | Path, encoder: Encoder | None = None) -> Delta:
     """A delta from its directory, or the newest of its versions; every byte of it is checked.
 
-    With an ``encoder`` it is also fitted to that (deltas in peft's format need one). Raises NotFound where there is
-    none, FormatError for one that is damaged, BaseMismatch for one that was made for another encoder.
+    With an ``encoder`` it is also fitted to that, and proven to run on it (deltas in peft's format need one). Raises
+    NotFound where there is none, FormatError for one that is damaged, BaseMismatch for one that was made for another
+    encoder, Unsupported for one that it cannot apply.
     """
-    directory = newest(Path(path))
-    return store.load(directory) if encoder is None else encoder.read_delta(directory)
+    return opening.load_delta(newest(Path(path)), encoder)
 
 
 def train(
@@ -101,7 +101,7 @@ def evaluate(
 
 def _method(given: Method | Iterable[Method]) -> dict[str, Any]:
     """``method`` and ``options`` of a TrainConfig from specs, names, or both."""
-    chosen = given.split(",") if isinstance(given, str) else [given] if is_dataclass(given) else list(given)
+    chosen: list[Any] = given.split(",") if isinstance(given, str) else [given] if is_dataclass(given) else list(given)
     names, options = [], {}
     for one in chosen:
         form = next((name for name, spec in SPECS.items() if isinstance(one, spec)), None)

@@ -17,8 +17,8 @@ from bertology_serve.cli.filling import from_file, from_set
 from bertology_serve.cli.options import listed, options
 from bertology_serve.cli.train_fleet import Board
 from bertology_serve.errors import SpecError
-from bertology_serve.training.method_options import KindFlags
-from bertology_serve.training.train_config import AUTO, TrainConfig
+from bertology_serve.training.method_options import AUTO, KindFlags
+from bertology_serve.training.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from bertology_serve.encoder.trainable import TrainableDelta

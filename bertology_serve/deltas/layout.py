@@ -1,12 +1,6 @@
 """How a delta's tensors are named and shaped on disk (as peft does, where peft has the kind), and checks of that.
 
-* LoRA: ``{root}{module}.lora_A.weight`` [R, K] and ``.lora_B.weight`` [N, R], one pair a module. Slots that are
-  slices of one packed module share its pair: the A blocks stand one above the other, B is block-diagonal with zero
-  rows where no slot reaches, so r' = n R.
-* IA3: ``{root}{module}.ia3_l`` [N, 1], of a feedforward module [1, K].
-* BitFit on linear projections only: ``{root}{module}.beft_bias`` [1, N].
-* a soft prompt or prefix that works as peft's does: ``prompt_embeddings`` [V, E], or [V, 2 L H] with layer i's keys
-  in block 2i and its values in block 2i + 1.
+* what peft computes too: peft's names and shapes, as each kind's file says (``kinds/lora.py``: ``write``, ``read``).
 * everything else: ``bertology.{kind}.{name}``, shaped as in memory.
 * heads: ``base_model.model.{HuggingFace name}``; beside ``prompt_embeddings`` alone ``base_model.{HuggingFace name}``.
 
@@ -23,104 +17,62 @@ import torch
 from torch import Tensor
 
 from bertology_serve.deltas.delta import BaseRef, Delta
-from bertology_serve.deltas.interop.peft_tensors import (
-    is_beft,
-    read_beft,
-    read_ia3,
-    read_lora,
-    take,
-    write_beft,
-    write_ia3,
-    write_lora,
-)
 from bertology_serve.deltas.names import OWN_PREFIX
 from bertology_serve.errors import BaseMismatch, FormatError, SpecError, nearest
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds import kinds
-from bertology_serve.kinds.bitfit import Bitfit
-from bertology_serve.kinds.ia3 import Ia3
-from bertology_serve.kinds.kind import Tensors
+from bertology_serve.kinds.kind import Spec, Tensors
 from bertology_serve.kinds.kinds import kind_of
-from bertology_serve.kinds.lora import Lora
-from bertology_serve.kinds.prefix import Prefix
-from bertology_serve.kinds.prompt import Prompt
-from bertology_serve.kinds.slots import KEY, Anatomy
+from bertology_serve.kinds.peft_format import MODEL_ROOT, PROMPT_ROOT, PeftFormat
+from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.heads import Dense, head_form
 from bertology_serve.tasks.spec import TaskSpec
 
-MODEL_ROOT, PROMPT_ROOT = "base_model.model.", "base_model."
-PROMPT_EMBEDDINGS = "prompt_embeddings"
 
-
-def as_peft_does(specs: Sequence[Any]) -> str | None:
-    """``prompt`` or ``prefix`` where the delta has exactly one of the two and it works as peft's does."""
-    learned = [spec for spec in specs if isinstance(spec, Prompt | Prefix)]
-    if len(learned) != 1 or learned[0].positions != "shifted":
+def peft_format(spec: Spec, specs: Sequence[Spec], anatomy: Anatomy) -> PeftFormat[Any] | None:
+    """How peft stores one component of a delta; ``None`` where it computes no such thing, or not in this way."""
+    stored = kind_of(spec).peft
+    if isinstance(stored, str) or stored.obstacle(spec, anatomy):
         return None
-    spec = learned[0]
-    if isinstance(spec, Prompt) and (spec.placement, spec.head_reads) != ("before_cls", "first_row"):
-        return None
-    return kind_of(spec).name
+    return None if stored.virtual and len([other for other in specs if _is_virtual(other)]) > 1 else stored
 
 
-def head_root(specs: Sequence[Any]) -> str:
+def _is_virtual(spec: Spec) -> bool:
+    stored = kind_of(spec).peft
+    return not isinstance(stored, str) and stored.virtual
+
+
+def head_root(specs: Sequence[Spec], anatomy: Anatomy) -> str:
     """What the names of head tensors begin with."""
-    return PROMPT_ROOT if len(specs) == 1 and as_peft_does(specs) else MODEL_ROOT
+    stored = peft_format(specs[0], specs, anatomy) if len(specs) == 1 else None
+    return PROMPT_ROOT if stored is not None and stored.virtual else MODEL_ROOT
 
 
-def to_disk(tensors: Mapping[str, Tensor], specs: Sequence[Any], anatomy: Anatomy, root: str) -> Tensors:
+def to_disk(tensors: Mapping[str, Tensor], specs: Sequence[Spec], anatomy: Anatomy, root: str) -> Tensors:
     """The components' tensors under their names on disk."""
     written: Tensors = {}
     for spec in specs:
-        kind = kind_of(spec).name
+        kind, stored = kind_of(spec).name, peft_format(spec, specs, anatomy)
         own = {n.removeprefix(f"{kind}."): t for n, t in tensors.items() if n.startswith(f"{kind}.")}
-        if isinstance(spec, Lora):
-            written |= write_lora(own, spec, anatomy, root)
-        elif isinstance(spec, Bitfit) and is_beft(spec, anatomy):
-            written |= write_beft(own, spec, anatomy, root)
-        elif isinstance(spec, Ia3):
-            written |= write_ia3(own, spec, anatomy, root)
-        elif as_peft_does(specs) == kind:
-            written[PROMPT_EMBEDDINGS] = own["vectors"] if kind == "prompt" else join_prefix(own)
+        if stored is not None:
+            written |= stored.write(spec, own, anatomy, root)
         else:
             written |= {f"{OWN_PREFIX}{kind}.{name}": tensor for name, tensor in own.items()}
     return {name: tensor.contiguous() for name, tensor in written.items()}
 
 
-def from_disk(written: Tensors, specs: Sequence[Any], anatomy: Anatomy, root: str) -> Tensors:
+def from_disk(written: Tensors, specs: Sequence[Spec], anatomy: Anatomy, root: str) -> Tensors:
     """The inverse of ``to_disk``; takes what it reads out of ``written``. Raises FormatError for what is missing."""
     tensors: Tensors = {}
     for spec in specs:
-        kind = kind_of(spec).name
-        if isinstance(spec, Lora):
-            own = read_lora(written, spec, anatomy, root)
-        elif isinstance(spec, Bitfit) and is_beft(spec, anatomy):
-            own = read_beft(written, spec, anatomy, root)
-        elif isinstance(spec, Ia3):
-            own = read_ia3(written, spec, anatomy, root)
-        elif as_peft_does(specs) == kind:
-            found = take(written, PROMPT_EMBEDDINGS)
-            own = {"vectors": found} if kind == "prompt" else split_prefix(found, anatomy)
+        kind, stored = kind_of(spec).name, peft_format(spec, specs, anatomy)
+        start = f"{OWN_PREFIX}{kind}."
+        if stored is not None:
+            own = stored.read(spec, written, anatomy, root)
         else:
-            start = f"{OWN_PREFIX}{kind}."
             own = {name.removeprefix(start): written.pop(name) for name in list(written) if name.startswith(start)}
         tensors |= {f"{kind}.{name}": tensor for name, tensor in own.items()}
     return tensors
-
-
-def join_prefix(own: Mapping[str, Tensor]) -> Tensor:
-    """``keys`` and ``values`` [L, V, H] as peft's [V, 2 L H]."""
-    both = torch.stack([own["keys"], own["values"]], 1)
-    return both.permute(2, 0, 1, 3).reshape(both.shape[2], -1)
-
-
-def split_prefix(embeddings: Tensor, anatomy: Anatomy) -> Tensors:
-    """peft's [V, 2 L H] as ``keys`` and ``values`` [L, V, H]."""
-    width = anatomy.slot(KEY).outputs
-    wanted = 2 * anatomy.layers * width
-    if embeddings.dim() != 2 or embeddings.shape[1] != wanted:
-        raise FormatError(f"{PROMPT_EMBEDDINGS} has shape {list(embeddings.shape)}; expected [V, {wanted}]")
-    both = embeddings.view(-1, anatomy.layers, 2, width).permute(2, 1, 0, 3)
-    return {"keys": both[0].contiguous(), "values": both[1].contiguous()}
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -131,7 +83,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def expected_shapes(specs: Sequence[Any], anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
+def expected_shapes(specs: Sequence[Spec], anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
     """The components' shapes by name, nothing allocated; FormatError where the encoder cannot have such components."""
     try:
         return shapes_of(kinds.init(specs, anatomy, None))
@@ -151,7 +103,7 @@ def check_shapes(found: Shapes, expected: Shapes, what: str) -> None:
             raise FormatError(f"{what}: the tensor {name!r} has shape {list(found[name])}; expected {list(shape)}")
 
 
-def check_head(head: Shapes, task: TaskSpec, anatomy: Anatomy, options: Mapping[str, Any]) -> None:
+def check_head(head: Shapes, task: TaskSpec, anatomy: Anatomy, options: JsonObject) -> None:
     """Raises FormatError for a head's tensor that is unknown, misshapen or missing.
 
     ``head`` are shapes by HuggingFace name, ``options`` values of the encoder's configuration. Parts that the base

@@ -29,7 +29,6 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -41,7 +40,6 @@ from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
 from bertology_serve.deltas.format import FileRecord, Manifest, from_json, to_json
 from bertology_serve.deltas.interop.peft_export import adapter_config, obstacle, tensor_root
 from bertology_serve.deltas.interop.peft_import import import_peft
-from bertology_serve.deltas.interop.peft_tensors import take
 from bertology_serve.deltas.layout import (
     check_base,
     check_finite,
@@ -66,8 +64,9 @@ from bertology_serve.deltas.names import (
 )
 from bertology_serve.deltas.safe_io import Limits, read_json, read_tensors, untrusted
 from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
-from bertology_serve.files import flush, replace_directory, staging, write_json
+from bertology_serve.files import JsonObject, flush, replace_directory, staging, write_json
 from bertology_serve.kinds.kind import Tensors
+from bertology_serve.kinds.peft_format import take
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.spec import TaskSpec
 
@@ -78,7 +77,7 @@ def save(
     delta: Delta,
     directory: Path,
     anatomy: Anatomy,
-    config: Mapping[str, Any] | None = None,
+    config: JsonObject | None = None,
     *,
     overwrite: bool = False,
     peft: bool = True,
@@ -94,7 +93,7 @@ def save(
     check_place(directory, delta.name)
     with staging(directory) as stage:
         written = to_disk(delta.tensors, delta.specs, anatomy, tensor_root(delta.task, anatomy))
-        written |= {head_root(delta.specs) + name: tensor for name, tensor in delta.head.items()}
+        written |= {head_root(delta.specs, anatomy) + name: tensor for name, tensor in delta.head.items()}
         files = {ADAPTER_WEIGHTS: write_tensors(stage / ADAPTER_WEIGHTS, written)}
         if delta.weights:
             files[FULL_WEIGHTS] = write_tensors(stage / FULL_WEIGHTS, delta.weights)
@@ -116,7 +115,7 @@ def load(
     base: BaseRef | None = None,
     task: TaskSpec | str | None = None,
     name: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: JsonObject | None = None,
     limits: Limits | None = None,
     root: Path | None = None,
     base_head: Mapping[str, Tensor] | None = None,
@@ -165,7 +164,7 @@ def _check_directory(directory: Path) -> None:
     raise FormatError(f"{directory} is no delta: it lacks {MANIFEST}, or {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}")
 
 
-def _check_saveable(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> None:
+def _check_saveable(delta: Delta, anatomy: Anatomy, options: JsonObject) -> None:
     check_name(delta.name, "delta name")
     check_shapes(shapes_of(delta.tensors), expected_shapes(delta.specs, anatomy), f"delta {delta.name!r}")
     check_head(shapes_of(delta.head), delta.task, anatomy, options)
@@ -183,7 +182,7 @@ def _check_dtypes(tensors: Mapping[str, Tensor], known: tuple[torch.dtype, ...])
             raise FormatError(f"the tensor {name!r} is {tensor.dtype}; expected {' or '.join(map(str, known))}")
 
 
-def _manifest(delta: Delta, anatomy: Anatomy, files: Mapping[str, Any]) -> Manifest:
+def _manifest(delta: Delta, anatomy: Anatomy, files: JsonObject) -> Manifest:
     return Manifest(
         name=delta.name,
         base=delta.base,
@@ -256,7 +255,7 @@ def _unpacked(written: Tensors, manifest: Manifest) -> tuple[Tensors, Tensors]:
     written = {name: tensor.float() for name, tensor in written.items()}
     tensors = from_disk(written, manifest.specs, manifest.anatomy, tensor_root(manifest.task, manifest.anatomy))
     check_shapes(shapes_of(tensors), manifest.tensors, ADAPTER_WEIGHTS)
-    root = head_root(manifest.specs)
+    root = head_root(manifest.specs, manifest.anatomy)
     head = {name: take(written, root + name, shape) for name, shape in manifest.head.items()}
     check_shapes(shapes_of(written), {}, ADAPTER_WEIGHTS)
     return tensors, head

@@ -50,7 +50,9 @@ class TrainableDelta(nn.Module):
         self.around: Around = lambda encodings, batch: nullcontext()
         tensors = kinds.init(specs, encoder.anatomy, generator)
         self._names = {name.replace(".", "-"): name for name in tensors}
-        self.tensors = nn.ParameterDict({name.replace(".", "-"): nn.Parameter(t) for name, t in tensors.items()})
+        self.tensors = nn.ParameterDict(
+            {name.replace(".", "-"): nn.Parameter(t, not kinds.is_frozen(name)) for name, t in tensors.items()}
+        )
         dropout = _head_dropout(encoder.config)
         self.head = encoder.head(task, generator, dropout, adopt=full)
         if full:
@@ -95,7 +97,7 @@ class TrainableDelta(nn.Module):
 
     def no_decay(self) -> set[str]:
         """Names (as in ``named_parameters``) that weight decay leaves alone: biases, LayerNorms and factors."""
-        components = {f"tensors.{key}" for key, name in self._names.items() if _is_bias(name)}
+        components = {f"tensors.{key}" for key, name in self._names.items() if not kinds.decays(name)}
         others = {name for name, p in self.named_parameters() if not name.startswith("tensors.") and p.dim() < 2}
         return components | others
 
@@ -121,10 +123,6 @@ class TrainableDelta(nn.Module):
             provenance=dict(provenance or {}),
             made_for=self.encoder.shape,
         )
-
-
-def _is_bias(name: str) -> bool:
-    return name.startswith(("bitfit.", "ia3.", "norms.")) or name.endswith("_bias")
 
 
 def _head_dropout(config: Any) -> float:

@@ -6,12 +6,31 @@ without biases (ModernBERT) simply gets them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from bertology_serve.errors import Unsupported
 from bertology_serve.kinds.effects import Effects, spread
 from bertology_serve.kinds.kind import Cut, Kind, Tensors, check_choice, zeros
+from bertology_serve.kinds.peft_format import (
+    Block,
+    Config,
+    PeftFormat,
+    check_rest,
+    modules,
+    padded,
+    path_of,
+    places,
+    take,
+    taken,
+    targets,
+    unknown,
+    width,
+)
 from bertology_serve.kinds.slots import LINEAR_SLOTS, QKV, UP_GATE, Anatomy, Slot
 
 
@@ -52,4 +71,64 @@ def cut(spec: Bitfit, tensors: Tensors, anatomy: Anatomy, left: Cut) -> Tensors:
     return {slot.name: left.outputs(tensors[slot.name], slot, slot.present) for slot in slots(spec, anatomy)}
 
 
-BITFIT = Kind("bitfit", Bitfit, init, effects, cut)
+def _modules(spec: Bitfit, anatomy: Anatomy) -> dict[str, list[Block]]:
+    return modules(((slot.name, slot.present) for slot in slots(spec, anatomy)), anatomy)
+
+
+def write(spec: Bitfit, own: Mapping[str, Tensor], anatomy: Anatomy, root: str) -> Tensors:
+    """Stacks ``{slot}`` [L, N] as ``beft_bias`` [1, N] a module."""
+    written: Tensors = {}
+    for path, blocks in _modules(spec, anatomy).items():
+        bias = own[blocks[0].slot].new_zeros(1, width(path, anatomy))
+        for block in blocks:
+            bias[0, block.lo : block.hi] = own[block.slot][block.index, : block.width]
+        written[root + path + LEAF] = bias
+    return written
+
+
+def read(spec: Bitfit, written: Tensors, anatomy: Anatomy, root: str) -> Tensors:
+    """The inverse of ``write``; takes what it reads out of ``written``."""
+    stacks: dict[str, list[Tensor]] = {}
+    for path, blocks in _modules(spec, anatomy).items():
+        bias = take(written, root + path + LEAF, (1, width(path, anatomy)))
+        rest = bias.clone()
+        for block in blocks:
+            wide = anatomy.slot(block.slot).outputs
+            stacks.setdefault(block.slot, []).append(padded(bias[0, block.lo : block.hi], wide))
+            rest[0, block.lo : block.hi] = 0
+        check_rest(rest, root + path + LEAF)
+    return {name: torch.stack(parts) for name, parts in stacks.items()}
+
+
+def config(spec: Bitfit, anatomy: Anatomy, root: str) -> dict[str, Any]:
+    """The modules alone."""
+    return {"target_modules": targets(_modules(spec, anatomy), anatomy, root)}
+
+
+def load(_: Config, tensors: Tensors, anatomy: Anatomy) -> tuple[Bitfit, Tensors]:
+    """Spec and stacks of a BEFT checkpoint; biases that it leaves alone are zero."""
+    known, found = places(anatomy), {}
+    for module, bias in taken(tensors, LEAF).items():
+        path = path_of(module, anatomy, known)
+        if path is None:
+            raise unknown(module, anatomy)
+        found[path + LEAF] = bias
+    attention = Bitfit("attention")
+    near = {path + LEAF for path in _modules(attention, anatomy)}
+    spec = attention if found.keys() <= near else Bitfit("all")
+    written = {path + LEAF: torch.zeros(1, width(path, anatomy)) for path in _modules(spec, anatomy)}
+    beyond = sorted(found.keys() - written.keys())
+    if beyond or not found:
+        raise Unsupported(f"BEFT on {beyond[0] if beyond else 'no module'} is not read here; biases of linears are")
+    return spec, read(spec, written | found, anatomy, "")
+
+
+def obstacle(spec: Bitfit, anatomy: Anatomy) -> str:
+    """Every bias must belong to a linear projection."""
+    linear = all(slot.name in LINEAR_SLOTS for slot in slots(spec, anatomy))
+    return "" if linear else "peft changes the biases of linear projections only (BEFT)"
+
+
+LEAF = ".beft_bias"
+PEFT = PeftFormat("BEFT", write, read, config, load, LEAF, obstacle=obstacle)
+BITFIT = Kind("bitfit", Bitfit, init, effects, cut, decays=False, peft=PEFT)

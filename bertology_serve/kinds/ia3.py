@@ -6,13 +6,17 @@ at 1 and have no weight decay.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from bertology_serve.errors import SpecError
+from bertology_serve.errors import FormatError, SpecError, Unsupported
 from bertology_serve.kinds.effects import Effects
 from bertology_serve.kinds.kind import Cut, Kind, Tensors
+from bertology_serve.kinds.peft_format import MERGE, Config, PeftFormat, path_of, places, take, taken, width
 from bertology_serve.kinds.slots import Anatomy
 
 
@@ -54,4 +58,88 @@ def cut(spec: Ia3, tensors: Tensors, anatomy: Anatomy, left: Cut) -> Tensors:
     return {name: side(tensors[name], slots[name], slots[name].present) for name, side in sides.items()}
 
 
-IA3 = Kind("ia3", Ia3, init, effects, cut)
+LEAF = ".ia3_l"
+
+
+def _paths(spec: Ia3, anatomy: Anatomy) -> tuple[dict[str, list[tuple[str, int]]], dict[str, tuple[str, int]]]:
+    """The modules whose outputs are scaled, with the slots that share each, and those whose inputs are."""
+    outer: dict[str, list[tuple[str, int]]] = {}
+    for name in anatomy.resolve(spec.targets):
+        for layer in anatomy.slot(name).present:
+            outer.setdefault(str(anatomy.slot(name).paths[layer]), []).append((name, layer))
+    inner = {
+        str(anatomy.slot(name).paths[layer]): (name, layer)
+        for name in anatomy.resolve(spec.feedforward)
+        for layer in anatomy.slot(name).present
+    }
+    return outer, inner
+
+
+def write(spec: Ia3, own: Mapping[str, Tensor], anatomy: Anatomy, root: str) -> Tensors:
+    """Stacks ``{slot}`` as ``ia3_l`` [N, 1], 1 where no slot reaches, or [1, K] where inputs are scaled."""
+    outer, inner = _paths(spec, anatomy)
+    written: Tensors = {}
+    for path, owners in outer.items():
+        factors = torch.ones(width(path, anatomy), 1)
+        for name, layer in owners:
+            factors[_columns(anatomy, name, layer), 0] = own[name][layer, : anatomy.slot(name).outputs_of(layer)]
+        written[root + path + LEAF] = factors
+    for path, (name, layer) in inner.items():
+        written[root + path + LEAF] = own[name][layer, None, : anatomy.slot(name).inputs_of(layer)]
+    return written
+
+
+def read(spec: Ia3, written: Tensors, anatomy: Anatomy, root: str) -> Tensors:
+    """The inverse of ``write``; takes what it reads out of ``written``."""
+    outer, inner = _paths(spec, anatomy)
+    stacks = init(spec, anatomy, torch.Generator())
+    for path, owners in outer.items():
+        rest = take(written, root + path + LEAF, (width(path, anatomy), 1)).clone()
+        for name, layer in owners:
+            columns = _columns(anatomy, name, layer)
+            stacks[name][layer, : anatomy.slot(name).outputs_of(layer)] = rest[columns, 0]
+            rest[columns] = 1.0
+        if (rest != 1.0).any():
+            raise FormatError(f"the tensor {root + path + LEAF!r} scales outputs that the delta's slots do not reach")
+    for path, (name, layer) in inner.items():
+        count = anatomy.slot(name).inputs_of(layer)
+        stacks[name][layer, :count] = take(written, root + path + LEAF, (1, count))[0]
+    return stacks
+
+
+def config(spec: Ia3, anatomy: Anatomy, root: str) -> dict[str, Any]:
+    """Full names, since peft matches ends of names."""
+    outer, inner = _paths(spec, anatomy)
+    return {
+        "target_modules": [root + path for path in (*outer, *inner)],
+        "feedforward_modules": [root + path for path in inner],
+    }
+
+
+def load(_: Config, tensors: Tensors, anatomy: Anatomy) -> tuple[Ia3, Tensors]:
+    """Spec and stacks of peft's IA3; takes its tensors out. Modules of a slot that it leaves alone have factors of 1.
+
+    Raises Unsupported for what is no linear of a layer.
+    """
+    found = taken(tensors, LEAF)
+    if not found:
+        raise FormatError("the checkpoint holds no IA3 tensors; expected ...ia3_l")
+    known, outer, inner, own = places(anatomy), set[str](), set[str](), {}
+    for module, factors in found.items():
+        path = path_of(module, anatomy, known)
+        if path is None or factors.dim() != 2 or 1 not in factors.shape:
+            raise Unsupported(f"{module[:120] + LEAF!r} is no IA3 on a linear projection of a layer; {MERGE}")
+        (outer if factors.shape[1] == 1 else inner).add(known[path][0])
+        own[path + LEAF] = factors
+    spec = Ia3(*(tuple(name for name in anatomy.slots if name in names) for names in (outer, inner)))
+    blank = write(spec, init(spec, anatomy, torch.Generator()), anatomy, "")
+    return spec, read(spec, {**blank, **own}, anatomy, "")
+
+
+def _columns(anatomy: Anatomy, name: str, layer: int) -> slice:
+    slot = anatomy.slot(name)
+    return slice(*(slot.part or (0, slot.outputs_of(layer))))
+
+
+PEFT = PeftFormat("IA3", write, read, config, load, LEAF)
+IA3 = Kind("ia3", Ia3, init, effects, cut, decays=False, peft=PEFT)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from dataclasses import Field, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,26 +13,42 @@ from bertology_serve.errors import SpecError, nearest
 from bertology_serve.kinds.effects import Effects
 from bertology_serve.kinds.slots import Anatomy, Slot
 
+if TYPE_CHECKING:
+    from bertology_serve.kinds.peft_format import PeftFormat
+
 Tensors = dict[str, Tensor]
 
 
+class Spec(Protocol):
+    """A kind's frozen dataclass: what the user chooses of it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+S = TypeVar("S", bound=Spec)
+
+
 @dataclass(frozen=True)
-class Kind:
+class Kind(Generic[S]):
     """One way of changing an encoder.
 
     ``spec`` is its frozen dataclass. ``init(spec, anatomy, generator)`` draws the trainable tensors (float32; names
     without the kind's own name); with ``generator=None`` they are on the meta device, for counting. ``effects``
     turns spec, tensors and anatomy into what the engines apply. ``cut`` slices tensors made for an anatomy to what
     ``Cut`` leaves of it; a kind without it cannot be taken over by a pruned encoder. ``unpacked`` counts the bytes
-    that batches read beside the tensors', where the effects are larger.
+    that batches read beside the tensors', where the effects are larger. Weight decay reaches its tensors where it
+    ``decays`` (biases aside); those named in ``frozen`` are not trained. ``peft`` is how peft stores it, or why not.
     """
 
     name: str
-    spec: type[Any]
-    init: Callable[[Any, Anatomy, torch.Generator | None], Tensors]
-    effects: Callable[[Any, Tensors, Anatomy], Effects]
-    cut: Callable[[Any, Tensors, Anatomy, Cut], Tensors] | None = None
-    unpacked: Callable[[Any, Tensors, Anatomy], int] | None = None
+    spec: type[S]
+    init: Callable[[S, Anatomy, torch.Generator | None], Tensors]
+    effects: Callable[[S, Tensors, Anatomy], Effects]
+    cut: Callable[[S, Tensors, Anatomy, Cut], Tensors] | None = None
+    unpacked: Callable[[S, Tensors, Anatomy], int] | None = None
+    decays: bool = True
+    frozen: frozenset[str] = frozenset()
+    peft: PeftFormat[S] | str = ""
 
 
 class Cut(Protocol):
@@ -47,7 +63,7 @@ class Cut(Protocol):
         ...
 
 
-def uncut(_: Any, tensors: Tensors, __: Anatomy, ___: Cut) -> Tensors:
+def uncut(_: Spec, tensors: Tensors, __: Anatomy, ___: Cut) -> Tensors:
     """For kinds that no heads and neurons reach."""
     return tensors
 
@@ -74,7 +90,7 @@ def chosen_layers(layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]
     return layers
 
 
-def spec_from_dict(kind: Kind, values: Mapping[str, Any]) -> Any:
+def spec_from_dict(kind: Kind[S], values: Mapping[str, Any]) -> S:
     """Builds a spec from JSON or flags; an unknown field is an error that names the nearest known one."""
     known = {field.name: field for field in fields(kind.spec)}
     for name in values:

@@ -52,4 +52,6 @@ def effects(spec: Norms, tensors: Tensors, anatomy: Anatomy) -> Effects:
     )
 
 
-NORMS = Kind("norms", Norms, init, effects, uncut)
+NORMS = Kind(
+    "norms", Norms, init, effects, uncut, decays=False, peft="peft stores LayerNorms whole, not as differences"
+)

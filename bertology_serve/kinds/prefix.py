@@ -4,12 +4,18 @@ P-tuning v2, arXiv 2110.07602). They are visible from every row, whatever the at
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from bertology_serve.errors import FormatError, Unsupported, nearest
+from bertology_serve.families import FAMILIES, family_named
 from bertology_serve.kinds.effects import Effects, PrefixEffect
 from bertology_serve.kinds.kind import Cut, Kind, Tensors, check_choice, check_positive, normal
+from bertology_serve.kinds.peft_format import PROMPT_EMBEDDINGS, Config, PeftFormat, take, virtual_sizes
 from bertology_serve.kinds.slots import KEY, Anatomy
 
 
@@ -51,4 +57,46 @@ def cut(_: Prefix, tensors: Tensors, anatomy: Anatomy, left: Cut) -> Tensors:
     return {name: left.outputs(rows, anatomy.slot(KEY), range(anatomy.layers)) for name, rows in tensors.items()}
 
 
-PREFIX = Kind("prefix", Prefix, init, effects, cut)
+def write(_: Prefix, own: Mapping[str, Tensor], anatomy: Anatomy, __: str) -> Tensors:
+    """``prompt_embeddings`` [V, 2 L H]: layer i's keys in block 2i and its values in block 2i + 1."""
+    both = torch.stack([own["keys"], own["values"]], 1)
+    return {PROMPT_EMBEDDINGS: both.permute(2, 0, 1, 3).reshape(both.shape[2], -1)}
+
+
+def read(_: Prefix, written: Tensors, anatomy: Anatomy, __: str) -> Tensors:
+    """The inverse of ``write``."""
+    return split(take(written, PROMPT_EMBEDDINGS), anatomy)
+
+
+def split(embeddings: Tensor, anatomy: Anatomy) -> Tensors:
+    """peft's [V, 2 L H] as ``keys`` and ``values`` [L, V, H]."""
+    width = anatomy.slot(KEY).outputs
+    wanted = 2 * anatomy.layers * width
+    if embeddings.dim() != 2 or embeddings.shape[1] != wanted:
+        raise FormatError(f"{PROMPT_EMBEDDINGS} has shape {list(embeddings.shape)}; expected [V, {wanted}]")
+    both = embeddings.view(-1, anatomy.layers, 2, width).permute(2, 1, 0, 3)
+    return {"keys": both[0].contiguous(), "values": both[1].contiguous()}
+
+
+def config(spec: Prefix, anatomy: Anatomy, _: str) -> dict[str, Any]:
+    """Sizes."""
+    width = {"token_dim": anatomy.hidden, "encoder_hidden_size": anatomy.hidden, "prefix_projection": False}
+    return width | virtual_sizes(spec.length, anatomy)
+
+
+def load(_: Config, tensors: Tensors, anatomy: Anatomy) -> tuple[Prefix, Tensors]:
+    """Spec and rows of peft's prefix tuning; raises Unsupported for families on which peft runs none."""
+    if not family_named(anatomy.family).peft_prefix:
+        known = [name for name, family in FAMILIES.items() if family.peft_prefix]
+        raise Unsupported(f"peft itself runs no prefixes on {anatomy.family}; {nearest(anatomy.family, known)}")
+    own = split(take(tensors, PROMPT_EMBEDDINGS), anatomy)
+    return Prefix(own["keys"].shape[1], positions="shifted"), own
+
+
+def obstacle(spec: Prefix, _: Anatomy) -> str:
+    """Positions must be as peft has them."""
+    return "" if spec.positions == "shifted" else "peft computes no prefix in this way"
+
+
+PEFT = PeftFormat("PREFIX_TUNING", write, read, config, load, obstacle=obstacle, virtual=True)
+PREFIX = Kind("prefix", Prefix, init, effects, cut, peft=PEFT)

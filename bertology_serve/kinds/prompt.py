@@ -6,12 +6,17 @@ added to them like to any token, and the text keeps its own positions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from bertology_serve.errors import FormatError
 from bertology_serve.kinds.effects import Effects, PromptEffect
 from bertology_serve.kinds.kind import Kind, Tensors, check_choice, check_positive, normal, uncut
+from bertology_serve.kinds.peft_format import PROMPT_EMBEDDINGS, Config, PeftFormat, take, virtual_sizes
 from bertology_serve.kinds.slots import Anatomy
 
 
@@ -45,4 +50,35 @@ def effects(spec: Prompt, tensors: Tensors, anatomy: Anatomy) -> Effects:
     return Effects(prompt=PromptEffect(tensors["vectors"], spec.placement, spec.positions, spec.head_reads))
 
 
-PROMPT = Kind("prompt", Prompt, init, effects, uncut)
+def write(_: Prompt, own: Mapping[str, Tensor], anatomy: Anatomy, __: str) -> Tensors:
+    """``prompt_embeddings`` [V, E]."""
+    return {PROMPT_EMBEDDINGS: own["vectors"]}
+
+
+def read(_: Prompt, written: Tensors, anatomy: Anatomy, __: str) -> Tensors:
+    """The inverse of ``write``."""
+    return {"vectors": take(written, PROMPT_EMBEDDINGS)}
+
+
+def config(spec: Prompt, anatomy: Anatomy, _: str) -> dict[str, Any]:
+    """Sizes."""
+    return {"prompt_tuning_init": "RANDOM", "token_dim": anatomy.embedding_width} | virtual_sizes(spec.length, anatomy)
+
+
+def load(_: Config, tensors: Tensors, anatomy: Anatomy) -> tuple[Prompt, Tensors]:
+    """Spec and vectors of peft's prompt tuning."""
+    vectors, wide = take(tensors, PROMPT_EMBEDDINGS), anatomy.embedding_width
+    if vectors.dim() != 2 or not len(vectors) or vectors.shape[1] != wide:
+        raise FormatError(f"{PROMPT_EMBEDDINGS} has shape {list(vectors.shape)}; expected [V, {wide}]")
+    return Prompt(len(vectors), *_PEFTS), {"vectors": vectors}
+
+
+def obstacle(spec: Prompt, _: Anatomy) -> str:
+    """Rows, positions and head must be as peft has them."""
+    own = (spec.placement, spec.positions, spec.head_reads)
+    return "" if own == _PEFTS else "peft computes no prompt in this way"
+
+
+_PEFTS = ("before_cls", "shifted", "first_row")
+PEFT = PeftFormat("PROMPT_TUNING", write, read, config, load, obstacle=obstacle, virtual=True)
+PROMPT = Kind("prompt", Prompt, init, effects, uncut, peft=PEFT)

@@ -16,7 +16,6 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.interop.adapterhub import is_adapterhub, read_adapterhub
 from bertology_serve.deltas.interop.microsoft import read_microsoft_lora, read_trusted
 from bertology_serve.deltas.interop.peft_import import import_peft, magnitudes, spelt_out, unwrapped
-from bertology_serve.deltas.layout import MODEL_ROOT
 from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from bertology_serve.deltas.safe_io import Limits, read_json
 from bertology_serve.encoder.encoder import Encoder
@@ -26,12 +25,13 @@ from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.kind import Tensors
 from bertology_serve.kinds.norms import Norms
+from bertology_serve.kinds.peft_format import MODEL_ROOT
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.training.compress import differences, dropped, moved_biases, moved_norms
 
 
 @dataclass(frozen=True)
-class Told:
+class ConvertOptions:
     """What a checkpoint does not say: ``alpha`` (microsoft/LoRA), labels in logit order, the longest sequence (without
     it what the checkpoint says, at most 128), and the kind of the task.
     """
@@ -42,7 +42,7 @@ class Told:
     task: str | None = None
 
 
-def convert(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
+def convert(source: Path, encoder: Encoder, name: str, told: ConvertOptions) -> Delta:
     """The delta of a foreign checkpoint, made for ``encoder``, which has taken it.
 
     ``source`` is a file (microsoft/LoRA) or a directory (AdapterHub, peft, or a whole task model of HuggingFace's, such
@@ -70,7 +70,7 @@ def convert(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
 LONGEST = 128
 
 
-def _read(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
+def _read(source: Path, encoder: Encoder, name: str, told: ConvertOptions) -> Delta:
     anatomy, base = encoder.anatomy, encoder.ref
     if source.is_file():
         if told.alpha is None:
@@ -87,7 +87,7 @@ def _read(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
     return _read_peft(source, encoder, name, told)
 
 
-def _read_peft(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
+def _read_peft(source: Path, encoder: Encoder, name: str, told: ConvertOptions) -> Delta:
     """Whatever ``peft_import`` reads, and what takes the base's weights: DoRA, and biases and norms that peft holds
     whole.
     """

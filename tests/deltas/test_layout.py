@@ -96,8 +96,11 @@ def test_what_peft_computes_otherwise_has_names_of_our_own(name: str) -> None:
 
 
 def test_heads_stand_where_peft_puts_them() -> None:
-    assert head_root(samples.SPECS["lora"]) == head_root(samples.SPECS["all"]) == "base_model.model."
-    assert head_root(samples.SPECS["prompt-peft"]) == head_root(samples.SPECS["prefix-peft"]) == "base_model."
+    bert = samples.anatomy("bert")
+    for name, root in (("lora", "base_model.model."), ("all", "base_model.model."), ("prompt-peft", "base_model.")):
+        assert head_root(samples.SPECS[name], bert) == root
+    assert head_root(samples.SPECS["prefix-peft"], bert) == "base_model."
+    assert head_root((), bert) == head_root(samples.SPECS["prompt"], bert) == "base_model.model."
 
 
 @pytest.mark.parametrize("kind", ["lora", "bitfit-attention"])

@@ -9,7 +9,7 @@ import pytest
 from bertology_serve.errors import SpecError
 from bertology_serve.kinds.kinds import KINDS
 from bertology_serve.kinds.sparse import SPARSE
-from bertology_serve.training.method_options import REGULARISED, KindFlags
+from bertology_serve.training.method_options import AUTO, REGULARISED, KindFlags
 from bertology_serve.training.methods import specs_for
 from bertology_serve.training.train_config import (
     FULL,
@@ -24,8 +24,8 @@ from bertology_serve.training.train_config import (
 
 def test_methods_are_the_kinds_the_probe_and_the_forms_of_full_fine_tuning():
     trainable = [kind for kind in KINDS if kind != SPARSE.name]  # compress makes those
-    assert (*trainable, PROBE, FULL, *REGULARISED) == METHODS
-    assert set(LEARNING_RATES) == set(METHODS)
+    assert (*trainable, PROBE, FULL, *REGULARISED, AUTO) == METHODS
+    assert {*LEARNING_RATES, AUTO} == set(METHODS)
 
 
 def test_survives_json():

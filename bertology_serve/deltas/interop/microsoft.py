@@ -1,6 +1,6 @@
 """Checkpoints of microsoft/LoRA (``loralib``), and the explicit conversion of pickles, which are opened here only.
 
-They hold neither alpha nor labels. The file is opened by ``unpickle`` only, and only when asked to.
+They hold neither alpha nor labels. The file is opened by ``read_pickle`` only, and only when asked to.
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bertology_serve.deltas.delta import BaseRef, Delta
-from bertology_serve.deltas.interop.peft_modules import check_none_left, lora_delta
-from bertology_serve.deltas.layout import MODEL_ROOT, check_finite, check_head, shapes_of
-from bertology_serve.deltas.names import ADAPTER_WEIGHTS, PICKLES, check_name
+from bertology_serve.deltas.layout import check_finite, check_head, shapes_of
+from bertology_serve.deltas.names import ADAPTER_WEIGHTS, check_name
 from bertology_serve.deltas.safe_io import Limits, read_tensors
 from bertology_serve.errors import FormatError, NotFound
-from bertology_serve.files import replacing
 from bertology_serve.kinds.kind import Tensors
+from bertology_serve.kinds.kinds import from_peft
+from bertology_serve.kinds.lora import LORA, check_none_left
+from bertology_serve.kinds.peft_format import MODEL_ROOT
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, TaskSpec
 
@@ -42,7 +42,7 @@ def read_microsoft_lora(
     ranks = {len(tensor) for key, tensor in updates.items() if ".lora_A." in key}
     if len(ranks) != 1:
         raise FormatError(f"{path} has updates of ranks {sorted(ranks)}; expected one rank")
-    spec, tensors = lora_delta({"r": next(iter(ranks)), "lora_alpha": alpha}, updates, anatomy)
+    spec, tensors = from_peft(LORA, {"r": next(iter(ranks)), "lora_alpha": alpha}, updates, anatomy)
     check_none_left(updates, anatomy)
     head = {key: tensor for key, tensor in found.items() if not key.startswith(f"{anatomy.prefix}.")}
     extra = sorted(found.keys() - head.keys())
@@ -64,22 +64,6 @@ PICKLED = {
     "adapter.safetensors": "pytorch_adapter.bin",
     "model_head.safetensors": "pytorch_model_head.bin",
 }
-
-
-def convert_pickle(directory: Path) -> Path:
-    """Writes ``adapter_model.safetensors`` beside ``adapter_model.bin`` and returns its path.
-
-    torch unpickles tensors and plain containers only (``weights_only=True``); anything else is a FormatError.
-    """
-    source = next((directory / name for name in PICKLES if (directory / name).is_file()), None)
-    if source is None:
-        raise NotFound(f"{directory} has no {', '.join(PICKLES)}; there is nothing to convert")
-    values = read_pickle(source)
-    target = directory / ADAPTER_WEIGHTS
-    with replacing(target) as part:
-        save_file({name: value.detach().clone().contiguous() for name, value in values.items()}, part, {"format": "pt"})
-        part.chmod(source.stat().st_mode & 0o666)
-    return target
 
 
 def read_trusted(path: Path) -> Tensors:

@@ -7,8 +7,8 @@ checkpoint is answered differently without a word.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +16,24 @@ import torch
 from torch import Tensor, float32
 
 from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
-from bertology_serve.deltas.interop.peft_export import PREFIX_FAMILIES, TASK_TYPES, drops_types
-from bertology_serve.deltas.interop.peft_modules import beft_delta, check_none_left, check_whole, lora_delta, merge_head
-from bertology_serve.deltas.interop.peft_tensors import MERGE, ia3_delta, take
+from bertology_serve.deltas.interop.peft_export import TASK_TYPES, drops_types
 from bertology_serve.deltas.interop.sentence_transformers import embedding_task
-from bertology_serve.deltas.layout import (
-    MODEL_ROOT,
-    PROMPT_EMBEDDINGS,
-    PROMPT_ROOT,
-    check_head,
-    shapes_of,
-    split_prefix,
-)
+from bertology_serve.deltas.layout import check_head, shapes_of
 from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from bertology_serve.deltas.safe_io import Limits, read_json, read_tensors
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.bitfit import slots as bias_slots
 from bertology_serve.kinds.ia3 import Ia3
-from bertology_serve.kinds.kind import Tensors, chosen_layers
-from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.kind import Kind, Spec, Tensors, chosen_layers
+from bertology_serve.kinds.kinds import KINDS, from_peft
+from bertology_serve.kinds.lora import Lora, check_none_left, pair_of
+from bertology_serve.kinds.peft_format import MERGE, MODEL_ROOT, PROMPT_ROOT, PeftFormat, places
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.kinds.slots import Anatomy
-from bertology_serve.tasks.heads import head_form, head_pooling
+from bertology_serve.tasks.heads import Dense, head_form, head_pooling
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -66,7 +60,7 @@ _CONVERTED = {
 }  # fmt: skip
 _UNMERGED = {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY", "XLORA"}
 # Settings that are read at these values only. The other ways of initialising LoRA change the base weights.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+_NEUTRAL: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "num_transformer_submodules": (None, 1),
@@ -76,13 +70,10 @@ _POOLER_LORA = re.compile(r"(.*\.)?pooler\.dense\.lora_[AB]\.weight")
 _LONGEST = 512
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A peft directory as read: its configuration, its tensors (taken out as they are used) and what it is for."""
-
-    config: Mapping[str, Any]
-    tensors: Tensors
-    anatomy: Anatomy
+NORMS_ALONE = "LN_TUNING"  # nothing but norms, which whoever has the base's weights takes out beforehand
+METHODS: dict[str, tuple[Kind[Any], PeftFormat[Any]]] = {
+    kind.peft.method: (kind, kind.peft) for kind in KINDS.values() if not isinstance(kind.peft, str)
+}
 
 
 def import_peft(
@@ -92,11 +83,11 @@ def import_peft(
     known_as: Path,
     *,
     task: TaskSpec | str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: JsonObject | None = None,
     limits: Limits | None = None,
     root: Path | None = None,
     base_head: Mapping[str, Tensor] | None = None,
-    read: tuple[Mapping[str, Any], Tensors] | None = None,
+    read: tuple[JsonObject, Tensors] | None = None,
 ) -> Delta:
     """The delta ``known_as`` (NAME/VERSION) of a peft directory, for the encoder ``base``: peft names no weights.
 
@@ -112,15 +103,17 @@ def import_peft(
         read_tensors(directory / ADAPTER_WEIGHTS, limits, root)[0],
     )
     method = str(config.get("peft_type"))
-    if method not in _METHODS:
-        raise Unsupported(f"{directory} holds peft's {method[:40]}; {_way_out(method)}{nearest(method[:40], _METHODS)}")
-    _check_settings(config, directory)
-    checkpoint = Checkpoint(config, {name: tensor.to(float32) for name, tensor in tensors.items()}, anatomy)
+    if method not in METHODS and method != NORMS_ALONE:
+        known = (*METHODS, NORMS_ALONE)
+        raise Unsupported(f"{directory} holds peft's {method[:40]}; {_way_out(method)}{nearest(method[:40], known)}")
+    kind, stored = METHODS.get(method, (None, None))
+    _check_settings(config, directory, stored.settings if stored else frozenset())
+    left = {name: tensor.to(float32) for name, tensor in tensors.items()}
     try:
-        spec, components = _METHODS[method](checkpoint)
-        head = _head(
-            checkpoint.tensors, PROMPT_ROOT if method in ("PROMPT_TUNING", "PREFIX_TUNING") else MODEL_ROOT, anatomy
-        )
+        if stored is not None and stored.leaf:
+            check_whole(config, left, stored.leaf, anatomy)
+        spec, components = (None, {}) if kind is None else from_peft(kind, config, left, anatomy)
+        head = _head(left, PROMPT_ROOT if stored is not None and stored.virtual else MODEL_ROOT, anatomy)
         if not isinstance(task, TaskSpec):
             virtual = spec.length if isinstance(spec, Prompt | Prefix) else 0
             longest = max(3, min(_LONGEST, anatomy.max_tokens - virtual))
@@ -142,12 +135,12 @@ def import_peft(
     )  # fmt: skip
 
 
-def _check_settings(config: Mapping[str, Any], directory: Path) -> None:
+def _check_settings(config: JsonObject, directory: Path, own: frozenset[str]) -> None:
     for name, value in config.items():
         if name in _NEUTRAL:
             fine = any(value is known or (type(value) is type(known) and value == known) for known in _NEUTRAL[name])
         else:
-            fine = name in _HARMLESS or not value
+            fine = name in _HARMLESS or name in own or not value
         if not fine:
             read = name == "use_dora" or (name == "bias" and value in ("all", "lora_only"))
             way = "convert it with bertology-serve convert" if read else MERGE
@@ -155,7 +148,7 @@ def _check_settings(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def _merged(
-    config: Mapping[str, Any], head: Tensors, task: TaskSpec, anatomy: Anatomy, options: Mapping[str, Any],
+    config: JsonObject, head: Tensors, task: TaskSpec, anatomy: Anatomy, options: JsonObject,
     base_head: Mapping[str, Tensor],
 ) -> Tensors:  # fmt: skip
     """The head with the LoRA of its layers merged; embeddings do not read the pooler, whatever its LoRA."""
@@ -173,51 +166,73 @@ def _way_out(method: str) -> str:
     return "" if method in _UNMERGED else f"{MERGE}; "
 
 
-def _lora(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
-    check_whole(checkpoint.config, checkpoint.tensors, ".lora_A.weight", checkpoint.anatomy)
-    return lora_delta(checkpoint.config, checkpoint.tensors, checkpoint.anatomy)
+_TARGETS = re.compile(
+    r"(?:[\w.*+\\$^|-]|\[[\w-]+\]|\((?:\?:)?[\w|.\\-]+\))+"
+)  # no repeated groups, for the same reason
 
 
-def _beft(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
-    check_whole(checkpoint.config, checkpoint.tensors, ".beft_bias", checkpoint.anatomy)
-    return beft_delta(checkpoint.tensors, checkpoint.anatomy)
+def merge_head(config: JsonObject, head: Tensors, form: Sequence[Dense], base_head: Mapping[str, Tensor]) -> None:
+    """Merges the LoRA of a head's own layers (the pooler, which ``all-linear`` reaches) into weights of the delta.
+
+    ``base_head`` is what the base checkpoint has of a head. Raises FormatError where nobody has the weight, or where
+    the file lacks the tensors of a layer that ``target_modules`` name.
+    """
+    for dense in form:
+        name, weight = f"{dense.path}.lora_A.weight", f"{dense.path}.weight"
+        if name not in head:
+            if weight not in head and _is_targeted(config, dense.path, None):
+                raise FormatError(_lacking(dense.path, 1))
+            continue
+        pair = pair_of(dense.path, name, head, config, dense.inputs, dense.outputs)
+        for leaf in ("weight", "bias"):
+            if f"{dense.path}.{leaf}" not in head and f"{dense.base_name}.{leaf}" in base_head:
+                head[f"{dense.path}.{leaf}"] = base_head[f"{dense.base_name}.{leaf}"]
+        if weight not in head:
+            raise FormatError(
+                f"{dense.path} has LoRA, but neither the adapter nor the base has its weight; train it again with "
+                f"{dense.path!r} among modules_to_save or exclude_modules"
+            )
+        head[weight] = head[weight] + pair.scale * (pair.b @ pair.a)
 
 
-def _ia3(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
-    check_whole(checkpoint.config, checkpoint.tensors, ".ia3_l", checkpoint.anatomy)
-    return ia3_delta(checkpoint.tensors, checkpoint.anatomy, MODEL_ROOT)
+def check_whole(config: JsonObject, tensors: Mapping[str, Tensor], leaf: str, anatomy: Anatomy) -> None:
+    """Raises FormatError where the file lacks a tensor ``leaf`` of a projection that ``target_modules`` name."""
+    found = {name.removeprefix(MODEL_ROOT).removesuffix(leaf) for name in tensors if name.endswith(leaf)}
+    start = f"{anatomy.prefix}." if any(name.startswith(f"{anatomy.prefix}.") for name in found) else ""
+    named = (start + path for path, (_, layer) in places(anatomy).items() if _is_targeted(config, start + path, layer))
+    missing = [name for name in named if name not in found]
+    if found and missing:
+        raise FormatError(_lacking(missing[0], len(missing)))
 
 
-def _prompt(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
-    vectors, wide = take(checkpoint.tensors, PROMPT_EMBEDDINGS), checkpoint.anatomy.embedding_width
-    if vectors.dim() != 2 or not len(vectors) or vectors.shape[1] != wide:
-        raise FormatError(f"{PROMPT_EMBEDDINGS} has shape {list(vectors.shape)}; expected [V, {wide}]")
-    spec = Prompt(len(vectors), placement="before_cls", positions="shifted", head_reads="first_row")
-    return spec, {"prompt.vectors": vectors}
+def _lacking(module: str, count: int) -> str:
+    others = f" and of {count - 1} other modules" if count > 1 else ""
+    return f"the file lacks the tensors of {module}{others}, which target_modules name; copy it again"
 
 
-def _prefix(checkpoint: Checkpoint) -> tuple[Any, Tensors]:
-    family = checkpoint.anatomy.family
-    if family not in PREFIX_FAMILIES:
-        raise Unsupported(f"peft itself runs no prefixes on {family}; {nearest(family, PREFIX_FAMILIES)}")
-    own = split_prefix(take(checkpoint.tensors, PROMPT_EMBEDDINGS), checkpoint.anatomy)
-    spec = Prefix(own["keys"].shape[1], positions="shifted")
-    return spec, {f"prefix.{name}": tensor for name, tensor in own.items()}
+def _is_targeted(config: JsonObject, module: str, layer: int | None) -> bool:
+    """Whether peft changes the module of that full name; False where that cannot be told."""
+    layers = config.get("layers_to_transform")
+    if layers is not None and layer not in (layers if isinstance(layers, list) else [layers]):
+        return False
+    return _named(config.get("target_modules"), module, False) and not _named(
+        config.get("exclude_modules"), module, True
+    )
 
 
-def _norms(_: Checkpoint) -> tuple[Any, Tensors]:
-    """Nothing but norms, which whoever has the base's weights takes out beforehand."""
-    return None, {}
-
-
-_METHODS: dict[str, Callable[[Checkpoint], tuple[Any, Tensors]]] = {
-    "LN_TUNING": _norms,
-    "LORA": _lora,
-    "BEFT": _beft,
-    "IA3": _ia3,
-    "PROMPT_TUNING": _prompt,
-    "PREFIX_TUNING": _prefix,
-}
+def _named(targets: Any, module: str, doubt: bool) -> bool:
+    """Whether a list of names or a pattern means a module, as peft reads them; ``doubt`` for patterns not read here."""
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        most = max(part.count("*") + part.count("+") for part in targets.split("|"))
+        if len(targets) > 500 or most > 3 or not _TARGETS.fullmatch(targets):
+            return doubt
+        try:
+            return re.fullmatch(targets, module) is not None
+        except re.error:
+            return doubt
+    return isinstance(targets, list) and any(module == name or module.endswith(f".{name}") for name in targets)
 
 
 def _head(tensors: Tensors, root: str, anatomy: Anatomy) -> Tensors:
@@ -241,7 +256,7 @@ def unwrapped(name: str) -> str:
 
 
 def _task(
-    config: Mapping[str, Any], head: Tensors, family: str, told: str | None, longest: int, options: Mapping[str, Any]
+    config: JsonObject, head: Tensors, family: str, told: str | None, longest: int, options: JsonObject
 ) -> TaskSpec | None:
     """The task as far as peft records it; None for embeddings."""
     kind = told or {t: k for k, t in TASK_TYPES.items() if t and k != REGRESSION}.get(str(config.get("task_type")))
@@ -262,7 +277,7 @@ def _task(
     return TaskSpec(kind, labels, max_length=longest, pooling=head_pooling(family, kind, options))
 
 
-def _provenance(config: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(config: JsonObject) -> JsonObject:
     recorded = ("peft_type", "peft_version", "base_model_name_or_path", "revision")
     return {"imported_from": "peft", **{name: str(config[name]) for name in recorded if config.get(name)}}
 
@@ -276,7 +291,8 @@ def spelt_out(lora: Delta, magnitudes: Magnitudes, weights: Mapping[str, Tensor]
 
     ``weights`` is the base's state dict. Raises FormatError where a magnitude is missing or belongs to no update.
     """
-    spec: Lora = lora.specs[0]
+    (spec,) = lora.specs
+    assert isinstance(spec, Lora)
     left, tensors = dict(magnitudes), dict(lora.tensors)
     factors, biases = {}, _blank_biases(anatomy)
     for name in spec.targets:
@@ -295,8 +311,8 @@ def spelt_out(lora: Delta, magnitudes: Magnitudes, weights: Mapping[str, Tensor]
     if left:
         raise FormatError(f"the magnitudes of {next(iter(left))[:80]} belong to no update; save the checkpoint again")
     shifted = any(stack.any() for stack in biases.values())
-    specs = (spec, Ia3(spec.targets, ()), *([Bitfit()] if shifted else []))
-    return replace(lora, specs=specs, tensors={**tensors, **factors, **(biases if shifted else {})})
+    specs: list[Spec] = [spec, Ia3(spec.targets, ()), *([Bitfit()] if shifted else [])]
+    return replace(lora, specs=tuple(specs), tensors={**tensors, **factors, **(biases if shifted else {})})
 
 
 def magnitudes(tensors: Tensors, anatomy: Anatomy, root: str) -> dict[str, Tensor]:
