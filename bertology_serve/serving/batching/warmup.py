@@ -87,7 +87,7 @@ def circumstances(pipeline: DeltaSet, setting: EngineConfig, config: ServerConfi
         "device": device,
         "executor": type(pipeline).__name__,
         "setting": asdict(setting),
-        "batch": [config.max_batch_ms, config.max_batch_tokens],
+        "batch": [config.batching.max_batch_ms, config.batching.max_batch_tokens],
     }
 
 
