@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 
@@ -25,19 +24,20 @@ from bertology_serve.deltas.catalog import identify
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import SpecError
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds import kinds
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.training.baselines import PROBE
 from bertology_serve.training.batches import Data, Source
-from bertology_serve.training.callbacks import Callback
+from bertology_serve.training.callbacks import Callback, Line
 from bertology_serve.training.config_file import settings_text
 from bertology_serve.training.evaluate import measure
 from bertology_serve.training.fleet.fleet import Fleet
-from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Line, Quiet
+from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.fleet.fleet_run import Enrolled, Shelf, enrolled, rows_of_a_pass
 from bertology_serve.training.fleet.member import Member
 from bertology_serve.training.learning_curve import draw_curves
-from bertology_serve.training.method_options import join_list
+from bertology_serve.training.method_options import Values, join_list
 from bertology_serve.training.methods import count_parameters, specs_for
 from bertology_serve.training.publish import publish
 from bertology_serve.training.run_directory import CONFIG, Destination, identity
@@ -52,7 +52,7 @@ STEP = 3.5
 TIMED = 64
 
 ALL = ("query", "key", "value", "output", "up", "down")
-CANDIDATES: Mapping[str, tuple[str, float, Mapping[str, Any]]] = {
+CANDIDATES: Mapping[str, tuple[str, float, Values]] = {
     "lora": ("lora", 1e-3, {}),
     "lora-fast": ("lora", 3e-3, {}),
     "lora-wide": ("lora", 1e-3, {"rank": 16, "targets": ALL}),
@@ -209,7 +209,7 @@ class Search:
             "end": failure or ("won" if name == self.winner else "dropped"),
         }
 
-    def facts(self, config: TrainConfig, board: Sequence[Row]) -> dict[str, Any]:
+    def facts(self, config: TrainConfig, board: Sequence[Row]) -> JsonObject:
         """What the delta says of the search, and why it is the one."""
         folds, row = len(self.crew[self.winner]), next(row for row in board if row["candidate"] == self.winner)
         where = f"on {folds} held-out folds" if folds > 1 else "on the dev set"
@@ -299,7 +299,7 @@ def scheduled(config: TrainConfig, unit: int, count: int, part: Data, keep: str)
     """The settings of a run of its own: as many steps as the winner of ``count`` makes, measured after every unit."""
     steps = unit * THIRD ** len(rungs(count))
     epochs = math.ceil(steps / math.ceil(len(part.train.records) / config.batch_size))
-    own: dict[str, Any] = {"max_steps": steps, "eval_every": unit, "epochs": epochs, "patience": None, "keep": keep}
+    own: JsonObject = {"max_steps": steps, "eval_every": unit, "epochs": epochs, "patience": None, "keep": keep}
     return replace(config, budget=TrainConfig.budget, **own)
 
 

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from bertology_serve.encoder.loading import rounding
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import VerificationError
-from bertology_serve.files import replace_directory, staging
+from bertology_serve.files import JsonObject, replace_directory, staging
 from bertology_serve.kinds.kinds import kind_of
 from bertology_serve.training.batches import Item
 from bertology_serve.training.evaluate import run
@@ -120,7 +119,7 @@ def _flat(values: Iterable[object]) -> Iterator[float]:
             yield from _flat(value)  # type: ignore[arg-type]  # lists of lists of floats
 
 
-def describe(path: Path, delta: Delta) -> dict[str, Any]:
+def describe(path: Path, delta: Delta) -> JsonObject:
     """What there is to know about a delta that was loaded from ``path``, ready for JSON."""
     components, head, weights = (
         sum(tensor.numel() for tensor in group.values()) for group in (delta.tensors, delta.head, delta.weights)

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from bertology_serve.errors import FormatError
-from bertology_serve.files import hidden
+from bertology_serve.files import hidden, write_json
 from bertology_serve.training.checkpoint import (
     random_state,
     read_checkpoint,
     set_random_state,
     write_checkpoint,
-    write_json,
 )
 
 
