@@ -65,7 +65,7 @@ def export(
 def _opened(delta: Path | None, backbone: str | None) -> tuple[Delta, Encoder]:
     from bertology_serve.bench.export.export_run import bare
     from bertology_serve.encoder.encoder import Encoder
-    from bertology_serve.training.publish import open_delta
+    from bertology_serve.encoder.opening import open_delta
 
     if delta is not None:
         return open_delta(delta, backbone, "cpu")

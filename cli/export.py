@@ -67,8 +67,8 @@ def export(
 def _one(
     delta: Path, out: Path, spec: ExportSpec, backbone: str | None, name: str | None, verify: str | None
 ) -> Exported:
+    from bertology_serve.encoder.opening import open_delta
     from bertology_serve.export.exporting import export_delta
-    from bertology_serve.training.publish import open_delta
 
     loaded, encoder = open_delta(delta, backbone, "cpu")
     records = _encoded(verify, loaded, encoder) if verify else []
@@ -85,8 +85,8 @@ def _many(
     into: bool,
 ) -> Exported:
     from bertology_serve.deltas import store
+    from bertology_serve.encoder.opening import load_delta, open_delta
     from bertology_serve.export.export_deltas import export_many, join
-    from bertology_serve.training.publish import load_delta, open_delta
 
     found = [versions[-1] for path in paths for versions in store.discover(path).values()]
     path, called = (found[0].path, found[0].name) if found else (paths[0], None)

@@ -17,16 +17,11 @@ if TYPE_CHECKING:
 def subject(backbone: str | None, delta: Path | None, device: str) -> Subject:
     """The encoder, with the delta of a directory (or the newest of its versions) if there is one."""
     from bertology_serve.analysis.subject_model import Subject
-    from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.encoder.loading import find_device
-    from bertology_serve.training.publish import open_delta
 
-    if delta is None:
-        loaded, encoder = None, Encoder.load(backbone or "minilm", device=find_device(device))
-    else:
-        loaded, encoder = open_delta(delta, backbone, find_device(device))
-    encoder.prepack()
-    return Subject(encoder, loaded).checked()
+    found = Subject.of(backbone, delta, find_device(device))
+    found.encoder.prepack()
+    return found
 
 
 @contextmanager

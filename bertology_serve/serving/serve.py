@@ -16,7 +16,7 @@ from bertology_serve.serving.config import ServerConfig
 if TYPE_CHECKING:
     from bertology_serve.deltas.delta import Delta
     from bertology_serve.encoder.delta_set import DeltaSet
-    from bertology_serve.serving.execution.process.executor_handle import ForkServer
+    from bertology_serve.serving.execution.executor_handle import ForkServer
     from bertology_serve.serving.execution.startup import Startup
     from bertology_serve.serving.observability.background import Background
     from bertology_serve.serving.versions.delta_registry import Registry
@@ -48,7 +48,7 @@ def serve(
     """
     config = config or ServerConfig()
     started = time.monotonic()
-    from bertology_serve.serving.execution.process.executor_handle import ForkServer, WorkerOptions
+    from bertology_serve.serving.execution.executor_handle import ForkServer, WorkerOptions
     from bertology_serve.serving.execution.startup import settle_memory
     from bertology_serve.serving.http.binding import bind, url_of
     from bertology_serve.serving.keys import read_keyring

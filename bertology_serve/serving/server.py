@@ -24,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from bertology_serve.serving.config import ServerConfig
+from bertology_serve.serving.grpc_server import GrpcServer
 from bertology_serve.serving.http.binding import room_for
 from bertology_serve.serving.http.bodies import JSON_LENGTH, PRIORITY, REQUEST_ID, TIMEOUT
 from bertology_serve.serving.http.connection import limited
@@ -31,9 +32,8 @@ from bertology_serve.serving.http.gate import Gate
 from bertology_serve.serving.http.routes import Routes
 from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.observability.background import Background
+from bertology_serve.serving.observability.logs import Tracing
 from bertology_serve.serving.observability.metrics import Metrics
-from bertology_serve.serving.observability.tracing import Tracing
-from bertology_serve.serving.rpc.grpc_server import GrpcServer
 from bertology_serve.serving.service import DRAINING, Service
 from bertology_serve.serving.versions.delta_cache import TierGauges
 from bertology_serve.serving.versions.delta_registry import Registry

@@ -15,7 +15,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import LoadedDelta, Prediction, Request
 from bertology_serve.errors import DataError, Expired, LimitError, Overloaded
 from bertology_serve.serving.batching.queue import BatchTimes, WorkQueue
-from bertology_serve.serving.batching.scheduler import CallContext, FairScheduler, Item, Outcome, resolve
+from bertology_serve.serving.batching.scheduler import CallContext, CallItem, FairScheduler, Outcome, resolve
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.executor import Executor
 from bertology_serve.serving.keys import Access
@@ -211,7 +211,7 @@ class Service:
         except Cold:
             await self._warm(call, asked)
         deadline = call.started + self._seconds(call)
-        items = [Item(one, call.acquired[one.delta], call, deadline, call.priority) for one in requests]
+        items = [CallItem(one, call.acquired[one.delta], call, deadline, call.priority) for one in requests]
         await self.aside(characters, lambda: self._tokenise(call, items))
         try:
             await self._computed(call, items, deadline)
@@ -255,7 +255,7 @@ class Service:
             self.metrics.refused({name: count for name, count in counts.items() if self.pipeline.loaded(name)})
             raise
 
-    def _tokenise(self, call: CallContext, items: Sequence[Item]) -> None:
+    def _tokenise(self, call: CallContext, items: Sequence[CallItem]) -> None:
         """Tokenises, up to the first item that is too long, or too much for a queue that were empty."""
         config, costs = self.config, dict[str, int]()
         call.tokens = 0
@@ -276,7 +276,7 @@ class Service:
                         f"the call holds {cost} tokens{where} or more; at most {most} are taken, send several"
                     )
 
-    async def _computed(self, call: CallContext, items: list[Item], deadline: float) -> None:
+    async def _computed(self, call: CallContext, items: list[CallItem], deadline: float) -> None:
         """Queues the items and waits until each has an outcome."""
         loop = asyncio.get_running_loop()
         access, done = call.access, loop.create_future()
@@ -298,21 +298,21 @@ class Service:
             if end is not None:
                 end()
 
-    def _queued(self, items: list[Item], charge: Callable[[int], None] | None) -> None:
+    def _queued(self, items: list[CallItem], charge: Callable[[int], None] | None) -> None:
         try:
             self.queue.put(items, charge)
         except Exception:
             self._finished(items, outcomes.REFUSED)
             raise
 
-    def _cancel(self, items: Sequence[Item], outcome: str) -> None:
+    def _cancel(self, items: Sequence[CallItem], outcome: str) -> None:
         self.queue.cancel(items)
         self._finished(items, outcome)
 
-    def _finished(self, items: Sequence[Item], outcome: str) -> None:
+    def _finished(self, items: Sequence[CallItem], outcome: str) -> None:
         self.metrics.finished(items, outcome, time.monotonic())
 
-    def _deliver(self, batch: Sequence[Item], found: Sequence[Outcome]) -> None:
+    def _deliver(self, batch: Sequence[CallItem], found: Sequence[Outcome]) -> None:
         """Hands outcomes over to the event loop, one wake-up a batch. In the executor's thread."""
         assert self._loop is not None
         try:

@@ -22,6 +22,7 @@ KINDS: Mapping[str, float] = {
     "prefix": 3e-2,
     "ia3": 1e-2,
     "norms": 4e-3,
+    "vera": 1e-2,
 }
 """The kinds that are trained, and the highest learning rate of each.
 
@@ -83,6 +84,13 @@ class KindFlags:
     ia3_targets: tuple[str, ...] | None = _flag("ia3", "targets", "linears whose outputs are scaled, with commas.")
     ia3_feedforward: tuple[str, ...] | None = _flag("ia3", "feedforward", "linears whose inputs are, with commas.")
     norm_biases: bool | None = _flag("norms", "biases", "tune the LayerNorms' biases too (the default).")
+    vera_rank: int | None = _flag("vera", "rank", "rank of the frozen pair that all linears share.")
+    vera_targets: tuple[str, ...] | None = _flag("vera", "targets", "linears to change, with commas.")
+    vera_d_initial: float | None = _flag("vera", "d_initial", "where the vector between the pair begins.")
+    vera_dropout: float | None = _flag("vera", "dropout", "share of the update's inputs dropped in training.")
+    vera_key: int | None = _flag("vera", "key", "seed of the pair (peft's projection_prng_key).")
+    vera_save_projection: bool | None = _flag("vera", "save_projection", "keep the pair in the delta (the default).")
+    vera_layers: tuple[int, ...] | None = _flag("vera", "layers", "layers to change, from 0, with commas.")
 
     mixout_p: float | None = _flag("mixout", "p", "share of the weights put back for a step. Default: 0.7.")
     child_mode: str | None = _flag("child-tuning", "mode", "d (chosen once, by Fisher information) or f (drawn anew).")

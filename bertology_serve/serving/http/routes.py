@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import TypeVar
 
@@ -35,7 +34,8 @@ from bertology_serve.serving.observability.metrics import CONTENT_TYPE
 from bertology_serve.serving.protocol import hf, native, oip, oip_model, openai, tei
 from bertology_serve.serving.protocol.json_codec import object_of
 from bertology_serve.serving.service import Find, Parsed, Service
-from bertology_serve.serving.versions.lifecycle import READY, UNAVAILABLE, Entry
+from bertology_serve.serving.versions.lifecycle import READY, UNAVAILABLE
+from bertology_serve.tasks.answers import Version
 
 P = TypeVar("P", bound=Parsed)
 
@@ -104,14 +104,14 @@ class Routes:
                 route(f"{base}/{name}", endpoint)
                 for base in ("", "/tei/{delta}")
                 for name, route, endpoint in (
-                    ("embed", ask, partial(self.tei, what=tei.EMBED)),
-                    ("rerank", ask, partial(self.tei, what=tei.RERANK)),
-                    ("similarity", ask, partial(self.tei, what=tei.SIMILARITY)),
+                    ("embed", ask, partial(self.ask_tei, what=tei.EMBED)),
+                    ("rerank", ask, partial(self.ask_tei, what=tei.RERANK)),
+                    ("similarity", ask, partial(self.ask_tei, what=tei.SIMILARITY)),
                     ("tokenize", post, partial(self.tokens, what=tei.tokenize)),
                     ("decode", post, partial(self.tokens, what=tei.ids)),
                 )
             ),
-            ask("/tei/{delta}/predict", partial(self.tei, what=tei.PREDICT)),
+            ask("/tei/{delta}/predict", partial(self.ask_tei, what=tei.PREDICT)),
             get("/tei/{delta}/info", self.tei_info),
             get("/info", self.tei_info),
             get("/health", self.health),
@@ -165,7 +165,7 @@ class Routes:
             return answer_response(content, found)
         return answer_response(content, found, BINARY, {JSON_LENGTH: str(json_length)})
 
-    async def tei(self, request: Request, what: str) -> Response:
+    async def ask_tei(self, request: Request, what: str) -> Response:
         """POST /embed, /rerank, /similarity, the same and /predict below /tei/{delta}"""
         body, call = await receive(request, self.config)
         reader = self._tei_reader(request, body, what)
@@ -325,21 +325,21 @@ class Routes:
         """POST /v2/repository/index"""
         access_of(request.scope).check_admin()
         ready_only = oip_model.read_index(await read_body(request, self.config))
-        return json_response([asdict(entry) for entry in await self.lifecycle.index(ready_only)])
+        return json_response(await self.lifecycle.index(ready_only))
 
     async def load(self, request: Request) -> Response:
         """POST /v2/repository/models/{delta}/load"""
         access_of(request.scope).check_admin()
         version = oip_model.read_load(await read_body(request, self.config))
         delta = await self.lifecycle.load(request.path_params["delta"], version)
-        return json_response(asdict(Entry(delta.name, delta.version, READY)))
+        return json_response(Version(delta.name, delta.version, READY))
 
     async def rollback(self, request: Request) -> Response:
         """POST /v2/repository/models/{delta}/rollback, this project's own"""
         access_of(request.scope).check_admin()
         oip_model.read_unload(await read_body(request, self.config))
         delta = await self.lifecycle.rollback(request.path_params["delta"])
-        return json_response(asdict(Entry(delta.name, delta.version, READY)))
+        return json_response(Version(delta.name, delta.version, READY))
 
     async def unload(self, request: Request) -> Response:
         """POST /v2/repository/models/{delta}/unload"""
@@ -347,7 +347,7 @@ class Routes:
         oip_model.read_unload(await read_body(request, self.config))
         name = request.path_params["delta"]
         await self.lifecycle.unload(name)
-        return json_response(asdict(Entry(name, "", UNAVAILABLE, "unloaded")))
+        return json_response(Version(name, "", UNAVAILABLE, "unloaded"))
 
     def _named(self, request: Request) -> Delta:
         """The delta that the path names."""

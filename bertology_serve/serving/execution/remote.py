@@ -22,16 +22,11 @@ from bertology_serve.encoder.delta_set import DeltaSet, LoadedDelta
 from bertology_serve.encoder.loading import load_tokenizer, locate
 from bertology_serve.errors import BertologyError, Crashed, LimitError, Unsupported
 from bertology_serve.kernels.segments import RowSegment
+from bertology_serve.serving.execution.channel import Lost, Op, put_batch, take_outputs
 from bertology_serve.serving.execution.engine_choice import EngineConfig
-from bertology_serve.serving.execution.process.channel import Lost, Op, put_batch, take_outputs
-from bertology_serve.serving.execution.process.executor_handle import (
-    ExecutorHandle,
-    ForkServer,
-    Supervisor,
-    WorkerPlace,
-)
+from bertology_serve.serving.execution.executor_handle import ExecutorHandle, ForkServer, Supervisor, WorkerPlace
 from bertology_serve.serving.observability.background import Background
-from bertology_serve.serving.versions.cards import Card, from_record
+from bertology_serve.serving.versions.cards import DeltaCard, from_record
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
@@ -58,7 +53,7 @@ class Outline:
 
 
 @dataclass(frozen=True)
-class Handle(Card):
+class Handle(DeltaCard):
     """A delta that the executor has read and keeps for as long as this is there; ``number`` is what it goes by,
     ``resident`` the bytes that it takes there.
     """
@@ -125,7 +120,7 @@ class Remote(DeltaSet):
         try:
             answer = self._load(Op.READ, {"path": str(path), "name": name, "number": number})
             card = from_record(answer["card"])
-            known = {name: getattr(card, name) for name in Card.__dataclass_fields__}
+            known = {name: getattr(card, name) for name in DeltaCard.__dataclass_fields__}
             handle = Handle(**known, number=number, resident=int(answer["resident"]))
         except BaseException:
             self._forgotten.append(number)

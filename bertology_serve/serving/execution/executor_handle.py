@@ -19,11 +19,11 @@ from typing import Any
 import msgspec
 
 from bertology_serve.errors import Overloaded
-from bertology_serve.serving.execution.process.channel import Body, Channel, Lost, Op, SharedMemory, problem_of
+from bertology_serve.serving.execution.channel import Body, Channel, Lost, Op, SharedMemory, problem_of
 from bertology_serve.serving.observability.background import Background
 
 log = logging.getLogger(__name__)
-COMMAND = (sys.executable, "-m", "bertology_serve.serving.execution.process.fork_server")
+COMMAND = (sys.executable, "-m", "bertology_serve.serving.execution.fork_server")
 LOADERS = 2
 OUTLINE_SECONDS = 900.0  # for the fork server to load the encoder, from the hub perhaps
 FORK_SECONDS = 30.0  # for it to fork, which takes milliseconds

@@ -1,10 +1,15 @@
-"""What the server says, typed. Fields that a task does not have are ``None``."""
+"""What the server says, typed: read by the client, described by the OpenAPI document. Light: msgspec only.
+
+A task's ``decode`` gives the fields of an ``Answer`` that are its own; those that a task does not have are ``None``.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated
 
-from msgspec import Struct
+from msgspec import Meta, Struct
+
+Logits = list[float | list[float | list[float]]]  # of each label, of each token or window
 
 
 class Entity(Struct, frozen=True):
@@ -26,18 +31,15 @@ class Span(Struct, frozen=True):
     score: float
 
 
-class Answer(Struct, frozen=True):
+class Answer(Struct, frozen=True, omit_defaults=True):
     """One answer: ``label`` with ``scores`` (classification), ``value`` (regression), ``entities`` (tokens), ``answer``
     (questions), ``choice`` with ``scores`` (multiple choice), ``embedding``; and the version that gave it.
-
-    Where the text was longer than the delta reads, ``truncated`` is true, ``tokens_read`` and ``tokens_given`` say how
-    much of it counted.
     """
 
     delta: str
     version: str
     task: str
-    id: str | int | None = None
+    id: Annotated[str | int | None, Meta(description="The request's own.")] = None
     label: str | None = None
     score: float | None = None
     scores: dict[str, float] | list[float] | None = None
@@ -50,10 +52,10 @@ class Answer(Struct, frozen=True):
     embedding: tuple[float, ...] | None = None
     embedding_pair: tuple[float, ...] | None = None
     similarity: float | None = None
-    logits: Any = None
-    truncated: bool = False
-    tokens_read: int | None = None
-    tokens_given: int | None = None
+    logits: Annotated[Logits | None, Meta(description="The head's raw output, where it was asked for.")] = None
+    truncated: Annotated[bool, Meta(description="The text was cut to the delta's maximum length.")] = False
+    tokens_read: Annotated[int | None, Meta(description="Tokens that were read; given where truncated.")] = None
+    tokens_given: Annotated[int | None, Meta(description="Tokens of the whole text; given where truncated.")] = None
 
 
 class Model(Struct, frozen=True):
@@ -62,15 +64,18 @@ class Model(Struct, frozen=True):
     name: str
     version: str
     task: str
-    labels: tuple[str, ...] = ()
-    kinds: tuple[str, ...] = ()
-    max_length: int = 0
-    bytes: int = 0
-    metrics: dict[str, float | None] = {}
+    labels: tuple[str, ...]
+    kinds: tuple[str, ...]
+    max_length: int
+    bytes: int
+    metrics: dict[str, float | None]
 
 
 class Version(Struct, frozen=True):
-    """One version on the server's disk or in its memory; ``state`` is READY, UNAVAILABLE, LOADING or UNLOADING."""
+    """One version on the server's disk or in its memory; ``state`` is READY, UNAVAILABLE, LOADING or UNLOADING.
+
+    ``reason``: why it is not ready.
+    """
 
     name: str
     version: str

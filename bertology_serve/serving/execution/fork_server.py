@@ -1,12 +1,18 @@
-"""The executor's process: backbone, delta bank and engine. It reads deltas and runs batches as it is told.
+"""The executor's side: a process that has everything loaded forks executors, which read deltas and run batches.
 
-It holds no text, no tokenizer's work and no caller, and ends when the server's end of its channels closes.
-"""
+The fork server, which is run as a module, does nothing but fork. Threads do not survive that, so it has none: torch
+runs on one thread there, the weights are laid out and engines made by the executors themselves. Weights are shared with
+them until somebody writes, which nobody does.
+
+An executor holds no text, no tokenizer's work and no caller, and ends when the server's end of its channels closes."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -17,10 +23,10 @@ import msgspec
 import torch
 
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import LoadedDelta, Pipeline
 from bertology_serve.errors import BertologyError, FormatError, NotFound
-from bertology_serve.serving.execution.engine_choice import EngineConfig, apply
-from bertology_serve.serving.execution.process.channel import (
+from bertology_serve.serving.execution.channel import (
     Body,
     Channel,
     Lost,
@@ -30,7 +36,10 @@ from bertology_serve.serving.execution.process.channel import (
     put_outputs,
     take_batch,
 )
+from bertology_serve.serving.execution.engine_choice import EngineConfig, apply
+from bertology_serve.serving.execution.executor_handle import WorkerOptions, WorkerPlace
 from bertology_serve.serving.execution.startup import settle_memory
+from bertology_serve.serving.observability import logs
 from bertology_serve.serving.observability.logs import place_of
 from bertology_serve.serving.versions.cards import card_of, to_record
 
@@ -148,3 +157,70 @@ def work(
         threading.Thread(target=serve, args=(channel,), daemon=True).start()
     serve(batches)
     os._exit(0)
+
+
+LONGEST = 4096  # bytes of a place
+DESCRIPTORS = 6  # channels for batches, for life, two for loading; shared memory for inputs and outputs
+
+
+def main(descriptor: int, plan: WorkerOptions) -> None:
+    """Loads the encoder, says what it is, then forks whenever it is asked, until the server's end closes."""
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # meant for the server, which ends this one when it has drained
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries executors; the server sees them end
+    logs.set_up(plan.log_level, plan.log_format)
+    torch.set_num_threads(1)
+    control = socket.socket(fileno=descriptor)
+    channel = Channel(control)
+    try:
+        encoder = Encoder.load(plan.backbone, dtype=getattr(torch, plan.dtype))
+    except BertologyError as problem:
+        channel.send(Op.FAULT, fault(problem))
+        return
+    channel.send(Op.DONE, outline_of(encoder))
+    settle_memory()
+    while True:
+        word, descriptors, _, _ = socket.recv_fds(control, LONGEST, DESCRIPTORS)
+        if not word:
+            return
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            _become_worker(encoder, msgspec.json.decode(word, type=WorkerPlace), descriptors)
+        for one in descriptors:
+            os.close(one)
+        channel.send(Op.DONE, {"pid": pid})
+
+
+def outline_of(encoder: Encoder) -> dict[str, object]:
+    """What the server need know of an encoder."""
+    return {
+        "ref": asdict(encoder.ref),
+        "hidden": encoder.anatomy.hidden,
+        "max_tokens": encoder.max_tokens,
+        "is_pruned": encoder.is_pruned,
+        "packing": encoder.packing,
+    }
+
+
+def _become_worker(encoder: Encoder, place: WorkerPlace, descriptors: list[int]) -> None:
+    """In the forked process; does not return."""
+    try:
+        torch.set_num_threads(place.threads)
+        encoder.model.to(torch.device(place.device))
+        batches, _, *others = (Channel(socket.socket(fileno=one)) for one in descriptors[:-2])
+        inputs, outputs = (SharedMemory(one) for one in descriptors[-2:])
+        work(Pipeline(encoder), batches, others, inputs, outputs)
+    except Lost:
+        os._exit(0)
+    except BaseException as problem:
+        log.error("the executor could not start: %s: %s", type(problem).__name__, problem)
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=WorkerOptions))

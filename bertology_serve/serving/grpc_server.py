@@ -6,10 +6,10 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import grpc
+import msgspec
 
 from bertology_serve.encoder.pipeline import Prediction
 from bertology_serve.errors import (
@@ -30,11 +30,11 @@ from bertology_serve.serving.http.gate import id_of
 from bertology_serve.serving.keys import Access, Keyring
 from bertology_serve.serving.observability.logs import place_of
 from bertology_serve.serving.protocol import oip, oip_model
+from bertology_serve.serving.protocol.grpc_messages import SERVICE, message
 from bertology_serve.serving.protocol.json_codec import encode
 from bertology_serve.serving.protocol.oip import AskedOutput, InferCall, InferRequest, tensors_of, version_of
 from bertology_serve.serving.protocol.oip import parameters_of as response_parameters
 from bertology_serve.serving.protocol.tensors import InputTensor
-from bertology_serve.serving.rpc.messages import SERVICE, message
 from bertology_serve.serving.service import Find, Service
 
 log = logging.getLogger(__name__)
@@ -204,7 +204,7 @@ class Methods:
     async def index(self, asked: Any, access: Access, context: Any) -> Any:
         """Every version on disk or in service."""
         access.check_admin()
-        entries = [asdict(entry) for entry in await self._lifecycle.index(asked.ready)]
+        entries = [msgspec.structs.asdict(entry) for entry in await self._lifecycle.index(asked.ready)]
         return message("RepositoryIndexResponse")(models=entries)
 
     async def load(self, asked: Any, access: Access, context: Any) -> Any:
