@@ -36,7 +36,9 @@ COMMON = (
 PANELS = {
     "Data and delta": ("backbone", "train", "eval", "ood", "out", "columns", "name", "version", "data"),
     "Task": ("task", "labels", "max_length", "pooling", "head", "stride", "max_answer_length"),
-    "Method": ("method", "budget", "recipe", "lp_path", "lp_layers", "start", *(flag.name for flag in fields(KindFlags))),
+    "Method": (
+        "method", "budget", "recipe", "lp_path", "lp_layers", "start", *(flag.name for flag in fields(KindFlags)),
+    ),
     "Optimisation": (
         "epochs", "first_epochs", "first_learning_rate", "max_steps", "batch_size", "max_tokens", "bucket_batches",
         "learning_rate", "head_learning_rate", "schedule", "warmup", "weight_decay", "beta2", "epsilon", "clip", "seed",
