@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bertology_serve.kinds.norms import Norms
     from bertology_serve.kinds.prefix import Prefix
     from bertology_serve.kinds.prompt import Prompt
+    from bertology_serve.kinds.vera import Vera
     from bertology_serve.serving.config import ServerConfig
     from bertology_serve.serving.serve import serve
     from bertology_serve.tasks.spec import TaskSpec
@@ -53,6 +54,7 @@ __all__ = [
     "ServerConfig",
     "TaskSpec",
     "TopK",
+    "Vera",
     "__version__",
     "analysis",
     "evaluate",
@@ -79,6 +81,7 @@ _HOMES = {
     "Request": "encoder.pipeline",
     "ServerConfig": "serving.config",
     "TaskSpec": "tasks.spec",
+    "Vera": "kinds.vera",
     "serve": "serving.serve",
     **dict.fromkeys(("ChildTuning", "Full", "Mixout", "Probe", "TopK"), "training.method_options"),
     **dict.fromkeys(("evaluate", "load_delta", "train"), "api"),

@@ -51,10 +51,10 @@ def evaluate(
     """
     from bertology_serve.data.records import read_records
     from bertology_serve.encoder.loading import find_device
+    from bertology_serve.encoder.opening import open_delta
     from bertology_serve.training.baselines import rivals
     from bertology_serve.training.evaluation import as_json as plain
     from bertology_serve.training.learning_curve import check_plots
-    from bertology_serve.training.publish import open_delta
 
     if plots:
         check_plots()

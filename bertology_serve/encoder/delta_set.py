@@ -73,7 +73,7 @@ class Prediction:
         return {"id": self.id, **own} if self.id else own
 
 
-class Model(Protocol):
+class TaskModel(Protocol):
     """A whole model of one task, with an encoder and a tokenizer of its own."""
 
     tokenizer: Any
@@ -89,7 +89,7 @@ class LoadedDelta:
     Where it has a ``model``, that one answers, and head and entry are bare.
     """
 
-    def __init__(self, delta: Delta, task: Task, head: Head, entry: Entry, model: Model | None = None) -> None:
+    def __init__(self, delta: Delta, task: Task, head: Head, entry: Entry, model: TaskModel | None = None) -> None:
         self.delta, self.task, self.head, self.entry, self.model = delta, task, head, entry, model
         self.prompt_length = entry.prompt_length
 
@@ -253,7 +253,7 @@ class DeltaSet(ABC):
     def outputs(self, owned: Sequence[tuple[LoadedDelta, Encoding]]) -> list[Tensor]:
         """Sequences of many deltas in one pass: each one's head output, as ``_forward``. The lock is held."""
 
-    def add_model(self, delta: Delta, model: Model) -> None:
+    def add_model(self, delta: Delta, model: TaskModel) -> None:
         """Makes a whole model answer under the name of a delta, which says its task; it never shares a pass.
 
         Raises SpecError where something answers under that name already.

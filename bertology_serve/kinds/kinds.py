@@ -19,8 +19,11 @@ from bertology_serve.kinds.prefix import PREFIX
 from bertology_serve.kinds.prompt import PROMPT
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.kinds.sparse import SPARSE
+from bertology_serve.kinds.vera import VERA
 
-KINDS: dict[str, Kind[Any]] = {kind.name: kind for kind in (LORA, BITFIT, ADAPTER, PROMPT, PREFIX, IA3, NORMS, SPARSE)}
+KINDS: dict[str, Kind[Any]] = {
+    kind.name: kind for kind in (LORA, BITFIT, ADAPTER, PROMPT, PREFIX, IA3, NORMS, VERA, SPARSE)
+}
 _BY_SPEC = {kind.spec: kind for kind in KINDS.values()}
 
 

@@ -9,6 +9,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from bertology_serve.errors import SpecError, nearest
+from bertology_serve.files import JsonObject
+
+Values = Mapping[str, Any]
+"""Fields of a spec or a configuration by their names, as a file or a caller gives them."""
 
 KINDS: Mapping[str, float] = {
     "lora": 1e-3,
@@ -18,6 +22,7 @@ KINDS: Mapping[str, float] = {
     "prefix": 3e-2,
     "ia3": 1e-2,
     "norms": 4e-3,
+    "vera": 1e-2,
 }
 """The kinds that are trained, and the highest learning rate of each.
 
@@ -79,15 +84,22 @@ class KindFlags:
     ia3_targets: tuple[str, ...] | None = _flag("ia3", "targets", "linears whose outputs are scaled, with commas.")
     ia3_feedforward: tuple[str, ...] | None = _flag("ia3", "feedforward", "linears whose inputs are, with commas.")
     norm_biases: bool | None = _flag("norms", "biases", "tune the LayerNorms' biases too (the default).")
+    vera_rank: int | None = _flag("vera", "rank", "rank of the frozen pair that all linears share.")
+    vera_targets: tuple[str, ...] | None = _flag("vera", "targets", "linears to change, with commas.")
+    vera_d_initial: float | None = _flag("vera", "d_initial", "where the vector between the pair begins.")
+    vera_dropout: float | None = _flag("vera", "dropout", "share of the update's inputs dropped in training.")
+    vera_key: int | None = _flag("vera", "key", "seed of the pair (peft's projection_prng_key).")
+    vera_save_projection: bool | None = _flag("vera", "save_projection", "keep the pair in the delta (the default).")
+    vera_layers: tuple[int, ...] | None = _flag("vera", "layers", "layers to change, from 0, with commas.")
 
     mixout_p: float | None = _flag("mixout", "p", "share of the weights put back for a step. Default: 0.7.")
     child_mode: str | None = _flag("child-tuning", "mode", "d (chosen once, by Fisher information) or f (drawn anew).")
     child_share: float | None = _flag("child-tuning", "share", "share of the weights that is trained. Default: 0.3.")
     top_k: int | None = _flag("top-k", "layers", "upper layers to train. Default: 3.")
 
-    def by_kind(self) -> dict[str, dict[str, Any]]:
+    def by_kind(self) -> dict[str, JsonObject]:
         """What was given, as ``TrainConfig.options`` takes it."""
-        given: dict[str, dict[str, Any]] = {}
+        given: dict[str, JsonObject] = {}
         for flag in fields(self):
             value = getattr(self, flag.name)
             if value is not None:
@@ -151,7 +163,7 @@ SPECS: Mapping[str, type[Probe | Full | Options]] = {PROBE: Probe, FULL: Full, *
 """The specs of the methods that are no kind of delta, by the methods' names."""
 
 
-def read_options(method: str, values: Mapping[str, Any]) -> Options:
+def read_options(method: str, values: Values) -> Options:
     """The options of a regularised form from JSON or flags. Raises SpecError, naming the nearest known field."""
     form = REGULARISED[method]
     known = [field.name for field in fields(form)]
@@ -161,10 +173,10 @@ def read_options(method: str, values: Mapping[str, Any]) -> Options:
     return form(**values)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_share(name: str, value: Any, fits: bool, expected: str) -> None:
+def _check_share(name: str, value: object, fits: bool, expected: str) -> None:
     if not fits:
         raise SpecError(f"{name} is {value!r}; expected a number {expected}")

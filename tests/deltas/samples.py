@@ -19,6 +19,7 @@ from bertology_serve.kinds.norms import Norms
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.kinds.slots import Anatomy
+from bertology_serve.kinds.vera import Vera
 from bertology_serve.tasks.heads import Head, head_form
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
@@ -47,6 +48,8 @@ SPECS: dict[str, tuple[Any, ...]] = {
     "ia3": (Ia3(),),
     "ia3-some": (Ia3(("query", "value", "up"), ()),),
     "norms": (Norms(),),
+    "vera": (Vera(rank=6),),
+    "vera-key": (Vera(("value", "down"), rank=4, key=3, save_projection=False, layers=(0, 2)),),
     "prompt": (Prompt(3),),
     "prompt-peft": (PEFT_PROMPT,),
     "prefix": (Prefix(4),),

@@ -18,6 +18,7 @@ from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.norms import Norms
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt
+from bertology_serve.kinds.vera import Vera
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 
@@ -46,6 +47,7 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
 }
 # the kinds that scale rows, which not every engine can
 FACTORS: dict[str, tuple[list[Any], TaskSpec]] = {
+    "vera": ([Vera(("value", "output", "down"), rank=7)], CLASSES),
     "ia3": ([Ia3(("value", "output"), ("down",))], CLASSES),
     "ia3-up": ([Ia3(("up",), ("output",)), Lora(("up", "output"), rank=2)], TAGS),
     "norms": ([Norms()], CLASSES),

@@ -20,6 +20,7 @@ from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.norms import Norms
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt
+from bertology_serve.kinds.vera import Vera
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 from tests import tiny
 
@@ -37,6 +38,8 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "folds": (FOLDS, CLASSES),
     "lora": ([Lora(("key", "value"), rank=4, rslora=True)], ANSWERS),
     "lora-one-layer": ([Lora(("query",), rank=3, layers=(1,))], SCORES),
+    "vera": ([Vera(("query", "down"), rank=5)], TAGS),
+    "vera-key": ([Vera(("value",), rank=3, key=1, save_projection=False, layers=(1,))], CLASSES),
     "bitfit-attention": ([Bitfit("attention")], TaskSpec("multiple-choice", max_length=32)),
     "houlsby": ([Adapter(width=5)], CLASSES),
     "houlsby-gelu": ([Adapter(width=3, after="attention", activation="gelu")], TAGS),

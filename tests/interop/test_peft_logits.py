@@ -27,8 +27,9 @@ from bertology_serve.errors import Unsupported
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.ia3 import Ia3
 from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.vera import Vera
 from bertology_serve.tasks.spec import TaskSpec
-from bertology_serve.training.convert import Told, convert
+from bertology_serve.training.convert import ConvertOptions, convert
 from tests import tiny
 from tests.deltas import samples
 
@@ -154,6 +155,34 @@ def test_prompts_and_prefixes_in_pefts_way_answer_alike_in_peft(lab: Lab, tmp_pa
             check_in_peft(lab, delta, tmp_path / kind)
 
 
+def vera_targets(lab: Lab) -> tuple[str, ...]:
+    """Whole modules: peft has one pair of vectors for each."""
+    return ("qkv", "down") if "qkv" in lab.encoder.anatomy.slots else ("query", "value", "down")
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.filterwarnings("ignore:Specified to not (save|load) vera_A")
+def test_vera_made_here_answers_alike_in_peft(lab: Lab, tmp_path: Path, saved: bool) -> None:
+    spec = Vera(vera_targets(lab), rank=6, key=7, save_projection=saved, layers=(0, 2))
+    check_in_peft(lab, tiny.delta(lab.encoder, "x", [spec], samples.CLASSES, size=0.5), tmp_path / "x")
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.filterwarnings("ignore:Specified to not (save|load) vera_A")
+def test_vera_made_by_peft_answers_alike_here(lab: Lab, tmp_path: Path, saved: bool) -> None:
+    anatomy, root = lab.encoder.anatomy, f"{lab.encoder.anatomy.prefix}."
+    config = peft.VeraConfig(
+        task_type="SEQ_CLS",
+        r=5,
+        target_modules=[f"{root}{path}" for name in vera_targets(lab) for path in anatomy.slot(name).paths],
+        projection_prng_key=11,
+        save_projection=saved,
+        vera_dropout=0.1,
+        modules_to_save=own_head(lab, samples.CLASSES) or None,
+    )
+    check_here(lab, samples.CLASSES, config, tmp_path)
+
+
 def ia3_targets(lab: Lab) -> tuple[str, ...]:
     """DeBERTa projects positions with its keys, which is refused here."""
     return ("value", "output") if lab.encoder.anatomy.family == "deberta-v2" else ("key", "value")
@@ -189,7 +218,7 @@ def test_dora_made_by_peft_answers_alike_when_converted(lab: Lab, tmp_path: Path
         modules_to_save=own_head(lab, samples.CLASSES) or None,
     )
     model = trained(lab, samples.CLASSES, config, tmp_path)
-    told = Told(labels=samples.CLASSES.labels, max_length=32)
+    told = ConvertOptions(labels=samples.CLASSES.labels, max_length=32)
     delta = convert(tmp_path, lab.encoder, "x", told)
     ours, job = lab.ours(delta)
     found = theirs(model, job, "classification")
@@ -359,7 +388,7 @@ def test_what_peft_holds_whole_is_converted(tmp_path: Path, config: Any) -> None
     model = trained(lab, samples.CLASSES, config, tmp_path / "x")
     with pytest.raises(Unsupported, match=r"x.* convert it with bertology-serve convert"):
         lab.encoder.read_delta(tmp_path / "x")
-    delta = convert(tmp_path / "x", lab.encoder, "x", Told(max_length=32))
+    delta = convert(tmp_path / "x", lab.encoder, "x", ConvertOptions(max_length=32))
     ours, job = lab.ours(delta)
     found = theirs(model.double(), job, "classification")
     assert difference(ours, found) <= ROUNDING

@@ -21,6 +21,7 @@ from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.kinds.slots import Anatomy
+from bertology_serve.kinds.vera import Vera
 from tests.deltas import samples
 
 
@@ -46,6 +47,8 @@ def full_size(name: str) -> Anatomy:
         (Adapter(width=64), 2_379_264, 6_343_680),
         (Prompt(20), 15_360, 20_480),
         (Prefix(20), 368_640, 983_040),
+        (Vera(rank=1024), 43_008, 98_304),
+        (Vera(rank=256), 24_576, 61_440),
     ],
 )
 def test_counts_are_those_of_the_papers(spec: Any, base: int, large: int) -> None:
@@ -93,6 +96,8 @@ def test_counts_of_combinations_add_up_and_a_probe_has_none() -> None:
         (lambda: Prompt(positions="moved"), "unknown positions 'moved'"),
         (lambda: Prompt(head_reads="last"), "unknown head_reads 'last'"),
         (lambda: Prefix(init_std=0.0), "init_std is 0.0"),
+        (lambda: Vera(rank=0), "rank is 0"),
+        (lambda: Vera(key=-1), "key is -1; expected a whole number from 0 up"),
         (lambda: kinds.kind_named("lorra"), "did you mean 'lora'"),
     ],
 )
