@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bertology_serve.deltas.delta import bare
-from bertology_serve.encoder.bank import DeltaBank, Entry
+from bertology_serve.encoder.bank import BankEntry, DeltaBank
 from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import Unsupported
@@ -46,7 +46,7 @@ class OnnxEngine:
         """For people: the runtime, its version, and the precision."""
         return f"onnxruntime {self._session.version}, {self.precision}"
 
-    def takes(self, entry: Entry) -> bool:
+    def takes(self, entry: BankEntry) -> bool:
         """Whether the graph has a place for all that a delta changes."""
         return self._feed.takes([entry])
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.bank import BARE, DeltaBank
 from bertology_serve.encoder.batch import PackedBatch, read
-from bertology_serve.encoder.delta_set import BASE, DeltaSet, Job, LoadedDelta, Model, Prediction, Request
+from bertology_serve.encoder.delta_set import BASE, DeltaSet, Job, LoadedDelta, Prediction, Request
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
 
-__all__ = ["BASE", "DeltaSet", "Engine", "Job", "LoadedDelta", "Model", "Pipeline", "Prediction", "Request"]
+__all__ = ["BASE", "DeltaSet", "Engine", "Job", "LoadedDelta", "Pipeline", "Prediction", "Request"]
 
 
 class Engine(Protocol):
