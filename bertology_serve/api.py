@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bertology_serve.data.records import DataLike, read_records
-from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder import opening
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.kinds.kinds import kind_of
 from bertology_serve.training.auto import Forwarded, train_auto
@@ -34,11 +34,11 @@ Method = str | Any
 def load_delta(path: str | Path, encoder: Encoder | None = None) -> Delta:
     """A delta from its directory, or the newest of its versions; every byte of it is checked.
 
-    With an ``encoder`` it is also fitted to that (deltas in peft's format need one). Raises NotFound where there is
-    none, FormatError for one that is damaged, BaseMismatch for one that was made for another encoder.
+    With an ``encoder`` it is also fitted to that, and proven to run on it (deltas in peft's format need one). Raises
+    NotFound where there is none, FormatError for one that is damaged, BaseMismatch for one that was made for another
+    encoder, Unsupported for one that it cannot apply.
     """
-    directory = newest(Path(path))
-    return store.load(directory) if encoder is None else encoder.read_delta(directory)
+    return opening.load_delta(newest(Path(path)), encoder)
 
 
 def train(

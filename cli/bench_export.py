@@ -38,8 +38,7 @@ def export(
     """
     import torch
 
-    from bertology_serve.bench.export.bars import judge
-    from bertology_serve.bench.export.export_report import bars, costs, speeds, write
+    from bertology_serve.bench.export.export_report import bars, costs, judge, speeds, write
     from bertology_serve.bench.export.export_run import run
 
     if data is not None and delta is None:
@@ -65,7 +64,7 @@ def export(
 def _opened(delta: Path | None, backbone: str | None) -> tuple[Delta, Encoder]:
     from bertology_serve.bench.export.export_run import bare
     from bertology_serve.encoder.encoder import Encoder
-    from bertology_serve.training.publish import open_delta
+    from bertology_serve.encoder.opening import open_delta
 
     if delta is not None:
         return open_delta(delta, backbone, "cpu")

@@ -36,7 +36,7 @@ def convert(
     from bertology_serve.deltas.catalog import newest
     from bertology_serve.deltas.interop.adapterhub import write_adapterhub
     from bertology_serve.encoder.encoder import Encoder
-    from bertology_serve.training.convert import Told
+    from bertology_serve.training.convert import ConvertOptions
     from bertology_serve.training.convert import convert as run
     from bertology_serve.training.run_directory import Destination
 
@@ -50,7 +50,7 @@ def convert(
     if backbone is None:
         raise SpecError("no --backbone was given; name the encoder that the checkpoint was made for")
     called, encoder = Destination(out, name).open()[0], Encoder.load(backbone)
-    made = run(source, encoder, called, Told(alpha, listed(labels) or (), max_length, task))
+    made = run(source, encoder, called, ConvertOptions(alpha, listed(labels) or (), max_length, task))
     made.save(out, encoder)
     if "verified" in made.provenance:
         note(f"verified {made.provenance['verified']}")

@@ -172,9 +172,9 @@ def _address(process: subprocess.Popen[str]) -> str:
 
 
 def _export(encoder: Encoder, delta: Path, out: Path) -> None:
+    from bertology_serve.encoder.opening import load_delta
     from bertology_serve.export.export_spec import ExportSpec
     from bertology_serve.export.exporting import export_delta
-    from bertology_serve.training.publish import load_delta
 
     note(f"bertology-serve export --merge {delta} --out {out}")
     done = export_delta(encoder, load_delta(delta, encoder), out, ExportSpec(merge=True, overwrite=True))

@@ -31,8 +31,8 @@ def evaluate(
     """Measure a delta on labelled records, through the engine that serves it."""
     from bertology_serve.data.records import read_records
     from bertology_serve.encoder.loading import find_device
+    from bertology_serve.encoder.opening import open_delta
     from bertology_serve.training.evaluate import evaluate as run
-    from bertology_serve.training.publish import open_delta
 
     loaded, encoder = open_delta(delta, backbone, find_device(device))
     records = read_records(input, read_columns(columns), loaded.columns)

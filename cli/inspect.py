@@ -22,8 +22,9 @@ def inspect(
     """Show and validate a delta; of a directory with several deltas, each of them."""
     from bertology_serve.deltas.catalog import discover, is_delta
     from bertology_serve.encoder.encoder import Encoder
+    from bertology_serve.encoder.opening import load_delta
     from bertology_serve.errors import NotFound
-    from bertology_serve.training.publish import describe, load_delta
+    from bertology_serve.training.publish import describe
 
     alone = is_delta(delta) or not delta.is_dir()
     places = [] if alone else [one for versions in discover(delta).values() for one in versions]

@@ -17,35 +17,26 @@ if TYPE_CHECKING:
 def subject(backbone: str | None, delta: Path | None, device: str) -> Subject:
     """The encoder, with the delta of a directory (or the newest of its versions) if there is one."""
     from bertology_serve.analysis.subject_model import Subject
-    from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.encoder.loading import find_device
-    from bertology_serve.training.publish import open_delta
 
-    if delta is None:
-        loaded, encoder = None, Encoder.load(backbone or "minilm", device=find_device(device))
-    else:
-        loaded, encoder = open_delta(delta, backbone, find_device(device))
-    encoder.prepack()
-    return Subject(encoder, loaded).checked()
+    found = Subject.of(backbone, delta, find_device(device))
+    found.encoder.prepack()
+    return found
 
 
-@contextmanager
 def kept(
-    out: Path, name: str, again: bool, subjects: Sequence[Subject], files: Sequence[str | None], *settings: object
-) -> Iterator[tuple[Callable[[Callable[[], AnalysisReport]], AnalysisReport], Advance]]:
-    """A function that makes a report, or reads it back where the same lies in ``out``, and a progress bar for it."""
+    out: Path, again: bool, subjects: Sequence[Subject], files: Sequence[str | None], settings: Sequence[object],
+    name: str, make: Callable[[Advance], AnalysisReport],
+) -> AnalysisReport:  # fmt: skip
+    """The report that lies in ``out``, where it is of the same subjects, files and settings, or a new one."""
     from bertology_serve.analysis.report import content_key, remembered
 
     key = content_key(name, subjects, files, *settings)
-
-    def ask(make: Callable[[], AnalysisReport]) -> AnalysisReport:
-        report, lay_there = remembered(out, name, key, make, again)
-        if lay_there:
-            note(f"nothing changed since {report.facts['date']}: read back from {out} (--again runs it again)")
-        return report
-
     with bar(name) as advance:
-        yield ask, advance
+        report, lay_there = remembered(out, name, key, lambda: make(advance), again)
+    if lay_there:
+        note(f"nothing changed since {report.facts['date']}: read back from {out} (--again runs it again)")
+    return report
 
 
 @contextmanager

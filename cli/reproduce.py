@@ -13,7 +13,7 @@ from bertology_serve.errors import SpecError
 
 if TYPE_CHECKING:
     from bertology_serve.training.grids.grid import Grid, GridRun
-    from bertology_serve.training.grids.grid_run import Place
+    from bertology_serve.training.grids.grid_run import GridPlace
 
 
 def reproduce(
@@ -47,12 +47,12 @@ def reproduce(
 
     from bertology_serve.encoder.loading import find_device
     from bertology_serve.training.grids.grid_report import LONG, TABLE, WIDE, write_report
-    from bertology_serve.training.grids.grid_run import Place
+    from bertology_serve.training.grids.grid_run import GridPlace
     from bertology_serve.training.grids.grid_tables import figures
     from bertology_serve.training.processes import check_alone
 
     check_alone("reproduce")
-    place = Place(out, data, chosen.backbone, find_device(device), keep)
+    place = GridPlace(out, data, chosen.backbone, find_device(device), keep)
     failed = [] if table_only else make(runs, chosen, place)
     results = write_report(chosen, place)
     print(figures(results))
@@ -70,7 +70,7 @@ def show_presets() -> None:
     table("grids that come with the package", ["name", "title", "backbone", "runs"], rows, stderr=False)
 
 
-def make(runs: list[GridRun], grid: Grid, place: Place) -> list[str]:
+def make(runs: list[GridRun], grid: Grid, place: GridPlace) -> list[str]:
     """Makes what is missing, the table anew after each run; returns the keys of runs that failed."""
     from bertology_serve.training.grids.grid_report import write_report
     from bertology_serve.training.grids.grid_run import execute, result_of

@@ -21,14 +21,7 @@ from bertology_serve.analysis.subject_model import (
     read_texts,
     silent,
 )
-from bertology_serve.analysis.weight_change import (
-    Directions,
-    LinearCka,
-    Move,
-    directions_of,
-    moves,
-    overlap,
-)
+from bertology_serve.analysis.weight_change import Directions, LinearCka, Move, directions_of, moves, overlap
 from bertology_serve.data.records import DataLike
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
@@ -65,7 +58,7 @@ def distance(
     base = base_of(subject)
     length = subject.longest(settings.max_length)
     encodings = read_texts(texts, subject.encoder.tokenizer, length, settings.most)
-    features = compare_features(base, subject, encodings, settings.max_tokens, advance)
+    (features,), _ = compare_features(base, [subject], encodings, settings.max_tokens, advance)
     weights = base.encoder.model.state_dict()
     anatomy = subject.encoder.anatomy
     with torch.no_grad():
@@ -88,23 +81,6 @@ def base_of(subject: Subject) -> Subject:
             f"{encoder.name} is not the base that {subject.delta.name!r} was tuned from; its hash differs"
         )
     return Subject(encoder)
-
-
-@torch.inference_mode()
-def compare_features(
-    base: Subject, subject: Subject, encodings: Sequence[Encoding], max_tokens: int, advance: Advance = silent
-) -> list[LinearCka]:
-    """CKA of all text rows, the embeddings' first and then each layer's."""
-    anatomy = subject.encoder.anatomy
-    found = [LinearCka(anatomy.hidden) for _ in range(anatomy.layers + 1)]
-    done = 0
-    for passed in zip(*(model.passes(encodings, max_tokens) for model in (base, subject)), strict=True):
-        sides = [[hidden[batch.text_rows] for hidden in layers.values()] for _, batch, layers in passed]
-        for cka, x, y in zip(found, *sides, strict=True):
-            cka.add(x, y)
-        done += len(passed[0][0])
-        advance(done, len(encodings))
-    return found
 
 
 def _report(
@@ -205,7 +181,7 @@ def compare_deltas(
     length = min(one.longest(settings.max_length) for one in [base, *subjects])
     encodings = read_texts(texts, base.encoder.tokenizer, length, settings.most)
     names = _names(held)
-    from_base, pairs = _features(base, subjects, encodings, settings.max_tokens, advance)
+    from_base, pairs = compare_features(base, subjects, encodings, settings.max_tokens, advance)
     weights, anatomy = base.encoder.model.state_dict(), base.encoder.anatomy
     with torch.no_grad():
         moved = [list(moves(delta, anatomy, weights)) for delta in held]
@@ -229,7 +205,7 @@ def _names(deltas: Sequence[Delta]) -> list[str]:
 
 
 @torch.inference_mode()
-def _features(
+def compare_features(
     base: Subject, subjects: Sequence[Subject], encodings: Sequence[Encoding], max_tokens: int, advance: Advance
 ) -> tuple[list[list[LinearCka]], dict[tuple[int, int], LinearCka]]:
     """Each delta's rows beside the base's, layer by layer; every two deltas' rows of the last layer."""

@@ -42,7 +42,7 @@ def attention_map(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Te
 
 
 class HeadStatistics:
-    """Takes the place of torch's attention (see ``passing.Heads``) and adds up what each head attends to.
+    """Takes the place of torch's attention (see ``forward_context.Heads``) and adds up what each head attends to.
 
     ``sums`` [L, heads, statistics] float64, ``rows`` how many rows they hold. Maps of the ``chosen`` packed sequences
     stay in ``kept`` until the next batch: one [heads, rows, keys] a layer.
@@ -146,7 +146,7 @@ def flat_map(distances: np.ndarray) -> np.ndarray:
 
 
 class TextMaps:
-    """Takes the place of torch's attention (see ``passing.Heads``) and keeps every map of one batch.
+    """Takes the place of torch's attention (see ``forward_context.Heads``) and keeps every map of one batch.
 
     ``maps[sequence]``: a map [heads, n, n] a layer, text rows by text rows.
     """

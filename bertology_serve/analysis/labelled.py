@@ -22,7 +22,7 @@ from bertology_serve.tasks.spec import EMBEDDING, Encoding
 
 
 class Gates:
-    """Takes the place of torch's attention (see ``passing.Heads``); differentiable in the gates.
+    """Takes the place of torch's attention (see ``forward_context.Heads``); differentiable in the gates.
 
     ``values``: [L, heads] for all sequences, or [S, L, heads], one set a packed sequence.
     """

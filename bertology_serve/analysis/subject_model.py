@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from bertology_serve import examples
 from bertology_serve.data.formats import Fields, read_lines
 from bertology_serve.data.records import DataLike, Record, name_of, read_records
-from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.layout import check_base
@@ -23,6 +22,7 @@ from bertology_serve.encoder.bank import BARE, BankEntry, LiveBank
 from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.forward_context import HeadAttention
+from bertology_serve.encoder.opening import load_delta, open_delta
 from bertology_serve.errors import BaseMismatch, DataError, NotFound
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.slots import Anatomy
@@ -55,15 +55,16 @@ class Subject:
         """
         if isinstance(encoder, Subject):
             return encoder
+        if isinstance(encoder, Encoder):
+            own = load_delta(newest(Path(delta)), encoder) if isinstance(delta, (str, Path)) else delta
+            return cls(encoder, own).checked()
+        name = None if encoder is None else str(encoder)
         if isinstance(delta, (str, Path)):
-            delta = store.load(newest(Path(delta)))
-        if not isinstance(encoder, Encoder):
-            name = None if encoder is None else str(encoder)
-            if delta is None:
-                encoder = Encoder.load(name or "minilm", device=device)
-            else:
-                encoder = Encoder.for_delta(delta, name, device=device)
-        return cls(encoder, delta).checked()
+            own, encoder = open_delta(Path(delta), name, device)
+            return cls(encoder, own).checked()
+        if delta is None:
+            return cls(Encoder.load(name or "minilm", device=device))
+        return cls(Encoder.for_delta(delta, name, device=device), delta).checked()
 
     def checked(self) -> Subject:
         """Itself, the delta fitted to a pruned encoder; raises BaseMismatch where it was made for other weights."""

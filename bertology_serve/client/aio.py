@@ -9,9 +9,9 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from bertology_serve.client import calls
-from bertology_serve.client.answers import Answer, Model, Version
 from bertology_serve.client.calls import Call
 from bertology_serve.errors import BertologyError
+from bertology_serve.tasks.answers import Answer, Model, Version
 
 T = TypeVar("T")
 

@@ -14,7 +14,6 @@ from typing import Any, Generic, TypeVar
 import httpx
 import msgspec
 
-from bertology_serve.client.answers import Answer, Model, Version
 from bertology_serve.errors import (
     BertologyError,
     Expired,
@@ -26,6 +25,7 @@ from bertology_serve.errors import (
     RateLimited,
     Unauthorized,
 )
+from bertology_serve.tasks.answers import Answer, Model, Version
 
 T = TypeVar("T")
 LONGEST_WAIT = 60.0

@@ -85,7 +85,7 @@ def parse(text: str, where: str, expected: str = "one JSON object a line") -> An
         raise DataError(f"{where}: not JSON ({error}); expected {expected}") from None
 
 
-def _object(value: Any, where: str) -> Fields:
+def _object(value: object, where: str) -> Fields:
     if not isinstance(value, dict):
         raise DataError(f'{where}: a JSON {type(value).__name__}; expected an object such as {{"text": ...}}')
     return value

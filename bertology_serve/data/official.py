@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from bertology_serve.data.formats import Fields, Row
 from bertology_serve.data.sets import DataSet
 from bertology_serve.tasks.fields import read_class
 from bertology_serve.tasks.metrics import positive_f1
 from bertology_serve.tasks.question_answering import exact, overlap_f1
 
-Answers = Sequence[Mapping[str, Any]]
-Records = Sequence[tuple[Mapping[str, Any], str]]
+Answers = Sequence[Fields]
+Records = Sequence[Row]
 ALSO_POSITIVE = ("true", "1")
 """What a set's positive label is called in files that hold JSON's booleans, or the class's number."""
 
@@ -38,7 +38,7 @@ def official_metrics(
 
 def _by_group(found: DataSet, positive: str, answers: Answers, records: Records) -> dict[str, float]:
     """The metrics over questions or queries."""
-    groups: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+    groups: dict[str, list[tuple[Fields, Fields]]] = {}
     for answer, (fields, _) in zip(answers, records, strict=True):
         groups.setdefault(fields["group"], []).append((answer, fields))
     whole = [all(answer["label"] == read_class(fields, "") for answer, fields in own) for own in groups.values()]

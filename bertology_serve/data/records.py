@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from bertology_serve.data import formats, set_files
+from bertology_serve.data.formats import Fields, Row
 from bertology_serve.errors import DataError, NotFound, SpecError, nearest
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.registry import task_named
@@ -38,13 +39,14 @@ READERS = {
 }
 
 
-DataLike = str | Path | Iterable[Any] | Any
+DataLike = str | Path | Iterable[Any]
+"""Files, names of data sets, and what is in memory: mappings, a pandas DataFrame, a ``datasets.Dataset``."""
 
 
 class Record(NamedTuple):
     """The fields of one record, and where it stands: ``train.csv:17`` is a line, or a row where there are no lines."""
 
-    fields: Mapping[str, Any]
+    fields: Fields
     where: str
 
 
@@ -81,29 +83,38 @@ def name_of(data: DataLike) -> str:
     return type(data).__name__
 
 
-def _rows(data: DataLike) -> Iterable[tuple[Mapping[str, Any], str]]:
+def _rows(data: DataLike) -> Iterable[Row]:
     if isinstance(data, str | Path):
         return _named_rows(data)
-    if hasattr(data, "features") and hasattr(data, "column_names"):
+    if isinstance(data, set_files.Dataset):
         return set_files.rows_of(data, name_of(data))
-    if hasattr(data, "columns") and hasattr(data, "to_dict"):
+    if isinstance(data, Frame):
         return _frame_rows(data)
     return _listed_rows(data)
 
 
-def _frame_rows(frame: Any) -> Iterable[tuple[Mapping[str, Any], str]]:
+@runtime_checkable
+class Frame(Protocol):
+    """A pandas DataFrame, as far as it is read."""
+
+    columns: Iterable[object]
+
+    def to_dict(self, orient: str) -> list[Fields]: ...
+
+
+def _frame_rows(frame: Frame) -> Iterable[Row]:
     """The rows of a pandas DataFrame; a missing value (None, NaN, ``pandas.NA``, ``NaT``) is none."""
     for row, fields in enumerate(frame.to_dict("records"), 1):
         values = {str(name): value.tolist() if hasattr(value, "tolist") else value for name, value in fields.items()}
         yield {name: None if _is_missing(value) else value for name, value in values.items()}, f"row {row}"
 
 
-def _is_missing(value: Any) -> bool:
+def _is_missing(value: object) -> bool:
     """``pandas.NA`` is equal to nothing and refuses to say so: types are asked, not values."""
     return type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
 
 
-def _listed_rows(rows: Iterable[Any]) -> Iterable[tuple[Mapping[str, Any], str]]:
+def _listed_rows(rows: Iterable[object]) -> Iterable[Row]:
     """Mappings, or records with their places."""
     for row, fields in enumerate(rows, 1):
         if isinstance(fields, Record):
@@ -117,7 +128,7 @@ def _listed_rows(rows: Iterable[Any]) -> Iterable[tuple[Mapping[str, Any], str]]
             )
 
 
-def _named_rows(path: str | Path) -> Iterable[tuple[Mapping[str, Any], str]]:
+def _named_rows(path: str | Path) -> Iterable[Row]:
     if str(path).startswith(set_files.HUB_PREFIX):
         return set_files.read(str(path))
     return (
@@ -127,7 +138,7 @@ def _named_rows(path: str | Path) -> Iterable[tuple[Mapping[str, Any], str]]:
     )
 
 
-def _read_file(path: Path) -> Iterable[tuple[Mapping[str, Any], str]]:
+def _read_file(path: Path) -> Iterable[Row]:
     if not path.exists():
         raise NotFound(f"no file {path}; give a file that exists, or hub:NAME for a hub data set")
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -141,7 +152,7 @@ def _read_file(path: Path) -> Iterable[tuple[Mapping[str, Any], str]]:
     return reader(path)
 
 
-def _record(fields: Mapping[str, Any], where: str, columns: Mapping[str, str], required: bool) -> Record:
+def _record(fields: Fields, where: str, columns: Mapping[str, str], required: bool) -> Record:
     """Renames the mapped columns; a field that is mapped replaces its alias too."""
     found = {field: name for field, column in columns.items() if (name := _column(fields, column)) is not None}
     lost = next((field for field in columns if field not in found), None)
@@ -154,7 +165,7 @@ def _record(fields: Mapping[str, Any], where: str, columns: Mapping[str, str], r
     return Record(formats.decode_lists(named, where), where)
 
 
-def _column(fields: Mapping[str, Any], column: str) -> str | None:
+def _column(fields: Fields, column: str) -> str | None:
     """The name that a column has in a record: the same, or the same but for blanks at its ends."""
     return column if column in fields else next((own for own in fields if str(own).strip() == column.strip()), None)
 
@@ -173,7 +184,7 @@ def load_examples(
     return [task.example(fields, where, labelled) for fields, where in read_records(path, columns, remembered)]
 
 
-def infer_labels(kind: str, records: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[str, ...]:
+def infer_labels(kind: str, records: Iterable[Row]) -> tuple[str, ...]:
     """The ``TaskSpec.labels`` for a task of that kind, from training records: stable whatever their order.
 
     Raises DataError when classification finds fewer than two labels.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol, runtime_checkable
 
+from bertology_serve.data.formats import Fields, Row
 from bertology_serve.data.sets import SETS, DataSet, set_named
 from bertology_serve.errors import DataError, NotFound, Unsupported, nearest, one_line
 from bertology_serve.tasks.spec import IGNORED
@@ -18,7 +19,6 @@ ALSO: Mapping[str, tuple[str, ...]] = {
     "dev": ("validation", "val", "valid", "validation_matched", "dev_matched"),
     "mismatched": ("validation_mismatched", "dev_mismatched"),
 }
-Row = tuple[Mapping[str, Any], str]
 
 
 def find_set(name: str) -> DataSet:
@@ -26,7 +26,7 @@ def find_set(name: str) -> DataSet:
     return _split_name(name)[0]
 
 
-def read_split(text: str, read_file: Any) -> Iterator[Row]:
+def read_split(text: str, read_file: Callable[[Path], Iterable[Row]]) -> Iterator[Row]:
     """(record, where) of each row of ``set:NAME:SPLIT``; NAME may be the folder that holds the set, or NAME@FOLDER.
 
     Without a folder, files are looked for below the one that ``BERTOLOGY_DATA`` names, as ``NAME/SPLIT.jsonl`` and the
@@ -92,7 +92,7 @@ def _hub_rows(found: DataSet, split: str, text: str) -> Iterable[Row]:
     return read(f"{HUB_PREFIX}{place}:{config}:{found.splits[split]}")
 
 
-def _records(found: DataSet, row: Mapping[str, Any], where: str) -> Iterator[Mapping[str, Any]]:
+def _records(found: DataSet, row: Fields, where: str) -> Iterator[Fields]:
     """A row's records; rows that are in our shape already stay as they are."""
     if _is_ours(row):
         yield row
@@ -105,7 +105,7 @@ def _records(found: DataSet, row: Mapping[str, Any], where: str) -> Iterator[Map
     yield from found.shape({**kept, **taken}, where)
 
 
-def _is_ours(row: Mapping[str, Any]) -> bool:
+def _is_ours(row: Fields) -> bool:
     """Whether a row has our names where the sets have others."""
     return not {"text_a", "text_pair", "choices"}.isdisjoint(row)
 
@@ -114,7 +114,7 @@ HUB_PREFIX = "hub:"
 SPLITS = ("train", "validation", "dev", "test")
 
 
-def read(name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+def read(name: str) -> Iterator[Row]:
     """(fields, where) of each row of ``hub:NAME[@REVISION][:CONFIG][:SPLIT]``; ``train`` unless a split is named.
 
     A single part after the name is the split when it is called train, validation, dev or test. Class indices become
@@ -138,7 +138,17 @@ def read(name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     yield from rows_of(rows, name)
 
 
-def rows_of(rows: Any, name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+@runtime_checkable
+class Dataset(Protocol):
+    """A ``datasets.Dataset``, as far as it is read."""
+
+    features: Mapping[str, object] | None
+    column_names: object
+
+    def __iter__(self) -> Iterator[Fields]: ...
+
+
+def rows_of(rows: Dataset, name: str) -> Iterator[Row]:
     """(fields, where) of each row of a ``datasets.Dataset``, class indices as names; see ``read``."""
     row = 0
     try:
@@ -161,13 +171,13 @@ def parse_name(name: str) -> tuple[str, str | None, str]:
     return parts[0], config or None, split or "train"
 
 
-def _classes(feature: Any) -> list[str] | None:
+def _classes(feature: object) -> list[str] | None:
     """The class names of a column, or of the items of a column of lists."""
     names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
     return list(names) if names else None
 
 
-def _named(value: Any, known: list[str]) -> Any:
+def _named(value: object, known: list[str]) -> object:
     if isinstance(value, list):
         return [_named(item, known) for item in value]
     if not isinstance(value, int) or isinstance(value, bool) or value == IGNORED:

@@ -4,10 +4,11 @@ Shapes turn rows of those sets into records of our tasks: each reads the hub's c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bertology_serve.data.formats import Fields
 from bertology_serve.errors import DataError, NotFound, nearest
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
@@ -17,18 +18,17 @@ from bertology_serve.tasks.spec import (
     TOKEN_CLASSIFICATION,
 )
 
-Row = Mapping[str, Any]
-Shape = Callable[[Row, str], Iterator[Row]]
+Shape = Callable[[Fields, str], Iterator[Fields]]
 
 TRUE, FALSE = "True", "False"
 
 
-def plain(row: Row, where: str) -> Iterator[Row]:
+def plain(row: Fields, where: str) -> Iterator[Fields]:
     """The row as it is."""
     yield row
 
 
-def copa(row: Row, where: str) -> Iterator[Row]:
+def copa(row: Fields, where: str) -> Iterator[Fields]:
     """COPA: the two choices in one list. A label that is the name of a column becomes its index."""
     choices = [_taken(row, where, name) for name in ("choice1", "choice2")]
     names = {"choice1": 0, "choice2": 1}
@@ -40,19 +40,19 @@ def copa(row: Row, where: str) -> Iterator[Row]:
     }
 
 
-def wic(row: Row, where: str) -> Iterator[Row]:
+def wic(row: Fields, where: str) -> Iterator[Fields]:
     """WiC as a pair: the word before the first sentence. (The benchmark's own baseline reads the words' vectors.)"""
     word, first, second = (_taken(row, where, name) for name in ("word", "sentence1", "sentence2"))
     yield {"text": f"{word}: {first}", "text_pair": second, "label": row.get("label")}
 
 
-def wsc(row: Row, where: str) -> Iterator[Row]:
+def wsc(row: Fields, where: str) -> Iterator[Fields]:
     """WSC as a pair: the text, and who the pronoun may be."""
     text, name, pronoun = (_taken(row, where, name) for name in ("text", "span1_text", "span2_text"))
     yield {"text": text, "text_pair": f"{pronoun}: {name}", "label": row.get("label")}
 
 
-def multirc(row: Row, where: str) -> Iterator[Row]:
+def multirc(row: Fields, where: str) -> Iterator[Fields]:
     """MultiRC as a pair: the paragraph, and question and answer; ``group`` is the question."""
     text, question, answer = (_taken(row, where, name) for name in ("paragraph", "question", "answer"))
     place = row.get("idx") or {}
@@ -60,7 +60,7 @@ def multirc(row: Row, where: str) -> Iterator[Row]:
     yield {"text": text, "text_pair": f"{question} {answer}", "label": row.get("label"), "group": group}
 
 
-def record(row: Row, where: str) -> Iterator[Row]:
+def record(row: Fields, where: str) -> Iterator[Fields]:
     """ReCoRD as pairs: the passage, and the query with each entity in the gap; ``group`` is the query.
 
     ``entity`` and ``golds`` are what the official metric compares.
@@ -75,7 +75,7 @@ def record(row: Row, where: str) -> Iterator[Row]:
         yield {"text": passage.replace("\n@highlight\n", " "), "text_pair": text, "label": label, **facts}
 
 
-def mrqa(row: Row, where: str) -> Iterator[Row]:
+def mrqa(row: Fields, where: str) -> Iterator[Fields]:
     """MRQA: a question a record. The authors' files hold the questions of a context in ``qas``, after a header line."""
     if "header" in row:
         return
@@ -90,23 +90,23 @@ def mrqa(row: Row, where: str) -> Iterator[Row]:
         yield {"question": _taken(asked, where, "question"), "context": context, "answers": answers}
 
 
-def _hub_answers(found: Row) -> tuple[list[str], list[int]]:
+def _hub_answers(found: Fields) -> tuple[list[str], list[int]]:
     """``{"text": [...], "char_spans": [{"start": [...], "end": [...]}, ...]}``: the first place of each."""
     return list(found["text"]), [int(spans["start"][0]) for spans in found["char_spans"]]
 
 
-def _own_answers(found: Any) -> tuple[list[str], list[int]]:
+def _own_answers(found: Sequence[Fields]) -> tuple[list[str], list[int]]:
     """``[{"text": ..., "char_spans": [[start, end], ...]}, ...]``."""
     return [one["text"] for one in found], [int(one["char_spans"][0][0]) for one in found]
 
 
-def _taken(row: Row, where: str, name: str) -> Any:
+def _taken(row: Fields, where: str, name: str) -> Any:
     if row.get(name) is None:
         raise DataError(f"{where}: column {name!r} is missing (columns found: {', '.join(map(str, row)) or 'none'})")
     return row[name]
 
 
-def _without(row: Row, names: Mapping[str, int]) -> dict[str, Any]:
+def _without(row: Fields, names: Mapping[str, int]) -> Fields:
     return {name: value for name, value in row.items() if name not in names}
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.files import JsonObject
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -41,7 +41,7 @@ def model_card(delta: Delta, obstacle: str) -> str:
 
 
 def _front_matter(delta: Delta, obstacle: str) -> str:
-    values: dict[str, Any] = {
+    values: JsonObject = {
         "library_name": "bertology-serve" if obstacle else "peft",
         "base_model": delta.base.name,
         "pipeline_tag": _PIPELINE_TAGS[delta.task.kind],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds import kinds
 from bertology_serve.kinds.effects import Effects
+from bertology_serve.kinds.kind import Spec
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.spec import EMBEDDING, TaskSpec
 
@@ -64,7 +65,7 @@ class Delta:
     name: str
     base: BaseRef
     task: TaskSpec
-    specs: tuple[Any, ...] = ()
+    specs: tuple[Spec, ...] = ()
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, Tensor] = field(default_factory=dict)

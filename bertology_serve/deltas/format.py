@@ -1,4 +1,8 @@
-"""``delta.json``, the truth about a delta: everything but its tensors."""
+"""``delta.json``, the truth about a delta: everything but its tensors, the anatomy of its encoder included.
+
+A slot's paths are written as one template (``encoder.layer.{}.attention.self.query``) where every layer has the
+module, else as a list with ``null`` for the layers that lack it.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,16 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
 
-from bertology_serve.deltas import anatomy_record
 from bertology_serve.deltas.delta import BaseRef
 from bertology_serve.deltas.names import ADAPTER_WEIGHTS, FULL_WEIGHTS, MANIFEST, check_name
-from bertology_serve.deltas.typed import as_object, build, check_keys, conform
+from bertology_serve.deltas.safe_io import as_object, build, check_keys, conform
 from bertology_serve.errors import FormatError
+from bertology_serve.files import JsonObject
+from bertology_serve.kinds.kind import Spec
 from bertology_serve.kinds.kinds import KINDS, kind_of
-from bertology_serve.kinds.slots import Anatomy
+from bertology_serve.kinds.slots import Anatomy, Slot
 from bertology_serve.tasks.spec import TaskSpec
 
 FORMAT = 1
@@ -38,13 +42,13 @@ class Manifest:
     name: str
     base: BaseRef
     task: TaskSpec
-    specs: tuple[Any, ...]
+    specs: tuple[Spec, ...]
     anatomy: Anatomy
     tensors: Shapes
     head: Shapes
     files: Mapping[str, FileRecord]
     metrics: Mapping[str, float]
-    provenance: Mapping[str, Any]
+    provenance: JsonObject
 
 
 def to_json(manifest: Manifest) -> bytes:
@@ -60,7 +64,7 @@ def to_json(manifest: Manifest) -> bytes:
         "files": {name: asdict(file) for name, file in manifest.files.items()},
         "metrics": metrics_record(manifest.metrics),
         "provenance": dict(manifest.provenance),
-        "anatomy": anatomy_record.record(manifest.anatomy),
+        "anatomy": anatomy_record(manifest.anatomy),
     }
     try:
         text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
@@ -73,7 +77,7 @@ def to_json(manifest: Manifest) -> bytes:
 _LIST_OF_NUMBERS = re.compile(r"(?<=\[)\n(?:\s*-?[\d.e+-]+,?\n)+\s*(?=\])")
 
 
-def from_json(values: Mapping[str, Any], where: str) -> Manifest:
+def from_json(values: JsonObject, where: str) -> Manifest:
     """The manifest that ``values`` hold; raises FormatError naming the field, what it is and what it should be."""
     if values.get("format") != FORMAT:
         got = str(values.get("format"))[:40]
@@ -89,7 +93,7 @@ def from_json(values: Mapping[str, Any], where: str) -> Manifest:
         base=base,
         task=build(TaskSpec, values["task"], f"{where}: task"),
         specs=specs_of(values["kinds"], where),
-        anatomy=anatomy_record.restore(values["anatomy"], base.family, f"{where}: anatomy"),
+        anatomy=anatomy_of(values["anatomy"], base.family, f"{where}: anatomy"),
         tensors=_shapes(values["tensors"], f"{where}: tensors"),
         head=_shapes(values["head"], f"{where}: head"),
         files=_files(values["files"], where),
@@ -98,12 +102,12 @@ def from_json(values: Mapping[str, Any], where: str) -> Manifest:
     )
 
 
-def kinds_record(specs: Sequence[Any]) -> dict[str, Any]:
+def kinds_record(specs: Sequence[Spec]) -> JsonObject:
     """The kinds' specs by the kinds' names, as plain values."""
     return {kind_of(spec).name: asdict(spec) for spec in specs}
 
 
-def specs_of(values: object, where: str) -> tuple[Any, ...]:
+def specs_of(values: object, where: str) -> tuple[Spec, ...]:
     """The specs that ``kinds_record`` wrote; raises FormatError."""
     table = as_object(values, f"{where}: kinds")
     check_keys(table, KINDS, f"{where}: kinds")
@@ -142,3 +146,63 @@ def metrics_of(values: object, where: str) -> dict[str, float]:
         name: math.nan if value is None else conform(value, float, f"{where}.{name[:80]}")
         for name, value in as_object(values, where).items()
     }
+
+
+MOST_LAYERS, MOST_SLOTS = 1024, 64
+_PATH = re.compile(r"\w+(\.\w+)*")
+_ELSEWHERE = ("family", "slots")  # the family stands in the record of the base
+
+
+def anatomy_record(anatomy: Anatomy) -> JsonObject:
+    """JSON values of an anatomy; ``restore`` gives it back."""
+    plain = {field.name: getattr(anatomy, field.name) for field in fields(anatomy) if field.name not in _ELSEWHERE}
+    return {**plain, "slots": {name: _slot_record(slot, anatomy.layers) for name, slot in anatomy.slots.items()}}
+
+
+def anatomy_of(values: object, family: str, where: str) -> Anatomy:
+    """The anatomy that was recorded; raises FormatError for anything that no encoder has."""
+    table = dict(as_object(values, where))
+    slots = as_object(table.pop("slots", None), f"{where}.slots")
+    if "family" in table:
+        raise FormatError(f"{where} has an unknown field 'family'; it stands in 'base'")
+    anatomy = build(Anatomy, {**table, "family": family}, where)
+    sizes = (anatomy.layers, anatomy.hidden, anatomy.heads, anatomy.embedding_width, anatomy.max_tokens)
+    if min(sizes) < 1 or anatomy.layers > MOST_LAYERS or anatomy.hidden % anatomy.heads or len(slots) > MOST_SLOTS:
+        described = f"{anatomy.layers} layers, H={anatomy.hidden}, {anatomy.heads} heads, {len(slots)} slots"
+        raise FormatError(f"{where} describes no encoder: {described}; save the delta again")
+    found = {name: _slot(name, slot, anatomy.layers, f"{where}.slots.{name[:40]}") for name, slot in slots.items()}
+    return replace(anatomy, slots=found)
+
+
+def _slot_record(slot: Slot, layers: int) -> JsonObject:
+    values = {name: value for name, value in asdict(slot).items() if name != "name" and value not in (None, ())}
+    return {**values, "paths": _template(slot.paths, layers) or list(slot.paths)}
+
+
+def _template(paths: tuple[str | None, ...], layers: int) -> str | None:
+    if len(paths) != layers or paths[0] is None:
+        return None
+    template = re.sub(r"(?<=\.)0(?=\.|$)", "{}", paths[0], count=1)
+    return template if "{}" in template and _filled(template, layers) == paths else None
+
+
+def _filled(template: str, layers: int) -> tuple[str, ...]:
+    return tuple(template.replace("{}", str(layer)) for layer in range(layers))
+
+
+def _slot(name: str, values: object, layers: int, where: str) -> Slot:
+    table: JsonObject = as_object(values, where)
+    paths = table.get("paths")
+    paths = _filled(paths, layers) if isinstance(paths, str) else paths
+    slot = build(Slot, {**table, "name": name, "paths": paths}, where)
+    if slot.depth not in (1, layers) or not all(path is None or _PATH.fullmatch(path) for path in slot.paths):
+        raise FormatError(f"{where}.paths are no dotted module names, one a layer; write the file again")
+    lo, hi = slot.part or (0, slot.outputs)
+    if slot.inputs < 0 or slot.outputs < 1 or lo < 0 or hi - lo != slot.outputs:
+        raise FormatError(f"{where} has {slot.inputs} inputs, {slot.outputs} outputs, part {slot.part}: no such slot")
+    if slot.sizes:
+        largest = tuple(max(side) for side in zip(*slot.sizes, strict=True))
+        lowest = min(min(size) for size in slot.sizes)
+        if len(slot.sizes) != slot.depth or largest != (slot.inputs, slot.outputs) or lowest < 0 or slot.part:
+            raise FormatError(f"{where}.sizes are not those of {slot.depth} layers of at most {largest}; save it again")
+    return slot

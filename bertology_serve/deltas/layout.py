@@ -19,6 +19,7 @@ from torch import Tensor
 from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.names import OWN_PREFIX
 from bertology_serve.errors import BaseMismatch, FormatError, SpecError, nearest
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds import kinds
 from bertology_serve.kinds.kind import Spec, Tensors
 from bertology_serve.kinds.kinds import kind_of
@@ -102,7 +103,7 @@ def check_shapes(found: Shapes, expected: Shapes, what: str) -> None:
             raise FormatError(f"{what}: the tensor {name!r} has shape {list(found[name])}; expected {list(shape)}")
 
 
-def check_head(head: Shapes, task: TaskSpec, anatomy: Anatomy, options: Mapping[str, Any]) -> None:
+def check_head(head: Shapes, task: TaskSpec, anatomy: Anatomy, options: JsonObject) -> None:
     """Raises FormatError for a head's tensor that is unknown, misshapen or missing.
 
     ``head`` are shapes by HuggingFace name, ``options`` values of the encoder's configuration. Parts that the base

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bertology_serve.deltas import anatomy_record
 from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
-from bertology_serve.deltas.typed import as_object, build, check_keys, conform
+from bertology_serve.deltas.format import anatomy_of, anatomy_record
+from bertology_serve.deltas.safe_io import as_object, build, check_keys, conform
 from bertology_serve.errors import FormatError, Unsupported
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds import kinds
 from bertology_serve.kinds.slots import DOWN, GATE, KEY, OUTPUT, QUERY, UP, VALUE, Anatomy, Slot
 
@@ -53,19 +53,19 @@ class Pruning:
             return (torch.tensor(self.heads[layer])[:, None] * width + torch.arange(width)).flatten()
         return torch.tensor(self.neurons[layer]) if by_neuron else None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Ready for JSON; ``restore`` gives it back."""
         return {
             "format": FORMAT,
             "parent": asdict(self.parent),
             "heads": self.heads,
             "neurons": self.neurons,
-            "anatomy": anatomy_record.record(self.anatomy),
+            "anatomy": anatomy_record(self.anatomy),
             "before": None if self.before is None else self.before.as_dict(),
         }
 
 
-def restore(values: object, where: str) -> Pruning:
+def pruning_of(values: object, where: str) -> Pruning:
     """The record of a pruned encoder; raises FormatError for anything that cannot be one."""
     table = as_object(values, where)
     known = dict.fromkeys(("format", "parent", "heads", "neurons", "anatomy", "before"))
@@ -75,9 +75,9 @@ def restore(values: object, where: str) -> Pruning:
         wrong = f"lacks {lacking[0]!r}" if lacking else f"has format {str(table['format'])[:40]}; expected {FORMAT}"
         raise FormatError(f"{where} {wrong}; prune the encoder again")
     parent = build(BaseRef, table["parent"], f"{where}.parent")
-    anatomy = anatomy_record.restore(table["anatomy"], parent.family, f"{where}.anatomy")
+    anatomy = anatomy_of(table["anatomy"], parent.family, f"{where}.anatomy")
     heads, neurons = (conform(table[name], Numbers, f"{where}.{name}") for name in ("heads", "neurons"))
-    before = None if table["before"] is None else restore(table["before"], f"{where}.before")
+    before = None if table["before"] is None else pruning_of(table["before"], f"{where}.before")
     pruning = Pruning(parent, anatomy, heads, neurons, before)
     check_kept(pruning, where)
     return pruning

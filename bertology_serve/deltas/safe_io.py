@@ -10,17 +10,28 @@ import hashlib
 import json
 import os
 import stat
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from bertology_serve.errors import BertologyError, FormatError, InputError, Unsupported, about, one_line
+from bertology_serve.errors import (
+    BertologyError,
+    FormatError,
+    InputError,
+    SpecError,
+    Unsupported,
+    about,
+    nearest,
+    one_line,
+)
+from bertology_serve.files import JsonObject
 
 DTYPES = ("F32", "F16", "BF16")
 
@@ -89,13 +100,13 @@ def read_regular(path: Path, limit: int, where: str) -> bytes:
     return data
 
 
-def read_json(path: Path, limits: Limits, root: Path) -> tuple[dict[str, Any], bytes]:
+def read_json(path: Path, limits: Limits, root: Path) -> tuple[JsonObject, bytes]:
     """A JSON object and the bytes that it was read from."""
     data = read_bytes(path, limits.json_bytes, root)
     return parse_json(data, str(path)), data
 
 
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
+def parse_json(data: bytes, where: str) -> JsonObject:
     """A JSON object: UTF-8, no key twice, no NaN or Infinity."""
     try:
         values = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
@@ -140,7 +151,7 @@ def _check_header(data: bytes, path: Path, limits: Limits) -> None:
         raise FormatError(f"{path} is truncated: {len(data)} bytes of {8 + size + end}; copy it again")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> JsonObject:
     values = dict(pairs)
     if len(values) != len(pairs):
         names = [name for name, _ in pairs]
@@ -149,7 +160,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _refuse(constant: str) -> Any:
+def _refuse(constant: str) -> object:
     raise ValueError(f"{constant} is no JSON number")
 
 
@@ -157,3 +168,72 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return one_line(error)
+
+
+T = TypeVar("T")
+_LARGEST = 2**53  # beyond it JSON readers disagree
+_JSON_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+
+
+def build(cls: type[T], values: object, where: str) -> T:
+    """An instance of the dataclass ``cls``; raises FormatError naming the field, what it holds and what it should."""
+    table = as_object(values, where)
+    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]  # T is a dataclass
+    check_keys(table, known, where)
+    needed = (f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING)
+    lacking = [name for name in needed if name not in table]
+    if lacking:
+        raise FormatError(f"{where} lacks the field {lacking[0]!r}; write the file again")
+    hints = get_type_hints(cls)
+    checked = {name: conform(value, hints[name], f"{where}.{name}") for name, value in table.items()}
+    try:
+        return cls(**checked)
+    except (SpecError, TypeError, ValueError) as error:
+        raise FormatError(f"{where}: {error}") from None
+
+
+def as_object(values: object, where: str) -> JsonObject:
+    """``values`` if it is a JSON object."""
+    if not isinstance(values, dict):
+        raise FormatError(f"{where} is {_shown(values)}; expected an object")
+    return values
+
+
+def check_keys(table: JsonObject, known: JsonObject, where: str) -> None:
+    """Raises FormatError for a key that is not known, naming the nearest that is."""
+    for name in table:
+        if name not in known:
+            raise FormatError(f"{where} has an unknown field {name[:80]!r}; {nearest(name[:80], known)}")
+
+
+def conform(value: object, hint: Any, where: str) -> Any:
+    """``value`` as the annotation ``hint`` has it (lists become tuples, whole numbers floats where floats are due)."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hints = get_args(hint)
+        optional = value is None and type(None) in hints
+        return None if optional else conform(value, next(own for own in hints if own is not type(None)), where)
+    if get_origin(hint) is tuple:
+        return _conform_tuple(value, get_args(hint), where)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if hint is float and abs(value) < 1e300:
+            return float(value)
+        if hint is int and isinstance(value, int) and abs(value) < _LARGEST:
+            return value
+    elif hint in (str, bool, type(None)) and isinstance(value, hint):
+        return value
+    raise FormatError(f"{where} is {_shown(value)}; expected {_JSON_NAMES[hint]}")
+
+
+def _conform_tuple(value: object, hints: tuple[object, ...], where: str) -> tuple[object, ...]:
+    if not isinstance(value, list | tuple):
+        raise FormatError(f"{where} is {_shown(value)}; expected a list")
+    if hints[-1] is Ellipsis:
+        hints = (hints[0],) * len(value)
+    if len(hints) != len(value):
+        raise FormatError(f"{where} has {len(value)} entries; expected {len(hints)}")
+    return tuple(conform(item, hint, f"{where}[{i}]") for i, (item, hint) in enumerate(zip(value, hints, strict=True)))
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

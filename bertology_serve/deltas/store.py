@@ -29,7 +29,6 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -65,7 +64,7 @@ from bertology_serve.deltas.names import (
 )
 from bertology_serve.deltas.safe_io import Limits, read_json, read_tensors, untrusted
 from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
-from bertology_serve.files import flush, replace_directory, staging, write_json
+from bertology_serve.files import JsonObject, flush, replace_directory, staging, write_json
 from bertology_serve.kinds.kind import Tensors
 from bertology_serve.kinds.peft_format import take
 from bertology_serve.kinds.slots import Anatomy
@@ -78,7 +77,7 @@ def save(
     delta: Delta,
     directory: Path,
     anatomy: Anatomy,
-    config: Mapping[str, Any] | None = None,
+    config: JsonObject | None = None,
     *,
     overwrite: bool = False,
     peft: bool = True,
@@ -116,7 +115,7 @@ def load(
     base: BaseRef | None = None,
     task: TaskSpec | str | None = None,
     name: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: JsonObject | None = None,
     limits: Limits | None = None,
     root: Path | None = None,
     base_head: Mapping[str, Tensor] | None = None,
@@ -165,7 +164,7 @@ def _check_directory(directory: Path) -> None:
     raise FormatError(f"{directory} is no delta: it lacks {MANIFEST}, or {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}")
 
 
-def _check_saveable(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> None:
+def _check_saveable(delta: Delta, anatomy: Anatomy, options: JsonObject) -> None:
     check_name(delta.name, "delta name")
     check_shapes(shapes_of(delta.tensors), expected_shapes(delta.specs, anatomy), f"delta {delta.name!r}")
     check_head(shapes_of(delta.head), delta.task, anatomy, options)
@@ -183,7 +182,7 @@ def _check_dtypes(tensors: Mapping[str, Tensor], known: tuple[torch.dtype, ...])
             raise FormatError(f"the tensor {name!r} is {tensor.dtype}; expected {' or '.join(map(str, known))}")
 
 
-def _manifest(delta: Delta, anatomy: Anatomy, files: Mapping[str, Any]) -> Manifest:
+def _manifest(delta: Delta, anatomy: Anatomy, files: JsonObject) -> Manifest:
     return Manifest(
         name=delta.name,
         base=delta.base,

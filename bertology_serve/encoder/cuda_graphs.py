@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertology_serve.encoder.attention import Layout, Room, extents
+from bertology_serve.encoder.attention import AttentionLayout, Room, extents
 from bertology_serve.encoder.bank import PREFIX, PROMPT, DeltaBank, is_adapter
 from bertology_serve.encoder.batch import BatchPlan, PackedBatch
 from bertology_serve.encoder.forward_context import ForwardContext
@@ -157,7 +157,7 @@ class Recorded:
             prompt_vectors=self._prompts[1],
         )
         self._fill_rows(batch)
-        now = ForwardContext(static, plan, bank, Layout(None, None, (), self._extents), self._lists)
+        now = ForwardContext(static, plan, bank, AttentionLayout(None, None, (), self._extents), self._lists)
         self._replay, self._hidden = record(lambda: compute(now))
 
     def run(self, batch: PackedBatch, plan: BatchPlan) -> Tensor:

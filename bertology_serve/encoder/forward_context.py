@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bertology_serve.encoder.attention import Bias, Group, Layout, packed_attention
+from bertology_serve.encoder.attention import AttentionLayout, Bias, Group, packed_attention
 from bertology_serve.encoder.bank import PREFIX, BankEntry, adapter, inner, scale
 from bertology_serve.encoder.batch import BatchPlan, PackedBatch
 from bertology_serve.kernels import rows
@@ -61,7 +61,7 @@ class ForwardContext:
     batch: PackedBatch
     plan: BatchPlan
     pools: DeltaRows
-    layout: Layout | None
+    layout: AttentionLayout | None
     lists: BatchColumns
     heads: HeadAttention | None = None
 

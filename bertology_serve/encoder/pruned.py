@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bertology_serve.deltas.pruning import PRUNED, Numbers, Pruning, check_kept, restore, sliced_state
+from bertology_serve.deltas.pruning import PRUNED, Numbers, Pruning, check_kept, pruning_of, sliced_state
 from bertology_serve.deltas.store import write_tensors
 from bertology_serve.errors import FormatError, Unsupported
 from bertology_serve.families import compat
@@ -77,7 +77,7 @@ def read_pruning(path: str) -> Pruning | None:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FormatError(f"cannot read {file}: {str(error)[:200]}; prune the encoder again") from None
-    return restore(values, str(file))
+    return pruning_of(values, str(file))
 
 
 def pruned_model(path: str, config: PretrainedConfig) -> HiddenModel:

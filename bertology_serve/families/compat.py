@@ -159,12 +159,12 @@ def mpnet_buckets(distances: Tensor) -> Tensor:
     return found
 
 
-def modernbert_rates(config: ModernBertConfig, layer_type: str) -> Tensor:
-    """[D / 2]: by how much a step turns each pair of dimensions in layers of a type."""
+def modernbert_rotation(config: ModernBertConfig, layer_type: str) -> tuple[Tensor, float]:
+    """[D / 2]: by how much a step turns each pair of dimensions in layers of a type; and what sine and cosine take."""
     from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
 
-    rates, _ = ModernBertRotaryEmbedding.compute_default_rope_parameters(config, None, layer_type)
-    return rates
+    rotary = ModernBertRotaryEmbedding(config)
+    return getattr(rotary, f"{layer_type}_inv_freq"), float(getattr(rotary, f"{layer_type}_attention_scaling"))
 
 
 def task_classes(task: str) -> dict[str, str]:

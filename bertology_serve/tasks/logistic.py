@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.optim import LBFGS
 
 TIGHT, LOOSE = 1e-7, 1e-4
+SMALLEST = 1e-10  # of the largest variance along an axis: below it rows do not differ
 STEPS_A_ROUND, MOST_ROUNDS = 1000, 10
 
 
@@ -49,13 +50,26 @@ class Scaled:
         z = (x - self.mean) / self.std
         self.centre = z.mean(0)
         z = z - self.centre
-        self.spread, self.axes = torch.linalg.eigh(z.T @ z / self.count)
+        self.spread, self.axes = _principal_axes(z)
         self.rows = z @ self.axes
 
     def given(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Weight [C, H] and bias [C] for rows as they were given."""
         weight = weight @ self.axes.T
         return weight / self.std, bias - weight @ (self.centre + self.mean / self.std)
+
+
+def _principal_axes(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances [K] along the orthonormal axes [H, K] of centred rows z [N, H]; K is H, or less for fewer rows.
+
+    An axis along which no row reaches has weight zero by the penalty, so it can be left out.
+    """
+    if len(z) >= z.shape[1]:
+        spread, axes = torch.linalg.eigh(z.T @ z / len(z))
+        return spread, axes
+    spread, sides = torch.linalg.eigh(z @ z.T / len(z))
+    kept = spread > SMALLEST * spread[-1].clamp_min(SMALLEST)
+    return spread[kept], z.T @ (sides[:, kept] / (spread[kept] * len(z)).sqrt())
 
 
 class Ridge(Scaled):

@@ -1,9 +1,10 @@
 """``--method auto``: candidates train together as a fleet, and the worse two of three end at every rung.
 
-Successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943) on the dev set: all candidates make ``unit`` steps, the
-best third three times as many, and so on until one is left, which makes all. Each has the schedule of the whole length,
-so that the winner is what its settings alone would have given. Where there is no dev set, or a small one, candidates
-are judged on held-out folds of the training data, and the winner is trained anew on all of it.
+Successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943) on the dev set: at each rung the best third goes on,
+until one is left, which makes all steps. Rungs stand at equal distances: at the paper's first, a ninth of the steps,
+little of small data has been seen, and all are still about where they began. Each candidate has the schedule of the
+whole length, so that the winner is what its settings alone would have given. Where there is no dev set, or a small one,
+candidates are judged on held-out folds of the training data, and the winner is trained anew on all of it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 
@@ -25,19 +25,20 @@ from bertology_serve.deltas.catalog import identify
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import SpecError
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds import kinds
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.training.baselines import PROBE
 from bertology_serve.training.batches import Data, Source
-from bertology_serve.training.callbacks import Callback
+from bertology_serve.training.callbacks import Callback, Line
 from bertology_serve.training.config_file import settings_text
 from bertology_serve.training.evaluate import measure
 from bertology_serve.training.fleet.fleet import Fleet
-from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Line, Quiet
+from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.fleet.fleet_run import Enrolled, Shelf, enrolled, rows_of_a_pass
 from bertology_serve.training.fleet.member import Member
 from bertology_serve.training.learning_curve import draw_curves
-from bertology_serve.training.method_options import join_list
+from bertology_serve.training.method_options import Values, join_list
 from bertology_serve.training.methods import count_parameters, specs_for
 from bertology_serve.training.publish import publish
 from bertology_serve.training.run_directory import CONFIG, Destination, identity
@@ -45,21 +46,23 @@ from bertology_serve.training.train import Outcome, for_encoder, lay_out, machin
 from bertology_serve.training.train_config import TrainConfig, read_budget
 
 BOARD, PLOT = "board.csv", "board.png"
-THIRD, FOLDS, SMALL = 3, 3, 100
-"""One in so many goes on; folds, and the dev rows below which they judge instead."""
+THIRD, MEASURED = 3, 2
+"""One in so many goes on at a rung, after so many evaluations."""
+FOLDS, SMALL = 3, 100
+"""Folds, and the dev rows below which they judge instead."""
 STEP = 3.5
 """What a row of a training step takes beside a row that is only answered."""
 TIMED = 64
 
 ALL = ("query", "key", "value", "output", "up", "down")
-CANDIDATES: Mapping[str, tuple[str, float, Mapping[str, Any]]] = {
+CANDIDATES: Mapping[str, tuple[str, float, Values]] = {
     "lora": ("lora", 1e-3, {}),
     "lora-fast": ("lora", 3e-3, {}),
     "lora-wide": ("lora", 1e-3, {"rank": 16, "targets": ALL}),
     "lora-wide-slow": ("lora", 3e-4, {"rank": 16, "targets": ALL}),
     "lora-thin": ("lora", 2e-3, {"rank": 2, "targets": ALL}),
     "bitfit": ("bitfit", 4e-3, {}),
-    "bitfit-slow": ("bitfit", 1e-3, {}),
+    "bitfit-fast": ("bitfit", 1e-2, {}),
     "adapter": ("adapter", 2e-3, {}),
     "adapter-slow": ("adapter", 5e-4, {}),
     "prefix": ("prefix", 1e-2, {}),
@@ -85,12 +88,11 @@ def candidates(config: TrainConfig, encoder: Encoder, rows: int) -> dict[str, Tr
 
 
 def rungs(count: int, unit: int = 1) -> dict[int, int]:
-    """After how many steps how many candidates go on."""
-    found, step = {}, unit
-    while count > 1:
-        count = max(1, count // THIRD)
-        found[step] = count
-        step *= THIRD
+    """After how many steps how many candidates go on, to the end, where none does; ``unit`` lie between evaluations."""
+    found: dict[int, int] = {}
+    while count:
+        count = max(1, count // THIRD) if count > 1 else 0
+        found[MEASURED * unit * (len(found) + 1)] = count
     return found
 
 
@@ -116,7 +118,7 @@ Row = dict[str, str | int | float]
 
 @dataclass(frozen=True)
 class Search:
-    """The candidates of a run, each with a member for every fold, and the steps before the first rung."""
+    """The candidates of a run, each with a member for every fold, and the steps between evaluations."""
 
     crew: Mapping[str, Sequence[Enrolled]]
     unit: int
@@ -125,7 +127,7 @@ class Search:
     def losers(self, active: Sequence[Member]) -> Sequence[Member]:
         """The members in training whose candidates are not among the best at this step."""
         keep = rungs(len(self.crew), self.unit).get(active[0].state.step) if active else None
-        if keep is None:
+        if not keep:
             return ()
         running = {member.name for member in active}
         whole = [name for name in self.crew if running.issuperset(member.name for member in self.members(name))]
@@ -209,7 +211,7 @@ class Search:
             "end": failure or ("won" if name == self.winner else "dropped"),
         }
 
-    def facts(self, config: TrainConfig, board: Sequence[Row]) -> dict[str, Any]:
+    def facts(self, config: TrainConfig, board: Sequence[Row]) -> JsonObject:
         """What the delta says of the search, and why it is the one."""
         folds, row = len(self.crew[self.winner]), next(row for row in board if row["candidate"] == self.winner)
         where = f"on {folds} held-out folds" if folds > 1 else "on the dev set"
@@ -217,7 +219,13 @@ class Search:
         if self.start is not None:
             what += f"; the probe, where all began, has {self.start:.4f}" + ("" if self.improves else ": no less")
         what = f"{self.winner} has {what}"
-        return {"budget": config.budget, "first_rung": self.unit, "folds": folds, "why": what, "board": list(board)}
+        return {
+            "budget": config.budget,
+            "first_rung": min(rungs(len(self.crew), self.unit)),
+            "folds": folds,
+            "why": what,
+            "board": list(board),
+        }
 
 
 def _shown(value: object) -> str:
@@ -297,20 +305,17 @@ def train_auto(
 
 def scheduled(config: TrainConfig, unit: int, count: int, part: Data, keep: str) -> TrainConfig:
     """The settings of a run of its own: as many steps as the winner of ``count`` makes, measured after every unit."""
-    steps = unit * THIRD ** len(rungs(count))
+    steps = max(rungs(count, unit))
     epochs = math.ceil(steps / math.ceil(len(part.train.records) / config.batch_size))
-    own: dict[str, Any] = {"max_steps": steps, "eval_every": unit, "epochs": epochs, "patience": None, "keep": keep}
+    own: JsonObject = {"max_steps": steps, "eval_every": unit, "epochs": epochs, "patience": None, "keep": keep}
     return replace(config, budget=TrainConfig.budget, **own)
 
 
 def unit_of(config: TrainConfig, count: int, parts: Sequence[Data], shelf: Shelf) -> int:
-    """The steps before the first rung: what the budget buys, and no more than give the winner its epochs."""
+    """The steps between evaluations: what the budget buys, and no more than give the winner its epochs."""
     rows, dev = len(parts[0].train.records), len(parts[0].dev.records) if parts[0].dev else 0
-    most: int = THIRD ** len(rungs(count))
-    spent, before, left = 0, 0, count
-    for step, kept in [*rungs(count).items(), (most, 0)]:
-        spent, before, left = spent + left * (step - before), step, kept
-    spent = spent * len(parts) + (2 * most if len(parts) > 1 else 0)  # and the winner once more
+    most, training = max(rungs(count)), [count, *rungs(count).values()]
+    spent = MEASURED * sum(training) * len(parts) + (2 * most if len(parts) > 1 else 0)  # and the winner once more
     amount, timed = read_budget(config.budget)
     each = amount / spent
     texts = (each / _seconds_a_row(config, parts[0], shelf) - dev) / STEP if timed else each * rows

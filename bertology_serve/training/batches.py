@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from bertology_serve.data.formats import Fields
 from bertology_serve.data.records import DataLike, Record, name_of, read_records
 from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Example, Task
@@ -40,9 +41,7 @@ class Item:
         return max(map(len, self.encodings))
 
 
-def make_items(
-    task: Task, records: Iterable[tuple[Mapping[str, Any], str]], tokenizer: PreTrainedTokenizerBase
-) -> list[Item]:
+def make_items(task: Task, records: Iterable[tuple[Fields, str]], tokenizer: PreTrainedTokenizerBase) -> list[Item]:
     """Checks and tokenises labelled (fields, where) records once. Raises DataError naming the first that is wrong."""
     items = []
     for fields, where in records:

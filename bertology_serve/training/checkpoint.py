@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,17 +13,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bertology_serve.errors import FormatError
-from bertology_serve.files import replacing
+from bertology_serve.files import JsonObject, replacing
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
     """Replaces the file ``path``: a kill at any moment leaves the old one or the new."""
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     with replacing(path) as own:
         save_file(copies, own, metadata={"state": json.dumps(state)})
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
     """The tensors and the state; raises FormatError where the file is not a whole checkpoint."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -71,11 +70,11 @@ class RunState:
     stopped: bool = False
     seconds: float = 0.0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Ready for JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunState:
+    def from_dict(cls, values: JsonObject) -> RunState:
         """The inverse of ``as_dict``."""
         return cls(**values)

@@ -8,20 +8,21 @@ from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
 from bertology_serve.errors import SpecError, nearest
-from bertology_serve.training.method_options import KindFlags, split_list
+from bertology_serve.files import JsonObject
+from bertology_serve.training.method_options import KindFlags, Values, split_list
 from bertology_serve.training.train_config import TrainConfig
 
 OWN = tuple(field.name for field in fields(TrainConfig) if field.name != "options")
 KINDS = tuple(field.name for field in fields(KindFlags))
 HEADER = "# bertology-serve train --config THIS --out DIR; a flag that is given too counts before this file.\n"
-LISTS: Mapping[type[Any], frozenset[str]] = {
+LISTS: Mapping[type, frozenset[str]] = {
     owner: frozenset(name for name, hint in get_type_hints(owner).items() if "tuple" in str(hint))
     for owner in (TrainConfig, KindFlags)
 }
 """The fields of each dataclass that are tuples."""
 
 
-def read_settings(values: Mapping[str, Any]) -> TrainConfig:
+def read_settings(values: Values) -> TrainConfig:
     """``{"task": "classification", "method": "lora", "rank": 4}`` -> the configuration that these flags give.
 
     A list may be a list, or a text with commas. Raises SpecError for an unknown name, naming the nearest.
@@ -35,7 +36,7 @@ def read_settings(values: Mapping[str, Any]) -> TrainConfig:
     return replace(config, options=KindFlags(**kinds).by_kind())
 
 
-def settings_of(config: TrainConfig) -> dict[str, Any]:
+def settings_of(config: TrainConfig) -> JsonObject:
     """The inverse of ``read_settings``: every flag that has a value. Raises SpecError for an option without a flag."""
     own = {name: getattr(config, name) for name in OWN}
     flags = {(flag.metadata["kind"], flag.metadata["field"]): flag.name for flag in fields(KindFlags)}
@@ -64,7 +65,7 @@ def settings_text(config: TrainConfig, files: Mapping[str, str], prepack: bool) 
     return HEADER + lost + "".join(f"{name} = {_toml(value)}\n" for name, value in order.items())
 
 
-def _toml(value: Any) -> str:
+def _toml(value: object) -> str:
     """A value as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -75,7 +76,7 @@ def _toml(value: Any) -> str:
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _listed(owner: type[Any], name: str, value: Any) -> Any:
+def _listed(owner: type, name: str, value: Any) -> Any:
     """A text with commas as a tuple where the field is one."""
     if name not in LISTS[owner]:
         return value

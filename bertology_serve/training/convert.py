@@ -31,7 +31,7 @@ from bertology_serve.training.compress import differences, dropped, moved_biases
 
 
 @dataclass(frozen=True)
-class Told:
+class ConvertOptions:
     """What a checkpoint does not say: ``alpha`` (microsoft/LoRA), labels in logit order, the longest sequence (without
     it what the checkpoint says, at most 128), and the kind of the task.
     """
@@ -42,7 +42,7 @@ class Told:
     task: str | None = None
 
 
-def convert(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
+def convert(source: Path, encoder: Encoder, name: str, told: ConvertOptions) -> Delta:
     """The delta of a foreign checkpoint, made for ``encoder``, which has taken it.
 
     ``source`` is a file (microsoft/LoRA) or a directory (AdapterHub, peft, or a whole task model of HuggingFace's, such
@@ -70,7 +70,7 @@ def convert(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
 LONGEST = 128
 
 
-def _read(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
+def _read(source: Path, encoder: Encoder, name: str, told: ConvertOptions) -> Delta:
     anatomy, base = encoder.anatomy, encoder.ref
     if source.is_file():
         if told.alpha is None:
@@ -87,7 +87,7 @@ def _read(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
     return _read_peft(source, encoder, name, told)
 
 
-def _read_peft(source: Path, encoder: Encoder, name: str, told: Told) -> Delta:
+def _read_peft(source: Path, encoder: Encoder, name: str, told: ConvertOptions) -> Delta:
     """Whatever ``peft_import`` reads, and what takes the base's weights: DoRA, and biases and norms that peft holds
     whole.
     """

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from bertology_serve.data.formats import Fields
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
@@ -19,7 +19,7 @@ from bertology_serve.tasks.registry import task_for
 from bertology_serve.training.batches import WHOLE_BATCH, Item, micro_batches
 from bertology_serve.training.processes import ALONE, Processes
 
-Records = Iterable[tuple[Mapping[str, Any], str]]
+Records = Iterable[tuple[Fields, str]]
 
 
 @dataclass(frozen=True)

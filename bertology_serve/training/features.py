@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from bertology_serve.encoder.batch import read_rows
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import FormatError
+from bertology_serve.files import JsonObject
 from bertology_serve.training.batches import Item, micro_batches
 from bertology_serve.training.checkpoint import read_checkpoint, write_checkpoint
 
@@ -54,13 +54,13 @@ def pooled(live: TrainableDelta, items: Sequence[Item], layers: Sequence[int], m
     return rows
 
 
-def _key(live: TrainableDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int) -> dict[str, Any]:
+def _key(live: TrainableDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int) -> JsonObject:
     """Everything that the rows' bits depend on."""
     own = {"pooling": live.task.pooling, "layers": list(layers), "max_tokens": max_tokens}
     return origin(live, items) | own
 
 
-def origin(live: TrainableDelta, items: Sequence[Item]) -> dict[str, Any]:
+def origin(live: TrainableDelta, items: Sequence[Item]) -> JsonObject:
     """What the bits of any rows of the frozen encoder depend on."""
     digest = hashlib.sha256()
     for item in items:
@@ -75,7 +75,7 @@ def origin(live: TrainableDelta, items: Sequence[Item]) -> dict[str, Any]:
     }
 
 
-def _read(path: Path, key: Mapping[str, Any]) -> Features | None:
+def _read(path: Path, key: JsonObject) -> Features | None:
     """What lies there, if it is whole and what it is called; a damaged file is made anew."""
     if not path.exists():
         return None
@@ -86,6 +86,6 @@ def _read(path: Path, key: Mapping[str, Any]) -> Features | None:
     return {int(name): tensor for name, tensor in tensors.items()} if state == key else None
 
 
-def _write(path: Path, rows: Features, key: Mapping[str, Any]) -> None:
+def _write(path: Path, rows: Features, key: JsonObject) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(path, {str(layer): tensor for layer, tensor in rows.items()}, key)

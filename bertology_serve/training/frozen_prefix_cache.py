@@ -34,7 +34,7 @@ class FrozenPrefixCache:
         self.live, self.layer = live, lowest_trained(live)
         _check(live, self.layer)
         self.paths = layer_paths(live.encoder.anatomy)
-        self.places: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self.places: dict[tuple[tuple[int, ...], ...], tuple[int, int]] = {}
         fresh = [item for item in items if self._enter(item)]
         total = sum(length for _, length in self.places.values())
         key = {**origin(live, fresh), "layer": self.layer, "max_tokens": max_tokens, "rows": total}
@@ -155,7 +155,7 @@ def _entered(module: torch.nn.Module, rows: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def _key(encoding: Encoding) -> tuple[Any, ...]:
+def _key(encoding: Encoding) -> tuple[tuple[int, ...], ...]:
     return tuple(encoding.ids), tuple(encoding.types)
 
 

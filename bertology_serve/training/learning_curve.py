@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from bertology_serve.errors import Unsupported
+from bertology_serve.training.callbacks import Line
 from bertology_serve.training.run_directory import LOG
 
 CURVE = "curve.png"
@@ -57,7 +57,7 @@ def draw_curves(path: Path, metric: str, curves: Mapping[str, Mapping[int, float
     figure.savefig(path)
 
 
-def _places(lines: Iterable[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+def _places(lines: Iterable[Line]) -> tuple[list[int], list[int]]:
     """Each line's step, counted on over the stages, and where a new stage begins."""
     places: list[int] = []
     borders: list[int] = []
@@ -71,7 +71,10 @@ def _places(lines: Iterable[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
     return places, borders
 
 
-def _points(lines: Iterable[Mapping[str, Any]], places: list[int], value: Any) -> tuple[list[int], list[float]]:
+def _points(
+    lines: Iterable[Line], places: list[int], value: Callable[[Line], float | None]
+) -> tuple[list[int], list[float]]:
     """Steps and values of the lines that have one."""
-    found = [(place, value(line)) for place, line in zip(places, lines, strict=True) if value(line) is not None]
+    pairs = zip(places, map(value, lines), strict=True)
+    found = [(place, number) for place, number in pairs if number is not None]
     return [place for place, _ in found], [number for _, number in found]

@@ -9,6 +9,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from bertology_serve.errors import SpecError, nearest
+from bertology_serve.files import JsonObject
+
+Values = Mapping[str, Any]
+"""Fields of a spec or a configuration by their names, as a file or a caller gives them."""
 
 KINDS: Mapping[str, float] = {
     "lora": 1e-3,
@@ -93,9 +97,9 @@ class KindFlags:
     child_share: float | None = _flag("child-tuning", "share", "share of the weights that is trained. Default: 0.3.")
     top_k: int | None = _flag("top-k", "layers", "upper layers to train. Default: 3.")
 
-    def by_kind(self) -> dict[str, dict[str, Any]]:
+    def by_kind(self) -> dict[str, JsonObject]:
         """What was given, as ``TrainConfig.options`` takes it."""
-        given: dict[str, dict[str, Any]] = {}
+        given: dict[str, JsonObject] = {}
         for flag in fields(self):
             value = getattr(self, flag.name)
             if value is not None:
@@ -159,7 +163,7 @@ SPECS: Mapping[str, type[Probe | Full | Options]] = {PROBE: Probe, FULL: Full, *
 """The specs of the methods that are no kind of delta, by the methods' names."""
 
 
-def read_options(method: str, values: Mapping[str, Any]) -> Options:
+def read_options(method: str, values: Values) -> Options:
     """The options of a regularised form from JSON or flags. Raises SpecError, naming the nearest known field."""
     form = REGULARISED[method]
     known = [field.name for field in fields(form)]
@@ -169,10 +173,10 @@ def read_options(method: str, values: Mapping[str, Any]) -> Options:
     return form(**values)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_share(name: str, value: Any, fits: bool, expected: str) -> None:
+def _check_share(name: str, value: object, fits: bool, expected: str) -> None:
     if not fits:
         raise SpecError(f"{name} is {value!r}; expected a number {expected}")

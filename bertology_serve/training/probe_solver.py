@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Task
 from bertology_serve.tasks.logistic import LOOSE, Logistic, Ridge, Solution
 from bertology_serve.tasks.spec import REGRESSION
@@ -37,7 +37,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenC:
     """The value of C that did best on one layer, and how: ``rank`` is the main metric, then the negative loss."""
 
     layer: int
@@ -98,7 +98,7 @@ class Solver:
             self.directory.write_layers([_shown(choice) for choice in choices])
         return state
 
-    def _choose(self, layer: int, fit: Part, held: Part) -> Chosen:
+    def _choose(self, layer: int, fit: Part, held: Part) -> ChosenC:
         """The best C of the path for one layer."""
         found = [self._tried(layer, index, solution, held) for index, solution in self._solutions(layer, fit)]
         best = max(found, key=lambda choice: (choice.rank, -choice.index))
@@ -119,7 +119,7 @@ class Solver:
             start = solution.raw
             yield index, solution
 
-    def _tried(self, layer: int, index: int, solution: Solution, held: Part) -> Chosen:
+    def _tried(self, layer: int, index: int, solution: Solution, held: Part) -> ChosenC:
         logits = solution.logits(held.rows[layer])
         if self.task.kind == REGRESSION:
             metrics = self._measure(logits, held)
@@ -129,11 +129,11 @@ class Solver:
         self.state.step += 1
         about = {"layer": layer, "c": self.path[index], "loss": solution.loss, "eval": metrics}
         self.directory.log({**self._place(), **about})
-        return Chosen(
+        return ChosenC(
             layer, index, self.path[index], [metrics[self.task.main_metric], -metrics["loss"]], metrics, solution
         )
 
-    def _place(self) -> dict[str, Any]:
+    def _place(self) -> JsonObject:
         stage = {"stage": self.state.stage} if self.state.stage else {}
         return {**stage, "step": self.state.step, "epoch": 0.0}
 
@@ -177,5 +177,5 @@ def _chosen(part: Part, at: Tensor) -> Part:
     return Part([part.items[i] for i in at.tolist()], rows, part.labels[at])
 
 
-def _shown(choice: Chosen) -> dict[str, Any]:
+def _shown(choice: ChosenC) -> JsonObject:
     return {"layer": choice.layer, "c": choice.c, "train_loss": choice.solution.loss, **choice.metrics}

@@ -1,4 +1,4 @@
-"""Saves a trained delta, proves the copy on disk, and only then gives it its name; opens and describes saved ones."""
+"""Saves a trained delta, proves the copy on disk, and only then gives it its name; describes saved ones."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bertology_serve.data.records import Record
 from bertology_serve.deltas import store
-from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.names import ADAPTER_CONFIG, MANIFEST
+from bertology_serve.deltas.names import ADAPTER_CONFIG
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.loading import rounding
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.encoder.task_models import is_task_model, read_task_model, verify_peft
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import VerificationError
-from bertology_serve.files import replace_directory, staging
+from bertology_serve.files import JsonObject, replace_directory, staging
 from bertology_serve.kinds.kinds import kind_of
 from bertology_serve.training.batches import Item
 from bertology_serve.training.evaluate import run
@@ -122,44 +119,7 @@ def _flat(values: Iterable[object]) -> Iterator[float]:
             yield from _flat(value)  # type: ignore[arg-type]  # lists of lists of floats
 
 
-def open_delta(
-    directory: Path, backbone: str | None, device: str = "cpu", name: str | None = None
-) -> tuple[Delta, Encoder]:
-    """A delta and the encoder that it runs on: ``backbone``, or the base that it names.
-
-    ``directory`` may also hold the versions of one delta; the newest is taken. Or it is a whole task model of
-    HuggingFace's, which is its own base where none is given. ``name`` is what its place says that it is called. What
-    peft or transformers can run is compared with what they answer. Raises NotFound, FormatError, BaseMismatch,
-    VerificationError, and InputError where there are several deltas.
-    """
-    path = newest(directory)
-    if is_task_model(path):
-        delta = read_task_model(path, Encoder.load(backbone or str(path)))
-        return delta, Encoder.for_delta(delta, backbone, device=device)
-    if not (path / MANIFEST).exists() and backbone is not None:  # peft's: only the encoder can say what fits
-        encoder = Encoder.load(backbone, device=device)
-        delta = load_delta(path, encoder, name)
-        verify_peft(path, delta, encoder)
-        return delta, encoder
-    delta = store.load(path, name=name)
-    encoder = Encoder.for_delta(delta, backbone, device=device)
-    return encoder.read_delta(path, name), encoder
-
-
-def load_delta(path: Path, encoder: Encoder | None = None, name: str | None = None) -> Delta:
-    """A delta, every byte of it checked; with an encoder also that it was made for it, and runs on it.
-
-    ``name`` is what its place says that it is called.
-    """
-    if encoder is None:
-        return store.load(path, name=name)
-    delta = encoder.read_delta(path, name)
-    if not delta.weights:
-        Pipeline(encoder).add(delta)
-    return delta
-
-
-def describe(path: Path, delta: Delta) -> dict[str, Any]:
+def describe(path: Path, delta: Delta) -> JsonObject:
     """What there is to know about a delta that was loaded from ``path``, ready for JSON."""
     components, head, weights = (
         sum(tensor.numel() for tensor in group.values()) for group in (delta.tensors, delta.head, delta.weights)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bertology_serve.errors import SpecError
+from bertology_serve.files import JsonObject
 from bertology_serve.training.method_options import AUTO, FULL, PROBE
 from bertology_serve.training.train_config import EH_FT, LP, LP_FT, TrainConfig
 
@@ -93,6 +94,6 @@ def _last(config: TrainConfig, method: tuple[str, ...]) -> TrainConfig:
 def _stage(config: TrainConfig, method: tuple[str, ...], **values: Any) -> TrainConfig:
     """One method of a recipe; all stages have the head's form in common."""
     own = {name: fields for name, fields in config.options.items() if name in method}
-    shared: dict[str, Any] = {"pooling": config.form.pooling, "head": config.form.head}
-    plain: dict[str, Any] = {"recipe": None, "first_epochs": None, "first_learning_rate": None, "start": "random"}
+    shared: JsonObject = {"pooling": config.form.pooling, "head": config.form.head}
+    plain: JsonObject = {"recipe": None, "first_epochs": None, "first_learning_rate": None, "start": "random"}
     return replace(config, method=method, options=own, **shared, **plain, **values)

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -28,7 +27,7 @@ from bertology_serve.deltas.catalog import check_place, is_delta
 from bertology_serve.deltas.names import check_name
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import FormatError, InputError, SpecError
-from bertology_serve.files import write_json
+from bertology_serve.files import JsonObject, write_json
 from bertology_serve.training.batches import Data
 from bertology_serve.training.checkpoint import RunState, read_checkpoint, write_checkpoint
 from bertology_serve.training.methods import ParameterCount
@@ -57,7 +56,7 @@ class RunDirectory:
                 "--overwrite"
             )
 
-    def open(self, identity: Mapping[str, Any], machine: Mapping[str, Any], resume: bool) -> dict[str, Any]:
+    def open(self, identity: JsonObject, machine: JsonObject, resume: bool) -> JsonObject:
         """Begins a run or, with ``resume``, finds the one to continue; returns ``machine`` as it was at the beginning.
 
         Raises InputError where the run found has another ``identity``, naming the field.
@@ -71,11 +70,11 @@ class RunDirectory:
         write_json(self._stored, {"identity": identity, "machine": machine})
         return dict(machine)
 
-    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
         """Writes the checkpoint."""
         write_checkpoint(self._checkpoint, tensors, state)
 
-    def load(self, stage: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load(self, stage: int = 0) -> tuple[dict[str, Tensor], JsonObject] | None:
         """The stage's checkpoint to continue from; the log is cut back to it. ``None``: begin at the first step."""
         found = read_checkpoint(self._checkpoint) if self._checkpoint.exists() else None
         if found is not None and found[1].get("stage", 0) != stage:
@@ -97,7 +96,7 @@ class RunDirectory:
         """Whether a run can be continued."""
         return self._stored.exists()
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Mapping[str, object]) -> None:
         """Appends one line to the log."""
         with (self.path / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -106,7 +105,7 @@ class RunDirectory:
         """Leaves the settings of the run, as ``train --config`` takes them."""
         (self.path / CONFIG).write_text(text, encoding="utf-8")
 
-    def write_layers(self, layers: Sequence[Mapping[str, Any]]) -> None:
+    def write_layers(self, layers: Sequence[JsonObject]) -> None:
         """Leaves what is known of the probe of each layer."""
         write_json(self.path / LAYERS, {"layers": layers})
 
@@ -126,18 +125,18 @@ class RunDirectory:
     def _stored(self) -> Path:
         return self.path / "run.json"
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> JsonObject | None:
         if not self._stored.exists():
             return None
         try:
-            stored: dict[str, Any] = json.loads(self._stored.read_text(encoding="utf-8"))
+            stored: JsonObject = json.loads(self._stored.read_text(encoding="utf-8"))
             if isinstance(stored["identity"], dict) and isinstance(stored["machine"], dict):
                 return stored
         except (OSError, ValueError, KeyError, TypeError):
             pass
         raise FormatError(f"{self._stored} does not describe a run; begin again with --overwrite")
 
-    def _check_same(self, stored: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    def _check_same(self, stored: JsonObject, identity: JsonObject) -> None:
         known = json.loads(json.dumps(identity))
         for name in sorted({*stored, *known}):
             if stored.get(name) != known.get(name):
@@ -156,20 +155,20 @@ class RunDirectory:
 class Follower(RunDirectory):
     """The same as a process that does not lead sees it: it reads, and writes nothing."""
 
-    def open(self, identity: Mapping[str, Any], machine: Mapping[str, Any], resume: bool) -> dict[str, Any]:
+    def open(self, identity: JsonObject, machine: JsonObject, resume: bool) -> JsonObject:
         """What ``machine`` was at the beginning is for the leader to say."""
         return {}
 
-    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
         """Nothing."""
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Mapping[str, object]) -> None:
         """Nothing."""
 
     def write_config(self, text: str) -> None:
         """Nothing."""
 
-    def write_layers(self, layers: Sequence[Mapping[str, Any]]) -> None:
+    def write_layers(self, layers: Sequence[JsonObject]) -> None:
         """Nothing."""
 
     def remove(self) -> None:
@@ -230,7 +229,7 @@ class Destination:
 FREE = ("save_every", "checkpointing")
 
 
-def identity(config: TrainConfig, encoder: Encoder, name: str, data: Data, processes: int = 1) -> dict[str, Any]:
+def identity(config: TrainConfig, encoder: Encoder, name: str, data: Data, processes: int = 1) -> JsonObject:
     """What a run and its continuation must have in common."""
     own = {key: value for key, value in config.as_dict().items() if key not in FREE}
     return own | {
@@ -245,7 +244,7 @@ def identity(config: TrainConfig, encoder: Encoder, name: str, data: Data, proce
 
 def provenance(
     config: TrainConfig, counts: ParameterCount, state: RunState, data: Data, encoder: Encoder, processes: int = 1
-) -> Mapping[str, Any]:
+) -> JsonObject:
     """How the delta came to be."""
     device, several = encoder.device, f"{processes} processes, " if processes > 1 else ""
     return {

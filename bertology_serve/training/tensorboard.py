@@ -12,8 +12,8 @@ import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from bertology_serve.training.callbacks import Line
 from bertology_serve.training.methods import ParameterCount
 
 VERSION = "brain.Event:2"
@@ -39,13 +39,13 @@ class TensorBoard:
     def began(self, step: int, total: int, parameters: ParameterCount) -> None:
         """Nothing."""
 
-    def stepped(self, line: Mapping[str, Any]) -> None:
+    def stepped(self, line: Line) -> None:
         """Loss, learning rate, gradient and speed; each layer's gradient where it was measured."""
         values = {f"train/{name}": line[name] for name in SHOWN if name in line}
         values |= {f"gradient/{place}": value for place, value in line.get("layer_norms", {}).items()}
         self._scalars(line["step"], values)
 
-    def evaluated(self, line: Mapping[str, Any]) -> None:
+    def evaluated(self, line: Line) -> None:
         """Every metric."""
         self._scalars(line["step"], {f"eval/{name}": value for name, value in line["eval"].items()})
 

@@ -124,7 +124,7 @@ def train(
     lay_out(encoder, began)
     directory.write_config(settings_text(config, files or data.names(encoder.name), began["prepacked"]))
     begin = baselines(encoder, ready.task, ready.items, ready.dev) if dev else {}
-    run = Run(config, data, directory, place.version or "", watcher or NoCallback(), processes, begin)
+    run = StageRun(config, data, directory, place.version or "", watcher or NoCallback(), processes, begin)
     for number, stage in enumerate(plan[:-1], 1):
         own, product = products.get(stage.kept, (name, None))
         if not any(processes.gathered(directory.stage(number).exists())):
@@ -137,7 +137,7 @@ def train(
 
 
 @dataclass(frozen=True)
-class Run:
+class StageRun:
     """What the stages of one run have in common."""
 
     config: TrainConfig

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from bertology_serve.errors import SpecError, nearest
+from bertology_serve.files import JsonObject
 from bertology_serve.tasks.fields import read_label
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, QUESTION_ANSWERING, REGRESSION, TASK_KINDS, TaskSpec
 from bertology_serve.training.method_options import (
@@ -19,6 +20,7 @@ from bertology_serve.training.method_options import (
     PROBE,
     REGULARISED,
     SPECS,
+    Values,
     read_options,
 )
 
@@ -121,7 +123,7 @@ class TrainConfig:
     keep: Literal["best", "last"] = _option("best", "Which state is saved where there is evaluation data.")
     save_every: int = _option(200, "Steps between checkpoints; one is written after each evaluation too.")
     gradient_steps: int = _option(0, "First steps whose gradient's length is logged for every layer.")
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Values] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.recipe is not None:
@@ -202,12 +204,12 @@ class TrainConfig:
             max_answer_length=self.max_answer_length or TaskSpec.max_answer_length,
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Ready for JSON."""
         return {**asdict(self), "method": list(self.method), "labels": list(self.labels)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+    def from_dict(cls, values: Values) -> TrainConfig:
         """The inverse of ``as_dict``; an unknown key is an error that names the nearest known one."""
         known = [field.name for field in fields(cls)]
         for name in values:
@@ -242,7 +244,7 @@ def read_budget(text: str) -> tuple[float, bool]:
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]], bool(found[2])
 
 
-def _methods(given: Any) -> tuple[str, ...]:
+def _methods(given: str | Iterable[str]) -> tuple[str, ...]:
     """``lora,bitfit`` or a list of names -> names, each once; what is no kind of delta stands alone."""
     names = tuple(given.split(",")) if isinstance(given, str) else tuple(given)
     for name in names:
@@ -279,15 +281,15 @@ def _check_recipe(config: TrainConfig) -> None:
         raise SpecError("recipe lp-ft begins with the probe, and goes on with another method; expected full or another")
 
 
-def _check_known(name: str, value: Any, known: tuple[str, ...]) -> None:
+def _check_known(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise SpecError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
 
 
-def _check_number(name: str, value: Any, least: float, most: float | None = None) -> None:
+def _check_number(name: str, value: object, least: float, most: float | None = None) -> None:
     if value is None:
         return
     limits = f"from {least}" + (f" to {most}" if most is not None else " up")
-    wrong = isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf")
-    if wrong or (most is not None and value > most):
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not least <= number < math.inf or (most is not None and number > most):
         raise SpecError(f"{name} is {value!r}; expected a number {limits}")

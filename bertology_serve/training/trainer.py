@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +13,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import SpecError
+from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Task
 from bertology_serve.training.batches import WHOLE_BATCH, Buckets, Item, Sampler, micro_batches
-from bertology_serve.training.callbacks import Callback, NoCallback
+from bertology_serve.training.callbacks import Callback, Line, NoCallback
 from bertology_serve.training.checkpoint import RunState, random_state, set_random_state
 from bertology_serve.training.evaluate import measure
 from bertology_serve.training.layers import layer_norms
@@ -153,13 +153,13 @@ class Trainer:
         self.state.epoch, self.state.offset = self.sampler.epoch, self.sampler.offset
         return rate, norm
 
-    def _layer_norms(self) -> dict[str, Any]:
+    def _layer_norms(self) -> JsonObject:
         """What the log says of the first steps' gradients, before they are clipped."""
         if self.state.step >= self.config.gradient_steps:
             return {}
         return {"layer_norms": layer_norms(self.parameters, self.live.encoder.anatomy)}
 
-    def _log_step(self, batch: Sequence[Item], facts: Mapping[str, Any], started: float) -> None:
+    def _log_step(self, batch: Sequence[Item], facts: Line, started: float) -> None:
         seconds, tokens = time.perf_counter() - started, sum(item.tokens for item in batch)
         self.state.seconds += seconds
         line = {**self._place(), **facts}
@@ -227,7 +227,7 @@ class Trainer:
         tensors |= {f"regulariser.{name}": tensor for name, tensor in self.regulariser.tensors().items()}
         return tensors | moments(self.optimizer, self.parameters)
 
-    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], state: JsonObject) -> None:
         """The inverse of ``tensors``."""
         self.state = RunState.from_dict(state)
         self.sampler.epoch, self.sampler.offset = self.state.epoch, self.state.offset
@@ -244,12 +244,12 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.total
 
-    def _place(self) -> dict[str, Any]:
+    def _place(self) -> JsonObject:
         epoch = self.state.epoch + self.state.offset / len(self.items)
         stage = {"stage": self.state.stage} if self.state.stage else {}
         return {**stage, "step": self.state.step, "epoch": round(epoch, 4)}
 
-    def _log(self, line: Mapping[str, Any]) -> None:
+    def _log(self, line: Line) -> None:
         if self.directory is not None:
             self.directory.log(line)
 
@@ -267,7 +267,7 @@ def check_divisible(task: Task, processes: Processes) -> None:
         )
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """bf16 for the products where the configuration and the hardware say so; parameters stay float32."""
     bf16 = uses_bf16(precision, device)
     return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()

@@ -11,7 +11,7 @@ import torch
 
 from bertology_serve.analysis.delta_distance import compare_features, distance
 from bertology_serve.analysis.settings import DistanceSettings
-from bertology_serve.analysis.subject_model import Subject
+from bertology_serve.analysis.subject_model import Subject, silent
 from bertology_serve.analysis.weight_change import LinearCka, effective_rank, low_rank_singular
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder, weights_hash
@@ -147,7 +147,7 @@ def test_features_of_a_layer_are_compared_over_all_batches(tmp_path: Path) -> No
     found = [row["cka"] for row in report.tables["features"]]
     assert found == pytest.approx(expected, abs=1e-6)
     assert found[:2] == pytest.approx([1, 1], abs=1e-9)  # the delta begins in the second layer
-    assert len(compare_features(base, base, encodings, 64)) == 4
+    assert [len(found) for found in compare_features(base, [base], encodings, 64, silent)[0]] == [4]
 
 
 def full_delta(encoder: Encoder) -> Delta:

@@ -301,7 +301,7 @@ def test_a_search_shows_its_board_and_what_it_would_try(bert, auto_flags, tmp_pa
     assert main(auto(bert, tmp_path / "mood", *auto_flags, "--plot")) == 0
     table, notes = capsys.readouterr()
     assert "lora-wide-slow" in table
-    assert "dropped after step 5" in notes
+    assert "dropped after step 14" in notes
     assert "the highest of 9 candidates; the probe, where all began, has" in notes
     assert f"evaluate {tmp_path / 'mood'}" in notes
     assert (tmp_path / "mood" / "curve.png").exists()

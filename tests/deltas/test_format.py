@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from bertology_serve.deltas.format import FileRecord, Manifest, from_json, to_json
+from bertology_serve.deltas.format import FileRecord, Manifest, anatomy_of, anatomy_record, from_json, to_json
 from bertology_serve.deltas.layout import shapes_of
+from bertology_serve.deltas.names import check_name
 from bertology_serve.errors import FormatError
+from tests import tiny
 from tests.deltas import samples
 
 
@@ -103,3 +105,66 @@ def test_malformed_fields_are_named(change: Callable[[dict[str, Any]], Any], mes
     with pytest.raises(FormatError, match=message) as caught:
         from_json(table, "delta.json")
     assert str(caught.value).startswith("delta.json")
+
+
+@pytest.mark.parametrize("name", ["a", "sst2-lora", "1", "v1.2_3", "a" * 64])
+def test_plain_names_pass(name: str) -> None:
+    assert check_name(name, "delta name") == name
+
+
+BAD = ["", ".", "..", ".hidden", "-flag", "A", "a/b", "../a", "a\\b", "a b", "a\n", "é", "a" * 65, "base", "a\0", 3]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_path_tricks_and_reserved_names_are_refused_in_one_line(name: object) -> None:
+    with pytest.raises(FormatError, match="delta name") as caught:
+        check_name(name, "delta name")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_comes_back_from_json(family: str) -> None:
+    anatomy = samples.anatomy(family)
+    assert anatomy_of(json.loads(json.dumps(anatomy_record(anatomy))), anatomy.family, "anatomy") == anatomy
+
+
+def test_regular_paths_are_one_template_and_gaps_a_list() -> None:
+    slots = anatomy_record(samples.anatomy("modernbert"))["slots"]
+    assert slots["query"]["paths"] == "layers.{}.attn.Wqkv"
+    assert slots["attention_norm"]["paths"][0] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 10**9}, "describes no encoder"),
+        ({"layers": 0}, "describes no encoder"),
+        ({"hidden": 33}, "describes no encoder"),
+        ({"heads": 0}, "describes no encoder"),
+        ({"hiden": 32}, "did you mean 'hidden'"),
+        ({"family": "bert"}, "unknown field 'family'"),
+        ({"slots": []}, "expected an object"),
+        ({"slots": {f"s{i}": {} for i in range(65)}}, "65 slots"),
+    ],
+)
+def test_no_encoder_is_like_this(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        anatomy_of(anatomy_record(samples.anatomy("bert")) | change, "bert", "anatomy")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"paths": ["a", "b"]}, "one a layer"),
+        ({"paths": "../{}"}, "dotted module names"),
+        ({"paths": 3}, "expected a list"),
+        ({"part": [0, 5]}, "no such slot"),
+        ({"outputs": 0}, "no such slot"),
+        ({"inputs": -1}, "no such slot"),
+    ],
+)
+def test_no_slot_is_like_this(change: dict[str, Any], message: str) -> None:
+    values = anatomy_record(samples.anatomy("bert"))
+    values["slots"]["query"] |= change
+    with pytest.raises(FormatError, match=message):
+        anatomy_of(values, "bert", "anatomy")

@@ -45,7 +45,7 @@ def check_mixed_is_solo(encoder: Encoder, deltas: list[Delta]) -> None:
     """Each delta answers in the mixed batch as alone, and no two answer alike."""
     mixed = logits(encoder, deltas, *(ask(delta.name) for delta in deltas))
     for delta, found in zip(deltas, mixed, strict=True):
-        torch.testing.assert_close(found, logits(encoder, [delta], ask(delta.name))[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, logits(encoder, [delta], ask(delta.name))[0], atol=1e-4, rtol=0)
         silent = Delta(delta.name, delta.base, delta.task, head=delta.head)
         assert (found - logits(encoder, [silent], ask(delta.name))[0]).abs().max() > 1e-3
 
@@ -72,7 +72,7 @@ def test_the_pooler_that_the_base_lacks_is_saved(tmp_path: Path) -> None:
     expected = logits(encoder, [delta], ask("x"))[0]
     for seed in range(2):
         model = peft.PeftModel.from_pretrained(fresh(seed), str(tmp_path / "ours")).eval()
-        torch.testing.assert_close(model(input_ids=ids).logits[0], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(input_ids=ids).logits[0], expected, atol=1e-4, rtol=0)
 
 
 def test_every_kind_keeps_to_its_own_rows_of_a_mixed_batch(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_token_types_reach_the_encoder_for_questions(tmp_path: Path) -> None:
 
     auto = transformers.AutoModelForQuestionAnswering
     plain = peft.PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), str(tmp_path / "x")).eval()
-    torch.testing.assert_close(plain(**tokens).start_logits[0], ours[:, 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(plain(**tokens).start_logits[0], ours[:, 0], atol=1e-4, rtol=0)
     config = peft.LoraConfig(task_type="QUESTION_ANS", target_modules=["key"])
     faulty = peft.get_peft_model(auto.from_pretrained(tmp_path / "base"), config).eval()
     untyped = faulty(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)

@@ -29,7 +29,7 @@ from bertology_serve.kinds.ia3 import Ia3
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.vera import Vera
 from bertology_serve.tasks.spec import TaskSpec
-from bertology_serve.training.convert import Told, convert
+from bertology_serve.training.convert import ConvertOptions, convert
 from tests import tiny
 from tests.deltas import samples
 
@@ -51,7 +51,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     "multiple-choice": {"question": "the cat", "choices": ["the house", "a very cold river bank"]},
     "embedding": {"text": "the cat was very good"},
 }
-MATTERS = 1e-3
+ROUNDING, MATTERS = 1e-4, 1e-3  # what float32 does on any processor; what a forgotten part would do
 LORA = Lora(("query", "key", "value", "output", "up", "down"), rank=3)
 
 
@@ -115,7 +115,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 
 
 def check_that_it_matters(lab: Lab, delta: Delta, logits: Tensor) -> None:
-    """Without its components the same head answers otherwise, by far more than the tolerance."""
+    """Without its components the same head answers otherwise, by more than the tolerance."""
     silent = replace(delta, tensors={name: torch.zeros_like(tensor) for name, tensor in delta.tensors.items()})
     assert difference(lab.ours(silent)[0], logits) > MATTERS
 
@@ -126,7 +126,7 @@ def check_in_peft(lab: Lab, delta: Delta, directory: Path) -> None:
     model = peft.PeftModel.from_pretrained(lab.task_model(delta.task), str(directory)).eval()
     ours, job = lab.ours(store.load(directory, lab.encoder.anatomy))
     found = theirs(model, job, delta.task.kind)
-    assert difference(ours, found) <= 1e-5
+    assert difference(ours, found) <= ROUNDING
     check_that_it_matters(lab, delta, found)
 
 
@@ -216,11 +216,11 @@ def test_dora_made_by_peft_answers_alike_when_converted(lab: Lab, tmp_path: Path
         modules_to_save=own_head(lab, samples.CLASSES) or None,
     )
     model = trained(lab, samples.CLASSES, config, tmp_path)
-    told = Told(labels=samples.CLASSES.labels, max_length=32)
+    told = ConvertOptions(labels=samples.CLASSES.labels, max_length=32)
     delta = convert(tmp_path, lab.encoder, "x", told)
     ours, job = lab.ours(delta)
     found = theirs(model, job, "classification")
-    assert difference(ours, found) <= 1e-5
+    assert difference(ours, found) <= ROUNDING
     gains = torch.cat([t.flatten() for name, t in delta.tensors.items() if name.startswith("ia3.")])
     assert (gains - 1).abs().max() > 0.05
     unscaled = {name: torch.ones_like(t) if name.startswith("ia3.") else t for name, t in delta.tensors.items()}
@@ -235,7 +235,8 @@ def test_minilm_answers_alike_in_peft(tmp_path: Path, minilm_path: Path) -> None
 
 
 def trained(lab: Lab, task: TaskSpec, config: Any, directory: Path) -> Any:
-    """A peft model whose every trainable tensor has moved, saved by peft."""
+    """A peft model whose every trainable tensor has moved, saved by peft; the same whatever ran before."""
+    torch.manual_seed(5)
     model = peft.get_peft_model(lab.task_model(task), config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -268,7 +269,7 @@ def check_here(lab: Lab, task: TaskSpec, config: Any, directory: Path) -> None:
     )  # fmt: skip
     ours, job = lab.ours(delta)
     found = theirs(model, job, task.kind)
-    assert difference(ours, found) <= 1e-5
+    assert difference(ours, found) <= ROUNDING
     check_that_it_matters(lab, delta, found)
 
 
@@ -335,7 +336,7 @@ def test_heads_of_other_families_answer_as_pefts_do(tmp_path: Path, family: str,
     assert delta.task.kind == kind
     ours, job = other.ours(delta)
     found = theirs(model.double(), job, kind)
-    assert difference(ours, found) <= 1e-5
+    assert difference(ours, found) <= ROUNDING
     check_that_it_matters(other, delta, found)
 
 
@@ -385,10 +386,10 @@ def test_what_peft_holds_whole_is_converted(tmp_path: Path, config: Any) -> None
     model = trained(lab, samples.CLASSES, config, tmp_path / "x")
     with pytest.raises(Unsupported, match=r"x.* convert it with bertology-serve convert"):
         lab.encoder.read_delta(tmp_path / "x")
-    delta = convert(tmp_path / "x", lab.encoder, "x", Told(max_length=32))
+    delta = convert(tmp_path / "x", lab.encoder, "x", ConvertOptions(max_length=32))
     ours, job = lab.ours(delta)
     found = theirs(model.double(), job, "classification")
-    assert difference(ours, found) <= 1e-5
+    assert difference(ours, found) <= ROUNDING
     check_that_it_matters(lab, delta, found)
 
 

@@ -106,3 +106,17 @@ def test_ridge_with_fewer_rows_than_features_and_one_score():
     x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
     found = Ridge(x, torch.full((5,), 2.5)).solve(100.0)
     assert torch.allclose(found.logits(x), torch.full((5, 1), 2.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_fewer_rows_than_features(classes: int):
+    """The optimum lies in the span of the rows; scikit-learn looks for it among all features."""
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="the reference solver is scikit-learn's")
+    x, labels = problem(classes, rows=40, width=60)
+    found, z = Logistic(x, labels, classes).solve(1.0), scaled(x)
+    assert found.weight.shape == (classes, 60)
+    model = linear_model.LogisticRegression(C=1.0, tol=1e-12, max_iter=100_000).fit(z.numpy(), labels.numpy())
+    theirs = objective(torch.tensor(model.coef_), torch.tensor(model.intercept_), z, labels, 1.0)
+    assert found.loss == pytest.approx(theirs.item(), abs=1e-9)
+    probabilities = torch.tensor(model.predict_proba(z.numpy()))
+    torch.testing.assert_close(found.logits(x).softmax(1), probabilities, rtol=0, atol=1e-4)

@@ -26,7 +26,7 @@ from bertology_serve.kinds.ia3 import Ia3
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.tasks.spec import TaskSpec
-from bertology_serve.training.convert import Told, convert
+from bertology_serve.training.convert import ConvertOptions, convert
 from tests import tiny
 
 TASK = TaskSpec("classification", ("bad", "good", "none"), 32, head="linear")
@@ -51,7 +51,7 @@ def test_adapterhub_there_and_back_again(tmp_path: Path, family: str, kind: str)
     task = replace(TASK, head="hf") if family == "roberta" else TASK
     delta = tiny.delta(encoder, "mood", [SPECS[kind]], task, size=0.3)
     write_adapterhub(delta, tmp_path / "hub", encoder.anatomy)
-    back = convert(tmp_path / "hub", encoder, "again", Told(max_length=32))
+    back = convert(tmp_path / "hub", encoder, "again", ConvertOptions(max_length=32))
     assert (back.specs, back.task) == (delta.specs, delta.task)
     assert torch.equal(logits(encoder, back), logits(encoder, delta))
 
@@ -115,7 +115,7 @@ def hidden(base: Path, encoder: Encoder, change: Any = None, **more: Any) -> tor
 def check_logits(base: Path, made: tuple[Path, torch.Tensor, torch.Tensor], change: Any = None, **more: Any) -> Delta:
     encoder = Encoder.load(str(base))
     place, weight, bias = made
-    delta = convert(place, encoder, "x", Told(max_length=32))
+    delta = convert(place, encoder, "x", ConvertOptions(max_length=32))
     expected = hidden(base, encoder, change, **more) @ weight.double().T + bias.double()
     plain = hidden(base, encoder) @ weight.double().T + bias.double()
     assert (logits(encoder, delta) - expected).abs().max() < 1e-5
@@ -178,7 +178,7 @@ def test_prefixes_of_adapterhub(tmp_path: Path, flat: bool) -> None:
     length = len(tiny.tokenizer()(TEXT).input_ids)
     encoder = Encoder.load(str(tmp_path / "base"))
     place, weight, bias = as_adapters(tmp_path / "hub", config, tensors)
-    delta = convert(place, encoder, "x", Told(max_length=32))
+    delta = convert(place, encoder, "x", ConvertOptions(max_length=32))
     model = transformers.AutoModel.from_pretrained(tmp_path / "base").double().eval()
     with torch.no_grad():
         out = model(
@@ -196,7 +196,7 @@ def test_one_reduction_factor_a_layer(bert: Encoder, tmp_path: Path) -> None:
     """Narrower layers get rows of zeros, which change nothing."""
     delta = tiny.delta(bert, "mood", [SPECS["pfeiffer"]], TASK, size=0.3)
     place = write_adapterhub(delta, tmp_path / "hub", bert.anatomy)
-    expected = logits(bert, convert(place, bert, "x", Told(max_length=32)))
+    expected = logits(bert, convert(place, bert, "x", ConvertOptions(max_length=32)))
     tensors = load_file(place / "adapter.safetensors")
     cut = {"down.0.weight": 0, "down.0.bias": 0, "up.weight": 1}
     for name in [name for name in tensors if "layer.2" in name]:
@@ -205,7 +205,7 @@ def test_one_reduction_factor_a_layer(bert: Encoder, tmp_path: Path) -> None:
             tensors[name] = tensors[name].narrow(side, 0, 4).contiguous()
     save_file(tensors, place / "adapter.safetensors")
     edited(place, "adapter_config.json", reduction_factor={"2": 8, "default": 4}, leave_out=[0])
-    narrower = convert(place, bert, "x", Told(max_length=32))
+    narrower = convert(place, bert, "x", ConvertOptions(max_length=32))
     zeroed = {name: tensor.clone() for name, tensor in delta.tensors.items()}
     for name in zeroed:
         if name.endswith((".down", ".down_bias", ".up")):
@@ -222,7 +222,7 @@ def test_a_head_with_one_label_is_a_regression(bert: Encoder, tmp_path: Path) ->
     tensors = {name.replace("adapters.mood", "adapters.m"): tensor for name, tensor in tensors.items()}
     config = json.loads((hub / "adapter_config.json").read_text())["config"]
     place, _, _ = as_adapters(tmp_path / "one", config, tensors, ("LABEL_0",))
-    found = convert(place, bert, "x", Told(max_length=32))
+    found = convert(place, bert, "x", ConvertOptions(max_length=32))
     assert (found.task.kind, found.task.labels) == ("regression", ())
 
 
@@ -247,7 +247,7 @@ def test_other_methods_of_adapterhub_are_refused_by_name(
     tensors = {f"{path}A": torch.zeros(4, 32), f"{path}B": torch.zeros(32, 4)}
     place, _, _ = as_adapters(tmp_path / "hub", LORA_CONFIG | values, tensors)
     with pytest.raises((Unsupported, FormatError), match=message) as caught:
-        convert(place, bert, "x", Told())
+        convert(place, bert, "x", ConvertOptions())
     assert str(place) in str(caught.value)
 
 
@@ -262,12 +262,12 @@ def test_pickles_are_opened_when_converting(bert: Encoder, tmp_path: Path) -> No
     for safe, pickled in (("adapter", "pytorch_adapter"), ("model_head", "pytorch_model_head")):
         torch.save(load_file(place / f"{safe}.safetensors"), place / f"{pickled}.bin")
         (place / f"{safe}.safetensors").unlink()
-    back = convert(place, bert, "again", Told(max_length=32, labels=("x", "y", "z")))
+    back = convert(place, bert, "again", ConvertOptions(max_length=32, labels=("x", "y", "z")))
     assert back.task.labels == ("x", "y", "z")
     assert torch.equal(logits(bert, back), logits(bert, delta))
     torch.save({"x": print}, place / "pytorch_adapter.bin")
     with pytest.raises(FormatError, match="holds more than tensors"):
-        convert(place, bert, "again", Told())
+        convert(place, bert, "again", ConvertOptions())
 
 
 def edited(place: Path, file: str, **values: Any) -> None:
@@ -325,26 +325,26 @@ def microsoft(encoder: Encoder, path: Path, **more: torch.Tensor) -> Delta:
 def test_microsoft_lora(tmp_path: Path) -> None:
     encoder = tiny.encoder("roberta", tmp_path / "encoder")
     delta = microsoft(encoder, tmp_path / "mood.bin")
-    found = convert(tmp_path / "mood.bin", encoder, "x", Told(alpha=16, labels=TASK.labels, max_length=32))
+    found = convert(tmp_path / "mood.bin", encoder, "x", ConvertOptions(alpha=16, labels=TASK.labels, max_length=32))
     assert found.specs[0].scale == 4.0
     assert (logits(encoder, found) - logits(encoder, delta)).abs().max() < 1e-6
-    wrong = convert(tmp_path / "mood.bin", encoder, "x", Told(alpha=8, max_length=32))
+    wrong = convert(tmp_path / "mood.bin", encoder, "x", ConvertOptions(alpha=8, max_length=32))
     assert (logits(encoder, wrong) - logits(encoder, delta)).abs().max() > 1e-3
     assert wrong.task.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     with pytest.raises(SpecError, match="do not hold alpha; give --alpha"):
-        convert(tmp_path / "mood.bin", encoder, "x", Told())
+        convert(tmp_path / "mood.bin", encoder, "x", ConvertOptions())
     with pytest.raises(SpecError, match="2 labels were given, but the head has 3"):
-        convert(tmp_path / "mood.bin", encoder, "x", Told(alpha=8, labels=("a", "b")))
+        convert(tmp_path / "mood.bin", encoder, "x", ConvertOptions(alpha=8, labels=("a", "b")))
     microsoft(encoder, tmp_path / "whole.bin", **{"roberta.encoder.layer.0.output.dense.bias": torch.zeros(32)})
     with pytest.raises(FormatError, match="holds weights of the encoder too"):
-        convert(tmp_path / "whole.bin", encoder, "x", Told(alpha=8))
+        convert(tmp_path / "whole.bin", encoder, "x", ConvertOptions(alpha=8))
     torch.save({"classifier.out_proj.weight": torch.zeros(3, 32)}, tmp_path / "none.bin")
     with pytest.raises(FormatError, match=r"holds no \.\.\.lora_A"):
-        convert(tmp_path / "none.bin", encoder, "x", Told(alpha=8))
+        convert(tmp_path / "none.bin", encoder, "x", ConvertOptions(alpha=8))
     for key in ("classifier.out_proj.weight", "roberta.encoder.layer.0.attention.self.query.lora_A"):
         microsoft(encoder, tmp_path / "number.bin", **{key: torch.tensor(1.0)})
         with pytest.raises(FormatError, match=f"holds a single number under '{key}'"):
-            convert(tmp_path / "number.bin", encoder, "x", Told(alpha=8))
+            convert(tmp_path / "number.bin", encoder, "x", ConvertOptions(alpha=8))
 
 
 def test_dora_without_its_magnitudes(bert: Encoder) -> None:
@@ -361,14 +361,14 @@ def test_dora_without_its_magnitudes(bert: Encoder) -> None:
 
 def test_what_is_no_checkpoint(bert: Encoder, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no file or directory"):
-        convert(tmp_path / "none", bert, "x", Told())
+        convert(tmp_path / "none", bert, "x", ConvertOptions())
     (tmp_path / "empty").mkdir()
     with pytest.raises(FormatError, match="is no adapter's directory"):
-        convert(tmp_path / "empty", bert, "x", Told())
+        convert(tmp_path / "empty", bert, "x", ConvertOptions())
     delta = tiny.delta(bert, "mood", [SPECS["houlsby"]], TASK)
     store.save(delta, tmp_path / "own", bert.anatomy)
     with pytest.raises(FormatError, match="is a delta of this package already"):
-        convert(tmp_path / "own", bert, "x", Told())
+        convert(tmp_path / "own", bert, "x", ConvertOptions())
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,7 @@ from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import newest
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.loading import find_device
+from bertology_serve.encoder.opening import open_delta
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import DataError, FormatError, InputError, SpecError
 from bertology_serve.kinds.kinds import parameter_count
@@ -21,7 +22,7 @@ from bertology_serve.training.batches import Source
 from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.methods import count_parameters, make_live, specs_for
-from bertology_serve.training.publish import describe, open_delta
+from bertology_serve.training.publish import describe
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, for_encoder, train
 from bertology_serve.training.train_config import METHODS, TrainConfig

@@ -12,8 +12,8 @@ from bertology_serve.bench.prove.stage import ADMIN
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import DeltaSet, Job, Pipeline, Prediction
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.execution.process.executor_handle import ForkServer, WorkerOptions
-from bertology_serve.serving.execution.process.remote import Remote
+from bertology_serve.serving.execution.executor_handle import ForkServer, WorkerOptions
+from bertology_serve.serving.execution.remote import Remote
 from bertology_serve.serving.http.binding import bind, url_of
 from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.server import Server
@@ -68,7 +68,7 @@ def main(backbone: str, root: str) -> None:
         pipeline = FaultyRemote(nursery, backbone)
         registry = make(pipeline, Path(root))
         address = url_of(bound)
-        server = Server(registry, ServerConfig(drain_seconds=0.0),
+        server = Server(registry, ServerConfig.of(drain_seconds=0.0),
                         lambda: print(f"ready: {address}", file=sys.stderr, flush=True), ring)  # fmt: skip
         server.run(sockets=[bound])
         pipeline.close()

@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +22,14 @@ from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.interop.microsoft import read_trusted
 from bertology_serve.deltas.layout import check_shapes, expected_shapes, shapes_of
 from bertology_serve.deltas.names import ADAPTER_CONFIG, check_name
-from bertology_serve.deltas.safe_io import Limits, read_json
+from bertology_serve.deltas.safe_io import Limits, conform, read_json
 from bertology_serve.deltas.store import publish, write_tensors
-from bertology_serve.deltas.typed import conform
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
 from bertology_serve.families import FAMILIES
-from bertology_serve.files import staging, write_json
+from bertology_serve.files import JsonObject, staging, write_json
 from bertology_serve.kinds import ia3, lora
 from bertology_serve.kinds.adapter import Adapter, layers, places
-from bertology_serve.kinds.kind import Tensors
+from bertology_serve.kinds.kind import Spec, Tensors
 from bertology_serve.kinds.kinds import from_peft
 from bertology_serve.kinds.peft_format import MODEL_ROOT, take
 from bertology_serve.kinds.prefix import Prefix, split
@@ -53,7 +51,7 @@ _RUN: Mapping[str, Callable[[Tensor], Tensor]] = {
 _PARTS = {"down": "adapter_down.0.weight", "down_bias": "adapter_down.0.bias",
           "up": "adapter_up.weight", "up_bias": "adapter_up.bias"}  # fmt: skip
 # What the library's two configurations have in common, and what another value of would be another function.
-_FIXED: Mapping[str, Any] = {
+_FIXED: JsonObject = {
     "adapter_residual_before_ln": False, "cross_adapter": False, "inv_adapter": None, "is_parallel": False,
     "ln_after": False, "ln_before": False, "original_ln_after": True, "phm_layer": False, "residual_before_ln": True,
     "scaling": 1.0, "use_gating": False,
@@ -115,12 +113,12 @@ def read_adapterhub(
     return Delta(check_name(name, "delta name"), base, task, (spec,), stacks, head, provenance=origin)
 
 
-def _bottleneck(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Anatomy) -> tuple[Any, Tensors]:
+def _bottleneck(config: JsonObject, tensors: Tensors, name: str, anatomy: Anatomy) -> tuple[Spec, Tensors]:
     spec = _spec(config, tensors, name, anatomy)
     return spec, _read(tensors, spec, name, anatomy)
 
 
-def _lora(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Anatomy) -> tuple[Any, Tensors]:
+def _lora(config: JsonObject, tensors: Tensors, name: str, anatomy: Anatomy) -> tuple[Spec, Tensors]:
     """LoRA, and IA3, which the library holds as a LoRA that scales: ``y = alpha B ⊙ (W x + b)``."""
     _check_fixed(config, {"use_dora": False, "use_gating": False, "vera_b": None, "vera_d": None})
     mode, alpha = config.get("composition_mode", "add"), conform(config.get("alpha", 8), float, "alpha")
@@ -138,7 +136,7 @@ def _lora(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Anato
     return from_peft(lora.LORA, given, weights, anatomy)
 
 
-def _prefix(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Anatomy) -> tuple[Any, Tensors]:
+def _prefix(config: JsonObject, tensors: Tensors, name: str, anatomy: Anatomy) -> tuple[Spec, Tensors]:
     """A prefix of every layer, given or made by a small network, which is run here once."""
     _check_fixed(config, {"use_gating": False, "leave_out": []})
     middle = f"prefix_tunings.{name}.self_prefix."
@@ -158,21 +156,21 @@ def _prefix(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Ana
     return Prefix(len(rows)), {f"prefix.{part}": tensor for part, tensor in parts.items()}
 
 
-def _prompt(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Anatomy) -> tuple[Any, Tensors]:
+def _prompt(config: JsonObject, tensors: Tensors, name: str, anatomy: Anatomy) -> tuple[Spec, Tensors]:
     raise Unsupported(
         "AdapterHub's soft prompts enter after the embeddings' LayerNorm, those here before it; train it here, or "
         "with peft"
     )
 
 
-_Method = Callable[[Mapping[str, Any], Tensors, str, Anatomy], tuple[Any, Tensors]]
+_Method = Callable[[JsonObject, Tensors, str, Anatomy], tuple[Spec, Tensors]]
 _METHODS: Mapping[str | None, _Method] = {
     None: _bottleneck, "lora": _lora, "prefix_tuning": _prefix, "prompt_tuning": _prompt
 }  # fmt: skip
 _CALLED = {None: "a bottleneck adapter", "lora": "LoRA or IA3", "prefix_tuning": "a prefix"}
 
 
-def _check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+def _check_fixed(config: JsonObject, fixed: JsonObject) -> None:
     """Raises Unsupported naming a field of another value than the only one that is read."""
     for field, value in fixed.items():
         if config.get(field, value) != value:
@@ -194,7 +192,7 @@ def _check_family(anatomy: Anatomy) -> None:
         raise Unsupported(f"AdapterHub's names are known for {', '.join(KNOWN)}, not for {anatomy.family}")
 
 
-def _config(spec: Adapter, anatomy: Anatomy) -> dict[str, Any]:
+def _config(spec: Adapter, anatomy: Anatomy) -> JsonObject:
     """The library's configuration: Houlsby's is its double_seq_bn, Pfeiffer's its seq_bn."""
     return {
         **_FIXED,
@@ -215,13 +213,13 @@ def _factor(hidden: int, width: int) -> float:
     return factor if hidden // factor == width else math.nextafter(factor, 0.0)
 
 
-def _about(delta: Delta, anatomy: Anatomy) -> dict[str, Any]:
+def _about(delta: Delta, anatomy: Anatomy) -> JsonObject:
     return {"hidden_size": anatomy.hidden, "model_class": f"{anatomy.family.capitalize()}AdapterModel",
             "model_name": delta.base.name, "model_type": anatomy.family, "name": delta.name,
             "version": VERSION}  # fmt: skip
 
 
-def _spec(config: Mapping[str, Any], tensors: Tensors, name: str, anatomy: Anatomy) -> Adapter:
+def _spec(config: JsonObject, tensors: Tensors, name: str, anatomy: Anatomy) -> Adapter:
     """The spec that a configuration means. Raises Unsupported naming the field that has no counterpart."""
     _check_fixed(config, _FIXED)
     attention, ffn = bool(config.get("mh_adapter")), bool(config.get("output_adapter"))

@@ -1,6 +1,6 @@
 """Checkpoints of microsoft/LoRA (``loralib``), and the explicit conversion of pickles, which are opened here only.
 
-They hold neither alpha nor labels. The file is opened by ``unpickle`` only, and only when asked to.
+They hold neither alpha nor labels. The file is opened by ``read_pickle`` only, and only when asked to.
 """
 
 from __future__ import annotations
@@ -8,15 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.layout import check_finite, check_head, shapes_of
-from bertology_serve.deltas.names import ADAPTER_WEIGHTS, PICKLES, check_name
+from bertology_serve.deltas.names import ADAPTER_WEIGHTS, check_name
 from bertology_serve.deltas.safe_io import Limits, read_tensors
 from bertology_serve.errors import FormatError, NotFound
-from bertology_serve.files import replacing
 from bertology_serve.kinds.kind import Tensors
 from bertology_serve.kinds.kinds import from_peft
 from bertology_serve.kinds.lora import LORA, check_none_left
@@ -66,22 +64,6 @@ PICKLED = {
     "adapter.safetensors": "pytorch_adapter.bin",
     "model_head.safetensors": "pytorch_model_head.bin",
 }
-
-
-def convert_pickle(directory: Path) -> Path:
-    """Writes ``adapter_model.safetensors`` beside ``adapter_model.bin`` and returns its path.
-
-    torch unpickles tensors and plain containers only (``weights_only=True``); anything else is a FormatError.
-    """
-    source = next((directory / name for name in PICKLES if (directory / name).is_file()), None)
-    if source is None:
-        raise NotFound(f"{directory} has no {', '.join(PICKLES)}; there is nothing to convert")
-    values = read_pickle(source)
-    target = directory / ADAPTER_WEIGHTS
-    with replacing(target) as part:
-        save_file({name: value.detach().clone().contiguous() for name, value in values.items()}, part, {"format": "pt"})
-        part.chmod(source.stat().st_mode & 0o666)
-    return target
 
 
 def read_trusted(path: Path) -> Tensors:

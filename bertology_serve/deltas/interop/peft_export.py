@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.pruning import PRUNED
 from bertology_serve.families import FAMILIES, family_named
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.kinds import kind_of
 from bertology_serve.kinds.peft_format import MODEL_ROOT
 from bertology_serve.kinds.prefix import Prefix
@@ -45,7 +45,7 @@ def tensor_root(task: TaskSpec, anatomy: Anatomy) -> str:
     return MODEL_ROOT + module_root(task, anatomy)
 
 
-def drops_types(task: TaskSpec, family: str, options: Mapping[str, Any]) -> bool:
+def drops_types(task: TaskSpec, family: str, options: JsonObject) -> bool:
     """Whether peft's model for a task silently drops the token types that the family's pairs carry.
 
     ``PeftModelForQuestionAnswering.forward`` (0.21.2) takes ``token_type_ids`` and passes them to nobody.
@@ -55,7 +55,7 @@ def drops_types(task: TaskSpec, family: str, options: Mapping[str, Any]) -> bool
     return task.kind == QUESTION_ANSWERING and task.token_types and types > 1 and own != 0
 
 
-def obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> str:
+def obstacle(delta: Delta, anatomy: Anatomy, options: JsonObject) -> str:
     """Why peft does not compute the same function; empty where it does. ``options`` are the encoder's configuration."""
     if options.get(PRUNED):
         return "peft cannot load the encoder, which was pruned"
@@ -64,7 +64,7 @@ def obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> str:
     return _method_obstacle(delta, anatomy, options) or _head_obstacle(delta.task, anatomy.family, options)
 
 
-def adapter_config(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> dict[str, Any]:
+def adapter_config(delta: Delta, anatomy: Anatomy, options: JsonObject) -> JsonObject:
     """The values of ``adapter_config.json``; only for deltas without an ``obstacle``.
 
     Where peft's model for the task drops token types, none is named: its plain ``PeftModel`` hands them on.
@@ -85,7 +85,7 @@ def modules_to_save(head: Iterable[str]) -> list[str]:
     return list(dict.fromkeys("classifier" if owner.startswith("classifier.") else owner for owner in owners))
 
 
-def _method_obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any]) -> str:
+def _method_obstacle(delta: Delta, anatomy: Anatomy, options: JsonObject) -> str:
     spec, task, family = delta.specs[0], delta.task, anatomy.family
     stored = kind_of(spec).peft
     if isinstance(stored, str):
@@ -102,7 +102,7 @@ def _method_obstacle(delta: Delta, anatomy: Anatomy, options: Mapping[str, Any])
     return ""
 
 
-def _head_obstacle(task: TaskSpec, family: str, options: Mapping[str, Any]) -> str:
+def _head_obstacle(task: TaskSpec, family: str, options: JsonObject) -> str:
     if task.kind == EMBEDDING:
         return ""
     if task.head != "hf" or family not in FAMILIES:
@@ -113,7 +113,7 @@ def _head_obstacle(task: TaskSpec, family: str, options: Mapping[str, Any]) -> s
     return ""
 
 
-def _method(delta: Delta, anatomy: Anatomy) -> dict[str, Any]:
+def _method(delta: Delta, anatomy: Anatomy) -> JsonObject:
     spec = delta.specs[0]
     stored = kind_of(spec).peft
     assert not isinstance(stored, str)

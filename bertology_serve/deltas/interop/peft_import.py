@@ -22,10 +22,11 @@ from bertology_serve.deltas.layout import check_head, shapes_of
 from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from bertology_serve.deltas.safe_io import Limits, read_json, read_tensors
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.bitfit import slots as bias_slots
 from bertology_serve.kinds.ia3 import Ia3
-from bertology_serve.kinds.kind import Kind, Tensors, chosen_layers
+from bertology_serve.kinds.kind import Kind, Spec, Tensors, chosen_layers
 from bertology_serve.kinds.kinds import KINDS, from_peft
 from bertology_serve.kinds.lora import Lora, check_none_left, pair_of
 from bertology_serve.kinds.peft_format import MERGE, MODEL_ROOT, PROMPT_ROOT, PeftFormat, places
@@ -59,7 +60,7 @@ _CONVERTED = {
 }  # fmt: skip
 _UNMERGED = {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY", "XLORA"}
 # Settings that are read at these values only. The other ways of initialising LoRA change the base weights.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+_NEUTRAL: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "num_transformer_submodules": (None, 1),
@@ -82,11 +83,11 @@ def import_peft(
     known_as: Path,
     *,
     task: TaskSpec | str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: JsonObject | None = None,
     limits: Limits | None = None,
     root: Path | None = None,
     base_head: Mapping[str, Tensor] | None = None,
-    read: tuple[Mapping[str, Any], Tensors] | None = None,
+    read: tuple[JsonObject, Tensors] | None = None,
 ) -> Delta:
     """The delta ``known_as`` (NAME/VERSION) of a peft directory, for the encoder ``base``: peft names no weights.
 
@@ -134,7 +135,7 @@ def import_peft(
     )  # fmt: skip
 
 
-def _check_settings(config: Mapping[str, Any], directory: Path, own: frozenset[str]) -> None:
+def _check_settings(config: JsonObject, directory: Path, own: frozenset[str]) -> None:
     for name, value in config.items():
         if name in _NEUTRAL:
             fine = any(value is known or (type(value) is type(known) and value == known) for known in _NEUTRAL[name])
@@ -147,7 +148,7 @@ def _check_settings(config: Mapping[str, Any], directory: Path, own: frozenset[s
 
 
 def _merged(
-    config: Mapping[str, Any], head: Tensors, task: TaskSpec, anatomy: Anatomy, options: Mapping[str, Any],
+    config: JsonObject, head: Tensors, task: TaskSpec, anatomy: Anatomy, options: JsonObject,
     base_head: Mapping[str, Tensor],
 ) -> Tensors:  # fmt: skip
     """The head with the LoRA of its layers merged; embeddings do not read the pooler, whatever its LoRA."""
@@ -170,9 +171,7 @@ _TARGETS = re.compile(
 )  # no repeated groups, for the same reason
 
 
-def merge_head(
-    config: Mapping[str, Any], head: Tensors, form: Sequence[Dense], base_head: Mapping[str, Tensor]
-) -> None:
+def merge_head(config: JsonObject, head: Tensors, form: Sequence[Dense], base_head: Mapping[str, Tensor]) -> None:
     """Merges the LoRA of a head's own layers (the pooler, which ``all-linear`` reaches) into weights of the delta.
 
     ``base_head`` is what the base checkpoint has of a head. Raises FormatError where nobody has the weight, or where
@@ -196,7 +195,7 @@ def merge_head(
         head[weight] = head[weight] + pair.scale * (pair.b @ pair.a)
 
 
-def check_whole(config: Mapping[str, Any], tensors: Mapping[str, Tensor], leaf: str, anatomy: Anatomy) -> None:
+def check_whole(config: JsonObject, tensors: Mapping[str, Tensor], leaf: str, anatomy: Anatomy) -> None:
     """Raises FormatError where the file lacks a tensor ``leaf`` of a projection that ``target_modules`` name."""
     found = {name.removeprefix(MODEL_ROOT).removesuffix(leaf) for name in tensors if name.endswith(leaf)}
     start = f"{anatomy.prefix}." if any(name.startswith(f"{anatomy.prefix}.") for name in found) else ""
@@ -211,7 +210,7 @@ def _lacking(module: str, count: int) -> str:
     return f"the file lacks the tensors of {module}{others}, which target_modules name; copy it again"
 
 
-def _is_targeted(config: Mapping[str, Any], module: str, layer: int | None) -> bool:
+def _is_targeted(config: JsonObject, module: str, layer: int | None) -> bool:
     """Whether peft changes the module of that full name; False where that cannot be told."""
     layers = config.get("layers_to_transform")
     if layers is not None and layer not in (layers if isinstance(layers, list) else [layers]):
@@ -257,7 +256,7 @@ def unwrapped(name: str) -> str:
 
 
 def _task(
-    config: Mapping[str, Any], head: Tensors, family: str, told: str | None, longest: int, options: Mapping[str, Any]
+    config: JsonObject, head: Tensors, family: str, told: str | None, longest: int, options: JsonObject
 ) -> TaskSpec | None:
     """The task as far as peft records it; None for embeddings."""
     kind = told or {t: k for k, t in TASK_TYPES.items() if t and k != REGRESSION}.get(str(config.get("task_type")))
@@ -278,7 +277,7 @@ def _task(
     return TaskSpec(kind, labels, max_length=longest, pooling=head_pooling(family, kind, options))
 
 
-def _provenance(config: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(config: JsonObject) -> JsonObject:
     recorded = ("peft_type", "peft_version", "base_model_name_or_path", "revision")
     return {"imported_from": "peft", **{name: str(config[name]) for name in recorded if config.get(name)}}
 
@@ -292,7 +291,8 @@ def spelt_out(lora: Delta, magnitudes: Magnitudes, weights: Mapping[str, Tensor]
 
     ``weights`` is the base's state dict. Raises FormatError where a magnitude is missing or belongs to no update.
     """
-    spec: Lora = lora.specs[0]
+    (spec,) = lora.specs
+    assert isinstance(spec, Lora)
     left, tensors = dict(magnitudes), dict(lora.tensors)
     factors, biases = {}, _blank_biases(anatomy)
     for name in spec.targets:
@@ -311,8 +311,8 @@ def spelt_out(lora: Delta, magnitudes: Magnitudes, weights: Mapping[str, Tensor]
     if left:
         raise FormatError(f"the magnitudes of {next(iter(left))[:80]} belong to no update; save the checkpoint again")
     shifted = any(stack.any() for stack in biases.values())
-    specs = (spec, Ia3(spec.targets, ()), *([Bitfit()] if shifted else []))
-    return replace(lora, specs=specs, tensors={**tensors, **factors, **(biases if shifted else {})})
+    specs: list[Spec] = [spec, Ia3(spec.targets, ()), *([Bitfit()] if shifted else [])]
+    return replace(lora, specs=tuple(specs), tensors={**tensors, **factors, **(biases if shifted else {})})
 
 
 def magnitudes(tensors: Tensors, anatomy: Anatomy, root: str) -> dict[str, Tensor]:

@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from bertology_serve.deltas.safe_io import Limits, parse_json, read_bytes, read_json
 from bertology_serve.errors import FormatError, Unsupported
+from bertology_serve.files import JsonObject
 from bertology_serve.tasks.spec import EMBEDDING, POOLINGS, TaskSpec
 
 MODULES, POOLING = "modules.json", "1_Pooling"
@@ -81,11 +80,11 @@ def _pooling(place: Path, limits: Limits, root: Path) -> str:
     return str(modes[0])
 
 
-def pooling_modes(config: Mapping[str, Any]) -> list[Any]:
+def pooling_modes(config: JsonObject) -> list[str]:
     """The poolings that ``1_Pooling/config.json`` names; several are concatenated."""
     modes = config.get("pooling_mode") or [mode for flag, mode in _FLAGS.items() if config.get(flag)]
     return [modes] if isinstance(modes, str) else list(modes)
 
 
-def _optional(path: Path, limits: Limits, root: Path) -> Mapping[str, Any]:
+def _optional(path: Path, limits: Limits, root: Path) -> JsonObject:
     return read_json(path, limits, root)[0] if os.path.lexists(path) else {}

@@ -15,7 +15,7 @@ from types import MappingProxyType
 import numpy as np
 
 from bertology_serve.errors import Overloaded, RateLimited
-from bertology_serve.serving.batching.scheduler import FairScheduler, Item, State
+from bertology_serve.serving.batching.scheduler import CallItem, FairScheduler, ItemState
 
 Sample = tuple[int, int, float]  # tokens, Σlen², seconds
 FIRST_GUESS: tuple[Sample, ...] = ((0, 0, 0.002), (1000, 0, 0.102))  # before anything was measured
@@ -152,7 +152,7 @@ class WorkQueue:
         """Tokens that wait."""
         return self._scheduler.total.tokens
 
-    def put(self, items: Sequence[Item], charge: Callable[[int], None] | None = None) -> None:
+    def put(self, items: Sequence[CallItem], charge: Callable[[int], None] | None = None) -> None:
         """Queues a call's work. Overloaded when it does not fit or the server is stopping; RateLimited when there is
         room, but not for that delta.
 
@@ -219,7 +219,7 @@ class WorkQueue:
         with self._changed:
             self._scheduler.weigh(weights)
 
-    def take(self) -> list[Item]:
+    def take(self) -> list[CallItem]:
         """The next batch; waits for one. Empty once the queue is closed and everything in it was taken."""
         with self._changed:
             while True:
@@ -230,15 +230,15 @@ class WorkQueue:
                     return []
                 self._changed.wait()
 
-    def cancel(self, items: Iterable[Item]) -> int:
+    def cancel(self, items: Iterable[CallItem]) -> int:
         """Takes out items that nobody waits for any more and returns how many that spared."""
         with self._changed:
-            waiting = [item for item in items if item.state is State.WAITING]
+            waiting = [item for item in items if item.state is ItemState.WAITING]
             for item in waiting:
                 self._scheduler.cancel(item)
             return len(waiting)
 
-    def served(self, items: Sequence[Item], seconds: float) -> None:
+    def served(self, items: Sequence[CallItem], seconds: float) -> None:
         """Tells the queue how long a batch took; the next are as large as fits into the time that they may take."""
         times = self.times
         times.observe(times.size(sum([one.cost for one in items]), sum([one.squares for one in items])), seconds)
@@ -253,7 +253,7 @@ class WorkQueue:
             self._changed.notify_all()
 
 
-def _costs(items: Sequence[Item]) -> dict[str, int]:
+def _costs(items: Sequence[CallItem]) -> dict[str, int]:
     """Tokens by delta."""
     costs: dict[str, int] = {}
     for item in items:

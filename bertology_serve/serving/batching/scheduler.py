@@ -28,7 +28,7 @@ DEFAULT_PRIORITY = 5  # of calls that ask for none
 DEFAULT_WEIGHT = 1.0
 
 
-class State(Enum):
+class ItemState(Enum):
     """Where an item is: a batch takes it once, or nobody wants it any more."""
 
     WAITING = "waiting"
@@ -55,7 +55,7 @@ class CallContext:
     ) -> None:
         self.access, self.watch, self.seconds, self.priority = access, watch, seconds, priority
         self.acquired: dict[str, LoadedDelta] = {}
-        self.items: list[Item] = []
+        self.items: list[CallItem] = []
         self.tokens, self.started = 0, time.monotonic()
         self.leases: ExitStack | None = None
         self.done: asyncio.Future[None] | None = None
@@ -73,7 +73,7 @@ class CallContext:
             self.done.set_exception(problem)
 
 
-class Item(Job):
+class CallItem(Job):
     """One item of a call, from its arrival to its answer: its request, the delta that answers, its tokens, its outcome.
 
     ``arrived``, ``started`` and ``deadline`` are in seconds of the queue's clock; 0: not yet.
@@ -85,11 +85,11 @@ class Item(Job):
         super().__init__(request, ready)
         self.call, self.deadline, self.priority = call, deadline, priority or DEFAULT_PRIORITY
         self.delta, self.version = request.delta, ready.delta.version
-        self.arrived, self.started, self.state = 0.0, 0.0, State.WAITING
+        self.arrived, self.started, self.state = 0.0, 0.0, ItemState.WAITING
         self.outcome: Outcome | None = None
 
 
-def resolve(items: Sequence[Item], outcomes: Sequence[Outcome]) -> None:
+def resolve(items: Sequence[CallItem], outcomes: Sequence[Outcome]) -> None:
     """Gives items their outcomes. On the event loop; an outcome that comes twice is kept once."""
     for item, outcome in zip(items, outcomes, strict=True):
         if item.outcome is None:
@@ -127,39 +127,39 @@ class DeltaQueue:
     def __init__(self, name: str, weight: float, counter: float, total: Waiting) -> None:
         self.name, self.weight, self.counter = name, weight, counter
         self.waiting, self.total = Waiting(), total
-        self._heap: list[tuple[int, float, int, Item]] = []
+        self._heap: list[tuple[int, float, int, CallItem]] = []
 
-    def push(self, item: Item) -> None:
+    def push(self, item: CallItem) -> None:
         """Takes in one item."""
         heapq.heappush(self._heap, (item.priority, item.deadline, next(_order), item))
         self._count(1, item.cost)
 
-    def first(self, now: float) -> Item | None:
+    def first(self, now: float) -> CallItem | None:
         """The next item, still waiting; ``None`` where there is none. What has expired is cancelled on the way."""
         while self._heap:
             item = self._heap[0][3]
-            if item.state is State.WAITING and item.deadline > now:
+            if item.state is ItemState.WAITING and item.deadline > now:
                 return item
             heapq.heappop(self._heap)
-            if item.state is State.WAITING:
-                item.state = State.CANCELLED
+            if item.state is ItemState.WAITING:
+                item.state = ItemState.CANCELLED
                 self._count(-1, -item.cost)
         return None
 
-    def take(self) -> Item:
+    def take(self) -> CallItem:
         """Removes the item that ``first`` gave and charges the delta for it."""
         item = heapq.heappop(self._heap)[3]
-        item.state = State.TAKEN
+        item.state = ItemState.TAKEN
         self._count(-1, -item.cost)
         self.counter += item.cost / self.weight
         return item
 
-    def cancel(self, item: Item) -> None:
+    def cancel(self, item: CallItem) -> None:
         """Takes out an item that was waiting; it costs the delta nothing."""
-        item.state = State.CANCELLED
+        item.state = ItemState.CANCELLED
         self._count(-1, -item.cost)
         if len(self._heap) > 2 * self.waiting.items + 16:
-            self._heap = [entry for entry in self._heap if entry[3].state is State.WAITING]
+            self._heap = [entry for entry in self._heap if entry[3].state is ItemState.WAITING]
             heapq.heapify(self._heap)
 
     def _count(self, items: int, tokens: int) -> None:
@@ -205,16 +205,16 @@ class FairScheduler:
         """The counters of the deltas that wait."""
         return {name: queue.counter for name, queue in self.queues.items()}
 
-    def push(self, item: Item) -> None:
+    def push(self, item: CallItem) -> None:
         """Takes in one piece of waiting item."""
         queue = self.queues.get(item.delta)
         if queue is None:
             queue = self._opened(item.delta)
         queue.push(item)
 
-    def pick(self, now: float) -> list[Item]:
+    def pick(self, now: float) -> list[CallItem]:
         """Removes and returns the next batch, items of any deltas together; empty when nothing waits."""
-        batch: list[Item] = []
+        batch: list[CallItem] = []
         filled, soonest = 0.0, math.inf
         while self._heap:
             queue = self._heap[0][2]
@@ -238,7 +238,7 @@ class FairScheduler:
                 self._closed(queue)
         return batch
 
-    def cancel(self, item: Item) -> None:
+    def cancel(self, item: CallItem) -> None:
         """Takes out one waiting item."""
         queue = self.queues[item.delta]
         queue.cancel(item)

@@ -19,7 +19,7 @@ import msgspec
 from bertology_serve.encoder.delta_set import DeltaSet
 from bertology_serve.encoder.pipeline import BASE, Job, Request
 from bertology_serve.errors import DataError
-from bertology_serve.export.environment import environment
+from bertology_serve.export.installation import environment
 from bertology_serve.serving.batching.queue import WHOLE, BatchTimes, Sample
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.engine_choice import EngineConfig
@@ -87,7 +87,7 @@ def circumstances(pipeline: DeltaSet, setting: EngineConfig, config: ServerConfi
         "device": device,
         "executor": type(pipeline).__name__,
         "setting": asdict(setting),
-        "batch": [config.max_batch_ms, config.max_batch_tokens],
+        "batch": [config.batching.max_batch_ms, config.batching.max_batch_tokens],
     }
 
 

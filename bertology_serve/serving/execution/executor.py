@@ -14,7 +14,7 @@ from pathlib import Path
 from bertology_serve.encoder.pipeline import Job, LoadedDelta, Prediction
 from bertology_serve.errors import BertologyError, Crashed
 from bertology_serve.serving.batching.queue import WorkQueue
-from bertology_serve.serving.batching.scheduler import Item, Outcome
+from bertology_serve.serving.batching.scheduler import CallItem, Outcome
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.observability.logs import place_of
 
@@ -56,8 +56,8 @@ class Quarantine:
 
 THREAD = "executor"
 Run = Callable[[Sequence[Job]], list[Prediction]]
-Deliver = Callable[[Sequence[Item], Sequence[Outcome]], None]
-Observe = Callable[[Sequence[Item], float], None]
+Deliver = Callable[[Sequence[CallItem], Sequence[Outcome]], None]
+Observe = Callable[[Sequence[CallItem], float], None]
 
 
 class Executor:
@@ -94,7 +94,7 @@ class Executor:
         while self._serve(self._queue.take()):
             pass
 
-    def _serve(self, batch: Sequence[Item]) -> bool:
+    def _serve(self, batch: Sequence[CallItem]) -> bool:
         """Runs one batch, of which nothing is held while the next is waited for; false for the end, which is empty."""
         if not batch:
             return False

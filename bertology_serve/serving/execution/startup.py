@@ -18,8 +18,8 @@ from bertology_serve.encoder.delta_set import DeltaSet
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.serving.execution.engine_choice import EngineConfig, apply
-from bertology_serve.serving.execution.process.executor_handle import ForkServer
-from bertology_serve.serving.execution.process.remote import Remote
+from bertology_serve.serving.execution.executor_handle import ForkServer
+from bertology_serve.serving.execution.remote import Remote
 from bertology_serve.serving.observability.background import Background
 
 Executor = Literal["thread", "process"]

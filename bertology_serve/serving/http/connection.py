@@ -44,7 +44,7 @@ STATUS = {one.value: b"HTTP/1.1 %d %s\r\n" % (one.value, one.phrase.encode()) fo
 Headers = list[tuple[bytes, bytes]]
 
 
-class State(Enum):
+class ConnectionState(Enum):
     """What is awaited; see above."""
 
     IDLE = "idle"
@@ -100,7 +100,7 @@ class Crowd:
         self._all.discard(connection)
 
 
-class Call:
+class HttpCall:
     """A parsed head, the body as it comes, and the answer as it goes. The two ends of ASGI."""
 
     __slots__ = ("answered", "body", "chunked", "close", "connection", "expects", "head", "headers", "left", "method",
@@ -234,15 +234,15 @@ class Connection(asyncio.Protocol):
         self.known = self.lost = False  # known: a call of it showed a valid key, or needed none
         self.since, self._due, self._armed = 0.0, math.inf, math.inf
         self._timer: asyncio.TimerHandle | None = None
-        self.now = State.IDLE
+        self.now = ConnectionState.IDLE
         self._parser: Any = None
         self._url, self._headers = b"", Headers()
         self._in_head = self._began = self._muted = False
         self._bytes = 0  # of the head or the body that is being read, as they came
         self._unread = b""
-        self._incoming: Call | None = None  # whose body is being read
-        self._call: Call | None = None  # who is being answered
-        self._waiting = deque[Call | Refused]()
+        self._incoming: HttpCall | None = None  # whose body is being read
+        self._call: HttpCall | None = None  # who is being answered
+        self._waiting = deque[HttpCall | Refused]()
         self._stopping = self._paused = False
         self._writable: asyncio.Future[None] | None = None
         self._left: Callable[[], None] | None = None
@@ -255,7 +255,7 @@ class Connection(asyncio.Protocol):
         self.server, self.client = _address(transport, "sockname"), _address(transport, "peername")
         self._parser = httptools.HttpRequestParser(self)
         self.state.connections.add(self)
-        self._enter(State.IDLE, self.max_seconds)
+        self._enter(ConnectionState.IDLE, self.max_seconds)
         self.crowd.enter(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -277,13 +277,13 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Parses, up to the end of one call; what comes after it waits."""
-        if self.now is State.CLOSING:
+        if self.now is ConnectionState.CLOSING:
             self._bytes += len(data)
             if self._bytes > DRAINED + 4 * self.max_body:
                 self.cut()
         elif self._parser is None:
             self._pause()
-        elif self._unread or self.now is State.CALL or self.now is State.WRITE:
+        elif self._unread or self.now is ConnectionState.CALL or self.now is ConnectionState.WRITE:
             self._unread += data
             self._pause()
         else:
@@ -292,15 +292,15 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """The client does not read as fast as it is answered."""
         self._writable = self.loop.create_future()
-        if self.now is not State.CLOSING:
-            self._enter(State.WRITE, self.max_seconds)
+        if self.now is not ConnectionState.CLOSING:
+            self._enter(ConnectionState.WRITE, self.max_seconds)
 
     def resume_writing(self) -> None:
         """It has read some."""
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
         self._writable = None
-        if self.now is State.WRITE:
+        if self.now is ConnectionState.WRITE:
             self._enter_call()
             self.go_on()
 
@@ -333,7 +333,7 @@ class Connection(asyncio.Protocol):
             raise Refused(505, "this version of HTTP is not supported; expected 1.1")
         if method == b"CONNECT":
             raise Refused(405, "CONNECT is not for this server")
-        call = Call(self, self._url, self._headers, method, version)
+        call = HttpCall(self, self._url, self._headers, method, version)
         call.close = call.close or not self._parser.should_keep_alive()
         self._incoming = call
         if self._call is None:
@@ -370,7 +370,11 @@ class Connection(asyncio.Protocol):
     def _feed(self, data: bytes) -> None:
         """Parses piece by piece, as long as there is a call to be read."""
         at, size = 0, len(data)
-        while at < size and self.now not in (State.CALL, State.WRITE, State.CLOSING) and not self.lost:
+        while (
+            at < size
+            and self.now not in (ConnectionState.CALL, ConnectionState.WRITE, ConnectionState.CLOSING)
+            and not self.lost
+        ):
             piece = data[at : at + PIECE] if at or size > PIECE else data
             at += len(piece)
             self._began = False
@@ -385,7 +389,7 @@ class Connection(asyncio.Protocol):
             if not self._began:
                 self._bytes += len(piece)
             self._judge()
-        if at < size and self.now is not State.CLOSING:
+        if at < size and self.now is not ConnectionState.CLOSING:
             self._unread = data[at:]
             self._pause()
 
@@ -393,10 +397,10 @@ class Connection(asyncio.Protocol):
         """Whether what has come so far is too much, and what is awaited now."""
         if self._in_head and self._bytes > self.max_head:
             self._refuse(Refused(431, f"the path and headers hold more than {self.max_head} bytes; send less"))
-        elif self._in_head and self.now is State.IDLE:
-            self._enter(State.HEAD, self.max_seconds)
-        elif (self.now is State.BODY and self._bytes > 2 * self.max_body + self.max_head) or (
-            self.now is State.DRAIN and self._bytes > 2 * DRAINED
+        elif self._in_head and self.now is ConnectionState.IDLE:
+            self._enter(ConnectionState.HEAD, self.max_seconds)
+        elif (self.now is ConnectionState.BODY and self._bytes > 2 * self.max_body + self.max_head) or (
+            self.now is ConnectionState.DRAIN and self._bytes > 2 * DRAINED
         ):
             self.cut()
 
@@ -436,7 +440,7 @@ class Connection(asyncio.Protocol):
 
     # calls, one after the other
 
-    def _begin(self, call: Call) -> None:
+    def _begin(self, call: HttpCall) -> None:
         call.open()
         self._call = call
         self._enter_call()
@@ -446,7 +450,7 @@ class Connection(asyncio.Protocol):
         self.state.tasks.add(task)
         task.add_done_callback(self.state.tasks.discard)
 
-    async def _run(self, call: Call) -> None:
+    async def _run(self, call: HttpCall) -> None:
         try:
             await self._app(call.scope, call.receive, call.send)
         except Exception as problem:
@@ -456,7 +460,7 @@ class Connection(asyncio.Protocol):
                 self.say(Refused(500, "the server failed on this call; the fault is in its log").answer())
             self._close()
 
-    def has_answered(self, call: Call) -> None:
+    def has_answered(self, call: HttpCall) -> None:
         """The answer has been written."""
         self._left = None
         self.state.total_requests += 1
@@ -468,7 +472,7 @@ class Connection(asyncio.Protocol):
             self._end()
         else:
             self._bytes = 0
-            self._enter(State.DRAIN, self.max_seconds)
+            self._enter(ConnectionState.DRAIN, self.max_seconds)
             self.go_on()
 
     def _end(self) -> None:
@@ -487,9 +491,11 @@ class Connection(asyncio.Protocol):
                 self.say(refused.answer())
                 self._close()
             return
-        self._enter(State.HEAD, self.max_seconds) if self._in_head else self._enter(State.IDLE, self.keep_alive)
+        self._enter(ConnectionState.HEAD, self.max_seconds) if self._in_head else self._enter(
+            ConnectionState.IDLE, self.keep_alive
+        )
         self.go_on()
-        if self._stopping and self.now is State.IDLE:
+        if self._stopping and self.now is ConnectionState.IDLE:
             self._close()
 
     def go_on(self) -> None:
@@ -497,7 +503,7 @@ class Connection(asyncio.Protocol):
         if self._unread:
             data, self._unread = self._unread, b""
             self._feed(data)
-        if self._paused and not self._unread and self.now is not State.CLOSING:
+        if self._paused and not self._unread and self.now is not ConnectionState.CLOSING:
             self._resume()
 
     def _resume(self) -> None:
@@ -532,12 +538,12 @@ class Connection(asyncio.Protocol):
     def shutdown(self) -> None:
         """The server stops: calls that have come are answered, and nothing else is waited for."""
         self._stopping = True
-        if self.now in (State.IDLE, State.HEAD, State.DRAIN, State.CLOSING):
+        if self.now in (ConnectionState.IDLE, ConnectionState.HEAD, ConnectionState.DRAIN, ConnectionState.CLOSING):
             self._close()
 
     def cut(self) -> None:
         """Ends the connection now."""
-        self._enter(State.CLOSING, self.max_seconds)
+        self._enter(ConnectionState.CLOSING, self.max_seconds)
         self.transport.abort()
 
     def _close(self) -> None:
@@ -547,7 +553,7 @@ class Connection(asyncio.Protocol):
         """
         unread = bool(self._unread) or self._incoming is not None or self._parser is None
         self._bytes, self._unread = 0, b""
-        self._enter(State.CLOSING, self.max_seconds)
+        self._enter(ConnectionState.CLOSING, self.max_seconds)
         if unread and not self._stopping and not self.lost and not self.transport.is_closing():
             self.transport.write_eof()
             self._resume()
@@ -559,16 +565,16 @@ class Connection(asyncio.Protocol):
     @property
     def can_go(self) -> bool:
         """Whether nothing is lost with it: no call of it is being answered."""
-        return self.now is not State.CALL and not (self.now is State.BODY and self.known)
+        return self.now is not ConnectionState.CALL and not (self.now is ConnectionState.BODY and self.known)
 
     def _enter_call(self) -> None:
         call = self._call
         if call is None or call.whole:
-            self._enter(State.CALL, math.inf)
+            self._enter(ConnectionState.CALL, math.inf)
         else:
-            self._enter(State.BODY, self.max_seconds + GRACE)
+            self._enter(ConnectionState.BODY, self.max_seconds + GRACE)
 
-    def _enter(self, state: State, seconds: float) -> None:
+    def _enter(self, state: ConnectionState, seconds: float) -> None:
         self.now, self.since = state, self.loop.time()
         self._due = self.since + seconds
         if self._due < self._armed and not self.lost:

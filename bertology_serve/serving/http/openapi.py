@@ -71,7 +71,7 @@ def document() -> dict[str, Any]:
 
 def _paths() -> dict[str, Any]:
     """Every path with its operations; what stands twice is named ``..._version`` or ``tei_...`` the second time."""
-    item, model = _ref("Item"), _ref("Model")
+    item, model = _ref("ItemBody"), _ref("Model")
     paths = {
         "/predict": {
             "post": _post("predict", "Answer items of any deltas, or TEI's /predict", _items(item), _answers())
@@ -212,7 +212,7 @@ def _post(
 
 def _manage(name: str, summary: str, what: str) -> dict[str, Any]:
     """A route for API keys with admin rights. Its body may be empty."""
-    body, entry = _ref("IndexRequest" if what == "index" else "LoadRequest"), _ref("RepositoryEntry")
+    body, entry = _ref("IndexRequest" if what == "index" else "LoadRequest"), _ref("Version")
     answer = _list(entry) if what == "index" else entry
     return {
         "operationId": name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import TypeVar
 
@@ -35,7 +34,8 @@ from bertology_serve.serving.observability.metrics import CONTENT_TYPE
 from bertology_serve.serving.protocol import hf, native, oip, oip_model, openai, tei
 from bertology_serve.serving.protocol.json_codec import object_of
 from bertology_serve.serving.service import Find, Parsed, Service
-from bertology_serve.serving.versions.lifecycle import READY, UNAVAILABLE, Entry
+from bertology_serve.serving.versions.lifecycle import READY, UNAVAILABLE
+from bertology_serve.tasks.answers import Version
 
 P = TypeVar("P", bound=Parsed)
 
@@ -104,14 +104,14 @@ class Routes:
                 route(f"{base}/{name}", endpoint)
                 for base in ("", "/tei/{delta}")
                 for name, route, endpoint in (
-                    ("embed", ask, partial(self.tei, what=tei.EMBED)),
-                    ("rerank", ask, partial(self.tei, what=tei.RERANK)),
-                    ("similarity", ask, partial(self.tei, what=tei.SIMILARITY)),
+                    ("embed", ask, partial(self.ask_tei, what=tei.EMBED)),
+                    ("rerank", ask, partial(self.ask_tei, what=tei.RERANK)),
+                    ("similarity", ask, partial(self.ask_tei, what=tei.SIMILARITY)),
                     ("tokenize", post, partial(self.tokens, what=tei.tokenize)),
                     ("decode", post, partial(self.tokens, what=tei.ids)),
                 )
             ),
-            ask("/tei/{delta}/predict", partial(self.tei, what=tei.PREDICT)),
+            ask("/tei/{delta}/predict", partial(self.ask_tei, what=tei.PREDICT)),
             get("/tei/{delta}/info", self.tei_info),
             get("/info", self.tei_info),
             get("/health", self.health),
@@ -126,13 +126,13 @@ class Routes:
         if native.INPUTS in body and await self.service.aside(len(body), lambda: native.is_tei(body)):
             reader = self._tei_reader(request, body, tei.PREDICT)
             return answer_response(*await self.service.serve(call, len(body), reader, tei.write_tei))
-        read = partial(native.read_call, body, self.config.max_items)
+        read = partial(native.read_call, body, self.config.limits.max_items)
         return answer_response(*await self.service.serve(call, len(body), read, native.write_answers))
 
     async def task(self, request: Request) -> Response:
         """POST /models/{delta}"""
         body, call = await receive(request, self.config)
-        name, most = request.path_params["delta"], self.config.max_items
+        name, most = request.path_params["delta"], self.config.limits.max_items
 
         def read(find: Find) -> hf.TaskCall:
             return hf.read_task(body, find(name), most)
@@ -142,7 +142,7 @@ class Routes:
     async def predict_v1(self, request: Request) -> Response:
         """POST /v1/models/{delta}:predict"""
         body, call = await receive(request, self.config)
-        name, most = request.path_params["delta"], self.config.max_items
+        name, most = request.path_params["delta"], self.config.limits.max_items
 
         def read(find: Find) -> native.NativeCall:
             return native.read_instances(body, find(name), most)
@@ -156,7 +156,7 @@ class Routes:
         length, name, version = header_length(request), request.path_params["delta"], request.path_params.get("version")
 
         def read(find: Find) -> oip.InferCall:
-            found = oip.read_infer(body, length, find(name, version), find, self.config.max_items)
+            found = oip.read_infer(body, length, find(name, version), find, self.config.limits.max_items)
             call.seconds, call.priority = min(call.seconds, found.seconds), found.priority or call.priority
             return found
 
@@ -165,7 +165,7 @@ class Routes:
             return answer_response(content, found)
         return answer_response(content, found, BINARY, {JSON_LENGTH: str(json_length)})
 
-    async def tei(self, request: Request, what: str) -> Response:
+    async def ask_tei(self, request: Request, what: str) -> Response:
         """POST /embed, /rerank, /similarity, the same and /predict below /tei/{delta}"""
         body, call = await receive(request, self.config)
         reader = self._tei_reader(request, body, what)
@@ -175,8 +175,8 @@ class Routes:
         named, config = request.path_params.get("delta"), self.config
 
         def read(find: Find) -> tei.TeiCall:
-            call = tei.read_tei(body, what, find, named, config.max_items)
-            tei.check_fit(call, self._encoder.tokenizer, config.max_text_characters)
+            call = tei.read_tei(body, what, find, named, config.limits.max_items)
+            tei.check_fit(call, self._encoder.tokenizer, config.limits.max_text_characters)
             return call
 
         return read
@@ -205,7 +205,7 @@ class Routes:
     ) -> Response:
         """A call whose answer tells its id and its tokens."""
         body, call = await receive(request, self.config)
-        most = self.config.max_items
+        most = self.config.limits.max_items
 
         def written(parsed: P, found: list[Prediction]) -> bytes:
             return write(parsed, found, openai.Receipt(request_id_of(request.scope), int(time.time()), call.tokens))
@@ -325,21 +325,21 @@ class Routes:
         """POST /v2/repository/index"""
         access_of(request.scope).check_admin()
         ready_only = oip_model.read_index(await read_body(request, self.config))
-        return json_response([asdict(entry) for entry in await self.lifecycle.index(ready_only)])
+        return json_response(await self.lifecycle.index(ready_only))
 
     async def load(self, request: Request) -> Response:
         """POST /v2/repository/models/{delta}/load"""
         access_of(request.scope).check_admin()
         version = oip_model.read_load(await read_body(request, self.config))
         delta = await self.lifecycle.load(request.path_params["delta"], version)
-        return json_response(asdict(Entry(delta.name, delta.version, READY)))
+        return json_response(Version(delta.name, delta.version, READY))
 
     async def rollback(self, request: Request) -> Response:
         """POST /v2/repository/models/{delta}/rollback, this project's own"""
         access_of(request.scope).check_admin()
         oip_model.read_unload(await read_body(request, self.config))
         delta = await self.lifecycle.rollback(request.path_params["delta"])
-        return json_response(asdict(Entry(delta.name, delta.version, READY)))
+        return json_response(Version(delta.name, delta.version, READY))
 
     async def unload(self, request: Request) -> Response:
         """POST /v2/repository/models/{delta}/unload"""
@@ -347,7 +347,7 @@ class Routes:
         oip_model.read_unload(await read_body(request, self.config))
         name = request.path_params["delta"]
         await self.lifecycle.unload(name)
-        return json_response(asdict(Entry(name, "", UNAVAILABLE, "unloaded")))
+        return json_response(Version(name, "", UNAVAILABLE, "unloaded"))
 
     def _named(self, request: Request) -> Delta:
         """The delta that the path names."""

@@ -22,7 +22,7 @@ STEADY = 60.0  # seconds after which what ran is well again, and the next pause 
 
 
 @dataclass
-class State:
+class WorkState:
     """How a piece of work does. ``faults`` counts the errors that ended it."""
 
     vital: bool = False
@@ -38,7 +38,7 @@ class Background:
     """
 
     def __init__(self) -> None:
-        self.works: dict[str, State] = {}
+        self.works: dict[str, WorkState] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -101,8 +101,8 @@ class Background:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _known(self, name: str, vital: bool) -> State:
-        state = self.works.setdefault(name, State())
+    def _known(self, name: str, vital: bool) -> WorkState:
+        state = self.works.setdefault(name, WorkState())
         state.vital, state.up = vital, True
         return state
 
@@ -111,7 +111,7 @@ class Background:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _ended(self, name: str, state: State, problem: BaseException, seconds: float) -> float:
+    def _ended(self, name: str, state: WorkState, problem: BaseException, seconds: float) -> float:
         """Notes an end; for how long to wait before the next beginning."""
         state.up, state.faults = False, state.faults + 1
         pause = FIRST_PAUSE if seconds > STEADY else state.pause
@@ -120,7 +120,7 @@ class Background:
         return pause
 
 
-class Told:
+class OnceLogger:
     """What was logged of a kind of problem, so that each is said once, until it changes or is over. For any thread."""
 
     def __init__(self, log: logging.Logger) -> None:

@@ -17,9 +17,9 @@ from prometheus_client.registry import Collector
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.delta_set import DeltaSet
 from bertology_serve.serving.batching.queue import WorkQueue
-from bertology_serve.serving.batching.scheduler import Item
+from bertology_serve.serving.batching.scheduler import CallItem
 from bertology_serve.serving.observability.background import Background
-from bertology_serve.serving.observability.tracing import Tracing
+from bertology_serve.serving.observability.logs import Tracing
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Duration:
         return {"count": self.count, "ns": round(1e9 * self.seconds)}
 
 
-class Record:
+class VersionStatistics:
     """One version's numbers. Times of a batch count whole for each of its items: they shared it."""
 
     def __init__(self) -> None:
@@ -74,11 +74,11 @@ class Statistics:
     """Of all deltas that answer. For any thread."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._records: dict[tuple[str, str], Record] = {}
+        self._records: dict[tuple[str, str], VersionStatistics] = {}
         self._lock = threading.Lock()
         self._clock = clock
 
-    def batch(self, items: Sequence[Item], seconds: float, now: float) -> None:
+    def batch(self, items: Sequence[CallItem], seconds: float, now: float) -> None:
         """Notes a batch that took ``seconds`` and ended ``now``, on the clock by which the items arrived."""
         with self._lock:
             seen = set()
@@ -90,7 +90,7 @@ class Statistics:
                     record.batches += 1
                     seen.add(id(record))
 
-    def finished(self, items: Iterable[Item], success: bool, now: float) -> None:
+    def finished(self, items: Iterable[CallItem], success: bool, now: float) -> None:
         """Notes items that were answered, or failed."""
         with self._lock:
             for item in items:
@@ -102,7 +102,7 @@ class Statistics:
         """``{"model_stats": [...]}`` of those deltas."""
         with self._lock:
             known = [(delta.name, delta.version) for delta in deltas]
-            return {"model_stats": [self._records.get(key, Record()).as_dict(*key) for key in known]}
+            return {"model_stats": [self._records.get(key, VersionStatistics()).as_dict(*key) for key in known]}
 
     def keep(self, deltas: Iterable[Delta]) -> None:
         """Forgets all but those."""
@@ -110,11 +110,11 @@ class Statistics:
         with self._lock:
             self._records = {key: record for key, record in self._records.items() if key in known}
 
-    def _record(self, item: Item) -> Record:
+    def _record(self, item: CallItem) -> VersionStatistics:
         key = item.delta, item.version
         record = self._records.get(key)
         if record is None:
-            record = self._records[key] = Record()
+            record = self._records[key] = VersionStatistics()
         return record
 
 
@@ -163,7 +163,7 @@ class Metrics:
         budget = Gauge("bertology_batch_budget_tokens", "Tokens that a batch may hold now", registry=self.registry)
         budget.set_function(lambda: queue.times.budget)
 
-    def batch(self, items: Sequence[Item], seconds: float) -> None:
+    def batch(self, items: Sequence[CallItem], seconds: float) -> None:
         """Notes one batch that ran."""
         self._batch.observe(seconds)
         self._batch_tokens.observe(sum(item.cost for item in items))
@@ -171,7 +171,7 @@ class Metrics:
         self._batch_deltas.observe(len({item.delta for item in items}))
         self.statistics.batch(items, seconds, time.monotonic())
 
-    def finished(self, items: Sequence[Item], outcome: str, now: float) -> None:
+    def finished(self, items: Sequence[CallItem], outcome: str, now: float) -> None:
         """Notes what became of queued items; ``now`` is the time of the queue's clock."""
         if self.tracing:
             self.tracing.items(items, outcome, now)

@@ -199,7 +199,7 @@ def _texts(given: dict[str, Any], name: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Shape:
+class AnswerShape:
     """``answer`` makes one item's answer; ``nested``: a single text, too, is answered with a list of answers."""
 
     answer: Callable[[Prediction, Options], Any]
@@ -265,12 +265,12 @@ def own(prediction: Prediction, options: Options) -> dict[str, Any]:
 
 
 SHAPES = {
-    CLASSIFICATION: Shape(classification, nested=True),
-    REGRESSION: Shape(regression, nested=True),
-    TOKEN_CLASSIFICATION: Shape(tokens),
-    QUESTION_ANSWERING: Shape(question),
-    EMBEDDING: Shape(embedding),
-    MULTIPLE_CHOICE: Shape(own),
+    CLASSIFICATION: AnswerShape(classification, nested=True),
+    REGRESSION: AnswerShape(regression, nested=True),
+    TOKEN_CLASSIFICATION: AnswerShape(tokens),
+    QUESTION_ANSWERING: AnswerShape(question),
+    EMBEDDING: AnswerShape(embedding),
+    MULTIPLE_CHOICE: AnswerShape(own),
 }
 
 

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 from bertology_serve.serving.protocol.oip import InferRequest
+from bertology_serve.tasks.answers import Answer, Model, Version
 
 
-class Item(Struct, omit_defaults=True):
+class ItemBody(Struct, omit_defaults=True):
     """One item for one delta: the fields that its task reads."""
 
     delta: Annotated[str, Meta(description="Name of a delta, or 'base' for the bare encoder's embeddings.")]
@@ -22,50 +23,6 @@ class Item(Struct, omit_defaults=True):
     context: str | None = None
     premise: str | None = None
     choices: list[str] | None = None
-
-
-class Entity(Struct):
-    """One entity; offsets are characters of the text, or of the tokens joined by one space."""
-
-    label: str
-    start: int
-    end: int
-    text: str
-    score: float
-
-
-class Span(Struct):
-    """One answer; offsets are characters of the context."""
-
-    text: str
-    start: int
-    end: int
-    score: float
-
-
-class Answer(Struct, omit_defaults=True):
-    """One answer; which fields there are depends on the delta's task."""
-
-    delta: str
-    version: str
-    task: str
-    id: str = ""
-    label: str | None = None
-    score: float | None = None
-    scores: dict[str, float] | list[float] | None = None
-    value: float | None = None
-    entities: list[Entity] | None = None
-    tags: list[str] | None = None
-    answer: Span | None = None
-    answers: list[Span] | None = None
-    choice: int | None = None
-    embedding: list[float] | None = None
-    embedding_pair: list[float] | None = None
-    similarity: float | None = None
-    logits: list[Any] | None = None
-    truncated: Annotated[bool, Meta(description="The text was cut to the delta's maximum length.")] = False
-    tokens_read: Annotated[int | None, Meta(description="Tokens that were read; given where truncated.")] = None
-    tokens_given: Annotated[int | None, Meta(description="Tokens of the whole text; given where truncated.")] = None
 
 
 class TaskBody(Struct, omit_defaults=True):
@@ -264,19 +221,6 @@ class TeiDecodeBody(Struct, omit_defaults=True):
     skip_special_tokens: bool = True
 
 
-class Model(Struct):
-    """A delta that answers."""
-
-    name: str
-    version: str
-    task: str
-    labels: list[str]
-    kinds: list[str]
-    max_length: int
-    bytes: int
-    metrics: dict[str, float | None]
-
-
 class ServerMetadata(Struct):
     """What GET /v2 answers."""
 
@@ -338,15 +282,6 @@ class LoadRequest(Struct):
     parameters: dict[str, Any] | None = None
 
 
-class RepositoryEntry(Struct):
-    """One version of a delta; state is READY, UNAVAILABLE, LOADING or UNLOADING."""
-
-    name: str
-    version: str
-    state: str
-    reason: str
-
-
 class Problem(Struct):
     """What went wrong."""
 
@@ -369,8 +304,8 @@ class OpenAIProblem(Struct):
 
 
 BODIES = (
-    Item, Answer, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest, InferResponse,
+    ItemBody, Answer, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest, InferResponse,
     TeiBody, TeiClass, TeiSimilarityBody, TeiRerankBody, TeiTokenizeBody, TeiDecodeBody,
     RerankBody, Ranks, ScoreBody, Scores, ClassifyBody, Classes, PredictBody, Predictions,
-    EmbeddingsBody, Embeddings, IndexRequest, LoadRequest, RepositoryEntry, Problem, OpenAIProblem,
+    EmbeddingsBody, Embeddings, IndexRequest, LoadRequest, Version, Problem, OpenAIProblem,
 )  # fmt: skip

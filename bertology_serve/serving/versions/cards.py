@@ -13,14 +13,13 @@ from bertology_serve.deltas import catalog
 from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.format import from_json, kinds_record, metrics_of, metrics_record, specs_of
 from bertology_serve.deltas.names import MANIFEST, check_name
-from bertology_serve.deltas.safe_io import Limits, read_json, untrusted
-from bertology_serve.deltas.typed import build, conform
+from bertology_serve.deltas.safe_io import Limits, build, conform, read_json, untrusted
 from bertology_serve.errors import FormatError
 from bertology_serve.tasks.spec import TaskSpec
 
 
 @dataclass(frozen=True)
-class Card(Delta):
+class DeltaCard(Delta):
     """A delta without tensors, for everything that only asks about it: task, labels, version, kinds, metrics.
 
     ``path`` is where it lies, ``size`` the bytes of its tensors in float32.
@@ -35,7 +34,7 @@ class Card(Delta):
         return self.size
 
 
-def read_card(path: Path, name: str, root: Path) -> Card | None:
+def read_card(path: Path, name: str, root: Path) -> DeltaCard | None:
     """The card of a directory with ``delta.json``; ``None`` for one of peft's, which says too little by itself.
 
     Raises FormatError.
@@ -49,20 +48,20 @@ def read_card(path: Path, name: str, root: Path) -> Card | None:
         version = catalog.identify(path, limits, root, name).version
         catalog.check_called(path, found.name, name)
     size = 4 * sum(math.prod(shape) for shape in (*found.tensors.values(), *found.head.values()))
-    return Card(
+    return DeltaCard(
         found.name, found.base, found.task, found.specs, version=version, metrics=found.metrics, path=path, size=size
     )
 
 
-def card_of(delta: Delta, path: Path) -> Card:
+def card_of(delta: Delta, path: Path) -> DeltaCard:
     """The card of a delta that was read."""
-    return Card(
+    return DeltaCard(
         delta.name, delta.base, delta.task, delta.specs, version=delta.version, metrics=delta.metrics,
         path=path, size=delta.bytes,
     )  # fmt: skip
 
 
-def to_record(card: Card) -> dict[str, Any]:
+def to_record(card: DeltaCard) -> dict[str, Any]:
     """A card as plain values, for JSON."""
     return {
         "name": card.name,
@@ -76,13 +75,13 @@ def to_record(card: Card) -> dict[str, Any]:
     }
 
 
-def from_record(record: Mapping[str, Any]) -> Card:
+def from_record(record: Mapping[str, Any]) -> DeltaCard:
     """The card that ``to_record`` wrote; FormatError for what is none."""
     where = "the card"
     lacking = {"name", "base", "task", "kinds", "version", "metrics", "path", "size"} - record.keys()
     if lacking:
         raise FormatError(f"{where} lacks {min(lacking)!r}")
-    return Card(
+    return DeltaCard(
         check_name(record["name"], f"{where}: name"),
         build(BaseRef, record["base"], f"{where}: base"),
         build(TaskSpec, record["task"], f"{where}: task"),

@@ -14,8 +14,8 @@ from bertology_serve.deltas.safe_io import untrusted
 from bertology_serve.encoder.pipeline import BASE, DeltaSet
 from bertology_serve.encoder.task_models import WholeModel, task_models
 from bertology_serve.errors import BertologyError, NotFound, SpecError, nearest, printable
-from bertology_serve.export.exported_model import OnnxModel, exports
-from bertology_serve.serving.observability.background import Told
+from bertology_serve.export.onnx_engine import OnnxModel, exports
+from bertology_serve.serving.observability.background import OnceLogger
 from bertology_serve.serving.versions.canary import Split, Splits
 from bertology_serve.serving.versions.cards import card_of, read_card
 from bertology_serve.serving.versions.delta_cache import DeltaCache
@@ -41,7 +41,7 @@ class Registry:
         self.pipeline, self.root = pipeline, root
         self.models: set[str] = set()
         self.splits = Splits()
-        self._told = Told(log)
+        self._told = OnceLogger(log)
         self.tiers = DeltaCache(pipeline, lambda card: self._read(card.path, card.name), device_bytes, host_bytes)
 
     def load(self, root: Path, skip_bad: bool = False) -> list[InvalidDelta]:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
@@ -18,21 +17,12 @@ from bertology_serve.errors import BertologyError, Expired, NotFound, Overloaded
 from bertology_serve.serving.observability.metrics import Metrics
 from bertology_serve.serving.versions.canary import Split
 from bertology_serve.serving.versions.delta_registry import Registry
+from bertology_serve.tasks.answers import Version
 
 log = logging.getLogger(__name__)
 READY, UNAVAILABLE, LOADING, UNLOADING = "READY", "UNAVAILABLE", "LOADING", "UNLOADING"
 LOADERS = 2  # threads for what is told, and as many for what calls wait for
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One version of a delta, as the repository's index tells of it. ``reason``: why it is not ready."""
-
-    name: str
-    version: str
-    state: str
-    reason: str = ""
 
 
 class Lifecycle:
@@ -101,18 +91,18 @@ class Lifecycle:
         """The deltas that calls wait for."""
         return list(self._flights)
 
-    async def index(self, ready_only: bool = False) -> list[Entry]:
+    async def index(self, ready_only: bool = False) -> list[Version]:
         """Every version that lies in the served directory or answers, by name."""
         shelf = await self.shelf()
         answering = {delta.name: delta.version for delta in self.registry.all()}
-        entries: list[Entry] = []
+        entries: list[Version] = []
         for name in sorted(shelf.keys() | answering.keys(), key=lambda name: (name != "base", name)):
             current = answering.get(name)
             others = [one.version for one in shelf.get(name, ()) if one.version != current]
             if not ready_only:
                 entries += [self._entry(name, version, current) for version in others]
             if current is not None:
-                entries.append(Entry(name, current, READY))
+                entries.append(Version(name, current, READY))
         return entries
 
     async def shelf(self) -> dict[str, list[DeltaVersion]]:
@@ -140,10 +130,10 @@ class Lifecycle:
         if not done.cancelled():
             done.exception()  # whoever waited was told; nobody may be left
 
-    def _entry(self, name: str, version: str, current: str | None) -> Entry:
+    def _entry(self, name: str, version: str, current: str | None) -> Version:
         state = self._doing.get(name, UNAVAILABLE)
         reason = f"version {current} answers" if current else self._reasons.get(name, "not loaded")
-        return Entry(name, version, state, reason if state == UNAVAILABLE else "")
+        return Version(name, version, state, reason if state == UNAVAILABLE else "")
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._loaders, work)

@@ -22,7 +22,7 @@ from bertology_serve.deltas.safe_io import read_regular
 from bertology_serve.encoder.pipeline import BASE
 from bertology_serve.errors import BertologyError, FormatError, NotFound, SpecError
 from bertology_serve.serving.batching.queue import WorkQueue
-from bertology_serve.serving.observability.background import Told
+from bertology_serve.serving.observability.background import OnceLogger
 from bertology_serve.serving.versions.canary import Split
 from bertology_serve.serving.versions.lifecycle import Lifecycle
 
@@ -98,7 +98,7 @@ class Reconciler:
     def __init__(self, path: Path, lifecycle: Lifecycle, queue: WorkQueue, seconds: float) -> None:
         self._path, self._lifecycle, self._queue, self._seconds = path, lifecycle, queue, seconds
         self._seen: object = None
-        self._told = Told(log)
+        self._told = OnceLogger(log)
 
     async def run(self) -> None:
         """Goes on until it is cancelled."""
@@ -175,7 +175,7 @@ class Watcher:
         self._lifecycle, self._seconds = lifecycle, seconds
         self._seen: dict[str, tuple[str, Path]] = {}
         self._missing: set[str] = set()
-        self._told = Told(log)
+        self._told = OnceLogger(log)
         for card in list(lifecycle.registry.tiers.cards.values()):
             self._seen[card.name] = card.version, card.path
 

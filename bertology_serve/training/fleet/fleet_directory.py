@@ -11,17 +11,19 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from bertology_serve.deltas.catalog import check_place
 from bertology_serve.errors import InputError
+from bertology_serve.files import JsonObject
+from bertology_serve.training.callbacks import Line
 from bertology_serve.training.checkpoint import read_checkpoint
 from bertology_serve.training.methods import ParameterCount
 from bertology_serve.training.run_directory import LOG, RunDirectory
 
-Stored = tuple[dict[str, Tensor], dict[str, Any]]
+Stored = tuple[dict[str, Tensor], JsonObject]
 
 
 class FleetDirectory(RunDirectory):
@@ -51,12 +53,12 @@ class FleetDirectory(RunDirectory):
             for path in [*self.root.glob(f".{name}.*.tmp"), *self.root.glob(f".{name}.*.old")]:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def log_of(self, name: str, record: Mapping[str, Any]) -> None:
+    def log_of(self, name: str, record: Line) -> None:
         """Appends one line to a member's log."""
         with self._log_path(name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def lines_of(self, name: str) -> list[dict[str, Any]]:
+    def lines_of(self, name: str) -> list[JsonObject]:
         """The lines of a member's log."""
         path = self._log_path(name)
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
@@ -98,9 +100,6 @@ class FleetDirectory(RunDirectory):
         if path.exists():
             whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
             path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")
-
-
-Line = Mapping[str, Any]
 
 
 class FleetWatcher(Protocol):

@@ -6,13 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from bertology_serve.deltas.catalog import identify
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import SpecError
+from bertology_serve.files import JsonObject
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
@@ -195,7 +195,7 @@ def train_fleet(
     return publisher.deltas
 
 
-def _identity(rows: int, encoder: Encoder, crew: list[Enrolled]) -> dict[str, Any]:
+def _identity(rows: int, encoder: Encoder, crew: list[Enrolled]) -> JsonObject:
     """What a fleet and its continuation must have in common, each member's fields under its name."""
     own = {
         f"{one.member.name}.{key}": value

@@ -29,11 +29,11 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 from bertology_serve.deltas.names import check_name
 from bertology_serve.errors import BertologyError, DataError, InputError, NotFound, SpecError, nearest
-from bertology_serve.training.method_options import KindFlags
+from bertology_serve.files import JsonObject
+from bertology_serve.training.method_options import KindFlags, Values
 from bertology_serve.training.train_config import TrainConfig
 
 SOURCES = ("train", "eval", "ood", "columns")
@@ -80,7 +80,7 @@ def read_fleet(path: Path) -> FleetSpec:
         raise SpecError(f"{path}: {error}") from None
 
 
-def fleet_from_dict(values: Mapping[str, Any], root: Path = Path()) -> FleetSpec:
+def fleet_from_dict(values: Values, root: Path = Path()) -> FleetSpec:
     """The fleet that a table holds; files are relative to ``root``. Raises SpecError."""
     _check_known("the fleet", values, _TOP)
     shared, deltas = _table(values.get("all", {}), "all"), _table(values.get("delta", {}), "delta")
@@ -95,7 +95,7 @@ def fleet_from_dict(values: Mapping[str, Any], root: Path = Path()) -> FleetSpec
     return FleetSpec(tuple(members), _text("backbone", values.get("backbone")), **numbers)
 
 
-def _members(name: str, own: Mapping[str, Any], shared: Mapping[str, Any], root: Path) -> Iterator[MemberSpec]:
+def _members(name: str, own: Values, shared: Values, root: Path) -> Iterator[MemberSpec]:
     """The deltas that a table stands for: one, or the combinations of its grid."""
     grid = _table(own.get("grid", {}), f"{name}.grid")
     wrong = next((key for key, options in grid.items() if not isinstance(options, list) or not options), None)
@@ -110,13 +110,13 @@ def _members(name: str, own: Mapping[str, Any], shared: Mapping[str, Any], root:
             raise SpecError(f"delta.{full}: {error}") from None
 
 
-def _member(name: str, own: Mapping[str, Any], shared: Mapping[str, Any], root: Path) -> MemberSpec:
+def _member(name: str, own: Values, shared: Values, root: Path) -> MemberSpec:
     check_name(name, "delta name")
     for table in (own, shared):
         _check_known("a delta", table, (*SOURCES, *_PLAIN, *_KINDS))
     values = {**shared, **own}
     method = TrainConfig.from_dict({key: values[key] for key in ("task", "method") if key in values}).method
-    options: dict[str, dict[str, Any]] = {}
+    options: dict[str, JsonObject] = {}
     for key, kind in _KINDS.items():
         if key in own or (key in shared and kind in method):
             options.setdefault(kind, {})[_field(key)] = values[key]
@@ -133,39 +133,39 @@ def _field(flag: str) -> str:
     return str(next(field.metadata["field"] for field in fields(KindFlags) if field.name == flag))
 
 
-def _place(key: str, value: Any, root: Path) -> str | None:
+def _place(key: str, value: object, root: Path) -> str | None:
     text = _text(key, value)
     return text if text is None or text.startswith(("hub:", "set:")) else str(root / text)
 
 
-def _text(key: str, value: Any) -> str | None:
+def _text(key: str, value: object) -> str | None:
     if value is not None and not isinstance(value, str):
         raise SpecError(f"{key} is {value!r}; expected text")
     return value
 
 
-def _whole(key: str, value: Any) -> int:
+def _whole(key: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SpecError(f"{key} is {value!r}; expected a whole number from 1 up")
     return value
 
 
-def _table(value: Any, name: str) -> Mapping[str, Any]:
+def _table(value: object, name: str) -> Values:
     if not isinstance(value, Mapping):
         raise SpecError(f"{name} is {value!r}; expected a table")
     return value
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _worded(value: Any) -> str:
+def _worded(value: object) -> str:
     """A value as a part of a delta's name."""
     return re.sub(r"[^a-z0-9.]+", "-", "-".join(map(str, value if isinstance(value, list) else [value])).lower())
 
 
-def _check_known(what: str, values: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def _check_known(what: str, values: Values, known: tuple[str, ...]) -> None:
     allowed = (*known, "grid") if what == "a delta" else known
     for name in values:
         if name not in allowed:

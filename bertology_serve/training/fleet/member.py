@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import SpecError
+from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Task
 from bertology_serve.training.batches import Item
+from bertology_serve.training.callbacks import Line
 from bertology_serve.training.checkpoint import random_state, set_random_state
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.layers import lowest_trained
@@ -56,7 +57,7 @@ class Member(Trainer):
         """Whether there is no further step to make."""
         return super().done or bool(self.failure)
 
-    def begin(self, found: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None) -> None:
+    def begin(self, found: tuple[Mapping[str, Tensor], JsonObject] | None) -> None:
         """From the first step, or from where a checkpoint stands."""
         if found is not None:
             tensors, state = found
@@ -109,12 +110,12 @@ class Member(Trainer):
             self.random = random_state(device)
             set_random_state(device, outside)
 
-    def stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def stored(self) -> tuple[dict[str, Tensor], JsonObject]:
         """What ``begin`` continues from."""
         state = {"run": self.state.as_dict(), "failure": self.failure, "latest": self.latest}
         return {**self.tensors(), **self.random}, state
 
-    def _log(self, line: Mapping[str, Any]) -> None:
+    def _log(self, line: Line) -> None:
         if self.fleet is not None:
             self.fleet.log_of(self.name, line)
         if "eval" in line:

@@ -28,13 +28,15 @@ import itertools
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from bertology_serve.data.sets import set_named
 from bertology_serve.errors import NotFound, SpecError, nearest
+from bertology_serve.files import JsonObject
 from bertology_serve.training.config_file import read_settings
+from bertology_serve.training.method_options import Values
 from bertology_serve.training.train_config import TrainConfig
 
 STATISTICS = ("mean", "median")
@@ -59,7 +61,7 @@ class GridTask:
     columns: Mapping[str, str] = field(default_factory=dict)
     rows: int | None = None
     eval_rows: int | None = None
-    train: Mapping[str, Any] = field(default_factory=dict)
+    train: Values = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.data:
@@ -85,9 +87,9 @@ class GridMethod:
     papers' figures by column (percent; ``MRPC``, ``SQuAD → drop``), ``label`` what the papers say of its parameters."""
 
     name: str
-    train: Mapping[str, Any] = field(default_factory=dict)
-    vary: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    train: Values = field(default_factory=dict)
+    vary: Mapping[str, Sequence[object]] = field(default_factory=dict)
+    tasks: Mapping[str, Values] = field(default_factory=dict)
     published: Mapping[str, float] = field(default_factory=dict)
     label: str = ""
 
@@ -98,7 +100,7 @@ class GridRun:
 
     task: GridTask
     method: GridMethod
-    values: Mapping[str, Any]
+    values: Values
     seed: int
     config: TrainConfig
 
@@ -123,7 +125,7 @@ class Grid:
     methods: tuple[GridMethod, ...]
     seeds: tuple[int, ...] = (0,)
     statistic: str = "median"
-    train: Mapping[str, Any] = field(default_factory=dict)
+    train: Values = field(default_factory=dict)
     notes: str = ""
 
     def __post_init__(self) -> None:
@@ -151,10 +153,9 @@ class Grid:
 
     def only(self, tasks: Sequence[str] = (), methods: Sequence[str] = ()) -> Grid:
         """The part of the grid with these tasks and methods; none named: all of them. Raises SpecError."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        return Grid(**{**values, "tasks": _chosen(self.tasks, tasks), "methods": _chosen(self.methods, methods)})
+        return replace(self, tasks=_chosen(self.tasks, tasks), methods=_chosen(self.methods, methods))
 
-    def _config(self, task: GridTask, method: GridMethod, values: Mapping[str, Any], seed: int) -> TrainConfig:
+    def _config(self, task: GridTask, method: GridMethod, values: Values, seed: int) -> TrainConfig:
         # as the papers have it: a head begins at random unless the recipe says otherwise
         flags = {
             "task": task.task,
@@ -179,21 +180,20 @@ def read_grid(path: Path) -> Grid:
         tasks = tuple(_made(GridTask, _task(one), "[[tasks]]") for one in values.pop("tasks", []))
         methods = tuple(_made(GridMethod, one, "[[methods]]") for one in values.pop("methods", []))
         seeds = tuple(values.pop("seeds", (0,)))
-        grid: Grid = _made(Grid, {**values, "tasks": tasks, "methods": methods, "seeds": seeds}, "the grid")
-        return grid
+        return _made(Grid, {**values, "tasks": tasks, "methods": methods, "seeds": seeds}, "the grid")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise SpecError(f"{path}: not TOML ({problem}); see docs/training.md for a grid's form") from None
     except SpecError as problem:
         raise SpecError(f"{path}: {problem}") from None
 
 
-def combinations(vary: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+def combinations(vary: Mapping[str, Sequence[object]]) -> Iterator[JsonObject]:
     """Every choice of one value a field; one empty choice where nothing varies."""
     for values in itertools.product(*vary.values()):
         yield dict(zip(vary, values, strict=True))
 
 
-def row_name(method: str, values: Mapping[str, Any]) -> str:
+def row_name(method: str, values: Values) -> str:
     """``LoRA, rank 4``."""
     return ", ".join([method, *(f"{name.replace('_', ' ')} {value}" for name, value in values.items())])
 
@@ -203,13 +203,17 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def _task(values: Mapping[str, Any]) -> dict[str, Any]:
+Made = TypeVar("Made", GridTask, GridMethod, Grid)
+Named = TypeVar("Named", GridTask, GridMethod)
+
+
+def _task(values: Values) -> JsonObject:
     """In the file ``train`` and ``eval`` are files, and ``flags`` what the class calls ``train``."""
     names = {"train": "train_file", "eval": "eval_file", "flags": "train"}
     return {names.get(name, name): value for name, value in values.items()}
 
 
-def _made(form: type[Any], values: Mapping[str, Any], where: str) -> Any:
+def _made(form: type[Made], values: Values, where: str) -> Made:
     known = [one.name for one in fields(form)]
     for name in values:
         if name not in known:
@@ -222,7 +226,7 @@ def _made(form: type[Any], values: Mapping[str, Any], where: str) -> Any:
         ) from None
 
 
-def _chosen(entries: tuple[Any, ...], names: Sequence[str]) -> tuple[Any, ...]:
+def _chosen(entries: tuple[Named, ...], names: Sequence[str]) -> tuple[Named, ...]:
     known = {slug(one.name): one for one in entries}
     for name in names:
         if slug(name) not in known:

@@ -11,6 +11,7 @@ from typing import Any
 
 from bertology_serve.training.grids.grid import GridMethod, combinations, row_name, slug
 from bertology_serve.training.grids.grid_tables import Column, Results, parameters
+from bertology_serve.training.method_options import Values
 
 WIDTH, HEIGHT, DPI = 4.6, 3.4, 120
 Logs = Mapping[tuple[str, str], Sequence[Path]]
@@ -102,21 +103,23 @@ def _lines(results: Results, axis: str, column: Column) -> Iterator[tuple[str, l
         others = {name: values for name, values in method.vary.items() if name != axis}
         for held in combinations(others):
             points = [
-                point for value in method.vary[axis] if (point := _point(results, method, axis, value, held, column))
+                point
+                for value in method.vary[axis]
+                if isinstance(value, int | float) and (point := _point(results, method, axis, value, held, column))
             ]
             if points:
                 yield row_name(method.name, held), points
 
 
 def _point(
-    results: Results, method: GridMethod, axis: str, value: Any, held: Mapping[str, Any], column: Column
+    results: Results, method: GridMethod, axis: str, value: float, held: Values, column: Column
 ) -> tuple[float, float, float] | None:
     values = {name: value if name == axis else held[name] for name in method.vary}
     cell = results.cell(row_name(method.name, values), column)
     return None if cell.middle is None else (value, cell.middle, cell.spread or 0.0)
 
 
-def _numeric(values: Sequence[Any]) -> bool:
+def _numeric(values: Sequence[object]) -> bool:
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 

@@ -7,19 +7,19 @@ from pathlib import Path
 from bertology_serve.files import replacing
 from bertology_serve.training.grids import grid_plots
 from bertology_serve.training.grids.grid import Grid
-from bertology_serve.training.grids.grid_run import Place, result_of
+from bertology_serve.training.grids.grid_run import GridPlace, result_of
 from bertology_serve.training.grids.grid_tables import Results, long_csv, markdown, wide_csv
 from bertology_serve.training.run_directory import LOG
 
 TABLE, WIDE, LONG = "table.md", "table.csv", "runs.csv"
 
 
-def collect(grid: Grid, place: Place) -> Results:
+def collect(grid: Grid, place: GridPlace) -> Results:
     """The finished runs of a grid."""
     return Results(grid, [(run, found) for run in grid.runs() if (found := result_of(run, place)) is not None])
 
 
-def write_report(grid: Grid, place: Place, draw: bool = True) -> Results:
+def write_report(grid: Grid, place: GridPlace, draw: bool = True) -> Results:
     """Writes the tables and, with ``draw`` and where matplotlib is, the plots, of whatever is finished."""
     results = collect(grid, place)
     place.out.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -26,8 +25,9 @@ from bertology_serve.data.sets import set_named
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import InputError, nearest
-from bertology_serve.files import write_json
+from bertology_serve.files import JsonObject, write_json
 from bertology_serve.training.batches import Source
+from bertology_serve.training.callbacks import Line
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.grids.grid import GridRun, GridTask
 from bertology_serve.training.memory import Peak
@@ -41,7 +41,7 @@ RESULT, SPEC, DELTA = "result.json", "spec.json", "delta"
 
 
 @dataclass(frozen=True)
-class Place:
+class GridPlace:
     """Where a grid runs: its directory, where its data lies, and what computes."""
 
     out: Path
@@ -63,16 +63,16 @@ class Place:
         return next((f"{PREFIX}{name}@{folder}:{split}" for folder in folders if folder.is_dir()), file)
 
 
-def result_of(run: GridRun, place: Place) -> dict[str, Any] | None:
+def result_of(run: GridRun, place: GridPlace) -> JsonObject | None:
     """What the run gave, if it is finished and still the one that the grid names."""
     path = place.directory(run) / RESULT
     if not path.exists() or not _is_same(run, place):
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    found: JsonObject = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
-def execute(run: GridRun, place: Place) -> dict[str, Any]:
+def execute(run: GridRun, place: GridPlace) -> JsonObject:
     """Makes one run, or continues it where it was killed; returns and leaves its result.
 
     Raises InputError where the task does not have the metric that the grid names.
@@ -104,7 +104,7 @@ def execute(run: GridRun, place: Place) -> dict[str, Any]:
     return result
 
 
-def _measured(outcome: Outcome, others: Mapping[str, Source], place: Place, known: str) -> Measured:
+def _measured(outcome: Outcome, others: Mapping[str, Source], place: GridPlace, known: str) -> Measured:
     """Metrics of the published delta by column, the task's own called ``""``; the official ones of a ``known`` set."""
     delta = store.load(outcome.path)
     encoder = Encoder.for_delta(delta, place.backbone, device=place.device)
@@ -117,7 +117,7 @@ def _measured(outcome: Outcome, others: Mapping[str, Source], place: Place, know
     }
 
 
-def _facts(outcome: Outcome, peak: Peak, encoder: Encoder) -> dict[str, Any]:
+def _facts(outcome: Outcome, peak: Peak, encoder: Encoder) -> JsonObject:
     """What a run cost, and on what."""
     text = (outcome.path / LOG).read_text(encoding="utf-8")
     steps = [line for line in map(json.loads, text.splitlines()) if "tokens" in line]
@@ -139,12 +139,12 @@ def _facts(outcome: Outcome, peak: Peak, encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _work(line: Mapping[str, Any]) -> tuple[int, float]:
+def _work(line: Line) -> tuple[int, float]:
     """Tokens and seconds of one step."""
     return line["tokens"], line["tokens"] / line["tokens_per_s"]
 
 
-def _source(task: GridTask, file: str, rows: int | None, place: Place) -> Source:
+def _source(task: GridTask, file: str, rows: int | None, place: GridPlace) -> Source:
     """A file's records; ``rows`` of them, drawn by a seed that is always the same, in their order."""
     source = Source.read(place.find(file), task.columns)
     if rows is None or rows >= len(source.records):
@@ -155,16 +155,16 @@ def _source(task: GridTask, file: str, rows: int | None, place: Place) -> Source
     return Source(source.name, chosen, source.columns)
 
 
-def _spec(run: GridRun, place: Place) -> dict[str, Any]:
+def _spec(run: GridRun, place: GridPlace) -> JsonObject:
     """All that a run's figures depend on, as JSON gives it back."""
     task = {name: value for name, value in asdict(run.task).items() if name not in ("name", "metric", "train", "data")}
     task |= {"data": run.task.data} if run.task.data else {}
     spec = {"backbone": place.backbone, "task": task, "training": run.config.as_dict()}
-    plain: dict[str, Any] = json.loads(json.dumps(spec))
+    plain: JsonObject = json.loads(json.dumps(spec))
     return plain
 
 
-def _is_same(run: GridRun, place: Place) -> bool:
+def _is_same(run: GridRun, place: GridPlace) -> bool:
     """Whether what lies there is this run; fields that are newer than it had their defaults."""
     try:
         stored = json.loads((place.directory(run) / SPEC).read_text(encoding="utf-8"))

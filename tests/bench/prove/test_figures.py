@@ -212,7 +212,7 @@ def test_overhead(stage, encoder, monkeypatch):
     @contextmanager
     def near(command: list[str], environ: Any) -> Iterator[Near]:
         with running(Stub(encoder)) as started:
-            assert started.post("/predict", {"delta": "x", "text": "y"}).json()["label"] == "good"
+            assert started.post("/predict", {"delta": "base", "text": "y"}).json()["label"] == "good"
             yield Near(started)
 
     monkeypatch.setattr(overhead, "serving", near)

@@ -17,7 +17,7 @@ from bertology_serve.encoder.batch import pack
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.export.emitter.delta_inputs import Feed, texts
 from bertology_serve.export.emitter.emit import emit_hidden
-from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import Precision
 from tests import tiny
 from tests.export.cases import DELTAS, FACTORS, encodings
@@ -33,7 +33,7 @@ class Both:
         self.encoder, self.feed = encoder, Feed(encoder.anatomy)
         self.bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
         self.entries: dict[str, BankEntry] = {"bare": BARE}
-        self.parts = parts_of(encoder, bare("bare", encoder.ref, 32), False)
+        self.parts = ExportInputs.of(encoder, bare("bare", encoder.ref, 32), False)
         model = onnx_ir.to_proto(emit_hidden(self.parts, opset, precision))
         onnx.checker.check_model(model, full_check=opset < 23)
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

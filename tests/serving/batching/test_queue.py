@@ -7,7 +7,7 @@ import pytest
 
 from bertology_serve.errors import Overloaded, RateLimited
 from bertology_serve.serving.batching.queue import BatchTimes, WorkQueue
-from bertology_serve.serving.batching.scheduler import FairScheduler, State
+from bertology_serve.serving.batching.scheduler import FairScheduler, ItemState
 from tests.serving.batching.test_scheduler import work
 
 
@@ -24,7 +24,7 @@ def test_counts_what_waits():
     batch = made.take()
     assert [one.cost for one in batch] == [4]
     assert batch[0].arrived == 5.0
-    assert batch[0].state is State.TAKEN
+    assert batch[0].state is ItemState.TAKEN
     assert (made.items, made.tokens) == (1, 7)
 
 
@@ -164,6 +164,6 @@ def test_expired_work_is_never_handed_out():
     late, good = work(4, deadline=5.0), work(4, deadline=5.1)
     made.put([late, good])
     assert made.take() == [good]
-    assert late.state is State.CANCELLED
+    assert late.state is ItemState.CANCELLED
     assert (made.items, made.tokens) == (0, 0)
     assert made.cancel([late]) == 0

@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bertology_serve.encoder.pipeline import Request
-from bertology_serve.serving.batching.scheduler import CallContext, DeltaQueue, FairScheduler, Item, State
+from bertology_serve.serving.batching.scheduler import CallContext, CallItem, DeltaQueue, FairScheduler, ItemState
 
 
-def work(cost: int, delta: str = "d", deadline: float = math.inf, priority: int = 0) -> Item:
+def work(cost: int, delta: str = "d", deadline: float = math.inf, priority: int = 0) -> CallItem:
     ready: Any = SimpleNamespace(delta=SimpleNamespace(version="1"))
-    made = Item(Request(delta, {}), ready, CallContext(), deadline, priority)
+    made = CallItem(Request(delta, {}), ready, CallContext(), deadline, priority)
     made.cost, made.encodings = cost, ()
     return made
 
 
-def scheduler(works: list[Item], budget: int, **weights: float) -> FairScheduler:
+def scheduler(works: list[CallItem], budget: int, **weights: float) -> FairScheduler:
     made = FairScheduler(budget, weights)
     for one in works:
         made.push(one)
@@ -79,7 +79,7 @@ def test_dropped_and_expired_work_is_forgotten_and_costs_its_delta_nothing():
     made.cancel(works[0])
     assert made.pick(2.0) == [works[1]]
     assert made.pick(2.0) == []
-    assert [one.state for one in works] == [State.CANCELLED, State.TAKEN, State.CANCELLED]
+    assert [one.state for one in works] == [ItemState.CANCELLED, ItemState.TAKEN, ItemState.CANCELLED]
     assert (made.total.items, made.total.tokens) == (0, 0)
 
 
@@ -139,7 +139,7 @@ def test_memory_is_bounded_by_what_waits():
         if number % 2:
             made.cancel(once)
         else:
-            while once.state is State.WAITING:
+            while once.state is ItemState.WAITING:
                 made.pick(0.0)
     assert len(made.queues) == 1
     assert len(made._spent) < 100
@@ -164,7 +164,7 @@ class Watch:
 
     def __init__(self, budget: int) -> None:
         self.made, self.budget, self.now = FairScheduler(budget, WEIGHTS), budget, 0.0
-        self.waiting: list[Item] = []
+        self.waiting: list[CallItem] = []
         self.service = dict.fromkeys(NAMES, 0.0)
         self.since: dict[tuple[str, str], tuple[float, float]] = {}
         self.unit = 0.0
@@ -191,7 +191,7 @@ class Watch:
         self.waiting = [one for one in live if one not in batch]
 
     def drop(self, index: int) -> None:
-        waiting = [one for one in self.waiting if one.state is State.WAITING]
+        waiting = [one for one in self.waiting if one.state is ItemState.WAITING]
         if index < len(waiting):
             self.made.cancel(waiting[index])
             self.waiting.remove(waiting[index])

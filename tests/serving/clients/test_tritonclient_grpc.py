@@ -73,7 +73,7 @@ def test_infer(client, served):
 def test_typed_contents_as_other_clients_send_them(served):
     import grpc
 
-    from bertology_serve.serving.rpc.messages import SERVICE, message
+    from bertology_serve.serving.protocol.grpc_messages import SERVICE, message
 
     request = message("ModelInferRequest")(model_name="sense")
     request.inputs.add(name="text", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"the cat")
@@ -100,7 +100,7 @@ def test_typed_contents_as_other_clients_send_them(served):
 def test_a_call_keeps_its_id_or_gets_one(served):
     import grpc
 
-    from bertology_serve.serving.rpc.messages import SERVICE, message
+    from bertology_serve.serving.protocol.grpc_messages import SERVICE, message
 
     def ids(method: str, **fields: str) -> list[str]:
         kind = message(f"{method}Request")

@@ -35,7 +35,7 @@ def test_references_lead_somewhere():
     text = repr(document())
     named = set(re.findall(r"#/components/schemas/(\w+)", text))
     assert named <= document()["components"]["schemas"].keys()
-    assert {"Item", "Answer", "TaskBody", "InferRequest", "Problem"} <= named
+    assert {"ItemBody", "Answer", "TaskBody", "InferRequest", "Problem"} <= named
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -43,7 +43,7 @@ def test_answers_have_only_documented_fields(server, name):
     known = document()["components"]["schemas"]["Answer"]["properties"].keys()
     answer = server.post("/predict", {"delta": name, "logits": True, **RECORDS[name]}).json()
     assert answer.keys() <= known
-    assert RECORDS[name].keys() <= document()["components"]["schemas"]["Item"]["properties"].keys()
+    assert RECORDS[name].keys() <= document()["components"]["schemas"]["ItemBody"]["properties"].keys()
 
 
 def test_each_operation_names_its_answers():

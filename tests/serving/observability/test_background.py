@@ -18,7 +18,7 @@ from bertology_serve.errors import BertologyError
 from bertology_serve.serving.batching.queue import BatchTimes, WorkQueue
 from bertology_serve.serving.batching.scheduler import FairScheduler
 from bertology_serve.serving.observability import background as module
-from bertology_serve.serving.observability.background import Background, Told
+from bertology_serve.serving.observability.background import Background, OnceLogger
 from bertology_serve.serving.observability.metrics import Metrics
 from bertology_serve.serving.versions.delta_registry import Registry
 from bertology_serve.serving.versions.lifecycle import Lifecycle
@@ -59,7 +59,7 @@ def test_a_loop_that_ends_begins_again_and_is_counted(caplog):
 def test_pauses_grow_and_those_that_ran_long_begin_at_once(monkeypatch):
     monkeypatch.setattr(module, "FIRST_PAUSE", 1.0)
     monkeypatch.setattr(module, "LONGEST_PAUSE", 5.0)
-    works, state = Background(), module.State(pause=1.0)
+    works, state = Background(), module.WorkState(pause=1.0)
     pauses = [works._ended("it", state, ValueError(), 0.0) for _ in range(5)]
     assert pauses == [1.0, 2.0, 4.0, 5.0, 5.0]
     assert works._ended("it", state, ValueError(), module.STEADY + 1) == 1.0
@@ -99,7 +99,7 @@ def test_work_that_is_done_once_is_not_repeated(caplog):
 
 
 def test_each_problem_is_told_once_until_it_changes_or_is_over(caplog):
-    told = Told(logging.getLogger("here"))
+    told = OnceLogger(logging.getLogger("here"))
     for reason in ("torn", "torn", "gone", "torn"):
         told.say("a", reason)
     told.say("b", "torn")

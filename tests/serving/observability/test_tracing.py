@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from bertology_serve.errors import Unsupported
-from bertology_serve.serving.observability.tracing import Tracing
+from bertology_serve.serving.observability.logs import Tracing
 from tests.serving.running import Running, running, wait
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import json
 
+from bertology_serve.serving.grpc_server import write_infer
 from bertology_serve.serving.protocol.oip import read_infer
-from bertology_serve.serving.rpc.grpc_server import write_infer
 
 
 def test_what_was_cut_is_told(registry):

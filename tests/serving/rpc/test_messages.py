@@ -6,7 +6,7 @@ import pytest
 from google.protobuf import descriptor
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from bertology_serve.serving.rpc.messages import TABLE, message
+from bertology_serve.serving.protocol.grpc_messages import TABLE, message
 
 THEIRS = {
     **service_pb2.DESCRIPTOR.message_types_by_name,

@@ -10,7 +10,7 @@ import pytest
 
 from bertology_serve.errors import InputError, Unsupported
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.rpc.grpc_server import GrpcServer
+from bertology_serve.serving.grpc_server import GrpcServer
 
 
 def test_without_its_package_it_says_what_to_install(monkeypatch):

@@ -123,7 +123,7 @@ PEFT = {"tenant-a": ["checkpoint-500"], "tenant-b": ["checkpoint-500", "checkpoi
 def test_pefts_adapters_have_one_name_everywhere(roomy, of_peft, capsys):
     """At the start, with and without what is bad, for the watcher, in the index, when loaded, and to ``inspect``."""
     from bertology_serve.cli.main import main
-    from bertology_serve.training.publish import open_delta
+    from bertology_serve.encoder.opening import open_delta
 
     strict, careful = registry(roomy), registry(roomy)
     strict.load(of_peft)

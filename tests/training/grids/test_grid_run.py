@@ -11,7 +11,7 @@ from bertology_serve.errors import InputError
 from bertology_serve.training.grids import grid_run as runs
 from bertology_serve.training.grids.grid import Grid, GridMethod, GridTask
 from bertology_serve.training.grids.grid_report import write_report
-from bertology_serve.training.grids.grid_run import Place, execute, result_of
+from bertology_serve.training.grids.grid_run import GridPlace, execute, result_of
 from bertology_serve.training.trainer import Trainer
 from tests.training import sets
 
@@ -19,12 +19,12 @@ TRAIN = {"epochs": 2, "batch_size": 4, "max_length": 16, "keep": "last"}
 
 
 @pytest.fixture
-def place(tmp_path: Path, bert_path: Path) -> Place:
+def place(tmp_path: Path, bert_path: Path) -> GridPlace:
     sets.write(tmp_path / "mood.jsonl", sets.classification())
-    return Place(tmp_path / "out", tmp_path, str(bert_path))
+    return GridPlace(tmp_path / "out", tmp_path, str(bert_path))
 
 
-def grid(place: Place, *methods: GridMethod, **values: Any) -> Grid:
+def grid(place: GridPlace, *methods: GridMethod, **values: Any) -> Grid:
     files: dict[str, Any] = {"train_file": "mood.jsonl", "eval_file": "mood.jsonl", "ood": {"far": "mood.jsonl"}}
     task = GridTask("Mood", "classification", **{**files, **values}, metric="accuracy", rows=10, eval_rows=8)
     return Grid("A grid", place.backbone, (task,), methods, train=TRAIN)
@@ -34,7 +34,7 @@ LORA = GridMethod("LoRA", {"method": "lora", "rank": 2})
 EH = GridMethod("EH-FT", {"recipe": "eh-ft", "method": "bitfit", "first_epochs": 1, "gradient_steps": 3})
 
 
-def test_a_run_leaves_its_figures_and_its_costs(place: Place):
+def test_a_run_leaves_its_figures_and_its_costs(place: GridPlace):
     made = grid(place, LORA, EH)
     lora, full = (execute(run, place) for run in made.runs())
     assert (lora["rows"], lora["measured_rows"]) == (10, {"": 8, "far": 8})
@@ -51,7 +51,7 @@ def test_a_run_leaves_its_figures_and_its_costs(place: Place):
     assert sum("layer_norms" in line for line in logged) == 6, "three steps of each stage"
 
 
-def test_what_is_finished_is_not_made_again_and_what_changed_is(place: Place, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_finished_is_not_made_again_and_what_changed_is(place: GridPlace, monkeypatch: pytest.MonkeyPatch):
     run = next(grid(place, LORA).runs())
     assert result_of(run, place) is None
     made = execute(run, place)
@@ -65,7 +65,7 @@ def test_what_is_finished_is_not_made_again_and_what_changed_is(place: Place, mo
     assert result_of(run, place) == made, "a field that is newer than the run had its default"
 
 
-def test_a_killed_run_is_continued(place: Place, monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_run_is_continued(place: GridPlace, monkeypatch: pytest.MonkeyPatch):
     run = next(grid(place, LORA).runs())
     expected = execute(run, place)
     (place.directory(run) / "result.json").unlink()
@@ -78,7 +78,7 @@ def test_a_killed_run_is_continued(place: Place, monkeypatch: pytest.MonkeyPatch
     assert again["measured"] == expected["measured"]
 
 
-def test_a_run_killed_in_training_goes_on_from_its_checkpoint(place: Place, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_killed_in_training_goes_on_from_its_checkpoint(place: GridPlace, monkeypatch: pytest.MonkeyPatch):
     run = next(grid(place, GridMethod("LoRA", {"method": "lora", "rank": 2, "save_every": 1, "epochs": 4})).runs())
     expected = execute(run, place)
     (place.directory(run) / "result.json").unlink()
@@ -99,14 +99,14 @@ def test_a_run_killed_in_training_goes_on_from_its_checkpoint(place: Place, monk
     assert (again["measured"], again["steps"]) == (expected["measured"], expected["steps"])
 
 
-def test_the_best_state_may_be_kept_and_so_may_deltas(place: Place):
+def test_the_best_state_may_be_kept_and_so_may_deltas(place: GridPlace):
     run = next(grid(place, GridMethod("LoRA", {"method": "lora", "keep": "best"})).runs())
     execute(run, replace(place, keep=True))
     manifest = json.loads((place.directory(run) / "delta" / "delta.json").read_text())
     assert manifest["provenance"]["eval"]["rows"] == 8
 
 
-def test_a_known_set_is_measured_as_its_makers_do(place: Place, tmp_path: Path):
+def test_a_known_set_is_measured_as_its_makers_do(place: GridPlace, tmp_path: Path):
     names = {"up": "equivalent", "down": "not"}
     rows = [{"text_a": row["text"], "text_b": "a film", "label": names[row["label"]]} for row in sets.classification()]
     (tmp_path / "glue" / "mrpc").mkdir(parents=True)
@@ -119,13 +119,13 @@ def test_a_known_set_is_measured_as_its_makers_do(place: Place, tmp_path: Path):
     assert set(found["measured"][""]) == {"accuracy", "macro_f1", "mcc", "f1"}
 
 
-def test_a_metric_that_the_task_lacks_is_named(place: Place):
+def test_a_metric_that_the_task_lacks_is_named(place: GridPlace):
     made = grid(place, LORA)
     with pytest.raises(InputError, match="Mood has no metric 'acuracy'; did you mean 'accuracy'"):
         execute(next(replace(made, tasks=(replace(made.tasks[0], metric="acuracy"),)).runs()), place)
 
 
-def test_report_is_of_what_is_there(place: Place):
+def test_report_is_of_what_is_there(place: GridPlace):
     made = grid(place, LORA, EH)
     execute(next(made.runs()), place)
     write_report(made, place)

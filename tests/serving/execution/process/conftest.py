@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bertology_serve.serving.execution.process.executor_handle import ForkServer, WorkerOptions
-from bertology_serve.serving.execution.process.remote import Remote
+from bertology_serve.serving.execution.executor_handle import ForkServer, WorkerOptions
+from bertology_serve.serving.execution.remote import Remote
 from bertology_serve.serving.versions.delta_registry import Registry
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bertology_serve.deltas.delta import BaseRef, Delta
-from bertology_serve.serving.execution.process.channel import (
+from bertology_serve.serving.execution.channel import (
     PAGE,
     Lost,
     SharedMemory,

@@ -6,14 +6,14 @@ import sys
 import pytest
 
 from bertology_serve.errors import NotFound
-from bertology_serve.serving.execution.process import executor_handle
-from bertology_serve.serving.execution.process.channel import Lost
-from bertology_serve.serving.execution.process.executor_handle import ForkServer, WorkerOptions, WorkerPlace
+from bertology_serve.serving.execution import executor_handle
+from bertology_serve.serving.execution.channel import Lost
+from bertology_serve.serving.execution.executor_handle import ForkServer, WorkerOptions, WorkerPlace
 
 # A fork server that loads nothing: it says what it is, then forks processes that do nothing
 STAND_IN = """
 import os, socket, sys
-from bertology_serve.serving.execution.process.channel import Channel, Op
+from bertology_serve.serving.execution.channel import Channel, Op
 control = socket.socket(fileno=int(sys.argv[1]))
 channel = Channel(control)
 channel.send(Op.DONE, {"hidden": 8})

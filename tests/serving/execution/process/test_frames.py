@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bertology_serve import errors
 from bertology_serve.errors import BertologyError, Crashed, FormatError, NotFound, Overloaded
-from bertology_serve.serving.execution.process.channel import HEAD, LARGEST, Channel, Lost, Op, fault, problem_of
+from bertology_serve.serving.execution.channel import HEAD, LARGEST, Channel, Lost, Op, fault, problem_of
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text()
 BODIES = st.dictionaries(

@@ -12,7 +12,7 @@ import pytest
 from bertology_serve.bench.prove import crashes
 from bertology_serve.bench.prove.process_tree import descendants
 from bertology_serve.bench.prove.stage import ADMIN, Stage
-from bertology_serve.serving.execution.process.remote import Remote
+from bertology_serve.serving.execution.remote import Remote
 from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.delta_registry import Registry
 from tests.serving.running import running

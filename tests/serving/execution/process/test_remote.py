@@ -12,12 +12,12 @@ import pytest
 
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import Crashed, FormatError, NotFound, Unsupported
+from bertology_serve.serving.execution import executor_handle, fork_server
+from bertology_serve.serving.execution.channel import Lost, Op
 from bertology_serve.serving.execution.engine_choice import EngineConfig
-from bertology_serve.serving.execution.process import executor_handle, worker
-from bertology_serve.serving.execution.process.channel import Lost, Op
-from bertology_serve.serving.execution.process.executor_handle import WorkerOptions, WorkerPlace
-from bertology_serve.serving.execution.process.remote import Remote
-from bertology_serve.serving.execution.process.worker import Worker
+from bertology_serve.serving.execution.executor_handle import WorkerOptions, WorkerPlace
+from bertology_serve.serving.execution.fork_server import Worker
+from bertology_serve.serving.execution.remote import Remote
 from bertology_serve.serving.versions.delta_registry import Registry
 from tests.serving.conftest import RECORDS, save_version
 from tests.serving.running import wait
@@ -195,7 +195,7 @@ def test_a_delta_that_is_not_admitted_is_not_held(encoder, remote, far, tmp_path
 
 def test_a_delta_that_was_read_and_not_understood_is_forgotten(encoder, remote, tmp_path, monkeypatch):
     save_version(encoder, tmp_path, "brief", "1", 3)
-    monkeypatch.setattr("bertology_serve.serving.execution.process.remote.from_record", lambda _: 1 / 0)
+    monkeypatch.setattr("bertology_serve.serving.execution.remote.from_record", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         remote.read(tmp_path / "brief" / "1", "brief")
     assert len(remote._forgotten) == 1
@@ -231,9 +231,9 @@ def test_an_executor_one_of_whose_threads_fails_ends(monkeypatch):
             raise ValueError("nobody foresaw this")
         assert wait(lambda: codes) is None
 
-    monkeypatch.setattr(worker.os, "_exit", exit_with)
+    monkeypatch.setattr(fork_server.os, "_exit", exit_with)
     monkeypatch.setattr(Worker, "serve", fail)
-    worker.work(None, "batches", ["loads"], None, None)
+    fork_server.work(None, "batches", ["loads"], None, None)
     assert ended.wait(20)
     assert codes == [1, 0]
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from bertology_serve.errors import Overloaded
-from bertology_serve.serving.execution.process import executor_handle
-from bertology_serve.serving.execution.process.channel import Lost
-from bertology_serve.serving.execution.process.executor_handle import Supervisor, WorkerPlace
+from bertology_serve.serving.execution import executor_handle
+from bertology_serve.serving.execution.channel import Lost
+from bertology_serve.serving.execution.executor_handle import Supervisor, WorkerPlace
 from tests.serving.running import wait
 
 

@@ -1,0 +1,216 @@
+"""The deltas of an executor in a process of its own: the server has everything about them but their tensors."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.encoder.bank import PROMPT, BankEntry
+from bertology_serve.encoder.delta_set import DeltaSet, LoadedDelta
+from bertology_serve.encoder.loading import load_tokenizer, locate
+from bertology_serve.errors import BertologyError, Crashed, LimitError, Unsupported
+from bertology_serve.kernels.segments import RowSegment
+from bertology_serve.serving.execution.channel import Lost, Op, put_batch, take_outputs
+from bertology_serve.serving.execution.engine_choice import EngineConfig
+from bertology_serve.serving.execution.executor_handle import ExecutorHandle, ForkServer, Supervisor, WorkerPlace
+from bertology_serve.serving.observability.background import Background
+from bertology_serve.serving.versions.cards import DeltaCard, from_record
+from bertology_serve.tasks.heads import Head
+from bertology_serve.tasks.registry import task_for
+from bertology_serve.tasks.spec import Encoding
+
+log = logging.getLogger(__name__)
+LOAD_SECONDS = 30.0  # for which a delta to be loaded waits for an executor
+START_SECONDS = 120.0  # after which one that was forked will not answer
+
+
+class Outline:
+    """What is known of an encoder that another process runs."""
+
+    def __init__(self, name: str, tokenizer: Any, dtype: torch.dtype, known: dict[str, Any]) -> None:
+        self.name, self.tokenizer, self.dtype = name, tokenizer, dtype
+        self.ref, self.hidden = BaseRef(**known["ref"]), int(known["hidden"])
+        self.max_tokens, self.is_pruned = int(known["max_tokens"]), bool(known["is_pruned"])
+        self.packing = str(known["packing"])
+        self.lock = threading.RLock()
+
+    def check_length(self, tokens: int) -> None:
+        """Raises LimitError where sequences of that many tokens do not fit."""
+        if tokens > self.max_tokens:
+            raise LimitError(f"max_length is {tokens}; {self.name} reads at most {self.max_tokens} tokens")
+
+
+@dataclass(frozen=True)
+class Handle(DeltaCard):
+    """A delta that the executor has read and keeps for as long as this is there; ``number`` is what it goes by,
+    ``resident`` the bytes that it takes there.
+    """
+
+    number: int = -1
+    resident: int = 0
+
+    def told(self, key: str) -> dict[str, Any]:
+        """What the executor needs to make it resident, whether or not it still has it."""
+        return {
+            "key": key,
+            "number": self.number,
+            "path": str(self.path),
+            "name": self.name,
+            "version": self.version,
+        }
+
+
+class Remote(DeltaSet):
+    """Deltas whose rows lie in another process. What that one should hold is known here, so that the next one can.
+
+    Batches that it died of raise Crashed.
+    """
+
+    encoder: Outline
+
+    def __init__(
+        self,
+        nursery: ForkServer,
+        backbone: str,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        background: Background | None = None,
+    ) -> None:
+        tokenizer = load_tokenizer(locate(backbone))  # while the nursery reads the weights
+        super().__init__(Outline(backbone, tokenizer, dtype, nursery.outline()))
+        self._numbers = itertools.count()
+        self._forgotten: deque[int] = deque()
+        self._held: dict[str, Handle] = {}
+        self._setting: EngineConfig | None = None
+        self._patience: float | None = None
+        self.supervisor = Supervisor(nursery, WorkerPlace(device, torch.get_num_threads()), self._restore, background)
+        self.supervisor.start()
+
+    @property
+    def is_up(self) -> bool:
+        """Whether an executor is there."""
+        return self.supervisor.is_up
+
+    @property
+    def restarts(self) -> int:
+        """How often the executor was replaced."""
+        return self.supervisor.restarts
+
+    def settle(self, setting: EngineConfig) -> tuple[str, EngineConfig]:
+        """Says what runs the batches, of this executor and of those after it; the engine's name, and what was found."""
+        answer = self._load(Op.SETTLE, {"setting": asdict(setting)})
+        self._setting = msgspec.convert(answer["setting"], EngineConfig)
+        return answer["name"], self._setting
+
+    def read(self, path: Path, name: str) -> Delta:
+        """Has a delta read over there; what is kept here is a handle."""
+        number = next(self._numbers)
+        try:
+            answer = self._load(Op.READ, {"path": str(path), "name": name, "number": number})
+            card = from_record(answer["card"])
+            known = {name: getattr(card, name) for name in DeltaCard.__dataclass_fields__}
+            handle = Handle(**known, number=number, resident=int(answer["resident"]))
+        except BaseException:
+            self._forgotten.append(number)
+            raise
+        weakref.finalize(handle, self._forgotten.append, number)
+        return handle
+
+    def resident_bytes(self, delta: Delta) -> int:
+        """What the executor said when it had read the delta."""
+        return delta.resident if isinstance(delta, Handle) else delta.bytes
+
+    def admit(self, key: str, delta: Delta) -> LoadedDelta:
+        """Has a delta's rows copied into the bank over there."""
+        if not isinstance(delta, Handle):
+            raise Unsupported(
+                f"delta {delta.name!r} is in this process; the executor's process reads its own from disk"
+            )
+        self.check(delta)
+        self._held[key] = delta  # before it is there: an executor that comes meanwhile has it too
+        try:
+            prompt = int(self._load(Op.ADMIT, delta.told(key))["prompt"])
+        except BaseException:  # whatever it is, nobody will ask for that key; ``add`` has its rows freed
+            self._held.pop(key)
+            raise
+        entry = BankEntry(key, {PROMPT: RowSegment(0, 0, 0, prompt)} if prompt else {})
+        return LoadedDelta(delta, task_for(delta.task), Head(()), entry)
+
+    def release(self, key: str) -> None:
+        """Has the rows freed. No batch runs meanwhile, so this goes over its channel and waits for no disk."""
+        self._held.pop(key, None)
+        line = self.supervisor.line()
+        try:
+            line.batches.ask(Op.RELEASE, {"key": key, "forget": self._forget()})
+        except Lost:
+            self.supervisor.lost(line)  # the next one will not hold it
+
+    def outputs(self, owned: Sequence[tuple[LoadedDelta, Encoding]]) -> list[Tensor]:
+        """One pass over there. Raises Crashed where the executor did not live to answer."""
+        numbers = {key: n for n, key in enumerate(dict.fromkeys(ready.entry.key for ready, _ in owned))}
+        line = self.supervisor.line()
+        try:
+            sizes = put_batch(line.inputs, [(numbers[ready.entry.key], encoding) for ready, encoding in owned])
+            answer = line.batches.ask(Op.RUN, {"keys": list(numbers), "sizes": sizes})
+            expected = [(ready.delta, encoding) for ready, encoding in owned]
+            return take_outputs(line.outputs, int(answer["numbers"]), expected, self.encoder.hidden)
+        except Lost as problem:
+            self.supervisor.lost(line)
+            raise Crashed(f"the executor ended while it ran a batch ({problem}); try again in 1 s") from None
+
+    def patience(self, seconds: float) -> None:
+        """A batch that takes longer than this has hung from now on, and its executor is replaced."""
+        self._patience = seconds
+        self.supervisor.line().batches.patience = seconds
+
+    def close(self) -> None:
+        """Ends the executor."""
+        self.supervisor.close()
+
+    def _load(self, op: Op, body: dict[str, Any]) -> dict[str, Any]:
+        """An answer that may take its time; asked again of the next executor where one does not live to give it."""
+        for _ in range(2):
+            line = self.supervisor.line(LOAD_SECONDS)
+            try:
+                return line.load(op, body | {"forget": self._forget()})
+            except Lost as problem:
+                self.supervisor.lost(line)
+                why = problem
+        raise Crashed(f"the executor ended twice over this ({op.name.lower()}: {why}); try again in 5 s", 5.0)
+
+    def _restore(self, line: ExecutorHandle) -> None:
+        """Tells a new executor what the last one knew; raises Lost."""
+        line.batches.patience = START_SECONDS
+        line.batches.ask(Op.HELLO, {})
+        line.batches.patience = self._patience
+        for key, handle in list(self._held.items()):
+            try:
+                line.load(Op.ADMIT, handle.told(key))
+            except (BertologyError, RuntimeError) as problem:
+                log.error("delta %s did not come back: %s", handle.name, problem)
+                self._lose(key)
+        if self._setting is not None:
+            line.load(Op.SETTLE, {"setting": asdict(self._setting)})
+
+    def _lose(self, key: str) -> None:
+        """A delta that is not over there answers no more; where it is registered, its next call reads it again."""
+        self._held.pop(key, None)
+        for name, ready in list(self._ready.items()):
+            if ready.entry.key == key:
+                self.retire(name)
+
+    def _forget(self) -> list[int]:
+        """The numbers of handles that are no more."""
+        return [self._forgotten.popleft() for _ in range(len(self._forgotten))]

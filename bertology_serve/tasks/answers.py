@@ -1,0 +1,83 @@
+"""What the server says, typed: read by the client, described by the OpenAPI document. Light: msgspec only.
+
+A task's ``decode`` gives the fields of an ``Answer`` that are its own; those that a task does not have are ``None``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+Logits = list[float | list[float | list[float]]]  # of each label, of each token or window
+
+
+class Entity(Struct, frozen=True):
+    """One entity; offsets are characters of the text sent, or of the tokens joined by one space."""
+
+    label: str
+    start: int
+    end: int
+    text: str
+    score: float
+
+
+class Span(Struct, frozen=True):
+    """One answer to a question; offsets are characters of the context."""
+
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+class Answer(Struct, frozen=True, omit_defaults=True):
+    """One answer: ``label`` with ``scores`` (classification), ``value`` (regression), ``entities`` (tokens), ``answer``
+    (questions), ``choice`` with ``scores`` (multiple choice), ``embedding``; and the version that gave it.
+    """
+
+    delta: str
+    version: str
+    task: str
+    id: Annotated[str | int | None, Meta(description="The request's own.")] = None
+    label: str | None = None
+    score: float | None = None
+    scores: dict[str, float] | list[float] | None = None
+    value: float | None = None
+    entities: tuple[Entity, ...] | None = None
+    tags: tuple[str, ...] | None = None
+    answer: Span | None = None
+    answers: tuple[Span, ...] | None = None
+    choice: int | None = None
+    embedding: tuple[float, ...] | None = None
+    embedding_pair: tuple[float, ...] | None = None
+    similarity: float | None = None
+    logits: Annotated[Logits | None, Meta(description="The head's raw output, where it was asked for.")] = None
+    truncated: Annotated[bool, Meta(description="The text was cut to the delta's maximum length.")] = False
+    tokens_read: Annotated[int | None, Meta(description="Tokens that were read; given where truncated.")] = None
+    tokens_given: Annotated[int | None, Meta(description="Tokens of the whole text; given where truncated.")] = None
+
+
+class Model(Struct, frozen=True):
+    """A delta that answers."""
+
+    name: str
+    version: str
+    task: str
+    labels: tuple[str, ...]
+    kinds: tuple[str, ...]
+    max_length: int
+    bytes: int
+    metrics: dict[str, float | None]
+
+
+class Version(Struct, frozen=True):
+    """One version on the server's disk or in its memory; ``state`` is READY, UNAVAILABLE, LOADING or UNLOADING.
+
+    ``reason``: why it is not ready.
+    """
+
+    name: str
+    version: str
+    state: str
+    reason: str = ""
