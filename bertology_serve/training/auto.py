@@ -89,7 +89,7 @@ def candidates(config: TrainConfig, encoder: Encoder, rows: int) -> dict[str, Tr
 
 def rungs(count: int, unit: int = 1) -> dict[int, int]:
     """After how many steps how many candidates go on, to the end, where none does; ``unit`` lie between evaluations."""
-    found = {}
+    found: dict[int, int] = {}
     while count:
         count = max(1, count // THIRD) if count > 1 else 0
         found[MEASURED * unit * (len(found) + 1)] = count
