@@ -110,6 +110,9 @@ def train(
         place.open()  # what is wrong there is said before anything is read
     source = Source.read(train, read_columns(columns))
     dev, other = (Source.read(path, read_columns(columns)) if path else None for path in (eval, ood))
+    config = training.for_data(given := config, source)
+    if config != given:
+        note(f"labels are lists: the task is {config.task}")
     processes, own_device = join(find_device(device))
     encoder = Encoder.load(backbone, device=own_device)
     if dry_run:
@@ -123,6 +126,8 @@ def train(
         for stage in stages(config) if processes.leads else ():
             show_dry_run(make_live(encoder, stage.config, spec), stage, source, processes)
         return
+    if processes.leads:
+        note(training.choices(config, encoder, len(source.records)))
     files = {"backbone": backbone, "train": train, "eval": eval, "ood": ood}
     named = {flag: _lasting(path) for flag, path in files.items() if path} | {"device": device}
     named |= {"columns": columns} if columns else {}

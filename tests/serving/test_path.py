@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def test_a_call_enters_few_files_and_goes_straight_through_them(entered, pipelin
             path, entered[:] = list(entered), []
     thread = next(name for name, file in path if file.endswith("connection.py"))
     on_loop = [file for name, file in path if name == thread and not file.endswith("background.py")]
-    switches = sum(one != other for one, other in zip(on_loop, on_loop[1:], strict=False))
+    switches = sum(one != other for one, other in pairwise(on_loop))
     files = {file for _, file in path}
     assert len(files) <= MOST_FILES, sorted(files)
     assert switches <= MOST_SWITCHES, "\n".join(b for a, b in zip(["", *on_loop], on_loop, strict=False) if a != b)

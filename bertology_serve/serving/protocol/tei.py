@@ -74,7 +74,7 @@ def write_tei(call: TeiCall, predictions: Sequence[Prediction]) -> bytes:
     if call.what == RERANK:
         return encode(_ranks(call, predictions))
     if call.what == PREDICT:
-        options = Options(transform="none" if call.raw else "softmax")
+        options = Options(transform="none" if call.raw else "")
         found = [classification(prediction, options) for prediction in predictions]
         return encode(found[0]) if call.flat else encode_list(found)
     vectors = [embedding(prediction, call.options) for prediction in predictions]
