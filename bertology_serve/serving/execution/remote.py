@@ -27,7 +27,7 @@ from bertology_serve.serving.execution.channel import Lost, Op, put_batch, take_
 from bertology_serve.serving.execution.engine_choice import EngineConfig
 from bertology_serve.serving.execution.executor_handle import ExecutorHandle, ForkServer, Supervisor, WorkerPlace
 from bertology_serve.serving.observability.background import Background
-from bertology_serve.serving.versions.cards import DeltaCard, from_record
+from bertology_serve.serving.versions.cards import ServedDelta, from_record
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
@@ -54,7 +54,7 @@ class Outline:
 
 
 @dataclass(frozen=True)
-class Handle(DeltaCard):
+class Handle(ServedDelta):
     """A delta that the executor has read and keeps for as long as this is there; ``number`` is what it goes by,
     ``resident`` the bytes that it takes there.
     """
@@ -121,7 +121,7 @@ class Remote(DeltaSet):
         try:
             answer = self._load(Op.READ, {"path": str(path), "name": name, "number": number})
             card = from_record(answer["card"])
-            known = {name: getattr(card, name) for name in DeltaCard.__dataclass_fields__}
+            known = {name: getattr(card, name) for name in ServedDelta.__dataclass_fields__}
             handle = Handle(**known, number=number, resident=int(answer["resident"]))
         except BaseException:
             self._unreferenced.append(number)

@@ -27,7 +27,7 @@ from prometheus_client.registry import Collector
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import BASE, DeltaSet
 from bertology_serve.errors import BertologyError, LimitError, NotFound, Overloaded
-from bertology_serve.serving.versions.cards import DeltaCard
+from bertology_serve.serving.versions.cards import ServedDelta
 from bertology_serve.serving.versions.gdsf_cache import GdsfCache
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ REMEMBERED = 5.0  # seconds for which a delta that could not be loaded is not tr
 CHEAPEST = 1e-3  # seconds that any read counts as
 ALARM = 8  # returns at which it is told of, and then whenever they have doubled
 THRASH = 10.0  # seconds within which nothing that was evicted should be wanted again
-Read = Callable[[DeltaCard], Delta]
+Read = Callable[[ServedDelta], Delta]
 
 
 class Tier(Enum):
@@ -64,7 +64,7 @@ class DeltaCache:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pipeline, self._read, self._clock = pipeline, read, clock
-        self.cards: dict[str, DeltaCard] = {}
+        self.cards: dict[str, ServedDelta] = {}
         self.pins: set[str] = set()
         self.loads, self.evictions, self.failures, self.thrashed = 0, 0, 0, 0
         self._device, self._host = (
@@ -73,7 +73,7 @@ class DeltaCache:
         )
         self.bounded = device_bytes < math.inf
         self._deltas: dict[str, Delta] = {}  # on the host, by name and version
-        self._before: dict[str, DeltaCard] = {}
+        self._before: dict[str, ServedDelta] = {}
         self._costs: dict[str, float] = {}
         self._flying: set[str] = set()
         self._leases: Counter[str] = Counter()
@@ -132,11 +132,11 @@ class DeltaCache:
                     if not self._leases[name]:
                         del self._leases[name]
 
-    def has_room(self, card: DeltaCard) -> bool:
+    def has_room(self, card: ServedDelta) -> bool:
         """Whether a delta fits without another leaving."""
         return card.size <= self._device.capacity - self.device_bytes
 
-    def register(self, card: DeltaCard) -> None:
+    def register(self, card: ServedDelta) -> None:
         """Makes a delta known; it is read when it is first asked."""
         with self._room:
             self.cards[card.name] = card
@@ -166,7 +166,7 @@ class DeltaCache:
                     raise
             return delta
 
-    def put(self, card: DeltaCard, delta: Delta) -> None:
+    def put(self, card: ServedDelta, delta: Delta) -> None:
         """Makes a version that was read answer from one moment on; calls under way finish on the one before.
 
         That one is kept for a ``rollback``. Where this fails, it goes on answering.
@@ -209,7 +209,7 @@ class DeltaCache:
         with self._room:
             (self.pins.add if pinned else self.pins.discard)(name)
 
-    def _fetched(self, card: DeltaCard) -> Delta:
+    def _fetched(self, card: ServedDelta) -> Delta:
         """From the host, or from disk."""
         known = self._deltas.get(place_of(card))
         if known is not None:
@@ -220,7 +220,7 @@ class DeltaCache:
         self.loads += 1
         return delta
 
-    def _swap(self, card: DeltaCard, delta: Delta) -> None:
+    def _swap(self, card: ServedDelta, delta: Delta) -> None:
         """One version for another; the old one goes to the host, whichever was before it goes altogether."""
         name, old = card.name, self.pipeline.resident(card.name)
         with self._flight(name):
