@@ -23,7 +23,7 @@ from bertology_serve.export.exporting import export_delta
 from bertology_serve.serving.http.binding import bind
 from bertology_serve.serving.serve import example
 from bertology_serve.tasks.classification import Classification
-from tests.serving.conftest import RECORDS, deltas, encoder, registry  # noqa: F401 - fixtures
+from tests.serving.conftest import DELTAS, RECORDS, deltas, encoder, registry  # noqa: F401 - fixtures
 from tests.serving.running import wait
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def test_the_example_that_is_printed_works_and_exports_answer(encoder, deltas, t
         assert command[0] == "curl"
         response = httpx.post(command[1], content=command[3])
         assert response.status_code == 200, response.text
-        assert "8 deltas on" in "".join(lines)
+        assert f"{len(DELTAS) + 1} deltas on" in "".join(lines)
         assert ", fp32, packed through transformers' attention interface), ready after" in "".join(lines)
 
 
