@@ -40,7 +40,10 @@ _NUMBERS = ("ranks", "bias", "units", "rows")
 
 @dataclass(frozen=True)
 class DeltaCard:
-    """What a caller must know of a delta: its answer is in the first ``columns`` of ``output``, called ``labels``."""
+    """What a caller must know of a delta: its answer is in the first ``columns`` of ``output``, called ``labels``.
+
+    ``thresholds`` are the least sigmoid of each label that applies, where several may (none: 0.5).
+    """
 
     name: str
     version: str
@@ -51,6 +54,7 @@ class DeltaCard:
     max_length: int
     kinds: tuple[str, ...]
     sha256: str
+    thresholds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,7 @@ def _card(encoder: Encoder, delta: Delta) -> DeltaCard:
         max_length=longest(encoder, delta),
         kinds=delta.kinds,
         sha256=delta_hash(delta),
+        thresholds=task.thresholds,
     )
 
 

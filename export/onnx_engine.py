@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bertology_serve.deltas.delta import BaseRef, Delta, bare
-from bertology_serve.encoder.bank import DeltaBank, Entry
+from bertology_serve.encoder.bank import BankEntry, DeltaBank
 from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.loading import load_tokenizer
@@ -56,7 +56,7 @@ class OnnxEngine:
         """For people: the runtime, its version, and the precision."""
         return f"onnxruntime {self._session.version}, {self.precision}"
 
-    def takes(self, entry: Entry) -> bool:
+    def takes(self, entry: BankEntry) -> bool:
         """Whether the graph has a place for all that a delta changes."""
         return self._feed.takes([entry])
 
@@ -202,7 +202,8 @@ def _config(directory: Path) -> JsonObject:
 
 def _delta(facts: Mapping[str, str]) -> Delta:
     """What the metadata tell of the delta that was exported."""
-    options = {"pairs": False, **json.loads(facts["task_options"])}  # older exports do not say
+    options = {"pairs": False, "thresholds": (), "abstain": 0.0, **json.loads(facts["task_options"])}  # older exports
+    options["thresholds"] = tuple(options["thresholds"])
     task = TaskSpec(
         facts["task"],
         labels=tuple(json.loads(facts["labels"])),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import httpx
 
@@ -12,6 +12,9 @@ from bertology_serve.client import calls
 from bertology_serve.client.calls import Call
 from bertology_serve.errors import BertologyError
 from bertology_serve.tasks.answers import Answer, Model, Version
+
+if TYPE_CHECKING:
+    from bertology_serve.files import JsonMapping
 
 T = TypeVar("T")
 
@@ -28,11 +31,11 @@ class AsyncClient:
         self._http = httpx.AsyncClient(base_url=url, headers=calls.headers_of(key), timeout=seconds)
         self._retries = retries
 
-    async def ask(self, delta: str, text: str | Mapping[str, Any], *, seconds: float | None = None) -> Answer:
+    async def ask(self, delta: str, text: str | JsonMapping, *, seconds: float | None = None) -> Answer:
         """One delta's answer to a text, or to a record of its task's fields (``question`` and ``context`` ...)."""
         return (await self.answer(calls.items_of(delta, [text]), seconds=seconds))[0]
 
-    async def answer(self, items: Iterable[Mapping[str, Any]], *, seconds: float | None = None) -> tuple[Answer, ...]:
+    async def answer(self, items: Iterable[JsonMapping], *, seconds: float | None = None) -> tuple[Answer, ...]:
         """The answers to items of any deltas, ``{"delta", "text", ...}``, in order.
 
         Expired is raised where they are not there within ``seconds``; what was still queued is then not computed.
@@ -96,5 +99,5 @@ class AsyncClient:
                 await asyncio.sleep(wait)
             left -= 1
 
-    async def _reply(self, call: Call[Any]) -> httpx.Response:
+    async def _reply(self, call: Call[T]) -> httpx.Response:
         return await self._http.request(call.method, call.path, content=call.content, headers=call.headers)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import httpx
 
@@ -12,6 +12,9 @@ from bertology_serve.client import calls
 from bertology_serve.client.calls import Call
 from bertology_serve.errors import BertologyError
 from bertology_serve.tasks.answers import Answer, Model, Version
+
+if TYPE_CHECKING:
+    from bertology_serve.files import JsonMapping
 
 T = TypeVar("T")
 
@@ -28,11 +31,11 @@ class Client:
         self._http = httpx.Client(base_url=url, headers=calls.headers_of(key), timeout=seconds)
         self._retries = retries
 
-    def ask(self, delta: str, text: str | Mapping[str, Any], *, seconds: float | None = None) -> Answer:
+    def ask(self, delta: str, text: str | JsonMapping, *, seconds: float | None = None) -> Answer:
         """One delta's answer to a text, or to a record of its task's fields (``question`` and ``context`` ...)."""
         return (self.answer(calls.items_of(delta, [text]), seconds=seconds))[0]
 
-    def answer(self, items: Iterable[Mapping[str, Any]], *, seconds: float | None = None) -> tuple[Answer, ...]:
+    def answer(self, items: Iterable[JsonMapping], *, seconds: float | None = None) -> tuple[Answer, ...]:
         """The answers to items of any deltas, ``{"delta", "text", ...}``, in order.
 
         Expired is raised where they are not there within ``seconds``; what was still queued is then not computed.
@@ -96,5 +99,5 @@ class Client:
                 time.sleep(wait)
             left -= 1
 
-    def _reply(self, call: Call[Any]) -> httpx.Response:
+    def _reply(self, call: Call[T]) -> httpx.Response:
         return self._http.request(call.method, call.path, content=call.content, headers=call.headers)

@@ -1,9 +1,10 @@
 """``--method auto``: candidates train together as a fleet, and the worse two of three end at every rung.
 
-Successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943) on the dev set: all candidates make ``unit`` steps, the
-best third three times as many, and so on until one is left, which makes all. Each has the schedule of the whole length,
-so that the winner is what its settings alone would have given. Where there is no dev set, or a small one, candidates
-are judged on held-out folds of the training data, and the winner is trained anew on all of it.
+Successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943) on the dev set: at each rung the best third goes on,
+until one is left, which makes all steps. Rungs stand at equal distances: at the paper's first, a ninth of the steps,
+little of small data has been seen, and all are still about where they began. Each candidate has the schedule of the
+whole length, so that the winner is what its settings alone would have given. Where there is no dev set, or a small one,
+candidates are judged on held-out folds of the training data, and the winner is trained anew on all of it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from statistics import fmean
 import torch
 
 from bertology_serve.data.records import infer_labels
-from bertology_serve.deltas.catalog import identify
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import SpecError
@@ -39,14 +39,15 @@ from bertology_serve.training.fleet.member import Member
 from bertology_serve.training.learning_curve import draw_curves
 from bertology_serve.training.method_options import Values, join_list
 from bertology_serve.training.methods import count_parameters, specs_for
-from bertology_serve.training.publish import publish
 from bertology_serve.training.run_directory import CONFIG, Destination, identity
-from bertology_serve.training.train import Outcome, for_encoder, lay_out, machine, task_spec
+from bertology_serve.training.train import Outcome, for_data, for_encoder, lay_out, machine, task_spec
 from bertology_serve.training.train_config import TrainConfig, read_budget
 
 BOARD, PLOT = "board.csv", "board.png"
-THIRD, FOLDS, SMALL = 3, 3, 100
-"""One in so many goes on; folds, and the dev rows below which they judge instead."""
+THIRD, MEASURED = 3, 2
+"""One in so many goes on at a rung, after so many evaluations."""
+FOLDS, SMALL = 3, 100
+"""Folds, and the dev rows below which they judge instead."""
 STEP = 3.5
 """What a row of a training step takes beside a row that is only answered."""
 TIMED = 64
@@ -59,7 +60,7 @@ CANDIDATES: Mapping[str, tuple[str, float, Values]] = {
     "lora-wide-slow": ("lora", 3e-4, {"rank": 16, "targets": ALL}),
     "lora-thin": ("lora", 2e-3, {"rank": 2, "targets": ALL}),
     "bitfit": ("bitfit", 4e-3, {}),
-    "bitfit-slow": ("bitfit", 1e-3, {}),
+    "bitfit-fast": ("bitfit", 1e-2, {}),
     "adapter": ("adapter", 2e-3, {}),
     "adapter-slow": ("adapter", 5e-4, {}),
     "prefix": ("prefix", 1e-2, {}),
@@ -85,12 +86,11 @@ def candidates(config: TrainConfig, encoder: Encoder, rows: int) -> dict[str, Tr
 
 
 def rungs(count: int, unit: int = 1) -> dict[int, int]:
-    """After how many steps how many candidates go on."""
-    found, step = {}, unit
-    while count > 1:
-        count = max(1, count // THIRD)
-        found[step] = count
-        step *= THIRD
+    """After how many steps how many candidates go on, to the end, where none does; ``unit`` lie between evaluations."""
+    found: dict[int, int] = {}
+    while count:
+        count = max(1, count // THIRD) if count > 1 else 0
+        found[MEASURED * unit * (len(found) + 1)] = count
     return found
 
 
@@ -116,7 +116,7 @@ Row = dict[str, str | int | float]
 
 @dataclass(frozen=True)
 class Search:
-    """The candidates of a run, each with a member for every fold, and the steps before the first rung."""
+    """The candidates of a run, each with a member for every fold, and the steps between evaluations."""
 
     crew: Mapping[str, Sequence[Enrolled]]
     unit: int
@@ -125,7 +125,7 @@ class Search:
     def losers(self, active: Sequence[Member]) -> Sequence[Member]:
         """The members in training whose candidates are not among the best at this step."""
         keep = rungs(len(self.crew), self.unit).get(active[0].state.step) if active else None
-        if keep is None:
+        if not keep:
             return ()
         running = {member.name for member in active}
         whole = [name for name in self.crew if running.issuperset(member.name for member in self.members(name))]
@@ -217,7 +217,13 @@ class Search:
         if self.start is not None:
             what += f"; the probe, where all began, has {self.start:.4f}" + ("" if self.improves else ": no less")
         what = f"{self.winner} has {what}"
-        return {"budget": config.budget, "first_rung": self.unit, "folds": folds, "why": what, "board": list(board)}
+        return {
+            "budget": config.budget,
+            "first_rung": min(rungs(len(self.crew), self.unit)),
+            "folds": folds,
+            "why": what,
+            "board": list(board),
+        }
 
 
 def _shown(value: object) -> str:
@@ -242,6 +248,7 @@ def train_auto(
     it won. Under a budget in passes a search is the same every time (on a CPU, with the same number of threads); one
     in minutes is turned into passes by a timing at the beginning.
     """
+    config = for_data(config, train)
     config = for_encoder(replace(config, labels=config.labels or infer_labels(config.task, train.records)), encoder)
     data, (name, free) = Data(train, dev, ood), place.open()
     directory, watcher, shelf = FleetDirectory(free.out.parent, free.path), watcher or Quiet(), Shelf(encoder)
@@ -282,35 +289,29 @@ def train_auto(
         one.beaten = not search.improves
         if not one.beaten:
             Fleet([one.member], rows, log, config.save_every).run()
-    delta, live, state = one.ended(name, place.version or "")
     board = search.board()
-    delta = replace(delta, provenance={**delta.provenance, "auto": search.facts(config, board)})
     write_board(directory.path, board, search)
-    own = settings_text(one.config, files or data.names(encoder.name), began["prepacked"])
-    directory.write_config(own)
+    directory.write_config(settings_text(one.config, files or data.names(encoder.name), began["prepacked"]))
     extra = [log.take_log(one.member.name), *(directory.path / name for name in (CONFIG, BOARD, PLOT))]
-    difference = publish(delta, live, free.out, *one.ready.sample(data), extra=extra)
+    facts = {"auto": search.facts(config, board)}
+    outcome = one.publish(name, free.out, extra, place.version or "", facts)
     directory.remove()
-    delta = replace(delta, version=identify(free.out).version)
-    return Outcome(delta, free.out, count_parameters(live), state, difference, 0, one.start.known, one.unimproved)
+    return outcome
 
 
 def scheduled(config: TrainConfig, unit: int, count: int, part: Data, keep: str) -> TrainConfig:
     """The settings of a run of its own: as many steps as the winner of ``count`` makes, measured after every unit."""
-    steps = unit * THIRD ** len(rungs(count))
+    steps = max(rungs(count, unit))
     epochs = math.ceil(steps / math.ceil(len(part.train.records) / config.batch_size))
     own: JsonObject = {"max_steps": steps, "eval_every": unit, "epochs": epochs, "patience": None, "keep": keep}
     return replace(config, budget=TrainConfig.budget, **own)
 
 
 def unit_of(config: TrainConfig, count: int, parts: Sequence[Data], shelf: Shelf) -> int:
-    """The steps before the first rung: what the budget buys, and no more than give the winner its epochs."""
+    """The steps between evaluations: what the budget buys, and no more than give the winner its epochs."""
     rows, dev = len(parts[0].train.records), len(parts[0].dev.records) if parts[0].dev else 0
-    most: int = THIRD ** len(rungs(count))
-    spent, before, left = 0, 0, count
-    for step, kept in [*rungs(count).items(), (most, 0)]:
-        spent, before, left = spent + left * (step - before), step, kept
-    spent = spent * len(parts) + (2 * most if len(parts) > 1 else 0)  # and the winner once more
+    most, training = max(rungs(count)), [count, *rungs(count).values()]
+    spent = MEASURED * sum(training) * len(parts) + (2 * most if len(parts) > 1 else 0)  # and the winner once more
     amount, timed = read_budget(config.budget)
     each = amount / spent
     texts = (each / _seconds_a_row(config, parts[0], shelf) - dev) / STEP if timed else each * rows

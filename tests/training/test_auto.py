@@ -53,10 +53,10 @@ def board(outcome: Outcome) -> dict[str, dict[str, str]]:
 
 
 def test_rungs_leave_a_third():
-    assert rungs(9, 2) == {2: 3, 6: 1}
-    assert rungs(11) == {1: 3, 3: 1}
-    assert rungs(2, 5) == {5: 1}
-    assert rungs(1, 5) == {}
+    assert rungs(9, 2) == {4: 3, 8: 1, 12: 0}
+    assert rungs(11) == {2: 3, 4: 1, 6: 0}
+    assert rungs(2, 5) == {10: 1, 20: 0}
+    assert rungs(1, 5) == {10: 0}
 
 
 def test_a_budget_is_minutes_or_passes():
@@ -84,9 +84,9 @@ def test_candidates_are_those_that_suit(bert: Encoder):
 def test_the_worse_end_early_and_the_winner_is_a_run_of_its_own(tmp_path: Path, bert: Encoder, small_dev: None):
     outcome = search(bert, tmp_path / "mine", rows())
     found, facts = board(outcome), outcome.delta.provenance["auto"]
-    unit = facts["first_rung"]
-    assert unit == 5, "60 passes of 14 rows buy 21 units of 10 steps, 4 rows each; 9 units of 5 are 10 epochs"
-    assert sorted(int(row["steps"]) for row in found.values()) == [0, *[unit] * 6, *[3 * unit] * 2, 9 * unit]
+    rung = facts["first_rung"]
+    assert rung == 14, "10 epochs of 4 steps are six units of at most 7; 60 passes of 14 rows buy 26 units of 8"
+    assert sorted(int(row["steps"]) for row in found.values()) == [0, *[rung] * 6, *[2 * rung] * 2, 3 * rung]
     (winner,) = (row for row in found.values() if row["end"] == "won")
     assert float(winner["accuracy"]) == max(float(row["accuracy"]) for row in found.values())
     assert float(winner["accuracy"]) == pytest.approx(outcome.delta.metrics["accuracy"])
@@ -153,7 +153,7 @@ class Killer(Quiet):
 
 
 @same_bits
-@pytest.mark.parametrize("steps", [5, 47, 90])
+@pytest.mark.parametrize("steps", [5, 130, 170])
 def test_killed_in_the_middle_it_has_the_same_winner(tmp_path: Path, bert_path: Path, small_dev: None, steps: int):
     straight = search(Encoder.load(str(bert_path)), tmp_path / "straight", rows(), save_every=2)
     with pytest.raises(Killed):

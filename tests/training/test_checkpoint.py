@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bertology_serve.errors import FormatError
-from bertology_serve.files import hidden, write_json
+from bertology_serve.files import hidden
 from bertology_serve.training.checkpoint import (
     random_state,
     read_checkpoint,
@@ -49,9 +49,3 @@ def test_random_numbers_go_on_where_they_stopped():
     first = torch.rand(3)
     set_random_state(device, states)
     assert torch.equal(torch.rand(3), first)
-
-
-def test_json_is_moved_into_place(tmp_path):
-    write_json(tmp_path / "run.json", {"a": 1})
-    assert (tmp_path / "run.json").read_text() == '{\n  "a": 1\n}\n'
-    assert len(list(tmp_path.iterdir())) == 1

@@ -10,7 +10,7 @@ refused unless ``truncate`` is true, as there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from bertology_serve import __version__
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import BASE, Prediction, Request
 from bertology_serve.errors import DataError, LimitError, Unsupported
+from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.protocol.hf import Options, classification, cosine, embedding, sigmoid
 from bertology_serve.serving.protocol.json_codec import check_items, check_size, encode, encode_list, object_of, shown
@@ -25,7 +26,7 @@ from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
 
 Find = Callable[[str], Delta]
-Body = Mapping[str, Any]
+Body = JsonMapping
 Tokenizer = Any
 EMBED, PREDICT, RERANK, SIMILARITY = "embed", "predict", "rerank", "similarity"
 TASKS = {EMBED: EMBEDDING, SIMILARITY: EMBEDDING, PREDICT: CLASSIFICATION, RERANK: REGRESSION}
@@ -73,14 +74,14 @@ def write_tei(call: TeiCall, predictions: Sequence[Prediction]) -> bytes:
     if call.what == RERANK:
         return encode(_ranks(call, predictions))
     if call.what == PREDICT:
-        options = Options(transform="none" if call.raw else "softmax")
+        options = Options(transform="none" if call.raw else "")
         found = [classification(prediction, options) for prediction in predictions]
         return encode(found[0]) if call.flat else encode_list(found)
     vectors = [embedding(prediction, call.options) for prediction in predictions]
     return encode_list(vectors if call.what == EMBED else [cosine(vectors[0], other) for other in vectors[1:]])
 
 
-def _ranks(call: TeiCall, predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+def _ranks(call: TeiCall, predictions: Sequence[Prediction]) -> list[JsonObject]:
     """The texts, best first; a regression's value is squeezed into 0..1 unless raw scores are asked for."""
     values = [prediction.answer["value"] for prediction in predictions]
     scores = values if call.raw else [sigmoid(value) for value in values]
@@ -126,7 +127,7 @@ def _options(value: Body, delta: Delta) -> Options:
     return Options(normalize=normalize, unit=unit, dimensions=dimensions)
 
 
-Records = tuple[list[dict[str, Any]], list[str], dict[str, Any]]
+Records = tuple[list[JsonObject], list[str], JsonObject]
 
 
 def _embed(value: Body) -> Records:
@@ -152,7 +153,7 @@ def _predict(value: Body) -> Records:
     return [_pair(item, place) for item, place in zip(inputs, places, strict=True)], places, {}
 
 
-def _pair(item: Any, where: str) -> dict[str, Any]:
+def _pair(item: Any, where: str) -> JsonObject:
     if not isinstance(item, list) or len(item) not in (1, 2):
         raise DataError(f"{where} is {shown(item)}; expected [text] or [text, pair]")
     return dict(zip(("text", "text_pair"), item, strict=False))
@@ -222,11 +223,11 @@ def tokenize(value: Body, tokenizer: Any, config: ServerConfig) -> bytes:
     texts = [value["inputs"]] if isinstance(value.get("inputs"), str) else value.get("inputs")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"field 'inputs' is {shown(value.get('inputs'))}; expected a text or a list of texts")
-    check_items(len(texts), config.max_items)
+    check_items(len(texts), config.limits.max_items)
     special = value.get("add_special_tokens") is not False
-    rows, left = list[bytes](), config.max_queue_tokens
+    rows, left = list[bytes](), config.batching.max_queue_tokens
     for index, text in enumerate(texts):
-        check_size(Request("", {"text": text}, where=f"inputs[{index}]"), config.max_text_characters)
+        check_size(Request("", {"text": text}, where=f"inputs[{index}]"), config.limits.max_text_characters)
         tokens = _tokens(text, tokenizer, special)
         left -= len(tokens)
         if left < 0:
@@ -241,19 +242,19 @@ def ids(value: Body, tokenizer: Any, config: ServerConfig) -> bytes:
     rows = [found] if isinstance(found, list) and found and not isinstance(found[0], list) else found
     if not isinstance(rows, list) or not all(isinstance(row, list) and _are_ids(row) for row in rows):
         raise DataError(f"field 'ids' is {shown(found)}; expected a list of token ids, or a list of those")
-    check_items(len(rows), config.max_items)
-    if sum(map(len, rows)) > config.max_queue_tokens:
+    check_items(len(rows), config.limits.max_items)
+    if sum(map(len, rows)) > config.batching.max_queue_tokens:
         raise _too_many(config)
     skip = value.get("skip_special_tokens") is not False
     return encode_list(tokenizer.backend_tokenizer.decode(row, skip_special_tokens=skip) for row in rows)
 
 
-def info(delta: Delta, config: ServerConfig, dtype: str) -> dict[str, Any]:
+def info(delta: Delta, config: ServerConfig, dtype: str) -> JsonObject:
     """What TEI tells of its model, of a delta."""
     task = delta.task
     labels = task.labels or ("value",)
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    kinds: Mapping[str, Any] = {
+    kinds: JsonMapping = {
         EMBEDDING: {"embedding": {"pooling": task.pooling}},
         CLASSIFICATION: {"classifier": names},
         REGRESSION: {"reranker": names},
@@ -267,11 +268,11 @@ def info(delta: Delta, config: ServerConfig, dtype: str) -> dict[str, Any]:
         "model_sha": delta.version,
         "model_dtype": dtype,
         "model_type": kinds[task.kind],
-        "max_concurrent_requests": config.max_items,
+        "max_concurrent_requests": config.limits.max_items,
         "max_input_length": task.max_length,
-        "max_batch_tokens": config.max_batch_tokens,
+        "max_batch_tokens": config.batching.max_batch_tokens,
         "max_batch_requests": None,
-        "max_client_batch_size": config.max_items,
+        "max_client_batch_size": config.limits.max_items,
         "auto_truncate": False,
         "tokenization_workers": 2,
         "version": __version__,
@@ -280,7 +281,7 @@ def info(delta: Delta, config: ServerConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def _tokens(text: str, tokenizer: Any, special: bool) -> list[dict[str, Any]]:
+def _tokens(text: str, tokenizer: Any, special: bool) -> list[JsonObject]:
     encoding = encode_text(tokenizer, text, None, ENDLESS, offsets=True)
     names = tokenizer.convert_ids_to_tokens(list(encoding.ids))
     rows: Iterable[tuple[int, str, tuple[int, int], int]] = zip(
@@ -299,4 +300,4 @@ def _are_ids(row: Sequence[Any]) -> bool:
 
 
 def _too_many(config: ServerConfig) -> LimitError:
-    return LimitError(f"the call holds more than {config.max_queue_tokens} tokens; send several")
+    return LimitError(f"the call holds more than {config.batching.max_queue_tokens} tokens; send several")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from bertology_serve.deltas import catalog
 from bertology_serve.deltas.delta import BaseRef, Delta
@@ -15,6 +13,7 @@ from bertology_serve.deltas.format import from_json, kinds_record, metrics_of, m
 from bertology_serve.deltas.names import MANIFEST, check_name
 from bertology_serve.deltas.safe_io import Limits, build, conform, read_json, untrusted
 from bertology_serve.errors import FormatError
+from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.tasks.spec import TaskSpec
 
 
@@ -61,7 +60,7 @@ def card_of(delta: Delta, path: Path) -> DeltaCard:
     )  # fmt: skip
 
 
-def to_record(card: DeltaCard) -> dict[str, Any]:
+def to_record(card: DeltaCard) -> JsonObject:
     """A card as plain values, for JSON."""
     return {
         "name": card.name,
@@ -75,7 +74,7 @@ def to_record(card: DeltaCard) -> dict[str, Any]:
     }
 
 
-def from_record(record: Mapping[str, Any]) -> DeltaCard:
+def from_record(record: JsonMapping) -> DeltaCard:
     """The card that ``to_record`` wrote; FormatError for what is none."""
     where = "the card"
     lacking = {"name", "base", "task", "kinds", "version", "metrics", "path", "size"} - record.keys()

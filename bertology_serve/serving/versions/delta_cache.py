@@ -185,7 +185,7 @@ class DeltaCache:
             return delta
 
     def stand_by(self, delta: Delta) -> None:
-        """Makes a version resident beside the one that answers, for calls that name it, until it is dismissed."""
+        """Makes a version resident beside the one that answers, for calls that name it, until it is removed."""
         with self._lock(delta.name):
             self._make_resident(delta, beside=True)
 
@@ -197,8 +197,8 @@ class DeltaCache:
                 self.pins.discard(name)
                 for card in (known, before):
                     if card is not None:
-                        self._forget(card)
-                self._device.drop(name)
+                        self._evict_from_host(card)
+                self._device.evict(name)
                 for notes in (self._costs, self._failed, self._left):
                     notes.pop(name, None)
             if name == BASE or known is None or self.pipeline.resident(name) is not None:
@@ -232,16 +232,16 @@ class DeltaCache:
                     return
                 stale, self._before[name] = self._before.get(name), before
                 if stale is not None and stale.version != before.version:
-                    self._forget(stale)
+                    self._evict_from_host(stale)
                 if old is not None:
-                    self._keep(old)
+                    self._put_on_host(old)
 
     def _publish(self, delta: Delta) -> None:
         """On to the device, to answer there."""
         size = self._make_resident(delta)
         with self._room:
             self._device.put(delta.name, size, self._costs.get(delta.name, CHEAPEST))
-            self._forget(delta)
+            self._evict_from_host(delta)
             self._note_return(delta.name)
 
     def _make_resident(self, delta: Delta, beside: bool = False) -> int:
@@ -279,31 +279,31 @@ class DeltaCache:
             raise Overloaded(
                 f"no room for {size} bytes on the device: all that is there is pinned or in use; try again", 1.0
             )
-        delta, freed = self.pipeline.resident(name), self._device.drop(name)
+        delta, freed = self.pipeline.resident(name), self._device.evict(name)
         self.evictions += 1
         self._left[name] = self._clock()
-        if not self.pipeline.retire(name):
+        if not self.pipeline.evict(name):
             return 0
         if delta is not None and name in self.cards:
-            self._keep(delta)
+            self._put_on_host(delta)
         return freed  # once no call under way holds it: its rows are freed between two batches, nobody waits for that
 
-    def _keep(self, delta: Delta) -> None:
+    def _put_on_host(self, delta: Delta) -> None:
         """On the host, where it fits there at all."""
         if delta.bytes > self._host.capacity:
             return
-        self._forget(delta)
+        self._evict_from_host(delta)
         while self._host.too_much(delta.bytes):
             gone = self._host.victim()
             assert gone is not None
-            self._host.drop(gone)
+            self._host.evict(gone)
             del self._deltas[gone]
         self._host.put(place_of(delta), delta.bytes, self._costs.get(delta.name, CHEAPEST))
         self._deltas[place_of(delta)] = delta
 
-    def _forget(self, delta: Delta) -> None:
+    def _evict_from_host(self, delta: Delta) -> None:
         """Keeps that version on the host no longer."""
-        self._host.drop(place_of(delta))
+        self._host.evict(place_of(delta))
         self._deltas.pop(place_of(delta), None)
 
     def _note_return(self, name: str) -> None:
