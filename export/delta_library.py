@@ -39,8 +39,11 @@ _NUMBERS = ("ranks", "bias", "units", "rows")
 
 
 @dataclass(frozen=True)
-class DeltaCard:
-    """What a caller must know of a delta: its answer is in the first ``columns`` of ``output``, called ``labels``."""
+class LibraryCard:
+    """What a caller must know of a delta: its answer is in the first ``columns`` of ``output``, called ``labels``.
+
+    ``thresholds`` are the least sigmoid of each label that applies, where several may (none: 0.5).
+    """
 
     name: str
     version: str
@@ -51,6 +54,7 @@ class DeltaCard:
     max_length: int
     kinds: tuple[str, ...]
     sha256: str
+    thresholds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Library:
     """``arrays`` are all inputs of the graph but the text and ``delta``; ``cards`` [D] the deltas in order."""
 
     arrays: Arrays
-    cards: tuple[DeltaCard, ...]
+    cards: tuple[LibraryCard, ...]
 
     def join(self, other: Library) -> Library:
         """Both, the other's deltas behind; SpecError where a name is there already, FormatError for other arrays."""
@@ -128,14 +132,14 @@ def _height(stack: str, rows: Mapping[str, RowSegment]) -> int:
     return 1 if segment is None else max(segment.last, segment.bias + 1)
 
 
-def _read(card: JsonObject) -> DeltaCard:
+def _read(card: JsonObject) -> LibraryCard:
     values: JsonObject = {name: tuple(value) if isinstance(value, list) else value for name, value in card.items()}
-    return DeltaCard(**values)
+    return LibraryCard(**values)
 
 
-def _card(encoder: Encoder, delta: Delta) -> DeltaCard:
+def _card(encoder: Encoder, delta: Delta) -> LibraryCard:
     task = delta.task
-    return DeltaCard(
+    return LibraryCard(
         name=delta.name,
         version=delta.version,
         task=task.kind,
@@ -145,6 +149,7 @@ def _card(encoder: Encoder, delta: Delta) -> DeltaCard:
         max_length=longest(encoder, delta),
         kinds=delta.kinds,
         sha256=delta_hash(delta),
+        thresholds=task.thresholds,
     )
 
 

@@ -27,6 +27,7 @@ from bertology_serve.files import JsonObject, write_json
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
+    MULTI_LABEL,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
@@ -36,7 +37,7 @@ from bertology_serve.tasks.spec import (
 if TYPE_CHECKING:
     from bertology_serve.export.verify import Verification
 
-TASK_OPTIONS = ("head", "stride", "max_answer_length", "normalize", "token_types", "pairs")
+TASK_OPTIONS = ("head", "stride", "max_answer_length", "normalize", "token_types", "pairs", "thresholds", "abstain")
 """Fields of the task that say how texts are cut and answers read."""
 SEMANTICS = (
     "int64 [batch, sequence]; attention_mask is 1 for tokens and 0 for padding, which may stand on either side; "
@@ -127,7 +128,7 @@ def _output(delta: Delta) -> str:
     if task.kind == QUESTION_ANSWERING:
         return "float32 [batch, sequence] each, before any softmax, zero at padding"
     shape = f"[batch, sequence, {task.outputs}], zero at padding" if task.per_token else f"[batch, {task.outputs}]"
-    return f"float32 {shape}, before any softmax"
+    return f"float32 {shape}, before any {'sigmoid' if task.kind == MULTI_LABEL else 'softmax'}"
 
 
 EXTERNAL_OVER = 1_800_000_000
@@ -158,10 +159,16 @@ def save(model: onnx_ir.Model, path: Path, external_over: int | None = None) -> 
 REPORT = "verification.json"
 CLASSES = {
     CLASSIFICATION: "SEQUENCE_CLASSIFICATION",
+    MULTI_LABEL: "SEQUENCE_CLASSIFICATION",
     REGRESSION: "SEQUENCE_CLASSIFICATION",
     TOKEN_CLASSIFICATION: "TOKEN_CLASSIFICATION",
     QUESTION_ANSWERING: "QUESTION_ANSWERING",
     MULTIPLE_CHOICE: "MULTIPLE_CHOICE",
+}
+PROBLEMS = {
+    CLASSIFICATION: "single_label_classification",
+    MULTI_LABEL: "multi_label_classification",
+    REGRESSION: "regression",
 }
 _OF_THIS_MACHINE = ("_name_or_path", *ATTENTION_SETTINGS)
 
@@ -194,8 +201,8 @@ def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> JsonObje
         values["label2id"] = {label: i for i, label in enumerate(labels)}
     if delta.task.kind in CLASSES:
         values["architectures"] = architectures(delta)
-    if delta.task.kind in (CLASSIFICATION, REGRESSION):
-        values["problem_type"] = "regression" if delta.task.kind == REGRESSION else "single_label_classification"
+    if delta.task.kind in PROBLEMS:
+        values["problem_type"] = PROBLEMS[delta.task.kind]
     return values
 
 

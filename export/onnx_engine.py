@@ -202,7 +202,8 @@ def _config(directory: Path) -> JsonObject:
 
 def _delta(facts: Mapping[str, str]) -> Delta:
     """What the metadata tell of the delta that was exported."""
-    options = {"pairs": False, **json.loads(facts["task_options"])}  # older exports do not say
+    options = {"pairs": False, "thresholds": (), "abstain": 0.0, **json.loads(facts["task_options"])}  # older exports
+    options["thresholds"] = tuple(options["thresholds"])
     task = TaskSpec(
         facts["task"],
         labels=tuple(json.loads(facts["labels"])),

@@ -22,11 +22,13 @@ from bertology_serve.deltas.safe_io import Limits, read_json
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.loading import locate
 from bertology_serve.encoder.pipeline import Pipeline
-from bertology_serve.errors import BaseMismatch, BertologyError, FormatError, InputError, Unsupported, VerificationError
+from bertology_serve.errors import BaseMismatch, BertologyError, FormatError, InputError, VerificationError
 from bertology_serve.tasks.heads import Head, head_form, head_pooling, pool
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
+    LABEL_KINDS,
+    MULTI_LABEL,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
@@ -40,13 +42,14 @@ if TYPE_CHECKING:
 
 _AUTO = {
     CLASSIFICATION: "AutoModelForSequenceClassification",
+    MULTI_LABEL: "AutoModelForSequenceClassification",
     REGRESSION: "AutoModelForSequenceClassification",
     TOKEN_CLASSIFICATION: "AutoModelForTokenClassification",
     QUESTION_ANSWERING: "AutoModelForQuestionAnswering",
     MULTIPLE_CHOICE: "AutoModelForMultipleChoice",
     EMBEDDING: "AutoModel",
 }
-_KINDS = {auto.removeprefix("AutoModel"): kind for kind, auto in _AUTO.items() if kind not in (REGRESSION, EMBEDDING)}
+_KINDS = {auto.removeprefix("AutoModel"): kind for kind, auto in reversed(_AUTO.items()) if kind != EMBEDDING}
 _LONGEST = 512
 _LENGTHS = (3, 9, 24)
 _TOLERANCE = 1e-4
@@ -203,16 +206,16 @@ def _kind(directory: Path) -> str | None:
 
 
 def _task(kind: str, config: Any, encoder: Encoder) -> TaskSpec:
-    if kind == CLASSIFICATION and config.problem_type == "multi_label_classification":
-        raise Unsupported(f"{config.name_or_path} gives a text several labels at once, which is not answered here")
     longest = min(_LONGEST, encoder.max_tokens)
     if kind == QUESTION_ANSWERING:
         return TaskSpec(kind, max_length=longest, stride=min(128, longest // 4))
-    if kind == CLASSIFICATION and config.num_labels == 1:
+    if kind == CLASSIFICATION and config.problem_type == "multi_label_classification":
+        kind = MULTI_LABEL
+    elif kind == CLASSIFICATION and config.num_labels == 1:
         kind = REGRESSION
     labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     pooling = head_pooling(config.model_type, kind, config.to_dict())
-    named = labels if kind in (CLASSIFICATION, TOKEN_CLASSIFICATION) else ()
+    named = labels if kind in (*LABEL_KINDS, TOKEN_CLASSIFICATION) else ()
     return TaskSpec(kind, named, max_length=longest, pooling=pooling)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -67,7 +69,7 @@ def serve(
             fork_server = stack.enter_context(
                 ForkServer(WorkerOptions(backbone, dtype, config.logging.log_level, config.logging.log_format))
             )
-        from bertology_serve.serving.batching.warmup import circumstances, find, recall
+        from bertology_serve.serving.batching.warmup import circumstances, find, find_again, recall
         from bertology_serve.serving.execution.engine_choice import EngineConfig, check
         from bertology_serve.serving.observability.background import Background
         from bertology_serve.serving.server import Server
@@ -90,7 +92,13 @@ def serve(
             say(f"try: {example(url, found[-1])}")
 
         server = Server(registry, config, announce, keyring, background)
-        runs = find(opened, server.service.queue.times, wanted, where, None if time_again else recall(where))
+        queue, known = server.service.queue, None if time_again else recall(where)
+        runs, sure = find(opened, queue.times, wanted, where, known)
+        if not sure:
+            ended = threading.Event()
+            stack.callback(ended.set)
+            again = partial(find_again, opened, queue.times, wanted, where, lambda: queue.items, ended)
+            background.thread("second timing", again)
         opened.warmed(max(HUNG, config.batching.max_call_seconds))
         settle_memory()
         server.run(sockets=[bound])

@@ -21,7 +21,6 @@ from statistics import fmean
 import torch
 
 from bertology_serve.data.records import infer_labels
-from bertology_serve.deltas.catalog import identify
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import SpecError
@@ -40,9 +39,8 @@ from bertology_serve.training.fleet.member import Member
 from bertology_serve.training.learning_curve import draw_curves
 from bertology_serve.training.method_options import Values, join_list
 from bertology_serve.training.methods import count_parameters, specs_for
-from bertology_serve.training.publish import publish
 from bertology_serve.training.run_directory import CONFIG, Destination, identity
-from bertology_serve.training.train import Outcome, for_encoder, lay_out, machine, task_spec
+from bertology_serve.training.train import Outcome, for_data, for_encoder, lay_out, machine, task_spec
 from bertology_serve.training.train_config import TrainConfig, read_budget
 
 BOARD, PLOT = "board.csv", "board.png"
@@ -250,6 +248,7 @@ def train_auto(
     it won. Under a budget in passes a search is the same every time (on a CPU, with the same number of threads); one
     in minutes is turned into passes by a timing at the beginning.
     """
+    config = for_data(config, train)
     config = for_encoder(replace(config, labels=config.labels or infer_labels(config.task, train.records)), encoder)
     data, (name, free) = Data(train, dev, ood), place.open()
     directory, watcher, shelf = FleetDirectory(free.out.parent, free.path), watcher or Quiet(), Shelf(encoder)
@@ -290,17 +289,14 @@ def train_auto(
         one.beaten = not search.improves
         if not one.beaten:
             Fleet([one.member], rows, log, config.save_every).run()
-    delta, live, state = one.ended(name, place.version or "")
     board = search.board()
-    delta = replace(delta, provenance={**delta.provenance, "auto": search.facts(config, board)})
     write_board(directory.path, board, search)
-    own = settings_text(one.config, files or data.names(encoder.name), began["prepacked"])
-    directory.write_config(own)
+    directory.write_config(settings_text(one.config, files or data.names(encoder.name), began["prepacked"]))
     extra = [log.take_log(one.member.name), *(directory.path / name for name in (CONFIG, BOARD, PLOT))]
-    difference = publish(delta, live, free.out, *one.ready.sample(data), extra=extra)
+    facts = {"auto": search.facts(config, board)}
+    outcome = one.publish(name, free.out, extra, place.version or "", facts)
     directory.remove()
-    delta = replace(delta, version=identify(free.out).version)
-    return Outcome(delta, free.out, count_parameters(live), state, difference, 0, one.start.known, one.unimproved)
+    return outcome
 
 
 def scheduled(config: TrainConfig, unit: int, count: int, part: Data, keep: str) -> TrainConfig:

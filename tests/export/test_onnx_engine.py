@@ -185,12 +185,14 @@ def test_like_lengths_and_few_sequences_stay_together():
     assert buckets([10, 128] * 32, 384) == [list(range(0, 64, 2)), list(range(1, 64, 2))]
 
 
-NAMES = {"lora-1": "hf", "pfeiffer": "flat", "prefix": "hf", "prefix-shifted": "hf", "bitfit-qkv": "flat"}
+NAMES = {
+    "lora-1": "hf", "pfeiffer": "flat", "prefix": "hf", "prefix-shifted": "hf", "flags": "hf", "bitfit-qkv": "flat"
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[Encoder, Path]:
-    """An encoder, and exports of deltas of five tasks."""
+    """An encoder, and exports of deltas of six tasks."""
     root = tmp_path_factory.mktemp("served")
     encoder = tiny.encoder("roberta", root / "encoder")
     with pytest.MonkeyPatch.context() as patched:

@@ -7,12 +7,13 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from threading import Event
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -20,6 +21,7 @@ from bertology_serve.encoder.delta_set import DeltaSet
 from bertology_serve.encoder.pipeline import BASE, Job, Request
 from bertology_serve.errors import DataError
 from bertology_serve.export.installation import environment
+from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.batching.queue import WHOLE, BatchTimes, Sample
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.engine_choice import EngineConfig
@@ -64,6 +66,7 @@ def _timed(pipeline: DeltaSet, jobs: list[Job], clock: Callable[[], float]) -> f
 
 log = logging.getLogger(__name__)
 DAYS = 7.0  # after which it is found anew
+IDLE, LOOKS = 0.5, 60.0  # load for each processor up to which the machine is idle; seconds between two looks at it
 BUSY = 1.5  # two times of one batch, or load and processors, that are so many times apart: the machine was busy
 SECOND_LOOK = 128  # tokens of the largest batch that is timed a second time
 SETTLED = ("cpu", "cores", "threads", "versions")  # of the environment: what does not change by itself
@@ -77,7 +80,7 @@ class Findings:
     ladder: tuple[Sample, ...]
 
 
-def circumstances(pipeline: DeltaSet, setting: EngineConfig, config: ServerConfig, device: str) -> dict[str, Any]:
+def circumstances(pipeline: DeltaSet, setting: EngineConfig, config: ServerConfig, device: str) -> JsonObject:
     """All that findings follow from."""
     here = environment()
     return {
@@ -109,12 +112,13 @@ def warm_up(pipeline: DeltaSet, times: BatchTimes, known: Sequence[Sample] = ())
 
 
 def find(
-    opened: Startup, times: BatchTimes, wanted: EngineConfig, where: Mapping[str, Any], known: Findings | None
-) -> str:
-    """Settles what runs the batches and how long they take, from what is ``known`` or by timing. The engine's name.
+    opened: Startup, times: BatchTimes, wanted: EngineConfig, where: JsonMapping, known: Findings | None
+) -> tuple[str, bool]:
+    """Settles what runs the batches and how long they take, from what is ``known`` or by timing.
 
-    What is known is timed again where a short second look shows that it was found on a busy machine. What is timed now
-    is kept, unless this machine is busy. Raises what ``opened.settle`` does.
+    The engine's name, and whether it may be relied on: what is known is timed again where a short second look shows
+    that it was found on a busy machine, and what is timed now is kept unless this machine is busy. Raises what
+    ``opened.settle`` does.
     """
     pipeline = opened.pipeline
     if known is not None:
@@ -122,15 +126,35 @@ def find(
         warm_up(pipeline, times, known.ladder)
         slower = _times_as_long(known.ladder, _second_look(pipeline, times))
         if slower <= BUSY:
-            return runs
+            return runs, True
         log.info("engines and batches are timed again: batches took %.1f times as long at an earlier start", slower)
     runs, setting = opened.settle(wanted)
     ladder = warm_up(pipeline, times)
-    if doubt := _doubt(ladder, _second_look(pipeline, times)):
-        log.warning("the machine seems busy (%s): timings are not kept, the next start times again", doubt)
+    doubt = _doubt(ladder, _second_look(pipeline, times))
+    if doubt:
+        log.warning("the machine seems busy (%s): timings are not kept, and made again when it is idle", doubt)
     else:
         keep(where, Findings(setting, tuple(ladder)))
-    return runs
+    return runs, not doubt
+
+
+def find_again(
+    opened: Startup,
+    times: BatchTimes,
+    wanted: EngineConfig,
+    where: JsonMapping,
+    items: Callable[[], int],
+    ended: Event,
+) -> None:
+    """Finds everything anew once there are no ``items`` to answer and the machine is idle, until it may be relied on.
+
+    For a thread of its own, which ``ended`` ends. No batch runs meanwhile: a call that comes then waits some seconds.
+    """
+    sure = False
+    while not sure and not ended.wait(LOOKS):
+        if not items() and os.getloadavg()[0] <= IDLE * (os.cpu_count() or 1):
+            with opened.pipeline.encoder.lock:
+                _, sure = find(opened, times, wanted, where, None)
 
 
 def _second_look(pipeline: DeltaSet, times: BatchTimes) -> list[Sample]:
@@ -156,7 +180,7 @@ def _doubt(ladder: Sequence[Sample], again: Sequence[Sample]) -> str:
     return f"load {load:.1f} on {cores} processors" if load > BUSY * cores else ""
 
 
-def recall(where: Mapping[str, Any], folder: Path | None = None) -> Findings | None:
+def recall(where: JsonMapping, folder: Path | None = None) -> Findings | None:
     """What was found in the same circumstances within the last week, ``None`` where nothing was that can be read."""
     path = _path(where, folder)
     try:
@@ -168,7 +192,7 @@ def recall(where: Mapping[str, Any], folder: Path | None = None) -> Findings | N
     return found if found.ladder and all(min(rung) > 0 for rung in found.ladder) else None
 
 
-def keep(where: Mapping[str, Any], findings: Findings, folder: Path | None = None) -> None:
+def keep(where: JsonMapping, findings: Findings, folder: Path | None = None) -> None:
     """Writes them down; where that cannot be, the next start measures again."""
     path = _path(where, folder)
     try:
@@ -179,7 +203,7 @@ def keep(where: Mapping[str, Any], findings: Findings, folder: Path | None = Non
         log.info("what was timed is not kept: %s", problem)
 
 
-def _path(where: Mapping[str, Any], folder: Path | None) -> Path:
+def _path(where: JsonMapping, folder: Path | None) -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(msgspec.json.encode(where, order="sorted")).hexdigest()
     return (folder or home / "bertology-serve" / "findings") / f"{digest[:32]}.json"

@@ -14,10 +14,12 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
+from bertology_serve.files import JsonObject
 from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, shown
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
+    MULTI_LABEL,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
@@ -77,7 +79,7 @@ def _request(item: Any, where: str, delta: Delta, options: Options) -> Request:
     return Request(delta.name, item, "", options.needs_logits, where)
 
 
-def _similarity(inputs: dict[str, Any], delta: Delta, options: Options, most: float) -> TaskCall:
+def _similarity(inputs: JsonObject, delta: Delta, options: Options, most: float) -> TaskCall:
     sentences = inputs.get("sentences")
     if not isinstance(sentences, list) or not sentences:
         raise DataError(f"field 'sentences' is {shown(sentences)}; expected a list of texts")
@@ -99,6 +101,7 @@ TRANSFORMS = ("softmax", "sigmoid", "none")
 GROUPED = ("simple", "first", "average", "max")
 _KNOWN = {
     CLASSIFICATION: ("top_k", "function_to_apply"),
+    MULTI_LABEL: ("top_k", "function_to_apply"),
     REGRESSION: (),
     TOKEN_CLASSIFICATION: ("aggregation_strategy", "ignore_labels"),
     QUESTION_ANSWERING: ("top_k",),
@@ -121,7 +124,7 @@ class Options:
     """
 
     top_k: int | None = None
-    transform: str = "softmax"
+    transform: str = ""
     ignore_labels: tuple[str, ...] = ()
     normalize: bool = False
     unit: bool = False
@@ -130,10 +133,10 @@ class Options:
     @property
     def needs_logits(self) -> bool:
         """Whether the answer is made from logits."""
-        return self.transform != "softmax"
+        return bool(self.transform)
 
 
-def read_options(body: dict[str, Any], delta: Delta) -> Options:
+def read_options(body: JsonObject, delta: Delta) -> Options:
     """The options of a body, under ``parameters`` or beside ``inputs``. Unsupported for those that the task lacks: a
     delta has decided them in its training, its labels too."""
     parameters = body.get("parameters")
@@ -149,7 +152,7 @@ def read_options(body: dict[str, Any], delta: Delta) -> Options:
     unit = kind == EMBEDDING and delta.task.normalize
     options = Options(
         top_k=_integer(given, "top_k", 20 if kind == QUESTION_ANSWERING else 100_000),
-        transform=_choice(given, "function_to_apply", TRANSFORMS, "softmax"),
+        transform=_transform(given, kind),
         ignore_labels=_texts(given, "ignore_labels"),
         normalize=_flag(given, "normalize", unit),
         unit=unit,
@@ -159,7 +162,7 @@ def read_options(body: dict[str, Any], delta: Delta) -> Options:
     return options
 
 
-def _check(given: dict[str, Any], options: Options, delta: Delta) -> None:
+def _check(given: JsonObject, options: Options, delta: Delta) -> None:
     """Options that are known and yet cannot be honoured."""
     _choice(given, "aggregation_strategy", GROUPED, "simple")
     if options.unit and not options.normalize:
@@ -168,7 +171,7 @@ def _check(given: dict[str, Any], options: Options, delta: Delta) -> None:
         raise Unsupported("texts are always cut to the delta's maximum length; leave 'truncate' out")
 
 
-def _integer(given: dict[str, Any], name: str, most: int) -> int | None:
+def _integer(given: JsonObject, name: str, most: int) -> int | None:
     value = given.get(name)
     if value is None:
         return None
@@ -177,21 +180,28 @@ def _integer(given: dict[str, Any], name: str, most: int) -> int | None:
     return value
 
 
-def _flag(given: dict[str, Any], name: str, default: bool = False) -> bool:
+def _flag(given: JsonObject, name: str, default: bool = False) -> bool:
     value = given.get(name, default)
     if not isinstance(value, bool):
         raise DataError(f"option {name!r} is {shown(value)}; expected true or false")
     return value
 
 
-def _choice(given: dict[str, Any], name: str, choices: tuple[str, ...], default: str) -> str:
+def _choice(given: JsonObject, name: str, choices: tuple[str, ...], default: str) -> str:
     value = given.get(name, default)
     if value not in choices:
         raise DataError(f"option {name!r} is not supported with this value; expected one of {', '.join(choices)}")
     return str(value)
 
 
-def _texts(given: dict[str, Any], name: str) -> tuple[str, ...]:
+def _transform(given: JsonObject, kind: str) -> str:
+    """What makes scores of logits; empty where that is what the task does anyway."""
+    own = {CLASSIFICATION: "softmax", MULTI_LABEL: "sigmoid"}.get(kind, "softmax")
+    chosen = _choice(given, "function_to_apply", TRANSFORMS, own)
+    return "" if chosen == own else chosen
+
+
+def _texts(given: JsonObject, name: str) -> tuple[str, ...]:
     value = given.get(name, [])
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise DataError(f"option {name!r} is {shown(value)}; expected a list of labels")
@@ -206,23 +216,22 @@ class AnswerShape:
     nested: bool = False
 
 
-def classification(prediction: Prediction, options: Options) -> list[dict[str, Any]]:
+def classification(prediction: Prediction, options: Options) -> list[JsonObject]:
     """``[{label, score}]``, best first."""
     scores: dict[str, float] = prediction.answer["scores"]
     if options.needs_logits:
         scores = dict(zip(scores, prediction.answer["logits"], strict=True))
-    if options.transform == "sigmoid":
-        scores = {label: sigmoid(logit) for label, logit in scores.items()}
+        scores = dict(zip(scores, _APPLIED[options.transform](list(scores.values())), strict=True))
     ranked = sorted(scores.items(), key=lambda item: -item[1])
     return [{"label": label, "score": score} for label, score in ranked[: options.top_k]]
 
 
-def regression(prediction: Prediction, options: Options) -> list[dict[str, Any]]:
+def regression(prediction: Prediction, options: Options) -> list[JsonObject]:
     """``[{label: "value", score}]``, as a classification with one label."""
     return [{"label": "value", "score": prediction.answer["value"]}]
 
 
-def tokens(prediction: Prediction, options: Options) -> list[dict[str, Any]]:
+def tokens(prediction: Prediction, options: Options) -> list[JsonObject]:
     """``[{entity_group, score, word, start, end}]``."""
     return [
         {
@@ -259,13 +268,14 @@ def embedding(prediction: Prediction, options: Options) -> list[float]:
     return [number / size for number in part] if size else part
 
 
-def own(prediction: Prediction, options: Options) -> dict[str, Any]:
+def own(prediction: Prediction, options: Options) -> JsonObject:
     """This project's own shape."""
     return prediction.as_dict()
 
 
 SHAPES = {
     CLASSIFICATION: AnswerShape(classification, nested=True),
+    MULTI_LABEL: AnswerShape(classification, nested=True),
     REGRESSION: AnswerShape(regression, nested=True),
     TOKEN_CLASSIFICATION: AnswerShape(tokens),
     QUESTION_ANSWERING: AnswerShape(question),
@@ -277,3 +287,16 @@ SHAPES = {
 def sigmoid(logit: float) -> float:
     """1 / (1 + exp(-logit)) that does not overflow."""
     return 1.0 / (1.0 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1.0 + math.exp(logit))
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """Shares that add up to 1."""
+    powers = [math.exp(logit - max(logits)) for logit in logits]
+    return [power / sum(powers) for power in powers]
+
+
+_APPLIED: dict[str, Callable[[Sequence[float]], list[float]]] = {
+    "softmax": softmax,
+    "sigmoid": lambda logits: [sigmoid(logit) for logit in logits],
+    "none": list,
+}
