@@ -1,4 +1,4 @@
-"""What the encoder's modules see while a batch passes through them, and what they do with it."""
+"""The context of one forward pass: which delta owns which rows, and how each linear, norm and attention applies it."""
 
 from __future__ import annotations
 
@@ -228,19 +228,19 @@ def _wide(pool: Tensor, width: int) -> Tensor:
 
 
 class CurrentContext:
-    """Holds the pass that is under way; every wrapped module of an encoder refers to the same one."""
+    """Holds the context of the pass under way; every wrapped module of an encoder refers to the same one."""
 
     def __init__(self) -> None:
-        self.it: ForwardContext | None = None
+        self.value: ForwardContext | None = None
 
     @contextmanager
     def during(self, now: ForwardContext | None) -> Iterator[None]:
         """While it holds, ``now`` is under way; then what was before."""
-        before, self.it = self.it, now
+        before, self.value = self.value, now
         try:
             yield
         finally:
-            self.it = before
+            self.value = before
 
 
 @contextmanager
@@ -258,7 +258,7 @@ def recomputed(modules: Sequence[nn.Module], current: CurrentContext) -> Iterato
 
 def _twice(forward: Callable[P, R], current: CurrentContext) -> Callable[P, R]:
     def run(*inputs: P.args, **named: P.kwargs) -> R:
-        now = current.it
+        now = current.value
 
         def again(*inputs: P.args, **named: P.kwargs) -> R:
             with current.during(now):

@@ -37,7 +37,7 @@ class SlotLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]; the leading dimensions are the batch's rows while a pass is under way."""
-        now = self.current.it
+        now = self.current.value
         if now is None:
             return self._base(x)
         y = self._updated(now, x)
@@ -78,7 +78,7 @@ class SlotNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., H]; where s = x has a Pfeiffer adapter, ``LN(adapter(LN(s)) + s)``."""
-        now = self.current.it
+        now = self.current.value
         if now is None:
             return super().forward(x)
         flat = x.reshape(-1, x.shape[-1])

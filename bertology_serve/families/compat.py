@@ -97,7 +97,7 @@ def _attend(
     **_: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query, key, value [1, heads, T, D] -> [1, T, heads, D]."""
-    out = module.current.it.attention(
+    out = module.current.value.attention(
         module.layer_number,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
