@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bertology_serve.deltas.delta import BaseRef, Delta, bare
-from bertology_serve.encoder.bank import DeltaBank, Entry
+from bertology_serve.encoder.bank import BankEntry, DeltaBank
 from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.loading import load_tokenizer
@@ -56,7 +56,7 @@ class OnnxEngine:
         """For people: the runtime, its version, and the precision."""
         return f"onnxruntime {self._session.version}, {self.precision}"
 
-    def takes(self, entry: Entry) -> bool:
+    def takes(self, entry: BankEntry) -> bool:
         """Whether the graph has a place for all that a delta changes."""
         return self._feed.takes([entry])
 

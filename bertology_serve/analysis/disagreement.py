@@ -15,7 +15,7 @@ from bertology_serve.analysis.integrated_gradients import attributions, check_av
 from bertology_serve.analysis.labelled import Labelled, TaskEvaluation
 from bertology_serve.analysis.report import AnalysisReport, origin
 from bertology_serve.analysis.settings import CompareSettings
-from bertology_serve.analysis.subject_model import Advance, Subject, data_name, silent
+from bertology_serve.analysis.subject_model import Advance, EncoderLike, Subject, data_name, silent
 from bertology_serve.data.records import DataLike, read_records
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import DataError, SpecError
@@ -23,7 +23,7 @@ from bertology_serve.files import JsonObject
 from bertology_serve.tasks.significance import mcnemar
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, Encoding
 
-ANSWERS = ("label", "value", "entities", "answer", "choice")
+ANSWERS = ("label", "labels", "value", "entities", "answer", "choice")
 
 
 def compare(
@@ -32,9 +32,12 @@ def compare(
     data: DataLike,
     settings: CompareSettings | None = None,
     *,
+    encoder: EncoderLike = None,
     advance: Advance = silent,
 ) -> AnalysisReport:
     """What two deltas of one task answer to the same records, labelled or not, and where they disagree.
+
+    ``encoder`` is the one that both run on, by default what each names.
 
     Tables: ``records``, both answers to each, whether they agree, and the gap (the largest difference of class
     probabilities, else of the head's outputs); ``disagreements``, the widest gap first; for the ``settings.shown``
@@ -47,7 +50,7 @@ def compare(
     settings = settings or CompareSettings()
     if settings.attributions:
         check_available()
-    subjects = [one if isinstance(one, Subject) else Subject.of(None, one) for one in (first, second)]
+    subjects = [one if isinstance(one, Subject) else Subject.of(encoder, one) for one in (first, second)]
     _check_tasks(subjects)
     started = time.perf_counter()
     records = data if isinstance(data, str | Path) else read_records(data)
@@ -102,6 +105,8 @@ def _answered(trial: TaskEvaluation, advance: Advance) -> list[tuple[JsonObject,
 def _said(answer: JsonObject) -> str | float:
     """The part of an answer that two models agree on or not."""
     name = next(name for name in ANSWERS if name in answer)
+    if name == "labels":
+        return ", ".join(answer[name]) or "none"
     if name == "entities":
         return ", ".join(f"{one['label']} {one['start']}-{one['end']}" for one in answer[name]) or "none"
     said: str | float = answer[name]["text"] if name == "answer" else answer[name]

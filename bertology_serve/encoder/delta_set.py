@@ -11,20 +11,24 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from bertology_serve.deltas.delta import BaseRef, Delta, bare
 from bertology_serve.deltas.layout import check_base
-from bertology_serve.encoder.bank import BARE, Entry
+from bertology_serve.encoder.bank import BARE, BankEntry
 from bertology_serve.encoder.encoder import weights_hash
 from bertology_serve.errors import BertologyError, NotFound, SpecError, Unsupported, about, nearest
+from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BASE = "base"
 
@@ -65,7 +69,7 @@ class Prediction:
         """Whether a part of the text was not read."""
         return self.tokens_given > self.tokens_read
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Flat, ready for JSON. Only what was cut says so: ``truncated`` and both counts of tokens."""
         own = {"delta": self.delta, "version": self.version, "task": self.task, **self.answer}
         if self.truncated:
@@ -76,7 +80,7 @@ class Prediction:
 class TaskModel(Protocol):
     """A whole model of one task, with an encoder and a tokenizer of its own."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
 
     def outputs(self, encodings: Sequence[Encoding]) -> list[Tensor]:
         """[C], [len, C] or [H] of every sequence, float32 on CPU."""
@@ -89,7 +93,7 @@ class LoadedDelta:
     Where it has a ``model``, that one answers, and head and entry are bare.
     """
 
-    def __init__(self, delta: Delta, task: Task, head: Head, entry: Entry, model: TaskModel | None = None) -> None:
+    def __init__(self, delta: Delta, task: Task, head: Head, entry: BankEntry, model: TaskModel | None = None) -> None:
         self.delta, self.task, self.head, self.entry, self.model = delta, task, head, entry, model
         self.prompt_length = entry.prompt_length
 
@@ -144,7 +148,7 @@ class Backbone(Protocol):
 
     name: str
     ref: BaseRef
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     lock: RLock
     packing: str
 
@@ -246,7 +250,7 @@ class DeltaSet(ABC):
         """
 
     @abstractmethod
-    def release(self, key: str) -> None:
+    def free(self, key: str) -> None:
         """Frees the rows under a key; there need not be any. The lock is held."""
 
     @abstractmethod
@@ -274,7 +278,7 @@ class DeltaSet(ABC):
             return ready
         return self._beside.get((name, version))
 
-    def dismiss(self, name: str, versions: Iterable[str]) -> None:
+    def remove_versions(self, name: str, versions: Iterable[str]) -> None:
         """Takes away versions that stand beside the one that answers; unknown ones are fine."""
         for version in versions:
             self._beside.pop((name, version), None)
@@ -283,12 +287,12 @@ class DeltaSet(ABC):
         """Takes a delta away; its rows are freed once the last job under way has finished."""
         if name == BASE:
             raise Unsupported("the bare base cannot be removed")
-        if not self.retire(name):
+        if not self.evict(name):
             self._find(name)
         with self.encoder.lock:
-            self.sweep()
+            self.free_rows()
 
-    def retire(self, name: str) -> bool:
+    def evict(self, name: str) -> bool:
         """Takes a delta away without waiting for a batch, the next of which frees its rows; whether it was there."""
         return self._ready.pop(name, None) is not None
 
@@ -319,7 +323,7 @@ class DeltaSet(ABC):
         if not jobs:
             return []
         with self.encoder.lock, torch.inference_mode():
-            self.sweep()
+            self.free_rows()
             outputs = self._forward(jobs)
         predictions, at = [], 0
         for job in jobs:
@@ -379,10 +383,10 @@ class DeltaSet(ABC):
             raise NotFound(f"no delta {name!r}; {nearest(name, self._ready)}")
         return ready
 
-    def sweep(self) -> None:
+    def free_rows(self) -> None:
         """Frees the rows of deltas that nothing refers to any more. The lock is held."""
         while self.ledger.gone:
-            self.release(self.ledger.gone.popleft())
+            self.free(self.ledger.gone.popleft())
 
 
 def _prediction(job: Job, outputs: Sequence[Tensor]) -> Prediction:

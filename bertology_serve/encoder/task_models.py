@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -36,6 +36,9 @@ from bertology_serve.tasks.spec import (
     Encoding,
     TaskSpec,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _AUTO = {
     CLASSIFICATION: "AutoModelForSequenceClassification",
@@ -141,15 +144,15 @@ def verify_peft(directory: Path, delta: Delta, encoder: Encoder) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = load_task_model(locate(encoder.name), delta.task.kind, whole=False, **outputs)
-            model = peft.PeftModel.from_pretrained(model, str(directory)).eval()
-            return verify(model, delta, encoder, f"peft {peft.__version__}")
+            wrapped = peft.PeftModel.from_pretrained(model, str(directory)).eval()
+            return verify(wrapped, delta, encoder, f"peft {peft.__version__}")
     except BertologyError:
         raise
     except Exception as error:  # peft's and transformers' own: their errors have no common base
         return f"not compared: peft cannot run it ({type(error).__name__})"
 
 
-def verify(model: Any, delta: Delta, encoder: Encoder, against: str) -> str:
+def verify(model: torch.nn.Module, delta: Delta, encoder: Encoder, against: str) -> str:
     """Compares the raw outputs of a delta with those of HuggingFace's or peft's ``model`` for a few sequences.
 
     Raises VerificationError where they differ by more than a ten-thousandth of the outputs' size.
@@ -171,7 +174,7 @@ def verify(model: Any, delta: Delta, encoder: Encoder, against: str) -> str:
     return f"against {against}: outputs differ by at most {worst:.1e} of their size"
 
 
-def load_task_model(path: str, kind: str, whole: bool = True, **more: Any) -> Any:
+def load_task_model(path: str, kind: str, whole: bool = True, **more: object) -> PreTrainedModel:
     """HuggingFace's model for a task in float32; with ``whole`` every weight must be in its files (safetensors)."""
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     level = transformers.logging.get_verbosity()
@@ -187,7 +190,8 @@ def load_task_model(path: str, kind: str, whole: bool = True, **more: Any) -> An
     missing = sorted(info["missing_keys"])
     if whole and missing:
         raise FormatError(f"{path} lacks {missing[0]} and so is no whole {type(model).__name__}; save it again")
-    return model.eval()
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def _kind(directory: Path) -> str | None:
@@ -229,9 +233,9 @@ def _sequences(encoder: Encoder, task: TaskSpec) -> list[Encoding]:
 
 
 @torch.inference_mode()
-def _answer(model: Any, encoding: Encoding, task: TaskSpec) -> Tensor:
+def _answer(model: torch.nn.Module, encoding: Encoding, task: TaskSpec) -> Tensor:
     """The model's output for one sequence, shaped as a head's here: [C], [len, C] or [H]."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = getattr(model, "get_base_model", lambda: model)()
     inputs = {"input_ids": encoding.ids, "attention_mask": (1,) * len(encoding)}
     if any(encoding.types) and "token_type_ids" in inspect.signature(inner.forward).parameters:
         inputs["token_type_ids"] = encoding.types

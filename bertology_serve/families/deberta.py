@@ -41,14 +41,14 @@ def _attend(
     *_: object, **__: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """DisentangledSelfAttention.forward: hidden_states [1, T, H] -> ([1, T, H], None)."""
-    assert current.it is not None
+    assert current.value is not None
     heads = module.num_attention_heads
     projections = (module.query_proj, module.key_proj, module.value_proj)
     query, key, value = (p(hidden_states)[0].view(hidden_states.shape[1], heads, -1) for p in projections)
     factor = 1 + ("c2p" in module.pos_att_type) + ("p2c" in module.pos_att_type)
     scale = (query.shape[-1] * factor) ** -0.5
-    positions = _Positions(module, encoder, layer, current.it) if module.relative_attention else None
-    out = current.it.attention(
+    positions = _Positions(module, encoder, layer, current.value) if module.relative_attention else None
+    out = current.value.attention(
         layer,
         query,
         key,
@@ -126,12 +126,12 @@ class _Positions:
 
 def _convolve(module: ConvLayer, current: Current, hidden_states: Tensor, residual_states: Tensor, _: object) -> Tensor:
     """ConvLayer.forward on packed rows: each sequence is convolved on its own, zeros around it."""
-    assert current.it is not None
-    extents = current.it.extents
+    assert current.value is not None
+    extents = current.value.extents
     padded = nn.utils.rnn.pad_sequence([hidden_states[0, at : at + length] for at, length in extents], batch_first=True)
     out = module.conv(padded.transpose(1, 2)).transpose(1, 2)
     flat = torch.cat([out[i, :length] for i, (_, length) in enumerate(extents)])
-    flat = current.it.outside("conv", flat)
+    flat = current.value.outside("conv", flat)
     normed: Tensor = module.LayerNorm(residual_states + ACT2FN[module.conv_act](module.dropout(flat))[None])
     return normed
 

@@ -118,7 +118,7 @@ class Current(Protocol):
     """Holds the batch that is under way, if any."""
 
     @property
-    def it(self) -> FamilyContext | None:
+    def value(self) -> FamilyContext | None:
         """What is under way."""
         ...
 

@@ -31,10 +31,10 @@ def _attend(
     **__: object,
 ) -> tuple[Tensor]:  # fmt: skip
     """MPNetSelfAttention.forward: hidden_states [1, T, H] -> ([1, T, H],)."""
-    assert current.it is not None
+    assert current.value is not None
     shape = (hidden_states.shape[1], module.num_attention_heads, module.attention_head_size)
     query, key, value = (projection(hidden_states)[0].view(shape) for projection in (module.q, module.k, module.v))
-    out = current.it.attention(
+    out = current.value.attention(
         layer,
         query,
         key,

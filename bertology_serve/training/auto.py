@@ -21,7 +21,6 @@ from statistics import fmean
 import torch
 
 from bertology_serve.data.records import infer_labels
-from bertology_serve.deltas.catalog import identify
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import SpecError
@@ -40,7 +39,6 @@ from bertology_serve.training.fleet.member import Member
 from bertology_serve.training.learning_curve import draw_curves
 from bertology_serve.training.method_options import Values, join_list
 from bertology_serve.training.methods import count_parameters, specs_for
-from bertology_serve.training.publish import publish
 from bertology_serve.training.run_directory import CONFIG, Destination, identity
 from bertology_serve.training.train import Outcome, for_data, for_encoder, lay_out, machine, task_spec
 from bertology_serve.training.train_config import TrainConfig, read_budget
@@ -89,7 +87,7 @@ def candidates(config: TrainConfig, encoder: Encoder, rows: int) -> dict[str, Tr
 
 def rungs(count: int, unit: int = 1) -> dict[int, int]:
     """After how many steps how many candidates go on, to the end, where none does; ``unit`` lie between evaluations."""
-    found = {}
+    found: dict[int, int] = {}
     while count:
         count = max(1, count // THIRD) if count > 1 else 0
         found[MEASURED * unit * (len(found) + 1)] = count
@@ -291,17 +289,14 @@ def train_auto(
         one.beaten = not search.improves
         if not one.beaten:
             Fleet([one.member], rows, log, config.save_every).run()
-    delta, live, state = one.ended(name, place.version or "")
     board = search.board()
-    delta = replace(delta, provenance={**delta.provenance, "auto": search.facts(config, board)})
     write_board(directory.path, board, search)
-    own = settings_text(one.config, files or data.names(encoder.name), began["prepacked"])
-    directory.write_config(own)
+    directory.write_config(settings_text(one.config, files or data.names(encoder.name), began["prepacked"]))
     extra = [log.take_log(one.member.name), *(directory.path / name for name in (CONFIG, BOARD, PLOT))]
-    difference = publish(delta, live, free.out, *one.ready.sample(data), extra=extra)
+    facts = {"auto": search.facts(config, board)}
+    outcome = one.publish(name, free.out, extra, place.version or "", facts)
     directory.remove()
-    delta = replace(delta, version=identify(free.out).version)
-    return Outcome(delta, free.out, count_parameters(live), state, difference, 0, one.start.known, one.unimproved)
+    return outcome
 
 
 def scheduled(config: TrainConfig, unit: int, count: int, part: Data, keep: str) -> TrainConfig:

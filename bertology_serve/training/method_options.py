@@ -6,10 +6,12 @@ import csv
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bertology_serve.errors import SpecError, nearest
-from bertology_serve.files import JsonObject
+
+if TYPE_CHECKING:
+    from bertology_serve.files import JsonObject
 
 Values = Mapping[str, Any]
 """Fields of a spec or a configuration by their names, as a file or a caller gives them."""
@@ -22,7 +24,7 @@ KINDS: Mapping[str, float] = {
     "prefix": 3e-2,
     "ia3": 1e-2,
     "norms": 4e-3,
-    "vera": 1e-2,
+    "vera": 3e-2,
 }
 """The kinds that are trained, and the highest learning rate of each.
 

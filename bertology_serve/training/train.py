@@ -28,6 +28,7 @@ from bertology_serve.training.checkpoint import RunState
 from bertology_serve.training.config_file import settings_text
 from bertology_serve.training.evaluate import measure
 from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache
+from bertology_serve.training.method_options import AUTO
 from bertology_serve.training.methods import ParameterCount, count_parameters, make_live, specs_for, start_at_mean
 from bertology_serve.training.optimizer import state_bytes, uses_bf16
 from bertology_serve.training.probe_solver import Solver
@@ -269,6 +270,21 @@ def for_data(config: TrainConfig, train: Source) -> TrainConfig:
     """The configuration for multi-label where a classification's labels are lists."""
     several = config.task == CLASSIFICATION and holds_several(train.records)
     return replace(config, task=MULTI_LABEL) if several else config
+
+
+def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
+    """What the defaults came to on that encoder with so many training rows, and why, in one line."""
+    chosen, parts = for_encoder(config, encoder), []
+    if not chosen.form.per_token:
+        why = (
+            "the checkpoint's own" if encoder.pooling else "it has a pooler" if chosen.pooling == "cls" else "no pooler"
+        )
+        parts.append(f"rows by {chosen.pooling} ({'as given' if config.pooling else why})")
+    form = "hf, which peft can load; training begins at random" if chosen.form.head == "hf" else chosen.form.head
+    parts += [f"head {form}", *(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
+    if not config.recipe:
+        parts.append(f"{chosen.passes(rows)} epochs" + ("" if config.epochs else f", for {rows:,} rows"))
+    return "; ".join(parts)
 
 
 def task_spec(config: TrainConfig, encoder: Encoder, train: Source) -> TaskSpec:

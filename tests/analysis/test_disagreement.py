@@ -18,6 +18,7 @@ from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.prompt import Prompt
+from bertology_serve.tasks.multi_label import MultiLabel
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 from tests import tiny
 from tests.training import sets
@@ -28,6 +29,7 @@ TASKS = {
     "token-classification": TaskSpec("token-classification", ("O", "B-WHO", "B-PLACE"), max_length=32),
     "question-answering": TaskSpec("question-answering", max_length=40, stride=4),
     "multiple-choice": TaskSpec("multiple-choice", max_length=32),
+    "multi-label": TaskSpec("multi-label", ("denied", "down", "up"), max_length=32),
 }
 
 

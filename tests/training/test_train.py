@@ -21,11 +21,12 @@ from bertology_serve.kinds.kinds import parameter_count
 from bertology_serve.training.batches import Source
 from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.evaluate import evaluate
+from bertology_serve.training.method_options import AUTO, METHODS
 from bertology_serve.training.methods import count_parameters, make_live, specs_for
 from bertology_serve.training.publish import describe
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, for_encoder, train
-from bertology_serve.training.train_config import METHODS, TrainConfig
+from bertology_serve.training.train_config import TrainConfig
 from tests.bits import same_bits
 from tests.training import sets
 
@@ -51,7 +52,7 @@ def test_a_delta_is_trained_published_and_measured(tmp_path: Path, bert: Encoder
     assert outcome.difference < 1e-5 * max(1.0, 1.0 / delta.provenance.get("calibration", {}).get("temperature", 1.0))
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"] + ["lora,bitfit"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("lora", AUTO)] + ["lora,bitfit"])
 def test_every_method_becomes_a_delta(tmp_path: Path, bert: Encoder, method: str):
     outcome = run(bert, tmp_path / "mine", method=method, without_dev=True)
     delta, _ = open_delta(tmp_path / "mine", None)

@@ -57,7 +57,7 @@ _HARMLESS = {
 # Methods of which peft 0.21 makes a LoRA by ``convert_to_lora``, and those that it cannot fold into the weights.
 _CONVERTED = {
     "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA",
-    "VBLORA", "VERA", "WAVEFT",
+    "VBLORA", "WAVEFT",
 }  # fmt: skip
 _UNMERGED = {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY", "XLORA"}
 # Settings that are read at these values only. The other ways of initialising LoRA change the base weights.

@@ -10,24 +10,31 @@ from pathlib import Path
 from bertology_serve.deltas.catalog import identify
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
-from bertology_serve.training.checkpoint import RunState
 from bertology_serve.training.fleet.fleet import Fleet
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.fleet.fleet_spec import FleetSpec
 from bertology_serve.training.fleet.member import Member, check_frozen
-from bertology_serve.training.methods import make_live, start_at_mean
+from bertology_serve.training.methods import count_parameters, make_live, start_at_mean
 from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.publish import publish
 from bertology_serve.training.recipes import Stage, stages
 from bertology_serve.training.run_directory import Follower, identity
-from bertology_serve.training.train import Prepared, finished, for_data, for_encoder, lay_out, machine, task_spec
+from bertology_serve.training.train import (
+    Outcome,
+    Prepared,
+    finished,
+    for_data,
+    for_encoder,
+    lay_out,
+    machine,
+    task_spec,
+)
 from bertology_serve.training.train_config import TrainConfig
 
 # Rows of one pass where none were asked for. On a CPU more no longer fit its caches; a GPU wants to be full.
@@ -120,13 +127,28 @@ class Enrolled:
         """Whether the probe is what is to be published."""
         return self.start.solver is not None and (self.beaten or self.member.unimproved)
 
-    def ended(self, name: str, version: str = "") -> tuple[Delta, TrainableDelta, RunState]:
-        """The delta that is to be published, its live form, and the state of the run that led there."""
+    def publish(
+        self,
+        name: str,
+        out: Path,
+        extra: Sequence[Path],
+        version: str = "",
+        facts: Mapping[str, object] | None = None,
+        fresh: Encoder | None = None,
+    ) -> Outcome:
+        """Freezes, measures, saves and compares what training ended with, or the probe that it is not better than.
+
+        ``facts`` are for the delta's provenance; see ``publish`` of ``training.publish`` for ``extra`` and ``fresh``.
+        """
         live, state, config, known = self.member.live, self.member.state, self.config, dict(self.start.known)
         if self.start.solver is not None and self.unimproved:
             live, state, config = self.start.solver.live, self.start.solver.state, self.start.solver.config
             known.pop(PROBE, None)
-        return finished(live, self.ready, state, config, self.data, known, name, version), live, state
+        delta = finished(live, self.ready, state, config, self.data, known, name, version)
+        delta = replace(delta, provenance={**delta.provenance, **(facts or {})})
+        difference = publish(delta, live, out, *self.ready.sample(self.data), extra=extra, fresh=fresh)
+        delta = replace(delta, version=identify(out).version)
+        return Outcome(delta, out, count_parameters(live), state, difference, 0, known, self.unimproved)
 
 
 def enrol(
@@ -216,15 +238,11 @@ class Publisher:
         self.deltas: dict[str, Delta] = {}
 
     def finished(self, member: Member) -> None:
-        """Freezes, measures, saves and compares a member's delta, or the probe that it is not better than; nothing for
-        one that failed.
-        """
+        """Publishes a member's delta; nothing for one that failed."""
         if member.failure:
             return
-        one, out = self.crew[member.name], self.root / member.name
         self.fresh = self.fresh or member.live.encoder.fresh()
-        delta, live, _ = one.ended(member.name)
         log = [self.directory.take_log(member.name)]
-        difference = publish(delta, live, out, *one.ready.sample(one.data), extra=log, fresh=self.fresh)
-        self.deltas[member.name] = replace(delta, version=identify(out).version)
-        self.watcher.published(member.name, difference)
+        made = self.crew[member.name].publish(member.name, self.root / member.name, log, fresh=self.fresh)
+        self.deltas[member.name] = made.delta
+        self.watcher.published(member.name, made.difference)

@@ -12,7 +12,7 @@ import onnxruntime
 import torch
 
 from bertology_serve.deltas.delta import bare
-from bertology_serve.encoder.bank import BARE, DeltaBank, Entry
+from bertology_serve.encoder.bank import BARE, BankEntry, DeltaBank
 from bertology_serve.encoder.batch import pack
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.export.emitter.delta_inputs import Feed, texts
@@ -32,7 +32,7 @@ class Both:
     def __init__(self, encoder: Encoder, opset: int = 20, precision: Precision = "fp32") -> None:
         self.encoder, self.feed = encoder, Feed(encoder.anatomy)
         self.bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
-        self.entries: dict[str, Entry] = {"bare": BARE}
+        self.entries: dict[str, BankEntry] = {"bare": BARE}
         self.parts = ExportInputs.of(encoder, bare("bare", encoder.ref, 32), False)
         model = onnx_ir.to_proto(emit_hidden(self.parts, opset, precision))
         onnx.checker.check_model(model, full_check=opset < 23)
