@@ -18,7 +18,6 @@ from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.prompt import Prompt
-from bertology_serve.tasks.multi_label import MultiLabel
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 from tests import tiny
 from tests.training import sets
