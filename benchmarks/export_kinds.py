@@ -21,9 +21,9 @@ from bertology_serve.data.records import load_examples
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.opening import open_delta
 from bertology_serve.examples import path
-from bertology_serve.export.environment import environment
 from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.export.exporting import Exported, export_delta
+from bertology_serve.export.installation import environment
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.training.batches import Source
 from bertology_serve.training.run_directory import Destination

@@ -25,7 +25,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import bertology_serve
-from bertology_serve.encoder.bank import BARE, DeltaBank, Entry
+from bertology_serve.encoder.bank import BARE, BankEntry, DeltaBank
 from bertology_serve.encoder.batch import make_plan, pack
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.kinds.kinds import effects, init
@@ -81,7 +81,7 @@ def workload(tokens: int) -> list[Encoding]:
     return found
 
 
-def resident(encoder: Encoder, count: int) -> tuple[DeltaBank, list[Entry]]:
+def resident(encoder: Encoder, count: int) -> tuple[DeltaBank, list[BankEntry]]:
     """A bank with so many LoRA deltas, A and B random."""
     bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
     specs = [Lora(rank=RANK)]
@@ -125,7 +125,7 @@ def measured(encoder: Encoder, config: BertConfig, tokens: int, rounds: int, sma
 
 
 def passes(
-    encoder: Encoder, work: list[Encoding], entries: list[Entry], bank: DeltaBank, graphs: bool
+    encoder: Encoder, work: list[Encoding], entries: list[BankEntry], bank: DeltaBank, graphs: bool
 ) -> Callable[[], Any]:
     """Packing, planning and the forward pass of one batch."""
 

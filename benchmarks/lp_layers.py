@@ -115,7 +115,7 @@ def against_sklearn(ready: Prepared, config: TrainConfig) -> dict[str, float]:
     rows = pooled(ready.live, ready.items, [depth], config.max_tokens)[depth]
     labels = torch.tensor([item.target for item in ready.items])
     x = rows.double()
-    ours = Logistic(rows, labels, int(labels.max()) + 1).solve(1.0).loss
+    ours = Logistic(rows, torch.nn.functional.one_hot(labels).double()).solve(1.0).loss
     z = ((x - x.mean()) / x.std(correction=0)).numpy()
     model = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(z, labels.numpy())
     logits = torch.from_numpy(model.decision_function(z))

@@ -33,10 +33,10 @@ from bertology_serve.encoder.batch import PackedBatch, pack
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.export.emitter.delta_inputs import texts as padded
 from bertology_serve.export.emitter.emit import emit
-from bertology_serve.export.environment import environment
-from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_directory import save
+from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import fastest_on_cpu
-from bertology_serve.export.metadata import save
+from bertology_serve.export.installation import environment
 from bertology_serve.export.onnx_engine import OnnxEngine, buckets
 from bertology_serve.export.samples import SENTENCES
 from bertology_serve.export.session import Session
@@ -99,7 +99,12 @@ def merged(encoder: Encoder, precision: Any, directory: Path) -> Session:
     """One LoRA delta folded into the weights: the export that serves it alone."""
     path = directory / f"{precision}.onnx"
     save(
-        emit(parts_of(encoder, delta(encoder, "merged", [LORA], 0), True), fastest_on_cpu(precision), True, precision),
+        emit(
+            ExportInputs.of(encoder, delta(encoder, "merged", [LORA], 0), True),
+            fastest_on_cpu(precision),
+            True,
+            precision,
+        ),
         path,
     )
     return Session(path)
@@ -160,8 +165,8 @@ def graphs(encoder: Encoder, lines: Iterator[str], rounds: int, directory: Path)
 
 def one_model(engine: OnnxEngine, session: Session, batch: PackedBatch) -> None:
     """The merged model over a batch, in the buckets that the engine would make."""
-    for group in buckets(batch.lengths, engine.parts.anatomy.hidden):
-        session.run(padded(batch, group, engine.parts.inputs))
+    for group in buckets(batch.lengths, engine.export_inputs.anatomy.hidden):
+        session.run(padded(batch, group, engine.export_inputs.inputs))
 
 
 @torch.inference_mode()

@@ -58,14 +58,14 @@ def attention(
     from bertology_serve import analysis
 
     one = subject(backbone, delta, device)
-    files = (corpus, dependencies)
     texts = tuple(sentence or ())
-    with kept(out, "attention", again, [one], files, settings, texts) as (ask, advance):
-        report = ask(
-            lambda: analysis.attention(
-                one, corpus, settings, dependencies=dependencies, sentences=texts, advance=advance
-            )
-        )
+
+    report = kept(
+        out, again, [one], (corpus, dependencies), (settings, texts), "attention",
+        lambda advance: analysis.attention(
+            one, corpus, settings, dependencies=dependencies, sentences=texts, advance=advance
+        ),
+    )  # fmt: skip
     rows = report.tables["heads"]
     shown = [name for name in rows[0] if name not in ("layer", "head", "cluster")]
     extremes = [(name, *extreme(rows, name)) for name in shown]
@@ -94,8 +94,10 @@ def heads(
     from bertology_serve import analysis
 
     one = subject(backbone, delta, device)
-    with kept(out, "heads", again, [one], (input, eval), settings) as (ask, advance):
-        report = ask(lambda: analysis.heads(one, input, settings, eval=eval, advance=advance))
+    report = kept(
+        out, again, [one], (input, eval), [settings], "heads",
+        lambda advance: analysis.heads(one, input, settings, eval=eval, advance=advance),
+    )  # fmt: skip
     facts = report.facts
     rows = [(order, f"{share:.0%}") for order, share in facts["share_within_tolerance"].items()]
     title = f"{facts['metric']} {facts['unmasked']:.4f} unmasked; heads that go within {facts['tolerance']:g}"
@@ -150,8 +152,10 @@ def probe(
     from bertology_serve import analysis
 
     one = subject(backbone, delta, device)
-    with kept(out, "probe", again, [one], (input, eval), settings) as (ask, advance):
-        report = ask(lambda: analysis.probe(one, input, settings, eval=eval, advance=advance))
+    report = kept(
+        out, again, [one], (input, eval), [settings], "probe",
+        lambda advance: analysis.probe(one, input, settings, eval=eval, advance=advance),
+    )  # fmt: skip
     columns = ("task", "layer", "accuracy", "macro_f1", "control_accuracy", "selectivity", "majority", "compression")
     rows = [[row[column] for column in columns] for row in report.tables["layers"]]
     table("probes; layer 0 is the embeddings", columns, rows, stderr=False)
@@ -183,8 +187,10 @@ def distance(
     if beside:
         return side_by_side([delta, *beside], backbone, corpus, out, device, again, settings)
     one = subject(backbone, delta, device)
-    with kept(out, "distance", again, [one], (corpus,), settings) as (ask, advance):
-        report = ask(lambda: analysis.distance(one, None, corpus, settings, advance=advance))
+    report = kept(
+        out, again, [one], (corpus,), [settings], "distance",
+        lambda advance: analysis.distance(one, None, corpus, settings, advance=advance),
+    )  # fmt: skip
     rows = [(row["layer"], row["cka"], row["drift"]) for row in report.tables["features"]]
     table("features beside the base's; layer 0 is the embeddings", ("layer", "CKA", "drift"), rows, stderr=False)
     written(report, out)
@@ -207,8 +213,10 @@ def compare(
     from bertology_serve import analysis
 
     pair = [subject(backbone, one, device) for one in (first, second)]
-    with kept(out, "compare", again, pair, (input,), settings) as (ask, advance):
-        report = ask(lambda: analysis.compare(pair[0], pair[1], input, settings, advance=advance))
+    report = kept(
+        out, again, pair, (input,), [settings], "compare",
+        lambda advance: analysis.compare(pair[0], pair[1], input, settings, advance=advance),
+    )  # fmt: skip
     facts = report.facts
     rows = [(name, facts[name]) for name in ("records", "agreement", "metric", "values", "only_first_right",
                                              "only_second_right", "mcnemar_p") if name in facts]  # fmt: skip
@@ -228,8 +236,10 @@ def side_by_side(
     from bertology_serve import analysis
 
     subjects = [subject(backbone, delta, device) for delta in deltas]
-    with kept(out, "beside", again, subjects, (corpus,), settings) as (ask, advance):
-        report = ask(lambda: analysis.compare_deltas(subjects, corpus, settings, advance=advance))
+    report = kept(
+        out, again, subjects, (corpus,), [settings], "beside",
+        lambda advance: analysis.compare_deltas(subjects, corpus, settings, advance=advance),
+    )  # fmt: skip
     for name, title in (("deltas", "distance and metrics"), ("pairs", "every two deltas")):
         rows = report.tables[name]
         table(title, tuple(rows[0]), [tuple(row.values()) for row in rows], stderr=False)

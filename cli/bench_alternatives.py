@@ -32,7 +32,7 @@ def alternatives(
     from bertology_serve.bench.prove.stage import Stage
     from bertology_serve.bench.serving.alternatives.alternatives_run import Plan, compare, draw
     from bertology_serve.bench.serving.load import check_plot
-    from bertology_serve.export.environment import environment
+    from bertology_serve.export.installation import environment
 
     check_plot(plot)
     if output is not None and output.suffix != ".json":

@@ -38,8 +38,7 @@ def export(
     """
     import torch
 
-    from bertology_serve.bench.export.bars import judge
-    from bertology_serve.bench.export.export_report import bars, costs, speeds, write
+    from bertology_serve.bench.export.export_report import bars, costs, judge, speeds, write
     from bertology_serve.bench.export.export_run import run
 
     if data is not None and delta is None:

@@ -1,12 +1,13 @@
-"""``bertology-serve evaluate``: a delta's metrics on a file of records."""
+"""``bertology-serve evaluate``: how good a delta is, how sure that is, beside what, and where it goes wrong."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +16,13 @@ from bertology_serve.cli.train import read_columns
 
 if TYPE_CHECKING:
     from bertology_serve.data.official import Answers, Records
+    from bertology_serve.data.records import Record
+    from bertology_serve.deltas.delta import Delta
+    from bertology_serve.encoder.encoder import Encoder
+    from bertology_serve.tasks.significance import Interval
+    from bertology_serve.training.evaluation import Comparison, Evaluation
+
+MOST_CLASSES, WIDEST, MOST_CONFUSED, FLIPS = 30, 10, 10, 3
 
 
 def evaluate(
@@ -24,33 +32,159 @@ def evaluate(
     columns: Annotated[
         str | None, typer.Option(help="Where fields stand: text=sentence,label=y. Default: as in training.")
     ] = None,
+    against: Annotated[Path | None, typer.Option(help="Another delta or version, on the same records.")] = None,
+    by: Annotated[str | None, typer.Option(help="A column: the metrics for each of its values.")] = None,
+    errors: Annotated[Path | None, typer.Option(help="JSON lines of what went wrong, the worst first.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON lines of every record with its answer.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for confusion.png and reliability.png.")] = None,
+    abstain: Annotated[
+        float | None, typer.Option(help="Least score at which a label is named. Default: the delta's own.")
+    ] = None,
+    baselines: Annotated[bool, typer.Option(help="Measure what needs no training beside it.")] = True,
     max_tokens: Annotated[int, typer.Option(help="Tokens a batch.", min=1)] = 4096,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Measure a delta on labelled records, through the engine that serves it."""
+    """Measure a delta on labelled records, through the engine that serves it.
+
+    The main metric has a 95 % interval (bootstrap over records); gains are paired.
+    """
     from bertology_serve.data.records import read_records
     from bertology_serve.encoder.loading import find_device
     from bertology_serve.encoder.opening import open_delta
-    from bertology_serve.training.evaluate import evaluate as run
+    from bertology_serve.training.baselines import rivals
+    from bertology_serve.training.evaluation import as_json as plain
+    from bertology_serve.training.learning_curve import check_plots
 
-    loaded, encoder = open_delta(delta, backbone, find_device(device))
+    if plots:
+        check_plots()
+    where = find_device(device)
+    loaded, encoder = open_delta(delta, backbone, where)
+    if abstain is not None:
+        loaded = replace(loaded, task=replace(loaded.task, abstain=abstain))
     records = read_records(input, read_columns(columns), loaded.columns)
     started = time.perf_counter()
-    with progress() as bar:
-        task = bar.add_task("evaluate", total=len(records))
-        found = run(loaded, records, encoder, max_tokens, advance=lambda count: bar.advance(task, count))
+    found = _run(loaded, encoder, records, max_tokens)
     seconds = time.perf_counter() - started
     metrics = {**official(input, found.metrics, found.answers, records), **found.metrics}
+    known = rivals(encoder, found.task, found.examples, found.examples) if baselines else {}
+    gains = {name: found.gain(*answers) for name, answers in known.items()}
+    beside = {name: task.main(task.parts(answers, found.examples)) for name, (task, answers) in known.items()}
+    compared = None
+    if against is not None:
+        other, base = open_delta(against, backbone, where)
+        compared = found.against(_run(other, encoder if other.base == loaded.base else base, records, max_tokens))
+    slices = found.slices(by) if by else []
+    _write(errors, found.errors() if errors else ())
+    _write(output, (found.row(number) for number in range(len(found.answers))) if output else ())
+    if plots:
+        from bertology_serve.training.evaluation_plots import draw
+
+        draw(found, plots)
     if as_json:
-        facts = {"delta": loaded.name, "version": loaded.version, "task": loaded.task.kind, "rows": len(records)}
-        facts["truncated"] = found.truncated
-        return print(json.dumps({**facts, "metrics": metrics, "seconds": round(seconds, 3)}))
-    rows = [(name, f"{value:.4f}") for name, value in metrics.items()]
-    table(f"{loaded.name} {loaded.version} on {input}", [loaded.task.kind, "value"], rows, stderr=False)
+        facts: dict[str, Any] = {"delta": loaded.name, "version": loaded.version, "task": loaded.task.kind}
+        facts |= {"rows": len(records), "truncated": found.truncated, "metrics": metrics, "seconds": round(seconds, 3)}
+        facts["interval"] = {"metric": found.task.main_metric, **plain(found.interval)}
+        facts["classes"] = [plain(one) for one in found.classes]
+        if found.calibration:
+            facts["calibration"] = plain(found.calibration)
+        facts["baselines"] = {name: {"value": beside[name], "gain": plain(gain)} for name, gain in gains.items()}
+        facts |= {"slices": [plain(one) for one in slices]} if by else {}
+        facts |= {"against": plain(compared)} if compared else {}
+        return print(json.dumps(facts | {"advice": advice(found, gains)}))
+    main = found.task.main_metric
+    rows = [(name, f"{value:.4f}", _span(found.interval) if name == main else "") for name, value in metrics.items()]
+    if found.calibration:
+        rows.append(("calibration error", f"{found.calibration.value:.4f}", _span(found.calibration)))
+    rows += [(f"{main} of the {name}", f"{beside[name]:.4f}", f"gain {gains[name].points}") for name in beside]
+    table(f"{loaded.name} {loaded.version} on {input}", [loaded.task.kind, "value", "95 %"], rows, stderr=False)
     note(f"{len(records):,} records in {seconds:.1f} s")
     if found.truncated:
         note(truncation(found.truncated, len(records)))
+    show_classes(found)
+    if by:
+        parts = [(one.value, one.rows, one.interval.value, _span(one.interval)) for one in slices]
+        table(f"by {by}", [by, "records", main, "95 %"], parts, stderr=False)
+    if compared:
+        show_comparison(found, compared, str(against))
+    note(advice(found, gains))
+
+
+def _run(delta: Delta, encoder: Encoder, records: list[Record], max_tokens: int) -> Evaluation:
+    from bertology_serve.training.evaluate import evaluate as run
+
+    with progress() as bar:
+        task = bar.add_task("evaluate", total=len(records))
+        return run(delta, records, encoder, max_tokens, advance=lambda count: bar.advance(task, count))
+
+
+def _write(path: Path | None, rows: Iterable[Mapping[str, Any]]) -> None:
+    """JSON lines, the whole file or none."""
+    from bertology_serve.files import replacing
+
+    if path is None:
+        return
+    with replacing(path.resolve()) as own, own.open("x", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def _span(interval: Interval) -> str:
+    return f"{interval.low:.4f} to {interval.high:.4f}"
+
+
+def show_classes(found: Evaluation) -> None:
+    """The labels one by one (of many the worst), and what is taken for what."""
+    classes = found.classes
+    worst = sorted(classes, key=lambda one: one.f1)[:MOST_CLASSES] if len(classes) > MOST_CLASSES else classes
+    title = "by label" if worst is classes else f"the {len(worst)} worst of {len(classes)} labels"
+    if classes:
+        rows = [(one.label, one.precision, one.recall, one.f1, one.support) for one in worst]
+        table(title, ["label", "precision", "recall", "f1", "records"], rows, stderr=False)
+    if found.confusion is None:
+        return
+    labels, counts = found.confusion
+    if len(labels) <= WIDEST:
+        lines = [[label, *row] for label, row in zip(labels, counts, strict=True)]
+        table("right (down), answered (across)", ["", *labels], lines, stderr=False)
+        return
+    off = [(n, labels[a], labels[b]) for a, row in enumerate(counts) for b, n in enumerate(row) if a != b]
+    most = [(a, b, n) for n, a, b in sorted(off, reverse=True)[:MOST_CONFUSED] if n]
+    table("taken for another", ["right", "answered", "records"], most, stderr=False)
+
+
+def show_comparison(found: Evaluation, compared: Comparison, other: str) -> None:
+    """The difference, whether it is one, and some of what flipped."""
+    rows = [
+        (f"{found.task.main_metric} above it", compared.gain.points),
+        ("effect size", f"{compared.effect:+.3f}"),
+        ("only this is right", f"{len(compared.fixed):,}"),
+        ("only that is right", f"{len(compared.broken):,}"),
+    ]
+    rows += [("McNemar's p", f"{compared.mcnemar_p:.3g}")] if compared.mcnemar_p is not None else []
+    table(f"beside {other}", ["", "value"], rows, stderr=False)
+    for name, flipped in (("only this is right", compared.fixed), ("only that is right", compared.broken)):
+        for number in flipped[:FLIPS]:
+            fields, where = found.records[number]
+            note(f"{name}: {where}: {json.dumps(dict(fields), ensure_ascii=False, default=str)[:160]}")
+
+
+def advice(found: Evaluation, gains: Mapping[str, Interval]) -> str:
+    """The one thing to do or to know next."""
+    return next(_advice(found, gains), "nothing stands out; --errors FILE shows what went wrong")
+
+
+def _advice(found: Evaluation, gains: Mapping[str, Interval]) -> Iterator[str]:
+    worst = min(gains, key=lambda name: gains[name].value, default=None)
+    if worst is not None and gains[worst].low <= 0:
+        yield f"not surely better than the {worst} ({gains[worst].points} points): more data, or another encoder"
+    if found.truncated > len(found.answers) / 10:
+        share = 100 * found.truncated / len(found.answers)
+        yield f"{share:.0f} % of the texts were cut: train with a larger --max-length"
+    if found.calibration and found.calibration.low > 0.05:
+        yield "scores do not say how often answers are right: train with --eval of such texts, which calibrates"
+    weak = min((one for one in found.classes if one.support >= 5), key=lambda one: one.f1, default=None)
+    if weak is not None and weak.f1 < 0.5 * found.interval.value:
+        yield f"label {weak.label!r} is the weakest (F1 {weak.f1:.2f}, {weak.support} records): it wants more examples"
 
 
 def official(input: str, metrics: Mapping[str, float], answers: Answers, records: Records) -> dict[str, float]:

@@ -41,8 +41,8 @@ def export(
     """Export a delta with its encoder to ONNX, run it in ONNX Runtime against torch, publish it if they agree.
 
     With --merge LoRA and BitFit are folded into the weights; without it the delta stays apart in the graph, as
-    initialisers called delta.NAME.SLOT.LAYER. BERT, RoBERTa, DistilBERT, ELECTRA, MPNet and ModernBERT are written
-    straight from their weights, and padding costs no work; other encoders go through torch's exporter. With
+    initialisers called delta.NAME.SLOT.LAYER. BERT, RoBERTa, DistilBERT, ELECTRA, MPNet, DeBERTa and ModernBERT are
+    written straight from their weights, and padding costs no work; other encoders go through torch's exporter. With
     --layout triton, --out is REPOSITORY/NAME.
 
     With --multi many deltas share one graph: their tensors lie beside it and are its inputs, each row of a batch names
@@ -86,7 +86,7 @@ def _many(
 ) -> Exported:
     from bertology_serve.deltas import store
     from bertology_serve.encoder.opening import load_delta, open_delta
-    from bertology_serve.export.export_deltas import export_many, join
+    from bertology_serve.export.exporting import export_many, join
 
     found = [versions[-1] for path in paths for versions in store.discover(path).values()]
     path, called = (found[0].path, found[0].name) if found else (paths[0], None)

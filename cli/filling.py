@@ -30,7 +30,7 @@ def from_file(context: typer.Context, path: Path | None) -> Path | None:
     known = [str(one.name) for one in context.command.params]
     for name in named:
         if name not in known:
-            raise SpecError(f"{path}: train has no flag {name!r}; {nearest(name, known)}")
+            raise SpecError(f"{path}: {context.command.name} has no flag {name!r}; {nearest(name, known)}")
     _fill(context, named)
     return path
 

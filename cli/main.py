@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -14,6 +15,8 @@ from bertology_serve.cli.common import complain
 from bertology_serve.cli.threads import share_cores
 
 PROGRAM = "bertology-serve"
+# What a shell says as it asks for completions: that it does, and the words so far
+COMPLETE, COMPLETED = "_BERTOLOGY_SERVE_COMPLETE", ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")
 COMMANDS = {
     "demo": "Try all of it on built-in examples, in a few minutes.",
     "train": "Train one delta.",
@@ -40,7 +43,7 @@ docstring is its own help, the line here is what ``bertology-serve --help`` says
 def application(asked: str | None = None) -> typer.Typer:
     """The typer application. Only the command that is asked for is imported; the others are there to be listed."""
     app = typer.Typer(
-        add_completion=False,
+        add_completion=True,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -54,7 +57,10 @@ def application(asked: str | None = None) -> typer.Typer:
         if hasattr(module, "app"):
             app.add_typer(module.app, name=name)
         else:
-            app.command(name)(getattr(module, name.replace("-", "_")))
+            command = getattr(module, name.replace("-", "_"))
+            layout = getattr(command, "layout", None)  # of those with many options, see ``options.laid_out``
+            settings = {"auto_envvar_prefix": layout.prefix} if layout and layout.prefix else {}
+            app.command(name, cls=layout and layout.form, context_settings=settings)(command)
     return app
 
 
@@ -66,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     share_cores()
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    asked = next((argument for argument in arguments if argument in COMMANDS), None)
+    typed = " ".join(os.environ.get(name, "") for name in COMPLETED) if COMPLETE in os.environ else ""
+    asked = next((word for word in (*typed.split(), *arguments) if word in COMMANDS), None)
     try:
         command = typer.main.get_command(application(asked))
         code = command.main(args=arguments, prog_name=PROGRAM, standalone_mode=False)

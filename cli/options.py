@@ -1,51 +1,171 @@
-"""Command-line options from the fields of frozen dataclasses, so that no default is written twice."""
+"""Command-line options from the fields of frozen dataclasses, so that no default is written twice; and their help."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from bertology_serve.errors import SpecError
 from bertology_serve.training.method_options import join_list, split_list
 
 PLAIN = (bool, int, float, str, Path)
+ALL = "bertology.help_all"
+OTHERS = "Other options"
+Command = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One option of a dataclass: its field, its type, and the panel that it is shown in."""
+
+    field: Field[Any]
+    hint: Any
+    panel: str | None = None
+
+
+def choices_of(spec: type[Any], panel: str | None = None) -> Iterator[Choice]:
+    """The options of a dataclass; those of a field that is itself a dataclass are its own fields, in its panel."""
+    hints = get_type_hints(spec)
+    for field in fields(spec):
+        if is_dataclass(hints[field.name]):
+            yield from choices_of(hints[field.name], field.metadata.get("panel", panel))
+        elif field.init:
+            yield Choice(field, hints[field.name], field.metadata.get("panel", panel))
+
+
+def build(spec: type[Any], values: dict[str, Any]) -> Any:
+    """A dataclass of option values, by their names; those are taken out of ``values``."""
+    hints, own = get_type_hints(spec), dict[str, Any]()
+    for field in fields(spec):
+        hint = hints[field.name]
+        if is_dataclass(hint):
+            own[field.name] = build(hint, values)  # type: ignore[arg-type]
+        elif field.name in values:
+            own[field.name] = _value(values.pop(field.name), hint, field)
+    return spec(**own)
 
 
 def options(
     spec: type[Any], into: str = "config", skip: Sequence[str] = (), helps: Mapping[str, str] | None = None
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[Command], Command]:
     """Decorator: the command's parameter ``into`` becomes one option per field of the dataclass ``spec``.
 
     The command then gets ``into=spec(...)``. A field named ``batch_tokens`` is ``--batch-tokens``; its type, its
     default and ``field(metadata={"help": ..., "flag": ...})`` are the option's, and a field without default is
-    required. Tuples are written with commas. ``skip`` names fields that keep their defaults; ``helps`` gives help by
-    field. Raises TypeError, where the command is declared, for a field whose type has no option.
+    required. A field that is a dataclass stands for its fields, shown under its ``metadata["panel"]``. Tuples are
+    written with commas. ``skip`` names fields that keep their defaults; ``helps`` gives help by field. Raises
+    TypeError, where the command is declared, for a field whose type has no option.
     """
-    hints = get_type_hints(spec)
-    offered = [field for field in fields(spec) if field.init and field.name not in skip]
+    offered = [choice for choice in choices_of(spec) if choice.field.name not in skip]
 
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(command: Command) -> Command:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != into]
-        added = [_parameter(spec, field, hints[field.name], (helps or {}).get(field.name)) for field in offered]
+        added = [_parameter(spec, choice, (helps or {}).get(choice.field.name)) for choice in offered]
 
         @functools.wraps(command)
         def run(**values: Any) -> Any:
-            chosen = {field.name: _value(values.pop(field.name), hints[field.name], field) for field in offered}
-            return command(**values, **{into: spec(**chosen)})
+            config = build(spec, {choice.field.name: values.pop(choice.field.name) for choice in offered})
+            return command(**values, **{into: config})
 
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *added)]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return _signed(run, [*own, *added])
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a command's help is laid out: ``--help`` shows the options that people use (``common``), ``--help-all`` the
+    rest, each under its panel. ``panels`` names those of options that have none of their own.
+
+    With a ``prefix`` every option has an environment variable: ``BERTOLOGY_MAX_ITEMS`` for ``--max-items``.
+    """
+
+    common: tuple[str, ...]
+    panels: Mapping[str, tuple[str, ...]]
+    prefix: str | None = None
+
+    @property
+    def form(self) -> type[LaidOut]:
+        """The kind of command that is laid out like this."""
+        return LaidOut
+
+
+def laid_out(
+    common: Sequence[str], panels: Mapping[str, tuple[str, ...]], prefix: str | None = None
+) -> Callable[[Command], Command]:
+    """Decorator: gives a command ``--help-all`` and its layout, see ``Layout``."""
+
+    def show_all(context: typer.Context, wanted: bool) -> None:
+        if wanted:
+            context.meta[ALL] = True
+            typer.echo(context.get_help())
+            raise typer.Exit
+
+    option = typer.Option(
+        "--help-all", is_eager=True, callback=show_all, expose_value=False, allow_from_autoenv=False,
+        help="Show every option.",
+    )  # fmt: skip
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def run(help_all: bool = False, **values: Any) -> Any:
+            return command(**values)
+
+        own = list(inspect.signature(command, eval_str=True).parameters.values())
+        kind, annotation = inspect.Parameter.KEYWORD_ONLY, Annotated[bool, option]
+        _signed(run, [*own, inspect.Parameter("help_all", kind, default=False, annotation=annotation)])
+        run.layout = Layout(tuple(common), panels, prefix)  # type: ignore[attr-defined]
         return run
 
     return decorate
+
+
+class LaidOut(TyperCommand):
+    """A command whose function is ``laid_out``."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """The options by panel."""
+        layout: Layout = self.callback.layout  # type: ignore[union-attr]
+        panel_of = {name: panel for panel, names in layout.panels.items() for name in names}
+        shown: dict[str, list[tuple[str, str]]] = {panel: [] for panel in layout.panels}
+        hidden = 0
+        for param in self.get_params(ctx):
+            panel = getattr(param, "rich_help_panel", None) or panel_of.get(str(param.name), OTHERS)
+            if isinstance(param, TyperOption):
+                param.show_envvar = False  # they are all made in one way, which is said below
+            record = param.get_help_record(ctx)
+            if panel != OTHERS and not ctx.meta.get(ALL) and param.name not in layout.common:
+                hidden += 1
+            elif record is not None:
+                shown.setdefault(panel, []).append(record)
+        shown[OTHERS] = shown.pop(OTHERS, [])
+        for panel, rows in shown.items():
+            if rows:
+                with formatter.section(panel):
+                    formatter.write_dl(rows)
+        formatter.write_paragraph()
+        if hidden:
+            formatter.write_text(f"{hidden} more: --help-all")
+        if layout.prefix:
+            formatter.write_text(
+                f"Every option has a variable: {layout.prefix}_PORT for --port. A flag wins over the environment, that "
+                "over the file of --config, that over the default."
+            )
+
+
+def _signed(run: Command, parameters: Sequence[inspect.Parameter]) -> Command:
+    keyed = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    run.__signature__ = inspect.Signature(keyed)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in keyed}
+    return run
 
 
 def listed(text: str | None) -> tuple[str, ...] | None:
@@ -53,18 +173,19 @@ def listed(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else split_list(text)
 
 
-def _parameter(spec: type[Any], field: Field[Any], hint: Any, help_text: str | None) -> inspect.Parameter:
+def _parameter(spec: type[Any], choice: Choice, help_text: str | None) -> inspect.Parameter:
+    field = choice.field
     default = field.default if field.default_factory is MISSING else field.default_factory()
     flag = field.metadata.get("flag", "--" + field.name.replace("_", "-"))
-    negated = f"{flag}/--no-{flag.removeprefix('--')}" if _without_none(hint)[0] is bool else flag
-    option = typer.Option(negated, help=help_text or field.metadata.get("help"))
+    negated = f"{flag}/--no-{flag.removeprefix('--')}" if _without_none(choice.hint)[0] is bool else flag
+    option = typer.Option(negated, help=help_text or field.metadata.get("help"), rich_help_panel=choice.panel)
     if isinstance(default, tuple):
         default = join_list(default)
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if default is MISSING else default,
-        annotation=Annotated[_option_type(spec, field.name, hint), option],
+        annotation=Annotated[_option_type(spec, field.name, choice.hint), option],
     )
 
 

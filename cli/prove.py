@@ -29,7 +29,7 @@ def prove(
     from bertology_serve.bench.prove.figure import prove as measure
     from bertology_serve.bench.prove.figures import FIGURES
     from bertology_serve.bench.prove.stage import Stage
-    from bertology_serve.export.environment import environment
+    from bertology_serve.export.installation import environment
 
     numbers = listed(only)
     chosen = [figure for figure in FIGURES if numbers is None or str(figure.number) in numbers]

@@ -24,23 +24,19 @@ def subject(backbone: str | None, delta: Path | None, device: str) -> Subject:
     return found
 
 
-@contextmanager
 def kept(
-    out: Path, name: str, again: bool, subjects: Sequence[Subject], files: Sequence[str | None], *settings: object
-) -> Iterator[tuple[Callable[[Callable[[], AnalysisReport]], AnalysisReport], Advance]]:
-    """A function that makes a report, or reads it back where the same lies in ``out``, and a progress bar for it."""
+    out: Path, again: bool, subjects: Sequence[Subject], files: Sequence[str | None], settings: Sequence[object],
+    name: str, make: Callable[[Advance], AnalysisReport],
+) -> AnalysisReport:  # fmt: skip
+    """The report that lies in ``out``, where it is of the same subjects, files and settings, or a new one."""
     from bertology_serve.analysis.report import content_key, remembered
 
     key = content_key(name, subjects, files, *settings)
-
-    def ask(make: Callable[[], AnalysisReport]) -> AnalysisReport:
-        report, lay_there = remembered(out, name, key, make, again)
-        if lay_there:
-            note(f"nothing changed since {report.facts['date']}: read back from {out} (--again runs it again)")
-        return report
-
     with bar(name) as advance:
-        yield ask, advance
+        report, lay_there = remembered(out, name, key, lambda: make(advance), again)
+    if lay_there:
+        note(f"nothing changed since {report.facts['date']}: read back from {out} (--again runs it again)")
+    return report
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 import typer
 
 from bertology_serve.cli.common import note
-from bertology_serve.cli.options import options
+from bertology_serve.cli.filling import from_file
+from bertology_serve.cli.options import laid_out, options
 from bertology_serve.export.export_spec import MultiPrecision
-from bertology_serve.serving.config import HELPS, ServerConfig
+from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.serve import serve as run
 
 Backbone = Annotated[str, typer.Option(help="The encoder: a hub id, a directory, or minilm.")]
@@ -39,10 +40,28 @@ TimeAgain = Annotated[
 Models = Annotated[
     Path | None, typer.Option(help="An export of a single delta or a whole task model, or a directory of them.")
 ]
+File = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", envvar="BERTOLOGY_CONFIG", is_eager=True, callback=from_file,
+        help="TOML file with options by name, such as max-items = 64.",
+    ),
+]  # fmt: skip
 SkipBad = Annotated[bool, typer.Option("--skip-bad-deltas", help="Leave out deltas that cannot be loaded.")]
 
 
-@options(ServerConfig, helps=HELPS)
+COMMON = (
+    "backbone", "deltas", "models", "device", "executor", "host", "port", "grpc_port", "keys_file", "device_mb",
+    "state_file", "watch_seconds", "max_batch_ms", "max_queue_tokens", "max_items", "log_level",
+)  # fmt: skip
+PANELS = {
+    "What is served": ("backbone", "deltas", "models", "skip_bad_deltas"),
+    "How batches run": ("device", "dtype", "engine", "precision", "cuda_graphs", "executor", "time_again"),
+}
+
+
+@laid_out(COMMON, PANELS, prefix="BERTOLOGY")
+@options(ServerConfig)
 def serve(
     backbone: Backbone,
     deltas: Deltas,
@@ -56,6 +75,7 @@ def serve(
     executor: Executor = "thread",
     time_again: TimeAgain = False,
     models: Models = None,
+    file: File = None,
 ) -> None:
     """Serve deltas over HTTP: /v2 (Open Inference Protocol), /models (HuggingFace's shape), /predict, /metrics.
 

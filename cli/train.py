@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,7 @@ import typer
 
 from bertology_serve.cli.common import note, note_next, progress, table
 from bertology_serve.cli.filling import from_file, from_set
-from bertology_serve.cli.options import listed, options
+from bertology_serve.cli.options import laid_out, listed, options
 from bertology_serve.cli.train_fleet import Board
 from bertology_serve.errors import SpecError
 from bertology_serve.training.method_options import AUTO, KindFlags
@@ -29,6 +29,27 @@ if TYPE_CHECKING:
     from bertology_serve.training.train import Outcome
 
 
+COMMON = (
+    "backbone", "train", "eval", "out", "data", "task", "labels", "max_length", "method", "rank", "recipe", "epochs",
+    "batch_size", "learning_rate", "seed", "device",
+)  # fmt: skip
+PANELS = {
+    "Data and delta": ("backbone", "train", "eval", "ood", "out", "columns", "name", "version", "data"),
+    "Task": ("task", "labels", "max_length", "pooling", "head", "stride", "max_answer_length"),
+    "Method": (
+        "method", "budget", "recipe", "lp_path", "lp_layers", "start", *(flag.name for flag in fields(KindFlags)),
+    ),
+    "Optimisation": (
+        "epochs", "first_epochs", "first_learning_rate", "max_steps", "batch_size", "max_tokens", "bucket_batches",
+        "learning_rate", "head_learning_rate", "schedule", "warmup", "weight_decay", "beta2", "epsilon", "clip", "seed",
+    ),
+    "Evaluation and state": ("eval_every", "patience", "keep", "save_every", "resume", "overwrite"),
+    "Machine": ("device", "precision", "prepack", "trunk_dropout", "trunk_cache", "checkpointing"),
+    "Reports": ("dry_run", "plot", "tensorboard", "gradient_steps"),
+}  # fmt: skip
+
+
+@laid_out(COMMON, PANELS)
 @options(KindFlags, into="kinds")
 @options(TrainConfig, skip=("options",))
 def train(
@@ -89,6 +110,9 @@ def train(
         place.open()  # what is wrong there is said before anything is read
     source = Source.read(train, read_columns(columns))
     dev, other = (Source.read(path, read_columns(columns)) if path else None for path in (eval, ood))
+    config = training.for_data(given := config, source)
+    if config != given:
+        note(f"labels are lists: the task is {config.task}")
     processes, own_device = join(find_device(device))
     encoder = Encoder.load(backbone, device=own_device)
     if dry_run:

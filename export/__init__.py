@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bertology_serve.export.exporting import Exported
 
 
 class _Callable(ModuleType):
-    def __call__(self, *values: Any, **named: Any) -> Any:
+    def __call__(self, *values: object, **named: object) -> Exported:
         """See ``exporting.export``."""
-        from bertology_serve.export.exporting import export
-
-        return export(*values, **named)
+        done: Exported = import_module("bertology_serve.export.exporting").export(*values, **named)
+        return done
 
 
 sys.modules[__name__].__class__ = _Callable

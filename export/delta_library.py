@@ -1,17 +1,21 @@
-"""Many deltas as arrays, ready to be the graph's inputs; new ones join by standing behind those there are."""
+"""The deltas of an export for many: their rows as arrays, which are inputs of its graph, and a card for each.
+
+Further deltas join without a new graph: their rows stand behind those that are there.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from bertology_serve.deltas.delta import Delta, bare
 from bertology_serve.encoder.bank import BARE, DeltaBank
@@ -20,8 +24,11 @@ from bertology_serve.errors import FormatError, SpecError, Unsupported
 from bertology_serve.export.emitter import head_nodes
 from bertology_serve.export.emitter.delta_inputs import GATED, INDEX, Arrays, Feed
 from bertology_serve.export.emitter.emit import EMBEDDING, LOGITS, TOKEN_LOGITS
-from bertology_serve.export.metadata import delta_hash, longest
+from bertology_serve.export.emitter.nodes import Array
+from bertology_serve.export.export_directory import delta_hash, longest
 from bertology_serve.families.family import HeadShape
+from bertology_serve.files import JsonObject
+from bertology_serve.kernels.segments import RowSegment
 from bertology_serve.tasks.heads import Layer
 from bertology_serve.tasks.spec import EMBEDDING as VECTORS
 
@@ -32,8 +39,11 @@ _NUMBERS = ("ranks", "bias", "units", "rows")
 
 
 @dataclass(frozen=True)
-class Card:
-    """What a caller must know of a delta: its answer is in the first ``columns`` of ``output``, called ``labels``."""
+class DeltaCard:
+    """What a caller must know of a delta: its answer is in the first ``columns`` of ``output``, called ``labels``.
+
+    ``thresholds`` are the least sigmoid of each label that applies, where several may (none: 0.5).
+    """
 
     name: str
     version: str
@@ -44,6 +54,7 @@ class Card:
     max_length: int
     kinds: tuple[str, ...]
     sha256: str
+    thresholds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class Library:
     """``arrays`` are all inputs of the graph but the text and ``delta``; ``cards`` [D] the deltas in order."""
 
     arrays: Arrays
-    cards: tuple[Card, ...]
+    cards: tuple[DeltaCard, ...]
 
     def join(self, other: Library) -> Library:
         """Both, the other's deltas behind; SpecError where a name is there already, FormatError for other arrays."""
@@ -63,8 +74,8 @@ class Library:
 
     def without_base(self) -> Library:
         """All but number 0, whose rows are zero."""
-        tables = {name: array if _is_stacked(name, array) else array[1:] for name, array in self.arrays.items()}
-        return Library(tables, self.cards[1:])
+        arrays = {name: array if array.dtype == np.float32 else array[1:] for name, array in self.arrays.items()}
+        return Library(arrays, self.cards[1:])
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file, the cards as JSON in its metadata; the same bytes every time."""
@@ -115,34 +126,36 @@ def _single(encoder: Encoder, delta: Delta) -> Library:
     return Library(stacks | tables | _head(encoder, delta), (_card(encoder, delta),))
 
 
-def _height(stack: str, rows: Any) -> int:
+def _height(stack: str, rows: Mapping[str, RowSegment]) -> int:
     """Rows of a stack that a single delta fills, row 0 included."""
     segment = rows.get(stack.rpartition(".")[0])
     return 1 if segment is None else max(segment.last, segment.bias + 1)
 
 
-def _read(card: dict[str, Any]) -> Card:
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in card.items()}
-    return Card(**values)
+def _read(card: JsonObject) -> DeltaCard:
+    values: JsonObject = {name: tuple(value) if isinstance(value, list) else value for name, value in card.items()}
+    return DeltaCard(**values)
 
 
-def _card(encoder: Encoder, delta: Delta) -> Card:
+def _card(encoder: Encoder, delta: Delta) -> DeltaCard:
     task = delta.task
-    output = EMBEDDING if task.kind == VECTORS else TOKEN_LOGITS if task.per_token else LOGITS
-    columns = task.outputs or encoder.anatomy.hidden
-    sha256 = delta_hash(delta)
-    return Card(
-        delta.name, delta.version, task.kind, output, columns, task.labels, longest(encoder, delta), delta.kinds, sha256
+    return DeltaCard(
+        name=delta.name,
+        version=delta.version,
+        task=task.kind,
+        output=EMBEDDING if task.kind == VECTORS else TOKEN_LOGITS if task.per_token else LOGITS,
+        columns=task.outputs or encoder.anatomy.hidden,
+        labels=task.labels,
+        max_length=longest(encoder, delta),
+        kinds=delta.kinds,
+        sha256=delta_hash(delta),
+        thresholds=task.thresholds,
     )
 
 
 def _head(encoder: Encoder, delta: Delta) -> Arrays:
     """The stacks and the form of one head; row 0 of each stack is zero."""
-    head, task, hidden = (
-        encoder.head(delta.task),
-        delta.task,
-        encoder.anatomy.hidden,
-    )
+    head, task, hidden = encoder.head(delta.task), delta.task, encoder.anatomy.hidden
     head.load(delta.head)
     layers = [layer for layer in head.layers if isinstance(layer, Layer)]
     out, dense = layers[-1] if layers else None, layers[0] if len(layers) == 2 else None
@@ -150,7 +163,7 @@ def _head(encoder: Encoder, delta: Delta) -> Arrays:
     pooling = head_nodes.POOLINGS.index(task.pooling)
     form = [int(dense is not None), int(out is not None), kind, pooling, int(task.per_token), 0]
     form[head_nodes.UNIT] = int(task.kind == VECTORS and task.normalize)
-    found = {head_nodes.FORM: np.array([form], np.int64)}
+    found: Arrays = {head_nodes.FORM: np.array([form], np.int64)}
     found |= _layer("dense", dense, hidden, hidden) | _layer("out", out, hidden, max(task.outputs, 1))
     if head_eps(encoder) is not None:
         norm = dense.norm if dense else None
@@ -162,13 +175,11 @@ def _head(encoder: Encoder, delta: Delta) -> Arrays:
 def _layer(name: str, layer: Layer | None, inputs: int, outputs: int) -> Arrays:
     weight = None if layer is None else layer.linear.weight.T
     bias = None if layer is None else layer.linear.bias
-    return {
-        f"head.{name}": _below(weight, (inputs, outputs), layer),
-        f"head.{name}_bias": _below(bias, (outputs,), layer),
-    }
+    found: Arrays = {f"head.{name}": _below(weight, (inputs, outputs), layer)}
+    return found | {f"head.{name}_bias": _below(bias, (outputs,), layer)}
 
 
-def _below(tensor: Any, shape: tuple[int, ...], layer: Layer | None) -> np.ndarray[Any, Any]:
+def _below(tensor: Tensor | None, shape: tuple[int, ...], layer: Layer | None) -> NDArray[np.float32]:
     """A tensor (zeros where the layer lacks it) below a row of zeros; that row alone without a layer."""
     rows = [np.zeros(shape, np.float32)]
     if layer is not None:
@@ -202,22 +213,19 @@ def _joined(one: Arrays, other: Arrays) -> Arrays:
         elif first.dtype == np.float32:
             found[name] = np.concatenate(_as_wide(first, second[1:]), 0)
         else:
-            moved = _moved(second, place, column, one, heights)
+            moved = _moved(second.astype(np.int64), place, column, one, heights)
             found[name] = np.concatenate(_as_wide(first, moved), 0)
     return found
 
 
-def _is_stacked(name: str, array: Any) -> bool:
-    """Whether an array holds rows of deltas rather than a row for each delta."""
-    return bool(array.dtype == np.float32)
-
-
-def _is_stack(name: str, array: Any) -> bool:
+def _is_stack(name: str, array: Array) -> bool:
     """Whether an array is a pool [L, P, width]; heads have their rows first, tables their deltas."""
-    return array.dtype == np.float32 and not name.startswith("head.")
+    return bool(array.dtype == np.float32) and not name.startswith("head.")
 
 
-def _moved(table: Any, place: str, column: str, one: Arrays, heights: dict[str, int]) -> Any:
+def _moved(
+    table: NDArray[np.int64], place: str, column: str, one: Arrays, heights: dict[str, int]
+) -> NDArray[np.int64]:
     """Another library's table, its numbers counted from where its rows now stand."""
     if column in _NUMBERS:
         height = next(heights[name] for name in one if name.rpartition(".")[0] == place and _is_stack(name, one[name]))
@@ -230,11 +238,11 @@ def _moved(table: Any, place: str, column: str, one: Arrays, heights: dict[str, 
     return table
 
 
-def _as_wide(first: Any, second: Any) -> tuple[Any, Any]:
+def _as_wide(first: Array, second: Array) -> tuple[Array, Array]:
     """Two arrays, the last axis of the narrower one filled up with zeros."""
     width = max(first.shape[-1], second.shape[-1])
 
-    def filled(array: Any) -> Any:
+    def filled(array: Array) -> Array:
         return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width - array.shape[-1])])
 
     return filled(first), filled(second)

@@ -1,4 +1,8 @@
-"""What an exported file is made of, whichever back end writes it."""
+"""What an exported file is made of: the encoder's weights with a delta folded into them, what stands beside, the head.
+
+Folding sums ``W + Bᵀ A`` and ``b + Δb`` in float64 from the pristine base and rounds to float32 once: merging in half
+precision loses up to 70 % of a small delta.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.errors import Unsupported
-from bertology_serve.export.fold import fold
 from bertology_serve.export.session import END, LOGITS, POOLED, ROWS, START
 from bertology_serve.families import family_named
 from bertology_serve.families.family import Family
 from bertology_serve.kinds.effects import Effects
-from bertology_serve.kinds.slots import Anatomy
+from bertology_serve.kinds.slots import Anatomy, Slot
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, TaskSpec
 
@@ -42,10 +45,44 @@ class ExportInputs:
     own_head: frozenset[str]
     inputs: tuple[str, ...]
 
+    @classmethod
+    def of(cls, encoder: Encoder, delta: Delta, merge: bool) -> ExportInputs:
+        """With ``merge`` low ranks, biases and factors are folded into the weights; all else stays beside them."""
+        anatomy, effects = encoder.anatomy, delta.effects(encoder.anatomy)
+        state = fold(encoder.model.state_dict(), effects if merge else Effects(), anatomy)
+        if merge:
+            effects = Effects(bottleneck=effects.bottleneck, prompt=effects.prompt, prefix=effects.prefix)
+        head = encoder.head(delta.task)
+        head.load(delta.head)
+        return cls(
+            delta=delta.name,
+            task=delta.task,
+            kind=type(encoder.model),
+            config=encoder.config,
+            anatomy=anatomy,
+            state=state,
+            effects=effects,
+            head=head.eval(),
+            own_head=frozenset(delta.head),
+            inputs=INPUTS if _typed(encoder) else INPUTS[:2],
+        )
+
     @property
     def family(self) -> Family:
         """What the encoder's family does in its own way."""
         return family_named(self.anatomy.family)
+
+    @property
+    def positions(self) -> str:
+        """How attention knows distances (``Family.positions``): DeBERTa's may be told not to."""
+        told = self.family.positions
+        return told if told != "disentangled" or getattr(self.config, "relative_attention", False) else ""
+
+    @property
+    def activation(self) -> str:
+        """The name of the activation between up and down."""
+        names = ("hidden_activation", "hidden_act", "activation")
+        return next(str(getattr(self.config, name)) for name in names if hasattr(self.config, name))
 
     @property
     def outputs(self) -> dict[str, tuple[str | int, ...]]:
@@ -76,31 +113,77 @@ class ExportInputs:
         return self.named(f"head.{tensor}") if tensor in self.own_head else tensor
 
 
-def parts_of(encoder: Encoder, delta: Delta, merge: bool) -> ExportInputs:
-    """With ``merge`` low ranks and biases are folded into the weights; all else of the delta stays beside them."""
-    anatomy, effects = encoder.anatomy, delta.effects(encoder.anatomy)
-    if not merge and (effects.scale or effects.inner):
-        raise Unsupported(f"delta {delta.name!r} scales the encoder's rows, which no graph holds; give --merge")
-    state = fold(encoder.model.state_dict(), effects if merge else Effects(), anatomy)
-    if merge:
-        effects = Effects(bottleneck=effects.bottleneck, prompt=effects.prompt, prefix=effects.prefix)
-    head = encoder.head(delta.task)
-    head.load(delta.head)
-    return ExportInputs(
-        delta=delta.name,
-        task=delta.task,
-        kind=type(encoder.model),
-        config=encoder.config,
-        anatomy=anatomy,
-        state=state,
-        effects=effects,
-        head=head.eval(),
-        own_head=frozenset(delta.head),
-        inputs=INPUTS if _typed(encoder) else INPUTS[:2],
-    )
-
-
 def _typed(encoder: Encoder) -> bool:
     """Whether token types change anything: the model has more than one and the tokenizer tells them apart."""
     types = int(getattr(encoder.config, "type_vocab_size", 0) or 0)
     return types > 1 and "token_type_ids" in encoder.tokenizer.model_input_names
+
+
+def fold(state: Mapping[str, Tensor], effects: Effects, anatomy: Anatomy) -> dict[str, Tensor]:
+    """The encoder's weights with a delta's low ranks, biases and factors in them: float32 CPU tensors, the same names.
+
+    ``state`` is the untouched state dict of the headless model. Biases that the encoder lacks are added under the
+    name that they would have. Adapters, prompts and prefixes of ``effects`` are not looked at: they cannot be folded.
+    """
+    sums = _Sums(state)
+    for name, factors in effects.scale.items():
+        _scale(sums, anatomy.slot(name), factors.double())
+    for name, update in effects.low_rank.items():
+        slot = anatomy.slot(name)
+        for layer in slot.present:
+            a, b = update.at(slot, layer)
+            change = b.double().T @ a.double()
+            sums.rows(slot, layer, "weight").add_(change.to(sums.device))
+    for name, factors in effects.inner.items():
+        slot = anatomy.slot(name)
+        for layer in slot.present:
+            factor = 1.0 + factors[layer, : slot.inputs_of(layer)].double().to(sums.device)
+            sums.rows(slot, layer, "weight").mul_(factor)
+    for name, shift in effects.bias.items():
+        slot = anatomy.slot(name)
+        for layer in slot.present:
+            sums.rows(slot, layer, "bias").add_(shift[layer, : slot.outputs_of(layer)].double().to(sums.device))
+    return sums.result()
+
+
+def _scale(sums: _Sums, slot: Slot, factors: Tensor) -> None:
+    """The factors [L, N] on a linear's own output; on a LayerNorm's weight, what is added to it."""
+    for layer in slot.present:
+        own = factors[layer, : slot.outputs_of(layer)].to(sums.device)
+        if not slot.inputs:
+            sums.rows(slot, layer, "weight").add_(own)
+            continue
+        sums.rows(slot, layer, "weight").mul_(1.0 + own[:, None])
+        if slot.has_bias:
+            sums.rows(slot, layer, "bias").mul_(1.0 + own)
+
+
+class _Sums:
+    """The weights, those that a delta touches in float64."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state, self.touched = state, dict[str, Tensor]()
+
+    def rows(self, slot: Slot, layer: int, name: str) -> Tensor:
+        """A view of the output rows that a slot names, of one layer's weight [N, K] or bias [N]."""
+        path = f"{slot.paths[layer]}.{name}"
+        if path not in self.touched:
+            self.touched[path] = self._start(slot, layer, path)
+        whole = self.touched[path]
+        return whole if slot.part is None else whole[slot.part[0] : slot.part[1]]
+
+    def _start(self, slot: Slot, layer: int, path: str) -> Tensor:
+        if path in self.state:
+            return self.state[path].detach().to(self.device, torch.float64, copy=True)
+        outputs = self.state[f"{slot.paths[layer]}.weight"].shape[0]
+        return torch.zeros(outputs, dtype=torch.float64)
+
+    def result(self) -> dict[str, Tensor]:
+        untouched = {
+            name: tensor.detach().to(self.device, torch.float32) if tensor.is_floating_point() else tensor
+            for name, tensor in self.state.items()
+            if name not in self.touched
+        }
+        return untouched | {name: tensor.float() for name, tensor in self.touched.items()}

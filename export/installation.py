@@ -1,18 +1,22 @@
-"""What is wrong with an installation, and how to mend it: distributions, a GPU, what the runtimes really use."""
+"""The machine and what is installed on it: beside measurements, and for ``doctor``, which says what to mend."""
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.requirements import Requirement
 
+from bertology_serve import __version__
 from bertology_serve.errors import BertologyError
 from bertology_serve.export.export_spec import CUDA
 
@@ -80,7 +84,7 @@ def _runtime() -> tuple[str | None, str | None]:
     """The provider that runs a small file when CUDA is asked for, or why none does."""
     try:
         from bertology_serve.export.emitter.nodes import Nodes, Output
-        from bertology_serve.export.metadata import save
+        from bertology_serve.export.export_directory import save
         from bertology_serve.export.session import Session, silence
     except (ImportError, OSError):  # not ONNX Runtime's fault: what is missing is among the versions
         return None, None
@@ -219,3 +223,34 @@ def _triton(machine: Machine) -> Iterator[Finding]:
         yield Finding("broken", "triton", "not installed, and there is a GPU for its kernels", "pip install triton")
     else:
         yield Finding("note", "triton", "not installed: kernels cannot be imported, which only a GPU needs")
+
+
+PACKAGES = ("torch", "transformers", "peft", "tokenizers", "onnxruntime")
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions and date, without which a number says nothing."""
+    import torch
+
+    versions = {"bertology-serve": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "versions": versions,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

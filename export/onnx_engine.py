@@ -1,26 +1,36 @@
-"""The second engine: the encoder's packed batches, run by ONNX Runtime as one graph for all resident deltas."""
+"""ONNX Runtime as an engine: packed batches of many deltas (``OnnxEngine``), and exports of one (``OnnxModel``)."""
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from bertology_serve.deltas.delta import bare
-from bertology_serve.encoder.bank import DeltaBank, Entry
+from bertology_serve.deltas.delta import BaseRef, Delta, bare
+from bertology_serve.encoder.bank import BankEntry, DeltaBank
 from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.errors import Unsupported
-from bertology_serve.export.emitter.delta_inputs import Feed, texts
+from bertology_serve.encoder.loading import load_tokenizer
+from bertology_serve.errors import BertologyError, FormatError, NotFound, Unsupported
+from bertology_serve.export.emitter.delta_inputs import Arrays, Feed, texts
 from bertology_serve.export.emitter.emit import emit_hidden, obstacle
-from bertology_serve.export.export_inputs import ExportInputs, parts_of
-from bertology_serve.export.export_spec import MultiPrecision, fastest_on_cpu
-from bertology_serve.export.metadata import save
+from bertology_serve.export.export_directory import TASK_OPTIONS, save
+from bertology_serve.export.export_inputs import ExportInputs
+from bertology_serve.export.export_spec import MODEL, MultiPrecision, fastest_on_cpu
+from bertology_serve.export.samples import Case
 from bertology_serve.export.session import Session
+from bertology_serve.files import JsonObject
+from bertology_serve.tasks.spec import Encoding, TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class OnnxEngine:
@@ -32,13 +42,13 @@ class OnnxEngine:
     """
 
     def __init__(self, encoder: Encoder, precision: MultiPrecision = "fp32", opset: int | None = None) -> None:
-        self.encoder, self.parts, self.precision = encoder, parts_for(encoder), precision
+        self.encoder, self.export_inputs, self.precision = encoder, bare_inputs(encoder), precision
         self._packs = encoder.prepacked
         self._feed, self._hidden = Feed(encoder.anatomy), encoder.anatomy.hidden
         with tempfile.TemporaryDirectory(prefix="bertology-serve-") as directory:
             path = Path(directory) / "model.onnx"
             # weights in a file of their own are mapped into memory: what is never read, most of the words, takes none
-            save(emit_hidden(self.parts, opset or fastest_on_cpu(precision), precision), path, external_over=0)
+            save(emit_hidden(self.export_inputs, opset or fastest_on_cpu(precision), precision), path, external_over=0)
             self._session = Session(path)
 
     @property
@@ -46,7 +56,7 @@ class OnnxEngine:
         """For people: the runtime, its version, and the precision."""
         return f"onnxruntime {self._session.version}, {self.precision}"
 
-    def takes(self, entry: Entry) -> bool:
+    def takes(self, entry: BankEntry) -> bool:
         """Whether the graph has a place for all that a delta changes."""
         return self._feed.takes([entry])
 
@@ -64,25 +74,27 @@ class OnnxEngine:
             hidden.index_copy_(0, torch.from_numpy(at), torch.from_numpy(self._rows(batch, group, stacks)))
         return hidden
 
-    def _rows(self, batch: PackedBatch, group: list[int], stacks: dict[str, np.ndarray]) -> np.ndarray:
+    def _rows(self, batch: PackedBatch, group: list[int], stacks: Arrays) -> NDArray[np.float32]:
         """The rows of some sequences, one after the other."""
         tables = self._feed.tables([batch.entries[i] for i in group])
-        out = self._session.run(stacks | tables | texts(batch, group, self.parts.inputs))
+        out = self._session.run(stacks | tables | texts(batch, group, self.export_inputs.inputs))
         return out[: sum(batch.lengths[i] for i in group)]
 
 
-def parts_for(encoder: Encoder, instead: str = "take --engine torch") -> ExportInputs:
+def bare_inputs(encoder: Encoder, instead: str = "take --engine torch") -> ExportInputs:
     """The encoder without a delta, as the graph is made of it; Unsupported, saying what to do ``instead``."""
     if encoder.device.type != "cpu" or encoder.dtype != torch.float32:
         raise Unsupported(
             f"the graph for many deltas is made of float32 encoders on the CPU, this one is {encoder.dtype} on "
             f"{encoder.device}; {instead}"
         )
-    parts = parts_of(encoder, bare("base", encoder.ref, encoder.max_tokens), False)
-    stands_in_the_way = obstacle(parts) or (None if encoder.packs else f"{encoder.anatomy.family} is padded")
+    export_inputs = ExportInputs.of(encoder, bare("base", encoder.ref, encoder.max_tokens), False)
+    stands_in_the_way = obstacle(export_inputs, many=True) or (
+        None if encoder.packs else f"{encoder.anatomy.family} is padded"
+    )
     if stands_in_the_way:
         raise Unsupported(f"there is no graph for many deltas of this encoder: {stands_in_the_way}; {instead}")
-    return parts
+    return export_inputs
 
 
 FIXED = 60
@@ -115,3 +127,89 @@ def _edges(sizes: np.ndarray, before: np.ndarray, price: int) -> list[int]:
         edges.append(int(sizes[end - 1]))
         end = cut[end]
     return edges[::-1]
+
+
+FACTS = "bertology_serve"
+
+
+class OnnxModel:
+    """One export: ``delta`` says name, version, task and base, and holds no tensors."""
+
+    def __init__(self, delta: Delta, session: Session, tokenizer: PreTrainedTokenizerBase, hidden: int) -> None:
+        self.delta, self.tokenizer, self._session, self._hidden = delta, tokenizer, session, hidden
+
+    @classmethod
+    def open(cls, directory: Path) -> OnnxModel:
+        """Reads a directory in the layouts ``hf`` and ``flat``.
+
+        Raises FormatError for what is no such export, VerificationError where ONNX Runtime cannot load the file,
+        Unsupported without ONNX Runtime.
+        """
+        config, model = _config(directory), _file(directory)
+        try:
+            delta, hidden = _delta(config[FACTS]), int(config.get("hidden_size") or config["dim"])
+        except (KeyError, TypeError, ValueError, BertologyError) as problem:
+            raise FormatError(
+                f"{directory} is no export of a single delta ({problem}); export one with --merge"
+            ) from None
+        return cls(delta, Session(model), load_tokenizer(str(directory)), hidden)
+
+    def outputs(self, encodings: Sequence[Encoding]) -> list[Tensor]:
+        """[C], for tasks that answer for every token [len, C], for embeddings [H], of unit length where exported so.
+
+        Sequences of like length run together.
+        """
+        pad, found = self.tokenizer.pad_token_id or 0, dict[int, Tensor]()
+        for group in buckets([len(one) for one in encodings], self._hidden):
+            chosen = tuple(encodings[i] for i in group)
+            rows = self._session.run(Case(chosen, max(map(len, chosen)), left=False).arrays(pad))
+            for i, row in zip(group, torch.from_numpy(rows), strict=True):
+                found[i] = row[: len(encodings[i])] if self.delta.task.per_token else row
+        return [found[i] for i in range(len(encodings))]
+
+
+def exports(root: Path, some: bool = True) -> list[Path]:
+    """A directory that is an export itself, or else those in it; NotFound where there is none, unless ``some`` need not
+    be.
+    """
+    below = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    found = [root] if _holds_model(root) else [path for path in below if _holds_model(path)]
+    if some and not found:
+        raise NotFound(f"no export in {root}; expected onnx/model.onnx or NAME/onnx/model.onnx below it")
+    return found
+
+
+_LAYOUTS = (MODEL["hf"], MODEL["flat"])
+
+
+def _holds_model(directory: Path) -> bool:
+    return any((directory / model).is_file() for model in _LAYOUTS)
+
+
+def _file(directory: Path) -> Path:
+    return next((directory / model for model in _LAYOUTS if (directory / model).is_file()), directory / _LAYOUTS[0])
+
+
+def _config(directory: Path) -> JsonObject:
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise FormatError(f"{directory} is no export: config.json cannot be read ({problem})") from None
+    if not isinstance(config, dict) or not isinstance(config.get(FACTS), dict):
+        raise FormatError(f"{directory} was not exported by bertology-serve, which says of its task in config.json")
+    return config
+
+
+def _delta(facts: Mapping[str, str]) -> Delta:
+    """What the metadata tell of the delta that was exported."""
+    options = {"pairs": False, "thresholds": (), "abstain": 0.0, **json.loads(facts["task_options"])}  # older exports
+    options["thresholds"] = tuple(options["thresholds"])
+    task = TaskSpec(
+        facts["task"],
+        labels=tuple(json.loads(facts["labels"])),
+        max_length=int(facts["max_length"]),
+        pooling=facts["pooling"],
+        **{name: options[name] for name in TASK_OPTIONS},
+    )
+    base = BaseRef(facts["base_name"], facts["base_sha256"], facts["base_family"])
+    return Delta(facts["name"], base, task, version=facts["delta_version"] or facts["delta_sha256"][:12])

@@ -1,11 +1,11 @@
-"""Real inputs for the verifier, in every shape, and the reference outputs: the torch engine's and HuggingFace's own."""
+"""Real inputs for the verifier, in every shape, and what the torch engine answers to them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,12 +18,11 @@ from bertology_serve.encoder.bank import BARE
 from bertology_serve.encoder.batch import read
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
-from bertology_serve.errors import Unsupported
-from bertology_serve.export.export_inputs import parts_of
-from bertology_serve.export.layout import CLASSES, architectures
-from bertology_serve.export.torch_exporter import plain_model, task_model
 from bertology_serve.tasks.encoding import encode_text
-from bertology_serve.tasks.spec import EMBEDDING, MULTIPLE_CHOICE, QUESTION_ANSWERING, Encoding
+from bertology_serve.tasks.spec import EMBEDDING, Encoding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SENTENCES = (
     "The ferry leaves at seven, and the last bus to the harbour is always late.",
@@ -67,13 +66,17 @@ class Case:
             table[0, row, at], table[1, row, at], table[2, row, at] = encoding.ids, 1, encoding.types
         return {"input_ids": table[0], "attention_mask": table[1], "token_type_ids": table[2]}
 
+    def alone(self, row: int) -> Case:
+        """One sequence of it, without padding."""
+        return Case((self.encodings[row],), len(self.encodings[row]), left=False)
+
     def columns(self, row: int) -> slice:
         """Where a row's tokens stand."""
         size = len(self.encodings[row])
         return slice(self.length - size, self.length) if self.left else slice(0, size)
 
 
-def built_in(tokenizer: Any, longest: int) -> Iterator[Case]:
+def built_in(tokenizer: PreTrainedTokenizerBase, longest: int) -> Iterator[Case]:
     """Batches of 1 to 8 sequences of mixed lengths, at least 16 shapes, 1×1 first and 2×``longest`` last."""
     lengths = [n for n in STEPS if n < longest] + [longest]
     texts = Texts(tokenizer)
@@ -97,7 +100,7 @@ def of_encodings(encodings: Iterable[Sequence[Encoding]]) -> Iterator[Case]:
 class Texts:
     """Cuts encodings of any length out of the sentences."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer, self._made = tokenizer, 0
 
     def encoding(self, length: int) -> Encoding:
@@ -138,55 +141,3 @@ class Reference:
             out = F.normalize(out, dim=-1)
         parts = torch.split(out, [batch.text_lengths[i] for i in packed]) if self.task.per_token else out.unbind(0)
         return [part.cpu() for part in parts]
-
-
-class Theirs:
-    """A delta merged into HuggingFace's own model, in padded batches: nothing of the torch engine is in it.
-
-    Of the task where HuggingFace has a model for it, with the head that the delta has; else of the encoder, to whose
-    rows pooling and head are applied here. ``name`` says which. Raises what ``plain.task_model`` raises.
-    """
-
-    def __init__(self, encoder: Encoder, delta: Delta) -> None:
-        self.task, self._pad = delta.task, encoder.tokenizer.pad_token_id or 0
-        self._parts = parts_of(encoder, delta, merge=True)
-        kind, names = self._parts.kind, architectures(delta) if delta.task.kind in CLASSES else []
-        self._whole = bool(names) and delta.task.head == "hf" and (delta.task.per_token or delta.task.pooling == "cls")
-        if self._whole:
-            self._model = task_model(self._parts, names[0], "eager")
-        else:
-            self._model = plain_model(kind, self._parts.config, self._parts.state, "eager")
-        self.name = f"transformers' {names[0] if self._whole else kind.__name__}"
-
-    @classmethod
-    def of(cls, encoder: Encoder, delta: Delta) -> Theirs | None:
-        """``None`` where HuggingFace's model cannot hold the delta."""
-        if encoder.is_pruned or delta.effects(encoder.anatomy).unfoldable:
-            return None
-        try:
-            return cls(encoder, delta)
-        except Unsupported:
-            return None
-
-    @torch.inference_mode()
-    def outputs(self, encodings: Sequence[Encoding]) -> list[Tensor]:
-        """As ``Reference.outputs``."""
-        batch = Case(tuple(encodings), max(map(len, encodings)), left=False).arrays(self._pad)
-        inputs = {name: torch.from_numpy(batch[name]) for name in self._parts.inputs}
-        if self._whole and self.task.kind == MULTIPLE_CHOICE:
-            inputs = {name: rows.unsqueeze(1) for name, rows in inputs.items()}  # one choice a question
-        found = self._model(**inputs)
-        if not self._whole:
-            rows = zip(found.last_hidden_state, encodings, strict=True)
-            return [self._answer(own[: len(one)]) for own, one in rows]
-        answering = self.task.kind == QUESTION_ANSWERING
-        out = torch.stack([found.start_logits, found.end_logits], -1) if answering else found.logits
-        return [row[: len(one)] if self.task.per_token else row for row, one in zip(out, encodings, strict=True)]
-
-    def _answer(self, rows: Tensor) -> Tensor:
-        """The rows [len, H] of one sequence's text -> what it is answered."""
-        pooled = {"cls": lambda: rows[0], "mean": lambda: rows.mean(0), "max": lambda: rows.amax(0)}
-        out: Tensor = self._parts.head(rows if self.task.per_token else pooled[self.task.pooling]()[None])
-        if self.task.kind == EMBEDDING and self.task.normalize:
-            out = F.normalize(out, dim=-1)
-        return out if self.task.per_token else out[0]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ LOGITS, START, END, ROWS, POOLED = "logits", "start_logits", "end_logits", "last
 """Names of outputs in the files of single deltas."""
 
 
-def answer(outputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+def answer(outputs: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic]:
     """What a file answers, of its outputs by name, also of files that have but one, whatever they call it.
 
     Logits [B, C] or [B, L, C]; of answers in texts [B, L, 2], start and end; of embeddings [B, H].
@@ -51,11 +52,11 @@ class Session:
         self._names = [found.name for found in self._session.get_outputs()]
         self.inputs: tuple[str, ...] = tuple(found.name for found in self._session.get_inputs())
 
-    def run(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    def run(self, arrays: Mapping[str, NDArray[np.generic]]) -> NDArray[np.float32]:
         """The ``answer``; arrays that the graph does not take are left out."""
         return np.asarray(answer(self.outputs(arrays)))
 
-    def outputs(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+    def outputs(self, arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.float32]]:
         """All outputs, by name."""
         outputs = self._session.run(self._names, {name: arrays[name] for name in self.inputs})
         return dict(zip(self._names, outputs, strict=True))
@@ -66,12 +67,11 @@ def silence() -> None:
     _runtime().set_default_logger_severity(4)
 
 
-def _runtime() -> Any:
+def _runtime() -> ModuleType:
     try:
-        import onnxruntime
+        return import_module("onnxruntime")
     except ImportError:
         raise Unsupported(
             "ONNX Runtime is not installed, which runs the ONNX engine and verifies every export; "
             "pip install 'bertology-serve[cpu]', or 'bertology-serve[gpu]' with an NVIDIA GPU (never both)"
         ) from None
-    return onnxruntime

@@ -1,4 +1,7 @@
-"""ONNX by torch's exporter, for families that the emitter cannot write: the graph, their attention, the file."""
+"""ONNX by torch's own exporter, for encoders that the emitter cannot write: padded, in float32, in seconds.
+
+The model is HuggingFace's, run as it stands. A delta that is not folded hangs on its modules as forward hooks.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ import copy
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import onnx_ir
@@ -19,302 +22,230 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bertology_serve.encoder.anatomy import attention_modules
-from bertology_serve.encoder.pruned import shrink
-from bertology_serve.errors import Unsupported, VerificationError
-from bertology_serve.export.delta_modules import attach
+from bertology_serve.errors import Unsupported
+from bertology_serve.export.emitter.row_nodes import PromptLayout
 from bertology_serve.export.export_inputs import ExportInputs
-from bertology_serve.export.prompt_rows import Gathered, PromptLayout, gather
-from bertology_serve.families import compat, family_named
-from bertology_serve.kinds.effects import PrefixEffect
-from bertology_serve.kinds.slots import Anatomy
+from bertology_serve.export.hf_model import hf_model
+from bertology_serve.families import compat
+from bertology_serve.kernels.segments import ACTIVATIONS
+from bertology_serve.kinds.slots import Slot
 from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING
+
+LOWEST = torch.finfo(torch.float32).min
+Change = Callable[[Tensor, Tensor], Tensor]
+"""What a delta makes of a module's output, given its input."""
 
 
 class Graph(nn.Module):
-    """An encoder with one delta, its pooling and head.
+    """An encoder with one delta, its pooling and head, as torch traces it.
 
-    ``forward``: ``inputs``, int64 [B, L] each. Returns ``outputs`` (``Parts.outputs``), float32: logits [B, C]; for
-    tasks that answer for every token [B, L, C], zero at padding; start and end [B, L] each; rows [B, L, H] and
-    embeddings [B, H]. ``names`` maps parameters to their names in the exported
-    file: HuggingFace's for the encoder; ``delta.NAME.query.0.a``, ``delta.NAME.head.classifier.weight`` for the delta.
+    ``forward`` takes ``inputs``, int64 [B, L] each, and returns ``ExportInputs.outputs``, float32, zero at padding.
+    ``names`` maps parameters to their names in the file. Raises Unsupported for what it cannot hold.
     """
 
-    def __init__(self, parts: ExportInputs) -> None:
+    def __init__(self, export_inputs: ExportInputs) -> None:
         super().__init__()
-        self.task, self.inputs, self.outputs = parts.task, parts.inputs, tuple(parts.outputs)
-        interface = compat.has_interface(parts.kind)
+        effects, kind = export_inputs.effects, export_inputs.kind
+        self.export_inputs, self.task, self.anatomy = export_inputs, export_inputs.task, export_inputs.anatomy
+        self.inputs, self.outputs = export_inputs.inputs, tuple(export_inputs.outputs)
+        interface = compat.has_interface(kind)
+        if effects.scale or effects.inner:
+            raise Unsupported(
+                f"delta {export_inputs.delta!r} scales rows, which torch's exporter does not; give --merge"
+            )
+        if effects.prefix is not None and not interface:
+            raise Unsupported(
+                f"a prefix cannot be put into a graph of {self.anatomy.family}; train another kind for it"
+            )
         attention = compat.register("bertology_dense", _attend) if interface else "eager"
-        self.model = plain_model(parts.kind, parts.config, parts.state, attention)
-        self._accepted = set(inspect.signature(self.model.forward).parameters)
-        added = attach(self.model, parts.effects, parts.anatomy)
-        self._connect(parts, interface)
-        self.head = copy.deepcopy(parts.head)
-        self.names = self._named(added, parts)
+        self.model = hf_model(kind, export_inputs.config, export_inputs.state, attention)
+        self.head = copy.deepcopy(export_inputs.head)
+        heads = {id(parameter): name for name, _, parameter in self.head.named()}
+        self.names = {
+            path: export_inputs.named_in_head(heads[id(parameter)])
+            for path, parameter in self.head.named_parameters(prefix="head")
+        } | {f"model.{path}": path for path, _ in self.model.named_parameters()}
         as_products(self)
+        self.delta, self._masks = nn.ParameterDict(), Masks()
+        self._layout = PromptLayout.of(effects.prompt, export_inputs.first_position)
+        self._accepted = set(inspect.signature(self.model.forward).parameters)
+        if effects.prompt is not None:
+            self._mine("prompt.vectors", effects.prompt.vectors[None])
+        self._attach()
+        modules: list[Any] = attention_modules(self.model, self.anatomy)
+        for layer, module in enumerate(modules):
+            module.graph, module.layer_number = [self], layer  # in a list: not to be registered as a submodule
         self.eval().requires_grad_(False)
 
-    def _connect(self, parts: ExportInputs, interface: bool) -> None:
-        """The soft prompt, and what the attention modules need: the scene, their layer's prefix, a family's forward."""
-        prefix, anatomy = parts.effects.prefix, parts.anatomy
-        self.weave, self.scene = PromptLayout(parts.effects.prompt, parts.first_position), Scene()
-        own = prepare(self.model, anatomy, anatomy.max_tokens + self.weave.length)
-        if prefix is not None and not (interface or own):
-            raise Unsupported(f"a prefix cannot be put into a graph of {anatomy.family}; train another kind for it")
-        self._attentions = attention_modules(self.model, anatomy)
-        modules: list[Any] = self._attentions
-        for layer, module in enumerate(modules):
-            module.scene, module.prefix_rows = self.scene, _prefix_rows(prefix, layer, anatomy)
+    def _mine(self, name: str, tensor: Tensor) -> Callable[[], Tensor]:
+        """Registers a tensor of the delta; what is returned reads it while the graph runs."""
+        key = name.replace(".", "-")
+        self.delta[key] = nn.Parameter(tensor.detach().to("cpu", torch.float32).contiguous(), requires_grad=False)
+        self.names[f"delta.{key}"] = self.export_inputs.named(name)
+        return lambda: self.delta[key]
+
+    def _attach(self) -> None:
+        """Hooks for low ranks, biases and adapters, and the prefix's tensors."""
+        effects, updates, adapters = self.export_inputs.effects, defaultdict(list), defaultdict(list)
+        for name in sorted(effects.low_rank.keys() | effects.bias.keys()):
+            slot = self.anatomy.slot(name)
+            for layer in slot.present:
+                updates[str(slot.paths[layer])].append(self._update(slot, layer))
+        for name, unit in effects.bottleneck.items():
+            for layer in unit.layers:
+                adapters[str(self.anatomy.slot(name).paths[layer])].append(self._adapter(name, layer))
+        for path in updates.keys() | adapters.keys():
+            self.model.get_submodule(path).register_forward_hook(_hook(updates[path], adapters[path]))
+        prefix = {"keys": effects.prefix.keys, "values": effects.prefix.values} if effects.prefix else {}
+        for layer in range(self.anatomy.layers):
+            heads, width = self.anatomy.heads_of(layer), self.anatomy.head_width
+            for part, rows in prefix.items():
+                by_head = rows[layer, :, : heads * width].reshape(1, -1, heads, width).transpose(1, 2)
+                self._mine(f"prefix.{layer}.{part}", by_head)
+
+    def _update(self, slot: Slot, layer: int) -> Change:
+        """``y + x a b + bias`` in the columns that a slot names of a packed projection."""
+        effects, place = self.export_inputs.effects, f"{slot.name}.{layer}"
+        low, shift = effects.low_rank.get(slot.name), effects.bias.get(slot.name)
+        a, b = (None, None) if low is None else low.at(slot, layer)
+        left = None if a is None else self._mine(f"{place}.a", a.T)
+        right = None if b is None else self._mine(f"{place}.b", b)
+        bias = None if shift is None else self._mine(f"{place}.bias", shift[layer, : slot.outputs_of(layer)])
+
+        def update(x: Tensor, y: Tensor) -> Tensor:
+            added = y.new_zeros(()) if bias is None else bias()
+            if left is not None and right is not None:
+                added = x @ left() @ right() + added
+            return y + (F.pad(added, (slot.part[0], y.shape[-1] - slot.part[1])) if slot.part else added)
+
+        return update
+
+    def _adapter(self, name: str, layer: int) -> Callable[[Tensor], Tensor]:
+        """``act(rows down + down_bias) up + up_bias``."""
+        unit, place = self.export_inputs.effects.bottleneck[name], f"{name}.{layer}.adapter"
+        down, up = self._mine(f"{place}.down", unit.down[layer].T), self._mine(f"{place}.up", unit.up[layer])
+        shift = self._mine(f"{place}.down_bias", unit.down_bias[layer])
+        out = self._mine(f"{place}.up_bias", unit.up_bias[layer])
+        return lambda rows: ACTIVATIONS[unit.activation](rows @ down() + shift()) @ up() + out()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> tuple[Tensor, ...]:
+        # padding goes to the end, wherever it was; ``home`` is where each row of the caller's stands then
+        mask = attention_mask.ne(0).long()
+        passed, at = mask.cumsum(1), torch.arange(input_ids.shape[1])
+        count = passed[:, -1:]
+        home, seen = torch.where(mask.bool(), passed - 1, count + at - passed), at < count
         types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        rows = gather(input_ids, attention_mask, types)
-        hidden = self._encode(rows)
+        ids, types = (torch.zeros_like(rows).scatter(1, home, rows) for rows in (input_ids, types))
+        hidden = self._encode(ids, types, seen)
+
+        def callers(rows: Tensor) -> Tensor:
+            rows = rows.masked_fill(~seen[..., None], 0.0)
+            return rows.gather(1, home[..., None].expand(-1, -1, rows.shape[-1]))
+
         if self.task.per_token:
-            out = _home(self.head(self.weave.text(hidden)), rows)
+            out = callers(self.head(self._text(hidden)))
             return out.unbind(-1) if self.task.kind == QUESTION_ANSWERING else (out,)
-        out = self.head(self._pool(hidden, rows))
+        out = self.head(self._pool(hidden, seen, count))
         if self.task.kind != EMBEDDING:
             return (out,)
-        return _home(self.weave.text(hidden), rows), F.normalize(out, dim=-1) if self.task.normalize else out
+        return callers(self._text(hidden)), F.normalize(out, dim=-1) if self.task.normalize else out
 
-    def _encode(self, rows: Gathered) -> Tensor:
+    def _encode(self, ids: Tensor, types: Tensor, seen: Tensor) -> Tensor:
         """The last hidden states [B, R, H]: prompt rows among the text's, padding behind."""
-        seen = self.weave.fill(rows.seen, 1)
-        self.scene.enter(seen)
+        words, tokens, length = self.model.get_input_embeddings()(ids), ids.shape[1], self._layout.length
+        if length:
+            words = self._woven(words, self.delta["prompt-vectors"].expand(ids.shape[0], -1, -1))
+        seen = self._filled(seen, 1)
+        self._masks.enter(seen)
+        positions = torch.arange(tokens + length if self._layout.shifted else tokens)[None]
         inputs = {
-            "inputs_embeds": self.weave.embed(self.model.get_input_embeddings()(rows.ids)),
+            "inputs_embeds": words,
             "attention_mask": seen.long(),
-            "token_type_ids": self.weave.fill(rows.types, 0),
-            "position_ids": self.weave.positions(rows.ids.shape[1]),
+            "token_type_ids": self._filled(types, 0),
+            "position_ids": (positions if self._layout.shifted else self._filled(positions, 0)) + self._layout.offset,
         }
         inputs = {name: value for name, value in inputs.items() if name in self._accepted}
         hidden: Tensor = self.model(**inputs).last_hidden_state
         return hidden
 
-    def _pool(self, hidden: Tensor, rows: Gathered) -> Tensor:
+    def _woven(self, rows: Tensor, prompt: Tensor) -> Tensor:
+        lead = self._layout.lead
+        return torch.cat([rows[:, :lead], prompt, rows[:, lead:]], 1)
+
+    def _filled(self, rows: Tensor, value: int) -> Tensor:
+        """[B, L] -> [B, R], ``value`` at prompt rows."""
+        return self._woven(rows, rows.new_full((1, self._layout.length), value).expand(rows.shape[0], -1))
+
+    def _text(self, hidden: Tensor) -> Tensor:
+        """[B, R, H] -> [B, L, H]."""
+        lead = self._layout.lead
+        return torch.cat([hidden[:, :lead], hidden[:, lead + self._layout.length :]], 1)
+
+    def _pool(self, hidden: Tensor, seen: Tensor, count: Tensor) -> Tensor:
         """[B, R, H] -> [B, H]."""
         if self.task.pooling == "cls":
-            return hidden[:, self.weave.first]
-        text, seen = self.weave.text(hidden), rows.seen[..., None]
+            return hidden[:, self._layout.first]
+        text, padding = self._text(hidden), ~seen[..., None]
         if self.task.pooling == "max":
-            return text.masked_fill(~seen, torch.finfo(torch.float32).min).amax(1)
-        return text.masked_fill(~seen, 0.0).sum(1) / rows.count.clamp(min=1)
+            return text.masked_fill(padding, LOWEST).amax(1)
+        return text.masked_fill(padding, 0.0).sum(1) / count.clamp(min=1)
 
-    def _named(self, added: dict[str, str], parts: ExportInputs) -> dict[str, str]:
-        names = {path: path.removeprefix("model.").replace(".own.", ".") for path, _ in self.named_parameters()}
-        own = {f"model.{path}": name for path, name in added.items()} | {"weave.vectors": "prompt.vectors"}
-        paths = {id(module): path for path, module in self.named_modules()}
-        for layer, module in enumerate(self._attentions):
-            path = paths[id(module)]
-            own |= {f"{path}.prefix_rows.{part}": f"prefix.{layer}.{part}" for part in ("keys", "values")}
-        heads = {id(parameter): name for name, _, parameter in self.head.named()}
-        for path, parameter in self.head.named_parameters(prefix="head"):
-            names[path] = parts.named_in_head(heads[id(parameter)])
-        return names | {path: parts.named(name) for path, name in own.items() if path in names}
-
-
-def _home(out: Tensor, rows: Gathered) -> Tensor:
-    """[B, L, C], every row back where the caller has it, zero at padding."""
-    out = out.masked_fill(~rows.seen[..., None], 0.0)
-    return out.gather(1, rows.home[..., None].expand(-1, -1, out.shape[-1]))
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """query, key, value [B, heads, R, D] -> [B, R, heads, D]."""
+        mask = self._masks(window)
+        if self.export_inputs.effects.prefix is not None:
+            keys, values = (self.delta[f"prefix-{layer}-{part}"] for part in ("keys", "values"))
+            key = torch.cat([keys.expand(query.shape[0], -1, -1, -1), key], 2)
+            value = torch.cat([values.expand(query.shape[0], -1, -1, -1), value], 2)
+            mask = F.pad(mask, (keys.shape[2], 0))
+        scores = (query * scale) @ key.transpose(-1, -2) + mask
+        return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
-def _prefix_rows(prefix: PrefixEffect | None, layer: int, anatomy: Anatomy) -> PrefixRows | None:
-    if prefix is None:
-        return None
-    heads = anatomy.heads_of(layer)
-    keys, values = (rows[layer, :, : heads * anatomy.head_width] for rows in (prefix.keys, prefix.values))
-    return PrefixRows(keys, values, heads)
-
-
-def prepare(model: Any, anatomy: Anatomy, rows: int) -> bool:
-    """Makes a fresh model ready to be traced; ``rows`` is the longest sequence, prompt included.
-
-    Says whether its attention modules got a forward of their own here.
-    """
-    positions = family_named(anatomy.family).positions
-    own = {"bias": _prepare_mpnet, "disentangled": _prepare_deberta}.get(positions)
-    if own is not None:
-        own(model, rows)
-    elif positions == "rotary":
-        _prepare_modernbert(model)
-    return own is not None
-
-
-class Distances(nn.Module):
-    """``table`` [2 M - 1] holds what stands for the distance ``i - j`` between two of M rows at ``i - j + M - 1``."""
-
-    table: Tensor
-
-    def __init__(self, table: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("table", table)
-
-    def forward(self, rows: int) -> Tensor:
-        """[rows, rows]: the entry for row i (first) and row j."""
-        at = torch.arange(rows)
-        return self.table[at[:, None] - at[None, :] + self.table.shape[0] // 2]
-
-
-def _distances(rows: int) -> Tensor:
-    return torch.arange(1 - rows, rows)
-
-
-def _prepare_mpnet(model: Any, rows: int) -> None:
-    encoder = model.encoder
-    compat.patch(encoder, "compute_position_bias", compat.nothing)
-    encoder.distances = Distances(compat.mpnet_buckets(-_distances(rows)))
-    for layer in encoder.layer:
-        module = layer.attention.attn
-        module.shared = [encoder]  # in a list: not to be registered as a submodule
-        compat.patch(module, "forward", MethodType(_attend_mpnet, module))
-
-
-def _attend_mpnet(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
-    """MPNetSelfAttention.forward: [B, R, H] -> ([B, R, H],)."""
-    encoder = self.shared[0]
-    query, key, value = (_by_head(p(hidden_states), self.num_attention_heads) for p in (self.q, self.k, self.v))
-    bias = encoder.relative_attention_bias(encoder.distances(hidden_states.shape[1])).permute(2, 0, 1)[None]
-    scale = self.attention_head_size**-0.5
-    out = attend(query, key, value, self.scene, self.prefix_rows, scale=scale, bias=bias)
-    return (self.o(out.flatten(2)),)
-
-
-def _prepare_deberta(model: Any, rows: int) -> None:
-    encoder = model.encoder
-    compat.patch(encoder, "get_attention_mask", lambda mask: mask)
-    compat.patch(encoder, "get_rel_pos", compat.nothing)
-    if encoder.relative_attention:
-        distances, buckets = _distances(rows), encoder.position_buckets
-        if buckets > 0 and encoder.max_relative_positions > 0:
-            distances = compat.deberta_buckets(distances, buckets, encoder.max_relative_positions)
-        encoder.distances = Distances(distances.long())
-    for layer in encoder.layer:
-        module = layer.attention.self
-        module.shared = [encoder]
-        compat.patch(module, "forward", MethodType(_attend_deberta, module))
-
-
-def _attend_deberta(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """DisentangledSelfAttention.forward: [B, R, H] -> ([B, R, H], None)."""
-    projections = (self.query_proj, self.key_proj, self.value_proj)
-    query, key, value = (_by_head(p(hidden_states), self.num_attention_heads) for p in projections)
-    factor = 1 + ("c2p" in self.pos_att_type) + ("p2c" in self.pos_att_type)
-    scale = float(query.shape[-1] * factor) ** -0.5
-    bias = _disentangled(self, query, key) * scale if self.relative_attention and factor > 1 else None
-    out = attend(query, key, value, self.scene, self.prefix_rows, scale=scale, bias=bias)
-    return out.flatten(2), None
-
-
-def _disentangled(self: Any, query: Tensor, key: Tensor) -> Tensor:
-    """Content-to-position and position-to-content scores [B, heads, R, R], not yet scaled (He et al. 2021)."""
-    encoder, span, heads = self.shared[0], self.pos_ebd_size, self.num_attention_heads
-    rows: Tensor = encoder.get_rel_embedding()[None, : 2 * span]
-    distance = encoder.distances(query.shape[2])
-    shape = (query.shape[0], heads, query.shape[2], query.shape[2])
-    terms = []
-    if "c2p" in self.pos_att_type:
-        keys = _by_head((self.key_proj if self.share_att_key else self.pos_key_proj)(rows), heads)
-        index = torch.clamp(distance + span, 0, 2 * span - 1)
-        terms.append((query @ keys.transpose(-1, -2)).gather(-1, index.expand(shape)))
-    if "p2c" in self.pos_att_type:
-        queries = _by_head((self.query_proj if self.share_att_key else self.pos_query_proj)(rows), heads)
-        index = torch.clamp(-distance + span, 0, 2 * span - 1)
-        terms.append((key @ queries.transpose(-1, -2)).gather(-1, index.expand(shape)).transpose(-1, -2))
-    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
-
-
-def _by_head(rows: Tensor, heads: int) -> Tensor:
-    """[B, R, H] -> [B, heads, R, D]."""
-    return rows.view(*rows.shape[:-1], heads, -1).transpose(1, 2)
-
-
-def _prepare_modernbert(model: Any) -> None:
-    """Rotations of global and local layers are made in a fixed order: the model walks a set of strings, whose order
-    changes from process to process, and the exported bytes with it."""
-    rotate, kinds = model.rotary_emb.forward, sorted(set(model.config.layer_types))
-    made: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def forward(x: Tensor, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-        if kind not in made:
-            made.update({other: rotate(x, positions, other) for other in kinds})
-        return made.pop(kind)
-
-    compat.patch(model.rotary_emb, "forward", forward)
-
-
-class Scene:
-    """What the attention modules of one graph look at while a batch passes through them."""
+class Masks:
+    """The masks of one batch; apart from the graph, for torch lets no module keep a tensor while it is traced."""
 
     def __init__(self) -> None:
-        self._seen: Tensor | None = None
-        self._masks: dict[int | None, Tensor] = {}
+        self._seen, self._made = torch.empty(0), dict[int | None, Tensor]()
 
     def enter(self, seen: Tensor) -> None:
         """A batch begins: ``seen`` [B, R] is true for rows that are no padding."""
-        self._seen, self._masks = seen, {}
+        self._seen, self._made = seen, {}
 
-    def mask(self, window: int | None) -> Tensor:
-        """[B, 1, 1 or R, R], 0 where a row may look and the lowest float where not; made once a batch.
-
-        Not minus infinity: rows of padding that see nothing would be NaN and spread.
-        """
-        assert self._seen is not None
-        if window not in self._masks:
+    def __call__(self, window: int | None) -> Tensor:
+        """[B, 1, 1 or R, R], 0 where a row may look, at most ``window`` rows away, and the lowest float where not."""
+        if window not in self._made:
             may = self._seen[:, None, None, :]
             if window is not None:
                 at = torch.arange(self._seen.shape[1])
                 may = may & ((at[:, None] - at[None, :]).abs() <= window)
-            self._masks[window] = torch.zeros(()).masked_fill(~may, torch.finfo(torch.float32).min)
-        return self._masks[window]
+            self._made[window] = torch.zeros(()).masked_fill(~may, LOWEST)
+        return self._made[window]
 
 
-class PrefixRows(nn.Module):
-    """The trained keys and values of one layer, [1, heads, V, D] each."""
+def _hook(
+    updates: list[Change], adapters: list[Callable[[Tensor], Tensor]]
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook; a norm is used again around an adapter: ``LN(adapter(LN(x)) + x)``."""
 
-    def __init__(self, keys: Tensor, values: Tensor, heads: int) -> None:
-        super().__init__()
-        self.keys, self.values = (
-            nn.Parameter(_attention_by_head(rows, heads), requires_grad=False) for rows in (keys, values)
-        )
+    def changed(x: Tensor, y: Tensor) -> Tensor:
+        for update in updates:
+            y = update(x, y)
+        return y
 
-    @property
-    def length(self) -> int:
-        """V."""
-        return self.keys.shape[2]
+    def hook(module: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        y = changed(given[0], y)
+        for adapter in adapters:
+            if isinstance(module, nn.LayerNorm):
+                again = adapter(y) + given[0]
+                y = changed(again, module.forward(again))
+            else:
+                y = y + adapter(y)
+        return y
 
-
-def _attention_by_head(rows: Tensor, heads: int) -> Tensor:
-    return rows.detach().float().view(1, rows.shape[0], heads, -1).transpose(1, 2).contiguous()
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scene: Scene,
-    prefix: PrefixRows | None,
-    *,
-    scale: float,
-    window: int | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """query, key, value [B, heads, R, D]; ``bias`` [B or 1, heads, R, R] is added to the scaled scores.
-
-    ``window`` lets a row see only rows at most that far away; the prefix is always seen. Returns [B, R, heads, D].
-    """
-    mask = scene.mask(window)
-    if bias is not None:
-        mask = mask + bias
-    if prefix is not None:
-        batch = (query.shape[0], -1, -1, -1)
-        key = torch.cat([prefix.keys.expand(batch), key], 2)
-        value = torch.cat([prefix.values.expand(batch), value], 2)
-        mask = F.pad(mask, (prefix.length, 0))
-    scores = (query * scale) @ key.transpose(-1, -2) + mask
-    return (scores.softmax(-1) @ value).transpose(1, 2)
+    return hook
 
 
 def _attend(
@@ -325,12 +256,12 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query, key, value [B, heads, R, D] -> [B, R, heads, D]."""
+    """transformers' attention interface."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = None if sliding_window is None else sliding_window - 1
-    return attend(query, key, value, module.scene, module.prefix_rows, scale=scale, window=window), None
+    return module.graph[0].attend(module.layer_number, query, key, value, scale, window), None
 
 
 class Product(nn.Module):
@@ -358,53 +289,6 @@ def as_products(module: nn.Module) -> None:
             as_products(child)
 
 
-def plain_model(kind: type[Any], config: Any, state: Mapping[str, Tensor], attention: str) -> Any:
-    """A headless HuggingFace model of class ``kind``, float32, on CPU, not training.
-
-    ``state`` is a state dict of that model; biases that the class does not have are added to the linears and norms
-    that it names. ``attention`` is a name that transformers' attention interface knows (``eager``, ``sdpa``).
-    """
-    config = copy.deepcopy(config)
-    compat.use_attention(config, attention)
-    with torch.random.fork_rng(devices=[]):
-        model = kind(config)
-    model.pooler = None
-    shrink(model, state)
-    for name in state.keys() - model.state_dict().keys():
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        if leaf == "bias" and isinstance(module, nn.Linear | nn.LayerNorm):
-            module.bias = nn.Parameter(torch.zeros(module.weight.shape[0]))
-    model.load_state_dict(dict(state))
-    return model.float().eval().requires_grad_(False)
-
-
-def task_model(parts: ExportInputs, name: str, attention: str) -> Any:
-    """HuggingFace's task model of class ``name`` on the weights and the head of ``parts``, whose delta is merged.
-
-    float32, on CPU, not training. Raises Unsupported where ``parts`` have a tensor that the class has no place for, and
-    VerificationError where the class has one that they lack: what it adds to an answer would be missing.
-    """
-    import transformers
-
-    config = copy.deepcopy(parts.config)
-    config.num_labels = parts.task.outputs
-    compat.use_attention(config, attention)
-    with torch.random.fork_rng(devices=[]):
-        model = getattr(transformers, name)(config)
-    head: dict[str, Tensor] = {name: tensor.detach() for name, _, tensor in parts.head.named()}
-    state = {f"{model.base_model_prefix}.{name}": tensor for name, tensor in parts.state.items()} | head
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected:
-        raise Unsupported(f"{name} has no place for {unexpected[0]}; give another delta")
-    if missing:
-        raise VerificationError(
-            f"transformers' {name} also has {missing[0]}, which the delta is answered without here; nothing was "
-            "published: report it"
-        )
-    return model.float().eval().requires_grad_(False)
-
-
 _CHATTY = ("torch.onnx._internal.exporter._registration", "onnxscript.optimizer._constant_folding")
 _KNOWN = (
     (FutureWarning, r"`isinstance\(treespec, LeafSpec\)` is deprecated"),
@@ -413,39 +297,34 @@ _KNOWN = (
 
 
 def to_onnx(graph: Graph, opset: int) -> onnx_ir.Model:
-    """Exports a graph with dynamic batch and sequence; weights are called as ``Graph.names`` says.
+    """The model with dynamic batch and sequence; weights are called as ``Graph.names`` says.
 
     Raises Unsupported where torch cannot trace or translate the model.
     """
-    inputs = graph.inputs
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
-    example = tuple(torch.ones(2, 9, dtype=torch.int64) for _ in inputs)
     with _quiet(), torch.no_grad():
-        model = _traced(graph, example, opset, dynamic_shapes=tuple(sizes for _ in inputs))
+        try:
+            program = torch.onnx.export(
+                graph,
+                tuple(torch.ones(2, 9, dtype=torch.int64) for _ in graph.inputs),
+                input_names=list(graph.inputs),
+                output_names=list(graph.outputs),
+                opset_version=opset,
+                dynamic_shapes=tuple(sizes for _ in graph.inputs),
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
+            raise Unsupported(f"torch cannot turn {type(graph.model).__name__} into ONNX: {reason}") from error
+        assert program is not None
+        model: onnx_ir.Model = program.model
         _simplify(model)
-    _rename(model, graph.names)
+    for path, name in graph.names.items():
+        if path in model.graph.initializers:
+            model.graph.initializers[path].name = name
     common.ClearMetadataAndDocStringPass()(model)
-    return model
-
-
-def _traced(graph: Graph, example: tuple[torch.Tensor, ...], opset: int, dynamic_shapes: Any) -> onnx_ir.Model:
-    try:
-        program = torch.onnx.export(
-            graph,
-            example,
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
-            opset_version=opset,
-            dynamic_shapes=dynamic_shapes,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-        )
-    except torch.onnx.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
-        raise Unsupported(f"torch cannot turn {type(graph.model).__name__} into ONNX: {reason}") from error
-    assert program is not None
-    model: onnx_ir.Model = program.model
     return model
 
 
@@ -472,12 +351,6 @@ def _deduplicate(model: onnx_ir.Model, weights: set[str]) -> None:
         if kept is not value:
             value.replace_all_uses_with(kept)
             del model.graph.initializers[name]
-
-
-def _rename(model: onnx_ir.Model, names: Mapping[str, str]) -> None:
-    for path, name in names.items():
-        if path in model.graph.initializers:
-            model.graph.initializers[path].name = name
 
 
 @contextmanager

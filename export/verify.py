@@ -1,30 +1,41 @@
-"""Runs an exported file in ONNX Runtime beside the torch engine; what does not agree is not published."""
+"""Runs an exported file in ONNX Runtime beside the torch engine; what does not agree is not published.
+
+A file that passed may still need a warning: what a cast loses of the delta, or what neighbours change.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.loading import rounding
 from bertology_serve.errors import VerificationError
+from bertology_serve.export.delta_library import Library
+from bertology_serve.export.emitter.delta_inputs import INDEX
+from bertology_serve.export.emitter.emit import EMBEDDING, TOKEN_LOGITS
 from bertology_serve.export.export_spec import ExportSpec, Neighbours
-from bertology_serve.export.samples import Case, Reference, Theirs
+from bertology_serve.export.hf_model import HfReference
+from bertology_serve.export.samples import Case, Reference
 from bertology_serve.export.session import Session
+from bertology_serve.files import JsonObject
 from bertology_serve.tasks.spec import CLASSIFICATION, QUESTION_ANSWERING, TOKEN_CLASSIFICATION, TaskSpec
 
 Output = NDArray[np.float32]
 NEIGHBOURS, SHORT = 4, 64
+"""How many batches are run alone row by row, and shown to HuggingFace's model; and the longest of the latter."""
 
 
 @dataclass(frozen=True)
-class Bars:
+class Tolerance:
     """By how much a file may differ from torch, in an encoder of so many ``layers``.
 
     In float32 every output by ``atol``, by default what float32 rounds in those layers (``rounding``). With a
@@ -39,7 +50,7 @@ class Bars:
     neighbours: Neighbours = "nothing"
 
     @classmethod
-    def of(cls, spec: ExportSpec, layers: int) -> Bars:
+    def of(cls, spec: ExportSpec, layers: int) -> Tolerance:
         """Those of an export."""
         return cls(layers, spec.atol, spec.drift(layers), spec.neighbours)
 
@@ -85,7 +96,7 @@ class Witness:
 
 
 @dataclass(frozen=True)
-class Report:
+class Verification:
     """What the verifier found. Differences are absolute, on logits or embedding components.
 
     ``atol`` is what outputs of this size may differ by; ``drift`` is ‖Δ‖/‖expected‖ over all outputs; ``max_drift`` is
@@ -159,65 +170,132 @@ class Report:
             f"mean {self.mean:.1e}{decided}, neighbours change a row by {self.neighbours:.1e}{lost}{beside}"
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Ready for JSON."""
         return {"passed": self.passed, **asdict(self)}
 
 
-class Tally:
-    """What batches say, added up: each sequence's expected and found output, and its task."""
+class VerifiedFile(ABC):
+    """A file in ONNX Runtime beside the torch engine. Cases are counted, and each is the same one on both sides."""
 
-    def __init__(self) -> None:
-        self.compared: list[Compared] = []
-        self._same: list[bool] = []
-        self._squares = np.zeros(2)
-        self._sequences = 0
+    session: Session
 
-    def add(self, shape: str, expected: Sequence[Output], found: Sequence[Output], tasks: Sequence[TaskSpec]) -> None:
-        """One batch of that shape."""
-        pairs = list(zip(expected, found, tasks, strict=True))
-        differences = np.concatenate([np.abs(e - f).ravel() for e, f, _ in pairs])
-        self._squares += [_square(differences), sum(map(_square, expected))]
-        scale = max(float(np.abs(one).max()) for one in expected)
-        self.compared.append(Compared(shape, float(differences.max()), float(differences.mean()), scale))
-        self._same += [a == b for e, f, task in pairs for a, b in _decisions(e, f, task)]
-        self._sequences += len(pairs)
+    @abstractmethod
+    def tasks(self, number: int, case: Case) -> list[TaskSpec]:
+        """The task of each sequence."""
 
-    @property
-    def scale(self) -> float:
-        """The largest |output|."""
-        return float(np.max([one.scale for one in self.compared]))
+    @abstractmethod
+    def expected(self, number: int, case: Case) -> list[Output]:
+        """What torch answers to each sequence."""
 
-    def report(self, session: Session, bars: Bars, neighbours: float, flips: float | None = None) -> Report:
-        """All of it."""
-        off, whole = np.sqrt(self._squares).tolist()
-        return Report(
-            runtime=f"onnxruntime {session.version}",
-            provider=session.provider,
-            atol=bars.output(self.scale),
-            largest=float(np.max([one.largest for one in self.compared])),
-            mean=float(np.mean([one.mean for one in self.compared])),
-            agreement=sum(self._same) / len(self._same) if self._same else None,
+    @abstractmethod
+    def found(self, number: int, case: Case, row: int | None = None) -> list[Output]:
+        """What the file answers to each sequence, padding left out; to that of one ``row`` alone, if given."""
+
+    def verify(self, cases: Iterable[Case], tolerance: Tolerance) -> Verification:
+        """Compares both on every case."""
+        cases, compared = list(cases), list[Compared]()
+        same, squares = list[bool](), np.zeros(2)
+        for number, case in enumerate(cases):
+            expected, found = self.expected(number, case), self.found(number, case)
+            apart = np.concatenate([np.abs(one - other).ravel() for one, other in zip(expected, found, strict=True)])
+            scale = max(float(np.abs(one).max()) for one in expected)
+            compared.append(Compared(case.shape, float(apart.max()), float(apart.mean()), scale))
+            squares += [_square(apart), sum(map(_square, expected))]
+            answers = zip(expected, found, self.tasks(number, case), strict=True)
+            same += [a == b for one, other, task in answers for a, b in _decisions(one, other, task)]
+        (off, whole), scale = np.sqrt(squares).tolist(), float(np.max([one.scale for one in compared]))
+        neighbours, flips = self._neighbours(cases)
+        return Verification(
+            runtime=f"onnxruntime {self.session.version}",
+            provider=self.session.provider,
+            atol=tolerance.output(scale),
+            largest=float(np.max([one.largest for one in compared])),
+            mean=float(np.mean([one.mean for one in compared])),
+            agreement=sum(same) / len(same) if same else None,
             neighbours=neighbours,
-            scale=self.scale,
-            sequences=self._sequences,
-            shapes=tuple(self.compared),
+            scale=scale,
+            sequences=sum(len(case.encodings) for case in cases),
+            shapes=tuple(compared),
             drift=off / whole if whole else math.inf if off else 0.0,
-            max_drift=bars.max_drift,
-            neighbours_allowed=bars.neighbour(self.scale),
+            max_drift=tolerance.max_drift,
+            neighbours_allowed=tolerance.neighbour(scale),
             flips=flips,
-            asked=session.asked,
+            asked=self.session.asked,
         )
 
+    def _neighbours(self, cases: Sequence[Case]) -> tuple[float, float | None]:
+        """The largest change of a row between its batch and alone, and the share of decisions that it flips.
 
-def verify(session: Session, reference: Reference, cases: Iterable[Case], pad: int, bars: Bars) -> Report:
-    """Compares a file with the torch engine on every case."""
-    task, tally, cases = reference.task, Tally(), list(cases)
-    for case in cases:
-        expected = [out.numpy() for out in reference.outputs(case.encodings)]
-        tally.add(case.shape, expected, _rows(session, case, pad, task), [task] * len(expected))
-    changed, flips = _neighbours(session, cases, pad, task)
-    return tally.report(session, bars, changed, flips)
+        Over the largest batches of several sequences.
+        """
+        several = [one for one in enumerate(cases) if len(one[1].encodings) > 1]
+        changes, flips = [0.0], list[bool]()
+        for number, case in sorted(several, key=lambda one: sum(map(len, one[1].encodings)))[-NEIGHBOURS:]:
+            rows = zip(self.found(number, case), self.tasks(number, case), strict=True)
+            for row, (together, task) in enumerate(rows):
+                alone = self.found(number, case, row)[0]
+                changes.append(float(np.abs(alone - together).max()))
+                flips += [a != b for a, b in _decisions(alone, together, task)]
+        return float(np.max(changes)), sum(flips) / len(flips) if flips else None
+
+
+@dataclass(frozen=True)
+class SingleFile(VerifiedFile):
+    """The file of one delta; ``pad`` is the id that stands for padding."""
+
+    session: Session
+    reference: Reference
+    pad: int
+
+    def tasks(self, number: int, case: Case) -> list[TaskSpec]:
+        return [self.reference.task] * len(case.encodings)
+
+    def expected(self, number: int, case: Case) -> list[Output]:
+        return [out.numpy() for out in self.reference.outputs(case.encodings)]
+
+    def found(self, number: int, case: Case, row: int | None = None) -> list[Output]:
+        case = case if row is None else case.alone(row)
+        out, per_token = self.session.run(case.arrays(self.pad)), self.reference.task.per_token
+        return [out[i, case.columns(i)] if per_token else out[i] for i in range(len(case.encodings))]
+
+
+@dataclass(frozen=True)
+class ManyDeltasFile(VerifiedFile):
+    """The graph for many with its library, each sequence for a delta in turn.
+
+    ``references`` are deltas whose ``numbers`` in the library are these.
+    """
+
+    session: Session
+    library: Library
+    references: Sequence[Reference]
+    numbers: Sequence[int]
+    pad: int
+
+    def owners(self, number: int, case: Case) -> list[int]:
+        """Which reference each sequence is for: each in turn, two neighbours now and then of the same one."""
+        return [(number * 5 + row - row // 3) % len(self.references) for row in range(len(case.encodings))]
+
+    def tasks(self, number: int, case: Case) -> list[TaskSpec]:
+        return [self.references[owner].task for owner in self.owners(number, case)]
+
+    def expected(self, number: int, case: Case) -> list[Output]:
+        pairs = zip(self.owners(number, case), case.encodings, strict=True)
+        return [self.references[owner].outputs([text])[0].numpy() for owner, text in pairs]
+
+    def found(self, number: int, case: Case, row: int | None = None) -> list[Output]:
+        owners = [self.numbers[owner] for owner in self.owners(number, case)]
+        case, owners = (case, owners) if row is None else (case.alone(row), [owners[row]])
+        index = {INDEX: np.array(owners, np.int64)}
+        outputs = self.session.outputs(case.arrays(self.pad) | index | self.library.arrays)
+        found = []
+        for i, owner in enumerate(owners):
+            card = self.library.cards[owner]
+            own = outputs[card.output][i]
+            own = own[case.columns(i)] if card.output == TOKEN_LOGITS else own
+            found.append(own if card.output == EMBEDDING else own[..., : card.columns])
+        return found
 
 
 def witnesses(encoder: Encoder, delta: Delta, reference: Reference, cases: Sequence[Case]) -> tuple[Witness, ...]:
@@ -225,7 +303,7 @@ def witnesses(encoder: Encoder, delta: Delta, reference: Reference, cases: Seque
 
     Empty where there is no such model of the delta.
     """
-    theirs = Theirs.of(encoder, delta)
+    theirs = HfReference.of(encoder, delta)
     if theirs is None:
         return ()
     short = sorted((case for case in cases if case.length <= SHORT), key=lambda case: sum(map(len, case.encodings)))
@@ -245,17 +323,11 @@ def _square(values: Output) -> float:
     return float(np.square(values, dtype=np.float64).sum())
 
 
-def check(report: Report) -> None:
+def check(report: Verification) -> None:
     """Raises VerificationError unless the report passed."""
     if not report.passed:
         worst = max(report.shapes, key=lambda one: (np.isnan(one.largest), one.largest))
         raise VerificationError(f"{report.line()}; worst at {worst.shape}; nothing was published: {report.wrong}")
-
-
-def _rows(session: Session, case: Case, pad: int, task: TaskSpec) -> list[Output]:
-    """A case's outputs in ONNX Runtime, a sequence each, padding left out."""
-    out = session.run(case.arrays(pad))
-    return [out[row, case.columns(row)] if task.per_token else out[row] for row in range(len(case.encodings))]
 
 
 def _decisions(expected: Output, found: Output, task: TaskSpec) -> list[tuple[int, int]]:
@@ -263,19 +335,53 @@ def _decisions(expected: Output, found: Output, task: TaskSpec) -> list[tuple[in
     axis = {CLASSIFICATION: -1, TOKEN_CLASSIFICATION: -1, QUESTION_ANSWERING: 0}.get(task.kind)
     if axis is None:
         return []
-    sides: Sequence[Any] = [np.atleast_1d(side.argmax(axis)).tolist() for side in (expected, found)]
-    return list(zip(*sides, strict=True))
+    ours, theirs = (np.atleast_1d(side.argmax(axis)).tolist() for side in (expected, found))
+    return list(zip(ours, theirs, strict=True))
 
 
-def _neighbours(session: Session, cases: Sequence[Case], pad: int, task: TaskSpec) -> tuple[float, float | None]:
-    """The largest change of a row between its batch and alone, and the share of decisions that it flips, over the
-    largest mixed batches."""
-    mixed = [case for case in cases if len({len(one) for one in case.encodings}) > 1]
-    changes, flips = [0.0], list[bool]()
-    for case in sorted(mixed, key=lambda case: sum(map(len, case.encodings)))[-NEIGHBOURS:]:
-        together = _rows(session, case, pad, task)
-        for one, row in zip(case.encodings, together, strict=True):
-            alone = _rows(session, Case((one,), len(one), left=False), pad, task)[0]
-            changes.append(float(np.abs(alone - row).max()))
-            flips += [a != b for a, b in _decisions(alone, row, task)]
-    return float(np.max(changes)), sum(flips) / len(flips) if flips else None
+LOSS = 0.1
+"""Share of a delta from which its loss in a cast is worth a warning."""
+
+
+def cautions(spec: ExportSpec, report: Verification) -> tuple[str, ...]:
+    """Sentences without a full stop, most important first."""
+    found = []
+    if spec.neighbours == "anything":
+        flips = "" if report.flips is None else f" and {report.flips:.1%} of decisions"
+        found.append(
+            f"answers depend on the rest of the batch: neighbours changed a row by up to {report.neighbours:.2g}"
+            f"{flips}; --precision int8-row does not let them"
+        )
+    lost = report.lost or {}
+    if spec.precision == "fp16" and lost.get("float16", 0.0) > LOSS:
+        found.append(f"float16 loses {lost['float16']:.0%} of the delta; leave out --merge, or take --precision fp32")
+    later = [kind for kind, share in lost.items() if share > LOSS and (spec.precision, kind) != ("fp16", "float16")]
+    if later:
+        shares = " and ".join(f"to {kind} {lost[kind]:.0%}" for kind in later)
+        found.append(f"a cast of these merged weights loses of the delta: {shares}; leave out --merge if you mean to")
+    if report.asked and report.asked != report.provider:
+        found.append(f"{report.asked} was asked for, but {report.provider} ran; bertology-serve doctor says why")
+    return tuple(found)
+
+
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def lost(base: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, float] | None:
+    """``‖(cast(W + Δ) - cast(W)) - Δ‖ / ‖Δ‖`` over all weights that a delta changed, by the type cast to.
+
+    ``base`` holds W and ``merged`` W + Δ, by the same names; what ``base`` lacks is zero there. Near zero, the cast
+    model still has the delta; at 1, it might as well be the base. ``None`` where nothing changed.
+    """
+    gone, whole = dict.fromkeys(HALVES, 0.0), 0.0
+    for name, after in merged.items():
+        before = base.get(name)
+        if not after.is_floating_point() or (before is not None and before.data_ptr() == after.data_ptr()):
+            continue
+        before = torch.zeros_like(after) if before is None else before.detach().to("cpu", torch.float32)
+        delta = after.double() - before.double()
+        whole += float(delta.square().sum())
+        for kind, half in HALVES.items():
+            kept = after.to(half).double() - before.to(half).double()
+            gone[kind] += float((kept - delta).square().sum())
+    return {kind: (part / whole) ** 0.5 for kind, part in gone.items()} if whole else None

@@ -26,7 +26,7 @@ Segments = Sequence[RowSegment]
 
 
 @dataclass(frozen=True)
-class Choice:
+class LinearPath:
     """A form ("fused", "split" or "torch"), how it is launched, and the reason in words."""
 
     form: str
@@ -96,21 +96,21 @@ def typical(mean: float, widest: int) -> int:
 
 
 @cache
-def _chosen(arch: str, kind: str, k: int, n: int, slices: int, bucket: int, columns: int) -> Choice:
+def _chosen(arch: str, kind: str, k: int, n: int, slices: int, bucket: int, columns: int) -> LinearPath:
     """The row of a table, looked for once: a lookup walks through all of them."""
     tables = table(arch)
     row = tables.nearest(Point(kind, k, n, slices, bucket, columns))
     near = row.point
     origin = ", ".join(f"{key} {value}" for key, value in tables.measured.items()) or "by rule, not measured"
     why = f"table {arch} ({origin}): nearest row K {near.k}, N {near.n}, T {near.rows}, columns {near.columns}"
-    return Choice(row.form, row.config, why)
+    return LinearPath(row.form, row.config, why)
 
 
-def choose(arch: str, dtype: torch.dtype, k: int, n: int, slices: int, rows: int, columns: int) -> Choice:
+def choose(arch: str, dtype: torch.dtype, k: int, n: int, slices: int, rows: int, columns: int) -> LinearPath:
     """The committed choice at a point: T to the nearest power of two, ``columns`` (of ``typical``) up to a class."""
     kind = DTYPES.get(dtype)
     if kind is None or slices not in (1, 3):
-        return Choice(TORCH, Config(), f"no kernel for {slices} slices of {dtype}")
+        return LinearPath(TORCH, Config(), f"no kernel for {slices} slices of {dtype}")
     column_class = next((c for c in COLUMNS if columns <= c), COLUMNS[-1])
     bucket = 1 << round(math.log2(max(1, rows)))
     return _chosen(arch, kind, k, n, slices, bucket, column_class)
@@ -154,13 +154,13 @@ def lora_linear(
     return fused_lora_linear(x, w, bias, pools, columns, activation, choice.config)
 
 
-def pick(x: Tensor, w: Tensor, slices: Sequence[Segments], batch: BatchColumns) -> Choice:
+def pick(x: Tensor, w: Tensor, slices: Sequence[Segments], batch: BatchColumns) -> LinearPath:
     """What ``lora_linear`` does with these, and why."""
     arch, reason = architecture(x.device)
     if not arch:
-        return Choice(TORCH, Config(), reason)
+        return LinearPath(TORCH, Config(), reason)
     if any(segment.dropout for part in slices for segment in part):
-        return Choice(TORCH, Config(), "dropout acts on the update's input only, which kernels do not do")
+        return LinearPath(TORCH, Config(), "dropout acts on the update's input only, which kernels do not do")
     columns = max(map(batch.columns, slices), default=0)
     choice = choose(arch, _computed_in(x), x.shape[1], w.shape[0], len(slices), batch.rows, columns)
     return replace(choice, why=f"{choice.why}; {reason}") if reason else choice

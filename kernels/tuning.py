@@ -187,7 +187,7 @@ def points() -> Iterable[Point]:
                         yield Point(dtype, k, n, 3, rows, columns)
 
 
-def _flat(row: Row) -> dict[str, Any]:
+def _flat(row: Row) -> dict[str, object]:
     return {**asdict(row.point), "form": row.form, **asdict(row.config)}
 
 

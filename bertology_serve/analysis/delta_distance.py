@@ -160,9 +160,12 @@ def compare_deltas(
     texts: DataLike | None = None,
     settings: DistanceSettings | None = None,
     *,
+    encoder: EncoderLike = None,
     advance: Advance = silent,
 ) -> AnalysisReport:
     """Several deltas of one base beside each other: how far each moved it, how alike every two are, what they answer.
+
+    ``encoder`` is the one that all run on, by default what each names.
 
     Tables: ``deltas``, the distance of each and its metrics (fractions) as training saved them, in and out of domain;
     ``layers``, the distance and linear CKA of each layer; ``pairs``, linear CKA of the last layer's rows on ``texts``
@@ -171,7 +174,7 @@ def compare_deltas(
     Raises SpecError for fewer than two deltas, BaseMismatch where they have different bases.
     """
     settings = settings or DistanceSettings()
-    subjects = [one if isinstance(one, Subject) else Subject.of(None, one) for one in deltas]
+    subjects = [one if isinstance(one, Subject) else Subject.of(encoder, one) for one in deltas]
     held = [one.delta for one in subjects if one.delta is not None]
     if len(held) < 2 or len(held) != len(subjects):
         raise SpecError(f"got {len(held)} deltas; expected two or more to set beside each other")

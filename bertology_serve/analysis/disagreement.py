@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +15,12 @@ from bertology_serve.analysis.integrated_gradients import attributions, check_av
 from bertology_serve.analysis.labelled import Labelled, TaskEvaluation
 from bertology_serve.analysis.report import AnalysisReport, origin
 from bertology_serve.analysis.settings import CompareSettings
-from bertology_serve.analysis.subject_model import Advance, Subject, data_name, silent
+from bertology_serve.analysis.subject_model import Advance, EncoderLike, Subject, data_name, silent
 from bertology_serve.data.records import DataLike, read_records
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.files import JsonObject
+from bertology_serve.tasks.significance import mcnemar
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, Encoding
 
 ANSWERS = ("label", "value", "entities", "answer", "choice")
@@ -32,9 +32,12 @@ def compare(
     data: DataLike,
     settings: CompareSettings | None = None,
     *,
+    encoder: EncoderLike = None,
     advance: Advance = silent,
 ) -> AnalysisReport:
     """What two deltas of one task answer to the same records, labelled or not, and where they disagree.
+
+    ``encoder`` is the one that both run on, by default what each names.
 
     Tables: ``records``, both answers to each, whether they agree, and the gap (the largest difference of class
     probabilities, else of the head's outputs); ``disagreements``, the widest gap first; for the ``settings.shown``
@@ -47,7 +50,7 @@ def compare(
     settings = settings or CompareSettings()
     if settings.attributions:
         check_available()
-    subjects = [one if isinstance(one, Subject) else Subject.of(None, one) for one in (first, second)]
+    subjects = [one if isinstance(one, Subject) else Subject.of(encoder, one) for one in (first, second)]
     _check_tasks(subjects)
     started = time.perf_counter()
     records = data if isinstance(data, str | Path) else read_records(data)
@@ -140,13 +143,6 @@ def _facts(trials: Sequence[TaskEvaluation], rows: Sequence[JsonObject], labelle
                                                                                 ("second", "first"))]  # fmt: skip
         facts |= {"only_first_right": only[0], "only_second_right": only[1], "mcnemar_p": mcnemar(*only)}
     return facts
-
-
-def mcnemar(first: int, second: int) -> float:
-    """The exact two-sided probability of a split at least as uneven, were both right equally often (McNemar 1947)."""
-    total, fewer = first + second, min(first, second)
-    tail = sum(math.comb(total, k) for k in range(fewer + 1))
-    return min(1.0, float(2 * tail / 2**total))
 
 
 def _confusion(trials: Sequence[TaskEvaluation], rows: Sequence[JsonObject]) -> dict[str, Figure]:

@@ -14,7 +14,7 @@ from bertology_serve.analysis.subject_model import Subject, batches, data_name
 from bertology_serve.data.records import DataLike, Record, read_records
 from bertology_serve.encoder.attention import Group
 from bertology_serve.encoder.batch import PackedBatch, read
-from bertology_serve.encoder.forward_context import Heads
+from bertology_serve.encoder.forward_context import HeadAttention
 from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.registry import task_for
@@ -96,7 +96,7 @@ class TaskEvaluation:
         lengths = batch.lengths if self.subject.encoder.packs else [batch.stride] * batch.sequences
         return own.repeat_interleave(torch.tensor(lengths, device=own.device))
 
-    def output(self, batch: PackedBatch, heads: Heads | None = None) -> Tensor:
+    def output(self, batch: PackedBatch, heads: HeadAttention | None = None) -> Tensor:
         """The task head's output in the order of the sequences, as ``Task.loss`` takes it."""
         packed = sorted(range(batch.sequences), key=batch.order.__getitem__)
         assert self.subject.delta is not None

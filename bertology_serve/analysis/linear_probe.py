@@ -64,7 +64,9 @@ def fit(x: Tensor, y: Tensor, classes: int, penalty: float, tolerance: float = C
     x [n, H], y [n] int64 below ``classes``. Features without variance get a standard deviation of 1.
     """
     rows_of_w = 2.0 if classes == 2 else 1.0  # the solver penalises the one vector w, of which W holds two halves
-    return Logistic(x, y, classes, by_feature=True).solve(rows_of_w / (penalty * len(x)), tolerance=tolerance)
+    return Logistic(x, F.one_hot(y, classes).double(), by_feature=True).solve(
+        rows_of_w / (penalty * len(x)), tolerance=tolerance
+    )
 
 
 @dataclass(frozen=True)

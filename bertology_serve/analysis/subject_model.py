@@ -18,10 +18,10 @@ from bertology_serve.data.records import DataLike, Record, name_of, read_records
 from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.layout import check_base
-from bertology_serve.encoder.bank import BARE, Entry, LiveBank
+from bertology_serve.encoder.bank import BARE, BankEntry, LiveBank
 from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder, weights_hash
-from bertology_serve.encoder.forward_context import Heads
+from bertology_serve.encoder.forward_context import HeadAttention
 from bertology_serve.encoder.opening import load_delta, open_delta
 from bertology_serve.errors import BaseMismatch, DataError, NotFound
 from bertology_serve.files import JsonObject
@@ -103,7 +103,7 @@ class Subject:
         return min(length, self.encoder.max_tokens - self.virtual)
 
     @property
-    def entry(self) -> Entry:
+    def entry(self) -> BankEntry:
         """The delta's place among ``pools``."""
         return self.pools.entries.get(KEY, BARE)
 
@@ -120,7 +120,7 @@ class Subject:
         """One batch of sequences, the delta on all of them."""
         return self.encoder.pack(encodings, [self.entry] * len(encodings))
 
-    def run(self, batch: PackedBatch, heads: Heads | None = None) -> Tensor:
+    def run(self, batch: PackedBatch, heads: HeadAttention | None = None) -> Tensor:
         """The last hidden states [T, H]."""
         return self.encoder.run(batch, self.pools, heads=heads)
 

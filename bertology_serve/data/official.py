@@ -27,7 +27,7 @@ def official_metrics(
     """
     own = dict(measured)
     if found.positive:
-        gold, given = [read_class(*record) for record in records], [str(one["label"]) for one in answers]
+        gold, given = [read_class(*record)[0] for record in records], [str(one["label"]) for one in answers]
         positive = next(
             (label for label in (found.positive, *ALSO_POSITIVE) if label in (*gold, *given)), found.positive
         )
@@ -41,7 +41,7 @@ def _by_group(found: DataSet, positive: str, answers: Answers, records: Records)
     groups: dict[str, list[tuple[Fields, Fields]]] = {}
     for answer, (fields, _) in zip(answers, records, strict=True):
         groups.setdefault(fields["group"], []).append((answer, fields))
-    whole = [all(answer["label"] == read_class(fields, "") for answer, fields in own) for own in groups.values()]
+    whole = [all(answer["label"] == read_class(fields, "")[0] for answer, fields in own) for own in groups.values()]
     scores = {"em": sum(whole) / len(whole)}
     if "entity_f1" in found.metrics:
         chosen = [max(own, key=lambda pair: pair[0]["scores"][positive])[1] for own in groups.values()]

@@ -11,7 +11,7 @@ from bertology_serve.data.formats import Fields, Row
 from bertology_serve.errors import DataError, NotFound, SpecError, nearest
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.registry import task_named
-from bertology_serve.tasks.spec import CLASSIFICATION
+from bertology_serve.tasks.spec import CLASSIFICATION, LABEL_KINDS
 
 FIELDS = (
     "text",
@@ -58,7 +58,8 @@ def read_records(
 
     A hub data set is written ``hub:NAME[:CONFIG][:SPLIT]``, a well-known one ``set:NAME:SPLIT`` (see ``set_files``);
     ``.conll`` files hold a word and its tag a line. ``columns`` maps a field to the column that holds it:
-    ``{"text": "sentence"}``. Where none are given those ``remembered`` by a delta count, each in records that have it.
+    ``{"text": "sentence"}``, or to several with ``|`` between: ``{"label": "toxic|insult"}``. Where none are given
+    those ``remembered`` by a delta count, each in records that have it.
     Cells of CSV and TSV are texts, but lists (``tokens``, ``tags``, ``choices``, ``answers``) are written as JSON, and
     an empty cell is no value; TSV has no quoting.
 
@@ -154,6 +155,7 @@ def _read_file(path: Path) -> Iterable[Row]:
 
 def _record(fields: Fields, where: str, columns: Mapping[str, str], required: bool) -> Record:
     """Renames the mapped columns; a field that is mapped replaces its alias too."""
+    fields = {**fields, **{column: own for column in columns.values() if (own := _together(fields, column))}}
     found = {field: name for field, column in columns.items() if (name := _column(fields, column)) is not None}
     lost = next((field for field in columns if field not in found), None)
     if required and lost is not None:
@@ -163,6 +165,15 @@ def _record(fields: Fields, where: str, columns: Mapping[str, str], required: bo
     kept = {name: value for name, value in fields.items() if name not in gone}
     named = {**kept, **{field: fields[name] for field, name in found.items()}}
     return Record(formats.decode_lists(named, where), where)
+
+
+def _together(fields: Fields, columns: str) -> dict[str, object]:
+    """The values of several columns, ``toxic|insult``, by their names; empty where one of them is none."""
+    names = [] if columns in fields else columns.split("|")
+    own = {name.strip(): _column(fields, name) for name in names}
+    if len(own) < 2 or None in own.values():
+        return {}
+    return {name: fields[column] for name, column in own.items() if column is not None}
 
 
 def _column(fields: Fields, column: str) -> str | None:
@@ -187,9 +198,9 @@ def load_examples(
 def infer_labels(kind: str, records: Iterable[Row]) -> tuple[str, ...]:
     """The ``TaskSpec.labels`` for a task of that kind, from training records: stable whatever their order.
 
-    Raises DataError when classification finds fewer than two labels.
+    Raises DataError when classification finds fewer than two labels, multi-label none.
     """
     labels = task_named(kind).labels_in(records)
-    if kind == CLASSIFICATION and len(labels) < 2:
+    if kind in LABEL_KINDS and len(labels) < (2 if kind == CLASSIFICATION else 1):
         raise DataError(f"the training data holds only the label {', '.join(labels) or 'none'}; expected at least two")
     return labels

@@ -10,6 +10,7 @@ from bertology_serve.files import JsonObject
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
+    MULTI_LABEL,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
@@ -18,6 +19,7 @@ from bertology_serve.tasks.spec import (
 
 _PIPELINE_TAGS = {
     CLASSIFICATION: "text-classification",
+    MULTI_LABEL: "text-classification",
     REGRESSION: "text-classification",
     TOKEN_CLASSIFICATION: "token-classification",
     QUESTION_ANSWERING: "question-answering",

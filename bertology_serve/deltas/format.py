@@ -57,7 +57,7 @@ def to_json(manifest: Manifest) -> bytes:
         "format": FORMAT,
         "name": manifest.name,
         "base": asdict(manifest.base),
-        "task": asdict(manifest.task),
+        "task": _task_record(manifest.task),
         "kinds": kinds_record(manifest.specs),
         "tensors": {name: list(shape) for name, shape in manifest.tensors.items()},
         "head": {name: list(shape) for name, shape in manifest.head.items()},
@@ -72,6 +72,16 @@ def to_json(manifest: Manifest) -> bytes:
         raise FormatError(f"{MANIFEST} cannot hold the provenance: {error}; keep it to plain JSON values") from None
     return (_LIST_OF_NUMBERS.sub(lambda found: " ".join(found[0].split()), text) + "\n").encode()
 
+
+def _task_record(task: TaskSpec) -> dict[str, object]:
+    """The task's fields; those that earlier versions do not know only where they say something.
+
+    So those read all deltas that they answer rightly, and refuse the others for an unknown field.
+    """
+    return {name: value for name, value in asdict(task).items() if name not in LATER or value}
+
+
+LATER = ("thresholds", "abstain")
 
 # A list of numbers on lines of its own, which then goes on one line. Strings hold no line breaks in JSON.
 _LIST_OF_NUMBERS = re.compile(r"(?<=\[)\n(?:\s*-?[\d.e+-]+,?\n)+\s*(?=\])")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -31,6 +31,11 @@ from bertology_serve.kinds.slots import (
     Anatomy,
     Slot,
 )
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from bertology_serve.families.compat import HiddenModel
 
 _ROLES = {
     QKV: {"Wqkv", "qkv", "qkv_proj", "in_proj"},
@@ -59,7 +64,7 @@ _OUTSIDE = {
 }
 
 
-def find_anatomy(model: Any) -> Anatomy:
+def find_anatomy(model: HiddenModel) -> Anatomy:
     """The anatomy of a headless HuggingFace encoder; raises Unsupported if it is not BERT-like.
 
     Where layers share their weights (ALBERT), ``layers`` counts those that have weights of their own.
@@ -128,7 +133,7 @@ def _slots_of(name: str, paths: tuple[str | None, ...], modules: Sequence[nn.Mod
         yield Slot(part, paths, whole.inputs, width, whole.has_bias, (i * width, (i + 1) * width))
 
 
-def _slot(name: str, paths: tuple[str | None, ...], modules: Sequence[Any]) -> Slot:
+def _slot(name: str, paths: tuple[str | None, ...], modules: Sequence[nn.Module | None]) -> Slot:
     has_bias = getattr(next(filter(None, modules)), "bias", None) is not None
     sizes = tuple(_size(module) if module is not None else (0, 0) for module in modules)
     inputs, outputs = (max(side) for side in zip(*sizes, strict=True))
@@ -136,11 +141,14 @@ def _slot(name: str, paths: tuple[str | None, ...], modules: Sequence[Any]) -> S
     return Slot(name, paths, inputs, outputs, has_bias, sizes=sizes if differ else ())
 
 
-def _size(module: Any) -> tuple[int, int]:
+def _size(module: nn.Module) -> tuple[int, int]:
     """(K, N); norms and convolutions have a bias only, and so no K."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    return 0, module.out_channels if isinstance(module, nn.Conv1d) else int(module.weight.numel())
+    if isinstance(module, nn.Conv1d):
+        return 0, module.out_channels
+    assert isinstance(module, nn.LayerNorm)
+    return 0, module.weight.numel()
 
 
 def _roles_of(layer: nn.Module, hidden: int) -> dict[str, tuple[str, nn.Module]]:
@@ -197,9 +205,10 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     return model.get_submodule(path)
 
 
-def empty_model(config: Any) -> Any:
+def empty_model(config: PretrainedConfig) -> HiddenModel:
     """The headless encoder of a HuggingFace config on the meta device: shapes without memory."""
     from transformers import AutoModel
 
     with torch.device("meta"):
-        return AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        model: HiddenModel = AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        return model

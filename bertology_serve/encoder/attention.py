@@ -39,7 +39,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Layout:
+class AttentionLayout:
     """``permutation`` [T] brings packed rows into the grouped order, ``inverse`` back (``None``: same order).
 
     ``extents`` is what attention in one launch needs, on a GPU.
@@ -59,7 +59,7 @@ Bias = Callable[[Sequence[int], Tensor, Tensor], Tensor]
 Attend = Callable[[Group, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
-def make_layout(batch: PackedBatch) -> Layout:
+def make_layout(batch: PackedBatch) -> AttentionLayout:
     """Groups a packed batch's sequences by length and prefix length."""
     device = batch.ids.device
     members: dict[tuple[int, int], list[int]] = {}
@@ -76,11 +76,11 @@ def make_layout(batch: PackedBatch) -> Layout:
     order = np.concatenate(pieces)
     one_launch = extents(batch) if device.type == "cuda" else None
     if (order == np.arange(at)).all():
-        return Layout(None, None, tuple(groups), one_launch)
+        return AttentionLayout(None, None, tuple(groups), one_launch)
     inverse = np.empty_like(order)
     inverse[order] = np.arange(at)
     back = torch.from_numpy(inverse).to(device)
-    return Layout(torch.from_numpy(order).to(device), back, tuple(groups), one_launch)
+    return AttentionLayout(torch.from_numpy(order).to(device), back, tuple(groups), one_launch)
 
 
 def _prefix_rows(batch: PackedBatch, sequences: list[int], device: torch.device) -> Tensor:
@@ -92,7 +92,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: Layout,
+    layout: AttentionLayout,
     *,
     scale: float,
     window: int | None = None,

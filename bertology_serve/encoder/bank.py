@@ -42,7 +42,7 @@ def is_adapter(pool: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Entry:
+class BankEntry:
     """Where one delta stands in the pools.
 
     ``rows`` maps a pool's name to the segment template (pool rows ``first``..``last``, bias row, dropout, activation)
@@ -69,7 +69,7 @@ class Entry:
         return self.rows[pool].last - self.rows[pool].first if pool in self.rows else 0
 
 
-BARE = Entry("")
+BARE = BankEntry("")
 
 
 def pool_rows(effects: Effects) -> tuple[dict[str, Rows], dict[str, RowSegment], dict[str, frozenset[int]]]:
@@ -120,8 +120,8 @@ def _moved(template: RowSegment, by: int, training: bool = False) -> RowSegment:
     return replace(template, first=template.first + by, last=template.last + by, bias=bias, dropout=dropout)
 
 
-def _entry(key: str, effects: Effects, parts: tuple[dict[str, RowSegment], dict[str, frozenset[int]]]) -> Entry:
-    return Entry(key, parts[0], parts[1], effects.prompt, effects.prefix)
+def _entry(key: str, effects: Effects, parts: tuple[dict[str, RowSegment], dict[str, frozenset[int]]]) -> BankEntry:
+    return BankEntry(key, parts[0], parts[1], effects.prompt, effects.prefix)
 
 
 class RowPool:
@@ -194,11 +194,11 @@ class DeltaBank:
     def __init__(self, anatomy: Anatomy, dtype: torch.dtype, device: torch.device) -> None:
         self.anatomy, self.dtype, self.device = anatomy, dtype, device
         self.pools: dict[str, RowPool] = {}
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, BankEntry] = {}
         self._extents: dict[str, list[tuple[str, int, int]]] = {}
 
     @torch.no_grad()
-    def add(self, key: str, effects: Effects) -> Entry:
+    def add(self, key: str, effects: Effects) -> BankEntry:
         """Makes a delta resident under ``key``, replacing one of that key. Where that fails, nothing has changed."""
         rows, templates, layers = pool_rows(effects)
         extents: list[tuple[str, int, int]] = []
@@ -262,7 +262,7 @@ class LiveBank:
     """
 
     def __init__(self, effects: Sequence[tuple[str, Effects]], training: bool = False) -> None:
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, BankEntry] = {}
         pieces: dict[str, list[Rows]] = {}
         heights: dict[str, int] = {}
         for key, effect in effects:

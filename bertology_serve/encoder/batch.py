@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bertology_serve.encoder.bank import PROMPT, Entry
+from bertology_serve.encoder.bank import PROMPT, BankEntry
 from bertology_serve.errors import LimitError
 from bertology_serve.kernels.segments import RowSegment
 from bertology_serve.kinds.slots import Anatomy
@@ -43,7 +43,7 @@ class PackedBatch:
     first_rows: Tensor
     prompt_rows: Tensor
     prompt_vectors: Tensor
-    entries: tuple[Entry, ...]
+    entries: tuple[BankEntry, ...]
     order: tuple[int, ...]
 
     @property
@@ -57,14 +57,14 @@ class PackedBatch:
         return len(self.lengths)
 
 
-def rows_of(encoding: Encoding, entry: Entry) -> int:
+def rows_of(encoding: Encoding, entry: BankEntry) -> int:
     """Rows that a sequence takes in a batch: its tokens and its delta's prompt."""
     return len(encoding) + entry.prompt_length
 
 
 def pack(
     encodings: Sequence[Encoding],
-    entries: Sequence[Entry],
+    entries: Sequence[BankEntry],
     anatomy: Anatomy,
     device: torch.device,
     padded: bool = False,
@@ -119,7 +119,7 @@ class _Rows:
     positions: np.ndarray
 
 
-def _rows(tokens: int, entry: Entry, anatomy: Anatomy) -> _Rows:
+def _rows(tokens: int, entry: BankEntry, anatomy: Anatomy) -> _Rows:
     virtual = entry.prompt_length
     shift = entry.prefix_length if entry.prefix is not None and entry.prefix.positions == "shifted" else 0
     offset = anatomy.position_offset + shift
@@ -152,10 +152,10 @@ def _index(parts: list[np.ndarray], device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Run:
+class DeltaRun:
     """Consecutive sequences ``first`` to ``last`` of one delta, which own the rows ``lo`` to ``hi``."""
 
-    entry: Entry
+    entry: BankEntry
     first: int
     last: int
     lo: int
@@ -169,7 +169,7 @@ class BatchPlan:
     ``partial`` are the pools that some delta does not use in every layer.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[DeltaRun, ...]
     segments: Mapping[str, Sequence[RowSegment]]
     partial: frozenset[str] = frozenset()
     _kept: dict[tuple[str, tuple[bool, ...]], list[RowSegment]] = field(default_factory=dict)
@@ -186,7 +186,7 @@ class BatchPlan:
         return self._kept.setdefault((pool, kept), picked)
 
 
-def _uses(entry: Entry, pool: str, layer: int) -> bool:
+def _uses(entry: BankEntry, pool: str, layer: int) -> bool:
     return pool not in entry.layers or layer in entry.layers[pool]
 
 
@@ -200,12 +200,12 @@ def make_plan(batch: PackedBatch) -> BatchPlan:
     return BatchPlan(runs, segments, frozenset(name for run in runs for name in run.entry.layers))
 
 
-def _runs(batch: PackedBatch) -> Iterator[Run]:
+def _runs(batch: PackedBatch) -> Iterator[DeltaRun]:
     first = 0
     for i in range(1, batch.sequences + 1):
         if i == batch.sequences or batch.entries[i].key != batch.entries[first].key:
             hi = batch.starts[i] if i < batch.sequences else batch.rows
-            yield Run(batch.entries[first], first, i, batch.starts[first], hi)
+            yield DeltaRun(batch.entries[first], first, i, batch.starts[first], hi)
             first = i
 
 

@@ -18,18 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertology_serve.encoder.attention import Layout, Room, extents
+from bertology_serve.encoder.attention import AttentionLayout, Room, extents
 from bertology_serve.encoder.bank import PREFIX, PROMPT, DeltaBank, is_adapter
 from bertology_serve.encoder.batch import BatchPlan, PackedBatch
 from bertology_serve.encoder.forward_context import ForwardContext
 from bertology_serve.kernels.columns import TileColumns, tile_columns
 from bertology_serve.kernels.dispatch import BatchColumns, HostPath, Segments
+from bertology_serve.kernels.segments import RowSegment
 from bertology_serve.kernels.tuning import COLUMNS
 
 SMALLEST, LARGEST = 64, 16384
 Name = tuple[str, int, str] | None  # pool, layer (adapters only, else -1), activation; None: nothing is active
 Compute = Callable[[ForwardContext], Tensor]
-Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], Any], Tensor]]
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 """Runs a function so that it can be run again: (what runs it again, the tensor that it writes each time)."""
 
 
@@ -45,7 +46,7 @@ def power(count: int, least: int = 1) -> int:
 
 
 @dataclass(frozen=True)
-class Shape:
+class GraphShape:
     """What a graph is recorded for. ``room`` bounds rows, sequences, prefixes and lengths; ``prompts`` the prompt rows.
 
     ``active`` has each pool's name, the class of its column count, its activations, in which layers it acts alike,
@@ -54,10 +55,10 @@ class Shape:
 
     room: Room
     prompts: int
-    active: tuple[tuple[Any, ...], ...]
+    active: tuple[tuple[object, ...], ...]
 
 
-def shape_of(batch: PackedBatch, plan: BatchPlan, bank: DeltaBank, lists: BatchColumns) -> Shape:
+def shape_of(batch: PackedBatch, plan: BatchPlan, bank: DeltaBank, lists: BatchColumns) -> GraphShape:
     """The shape of a batch; ``lists`` are those of the batch."""
     prompts, virtual = batch.prompt_rows.numel(), sum(entry.prefix_length for entry in batch.entries)
     rows = bucket(batch.rows + (prompts > 0))  # prompts that fill their room need a row to go to
@@ -65,10 +66,12 @@ def shape_of(batch: PackedBatch, plan: BatchPlan, bank: DeltaBank, lists: BatchC
     before = power(max(entry.prefix_length for entry in batch.entries))
     sequences = power(batch.sequences + math.ceil((rows - batch.rows) / longest), 8)
     active = tuple(_activity(name, segments, plan, bank, lists) for name, segments in sorted(plan.segments.items()))
-    return Shape(Room(rows, sequences, power(virtual), longest, longest + before), power(prompts), active)
+    return GraphShape(Room(rows, sequences, power(virtual), longest, longest + before), power(prompts), active)
 
 
-def _activity(name: str, segments: Segments, plan: BatchPlan, bank: DeltaBank, lists: BatchColumns) -> tuple[Any, ...]:
+def _activity(
+    name: str, segments: Segments, plan: BatchPlan, bank: DeltaBank, lists: BatchColumns
+) -> tuple[object, ...]:
     columns = 0 if name in (PROMPT, PREFIX) else lists.columns(segments)
     column_class = next((c for c in COLUMNS if columns <= c), COLUMNS[-1])
     ranked = any(segment.last > segment.first for segment in segments)
@@ -102,7 +105,7 @@ class FixedColumns(BatchColumns):
             self._fixed[key] = tile_columns(slices, self.rows, block_m, power(2 * needed, 64)).to(self.device)
         return self._fixed[key]
 
-    def of_activation(self, segments: Segments, activation: str) -> list[Any]:
+    def of_activation(self, segments: Segments, activation: str) -> list[RowSegment]:
         """The segments with one activation, under a name of their own."""
         picked = super().of_activation(segments, activation)
         name = self._names.get(id(segments))
@@ -136,7 +139,7 @@ class Recorded:
     """One graph with the tensors that it reads."""
 
     def __init__(
-        self, shape: Shape, batch: PackedBatch, plan: BatchPlan, bank: DeltaBank, compute: Compute, record: Record
+        self, shape: GraphShape, batch: PackedBatch, plan: BatchPlan, bank: DeltaBank, compute: Compute, record: Record
     ) -> None:
         self.shape, device = shape, batch.ids.device
         rows, prompts = shape.room.rows, shape.prompts
@@ -154,7 +157,7 @@ class Recorded:
             prompt_vectors=self._prompts[1],
         )
         self._fill_rows(batch)
-        now = ForwardContext(static, plan, bank, Layout(None, None, (), self._extents), self._lists)
+        now = ForwardContext(static, plan, bank, AttentionLayout(None, None, (), self._extents), self._lists)
         self._replay, self._hidden = record(lambda: compute(now))
 
     def run(self, batch: PackedBatch, plan: BatchPlan) -> Tensor:
@@ -182,13 +185,13 @@ class Graphs:
     def __init__(self, compute: Compute, record: Record | None = None, limit: int = 64) -> None:
         self.compute, self.limit = compute, limit
         self.record = record or CudaRecorder()
-        self._made: OrderedDict[Shape, Recorded] = OrderedDict()
-        self._unfit: OrderedDict[Shape, None] = OrderedDict()
+        self._made: OrderedDict[GraphShape, Recorded] = OrderedDict()
+        self._unfit: OrderedDict[GraphShape, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._made)
 
-    def __iter__(self) -> Iterator[Shape]:
+    def __iter__(self) -> Iterator[GraphShape]:
         return iter(self._made)
 
     @torch.inference_mode()
@@ -224,7 +227,7 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())

@@ -11,20 +11,24 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from bertology_serve.deltas.delta import BaseRef, Delta, bare
 from bertology_serve.deltas.layout import check_base
-from bertology_serve.encoder.bank import BARE, Entry
+from bertology_serve.encoder.bank import BARE, BankEntry
 from bertology_serve.encoder.encoder import weights_hash
 from bertology_serve.errors import BertologyError, NotFound, SpecError, Unsupported, about, nearest
+from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BASE = "base"
 
@@ -65,7 +69,7 @@ class Prediction:
         """Whether a part of the text was not read."""
         return self.tokens_given > self.tokens_read
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Flat, ready for JSON. Only what was cut says so: ``truncated`` and both counts of tokens."""
         own = {"delta": self.delta, "version": self.version, "task": self.task, **self.answer}
         if self.truncated:
@@ -76,7 +80,7 @@ class Prediction:
 class TaskModel(Protocol):
     """A whole model of one task, with an encoder and a tokenizer of its own."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
 
     def outputs(self, encodings: Sequence[Encoding]) -> list[Tensor]:
         """[C], [len, C] or [H] of every sequence, float32 on CPU."""
@@ -89,7 +93,7 @@ class LoadedDelta:
     Where it has a ``model``, that one answers, and head and entry are bare.
     """
 
-    def __init__(self, delta: Delta, task: Task, head: Head, entry: Entry, model: TaskModel | None = None) -> None:
+    def __init__(self, delta: Delta, task: Task, head: Head, entry: BankEntry, model: TaskModel | None = None) -> None:
         self.delta, self.task, self.head, self.entry, self.model = delta, task, head, entry, model
         self.prompt_length = entry.prompt_length
 
@@ -144,7 +148,7 @@ class Backbone(Protocol):
 
     name: str
     ref: BaseRef
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     lock: RLock
     packing: str
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ from bertology_serve.deltas.pruning import Pruning, fitted, sliced_state
 from bertology_serve.encoder import linear
 from bertology_serve.encoder.anatomy import EXPECTED, attention_modules, find_anatomy
 from bertology_serve.encoder.attention import HALVES, make_layout
-from bertology_serve.encoder.bank import PROMPT, DeltaBank, Entry
+from bertology_serve.encoder.bank import PROMPT, BankEntry, DeltaBank
 from bertology_serve.encoder.batch import BatchPlan, PackedBatch, make_plan, pack
 from bertology_serve.encoder.cuda_graphs import Graphs, Record
-from bertology_serve.encoder.forward_context import CurrentContext, ForwardContext, Heads, Pools, recomputed
+from bertology_serve.encoder.forward_context import CurrentContext, DeltaRows, ForwardContext, HeadAttention, recomputed
 from bertology_serve.encoder.linear import Prepacked, SlotLinear, pays, wrap
 from bertology_serve.encoder.loading import (
     LoadProof,
@@ -45,6 +45,11 @@ from bertology_serve.kinds.effects import Effects
 from bertology_serve.kinds.slots import KEY, QUERY, Anatomy
 from bertology_serve.tasks.heads import Head, head_form
 from bertology_serve.tasks.spec import Encoding, TaskSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from bertology_serve.families.compat import HiddenModel, HiddenOutput
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +80,8 @@ class Encoder:
 
     @classmethod
     def of_model(
-        cls, model: Any, tokenizer: Any, name: str, base_head: dict[str, Tensor] | None = None,
-        pruning: Pruning | None = None, pooling: str | None = None,
+        cls, model: HiddenModel, tokenizer: PreTrainedTokenizerBase, name: str,
+        base_head: dict[str, Tensor] | None = None, pruning: Pruning | None = None, pooling: str | None = None,
     ) -> Encoder:  # fmt: skip
         """The encoder of a headless model that is in memory already; it is changed, and must not be used elsewhere."""
         encoder = cls.__new__(cls)
@@ -84,7 +89,7 @@ class Encoder:
         return encoder
 
     def _set_up(
-        self, model: Any, tokenizer: Any, name: str, base_head: dict[str, Tensor] | None,
+        self, model: HiddenModel, tokenizer: PreTrainedTokenizerBase, name: str, base_head: dict[str, Tensor] | None,
         pruning: Pruning | None, pooling: str | None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
@@ -125,12 +130,12 @@ class Encoder:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+        return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        return next(self.model.parameters()).dtype  # type: ignore[no-any-return]
+        return next(self.model.parameters()).dtype
 
     @property
     def is_pruned(self) -> bool:
@@ -171,7 +176,7 @@ class Encoder:
         form = head_form(self.anatomy.family, self.anatomy.prefix, task, self.anatomy.hidden, self.config.to_dict())
         return Head.build(form, self.base_head, generator, dropout, adopt)
 
-    def pack(self, encodings: Sequence[Encoding], entries: Sequence[Entry]) -> PackedBatch:
+    def pack(self, encodings: Sequence[Encoding], entries: Sequence[BankEntry]) -> PackedBatch:
         """One batch of all sequences, each with its delta's place in the bank; raises LimitError for too long ones."""
         return pack(encodings, entries, self.anatomy, self.device, padded=not self.packs)
 
@@ -230,7 +235,7 @@ class Encoder:
             module.prepacked = None
 
     def run(
-        self, batch: PackedBatch, pools: Pools, plan: BatchPlan | None = None, heads: Heads | None = None
+        self, batch: PackedBatch, pools: DeltaRows, plan: BatchPlan | None = None, heads: HeadAttention | None = None
     ) -> Tensor:
         """The hidden states [T, H] of every row of a batch, each row's delta applied.
 
@@ -249,7 +254,7 @@ class Encoder:
                 return replayed
         return self._last_hidden(self._pass(batch, pools, plan, heads)).reshape(batch.rows, -1)
 
-    def layers(self, batch: PackedBatch, pools: Pools) -> tuple[Tensor, ...]:
+    def layers(self, batch: PackedBatch, pools: DeltaRows) -> tuple[Tensor, ...]:
         """The hidden states [T, H] after the embeddings and after each layer, L + 1 of them, from one pass.
 
         Raises Unsupported where layers share their weights.
@@ -259,7 +264,7 @@ class Encoder:
         return tuple(hidden.reshape(batch.rows, -1) for hidden in found)
 
     def layer_rows(
-        self, pools: Pools, entry: Entry, encodings: Sequence[Encoding], groups: Iterable[Sequence[int]],
+        self, pools: DeltaRows, entry: BankEntry, encodings: Sequence[Encoding], groups: Iterable[Sequence[int]],
         layers: Sequence[int],
     ) -> Iterator[tuple[Sequence[int], PackedBatch, dict[int, Tensor]]]:  # fmt: skip
         """For each group of sequences (numbers of ``encodings``) its batch, and by layer the hidden rows [T, H].
@@ -292,21 +297,23 @@ class Encoder:
         self.graphs = Graphs(self._last_hidden, record)
         return True
 
-    def _pass(self, batch: PackedBatch, pools: Pools, plan: BatchPlan, heads: Heads | None = None) -> ForwardContext:
+    def _pass(
+        self, batch: PackedBatch, pools: DeltaRows, plan: BatchPlan, heads: HeadAttention | None = None
+    ) -> ForwardContext:
         layout = make_layout(batch) if self.packs else None
         return ForwardContext(batch, plan, pools, layout, BatchColumns(batch.rows, batch.ids.device), heads)
 
     def _last_hidden(self, now: ForwardContext) -> Tensor:
         """The last hidden states of a pass: [1, T, H], or padded [S, Lmax, H]."""
-        return self._output(now).last_hidden_state  # type: ignore[no-any-return]
+        return self._output(now).last_hidden_state
 
-    def _output(self, now: ForwardContext, **more: bool) -> Any:
+    def _output(self, now: ForwardContext, **more: bool) -> HiddenOutput:
         """The model's own output for a pass; ``more`` goes to the model."""
         batch = now.batch
         with self._running(now):
             embeddings = self._embed(batch, now.pools)
             shape = (1, -1) if self.packs else (batch.sequences, batch.stride)
-            inputs: dict[str, Any] = {
+            inputs = {
                 "inputs_embeds": embeddings.view(*shape, embeddings.shape[-1]),
                 "position_ids": batch.positions.view(shape),
                 "token_type_ids": batch.types.view(shape),
@@ -316,7 +323,7 @@ class Encoder:
             used = {name: value for name, value in inputs.items() if name in self._inputs}
             return self.model(**used, **more)
 
-    def _embed(self, batch: PackedBatch, pools: Pools) -> Tensor:
+    def _embed(self, batch: PackedBatch, pools: DeltaRows) -> Tensor:
         """Word vectors [T, E], prompt rows replaced by their deltas' vectors."""
         words: Tensor = self.model.get_input_embeddings()(batch.ids)
         if not batch.prompt_rows.numel():

@@ -6,26 +6,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bertology_serve.encoder.attention import Bias, Group, Layout, packed_attention
-from bertology_serve.encoder.bank import PREFIX, Entry, adapter, inner, scale
+from bertology_serve.encoder.attention import AttentionLayout, Bias, Group, packed_attention
+from bertology_serve.encoder.bank import PREFIX, BankEntry, adapter, inner, scale
 from bertology_serve.encoder.batch import BatchPlan, PackedBatch
 from bertology_serve.kernels import rows
-from bertology_serve.kernels.columns import Pools as SlotPools
+from bertology_serve.kernels.columns import Pools
 from bertology_serve.kernels.dispatch import BatchColumns, Segments, lora_linear
 from bertology_serve.kernels.segments import add_low_rank, add_scaled
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-class Pools(Protocol):
+
+class DeltaRows(Protocol):
     """The rows of deltas: the resident ones (``DeltaBank``) or those under training (``LiveBank``)."""
 
-    entries: dict[str, Entry]
+    entries: dict[str, BankEntry]
 
     def layer(self, pool: str, column: str, layer: int) -> Tensor:
         """One layer of a pool's column [P, width]."""
@@ -33,7 +36,7 @@ class Pools(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class SlotPlace:
     """Where a wrapped module stands: a slot, a layer, and the columns of its output that the slot names."""
 
     slot: str
@@ -41,7 +44,7 @@ class Place:
     part: tuple[int, int] | None = None
 
 
-class Heads(Protocol):
+class HeadAttention(Protocol):
     """Computes attention in place of torch, layer by layer: what analyses watch and gate heads with."""
 
     def __call__(
@@ -57,10 +60,10 @@ class ForwardContext:
 
     batch: PackedBatch
     plan: BatchPlan
-    pools: Pools
-    layout: Layout | None
+    pools: DeltaRows
+    layout: AttentionLayout | None
     lists: BatchColumns
-    heads: Heads | None = None
+    heads: HeadAttention | None = None
 
     @property
     def extents(self) -> list[tuple[int, int]]:
@@ -99,34 +102,34 @@ class ForwardContext:
         template = next(entry for entry in self.batch.entries if entry.key == delta).rows.get(slot)
         if template is None:
             return y
-        return self.update(Place(slot, layer), x, y.clone(), [replace(template, lo=0, hi=y.shape[0])])
+        return self.update(SlotPlace(slot, layer), x, y.clone(), [replace(template, lo=0, hi=y.shape[0])])
 
     def outside(self, slot: str, y: Tensor) -> Tensor:
         """y [T, N] with the biases of a slot that stands outside the layers."""
-        return self.update(Place(slot, 0), None, y)
+        return self.update(SlotPlace(slot, 0), None, y)
 
-    def linear(self, places: Sequence[Place], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(self, places: Sequence[SlotPlace], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """y [T, N] = x [T, K] Wᵀ + bias with the low ranks and biases of the places: one launch where it can be."""
         slices = None if self.scales(places) else self._slices(places, weight)
         if slices is not None:
             return lora_linear(x, weight, bias, *slices, self.lists)
         return self.updated(places, x, F.linear(x, weight, bias))
 
-    def updated(self, places: Sequence[Place], x: Tensor, y: Tensor) -> Tensor:
+    def updated(self, places: Sequence[SlotPlace], x: Tensor, y: Tensor) -> Tensor:
         """The base's y [T, N] for x [T, K] with the low ranks and biases of the places."""
         for place in places:
             y = self.update(place, x, self._scaled(place, y))
         return y
 
-    def scales(self, places: Sequence[Place]) -> bool:
+    def scales(self, places: Sequence[SlotPlace]) -> bool:
         """Whether a delta of the batch scales the outputs of one of the places."""
         return any(scale(place.slot) in self.plan.segments for place in places)
 
-    def gates(self, places: Sequence[Place]) -> bool:
+    def gates(self, places: Sequence[SlotPlace]) -> bool:
         """Whether a delta of the batch scales the inputs of one of the places."""
         return any(inner(place.slot) in self.plan.segments for place in places)
 
-    def gated(self, places: Sequence[Place], x: Tensor) -> Tensor:
+    def gated(self, places: Sequence[SlotPlace], x: Tensor) -> Tensor:
         """The input x [T, K] of a linear, times the factors of the deltas that scale it."""
         for place in places:
             segments = self.plan.segments.get(inner(place.slot))
@@ -136,7 +139,7 @@ class ForwardContext:
                 return add_scaled(x if torch.is_grad_enabled() else x.clone(), x, pool, segments)
         return x
 
-    def _scaled(self, place: Place, y: Tensor) -> Tensor:
+    def _scaled(self, place: SlotPlace, y: Tensor) -> Tensor:
         """The base's output y [T, N] of a linear, times the factors of the deltas that scale it."""
         segments = self.plan.segments.get(scale(place.slot))
         if not segments:
@@ -149,7 +152,7 @@ class ForwardContext:
         columns = add_scaled(y[:, lo:hi], y[:, lo:hi], pool, segments)
         return torch.cat([y[:, :lo], columns, y[:, hi:]], 1) if torch.is_grad_enabled() else y
 
-    def _slices(self, places: Sequence[Place], weight: Tensor) -> tuple[list[SlotPools], list[Segments]] | None:
+    def _slices(self, places: Sequence[SlotPlace], weight: Tensor) -> tuple[list[Pools], list[Segments]] | None:
         """Pools and segments of the equal slices of a linear's outputs (its weight [N, K]), one for each place.
 
         ``None`` where no delta of the batch changes the linear, or the places do not divide it evenly.
@@ -160,14 +163,14 @@ class ForwardContext:
         even = [(at, at + step) for at in range(0, width, step)]
         if not any(found) or [place.part or (0, width) for place in places] != even:
             return None
-        absent = SlotPools(None, weight.new_zeros(1, step)) if not all(found) else None
+        absent = Pools(None, weight.new_zeros(1, step)) if not all(found) else None
         pools = [
             self._slot_pools(place, part, weight.shape[1], step) if part or absent is None else absent
             for place, part in zip(places, found, strict=True)
         ]
         return pools, found
 
-    def update(self, place: Place, x: Tensor | None, y: Tensor, segments: Segments | None = None) -> Tensor:
+    def update(self, place: SlotPlace, x: Tensor | None, y: Tensor, segments: Segments | None = None) -> Tensor:
         """Adds the low ranks and biases of a slot to its output y [T, N], given its input x [T, K]."""
         active = self.plan.active(place.slot, place.layer) if segments is None else segments
         if not active:
@@ -180,7 +183,7 @@ class ForwardContext:
         columns = add_low_rank(y[:, lo:hi], x, a, b, active)
         return torch.cat([y[:, :lo], columns, y[:, hi:]], 1) if torch.is_grad_enabled() else y
 
-    def norm(self, place: Place, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    def norm(self, place: SlotPlace, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """LayerNorm of x [T, H] with the slot's biases, and its differences of the weight."""
         active = self.plan.segments.get(place.slot, ())
         pool = self.pools.layer(place.slot, "b", place.layer) if active else None
@@ -192,7 +195,7 @@ class ForwardContext:
         normed = F.layer_norm(x, norm.normalized_shape, None, None, norm.eps).to(y.dtype)
         return add_scaled(y, normed, self.pools.layer(scale(place.slot), "g", place.layer), scaled)
 
-    def adapted(self, place: Place, residual: Tensor, source: Tensor) -> Tensor:
+    def adapted(self, place: SlotPlace, residual: Tensor, source: Tensor) -> Tensor:
         """residual [T, H] plus ``act(source Dᵀ + b_d) U + b_u`` for the rows that have an adapter here.
 
         residual itself where none has.
@@ -210,11 +213,11 @@ class ForwardContext:
             return None
         return self.pools.layer(PREFIX, "k", layer), self.pools.layer(PREFIX, "v", layer)
 
-    def _slot_pools(self, place: Place, segments: Segments, inputs: int, outputs: int) -> SlotPools:
+    def _slot_pools(self, place: SlotPlace, segments: Segments, inputs: int, outputs: int) -> Pools:
         """A slot's pools in one layer, as wide as it is there; without A where the segments have biases only."""
         ranked = any(segment.last > segment.first for segment in segments)
         a = _wide(self.pools.layer(place.slot, "a", place.layer), inputs) if ranked else None
-        return SlotPools(a, _wide(self.pools.layer(place.slot, "b", place.layer), outputs))
+        return Pools(a, _wide(self.pools.layer(place.slot, "b", place.layer), outputs))
 
 
 def _wide(pool: Tensor, width: int) -> Tensor:
@@ -253,14 +256,15 @@ def recomputed(modules: Sequence[nn.Module], current: CurrentContext) -> Iterato
         yield
 
 
-def _twice(forward: Callable[..., Any], current: CurrentContext) -> Callable[..., Any]:
-    def run(*inputs: Any, **named: Any) -> Any:
+def _twice(forward: Callable[P, R], current: CurrentContext) -> Callable[P, R]:
+    def run(*inputs: P.args, **named: P.kwargs) -> R:
         now = current.it
 
-        def again(*inputs: Any, **named: Any) -> Any:
+        def again(*inputs: P.args, **named: P.kwargs) -> R:
             with current.during(now):
                 return forward(*inputs, **named)
 
-        return checkpoint(again, *inputs, use_reentrant=False, **named)
+        out: R = checkpoint(again, *inputs, use_reentrant=False, **named)  # type: ignore[arg-type]
+        return out
 
     return run

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bertology_serve.encoder.forward_context import CurrentContext, ForwardContext, Place
+from bertology_serve.encoder.forward_context import CurrentContext, ForwardContext, SlotPlace
 from bertology_serve.kinds.slots import KEY, QUERY, VALUE, Anatomy
+
+M = TypeVar("M", bound=nn.Module)
+W = TypeVar("W", bound=nn.Module)
 
 
 class SlotLinear(nn.Linear):
     """A linear whose output rows get their deltas' low ranks, biases and bottleneck adapters."""
 
     current: CurrentContext
-    places: list[Place]
+    places: list[SlotPlace]
     prepacked: Prepacked | None
     joined: Joined | None
 
@@ -62,7 +65,7 @@ class SlotNorm(nn.LayerNorm):
     """A LayerNorm whose output rows get their deltas' biases, and Pfeiffer adapters around it."""
 
     current: CurrentContext
-    place: Place
+    place: SlotPlace
 
     @classmethod
     def adopt(cls, norm: nn.LayerNorm, current: CurrentContext) -> SlotNorm:
@@ -94,19 +97,26 @@ def wrap(model: nn.Module, anatomy: Anatomy, current: CurrentContext) -> None:
                 continue
             module = model.get_submodule(path)
             if isinstance(module, nn.Linear):
-                linear = _adopted(model, path, module, SlotLinear, current)
-                linear.places.append(Place(slot.name, layer, slot.part))
+                linear = _adopted(model, path, module, SlotLinear, SlotLinear.adopt, current)
+                linear.places.append(SlotPlace(slot.name, layer, slot.part))
                 linear.places.sort(key=lambda place: place.part or (0, 0))
             elif isinstance(module, nn.LayerNorm):
-                norm = _adopted(model, path, module, SlotNorm, current)
-                norm.place = Place(slot.name, layer)
+                norm = _adopted(model, path, module, SlotNorm, SlotNorm.adopt, current)
+                norm.place = SlotPlace(slot.name, layer)
 
 
-def _adopted(model: nn.Module, path: str, module: Any, form: Any, current: CurrentContext) -> Any:
+def _adopted(
+    model: nn.Module,
+    path: str,
+    module: M,
+    form: type[W],
+    adopt: Callable[[M, CurrentContext], W],
+    current: CurrentContext,
+) -> W:
     if isinstance(module, form):
         return module
     parent, _, name = path.rpartition(".")
-    wrapped = form.adopt(module, current)
+    wrapped = adopt(module, current)
     setattr(model.get_submodule(parent), name, wrapped)
     return wrapped
 
@@ -124,7 +134,7 @@ class Joined:
     def __init__(self, members: Sequence[SlotLinear]) -> None:
         width = members[0].out_features
         self.places = [
-            Place(place.slot, place.layer, (at * width, (at + 1) * width))
+            SlotPlace(place.slot, place.layer, (at * width, (at + 1) * width))
             for at, member in enumerate(members)
             for place in member.places
         ]
@@ -228,7 +238,7 @@ class _Frozen(torch.autograd.Function):
         return _linear(x, linear._packed, linear.bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return ctx.linear.backward(gradients[0].contiguous()), None
 
 
@@ -250,7 +260,7 @@ def pays(width: int = 384, rows: int = 256, rounds: int = 5) -> bool:
         return _best(lambda: prepacked(x), rounds) < 0.9 * _best(lambda: F.linear(x, weight), rounds)
 
 
-def _best(call: Any, rounds: int) -> float:
+def _best(call: Callable[[], object], rounds: int) -> float:
     call()
     times = []
     for _ in range(rounds):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, float32
@@ -26,6 +26,12 @@ from bertology_serve.families import family_named
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.spec import POOLINGS, Encoding
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from bertology_serve.encoder.encoder import Encoder
+    from bertology_serve.families.compat import HiddenModel
+
 MINILM = "minilm"
 _VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.bpe")
 
@@ -40,7 +46,7 @@ def locate(name: str) -> str:
     return str(Path(package.origin).parent / "model")
 
 
-def load_model(path: str) -> tuple[Any, dict[str, Tensor]]:
+def load_model(path: str) -> tuple[HiddenModel, dict[str, Tensor]]:
     """The headless float32 model and what the checkpoint has of a head; raises NotFound or Unsupported."""
     from transformers import AutoModel
     from transformers.utils import logging
@@ -59,7 +65,7 @@ def load_model(path: str) -> tuple[Any, dict[str, Tensor]]:
         return model, _head_parts(path, config.model_type)
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a checkpoint; raises InputError where it cannot be read or does not work.
 
     It gives token types only where the model has a row for each of them (``type_vocab_size``).
@@ -90,24 +96,25 @@ def read_pooling(path: str) -> str | None:
     return str(modes[0]) if len(modes) == 1 and modes[0] in POOLINGS else None
 
 
-def _drop_types(tokenizer: Any) -> None:
+def _drop_types(tokenizer: PreTrainedTokenizerBase) -> None:
     """Pairs are then of one type: BERT's tokenizer beside a RoBERTa that has a single row of token types."""
     names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
 
 
-def _config(path: str) -> Any:
+def _config(path: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return config
     except Exception as error:  # its validators' errors have no base of their own
         if "trust_remote_code" in str(error):
             raise Unsupported(f"{path} brings code of its own, which is never run here; {EXPECTED}") from None
         raise NotFound(f"no encoder {path!r}: {_line(error)}; expected a hub id, a directory or 'minilm'") from None
 
 
-def check_vocabulary(tokenizer: Any, rows: int, name: str) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> None:
     """Raises InputError where a tokenizer gives ids for which a model has no embedding; it has ``rows`` of them."""
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= rows:
@@ -185,7 +192,7 @@ class LoadProof:
     rows: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, model: Any, anatomy: Anatomy) -> LoadProof:
+    def of(cls, model: HiddenModel, anatomy: Anatomy) -> LoadProof:
         """Runs the untouched model; the token ids are drawn from a seed of their own.
 
         Raises Unsupported for a model in which the first row does not see the last.
@@ -207,7 +214,7 @@ class LoadProof:
                 )
         return cls(tuple(encodings), tuple(rows))
 
-    def gap(self, encoder: Any) -> str:
+    def gap(self, encoder: Encoder) -> str:
         """What is wrong where the encoder gives the sequences, in one batch, other rows than they got alone; or ""."""
         kind = "packed" if encoder.packs else "padded"
         batch = encoder.pack(self.encodings, [BARE] * len(self.encodings))
@@ -223,9 +230,9 @@ class LoadProof:
         return "" if apart <= _TOLERANCE else f"{kind} rows differ from the model's own by {apart:.1e}"
 
 
-def _rows(model: Any, ids: Tensor) -> Tensor:
+def _rows(model: HiddenModel, ids: Tensor) -> Tensor:
     """The model's last hidden states [length, H] for ids [1, length]."""
-    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]  # type: ignore[no-any-return]
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
 
 
 def _apart(rows: Tensor, own: Tensor) -> float:

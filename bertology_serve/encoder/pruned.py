@@ -12,7 +12,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -26,10 +26,16 @@ from bertology_serve.families import compat
 from bertology_serve.files import write_json
 from bertology_serve.kinds.slots import GATE, QKV
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from bertology_serve.encoder.encoder import Encoder
+    from bertology_serve.families.compat import HiddenModel
+
 RECORD, WEIGHTS = "pruning.json", "model.safetensors"
 
 
-def obstacle(encoder: Any) -> str | None:
+def obstacle(encoder: Encoder) -> str | None:
     """Why an encoder cannot be pruned, or ``None`` where it can."""
     family, slots = encoder.anatomy.family, encoder.anatomy.slots
     if QKV in slots or GATE in slots:
@@ -39,7 +45,7 @@ def obstacle(encoder: Any) -> str | None:
     return None
 
 
-def prune(encoder: Any, heads: Numbers, neurons: Numbers, directory: Path) -> None:
+def prune(encoder: Encoder, heads: Numbers, neurons: Numbers, directory: Path) -> None:
     """Writes the encoder with only these heads and neurons of each layer (numbers from 0, rising) to a directory.
 
     Weights are float32. Raises Unsupported for families that cannot be pruned, FormatError for heads or neurons that
@@ -74,13 +80,13 @@ def read_pruning(path: str) -> Pruning | None:
     return pruning_of(values, str(file))
 
 
-def pruned_model(path: str, config: Any) -> Any:
+def pruned_model(path: str, config: PretrainedConfig) -> HiddenModel:
     """The headless model of a pruned encoder's directory; raises FormatError where its weights are not all there."""
     from transformers import AutoModel
 
     file = Path(path) / WEIGHTS
     with torch.random.fork_rng(devices=[]):
-        model: Any = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        model: HiddenModel = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)  # type: ignore[no-untyped-call]
     model.pooler = None
     try:
         state = load_file(file)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -22,11 +22,13 @@ from bertology_serve.deltas.safe_io import Limits, read_json
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.loading import locate
 from bertology_serve.encoder.pipeline import Pipeline
-from bertology_serve.errors import BaseMismatch, BertologyError, FormatError, InputError, Unsupported, VerificationError
+from bertology_serve.errors import BaseMismatch, BertologyError, FormatError, InputError, VerificationError
 from bertology_serve.tasks.heads import Head, head_form, head_pooling, pool
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
+    LABEL_KINDS,
+    MULTI_LABEL,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
@@ -35,15 +37,19 @@ from bertology_serve.tasks.spec import (
     TaskSpec,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _AUTO = {
     CLASSIFICATION: "AutoModelForSequenceClassification",
+    MULTI_LABEL: "AutoModelForSequenceClassification",
     REGRESSION: "AutoModelForSequenceClassification",
     TOKEN_CLASSIFICATION: "AutoModelForTokenClassification",
     QUESTION_ANSWERING: "AutoModelForQuestionAnswering",
     MULTIPLE_CHOICE: "AutoModelForMultipleChoice",
     EMBEDDING: "AutoModel",
 }
-_KINDS = {auto.removeprefix("AutoModel"): kind for kind, auto in _AUTO.items() if kind not in (REGRESSION, EMBEDDING)}
+_KINDS = {auto.removeprefix("AutoModel"): kind for kind, auto in reversed(_AUTO.items()) if kind != EMBEDDING}
 _LONGEST = 512
 _LENGTHS = (3, 9, 24)
 _TOLERANCE = 1e-4
@@ -138,15 +144,15 @@ def verify_peft(directory: Path, delta: Delta, encoder: Encoder) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = load_task_model(locate(encoder.name), delta.task.kind, whole=False, **outputs)
-            model = peft.PeftModel.from_pretrained(model, str(directory)).eval()
-            return verify(model, delta, encoder, f"peft {peft.__version__}")
+            wrapped = peft.PeftModel.from_pretrained(model, str(directory)).eval()
+            return verify(wrapped, delta, encoder, f"peft {peft.__version__}")
     except BertologyError:
         raise
     except Exception as error:  # peft's and transformers' own: their errors have no common base
         return f"not compared: peft cannot run it ({type(error).__name__})"
 
 
-def verify(model: Any, delta: Delta, encoder: Encoder, against: str) -> str:
+def verify(model: torch.nn.Module, delta: Delta, encoder: Encoder, against: str) -> str:
     """Compares the raw outputs of a delta with those of HuggingFace's or peft's ``model`` for a few sequences.
 
     Raises VerificationError where they differ by more than a ten-thousandth of the outputs' size.
@@ -168,7 +174,7 @@ def verify(model: Any, delta: Delta, encoder: Encoder, against: str) -> str:
     return f"against {against}: outputs differ by at most {worst:.1e} of their size"
 
 
-def load_task_model(path: str, kind: str, whole: bool = True, **more: Any) -> Any:
+def load_task_model(path: str, kind: str, whole: bool = True, **more: object) -> PreTrainedModel:
     """HuggingFace's model for a task in float32; with ``whole`` every weight must be in its files (safetensors)."""
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     level = transformers.logging.get_verbosity()
@@ -184,7 +190,8 @@ def load_task_model(path: str, kind: str, whole: bool = True, **more: Any) -> An
     missing = sorted(info["missing_keys"])
     if whole and missing:
         raise FormatError(f"{path} lacks {missing[0]} and so is no whole {type(model).__name__}; save it again")
-    return model.eval()
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def _kind(directory: Path) -> str | None:
@@ -199,16 +206,16 @@ def _kind(directory: Path) -> str | None:
 
 
 def _task(kind: str, config: Any, encoder: Encoder) -> TaskSpec:
-    if kind == CLASSIFICATION and config.problem_type == "multi_label_classification":
-        raise Unsupported(f"{config.name_or_path} gives a text several labels at once, which is not answered here")
     longest = min(_LONGEST, encoder.max_tokens)
     if kind == QUESTION_ANSWERING:
         return TaskSpec(kind, max_length=longest, stride=min(128, longest // 4))
-    if kind == CLASSIFICATION and config.num_labels == 1:
+    if kind == CLASSIFICATION and config.problem_type == "multi_label_classification":
+        kind = MULTI_LABEL
+    elif kind == CLASSIFICATION and config.num_labels == 1:
         kind = REGRESSION
     labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     pooling = head_pooling(config.model_type, kind, config.to_dict())
-    named = labels if kind in (CLASSIFICATION, TOKEN_CLASSIFICATION) else ()
+    named = labels if kind in (*LABEL_KINDS, TOKEN_CLASSIFICATION) else ()
     return TaskSpec(kind, named, max_length=longest, pooling=pooling)
 
 
@@ -226,9 +233,9 @@ def _sequences(encoder: Encoder, task: TaskSpec) -> list[Encoding]:
 
 
 @torch.inference_mode()
-def _answer(model: Any, encoding: Encoding, task: TaskSpec) -> Tensor:
+def _answer(model: torch.nn.Module, encoding: Encoding, task: TaskSpec) -> Tensor:
     """The model's output for one sequence, shaped as a head's here: [C], [len, C] or [H]."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = getattr(model, "get_base_model", lambda: model)()
     inputs = {"input_ids": encoding.ids, "attention_mask": (1,) * len(encoding)}
     if any(encoding.types) and "token_type_ids" in inspect.signature(inner.forward).parameters:
         inputs["token_type_ids"] = encoding.types

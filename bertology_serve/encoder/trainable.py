@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.encoder.bank import BARE, Entry, LiveBank
+from bertology_serve.encoder.bank import BARE, BankEntry, LiveBank
 from bertology_serve.encoder.batch import PackedBatch, read
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.kinds import kinds
 from bertology_serve.kinds.effects import Effects
+from bertology_serve.kinds.kind import Spec
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 
 Around = Callable[[Sequence[Encoding], PackedBatch], AbstractContextManager[None]]
@@ -40,7 +40,7 @@ class TrainableDelta(nn.Module):
     """
 
     def __init__(
-        self, encoder: Encoder, specs: Sequence[Any], task: TaskSpec, seed: int = 0, full: bool = False
+        self, encoder: Encoder, specs: Sequence[Spec], task: TaskSpec, seed: int = 0, full: bool = False
     ) -> None:
         super().__init__()
         encoder.check_length(task.max_length)
@@ -76,7 +76,7 @@ class TrainableDelta(nn.Module):
         with self.around(encodings, batch):
             return self.encoder.run(batch, pools), batch
 
-    def bank(self) -> tuple[LiveBank, Entry]:
+    def bank(self) -> tuple[LiveBank, BankEntry]:
         """The components' rows as they are at this moment, and their place there."""
         pools = LiveBank([("live", self.effects())], self.training)
         return pools, pools.entries["live"] if self.specs else BARE
@@ -103,7 +103,7 @@ class TrainableDelta(nn.Module):
 
     def freeze(
         self, name: str, version: str = "", metrics: Mapping[str, float] | None = None,
-        provenance: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, object] | None = None,
     ) -> Delta:  # fmt: skip
         """What has been trained so far, as a delta of detached float32 CPU copies."""
 
@@ -125,7 +125,7 @@ class TrainableDelta(nn.Module):
         )
 
 
-def _head_dropout(config: Any) -> float:
+def _head_dropout(config: object) -> float:
     """The rate that HuggingFace's task models put before their classifier."""
     for field in ("classifier_dropout", "cls_dropout", "seq_classif_dropout", "hidden_dropout_prob", "dropout"):
         rate = getattr(config, field, None)

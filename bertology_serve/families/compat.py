@@ -24,12 +24,31 @@ if TYPE_CHECKING:
 
     __all__ = ["ConvLayer", "DebertaAttention", "DebertaV2Encoder", "MPNetEncoder", "MPNetSelfAttention"]
 
+    class HiddenModel(nn.Module):
+        """What is relied on of HuggingFace's headless encoders; ``dense_attention`` names what they came with."""
+
+        config: PretrainedConfig
+        base_model_prefix: str
+        pooler: nn.Module | None
+        dense_attention: str | None
+
+        def get_input_embeddings(self) -> nn.Embedding: ...
+
+        def __call__(self, **inputs: object) -> HiddenOutput: ...
+
+    class HiddenOutput:
+        """What it gives: [B, R, H], and where they were asked for those after the embeddings and each layer."""
+
+        last_hidden_state: Tensor
+        hidden_states: tuple[Tensor, ...]
+
+
 NAME = "bertology_packed"
 ATTENTION_SETTINGS = ("_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset")
 """What a configuration says of attention on the machine at hand."""
 
 
-def connect(model: Any, modules: Sequence[nn.Module], current: Current, family: Family) -> bool:
+def connect(model: HiddenModel, modules: Sequence[nn.Module], current: Current, family: Family) -> bool:
     """Connects a model's attention, one module a layer, with the pass; whether it can take packed rows at all.
 
     Raises Unsupported where this version of transformers lacks what a family's own attention replaces.
@@ -46,13 +65,13 @@ def connect(model: Any, modules: Sequence[nn.Module], current: Current, family: 
     return True
 
 
-def disconnect(model: Any) -> bool:
+def disconnect(model: HiddenModel) -> bool:
     """Gives a model that goes through the attention interface its own attention back; it no longer packs."""
     use_attention(model.config, model.dense_attention)
     return False
 
 
-def patch(owner: nn.Module, name: str, function: Callable[..., Any]) -> None:
+def patch(owner: nn.Module, name: str, function: Callable[..., object]) -> None:
     """Replaces a method of one module; raises Unsupported where this transformers has none of that name."""
     if not hasattr(type(owner), name):
         raise Unsupported(
@@ -140,12 +159,12 @@ def mpnet_buckets(distances: Tensor) -> Tensor:
     return found
 
 
-def modernbert_rates(config: ModernBertConfig, layer_type: str) -> Tensor:
-    """[D / 2]: by how much a step turns each pair of dimensions in layers of a type."""
+def modernbert_rotation(config: ModernBertConfig, layer_type: str) -> tuple[Tensor, float]:
+    """[D / 2]: by how much a step turns each pair of dimensions in layers of a type; and what sine and cosine take."""
     from transformers.models.modernbert.modeling_modernbert import ModernBertRotaryEmbedding
 
-    rates, _ = ModernBertRotaryEmbedding.compute_default_rope_parameters(config, None, layer_type)
-    return rates
+    rotary = ModernBertRotaryEmbedding(config)
+    return getattr(rotary, f"{layer_type}_inv_freq"), float(getattr(rotary, f"{layer_type}_attention_scaling"))
 
 
 def task_classes(task: str) -> dict[str, str]:

@@ -139,5 +139,5 @@ def _convolve(module: ConvLayer, current: Current, hidden_states: Tensor, residu
 _pooled = hidden_first("pooler.dense", "gelu", "pooler_hidden_act")
 DEBERTA = Family("deberta", _pooled, None, classifier, spans)
 DEBERTA_V2 = Family(
-    "deberta-v2", _pooled, _pooled, classifier, spans, connect=connect, positions="disentangled"
+    "deberta-v2", _pooled, _pooled, classifier, spans, connect=connect, positions="disentangled", emitted=True
 )  # fmt: skip

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bertology_serve.errors import Unsupported
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, spread
 from bertology_serve.kinds.kind import Cut, Kind, Tensors, check_choice, zeros
 from bertology_serve.kinds.peft_format import (
@@ -100,7 +100,7 @@ def read(spec: Bitfit, written: Tensors, anatomy: Anatomy, root: str) -> Tensors
     return {name: torch.stack(parts) for name, parts in stacks.items()}
 
 
-def config(spec: Bitfit, anatomy: Anatomy, root: str) -> dict[str, Any]:
+def config(spec: Bitfit, anatomy: Anatomy, root: str) -> JsonObject:
     """The modules alone."""
     return {"target_modules": targets(_modules(spec, anatomy), anatomy, root)}
 

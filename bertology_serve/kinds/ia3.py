@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bertology_serve.errors import FormatError, SpecError, Unsupported
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects
 from bertology_serve.kinds.kind import Cut, Kind, Tensors
 from bertology_serve.kinds.peft_format import MERGE, Config, PeftFormat, path_of, places, take, taken, width
@@ -107,7 +107,7 @@ def read(spec: Ia3, written: Tensors, anatomy: Anatomy, root: str) -> Tensors:
     return stacks
 
 
-def config(spec: Ia3, anatomy: Anatomy, root: str) -> dict[str, Any]:
+def config(spec: Ia3, anatomy: Anatomy, root: str) -> JsonObject:
     """Full names, since peft matches ends of names."""
     outer, inner = _paths(spec, anatomy)
     return {

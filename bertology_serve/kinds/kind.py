@@ -51,6 +51,9 @@ class Kind(Generic[S]):
     peft: PeftFormat[S] | str = ""
 
 
+AnyKind = Kind[Any]
+
+
 class Cut(Protocol):
     """What of a parent's columns is left in an encoder pruned from it: ``stack`` [n, ..., width], a layer each."""
 

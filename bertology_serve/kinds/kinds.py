@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -12,29 +11,30 @@ from bertology_serve.kinds.adapter import ADAPTER
 from bertology_serve.kinds.bitfit import BITFIT
 from bertology_serve.kinds.effects import Effects, merged
 from bertology_serve.kinds.ia3 import IA3
-from bertology_serve.kinds.kind import Kind, S, Spec, Tensors
+from bertology_serve.kinds.kind import AnyKind, Kind, S, Spec, Tensors
 from bertology_serve.kinds.lora import LORA
 from bertology_serve.kinds.norms import NORMS
+from bertology_serve.kinds.peft_format import Config
 from bertology_serve.kinds.prefix import PREFIX
 from bertology_serve.kinds.prompt import PROMPT
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.kinds.sparse import SPARSE
 from bertology_serve.kinds.vera import VERA
 
-KINDS: dict[str, Kind[Any]] = {
+KINDS: dict[str, AnyKind] = {
     kind.name: kind for kind in (LORA, BITFIT, ADAPTER, PROMPT, PREFIX, IA3, NORMS, VERA, SPARSE)
 }
 _BY_SPEC = {kind.spec: kind for kind in KINDS.values()}
 
 
-def kind_named(name: str) -> Kind[Any]:
+def kind_named(name: str) -> AnyKind:
     """The kind of that name; raises SpecError naming the nearest known one."""
     if name not in KINDS:
         raise SpecError(f"unknown kind of delta {name!r}; {nearest(name, KINDS)}")
     return KINDS[name]
 
 
-def kind_of(spec: Spec) -> Kind[Any]:
+def kind_of(spec: Spec) -> AnyKind:
     """The kind that a spec belongs to."""
     return _BY_SPEC[type(spec)]
 
@@ -61,7 +61,7 @@ def unpacked(specs: Sequence[Spec], tensors: Mapping[str, torch.Tensor], anatomy
     return sum(kind.unpacked(spec, _own(kind, tensors), anatomy) for spec in specs if (kind := kind_of(spec)).unpacked)
 
 
-def _own(kind: Kind[Any], tensors: Mapping[str, torch.Tensor]) -> Tensors:
+def _own(kind: AnyKind, tensors: Mapping[str, torch.Tensor]) -> Tensors:
     start = kind.name + "."
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
@@ -72,7 +72,7 @@ def parameter_count(specs: Sequence[Spec], anatomy: Anatomy) -> int:
 
 
 def from_peft(
-    kind: Kind[S], config: Mapping[str, Any], tensors: Tensors, anatomy: Anatomy
+    kind: Kind[S], config: Config, tensors: Tensors, anatomy: Anatomy
 ) -> tuple[S, Tensors]:  # fmt: skip
     """Spec and tensors, named ``kind.name``, of what peft wrote; takes its own out. Raises FormatError, Unsupported."""
     assert not isinstance(kind.peft, str)

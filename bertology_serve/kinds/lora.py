@@ -10,13 +10,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bertology_serve.errors import FormatError, Unsupported
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, LowRank, spread
 from bertology_serve.kinds.kind import (
     Cut,
@@ -157,7 +157,7 @@ def read(spec: Lora, written: Tensors, anatomy: Anatomy, root: str) -> Tensors:
     return {name: torch.stack(parts).contiguous() for name, parts in stacks.items()}
 
 
-def config(spec: Lora, anatomy: Anatomy, root: str) -> dict[str, Any]:
+def config(spec: Lora, anatomy: Anatomy, root: str) -> JsonObject:
     """Modules that several slots share have n times the rank, and the alpha that leaves the scale as it is."""
     shares = {path: len(blocks) for path, blocks in _modules(spec, anatomy).items()}
     usual = min(shares.values())

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bertology_serve.errors import FormatError, Unsupported
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.kind import Tensors
 from bertology_serve.kinds.slots import LINEAR_SLOTS, Anatomy
 
@@ -41,7 +42,7 @@ class PeftFormat(Generic[S]):
     method: str
     write: Callable[[S, Mapping[str, Tensor], Anatomy, str], Tensors]
     read: Callable[[S, Tensors, Anatomy, str], Tensors]
-    config: Callable[[S, Anatomy, str], dict[str, Any]]
+    config: Callable[[S, Anatomy, str], JsonObject]
     load: Callable[[Config, Tensors, Anatomy], tuple[S, Tensors]]
     leaf: str = ""
     settings: frozenset[str] = frozenset()

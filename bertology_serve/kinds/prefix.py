@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bertology_serve.errors import FormatError, Unsupported, nearest
 from bertology_serve.families import FAMILIES, family_named
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, PrefixEffect
 from bertology_serve.kinds.kind import Cut, Kind, Tensors, check_choice, check_positive, normal
 from bertology_serve.kinds.peft_format import PROMPT_EMBEDDINGS, Config, PeftFormat, take, virtual_sizes
@@ -78,7 +78,7 @@ def split(embeddings: Tensor, anatomy: Anatomy) -> Tensors:
     return {"keys": both[0].contiguous(), "values": both[1].contiguous()}
 
 
-def config(spec: Prefix, anatomy: Anatomy, _: str) -> dict[str, Any]:
+def config(spec: Prefix, anatomy: Anatomy, _: str) -> JsonObject:
     """Sizes."""
     width = {"token_dim": anatomy.hidden, "encoder_hidden_size": anatomy.hidden, "prefix_projection": False}
     return width | virtual_sizes(spec.length, anatomy)

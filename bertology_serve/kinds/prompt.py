@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bertology_serve.errors import FormatError
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, PromptEffect
 from bertology_serve.kinds.kind import Kind, Tensors, check_choice, check_positive, normal, uncut
 from bertology_serve.kinds.peft_format import PROMPT_EMBEDDINGS, Config, PeftFormat, take, virtual_sizes
@@ -60,7 +60,7 @@ def read(_: Prompt, written: Tensors, anatomy: Anatomy, __: str) -> Tensors:
     return {"vectors": take(written, PROMPT_EMBEDDINGS)}
 
 
-def config(spec: Prompt, anatomy: Anatomy, _: str) -> dict[str, Any]:
+def config(spec: Prompt, anatomy: Anatomy, _: str) -> JsonObject:
     """Sizes."""
     return {"prompt_tuning_init": "RANDOM", "token_dim": anatomy.embedding_width} | virtual_sizes(spec.length, anatomy)
 

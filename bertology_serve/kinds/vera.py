@@ -12,12 +12,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bertology_serve.errors import FormatError, SpecError, Unsupported
+from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, LowRank, spread
 from bertology_serve.kinds.kind import Kind, Tensors, check_positive, check_share, chosen_layers, zeros
 from bertology_serve.kinds.peft_format import (
@@ -162,7 +162,7 @@ def read(spec: Vera, written: Tensors, anatomy: Anatomy, root: str) -> Tensors:
     return stacks
 
 
-def config(spec: Vera, anatomy: Anatomy, root: str) -> dict[str, Any]:
+def config(spec: Vera, anatomy: Anatomy, root: str) -> JsonObject:
     """What ``VeraConfig`` takes."""
     return {
         "r": spec.rank,

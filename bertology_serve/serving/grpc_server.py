@@ -59,8 +59,8 @@ class GrpcServer:
         config = service.config
         self._server = self._module.server(
             options=(
-                ("grpc.max_receive_message_length", config.max_body_bytes),
-                ("grpc.max_metadata_size", config.max_header_bytes),
+                ("grpc.max_receive_message_length", config.limits.max_body_bytes),
+                ("grpc.max_metadata_size", config.limits.max_header_bytes),
                 ("grpc.so_reuseport", 0),
             )
         )
@@ -194,7 +194,7 @@ class Methods:
 
         def read(find: Find) -> InferCall:
             model = find(asked.model_name, asked.model_version or None)
-            found = oip.read_call(request, blobs, model, find, service.config.max_items)
+            found = oip.read_call(request, blobs, model, find, service.config.limits.max_items)
             call.seconds, call.priority = min(call.seconds, found.seconds), found.priority
             return found
 

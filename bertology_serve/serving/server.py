@@ -80,17 +80,19 @@ def make_app(service: Service, keyring: Keyring, rpc: GrpcServer | None = None) 
         yield
         await service.background.close()
         if rpc:
-            await rpc.stop(config.shutdown_seconds)
+            await rpc.stop(config.stopping.shutdown_seconds)
         if not await service.stop():
             log.error("stopped with %d items unanswered", service.queue.items)
 
     def layers(app: ASGIApp) -> ASGIApp:
         """The gate, and around it what was switched on. Browsers ask before they send keys, so CORS comes first."""
-        app = Gate(app, keyring, metrics, config.max_header_bytes, config.log_calls)
-        if config.gzip_bytes:
-            app = GZipMiddleware(app, minimum_size=config.gzip_bytes, compresslevel=1)
-        if config.cors_origin:
-            app = CORSMiddleware(app, config.cors_origin, ("GET", "POST"), SENT_HEADERS, expose_headers=TOLD_HEADERS)
+        app = Gate(app, keyring, metrics, config.limits.max_header_bytes, config.logging.log_calls)
+        if config.listen.gzip_bytes:
+            app = GZipMiddleware(app, minimum_size=config.listen.gzip_bytes, compresslevel=1)
+        if config.listen.cors_origin:
+            app = CORSMiddleware(
+                app, config.listen.cors_origin, ("GET", "POST"), SENT_HEADERS, expose_headers=TOLD_HEADERS
+            )
         return app
 
     metrics.deltas(len(registry.all()))
@@ -105,12 +107,14 @@ async def _follow(service: Service) -> None:
     The file is obeyed once before anything answers.
     """
     config, lifecycle = service.config, service.lifecycle
-    if config.state_file is not None:
-        reconciler = Reconciler(config.state_file, lifecycle, service.queue, config.watch_seconds or STATE_SECONDS)
+    if config.deltas.state_file is not None:
+        reconciler = Reconciler(
+            config.deltas.state_file, lifecycle, service.queue, config.deltas.watch_seconds or STATE_SECONDS
+        )
         await reconciler.look()
         service.background.loop("reconciler", reconciler.run)
-    elif config.watch_seconds:
-        service.background.loop("watcher", Watcher(lifecycle, config.watch_seconds).run)
+    elif config.deltas.watch_seconds:
+        service.background.loop("watcher", Watcher(lifecycle, config.deltas.watch_seconds).run)
 
 
 class Server(uvicorn.Server):
@@ -124,15 +128,19 @@ class Server(uvicorn.Server):
         keyring: Keyring | None = None,
         background: Background | None = None,
     ) -> None:
-        metrics = Metrics(config.max_metric_deltas)
-        metrics.tracing = Tracing() if config.traces else None
+        metrics = Metrics(config.logging.max_metric_deltas)
+        metrics.tracing = Tracing() if config.logging.traces else None
         self._announce = announce
         self.service = Service(registry, config, metrics, background)
-        self._drain_seconds = config.drain_seconds
+        self._drain_seconds = config.stopping.drain_seconds
         self._protocol = limited(
-            config.max_header_bytes, config.max_body_bytes, config.max_body_seconds, KEEP_ALIVE, config.max_connections
+            config.limits.max_header_bytes,
+            config.limits.max_body_bytes,
+            config.limits.max_body_seconds,
+            KEEP_ALIVE,
+            config.listen.max_connections,
         )
-        self.rpc = None if config.grpc_port is None else GrpcServer(config.host, config.grpc_port)
+        self.rpc = None if config.listen.grpc_port is None else GrpcServer(config.listen.host, config.listen.grpc_port)
         super().__init__(
             uvicorn.Config(
                 make_app(self.service, keyring or Keyring(), self.rpc),
@@ -144,7 +152,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,  # nothing here asks where a call came from
                 lifespan="on",
                 backlog=AT_ONCE,
-                timeout_graceful_shutdown=max(1, round(config.shutdown_seconds)),
+                timeout_graceful_shutdown=max(1, round(config.stopping.shutdown_seconds)),
             )
         )
 

@@ -77,10 +77,10 @@ class Service:
     ) -> None:
         self.registry, self.config, self.metrics = registry, config, metrics
         self.pipeline, self.background = registry.pipeline, background or Background()
-        self.lifecycle = Lifecycle(registry, metrics, config.max_cold_calls)
-        times = BatchTimes(1e-3 * config.max_batch_ms, config.max_batch_tokens)
-        scheduler = FairScheduler(times.budget, config.weight_of())
-        self.queue = WorkQueue(scheduler, times, config.max_queue_tokens, config.max_delta_tokens)
+        self.lifecycle = Lifecycle(registry, metrics, config.deltas.max_cold_calls)
+        times = BatchTimes(1e-3 * config.batching.max_batch_ms, config.batching.max_batch_tokens)
+        scheduler = FairScheduler(times.budget, config.batching.weight_of())
+        self.queue = WorkQueue(scheduler, times, config.batching.max_queue_tokens, config.batching.max_delta_tokens)
         self._executor = Executor(self.queue, self.pipeline.run, self._deliver, metrics.batch, self.background)
         self._shadows = Shadows(self._shadowed, registry.splits, metrics, self.background)
         self._tokenizers, self._aside = ThreadPoolExecutor(2, thread_name_prefix="tokenizer"), 0
@@ -117,7 +117,7 @@ class Service:
         """Refuses new calls and answers those accepted; whether all of them were, within the configured time."""
         self.drain()
         self.lifecycle.close()
-        done = await asyncio.to_thread(self._executor.stop, self.config.shutdown_seconds)
+        done = await asyncio.to_thread(self._executor.stop, self.config.stopping.shutdown_seconds)
         self._tokenizers.shutdown(wait=False)
         self._lag.stop()
         return done
@@ -190,7 +190,7 @@ class Service:
             self.acquire(call, name, version)
 
     def _seconds(self, call: CallContext) -> float:
-        return min(call.seconds, self.config.max_call_seconds)
+        return min(call.seconds, self.config.batching.max_call_seconds)
 
     async def answer(self, call: CallContext, requests: Sequence[Request]) -> list[Prediction]:
         """The answers of one call, in order.
@@ -204,7 +204,7 @@ class Service:
             raise DataError("the call holds no items; expected at least one")
         asked = {request.delta: request.version or None for request in requests}
         self._check_room(requests)
-        characters = check_sizes(requests, self.config.max_items, self.config.max_text_characters)
+        characters = check_sizes(requests, self.config.limits.max_items, self.config.limits.max_text_characters)
         try:
             for name, version in asked.items():
                 self.acquire(call, name, version)
@@ -257,20 +257,19 @@ class Service:
 
     def _tokenise(self, call: CallContext, items: Sequence[CallItem]) -> None:
         """Tokenises, up to the first item that is too long, or too much for a queue that were empty."""
-        config, costs = self.config, dict[str, int]()
+        costs, most_tokens = dict[str, int](), self.config.limits.max_item_tokens
+        bounds = self.config.batching.max_queue_tokens, self.config.batching.max_delta_tokens
         call.tokens = 0
         for item in items:
             self.pipeline.tokenise(item)
-            if item.cost > config.max_item_tokens:
+            if item.cost > most_tokens:
                 raise LimitError(
                     f"{item.request.where}: {item.cost} tokens, all windows or choices together; at most "
-                    f"{config.max_item_tokens} are taken, send a shorter text"
+                    f"{most_tokens} are taken, send a shorter text"
                 )
             call.tokens += item.cost
             costs[item.delta] = own = costs.get(item.delta, 0) + item.cost
-            for cost, most, where in (
-                (call.tokens, config.max_queue_tokens, ""), (own, config.max_delta_tokens, " for one delta"),
-            ):  # fmt: skip
+            for cost, most, where in zip((call.tokens, own), bounds, ("", " for one delta"), strict=True):
                 if cost > most:
                     raise LimitError(
                         f"the call holds {cost} tokens{where} or more; at most {most} are taken, send several"

@@ -32,7 +32,8 @@ class Span(Struct, frozen=True):
 
 
 class Answer(Struct, frozen=True, omit_defaults=True):
-    """One answer: ``label`` with ``scores`` (classification), ``value`` (regression), ``entities`` (tokens), ``answer``
+    """One answer: ``label`` (None where the delta abstains) or, where several may apply, ``labels``, with ``scores``
+    (classification, multi-label), ``value`` (regression), ``entities`` (tokens), ``answer``
     (questions), ``choice`` with ``scores`` (multiple choice), ``embedding``; and the version that gave it.
     """
 
@@ -41,6 +42,7 @@ class Answer(Struct, frozen=True, omit_defaults=True):
     task: str
     id: Annotated[str | int | None, Meta(description="The request's own.")] = None
     label: str | None = None
+    labels: tuple[str, ...] | None = None
     score: float | None = None
     scores: dict[str, float] | list[float] | None = None
     value: float | None = None

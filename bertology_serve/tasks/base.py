@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic
 
+import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypeVar
 
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.encoding import encode_text
-from bertology_serve.tasks.fields import optional_text, read_text
-from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, Encoding, TaskSpec
+from bertology_serve.tasks.fields import Record, Records, optional_text, read_text
+from bertology_serve.tasks.metrics import Floats, ratio
+from bertology_serve.tasks.spec import TEXT_KINDS, Encoding, TaskSpec
 
 Answer = dict[str, Any]
+Named = tuple[str, int, int]
+"""A label and where it stands: the words of a span from first to last, 0 and 0 for a whole text."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +31,11 @@ class Example:
 
 
 E = TypeVar("E", bound=Example, default=Any)
+G = TypeVar("G", default=Any)
+"""A target: what the loss compares an example's output with."""
 
 
-class Task(ABC, Generic[E]):
+class Task(ABC, Generic[E, G]):
     """Turns records into sequences, the head's outputs into answers, and both into losses and metrics.
 
     ``main_metric`` is the metric that early stopping watches; larger is better. A task holds nothing but its spec and
@@ -45,12 +51,12 @@ class Task(ABC, Generic[E]):
         self.spec = spec
 
     @classmethod
-    def labels_in(cls, records: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[str, ...]:
+    def labels_in(cls, records: Records) -> tuple[str, ...]:
         """The ``TaskSpec.labels`` that (fields, where) records call for; empty where the task has none."""
         return ()
 
     @abstractmethod
-    def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> E:
+    def example(self, record: Record, where: str, labelled: bool) -> E:
         """Checks one record. Without ``labelled``, gold fields are ignored.
 
         Raises DataError, naming ``where`` and the field; fields that the task does not read are ignored.
@@ -61,15 +67,15 @@ class Task(ABC, Generic[E]):
         """The example's sequences, each at most ``spec.max_length`` tokens. Thread-safe."""
 
     @abstractmethod
-    def target(self, example: E, encodings: Sequence[Encoding]) -> Any:
+    def target(self, example: E, encodings: Sequence[Encoding]) -> G:
         """What ``loss`` compares a labelled example with."""
 
-    def weight(self, targets: Sequence[Any]) -> int:
+    def weight(self, targets: Sequence[G]) -> int:
         """The number of terms that ``loss`` sums; one an example unless the task says otherwise."""
         return len(targets)
 
     @abstractmethod
-    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Any]) -> Tensor:
+    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[G]) -> Tensor:
         """The sum of the loss terms, a scalar; divide by ``weight`` for their mean.
 
         ``out`` is the head's output for all sequences of all examples in order: [S, C]; [sum(lengths), C] for tasks
@@ -77,7 +83,7 @@ class Task(ABC, Generic[E]):
         example.
         """
 
-    def prior(self, targets: Sequence[Any]) -> Tensor | None:
+    def prior(self, targets: Sequence[G]) -> Tensor | None:
         """The head's output that answers best without reading the text, given the training targets; None: there is
         none worth naming.
         """
@@ -91,6 +97,25 @@ class Task(ABC, Generic[E]):
     def metrics(self, answers: Sequence[Answer], examples: Sequence[E]) -> dict[str, float]:
         """Metrics of decoded answers against labelled examples, as fractions (0.91, not 91), ``main_metric`` first."""
 
+    @abstractmethod
+    def parts(self, answers: Sequence[Answer], examples: Sequence[E]) -> Floats:
+        """[N, 2]: what each example brings to the main metric, for ``main``."""
+
+    def main(self, parts: Floats) -> float:
+        """The main metric of ``parts`` [N, 2]: the sum of the first column over that of the second."""
+        return ratio(*parts.sum(0))
+
+    def quality(self, answers: Sequence[Answer], examples: Sequence[E]) -> Floats:
+        """[N]: how good each answer is, 1 where nothing is wrong; the least are the worst."""
+        part, whole = self.parts(answers, examples).T
+        return np.where(whole > 0, part / np.maximum(whole, 1e-12), 1.0)
+
+    def named(self, answers: Sequence[Answer], examples: Sequence[E]) -> list[tuple[set[Named], set[Named]]]:
+        """For each example the labels, each at its place, that are right and those that the answer names; empty for
+        tasks without labels.
+        """
+        return []
+
 
 @dataclass(frozen=True)
 class TextExample(Example):
@@ -100,13 +125,13 @@ class TextExample(Example):
     text_pair: str | None
 
 
-T = TypeVar("T", bound=TextExample)
+T = TypeVar("T", bound=TextExample, default=Any)
 
 
-class TextTask(Task[T]):
+class TextTask(Task[T, G]):
     """A task whose sequence is a text or a pair."""
 
-    def texts(self, record: Mapping[str, Any], where: str) -> tuple[str, str | None]:
+    def texts(self, record: Record, where: str) -> tuple[str, str | None]:
         """The texts of a record; raises DataError for a single one where the spec says pairs."""
         text, pair = read_pair(record, where)
         if self.spec.pairs and pair is None:
@@ -117,14 +142,14 @@ class TextTask(Task[T]):
         return [encode_text(tokenizer, example.text, example.text_pair, self.spec.max_length)]
 
 
-def all_pairs(kind: str, records: Iterable[tuple[Mapping[str, Any], str]]) -> bool:
+def all_pairs(kind: str, records: Records) -> bool:
     """The ``TaskSpec.pairs`` of (fields, where) records that a task of that kind is trained on."""
-    if kind not in (CLASSIFICATION, REGRESSION):
+    if kind not in TEXT_KINDS:
         return False
     return all(optional_text(fields, where, "text_pair", "text_b") is not None for fields, where in records)
 
 
-def read_pair(record: Mapping[str, Any], where: str) -> tuple[str, str | None]:
+def read_pair(record: Record, where: str) -> tuple[str, str | None]:
     """``text`` and ``text_pair`` of a record; ``text_a`` and ``text_b`` mean the same."""
     text = read_text(record, where, "text", "text_a")
     return text, optional_text(record, where, "text_pair", "text_b")

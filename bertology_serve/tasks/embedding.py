@@ -7,10 +7,10 @@ so any scale will do; a batch with a single pair teaches nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +20,8 @@ from bertology_serve.errors import DataError
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, Task, TextExample, read_pair
 from bertology_serve.tasks.encoding import encode_text
-from bertology_serve.tasks.fields import read_score
+from bertology_serve.tasks.fields import Record, read_score
+from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
 
 SHARPNESS = 20.0
@@ -33,7 +34,7 @@ class EmbeddingExample(TextExample):
     score: float | None = None
 
 
-class Embedding(Task[EmbeddingExample]):
+class Embedding(Task[EmbeddingExample, float]):
     """Records ``{"text"}``, or ``{"text", "text_pair", "score"}`` to train and to evaluate.
 
     Answers ``embedding`` [H]; with a pair also ``embedding_pair`` [H] and their cosine, ``similarity``.
@@ -42,7 +43,7 @@ class Embedding(Task[EmbeddingExample]):
     kind = EMBEDDING
     main_metric = "spearman"
 
-    def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> EmbeddingExample:
+    def example(self, record: Record, where: str, labelled: bool) -> EmbeddingExample:
         text, pair = read_pair(record, where)
         if labelled and pair is None:
             raise DataError(f"{where}: field 'text_pair' is missing; embeddings are trained on scored pairs")
@@ -55,7 +56,7 @@ class Embedding(Task[EmbeddingExample]):
     def target(self, example: EmbeddingExample, encodings: Sequence[Encoding]) -> float:
         return float(example.score or 0.0)
 
-    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Any]) -> Tensor:
+    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[float]) -> Tensor:
         """CoSENT over the batch, times the number of pairs; out is [2 n, H], text and pair in turn."""
         rows = out.float()
         cosine = SHARPNESS * F.cosine_similarity(rows[0::2], rows[1::2])
@@ -77,3 +78,21 @@ class Embedding(Task[EmbeddingExample]):
         gold = [float(example.score or 0.0) for example in examples]
         found = [answer["similarity"] for answer in answers]
         return {"spearman": metrics.spearman(gold, found), "pearson": metrics.pearson(gold, found)}
+
+    def parts(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> Floats:
+        """[N, 2]: the gold score and the cosine."""
+        return np.array(
+            [
+                [float(example.score or 0.0), answer["similarity"]]
+                for example, answer in zip(examples, answers, strict=True)
+            ]
+        )
+
+    def quality(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> Floats:
+        """1 less the distance of both scores, each in its standard deviations."""
+        gold, found = ((side - side.mean()) / max(side.std(), 1e-12) for side in self.parts(answers, examples).T)
+        near: Floats = 1.0 - np.abs(gold - found)
+        return near
+
+    def main(self, parts: Floats) -> float:
+        return metrics.spearman(*parts.T)

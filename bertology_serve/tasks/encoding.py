@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from threading import Lock
-from typing import Any
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from tokenizers import Encoding as RustEncoding
@@ -24,6 +24,7 @@ from bertology_serve.tasks.spec import Encoding
 BRIEF = 4096  # characters, or words
 _clones: WeakKeyDictionary[PreTrainedTokenizerBase, _Clone] = WeakKeyDictionary()
 _lock = Lock()
+P = TypeVar("P")
 
 
 class _Clone:
@@ -144,7 +145,7 @@ def _clone(source: str, backend: Tokenizer) -> Tokenizer:
     return clone
 
 
-def _prefixed(node: Any) -> Any:
+def _prefixed(node: object) -> object:
     """A tokenizer.json in which byte-level parts put a space before each word."""
     if isinstance(node, dict):
         node = {key: value if key == "vocab" else _prefixed(value) for key, value in node.items()}
@@ -193,7 +194,7 @@ def _encoding(found: RustEncoding, types: bool, keep: list[int] | None, offsets:
     )
 
 
-def _pick(values: Sequence[Any], keep: list[int] | None) -> tuple[Any, ...]:
+def _pick(values: Sequence[P], keep: list[int] | None) -> tuple[P, ...]:
     return tuple(values) if keep is None else tuple(values[row] for row in keep)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from bertology_serve.errors import DataError, nearest
 from bertology_serve.tasks.spec import IGNORED
 
-Record = Mapping[str, Any]
+Record = Mapping[str, object]
+Records = Iterable[tuple[Record, str]]
+"""Fields, and where they stand."""
 EMPTY = "is missing (it is null, or an empty cell)"
 
 
-def required(record: Record, where: str, name: str, expected: str) -> Any:
+def required(record: Record, where: str, name: str, expected: str) -> object:
     """The value of a field that is there and not null."""
     value = record.get(name)
     if value is None and name in record:
@@ -42,7 +44,7 @@ def optional_text(record: Record, where: str, name: str, *aliases: str) -> str |
     return check_text(record[found[0]], where, found[0])
 
 
-def check_text(value: Any, where: str, name: str) -> str:
+def check_text(value: object, where: str, name: str) -> str:
     """``value`` if it is a text that can be tokenised."""
     if not isinstance(value, str):
         raise DataError(f"{where}: field {name!r} is {kind_of(value)}; expected a text")
@@ -73,15 +75,24 @@ def read_texts(record: Record, where: str, name: str, least: int, most: int) -> 
     return tuple(check_text(item, where, f"{name}[{index}]") for index, item in enumerate(value))
 
 
-def read_list(record: Record, where: str, name: str) -> list[Any]:
+def read_list(record: Record, where: str, name: str) -> list[object]:
     """A list; arrays that Parquet readers give are lists too."""
-    value = required(record, where, name, "a list")
-    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
+    return as_list(required(record, where, name, "a list"), where, name)
+
+
+def as_list(value: object, where: str, name: str) -> list[object]:
+    """The items of a list or an array."""
+    found = _items(value)
+    if found is None:
         raise DataError(f"{where}: field {name!r} is {kind_of(value)}; expected a list")
-    return list(value)
+    return found
 
 
-def read_label(value: Any, where: str, name: str) -> str:
+def _items(value: object) -> list[object] | None:
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else None
+
+
+def read_label(value: object, where: str, name: str) -> str:
     """A class name. Integers and integral floats become their digits, booleans ``true`` and ``false``."""
     if value is None:
         raise DataError(f"{where}: field {name!r} {EMPTY}; expected a label")
@@ -96,12 +107,116 @@ def read_label(value: Any, where: str, name: str) -> str:
     raise DataError(f"{where}: field {name!r} is {kind_of(value)}; expected a label (a name or an integer)")
 
 
-def read_class(record: Record, where: str) -> str:
-    """The class of a whole record under ``label``; a record without one (-100) is refused."""
-    label = read_label(required(record, where, "label", "a label"), where, "label")
+def read_class(record: Record, where: str) -> tuple[str, dict[str, float]]:
+    """The class of a whole record under ``label``, and the shares of several where it has them.
+
+    ``{"a": 3, "b": 1}`` (annotators' votes, or probabilities; as JSON in a cell) is mostly ``a``, by three quarters. A
+    record without a class (-100) is refused.
+    """
+    value = _opened(required(record, where, "label", "a label"))
+    if isinstance(value, Mapping):
+        shares = {read_label(name, where, "label"): _number(share) for name, share in value.items()}
+        total = sum(shares.values())
+        if not all(share >= 0 for share in shares.values()) or not 0 < total < math.inf:
+            raise DataError(f"{where}: field 'label' is {kind_of(value)}; expected a label, or the share of each")
+        return max(shares, key=shares.__getitem__), {name: share / total for name, share in shares.items()}
+    label = read_label(value, where, "label")
     if label == str(IGNORED):
         raise DataError(f"{where}: field 'label' is {IGNORED}, which means that there is no label; leave such rows out")
-    return label
+    return label, {}
+
+
+SEPARATORS = ("|", ";", ",")
+
+
+def label_names(records: Records) -> set[str]:
+    """The labels of records that may have several each; digits from 0 where they are lists of 0 and 1."""
+    rows = [(_labels_field(record, where)[1], where) for record, where in records]
+    lists = [value for value, _ in rows if isinstance(value, list)]
+    if len(lists) == len(rows) and len({len(value) for value in lists}) == 1 and all(map(_is_hot, lists)):
+        return {str(index) for index in range(len(lists[0]))}
+    texts = [value for value, _ in rows if isinstance(value, str)]
+    separator = next((mark for mark in SEPARATORS if any(mark in text for text in texts)), SEPARATORS[0])
+    return {name for value, where in rows for name in _names(value, where, separator)} - {str(IGNORED)}
+
+
+def read_labels(record: Record, where: str, known: Mapping[str, int]) -> dict[str, float]:
+    """What a record says of its labels: 1 for those it has, -100 where it is not known; all others it has not.
+
+    Under ``label`` or ``labels``: a list of names, or of 0 and 1 for each known label; names in one text, parted by
+    ``|``, ``;`` or a comma; or 0 and 1 (or a share between) by name. Empty: none of the labels.
+    """
+    name, value = _labels_field(record, where)
+    if isinstance(value, list) and len(value) == len(known) and _is_hot(value):
+        found = dict(zip(known, (IGNORED if item is None else float(item) for item in value), strict=True))
+    elif isinstance(value, Mapping):
+        found = {
+            read_label(key, where, name): IGNORED if item is None else _number(item) for key, item in value.items()
+        }
+    elif not isinstance(value, str | list) and value is not None and read_label(value, where, name) == str(IGNORED):
+        return dict.fromkeys(known, float(IGNORED))
+    else:
+        ways = (_names(value, where, mark) for mark in SEPARATORS)
+        found = dict.fromkeys(
+            next((way for way in ways if known.keys() >= {*way}), _names(value, where, _mark(value))), 1.0
+        )
+        found.pop(str(IGNORED), None)
+    for label, share in found.items():
+        label_index(label, known, where, name)
+        if not 0 <= share <= 1 and share != IGNORED:
+            raise DataError(f"{where}: field {name!r} has {share:g} for {label!r}; expected 0, 1, or a share between")
+    return found
+
+
+def holds_several(records: Records) -> bool:
+    """Whether labels are lists: records that may have several."""
+    return any(isinstance(_opened(record.get("label")), list) for record, _ in records)
+
+
+def _labels_field(record: Record, where: str) -> tuple[str, object]:
+    """The name and value of the field with a record's labels; None where it is empty."""
+    name = "labels" if "label" not in record and "labels" in record else "label"
+    value = record.get(name)
+    return name, _opened(required(record, where, name, "a list of labels") if name not in record else value)
+
+
+def _opened(value: object) -> object:
+    """A value; where a cell holds a list or an object as JSON, that. What is a sequence is a list."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    items = _items(value)
+    return value if items is None else items
+
+
+def _is_hot(values: Sequence[object]) -> bool:
+    """Whether a list says of each label whether it applies (or how much), rather than naming those that do."""
+    numbers = (math.nan if isinstance(item, str) else IGNORED if item is None else _number(item) for item in values)
+    return len(values) > 1 and all(0 <= number <= 1 or number == IGNORED for number in numbers)
+
+
+def _mark(value: object) -> str:
+    return next((mark for mark in SEPARATORS if isinstance(value, str) and mark in value), SEPARATORS[0])
+
+
+def _names(value: object, where: str, separator: str) -> list[str]:
+    """The labels that a value names."""
+    if value is None:
+        return []
+    if isinstance(value, Mapping | list):
+        return [read_label(item, where, f"label[{index}]") for index, item in enumerate(value)]
+    parts = value.split(separator) if isinstance(value, str) else [value]
+    return [read_label(part, where, "label") for part in parts if not isinstance(part, str) or part.strip()]
+
+
+def _number(value: object) -> float:
+    """A number (digits in a text count), NaN where it is none."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def read_tags(record: Record, where: str) -> list[str | None]:
@@ -124,10 +239,7 @@ def read_score(record: Record, where: str) -> float:
     """A finite number under ``score``, or under ``label`` when there is no score; digits in a text count."""
     name = "label" if record.get("score") is None and record.get("label") is not None else "score"
     value = required(record, where, name, "a number")
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
+    number = math.nan if isinstance(value, bool) else _number(value)
     if not math.isfinite(number):
         raise DataError(f"{where}: field {name!r} is {kind_of(value)}; expected a finite number")
     return number
@@ -136,11 +248,12 @@ def read_score(record: Record, where: str) -> float:
 def read_integer(record: Record, where: str, name: str, least: int, most: int) -> int:
     """An integer from ``least`` to ``most``; digits in a text and integral floats count."""
     value = required(record, where, name, f"an integer from {least} to {most}")
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    digits = isinstance(value, str) and len(value) < 20 and value.strip().isdecimal()
-    if isinstance(value, bool) or not (whole or digits) or not least <= int(value) <= most:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    digits = isinstance(value, str) and value.strip().isdecimal()
+    number = _number(value) if plain or digits else math.nan
+    if not number.is_integer() or not least <= number <= most:
         raise DataError(f"{where}: field {name!r} is {kind_of(value)}; expected an integer from {least} to {most}")
-    return int(value)
+    return int(number)
 
 
 def sorted_labels(labels: set[str]) -> tuple[str, ...]:
@@ -151,7 +264,7 @@ def sorted_labels(labels: set[str]) -> tuple[str, ...]:
         return tuple(sorted(labels))
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """A value for an error message: what it is and, cut short, what it says."""
     if value is None:
         return "null"

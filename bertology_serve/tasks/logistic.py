@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.optim import LBFGS
 
 TIGHT, LOOSE = 1e-7, 1e-4
+SMALLEST = 1e-10  # of the largest variance along an axis: below it rows do not differ
 STEPS_A_ROUND, MOST_ROUNDS = 1000, 10
 
 
@@ -49,13 +50,26 @@ class Scaled:
         z = (x - self.mean) / self.std
         self.centre = z.mean(0)
         z = z - self.centre
-        self.spread, self.axes = torch.linalg.eigh(z.T @ z / self.count)
+        self.spread, self.axes = _principal_axes(z)
         self.rows = z @ self.axes
 
     def given(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Weight [C, H] and bias [C] for rows as they were given."""
         weight = weight @ self.axes.T
         return weight / self.std, bias - weight @ (self.centre + self.mean / self.std)
+
+
+def _principal_axes(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances [K] along the orthonormal axes [H, K] of centred rows z [N, H]; K is H, or less for fewer rows.
+
+    An axis along which no row reaches has weight zero by the penalty, so it can be left out.
+    """
+    if len(z) >= z.shape[1]:
+        spread, axes = torch.linalg.eigh(z.T @ z / len(z))
+        return spread, axes
+    spread, sides = torch.linalg.eigh(z @ z.T / len(z))
+    kept = spread > SMALLEST * spread[-1].clamp_min(SMALLEST)
+    return spread[kept], z.T @ (sides[:, kept] / (spread[kept] * len(z)).sqrt())
 
 
 class Ridge(Scaled):
@@ -77,23 +91,27 @@ class Ridge(Scaled):
 
 
 class Logistic(Scaled):
-    """``min over W, b of  mean cross-entropy(Z Wᵀ + b) + ‖W‖² / (2 C N)``: scikit-learn's objective divided by C N.
+    """``min over W, b of  mean loss(Z Wᵀ + b) + ‖W‖² / (2 C N)``: scikit-learn's objective divided by C N.
 
+    The loss is a softmax's cross-entropy, or with ``rest`` the sum of C binary ones (one-vs-rest).
     Two classes have one vector w, as there, and W is (-w/2, w/2). Inside, each coordinate is stretched by the curvature
     there: the number of steps hardly grows with the spread of the axes.
     """
 
-    def __init__(self, rows: Tensor, labels: Tensor, classes: int, by_feature: bool = False) -> None:
-        """rows [N, H] of any float type, labels [N] int64 below ``classes``."""
+    def __init__(self, rows: Tensor, gold: Tensor, rest: Tensor | None = None, by_feature: bool = False) -> None:
+        """rows [N, H] of any float type; gold [N, C], how much each class weighs for each row (1 for its own), and rest
+        [N, C], how much its not being so does.
+        """
         super().__init__(rows, by_feature)
         self.squares = self.rows.square()
-        self.binary, self.outputs = classes == 2, 1 if classes == 2 else classes
-        self.gold = F.one_hot(labels, classes).double()
+        self.halved = rest is None and gold.shape[1] == 2
+        self.gold, self.rest = (gold[:, 1:], gold[:, :1]) if self.halved else (gold, rest)
+        self.weights = self.gold.sum(1, keepdim=True) if self.rest is None else self.gold + self.rest
 
     def solve(self, c: float, start: Tensor | None = None, tolerance: float = TIGHT) -> Solution:
         """The optimum, where no component of the (preconditioned) gradient exceeds ``tolerance``."""
         decay = 1.0 / (c * self.count)
-        raw = self.rows.new_zeros(self.outputs, self.rows.shape[1] + 1) if start is None else start
+        raw = self.rows.new_zeros(self.gold.shape[1], self.rows.shape[1] + 1) if start is None else start
         for _ in range(MOST_ROUNDS):
             raw, done = self._round(raw, decay, tolerance)
             if done:
@@ -122,34 +140,37 @@ class Logistic(Scaled):
         optimizer.step(closure)  # type: ignore[no-untyped-call]
         return scaled.detach() * scale, optimizer.state[scaled]["n_iter"] < STEPS_A_ROUND
 
-    def _shares(self, raw: Tensor) -> Tensor:
-        """The logarithms of the classes' probabilities [N, C]."""
-        logits = self.rows @ raw[:, :-1].T + raw[:, -1]
-        if self.binary:
-            logits = torch.cat([torch.zeros_like(logits), logits], 1)
-        shares: Tensor = logits.log_softmax(1)
-        return shares
+    def _logits(self, raw: Tensor) -> Tensor:
+        """[N, C or 1]."""
+        logits: Tensor = self.rows @ raw[:, :-1].T + raw[:, -1]
+        return logits
 
     def _curvature(self, raw: Tensor, decay: float) -> Tensor:
         """The diagonal of the Hessian at ``raw``, [H + 1].
 
         Its mean over the classes: with a scale of their own they would leave the plane where their sum is zero, in
-        which the optimum lies and outside of which the objective is all but flat.
+        which the optimum of a softmax lies and outside of which the objective is all but flat.
         """
-        shares = self._shares(raw).exp()[:, -self.outputs :]
-        spread = (shares * (1.0 - shares)).mean(1) / self.count
+        logits = self._logits(raw)
+        shares = logits.softmax(1) if self.rest is None else logits.sigmoid()
+        spread = (self.weights * shares * (1.0 - shares)).mean(1) / self.count
         return torch.cat([spread @ self.squares + decay, spread.sum()[None].clamp_min(1e-12)])
 
     def _objective(self, raw: Tensor, decay: float) -> tuple[Tensor, Tensor]:
         """The objective and its gradient at ``raw`` [C or 1, H + 1], the bias last."""
-        weight, shares = raw[:, :-1], self._shares(raw)
-        loss = -(shares * self.gold).sum() / self.count + 0.5 * decay * weight.square().sum()
-        missed = ((shares.exp() - self.gold) / self.count)[:, -self.outputs :]
+        weight, logits = raw[:, :-1], self._logits(raw)
+        if self.rest is None:
+            logs = logits.log_softmax(1)
+            terms, shares = self.gold * logs, logs.exp()
+        else:
+            terms, shares = self.gold * F.logsigmoid(logits) + self.rest * F.logsigmoid(-logits), logits.sigmoid()
+        loss = -terms.sum() / self.count + 0.5 * decay * weight.square().sum()
+        missed = (shares * self.weights - self.gold) / self.count
         return loss, torch.cat([missed.T @ self.rows + decay * weight, missed.sum(0)[:, None]], 1)
 
     def _folded(self, raw: Tensor, loss: float) -> Solution:
         """Back to rows as they were given."""
         weight, bias = raw[:, :-1], raw[:, -1]
-        if self.binary:
+        if self.halved:
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
         return Solution(*self.given(weight, bias), loss, raw)

@@ -8,6 +8,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+
+def ratio(part: float, whole: float) -> float:
+    """A quotient, 0 where there is nothing to divide by."""
+    return float(part / whole) if whole else 0.0
+
+
+def of_one(values: Sequence[float]) -> Floats:
+    """[N, 2]: values whose mean is the metric."""
+    return np.stack([np.asarray(values, dtype=np.float64), np.ones(len(values))], 1)
+
+
+def f1_of(gold: Flags, found: Flags, axis: int) -> Floats:
+    """F1 of each column (axis 0) or row (axis 1) of two tables."""
+    total = gold.sum(axis) + found.sum(axis)
+    scores: Floats = 2 * (gold & found).sum(axis) / np.maximum(total, 1)
+    return scores
 
 
 def accuracy(gold: Sequence[str], found: Sequence[str]) -> float:
@@ -36,6 +54,25 @@ def mcc(gold: Sequence[str], found: Sequence[str]) -> float:
     of_gold, of_found = table.sum(1), table.sum(0)
     spread = (n * n - of_gold @ of_gold) * (n * n - of_found @ of_found)
     return float((n * right - of_gold @ of_found) / np.sqrt(spread)) if spread > 0 else 0.0
+
+
+BINS = 15
+
+
+def gaps(certainty: Floats) -> Floats:
+    """[N, 15]: for each probability, in its bin (of equal width), by how much what came true exceeds it.
+
+    ``certainty`` is [N, 2]: probabilities, and whether each came true.
+    """
+    scores, true = certainty.T
+    found = np.zeros((len(scores), BINS))
+    found[np.arange(len(scores)), np.minimum((scores * BINS).astype(int), BINS - 1)] = true - scores
+    return found
+
+
+def calibration_error(certainty: Floats) -> float:
+    """ECE in 15 bins (Naeini et al. 2015): how far probabilities are from how often they come true, on average."""
+    return ratio(np.abs(gaps(certainty).sum(0)).sum(), len(certainty))
 
 
 def mse(gold: Sequence[float], found: Sequence[float]) -> float:

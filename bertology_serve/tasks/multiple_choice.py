@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,8 @@ from bertology_serve.errors import DataError
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, Example, Task
 from bertology_serve.tasks.encoding import encode_text
-from bertology_serve.tasks.fields import optional_text, read_integer, read_texts
+from bertology_serve.tasks.fields import Record, optional_text, read_integer, read_texts
+from bertology_serve.tasks.metrics import Floats, of_one
 from bertology_serve.tasks.spec import MULTIPLE_CHOICE, Encoding
 
 MOST_CHOICES = 64
@@ -30,7 +30,7 @@ class ChoiceExample(Example):
     label: int | None = None
 
 
-class MultipleChoice(Task[ChoiceExample]):
+class MultipleChoice(Task[ChoiceExample, tuple[int, int]]):
     """Records ``{"premise" or "question" (or both), "choices", "label"}``; answers ``choice``, ``score``, ``scores``.
 
     With both, the prompt is the premise, a space, and the question; COPA's questions "cause" and "effect" are
@@ -40,7 +40,7 @@ class MultipleChoice(Task[ChoiceExample]):
     kind = MULTIPLE_CHOICE
     main_metric = "accuracy"
 
-    def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> ChoiceExample:
+    def example(self, record: Record, where: str, labelled: bool) -> ChoiceExample:
         choices = read_texts(record, where, "choices", 2, MOST_CHOICES)
         label = read_integer(record, where, "label", 0, len(choices) - 1) if labelled else None
         return ChoiceExample(where, _prompt(record, where), choices, label)
@@ -53,7 +53,7 @@ class MultipleChoice(Task[ChoiceExample]):
         """The right choice and the number of choices."""
         return int(example.label or 0), len(example.choices)
 
-    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Any]) -> Tensor:
+    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[tuple[int, int]]) -> Tensor:
         """Cross-entropy over each example's choices; out is [S, 1], all choices of all examples in order."""
         scores = torch.split(out.float().squeeze(1), [count for _, count in targets])
         terms = [-row.log_softmax(0)[right] for row, (right, _) in zip(scores, targets, strict=True)]
@@ -69,8 +69,12 @@ class MultipleChoice(Task[ChoiceExample]):
         gold = [str(example.label) for example in examples]
         return {"accuracy": metrics.accuracy(gold, [str(answer["choice"]) for answer in answers])}
 
+    def parts(self, answers: Sequence[Answer], examples: Sequence[ChoiceExample]) -> Floats:
+        right = (example.label == answer["choice"] for example, answer in zip(examples, answers, strict=True))
+        return of_one([float(one) for one in right])
 
-def _prompt(record: Mapping[str, Any], where: str) -> str:
+
+def _prompt(record: Record, where: str) -> str:
     premise = optional_text(record, where, "premise")
     question = optional_text(record, where, "question")
     if premise is None and question is None:

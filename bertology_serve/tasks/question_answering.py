@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.base import Answer, Example, Task
 from bertology_serve.tasks.encoding import encode_windows
-from bertology_serve.tasks.fields import kind_of, read_integer, read_text, required
+from bertology_serve.tasks.fields import Record, Records, as_list, kind_of, read_integer, read_text, required
+from bertology_serve.tasks.metrics import Floats, of_one
 from bertology_serve.tasks.spec import QUESTION_ANSWERING, Encoding, TaskSpec
 
 NO_ANSWER = "no-answer"
+Rows = tuple[tuple[int, int], ...]
+"""First and last row of the answer in each window."""
 LEAST_LENGTH = 8
 
 
@@ -39,7 +41,7 @@ class QuestionExample(Example):
     top_k: int = 1
 
 
-class QuestionAnswering(Task[QuestionExample]):
+class QuestionAnswering(Task[QuestionExample, Rows]):
     """Records ``{"question", "context", "answers"}``; answers ``answer {text, start, end, score}``.
 
     Offsets are characters of the context. The score is the softmax over the best spans of all windows. The empty
@@ -57,12 +59,12 @@ class QuestionAnswering(Task[QuestionExample]):
             raise SpecError(f"max_length is {spec.max_length}; question answering needs at least {LEAST_LENGTH} tokens")
 
     @classmethod
-    def labels_in(cls, records: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[str, ...]:
+    def labels_in(cls, records: Records) -> tuple[str, ...]:
         """``("no-answer",)`` when some question has no answer in its context."""
         golds = [read_answers(fields, where, read_text(fields, where, "context")) for fields, where in records]
         return () if all(golds) else (NO_ANSWER,)
 
-    def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> QuestionExample:
+    def example(self, record: Record, where: str, labelled: bool) -> QuestionExample:
         question, context = read_text(record, where, "question"), read_text(record, where, "context")
         answers = read_answers(record, where, context) if labelled else None
         top_k = 1 if record.get("top_k") is None else read_integer(record, where, "top_k", 1, CANDIDATES)
@@ -75,17 +77,17 @@ class QuestionAnswering(Task[QuestionExample]):
             return windows
         return [replace(window, types=(0,) * len(window)) for window in windows]
 
-    def target(self, example: QuestionExample, encodings: Sequence[Encoding]) -> tuple[tuple[int, int], ...]:
+    def target(self, example: QuestionExample, encodings: Sequence[Encoding]) -> Rows:
         """(start, end) row of the first gold answer in each window; (0, 0), [CLS], where it is not whole inside."""
         if not example.answers:
             return ((0, 0),) * len(encodings)
         return tuple(rows_of(encoding, example.answers[0]) for encoding in encodings)
 
-    def weight(self, targets: Sequence[Any]) -> int:
+    def weight(self, targets: Sequence[Rows]) -> int:
         """The number of windows."""
         return sum(map(len, targets))
 
-    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Any]) -> Tensor:
+    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Rows]) -> Tensor:
         """Mean of the cross-entropies of start and end, summed over windows; out is [T, 2]."""
         gold = torch.tensor([rows for target in targets for rows in target], device=out.device)
         windows = torch.split(out.float(), list(lengths))
@@ -111,6 +113,10 @@ class QuestionAnswering(Task[QuestionExample]):
         """Normalised F1 and exact match of SQuAD, the best over gold answers."""
         golds = [[example.context[start:end] for start, end in example.answers or ()] for example in examples]
         return squad_scores(golds, [answer["answer"]["text"] for answer in answers])
+
+    def parts(self, answers: Sequence[Answer], examples: Sequence[QuestionExample]) -> Floats:
+        pairs = zip(answers, examples, strict=True)
+        return of_one([self.metrics([answer], [example])["f1"] for answer, example in pairs])
 
 
 CANDIDATES = 20
@@ -174,7 +180,7 @@ def _candidates(encoding: Encoding, logits: NDArray[np.float64], longest: int) -
 GoldAnswer = tuple[int, int]
 
 
-def read_answers(record: Mapping[str, Any], where: str, context: str) -> tuple[GoldAnswer, ...]:
+def read_answers(record: Record, where: str, context: str) -> tuple[GoldAnswer, ...]:
     """Character spans (start, end) of the gold answers in the context; empty when there is none.
 
     ``answers`` may be ``{"text": [...], "answer_start": [...]}``, a list of ``{"text", "answer_start" or "start"}``, a
@@ -186,35 +192,29 @@ def read_answers(record: Mapping[str, Any], where: str, context: str) -> tuple[G
     return tuple(dict.fromkeys(spans))
 
 
-def _pairs(value: Any, where: str) -> list[tuple[Any, Any]]:
+def _pairs(value: object, where: str) -> list[tuple[object, object]]:
     """(text, start or None) of each answer."""
     if isinstance(value, Mapping):
         texts, starts = value.get("text"), value.get("answer_start", value.get("start"))
         if isinstance(texts, str):
             return [(texts, starts)]
-        texts = _items(texts, where, "answers.text")
-        starts = [None] * len(texts) if starts is None else _items(starts, where, "answers.answer_start")
-        if len(texts) != len(starts):
-            raise DataError(f"{where}: field 'answers' has {len(texts)} texts and {len(starts)} starts; expected pairs")
-        return list(zip(texts, starts, strict=True))
+        said = as_list(texts, where, "answers.text")
+        places = [None] * len(said) if starts is None else as_list(starts, where, "answers.answer_start")
+        if len(said) != len(places):
+            raise DataError(f"{where}: field 'answers' has {len(said)} texts and {len(places)} starts; expected pairs")
+        return list(zip(said, places, strict=True))
     if isinstance(value, str):
         return [(value, None)]
-    return [_pair(item) for item in _items(value, where, "answers")]
+    return [_pair(item) for item in as_list(value, where, "answers")]
 
 
-def _pair(item: Any) -> tuple[Any, Any]:
+def _pair(item: object) -> tuple[object, object]:
     if isinstance(item, Mapping):
         return item.get("text"), item.get("answer_start", item.get("start"))
     return item, None
 
 
-def _items(value: Any, where: str, name: str) -> list[Any]:
-    if value is None or isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
-        raise DataError(f"{where}: field {name!r} is {kind_of(value)}; expected a list")
-    return list(value)
-
-
-def _locate(text: Any, start: Any, where: str, context: str) -> GoldAnswer:
+def _locate(text: object, start: object, where: str, context: str) -> GoldAnswer:
     """The span of an answer, checked against the context."""
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where}: field 'answers' holds {kind_of(text)}; expected a text that is not empty")

@@ -6,6 +6,7 @@ from bertology_serve.errors import SpecError, nearest
 from bertology_serve.tasks.base import Task
 from bertology_serve.tasks.classification import Classification
 from bertology_serve.tasks.embedding import Embedding
+from bertology_serve.tasks.multi_label import MultiLabel
 from bertology_serve.tasks.multiple_choice import MultipleChoice
 from bertology_serve.tasks.question_answering import QuestionAnswering
 from bertology_serve.tasks.regression import Regression
@@ -14,7 +15,15 @@ from bertology_serve.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, type[Task]] = {
     task.kind: task
-    for task in (Classification, Regression, TokenClassification, QuestionAnswering, MultipleChoice, Embedding)
+    for task in (
+        Classification,
+        MultiLabel,
+        Regression,
+        TokenClassification,
+        QuestionAnswering,
+        MultipleChoice,
+        Embedding,
+    )
 }
 
 

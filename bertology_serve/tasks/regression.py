@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, TextExample, TextTask
-from bertology_serve.tasks.fields import read_score
+from bertology_serve.tasks.fields import Record, read_score
+from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import REGRESSION, Encoding
 
 
@@ -23,25 +24,25 @@ class RegressionExample(TextExample):
     score: float | None = None
 
 
-class Regression(TextTask[RegressionExample]):
+class Regression(TextTask[RegressionExample, float]):
     """Records ``{"text", "text_pair"?, "score"}`` (or ``label`` as a number); answers ``value``, in the same units."""
 
     kind = REGRESSION
     main_metric = "spearman"
 
-    def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> RegressionExample:
+    def example(self, record: Record, where: str, labelled: bool) -> RegressionExample:
         score = read_score(record, where) if labelled else None
         return RegressionExample(where, *self.texts(record, where), score)
 
     def target(self, example: RegressionExample, encodings: Sequence[Encoding]) -> float:
         return float(example.score or 0.0)
 
-    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Any]) -> Tensor:
+    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[float]) -> Tensor:
         """Squared errors of out [S, 1]."""
         gold = torch.tensor(targets, dtype=torch.float32, device=out.device)
         return F.mse_loss(out.float().squeeze(1), gold, reduction="sum")
 
-    def prior(self, targets: Sequence[Any]) -> Tensor:
+    def prior(self, targets: Sequence[float]) -> Tensor:
         """The mean score [1]."""
         return torch.tensor(targets, dtype=torch.float64).mean().view(1)
 
@@ -57,3 +58,18 @@ class Regression(TextTask[RegressionExample]):
             "pearson": metrics.pearson(gold, found),
             "mse": metrics.mse(gold, found),
         }
+
+    def parts(self, answers: Sequence[Answer], examples: Sequence[RegressionExample]) -> Floats:
+        """[N, 2]: the gold score and the answer."""
+        return np.array(
+            [[float(example.score or 0.0), answer["value"]] for example, answer in zip(examples, answers, strict=True)]
+        )
+
+    def quality(self, answers: Sequence[Answer], examples: Sequence[RegressionExample]) -> Floats:
+        """1 less the distance from the gold score."""
+        gold, found = self.parts(answers, examples).T
+        near: Floats = 1.0 - np.abs(gold - found)
+        return near
+
+    def main(self, parts: Floats) -> float:
+        return metrics.spearman(*parts.T)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from bertology_serve.errors import SpecError, nearest
 
 CLASSIFICATION = "classification"
+MULTI_LABEL = "multi-label"
 REGRESSION = "regression"
 TOKEN_CLASSIFICATION = "token-classification"
 QUESTION_ANSWERING = "question-answering"
@@ -14,12 +15,17 @@ MULTIPLE_CHOICE = "multiple-choice"
 EMBEDDING = "embedding"
 TASK_KINDS = (
     CLASSIFICATION,
+    MULTI_LABEL,
     REGRESSION,
     TOKEN_CLASSIFICATION,
     QUESTION_ANSWERING,
     MULTIPLE_CHOICE,
     EMBEDDING,
 )
+TEXT_KINDS = (CLASSIFICATION, MULTI_LABEL, REGRESSION)
+"""Tasks that read one text or a pair, and answer once for it."""
+LABEL_KINDS = (CLASSIFICATION, MULTI_LABEL)
+"""Those whose answer is among labels, with a probability each."""
 IGNORED = -100
 """What torch and HuggingFace write where there is no label: no class, no term of the loss, counted by no metric."""
 POOLINGS = ("cls", "mean", "max")
@@ -51,6 +57,8 @@ class TaskSpec:
     normalize: bool = True
     token_types: bool = True
     pairs: bool = False
+    thresholds: tuple[float, ...] = ()
+    abstain: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in TASK_KINDS:
@@ -63,18 +71,25 @@ class TaskSpec:
             raise SpecError(f"max_length is {self.max_length}; at least 3 tokens are needed")
         if len(set(self.labels)) != len(self.labels):
             raise SpecError("labels repeat; each label must be named once")
-        if self.kind in (CLASSIFICATION, TOKEN_CLASSIFICATION) and not self.labels:
+        if self.kind in (*LABEL_KINDS, TOKEN_CLASSIFICATION) and not self.labels:
             raise SpecError(f"{self.kind} needs labels")
         if (self.head == "none") != (self.kind == EMBEDDING):
             raise SpecError(f"head {self.head!r} does not fit {self.kind}: embeddings, and only they, have none")
-        if self.pairs and self.kind not in (CLASSIFICATION, REGRESSION):
-            raise SpecError(f"pairs does not fit {self.kind}; classification and regression read one text or two")
+        if self.pairs and self.kind not in TEXT_KINDS:
+            raise SpecError(f"pairs does not fit {self.kind}; {', '.join(TEXT_KINDS)} read one text or two")
+        if self.thresholds and (self.kind != MULTI_LABEL or len(self.thresholds) != len(self.labels)):
+            raise SpecError(f"{len(self.thresholds)} thresholds do not fit {self.kind} of {len(self.labels)} labels")
+        if not all(0 <= least <= 1 for least in (*self.thresholds, self.abstain)):
+            raise SpecError("thresholds and abstain are probabilities; expected numbers from 0 to 1")
+        if self.abstain and self.kind != CLASSIFICATION:
+            raise SpecError(f"abstain does not fit {self.kind}; only classification may name no label")
 
     @property
     def outputs(self) -> int:
         """C: the width of the head's output (0 for embeddings, which have no head)."""
         return {
             CLASSIFICATION: len(self.labels),
+            MULTI_LABEL: len(self.labels),
             TOKEN_CLASSIFICATION: len(self.labels),
             REGRESSION: 1,
             MULTIPLE_CHOICE: 1,

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from bertology_serve.errors import DataError
-from bertology_serve.tasks.base import Answer, Example, Task
+from bertology_serve.tasks.base import Answer, Example, Named, Task
 from bertology_serve.tasks.encoding import encode_words
-from bertology_serve.tasks.fields import label_index, read_tags, read_text, read_texts, sorted_labels
-from bertology_serve.tasks.metrics import accuracy
+from bertology_serve.tasks.fields import Record, Records, label_index, read_tags, read_text, read_texts, sorted_labels
+from bertology_serve.tasks.metrics import Floats, accuracy, ratio
 from bertology_serve.tasks.spec import IGNORED, TOKEN_CLASSIFICATION, Encoding, TaskSpec
 
 MOST_WORDS = 1_000_000
@@ -37,7 +37,7 @@ class TokensExample(Example):
     tags: tuple[str | None, ...] | None = None
 
 
-class TokenClassification(Task[TokensExample]):
+class TokenClassification(Task[TokensExample, tuple[int, ...]]):
     """Records ``{"tokens", "tags"}``, or ``{"text"}`` where only an answer is wanted (cut as ``words`` says).
 
     Answers ``entities [{label, start, end, text, score}]``, where offsets are characters of the text, or of the tokens
@@ -54,12 +54,12 @@ class TokenClassification(Task[TokensExample]):
         self.index = {label: index for index, label in enumerate(spec.labels)}
 
     @classmethod
-    def labels_in(cls, records: Iterable[tuple[Mapping[str, Any], str]]) -> tuple[str, ...]:
+    def labels_in(cls, records: Records) -> tuple[str, ...]:
         """The tags found, ``O`` first."""
         found = {tag for fields, where in records for tag in read_tags(fields, where) if tag is not None}
         return sorted_labels({"O"} & found) + sorted_labels(found - {"O"})
 
-    def example(self, record: Mapping[str, Any], where: str, labelled: bool) -> TokensExample:
+    def example(self, record: Record, where: str, labelled: bool) -> TokensExample:
         if record.get("tokens") is None and not labelled:
             text = read_text(record, where, "text", "text_a")
             return TokensExample(where, text, tuple(split_words(text)), False)
@@ -87,11 +87,11 @@ class TokenClassification(Task[TokensExample]):
             target[row] = IGNORED if tag is None else self.index[tag]
         return tuple(target)
 
-    def weight(self, targets: Sequence[Any]) -> int:
+    def weight(self, targets: Sequence[tuple[int, ...]]) -> int:
         """The number of labelled rows."""
         return sum(index != IGNORED for target in targets for index in target)
 
-    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Any]) -> Tensor:
+    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[tuple[int, ...]]) -> Tensor:
         """Cross-entropy of the labelled rows of out [T, C]."""
         gold = torch.tensor([index for target in targets for index in target], device=out.device)
         return F.cross_entropy(out.float(), gold, ignore_index=IGNORED, reduction="sum")
@@ -107,12 +107,19 @@ class TokenClassification(Task[TokensExample]):
 
     def metrics(self, answers: Sequence[Answer], examples: Sequence[TokensExample]) -> dict[str, float]:
         """F1, precision and recall of entities, and the accuracy of tags, over the words that have a gold tag."""
-        pairs = [
-            [(gold, found) for gold, found in zip(example.tags or (), answer["tags"], strict=True) if gold is not None]
-            for answer, example in zip(answers, examples, strict=True)
-        ]
-        gold, found = ([[pair[side] for pair in sentence] for sentence in pairs] for side in (0, 1))
+        gold, found = _known(answers, examples)
         return {**span_scores(gold, found), "accuracy": accuracy(list(chain(*gold)), list(chain(*found)))}
+
+    def parts(self, answers: Sequence[Answer], examples: Sequence[TokensExample]) -> Floats:
+        counts = [_span_counts(*tags) for tags in zip(*_known(answers, examples), strict=True)]
+        return np.array([[2.0 * right, expected + given] for right, expected, given in counts])
+
+    def named(
+        self, answers: Sequence[Answer], examples: Sequence[TokensExample]
+    ) -> list[tuple[set[Named], set[Named]]]:
+        return [
+            (set(spans_of(gold)), set(spans_of(found))) for gold, found in zip(*_known(answers, examples), strict=True)
+        ]
 
     def _tagged(self, example: TokensExample, encoding: Encoding, out: Tensor) -> tuple[list[str], list[float]]:
         """A tag and its probability for each word; ``O`` at probability 1 for words without a row."""
@@ -122,6 +129,15 @@ class TokenClassification(Task[TokensExample]):
         for word, score, index in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
             tags[word], scores[word] = self.spec.labels[index], score
         return tags, scores
+
+
+def _known(answers: Sequence[Answer], examples: Sequence[TokensExample]) -> tuple[list[list[str]], list[list[str]]]:
+    """The gold tags and those found, a list a sentence, of the words that have a gold tag."""
+    pairs = [
+        [(gold, found) for gold, found in zip(example.tags or (), answer["tags"], strict=True) if gold is not None]
+        for answer, example in zip(answers, examples, strict=True)
+    ]
+    return [[gold for gold, _ in pair] for pair in pairs], [[found for _, found in pair] for pair in pairs]
 
 
 def _first_rows(encoding: Encoding) -> dict[int, int]:
@@ -170,17 +186,19 @@ def split_tag(tag: str) -> tuple[str, str]:
 
 def span_scores(gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
     """Micro F1, precision and recall of spans over sentences: a span counts when label and both ends agree."""
-    right = expected = given = 0
-    for gold_tags, found_tags in zip(gold, found, strict=True):
-        gold_spans, found_spans = set(spans_of(gold_tags)), set(spans_of(found_tags))
-        right += len(gold_spans & found_spans)
-        expected += len(gold_spans)
-        given += len(found_spans)
+    counts = [_span_counts(*tags) for tags in zip(gold, found, strict=True)]
+    right, expected, given = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
     return {
-        "f1": 2 * right / (given + expected) if given + expected else 0.0,
-        "precision": right / given if given else 0.0,
-        "recall": right / expected if expected else 0.0,
+        "f1": ratio(2 * right, given + expected),
+        "precision": ratio(right, given),
+        "recall": ratio(right, expected),
     }
+
+
+def _span_counts(gold: Sequence[str], found: Sequence[str]) -> tuple[int, int, int]:
+    """Spans of one sentence: found and right, expected, found."""
+    gold_spans, found_spans = set(spans_of(gold)), set(spans_of(found))
+    return len(gold_spans & found_spans), len(gold_spans), len(found_spans)
 
 
 Span = tuple[int, int]

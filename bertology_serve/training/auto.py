@@ -40,7 +40,7 @@ from bertology_serve.training.learning_curve import draw_curves
 from bertology_serve.training.method_options import Values, join_list
 from bertology_serve.training.methods import count_parameters, specs_for
 from bertology_serve.training.run_directory import CONFIG, Destination, identity
-from bertology_serve.training.train import Outcome, for_encoder, lay_out, machine, task_spec
+from bertology_serve.training.train import Outcome, for_data, for_encoder, lay_out, machine, task_spec
 from bertology_serve.training.train_config import TrainConfig, read_budget
 
 BOARD, PLOT = "board.csv", "board.png"
@@ -248,6 +248,7 @@ def train_auto(
     it won. Under a budget in passes a search is the same every time (on a CPU, with the same number of threads); one
     in minutes is turned into passes by a timing at the beginning.
     """
+    config = for_data(config, train)
     config = for_encoder(replace(config, labels=config.labels or infer_labels(config.task, train.records)), encoder)
     data, (name, free) = Data(train, dev, ood), place.open()
     directory, watcher, shelf = FleetDirectory(free.out.parent, free.path), watcher or Quiet(), Shelf(encoder)

@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import BASE, Pipeline, Request
-from bertology_serve.tasks.base import Task
-from bertology_serve.tasks.spec import EMBEDDING, REGRESSION
+from bertology_serve.tasks.base import Answer, Task
+from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, LABEL_KINDS, REGRESSION
 from bertology_serve.training.batches import Item
 
-CONSTANT, COSINE, PROBE = "constant", "cosine", "probe"
+CONSTANT, COSINE, NAMES, PROBE = "constant", "cosine", "label names", "probe"
+_NAMED = re.compile(r"(?!label_?\d)\w*[^\W\d_]{3}", re.IGNORECASE)
+Rivals = Mapping[str, tuple[Task, list[Answer]]]
 
 
 def baselines(encoder: Encoder, task: Task, items: Sequence[Item], dev: Sequence[Item]) -> dict[str, dict[str, float]]:
-    """The dev metrics of each baseline that the task has, by its name.
+    """The dev metrics of each of ``rivals``, by its name."""
+    examples = [item.example for item in dev]
+    known = rivals(encoder, task, [item.example for item in items], examples)
+    return {name: other.metrics(answers, examples) for name, (other, answers) in known.items()}
 
-    ``constant``: the training data's most frequent label, or mean score, for every text. ``cosine``: for scored pairs
-    the cosine of their embeddings by the untouched encoder.
+
+def rivals(encoder: Encoder, task: Task, known: Sequence[Any], examples: Sequence[Any]) -> Rivals:
+    """Answers to examples that need no training, by name, each with the task that measures them.
+
+    ``constant``: the most frequent label of the ``known`` examples, or their mean score, for every text. By the
+    untouched encoder's embeddings ``cosine``, for scored pairs, and ``label names``: the label whose name is nearest
+    to the text.
     """
-    examples: list[Any] = [item.example for item in dev]
-    found = {}
-    prior = task.prior([item.target for item in items])
-    if prior is not None:
-        found[CONSTANT] = task.metrics([task.decode(item.example, item.encodings, [prior]) for item in dev], examples)
+    found: dict[str, tuple[Task, list[Answer]]] = {}
+    if task.kind in (*LABEL_KINDS, REGRESSION):
+        prior = task.prior([task.target(example, ()) for example in known])
+        if prior is not None:
+            found[CONSTANT] = task, [task.decode(example, (), [prior]) for example in examples]
     if task.kind in (REGRESSION, EMBEDDING) and all(example.text_pair is not None for example in examples):
         pipeline = Pipeline(encoder)
         pairs = ({"text": example.text, "text_pair": example.text_pair} for example in examples)
         answers = [dict(found.answer) for found in pipeline.answer(Request(BASE, pair) for pair in pairs)]
-        found[COSINE] = pipeline.base.task.metrics(answers, examples)
+        found[COSINE] = pipeline.base.task, answers
+    named = task.kind == CLASSIFICATION and all(map(_NAMED.match, task.spec.labels))
+    if named and not any(example.text_pair for example in examples):
+        found[NAMES] = task, _nearest(encoder, task.spec.labels, [example.text for example in examples])
     return found
+
+
+def _nearest(encoder: Encoder, labels: Sequence[str], texts: Sequence[str]) -> list[Answer]:
+    """For each text the label whose name, as words, has the nearest embedding."""
+    pipeline = Pipeline(encoder)
+    asked = [*(re.sub(r"[_\W]+", " ", label).strip() for label in labels), *texts]
+    rows = [found.answer["embedding"] for found in pipeline.answer(Request(BASE, {"text": text}) for text in asked)]
+    vectors = torch.tensor(rows)
+    table = vectors[len(labels) :] @ vectors[: len(labels)].T
+    scores = [dict(zip(labels, row, strict=True)) for row in table.tolist()]
+    best = [max(own, key=own.__getitem__) for own in scores]
+    return [{"label": label, "score": own[label], "scores": own} for label, own in zip(best, scores, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from bertology_serve.data.formats import Fields
 from bertology_serve.data.records import DataLike, Record, name_of, read_records
 from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Example, Task
+from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
 
 # The loss of embeddings compares every pair of a batch with every other: cut, it would be another loss.
@@ -51,6 +52,14 @@ def make_items(task: Task, records: Iterable[tuple[Fields, str]], tokenizer: Pre
     if not items:
         raise DataError("no records were found; expected at least one")
     return items
+
+
+def shaped(task: Task, items: list[Item], balance: bool, smoothing: float) -> list[Item]:
+    """Training items with their targets' class weights and label smoothing; as they are without either."""
+    if not (balance or smoothing) or not isinstance(task, LabelTask):
+        return items
+    targets = task.shaped([item.target for item in items], balance, smoothing)
+    return [replace(item, target=target) for item, target in zip(items, targets, strict=True)]
 
 
 def micro_batches(items: Sequence[Item], max_tokens: int, padded: bool, whole: bool = False) -> list[list[Item]]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from bertology_serve.data.formats import Fields
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
@@ -17,19 +15,8 @@ from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Answer, Task
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.training.batches import WHOLE_BATCH, Item, micro_batches
+from bertology_serve.training.evaluation import Evaluation, Records
 from bertology_serve.training.processes import ALONE, Processes
-
-Records = Iterable[tuple[Fields, str]]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """``metrics`` as fractions, the answer to each example, in order, and how many texts were cut to the delta's
-    maximum length."""
-
-    metrics: dict[str, float]
-    answers: list[Answer]
-    truncated: int = 0
 
 
 def evaluate(
@@ -56,10 +43,11 @@ def evaluate(
     answers: list[Answer] = []
     truncated = 0
     for prediction in pipeline.stream(requests, max_tokens):
-        answers.append(dict(prediction.answer))
+        told = prediction.as_dict()  # what was cut says so
+        answers.append({name: value for name, value in told.items() if name not in ("delta", "version", "task")})
         truncated += prediction.truncated
         advance(1)
-    return Evaluation(task.metrics(answers, examples), answers, truncated)
+    return Evaluation(task.metrics(answers, examples), answers, truncated, task, examples, rows)
 
 
 def measure(

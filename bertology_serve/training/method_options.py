@@ -22,7 +22,7 @@ KINDS: Mapping[str, float] = {
     "prefix": 3e-2,
     "ia3": 1e-2,
     "norms": 4e-3,
-    "vera": 1e-2,
+    "vera": 3e-2,
 }
 """The kinds that are trained, and the highest learning rate of each.
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Task
+from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.logistic import LOOSE, Logistic, Ridge, Solution
-from bertology_serve.tasks.spec import REGRESSION
+from bertology_serve.tasks.spec import MULTI_LABEL
 from bertology_serve.training.batches import Item
 from bertology_serve.training.callbacks import Callback, NoCallback
 from bertology_serve.training.checkpoint import RunState
@@ -29,11 +29,11 @@ HELD_OUT = 0.1
 
 @dataclass(frozen=True)
 class Part:
-    """Some items, their features by layer, and their labels or scores [N]."""
+    """Some items, their features by layer, and their scores [N], or what their labels weigh (``LabelTask.rows``)."""
 
     items: Sequence[Item]
     rows: Features
-    labels: Tensor
+    targets: Tensor
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,13 @@ class Solver:
         return replace(best, metrics=metrics)
 
     def _problem(self, part: Part, layer: int) -> Logistic | Ridge:
-        """What is solved: logistic or, for scores, ridge regression."""
-        if self.task.kind == REGRESSION:
-            return Ridge(part.rows[layer], part.labels)
-        return Logistic(part.rows[layer], part.labels, len(self.live.task.labels))
+        """What is solved: logistic regression, one-vs-rest where several labels may apply; for scores ridge."""
+        if not isinstance(self.task, LabelTask):
+            return Ridge(part.rows[layer], part.targets)
+        if self.task.kind != MULTI_LABEL:
+            return Logistic(part.rows[layer], part.targets)
+        has, lacks = part.targets.chunk(2, 1)
+        return Logistic(part.rows[layer], has, lacks)
 
     def _solutions(self, layer: int, fit: Part) -> Iterator[tuple[int, Solution]]:
         problem, start = self._problem(fit, layer), None
@@ -121,11 +124,11 @@ class Solver:
 
     def _tried(self, layer: int, index: int, solution: Solution, held: Part) -> ChosenC:
         logits = solution.logits(held.rows[layer])
-        if self.task.kind == REGRESSION:
+        if isinstance(self.task, LabelTask):  # without the answers in words, of which there are many
+            main = self.task.quick(logits, held.targets)
+            metrics = {self.task.main_metric: main, "loss": self._loss(logits, held)}
+        else:
             metrics = self._measure(logits, held)
-        else:  # without the answers in words, of which there are many
-            accuracy = (logits.argmax(1) == held.labels).double().mean().item()
-            metrics = {"accuracy": accuracy, "loss": F.cross_entropy(logits, held.labels).item()}
         self.state.step += 1
         about = {"layer": layer, "c": self.path[index], "loss": solution.loss, "eval": metrics}
         self.directory.log({**self._place(), **about})
@@ -139,7 +142,8 @@ class Solver:
 
     def _part(self, items: Sequence[Item]) -> Part:
         rows = features(self.live, items, self.layers, self.config.max_tokens, self.folder)
-        return Part(items, rows, torch.tensor([item.target for item in items]))
+        targets = [item.target for item in items]
+        return Part(items, rows, self.task.rows(targets) if isinstance(self.task, LabelTask) else torch.tensor(targets))
 
     @torch.no_grad()
     def _set(self, solution: Solution) -> None:
@@ -161,8 +165,10 @@ class Solver:
             self.task.decode(item.example, item.encodings, [own]) for item, own in zip(part.items, logits, strict=True)
         ]
         metrics = self.task.metrics(answers, [item.example for item in part.items])
-        loss = self.task.loss(logits, [1] * len(logits), part.labels.tolist())
-        return {**metrics, "loss": float(loss) / len(logits)}
+        return {**metrics, "loss": self._loss(logits, part)}
+
+    def _loss(self, logits: Tensor, part: Part) -> float:
+        return float(self.task.loss(logits, [1] * len(logits), [item.target for item in part.items])) / len(logits)
 
 
 def _split(whole: Part, seed: int) -> tuple[Part, Part]:
@@ -174,7 +180,7 @@ def _split(whole: Part, seed: int) -> tuple[Part, Part]:
 
 def _chosen(part: Part, at: Tensor) -> Part:
     rows = {layer: rows[at] for layer, rows in part.rows.items()}
-    return Part([part.items[i] for i in at.tolist()], rows, part.labels[at])
+    return Part([part.items[i] for i in at.tolist()], rows, part.targets[at])
 
 
 def _shown(choice: ChosenC) -> JsonObject:

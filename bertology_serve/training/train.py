@@ -17,10 +17,12 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta, nested
 from bertology_serve.kinds import kinds
 from bertology_serve.tasks.base import Task, all_pairs
+from bertology_serve.tasks.fields import holds_several
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import TaskSpec
+from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
-from bertology_serve.training.batches import Data, Item, Source, make_items
+from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
+from bertology_serve.training.calibration import settled
 from bertology_serve.training.callbacks import Callback, NoCallback
 from bertology_serve.training.checkpoint import RunState
 from bertology_serve.training.config_file import settings_text
@@ -82,6 +84,7 @@ def prepare(
     live, task = make_live(encoder, config, spec), task_for(spec)
     items = make_items(task, train.records, encoder.tokenizer)
     start_at_mean(live, items)
+    items = shaped(task, items, config.balance, config.label_smoothing)
     others = [make_items(task, source.records, encoder.tokenizer) if source else [] for source in (dev, ood)]
     return Prepared(live, task, items, *others)
 
@@ -110,7 +113,7 @@ def train(
     what ``config.toml``, which lies beside the delta in the end, says of the backbone and the data; names by default.
     All of ``processes`` call this with the same arguments but ``encoder``'s device; see there.
     """
-    config = for_encoder(config, encoder)
+    config = for_encoder(for_data(config, train), encoder)
     plan = stages(config)
     name, directory = place.open()
     products = {stage.kept: place.beside(stage.kept).open() for stage in plan if stage.kept}
@@ -177,22 +180,31 @@ class StageRun:
             trainer.begin_at(before.metrics)
         state = trainer.run()
         if before and isinstance(trainer, Trainer) and trainer.unimproved:
-            return self._unimproved(before, number, state, out)
-        config = self.config if number == count else stage.config
-        delta = finished(live, ready, state, config, self.data, known, name, self.version, self.processes)
-        leads, extras = self.processes.leads, self.directory.extras()
-        difference = publish(delta, live, out, *ready.sample(self.data), extra=extras) if leads else 0.0
-        self.processes.wait()
+            return self._unimproved(before, ready, state, out)
+        last = number == count
+        config = self.config if last else stage.config
+        delta = finished(live, ready, state, config, self.data, known, name, self.version, self.processes, last)
+        difference = self._publish(delta, live, ready, out)
         held = state_bytes(trainer.optimizer) if isinstance(trainer, Trainer) else 0
         return Outcome(delta, out, count_parameters(live), state, difference, held, known)
 
-    def _unimproved(self, before: Delta, number: int, state: RunState, out: Path) -> Outcome:
-        """Publishes the stage before: no state of this one was better on the dev set."""
-        if self.processes.leads:
-            publish_copy(self.directory.stage(number - 1), out, self.directory.extras())
+    def _unimproved(self, before: Delta, ready: Prepared, state: RunState, out: Path) -> Outcome:
+        """Publishes the stage before, the probe: no state of this one was better on the dev set."""
+        live = ready.live
+        live.head.adopt(before.head)
+        with settled(live, ready.dev, self.config.max_tokens, self.config.calibrate) as scores:
+            facts = {**before.provenance, **scores.facts}
+            delta = live.freeze(before.name, self.version, {**before.metrics, **scores.metrics}, facts)
+        difference = self._publish(delta, live, ready, out)
+        counts = ParameterCount(0, sum(tensor.numel() for tensor in before.head.values()), 0)
+        return Outcome(delta, out, counts, state, difference, baselines=self.baselines, unimproved=True)
+
+    def _publish(self, delta: Delta, live: TrainableDelta, ready: Prepared, out: Path) -> float:
+        """Publishes a delta once, whatever the number of processes; see ``publish``."""
+        leads, extras = self.processes.leads, self.directory.extras()
+        difference = publish(delta, live, out, *ready.sample(self.data), extra=extras) if leads else 0.0
         self.processes.wait()
-        head = sum(tensor.numel() for tensor in before.head.values())
-        return Outcome(before, out, ParameterCount(0, head, 0), state, 0.0, baselines=self.baselines, unimproved=True)
+        return difference
 
 
 def finished(
@@ -205,12 +217,17 @@ def finished(
     name: str,
     version: str = "",
     processes: Processes = ALONE,
+    last: bool = True,
 ) -> Delta:
-    """The delta that training ended with: its metrics, on ``ood`` items too, what it had to beat, how it came to be."""
-    elsewhere = measure(live, ready.task, ready.ood, config.max_tokens, processes) if ready.ood else {}
-    metrics = {**state.metrics, **{f"ood_{metric}": value for metric, value in elsewhere.items()}}
+    """The delta that training ended with: its metrics, on ``ood`` items too, what it had to beat, how it came to be.
+
+    What the dev set settles is in it where the stage is the ``last``: others begin with the head as it was trained.
+    """
     facts = provenance(config, count_parameters(live), state, data, live.encoder, processes.count)
-    return live.freeze(name, version, metrics, {**facts, "baselines": known})
+    with settled(live, ready.dev if last else (), config.max_tokens, config.calibrate) as scores:
+        elsewhere = measure(live, task_for(live.task), ready.ood, config.max_tokens, processes) if ready.ood else {}
+        metrics = {**state.metrics, **scores.metrics, **{f"ood_{metric}": value for metric, value in elsewhere.items()}}
+        return live.freeze(name, version, metrics, {**facts, "baselines": known, **scores.facts})
 
 
 def _continued(stage: Stage, ready: Prepared, before: Delta) -> TrainableDelta:
@@ -262,6 +279,12 @@ def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
     if not config.recipe:
         parts.append(f"{chosen.passes(rows)} epochs" + ("" if config.epochs else f", for {rows:,} rows"))
     return "; ".join(parts)
+
+
+def for_data(config: TrainConfig, train: Source) -> TrainConfig:
+    """The configuration for multi-label where a classification's labels are lists."""
+    several = config.task == CLASSIFICATION and holds_several(train.records)
+    return replace(config, task=MULTI_LABEL) if several else config
 
 
 def task_spec(config: TrainConfig, encoder: Encoder, train: Source) -> TaskSpec:

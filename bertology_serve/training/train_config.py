@@ -11,7 +11,7 @@ from typing import Any, Literal
 from bertology_serve.errors import SpecError, nearest
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.fields import read_label
-from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, QUESTION_ANSWERING, REGRESSION, TASK_KINDS, TaskSpec
+from bertology_serve.tasks.spec import EMBEDDING, LABEL_KINDS, QUESTION_ANSWERING, TASK_KINDS, TEXT_KINDS, TaskSpec
 from bertology_serve.training.method_options import (
     AUTO,
     FULL,
@@ -25,7 +25,7 @@ from bertology_serve.training.method_options import (
 )
 
 ALONE = (*SPECS, AUTO)
-SOLVED = (CLASSIFICATION, REGRESSION)
+SOLVED = TEXT_KINDS
 """The tasks whose probe can be solved."""
 LP, LP_FT, EH_FT = "lp", "lp-ft", "eh-ft"
 DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP: PROBE, LP_FT: FULL, EH_FT: "lora"}
@@ -66,7 +66,7 @@ class TrainConfig:
     start: Literal["probe", "random"] = _option(
         "probe",
         "Where the head begins. probe: at the linear probe, solved on the frozen encoder's rows in seconds "
-        "(classification, regression); what is published is never worse on --eval. random: at random numbers.",
+        "(classification, multi-label, regression); what is published is never worse on --eval. random: at random.",
     )
     epochs: int | None = _option(None, "Passes over the training data. Default: 3, more for fewer than 2,000 rows.")
     first_epochs: int | None = _option(
@@ -91,6 +91,14 @@ class TrainConfig:
     labels: tuple[str, ...] = _option(
         (), "Labels in logit order, with commas (quoted where they hold one). Default: those of the training data."
     )
+    balance: bool = _option(
+        False, "Weigh examples so that every label counts alike, however rare it is (classification, multi-label)."
+    )
+    label_smoothing: float = _option(0.0, "Share of each target that is spread over all labels.")
+    calibrate: bool = _option(
+        True, "Fit a temperature on --eval and put it into the head: scores then say how often answers are right."
+    )
+    abstain: float = _option(0.0, "Least score at which an answer names a label; below it the label is null.")
     max_length: int | None = _option(None, "Longest sequence in tokens. Default: 384 for question answering, else 128.")
     pooling: Literal["cls", "mean", "max"] | None = _option(
         None,
@@ -139,6 +147,9 @@ class TrainConfig:
         for name, least in _LEAST.items():
             _check_number(name, getattr(self, name), least)
         _check_number("warmup", self.warmup, 0, most=1)
+        _check_number("label_smoothing", self.label_smoothing, 0, most=0.99)
+        if (self.balance or self.label_smoothing) and self.task not in LABEL_KINDS:
+            raise SpecError(f"balance and label_smoothing are for {' and '.join(LABEL_KINDS)}, not {self.task}")
         _check_number("beta2", self.beta2, 0, most=1)
         object.__setattr__(self, "budget", str(self.budget))
         read_budget(self.budget)
@@ -176,7 +187,7 @@ class TrainConfig:
     @property
     def form(self) -> TaskSpec:
         """The task as far as it is known without data: labels may stand for others."""
-        labelled = self.task in ("classification", "token-classification")
+        labelled = self.task in (*LABEL_KINDS, "token-classification")
         return self.task_spec(("O",) if labelled and not self.labels else self.labels)
 
     def rate(self, method: str) -> float:
@@ -202,6 +213,7 @@ class TrainConfig:
             head=self.head or ("none" if embedding else "linear" if probe else TaskSpec.head),
             stride=TaskSpec.stride if self.stride is None else self.stride,
             max_answer_length=self.max_answer_length or TaskSpec.max_answer_length,
+            abstain=self.abstain,
         )
 
     def as_dict(self) -> JsonObject:

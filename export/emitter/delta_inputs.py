@@ -20,13 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bertology_serve.encoder.bank import PREFIX, PROMPT, DeltaBank, Entry, adapter, inner, scale
+from bertology_serve.encoder.bank import PREFIX, PROMPT, BankEntry, DeltaBank, adapter, inner, scale
 from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.export.emitter.nodes import Nodes, Value
 from bertology_serve.kernels.segments import RowSegment
@@ -144,7 +143,7 @@ class Tables:
         return self.places[place].width(column, layer)
 
 
-Arrays = dict[str, NDArray[Any]]
+Arrays = dict[str, NDArray[np.generic]]
 _BLANK = RowSegment(0, 0, 0, 0)
 
 
@@ -173,11 +172,11 @@ class Feed:
                 found[self.places[name].input(column)] = tensor.numpy()
         return self._empty | found
 
-    def takes(self, entries: Iterable[Entry]) -> bool:
+    def takes(self, entries: Iterable[BankEntry]) -> bool:
         """Whether the graph has a place for all that these deltas change."""
         return all(entry.rows.keys() <= self.places.keys() for entry in entries)
 
-    def tables(self, entries: Sequence[Entry]) -> Arrays:
+    def tables(self, entries: Sequence[BankEntry]) -> Arrays:
         """``delta`` [S] and the tables, a row for each delta among the sequences' entries, in order of appearance."""
         deltas = {entry.key: entry for entry in entries}
         numbers = {key: number for number, key in enumerate(deltas)}
@@ -200,7 +199,9 @@ class Feed:
         return self._blank[deltas]
 
 
-def _table(place: Stack, table: str, rows: Sequence[RowSegment | None], deltas: Sequence[Entry]) -> NDArray[np.int64]:
+def _table(
+    place: Stack, table: str, rows: Sequence[RowSegment | None], deltas: Sequence[BankEntry]
+) -> NDArray[np.int64]:
     """[D, n]: one of the tables of a place where a delta is."""
     if table == "form":
         return np.array([(_prompt if place.name == PROMPT else _prefix)(delta) for delta in deltas], np.int64)
@@ -218,7 +219,7 @@ def _table(place: Stack, table: str, rows: Sequence[RowSegment | None], deltas: 
     return numbers
 
 
-def _prompt(entry: Entry) -> tuple[int, int, int, int]:
+def _prompt(entry: BankEntry) -> tuple[int, int, int, int]:
     """Length, lead, shifted, first."""
     prompt, length = entry.prompt, entry.prompt_length
     if prompt is None:
@@ -228,7 +229,7 @@ def _prompt(entry: Entry) -> tuple[int, int, int, int]:
     return length, 0 if before else 1, int(prompt.positions == "shifted"), first
 
 
-def _prefix(entry: Entry) -> tuple[int, int]:
+def _prefix(entry: BankEntry) -> tuple[int, int]:
     """Length, shifted."""
     return entry.prefix_length, int(entry.prefix is not None and entry.prefix.positions == "shifted")
 

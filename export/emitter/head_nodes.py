@@ -4,70 +4,66 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from torch import Tensor
 
 from bertology_serve.export.emitter.nodes import ACTIVATION_NODES, Nodes, Value, counted, joined
-from bertology_serve.export.emitter.nodes import ACTIVATION_NODES as NODES
-from bertology_serve.export.emitter.row_nodes import Mixed, Rows, Runs, changes, tile
+from bertology_serve.export.emitter.row_nodes import MixedRows, Rows, Runs, changes, tile
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.session import LOGITS, POOLED, ROWS
 from bertology_serve.tasks.heads import Head, Layer
 from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING
 
 
-def read(nodes: Nodes, parts: ExportInputs, rows: Rows, hidden: Value) -> dict[str, Value]:
-    """hidden [T, H] -> ``parts.outputs`` by name."""
-    task = parts.task
+def read(export_inputs: ExportInputs, rows: Rows, hidden: Value) -> dict[str, Value]:
+    """The answers of one delta: hidden [T, H] -> ``export_inputs.outputs`` by name."""
+    task = export_inputs.task
     if task.kind == QUESTION_ANSWERING:
-        out = rows.callers(answered(nodes, parts, hidden))
-        return {name: out.gather(column, 2) for column, name in enumerate(parts.outputs)}
+        out = rows.callers(_answered(export_inputs, hidden))
+        return {name: out.gather(column, 2) for column, name in enumerate(export_inputs.outputs)}
     if task.per_token:
-        return {LOGITS: rows.callers(answered(nodes, parts, hidden))}
-    out = answered(nodes, parts, pooled(parts, rows, hidden))
+        return {LOGITS: rows.callers(_answered(export_inputs, hidden))}
+    out = _answered(export_inputs, pooled(rows, hidden, export_inputs.anatomy.hidden, task.pooling))
     if task.kind != EMBEDDING:
         return {LOGITS: out}
-    return {ROWS: rows.callers(hidden), POOLED: unit(nodes, out) if task.normalize else out}
+    return {ROWS: rows.callers(hidden), POOLED: unit(out) if task.normalize else out}
 
 
-def pooled(parts: ExportInputs, rows: Rows, hidden: Value) -> Value:
-    """One row a sequence, of text alone: [T, H] -> [B, H].
+def pooled(rows: Rows, hidden: Value, width: int, how: str) -> Value:
+    """One row a sequence, of text alone: [T, width] -> [B, width].
 
     The mean is a product with the mask, taken twice: ONNX Runtime's sum over an axis rounds differently for one
     sequence than for several, and its product of one row by how wide the grid is. In its product of two rows padding
     adds zeros and nothing else, so that an answer does not depend on its neighbours even in the last bit.
     """
-    if parts.task.pooling == "cls":
+    if how == "cls":
         return rows.first(hidden)
-    grid = rows.grid(hidden, 1, parts.anatomy.hidden).squeeze(1)
-    if parts.task.pooling == "max":
+    grid = rows.grid(hidden, 1, width).squeeze(1)
+    if how == "max":
         return rows.spoken.unsqueeze(2).where(grid, rows.nodes.lowest).reduce("Max", 1)
     spoken = rows.spoken.real().unsqueeze(1)
     return (joined(1, spoken, spoken) @ grid).gather(0, 1) / rows.text.count.real()
 
 
-def answered(nodes: Nodes, parts: ExportInputs, rows: Value) -> Value:
+def _answered(export_inputs: ExportInputs, x: Value) -> Value:
     """The head: ``LN(act(x W + b))`` layer after layer, as ``tasks.heads`` has it."""
-    for layer in parts.head.layers:
+
+    def own(path: str, tensor: Tensor | None) -> Value | None:
+        return None if tensor is None else x.nodes.weight(export_inputs.named_in_head(path), tensor)
+
+    for layer in export_inputs.head.layers:
         assert isinstance(layer, Layer)
-        rows = _dense(nodes, parts, layer, rows)
-    return rows
+        form, linear, norm = layer.form, layer.linear, layer.norm
+        x, bias = x @ own(f"{form.path}.weight", linear.weight.T), own(f"{form.path}.bias", linear.bias)
+        x = ACTIVATION_NODES[form.activation](x if bias is None else x + bias)
+        if norm is not None:
+            scale, shift = own(f"{form.norm}.weight", norm.weight), own(f"{form.norm}.bias", norm.bias)
+            x = x.nodes("LayerNormalization", x, scale, shift, axis=-1, epsilon=norm.eps)
+    return x
 
 
-def _dense(nodes: Nodes, parts: ExportInputs, layer: Layer, x: Value) -> Value:
-    form, linear, norm = layer.form, layer.linear, layer.norm
-    y = x @ nodes.weight(parts.named_in_head(f"{form.path}.weight"), linear.weight.T)
-    if linear.bias is not None:
-        y = y + nodes.weight(parts.named_in_head(f"{form.path}.bias"), linear.bias)
-    y = ACTIVATION_NODES[form.activation](y)
-    if norm is None:
-        return y
-    scale = nodes.weight(parts.named_in_head(f"{form.norm}.weight"), norm.weight)
-    shift = None if norm.bias is None else nodes.weight(parts.named_in_head(f"{form.norm}.bias"), norm.bias)
-    return nodes("LayerNormalization", y, scale, shift, axis=-1, epsilon=norm.eps)
-
-
-def unit(nodes: Nodes, x: Value) -> Value:
+def unit(x: Value) -> Value:
     """Rows of length 1."""
-    return x / nodes("Max", nodes("ReduceL2", x, [1], keepdims=1), 1e-12)
+    return x / x.nodes("Max", x.nodes("ReduceL2", x, [1], keepdims=1), 1e-12)
 
 
 def activations_of(head: Head) -> list[str | None]:
@@ -82,10 +78,10 @@ POOLINGS = ("cls", "mean", "max")
 HEAD_ACTIVATIONS = (None, "tanh", "gelu", "relu", "silu", "gelu_new", "gelu_pytorch_tanh")
 
 
-class Heads:
+class StackedHeads:
     """The heads' inputs, and the outputs of a batch; ``eps`` is that of the heads' norms, ``None`` without norms."""
 
-    def __init__(self, nodes: Nodes, rows: Mixed, hidden: int, eps: float | None) -> None:
+    def __init__(self, nodes: Nodes, rows: MixedRows, hidden: int, eps: float | None) -> None:
         self.nodes, self.rows, self.hidden, self.eps = nodes, rows, hidden, eps
         self.form = nodes.input(FORM, ("deltas", UNIT + 1))
         shapes: dict[str, tuple[str | int, ...]] = {
@@ -109,16 +105,14 @@ class Heads:
         kind = self._of(rows.delta, POOLING)
 
         def spread() -> Value:
-            grid, spoken = rows.grid(hidden, 1, self.hidden).squeeze(1), rows.spoken.unsqueeze(2)
-            mean = spoken.where(grid, 0.0).reduce("Sum", 1) / rows.text.count.real()
-            most = spoken.where(grid, nodes.lowest).reduce("Max", 1)
-            return nodes("Equal", kind, 0).where(rows.first(hidden), nodes("Equal", kind, 1).where(mean, most))
+            found = [pooled(rows, hidden, self.hidden, how) for how in POOLINGS]
+            return nodes("Equal", kind, 0).where(found[0], nodes("Equal", kind, 1).where(found[1], found[2]))
 
         return nodes.choose(self._any(kind), spread, lambda: rows.first(hidden))
 
     def embedding(self, pooled: Value) -> Value:
         """[B, H], of unit length where the delta wants that."""
-        return self.nodes("Equal", self._of(self.rows.delta, UNIT), 1).where(unit(self.nodes, pooled), pooled)
+        return self.nodes("Equal", self._of(self.rows.delta, UNIT), 1).where(unit(pooled), pooled)
 
     def sequences(self, pooled: Value) -> Value:
         """pooled [B, H] -> [B, C]; zeros beyond a delta's own labels, and where it has no such head."""
@@ -154,7 +148,7 @@ class Heads:
         y, kind = self._linear(runs, x, "dense", DENSE), self._of(runs.index, ACTIVATION)
         acted = y
         for number, name in enumerate(HEAD_ACTIVATIONS[1:], 1):
-            acted = self.nodes("Equal", kind, number).where(NODES[name](y), acted)
+            acted = self.nodes("Equal", kind, number).where(ACTIVATION_NODES[name](y), acted)
         if self.eps is not None:
             ones, row = self.nodes.constant(np.ones(self.hidden, np.float32)), dense.squeeze(1)
             acted = self.nodes("LayerNormalization", acted, ones, axis=-1, epsilon=self.eps)

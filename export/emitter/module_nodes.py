@@ -1,19 +1,17 @@
-"""The encoder's linears and norms as nodes, with what one delta, or every sequence's own, adds to them."""
+"""The linears and norms of an encoder as nodes, with what deltas do to each."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
-from torch import Tensor
 
 from bertology_serve.encoder.bank import PROMPT, adapter, inner, scale
-from bertology_serve.export.emitter.delta_inputs import Tables, adapter_places
-from bertology_serve.export.emitter.nodes import ACTIVATION_NODES, Nodes, Value
+from bertology_serve.export.emitter.delta_inputs import GATED
+from bertology_serve.export.emitter.nodes import Nodes, Value, either
 from bertology_serve.export.emitter.products import PRODUCTS
-from bertology_serve.export.emitter.row_nodes import Mixed, Rows
+from bertology_serve.export.emitter.row_nodes import Rows
 from bertology_serve.export.emitter.updates import Updates
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import Precision
@@ -23,68 +21,65 @@ Then = Callable[[Value], Value]
 
 
 def same(y: Value) -> Value:
-    """Nothing more is done with it."""
+    """``y`` as it is: what a linear does by default with its output."""
     return y
 
 
 class Modules:
-    """Linears and norms by slot and layer; rows [T, K] -> [T, N]."""
+    """Linears and norms by slot and layer, with what deltas do to them; rows [T, K] -> [T, N]."""
 
-    def __init__(self, nodes: Nodes, parts: ExportInputs, precision: Precision = "fp32") -> None:
-        self.nodes, self.parts = nodes, parts
+    def __init__(self, export_inputs: ExportInputs, updates: Updates, precision: Precision = "fp32") -> None:
+        self.nodes: Nodes = updates.nodes
+        self.updates, self.config, self.state = updates, export_inputs.config, export_inputs.state
+        self.anatomy, self.activation = export_inputs.anatomy, export_inputs.activation
+        self.positions = export_inputs.positions
         self._product, self._apart = PRODUCTS[precision], precision == "int8-row"
-        self._updates: dict[str, list[tuple[Slot, int]]] = defaultdict(list)
-        self._adapters: dict[str, list[tuple[str, int]]] = defaultdict(list)
-        effects = parts.effects
-        for name in sorted(effects.low_rank.keys() | effects.bias.keys()):
-            slot = parts.anatomy.slot(name)
-            for layer in slot.present:
-                self._updates[str(slot.paths[layer])].append((slot, layer))
-        for name, unit in effects.bottleneck.items():
-            for layer in unit.layers:
-                self._adapters[str(parts.anatomy.slot(name).paths[layer])].append((name, layer))
 
     def has(self, slot: str, layer: int = 0) -> bool:
         """Whether a layer has the module."""
-        found = self.parts.anatomy.slots.get(slot)
+        found = self.anatomy.slots.get(slot)
         return found is not None and found.paths[layer] is not None
 
     def own(self, name: str) -> Value | None:
         """A tensor of the encoder; ``None`` where it has none of that name."""
-        tensor = self.parts.state.get(name)
+        tensor = self.state.get(name)
         return None if tensor is None else self.nodes.weight(name, tensor)
-
-    def mine(self, name: str, tensor: Tensor) -> Value:
-        """A tensor of the delta."""
-        return self.nodes.weight(self.parts.named(name), tensor)
 
     def prompted(self, words: Value, rows: Rows) -> Value:
         """The words' vectors [T, E], at the prompt's rows the prompt's."""
-        prompt = self.parts.effects.prompt
-        if prompt is None or rows.virtual is None:
+        if rows.virtual is None or rows.which is None:
             return words
-        vectors = self.mine("prompt.vectors", prompt.vectors[None]).squeeze(0)
-        return rows.virtual.unsqueeze(1).where(vectors.gather(rows.which), words)
+        virtual, which = rows.virtual.unsqueeze(1), rows.which
+        return self.nodes.choose(
+            self.updates.used(PROMPT), lambda: virtual.where(self.updates.vectors(which), words), lambda: words
+        )
 
     def linear(self, slot: str, layer: int, x: Value, residual: Value | None = None, then: Then = same) -> Value:
-        """``then(x W + b + Σ updates)``, through the adapters that stand behind it, ``+ residual``."""
-        path = self.path(slot, layer)
-        terms = [*self.frozen(path, x), *self._added(path, x)]
-        adapters = self._adapters.get(path, [])
-        if adapters:
-            y = self.nodes.total(*terms)
-            for name, at in adapters:
-                y = y + self._adapter(name, at, y)
-            terms = [y]
-        return then(self.summed(terms, residual))
+        """``then(x W + b + residual)``, with low ranks, biases and factors, through the adapter that stands behind."""
+        if slot not in GATED:
+            x = self.gated(slot, layer, partial(same, x))
+        linear, place, choose = _Linear(self, slot, layer, x, residual), adapter(slot), self.nodes.choose
+        adapted = self.updates.used(place, layer)
+
+        def through() -> Value:
+            y = choose(linear.used, lambda: linear.changed(same, apart=True), lambda: linear.plain)
+            return then(self.summed([y, self.updates.adapted(place, layer, y)], residual))
+
+        def changed() -> Value:
+            return choose(adapted, through, lambda: linear.changed(then))
+
+        return choose(either(linear.used, adapted), changed, lambda: then(linear.unchanged()))
 
     def gated(self, slot: str, layer: int, x: Callable[[], Value]) -> Value:
-        """What ``x`` builds, the input of a linear, times the delta's factors."""
-        return x()
+        """What ``x`` builds, the input of a linear, times the factors of deltas."""
+        place = inner(slot)
+        return self.nodes.choose(
+            self.updates.used(place, layer), lambda: x() * self.updates.factors(place, layer, 1.0), x
+        )
 
     def frozen(self, path: str, x: Value) -> list[Value]:
         """``x W`` and, where there is one, ``b``."""
-        y, bias = self._product(x, f"{path}.weight", self.parts.state[f"{path}.weight"]), self.own(f"{path}.bias")
+        y, bias = self._product(x, f"{path}.weight", self.state[f"{path}.weight"]), self.own(f"{path}.bias")
         return [y] if bias is None else [y, bias]
 
     def summed(self, terms: list[Value], residual: Value | None = None) -> Value:
@@ -96,142 +91,67 @@ class Modules:
             return terms[0] + terms[1]
         return self.nodes.total(*terms, *([] if residual is None else [residual]))
 
-    def norm(self, slot: str, layer: int, x: Value) -> Value:
-        """``LN(x) + Σ updates``; used again around an adapter: ``LN(adapter(LN(x)) + x)`` (Pfeiffer et al. 2020)."""
-        path = self.path(slot, layer)
-        y = self._normed(path, x)
-        for name, at in self._adapters.get(path, []):
-            y = self._normed(path, self._adapter(name, at, y) + x)
-        return y
+    def shifted(self, slot: str, layer: int, *terms: Value) -> Value:
+        """The sum of the terms [T, N] and of the biases that deltas put at a slot without low ranks."""
 
-    def _normed(self, path: str, x: Value) -> Value:
-        scale, bias = self.own(f"{path}.weight"), self.own(f"{path}.bias")
-        y = self.nodes("LayerNormalization", x, scale, bias, axis=-1, epsilon=self._epsilon)
-        return self.nodes.total(y, *self._added(path, x))
+        def total(biases: Sequence[Value] = ()) -> Value:
+            return self.nodes.total(*terms, *biases)
 
-    @property
-    def _epsilon(self) -> float:
-        config = self.parts.config
-        names = ("layer_norm_eps", "norm_eps")
-        return next((float(getattr(config, name)) for name in names if hasattr(config, name)), 1e-12)
-
-    def _added(self, path: str, x: Value) -> Iterator[Value]:
-        """What low ranks and biases add to a module's output."""
-        effects = self.parts.effects
-        width = self.parts.state[f"{path}.weight"].shape[0]
-        for slot, layer in self._updates.get(path, []):
-            place, low, shift = f"{slot.name}.{layer}", effects.low_rank.get(slot.name), effects.bias.get(slot.name)
-            lo, hi = slot.part or (0, width)
-            if low is not None:
-                right, left = low.at(slot, layer)
-                a, b = self.mine(f"{place}.a", right.T), self.mine(f"{place}.b", left)
-                yield self.widened(x @ a @ b, [0, lo, 0, width - hi])
-            if shift is not None:
-                yield self.widened(self.mine(f"{place}.bias", shift[layer, : slot.outputs_of(layer)]), [lo, width - hi])
-
-    def widened(self, value: Value, pads: list[int]) -> Value:
-        """Zeros around the columns that a slot names of a packed projection."""
-        return self.nodes("Pad", value, pads, 0.0) if any(pads) else value
-
-    def _adapter(self, name: str, layer: int, x: Value) -> Value:
-        """``act(x D + b_d) U + b_u`` (Houlsby et al. 2019)."""
-        unit, place = self.parts.effects.bottleneck[name], f"{name}.{layer}.adapter"
-        down, up = self.mine(f"{place}.down", unit.down[layer].T), self.mine(f"{place}.up", unit.up[layer])
-        down_bias = self.mine(f"{place}.down_bias", unit.down_bias[layer])
-        up_bias = self.mine(f"{place}.up_bias", unit.up_bias[layer])
-        return ACTIVATION_NODES[unit.activation](x @ down + down_bias) @ up + up_bias
-
-    def path(self, slot: str, layer: int) -> str:
-        return str(self.parts.anatomy.slot(slot).paths[layer])
-
-
-class MixedModules(Modules):
-    """Linears and norms by slot and layer."""
-
-    def __init__(self, parts: ExportInputs, tables: Tables, rows: Mixed, precision: Precision = "fp32") -> None:
-        super().__init__(tables.nodes, parts, precision)
-        self.tables, self.changes, self.adapters = tables, Updates(tables, rows.runs), adapter_places(parts.anatomy)
-
-    def prompted(self, words: Value, rows: Rows) -> Value:
-        assert rows.virtual is not None
-        assert rows.which is not None
-        virtual, which = rows.virtual.unsqueeze(1), rows.which
-        return self.nodes.choose(
-            self.tables.used(PROMPT, "rows"),
-            lambda: virtual.where(self.tables.rows(PROMPT, "v", 0, which), words),
-            lambda: words,
-        )
-
-    def linear(self, slot: str, layer: int, x: Value, residual: Value | None = None, then: Then = same) -> Value:
-        """``then(x W + b + residual)``, with low ranks and biases, through the adapters that stand behind it."""
-        linear, name = _Linear(self, slot, layer, x, residual), adapter(slot)
-
-        def through() -> Value:
-            y = self.nodes.choose(linear.used, lambda: linear.changed(same, apart=True), lambda: linear.plain)
-            return then(self.summed([y, self.changes.adapted(name, layer, y)], residual))
-
-        def changed() -> Value:
-            if slot not in self.adapters:
-                return linear.changed(then)
-            return self.nodes.choose(self.changes.used(name), through, lambda: linear.changed(then))
-
-        used = linear.used | self.changes.used(name) if slot in self.adapters else linear.used
-        return self.nodes.choose(used, changed, lambda: then(linear.unchanged()))
-
-    def gated(self, slot: str, layer: int, x: Callable[[], Value]) -> Value:
-        place = inner(slot)
-        return self.nodes.choose(self.changes.used(place), lambda: x() * self.changes.factors(place, layer, 1.0), x)
+        used = self.updates.used(slot, layer)
+        return self.nodes.choose(used, lambda: self.updates.added(slot, layer, terms[0], None, total), total)
 
     def norm(self, slot: str, layer: int, x: Value) -> Value:
-        """``LN(x) + n g + b``, n without weight and bias; used again around an adapter: ``LN(adapter(LN(x)) + x)``."""
-        path, name, changes, choose = self.path(slot, layer), adapter(slot), self.changes, self.nodes.choose
+        """``LN(x) + n g + b``, n without weight and bias; around an adapter twice (Pfeiffer et al. 2020).
 
-        def shifted(rows: Value, *more: Value) -> Value:
-            def total(terms: Sequence[Value] = ()) -> Value:
-                return self.nodes.total(self._normed(path, rows), *more, *terms)
-
-            return choose(changes.used(slot), lambda: changes.added(slot, layer, rows, None, total), total)
+        With an adapter it is ``LN(adapter(LN(x)) + x)``.
+        """
+        path, place, updates, choose = self.path(slot, layer), adapter(slot), self.updates, self.nodes.choose
+        scaled_too, adapted = updates.used(scale(slot), layer), updates.used(place, layer)
 
         def weighted(rows: Value) -> Value:
             def scaled() -> Value:
-                return shifted(rows, self._unweighted(path, rows) * changes.factors(scale(slot), layer))
+                ones = self.nodes.constant(np.ones(self.state[f"{path}.weight"].shape, self.nodes.dtype.numpy()))
+                change = self._layer_norm(rows, ones) * updates.factors(scale(slot), layer)
+                return self.shifted(slot, layer, self._normed(path, rows), change)
 
-            return choose(changes.used(scale(slot)), scaled, lambda: shifted(rows))
+            return choose(scaled_too, scaled, lambda: self.shifted(slot, layer, self._normed(path, rows)))
 
         def through() -> Value:
-            y = weighted(x)
-            return weighted(self.changes.adapted(name, layer, y) + x)
+            return weighted(updates.adapted(place, layer, weighted(x)) + x)
 
         def changed() -> Value:
-            if slot not in self.adapters:
-                return weighted(x)
-            return choose(changes.used(name), through, lambda: weighted(x))
+            return choose(adapted, through, lambda: weighted(x))
 
-        used = changes.used(slot) | changes.used(scale(slot))
-        used = used | changes.used(name) if slot in self.adapters else used
-        return choose(used, changed, lambda: self._normed(path, x))
+        return choose(either(updates.used(slot, layer), scaled_too, adapted), changed, lambda: self._normed(path, x))
 
-    def _unweighted(self, path: str, x: Value) -> Value:
-        """The norm without weight and bias."""
-        ones = self.nodes.constant(np.ones(self.parts.state[f"{path}.weight"].shape, np.float32))
-        return self.nodes("LayerNormalization", x, ones, axis=-1, epsilon=self._epsilon)
+    def _normed(self, path: str, x: Value) -> Value:
+        return self._layer_norm(x, self.own(f"{path}.weight"), self.own(f"{path}.bias"))
+
+    def _layer_norm(self, x: Value, weight: Value | None, bias: Value | None = None) -> Value:
+        names = ("layer_norm_eps", "norm_eps")
+        epsilon = next((float(getattr(self.config, name)) for name in names if hasattr(self.config, name)), 1e-12)
+        return self.nodes("LayerNormalization", x, weight, bias, axis=-1, epsilon=epsilon)
+
+    def path(self, slot: str, layer: int) -> str:
+        """The module's name in HuggingFace's model."""
+        return str(self.anatomy.slot(slot).paths[layer])
 
 
 class _Linear:
     """``x W + b + residual`` of one linear, with the updates of all slots that name it or a part of it."""
 
-    def __init__(self, modules: MixedModules, slot: str, layer: int, x: Value, residual: Value | None) -> None:
-        self.modules, self.changes, self.nodes, self.layer, self.x = modules, modules.changes, modules.nodes, layer, x
+    def __init__(self, modules: Modules, slot: str, layer: int, x: Value, residual: Value | None) -> None:
+        self.modules, self.updates, self.nodes, self.layer, self.x = modules, modules.updates, modules.nodes, layer, x
         path = modules.path(slot, layer)
-        self.slots = [other for other in modules.parts.anatomy.slots.values() if path in other.paths]
+        self.slots = [other for other in modules.anatomy.slots.values() if path in other.paths]
         self.residual, self.terms = residual, modules.frozen(path, x)
         if residual is None:  # made before the branches: product and bias are then one node to ONNX Runtime
             _ = self.plain
         self.scaled = self._any(scale(other.name) for other in self.slots)
-        self.used = self._any(other.name for other in self.slots) | self.scaled
+        self.used = either(self._any(other.name for other in self.slots), self.scaled)
 
-    def _any(self, places: Iterable[str]) -> Value:
-        return reduce(Value.__or__, map(self.changes.used, places))
+    def _any(self, places: Iterable[str]) -> Value | bool:
+        return either(*(self.updates.used(place, self.layer) for place in places))
 
     @property
     def plain(self) -> Value:
@@ -247,39 +167,41 @@ class _Linear:
         residual = None if apart else self.residual
 
         def several() -> Value:
-            return then(self.modules.summed([self.plain, *map(self._part, self.slots)], residual))
+            parts = [part for slot in self.slots if (part := self._part(slot)) is not None]
+            return then(self.modules.summed([self.plain, *parts], residual))
 
         def one() -> Value:
             start, own = self.plain, None
             if self.residual is not None:
                 start, own = self.terms[0], (self.terms[1] if len(self.terms) > 1 else None)
-            return self.changes.added(
+            return self.updates.added(
                 self.slots[0].name, self.layer, self.x, own, lambda b: then(self.modules.summed([start, *b], residual))
             )
 
         return several() if len(self.slots) > 1 else self.nodes.choose(self.scaled, several, one)
 
-    def _part(self, slot: Slot) -> Value:
-        """One slot's update and factors, in its columns of the linear's output; a 0 where it has none."""
+    def _part(self, slot: Slot) -> Value | None:
+        """One slot's update and factors, in its columns of the linear's output; ``None`` or a 0 where it has none."""
         lo, hi = slot.part or (0, slot.outputs_of(self.layer))
         width = max(other.part[1] if other.part else other.outputs_of(self.layer) for other in self.slots)
-        choose, used, nothing = self.nodes.choose, self.changes.used, self.nodes.value(0.0)
-
-        def widened(update: Value) -> Value:
-            return self.modules.widened(update, [0, lo, 0, width - hi])
+        choose = self.nodes.choose
+        used, scaled_too = (self.updates.used(place, self.layer) for place in (slot.name, scale(slot.name)))
+        if used is False and scaled_too is False:
+            return None
 
         def added(*more: Value) -> Value:
             def total(terms: Sequence[Value]) -> Value:
-                return widened(self.nodes.total(*more, *terms))
+                sum_ = self.nodes.total(*more, *terms)
+                return sum_ if (lo, hi) == (0, width) else self.nodes("Pad", sum_, [lo, width - hi], 0.0, [-1])
 
             return choose(
-                used(slot.name),
-                lambda: self.changes.added(slot.name, self.layer, self.x, None, total),
-                lambda: total([]) if more else nothing,
+                used,
+                lambda: self.updates.added(slot.name, self.layer, self.x, None, total),
+                lambda: total([]) if more else self.nodes.value(0.0),
             )
 
         def scaled() -> Value:
             own = self.plain if slot.part is None else self.nodes("Slice", self.plain, [lo], [hi], [1])
-            return added(own * self.changes.factors(scale(slot.name), self.layer))
+            return added(own * self.updates.factors(scale(slot.name), self.layer))
 
-        return choose(used(scale(slot.name)), scaled, added)
+        return choose(scaled_too, scaled, added)

@@ -12,14 +12,14 @@ from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from torch import Tensor
 
-Array = NDArray[Any]
+Array = NDArray[np.generic]
+Attribute = int | float | str | Sequence[int]
 CONTRIB = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
 Shape = Sequence[str | int]
@@ -66,18 +66,18 @@ class Nodes:
         """The lowest real."""
         return float(np.finfo(self.dtype.numpy()).min)
 
-    def __call__(self, op: str, *operands: Operand, **attributes: Any) -> Value:
+    def __call__(self, op: str, *operands: Operand, **attributes: Attribute) -> Value:
         """The only output of a node."""
         return self.several(op, 1, *operands, **attributes)[0]
 
-    def several(self, op: str, outputs: int, *operands: Operand, **attributes: Any) -> tuple[Value, ...]:
+    def several(self, op: str, outputs: int, *operands: Operand, **attributes: Attribute) -> tuple[Value, ...]:
         """All outputs of a node; the same ones again where the same was asked before."""
         inputs = [None if operand is None else self.value(operand).ir for operand in operands]
         while inputs and inputs[-1] is None:
             inputs.pop()
         key = (op, outputs, tuple(map(id, inputs)), repr(sorted(attributes.items())))
         if key not in self._made:
-            domain = attributes.pop("domain", "")
+            domain = str(attributes.pop("domain", ""))
             node = ir.node(op, inputs, attributes, domain=domain, num_outputs=outputs)
             self._domains.add(domain)
             self._nodes.append(node)
@@ -89,11 +89,14 @@ class Nodes:
         self._count[op] += 1
         return value
 
-    def choose(self, condition: Value, then: Callable[[], Value], otherwise: Callable[[], Value]) -> Value:
+    def choose(self, condition: Condition, then: Callable[[], Value], otherwise: Callable[[], Value]) -> Value:
         """A float32 value: what ``then`` builds where the condition, one boolean, is true, else what the other does.
 
-        Only one of the two is computed. Both may use every value made before; what they make is theirs alone.
+        Only one of the two is computed. Both may use every value made before; what they make is theirs alone. Where the
+        condition is known already the other one is not even built.
         """
+        if isinstance(condition, bool):
+            return then() if condition else otherwise()
         return self.choose_all(condition, [ir.DataType.FLOAT], lambda: [then()], lambda: [otherwise()])[0]
 
     def choose_all(
@@ -271,6 +274,18 @@ class Value:
 
 
 Operand = Value | float | Sequence[int] | None
+
+
+Condition = Value | bool
+"""One boolean: computed by the graph, or known while it is built."""
+
+
+def either(*conditions: Condition) -> Condition:
+    """Whether one of them is true."""
+    unknown = [one for one in conditions if isinstance(one, Value)]
+    return True in (one for one in conditions if isinstance(one, bool)) or (
+        functools.reduce(Value.__or__, unknown) if unknown else False
+    )
 
 
 def joined(axis: int, *parts: Value) -> Value:

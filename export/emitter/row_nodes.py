@@ -8,17 +8,20 @@ T rows, and the attention alone brings them into the grid [B, R] and back.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
+from bertology_serve.encoder.bank import PREFIX, PROMPT
 from bertology_serve.export.emitter.delta_inputs import FIRST, LEAD, LENGTH, PREFIX_SHIFTED, SHIFTED, Tables
-from bertology_serve.export.emitter.nodes import Nodes, Value, counted, joined
-from bertology_serve.export.prompt_rows import PromptLayout
+from bertology_serve.export.emitter.nodes import Condition, Nodes, Value, counted, joined
+from bertology_serve.kinds.effects import PromptEffect
 
 
 @dataclass(frozen=True)
-class Text:
+class TextBatch:
     """The caller's batch with all padding at the end: ids and types [B, L]; ``count`` [B, 1], at least 1.
 
     ``seen`` [B, L] is true where the caller has tokens, ``home`` [B, L] where each of them stands now.
@@ -31,7 +34,7 @@ class Text:
     home: Value
 
 
-def gather(ids: Value, mask: Value, types: Value | None) -> Text:
+def gather(ids: Value, mask: Value, types: Value | None) -> TextBatch:
     """Moves padding to the end, wherever it was: left and right padding give the same answer in every family.
 
     A row of padding alone counts as one token, so that there is no sequence without rows.
@@ -43,35 +46,93 @@ def gather(ids: Value, mask: Value, types: Value | None) -> Text:
     home = seen.where(passed - 1, count + counted(nodes, ids.size(1)) - passed)
     ids = nodes("ScatterElements", ids, home, ids, axis=1)
     types = None if types is None else nodes("ScatterElements", types, home, types, axis=1)
-    return Text(ids, types, nodes("Max", count, 1), seen, home)
+    return TextBatch(ids, types, nodes("Max", count, 1), seen, home)
+
+
+Number = TypeVar("Number", int, Value)
+
+
+@dataclass(frozen=True)
+class PromptLayout(Generic[Number]):
+    """Where the ``length`` rows of a soft prompt stand: behind ``lead`` rows of text.
+
+    ``shifted``: rows are numbered as they stand, else the text keeps its positions and the prompt has that of [CLS].
+    ``first`` is the row that a [CLS] head reads, ``offset`` the position of the first row. All are numbers, or, where
+    each sequence has a delta of its own, values [B, 1]. No prompt is longer than ``most``; ``vectors`` turns places
+    within the prompt [B, R] into numbers of vectors.
+    """
+
+    length: Number
+    lead: Number
+    shifted: Condition
+    first: Number
+    offset: Number
+    most: int
+    vectors: Callable[[Value], Value]
+
+    @property
+    def end(self) -> Number:
+        """The column of the grid behind the prompt."""
+        return self.lead + self.length
+
+    @staticmethod
+    def of(prompt: PromptEffect | None, offset: int) -> PromptLayout[int]:
+        """That of one delta."""
+        if prompt is None:
+            return PromptLayout(0, 0, False, 0, offset, 0, lambda at: at)
+        length, lead = int(prompt.vectors.shape[0]), int(prompt.placement == "after_cls")
+        first = 0 if lead or prompt.head_reads == "first_row" else length
+        return PromptLayout(
+            length, lead, prompt.positions == "shifted", first, offset, length, lambda at: at.clip(0, length - 1)
+        )
+
+    @staticmethod
+    def of_each(tables: Tables, delta: Value, offset: int) -> PromptLayout[Value]:
+        """Those of the deltas [B] of a batch's sequences."""
+        nodes = delta.nodes
+        form = tables.table(PROMPT, "form").gather(delta)
+        length, lead, shifted, first = (form.gather([part], 1) for part in (LENGTH, LEAD, SHIFTED, FIRST))
+        prefix = tables.table(PREFIX, "form").gather(delta)
+        moved = prefix.gather([LENGTH], 1) * prefix.gather([PREFIX_SHIFTED], 1) + offset
+
+        def vectors(at: Value) -> Value:
+            rows = tables.table(PROMPT, "rows").gather(delta)
+            rows = nodes("Pad", rows, [0, 0, 0, 1], 0)  # a column at least
+            return nodes("GatherElements", rows, nodes("Max", nodes("Min", at, rows.size(1) - 1), 0), axis=1)
+
+        return PromptLayout(length, lead, nodes("Equal", shifted, 1), first, moved, LONGEST_PROMPT, vectors)
 
 
 class Rows(ABC):
-    """Rows [T, ...] of a batch. ``prompt`` is the longest prompt that may stand in it.
+    """Rows [T, ...] of a batch, a prompt among the text where ``layout`` has it.
 
     ``ids``, ``positions`` and ``types`` (``None`` without) [T]; ``virtual`` [T] says which rows are the prompt's and
     ``which`` [T] of its vectors they are (``None`` without a prompt); ``seen`` [B, R] what may be attended to,
     ``spoken`` [B, R] the text of it; ``place`` [B, R] the number of the row at each place of the grid.
     """
 
-    def __init__(self, text: Text, weave: PromptLayout) -> None:
-        self.text, self.weave, self.nodes, self.prompt = text, weave, text.ids.nodes, weave.length
-        self.batch = text.ids.size(0)
-        self.columns = self._length() + weave.length if weave.length else self._length()
-        column = counted(self.nodes, self.columns)
+    def __init__(self, text: TextBatch, layout: PromptLayout[int] | PromptLayout[Value]) -> None:
+        self.text, self.layout, self.nodes = text, layout, text.ids.nodes
+        self.batch, length, lead = text.ids.size(0), layout.length, layout.lead
+        self.columns = self._widest()
+        column = counted(self.nodes, self.columns).unsqueeze(0)
         told, virtual = column, None  # the column of the text that stands at each column of the grid
-        if weave.length:
-            virtual = ~(column < weave.lead) & (column < weave.lead + weave.length)
-            told = (column < weave.lead).where(column, virtual.where(0, column - weave.length))
+        if layout.most:
+            virtual = ~(column < lead) & (column < layout.end)
+            told = (column < lead).where(column, virtual.where(0, column - length))
         self.spoken = self.seen = told < text.count
         if virtual is not None:
             self.seen, self.spoken = self.seen | virtual, self.spoken & ~virtual
         self.place = self._numbered()
-        self.ids = self.pick(text.ids.gather(told, 1))
-        self.types = None if text.types is None else self.pick(_untyped(text.types.gather(told, 1), virtual))
-        self.positions = self.by_column((column if weave.shifts else told) + weave.offset)
-        self.virtual = None if virtual is None else self.by_column(virtual)
-        self.which = None if virtual is None else self.by_column((column - weave.lead).clip(0, weave.length - 1))
+        self.ids, self.types = self.pick(self._told(text.ids, told)), None
+        if text.types is not None:
+            types = self._told(text.types, told)
+            self.types = self.pick(types if virtual is None else virtual.where(0, types))
+        stand = layout.shifted
+        at = (column if stand else told) if isinstance(stand, bool) else stand.where(column, told)
+        self.positions = self._everywhere(at + layout.offset)
+        self.virtual = None if virtual is None else self._everywhere(virtual)
+        self.which = None if virtual is None else self._everywhere(layout.vectors(column - lead))
 
     @abstractmethod
     def grid(self, rows: Value, heads: int, width: int) -> Value:
@@ -86,12 +147,8 @@ class Rows(ABC):
         """[B, R] -> [T]."""
 
     @abstractmethod
-    def by_column(self, values: Value) -> Value:
-        """[R] -> [T]."""
-
-    @abstractmethod
-    def _length(self) -> Value:
-        """[1]: columns of text in the grid."""
+    def _widest(self) -> Value:
+        """R, [1]: columns of the grid."""
 
     @abstractmethod
     def _numbered(self) -> Value:
@@ -99,15 +156,28 @@ class Rows(ABC):
 
     def first(self, rows: Value) -> Value:
         """The row that a [CLS] head reads: [T, H] -> [B, H]."""
-        return rows.gather(self.place.gather(self.weave.first, 1))
+        at = self.layout.first
+        if isinstance(at, int):
+            return rows.gather(self.place.gather(at, 1))
+        return rows.gather(self.nodes("GatherElements", self.place, at, axis=1).squeeze(1))
 
     def callers(self, rows: Value) -> Value:
         """Every row back where the caller has it, zero at padding: [T, C] -> [B, L, C]."""
-        home, weave = self.text.seen.where(self.text.home, 0), self.weave
-        if weave.length:
-            home = home + (home < weave.lead).where(0, weave.length)
+        home = self.text.seen.where(self.text.home, 0)
+        if self.layout.most:
+            home = home + (home < self.layout.lead).where(0, self.layout.length)
         found = rows.gather(self.nodes("GatherElements", self.place, home, axis=1))
         return self.text.seen.unsqueeze(2).where(found, 0.0)
+
+    def _told(self, grid: Value, told: Value) -> Value:
+        """[B, L] -> [B, R]: the text's column at each column of the grid, told [1 or B, R]."""
+        if isinstance(self.layout.length, int):
+            return grid.gather(told.squeeze(0), 1)
+        return self.nodes("GatherElements", grid, self.nodes("Min", told, grid.size(1) - 1), axis=1)
+
+    def _everywhere(self, values: Value) -> Value:
+        """[1 or B, R] -> [T]."""
+        return self.pick(self.nodes("Expand", values, joined(0, self.batch, self.columns)))
 
 
 class Padded(Rows):
@@ -122,12 +192,9 @@ class Padded(Rows):
     def pick(self, grid: Value) -> Value:
         return grid.reshape(-1)
 
-    def by_column(self, values: Value) -> Value:
-        shape = self.nodes("Concat", self.batch, self.columns, axis=0)
-        return self.nodes("Expand", values, shape).reshape(-1)
-
-    def _length(self) -> Value:
-        return self.text.ids.size(1)
+    def _widest(self) -> Value:
+        columns = self.text.ids.size(1)
+        return columns + self.layout.length if self.layout.most else columns
 
     def _numbered(self) -> Value:
         return counted(self.nodes, self.batch * self.columns).reshape(self.batch, self.columns)
@@ -153,11 +220,9 @@ class Packed(Rows):
     def pick(self, grid: Value) -> Value:
         return grid.reshape(-1).gather(self._kept)
 
-    def by_column(self, values: Value) -> Value:
-        return values.gather(self._kept % self.columns)
-
-    def _length(self) -> Value:
-        return self.text.count.reduce("Max", 0)
+    def _widest(self) -> Value:
+        rows = self.text.count + self.layout.length if self.layout.most else self.text.count
+        return rows.reduce("Max", 0).reshape(1)
 
     def _numbered(self) -> Value:
         return (self.nodes("CumSum", self.seen.reshape(-1).integer(), 0) - 1).reshape(self.batch, self.columns)
@@ -168,80 +233,29 @@ class Packed(Rows):
         return self.nodes("NonZero", self.seen.reshape(-1)).squeeze(0)
 
 
-def _untyped(types: Value, virtual: Value | None) -> Value:
-    """Token types with 0 at the prompt's rows."""
-    return types if virtual is None else virtual.where(0, types)
-
-
 LONGEST_PROMPT = 512
 
 
-class Mixed(Packed):
-    """``delta`` [B] names each sequence's delta. The last tile is filled up with copies of the last row.
+class MixedRows(Packed):
+    """``delta`` [B] names each sequence's delta; ``runs`` are the deltas of the rows, cut into tiles of like deltas.
 
-    ``runs`` are the deltas of the rows; ``which`` [T] the prompt's stack row of each virtual one.
+    The last tile is filled up with copies of the last row.
     """
 
-    def __init__(self, text: Text, delta: Value, tables: Tables, offset: int) -> None:
-        self.text, self.nodes, self.prompt, self.delta = text, text.ids.nodes, LONGEST_PROMPT, delta
-        form = tables.table("prompt", "form").gather(delta)
-        length, lead, shifted, self._head = (form.gather([part], 1) for part in (LENGTH, LEAD, SHIFTED, FIRST))
-        self._length_of, self._lead = length, lead
-        self.batch, self.columns = text.ids.size(0), (text.count + length).reduce("Max", 0).reshape(1)
-        column = counted(self.nodes, self.columns).unsqueeze(0)
-        virtual = ~(column < lead) & (column < lead + length)
-        told = (column < lead).where(column, virtual.where(0, column - length))
-        self.spoken = (told < text.count) & ~virtual
-        self.seen = self.spoken | virtual
-        self.place = self._numbered()
-        self._cut(changes(delta))
-        self.ids, self.types = self.pick(self._told(text.ids, told)), None
-        if text.types is not None:
-            self.types = self.pick(virtual.where(0, self._told(text.types, told)))
-        moved = self._prefix_shift(tables) + offset
-        self.positions = self.pick((self.nodes("Equal", shifted, 1)).where(column, told) + moved)
-        self.virtual, self.which = self.pick(virtual), self.pick(self._vectors(tables, column - lead))
-        sequence = self.nodes("Div", self._kept, self.columns)
-        self.runs = Runs(delta.gather(sequence), self._each)
-
-    def first(self, rows: Value) -> Value:
-        return rows.gather(self.nodes("GatherElements", self.place, self._head, axis=1).squeeze(1))
-
-    def callers(self, rows: Value) -> Value:
-        home = self.text.seen.where(self.text.home, 0)
-        home = home + (home < self._lead).where(0, self._length_of)
-        found = rows.gather(self.nodes("GatherElements", self.place, home, axis=1))
-        return self.text.seen.unsqueeze(2).where(found, 0.0)
-
-    def _told(self, grid: Value, told: Value) -> Value:
-        """[B, L] -> [B, R], the text's column at each column of the grid."""
-        most = grid.size(1) - 1
-        return self.nodes("GatherElements", grid, self.nodes("Min", told, most), axis=1)
-
-    def _prefix_shift(self, tables: Tables) -> Value:
-        """[B, 1]: by how much prefixes move positions."""
-        form = tables.table("prefix", "form").gather(self.delta)
-        return form.gather([LENGTH], 1) * form.gather([PREFIX_SHIFTED], 1)
-
-    def _vectors(self, tables: Tables, at: Value) -> Value:
-        """[B, R]: the stack row of the vector at each place of the prompt."""
-        rows = tables.table("prompt", "rows").gather(self.delta)
-        rows = self.nodes("Pad", rows, [0, 0, 0, 1], 0)  # a column at least
-        return self.nodes("GatherElements", rows, self.nodes("Max", self.nodes("Min", at, rows.size(1) - 1), 0), axis=1)
-
-    def _cut(self, begins: Value) -> None:
-        """Decides the tiles, once the rows are numbered."""
-        rows = self._found.size(0)
-        self._each, tiles = tile(rows, begins.integer().reduce("Sum", 0, keep=True))
-        self._rows = self.nodes("Min", counted(self.nodes, self._each * tiles), rows - 1)
+    def __init__(self, text: TextBatch, layout: PromptLayout[Value], delta: Value) -> None:
+        self.delta = delta
+        super().__init__(text, layout)
+        self.runs = Runs(delta.gather(self.nodes("Div", self._kept, self.columns)), self._tiles[0])
 
     @property
-    def _found(self) -> Value:
-        return self.nodes("NonZero", self.seen.reshape(-1)).squeeze(0)
+    def _tiles(self) -> tuple[Value, Value]:
+        """Rows a tile, and tiles, [1] each."""
+        return tile(super()._kept.size(0), changes(self.delta).integer().reduce("Sum", 0, keep=True))
 
     @property
     def _kept(self) -> Value:
-        return self._found.gather(self._rows)
+        found, (each, tiles) = super()._kept, self._tiles
+        return found.gather(self.nodes("Min", counted(self.nodes, each * tiles), found.size(0) - 1))
 
 
 SMALLEST, LARGEST = 16, 128

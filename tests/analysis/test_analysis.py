@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import bertology_serve as bs
+from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.encoder.batch import read
 from bertology_serve.errors import NotFound, SpecError, Unsupported
 from bertology_serve.tasks.spec import Encoding, TaskSpec
@@ -47,21 +48,15 @@ FUNCTIONS: dict[str, tuple[Analyse, set[str]]] = {
     "distance": (lambda encoder, one, other, _: bs.analysis.distance(encoder, one, TEXTS), {"slot", "frobenius"}),
     "compare": (
         lambda encoder, one, other, _: bs.analysis.compare(
-            _on(encoder, one), _on(encoder, other), iter(ROWS), bs.analysis.CompareSettings(attributions=False)
+            one, other, iter(ROWS), bs.analysis.CompareSettings(attributions=False), encoder=encoder
         ),
         {"first", "second", "agree"},
     ),
     "compare_deltas": (
-        lambda encoder, one, other, _: bs.analysis.compare_deltas([_on(encoder, one), _on(encoder, other)], TEXTS),
+        lambda encoder, one, other, _: bs.analysis.compare_deltas([one, other], TEXTS, encoder=encoder),
         {"delta", "kind", "frobenius"},
     ),
 }  # fmt: skip
-
-
-def _on(encoder: bs.Encoder, delta: bs.Delta) -> object:
-    from bertology_serve.analysis.subject_model import Subject
-
-    return Subject(encoder, delta)
 
 
 @pytest.fixture
@@ -107,7 +102,7 @@ def test_attributions_sum_to_what_the_text_changes(made: tuple) -> None:
     """By integrated gradients' completeness: to F(text) - F(all [PAD]) of the chosen class's logit."""
     encoder, delta, _ = made
     report = bs.analysis.attribution(encoder, ROWS, delta=delta, most=2, steps=64)
-    subject = _on(encoder, delta)
+    subject = Subject(encoder, delta)
     tokenizer = encoder.tokenizer
     for number in (0, 1):
         rows = [row for row in report.table if row["record"] == number]

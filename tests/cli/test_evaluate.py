@@ -75,3 +75,31 @@ def test_another_base_and_a_missing_delta(made, tmp_path, capsys):
     assert "was made for" in capsys.readouterr().err
     assert main(["evaluate", str(made / "nothing"), *arguments]) == 2
     assert capsys.readouterr().err.startswith("error: no directory")
+
+
+def test_everything_that_a_person_asks(made, tmp_path, capsys):
+    """Errors, predictions, slices, another delta, figures: in files, tables and JSON."""
+    rows = made / "train.jsonl"
+    command = ["evaluate", str(made / "mood"), "--input", str(rows), "--by", "label", "--against", str(made / "mood")]
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("errors", "output")}
+    command += [part for name, path in files.items() for part in (f"--{name}", str(path))]
+    assert main([*command, "--plots", str(tmp_path / "plots"), "--abstain", "1"]) == 0
+    out, err = capsys.readouterr()
+    for told in ("coverage", "calibration error", "of the constant", "by label", "McNemar's p", "right (down)"):
+        assert told in out
+    assert len(err.strip().splitlines()) == 2, "how long it took, and one sentence of advice"
+    answers = [json.loads(line) for line in files["output"].read_text().splitlines()]
+    assert len(answers) == 16
+    assert answers[0]["record"]["text"]
+    assert all((one["answer"]["label"] is None) == (one["answer"]["score"] < 1) for one in answers)
+    assert all("quality" in json.loads(line) for line in files["errors"].read_text().splitlines())
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"reliability.png", "confusion.png"}
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["against"]["gain"]["value"] == 0
+    assert found["baselines"]["constant"]["gain"].keys() == {"value", "low", "high"}
+    assert {one["value"] for one in found["slices"]} == {"down", "up"}
+    assert found["interval"]["metric"] == "accuracy"
+    assert {one["label"] for one in found["classes"]} == {"down", "up"}
+    assert 0 <= found["calibration"]["value"] <= 1
+    assert found["advice"]

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from bertology_serve.data import formats
 from bertology_serve.data.records import read_records
 from bertology_serve.errors import DataError, NotFound, SpecError, Unsupported
+from bertology_serve.tasks.multi_label import MultiLabel
+from bertology_serve.tasks.spec import TaskSpec
 
 ROWS = [{"text": 'caffè, "great"', "label": "good"}, {"text": "two\nlines", "label": "bad"}]
 
@@ -291,3 +293,15 @@ def test_remembered_columns_count_where_a_record_has_them(written):
     ]
     with pytest.raises(DataError, match="no column 'body' for 'text'"):
         read_records(written("y.jsonl", '{"text": "a"}'), {"text": "body"}, remembered)
+
+
+def test_several_columns_are_one_field(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("comment,toxic, insult\nI like it,0,0\nyou fool,1,1\n,1,0\n")
+    rows = read_records(path, {"text": "comment", "label": "toxic|insult"})
+    assert [fields["label"] for fields, _ in rows] == [{"toxic": a, "insult": b} for a, b in ("00", "11", "10")]
+    task = MultiLabel(TaskSpec("multi-label", MultiLabel.labels_in(rows)))
+    assert task.spec.labels == ("insult", "toxic")
+    assert task.target(task.example(*rows[1], labelled=True), []) == (1, 1, 0, 0)
+    with pytest.raises(DataError, match=r"no column 'toxic\|rude' for 'label'"):
+        read_records(path, {"label": "toxic|rude"})

@@ -30,8 +30,9 @@ TAGS = TaskSpec("token-classification", ("O", "B-X", "I-X"), 32)
 ANSWERS = TaskSpec("question-answering", max_length=32, stride=8)
 CHOICE = TaskSpec("multiple-choice", max_length=32)
 SCORE = TaskSpec("regression", max_length=32)
+FLAGS = TaskSpec("multi-label", ("bad", "good", "long"), 32, thresholds=(0.5, 0.25, 0.9))
 VECTORS = TaskSpec("embedding", max_length=32, pooling="mean", head="none", normalize=False)
-TASKS = {task.kind: task for task in (CLASSES, TAGS, ANSWERS, CHOICE, SCORE, VECTORS)}
+TASKS = {task.kind: task for task in (CLASSES, TAGS, ANSWERS, CHOICE, SCORE, FLAGS, VECTORS)}
 
 PEFT_PROMPT = Prompt(3, "before_cls", "shifted", "first_row")
 PEFT_PREFIX = Prefix(2, "shifted")

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from bertology_serve.deltas.format import FileRecord, Manifest, anatomy_of, anat
 from bertology_serve.deltas.layout import shapes_of
 from bertology_serve.deltas.names import check_name
 from bertology_serve.errors import FormatError
+from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.deltas import samples
 
@@ -37,6 +39,15 @@ def test_a_task_that_does_not_say_whether_it_is_of_pairs_takes_both() -> None:
     older = values()
     del older["task"]["pairs"]
     assert from_json(older, "delta.json").task.pairs is False
+
+
+def test_fields_that_earlier_versions_do_not_know_stand_only_where_they_say_something() -> None:
+    assert not {"thresholds", "abstain"} & values()["task"].keys()
+    careful = replace(manifest(), task=TaskSpec("multi-label", ("a", "b"), thresholds=(0.25, 0.5)))
+    written = json.loads(to_json(careful))
+    assert written["task"]["thresholds"] == [0.25, 0.5]
+    assert "abstain" not in written["task"]
+    assert from_json(written, "delta.json") == careful
 
 
 def test_numbers_stand_on_one_line_and_nothing_else_changes() -> None:

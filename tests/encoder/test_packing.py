@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bertology_serve.encoder.bank import BARE, PREFIX, PROMPT, Entry
+from bertology_serve.encoder.bank import BARE, PREFIX, PROMPT, BankEntry
 from bertology_serve.encoder.batch import pack
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import LimitError
@@ -25,12 +25,12 @@ def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return tiny.encoder(request.param, tmp_path_factory.mktemp("packing"))
 
 
-def prompt(placement: str, positions: str) -> Entry:
-    return Entry("prompt", {PROMPT: ROWS}, prompt=PromptEffect(VECTORS, placement, positions))
+def prompt(placement: str, positions: str) -> BankEntry:
+    return BankEntry("prompt", {PROMPT: ROWS}, prompt=PromptEffect(VECTORS, placement, positions))
 
 
-def prefix(positions: str) -> Entry:
-    return Entry("prefix", {PREFIX: ROWS}, prefix=PrefixEffect(VECTORS.view(1, VIRTUAL, 32), VECTORS, positions))
+def prefix(positions: str) -> BankEntry:
+    return BankEntry("prefix", {PREFIX: ROWS}, prefix=PrefixEffect(VECTORS.view(1, VIRTUAL, 32), VECTORS, positions))
 
 
 ENTRIES = {
@@ -45,7 +45,7 @@ ENTRIES = {
 
 
 @pytest.mark.parametrize(("entry", "taken"), ENTRIES.values(), ids=ENTRIES.keys())
-def test_the_last_position_is_used_and_none_beyond(encoder: Encoder, entry: Entry, taken: int):
+def test_the_last_position_is_used_and_none_beyond(encoder: Encoder, entry: BankEntry, taken: int):
     fits = encoder.anatomy.max_tokens - taken
 
     def batch(tokens: int) -> int:

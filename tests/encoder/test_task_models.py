@@ -24,7 +24,7 @@ from bertology_serve.encoder.task_models import (
     verify,
     verify_peft,
 )
-from bertology_serve.errors import BaseMismatch, FormatError, InputError, Unsupported, VerificationError
+from bertology_serve.errors import BaseMismatch, FormatError, InputError, VerificationError
 from tests import tiny
 
 AUTO: dict[str, Any] = {
@@ -115,6 +115,20 @@ def test_it_answers_beside_the_deltas_of_an_encoder(tmp_path: Path) -> None:
     assert len(base.answer["embedding"]) == 32
 
 
+def test_several_labels_a_text_are_answered_as_the_pipeline_of_transformers_does(tmp_path: Path) -> None:
+    encoder = tiny.encoder("bert", tmp_path / "base")
+    model = tuned(tmp_path / "base", tmp_path / "x", "classification", problem_type="multi_label_classification")
+    delta = read_task_model(tmp_path / "x", encoder)
+    assert (delta.task.kind, delta.task.labels) == ("multi-label", ("bad", "good", "none"))
+    pipeline = Pipeline(Encoder.for_delta(delta))
+    pipeline.add(delta)
+    (found,) = pipeline.answer([Request("x", {"text": TEXT})])
+    asked = transformers.pipeline("text-classification", model, tokenizer=encoder.tokenizer, top_k=None, device="cpu")
+    expected = {one["label"]: one["score"] for one in asked([TEXT])[0]}
+    assert found.answer["scores"] == pytest.approx(expected, abs=1e-5)
+    assert found.answer["labels"] == [label for label in LABELS.values() if expected[label] >= 0.5]
+
+
 def edited(path: Path, **values: Any) -> None:
     table = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(table | values))
@@ -123,7 +137,6 @@ def edited(path: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ({"problem_type": "multi_label_classification"}, Unsupported, "several labels at once"),
         ({"architectures": ["BertForMaskedLM"]}, FormatError, "is no task model"),
         ({"hidden_act": "relu"}, VerificationError, "would answer otherwise here than in transformers"),
         ({"hidden_size": 33}, InputError, "cannot read"),

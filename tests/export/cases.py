@@ -51,6 +51,10 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "prefix": ([Prefix(4)], ANSWERS),
     "prefix-shifted": ([Prefix(2, "shifted")], VECTORS),
     "everything": (EVERYTHING, CLASSES),
+    "flags": (
+        [Bitfit()],
+        TaskSpec("multi-label", ("a", "b", "c", "d"), max_length=48, thresholds=(0.1, 0.2, 0.3, 0.4)),
+    ),
     "probe": ([], TaskSpec("classification", ("x", "y"), max_length=48, pooling="max", head="linear")),
 }
 # the kinds that scale rows: merged, or in the graph for many deltas

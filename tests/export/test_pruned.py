@@ -17,7 +17,7 @@ from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.lora import Lora
 from tests import tiny
 from tests.export.cases import ALL_LINEARS, CLASSES, EVERYTHING, FOLDS, small
-from tests.export.test_graph import difference
+from tests.export.test_torch_exporter import difference
 
 HEADS, NEURONS = ((0, 2, 3), (1,)), ((1, 5), tuple(range(0, 48, 3)))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bertology_serve.errors import SpecError
-from bertology_serve.export.layout import check_target
+from bertology_serve.export.export_directory import check_target
 
 
 def stage(directory: Path, text: str) -> Path:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 from bertology_serve.errors import VerificationError
+from bertology_serve.export.export_spec import CPU, CUDA, ExportSpec
 from bertology_serve.export.samples import Case
-from bertology_serve.export.verify import Bars, Witness, check, verify
+from bertology_serve.export.verify import SingleFile, Tolerance, Verification, Witness, cautions, check, lost
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 
-BARS = Bars(layers=2, atol=1e-5)
+BARS = Tolerance(layers=2, atol=1e-5)
 CLASSES = TaskSpec("classification", ("a", "b"))
 
 
@@ -48,6 +50,10 @@ class Session:
 
 def case(*lengths, left=False):
     return Case(tuple(Encoding((5,) * n, (0,) * n) for n in lengths), max(lengths), left)
+
+
+def verify(session, reference, cases, pad, tolerance) -> Verification:
+    return SingleFile(session, reference, pad).verify(cases, tolerance)
 
 
 CASES = [case(1), case(3, 1), case(1, 4, left=True), case(7)]
@@ -175,13 +181,13 @@ def test_torch_of_zeros_agrees_with_nothing_else():
 
 def test_float32_may_round_more_in_deeper_encoders_and_larger_outputs():
     """1e-5 where outputs reach 10 is one part in a million: no fault of six layers."""
-    assert Bars(6).output(10.0) == pytest.approx(1.5e-4, rel=0.05)
-    assert Bars(6).output(0.1) == Bars(6).output(1.0) == pytest.approx(1.5e-5, rel=0.05)
-    assert Bars(12).output(6.8) == pytest.approx(1.8e-4, rel=0.05)
-    report = verify(Session(5e-5), Reference(), CASES, 0, Bars(6))
+    assert Tolerance(6).output(10.0) == pytest.approx(1.5e-4, rel=0.05)
+    assert Tolerance(6).output(0.1) == Tolerance(6).output(1.0) == pytest.approx(1.5e-5, rel=0.05)
+    assert Tolerance(12).output(6.8) == pytest.approx(1.8e-4, rel=0.05)
+    report = verify(Session(5e-5), Reference(), CASES, 0, Tolerance(6))
     assert report.passed
     assert "(allowed 1.1e-04, outputs reach 7)" in report.line()
-    assert not verify(Session(2e-4), Reference(), CASES, 0, Bars(6)).passed
+    assert not verify(Session(2e-4), Reference(), CASES, 0, Tolerance(6)).passed
 
 
 def test_what_neighbours_change_too_much_is_said_with_advice_that_helps():
@@ -198,3 +204,63 @@ def test_a_witness_that_disagrees_is_named():
         VerificationError, match=r"torch against transformers' BertForX, 8 sequences: max \|Δ\| 2.5e-01"
     ):
         check(replace(report, witnesses=(one,)))
+
+
+REPORT = Verification("onnxruntime 1", CPU, 1e-5, 1e-7, 1e-8, 1.0, 0.25, 2.5, 3, (), asked=CPU)
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes", "said"),
+    [
+        ({}, {}, []),
+        ({}, {"lost": {"float16": 0.01, "bfloat16": 0.08}}, []),
+        ({}, {"lost": {"float16": 0.01, "bfloat16": 0.4}}, ["a cast of these .* to bfloat16 40%; "]),
+        (
+            {"precision": "fp16"},
+            {"lost": {"float16": 0.2, "bfloat16": 0.7}},
+            ["float16 loses 20% of the delta; leave out --merge", "a cast of these .* to bfloat16 70%; "],
+        ),
+        ({"precision": "int8-dynamic"}, {"flips": 0.016}, ["up to 0.25 and 1.6% of decisions; --precision int8-row"]),
+        ({"precision": "int8-dynamic"}, {}, ["up to 0.25; --precision int8-row does not let them"]),
+        ({"target": "cuda"}, {"asked": CUDA}, [f"{CUDA} was asked for, but {CPU} ran; bertology-serve doctor"]),
+    ],
+)  # fmt: skip
+def test_what_is_worth_saying(spec, changes, said):
+    found = cautions(ExportSpec(**spec), replace(REPORT, **changes))
+    assert len(found) == len(said)
+    for sentence, expected in zip(found, said, strict=True):
+        assert re.search(expected, sentence)
+
+
+def weights(size: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A weight and the same with a random change of that size beside it, relative to the weight."""
+    generator = torch.Generator().manual_seed(1)
+    weight, change = (torch.randn(200, 100, generator=generator) for _ in range(2))
+    return {"w": weight, "ids": torch.arange(3)}, {"w": weight + size * change, "ids": torch.arange(3)}
+
+
+@pytest.mark.parametrize("size", [1e-1, 3e-3, 1e-5])
+def test_against_the_definition(size):
+    base, merged = weights(size)
+    delta = merged["w"].double() - base["w"].double()
+    for name, kind in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
+        kept = merged["w"].to(kind).double() - base["w"].to(kind).double()
+        expected = float((kept - delta).norm() / delta.norm())
+        found = lost(base, merged)
+        assert found is not None
+        assert found[name] == pytest.approx(expected, rel=1e-9)
+
+
+def test_small_deltas_are_lost_and_large_ones_are_not():
+    large, small = lost(*weights(1.0)), lost(*weights(1e-3))
+    assert large["float16"] < 1e-3
+    assert large["bfloat16"] < 0.01
+    assert small["bfloat16"] > 0.5
+    assert small["float16"] < 0.5 < 10 * small["float16"] < 5
+
+
+def test_nothing_changed_and_what_the_base_lacks():
+    base, _ = weights(0.1)
+    assert lost(base, dict(base)) is None
+    found = lost(base, base | {"b": torch.full((4,), 1 / 3)})
+    assert 0 < found["float16"] < 2**-11

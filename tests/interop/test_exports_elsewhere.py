@@ -20,8 +20,8 @@ import torch
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.export import exporting
 from bertology_serve.export.export_spec import ExportSpec
-from bertology_serve.export.exported_model import OnnxModel
 from bertology_serve.export.exporting import export_delta
+from bertology_serve.export.onnx_engine import OnnxModel
 from bertology_serve.export.session import Session
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.spec import TaskSpec

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*", "ig
 AUTO: dict[str, Any] = {
     "classification": transformers.AutoModelForSequenceClassification,
     "regression": transformers.AutoModelForSequenceClassification,
+    "multi-label": transformers.AutoModelForSequenceClassification,
     "token-classification": transformers.AutoModelForTokenClassification,
     "question-answering": transformers.AutoModelForQuestionAnswering,
     "multiple-choice": transformers.AutoModelForMultipleChoice,
@@ -46,6 +47,7 @@ AUTO: dict[str, Any] = {
 RECORDS: dict[str, dict[str, Any]] = {
     "classification": {"text": "the cat was very good", "text_pair": "a dog , not"},
     "regression": {"text": "the cat was very good", "text_pair": "a dog , not"},
+    "multi-label": {"text": "the cat was very good"},
     "token-classification": {"tokens": "Ada met the cat in Paris".split()},
     "question-answering": {"question": "where was the dog ?", "context": "the dog was in Paris , very late"},
     "multiple-choice": {"question": "the cat", "choices": ["the house", "a very cold river bank"]},
@@ -78,7 +80,7 @@ class Lab:
 @functools.cache
 def _task_model(path: Path, task: TaskSpec) -> Any:
     torch.manual_seed(7)
-    labelled = task.kind in ("classification", "regression", "token-classification")
+    labelled = task.kind in ("classification", "multi-label", "regression", "token-classification")
     return AUTO[task.kind].from_pretrained(path, **({"num_labels": task.outputs} if labelled else {})).eval()
 
 
@@ -235,7 +237,8 @@ def test_minilm_answers_alike_in_peft(tmp_path: Path, minilm_path: Path) -> None
 
 
 def trained(lab: Lab, task: TaskSpec, config: Any, directory: Path) -> Any:
-    """A peft model whose every trainable tensor has moved, saved by peft."""
+    """A peft model whose every trainable tensor has moved, saved by peft; the same whatever ran before."""
+    torch.manual_seed(5)
     model = peft.get_peft_model(lab.task_model(task), config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -275,7 +278,8 @@ def check_here(lab: Lab, task: TaskSpec, config: Any, directory: Path) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in samples.TASKS if kind != "multiple-choice"])
 def test_lora_made_by_peft_answers_alike_here(lab: Lab, tmp_path: Path, kind: str) -> None:
     task = samples.TASKS[kind]
-    types = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "token-classification": "TOKEN_CLS"}
+    types = dict.fromkeys(("classification", "multi-label", "regression"), "SEQ_CLS")
+    types["token-classification"] = "TOKEN_CLS"
     task_type = types.get(kind, "FEATURE_EXTRACTION" if kind == "embedding" else "QUESTION_ANS")
     config = peft.LoraConfig(
         task_type=task_type,

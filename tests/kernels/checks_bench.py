@@ -6,7 +6,7 @@ import torch
 
 from bertology_serve.bench.kernels.methods import exact, form, methods, pair, plain
 from bertology_serve.bench.kernels.workload import Workload, batch_segments, inputs
-from bertology_serve.kernels.dispatch import Choice
+from bertology_serve.kernels.dispatch import LinearPath
 from bertology_serve.kernels.tuning import FUSED, SPLIT, Config
 from tests.kernels.deltas import Setting, error
 
@@ -21,8 +21,8 @@ def check_every_method_is_right(setting: Setting) -> None:
     given = inputs(work, device, 0)
     want = exact(given, segments, work.rows)
     calls = methods(work, segments, device) | {
-        "fused": form(Choice(FUSED, CONFIG, ""), work, segments, device),
-        "split": form(Choice(SPLIT, CONFIG, ""), work, segments, device),
+        "fused": form(LinearPath(FUSED, CONFIG, ""), work, segments, device),
+        "split": form(LinearPath(SPLIT, CONFIG, ""), work, segments, device),
         "pair": pair(work, segments, device),
     }
     base = calls.pop("cublas")(given)

@@ -167,7 +167,7 @@ def test_another_implementation_can_stand_beside(monkeypatch):
 @pytest.mark.usefixtures("timed")
 def test_tuning_changes_the_rows_that_it_measured(monkeypatch):
     monkeypatch.setattr(kernel_run, "architecture", lambda device: ("sm_80", ""))
-    by_torch = kernel_run.Choice("torch", Config(), "")
+    by_torch = kernel_run.LinearPath("torch", Config(), "")
     plain = kernel_run.form
     monkeypatch.setattr(kernel_run, "form", lambda choice, *rest: plain(by_torch, *rest))
     monkeypatch.setattr(kernel_run, "compare", first_is_slow())

@@ -24,6 +24,10 @@ from tests.serving.running import Running, running
 TAGS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
 DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "mood": ([Lora(rank=2)], TaskSpec("classification", ("bad", "good", "so-so"), 32)),
+    "topics": (
+        [Bitfit("attention")],
+        TaskSpec("multi-label", ("film", "food", "sport"), 32, thresholds=(0.6, 0.5, 0.01)),
+    ),
     "grade": ([Bitfit()], TaskSpec("regression", max_length=32)),
     "names": ([Adapter(width=4)], TaskSpec("token-classification", TAGS, 32)),
     "finder": ([Prefix(3)], TaskSpec("question-answering", max_length=24, stride=4)),
@@ -33,6 +37,7 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
 }
 RECORDS: dict[str, dict[str, Any]] = {
     "mood": {"text": "the cat was good"},
+    "topics": {"text": "a good film"},
     "grade": {"text": "the dog", "text_pair": "a cat"},
     "names": {"tokens": ["Ada", "went", "to", "Paris"]},
     "finder": {"question": "where was the dog ?", "context": "Ada met the dog in London . the cat was in the house"},

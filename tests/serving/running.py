@@ -41,10 +41,10 @@ def running(
     **options: Any,
 ) -> Iterator[Running]:
     """A server on a free port, stopped and joined at the end; its clocks run out on no slow machine."""
-    config = ServerConfig(
+    config = ServerConfig.of(
         **{"port": 0, "max_call_seconds": 120.0, "drain_seconds": 0.0, "shutdown_seconds": 20.0, **options}
     )
-    bound = bind(config.host, config.port)
+    bound = bind(config.listen.host, config.listen.port)
     server = Server(registry or Registry(pipeline, root), config, keyring=keyring)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()

@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from bertology_serve.errors import SpecError
-from bertology_serve.serving.config import HELPS, ServerConfig
+from bertology_serve.serving.config import ServerConfig
 
 
 @pytest.mark.parametrize(
@@ -30,16 +30,27 @@ from bertology_serve.serving.config import HELPS, ServerConfig
 )
 def test_nonsense_is_refused(options, message):
     with pytest.raises(SpecError, match=message):
-        ServerConfig(**options)
+        ServerConfig.of(**options)
 
 
 def test_weights():
-    assert ServerConfig(weights=("mood=2", "grade=0.5")).weight_of() == {"mood": 2.0, "grade": 0.5}
+    assert ServerConfig.of(weights=("mood=2", "grade=0.5")).batching.weight_of() == {"mood": 2.0, "grade": 0.5}
 
 
 def test_origins():
-    ServerConfig(cors_origin=("https://app.example", "http://localhost:5173", "http://[::1]:80", "*"))
+    ServerConfig.of(cors_origin=("https://app.example", "http://localhost:5173", "http://[::1]:80", "*"))
 
 
 def test_every_option_has_a_help_text():
-    assert HELPS.keys() == {field.name for field in fields(ServerConfig)}
+    for concern in fields(ServerConfig):
+        assert all(
+            option.metadata["help"].endswith((".", "them.")) for option in fields(getattr(ServerConfig(), concern.name))
+        )
+
+
+def test_options_by_name():
+    config = ServerConfig.of(port=0, max_items=7)
+    assert (config.listen.port, config.limits.max_items) == (0, 7)
+    assert ServerConfig.of() == ServerConfig()
+    with pytest.raises(SpecError, match="has no option 'max_item'; did you mean 'max_items'"):
+        ServerConfig.of(max_item=7)

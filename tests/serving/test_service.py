@@ -27,7 +27,7 @@ def with_service(pipeline: Any, use: Callable[[Service], Awaitable[Any]], **opti
     metrics = Metrics()
 
     async def run() -> Any:
-        service = Service(Registry(pipeline), ServerConfig(**options), metrics)
+        service = Service(Registry(pipeline), ServerConfig.of(**options), metrics)
         service.start()
         try:
             return await use(service)
@@ -349,7 +349,7 @@ def test_stopping_answers_what_was_accepted_and_refuses_the_rest(pipeline):
 
 def test_warm_up_answers_before_the_service_starts_and_finds_the_size_of_batches(pipeline):
     metrics = Metrics()
-    service = Service(Registry(pipeline), ServerConfig(max_batch_tokens=256), metrics)
+    service = Service(Registry(pipeline), ServerConfig.of(max_batch_tokens=256), metrics)
     times: BatchTimes = service.queue.times
     guess = times.per_token
     warm_up(pipeline, times)

@@ -93,3 +93,40 @@ def test_a_delta_of_pairs_refuses_a_single_text():
 )
 def test_data_say_whether_they_are_pairs(kind, records, pairs):
     assert all_pairs(kind, [(record, "x:1") for record in records]) is pairs
+
+
+def test_soft_labels_are_learnt_as_they_are():
+    example = TASK.example({"text": "x", "label": {"good": 3, "mixed": 1}}, "x:1", True)
+    assert example.label == "good"
+    assert TASK.target(example, []) == (0.0, 0.75, 0.25)
+    out = torch.randn(1, 3, generator=torch.Generator().manual_seed(0))
+    expected = -(torch.tensor([0.0, 0.75, 0.25]) * out[0].log_softmax(0)).sum()
+    torch.testing.assert_close(TASK.loss(out, [], [TASK.target(example, [])]), expected)
+    assert Classification.labels_in([({"label": '{"a": 0.5, "b": 0.5}'}, "x:1")]) == ("a", "b")
+    with pytest.raises(DataError, match=r"^x:9: field 'label' is .*expected a label, or the share of each"):
+        TASK.example({"text": "x", "label": {"good": -1}}, "x:9", True)
+
+
+def test_class_weights_and_smoothing_are_torch_s_and_scikit_learn_s():
+    utils = pytest.importorskip("sklearn.utils.class_weight")
+    targets = [0, 1, 1, 1, 2, 2]
+    out = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    weights = utils.compute_class_weight("balanced", classes=torch.arange(3).numpy(), y=targets)
+    expected = torch.nn.functional.cross_entropy(
+        out, torch.tensor(targets), torch.tensor(weights).float(), reduction="sum"
+    )
+    torch.testing.assert_close(TASK.loss(out, [], TASK.shaped(targets, True, 0.0)), expected)
+    expected = torch.nn.functional.cross_entropy(out, torch.tensor(targets), label_smoothing=0.2, reduction="sum")
+    torch.testing.assert_close(TASK.loss(out, [], TASK.shaped(targets, False, 0.2)), expected)
+
+
+def test_below_abstain_no_label_is_named():
+    careful = Classification(TaskSpec("classification", ("bad", "good", "mixed"), abstain=0.6))
+    examples = [careful.example({"text": "x", "label": label}, "x:1", True) for label in ("good", "bad", "mixed")]
+    logits = torch.tensor([[0.0, 3.0, 0.0], [0.0, 0.1, 0.0], [0.0, 3.0, 0.0]])
+    answers = [careful.decode(*pair) for pair in zip(examples, [[]] * 3, [[row] for row in logits], strict=True)]
+    assert [answer["label"] for answer in answers] == ["good", None, "good"]
+    assert answers[1]["scores"]["good"] == pytest.approx(answers[1]["score"])
+    found = careful.metrics(answers, examples)
+    assert (found["coverage"], found["accuracy_covered"]) == (2 / 3, 0.5)
+    assert found["accuracy"] == 1 / 3

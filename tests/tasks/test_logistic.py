@@ -18,6 +18,10 @@ def problem(classes: int, rows: int = 300, width: int = 24) -> tuple[Tensor, Ten
     return x, labels
 
 
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    return F.one_hot(labels, classes).double()
+
+
 def objective(weight: Tensor, bias: Tensor, z: Tensor, labels: Tensor, c: float) -> Tensor:
     """Scikit-learn's objective divided by C N, written out; one row of weights means two classes."""
     logits = z @ weight.T + bias
@@ -35,7 +39,7 @@ def test_optimum_is_scikit_learn_s(classes: int):
     """Ten values of C: the same objective to 1e-9 as its solver at its tightest."""
     linear_model = pytest.importorskip("sklearn.linear_model", reason="the reference solver is scikit-learn's")
     x, labels = problem(classes)
-    ours, z, start = Logistic(x, labels, classes), scaled(x), None
+    ours, z, start = Logistic(x, one_hot(labels, classes)), scaled(x), None
     for c in PATH:
         found = ours.solve(c, start)
         start = found.raw
@@ -49,7 +53,7 @@ def test_optimum_is_scikit_learn_s(classes: int):
 def test_gradient_vanishes_and_no_step_away_is_lower(classes: int):
     """By autograd on the written-out objective, in the scaled coordinates."""
     x, labels = problem(classes)
-    z, solver = scaled(x), Logistic(x, labels, classes)
+    z, solver = scaled(x), Logistic(x, one_hot(labels, classes))
     found = solver.solve(0.1)
     weight = found.weight * x.double().std(correction=0)
     bias = found.bias + found.weight.sum(1) * x.double().mean()
@@ -66,7 +70,7 @@ def test_gradient_vanishes_and_no_step_away_is_lower(classes: int):
 
 def test_solution_is_for_rows_as_they_were_given():
     x, labels = problem(2)
-    found = Logistic(x, labels, 2).solve(1.0)
+    found = Logistic(x, one_hot(labels, 2)).solve(1.0)
     assert found.weight.shape == (2, 24)
     assert torch.equal(found.weight[0], -found.weight[1]), "LP-FT's form of two classes"
     accuracy = (found.logits(x).argmax(1) == labels).double().mean()
@@ -75,7 +79,7 @@ def test_solution_is_for_rows_as_they_were_given():
 
 def test_the_start_decides_nothing():
     x, labels = problem(3)
-    solver = Logistic(x, labels, 3)
+    solver = Logistic(x, one_hot(labels, 3))
     fresh, warm = solver.solve(1.0), solver.solve(1.0, solver.solve(1e-3).raw)
     assert fresh.loss == pytest.approx(warm.loss, abs=1e-11)
     assert torch.allclose(fresh.weight, warm.weight, rtol=1e-3, atol=1e-5)
@@ -83,9 +87,27 @@ def test_the_start_decides_nothing():
 
 def test_a_label_without_rows_and_rows_without_spread():
     x, labels = problem(2)
-    found = Logistic(torch.cat([x, torch.ones(300, 2)], 1), labels, 3).solve(1e-2)
+    found = Logistic(torch.cat([x, torch.ones(300, 2)], 1), one_hot(labels, 3)).solve(1e-2)
     assert torch.isfinite(found.weight).all()
     assert found.logits(torch.cat([x, torch.ones(300, 2)], 1)).argmax(1).max() < 2
+
+
+def test_one_vs_rest_is_scikit_learn_s():
+    """Five labels of which any number applies, some of them not known; each as its own logistic regression."""
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="the reference solver is scikit-learn's")
+    x, _ = problem(5)
+    generator = torch.Generator().manual_seed(1)
+    gold = (torch.randn(300, 5, generator=generator) + x[:, -5:] - 3 > 1).double()
+    known = torch.rand(300, 5, generator=generator) < 0.9
+    solver, z = Logistic(x, gold * known, (1 - gold) * known), scaled(x).numpy()
+    for c in (1e-3, 1.0, 10.0):
+        found = solver.solve(c, tolerance=1e-10)
+        for label in range(5):
+            rows = known[:, label].numpy()
+            model = linear_model.LogisticRegression(C=c, tol=1e-12, max_iter=100_000)
+            model.fit(z[rows], gold[:, label].numpy()[rows])
+            theirs = torch.tensor(model.decision_function(z))
+            torch.testing.assert_close(found.logits(x)[:, label], theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_ridge_is_scikit_learn_s():
@@ -106,3 +128,17 @@ def test_ridge_with_fewer_rows_than_features_and_one_score():
     x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
     found = Ridge(x, torch.full((5,), 2.5)).solve(100.0)
     assert torch.allclose(found.logits(x), torch.full((5, 1), 2.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_fewer_rows_than_features(classes: int):
+    """The optimum lies in the span of the rows; scikit-learn looks for it among all features."""
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="the reference solver is scikit-learn's")
+    x, labels = problem(classes, rows=40, width=60)
+    found, z = Logistic(x, labels, classes).solve(1.0), scaled(x)
+    assert found.weight.shape == (classes, 60)
+    model = linear_model.LogisticRegression(C=1.0, tol=1e-12, max_iter=100_000).fit(z.numpy(), labels.numpy())
+    theirs = objective(torch.tensor(model.coef_), torch.tensor(model.intercept_), z, labels, 1.0)
+    assert found.loss == pytest.approx(theirs.item(), abs=1e-9)
+    probabilities = torch.tensor(model.predict_proba(z.numpy()))
+    torch.testing.assert_close(found.logits(x).softmax(1), probabilities, rtol=0, atol=1e-4)

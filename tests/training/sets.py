@@ -20,6 +20,12 @@ def classification() -> list[dict[str, Any]]:
     return [{"text": f"the {thing} was {word}", "label": label} for word, label in words for thing in THINGS]
 
 
+def multi_label() -> list[dict[str, Any]]:
+    """Good or bad, and whether it is said by denying."""
+    words = [("good", ["up"]), ("bad", ["down"]), ("not good", ["down", "denied"]), ("great", ["up"])]
+    return [{"text": f"the {thing} was {word}", "label": labels} for word, labels in words for thing in THINGS]
+
+
 def regression() -> list[dict[str, Any]]:
     """How many of two words are good."""
     pairs = itertools.product(("good", "great", "bad", "cold"), repeat=2)
@@ -66,6 +72,7 @@ def embedding() -> list[dict[str, Any]]:
 
 SETS = {
     "classification": classification,
+    "multi-label": multi_label,
     "regression": regression,
     "token-classification": token_classification,
     "question-answering": question_answering,

@@ -13,7 +13,7 @@ from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.pruned import prune
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import BaseMismatch, SpecError
-from bertology_serve.export.fold import fold
+from bertology_serve.export.export_inputs import fold
 from bertology_serve.kinds.sparse import Sparse
 from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.compress import Budget, compress

@@ -59,4 +59,7 @@ def test_texts_that_are_cut_are_counted(bert: Encoder):
     delta = prepare(TrainConfig("classification", max_length=32), bert, source).live.freeze("mine")
     assert evaluate(delta, source.records, bert).truncated == 0
     long = Record({"text": "the cat was good " * 20, "label": source.records[0].fields["label"]}, "test.jsonl:9")
-    assert evaluate(delta, [*source.records, long], bert).truncated == 1
+    found = evaluate(delta, [*source.records, long], bert)
+    assert found.truncated == 1
+    assert [answer.get("truncated", False) for answer in found.answers] == [False] * len(source.records) + [True]
+    assert found.answers[-1]["tokens_given"] > found.answers[-1]["tokens_read"] == 32

@@ -24,11 +24,13 @@ from bertology_serve.training.train_config import TrainConfig
 from tests.bits import same_bits
 from tests.training import sets
 
+DEFAULTS = {"recipe": "lp", "max_length": 32, "epochs": 2, "batch_size": 4, "calibrate": False}
+
 
 def run(encoder: Encoder, out: Path, task: str = "classification", **values: Any) -> Outcome:
     place = {name: values.pop(name) for name in ("resume", "overwrite") if name in values}
     watcher, dev = values.pop("watcher", None), values.pop("dev", sets.source(task, "dev.jsonl"))
-    config = TrainConfig(task, **{"recipe": "lp", "max_length": 32, "epochs": 2, "batch_size": 4, **values})
+    config = TrainConfig(task, **{**DEFAULTS, **values})
     data = sets.source(task), dev
     return train(config, encoder, *data, place=Destination(out, **place), watcher=watcher)
 

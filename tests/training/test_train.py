@@ -48,7 +48,7 @@ def test_a_delta_is_trained_published_and_measured(tmp_path: Path, bert: Encoder
     assert [path.name for path in tmp_path.iterdir()] == ["mine"], "the run directory is gone"
     lines = [json.loads(line) for line in (tmp_path / "mine" / "log.jsonl").read_text().splitlines()]
     assert len([line for line in lines if line.get("stage") != 1]) == outcome.state.step + 2
-    assert outcome.difference < 1e-5
+    assert outcome.difference < 1e-5 * max(1.0, 1.0 / delta.provenance.get("calibration", {}).get("temperature", 1.0))
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"] + ["lora,bitfit"])

@@ -69,12 +69,12 @@ class Gold:
 
 
 def closeness(
-    encoder: Encoder, delta: Delta, parts: ExportInputs, batches: Batches, directory: Path
+    encoder: Encoder, delta: Delta, export_inputs: ExportInputs, batches: Batches, directory: Path
 ) -> dict[str, Closeness]:
     """Of every form, with the task's head taken away; by the form's name."""
     task = TaskSpec(EMBEDDING, head="none", pooling="mean", max_length=delta.task.max_length)
     reference = Reference(encoder, replace(delta, task=task, head={}))
-    bare = replace(parts, task=task, head=Head([]))
+    bare = replace(export_inputs, task=task, head=Head([]))
     expected = [np.stack([row.numpy() for row in reference.outputs(encodings_of(one))]) for one in batches.arrays]
     return {model.name: _closeness(model, batches, expected) for model in exported(bare, directory)}
 

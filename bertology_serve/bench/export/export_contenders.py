@@ -1,8 +1,13 @@
-"""What is timed: the forms that are exported here, and the same merged model in torch and in files of other tools."""
+"""What is timed: the forms that are exported here, the same merged model in torch, and files of other tools.
+
+The others' exporters run in environments of their own, whose pins exclude ours, on the checkpoint written for them."""
 
 from __future__ import annotations
 
+import copy
 import inspect
+import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from bertology_serve.bench.export.checkpoint import prepacked
 from bertology_serve.bench.export.export_batches import Arrays
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.linear import Prepacked
+from bertology_serve.errors import Unsupported
+from bertology_serve.export import hf_model
 from bertology_serve.export.emitter.emit import emit
+from bertology_serve.export.export_directory import architectures, save
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import PORTABLE, Precision, fastest_on_cpu
-from bertology_serve.export.metadata import save
 from bertology_serve.export.samples import Reference
 from bertology_serve.export.session import Session
 from bertology_serve.tasks.spec import Encoding
@@ -55,13 +63,13 @@ class Model:
     off: float = ROUNDED
 
 
-def exported(parts: ExportInputs, directory: Path) -> list[Model]:
+def exported(export_inputs: ExportInputs, directory: Path) -> list[Model]:
     """Every form, written into ``directory``, which is made, and loaded from there."""
     found = []
     directory.mkdir()
     for number, (name, (unpad, precision, opset)) in enumerate(FORMS.items()):
         path = directory / f"{number}.onnx"
-        size = save(emit(parts, opset, unpad, precision), path)
+        size = save(emit(export_inputs, opset, unpad, precision), path)
         found.append(Model(name, Session(path).run, size, ROUNDED if precision == "fp32" else COARSE))
     return found
 
@@ -109,3 +117,100 @@ def _runner(model: Any, takes: set[str]) -> Callable[[Arrays], Logits]:
         return model(**tensors).logits.numpy()  # type: ignore[no-any-return]
 
     return logits
+
+
+def task_model(export_inputs: ExportInputs, delta: Delta) -> Any:
+    """HuggingFace's own model for the task, float32, on CPU, not training, its attention SDPA.
+
+    ``export_inputs`` are those of the merged delta. Raises Unsupported where something of it does not fold, or where
+    HuggingFace has no model for the task.
+    """
+    names = architectures(delta)
+    if not names or delta.effects(export_inputs.anatomy).unfoldable:
+        raise Unsupported(f"delta {delta.name!r} is no checkpoint that others could export; give one that folds")
+    return hf_model.task_model(export_inputs, names[0], "sdpa")
+
+
+class _Packed(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.product = Prepacked(linear.weight, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+
+def prepacked(model: Any) -> Any:
+    """A copy of a model with its linears laid out for oneDNN."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, _Packed(child))
+    return model
+
+
+OPTIMUM_O0, OPTIMUM_O3, OLIVE = "optimum O0", "optimum O3", "Olive"
+SECONDS = 600
+_OPTIMUM = """
+import sys
+from optimum.exporters.onnx import main_export
+source, target, level = sys.argv[1:]
+main_export(source, target, task="text-classification", optimize=None if level == "O0" else level, do_validation=False)
+"""
+_OLIVE = """
+import sys
+from olive.workflows import run
+source, target, family = sys.argv[1:]
+run({
+    "input_model": {"type": "HfModel", "model_path": source, "task": "text-classification"},
+    "systems": {"here": {"type": "LocalSystem", "accelerators": [
+        {"device": "cpu", "execution_providers": ["CPUExecutionProvider"]}]}},
+    "passes": {"convert": {"type": "OnnxConversion"},
+               "optimise": {"type": "OrtTransformersOptimization", "model_type": family}},
+    "host": "here", "target": "here", "output_dir": target, "cache_dir": target + "/cache",
+})
+"""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """An exporter: what it is called, a script for its own Python, and how to install it there."""
+
+    name: str
+    script: str
+    argument: str
+    install: str
+
+
+_OPTIMUM_PINS = "torch transformers==4.57.6 'optimum-onnx[onnxruntime]==0.1.0'"
+TOOLS = {
+    "optimum": (Tool(OPTIMUM_O0, _OPTIMUM, "O0", _OPTIMUM_PINS), Tool(OPTIMUM_O3, _OPTIMUM, "O3", _OPTIMUM_PINS)),
+    "olive": (Tool(OLIVE, _OLIVE, "bert", "torch transformers peft onnxruntime requests olive-ai==0.13.0"),),
+}
+
+
+def python_of(environment: Path, tool: Tool) -> Path:
+    """The Python of a virtual environment; Unsupported where there is none."""
+    python = environment / "bin" / "python"
+    if not python.exists():
+        raise Unsupported(
+            f"no virtual environment for {tool.name} at {environment}; make one: "
+            f"python -m venv {environment} && {python} -m pip install {tool.install}"
+        )
+    return python
+
+
+def exported_by(tool: Tool, environment: Path, checkpoint: Path, directory: Path) -> Model:
+    """The file that ``tool`` makes of a checkpoint, loaded here; Unsupported with its last line where it fails."""
+    python = python_of(environment, tool).absolute()  # not resolved: the link is what makes it the environment's
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": ""}
+    command = [str(python), "-c", tool.script, str(checkpoint), str(directory), tool.argument]
+    try:
+        done = subprocess.run(command, env={**os.environ, **quiet}, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        raise Unsupported(f"{tool.name} took more than {SECONDS} s to export; leave it out") from None
+    if done.returncode or not (directory / "model.onnx").exists():
+        said = (done.stderr.strip() or "no model.onnx").splitlines()[-1][:200]
+        raise Unsupported(f"{tool.name} could not export the checkpoint: {said}; in its environment: {tool.install}")
+    return in_file(tool.name, directory / "model.onnx")

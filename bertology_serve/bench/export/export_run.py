@@ -15,18 +15,26 @@ import numpy as np
 import torch
 
 from bertology_serve.bench.export.accuracy import Accuracy, Closeness, Gold, closeness
-from bertology_serve.bench.export.checkpoint import task_model
 from bertology_serve.bench.export.export_batches import FULL, Batches, as_they_come, full
-from bertology_serve.bench.export.export_contenders import COMPILED, FORMS, Model, engine, exported, in_torch
-from bertology_serve.bench.export.others import TOOLS, exported_by
+from bertology_serve.bench.export.export_contenders import (
+    COMPILED,
+    FORMS,
+    TOOLS,
+    Model,
+    engine,
+    exported,
+    exported_by,
+    in_torch,
+    task_model,
+)
 from bertology_serve.bench.export.timing import Timed, interleave
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import Unsupported, VerificationError
 from bertology_serve.export.emitter.emit import emit
-from bertology_serve.export.environment import environment
-from bertology_serve.export.export_inputs import ExportInputs, parts_of
-from bertology_serve.export.metadata import save
+from bertology_serve.export.export_directory import save
+from bertology_serve.export.export_inputs import ExportInputs
+from bertology_serve.export.installation import environment
 from bertology_serve.tasks.base import Task
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, Encoding, TaskSpec
 
@@ -77,17 +85,17 @@ def run(
     """
     if delta.task.kind not in (CLASSIFICATION, REGRESSION):
         raise Unsupported(f"delta {delta.name!r} answers {delta.task.kind}; expected classification or regression")
-    where, parts = environment(), parts_of(encoder, delta, merge=True)
+    where, export_inputs = environment(), ExportInputs.of(encoder, delta, merge=True)
     batches = [*(full(encoder, *shape) for shape in FULL), as_they_come(encoder, "texts as they come", inputs.texts)]
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         seconds, same = export_times(encoder, delta, directory)
         say("exported; other tools export")
-        models, missing = contenders(encoder, delta, parts, inputs, directory)
+        models, missing = contenders(encoder, delta, export_inputs, inputs, directory)
         for one in batches:
             check(models, one)
         say(f"{len(models)} contenders agree; accuracy")
-        close = closeness(encoder, delta, parts, batches[-1], directory / "embeddings")
+        close = closeness(encoder, delta, export_inputs, batches[-1], directory / "embeddings")
         accuracies = accuracies_of(encoder, inputs, models)
         times = {one.name: _timed(models, one, rounds, say) for one in batches}
     sizes = {model.name: model.size for model in models}
@@ -95,14 +103,14 @@ def run(
 
 
 def contenders(
-    encoder: Encoder, delta: Delta, parts: ExportInputs, inputs: Inputs, directory: Path
+    encoder: Encoder, delta: Delta, export_inputs: ExportInputs, inputs: Inputs, directory: Path
 ) -> tuple[list[Model], list[str]]:
     """Torch's eager form first; and why some are missing."""
-    model = task_model(parts, delta)
+    model = task_model(export_inputs, delta)
     checkpoint = directory / "checkpoint"
     model.save_pretrained(checkpoint)
     encoder.tokenizer.save_pretrained(checkpoint)
-    found, missing = [*in_torch(model, inputs.compiled), *exported(parts, directory / "ours")], []
+    found, missing = [*in_torch(model, inputs.compiled), *exported(export_inputs, directory / "ours")], []
     for name, tools in TOOLS.items():
         for tool in tools if name in inputs.tools else ():
             try:
@@ -143,7 +151,7 @@ def export_times(encoder: Encoder, delta: Delta, directory: Path) -> tuple[dict[
         taken, made = [], set[str]()
         for _ in range(EXPORTS):
             started = time.perf_counter()
-            save(emit(parts_of(encoder, delta, True), opset, unpad, precision), directory / "again.onnx")
+            save(emit(ExportInputs.of(encoder, delta, True), opset, unpad, precision), directory / "again.onnx")
             taken.append(time.perf_counter() - started)
             made.add(hashlib.sha256((directory / "again.onnx").read_bytes()).hexdigest())
         seconds[name], same[name] = median(taken), len(made) == 1

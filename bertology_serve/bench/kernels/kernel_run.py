@@ -15,7 +15,7 @@ from bertology_serve.bench.kernels.methods import BASELINE, OURS, PLAIN, chosen,
 from bertology_serve.bench.kernels.workload import Inputs, Workload, batch_segments, inputs
 from bertology_serve.errors import Unsupported, VerificationError
 from bertology_serve.kernels.columns import tile_columns
-from bertology_serve.kernels.dispatch import Choice, architecture
+from bertology_serve.kernels.dispatch import LinearPath, architecture
 from bertology_serve.kernels.tuning import FUSED, SPLIT, TORCH, Config, Point, Row, Table, table
 
 CHECKED_ROWS = 512
@@ -99,10 +99,10 @@ def _short(config: Config) -> str:
     )
 
 
-def candidates(row: Row, hopper: bool) -> Iterator[Choice]:
+def candidates(row: Row, hopper: bool) -> Iterator[LinearPath]:
     """The forms and configurations that tuning tries at a point, the present one first."""
-    yield Choice(row.form, row.config, "present")
-    yield Choice(TORCH, row.config, "torch")
+    yield LinearPath(row.form, row.config, "present")
+    yield LinearPath(TORCH, row.config, "torch")
     if row.point.dtype != "half":
         return
     ranks = row.config.rank_tile
@@ -112,7 +112,7 @@ def candidates(row: Row, hopper: bool) -> Iterator[Choice]:
             for sweep in (1, 3, 4) if block_n == 128 and hopper else (1,):
                 config = Config(block_m, block_n, 64 if hopper else 32, ranks, sweep, warps, stages, hopper)
                 for kind in (FUSED, SPLIT) if row.point.columns else (FUSED,):
-                    yield Choice(kind, config, "tried")
+                    yield LinearPath(kind, config, "tried")
 
 
 def tune(device: torch.device, wanted: Callable[[Row], bool], say: Say) -> Table:

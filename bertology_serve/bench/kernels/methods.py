@@ -13,7 +13,7 @@ from bertology_serve.bench.kernels.workload import Inputs, Workload
 from bertology_serve.kernels.columns import tile_columns
 from bertology_serve.kernels.dispatch import (
     BatchColumns,
-    Choice,
+    LinearPath,
     architecture,
     choose,
     tile_width,
@@ -51,16 +51,16 @@ def methods(workload: Workload, segments: list[RowSegment], device: torch.device
     return ways
 
 
-def chosen(workload: Workload, segments: list[RowSegment], device: torch.device) -> Choice:
+def chosen(workload: Workload, segments: list[RowSegment], device: torch.device) -> LinearPath:
     """What dispatch picks for a workload."""
     arch, reason = architecture(device)
     if not arch:
-        return Choice(TORCH, Config(), reason)
+        return LinearPath(TORCH, Config(), reason)
     columns = typical(*tile_width(segments, workload.rows))
     return choose(arch, getattr(torch, workload.dtype), workload.k, workload.n, 1, workload.rows, columns)
 
 
-def form(choice: Choice, workload: Workload, segments: list[RowSegment], device: torch.device) -> Call:
+def form(choice: LinearPath, workload: Workload, segments: list[RowSegment], device: torch.device) -> Call:
     """The call of one form in one configuration; its column lists are made here, once, as for all layers."""
     if choice.form == TORCH:
         return lambda i: torch_linear(i.x, i.w, i.bias, i.pools, [segments])

@@ -68,7 +68,7 @@ def main(backbone: str, root: str) -> None:
         pipeline = FaultyRemote(nursery, backbone)
         registry = make(pipeline, Path(root))
         address = url_of(bound)
-        server = Server(registry, ServerConfig(drain_seconds=0.0),
+        server = Server(registry, ServerConfig.of(drain_seconds=0.0),
                         lambda: print(f"ready: {address}", file=sys.stderr, flush=True), ring)  # fmt: skip
         server.run(sockets=[bound])
         pipeline.close()

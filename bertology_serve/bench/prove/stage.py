@@ -21,6 +21,7 @@ from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import VerificationError
 from bertology_serve.kinds.adapter import Adapter
 from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.kind import Spec
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt
@@ -32,7 +33,7 @@ HEADERS = {"Authorization": f"Bearer {ADMIN}"}
 PATIENCE = 180.0
 LENGTH = 48
 TAGS = ("O", "B-LOC", "I-LOC", "B-PER", "I-PER")
-ZOO: dict[str, tuple[object, TaskSpec]] = {
+ZOO: dict[str, tuple[Spec, TaskSpec]] = {
     "mood": (Lora(rank=8), TaskSpec("classification", ("bad", "good", "so-so"), LENGTH)),
     "topic": (Lora(rank=4), TaskSpec("classification", tuple(f"t{n}" for n in range(11)), LENGTH)),
     "grade": (Bitfit(), TaskSpec("regression", max_length=LENGTH)),
@@ -117,7 +118,7 @@ class Stage:
         delta = self.random(name, spec, task, seed, version)
         delta.save(root / name / version, self.encoder)
 
-    def random(self, name: str, spec: object, task: TaskSpec, seed: int, version: str = "1") -> Delta:
+    def random(self, name: str, spec: Spec, task: TaskSpec, seed: int, version: str = "1") -> Delta:
         """A delta all of whose tensors are random, so that it changes something."""
         import torch
 

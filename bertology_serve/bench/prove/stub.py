@@ -40,7 +40,7 @@ def main(backbone: str) -> None:
     pipeline = Stub(Encoder.load(backbone))
     with bind("127.0.0.1", 0) as bound:
         address = url_of(bound)
-        server = Server(Registry(pipeline), ServerConfig(drain_seconds=0.0),
+        server = Server(Registry(pipeline), ServerConfig.of(drain_seconds=0.0),
                         lambda: print(f"ready: {address}", file=sys.stderr, flush=True))  # fmt: skip
         settle_memory()
         server.run(sockets=[bound])

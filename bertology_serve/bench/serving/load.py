@@ -14,7 +14,7 @@ from typing import Any, Literal
 from bertology_serve.bench.prove.stage import WORDS, ZOO, Stage
 from bertology_serve.bench.prove.traffic import Outcomes, opened, percentile, predict
 from bertology_serve.errors import SpecError, Unsupported
-from bertology_serve.export.environment import environment
+from bertology_serve.export.installation import environment
 
 SHARES = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99, "p99.9_ms": 0.999}
 BURST = 8.0  # calls that come together in bursty arrivals, on average

@@ -14,7 +14,7 @@ from bertology_serve.bench.serving.serving_report import Judged
 from bertology_serve.bench.serving.texts_workload import Workload, lengths
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import VerificationError
-from bertology_serve.export.environment import environment
+from bertology_serve.export.installation import environment
 from bertology_serve.serving.execution.engine_choice import Name
 
 AGREE = 1e-4

@@ -17,6 +17,7 @@ from bertology_serve.tasks.heads import head_pooling
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
+    MULTI_LABEL,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
@@ -27,6 +28,7 @@ from bertology_serve.tasks.spec import (
 # Multiple choice has no task type in peft: its plain PeftModel runs the task model, the head listed by name.
 TASK_TYPES: dict[str, str | None] = {
     CLASSIFICATION: "SEQ_CLS",
+    MULTI_LABEL: "SEQ_CLS",
     REGRESSION: "SEQ_CLS",
     TOKEN_CLASSIFICATION: "TOKEN_CLS",
     QUESTION_ANSWERING: "QUESTION_ANS",

@@ -37,6 +37,7 @@ from bertology_serve.tasks.heads import Dense, head_form, head_pooling
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
+    LABEL_KINDS,
     QUESTION_ANSWERING,
     REGRESSION,
     TOKEN_CLASSIFICATION,
@@ -56,7 +57,7 @@ _HARMLESS = {
 # Methods of which peft 0.21 makes a LoRA by ``convert_to_lora``, and those that it cannot fold into the weights.
 _CONVERTED = {
     "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA",
-    "VBLORA", "VERA", "WAVEFT",
+    "VBLORA", "WAVEFT",
 }  # fmt: skip
 _UNMERGED = {"ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY", "XLORA"}
 # Settings that are read at these values only. The other ways of initialising LoRA change the base weights.
@@ -259,7 +260,7 @@ def _task(
     config: JsonObject, head: Tensors, family: str, told: str | None, longest: int, options: JsonObject
 ) -> TaskSpec | None:
     """The task as far as peft records it; None for embeddings."""
-    kind = told or {t: k for k, t in TASK_TYPES.items() if t and k != REGRESSION}.get(str(config.get("task_type")))
+    kind = told or {t: k for k, t in reversed(TASK_TYPES.items()) if t}.get(str(config.get("task_type")))
     if kind is None and not config.get("task_type"):  # what peft's plain model answers shows in its head alone
         kind = EMBEDDING if not head else QUESTION_ANSWERING if "qa_outputs.weight" in head else None
     if kind is None:
@@ -273,7 +274,7 @@ def _task(
     if not outputs:
         raise FormatError("the checkpoint holds no classifier; train it again with its head in modules_to_save")
     kind = REGRESSION if kind == CLASSIFICATION and outputs == 1 else kind
-    labels = tuple(f"LABEL_{i}" for i in range(outputs)) if kind in (CLASSIFICATION, TOKEN_CLASSIFICATION) else ()
+    labels = tuple(f"LABEL_{i}" for i in range(outputs)) if kind in (*LABEL_KINDS, TOKEN_CLASSIFICATION) else ()
     return TaskSpec(kind, labels, max_length=longest, pooling=head_pooling(family, kind, options))
 
 

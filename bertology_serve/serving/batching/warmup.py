@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,7 +20,7 @@ import msgspec
 from bertology_serve.encoder.delta_set import DeltaSet
 from bertology_serve.encoder.pipeline import BASE, Job, Request
 from bertology_serve.errors import DataError
-from bertology_serve.export.environment import environment
+from bertology_serve.export.installation import environment
 from bertology_serve.serving.batching.queue import WHOLE, BatchTimes, Sample
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.engine_choice import EngineConfig
@@ -64,6 +65,7 @@ def _timed(pipeline: DeltaSet, jobs: list[Job], clock: Callable[[], float]) -> f
 
 log = logging.getLogger(__name__)
 DAYS = 7.0  # after which it is found anew
+IDLE, LOOKS = 0.5, 60.0  # load for each processor up to which the machine is idle; seconds between two looks at it
 BUSY = 1.5  # two times of one batch, or load and processors, that are so many times apart: the machine was busy
 SECOND_LOOK = 128  # tokens of the largest batch that is timed a second time
 SETTLED = ("cpu", "cores", "threads", "versions")  # of the environment: what does not change by itself
@@ -87,7 +89,7 @@ def circumstances(pipeline: DeltaSet, setting: EngineConfig, config: ServerConfi
         "device": device,
         "executor": type(pipeline).__name__,
         "setting": asdict(setting),
-        "batch": [config.max_batch_ms, config.max_batch_tokens],
+        "batch": [config.batching.max_batch_ms, config.batching.max_batch_tokens],
     }
 
 
@@ -110,11 +112,12 @@ def warm_up(pipeline: DeltaSet, times: BatchTimes, known: Sequence[Sample] = ())
 
 def find(
     opened: Startup, times: BatchTimes, wanted: EngineConfig, where: Mapping[str, Any], known: Findings | None
-) -> str:
-    """Settles what runs the batches and how long they take, from what is ``known`` or by timing. The engine's name.
+) -> tuple[str, bool]:
+    """Settles what runs the batches and how long they take, from what is ``known`` or by timing.
 
-    What is known is timed again where a short second look shows that it was found on a busy machine. What is timed now
-    is kept, unless this machine is busy. Raises what ``opened.settle`` does.
+    The engine's name, and whether it may be relied on: what is known is timed again where a short second look shows
+    that it was found on a busy machine, and what is timed now is kept unless this machine is busy. Raises what
+    ``opened.settle`` does.
     """
     pipeline = opened.pipeline
     if known is not None:
@@ -122,15 +125,35 @@ def find(
         warm_up(pipeline, times, known.ladder)
         slower = _times_as_long(known.ladder, _second_look(pipeline, times))
         if slower <= BUSY:
-            return runs
+            return runs, True
         log.info("engines and batches are timed again: batches took %.1f times as long at an earlier start", slower)
     runs, setting = opened.settle(wanted)
     ladder = warm_up(pipeline, times)
-    if doubt := _doubt(ladder, _second_look(pipeline, times)):
-        log.warning("the machine seems busy (%s): timings are not kept, the next start times again", doubt)
+    doubt = _doubt(ladder, _second_look(pipeline, times))
+    if doubt:
+        log.warning("the machine seems busy (%s): timings are not kept, and made again when it is idle", doubt)
     else:
         keep(where, Findings(setting, tuple(ladder)))
-    return runs
+    return runs, not doubt
+
+
+def find_again(
+    opened: Startup,
+    times: BatchTimes,
+    wanted: EngineConfig,
+    where: Mapping[str, Any],
+    items: Callable[[], int],
+    ended: Event,
+) -> None:
+    """Finds everything anew once there are no ``items`` to answer and the machine is idle, until it may be relied on.
+
+    For a thread of its own, which ``ended`` ends. No batch runs meanwhile: a call that comes then waits some seconds.
+    """
+    sure = False
+    while not sure and not ended.wait(LOOKS):
+        if not items() and os.getloadavg()[0] <= IDLE * (os.cpu_count() or 1):
+            with opened.pipeline.encoder.lock:
+                _, sure = find(opened, times, wanted, where, None)
 
 
 def _second_look(pipeline: DeltaSet, times: BatchTimes) -> list[Sample]:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bertology_serve.encoder.bank import BARE, Entry
+from bertology_serve.encoder.bank import BARE, BankEntry
 from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.loading import rounding
 from bertology_serve.encoder.pipeline import Pipeline
@@ -76,7 +76,7 @@ def sample(pipeline: Pipeline, onnx: OnnxEngine) -> PackedBatch:
     """A batch of mixed lengths over up to eight of the resident deltas that the graph takes."""
     encoder, words = pipeline.encoder, " ".join([SENTENCE] * 4)
     taken = (entry for entry in pipeline.bank.entries.values() if onnx.takes(entry))
-    entries: list[Entry] = list(islice(taken, DELTAS)) or [BARE]
+    entries: list[BankEntry] = list(islice(taken, DELTAS)) or [BARE]
     room = encoder.max_tokens - max(entry.prompt_length + entry.prefix_length for entry in entries)
     encodings = [encode_text(encoder.tokenizer, words, None, min(length, room)) for length in LENGTHS * 2]
     owners = [entries[i % len(entries)] for i in range(len(encodings))]

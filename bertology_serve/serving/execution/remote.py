@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bertology_serve.deltas.delta import BaseRef, Delta
-from bertology_serve.encoder.bank import PROMPT, Entry
+from bertology_serve.encoder.bank import PROMPT, BankEntry
 from bertology_serve.encoder.delta_set import DeltaSet, LoadedDelta
 from bertology_serve.encoder.loading import load_tokenizer, locate
 from bertology_serve.errors import BertologyError, Crashed, LimitError, Unsupported
@@ -145,7 +145,7 @@ class Remote(DeltaSet):
         except BaseException:  # whatever it is, nobody will ask for that key; ``add`` has its rows freed
             self._held.pop(key)
             raise
-        entry = Entry(key, {PROMPT: RowSegment(0, 0, 0, prompt)} if prompt else {})
+        entry = BankEntry(key, {PROMPT: RowSegment(0, 0, 0, prompt)} if prompt else {})
         return LoadedDelta(delta, task_for(delta.task), Head(()), entry)
 
     def release(self, key: str) -> None:

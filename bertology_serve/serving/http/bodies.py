@@ -81,7 +81,7 @@ async def read_body(request: Request, config: ServerConfig) -> bytes:
 
     SlowBody where it is not there after so many seconds.
     """
-    most, seconds = config.max_body_bytes, config.max_body_seconds
+    most, seconds = config.limits.max_body_bytes, config.limits.max_body_seconds
     announced = _header(request, b"content-length")
     if announced and announced.isdigit() and int(announced[:18]) > most:
         raise _too_large(most)

@@ -126,13 +126,13 @@ class Routes:
         if native.INPUTS in body and await self.service.aside(len(body), lambda: native.is_tei(body)):
             reader = self._tei_reader(request, body, tei.PREDICT)
             return answer_response(*await self.service.serve(call, len(body), reader, tei.write_tei))
-        read = partial(native.read_call, body, self.config.max_items)
+        read = partial(native.read_call, body, self.config.limits.max_items)
         return answer_response(*await self.service.serve(call, len(body), read, native.write_answers))
 
     async def task(self, request: Request) -> Response:
         """POST /models/{delta}"""
         body, call = await receive(request, self.config)
-        name, most = request.path_params["delta"], self.config.max_items
+        name, most = request.path_params["delta"], self.config.limits.max_items
 
         def read(find: Find) -> hf.TaskCall:
             return hf.read_task(body, find(name), most)
@@ -142,7 +142,7 @@ class Routes:
     async def predict_v1(self, request: Request) -> Response:
         """POST /v1/models/{delta}:predict"""
         body, call = await receive(request, self.config)
-        name, most = request.path_params["delta"], self.config.max_items
+        name, most = request.path_params["delta"], self.config.limits.max_items
 
         def read(find: Find) -> native.NativeCall:
             return native.read_instances(body, find(name), most)
@@ -156,7 +156,7 @@ class Routes:
         length, name, version = header_length(request), request.path_params["delta"], request.path_params.get("version")
 
         def read(find: Find) -> oip.InferCall:
-            found = oip.read_infer(body, length, find(name, version), find, self.config.max_items)
+            found = oip.read_infer(body, length, find(name, version), find, self.config.limits.max_items)
             call.seconds, call.priority = min(call.seconds, found.seconds), found.priority or call.priority
             return found
 
@@ -175,8 +175,8 @@ class Routes:
         named, config = request.path_params.get("delta"), self.config
 
         def read(find: Find) -> tei.TeiCall:
-            call = tei.read_tei(body, what, find, named, config.max_items)
-            tei.check_fit(call, self._encoder.tokenizer, config.max_text_characters)
+            call = tei.read_tei(body, what, find, named, config.limits.max_items)
+            tei.check_fit(call, self._encoder.tokenizer, config.limits.max_text_characters)
             return call
 
         return read
@@ -205,7 +205,7 @@ class Routes:
     ) -> Response:
         """A call whose answer tells its id and its tokens."""
         body, call = await receive(request, self.config)
-        most = self.config.max_items
+        most = self.config.limits.max_items
 
         def written(parsed: P, found: list[Prediction]) -> bytes:
             return write(parsed, found, openai.Receipt(request_id_of(request.scope), int(time.time()), call.tokens))

@@ -18,6 +18,7 @@ from bertology_serve.serving.protocol.json_codec import check_items, decode, enc
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
+    MULTI_LABEL,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
@@ -99,6 +100,7 @@ TRANSFORMS = ("softmax", "sigmoid", "none")
 GROUPED = ("simple", "first", "average", "max")
 _KNOWN = {
     CLASSIFICATION: ("top_k", "function_to_apply"),
+    MULTI_LABEL: ("top_k", "function_to_apply"),
     REGRESSION: (),
     TOKEN_CLASSIFICATION: ("aggregation_strategy", "ignore_labels"),
     QUESTION_ANSWERING: ("top_k",),
@@ -121,7 +123,7 @@ class Options:
     """
 
     top_k: int | None = None
-    transform: str = "softmax"
+    transform: str = ""
     ignore_labels: tuple[str, ...] = ()
     normalize: bool = False
     unit: bool = False
@@ -130,7 +132,7 @@ class Options:
     @property
     def needs_logits(self) -> bool:
         """Whether the answer is made from logits."""
-        return self.transform != "softmax"
+        return bool(self.transform)
 
 
 def read_options(body: dict[str, Any], delta: Delta) -> Options:
@@ -149,7 +151,7 @@ def read_options(body: dict[str, Any], delta: Delta) -> Options:
     unit = kind == EMBEDDING and delta.task.normalize
     options = Options(
         top_k=_integer(given, "top_k", 20 if kind == QUESTION_ANSWERING else 100_000),
-        transform=_choice(given, "function_to_apply", TRANSFORMS, "softmax"),
+        transform=_transform(given, kind),
         ignore_labels=_texts(given, "ignore_labels"),
         normalize=_flag(given, "normalize", unit),
         unit=unit,
@@ -191,6 +193,13 @@ def _choice(given: dict[str, Any], name: str, choices: tuple[str, ...], default:
     return str(value)
 
 
+def _transform(given: dict[str, Any], kind: str) -> str:
+    """What makes scores of logits; empty where that is what the task does anyway."""
+    own = {CLASSIFICATION: "softmax", MULTI_LABEL: "sigmoid"}.get(kind, "softmax")
+    chosen = _choice(given, "function_to_apply", TRANSFORMS, own)
+    return "" if chosen == own else chosen
+
+
 def _texts(given: dict[str, Any], name: str) -> tuple[str, ...]:
     value = given.get(name, [])
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -211,8 +220,7 @@ def classification(prediction: Prediction, options: Options) -> list[dict[str, A
     scores: dict[str, float] = prediction.answer["scores"]
     if options.needs_logits:
         scores = dict(zip(scores, prediction.answer["logits"], strict=True))
-    if options.transform == "sigmoid":
-        scores = {label: sigmoid(logit) for label, logit in scores.items()}
+        scores = dict(zip(scores, _APPLIED[options.transform](list(scores.values())), strict=True))
     ranked = sorted(scores.items(), key=lambda item: -item[1])
     return [{"label": label, "score": score} for label, score in ranked[: options.top_k]]
 
@@ -266,6 +274,7 @@ def own(prediction: Prediction, options: Options) -> dict[str, Any]:
 
 SHAPES = {
     CLASSIFICATION: AnswerShape(classification, nested=True),
+    MULTI_LABEL: AnswerShape(classification, nested=True),
     REGRESSION: AnswerShape(regression, nested=True),
     TOKEN_CLASSIFICATION: AnswerShape(tokens),
     QUESTION_ANSWERING: AnswerShape(question),
@@ -277,3 +286,16 @@ SHAPES = {
 def sigmoid(logit: float) -> float:
     """1 / (1 + exp(-logit)) that does not overflow."""
     return 1.0 / (1.0 + math.exp(-logit)) if logit >= 0 else math.exp(logit) / (1.0 + math.exp(logit))
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """Shares that add up to 1."""
+    powers = [math.exp(logit - max(logits)) for logit in logits]
+    return [power / sum(powers) for power in powers]
+
+
+_APPLIED: dict[str, Callable[[Sequence[float]], list[float]]] = {
+    "softmax": softmax,
+    "sigmoid": lambda logits: [sigmoid(logit) for logit in logits],
+    "none": list,
+}

@@ -240,4 +240,6 @@ def _value(name: str, prediction: Prediction) -> Any:
     if name in ANY_TASK:
         return getattr(prediction, name)
     value = prediction.answer[name]
+    if name == "label":  # a delta that abstains names none
+        return value or ""
     return list(value.values()) if name == "scores" else value

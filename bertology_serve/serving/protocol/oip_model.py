@@ -17,6 +17,7 @@ from bertology_serve.serving.protocol.json_codec import decode, shown
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
+    MULTI_LABEL,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
@@ -40,6 +41,7 @@ TEXT, NUMBER, INDEX = Field("BYTES"), Field("FP32"), Field("INT64")
 ANY_TASK = {"delta": TEXT, "version": TEXT, "result_json": TEXT}
 _INPUTS: dict[str, dict[str, int]] = {  # name -> dimensions
     CLASSIFICATION: {"text": 1, "text_pair": 1},
+    MULTI_LABEL: {"text": 1, "text_pair": 1},
     REGRESSION: {"text": 1, "text_pair": 1},
     EMBEDDING: {"text": 1, "text_pair": 1},
     TOKEN_CLASSIFICATION: {"text": 1, "tokens": 2},
@@ -92,6 +94,7 @@ def outputs_of(delta: Delta) -> dict[str, Field]:
         CLASSIFICATION: {
             "label": TEXT, "score": NUMBER, "scores": Field("FP32", labels), "logits": Field("FP32", labels),
         },
+        MULTI_LABEL: {"scores": Field("FP32", labels), "logits": Field("FP32", labels)},
         REGRESSION: {"value": NUMBER, "logits": Field("FP32", 1)},
         EMBEDDING: {"embedding": Field("FP32", -1)},
         MULTIPLE_CHOICE: {"choice": INDEX, "score": NUMBER},
@@ -100,9 +103,9 @@ def outputs_of(delta: Delta) -> dict[str, Field]:
 
 
 def default_outputs(delta: Delta) -> list[str]:
-    """What is given when nothing is asked for."""
+    """What is given when nothing is asked for; labels of which any number applies are in ``result_json``."""
     own = [name for name in outputs_of(delta) if name not in (*ANY_TASK, "logits")]
-    return own or ["result_json"]
+    return [*own, "result_json"] if delta.task.kind == MULTI_LABEL or not own else own
 
 
 def metadata(delta: Delta) -> dict[str, Any]:

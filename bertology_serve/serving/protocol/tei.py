@@ -73,7 +73,7 @@ def write_tei(call: TeiCall, predictions: Sequence[Prediction]) -> bytes:
     if call.what == RERANK:
         return encode(_ranks(call, predictions))
     if call.what == PREDICT:
-        options = Options(transform="none" if call.raw else "softmax")
+        options = Options(transform="none" if call.raw else "")
         found = [classification(prediction, options) for prediction in predictions]
         return encode(found[0]) if call.flat else encode_list(found)
     vectors = [embedding(prediction, call.options) for prediction in predictions]
@@ -222,11 +222,11 @@ def tokenize(value: Body, tokenizer: Any, config: ServerConfig) -> bytes:
     texts = [value["inputs"]] if isinstance(value.get("inputs"), str) else value.get("inputs")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"field 'inputs' is {shown(value.get('inputs'))}; expected a text or a list of texts")
-    check_items(len(texts), config.max_items)
+    check_items(len(texts), config.limits.max_items)
     special = value.get("add_special_tokens") is not False
-    rows, left = list[bytes](), config.max_queue_tokens
+    rows, left = list[bytes](), config.batching.max_queue_tokens
     for index, text in enumerate(texts):
-        check_size(Request("", {"text": text}, where=f"inputs[{index}]"), config.max_text_characters)
+        check_size(Request("", {"text": text}, where=f"inputs[{index}]"), config.limits.max_text_characters)
         tokens = _tokens(text, tokenizer, special)
         left -= len(tokens)
         if left < 0:
@@ -241,8 +241,8 @@ def ids(value: Body, tokenizer: Any, config: ServerConfig) -> bytes:
     rows = [found] if isinstance(found, list) and found and not isinstance(found[0], list) else found
     if not isinstance(rows, list) or not all(isinstance(row, list) and _are_ids(row) for row in rows):
         raise DataError(f"field 'ids' is {shown(found)}; expected a list of token ids, or a list of those")
-    check_items(len(rows), config.max_items)
-    if sum(map(len, rows)) > config.max_queue_tokens:
+    check_items(len(rows), config.limits.max_items)
+    if sum(map(len, rows)) > config.batching.max_queue_tokens:
         raise _too_many(config)
     skip = value.get("skip_special_tokens") is not False
     return encode_list(tokenizer.backend_tokenizer.decode(row, skip_special_tokens=skip) for row in rows)
@@ -267,11 +267,11 @@ def info(delta: Delta, config: ServerConfig, dtype: str) -> dict[str, Any]:
         "model_sha": delta.version,
         "model_dtype": dtype,
         "model_type": kinds[task.kind],
-        "max_concurrent_requests": config.max_items,
+        "max_concurrent_requests": config.limits.max_items,
         "max_input_length": task.max_length,
-        "max_batch_tokens": config.max_batch_tokens,
+        "max_batch_tokens": config.batching.max_batch_tokens,
         "max_batch_requests": None,
-        "max_client_batch_size": config.max_items,
+        "max_client_batch_size": config.limits.max_items,
         "auto_truncate": False,
         "tokenization_workers": 2,
         "version": __version__,
@@ -299,4 +299,4 @@ def _are_ids(row: Sequence[Any]) -> bool:
 
 
 def _too_many(config: ServerConfig) -> LimitError:
-    return LimitError(f"the call holds more than {config.max_queue_tokens} tokens; send several")
+    return LimitError(f"the call holds more than {config.batching.max_queue_tokens} tokens; send several")

@@ -14,7 +14,7 @@ from bertology_serve.deltas.safe_io import untrusted
 from bertology_serve.encoder.pipeline import BASE, DeltaSet
 from bertology_serve.encoder.task_models import WholeModel, task_models
 from bertology_serve.errors import BertologyError, NotFound, SpecError, nearest, printable
-from bertology_serve.export.exported_model import OnnxModel, exports
+from bertology_serve.export.onnx_engine import OnnxModel, exports
 from bertology_serve.serving.observability.background import OnceLogger
 from bertology_serve.serving.versions.canary import Split, Splits
 from bertology_serve.serving.versions.cards import card_of, read_card

@@ -15,7 +15,7 @@ from bertology_serve.files import JsonObject
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
-from bertology_serve.training.batches import Data, Item, Source, make_items
+from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
 from bertology_serve.training.fleet.fleet import Fleet
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.fleet.fleet_spec import FleetSpec
@@ -25,7 +25,16 @@ from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.publish import publish
 from bertology_serve.training.recipes import Stage, stages
 from bertology_serve.training.run_directory import Follower, identity
-from bertology_serve.training.train import Outcome, Prepared, finished, for_encoder, lay_out, machine, task_spec
+from bertology_serve.training.train import (
+    Outcome,
+    Prepared,
+    finished,
+    for_data,
+    for_encoder,
+    lay_out,
+    machine,
+    task_spec,
+)
 from bertology_serve.training.train_config import TrainConfig
 
 # Rows of one pass where none were asked for. On a CPU more no longer fit its caches; a GPU wants to be full.
@@ -164,12 +173,13 @@ def enrolled(
 ) -> Enrolled:
     """One member, its head at random numbers yet."""
     check_frozen(name, config)
-    config = for_encoder(config, shelf.encoder)
+    config = for_encoder(for_data(config, data.train), shelf.encoder)
     plan = stages(config)
     own, spec = plan[-1].config, task_spec(config, shelf.encoder, data.train)
     live, task = make_live(shelf.encoder, own, spec), task_for(spec)
     ready = Prepared(live, task, *(shelf.made(source, spec) for source in (data.train, data.dev, data.ood)))
     start_at_mean(live, ready.items)
+    ready = replace(ready, items=shaped(task, ready.items, config.balance, config.label_smoothing))
     member = Member(name, live, task, ready.items, own, ready.dev, directory, watcher)
     return Enrolled(member, config, plan, ready, data)
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from bertology_serve.bench.export import export_batches, export_run
-from bertology_serve.bench.export.export_contenders import DENSE, EAGER, FORMS, Model
+from bertology_serve.bench.export.export_contenders import DENSE, EAGER, FORMS, Model, Tool
 from bertology_serve.bench.export.export_report import write
 from bertology_serve.bench.export.export_run import Inputs, bare
-from bertology_serve.bench.export.others import Tool
 from bertology_serve.errors import Unsupported, VerificationError
 from bertology_serve.tasks.registry import task_for
 from tests import tiny
@@ -67,7 +66,7 @@ def test_everything_in_one_run(encoder, small, tmp_path, monkeypatch):
 def _first(encoder, delta, directory):
     """The dense form, as if another tool had made it."""
     shutil.rmtree(directory / "first", ignore_errors=True)
-    return export_run.exported(export_run.parts_of(encoder, delta, True), directory / "first")[0].logits
+    return export_run.exported(export_run.ExportInputs.of(encoder, delta, True), directory / "first")[0].logits
 
 
 def _is_written(result, tmp_path):
@@ -104,7 +103,7 @@ def test_what_cannot_be_measured_is_refused(encoder, small):
 
 def _with_parts(encoder, name):
     delta = tiny.delta(encoder, "x", DELTAS[name][0], CLASSES)
-    return delta, export_run.parts_of(encoder, delta, True)
+    return delta, export_run.ExportInputs.of(encoder, delta, True)
 
 
 def test_without_a_delta_there_is_a_head_all_the_same(encoder):

@@ -9,7 +9,7 @@ from bertology_serve.bench.export.timing import Timed
 from bertology_serve.bench.serving.serving_report import BARS, Bar, as_dict, check_suffix, judge, write
 from bertology_serve.bench.serving.texts_workload import Workload
 from bertology_serve.errors import SpecError
-from bertology_serve.export.environment import environment
+from bertology_serve.export.installation import environment
 
 OURS, NONE = Timed("ours", (1.0, 1.0), (1.0, 1.0)), Timed("ours, no delta", (0.9, 0.8), (1.0, 1.0))
 PEFT = Timed("peft, as it arrives", (9.0, 9.0), (4.0, 4.0))

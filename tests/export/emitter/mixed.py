@@ -12,12 +12,12 @@ import onnxruntime
 import torch
 
 from bertology_serve.deltas.delta import bare
-from bertology_serve.encoder.bank import BARE, DeltaBank, Entry
+from bertology_serve.encoder.bank import BARE, BankEntry, DeltaBank
 from bertology_serve.encoder.batch import pack
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.export.emitter.delta_inputs import Feed, texts
 from bertology_serve.export.emitter.emit import emit_hidden
-from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import Precision
 from tests import tiny
 from tests.export.cases import DELTAS, FACTORS, encodings
@@ -32,8 +32,8 @@ class Both:
     def __init__(self, encoder: Encoder, opset: int = 20, precision: Precision = "fp32") -> None:
         self.encoder, self.feed = encoder, Feed(encoder.anatomy)
         self.bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
-        self.entries: dict[str, Entry] = {"bare": BARE}
-        self.parts = parts_of(encoder, bare("bare", encoder.ref, 32), False)
+        self.entries: dict[str, BankEntry] = {"bare": BARE}
+        self.parts = ExportInputs.of(encoder, bare("bare", encoder.ref, 32), False)
         model = onnx_ir.to_proto(emit_hidden(self.parts, opset, precision))
         onnx.checker.check_model(model, full_check=opset < 23)
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -8,7 +8,7 @@ import pytest
 
 from bertology_serve.deltas.delta import bare
 from bertology_serve.export.emitter.emit import emit_hidden
-from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_inputs import ExportInputs
 from tests import tiny
 from tests.export.emitter.mixed import EVERY, FAMILIES, Both, mixed
 
@@ -52,7 +52,7 @@ def test_in_8_bits_a_row_does_not_see_its_neighbours(tmp_path):
 
 def test_the_same_bytes_every_time(tmp_path):
     encoder = tiny.encoder("bert", tmp_path)
-    parts = parts_of(encoder, bare("bare", encoder.ref, 32), False)
+    parts = ExportInputs.of(encoder, bare("bare", encoder.ref, 32), False)
     once, again = (onnx_ir.to_proto(emit_hidden(parts, 20)).SerializeToString() for _ in range(2))
     assert once == again
     assert str(tmp_path).encode() not in once

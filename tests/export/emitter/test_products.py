@@ -18,7 +18,7 @@ from bertology_serve.export.emitter.products import (
     quantised,
     quantised_product,
 )
-from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.samples import Reference
 from tests import tiny
 from tests.export.cases import DELTAS, encodings, padded
@@ -127,7 +127,7 @@ def test_an_encoder_below_float32_stays_close_and_its_rows_apart(family, name, t
     expected = Reference(encoder, delta)
     sequences = encodings((20, 3, 9), typed=family == "bert")
     exact = np.stack([row.numpy() for row in expected.outputs(sequences)])
-    parts = parts_of(encoder, delta, name == "folds")
+    parts = ExportInputs.of(encoder, delta, name == "folds")
     for unpad in (False, True):
         for precision, most, change in BOUNDS:
             run = Run(parts, unpad=unpad, precision=precision)

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from bertology_serve.export.emitter.nodes import Nodes, Output
-from bertology_serve.export.emitter.row_nodes import Packed, Padded, gather
-from bertology_serve.export.prompt_rows import PromptLayout
+from bertology_serve.export.emitter.row_nodes import Packed, Padded, PromptLayout, gather
 from bertology_serve.kinds.effects import PromptEffect
 
 IDS = np.array([[5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 8]])
@@ -21,7 +20,7 @@ TEXT = [[5, 6], [7, 8], [6, 8]]
 def run(kind, prompt, ask):
     nodes = Nodes(20)
     ids, mask = nodes.input("ids"), nodes.input("mask")
-    rows = kind(gather(ids, mask, ids + 10), PromptLayout(prompt, offset=2))
+    rows = kind(gather(ids, mask, ids + 10), PromptLayout.of(prompt, offset=2))
     model = nodes.model([ids, mask], Output("y", ask(rows).real(), ("batch",)))
     session = onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString())
     return session.run(None, {"ids": IDS, "mask": MASK})[0]

@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from threading import RLock
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from bertology_serve.serving.batching import warmup
 from bertology_serve.serving.batching.queue import BatchTimes
-from bertology_serve.serving.batching.warmup import Findings, circumstances, find, keep, recall
+from bertology_serve.serving.batching.warmup import Findings, circumstances, find, find_again, keep, recall
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.engine_choice import EngineConfig
 
@@ -93,7 +95,7 @@ class Machine:
     def __init__(self, monkeypatch: Any, ladder: list[Any], again: list[Any], load: float = 0.5) -> None:
         self.settled: list[EngineConfig] = []
         self.started: list[Any] = []
-        self.ladder, self.pipeline = ladder, object()
+        self.ladder, self.pipeline = ladder, SimpleNamespace(encoder=SimpleNamespace(lock=RLock()))
         self.times = SimpleNamespace(cap=0.05)
         monkeypatch.setattr(warmup, "warm_up", self.warm_up)
         monkeypatch.setattr(warmup, "climb", lambda pipeline, cap, most: again)
@@ -113,7 +115,9 @@ def starts(machine: Any, known: Findings | None, monkeypatch: Any) -> tuple[str,
     """Which engine a start takes, and what it keeps."""
     kept: list[Findings] = []
     monkeypatch.setattr(warmup, "keep", lambda where, found: kept.append(found))
-    return find(machine, machine.times, EngineConfig(), {}, known), kept[0] if kept else None
+    name, sure = find(machine, machine.times, EngineConfig(), {}, known)
+    assert sure == (known is not None or bool(kept))
+    return name, kept[0] if kept else None
 
 
 def slowed(ladder: list[Any], times: float) -> list[Any]:
@@ -159,3 +163,42 @@ def test_what_was_found_on_a_busy_machine_is_found_anew(ladder, monkeypatch, cap
     assert machine.settled == [FOUND.setting, EngineConfig()], "the engine is chosen anew too"
     assert machine.started[-1] == QUIET
     assert "are timed again" in caplog.text
+
+
+class Looks:
+    """An event that is set after so many looks; before each the load becomes the next of ``loads``."""
+
+    def __init__(self, monkeypatch: Any, loads: list[float]) -> None:
+        self._loads: Iterator[float] = iter(loads)
+        self._load = 0.0
+        monkeypatch.setattr(warmup.os, "getloadavg", lambda: (self._load, 0.0, 0.0))
+
+    def wait(self, seconds: float) -> bool:
+        self._load = next(self._loads, -1.0)
+        return self._load < 0
+
+
+@pytest.mark.parametrize(
+    ("loads", "items", "settled"),
+    [
+        ([0.2, 0.2], [0], 1),  # once is enough
+        ([9.0, 1.1, 0.9, 0.2], [0], 1),
+        ([9.0, 9.0], [0], 0),
+        ([0.2, 0.2, 0.2], [4, 1, 0], 1),  # calls come first
+        ([0.2], [3], 0),
+    ],
+)
+def test_a_doubtful_choice_is_made_again_when_the_machine_is_idle(loads, items, settled, monkeypatch):
+    machine = Machine(monkeypatch, QUIET, QUIET[:3])
+    kept: list[Any] = []
+    monkeypatch.setattr(warmup, "keep", lambda where, found: kept.append(found))
+    left = iter([*items, *[items[-1]] * len(loads)])
+    find_again(machine, machine.times, EngineConfig(), {}, lambda: next(left), Looks(monkeypatch, loads))
+    assert (len(machine.settled), len(kept)) == (settled, settled)
+
+
+def test_until_it_may_be_relied_on(monkeypatch):
+    machine = Machine(monkeypatch, slowed(QUIET, 3), QUIET[:3])
+    looks = Looks(monkeypatch, [0.2, 0.2, 0.2])
+    find_again(machine, machine.times, EngineConfig(), {}, lambda: 0, looks)
+    assert len(machine.settled) == 3

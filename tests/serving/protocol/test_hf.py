@@ -43,6 +43,18 @@ def test_functions_applied_to_logits(registry):
     assert [softmax[label] for label in logits] == pytest.approx(values.softmax(0).tolist())
 
 
+def test_multi_label_is_every_label_with_a_sigmoid(registry):
+    logits = {entry["label"]: entry["score"] for entry in ask(registry, "topics", "cat", function_to_apply="none")[0]}
+    scores = {entry["label"]: entry["score"] for entry in ask(registry, "topics", "cat")[0]}
+    values = torch.tensor(list(logits.values()), dtype=torch.float64)
+    assert [scores[label] for label in logits] == pytest.approx(values.sigmoid().tolist())
+    assert ask(registry, "topics", "cat", function_to_apply="sigmoid") == ask(registry, "topics", "cat")
+    shares = {
+        entry["label"]: entry["score"] for entry in ask(registry, "topics", "cat", function_to_apply="softmax")[0]
+    }
+    assert [shares[label] for label in logits] == pytest.approx(values.softmax(0).tolist())
+
+
 def test_regression(registry):
     ((answer,),) = ask(registry, "grade", {"text": "the cat", "text_pair": "a dog"})
     assert answer["label"] == "value"

@@ -7,14 +7,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from bertology_serve.bench.export.checkpoint import task_model
+from bertology_serve.bench.export.export_contenders import task_model
 from bertology_serve.bench.prove.stage import LENGTH, Stage
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.loading import locate
-from bertology_serve.export.back_ends import choose, write
-from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.emitter.emit import choose, write
+from bertology_serve.export.export_directory import save
+from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import ExportSpec
-from bertology_serve.export.metadata import save
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import CLASSIFICATION, TaskSpec
 
@@ -81,9 +81,9 @@ def make(stage: Stage, directory: Path, count: int, different: int) -> Made:
 
 
 def _merge(stage: Stage, made: Made, delta: Delta) -> None:
-    spec, parts = ExportSpec(merge=True), parts_of(stage.encoder, delta, merge=True)
-    save(write(parts, choose(parts, spec), spec), made.onnx(delta.name))
-    model = task_model(parts, delta)
+    spec, export_inputs = ExportSpec(merge=True), ExportInputs.of(stage.encoder, delta, merge=True)
+    save(write(export_inputs, choose(export_inputs, spec), spec), made.onnx(delta.name))
+    model = task_model(export_inputs, delta)
     model.config.id2label, model.config.label2id = dict(enumerate(LABELS)), {name: i for i, name in enumerate(LABELS)}
     model.save_pretrained(made.checkpoint(delta.name))
     stage.encoder.tokenizer.save_pretrained(made.checkpoint(delta.name))

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bertology_serve.bench.export import others
-from bertology_serve.bench.export.export_contenders import Model
-from bertology_serve.bench.export.others import TOOLS, Tool, exported_by
+from bertology_serve.bench.export import export_contenders
+from bertology_serve.bench.export.export_contenders import TOOLS, Model, Tool, exported_by
 from bertology_serve.errors import Unsupported
 
 
@@ -23,7 +22,7 @@ def made(script: str, tmp_path: Path) -> Model:
 
 
 def test_the_file_is_loaded_from_where_the_tool_put_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(others, "in_file", lambda name, path: (name, path.read_text()))
+    monkeypatch.setattr(export_contenders, "in_file", lambda name, path: (name, path.read_text()))
     script = "import sys, pathlib as l; p = l.Path(sys.argv[2]); p.mkdir(); (p / 'model.onnx').write_text(sys.argv[3])"
     assert made(script, tmp_path) == ("t", "9")
 
@@ -42,7 +41,7 @@ def test_a_tool_that_fails_is_named_in_one_line(script, said, tmp_path):
 
 
 def test_a_tool_that_hangs_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(others, "SECONDS", 0.5)
+    monkeypatch.setattr(export_contenders, "SECONDS", 0.5)
     with pytest.raises(Unsupported, match=r"^t took more than 0.5 s to export; leave it out$"):
         made("import time; time.sleep(60)", tmp_path)
 

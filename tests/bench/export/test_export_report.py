@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from bertology_serve.bench.export.accuracy import Accuracy, Closeness
-from bertology_serve.bench.export.bars import Bar, judge
 from bertology_serve.bench.export.export_batches import Batches
 from bertology_serve.bench.export.export_contenders import DENSE, DENSE_ROW, EAGER, UNPADDED, UNPADDED_ROW
+from bertology_serve.bench.export.export_report import Bar, judge
 from bertology_serve.bench.export.export_run import Result
 from bertology_serve.bench.export.timing import Timed
 from tests.bench.export.fake import batch

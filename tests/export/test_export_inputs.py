@@ -5,8 +5,8 @@ import torch
 
 from bertology_serve.encoder.bank import DeltaBank
 from bertology_serve.encoder.batch import pack
-from bertology_serve.export.fold import fold
-from bertology_serve.export.torch_exporter import plain_model
+from bertology_serve.export.export_inputs import fold
+from bertology_serve.export.hf_model import hf_model
 from bertology_serve.kinds import kinds
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.effects import Effects
@@ -40,7 +40,7 @@ def test_folded_weights_in_plain_huggingface_equal_the_unmerged_engine(family, s
     untouched = fold(encoder.model.state_dict(), Effects(), encoder.anatomy)
     with torch.inference_mode():
         rows = encoder.run(batch, bank)
-        plain, base = (plain_model(type(encoder.model), encoder.config, s, "eager") for s in (state, untouched))
+        plain, base = (hf_model(type(encoder.model), encoder.config, s, "eager") for s in (state, untouched))
         for packed, original in enumerate(batch.order):
             ids = torch.tensor(sequences[original].ids)[None]
             engine = rows[batch.starts[packed] : batch.starts[packed] + batch.lengths[packed]]
@@ -92,5 +92,5 @@ def test_biases_are_added_where_the_encoder_has_none(tmp_path):
     assert added == {f"layers.{i}.attn.Wqkv.bias" for i in range(3)}
     expected = torch.cat([effects.bias[name][2] for name in ("query", "key", "value")])
     assert torch.equal(folded["layers.2.attn.Wqkv.bias"], expected)
-    model = plain_model(type(encoder.model), encoder.config, folded, "sdpa")
+    model = hf_model(type(encoder.model), encoder.config, folded, "sdpa")
     assert torch.equal(model.layers[2].attn.Wqkv.bias, expected)

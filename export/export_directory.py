@@ -1,24 +1,33 @@
-"""What lies beside the model (tokenizer, config.json, card, config.pbtxt), and putting a directory in its place."""
+"""What an export directory holds: the file and what it says of itself, tokenizer, config.json, card, config.pbtxt.
+
+No time and no path: the same delta gives the same bytes.
+"""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
+import onnx_ir
+
+import bertology_serve
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.errors import SpecError
+from bertology_serve.export.emitter.emit import BackEnd
 from bertology_serve.export.export_inputs import ExportInputs
-from bertology_serve.export.export_spec import MODEL
+from bertology_serve.export.export_spec import MODEL, ExportSpec
 from bertology_serve.export.session import ROWS
 from bertology_serve.families.compat import ATTENTION_SETTINGS, task_classes
-from bertology_serve.files import write_json
+from bertology_serve.files import JsonObject, write_json
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
+    MULTI_LABEL,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
@@ -26,27 +35,151 @@ from bertology_serve.tasks.spec import (
 )
 
 if TYPE_CHECKING:
-    from bertology_serve.export.verify import Report
+    from bertology_serve.export.verify import Verification
+
+TASK_OPTIONS = ("head", "stride", "max_answer_length", "normalize", "token_types", "pairs", "thresholds", "abstain")
+"""Fields of the task that say how texts are cut and answers read."""
+SEMANTICS = (
+    "int64 [batch, sequence]; attention_mask is 1 for tokens and 0 for padding, which may stand on either side; "
+    "a sequence is at most max_length tokens; a row of padding alone has no meaning"
+)
+
+
+def metadata(
+    encoder: Encoder, delta: Delta, export_inputs: ExportInputs, spec: ExportSpec, back_end: BackEnd, name: str
+) -> dict[str, str]:
+    """Facts by name, all texts; lists and objects are JSON."""
+    task = delta.task
+    facts: dict[str, object] = {
+        "name": name,
+        "task": task.kind,
+        "labels": list(task.labels),
+        "pooling": task.pooling,
+        "max_length": longest(encoder, delta),
+        "task_options": {name: getattr(task, name) for name in TASK_OPTIONS},
+        "base_name": base_name(delta),
+        "base_sha256": delta.base.sha256,
+        "base_family": delta.base.family,
+        "delta_name": delta.name,
+        "delta_version": delta.version,
+        "delta_sha256": delta_hash(delta),
+        "kinds": list(delta.kinds),
+        "merged": spec.merge,
+        "inputs": f"{', '.join(export_inputs.inputs)}: {SEMANTICS}",
+        "outputs": f"{', '.join(export_inputs.outputs)}: {_output(delta)}",
+        "precision": spec.precision,
+        "target": spec.target,
+        "verification": f"answers {_bound(spec, encoder.anatomy.layers)} the unmerged float32 torch engine "
+        "in ONNX Runtime, or this file would not have been published; the figures are in verification.json",
+        "opset": back_end.opset,
+        "back_end": back_end.name,
+        "unpadded": back_end.unpad,
+        "tool": f"bertology-serve {bertology_serve.__version__}",
+    }
+    return as_texts(facts)
+
+
+def as_texts(facts: Mapping[str, object]) -> dict[str, str]:
+    """Texts as they are, all else as JSON."""
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in facts.items()
+    }
+
+
+def _bound(spec: ExportSpec, layers: int) -> str:
+    drift = spec.drift(layers)
+    if drift:
+        return f"with ‖Δ‖/‖·‖ at most {drift:.2g} against"
+    return f"within {f'{spec.atol:g}' if spec.atol else f'what float32 rounds in {layers} layers'} of"
+
+
+def longest(encoder: Encoder, delta: Delta) -> int:
+    """The longest sequence in tokens that the task reads and the encoder has positions for."""
+    effects = delta.effects(encoder.anatomy)
+    shifted = 0
+    if effects.prompt is not None and effects.prompt.positions == "shifted":
+        shifted += int(effects.prompt.vectors.shape[0])
+    if effects.prefix is not None and effects.prefix.positions == "shifted":
+        shifted += int(effects.prefix.keys.shape[1])
+    return min(delta.task.max_length, encoder.max_tokens, encoder.anatomy.max_tokens - shifted)
+
+
+def base_name(delta: Delta) -> str:
+    """The base as the delta calls it; of a directory, its last part."""
+    path = PurePath(delta.base.name)
+    return path.name if path.is_absolute() or delta.base.name.startswith((".", "~")) else delta.base.name
+
+
+def delta_hash(delta: Delta) -> str:
+    """SHA-256 over a delta's specs, task and tensors, however it is stored."""
+    digest = hashlib.sha256(f"{delta.specs!r}\n{delta.task!r}\n".encode())
+    for tensors in (delta.tensors, delta.head, delta.weights):
+        digest.update(weights_hash(tensors).encode())
+    return digest.hexdigest()
+
+
+def _output(delta: Delta) -> str:
+    task = delta.task
+    if task.kind == EMBEDDING:
+        unit = "of unit length" if task.normalize else "not normalised"
+        return f"float32 [batch, sequence, hidden], zero at padding, and pooled [batch, hidden], {unit}"
+    if task.kind == MULTIPLE_CHOICE:
+        return "float32 [batch, 1], one row a choice: the caller groups a question's rows and takes the largest"
+    if task.kind == QUESTION_ANSWERING:
+        return "float32 [batch, sequence] each, before any softmax, zero at padding"
+    shape = f"[batch, sequence, {task.outputs}], zero at padding" if task.per_token else f"[batch, {task.outputs}]"
+    return f"float32 {shape}, before any {'sigmoid' if task.kind == MULTI_LABEL else 'softmax'}"
+
+
+EXTERNAL_OVER = 1_800_000_000
+"""Bytes of weights from which they get a file of their own; a protobuf ends at 2 GiB."""
+DATA_SUFFIX = "_data"
+
+
+def annotate(model: onnx_ir.Model, metadata: Mapping[str, str]) -> onnx_ir.Model:
+    """The same model, metadata, sorted, in place of what the exporter left."""
+    model.metadata_props.clear()
+    model.metadata_props.update(sorted(metadata.items()))
+    model.graph.name = "main"
+    return model
+
+
+def save(model: onnx_ir.Model, path: Path, external_over: int | None = None) -> int:
+    """Writes the file, and ``model.onnx_data`` beside it for large weights; returns the bytes of both."""
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    data = path.with_name(path.name + DATA_SUFFIX)
+    path.parent.mkdir(exist_ok=True)
+    if weights > (EXTERNAL_OVER if external_over is None else external_over):
+        onnx_ir.save(model, path, external_data=data.name)
+    else:
+        onnx_ir.save(model, path)
+    return sum(file.stat().st_size for file in (path, data) if file.exists())
 
 
 REPORT = "verification.json"
 CLASSES = {
     CLASSIFICATION: "SEQUENCE_CLASSIFICATION",
+    MULTI_LABEL: "SEQUENCE_CLASSIFICATION",
     REGRESSION: "SEQUENCE_CLASSIFICATION",
     TOKEN_CLASSIFICATION: "TOKEN_CLASSIFICATION",
     QUESTION_ANSWERING: "QUESTION_ANSWERING",
     MULTIPLE_CHOICE: "MULTIPLE_CHOICE",
 }
+PROBLEMS = {
+    CLASSIFICATION: "single_label_classification",
+    MULTI_LABEL: "multi_label_classification",
+    REGRESSION: "regression",
+}
 _OF_THIS_MACHINE = ("_name_or_path", *ATTENTION_SETTINGS)
 
 
-def write_around(
+def write_directory(
     directory: Path,
     model: str,
     encoder: Encoder,
     delta: Delta,
     facts: Mapping[str, str],
-    report: Report,
+    report: Verification,
     cautions: Sequence[str] = (),
 ) -> None:
     """Writes everything but the model, which lies at ``model``, into ``directory``."""
@@ -58,7 +191,7 @@ def write_around(
     (directory / "README.md").write_text(card(model, facts, report, cautions), encoding="utf-8")
 
 
-def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> dict[str, Any]:
+def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> JsonObject:
     """The encoder's configuration with the task's labels, class and, under ``bertology_serve``, the metadata."""
     values = {key: value for key, value in encoder.config.to_dict().items() if key not in _OF_THIS_MACHINE}
     labels = delta.task.labels or tuple(f"LABEL_{i}" for i in range(delta.task.outputs))
@@ -68,8 +201,8 @@ def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> dict[str
         values["label2id"] = {label: i for i, label in enumerate(labels)}
     if delta.task.kind in CLASSES:
         values["architectures"] = architectures(delta)
-    if delta.task.kind in (CLASSIFICATION, REGRESSION):
-        values["problem_type"] = "regression" if delta.task.kind == REGRESSION else "single_label_classification"
+    if delta.task.kind in PROBLEMS:
+        values["problem_type"] = PROBLEMS[delta.task.kind]
     return values
 
 
@@ -91,7 +224,7 @@ def example(model: str, facts: Mapping[str, str], directory: str) -> str:
     )
 
 
-def card(model: str, facts: Mapping[str, str], report: Report, cautions: Sequence[str] = ()) -> str:
+def card(model: str, facts: Mapping[str, str], report: Verification, cautions: Sequence[str] = ()) -> str:
     """The model card."""
     what = f"{facts['delta_name']} ({facts['task']}) on {facts['base_name']}"
     rows = "".join(f"| {key} | {_cell(value)} |\n" for key, value in facts.items())
@@ -143,21 +276,21 @@ CONFIG, LABELS = "config.pbtxt", "labels.txt"
 MOST_ROWS, THREADS = 64, 1
 
 
-def write_config(directory: Path, parts: ExportInputs, gpu: bool = False) -> None:
+def write_config(directory: Path, export_inputs: ExportInputs, gpu: bool = False) -> None:
     """Writes both files; labels where a row of the output is one decision. ``gpu``: it is to run on one."""
-    labels = parts.task.labels if parts.task.kind == CLASSIFICATION else ()
+    labels = export_inputs.task.labels if export_inputs.task.kind == CLASSIFICATION else ()
     if labels:
         text = "".join(" ".join(label.split()) + "\n" for label in labels)
         (directory / LABELS).write_text(text, encoding="utf-8")
-    (directory / CONFIG).write_text(triton_config(parts, labelled=bool(labels), gpu=gpu), encoding="utf-8")
+    (directory / CONFIG).write_text(triton_config(export_inputs, labelled=bool(labels), gpu=gpu), encoding="utf-8")
 
 
-def triton_config(parts: ExportInputs, labelled: bool, gpu: bool = False) -> str:
+def triton_config(export_inputs: ExportInputs, labelled: bool, gpu: bool = False) -> str:
     """The model configuration, in protobuf's text format (``model_config.proto``); batch is its first dimension."""
-    inputs = ",\n".join(_tensor(name, "TYPE_INT64", [-1]) for name in parts.inputs)
+    inputs = ",\n".join(_tensor(name, "TYPE_INT64", [-1]) for name in export_inputs.inputs)
     outputs = ",\n".join(
         _tensor(name, "TYPE_FP32", [-1 if isinstance(n, str) else n for n in shape[1:]], LABELS if labelled else None)
-        for name, shape in parts.outputs.items()
+        for name, shape in export_inputs.outputs.items()
     )
     return (
         f'backend: "onnxruntime"\nmax_batch_size: {MOST_ROWS}\n'

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from bertology_serve.encoder.linear import SlotLinear, SlotNorm
 from bertology_serve.errors import VerificationError
-from bertology_serve.export.export_inputs import parts_of
+from bertology_serve.export.export_directory import architectures
+from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.export.exporting import export_delta
-from bertology_serve.export.layout import architectures
-from bertology_serve.export.samples import Reference, Theirs, built_in
-from bertology_serve.export.torch_exporter import task_model
+from bertology_serve.export.hf_model import HfReference, hf_model, task_model
+from bertology_serve.export.samples import Reference, built_in
 from bertology_serve.export.verify import witnesses
 from tests import tiny
 from tests.export.cases import DELTAS, FOLDS, SCORES, TAGS, VECTORS
@@ -39,7 +41,7 @@ def test_huggingfaces_own_model_agrees(family, tmp_path):
 def test_what_others_cannot_hold_has_no_witness(tmp_path):
     encoder = tiny.encoder("bert", tmp_path)
     for name in ("prefix", "houlsby", "prompt"):
-        assert Theirs.of(encoder, tiny.delta(encoder, name, *DELTAS[name])) is None
+        assert HfReference.of(encoder, tiny.delta(encoder, name, *DELTAS[name])) is None
 
 
 def test_an_engine_that_answers_otherwise_publishes_nothing(tmp_path, monkeypatch):
@@ -48,8 +50,8 @@ def test_an_engine_that_answers_otherwise_publishes_nothing(tmp_path, monkeypatc
     delta = tiny.delta(encoder, "mine", FOLDS, SCORES)
     done = export_delta(encoder, delta, tmp_path / "right", ExportSpec(merge=True))
     assert [one.name for one in done.report.witnesses] == ["transformers' BertModel"]
-    real = Theirs.outputs
-    monkeypatch.setattr(Theirs, "outputs", lambda self, texts: [out + 0.24 for out in real(self, texts)])
+    real = HfReference.outputs
+    monkeypatch.setattr(HfReference, "outputs", lambda self, texts: [out + 0.24 for out in real(self, texts)])
     with pytest.raises(VerificationError, match=r"torch against transformers' BertModel, .* no option mends that"):
         export_delta(encoder, delta, tmp_path / "wrong", ExportSpec(merge=True))
     assert not (tmp_path / "wrong").exists()
@@ -60,4 +62,18 @@ def test_a_head_without_all_that_huggingfaces_has_is_refused_by_name(tmp_path):
     encoder = tiny.encoder("bert", tmp_path)
     delta = tiny.delta(encoder, "probe", *DELTAS["probe"])
     with pytest.raises(VerificationError, match=r"BertForSequenceClassification also has bert.pooler.dense.weight"):
-        task_model(parts_of(encoder, delta, True), "BertForSequenceClassification", "eager")
+        task_model(ExportInputs.of(encoder, delta, True), "BertForSequenceClassification", "eager")
+
+
+def test_nothing_of_the_engine_is_in_it_and_the_random_state_is_left_alone(tmp_path):
+    encoder = tiny.encoder("bert", tmp_path)
+    state, attention = torch.random.get_rng_state(), encoder.config._attn_implementation
+    model = hf_model(type(encoder.model), encoder.config, encoder.model.state_dict(), "sdpa")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert encoder.config._attn_implementation == attention
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(isinstance(module, SlotLinear | SlotNorm) for module in model.modules())
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    own = {id(parameter) for parameter in encoder.model.parameters()}
+    assert own.isdisjoint(id(parameter) for parameter in model.parameters())

@@ -1,0 +1,148 @@
+"""What a delta learns from its dev set once it is trained: a temperature for its scores, thresholds for its labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.tasks.base import Answer
+from bertology_serve.tasks.classification import LabelTask
+from bertology_serve.tasks.metrics import Flags, Floats, calibration_error
+from bertology_serve.tasks.multi_label import EVEN, MultiLabel
+from bertology_serve.tasks.registry import task_for
+from bertology_serve.training.batches import Item, micro_batches
+from bertology_serve.training.evaluate import run
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The metrics on the dev items, and what provenance says of it; both empty where nothing was to be settled."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def settled(live: TrainableDelta, dev: Sequence[Item], max_tokens: int, calibrate: bool = True) -> Iterator[Settled]:
+    """While it lasts the head is scaled so that its scores are calibrated on the ``dev`` items, and ``live.task`` has
+    thresholds where labels have some; then both are as they were, as a run that is continued must find them.
+
+    Nothing happens without items, or for tasks that have no such scores.
+
+    Dividing the logits by a temperature is dividing the last layer by it: whatever runs the delta, in whatever format,
+    gives calibrated scores, and the answers' order stays as it was.
+    """
+    task = task_for(live.task)
+    if not dev or not isinstance(task, LabelTask):
+        yield Settled()
+        return
+    with kept(live):
+        yield _settle(live, task, dev, max_tokens, calibrate)
+
+
+@contextmanager
+def kept(live: TrainableDelta) -> Iterator[None]:
+    """Puts head and task back as they were."""
+    task, head = live.task, {name: tensor.clone() for name, tensor in live.head.state_dict().items()}
+    try:
+        yield
+    finally:
+        live.head.load_state_dict(head)
+        live.task = task
+
+
+def _settle(live: TrainableDelta, task: LabelTask, dev: Sequence[Item], max_tokens: int, calibrate: bool) -> Settled:
+    logits, targets = _logits(live, dev, max_tokens), [item.target for item in dev]
+    final: LabelTask = task
+    found: dict[str, Any] = {}
+    if calibrate:
+        by = temperature(task, logits, targets)
+        before, after = (_error(task, dev, rows) for rows in (logits, logits / by))
+        found = {"temperature": by, "rows": len(dev), "ece_before": before, "ece": after}
+        with torch.no_grad():
+            for parameter in live.head.layers[-1].linear.parameters():  # type: ignore[union-attr]
+                parameter.div_(by)
+        logits = logits / by
+    if isinstance(task, MultiLabel):
+        has, lacks = task.rows(targets).chunk(2, 1)
+        chosen = thresholds(task.probabilities(logits).numpy(), (has > lacks).numpy(), (has + lacks > 0).numpy())
+        live.task = replace(live.task, thresholds=chosen)
+        final = MultiLabel(live.task)
+        found["thresholds"] = f"micro F1 on {len(dev)} rows"
+    loss = float(task.loss(logits, [], targets)) / len(dev)
+    metrics = final.metrics(_answers(final, dev, logits), [item.example for item in dev])
+    return Settled({**metrics, "loss": loss}, {"calibration": found} if found else {})
+
+
+def temperature(task: LabelTask, logits: Tensor, targets: Sequence[Any]) -> float:
+    """The T > 0 that the loss of logits / T likes best (Guo et al. 2017, arXiv 1706.04599).
+
+    Under a prior log T ~ N(0, 1), which weighs as much as a row or two: a few rows that are all right do not make the
+    scores certain.
+    """
+    low, high = -4.0, 4.0
+    best = 0.0
+    for _ in range(6):
+        grid = np.linspace(low, high, 17)
+        costs = [float(task.loss(logits * math.exp(-t), [], targets)) + t * t / 2 for t in grid]
+        best, step = float(grid[int(np.argmin(costs))]), grid[1] - grid[0]
+        low, high = best - step, best + step
+    return math.exp(best)
+
+
+def thresholds(scores: Floats, gold: Flags, known: Flags) -> tuple[float, ...]:
+    """The least score [C] of each label with which micro F1 is highest; scores, gold and known are [N, C].
+
+    At the optimum F of micro F1 a label is worth naming where that adds more to 2 TP than F times what it adds to what
+    is named (Lipton et al. 2014, arXiv 1402.1892): first one threshold for all, then each label's own. A threshold
+    moves only where the rows between the old and the new show by two standard errors that it should.
+    """
+    flat, right = _falling(scores[known], gold[known])
+    if not right.any():
+        return (EVEN,) * int(scores.shape[1])
+    best = float((2 * np.cumsum(right) / (np.arange(1, len(flat) + 1) + right.sum())).max())
+    common = _cut(flat, right, best, EVEN)
+    parts = ((scores[known[:, label], label], gold[known[:, label], label]) for label in range(scores.shape[1]))
+    return tuple(_cut(*_falling(*part), best, common) for part in parts)
+
+
+def _falling(scores: Floats, right: Flags) -> tuple[Floats, Flags]:
+    order = np.argsort(-scores, kind="stable")
+    return scores[order], right[order]
+
+
+def _cut(falling: Floats, right: Flags, f1: float, old: float) -> float:
+    """Half-way between the last score that is worth naming and the next; ``old`` where that is hardly better."""
+    worth = np.where(right, 2.0, 0.0) - f1
+    total = np.concatenate([[0.0], np.cumsum(worth)])
+    named, best = int((falling >= old).sum()), int(total.argmax())
+    between = worth[min(named, best) : max(named, best)]
+    if total[best] - total[named] <= 2.0 * float(np.sqrt(np.square(between).sum())):
+        return old
+    edges = np.concatenate([[1.0], falling, [0.0]])
+    return float(edges[best] + edges[best + 1]) / 2
+
+
+def _logits(live: TrainableDelta, items: Sequence[Item], max_tokens: int) -> Tensor:
+    """The head's outputs [N, C] for items, in their order."""
+    place = {id(item): number for number, item in enumerate(items)}
+    rows = torch.empty(len(items), live.task.outputs)
+    for group in micro_batches(items, max_tokens, not live.encoder.packs):
+        rows[[place[id(item)] for item in group]] = run(live, group)[0].float().cpu()
+    return rows
+
+
+def _answers(task: LabelTask, items: Sequence[Item], logits: Tensor) -> list[Answer]:
+    return [task.decode(item.example, item.encodings, [row]) for item, row in zip(items, logits, strict=True)]
+
+
+def _error(task: LabelTask, items: Sequence[Item], logits: Tensor) -> float:
+    return calibration_error(task.certainty(_answers(task, items, logits), [item.example for item in items]))

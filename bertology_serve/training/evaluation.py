@@ -1,0 +1,194 @@
+"""What an evaluation says to a person: by class, by slice, beside another, how sure, and where it went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from bertology_serve.errors import DataError, SpecError, nearest
+from bertology_serve.tasks.base import Answer, Example, Task
+from bertology_serve.tasks.classification import LabelTask
+from bertology_serve.tasks.metrics import BINS, Floats, gaps, ratio
+from bertology_serve.tasks.significance import Interval, bootstrap, mcnemar, paired_effect
+from bertology_serve.tasks.spec import CLASSIFICATION
+
+Records = Iterable[tuple[Mapping[str, Any], str]]
+MOST_SLICES = 20
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """How one label does; ``support`` is how often it is right to name it."""
+
+    label: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The records that share a value: how many, their metrics, and the main one's interval."""
+
+    value: str
+    rows: int
+    metrics: dict[str, float]
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A delta beside another on the same records. ``gain`` is that of the main metric, ``effect`` Cohen's d of how good
+    the answers are, ``mcnemar_p`` for metrics that count right answers; ``fixed`` and ``broken`` are the records that
+    only one of them has right.
+    """
+
+    gain: Interval
+    effect: float
+    mcnemar_p: float | None
+    fixed: tuple[int, ...]
+    broken: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``metrics`` as fractions, the answer to each example, in order, and how many texts were cut to the delta's
+    maximum length; ``records`` are those that the ``examples`` come from.
+    """
+
+    metrics: dict[str, float]
+    answers: list[Answer]
+    truncated: int
+    task: Task
+    examples: Sequence[Example]
+    records: Sequence[tuple[Mapping[str, Any], str]]
+
+    @property
+    def parts(self) -> Floats:
+        """[N, 2]: what each answer brings to the main metric."""
+        return self.task.parts(self.answers, self.examples)
+
+    @property
+    def interval(self) -> Interval:
+        """The main metric."""
+        parts = self.parts
+        return bootstrap(len(parts), lambda drawn: self.task.main(parts[drawn]))
+
+    def gain(self, task: Task, answers: Sequence[Answer]) -> Interval:
+        """By how much the main metric is above that of other answers to the same examples (paired bootstrap)."""
+        own, other = self.parts, task.parts(answers, self.examples)
+        return bootstrap(len(own), lambda drawn: self.task.main(own[drawn]) - task.main(other[drawn]))
+
+    def against(self, other: Evaluation) -> Comparison:
+        """This beside an earlier or another delta. Raises SpecError where both do not answer the same."""
+        if other.task.main_metric != self.task.main_metric or len(other.examples) != len(self.examples):
+            raise SpecError(f"{other.task.kind} cannot be compared with {self.task.kind}; give deltas of one task")
+        mine, theirs = (one.task.quality(one.answers, one.examples) for one in (self, other))
+        fixed, broken = (np.flatnonzero((a == 1) & (b != 1)) for a, b in ((mine, theirs), (theirs, mine)))
+        counted = (self.parts[:, 1] == 1).all() and np.isin(self.parts[:, 0], (0, 1)).all()
+        p = mcnemar(len(fixed), len(broken)) if counted else None
+        gain = self.gain(other.task, other.answers)
+        return Comparison(gain, paired_effect(mine - theirs), p, tuple(fixed.tolist()), tuple(broken.tolist()))
+
+    @property
+    def classes(self) -> list[ClassScores]:
+        """Each label's scores, in the task's order; of spans by their label. Empty for tasks without labels."""
+        pairs = self.task.named(self.answers, self.examples)
+        labels = {label: 0 for gold, found in pairs for label, *_ in (*gold, *found)}
+        right, gold, found = dict(labels), dict(labels), dict(labels)
+        for expected, given in pairs:
+            for counts, items in ((right, expected & given), (gold, expected), (found, given)):
+                for label, *_ in items:
+                    counts[label] += 1
+        known = [label for label in self.task.spec.labels if label in labels]
+        order = [*known, *sorted(labels.keys() - set(known))]
+        return [
+            ClassScores(
+                label,
+                ratio(right[label], found[label]),
+                ratio(right[label], gold[label]),
+                ratio(2 * right[label], gold[label] + found[label]),
+                gold[label],
+            )
+            for label in order
+        ]
+
+    @property
+    def confusion(self) -> tuple[list[str], list[list[int]]] | None:
+        """Labels, and how often each (down) was answered by each (across); None for other tasks than classification."""
+        if self.task.kind != CLASSIFICATION:
+            return None
+        labels = list(self.task.spec.labels)
+        index, table = {label: i for i, label in enumerate(labels)}, [[0] * len(labels) for _ in labels]
+        for gold, found in self.task.named(self.answers, self.examples):
+            for (right, *_), (given, *_) in zip(gold, found, strict=True):
+                table[index[right]][index[given]] += 1
+        return labels, table
+
+    @property
+    def calibration(self) -> Interval | None:
+        """The expected calibration error in 15 bins; None where there are no such scores."""
+        if not isinstance(self.task, LabelTask):
+            return None
+        table = gaps(self.certainty).reshape(len(self.answers), -1, BINS).sum(1)
+        each = len(self.certainty) / len(self.answers)
+        return bootstrap(len(table), lambda drawn: float(np.abs(table[drawn].sum(0)).sum() / (each * len(drawn))))
+
+    @property
+    def certainty(self) -> Floats:
+        """[M, 2]: probabilities, and whether each came true."""
+        assert isinstance(self.task, LabelTask)
+        return self.task.certainty(self.answers, self.examples)
+
+    def slices(self, column: str) -> list[Slice]:
+        """The records by what they have in a column, largest first; numbers of many values in four equal parts.
+
+        Raises DataError where no record has the column.
+        """
+        values = [fields.get(column) for fields, _ in self.records]
+        if not any(column in fields for fields, _ in self.records):
+            known = dict.fromkeys(name for fields, _ in self.records for name in fields)
+            raise DataError(f"no record has the column {column!r}; {nearest(column, known)}")
+        names = _grouped(values)
+        places = {name: [i for i, own in enumerate(names) if own == name] for name in dict.fromkeys(names)}
+        found = []
+        for name, rows in sorted(places.items(), key=lambda item: -len(item[1]))[:MOST_SLICES]:
+            answers, examples = [self.answers[i] for i in rows], [self.examples[i] for i in rows]
+            parts = self.task.parts(answers, examples)
+            interval = bootstrap(len(rows), lambda drawn, parts=parts: self.task.main(parts[drawn]))  # type: ignore[misc]
+            found.append(Slice(name, len(rows), self.task.metrics(answers, examples), interval))
+        return found
+
+    def errors(self) -> list[dict[str, Any]]:
+        """What went wrong, the worst first: where, how good (1: right), the record, and the answer."""
+        quality = self.task.quality(self.answers, self.examples)
+        return [
+            self.row(int(i)) | {"quality": float(quality[i])}
+            for i in np.argsort(quality, kind="stable")
+            if quality[i] < 1
+        ]
+
+    def row(self, number: int) -> dict[str, Any]:
+        """One record with its answer."""
+        fields, where = self.records[number]
+        return {"where": where, "record": dict(fields), "answer": self.answers[number]}
+
+
+def as_json(comparison: Comparison | ClassScores | Slice | Interval) -> dict[str, Any]:
+    """Its fields; of records only how many."""
+    found = asdict(comparison)
+    return {name: len(value) if name in ("fixed", "broken") else value for name, value in found.items()}
+
+
+def _grouped(values: Sequence[object]) -> list[str]:
+    """The name of each value's group."""
+    numbers = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) < len(values) or len(set(numbers)) <= MOST_SLICES:
+        return ["-" if value is None else str(value) for value in values]
+    edges = np.quantile(numbers, (0.25, 0.5, 0.75))
+    bounds = [min(numbers), *edges.tolist(), max(numbers)]
+    return [f"{bounds[at]:g} to {bounds[at + 1]:g}" for at in np.searchsorted(edges, numbers).tolist()]

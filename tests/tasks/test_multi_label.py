@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bertology_serve.errors import DataError, SpecError
+from bertology_serve.tasks.multi_label import MultiLabel
+from bertology_serve.tasks.spec import TaskSpec
+
+TASK = MultiLabel(TaskSpec("multi-label", ("a", "b", "c")))
+
+
+def labelled(*values):
+    return [({"text": "x", "label": value}, f"x:{row}") for row, value in enumerate(values, 1)]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([["b"], ["a", "b"], []], ("a", "b")),
+        ([[0, 0, 1], [1, 0, 1]], ("0", "1", "2")),
+        ([[True, False], [False, False]], ("0", "1")),
+        ([[1.0, 0.0], [0.0, 1.0]], ("0", "1")),
+        ([[3], [3, 12], [0]], ("0", "3", "12")),
+        (["a|b", "b", None], ("a", "b")),
+        (["one, two;three", "three"], ("one, two", "three")),
+        (["a, b", "b"], ("a", "b")),
+        (["good"], ("good",)),
+        ([{"a": 1, "b": 0}, {"a": 0, "b": 1}], ("a", "b")),
+        (['["a", "b"]', "[]"], ("a", "b")),
+        ([["a"], [-100]], ("a",)),
+        ([np.array([0, 1, 1])], ("0", "1", "2")),
+    ],
+)
+def test_labels_are_found(values, expected):
+    assert MultiLabel.labels_in(labelled(*values)) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "has"),
+    [
+        (["a", "c"], "ac"),
+        ([], ""),
+        (None, ""),
+        ([0, 1, 1], "bc"),
+        ([False, True, False], "b"),
+        ("a|b", "ab"),
+        ("c", "c"),
+        ("a; b", "ab"),
+        ("b,c", "bc"),
+        ({"a": 1, "b": 0}, "a"),
+        ('["a"]', "a"),
+    ],
+)
+def test_what_a_record_has(value, has):
+    example = TASK.example({"text": "x", "label": value}, "x:1", True)
+    assert "".join(label for label in "abc" if example.labels.get(label)) == has
+    assert TASK.example({"text": "x", "labels": value}, "x:1", True) == example
+
+
+def test_a_label_that_is_not_known_teaches_nothing_and_counts_nowhere():
+    known = TASK.example({"text": "x", "label": [1, 0, 0]}, "x:1", True)
+    unsure = TASK.example({"text": "x", "label": [1, -100, 0]}, "x:1", True)
+    assert TASK.target(known, []) == (1, 0, 0, 0, 1, 1)
+    assert TASK.target(unsure, []) == (1, 0, 0, 0, 0, 1)
+    none = TASK.example({"text": "x", "label": -100}, "x:1", True)
+    assert not any(TASK.target(none, []))
+    out = torch.tensor([[3.0, 5.0, -2.0]], requires_grad=True)
+    TASK.loss(out, [], [TASK.target(unsure, [])]).backward()
+    assert out.grad[0, 1] == 0
+    answers = [TASK.decode(unsure, [], [out[0].detach()])]
+    assert TASK.metrics(answers, [unsure])["exact"] == 1
+    assert TASK.metrics(answers, [known])["exact"] == 0
+
+
+def test_labels_above_their_thresholds_are_named():
+    task = MultiLabel(TaskSpec("multi-label", ("a", "b", "c"), thresholds=(0.9, 0.5, 0.1)))
+    answer = task.decode(task.example({"text": "x"}, "x:1", False), [], [torch.tensor([2.0, 1.0, -2.0])])
+    assert answer["labels"] == ["b", "c"]
+    assert answer["scores"] == pytest.approx({"a": 0.880797, "b": 0.731059, "c": 0.119203}, abs=1e-6)
+
+
+def test_loss_is_torch_s_and_soft_labels_count():
+    generator = torch.Generator().manual_seed(0)
+    out, gold = torch.randn(5, 3, generator=generator), torch.rand(5, 3, generator=generator)
+    rows = [dict(zip("abc", row, strict=True)) for row in gold.tolist()]
+    targets = [TASK.target(TASK.example({"text": "x", "label": row}, "x:1", True), []) for row in rows]
+    expected = 5 * F.binary_cross_entropy_with_logits(out, gold)
+    torch.testing.assert_close(TASK.loss(out, [], targets), expected)
+
+
+def test_metrics_are_scikit_learn_s():
+    reference = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(0)
+    gold, found = (generator.random((40, 3)) < 0.4 for _ in range(2))
+    examples = [TASK.example({"text": "x", "label": row.tolist()}, "x:1", True) for row in gold]
+    answers = [{"labels": [label for label, one in zip("abc", row, strict=True) if one]} for row in found]
+    expected = {
+        f"{name}_f1": reference.f1_score(gold, found, average=name, zero_division=0)
+        for name in ("micro", "macro", "samples")
+    }
+    measured = TASK.metrics(answers, examples)
+    assert measured == pytest.approx({**expected, "exact": reference.accuracy_score(gold, found)})
+    assert TASK.main(TASK.parts(answers, examples)) == pytest.approx(measured["micro_f1"])
+
+
+def test_balance_and_smoothing():
+    targets = [(1.0, 0.0, 0.0, 0.0, 1.0, 1.0), *[(0.0, 0.0, 1.0, 1.0, 1.0, 0.0)] * 3]
+    rows = torch.tensor(TASK.shaped(targets, True, 0.0)).view(4, 2, 3)
+    assert rows[:, 0, 0].sum() == rows[:, 1, 0].sum() == 2
+    assert TASK.shaped(targets, False, 0.2)[0] == pytest.approx((0.9, 0.1, 0.1, 0.1, 0.9, 0.9))
+
+
+@pytest.mark.parametrize("value", [["a", "d"], "a|d", {"d": 1}])
+def test_an_unknown_label_is_named(value):
+    with pytest.raises(DataError, match=r"^x:1: field 'label' has the unknown label 'd'"):
+        TASK.example({"text": "x", "label": value}, "x:1", True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"thresholds": (0.5,)}, "1 thresholds do not fit multi-label of 3 labels"),
+        ({"thresholds": (0.5, 2.0, 0.1)}, "expected numbers from 0 to 1"),
+        ({"abstain": 0.5}, "abstain does not fit multi-label"),
+    ],
+)
+def test_thresholds_that_do_not_fit_are_refused(fields, problem):
+    with pytest.raises(SpecError, match=problem):
+        TaskSpec("multi-label", ("a", "b", "c"), **fields)

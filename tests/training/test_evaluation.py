@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.errors import DataError, SpecError
+from bertology_serve.tasks.registry import task_for
+from bertology_serve.tasks.spec import TaskSpec
+from bertology_serve.training.baselines import rivals
+from bertology_serve.training.evaluate import evaluate
+from bertology_serve.training.evaluation import Evaluation
+from bertology_serve.training.evaluation_plots import draw
+from bertology_serve.training.train import prepare
+from bertology_serve.training.train_config import TrainConfig
+from tests.training import sets
+
+LABELS = ("bad", "good", "mixed")
+
+
+def made(gold: list[str], found: list[str], scores: list[float] | None = None, abstain: float = 0.0) -> Evaluation:
+    """A classification with these labels."""
+    task = task_for(TaskSpec("classification", LABELS, abstain=abstain))
+    records = [({"text": f"t{row}", "label": label, "size": row}, f"x:{row}") for row, label in enumerate(gold, 1)]
+    examples = [task.example(*record, labelled=True) for record in records]
+    sure = scores or [0.8] * len(gold)
+    answers = [
+        {"label": label, "score": score, "scores": {name: score if name == label else 0.1 for name in LABELS}}
+        for label, score in zip(found, sure, strict=True)
+    ]
+    return Evaluation(task.metrics(answers, examples), answers, 0, task, examples, records)
+
+
+GOLD = ["bad", "good", "good", "mixed", "bad", "good", "good", "bad"]
+FOUND = ["bad", "good", "bad", "bad", "good", "good", "good", "bad"]
+
+
+def test_classes_are_scikit_learn_s() -> None:
+    reference = pytest.importorskip("sklearn.metrics")
+    expected = reference.precision_recall_fscore_support(GOLD, FOUND, labels=LABELS, zero_division=0)
+    found = made(GOLD, FOUND).classes
+    assert [one.label for one in found] == list(LABELS)
+    rows = [[one.precision, one.recall, one.f1, one.support] for one in found]
+    assert np.array(rows) == pytest.approx(np.array(expected).T)
+    labels, table = made(GOLD, FOUND).confusion
+    assert table == reference.confusion_matrix(GOLD, FOUND, labels=labels).tolist()
+
+
+@pytest.mark.parametrize("kind", sets.SETS)
+def test_parts_are_the_main_metric_and_right_answers_are_no_errors(bert: Encoder, kind: str) -> None:
+    source = sets.source(kind)
+    ready = prepare(TrainConfig(kind, max_length=sets.LENGTHS.get(kind, 32)), bert, source)
+    found = evaluate(ready.live.freeze("mine"), source.records, bert)
+    main = found.task.main_metric
+    assert found.task.main(found.parts) == pytest.approx(found.metrics[main])
+    assert found.interval.low <= found.interval.value <= found.interval.high
+    assert found.gain(found.task, found.answers).value == 0
+    assert all(row["quality"] < 1 for row in found.errors())
+    quality = [row["quality"] for row in found.errors()]
+    assert quality == sorted(quality)
+    same = found.against(found)
+    assert (same.fixed, same.broken, same.effect) == ((), (), 0)
+    known = rivals(bert, found.task, found.examples, found.examples)
+    for task, answers in known.values():
+        assert np.isfinite(task.main(task.parts(answers, found.examples)))
+    expected = {
+        "classification": ["constant"],
+        "multi-label": ["constant"],
+        "regression": ["constant", "cosine"],
+        "embedding": ["cosine"],
+    }
+    assert list(known) == expected.get(kind, [])
+    assert bool(found.classes) == (kind in ("classification", "multi-label", "token-classification"))
+
+
+def test_a_difference_is_counted_and_tested() -> None:
+    better, worse = made(GOLD * 20, GOLD * 20), made(GOLD * 20, FOUND * 20)
+    found = better.against(worse)
+    assert found.gain.value == pytest.approx(3 / 8)
+    assert found.gain.is_sure
+    assert (len(found.fixed), len(found.broken)) == (60, 0)
+    assert found.mcnemar_p < 1e-9
+    assert found.effect > 0.5
+    back = worse.against(better)
+    assert (back.gain.value, back.fixed) == (-found.gain.value, ())
+    with pytest.raises(SpecError, match="give deltas of one task"):
+        better.against(made(GOLD, GOLD))
+
+
+def test_the_worst_error_is_the_surest() -> None:
+    rows = made(GOLD, FOUND, [0.9, 0.9, 0.6, 0.95, 0.7, 0.9, 0.9, 0.9]).errors()
+    assert [row["where"] for row in rows] == ["x:4", "x:5", "x:3"]
+    assert rows[0]["record"]["text"] == "t4"
+    assert rows[0]["answer"]["label"] == "bad"
+
+
+def test_slices() -> None:
+    whole = made(GOLD, FOUND)
+    assert [(one.value, one.rows) for one in whole.slices("label")] == [("good", 4), ("bad", 3), ("mixed", 1)]
+    assert whole.slices("label")[0].metrics["accuracy"] == 0.75
+    many = made(GOLD * 10, FOUND * 10).slices("size")
+    assert [one.value for one in many] == ["1 to 20.75", "20.75 to 40.5", "40.5 to 60.25", "60.25 to 80"]
+    assert sum(one.rows for one in many) == 80
+    with pytest.raises(DataError, match=r"no record has the column 'sise'; did you mean 'size'"):
+        whole.slices("sise")
+
+
+def test_calibration_is_that_of_the_scores() -> None:
+    right = [gold == found for gold, found in zip(GOLD, FOUND, strict=True)]
+    found = made(GOLD, FOUND).calibration
+    assert found.value == pytest.approx(abs(np.mean(right) - 0.8))
+    assert found.low <= found.value <= found.high
+
+
+def test_the_nearest_label_name_is_an_answer_without_training(minilm_path: Path) -> None:
+    task = task_for(TaskSpec("classification", ("card_lost", "weather", "cooking")))
+    texts = ["I cannot find my card any more", "will it rain tomorrow?", "how long do I boil an egg"]
+    examples = [
+        task.example({"text": text, "label": label}, "x:1", True)
+        for text, label in zip(texts, task.spec.labels, strict=True)
+    ]
+    other, answers = rivals(Encoder.load(str(minilm_path)), task, examples, examples)["label names"]
+    assert other.metrics(answers, examples)["accuracy"] == 1
+
+
+def test_figures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    paths = draw(made(GOLD, FOUND), tmp_path / "plots")
+    assert [path.name for path in paths] == ["reliability.png", "confusion.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
