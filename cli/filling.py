@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ def from_file(context: typer.Context, path: Path | None) -> Path | None:
         return None
     if not path.is_file():
         raise NotFound(f"no file {path}; give a TOML file, such as the config.toml beside a delta")
+    import tomllib  # not for --help
+
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:

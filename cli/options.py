@@ -21,29 +21,31 @@ ALL = "bertology.help_all"
 OTHERS = "Other options"
 Command = Callable[..., Any]
 
+Spec = type[Any]  # a dataclass
+
 
 @dataclass(frozen=True)
-class Choice:
+class SpecOption:
     """One option of a dataclass: its field, its type, and the panel that it is shown in."""
 
-    field: Field[Any]
-    hint: Any
+    field: Field[object]
+    hint: object
     panel: str | None = None
 
 
-def choices_of(spec: type[Any], panel: str | None = None) -> Iterator[Choice]:
+def choices_of(spec: Spec, panel: str | None = None) -> Iterator[SpecOption]:
     """The options of a dataclass; those of a field that is itself a dataclass are its own fields, in its panel."""
     hints = get_type_hints(spec)
     for field in fields(spec):
         if is_dataclass(hints[field.name]):
             yield from choices_of(hints[field.name], field.metadata.get("panel", panel))
         elif field.init:
-            yield Choice(field, hints[field.name], field.metadata.get("panel", panel))
+            yield SpecOption(field, hints[field.name], field.metadata.get("panel", panel))
 
 
-def build(spec: type[Any], values: dict[str, Any]) -> Any:
+def build(spec: Spec, values: dict[str, object]) -> Any:
     """A dataclass of option values, by their names; those are taken out of ``values``."""
-    hints, own = get_type_hints(spec), dict[str, Any]()
+    hints, own = get_type_hints(spec), dict[str, object]()
     for field in fields(spec):
         hint = hints[field.name]
         if is_dataclass(hint):
@@ -54,7 +56,7 @@ def build(spec: type[Any], values: dict[str, Any]) -> Any:
 
 
 def options(
-    spec: type[Any], into: str = "config", skip: Sequence[str] = (), helps: Mapping[str, str] | None = None
+    spec: Spec, into: str = "config", skip: Sequence[str] = (), helps: Mapping[str, str] | None = None
 ) -> Callable[[Command], Command]:
     """Decorator: the command's parameter ``into`` becomes one option per field of the dataclass ``spec``.
 
@@ -71,7 +73,7 @@ def options(
         added = [_parameter(spec, choice, (helps or {}).get(choice.field.name)) for choice in offered]
 
         @functools.wraps(command)
-        def run(**values: Any) -> Any:
+        def run(**values: object) -> object:
             config = build(spec, {choice.field.name: values.pop(choice.field.name) for choice in offered})
             return command(**values, **{into: config})
 
@@ -81,7 +83,7 @@ def options(
 
 
 @dataclass(frozen=True)
-class Layout:
+class HelpLayout:
     """How a command's help is laid out: ``--help`` shows the options that people use (``common``), ``--help-all`` the
     rest, each under its panel. ``panels`` names those of options that have none of their own.
 
@@ -101,7 +103,7 @@ class Layout:
 def laid_out(
     common: Sequence[str], panels: Mapping[str, tuple[str, ...]], prefix: str | None = None
 ) -> Callable[[Command], Command]:
-    """Decorator: gives a command ``--help-all`` and its layout, see ``Layout``."""
+    """Decorator: gives a command ``--help-all`` and its layout, see ``HelpLayout``."""
 
     def show_all(context: typer.Context, wanted: bool) -> None:
         if wanted:
@@ -116,13 +118,13 @@ def laid_out(
 
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
-        def run(help_all: bool = False, **values: Any) -> Any:
+        def run(help_all: bool = False, **values: object) -> object:
             return command(**values)
 
         own = list(inspect.signature(command, eval_str=True).parameters.values())
         kind, annotation = inspect.Parameter.KEYWORD_ONLY, Annotated[bool, option]
         _signed(run, [*own, inspect.Parameter("help_all", kind, default=False, annotation=annotation)])
-        run.layout = Layout(tuple(common), panels, prefix)  # type: ignore[attr-defined]
+        run.layout = HelpLayout(tuple(common), panels, prefix)  # type: ignore[attr-defined]
         return run
 
     return decorate
@@ -133,7 +135,7 @@ class LaidOut(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """The options by panel."""
-        layout: Layout = self.callback.layout  # type: ignore[union-attr]
+        layout: HelpLayout = self.callback.layout  # type: ignore[union-attr]
         panel_of = {name: panel for panel, names in layout.panels.items() for name in names}
         shown: dict[str, list[tuple[str, str]]] = {panel: [] for panel in layout.panels}
         hidden = 0
@@ -173,7 +175,7 @@ def listed(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else split_list(text)
 
 
-def _parameter(spec: type[Any], choice: Choice, help_text: str | None) -> inspect.Parameter:
+def _parameter(spec: Spec, choice: SpecOption, help_text: str | None) -> inspect.Parameter:
     field = choice.field
     default = field.default if field.default_factory is MISSING else field.default_factory()
     flag = field.metadata.get("flag", "--" + field.name.replace("_", "-"))
@@ -189,7 +191,7 @@ def _parameter(spec: type[Any], choice: Choice, help_text: str | None) -> inspec
     )
 
 
-def _option_type(spec: type[Any], name: str, hint: Any) -> Any:
+def _option_type(spec: Spec, name: str, hint: object) -> object:
     inner, optional = _without_none(hint)
     if get_origin(inner) is tuple:
         inner = str
@@ -198,18 +200,18 @@ def _option_type(spec: type[Any], name: str, hint: Any) -> Any:
     return inner | None if optional else inner
 
 
-def _value(value: Any, hint: Any, field: Field[Any]) -> Any:
+def _value(value: object, hint: object, field: Field[object]) -> object:
     inner, _ = _without_none(hint)
     if get_origin(inner) is not tuple or value is None:
         return value
     kind = get_args(inner)[0]
     try:
-        return tuple(kind(part) for part in listed(value) or ())
+        return tuple(kind(part) for part in listed(str(value)) or ())
     except ValueError as problem:
         raise SpecError(f"{field.name} is {value!r}; expected {kind.__name__}s with commas between") from problem
 
 
-def _without_none(hint: Any) -> tuple[Any, bool]:
+def _without_none(hint: object) -> tuple[Any, bool]:
     """``X | None`` -> ``(X, True)``; any other type -> ``(it, False)``."""
     if get_origin(hint) not in (Union, types.UnionType):
         return hint, False

@@ -35,13 +35,14 @@ COMMON = (
 )  # fmt: skip
 PANELS = {
     "Data and delta": ("backbone", "train", "eval", "ood", "out", "columns", "name", "version", "data"),
-    "Task": ("task", "labels", "max_length", "pooling", "head", "stride", "max_answer_length"),
+    "Task": ("task", "labels", "max_length", "pooling", "head", "stride", "max_answer_length", "calibrate", "abstain"),
     "Method": (
         "method", "budget", "recipe", "lp_path", "lp_layers", "start", *(flag.name for flag in fields(KindFlags)),
     ),
     "Optimisation": (
         "epochs", "first_epochs", "first_learning_rate", "max_steps", "batch_size", "max_tokens", "bucket_batches",
         "learning_rate", "head_learning_rate", "schedule", "warmup", "weight_decay", "beta2", "epsilon", "clip", "seed",
+        "balance", "label_smoothing",
     ),
     "Evaluation and state": ("eval_every", "patience", "keep", "save_every", "resume", "overwrite"),
     "Machine": ("device", "precision", "prepack", "trunk_dropout", "trunk_cache", "checkpointing"),

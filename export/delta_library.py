@@ -39,7 +39,7 @@ _NUMBERS = ("ranks", "bias", "units", "rows")
 
 
 @dataclass(frozen=True)
-class DeltaCard:
+class LibraryCard:
     """What a caller must know of a delta: its answer is in the first ``columns`` of ``output``, called ``labels``.
 
     ``thresholds`` are the least sigmoid of each label that applies, where several may (none: 0.5).
@@ -62,7 +62,7 @@ class Library:
     """``arrays`` are all inputs of the graph but the text and ``delta``; ``cards`` [D] the deltas in order."""
 
     arrays: Arrays
-    cards: tuple[DeltaCard, ...]
+    cards: tuple[LibraryCard, ...]
 
     def join(self, other: Library) -> Library:
         """Both, the other's deltas behind; SpecError where a name is there already, FormatError for other arrays."""
@@ -132,14 +132,14 @@ def _height(stack: str, rows: Mapping[str, RowSegment]) -> int:
     return 1 if segment is None else max(segment.last, segment.bias + 1)
 
 
-def _read(card: JsonObject) -> DeltaCard:
+def _read(card: JsonObject) -> LibraryCard:
     values: JsonObject = {name: tuple(value) if isinstance(value, list) else value for name, value in card.items()}
-    return DeltaCard(**values)
+    return LibraryCard(**values)
 
 
-def _card(encoder: Encoder, delta: Delta) -> DeltaCard:
+def _card(encoder: Encoder, delta: Delta) -> LibraryCard:
     task = delta.task
-    return DeltaCard(
+    return LibraryCard(
         name=delta.name,
         version=delta.version,
         task=task.kind,

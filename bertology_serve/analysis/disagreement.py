@@ -23,7 +23,7 @@ from bertology_serve.files import JsonObject
 from bertology_serve.tasks.significance import mcnemar
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, Encoding
 
-ANSWERS = ("label", "value", "entities", "answer", "choice")
+ANSWERS = ("label", "labels", "value", "entities", "answer", "choice")
 
 
 def compare(
@@ -105,6 +105,8 @@ def _answered(trial: TaskEvaluation, advance: Advance) -> list[tuple[JsonObject,
 def _said(answer: JsonObject) -> str | float:
     """The part of an answer that two models agree on or not."""
     name = next(name for name in ANSWERS if name in answer)
+    if name == "labels":
+        return ", ".join(answer[name]) or "none"
     if name == "entities":
         return ", ".join(f"{one['label']} {one['start']}-{one['end']}" for one in answer[name]) or "none"
     said: str | float = answer[name]["text"] if name == "answer" else answer[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import httpx
 import msgspec
@@ -27,6 +27,9 @@ from bertology_serve.errors import (
 )
 from bertology_serve.tasks.answers import Answer, Model, Version
 
+if TYPE_CHECKING:
+    from bertology_serve.files import JsonMapping, JsonObject
+
 T = TypeVar("T")
 LONGEST_WAIT = 60.0
 UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
@@ -42,7 +45,7 @@ class Call(Generic[T]):
     method: str
     path: str
     kind: type[T] | Any
-    body: Any = None
+    body: object = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def wait(self, status: int, retry_after: str | None) -> float | None:
@@ -99,13 +102,13 @@ def headers_of(key: str | None) -> dict[str, str]:
     return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
 
-def answer(items: Iterable[Mapping[str, Any]], seconds: float | None) -> Call[tuple[Answer, ...]]:
+def answer(items: Iterable[JsonMapping], seconds: float | None) -> Call[tuple[Answer, ...]]:
     """Items of any deltas."""
     headers = {} if seconds is None else {"X-Request-Timeout-Ms": str(max(1, round(1e3 * seconds)))}
     return Call("POST", "/predict", tuple[Answer, ...], list(items), headers)
 
 
-def items_of(delta: str, texts: Iterable[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
+def items_of(delta: str, texts: Iterable[str | JsonMapping]) -> list[JsonObject]:
     """Texts, or records of the task's fields, as items for one delta."""
     return [{"delta": delta, **({"text": text} if isinstance(text, str) else text)} for text in texts]
 

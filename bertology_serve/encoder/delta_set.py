@@ -250,7 +250,7 @@ class DeltaSet(ABC):
         """
 
     @abstractmethod
-    def release(self, key: str) -> None:
+    def free(self, key: str) -> None:
         """Frees the rows under a key; there need not be any. The lock is held."""
 
     @abstractmethod
@@ -278,7 +278,7 @@ class DeltaSet(ABC):
             return ready
         return self._beside.get((name, version))
 
-    def dismiss(self, name: str, versions: Iterable[str]) -> None:
+    def remove_versions(self, name: str, versions: Iterable[str]) -> None:
         """Takes away versions that stand beside the one that answers; unknown ones are fine."""
         for version in versions:
             self._beside.pop((name, version), None)
@@ -287,12 +287,12 @@ class DeltaSet(ABC):
         """Takes a delta away; its rows are freed once the last job under way has finished."""
         if name == BASE:
             raise Unsupported("the bare base cannot be removed")
-        if not self.retire(name):
+        if not self.evict(name):
             self._find(name)
         with self.encoder.lock:
-            self.sweep()
+            self.free_rows()
 
-    def retire(self, name: str) -> bool:
+    def evict(self, name: str) -> bool:
         """Takes a delta away without waiting for a batch, the next of which frees its rows; whether it was there."""
         return self._ready.pop(name, None) is not None
 
@@ -323,7 +323,7 @@ class DeltaSet(ABC):
         if not jobs:
             return []
         with self.encoder.lock, torch.inference_mode():
-            self.sweep()
+            self.free_rows()
             outputs = self._forward(jobs)
         predictions, at = [], 0
         for job in jobs:
@@ -383,10 +383,10 @@ class DeltaSet(ABC):
             raise NotFound(f"no delta {name!r}; {nearest(name, self._ready)}")
         return ready
 
-    def sweep(self) -> None:
+    def free_rows(self) -> None:
         """Frees the rows of deltas that nothing refers to any more. The lock is held."""
         while self.ledger.gone:
-            self.release(self.ledger.gone.popleft())
+            self.free(self.ledger.gone.popleft())
 
 
 def _prediction(job: Job, outputs: Sequence[Tensor]) -> Prediction:

@@ -78,11 +78,11 @@ class Pipeline(DeltaSet):
         head.to(self.encoder.device).eval().requires_grad_(False)
         effects = self.encoder.allowed(delta.effects(self.encoder.anatomy))
         with self.encoder.lock:  # no batch runs meanwhile, so nothing is done here but copying rows
-            self.sweep()
+            self.free_rows()
             entry = self.bank.add(key, effects) if delta.specs else BARE
         return LoadedDelta(delta, task_for(delta.task), head, entry)
 
-    def release(self, key: str) -> None:
+    def free(self, key: str) -> None:
         """Frees a delta's rows in the bank."""
         self.bank.remove(key)
 

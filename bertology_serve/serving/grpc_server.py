@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Protocol
 
 import grpc
 import msgspec
 
+from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction
 from bertology_serve.errors import (
     BertologyError,
@@ -24,13 +25,14 @@ from bertology_serve.errors import (
     Unauthorized,
     Unsupported,
 )
+from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.batching.scheduler import CallContext
 from bertology_serve.serving.http.bodies import headers_of, message_of
 from bertology_serve.serving.http.gate import id_of
-from bertology_serve.serving.keys import Access, Keyring
+from bertology_serve.serving.keys import EVERYONE, Access, Keyring
 from bertology_serve.serving.observability.logs import place_of
 from bertology_serve.serving.protocol import oip, oip_model
-from bertology_serve.serving.protocol.grpc_messages import SERVICE, message
+from bertology_serve.serving.protocol.grpc_messages import SERVICE, Message, message
 from bertology_serve.serving.protocol.json_codec import encode
 from bertology_serve.serving.protocol.oip import AskedOutput, InferCall, InferRequest, tensors_of, version_of
 from bertology_serve.serving.protocol.oip import parameters_of as response_parameters
@@ -79,7 +81,7 @@ class GrpcServer:
 
 
 Code = grpc.StatusCode
-_CODES: tuple[tuple[type[Exception], Any], ...] = (
+_CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (InputError, Code.INVALID_ARGUMENT),
     (Unsupported, Code.INVALID_ARGUMENT),
     (NotFound, Code.NOT_FOUND),
@@ -90,7 +92,29 @@ _CODES: tuple[tuple[type[Exception], Any], ...] = (
     (Expired, Code.DEADLINE_EXCEEDED),
 )
 PUBLIC = ("ServerLive", "ServerReady")
-Method = Callable[[Any, Access, Any], Awaitable[Any]]
+
+
+class Context(Protocol):
+    """What gRPC knows of a call."""
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]] | None:
+        """The caller's headers."""
+        ...
+
+    def set_trailing_metadata(self, metadata: Sequence[tuple[str, str]]) -> None:
+        """Headers that follow the answer."""
+        ...
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the caller's deadline."""
+        ...
+
+    async def abort(self, code: grpc.StatusCode, details: str, metadata: Sequence[tuple[str, str]]) -> Message:
+        """Ends the call with an error; it raises."""
+        ...
+
+
+Method = Callable[[Message, Access, Context], Awaitable[Message]]
 
 
 class Methods:
@@ -100,7 +124,7 @@ class Methods:
         self._service, self._keyring = service, keyring
         self._lifecycle, self._metrics = service.lifecycle, service.metrics
 
-    def handler(self) -> Any:
+    def handler(self) -> object:
         """What a gRPC server takes."""
         methods = {
             "ServerLive": self.live, "ServerReady": self.ready, "ServerMetadata": self.server,
@@ -119,8 +143,8 @@ class Methods:
             },
         )  # fmt: skip
 
-    def _guarded(self, name: str, method: Method) -> Callable[[Any, Any], Awaitable[Any]]:
-        async def run(asked: Any, context: Any) -> Any:
+    def _guarded(self, name: str, method: Method) -> Callable[[Message, Context], Awaitable[Message]]:
+        async def run(asked: Message, context: Context) -> Message:
             code, call = Code.OK, (("x-request-id", _request_id(context)),)
             context.set_trailing_metadata(call)
             try:
@@ -140,29 +164,29 @@ class Methods:
 
         return run
 
-    def _access(self, name: str, context: Any) -> Access | Any:
+    def _access(self, name: str, context: Context) -> Access:
         if name in PUBLIC:
-            return None
+            return EVERYONE
         pairs = ((key, value.encode() if isinstance(value, str) else value)
                  for key, value in context.invocation_metadata() or ())  # fmt: skip
         access = self._keyring.find((key.encode(), value) for key, value in pairs)
         access.call()
         return access
 
-    async def live(self, asked: Any, access: Access, context: Any) -> Any:
+    async def live(self, asked: Message, access: Access, context: Context) -> Message:
         """Liveness."""
         return message("ServerLiveResponse")(live=True)
 
-    async def ready(self, asked: Any, access: Access, context: Any) -> Any:
+    async def ready(self, asked: Message, access: Access, context: Context) -> Message:
         """Readiness."""
         return message("ServerReadyResponse")(ready=self._service.ready)
 
-    async def server(self, asked: Any, access: Access, context: Any) -> Any:
+    async def server(self, asked: Message, access: Access, context: Context) -> Message:
         """About the server."""
         known = oip_model.server_metadata()
         return message("ServerMetadataResponse")(**known)
 
-    async def model_ready(self, asked: Any, access: Access, context: Any) -> Any:
+    async def model_ready(self, asked: Message, access: Access, context: Context) -> Message:
         """Whether a delta answers; an unknown one is not ready, as NVIDIA's server says."""
         try:
             self._find(access, asked)
@@ -170,22 +194,22 @@ class Methods:
             return message("ModelReadyResponse")(ready=False)
         return message("ModelReadyResponse")(ready=self._service.ready)
 
-    async def model(self, asked: Any, access: Access, context: Any) -> Any:
+    async def model(self, asked: Message, access: Access, context: Context) -> Message:
         """A delta's tensors."""
         known = oip_model.metadata(self._find(access, asked))
         del known["parameters"]
         return message("ModelMetadataResponse")(**known)
 
-    async def config(self, asked: Any, access: Access, context: Any) -> Any:
+    async def config(self, asked: Message, access: Access, context: Context) -> Message:
         """A delta's configuration."""
         return config(oip_model.config(self._find(access, asked)))
 
-    async def statistics(self, asked: Any, access: Access, context: Any) -> Any:
+    async def statistics(self, asked: Message, access: Access, context: Context) -> Message:
         """What a delta, or every one, has done."""
         deltas = [self._find(access, asked)] if asked.name else self._service.visible(access)
         return statistics(self._metrics.statistics.of(deltas)["model_stats"])
 
-    async def infer(self, asked: Any, access: Access, context: Any) -> Any:
+    async def infer(self, asked: Message, access: Access, context: Context) -> Message:
         """Answers; the client's deadline is the queue's."""
         service, size = self._service, asked.ByteSize()
         request, blobs = await service.aside(size, lambda: read_infer(asked))
@@ -201,40 +225,41 @@ class Methods:
         response, _ = await service.serve(call, size, read, write_infer)
         return response
 
-    async def index(self, asked: Any, access: Access, context: Any) -> Any:
+    async def index(self, asked: Message, access: Access, context: Context) -> Message:
         """Every version on disk or in service."""
         access.check_admin()
         entries = [msgspec.structs.asdict(entry) for entry in await self._lifecycle.index(asked.ready)]
         return message("RepositoryIndexResponse")(models=entries)
 
-    async def load(self, asked: Any, access: Access, context: Any) -> Any:
+    async def load(self, asked: Message, access: Access, context: Context) -> Message:
         """Loads a version, or swaps to it."""
         access.check_admin()
         await self._lifecycle.load(asked.model_name, oip_model.read_load(_body(asked)))
         return message("RepositoryModelLoadResponse")()
 
-    async def unload(self, asked: Any, access: Access, context: Any) -> Any:
+    async def unload(self, asked: Message, access: Access, context: Context) -> Message:
         """Takes a delta away."""
         access.check_admin()
         await self._lifecycle.unload(asked.model_name)
         return message("RepositoryModelUnloadResponse")()
 
-    def _find(self, access: Access, asked: Any) -> Any:
+    def _find(self, access: Access, asked: Message) -> Delta:
         return self._service.find(access, asked.name, asked.version or None)
 
 
-def _request_id(context: Any) -> str:
+def _request_id(context: Context) -> str:
     """The id of a call, as over HTTP."""
-    given = [value for name, value in context.invocation_metadata() or () if name == "x-request-id"]
+    headers = context.invocation_metadata() or ()
+    given = [value for name, value in headers if name == "x-request-id" and isinstance(value, str)]
     return id_of(given[-1].encode() if given else b"").decode()
 
 
-def code_of(problem: Exception) -> Any:
+def code_of(problem: Exception) -> grpc.StatusCode:
     """The status of an error, by its place in the tree of ``errors``."""
     return next((code for kind, code in _CODES if isinstance(problem, kind)), Code.INTERNAL)
 
 
-def _body(asked: Any) -> bytes:
+def _body(asked: Message) -> bytes:
     """The parameters of a load as HTTP's body has them; files are left empty, being refused by name."""
     given = parameters_of(asked.parameters)
     return encode({"parameters": {name: "" if isinstance(value, bytes) else value for name, value in given.items()}})
@@ -243,7 +268,7 @@ def _body(asked: Any) -> bytes:
 _DATA_TYPES = {"TYPE_STRING": 13, "TYPE_FP32": 11, "TYPE_INT64": 9}
 
 
-def parameters_of(given: Mapping[str, Any]) -> dict[str, Any]:
+def parameters_of(given: JsonMapping) -> JsonObject:
     """A map of ``InferParameter`` as plain values."""
     found = {}
     for name, parameter in given.items():
@@ -253,7 +278,7 @@ def parameters_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def read_infer(asked: Any) -> tuple[InferRequest, list[bytes | None]]:
+def read_infer(asked: Message) -> tuple[InferRequest, list[bytes | None]]:
     """A ``ModelInferRequest`` and its tensors' bytes, ``None`` for those whose contents are typed. DataError."""
     raw = list(asked.raw_input_contents)
     if raw and len(raw) != len(asked.inputs):
@@ -270,7 +295,7 @@ def read_infer(asked: Any) -> tuple[InferRequest, list[bytes | None]]:
     return request, list(raw) if raw else [None] * len(inputs)
 
 
-def write_infer(call: InferCall, predictions: Sequence[Prediction]) -> Any:
+def write_infer(call: InferCall, predictions: Sequence[Prediction]) -> Message:
     """A ``ModelInferResponse``; its tensors are raw bytes."""
     response = message("ModelInferResponse")(
         model_name=call.model.name, model_version=version_of(call, predictions) or "", id=call.id or ""
@@ -284,7 +309,7 @@ def write_infer(call: InferCall, predictions: Sequence[Prediction]) -> Any:
     return response
 
 
-def config(known: Mapping[str, Any]) -> Any:
+def config(known: JsonMapping) -> Message:
     """A ``ModelConfigResponse`` of what ``oip_model.config`` gives."""
     tensors = {
         which: [tensor | {"data_type": _DATA_TYPES[tensor["data_type"]]} for tensor in known[which]]
@@ -294,7 +319,7 @@ def config(known: Mapping[str, Any]) -> Any:
     return message("ModelConfigResponse")(config={**known, **tensors, "parameters": parameters})
 
 
-def statistics(entries: Iterable[Mapping[str, Any]]) -> Any:
+def statistics(entries: Iterable[JsonMapping]) -> Message:
     """A ``ModelStatisticsResponse`` of what ``Statistics.of`` gives."""
     response = message("ModelStatisticsResponse")()
     for entry in entries:
@@ -302,7 +327,7 @@ def statistics(entries: Iterable[Mapping[str, Any]]) -> Any:
     return response
 
 
-def _texts(tensor: Any) -> list[Any]:
+def _texts(tensor: Message) -> list[str]:
     try:
         return [element.decode() for element in tensor.contents.bytes_contents]
     except UnicodeDecodeError:

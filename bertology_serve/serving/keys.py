@@ -107,6 +107,9 @@ def _take(bucket: Bucket | None, amount: int, what: str, clock: Callable[[], flo
         raise RateLimited(f"this API key may send {bucket.rate:g} {what} a second; try again in {wait:.1f} s", wait)
 
 
+EVERYONE = Access(Key("everyone", "0" * 64))
+
+
 class Keyring:
     """The keys of one server. Finding one takes the same time whatever was presented.
 
@@ -116,7 +119,6 @@ class Keyring:
     def __init__(self, keys: Iterable[Key] = ()) -> None:
         self._secret = secrets.token_bytes(32)
         self._access: dict[bytes, tuple[bytes, Access]] = {}
-        self._everyone = Access(Key("everyone", "0" * 64))
         names: set[str] = set()
         for key in keys:
             digest = self._mark(bytes.fromhex(key.sha256))
@@ -134,10 +136,10 @@ class Keyring:
         Without any keys everyone may ask any delta, and nobody manages.
         """
         if not self._access:
-            return self._everyone
+            return EVERYONE
         for presented in _presented(headers):
             digest = self._mark(hashlib.sha256(presented).digest())
-            known, access = self._access.get(digest, (b"", self._everyone))
+            known, access = self._access.get(digest, (b"", EVERYONE))
             if hmac.compare_digest(known, digest):
                 return access
         raise Unauthorized("no valid API key; send one as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")

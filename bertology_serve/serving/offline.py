@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 
 from bertology_serve.encoder.pipeline import Job, Pipeline
 from bertology_serve.errors import BertologyError, DataError, NotFound
-from bertology_serve.files import replacing
+from bertology_serve.files import JsonMapping, JsonObject, replacing
 from bertology_serve.serving.protocol.json_codec import decode, encode
 from bertology_serve.serving.protocol.native import answer_of, read_request
 
@@ -42,7 +42,7 @@ def answer_lines(
     Items are tokenised ahead and brought together by length, a window of batches at a time: equal lengths share their
     attention. Without ``skip_bad`` raises what is wrong with the first bad line, which the message names.
     """
-    window: list[Job | dict[str, Any]] = []
+    window: list[Job | JsonObject] = []
     tokens = 0
     for number, line in enumerate(lines, 1):
         line = line.removeprefix(BOM) if number == 1 else line
@@ -69,7 +69,7 @@ def batches(costs: Sequence[int], max_tokens: int) -> list[list[int]]:
     return found
 
 
-def _prepared(pipeline: Pipeline, line: bytes, where: str, options: Lines) -> Job | dict[str, Any]:
+def _prepared(pipeline: Pipeline, line: bytes, where: str, options: Lines) -> Job | JsonObject:
     """A job; or, with ``skip_bad``, the answer that says what is wrong."""
     value: Any = None
     try:
@@ -93,9 +93,9 @@ def _decoded(line: bytes, where: str) -> Any:
 
 
 def _answered(
-    pipeline: Pipeline, window: Sequence[Job | dict[str, Any]], options: Lines, was_cut: Callable[[], None]
+    pipeline: Pipeline, window: Sequence[Job | JsonObject], options: Lines, was_cut: Callable[[], None]
 ) -> Iterator[bytes]:
-    answers: list[Mapping[str, Any]] = [{} if isinstance(item, Job) else item for item in window]
+    answers: list[JsonMapping] = [{} if isinstance(item, Job) else item for item in window]
     jobs = {index: item for index, item in enumerate(window) if isinstance(item, Job)}
     places = list(jobs)
     for batch in batches([jobs[place].cost for place in places], options.max_tokens):
@@ -108,7 +108,7 @@ def _answered(
         yield encode(answer) + b"\n"
 
 
-def _cost(item: Job | dict[str, Any]) -> int:
+def _cost(item: Job | JsonObject) -> int:
     return item.cost if isinstance(item, Job) else 0
 
 

@@ -151,8 +151,7 @@ class Service:
                 self._shadows.send(parsed.requests, found)
             return await self.aside(size_of(found), lambda: write(parsed, found)), found
         finally:
-            if call.leases is not None:
-                call.leases.close()
+            call.close()
 
     def _find(self, call: CallContext, name: str, version: str | None = None) -> Delta:
         return self.acquire(call, name, version).delta
@@ -227,7 +226,11 @@ class Service:
         return answers
 
     async def _shadowed(self, requests: Sequence[Request]) -> list[Prediction]:
-        return await self.answer(CallContext(priority=LAST), requests)
+        call = CallContext(priority=LAST)
+        try:
+            return await self.answer(call, requests)
+        finally:
+            call.close()
 
     async def aside(self, size: int, work: Callable[[], T]) -> T:
         """What ``work`` gives; done on a thread where it is large, so that other calls need not wait for it.

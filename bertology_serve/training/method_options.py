@@ -6,10 +6,12 @@ import csv
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bertology_serve.errors import SpecError, nearest
-from bertology_serve.files import JsonObject
+
+if TYPE_CHECKING:
+    from bertology_serve.files import JsonObject
 
 Values = Mapping[str, Any]
 """Fields of a spec or a configuration by their names, as a file or a caller gives them."""

@@ -266,6 +266,12 @@ def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
     return replace(config, **chosen)
 
 
+def for_data(config: TrainConfig, train: Source) -> TrainConfig:
+    """The configuration for multi-label where a classification's labels are lists."""
+    several = config.task == CLASSIFICATION and holds_several(train.records)
+    return replace(config, task=MULTI_LABEL) if several else config
+
+
 def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
     """What the defaults came to on that encoder with so many training rows, and why, in one line."""
     chosen, parts = for_encoder(config, encoder), []
@@ -279,12 +285,6 @@ def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
     if not config.recipe:
         parts.append(f"{chosen.passes(rows)} epochs" + ("" if config.epochs else f", for {rows:,} rows"))
     return "; ".join(parts)
-
-
-def for_data(config: TrainConfig, train: Source) -> TrainConfig:
-    """The configuration for multi-label where a classification's labels are lists."""
-    several = config.task == CLASSIFICATION and holds_several(train.records)
-    return replace(config, task=MULTI_LABEL) if several else config
 
 
 def task_spec(config: TrainConfig, encoder: Encoder, train: Source) -> TaskSpec:

@@ -6,10 +6,9 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bertology_serve.errors import SpecError, nearest
-from bertology_serve.files import JsonObject
 from bertology_serve.tasks.fields import read_label
 from bertology_serve.tasks.spec import EMBEDDING, LABEL_KINDS, QUESTION_ANSWERING, TASK_KINDS, TEXT_KINDS, TaskSpec
 from bertology_serve.training.method_options import (
@@ -23,6 +22,9 @@ from bertology_serve.training.method_options import (
     Values,
     read_options,
 )
+
+if TYPE_CHECKING:
+    from bertology_serve.files import JsonObject
 
 ALONE = (*SPECS, AUTO)
 SOLVED = TEXT_KINDS

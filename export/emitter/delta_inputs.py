@@ -11,7 +11,7 @@ there.
 | a norm, ``ffn_norm`` | ``ffn_norm.b`` [L, P, H] | ``ffn_norm.bias`` [D, 1] |
 | factors of outputs, ``value.scale``, or of a norm's | ``value.scale.g`` [L, P, N], less 1 | ``value.scale.bias`` [D, 1] |
 | factors of inputs, ``down.inner`` | ``down.inner.g`` [L, P, K], less 1 | ``down.inner.bias`` [D, 1] |
-| an adapter, ``output.adapter`` | ``.down``, ``.up`` [L, P, H], ``.down_bias`` [L, P, 1] | ``.units`` [D, M], ``.bias`` and ``.activation`` [D, 1], a place in ``ACTIVATIONS`` |
+| an adapter, ``output.adapter`` | ``.down``, ``.up`` [L, P, H], ``.down_bias`` [L, P, 1] | ``.units`` [D, M], ``.bias`` and ``.activation`` [D, 1], a place in ``ADAPTER_ACTIVATIONS`` |
 | ``prompt`` | ``prompt.v`` [1, P, E] | ``prompt.rows`` [D, V], ``prompt.form`` [D, 4]: length, lead, shifted, first |
 | ``prefix`` | ``prefix.k``, ``prefix.v`` [L, P, H] | ``prefix.rows`` [D, V], ``prefix.form`` [D, 2]: length, shifted |
 """  # noqa: E501

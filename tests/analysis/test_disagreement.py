@@ -28,6 +28,7 @@ TASKS = {
     "token-classification": TaskSpec("token-classification", ("O", "B-WHO", "B-PLACE"), max_length=32),
     "question-answering": TaskSpec("question-answering", max_length=40, stride=4),
     "multiple-choice": TaskSpec("multiple-choice", max_length=32),
+    "multi-label": TaskSpec("multi-label", ("denied", "down", "up"), max_length=32),
 }
 
 

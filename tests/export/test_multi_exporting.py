@@ -34,11 +34,11 @@ def made(encoder: Encoder, *names: str) -> list[Delta]:
 
 @pytest.fixture(autouse=True)
 def few_shapes(monkeypatch):
-    """A third of the built-in shapes: the graph is the same for all."""
+    """Half of the built-in shapes: the graph is the same for all."""
     monkeypatch.setattr(
         exporting,
         "built_in",
-        lambda tokenizer, longest, real=exporting.built_in: list(real(tokenizer, longest))[::3],
+        lambda tokenizer, longest, real=exporting.built_in: list(real(tokenizer, longest))[::2],
     )
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def known_options(capsys) -> set[str]:
-    assert main(["serve", "--help"]) == 0
+    assert main(["serve", "--help-all"]) == 0
     return set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
 
 

@@ -135,7 +135,7 @@ def test_fewer_rows_than_features(classes: int):
     """The optimum lies in the span of the rows; scikit-learn looks for it among all features."""
     linear_model = pytest.importorskip("sklearn.linear_model", reason="the reference solver is scikit-learn's")
     x, labels = problem(classes, rows=40, width=60)
-    found, z = Logistic(x, labels, classes).solve(1.0), scaled(x)
+    found, z = Logistic(x, one_hot(labels, classes)).solve(1.0), scaled(x)
     assert found.weight.shape == (classes, 60)
     model = linear_model.LogisticRegression(C=1.0, tol=1e-12, max_iter=100_000).fit(z.numpy(), labels.numpy())
     theirs = objective(torch.tensor(model.coef_), torch.tensor(model.intercept_), z, labels, 1.0)

@@ -61,6 +61,11 @@ class CallContext:
         self.done: asyncio.Future[None] | None = None
         self.unanswered = 0
 
+    def close(self) -> None:
+        """Lets go of its leases, once it is answered."""
+        if self.leases is not None:
+            self.leases.close()
+
     def count_down(self) -> None:
         """One more item has its outcome; the last one wakes the call."""
         self.unanswered -= 1

@@ -7,13 +7,13 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -21,6 +21,7 @@ from bertology_serve.encoder.delta_set import DeltaSet
 from bertology_serve.encoder.pipeline import BASE, Job, Request
 from bertology_serve.errors import DataError
 from bertology_serve.export.installation import environment
+from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.batching.queue import WHOLE, BatchTimes, Sample
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.engine_choice import EngineConfig
@@ -79,7 +80,7 @@ class Findings:
     ladder: tuple[Sample, ...]
 
 
-def circumstances(pipeline: DeltaSet, setting: EngineConfig, config: ServerConfig, device: str) -> dict[str, Any]:
+def circumstances(pipeline: DeltaSet, setting: EngineConfig, config: ServerConfig, device: str) -> JsonObject:
     """All that findings follow from."""
     here = environment()
     return {
@@ -111,7 +112,7 @@ def warm_up(pipeline: DeltaSet, times: BatchTimes, known: Sequence[Sample] = ())
 
 
 def find(
-    opened: Startup, times: BatchTimes, wanted: EngineConfig, where: Mapping[str, Any], known: Findings | None
+    opened: Startup, times: BatchTimes, wanted: EngineConfig, where: JsonMapping, known: Findings | None
 ) -> tuple[str, bool]:
     """Settles what runs the batches and how long they take, from what is ``known`` or by timing.
 
@@ -141,7 +142,7 @@ def find_again(
     opened: Startup,
     times: BatchTimes,
     wanted: EngineConfig,
-    where: Mapping[str, Any],
+    where: JsonMapping,
     items: Callable[[], int],
     ended: Event,
 ) -> None:
@@ -179,7 +180,7 @@ def _doubt(ladder: Sequence[Sample], again: Sequence[Sample]) -> str:
     return f"load {load:.1f} on {cores} processors" if load > BUSY * cores else ""
 
 
-def recall(where: Mapping[str, Any], folder: Path | None = None) -> Findings | None:
+def recall(where: JsonMapping, folder: Path | None = None) -> Findings | None:
     """What was found in the same circumstances within the last week, ``None`` where nothing was that can be read."""
     path = _path(where, folder)
     try:
@@ -191,7 +192,7 @@ def recall(where: Mapping[str, Any], folder: Path | None = None) -> Findings | N
     return found if found.ladder and all(min(rung) > 0 for rung in found.ladder) else None
 
 
-def keep(where: Mapping[str, Any], findings: Findings, folder: Path | None = None) -> None:
+def keep(where: JsonMapping, findings: Findings, folder: Path | None = None) -> None:
     """Writes them down; where that cannot be, the next start measures again."""
     path = _path(where, folder)
     try:
@@ -202,7 +203,7 @@ def keep(where: Mapping[str, Any], findings: Findings, folder: Path | None = Non
         log.info("what was timed is not kept: %s", problem)
 
 
-def _path(where: Mapping[str, Any], folder: Path | None) -> Path:
+def _path(where: JsonMapping, folder: Path | None) -> Path:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     digest = hashlib.sha256(msgspec.json.encode(where, order="sorted")).hexdigest()
     return (folder or home / "bertology-serve" / "findings") / f"{digest[:32]}.json"

@@ -11,9 +11,8 @@ import socket
 import struct
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,11 +23,12 @@ from torch import Tensor
 from bertology_serve import errors
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import BertologyError, Overloaded
+from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
 
 HEAD = struct.Struct("<BI")  # what it is, bytes of JSON
 LARGEST = 64 * 2**20
-Body = Mapping[str, Any]
+Body = JsonMapping
 
 
 class Op(IntEnum):
@@ -38,7 +38,7 @@ class Op(IntEnum):
     FAULT = 1
     READ = 2  # a delta's directory
     ADMIT = 3  # its rows into the bank
-    RELEASE = 4
+    FREE = 4
     RUN = 5  # a batch
     SETTLE = 6  # which engine runs batches
     HELLO = 7  # nothing but an answer
@@ -59,7 +59,7 @@ class Channel:
         weakref.finalize(self, end.close)
         self.patience = patience
 
-    def ask(self, op: Op, body: Body) -> dict[str, Any]:
+    def ask(self, op: Op, body: Body) -> JsonObject:
         """The other end's answer. Raises Lost, or the error that it answers with."""
         with self._turn:
             self.send(op, body)
@@ -79,14 +79,14 @@ class Channel:
         except OSError as problem:
             raise Lost(f"cannot send: {problem}") from None
 
-    def receive(self, patience: float | None = None) -> tuple[Op, dict[str, Any]]:
+    def receive(self, patience: float | None = None) -> tuple[Op, JsonObject]:
         """The next frame; Lost where none comes any more, or not within so many seconds."""
         self._socket.settimeout(patience)
         kind, size = HEAD.unpack(self._exactly(HEAD.size))
         if size > LARGEST:
             raise Lost(f"a frame of {size} bytes; at most {LARGEST} are taken")
         try:
-            return Op(kind), msgspec.json.decode(self._exactly(size), type=dict[str, Any])
+            return Op(kind), msgspec.json.decode(self._exactly(size), type=JsonObject)
         except (ValueError, msgspec.DecodeError, RecursionError) as problem:
             raise Lost(f"no frame: {problem}") from None
 
@@ -113,7 +113,7 @@ class Channel:
         return b"".join(parts)
 
 
-def fault(problem: BertologyError) -> dict[str, Any]:
+def fault(problem: BertologyError) -> JsonObject:
     """An error as an answer."""
     return {
         "kind": type(problem).__name__,

@@ -14,11 +14,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
 from bertology_serve.errors import Overloaded
+from bertology_serve.files import JsonObject
 from bertology_serve.serving.execution.channel import Body, Channel, Lost, Op, SharedMemory, problem_of
 from bertology_serve.serving.observability.background import Background
 
@@ -49,7 +49,7 @@ class ExecutorHandle:
         for channel in self._loaders:
             self._free.put(channel)
 
-    def load(self, op: Op, body: Body) -> dict[str, Any]:
+    def load(self, op: Op, body: Body) -> JsonObject:
         """Asks on a channel that no batch goes over. Raises Lost, or what the executor answers with."""
         channel = self._free.get()
         try:
@@ -89,7 +89,7 @@ class ForkServer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def outline(self) -> dict[str, Any]:
+    def outline(self) -> JsonObject:
         """What the encoder is that was loaded. Raises what is wrong with it, Lost where the process has ended or
         takes ``OUTLINE_SECONDS``.
         """

@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -26,6 +25,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import LoadedDelta, Pipeline
 from bertology_serve.errors import BertologyError, FormatError, NotFound
+from bertology_serve.files import JsonObject
 from bertology_serve.serving.execution.channel import (
     Body,
     Channel,
@@ -56,10 +56,10 @@ class Worker:
         self.pipeline, self._inputs, self._outputs = pipeline, inputs, outputs
         self._kept: dict[int, Delta] = {}
         self._ready: dict[str, LoadedDelta] = {}
-        self._doing: dict[Op, Callable[[Body], dict[str, Any]]] = {
+        self._doing: dict[Op, Callable[[Body], JsonObject]] = {
             Op.READ: self.read,
             Op.ADMIT: self.admit,
-            Op.RELEASE: self.release,
+            Op.FREE: self.free,
             Op.RUN: self.run,
             Op.SETTLE: self.settle,
             Op.HELLO: lambda body: {},
@@ -73,7 +73,7 @@ class Worker:
         except Lost:
             return
 
-    def answer(self, op: Op, body: Body) -> tuple[Op, dict[str, Any]]:
+    def answer(self, op: Op, body: Body) -> tuple[Op, JsonObject]:
         """The answer to one frame."""
         try:
             return Op.DONE, self._doing[op](body)
@@ -85,16 +85,16 @@ class Worker:
             log.error("%s raised %s", op.name, place_of(problem))
             return Op.FAULT, {"kind": "", "message": f"the executor raised {place_of(problem)}"}
 
-    def read(self, body: Body) -> dict[str, Any]:
+    def read(self, body: Body) -> JsonObject:
         """Reads and keeps a delta; its card, and the bytes that it takes once it is resident."""
-        self._forget(body)
+        self._let_go(body)
         path = Path(body["path"])
         delta = self._kept[body["number"]] = self.pipeline.read(path, body["name"])
         return {"card": to_record(card_of(delta, path)), "resident": self.pipeline.resident_bytes(delta)}
 
-    def admit(self, body: Body) -> dict[str, Any]:
+    def admit(self, body: Body) -> JsonObject:
         """Makes a delta resident, read again where it is not kept; how many rows its prompt adds to a sequence."""
-        self._forget(body)
+        self._let_go(body)
         delta = self._kept.get(body["number"])
         if delta is None:
             delta = self.pipeline.read(Path(body["path"]), body["name"])
@@ -104,15 +104,15 @@ class Worker:
         ready = self._ready[body["key"]] = self.pipeline.admit(body["key"], delta)
         return {"prompt": ready.entry.prompt_length}
 
-    def release(self, body: Body) -> dict[str, Any]:
+    def free(self, body: Body) -> JsonObject:
         """Frees the rows of a delta."""
-        self._forget(body)
+        self._let_go(body)
         with self.pipeline.encoder.lock:
             self._ready.pop(body["key"], None)
-            self.pipeline.release(body["key"])
+            self.pipeline.free(body["key"])
         return {}
 
-    def run(self, body: Body) -> dict[str, Any]:
+    def run(self, body: Body) -> JsonObject:
         """Runs a batch that lies in shared memory."""
         readies = [self._found(key) for key in body["keys"]]
         owned = [(readies[owner], tokens) for owner, tokens in take_batch(self._inputs, *body["sizes"])]
@@ -120,7 +120,7 @@ class Worker:
             outputs = self.pipeline.outputs(owned)
         return {"numbers": put_outputs(self._outputs, outputs)}
 
-    def settle(self, body: Body) -> dict[str, Any]:
+    def settle(self, body: Body) -> JsonObject:
         """Settles what runs batches."""
         name, found = apply(self.pipeline, msgspec.convert(body["setting"], EngineConfig))
         settle_memory()
@@ -132,8 +132,8 @@ class Worker:
             raise NotFound(f"delta {key.partition('#')[0]!r} did not come back after a restart; load it again")
         return ready
 
-    def _forget(self, body: Body) -> None:
-        for number in body.get("forget", ()):
+    def _let_go(self, body: Body) -> None:
+        for number in body.get("unreferenced", ()):
             self._kept.pop(number, None)
 
 

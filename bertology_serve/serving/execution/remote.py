@@ -21,12 +21,13 @@ from bertology_serve.encoder.bank import PROMPT, BankEntry
 from bertology_serve.encoder.delta_set import DeltaSet, LoadedDelta
 from bertology_serve.encoder.loading import load_tokenizer, locate
 from bertology_serve.errors import BertologyError, Crashed, LimitError, Unsupported
+from bertology_serve.files import JsonObject
 from bertology_serve.kernels.segments import RowSegment
 from bertology_serve.serving.execution.channel import Lost, Op, put_batch, take_outputs
 from bertology_serve.serving.execution.engine_choice import EngineConfig
 from bertology_serve.serving.execution.executor_handle import ExecutorHandle, ForkServer, Supervisor, WorkerPlace
 from bertology_serve.serving.observability.background import Background
-from bertology_serve.serving.versions.cards import DeltaCard, from_record
+from bertology_serve.serving.versions.cards import ServedDelta, from_record
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
@@ -39,7 +40,7 @@ START_SECONDS = 120.0  # after which one that was forked will not answer
 class Outline:
     """What is known of an encoder that another process runs."""
 
-    def __init__(self, name: str, tokenizer: Any, dtype: torch.dtype, known: dict[str, Any]) -> None:
+    def __init__(self, name: str, tokenizer: Any, dtype: torch.dtype, known: JsonObject) -> None:
         self.name, self.tokenizer, self.dtype = name, tokenizer, dtype
         self.ref, self.hidden = BaseRef(**known["ref"]), int(known["hidden"])
         self.max_tokens, self.is_pruned = int(known["max_tokens"]), bool(known["is_pruned"])
@@ -53,7 +54,7 @@ class Outline:
 
 
 @dataclass(frozen=True)
-class Handle(DeltaCard):
+class Handle(ServedDelta):
     """A delta that the executor has read and keeps for as long as this is there; ``number`` is what it goes by,
     ``resident`` the bytes that it takes there.
     """
@@ -61,7 +62,7 @@ class Handle(DeltaCard):
     number: int = -1
     resident: int = 0
 
-    def told(self, key: str) -> dict[str, Any]:
+    def told(self, key: str) -> JsonObject:
         """What the executor needs to make it resident, whether or not it still has it."""
         return {
             "key": key,
@@ -91,7 +92,7 @@ class Remote(DeltaSet):
         tokenizer = load_tokenizer(locate(backbone))  # while the nursery reads the weights
         super().__init__(Outline(backbone, tokenizer, dtype, nursery.outline()))
         self._numbers = itertools.count()
-        self._forgotten: deque[int] = deque()
+        self._unreferenced: deque[int] = deque()
         self._held: dict[str, Handle] = {}
         self._setting: EngineConfig | None = None
         self._patience: float | None = None
@@ -120,12 +121,12 @@ class Remote(DeltaSet):
         try:
             answer = self._load(Op.READ, {"path": str(path), "name": name, "number": number})
             card = from_record(answer["card"])
-            known = {name: getattr(card, name) for name in DeltaCard.__dataclass_fields__}
+            known = {name: getattr(card, name) for name in ServedDelta.__dataclass_fields__}
             handle = Handle(**known, number=number, resident=int(answer["resident"]))
         except BaseException:
-            self._forgotten.append(number)
+            self._unreferenced.append(number)
             raise
-        weakref.finalize(handle, self._forgotten.append, number)
+        weakref.finalize(handle, self._unreferenced.append, number)
         return handle
 
     def resident_bytes(self, delta: Delta) -> int:
@@ -148,12 +149,12 @@ class Remote(DeltaSet):
         entry = BankEntry(key, {PROMPT: RowSegment(0, 0, 0, prompt)} if prompt else {})
         return LoadedDelta(delta, task_for(delta.task), Head(()), entry)
 
-    def release(self, key: str) -> None:
+    def free(self, key: str) -> None:
         """Has the rows freed. No batch runs meanwhile, so this goes over its channel and waits for no disk."""
         self._held.pop(key, None)
         line = self.supervisor.line()
         try:
-            line.batches.ask(Op.RELEASE, {"key": key, "forget": self._forget()})
+            line.batches.ask(Op.FREE, {"key": key, "unreferenced": self._let_go()})
         except Lost:
             self.supervisor.lost(line)  # the next one will not hold it
 
@@ -179,12 +180,12 @@ class Remote(DeltaSet):
         """Ends the executor."""
         self.supervisor.close()
 
-    def _load(self, op: Op, body: dict[str, Any]) -> dict[str, Any]:
+    def _load(self, op: Op, body: JsonObject) -> JsonObject:
         """An answer that may take its time; asked again of the next executor where one does not live to give it."""
         for _ in range(2):
             line = self.supervisor.line(LOAD_SECONDS)
             try:
-                return line.load(op, body | {"forget": self._forget()})
+                return line.load(op, body | {"unreferenced": self._let_go()})
             except Lost as problem:
                 self.supervisor.lost(line)
                 why = problem
@@ -209,8 +210,8 @@ class Remote(DeltaSet):
         self._held.pop(key, None)
         for name, ready in list(self._ready.items()):
             if ready.entry.key == key:
-                self.retire(name)
+                self.evict(name)
 
-    def _forget(self) -> list[int]:
+    def _let_go(self) -> list[int]:
         """The numbers of handles that are no more."""
-        return [self._forgotten.popleft() for _ in range(len(self._forgotten))]
+        return [self._unreferenced.popleft() for _ in range(len(self._unreferenced))]

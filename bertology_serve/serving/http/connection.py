@@ -29,6 +29,7 @@ from urllib.parse import unquote
 
 import httptools
 
+from bertology_serve.files import JsonObject
 from bertology_serve.serving.observability.logs import place_of
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ class HttpCall:
         self.close = version == "1.0"
         self.left = 0  # bytes of the body that were announced and have not come
         self.head = b""
-        self.scope: dict[str, Any] = {}
+        self.scope: JsonObject = {}
         self._read_headers()
 
     def _read_headers(self) -> None:
@@ -134,7 +135,7 @@ class HttpCall:
         if hosts > 1 or (not hosts and self.version == "1.1"):
             raise Refused(400, f"there are {hosts} Host headers; expected one")
 
-    def open(self) -> dict[str, Any]:
+    def open(self) -> JsonObject:
         """The scope; Refused for a target that is no path."""
         try:
             target = httptools.parse_url(self.url)
@@ -152,7 +153,7 @@ class HttpCall:
             self.scope[WHOLE] = True
         return self.scope
 
-    async def receive(self) -> dict[str, Any]:
+    async def receive(self) -> JsonObject:
         """What has come of the body; waits for some."""
         if self.expects and not self.whole and not self.started:
             self.expects = False

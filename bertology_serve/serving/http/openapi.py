@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from bertology_serve import __version__
+from bertology_serve.files import JsonObject
 from bertology_serve.serving.http.bodies import PRIORITY, TIMEOUT, TRUNCATED
 from bertology_serve.serving.http.gate import PUBLIC
 from bertology_serve.serving.protocol.schemas import BODIES
@@ -50,7 +51,7 @@ _ITEMS = (_BAD, _UNKNOWN, "408", _LARGE, *_GATE, "500")
 
 
 @cache
-def document() -> dict[str, Any]:
+def document() -> JsonObject:
     """The document; the same for every server of this version."""
     _, components = msgspec.json.schema_components(BODIES, ref_template=REF)
     _with_items(components)
@@ -69,7 +70,7 @@ def document() -> dict[str, Any]:
     }
 
 
-def _paths() -> dict[str, Any]:
+def _paths() -> JsonObject:
     """Every path with its operations; what stands twice is named ``..._version`` or ``tei_...`` the second time."""
     item, model = _ref("ItemBody"), _ref("Model")
     paths = {
@@ -132,7 +133,7 @@ def _paths() -> dict[str, Any]:
     return {path: _with_parameters(path, operations) for path, operations in paths.items()}
 
 
-def _model_paths(base: str, end: str) -> dict[str, Any]:
+def _model_paths(base: str, end: str) -> JsonObject:
     """The Open Inference Protocol's paths of a delta, or of one version of it."""
     infer = "Infer (Open Inference Protocol v2)"
     return {
@@ -146,7 +147,7 @@ def _model_paths(base: str, end: str) -> dict[str, Any]:
     }
 
 
-def _tei_paths() -> dict[str, Any]:
+def _tei_paths() -> JsonObject:
     """Text Embeddings Inference's routes, at the root and below a delta's name; /predict at the root is ours too."""
     posts = {
         "embed": ("Embeddings", "TeiBody", _list(_list(_NUMBER))),
@@ -170,7 +171,7 @@ def _tei_paths() -> dict[str, Any]:
     return paths
 
 
-def _in_openai_s_shape(operations: dict[str, Any]) -> None:
+def _in_openai_s_shape(operations: JsonObject) -> None:
     """The errors under /v1 are objects."""
     for operation in operations.values():
         for code, response in operation["responses"].items():
@@ -178,7 +179,7 @@ def _in_openai_s_shape(operations: dict[str, Any]) -> None:
                 response["content"] = {"application/json": {"schema": _ref("OpenAIProblem")}}
 
 
-def _get(name: str, summary: str, schema: dict[str, Any] | None, *problems: str) -> dict[str, Any]:
+def _get(name: str, summary: str, schema: JsonObject | None, *problems: str) -> JsonObject:
     content = {"text/plain": {}} if schema is None else {"application/json": {"schema": schema}}
     found = {"200": {"description": "OK", "content": content}} | {
         code: _problem(code) for code in (*problems, *_GATE, "500")
@@ -188,12 +189,10 @@ def _get(name: str, summary: str, schema: dict[str, Any] | None, *problems: str)
     return {"operationId": name, "summary": summary, "responses": found}
 
 
-def _post(
-    name: str, summary: str, body: dict[str, Any], answer: dict[str, Any], binary: bool = False
-) -> dict[str, Any]:
+def _post(name: str, summary: str, body: JsonObject, answer: JsonObject, binary: bool = False) -> JsonObject:
     accepted, given = {"application/json": {"schema": body}}, {"application/json": {"schema": answer}}
     if binary:
-        octets: dict[str, Any] = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+        octets: JsonObject = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
         accepted, given = accepted | octets, given | octets
     busy = _problem(_BUSY) | {"description": "The queue is full, or the server is stopping.", "headers": _RETRY}
     return {
@@ -210,7 +209,7 @@ def _post(
     }
 
 
-def _manage(name: str, summary: str, what: str) -> dict[str, Any]:
+def _manage(name: str, summary: str, what: str) -> JsonObject:
     """A route for API keys with admin rights. Its body may be empty."""
     body, entry = _ref("IndexRequest" if what == "index" else "LoadRequest"), _ref("Version")
     answer = _list(entry) if what == "index" else entry
@@ -225,29 +224,29 @@ def _manage(name: str, summary: str, what: str) -> dict[str, Any]:
     }
 
 
-def _problem(code: str) -> dict[str, Any]:
+def _problem(code: str) -> JsonObject:
     content = {"application/json": {"schema": _ref("Problem")}}
     found = {"description": _MEANINGS.get(code, ""), "content": content}
     return found | {"headers": _RETRY} if code == "429" else found
 
 
-def _with_parameters(path: str, operations: dict[str, Any]) -> dict[str, Any]:
+def _with_parameters(path: str, operations: JsonObject) -> JsonObject:
     names = [name for name in ("delta", "version") if f"{{{name}}}" in path]
     parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
     return {"parameters": parameters, **operations} if parameters else operations
 
 
-def _answers() -> dict[str, Any]:
+def _answers() -> JsonObject:
     """An answer, a list of them, or TEI's labels with scores."""
     return {"anyOf": [_ref("Answer"), _list({"anyOf": [_ref("Answer"), *_classes()["anyOf"]]})]}
 
 
-def _classes() -> dict[str, Any]:
+def _classes() -> JsonObject:
     """TEI's labels of one text, or of each."""
     return {"anyOf": [_ref("TeiClass"), _list(_ref("TeiClass"))]}
 
 
-def _list(items: dict[str, Any]) -> dict[str, Any]:
+def _list(items: JsonObject) -> JsonObject:
     return {"type": "array", "items": items}
 
 
@@ -259,9 +258,9 @@ def _with_items(schema: Any) -> None:
         schema.setdefault("items", {})
 
 
-def _items(schema: dict[str, Any]) -> dict[str, Any]:
+def _items(schema: JsonObject) -> JsonObject:
     return {"anyOf": [schema, _list(schema), _ref("TeiBody")]}
 
 
-def _ref(name: str) -> dict[str, Any]:
+def _ref(name: str) -> JsonObject:
     return {"$ref": REF.format(name=name)}

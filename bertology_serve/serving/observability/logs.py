@@ -18,6 +18,7 @@ import msgspec
 from starlette.types import Scope
 
 from bertology_serve.errors import Unsupported, printable
+from bertology_serve.files import JsonObject
 from bertology_serve.serving.batching.scheduler import CallItem
 
 CHATTY = ("uvicorn.error", "httpx", "transformers", "grpc")
@@ -92,7 +93,7 @@ class Tracing:
         """What became of a call's items, below the span of that call; ``now`` on the clock of ``time.monotonic``."""
         epoch = time.time() - time.monotonic()
         deltas = sorted({item.delta for item in items})
-        facts: dict[str, Any] = {
+        facts: JsonObject = {
             "bertology.items": len(items),
             "bertology.tokens": sum(item.cost for item in items),
             "bertology.deltas": deltas[:16],

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.delta_set import DeltaSet
+from bertology_serve.files import JsonObject
 from bertology_serve.serving.batching.queue import WorkQueue
 from bertology_serve.serving.batching.scheduler import CallItem
 from bertology_serve.serving.observability.background import Background
@@ -47,7 +48,7 @@ class VersionStatistics:
         self.batches = 0
         self.last = 0.0
 
-    def as_dict(self, name: str, version: str) -> dict[str, Any]:
+    def as_dict(self, name: str, version: str) -> JsonObject:
         """One entry of ``model_stats``. Tokenising lies before the queue and is not told apart."""
         nothing = Duration().as_dict()
         return {
@@ -98,7 +99,7 @@ class Statistics:
                 (record.success if success else record.fail).add(max(0.0, now - item.arrived))
                 record.last = self._clock()
 
-    def of(self, deltas: Iterable[Delta]) -> dict[str, Any]:
+    def of(self, deltas: Iterable[Delta]) -> JsonObject:
         """``{"model_stats": [...]}`` of those deltas."""
         with self._lock:
             known = [(delta.name, delta.version) for delta in deltas]

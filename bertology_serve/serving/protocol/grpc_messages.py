@@ -7,8 +7,8 @@ follows "=".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, cast
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -111,6 +111,29 @@ _POOL = descriptor_pool.DescriptorPool()
 _POOL.Add(_file())
 
 
-def message(name: str) -> Any:
+class Message(Protocol):
+    """A message; its fields are attributes, as the table says."""
+
+    def ByteSize(self) -> int:
+        """Bytes as it is sent."""
+        ...
+
+    def HasField(self, name: str) -> bool:
+        """Whether a field that is a message was set."""
+        ...
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+class MessageType(Protocol):
+    """The class of a message: called with its fields, and what reads and writes it."""
+
+    FromString: Callable[[bytes], Message]
+    SerializeToString: Callable[[Message], bytes]
+
+    def __call__(self, **fields: object) -> Message: ...
+
+
+def message(name: str) -> MessageType:
     """The class of a message."""
-    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(f"{PACKAGE}.{name}"))
+    return cast(MessageType, message_factory.GetMessageClass(_POOL.FindMessageTypeByName(f"{PACKAGE}.{name}")))

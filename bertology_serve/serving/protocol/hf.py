@@ -14,6 +14,7 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
+from bertology_serve.files import JsonObject
 from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, shown
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
@@ -78,7 +79,7 @@ def _request(item: Any, where: str, delta: Delta, options: Options) -> Request:
     return Request(delta.name, item, "", options.needs_logits, where)
 
 
-def _similarity(inputs: dict[str, Any], delta: Delta, options: Options, most: float) -> TaskCall:
+def _similarity(inputs: JsonObject, delta: Delta, options: Options, most: float) -> TaskCall:
     sentences = inputs.get("sentences")
     if not isinstance(sentences, list) or not sentences:
         raise DataError(f"field 'sentences' is {shown(sentences)}; expected a list of texts")
@@ -135,7 +136,7 @@ class Options:
         return bool(self.transform)
 
 
-def read_options(body: dict[str, Any], delta: Delta) -> Options:
+def read_options(body: JsonObject, delta: Delta) -> Options:
     """The options of a body, under ``parameters`` or beside ``inputs``. Unsupported for those that the task lacks: a
     delta has decided them in its training, its labels too."""
     parameters = body.get("parameters")
@@ -161,7 +162,7 @@ def read_options(body: dict[str, Any], delta: Delta) -> Options:
     return options
 
 
-def _check(given: dict[str, Any], options: Options, delta: Delta) -> None:
+def _check(given: JsonObject, options: Options, delta: Delta) -> None:
     """Options that are known and yet cannot be honoured."""
     _choice(given, "aggregation_strategy", GROUPED, "simple")
     if options.unit and not options.normalize:
@@ -170,7 +171,7 @@ def _check(given: dict[str, Any], options: Options, delta: Delta) -> None:
         raise Unsupported("texts are always cut to the delta's maximum length; leave 'truncate' out")
 
 
-def _integer(given: dict[str, Any], name: str, most: int) -> int | None:
+def _integer(given: JsonObject, name: str, most: int) -> int | None:
     value = given.get(name)
     if value is None:
         return None
@@ -179,28 +180,28 @@ def _integer(given: dict[str, Any], name: str, most: int) -> int | None:
     return value
 
 
-def _flag(given: dict[str, Any], name: str, default: bool = False) -> bool:
+def _flag(given: JsonObject, name: str, default: bool = False) -> bool:
     value = given.get(name, default)
     if not isinstance(value, bool):
         raise DataError(f"option {name!r} is {shown(value)}; expected true or false")
     return value
 
 
-def _choice(given: dict[str, Any], name: str, choices: tuple[str, ...], default: str) -> str:
+def _choice(given: JsonObject, name: str, choices: tuple[str, ...], default: str) -> str:
     value = given.get(name, default)
     if value not in choices:
         raise DataError(f"option {name!r} is not supported with this value; expected one of {', '.join(choices)}")
     return str(value)
 
 
-def _transform(given: dict[str, Any], kind: str) -> str:
+def _transform(given: JsonObject, kind: str) -> str:
     """What makes scores of logits; empty where that is what the task does anyway."""
     own = {CLASSIFICATION: "softmax", MULTI_LABEL: "sigmoid"}.get(kind, "softmax")
     chosen = _choice(given, "function_to_apply", TRANSFORMS, own)
     return "" if chosen == own else chosen
 
 
-def _texts(given: dict[str, Any], name: str) -> tuple[str, ...]:
+def _texts(given: JsonObject, name: str) -> tuple[str, ...]:
     value = given.get(name, [])
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise DataError(f"option {name!r} is {shown(value)}; expected a list of labels")
@@ -215,7 +216,7 @@ class AnswerShape:
     nested: bool = False
 
 
-def classification(prediction: Prediction, options: Options) -> list[dict[str, Any]]:
+def classification(prediction: Prediction, options: Options) -> list[JsonObject]:
     """``[{label, score}]``, best first."""
     scores: dict[str, float] = prediction.answer["scores"]
     if options.needs_logits:
@@ -225,12 +226,12 @@ def classification(prediction: Prediction, options: Options) -> list[dict[str, A
     return [{"label": label, "score": score} for label, score in ranked[: options.top_k]]
 
 
-def regression(prediction: Prediction, options: Options) -> list[dict[str, Any]]:
+def regression(prediction: Prediction, options: Options) -> list[JsonObject]:
     """``[{label: "value", score}]``, as a classification with one label."""
     return [{"label": "value", "score": prediction.answer["value"]}]
 
 
-def tokens(prediction: Prediction, options: Options) -> list[dict[str, Any]]:
+def tokens(prediction: Prediction, options: Options) -> list[JsonObject]:
     """``[{entity_group, score, word, start, end}]``."""
     return [
         {
@@ -267,7 +268,7 @@ def embedding(prediction: Prediction, options: Options) -> list[float]:
     return [number / size for number in part] if size else part
 
 
-def own(prediction: Prediction, options: Options) -> dict[str, Any]:
+def own(prediction: Prediction, options: Options) -> JsonObject:
     """This project's own shape."""
     return prediction.as_dict()
 

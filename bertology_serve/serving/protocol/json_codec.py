@@ -10,6 +10,7 @@ import msgspec
 
 from bertology_serve.encoder.pipeline import Request
 from bertology_serve.errors import DataError, LimitError
+from bertology_serve.files import JsonObject
 
 T = TypeVar("T")
 encode = msgspec.json.Encoder().encode
@@ -45,7 +46,7 @@ def decode(body: bytes | memoryview, kind: type[T] | Any = Any) -> T:
         raise DataError("the body is nested too deeply") from None
 
 
-def object_of(body: bytes) -> dict[str, Any]:
+def object_of(body: bytes) -> JsonObject:
     """The JSON object of a body; DataError for anything else, LimitError as ``decode``."""
     value: Any = decode(body)
     if not isinstance(value, dict):

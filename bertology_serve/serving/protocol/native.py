@@ -13,6 +13,7 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError
+from bertology_serve.files import JsonObject
 from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, object_of, shown
 
 
@@ -67,13 +68,13 @@ def write_answers(call: NativeCall, predictions: Sequence[Prediction]) -> bytes:
     return encode(answers[0]) if call.single else encode_list(answers)
 
 
-def answer_of(request: Request, prediction: Prediction) -> dict[str, Any]:
+def answer_of(request: Request, prediction: Prediction) -> JsonObject:
     """One answer, with the request's own id as it was sent."""
     name = request.record.get("id")
     return prediction.as_dict() if name is None else {"id": name, **prediction.as_dict()}
 
 
-def describe(delta: Delta) -> dict[str, Any]:
+def describe(delta: Delta) -> JsonObject:
     """What ``GET /models`` tells about a delta."""
     task = delta.task
     return {

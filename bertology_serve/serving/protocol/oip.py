@@ -18,6 +18,7 @@ import msgspec
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, nearest
+from bertology_serve.files import JsonObject
 from bertology_serve.serving.protocol.json_codec import decode, encode, shown
 from bertology_serve.serving.protocol.oip_model import (
     ANY_TASK,
@@ -127,7 +128,7 @@ def write_infer(call: InferCall, predictions: Sequence[Prediction]) -> tuple[byt
         else:
             part = tensor.as_json()
         parts.append(part)
-    response: dict[str, Any] = {"model_name": call.model.name}
+    response: JsonObject = {"model_name": call.model.name}
     version = version_of(call, predictions)
     if version is not None:
         response["model_version"] = version

@@ -13,6 +13,7 @@ from typing import Any
 from bertology_serve import __version__
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import DataError, Unsupported, nearest
+from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.protocol.json_codec import decode, shown
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
@@ -57,14 +58,14 @@ LISTS = ("tokens", "choices")
 INPUTS = tuple(dict.fromkeys(name for inputs in _INPUTS.values() for name in inputs))
 
 
-def record_of(delta: Delta, row: Mapping[str, Sequence[str]], where: str) -> dict[str, Any]:
+def record_of(delta: Delta, row: Mapping[str, Sequence[str]], where: str) -> JsonObject:
     """One row's texts by input name as the record that the delta's task reads; empty texts count as absent.
 
     DataError for texts that the task would not read: nothing that was sent is left out of an answer.
     """
     kind = delta.task.kind
     names = dict(zip(_INPUTS[kind], _INPUTS[kind], strict=True)) | _GENERAL.get(kind, {})
-    record: dict[str, Any] = {}
+    record: JsonObject = {}
     for name, texts in row.items():
         if not texts:
             continue
@@ -108,7 +109,7 @@ def default_outputs(delta: Delta) -> list[str]:
     return [*own, "result_json"] if delta.task.kind == MULTI_LABEL or not own else own
 
 
-def metadata(delta: Delta) -> dict[str, Any]:
+def metadata(delta: Delta) -> JsonObject:
     """The answer to ``GET /v2/models/{name}``."""
     inputs = [
         {"name": name, "datatype": "BYTES", "shape": [-1] * dimensions}
@@ -128,7 +129,7 @@ def metadata(delta: Delta) -> dict[str, Any]:
     }
 
 
-def config(delta: Delta) -> dict[str, Any]:
+def config(delta: Delta) -> JsonObject:
     """The answer to ``GET /v2/models/{name}/config``: what NVIDIA's ``ModelConfig`` can say of a delta.
 
     ``max_batch_size`` is 0: ``dims`` are whole shapes, as in the metadata, and the server batches by itself.
@@ -146,11 +147,11 @@ def config(delta: Delta) -> dict[str, Any]:
     }
 
 
-def _configured(tensor: Mapping[str, Any]) -> dict[str, Any]:
+def _configured(tensor: JsonMapping) -> JsonObject:
     return {"name": tensor["name"], "data_type": _TYPES[tensor["datatype"]], "dims": tensor["shape"]}
 
 
-def server_metadata() -> dict[str, Any]:
+def server_metadata() -> JsonObject:
     """The answer to ``GET /v2``."""
     return {"name": "bertology-serve", "version": __version__, "extensions": list(EXTENSIONS)}
 
@@ -187,7 +188,7 @@ def read_unload(body: bytes) -> None:
     _parameters(body)
 
 
-def _config(config: Any) -> dict[str, Any]:
+def _config(config: Any) -> JsonObject:
     """What a configuration asks for. Nothing of a delta's own can be set by a call; DataError, Unsupported."""
     if config is not None and not isinstance(config, str):
         raise DataError(f"failed to load: parameter 'config' is {shown(config)}; expected a JSON text")
@@ -203,7 +204,7 @@ def _config(config: Any) -> dict[str, Any]:
     return named
 
 
-def _parameters(body: bytes) -> dict[str, Any]:
+def _parameters(body: bytes) -> JsonObject:
     parameters = _object(body).get("parameters")
     if parameters is None:
         return {}
@@ -212,7 +213,7 @@ def _parameters(body: bytes) -> dict[str, Any]:
     return parameters
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def _object(body: bytes) -> JsonObject:
     value: Any = decode(body) if body.strip() else {}
     if not isinstance(value, dict):
         raise DataError(f"the body is {shown(value)}; expected an object or nothing")

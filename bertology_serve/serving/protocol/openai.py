@@ -24,6 +24,7 @@ import numpy as np
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
+from bertology_serve.files import JsonObject
 from bertology_serve.serving.protocol.hf import Options, embedding, sigmoid
 from bertology_serve.serving.protocol.json_codec import check_items, encode, encode_list, object_of, shown
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
@@ -86,7 +87,7 @@ def write_embeddings(call: EmbeddingsCall, predictions: Sequence[Prediction], re
     return b'{"object":"list","data":' + encode_list(data) + b"," + rest[1:]
 
 
-def describe(delta: Delta, started: int, ready: bool) -> dict[str, Any]:
+def describe(delta: Delta, started: int, ready: bool) -> JsonObject:
     """A delta as a model; ``started`` stands for the date of making, which a delta does not know.
 
     ``name`` and ``ready`` are what the first protocol of KServe asks the same route for.
@@ -95,7 +96,7 @@ def describe(delta: Delta, started: int, ready: bool) -> dict[str, Any]:
             "parent": None if delta.name == "base" else "base", "name": delta.name, "ready": ready}  # fmt: skip
 
 
-def model_of(value: dict[str, Any], find: Callable[[str], Delta], *tasks: str) -> Delta:
+def model_of(value: JsonObject, find: Callable[[str], Delta], *tasks: str) -> Delta:
     """The delta that ``model`` names. DataError, NotFound; Unsupported where it does none of those tasks."""
     name = value.get("model")
     if not isinstance(name, str) or not name:
@@ -162,7 +163,7 @@ def read_rerank(body: bytes, find: Callable[[str], Delta], most: float) -> Reran
 
 def write_rerank(call: RerankCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
     """The documents, best first."""
-    results: list[dict[str, Any]] = []
+    results: list[JsonObject] = []
     for index, (request, prediction) in enumerate(zip(call.requests, predictions, strict=True)):
         result = {"index": index, "relevance_score": score_of(prediction)}
         results.append(result | {"document": {"text": request.record["text_pair"]}} if call.with_text else result)
@@ -188,7 +189,7 @@ def score_of(prediction: Prediction, raw: bool = False) -> float:
     return value if raw else sigmoid(value)
 
 
-def _refuse(value: dict[str, Any], delta: Delta) -> None:
+def _refuse(value: JsonObject, delta: Delta) -> None:
     """What Cohere would do and this server does not: long texts are cut, and of documents only ``text`` is read."""
     if value.get("rank_fields") not in (None, ["text"]):
         raise Unsupported("option 'rank_fields' is not supported: documents are ranked by 'text'; leave it out")
@@ -253,13 +254,13 @@ def write_classify(call: PoolingCall, predictions: Sequence[Prediction], receipt
     return _listed(call, receipt, rows)
 
 
-def _listed(call: PoolingCall, receipt: Receipt, rows: Sequence[dict[str, Any]]) -> bytes:
+def _listed(call: PoolingCall, receipt: Receipt, rows: Sequence[JsonObject]) -> bytes:
     data = [{"index": index, **row} for index, row in enumerate(rows)]
     told = {"id": receipt.id, "object": "list", "created": receipt.created, "model": call.delta.name}
     return encode({**told, "data": data, "usage": receipt.usage})
 
 
-def _side(value: dict[str, Any], names: Sequence[str], most: float) -> list[str]:
+def _side(value: JsonObject, names: Sequence[str], most: float) -> list[str]:
     given = [name for name in names if value.get(name) is not None]
     if len(given) > 1:
         raise DataError(f"fields {' and '.join(map(repr, given))} say the same; send one of them")
@@ -267,7 +268,7 @@ def _side(value: dict[str, Any], names: Sequence[str], most: float) -> list[str]
     return texts_of(value.get(name), name, most)
 
 
-def _raw(value: dict[str, Any]) -> bool:
+def _raw(value: JsonObject) -> bool:
     if value.get("truncate_prompt_tokens") not in (None, -1):
         raise Unsupported(
             "option 'truncate_prompt_tokens' is not supported: texts are cut where the delta ends; leave it out"

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from bertology_serve.files import JsonObject
 from bertology_serve.serving.protocol.oip import InferRequest
 from bertology_serve.tasks.answers import Answer, Model, Version
 
@@ -29,10 +30,10 @@ class TaskBody(Struct, omit_defaults=True):
     """HuggingFace's task shape; options may stand under ``parameters`` or beside ``inputs``."""
 
     inputs: Annotated[
-        str | dict[str, Any] | list[str | dict[str, Any]],
+        str | JsonObject | list[str | JsonObject],
         Meta(description="A text; an object with the task's fields, or source_sentence and sentences; or a list."),
     ]
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
 
 
 class EmbeddingsBody(Struct, omit_defaults=True):
@@ -73,7 +74,7 @@ class RerankBody(Struct, omit_defaults=True):
 
     model: Annotated[str, Meta(description="Name of a delta: a regression on pairs, or an embedding.")]
     query: str
-    documents: list[str | dict[str, Any]]
+    documents: list[str | JsonObject]
     top_n: int | None = None
     return_documents: bool | None = None
 
@@ -154,7 +155,7 @@ class Classes(Struct):
 class PredictBody(Struct):
     """KServe's instances: texts, or objects with the fields of the task."""
 
-    instances: list[str | dict[str, Any]]
+    instances: list[str | JsonObject]
 
 
 class Predictions(Struct):
@@ -245,7 +246,7 @@ class ModelMetadata(Struct):
     platform: str
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
-    parameters: dict[str, Any]
+    parameters: JsonObject
 
 
 class Tensor(Struct):
@@ -255,7 +256,7 @@ class Tensor(Struct):
     datatype: str
     shape: list[int]
     data: list[Any] | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
 
 
 class InferResponse(Struct, omit_defaults=True):
@@ -266,7 +267,7 @@ class InferResponse(Struct, omit_defaults=True):
     model_version: str | None = None
     id: str | None = None
     parameters: Annotated[
-        dict[str, Any] | None, Meta(description="truncated: the rows whose texts were cut, with commas between them.")
+        JsonObject | None, Meta(description="truncated: the rows whose texts were cut, with commas between them.")
     ] = None
 
 
@@ -279,7 +280,7 @@ class IndexRequest(Struct):
 class LoadRequest(Struct):
     """``parameters.version`` names a version of the served directory; without it, or without a body, the newest."""
 
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
 
 
 class Problem(Struct):

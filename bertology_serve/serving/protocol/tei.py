@@ -10,7 +10,7 @@ refused unless ``truncate`` is true, as there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from bertology_serve import __version__
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import BASE, Prediction, Request
 from bertology_serve.errors import DataError, LimitError, Unsupported
+from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.protocol.hf import Options, classification, cosine, embedding, sigmoid
 from bertology_serve.serving.protocol.json_codec import check_items, check_size, encode, encode_list, object_of, shown
@@ -25,7 +26,7 @@ from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
 
 Find = Callable[[str], Delta]
-Body = Mapping[str, Any]
+Body = JsonMapping
 Tokenizer = Any
 EMBED, PREDICT, RERANK, SIMILARITY = "embed", "predict", "rerank", "similarity"
 TASKS = {EMBED: EMBEDDING, SIMILARITY: EMBEDDING, PREDICT: CLASSIFICATION, RERANK: REGRESSION}
@@ -80,7 +81,7 @@ def write_tei(call: TeiCall, predictions: Sequence[Prediction]) -> bytes:
     return encode_list(vectors if call.what == EMBED else [cosine(vectors[0], other) for other in vectors[1:]])
 
 
-def _ranks(call: TeiCall, predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+def _ranks(call: TeiCall, predictions: Sequence[Prediction]) -> list[JsonObject]:
     """The texts, best first; a regression's value is squeezed into 0..1 unless raw scores are asked for."""
     values = [prediction.answer["value"] for prediction in predictions]
     scores = values if call.raw else [sigmoid(value) for value in values]
@@ -126,7 +127,7 @@ def _options(value: Body, delta: Delta) -> Options:
     return Options(normalize=normalize, unit=unit, dimensions=dimensions)
 
 
-Records = tuple[list[dict[str, Any]], list[str], dict[str, Any]]
+Records = tuple[list[JsonObject], list[str], JsonObject]
 
 
 def _embed(value: Body) -> Records:
@@ -152,7 +153,7 @@ def _predict(value: Body) -> Records:
     return [_pair(item, place) for item, place in zip(inputs, places, strict=True)], places, {}
 
 
-def _pair(item: Any, where: str) -> dict[str, Any]:
+def _pair(item: Any, where: str) -> JsonObject:
     if not isinstance(item, list) or len(item) not in (1, 2):
         raise DataError(f"{where} is {shown(item)}; expected [text] or [text, pair]")
     return dict(zip(("text", "text_pair"), item, strict=False))
@@ -248,12 +249,12 @@ def ids(value: Body, tokenizer: Any, config: ServerConfig) -> bytes:
     return encode_list(tokenizer.backend_tokenizer.decode(row, skip_special_tokens=skip) for row in rows)
 
 
-def info(delta: Delta, config: ServerConfig, dtype: str) -> dict[str, Any]:
+def info(delta: Delta, config: ServerConfig, dtype: str) -> JsonObject:
     """What TEI tells of its model, of a delta."""
     task = delta.task
     labels = task.labels or ("value",)
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    kinds: Mapping[str, Any] = {
+    kinds: JsonMapping = {
         EMBEDDING: {"embedding": {"pooling": task.pooling}},
         CLASSIFICATION: {"classifier": names},
         REGRESSION: {"reranker": names},
@@ -280,7 +281,7 @@ def info(delta: Delta, config: ServerConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def _tokens(text: str, tokenizer: Any, special: bool) -> list[dict[str, Any]]:
+def _tokens(text: str, tokenizer: Any, special: bool) -> list[JsonObject]:
     encoding = encode_text(tokenizer, text, None, ENDLESS, offsets=True)
     names = tokenizer.convert_ids_to_tokens(list(encoding.ids))
     rows: Iterable[tuple[int, str, tuple[int, int], int]] = zip(

@@ -16,9 +16,10 @@ import msgspec
 import numpy as np
 
 from bertology_serve.errors import DataError, LimitError
+from bertology_serve.files import JsonObject
 from bertology_serve.serving.protocol.json_codec import MOST_VALUES, shown
 
-Parameters = dict[str, Any]
+Parameters = JsonObject
 _NUMPY = {"FP32": "<f4", "INT64": "<i8"}
 
 
@@ -41,11 +42,11 @@ class OutputTensor:
     shape: tuple[int, ...]
     data: Sequence[Any]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """With its data inside."""
         return {"name": self.name, "datatype": self.datatype, "shape": self.shape, "data": self.data}
 
-    def as_binary(self) -> tuple[dict[str, Any], bytes]:
+    def as_binary(self) -> tuple[JsonObject, bytes]:
         """The JSON part, and the bytes to append."""
         if self.datatype == "BYTES":
             blob = b"".join(struct.pack("<I", len(raw)) + raw for raw in map(str.encode, self.data))

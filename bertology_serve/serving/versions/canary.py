@@ -11,6 +11,7 @@ from typing import Any
 
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import BertologyError
+from bertology_serve.files import JsonMapping
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.observability.metrics import Metrics
 
@@ -98,7 +99,7 @@ class Shadows:
             self._metrics.shadow(request.delta, request.version, outcome)
 
 
-def agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def agree(one: JsonMapping, other: JsonMapping) -> bool:
     """Whether two answers decide the same: label, choice, entities, span; for numbers, whether they are close."""
     for name in DECISIONS:
         if name in one or name in other:

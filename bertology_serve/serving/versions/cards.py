@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from bertology_serve.deltas import catalog
 from bertology_serve.deltas.delta import BaseRef, Delta
@@ -15,11 +13,12 @@ from bertology_serve.deltas.format import from_json, kinds_record, metrics_of, m
 from bertology_serve.deltas.names import MANIFEST, check_name
 from bertology_serve.deltas.safe_io import Limits, build, conform, read_json, untrusted
 from bertology_serve.errors import FormatError
+from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.tasks.spec import TaskSpec
 
 
 @dataclass(frozen=True)
-class DeltaCard(Delta):
+class ServedDelta(Delta):
     """A delta without tensors, for everything that only asks about it: task, labels, version, kinds, metrics.
 
     ``path`` is where it lies, ``size`` the bytes of its tensors in float32.
@@ -34,7 +33,7 @@ class DeltaCard(Delta):
         return self.size
 
 
-def read_card(path: Path, name: str, root: Path) -> DeltaCard | None:
+def read_card(path: Path, name: str, root: Path) -> ServedDelta | None:
     """The card of a directory with ``delta.json``; ``None`` for one of peft's, which says too little by itself.
 
     Raises FormatError.
@@ -48,20 +47,20 @@ def read_card(path: Path, name: str, root: Path) -> DeltaCard | None:
         version = catalog.identify(path, limits, root, name).version
         catalog.check_called(path, found.name, name)
     size = 4 * sum(math.prod(shape) for shape in (*found.tensors.values(), *found.head.values()))
-    return DeltaCard(
+    return ServedDelta(
         found.name, found.base, found.task, found.specs, version=version, metrics=found.metrics, path=path, size=size
     )
 
 
-def card_of(delta: Delta, path: Path) -> DeltaCard:
+def card_of(delta: Delta, path: Path) -> ServedDelta:
     """The card of a delta that was read."""
-    return DeltaCard(
+    return ServedDelta(
         delta.name, delta.base, delta.task, delta.specs, version=delta.version, metrics=delta.metrics,
         path=path, size=delta.bytes,
     )  # fmt: skip
 
 
-def to_record(card: DeltaCard) -> dict[str, Any]:
+def to_record(card: ServedDelta) -> JsonObject:
     """A card as plain values, for JSON."""
     return {
         "name": card.name,
@@ -75,13 +74,13 @@ def to_record(card: DeltaCard) -> dict[str, Any]:
     }
 
 
-def from_record(record: Mapping[str, Any]) -> DeltaCard:
+def from_record(record: JsonMapping) -> ServedDelta:
     """The card that ``to_record`` wrote; FormatError for what is none."""
     where = "the card"
     lacking = {"name", "base", "task", "kinds", "version", "metrics", "path", "size"} - record.keys()
     if lacking:
         raise FormatError(f"{where} lacks {min(lacking)!r}")
-    return DeltaCard(
+    return ServedDelta(
         check_name(record["name"], f"{where}: name"),
         build(BaseRef, record["base"], f"{where}: base"),
         build(TaskSpec, record["task"], f"{where}: task"),

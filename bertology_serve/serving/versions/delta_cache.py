@@ -27,7 +27,7 @@ from prometheus_client.registry import Collector
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import BASE, DeltaSet
 from bertology_serve.errors import BertologyError, LimitError, NotFound, Overloaded
-from bertology_serve.serving.versions.cards import DeltaCard
+from bertology_serve.serving.versions.cards import ServedDelta
 from bertology_serve.serving.versions.gdsf_cache import GdsfCache
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ REMEMBERED = 5.0  # seconds for which a delta that could not be loaded is not tr
 CHEAPEST = 1e-3  # seconds that any read counts as
 ALARM = 8  # returns at which it is told of, and then whenever they have doubled
 THRASH = 10.0  # seconds within which nothing that was evicted should be wanted again
-Read = Callable[[DeltaCard], Delta]
+Read = Callable[[ServedDelta], Delta]
 
 
 class Tier(Enum):
@@ -64,7 +64,7 @@ class DeltaCache:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pipeline, self._read, self._clock = pipeline, read, clock
-        self.cards: dict[str, DeltaCard] = {}
+        self.cards: dict[str, ServedDelta] = {}
         self.pins: set[str] = set()
         self.loads, self.evictions, self.failures, self.thrashed = 0, 0, 0, 0
         self._device, self._host = (
@@ -73,7 +73,7 @@ class DeltaCache:
         )
         self.bounded = device_bytes < math.inf
         self._deltas: dict[str, Delta] = {}  # on the host, by name and version
-        self._before: dict[str, DeltaCard] = {}
+        self._before: dict[str, ServedDelta] = {}
         self._costs: dict[str, float] = {}
         self._flying: set[str] = set()
         self._leases: Counter[str] = Counter()
@@ -132,11 +132,11 @@ class DeltaCache:
                     if not self._leases[name]:
                         del self._leases[name]
 
-    def has_room(self, card: DeltaCard) -> bool:
+    def has_room(self, card: ServedDelta) -> bool:
         """Whether a delta fits without another leaving."""
         return card.size <= self._device.capacity - self.device_bytes
 
-    def register(self, card: DeltaCard) -> None:
+    def register(self, card: ServedDelta) -> None:
         """Makes a delta known; it is read when it is first asked."""
         with self._room:
             self.cards[card.name] = card
@@ -166,7 +166,7 @@ class DeltaCache:
                     raise
             return delta
 
-    def put(self, card: DeltaCard, delta: Delta) -> None:
+    def put(self, card: ServedDelta, delta: Delta) -> None:
         """Makes a version that was read answer from one moment on; calls under way finish on the one before.
 
         That one is kept for a ``rollback``. Where this fails, it goes on answering.
@@ -185,7 +185,7 @@ class DeltaCache:
             return delta
 
     def stand_by(self, delta: Delta) -> None:
-        """Makes a version resident beside the one that answers, for calls that name it, until it is dismissed."""
+        """Makes a version resident beside the one that answers, for calls that name it, until it is removed."""
         with self._lock(delta.name):
             self._make_resident(delta, beside=True)
 
@@ -197,8 +197,8 @@ class DeltaCache:
                 self.pins.discard(name)
                 for card in (known, before):
                     if card is not None:
-                        self._forget(card)
-                self._device.drop(name)
+                        self._evict_from_host(card)
+                self._device.evict(name)
                 for notes in (self._costs, self._failed, self._left):
                     notes.pop(name, None)
             if name == BASE or known is None or self.pipeline.resident(name) is not None:
@@ -209,7 +209,7 @@ class DeltaCache:
         with self._room:
             (self.pins.add if pinned else self.pins.discard)(name)
 
-    def _fetched(self, card: DeltaCard) -> Delta:
+    def _fetched(self, card: ServedDelta) -> Delta:
         """From the host, or from disk."""
         known = self._deltas.get(place_of(card))
         if known is not None:
@@ -220,7 +220,7 @@ class DeltaCache:
         self.loads += 1
         return delta
 
-    def _swap(self, card: DeltaCard, delta: Delta) -> None:
+    def _swap(self, card: ServedDelta, delta: Delta) -> None:
         """One version for another; the old one goes to the host, whichever was before it goes altogether."""
         name, old = card.name, self.pipeline.resident(card.name)
         with self._flight(name):
@@ -232,16 +232,16 @@ class DeltaCache:
                     return
                 stale, self._before[name] = self._before.get(name), before
                 if stale is not None and stale.version != before.version:
-                    self._forget(stale)
+                    self._evict_from_host(stale)
                 if old is not None:
-                    self._keep(old)
+                    self._put_on_host(old)
 
     def _publish(self, delta: Delta) -> None:
         """On to the device, to answer there."""
         size = self._make_resident(delta)
         with self._room:
             self._device.put(delta.name, size, self._costs.get(delta.name, CHEAPEST))
-            self._forget(delta)
+            self._evict_from_host(delta)
             self._note_return(delta.name)
 
     def _make_resident(self, delta: Delta, beside: bool = False) -> int:
@@ -279,31 +279,31 @@ class DeltaCache:
             raise Overloaded(
                 f"no room for {size} bytes on the device: all that is there is pinned or in use; try again", 1.0
             )
-        delta, freed = self.pipeline.resident(name), self._device.drop(name)
+        delta, freed = self.pipeline.resident(name), self._device.evict(name)
         self.evictions += 1
         self._left[name] = self._clock()
-        if not self.pipeline.retire(name):
+        if not self.pipeline.evict(name):
             return 0
         if delta is not None and name in self.cards:
-            self._keep(delta)
+            self._put_on_host(delta)
         return freed  # once no call under way holds it: its rows are freed between two batches, nobody waits for that
 
-    def _keep(self, delta: Delta) -> None:
+    def _put_on_host(self, delta: Delta) -> None:
         """On the host, where it fits there at all."""
         if delta.bytes > self._host.capacity:
             return
-        self._forget(delta)
+        self._evict_from_host(delta)
         while self._host.too_much(delta.bytes):
             gone = self._host.victim()
             assert gone is not None
-            self._host.drop(gone)
+            self._host.evict(gone)
             del self._deltas[gone]
         self._host.put(place_of(delta), delta.bytes, self._costs.get(delta.name, CHEAPEST))
         self._deltas[place_of(delta)] = delta
 
-    def _forget(self, delta: Delta) -> None:
+    def _evict_from_host(self, delta: Delta) -> None:
         """Keeps that version on the host no longer."""
-        self._host.drop(place_of(delta))
+        self._host.evict(place_of(delta))
         self._deltas.pop(place_of(delta), None)
 
     def _note_return(self, name: str) -> None:

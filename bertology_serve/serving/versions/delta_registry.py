@@ -157,16 +157,16 @@ class Registry:
                     delta = self._read(known[version].path, name)
                 self.tiers.stand_by(delta)
         except BaseException:
-            self.pipeline.dismiss(name, new)
+            self.pipeline.remove_versions(name, new)
             raise
         self.splits.put(name, split)
-        self.pipeline.dismiss(name, stale)
+        self.pipeline.remove_versions(name, stale)
 
     def remove(self, name: str) -> None:
         """Takes a delta away; its rows are freed once the last call under way has finished. NotFound, Unsupported."""
         self.tiers.remove(name)
         self.models.discard(name)
-        self.pipeline.dismiss(name, self.splits.of(name).versions)
+        self.pipeline.remove_versions(name, self.splits.of(name).versions)
         self.splits.put(name, Split())
 
     def shelf(self) -> dict[str, list[DeltaVersion]]:

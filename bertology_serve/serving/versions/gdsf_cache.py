@@ -47,19 +47,19 @@ class GdsfCache:
 
     def put(self, name: str, size: int, cost: float) -> None:
         """Takes in an entry, or one of that name anew; the caller has made room."""
-        self.drop(name)
+        self.evict(name)
         self._entries[name] = Kept(size, cost)
         self.used += size
         self.touch(name)
 
     def touch(self, name: str) -> None:
-        """Notes a use; of what was dropped meanwhile it is lost."""
+        """Notes a use; of what was evicted meanwhile it is lost."""
         entry = self._entries.get(name)
         if entry is not None:
             entry.uses += 1
             entry.worth = self._clock + entry.uses * entry.cost / max(entry.size, 1)
 
-    def drop(self, name: str) -> int:
+    def evict(self, name: str) -> int:
         """Takes an entry out; its bytes, 0 for an unknown name."""
         entry = self._entries.pop(name, None)
         if entry is None:

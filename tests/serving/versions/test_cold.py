@@ -123,7 +123,7 @@ def test_a_delta_that_leaves_between_look_up_and_queue_answers_nevertheless(cold
     tokenise = registry.pipeline.tokenise
 
     def evicted_first(job: Any) -> None:
-        registry.pipeline.retire(hot)
+        registry.pipeline.evict(hot)
         tokenise(job)
 
     monkeypatch.setattr(registry.pipeline, "tokenise", evicted_first)

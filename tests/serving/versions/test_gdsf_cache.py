@@ -30,7 +30,7 @@ def test_what_is_large_goes_before_what_is_dear():
     order = []
     while len(made):
         order.append(made.victim())
-        made.drop(order[-1])
+        made.evict(order[-1])
     assert order == ["large", "cheap", "dear"]
 
 
@@ -41,7 +41,7 @@ def test_nothing_stays_for_ever_for_having_been_popular():
     for number in range(200):
         if made.too_much(10):
             victim = made.victim()
-            made.drop(victim)
+            made.evict(victim)
         made.put(f"new{number}", 10, 1.0)
         if "old" not in made:
             break
@@ -55,7 +55,7 @@ def test_what_is_dropped_while_it_is_touched_is_no_error(monkeypatch):
     class Dropped(Kept):
         def __setattr__(self, field: str, value: object) -> None:
             if field == "uses" and value == 1:
-                made.drop("a")
+                made.evict("a")
             super().__setattr__(field, value)
 
     made._entries["a"] = Dropped(10, 1.0)
@@ -70,11 +70,11 @@ def test_the_capacity_is_kept_and_the_count_is_right(steps, capacity):
     made = GdsfCache(capacity)
     sizes: dict[str, int] = {}
     for name, size, cost in steps:
-        made.drop(name)
+        made.evict(name)
         sizes.pop(name, None)
         while made.too_much(size):
             victim = made.victim()
-            made.drop(victim)
+            made.evict(victim)
             del sizes[victim]
         made.put(name, size, cost)
         sizes[name] = size

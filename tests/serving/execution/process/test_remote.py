@@ -193,12 +193,12 @@ def test_a_delta_that_is_not_admitted_is_not_held(encoder, remote, far, tmp_path
         remote.supervisor.line().batches.ask(Op.RUN, {"keys": keys, "sizes": (0, 0)})
 
 
-def test_a_delta_that_was_read_and_not_understood_is_forgotten(encoder, remote, tmp_path, monkeypatch):
+def test_a_delta_that_was_read_and_not_understood_is_unreferenced(encoder, remote, tmp_path, monkeypatch):
     save_version(encoder, tmp_path, "brief", "1", 3)
     monkeypatch.setattr("bertology_serve.serving.execution.remote.from_record", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         remote.read(tmp_path / "brief" / "1", "brief")
-    assert len(remote._forgotten) == 1
+    assert len(remote._unreferenced) == 1
 
 
 def test_a_fork_server_that_hangs_is_not_waited_for(monkeypatch):
