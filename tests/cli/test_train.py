@@ -282,6 +282,23 @@ def test_killed_run_resumes_to_the_same_bytes(bert, train_file, tmp_path, own, l
     assert steps == [100, 100]
 
 
+def test_a_cosine_that_is_better_is_named():
+    from types import SimpleNamespace
+
+    from bertology_serve.cli.train import advice
+    from bertology_serve.tasks.spec import TaskSpec
+    from bertology_serve.training.checkpoint import RunState
+
+    known = {"cosine": {"spearman": 0.9}, "probe": {"spearman": 0.4}}
+    delta = SimpleNamespace(task=TaskSpec("regression"), metrics={"spearman": 0.5}, provenance={})
+    outcome = SimpleNamespace(delta=delta, state=RunState(), baselines=known, unimproved=False)
+    said = list(advice(outcome))  # type: ignore[arg-type]
+    assert any("ask the encoder itself, or take --task embedding" in line for line in said)
+    assert any("-40.0 points beside cosine (90.0)" in line for line in said)
+    delta.metrics = {"spearman": 0.95}
+    assert not any("ask the encoder itself" in line for line in advice(outcome))  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def auto_flags(tmp_path: Path) -> list[str]:
     """A search over 14 rows; the probe of one C, the smallest, is a constant, which any training is better than."""
