@@ -54,7 +54,7 @@ def evaluate(
     from bertology_serve.encoder.opening import open_delta
     from bertology_serve.training.baselines import rivals
     from bertology_serve.training.evaluation import as_json as plain
-    from bertology_serve.training.learning_curve import check_plots
+    from bertology_serve.training.run_plots import check_plots
 
     if plots:
         check_plots()
@@ -78,9 +78,9 @@ def evaluate(
     _write(errors, found.errors() if errors else ())
     _write(output, (found.row(number) for number in range(len(found.answers))) if output else ())
     if plots:
-        from bertology_serve.training.evaluation_plots import draw
+        from bertology_serve.training.run_plots import draw_evaluation
 
-        draw(found, plots)
+        draw_evaluation(found, plots)
     if as_json:
         facts: dict[str, Any] = {"delta": loaded.name, "version": loaded.version, "task": loaded.task.kind}
         facts |= {"rows": len(records), "truncated": found.truncated, "metrics": metrics, "seconds": round(seconds, 3)}

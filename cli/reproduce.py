@@ -46,8 +46,7 @@ def reproduce(
         raise SpecError("no --out was given; say where runs and table shall lie, or count the runs with --dry-run")
 
     from bertology_serve.encoder.loading import find_device
-    from bertology_serve.training.grids.grid_report import LONG, TABLE, WIDE, write_report
-    from bertology_serve.training.grids.grid_run import GridPlace
+    from bertology_serve.training.grids.grid_run import LONG, TABLE, WIDE, GridPlace, write_report
     from bertology_serve.training.grids.grid_tables import figures
     from bertology_serve.training.processes import check_alone
 
@@ -72,8 +71,7 @@ def show_presets() -> None:
 
 def make(runs: list[GridRun], grid: Grid, place: GridPlace) -> list[str]:
     """Makes what is missing, the table anew after each run; returns the keys of runs that failed."""
-    from bertology_serve.training.grids.grid_report import write_report
-    from bertology_serve.training.grids.grid_run import execute, result_of
+    from bertology_serve.training.grids.grid_run import execute, result_of, write_report
 
     missing = [run for run in runs if result_of(run, place) is None]
     note(f"{len(runs) - len(missing)} of {len(runs)} runs are there")

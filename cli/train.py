@@ -97,11 +97,11 @@ def train(
     from bertology_serve.training.auto import candidates, train_auto
     from bertology_serve.training.batches import Source
     from bertology_serve.training.callbacks import CallbackList
-    from bertology_serve.training.learning_curve import check_plots, draw_curve
     from bertology_serve.training.methods import count_parameters, make_live
     from bertology_serve.training.processes import check_alone, join
     from bertology_serve.training.recipes import stages
     from bertology_serve.training.run_directory import Destination
+    from bertology_serve.training.run_plots import check_plots, draw_curve
     from bertology_serve.training.tensorboard import TensorBoard
 
     place = Destination(out or Path("dry-run"), name, version, resume, overwrite)

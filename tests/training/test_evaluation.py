@@ -12,7 +12,7 @@ from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.baselines import rivals
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.evaluation import Evaluation
-from bertology_serve.training.evaluation_plots import draw
+from bertology_serve.training.run_plots import draw_evaluation
 from bertology_serve.training.train import prepare
 from bertology_serve.training.train_config import TrainConfig
 from tests.training import sets
@@ -127,6 +127,6 @@ def test_the_nearest_label_name_is_an_answer_without_training(minilm_path: Path)
 
 def test_figures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    paths = draw(made(GOLD, FOUND), tmp_path / "plots")
+    paths = draw_evaluation(made(GOLD, FOUND), tmp_path / "plots")
     assert [path.name for path in paths] == ["reliability.png", "confusion.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)

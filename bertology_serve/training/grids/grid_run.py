@@ -1,4 +1,4 @@
-"""One run of a grid: trained, measured as a server would answer, and remembered in one small file.
+"""Runs of a grid, each trained, measured as a server would answer and remembered in one small file; and their report.
 
 ``OUT/runs/KEY/`` holds ``spec.json`` (what the run is), while it is under way the unfinished delta, and at the end
 ``result.json``, which is written whole or not at all, and ``log.jsonl``. The delta itself is kept only when asked.
@@ -25,11 +25,13 @@ from bertology_serve.data.sets import set_named
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import InputError, nearest
-from bertology_serve.files import JsonObject, write_json
+from bertology_serve.files import JsonObject, replacing, write_json
 from bertology_serve.training.batches import Source
 from bertology_serve.training.callbacks import Line
 from bertology_serve.training.evaluate import evaluate
-from bertology_serve.training.grids.grid import GridRun, GridTask
+from bertology_serve.training.grids import grid_plots
+from bertology_serve.training.grids.grid import Grid, GridRun, GridTask
+from bertology_serve.training.grids.grid_tables import Results, long_csv, markdown, wide_csv
 from bertology_serve.training.memory import Peak
 from bertology_serve.training.run_directory import LOG, Destination
 from bertology_serve.training.train import Outcome, train
@@ -172,3 +174,28 @@ def _is_same(run: GridRun, place: GridPlace) -> bool:
     except (OSError, ValueError, TypeError, KeyError, InputError):
         return False
     return bool(json.loads(json.dumps(stored)) == _spec(run, place))
+
+
+TABLE, WIDE, LONG = "table.md", "table.csv", "runs.csv"
+
+
+def collect(grid: Grid, place: GridPlace) -> Results:
+    """The finished runs of a grid."""
+    return Results(grid, [(run, found) for run in grid.runs() if (found := result_of(run, place)) is not None])
+
+
+def write_report(grid: Grid, place: GridPlace, draw: bool = True) -> Results:
+    """Writes the tables and, with ``draw`` and where matplotlib is, the plots, of whatever is finished."""
+    results = collect(grid, place)
+    place.out.mkdir(parents=True, exist_ok=True)
+    for name, text in ((TABLE, markdown(results)), (WIDE, wide_csv(results)), (LONG, long_csv(results))):
+        with replacing(place.out / name) as own:
+            own.write_text(text, encoding="utf-8")
+    if draw and results.found and grid_plots.available():
+        logs: dict[tuple[str, str], list[Path]] = {}
+        for run, _ in results.found:
+            logs.setdefault((run.row, run.task.name), []).append(place.directory(run) / LOG)
+        grid_plots.draw_axes(results, place.out)
+        grid_plots.draw_parameters(results, place.out)
+        grid_plots.draw_gradients(results, logs, place.out)
+    return results

@@ -10,8 +10,7 @@ import pytest
 from bertology_serve.errors import InputError
 from bertology_serve.training.grids import grid_run as runs
 from bertology_serve.training.grids.grid import Grid, GridMethod, GridTask
-from bertology_serve.training.grids.grid_report import write_report
-from bertology_serve.training.grids.grid_run import GridPlace, execute, result_of
+from bertology_serve.training.grids.grid_run import GridPlace, execute, result_of, write_report
 from bertology_serve.training.trainer import Trainer
 from tests.training import sets
 
