@@ -27,7 +27,8 @@ from bertology_serve.export.hf_model import HfReference
 from bertology_serve.export.samples import Case, Reference
 from bertology_serve.export.session import Session
 from bertology_serve.files import JsonObject
-from bertology_serve.tasks.spec import CLASSIFICATION, QUESTION_ANSWERING, TOKEN_CLASSIFICATION, TaskSpec
+from bertology_serve.tasks.multi_label import EVEN
+from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, QUESTION_ANSWERING, TOKEN_CLASSIFICATION, TaskSpec
 
 Output = NDArray[np.float32]
 NEIGHBOURS, SHORT = 4, 64
@@ -330,8 +331,15 @@ def check(report: Verification) -> None:
         raise VerificationError(f"{report.line()}; worst at {worst.shape}; nothing was published: {report.wrong}")
 
 
+TINY = 1e-12
+
+
 def _decisions(expected: Output, found: Output, task: TaskSpec) -> list[tuple[int, int]]:
     """Pairs of what each side decides for one sequence."""
+    if task.kind == MULTI_LABEL:
+        least = np.clip(task.thresholds or EVEN, TINY, 1 - TINY)
+        odds = np.log(least) - np.log1p(-least)
+        return list(zip((expected >= odds).tolist(), (found >= odds).tolist(), strict=True))
     axis = {CLASSIFICATION: -1, TOKEN_CLASSIFICATION: -1, QUESTION_ANSWERING: 0}.get(task.kind)
     if axis is None:
         return []

@@ -87,6 +87,13 @@ def test_decisions_that_flip_are_counted():
     assert report.agreement == pytest.approx(4 / 6)  # lengths 1 of the two mixed batches become 2.5 > 2
 
 
+@pytest.mark.parametrize(("thresholds", "agreement"), [((0.9, 0.9), 10 / 12), ((0.5, 0.5), 1.0), ((0.0, 1.0), 1.0)])
+def test_each_of_several_labels_is_decided_by_its_threshold(thresholds, agreement):
+    """0.9 is a logit of 2.2: two lengths of 1 become 2.5."""
+    task = TaskSpec("multi-label", ("a", "b"), thresholds=thresholds)
+    assert verify(Session(1.5), Reference(task), CASES, 0, BARS).agreement == pytest.approx(agreement)
+
+
 @pytest.mark.parametrize(
     ("kind", "agreement"),
     [("token-classification", 1.0), ("question-answering", 1.0), ("regression", None), ("multiple-choice", None)],
