@@ -24,7 +24,10 @@ from bertology_serve.training.evaluate import run
 
 @dataclass(frozen=True)
 class Settled:
-    """The metrics on the dev items, and what provenance says of it; both empty where nothing was to be settled."""
+    """The metrics on the dev items, and what provenance says of it; both empty where nothing was to be settled.
+
+    Thresholds are not in the metrics, as they are not in those of the probe beside: the dev items chose them.
+    """
 
     metrics: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -61,11 +64,13 @@ def kept(live: TrainableDelta) -> Iterator[None]:
 
 def _settle(live: TrainableDelta, task: LabelTask, dev: Sequence[Item], max_tokens: int, calibrate: bool) -> Settled:
     logits, targets = _logits(live, dev, max_tokens), [item.target for item in dev]
-    final: LabelTask = task
+    examples = [item.example for item in dev]
     found: dict[str, Any] = {}
     if calibrate:
         by = temperature(task, logits, targets)
         before, after = (_error(task, dev, rows) for rows in (logits, logits / by))
+        if after > before:
+            by, after = 1.0, before
         found = {"temperature": by, "rows": len(dev), "ece_before": before, "ece": after}
         with torch.no_grad():
             for parameter in live.head.layers[-1].linear.parameters():  # type: ignore[union-attr]
@@ -76,9 +81,9 @@ def _settle(live: TrainableDelta, task: LabelTask, dev: Sequence[Item], max_toke
         chosen = thresholds(task.probabilities(logits).numpy(), (has > lacks).numpy(), (has + lacks > 0).numpy())
         live.task = replace(live.task, thresholds=chosen)
         final = MultiLabel(live.task)
-        found["thresholds"] = f"micro F1 on {len(dev)} rows"
+        found["thresholds"] = {"rows": len(dev), **final.metrics(_answers(final, dev, logits), examples)}
     loss = float(task.loss(logits, [], targets)) / len(dev)
-    metrics = final.metrics(_answers(final, dev, logits), [item.example for item in dev])
+    metrics = task.metrics(_answers(task, dev, logits), examples)
     return Settled({**metrics, "loss": loss}, {"calibration": found} if found else {})
 
 
