@@ -127,8 +127,7 @@ def train(
         for stage in stages(config) if processes.leads else ():
             show_dry_run(make_live(encoder, stage.config, spec), stage, source, processes)
         return
-    if processes.leads:
-        note(training.choices(config, encoder, len(source.records)))
+    chosen = training.choices(config, encoder, len(source.records))
     files = {"backbone": backbone, "train": train, "eval": eval, "ood": ood}
     named = {flag: _lasting(path) for flag, path in files.items() if path} | {"device": device}
     named |= {"columns": columns} if columns else {}
@@ -136,7 +135,7 @@ def train(
         check_alone("train --method auto")
         if tensorboard:
             raise SpecError("--tensorboard shows one run, and method auto has many; leave it out")
-        with Board("candidates", ranked=True) as shown:
+        with Board("candidates", ranked=True, first=chosen) as shown:
             outcome = train_auto(
                 config, encoder, source, dev, ood=other, place=place, watcher=shown, prepack=prepack, files=named
             )
@@ -146,7 +145,7 @@ def train(
         show(outcome, eval)
         return
     boards = [TensorBoard(tensorboard / place.open()[0])] if tensorboard and processes.leads else []
-    with Bar() if processes.leads else nullcontext() as bar:
+    with Bar(chosen) if processes.leads else nullcontext() as bar:
         outcome = training.train(
             config,
             encoder,
@@ -194,8 +193,9 @@ def read_columns(text: str | None) -> dict[str, str]:
 class Bar:
     """A progress bar on a terminal, else a line an epoch and an evaluation. See ``training.watch.Watcher``."""
 
-    def __init__(self) -> None:
-        self.bar = progress("loss", "speed")
+    def __init__(self, first: str) -> None:
+        """``first`` is said before all else, once the data are known to be right."""
+        self.bar, self.first = progress("loss", "speed"), first
         self.title, self.total, self.step = "train", 0, 0
         self.loss = self.speed = 0.0
         self.epoch = 0
@@ -210,11 +210,13 @@ class Bar:
 
     def staged(self, stage: int, count: int, title: str) -> None:
         """Says which stage of a recipe comes next; its bar begins anew."""
+        self._begin()
         note(f"stage {stage} of {count}: {title}")
         self.title, self.loss, self.epoch = f"stage {stage} of {count}", 0.0, 0
 
     def began(self, step: int, total: int, parameters: ParameterCount) -> None:
         """Says what is trained, and draws the bar."""
+        self._begin()
         note(f"training {counted(parameters)}")
         if step:
             note(f"continuing after step {step} of {total}")
@@ -241,6 +243,11 @@ class Bar:
         where = f"layer {line['layer']}, C {line['c']:.1e}" if "c" in line else f"step {line['step']}"
         self._say(f"{where}: {metrics}", always=True)
 
+    def _begin(self) -> None:
+        if self.first:
+            note(self.first)
+        self.first = ""
+
     def _say(self, text: str, always: bool = False) -> None:
         if self.bar.disable:
             note(text)
@@ -248,9 +255,14 @@ class Bar:
             self.bar.console.print(text)
 
 
+def percent(share: float) -> str:
+    """Two figures, all of those before the point."""
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
 def counted(parameters: ParameterCount) -> str:
     """``74,498 parameters (0.33 % of the encoder), 770 of them in the head``."""
-    share = f"{100 * parameters.share:.2g} % of the encoder and head"
+    share = f"{percent(parameters.share)} of the encoder and head"
     return f"{parameters.trained:,} parameters ({share}), {parameters.head:,} of them in the head"
 
 
@@ -294,7 +306,7 @@ def show(outcome: Outcome, eval: str | None) -> None:
     ]
     facts = [
         ("kind", " + ".join(delta.kinds)),
-        ("parameters", f"{count.trained:,} ({100 * count.share:.2g} %)"),
+        ("parameters", f"{count.trained:,} ({percent(count.share)})"),
         ("steps", f"{state.step} (kept: {state.best_step})" if state.metrics else str(state.step)),
         ("time", f"{state.seconds:.1f} s"),
         ("saved copy differs by", f"{outcome.difference:.1e}"),

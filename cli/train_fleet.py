@@ -63,9 +63,9 @@ class Board:
 
     COLUMNS = ("delta", "parameters", "step", "loss", "tokens/s", "result", "state")
 
-    def __init__(self, title: str = "fleet", ranked: bool = False) -> None:
-        """``ranked``: the best result stands first."""
-        self.title, self.ranked = title, ranked
+    def __init__(self, title: str = "fleet", ranked: bool = False, first: str = "") -> None:
+        """``ranked``: the best result stands first. ``first`` is said once the data are known to be right."""
+        self.title, self.ranked, self.first = title, ranked, first
         self.rows: dict[str, list[str]] = {}
         self.results: dict[str, float] = {}
         self.totals: dict[str, int] = {}
@@ -99,6 +99,9 @@ class Board:
 
     def joined(self, name: str, step: int, total: int, parameters: ParameterCount) -> None:
         """A new row."""
+        if self.first:
+            self._say(self.first, always=True)
+        self.first = ""
         self.totals[name] = total
         self.rows[name] = [name, f"{parameters.trained:,}", f"{step}/{total}", "-", "-", "-", "waiting"]
         if step:

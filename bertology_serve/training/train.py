@@ -180,7 +180,7 @@ class StageRun:
             trainer.begin_at(before.metrics)
         state = trainer.run()
         if before and isinstance(trainer, Trainer) and trainer.unimproved:
-            return self._unimproved(before, ready, state, out)
+            return self._unimproved(before, ready.live if not live.full else _untouched(ready.live), ready, state, out)
         last = number == count
         config = self.config if last else stage.config
         delta = finished(live, ready, state, config, self.data, known, name, self.version, self.processes, last)
@@ -188,9 +188,8 @@ class StageRun:
         held = state_bytes(trainer.optimizer) if isinstance(trainer, Trainer) else 0
         return Outcome(delta, out, count_parameters(live), state, difference, held, known)
 
-    def _unimproved(self, before: Delta, ready: Prepared, state: RunState, out: Path) -> Outcome:
-        """Publishes the stage before, the probe: no state of this one was better on the dev set."""
-        live = ready.live
+    def _unimproved(self, before: Delta, live: TrainableDelta, ready: Prepared, state: RunState, out: Path) -> Outcome:
+        """Publishes the stage before, the probe, on ``live``: no state of this one was better on the dev set."""
         live.head.adopt(before.head)
         with settled(live, ready.dev, self.config.max_tokens, self.config.calibrate) as scores:
             facts = {**before.provenance, **scores.facts}
@@ -228,6 +227,11 @@ def finished(
         elsewhere = measure(live, task_for(live.task), ready.ood, config.max_tokens, processes) if ready.ood else {}
         metrics = {**state.metrics, **scores.metrics, **{f"ood_{metric}": value for metric, value in elsewhere.items()}}
         return live.freeze(name, version, metrics, {**facts, "baselines": known, **scores.facts})
+
+
+def _untouched(probe: TrainableDelta) -> TrainableDelta:
+    """The same probe on the encoder as it was before all of it was trained."""
+    return TrainableDelta(probe.encoder.fresh(), probe.specs, probe.task)
 
 
 def _continued(stage: Stage, ready: Prepared, before: Delta) -> TrainableDelta:

@@ -114,7 +114,7 @@ def test_recipe_says_its_stages_and_gives_two_products(bert, train_file, tmp_pat
     more = ["--recipe", "eh-ft", "--method", "bitfit", "--epochs", "1"]
     assert main(arguments(bert, train_file, tmp_path / "deltas" / "x", *more)) == 0
     notes = capsys.readouterr().err.splitlines()
-    assert notes[0] == "stage 1 of 2: bitfit"
+    assert notes[1] == "stage 1 of 2: bitfit"
     assert "stage 2 of 2: full, with the head of the stage before" in notes
     assert sorted(path.name for path in (tmp_path / "deltas").iterdir()) == ["x", "x-bitfit"]
     assert main(arguments(bert, train_file, tmp_path / "deltas" / "y", *more, "--dry-run")) == 0

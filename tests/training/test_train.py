@@ -71,6 +71,10 @@ def test_the_probe_is_where_training_begins_and_what_stays_if_nothing_is_better(
         assert torch.allclose(still.delta.head[name], tensor, atol=1e-4)
     assert open_delta(tmp_path / "still", None)[0].metrics == still.delta.metrics
     assert still.delta.metrics == pytest.approx(probe.delta.metrics, abs=1e-5)
+    whole = run(bert, tmp_path / "whole", method="full", learning_rate=1e-2, epochs=1)
+    assert whole.unimproved
+    assert whole.delta.metrics == pytest.approx(probe.delta.metrics, abs=1e-5), "on the encoder as it was before"
+    bert = bert.fresh()
     weak = {"lp_path": 1}  # C = 1e-7: nearly the constant answer
     moved = run(bert, tmp_path / "moved", learning_rate=2e-2, epochs=8, **weak)
     assert not moved.unimproved
