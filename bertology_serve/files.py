@@ -11,14 +11,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from bertology_serve.errors import FormatError
+from bertology_serve.errors import FormatError, SpecError
 
 JsonObject = dict[str, Any]
 JsonMapping = Mapping[str, Any]  # one that is only read
@@ -50,6 +50,18 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(own, path)
     finally:
         own.unlink(missing_ok=True)
+
+
+def check_outputs(outputs: Iterable[str | Path | None], inputs: Iterable[str | Path | None]) -> None:
+    """Raises SpecError for a file that would be written twice, or over what is read. ``-`` and devices are no files."""
+    taken = {Path(one).resolve(): "is what is read" for one in inputs if one}
+    for path in outputs:
+        place = Path(path or "-").resolve()
+        if str(path or "-") == "-" or (place.exists() and not place.is_file()):
+            continue
+        if place in taken:
+            raise SpecError(f"{path} {taken[place]}; give another file to write to")
+        taken[place] = "is written already"
 
 
 def write_json(path: Path, values: object) -> None:

@@ -52,12 +52,14 @@ def evaluate(
     from bertology_serve.data.records import read_records
     from bertology_serve.encoder.loading import find_device
     from bertology_serve.encoder.opening import open_delta
+    from bertology_serve.files import check_outputs
     from bertology_serve.training.baselines import rivals
     from bertology_serve.training.evaluation import as_json as plain
     from bertology_serve.training.run_plots import check_plots
 
     if plots:
         check_plots()
+    check_outputs([errors, output], [input])
     where = find_device(device)
     loaded, encoder = open_delta(delta, backbone, where)
     if abstain is not None:
@@ -176,7 +178,8 @@ def advice(found: Evaluation, gains: Mapping[str, Interval]) -> str:
 def _advice(found: Evaluation, gains: Mapping[str, Interval]) -> Iterator[str]:
     worst = min(gains, key=lambda name: gains[name].value, default=None)
     if worst is not None and gains[worst].low <= 0:
-        yield f"not surely better than the {worst} ({gains[worst].points} points): more data, or another encoder"
+        how = "worse" if gains[worst].high < 0 else "not surely better"
+        yield f"{how} than the {worst} ({gains[worst].points} points): more data, or another encoder"
     if found.truncated > len(found.answers) / 10:
         share = 100 * found.truncated / len(found.answers)
         yield f"{share:.0f} % of the texts were cut: train with a larger --max-length"

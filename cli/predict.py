@@ -34,8 +34,10 @@ def predict(
 
     The output appears when every line is answered. The first bad line ends the run (exit code 2) unless --skip-bad.
     """
+    from bertology_serve.files import check_outputs
     from bertology_serve.serving.offline import STANDARD, Lines, reading
 
+    check_outputs([output], [input])
     with reading(input) as source:  # what is wrong there is said before anything is loaded
         options = Lines("stdin" if input == STANDARD else input, logits, skip_bad, max_tokens)
         pipeline = _open(backbone, deltas, skip_bad_deltas, device)

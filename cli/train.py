@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 COMMON = (
-    "backbone", "train", "eval", "out", "data", "task", "labels", "max_length", "method", "rank", "recipe", "epochs",
-    "batch_size", "learning_rate", "seed", "device",
+    "backbone", "train", "eval", "out", "data", "task", "labels", "max_length", "method", "budget", "rank", "recipe",
+    "epochs", "batch_size", "learning_rate", "seed", "device",
 )  # fmt: skip
 PANELS = {
     "Data and delta": ("backbone", "train", "eval", "ood", "out", "columns", "name", "version", "data"),

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from bertology_serve import files
-from bertology_serve.files import replace_directory, replacing, write_json
+from bertology_serve.errors import SpecError
+from bertology_serve.files import check_outputs, replace_directory, replacing, write_json
 
 
 def made(path: Path, text: str) -> Path:
@@ -154,3 +155,13 @@ def test_json_is_for_people_and_keeps_names_that_utf8_lacks(tmp_path):
         write_json(tmp_path / "a.json", {"name": object()})
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == values
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    (tmp_path / "in").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    check_outputs([tmp_path / "out", None, "-", "/dev/null", "/dev/null"], [str(tmp_path / "in"), "-", "hub:x", None])
+    with pytest.raises(SpecError, match="link is what is read; give another file"):
+        check_outputs([tmp_path / "link"], [tmp_path / "in"])
+    with pytest.raises(SpecError, match="same is written already"):
+        check_outputs([tmp_path / "same", tmp_path / "a" / ".." / "same"], [])

@@ -206,7 +206,14 @@ def _names(value: object, where: str, separator: str) -> list[str]:
     if value is None:
         return []
     if isinstance(value, Mapping | list):
-        return [read_label(item, where, f"label[{index}]") for index, item in enumerate(value)]
+        found = [read_label(item, where, f"label[{index}]") for index, item in enumerate(value)]
+        twice = next((name for name in found if found.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(
+                f"{where}: field 'label' has {twice!r} twice; expected names, each once, or 0 and 1 for every label: "
+                "lists of the same length in all records"
+            )
+        return found
     parts = value.split(separator) if isinstance(value, str) else [value]
     return [read_label(part, where, "label") for part in parts if not isinstance(part, str) or part.strip()]
 

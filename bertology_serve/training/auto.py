@@ -23,7 +23,7 @@ import torch
 from bertology_serve.data.records import infer_labels
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta
-from bertology_serve.errors import SpecError
+from bertology_serve.errors import DataError, LimitError, SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds import kinds
 from bertology_serve.tasks.registry import task_for
@@ -206,14 +206,15 @@ class Search:
             "steps": steps,
             self.metric: kept(curve) if curve else "",
             "seconds": round(sum(member.state.seconds for member in members), 1),
-            "end": failure or ("won" if name == self.winner else "dropped"),
+            "end": failure or (("won" if self.improves else "best") if name == self.winner else "dropped"),
         }
 
     def facts(self, config: TrainConfig, board: Sequence[Row]) -> JsonObject:
         """What the delta says of the search, and why it is the one."""
         folds, row = len(self.crew[self.winner]), next(row for row in board if row["candidate"] == self.winner)
         where = f"on {folds} held-out folds" if folds > 1 else "on the dev set"
-        what = f"{self.metric} {row[self.metric]:.4f} {where}, the highest of {len(self.crew)} candidates"
+        what = f"{self.metric} {row[self.metric]:.4f} {where}, the highest of those that made all steps"
+        what += f" (of {len(self.crew)} candidates)"
         if self.start is not None:
             what += f"; the probe, where all began, has {self.start:.4f}" + ("" if self.improves else ": no less")
         what = f"{self.winner} has {what}"
@@ -265,18 +266,23 @@ def train_auto(
         return one
 
     unit, keep = began["unit"], "best" if len(parts) == 1 else "last"
-    crew = {
-        name: [
-            ready(
-                f"{name}-{number}" if len(parts) > 1 else name,
-                scheduled(own, unit, len(tried), part, keep),
-                part,
-                directory,
-            )
-            for number, part in enumerate(parts, 1)
-        ]
-        for name, own in tried.items()
-    }
+    try:
+        crew = {
+            name: [
+                ready(
+                    f"{name}-{number}" if len(parts) > 1 else name,
+                    scheduled(own, unit, len(tried), part, keep),
+                    part,
+                    directory,
+                )
+                for number, part in enumerate(parts, 1)
+            ]
+            for name, own in tried.items()
+        }
+    except (DataError, SpecError, LimitError):  # nothing was trained that could be continued
+        if not place.resume:
+            directory.remove()
+        raise
     search = Search(crew, unit, directory)
     members = [one.member for ones in crew.values() for one in ones]
     Fleet(members, rows, directory, config.save_every, losers=search.losers).run()

@@ -64,7 +64,7 @@ def kept(live: TrainableDelta) -> Iterator[None]:
 
 def _settle(live: TrainableDelta, task: LabelTask, dev: Sequence[Item], max_tokens: int, calibrate: bool) -> Settled:
     logits, targets = _logits(live, dev, max_tokens), [item.target for item in dev]
-    examples = [item.example for item in dev]
+    examples: list[Any] = [item.example for item in dev]
     found: dict[str, Any] = {}
     if calibrate:
         by = temperature(task, logits, targets)

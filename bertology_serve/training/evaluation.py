@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -136,7 +136,8 @@ class Evaluation:
             return None
         table = gaps(self.certainty).reshape(len(self.answers), -1, BINS).sum(1)
         each = len(self.certainty) / len(self.answers)
-        return bootstrap(len(table), lambda drawn: float(np.abs(table[drawn].sum(0)).sum() / (each * len(drawn))))
+        found = bootstrap(len(table), lambda drawn: float(np.abs(table[drawn].sum(0)).sum() / (each * len(drawn))))
+        return replace(found, low=max(0.0, found.low))
 
     @property
     def certainty(self) -> Floats:

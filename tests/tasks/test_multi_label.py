@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bertology_serve.data.records import infer_labels
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.multi_label import MultiLabel
 from bertology_serve.tasks.spec import TaskSpec
@@ -130,3 +131,9 @@ def test_an_unknown_label_is_named(value):
 def test_thresholds_that_do_not_fit_are_refused(fields, problem):
     with pytest.raises(SpecError, match=problem):
         TaskSpec("multi-label", ("a", "b", "c"), **fields)
+
+
+@pytest.mark.parametrize("value", [[1, 0, 1], ["thing", "thing"]])
+def test_a_label_named_twice_is_a_list_of_another_length(value):
+    with pytest.raises(DataError, match=r"x:2: field 'label' has '(1|thing)' twice; expected names, each once, or 0"):
+        infer_labels("multi-label", [({"label": [1, 0]}, "x:1"), ({"label": value}, "x:2")])

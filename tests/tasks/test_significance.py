@@ -29,3 +29,11 @@ def test_effect_is_cohen_s() -> None:
     values = np.array([1.0, 0.0, 2.0, 1.0])
     assert paired_effect(values) == pytest.approx(1.0 / np.std([1, 0, 2, 1], ddof=1))
     assert paired_effect(np.zeros(3)) == 0
+
+
+def test_an_interval_of_a_statistic_that_resampling_raises_holds_its_value() -> None:
+    """|mean| near 0 grows with noise, as a calibration error does."""
+    values = np.random.default_rng(3).normal(0.0, 1.0, 200)
+    values -= values.mean() - 0.01
+    found = bootstrap(200, lambda drawn: float(abs(values[drawn].mean())))
+    assert found.low <= found.value <= found.high

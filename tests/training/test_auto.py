@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import bertology_serve as bs
+from bertology_serve.data.records import Record
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.errors import SpecError
+from bertology_serve.errors import DataError, SpecError
 from bertology_serve.training import auto
 from bertology_serve.training.auto import Search, candidates, folds, rungs, train_auto
 from bertology_serve.training.batches import Data, Source
@@ -134,6 +135,19 @@ def test_without_a_dev_set_held_out_folds_judge(tmp_path: Path, bert: Encoder, b
     assert outcome.unimproved is beaten
     assert (outcome.delta.kinds == ("probe",)) is beaten
     assert {path.name for path in tmp_path.iterdir()} == {"mine"}
+    if beaten:
+        alone = TrainConfig("classification", recipe="lp", pooling="cls", **{**BEATABLE, "lp_path": 10})
+        probe = train(alone, bert, rows(), place=Destination(tmp_path / "probe")).delta
+        for name, tensor in probe.head.items():
+            assert torch.allclose(outcome.delta.head[name], tensor, atol=1e-4), "solved, not random"
+
+
+def test_bad_data_leaves_nothing_behind(tmp_path: Path, bert: Encoder):
+    bad = Source("bad", [Record({"text": "a", "score": value}, f"bad:{value}") for value in (*range(7), "b")])
+    config = TrainConfig("regression", method="auto", max_length=32, budget="4")
+    with pytest.raises(DataError, match="bad:b"):
+        train_auto(config, bert, bad, place=Destination(tmp_path / "mine"))
+    assert list(tmp_path.iterdir()) == []
 
 
 class Killed(Exception):

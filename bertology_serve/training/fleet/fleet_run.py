@@ -94,7 +94,8 @@ class Shelf:
             if first is not None:
                 live = make_live(self.encoder, first, ready.task.spec)
                 solver = Solver(live, *own, first, ready.dev, Follower(folder), folder=folder)
-                known |= {PROBE: solver.run().metrics} if ready.dev else {}
+                found = solver.run()
+                known |= {PROBE: found.metrics} if ready.dev else {}
             self.starts[key] = Start(known, solver)
         return self.starts[key]
 
