@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from bertology_serve.errors import SpecError, nearest
+from bertology_serve.errors import FormatError, SpecError, nearest
 
 T = TypeVar("T")
 _ORIGIN = re.compile(r"\*|https?://[a-z0-9.\[\]:-]+", re.IGNORECASE)
@@ -212,6 +212,22 @@ class LoggingConfig:
         _check_largest(self)
 
 
+def _fitting(value: Any, hint: Any, option: str) -> Any:
+    """A value as the annotation has it. SpecError where it does not fit."""
+    from bertology_serve.deltas.safe_io import conform
+
+    if Path in get_args(hint):
+        return None if value is None else Path(value)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise SpecError(f"{option} is {value!r}; {nearest(str(value), get_args(hint))}")
+        return value
+    try:
+        return conform(value, hint, option)
+    except FormatError as problem:
+        raise SpecError(str(problem)) from None
+
+
 @dataclass(frozen=True)
 class ServerConfig:
     """The server's options, by concern. ``ServerConfig.of(port=8000, max_items=64)`` takes them by name.
@@ -237,12 +253,13 @@ class ServerConfig:
 
     @classmethod
     def of(cls, **options: Any) -> ServerConfig:
-        """The configuration with some options given by their names. SpecError for an unknown one."""
+        """The configuration with some options given by their names. SpecError for an unknown one, or another type."""
         concerns = {one.name: one.default_factory for one in fields(cls)}
         known = {option.name: name for name, kind in concerns.items() for option in fields(kind)}  # type: ignore[arg-type]
         given = dict[str, dict[str, Any]]()
         for option, value in options.items():
             if option not in known:
                 raise SpecError(f"the server has no option {option!r}; {nearest(option, known)}")
-            given.setdefault(known[option], {})[option] = value
+            kind: Any = concerns[known[option]]
+            given.setdefault(known[option], {})[option] = _fitting(value, get_type_hints(kind)[option], option)
         return cls(**{name: concerns[name](**values) for name, values in given.items()})  # type: ignore[operator]

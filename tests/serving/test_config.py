@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +55,27 @@ def test_options_by_name():
     assert ServerConfig.of() == ServerConfig()
     with pytest.raises(SpecError, match="has no option 'max_item'; did you mean 'max_items'"):
         ServerConfig.of(max_item=7)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_items": "x"}, "max_items is 'x'; expected"),
+        ({"max_items": None}, "max_items is None; expected"),
+        ({"max_items": 2.5}, "max_items is 2.5; expected"),
+        ({"max_items": True}, "max_items is True; expected"),
+        ({"max_batch_ms": "nan"}, "max_batch_ms is 'nan'; expected"),
+        ({"log_calls": "yes"}, "log_calls is 'yes'; expected"),
+        ({"log_level": "loud"}, "log_level is 'loud'; "),
+        ({"cors_origin": "https://a"}, "cors_origin is 'https://a'; expected a list"),
+    ],
+)
+def test_options_of_another_type_are_refused(options, said):
+    with pytest.raises(SpecError, match=said):
+        ServerConfig.of(**options)
+
+
+def test_options_become_what_they_are_to_be():
+    made = ServerConfig.of(max_batch_ms=20, cors_origin=["https://a"], keys_file="keys.json", device_mb=None)
+    assert (made.batching.max_batch_ms, made.listen.cors_origin) == (20.0, ("https://a",))
+    assert made.listen.keys_file == Path("keys.json")
