@@ -164,7 +164,8 @@ def read_labels(record: Record, where: str, known: Mapping[str, int]) -> dict[st
     for label, share in found.items():
         label_index(label, known, where, name)
         if not 0 <= share <= 1 and share != IGNORED:
-            raise DataError(f"{where}: field {name!r} has {share:g} for {label!r}; expected 0, 1, or a share between")
+            own = value.get(label, share) if isinstance(value, Mapping) else share
+            raise DataError(f"{where}: field {name!r} has {own!r} for {label!r}; expected 0, 1, or a share between")
     return found
 
 

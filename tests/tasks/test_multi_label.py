@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from bertology_serve.data.records import infer_labels
 from bertology_serve.errors import DataError, SpecError
+from bertology_serve.tasks.fields import read_labels
 from bertology_serve.tasks.multi_label import MultiLabel
 from bertology_serve.tasks.spec import TaskSpec
 
@@ -137,3 +138,8 @@ def test_thresholds_that_do_not_fit_are_refused(fields, problem):
 def test_a_label_named_twice_is_a_list_of_another_length(value):
     with pytest.raises(DataError, match=r"x:2: field 'label' has '(1|thing)' twice; expected names, each once, or 0"):
         infer_labels("multi-label", [({"label": [1, 0]}, "x:1"), ({"label": value}, "x:2")])
+
+
+def test_a_share_that_is_none_is_shown_as_it_stands():
+    with pytest.raises(DataError, match=r"x:3: field 'label' has 'yes' for 'toxic'; expected 0, 1, or a share between"):
+        read_labels({"label": {"toxic": "yes", "insult": 0}}, "x:3", {"toxic": 0, "insult": 1})
