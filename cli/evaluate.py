@@ -122,12 +122,12 @@ def _run(delta: Delta, encoder: Encoder, records: list[Record], max_tokens: int)
 
 def _write(path: Path | None, rows: Iterable[Mapping[str, Any]]) -> None:
     """JSON lines, the whole file or none."""
-    from bertology_serve.files import replacing
+    from bertology_serve.serving.offline import writing
 
     if path is None:
         return
-    with replacing(path.resolve()) as own, own.open("x", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    with writing(str(path)) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n" for row in rows)
 
 
 def _span(interval: Interval) -> str:

@@ -103,3 +103,15 @@ def test_everything_that_a_person_asks(made, tmp_path, capsys):
     assert {one["label"] for one in found["classes"]} == {"down", "up"}
     assert 0 <= found["calibration"]["value"] <= 1
     assert found["advice"]
+
+
+def test_where_results_cannot_go_is_one_line_and_nothing_is_lost(made, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the film was good", "label": "up"}\n')
+    for target, told in ((rows, "is what is read"), (tmp_path / "no" / "x.jsonl", "x.jsonl"), (tmp_path, "directory")):
+        assert main(["evaluate", str(made / "mood"), "--input", str(rows), "--errors", str(target)]) == 2
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert err.startswith("error: ")
+        assert told in err
+        assert ".tmp" not in err
+    assert rows.read_text().count("\n") == 1
