@@ -322,7 +322,7 @@ def test_a_search_shows_its_board_and_what_it_would_try(bert, auto_flags, tmp_pa
     table, notes = capsys.readouterr()
     assert "lora-wide-slow" in table
     assert "dropped after step 14" in notes
-    assert "the highest of 9 candidates; the probe, where all began, has" in notes
+    assert "the highest of those that made all steps (of 9 candidates); the probe, where all began, has" in notes
     assert f"evaluate {tmp_path / 'mood'}" in notes
     assert (tmp_path / "mood" / "curve.png").exists()
     assert main(["train", "--config", str(tmp_path / "mood" / "config.toml"), "--out", str(tmp_path / "again")]) == 0
