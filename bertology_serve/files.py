@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from bertology_serve.errors import FormatError, SpecError
 
 JsonObject = dict[str, Any]
-JsonMapping = Mapping[str, Any]  # one that is only read
 """A JSON object as Python holds it."""
+JsonMapping = Mapping[str, Any]
+"""One that is only read."""
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 

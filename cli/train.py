@@ -191,7 +191,7 @@ def read_columns(text: str | None) -> dict[str, str]:
 
 
 class Bar:
-    """A progress bar on a terminal, else a line an epoch and an evaluation. See ``training.watch.Watcher``."""
+    """A progress bar on a terminal, else a line an epoch and an evaluation. See ``Callback``."""
 
     def __init__(self, first: str) -> None:
         """``first`` is said before all else, once the data are known to be right."""

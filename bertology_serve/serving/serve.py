@@ -61,9 +61,8 @@ def serve(
     if not keyring and config.listen.host not in ("127.0.0.1", "::1", "localhost"):
         say(f"anyone who reaches {config.listen.host} may ask: there are no API keys (--keys-file)")
     with ExitStack() as stack:
-        bound = stack.enter_context(
-            bind(config.listen.host, config.listen.port)
-        )  # before anything is loaded: is the port free?
+        # before anything is loaded: is the port free?
+        bound = stack.enter_context(bind(config.listen.host, config.listen.port))
         fork_server: ForkServer | None = None
         if executor == "process":  # it loads the encoder while this process imports torch
             fork_server = stack.enter_context(

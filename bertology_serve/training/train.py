@@ -283,8 +283,8 @@ def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
         why = (
             "the checkpoint's own" if encoder.pooling else "it has a pooler" if chosen.pooling == "cls" else "no pooler"
         )
-        parts.append(f"rows by {chosen.pooling} ({'as given' if config.pooling else why})")
-    form = "hf, which peft can load; training begins at random" if chosen.form.head == "hf" else chosen.form.head
+        parts.append(f"pooling {chosen.pooling} ({'as given' if config.pooling else why})")
+    form = "hf, at random" if chosen.form.head == "hf" else chosen.form.head
     parts += [f"head {form}", *(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
     if not config.recipe:
         parts.append(f"{chosen.passes(rows)} epochs" + ("" if config.epochs else f", for {rows:,} rows"))

@@ -46,7 +46,7 @@ def test_trains_measures_and_says_what_is_next(bert, train_file, tmp_path, capsy
     table, notes = capsys.readouterr()
     assert "accuracy" in table
     assert "834 (3.2 %)" in table, "2 matrices of 3 layers, and 66 in the head"
-    assert notes.startswith("rows by cls (it has a pooler); head hf, which peft can load; training begins at random; ")
+    assert notes.startswith("pooling cls (it has a pooler); head hf, at random; ")
     assert "lora at 0.001; 2 epochs\ntraining " in notes
     assert "epoch 1, step 1 of 2: loss 0." in notes
     assert f"bertology-serve evaluate {out} --input {train_file}" in notes
@@ -58,7 +58,7 @@ def test_the_probe_comes_first_and_the_table_shows_what_there_is_to_beat(bert, t
     assert main(arguments(bert, train_file, tmp_path / "mood", "--eval", train_file, "--epochs", "1")) == 0
     table, notes = capsys.readouterr()
     assert notes.startswith(
-        "rows by cls (it has a pooler); head linear; lora at 0.001; 1 epochs\nstage 1 of 2: probe, solved"
+        "pooling cls (it has a pooler); head linear; lora at 0.001; 1 epochs\nstage 1 of 2: probe, solved"
     )
     assert all(name in table for name in ("delta", "constant", "0.5000"))
     assert "no step was better than the probe on these records: the probe is what was saved" in notes
