@@ -50,7 +50,7 @@ class GraphShape:
     """What a graph is recorded for. ``room`` bounds rows, sequences, prefixes and lengths; ``prompts`` the prompt rows.
 
     ``active`` has each pool's name, the class of its column count, its activations, in which layers it acts alike,
-    and the addresses of its tensors.
+    and where its tensors lie.
     """
 
     room: Room
@@ -81,7 +81,7 @@ def _activity(
         alike = [plan.active(name, layer) for layer in range(bank.depth(name))]
         layers = tuple(seen.setdefault(id(part), i) if part else -1 for i, part in enumerate(alike))
     activations = tuple(sorted({segment.activation for segment in segments}))
-    return name, column_class, ranked, activations, layers, bank.addresses(name)
+    return name, column_class, ranked, activations, layers, bank.places(name)
 
 
 class FixedColumns(BatchColumns):
