@@ -65,7 +65,7 @@ def fused_lora_linear_kernel(
     starts: Ptr,  # int32 [SLICES * tiles + 1]
     rows: Ptr, ranges: Ptr,  # int32 [C]
     coefficients: Ptr,  # [SPLITS, C, BM], read where LORA == 2
-    T: Int, width: Int, K: Int, capacity: Int,  # N = SLICES * width; an argument of its own keeps its divisibility known
+    T: Int, width: Int, K: Int, capacity: Int,  # N = SLICES * width; an argument keeps its divisibility known
     stride_x: Int, stride_wn: Int, stride_wk: Int, stride_y: Int, stride_a: Int, stride_b: Int,
     LORA: tl.constexpr,  # 0: no columns; 1: coefficients are computed; 2: they are read
     OVERFLOW: tl.constexpr,  # whether a tile may have more than RT columns
@@ -123,10 +123,10 @@ def fused_lora_linear_kernel(
             if PDL:
                 tl.extra.cuda.gdc_wait()  # the shrink ran beside the K loop above
             s = read_coefficients(coefficients, first, last, capacity, BM, RT, SPLITS, y.dtype.element_ty)
-        if LORA > 0:
+        if LORA > 0:  # noqa: SIM102
             if first < last:
                 acc = tl.dot(s, up, acc, input_precision=PRECISION)
-        if OVERFLOW:  # a constant: a loop here keeps the compiler from overlapping any matrix instruction of the kernel
+        if OVERFLOW:  # a constant: this loop keeps ptxas from overlapping any matrix instruction of the kernel
             for c in range(first + RT, last, RT):
                 more, its = column_rows(rows, ranges, c, last, RT)
                 if LORA == 1:

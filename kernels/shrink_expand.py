@@ -89,7 +89,8 @@ def expand_kernel(
     starts: Ptr,  # int32 [SLICES * tiles + 1]
     rows: Ptr, ranges: Ptr,  # int32 [C]
     T: Int, width: Int, capacity: Int, stride_y: Int, stride_b: Int,
-    SPLITS: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, SLICES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, RT: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     """``y += s B`` of one tile, BN columns of one slice."""
     tile = tl.program_id(0)
@@ -123,11 +124,13 @@ def segmented_lora_shrink(
     config: Config | None = None,
     bias_coefficient: float = 1.0,
     pdl: bool = False,
+    splits: int = 0,
 ) -> Tensor:
     """The coefficients of every tile column, as partial sums [S, C, block_m]: xA, 1 for a bias, zero where not active.
 
-    S is 1, in x's dtype, where the tiles alone fill a GPU; else K is cut into S parts (float32), whose order of adding
-    up is fixed, so that the same batch gives the same bits. x [T, K]; a pools [P, K], or ``None`` for slots with biases only. Raises ValueError for shapes that do not fit.
+    S is ``splits``, or by default 1 (in x's dtype) where the tiles alone fill a GPU; else K is cut into S parts
+    (float32), whose order of adding up is fixed, so that the same batch gives the same bits. x [T, K]; a pools [P, K],
+    or ``None`` for slots with biases only. Raises ValueError for shapes that do not fit.
     """
     config = config or Config()
     check_matrix("x", x)
@@ -137,7 +140,7 @@ def segmented_lora_shrink(
             f"got lists of {columns.slices} slices for T = {columns.rows} in tiles of {columns.block_m} rows, expected "
             f"{len(pools)} slices, T = {x.shape[0]}, tiles of {config.block_m}"
         )
-    splits = k_splits(columns.tiles * columns.slices, x.shape[1], config.block_k)
+    splits = splits or k_splits(columns.tiles * columns.slices, x.shape[1], config.block_k)
     kind = x.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, columns.capacity, config.block_m, dtype=kind, device=x.device)
     if not columns.count:
