@@ -161,7 +161,6 @@ def test_every_command_is_in_the_table():
         "bench_export",
         "bench_kernels",
         "bench_load",
-        "filling",
         "reports",
     }
     assert modules == {command.replace("-", "_") for command in COMMANDS}

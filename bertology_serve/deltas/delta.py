@@ -13,7 +13,7 @@ from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds import kinds
 from bertology_serve.kinds.effects import Effects
-from bertology_serve.kinds.kind import Spec
+from bertology_serve.kinds.kinds import Spec
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.spec import EMBEDDING, TaskSpec
 

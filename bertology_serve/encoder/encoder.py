@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 
 from bertology_serve.deltas import store
+from bertology_serve.deltas.catalog import MANIFEST
 from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
-from bertology_serve.deltas.names import MANIFEST
 from bertology_serve.deltas.pruning import Pruning, fitted, sliced_state
 from bertology_serve.encoder import linear
 from bertology_serve.encoder.anatomy import EXPECTED, attention_modules, find_anatomy
 from bertology_serve.encoder.attention import HALVES, make_layout
 from bertology_serve.encoder.bank import PROMPT, BankEntry, DeltaBank
 from bertology_serve.encoder.batch import BatchPlan, PackedBatch, make_plan, pack
-from bertology_serve.encoder.cuda_graphs import Graphs, Record
 from bertology_serve.encoder.forward_context import CurrentContext, DeltaRows, ForwardContext, HeadAttention, recomputed
 from bertology_serve.encoder.linear import Prepacked, SlotLinear, pays, wrap
 from bertology_serve.encoder.loading import (
@@ -36,8 +35,8 @@ from bertology_serve.encoder.loading import (
     load_tokenizer,
     locate,
     read_pooling,
+    read_pruning,
 )
-from bertology_serve.encoder.pruned import read_pruning
 from bertology_serve.errors import BertologyError, LimitError, Unsupported
 from bertology_serve.families import compat, family_named
 from bertology_serve.kernels.dispatch import BatchColumns
@@ -49,6 +48,7 @@ from bertology_serve.tasks.spec import Encoding, TaskSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from bertology_serve.encoder.cuda_graphs import Graphs, Record
     from bertology_serve.families.compat import HiddenModel, HiddenOutput
 
 log = logging.getLogger(__name__)
@@ -294,6 +294,8 @@ class Encoder:
         """
         if not self.packs or (record is None and (self.device.type != "cuda" or self.dtype not in HALVES)):
             return False
+        from bertology_serve.encoder.cuda_graphs import Graphs
+
         self.graphs = Graphs(self._last_hidden, record)
         return True
 

@@ -15,7 +15,7 @@ import torch
 
 from bertology_serve.errors import SpecError
 from bertology_serve.kinds.effects import Bottleneck, Effects, spread
-from bertology_serve.kinds.kind import Kind, Tensors, check_choice, check_positive, normal, uncut, zeros
+from bertology_serve.kinds.kinds import Kind, Tensors, check_choice, check_positive, normal, uncut, zeros
 from bertology_serve.kinds.slots import DOWN, FFN_NORM, OUTPUT, Anatomy
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")

@@ -15,7 +15,7 @@ from torch import Tensor
 from bertology_serve.errors import Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, spread
-from bertology_serve.kinds.kind import Cut, Kind, Tensors, check_choice, zeros
+from bertology_serve.kinds.kinds import Cut, Kind, Tensors, check_choice, zeros
 from bertology_serve.kinds.peft_format import (
     Block,
     Config,

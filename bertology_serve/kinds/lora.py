@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bertology_serve.errors import FormatError, Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, LowRank, spread
-from bertology_serve.kinds.kind import (
+from bertology_serve.kinds.kinds import (
     Cut,
     Kind,
     Tensors,

@@ -14,7 +14,7 @@ from bertology_serve.errors import FormatError, Unsupported, nearest
 from bertology_serve.families import FAMILIES, family_named
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, PrefixEffect
-from bertology_serve.kinds.kind import Cut, Kind, Tensors, check_choice, check_positive, normal
+from bertology_serve.kinds.kinds import Cut, Kind, Tensors, check_choice, check_positive, normal
 from bertology_serve.kinds.peft_format import PROMPT_EMBEDDINGS, Config, PeftFormat, take, virtual_sizes
 from bertology_serve.kinds.slots import KEY, Anatomy
 

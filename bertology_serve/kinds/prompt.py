@@ -15,7 +15,7 @@ from torch import Tensor
 from bertology_serve.errors import FormatError
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, PromptEffect
-from bertology_serve.kinds.kind import Kind, Tensors, check_choice, check_positive, normal, uncut
+from bertology_serve.kinds.kinds import Kind, Tensors, check_choice, check_positive, normal, uncut
 from bertology_serve.kinds.peft_format import PROMPT_EMBEDDINGS, Config, PeftFormat, take, virtual_sizes
 from bertology_serve.kinds.slots import Anatomy
 

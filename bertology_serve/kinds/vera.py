@@ -19,7 +19,7 @@ from torch import Tensor
 from bertology_serve.errors import FormatError, SpecError, Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, LowRank, spread
-from bertology_serve.kinds.kind import Kind, Tensors, check_positive, check_share, chosen_layers, zeros
+from bertology_serve.kinds.kinds import Kind, Tensors, check_positive, check_share, chosen_layers, zeros
 from bertology_serve.kinds.peft_format import (
     MERGE,
     PROMPT_ROOT,

@@ -28,6 +28,8 @@ LABEL_KINDS = (CLASSIFICATION, MULTI_LABEL)
 """Those whose answer is among labels, with a probability each."""
 IGNORED = -100
 """What torch and HuggingFace write where there is no label: no class, no term of the loss, counted by no metric."""
+EVEN = 0.5
+"""The threshold of a label for which none was found."""
 POOLINGS = ("cls", "mean", "max")
 HEADS = ("hf", "linear", "mlp", "none")
 
