@@ -109,7 +109,9 @@ class Delta:
         return {field: column for field, column in pairs if isinstance(column, str)}
 
     def effects(self, anatomy: Anatomy) -> Effects:
-        """What the delta does to an encoder of that anatomy."""
+        """What the delta does to an encoder of that anatomy. Stacks are float32, [L, ...] by slot; see
+        ``kinds.effects``. Raises SpecError where the encoder lacks a slot.
+        """
         return kinds.effects(self.specs, self.tensors, anatomy)
 
     @property

@@ -83,7 +83,10 @@ class Encoder:
         cls, model: HiddenModel, tokenizer: PreTrainedTokenizerBase, name: str,
         base_head: dict[str, Tensor] | None = None, pruning: Pruning | None = None, pooling: str | None = None,
     ) -> Encoder:  # fmt: skip
-        """The encoder of a headless model that is in memory already; it is changed, and must not be used elsewhere."""
+        """The encoder of a headless model that is in memory already; it is changed, and must not be used elsewhere.
+        ``base_head`` holds what the checkpoint has of a head ([H, H] and [H] of a pooler), by its names there. Raises
+        Unsupported for what is no BERT-like encoder.
+        """
         encoder = cls.__new__(cls)
         encoder._set_up(model, tokenizer, name, base_head, pruning, pooling)
         return encoder
@@ -186,7 +189,9 @@ class Encoder:
             raise LimitError(f"max_length is {tokens}; {self.name} reads at most {self.max_tokens} tokens")
 
     def allowed(self, effects: Effects) -> Effects:
-        """The effects, where this encoder can apply them; raises Unsupported for those that it cannot."""
+        """The effects, where this encoder can apply them; raises Unsupported for those that it cannot. Their stacks
+        are [L, ...]; see ``kinds.effects``.
+        """
         if effects.prefix is not None and not self.packs:
             raise Unsupported(f"{self.anatomy.family} is run with its own attention, which takes no prefix")
         if effects.prefix is not None:

@@ -27,7 +27,8 @@ class Adapter:
     """``preset`` places the adapter (``houlsby``: ``after`` attention, FFN or both; ``pfeiffer``: after the FFN).
 
     ``width`` is M. ``activation`` defaults to the papers' choice (swish for Houlsby, ReLU for Pfeiffer).
-    ``drop_lowest`` leaves the lowest n layers without adapters (AdapterDrop).
+    ``drop_lowest`` leaves the lowest n layers without adapters (AdapterDrop). Raises SpecError for values that make
+    no sense.
     """
 
     preset: str = "houlsby"

@@ -36,7 +36,9 @@ from bertology_serve.kinds.slots import LINEAR_SLOTS, QKV, UP_GATE, Anatomy, Slo
 
 @dataclass(frozen=True)
 class Bitfit:
-    """``biases``: ``all`` (every linear, LayerNorm and the embeddings) or ``attention`` (query, key, value only)."""
+    """``biases``: ``all`` (every linear, LayerNorm and the embeddings) or ``attention`` (query, key, value only).
+    Raises SpecError for values that make no sense.
+    """
 
     biases: str = "all"
 

@@ -22,7 +22,9 @@ from bertology_serve.kinds.slots import Anatomy
 
 @dataclass(frozen=True)
 class Ia3:
-    """``targets`` are slots whose outputs are scaled, ``feedforward`` those whose inputs are."""
+    """``targets`` are slots whose outputs are scaled, ``feedforward`` those whose inputs are. Raises SpecError for
+    values that make no sense.
+    """
 
     targets: tuple[str, ...] = ("key", "value")
     feedforward: tuple[str, ...] = ("down",)

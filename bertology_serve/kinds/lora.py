@@ -53,7 +53,7 @@ class Lora:
     """``targets`` are slot names, ``layers`` layer indices from 0 (``None``: all), ``init`` draws A; B starts at zero.
 
     ``init="kaiming"`` is the official code's uniform distribution of standard deviation ``1/sqrt(3 K)``;
-    ``"gaussian"`` is N(0, 1/rank²), as peft does.
+    ``"gaussian"`` is N(0, 1/rank²), as peft does. Raises SpecError for values that make no sense.
     """
 
     targets: tuple[str, ...] = ("query", "value")

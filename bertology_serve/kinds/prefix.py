@@ -24,7 +24,7 @@ class Prefix:
     """``length`` is V. ``positions="shifted"`` moves the text's positions by V, as peft does.
 
     Keys of normed rows have entries near one, and so do those that training starts with: from N(0, 0.02²), as weights
-    are drawn, 2,000 rows of SST-2 end two to three points lower.
+    are drawn, 2,000 rows of SST-2 end two to three points lower. Raises SpecError for values that make no sense.
     """
 
     length: int = 20

@@ -24,7 +24,8 @@ from bertology_serve.kinds.slots import Anatomy
 class Prompt:
     """``length`` is V. ``placement`` is ``after_cls`` or ``before_cls``.
 
-    ``positions="shifted"`` and ``head_reads="first_row"`` are peft's ways, which imports from peft keep.
+    ``positions="shifted"`` and ``head_reads="first_row"`` are peft's ways, which imports from peft keep. Raises
+    SpecError for values that make no sense.
     """
 
     length: int = 20

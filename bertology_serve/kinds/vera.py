@@ -42,7 +42,8 @@ class Vera:
     """``targets`` are slot names, ``layers`` layer indices from 0 (``None``: all). ``rank`` is R: one number a module.
 
     The pair is drawn from ``key`` as peft draws it (``projection_prng_key``). With ``save_projection`` it is kept
-    beside the vectors, as by default in peft: another machine may round another way. Without it a delta takes a few kB.
+    beside the vectors, as by default in peft: another machine may round another way. Without it a delta takes a few
+    kB. Raises SpecError for values that make no sense.
     """
 
     targets: tuple[str, ...] = ("query", "value")

@@ -46,7 +46,7 @@ class TaskSpec:
     tokens of question-answering windows, ``max_answer_length`` the longest answer in tokens, ``normalize`` scales
     embeddings to unit length. Without ``token_types`` question and context are of one type, as deltas from peft's
     question answering have it. With ``pairs`` a classification or regression was trained on pairs of texts alone, and
-    refuses a single one; without it takes both.
+    refuses a single one; without it takes both. Raises SpecError for values that make no sense.
     """
 
     kind: str
