@@ -35,7 +35,10 @@ COMMON = (
 )  # fmt: skip
 PANELS = {
     "Data and delta": ("backbone", "train", "eval", "ood", "out", "columns", "name", "version", "data"),
-    "Task": ("task", "labels", "max_length", "pooling", "head", "stride", "max_answer_length", "calibrate", "abstain"),
+    "Task": (
+        "task", "labels", "max_length", "pooling", "head", "long", "aggregate", "stride", "max_answer_length",
+        "calibrate", "abstain",
+    ),
     "Method": (
         "method", "budget", "recipe", "lp_path", "lp_layers", "start", *(flag.name for flag in fields(KindFlags)),
     ),

@@ -202,7 +202,8 @@ def _config(directory: Path) -> JsonObject:
 
 def _delta(facts: Mapping[str, str]) -> Delta:
     """What the metadata tell of the delta that was exported."""
-    options = {"pairs": False, "thresholds": (), "abstain": 0.0, **json.loads(facts["task_options"])}  # older exports
+    defaults = {name: getattr(TaskSpec, name) for name in TASK_OPTIONS}  # older exports lack some
+    options = defaults | json.loads(facts["task_options"])
     options["thresholds"] = tuple(options["thresholds"])
     task = TaskSpec(
         facts["task"],

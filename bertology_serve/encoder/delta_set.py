@@ -23,7 +23,7 @@ from bertology_serve.encoder.encoder import weights_hash
 from bertology_serve.errors import BertologyError, NotFound, SpecError, Unsupported, about, nearest
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Example, Task
-from bertology_serve.tasks.heads import Head
+from bertology_serve.tasks.heads import Head, aggregate
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
 
@@ -53,7 +53,8 @@ class Prediction:
     """One answer, with the delta and version that gave it. ``answer`` holds the task's fields.
 
     ``tokens_read`` are those of all its sequences, special tokens included (windows overlap); ``tokens_given`` those
-    that the record had, which are more where it was cut to the delta's maximum length.
+    that the record had, which are more where it was cut to the delta's maximum length. ``windows`` are those that it
+    was read in.
     """
 
     delta: str
@@ -63,6 +64,7 @@ class Prediction:
     id: str = ""
     tokens_read: int = 0
     tokens_given: int = 0
+    windows: int = 1
 
     @cached_property
     def truncated(self) -> bool:
@@ -70,10 +72,12 @@ class Prediction:
         return self.tokens_given > self.tokens_read
 
     def as_dict(self) -> JsonObject:
-        """Flat, ready for JSON. Only what was cut says so: ``truncated`` and both counts of tokens."""
+        """Flat, ready for JSON. What was cut says so, ``truncated`` and both counts of tokens, and what had windows."""
         own = {"delta": self.delta, "version": self.version, "task": self.task, **self.answer}
         if self.truncated:
             own |= {"truncated": True, "tokens_read": self.tokens_read, "tokens_given": self.tokens_given}
+        if self.windows > 1:
+            own["windows"] = self.windows
         return {"id": self.id, **own} if self.id else own
 
 
@@ -390,10 +394,14 @@ class DeltaSet(ABC):
 
 
 def _prediction(job: Job, outputs: Sequence[Tensor]) -> Prediction:
-    delta = job.ready.delta
+    delta, windows = job.ready.delta, 1
+    if any([encoding.continues for encoding in job.encodings]):
+        windows = len(job.encodings)
+        if not delta.task.per_token:
+            outputs = aggregate(torch.stack(list(outputs)), job.encodings, delta.task).unbind(0)
     answer = dict(job.ready.task.decode(job.example, job.encodings, outputs))
     if job.request.logits:
         logits = [output.tolist() for output in outputs]
         answer["logits"] = logits[0] if len(logits) == 1 else logits
     read, cut = (sum(counts) for counts in zip(*((len(one), one.cut) for one in job.encodings), strict=True))
-    return Prediction(delta.name, delta.version, delta.task.kind, answer, job.request.id, read, read + cut)
+    return Prediction(delta.name, delta.version, delta.task.kind, answer, job.request.id, read, read + cut, windows)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from threading import Lock
 from typing import TypeVar
 from weakref import WeakKeyDictionary
@@ -19,9 +21,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from bertology_serve.errors import Unsupported
-from bertology_serve.tasks.spec import Encoding
+from bertology_serve.tasks.spec import Encoding, TaskSpec
 
 BRIEF = 4096  # characters, or words
+MOST_WINDOWS = 64  # of a text; training holds them all at once
 _clones: WeakKeyDictionary[PreTrainedTokenizerBase, _Clone] = WeakKeyDictionary()
 _lock = Lock()
 P = TypeVar("P")
@@ -70,54 +73,103 @@ def encode_words(
     ``starts`` is the character at which each word starts in the text. Byte-level tokenizers see every word with a
     space before it, as ``add_prefix_space=True`` does.
     """
+    return word_windows(tokenizer, words, starts, max_length, 0, 1)[0]
+
+
+def word_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    words: Sequence[str],
+    starts: Sequence[int],
+    max_length: int,
+    stride: int,
+    most: int = MOST_WINDOWS,
+) -> list[Encoding]:
+    """The same in at most so many windows, as ``encode_windows``: each word is its first token's window's to answer."""
     clone = _clone_of(tokenizer)
     found = _encoded(clone.words, list(words), None)
-    parts = _parts(found)
-    count = parts.count(0)
-    keep = None
-    if len(parts) > max_length:
-        keep = _kept(parts, max(max_length - (len(parts) - count), 0), 0)
-    rows = range(len(parts)) if keep is None else keep
     owners = [-1 if word is None else word for word in found.word_ids]
-    spans = found.offsets
-    return Encoding(
-        ids=_pick(found.ids, keep),
-        types=_pick(found.type_ids, keep) if clone.types else (0,) * len(rows),
-        offsets=tuple(_shifted(spans[row], starts[owners[row]]) if owners[row] >= 0 else (0, 0) for row in rows),
-        parts=_pick(parts, keep),
-        words=_pick(owners, keep),
-        cut=len(parts) - len(rows),
-    )
+    spans = [
+        _shifted(span, starts[word]) if word >= 0 else (0, 0) for span, word in zip(found.offsets, owners, strict=True)
+    ]
+    windows = _windows(_parts(found), max_length, stride, 0, most)
+    encodings = []
+    for window in windows:
+        words_here = _pick(owners, window.rows)
+        if len(windows) > 1:
+            own = {owners[row] for row in window.own if not row or owners[row] != owners[row - 1]}
+            words_here = tuple(word if word in own else -1 for word in words_here)
+        encoding = window.encoding(found, clone.types, True)
+        encodings.append(replace(encoding, offsets=_pick(spans, window.rows), words=words_here))
+    return encodings
 
 
 def encode_windows(
-    tokenizer: PreTrainedTokenizerBase, question: str, context: str, max_length: int, stride: int
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    pair: str | None,
+    max_length: int,
+    stride: int,
+    of: int | None = None,
+    offsets: bool = False,
+    most: int | None = MOST_WINDOWS,
 ) -> list[Encoding]:
-    """A question with each window of a context, as pairs; only the context is cut, with ``stride`` tokens of overlap.
+    """A text, or each window of one of two (``of``: 0 or 1; by default the longer) beside the other.
 
-    A question may take half of the room and is cut beyond it; an overlap of more than half of a window is lowered to
-    half, so that the number of windows stays linear in the context. ``max_length`` must leave room for two tokens.
-    What the question lacks is the first window's ``cut``.
+    Windows overlap by ``stride`` tokens, at most half a window, so that their number stays linear in the text. The
+    other text may take half of the room and is cut beyond it. What it lacks, and what stands behind the last of
+    ``most`` windows, is the first one's ``cut``. A token in two windows belongs to that in which it has more context
+    (Devlin et al. 2019 do so for SQuAD): the border is the middle of the overlap. ``max_length`` must leave room for
+    two tokens.
     """
     clone = _clone_of(tokenizer)
-    found = _encoded(clone.texts, question, context)
+    found = _encoded(clone.texts, text, pair)
     parts = _parts(found)
-    if len(parts) <= max_length or 1 not in parts:
-        return [_encoding(found, clone.types, None, True)]
-    start, end = parts.index(1), len(parts) - parts[::-1].index(1)
-    room = max_length - (len(parts) - parts.count(0) - (end - start))
-    asked = min(parts.count(0), room // 2)
-    window = room - asked
-    before, after = _kept(parts[:start], asked, 0), list(range(end, len(parts)))
-    step = window - min(stride, window // 2)
-    encodings: list[Encoding] = []
-    for left in range(start, end, step):
-        right = min(left + window, end)
-        cut = 0 if encodings else parts.count(0) - asked
-        encodings.append(_encoding(found, clone.types, before + list(range(left, right)) + after, True, cut))
-        if right == end:
-            break
-    return encodings
+    longer = int(parts.count(1) > parts.count(0)) if of is None else of
+    windows = _windows(parts, max_length, stride, longer, most)
+    return [window.encoding(found, clone.types, offsets) for window in windows]
+
+
+def encode_long(tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, task: TaskSpec) -> list[Encoding]:
+    """One text or a pair, cut or in windows as the task says."""
+    if task.long == "windows":
+        return encode_windows(tokenizer, text, pair, task.max_length, task.stride)
+    return [encode_text(tokenizer, text, pair, task.max_length)]
+
+
+@dataclass(frozen=True)
+class _Window:
+    """``rows`` of a sequence (None: all), those of them that belong to it, and see ``Encoding``."""
+
+    rows: list[int] | None
+    own: range
+    cut: int = 0
+    continues: bool = False
+
+    def encoding(self, found: RustEncoding, types: bool, offsets: bool) -> Encoding:
+        encoding = _encoding(found, types, self.rows, offsets, self.cut)
+        return replace(encoding, continues=self.continues, own=len(self.own))
+
+
+def _windows(parts: Sequence[int], max_length: int, stride: int, of: int, most: int | None) -> list[_Window]:
+    """See ``encode_windows``; ``parts`` say which text each row is of."""
+    count, other = parts.count(of), parts.count(1 - of)
+    start = parts.index(of) if count else 0
+    if len(parts) <= max_length:
+        return [_Window(None, range(start, start + count))]
+    room = max(max_length - (len(parts) - count - other), 0)
+    kept = min(other, room // 2 if count else room)
+    size = room - kept
+    step = max(size - min(stride, size // 2), 1)
+    lefts = range(start, start + max(count - size, 0) + step, step)[:most]
+    rights = [min(left + size, start + count) for left in lefts]
+    borders = [start, *((left + right + 1) // 2 for left, right in zip(lefts[1:], rights, strict=False)), rights[-1]]
+    beside = _kept(parts, *((0, kept) if of == 0 else (kept, 0)))
+    before, after = [row for row in beside if row < start], [row for row in beside if row >= start]
+    cut = start + count - rights[-1] + other - kept
+    return [
+        _Window([*before, *range(left, right), *after], range(*own), 0 if number else cut, number > 0)
+        for number, (left, right, own) in enumerate(zip(lefts, rights, pairwise(borders), strict=True))
+    ]
 
 
 def _encoded(clone: Tokenizer, text: str | list[str], pair: str | None) -> RustEncoding:

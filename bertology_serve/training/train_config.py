@@ -112,7 +112,15 @@ class TrainConfig:
         "hf: the form that HuggingFace gives the family; linear: one layer; mlp: EH-FT's, a hidden one of 2,048. "
         "Default: none for embeddings, linear where the head begins at the probe, else hf.",
     )
-    stride: int | None = _option(None, "Overlap in tokens of question-answering windows. Default: 64.")
+    long: Literal["cut", "windows"] = _option(
+        "cut", "Texts beyond --max-length are cut, or read in windows whose outputs are aggregated; needs no new head."
+    )
+    aggregate: Literal["mean", "max"] = _option(
+        "mean", "Windows: the mean of their logits (or embeddings), by tokens, or the largest of each."
+    )
+    stride: int | None = _option(
+        None, "Overlap in tokens of windows. Default: 64 for question answering, else a quarter of --max-length."
+    )
     max_answer_length: int | None = _option(None, "Longest answer in tokens (question answering). Default: 30.")
     trunk_dropout: bool | None = _option(
         None, "Whether the encoder's own dropout is active. Default: only where it is trained, without mixout."
@@ -170,7 +178,7 @@ class TrainConfig:
     def starts_at_probe(self) -> bool:
         """Whether the probe is solved first, and its head is where training begins."""
         plain = self.recipe is None and self.start == "probe" and PROBE not in self.method
-        return plain and self.task in SOLVED and self.head in (None, "linear")
+        return plain and self.task in SOLVED and self.head in (None, "linear") and self.aggregate == "mean"
 
     def passes(self, rows: int) -> int:
         """Epochs over that many rows: as given, or three, and more where those would be few steps."""
@@ -178,8 +186,8 @@ class TrainConfig:
 
     @property
     def solvable(self) -> bool:
-        """Whether the head is one linear layer that gives a text its label or score."""
-        return self.task in SOLVED and self.form.head == "linear"
+        """Whether the head is one linear layer that gives a text its label or score, from the mean of its windows."""
+        return self.task in SOLVED and self.form.head == "linear" and self.aggregate == "mean"
 
     @property
     def full(self) -> bool:
@@ -207,15 +215,19 @@ class TrainConfig:
         """The task with its defaults filled in."""
         embedding = self.task == EMBEDDING
         probe = PROBE in self.method or self.recipe == LP_FT or self.starts_at_probe
+        longest = self.max_length or (384 if self.task == QUESTION_ANSWERING else TaskSpec.max_length)
+        overlap = longest // 4 if self.long == "windows" else TaskSpec.stride
         return TaskSpec(
             self.task,
             labels=labels,
-            max_length=self.max_length or (384 if self.task == QUESTION_ANSWERING else TaskSpec.max_length),
+            max_length=longest,
             pooling=self.pooling or ("mean" if embedding or probe else TaskSpec.pooling),
             head=self.head or ("none" if embedding else "linear" if probe else TaskSpec.head),
-            stride=TaskSpec.stride if self.stride is None else self.stride,
+            stride=overlap if self.stride is None else self.stride,
             max_answer_length=self.max_answer_length or TaskSpec.max_answer_length,
             abstain=self.abstain,
+            long=self.long,
+            aggregate=self.aggregate,
         )
 
     def as_dict(self) -> JsonObject:
@@ -285,6 +297,8 @@ def _check_recipe(config: TrainConfig) -> None:
             f"recipe lp solves a probe for {' or '.join(SOLVED)}; got method {names} and task {config.task}; "
             "leave --recipe out, or take lp-ft"
         )
+    if config.recipe == LP and config.aggregate != "mean":
+        raise SpecError("recipe lp solves a probe on the mean of windows; leave --aggregate out")
     if config.recipe == LP and config.head not in (None, "linear"):
         raise SpecError(f"recipe lp solves one linear layer; got head {config.head!r}; leave --head out")
     if config.recipe == EH_FT and config.method[0] in ALONE:
