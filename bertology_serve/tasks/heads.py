@@ -7,12 +7,20 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
 from bertology_serve.families import FAMILIES, family_named
 from bertology_serve.families.family import Dense, Family, HeadForm, HeadShape, Options, classifier
-from bertology_serve.tasks.spec import MULTIPLE_CHOICE, QUESTION_ANSWERING, TOKEN_CLASSIFICATION, Encoding, TaskSpec
+from bertology_serve.tasks.spec import (
+    EMBEDDING,
+    MULTIPLE_CHOICE,
+    QUESTION_ANSWERING,
+    TOKEN_CLASSIFICATION,
+    Encoding,
+    TaskSpec,
+)
 
 __all__ = ["Dense", "Head", "head_form", "pool"]
 
@@ -157,14 +165,15 @@ def aggregate(out: Tensor, encodings: Sequence[Encoding], task: TaskSpec) -> Ten
     """One row a text: the head's output [S, C] of all sequences -> [N, C], differentiable; as it is without windows.
 
     Windows of a text are put together as ``task.aggregate`` says (Sun et al. 2019, arXiv 1905.05583, do it one layer
-    before: the mean comes to the same under a linear head). Tasks that answer for every token have no such rows.
+    before: the mean comes to the same under a linear head); of embeddings that are normalised, as they would be
+    answered. Tasks that answer for every token have no such rows.
     """
     if task.per_token or not any(encoding.continues for encoding in encodings):
         return out
     firsts = [row for row, encoding in enumerate(encodings) if not encoding.continues]
-    found = []
+    unit, found = task.kind == EMBEDDING and task.normalize, []
     for first, last in pairwise([*firsts, len(encodings)]):
-        rows = out[first:last]
+        rows = F.normalize(out[first:last]) if unit and last > first + 1 else out[first:last]
         if task.aggregate == "max":
             found.append(rows.amax(0))
         else:
