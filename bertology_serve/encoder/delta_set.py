@@ -112,9 +112,32 @@ class Job:
     request: Request
     ready: LoadedDelta = field(repr=False)
     example: Example = field(init=False, repr=False)
-    encodings: tuple[Encoding, ...] = field(init=False, repr=False)
+    encodings: Sequence[Encoding] = field(init=False, repr=False)
     cost: int = field(init=False, default=0)
     squares: int = field(init=False, default=0)
+
+    def take(self, encodings: Sequence[Encoding]) -> None:
+        """Sets its sequences, and what they cost."""
+        lengths = [len(encoding.ids) for encoding in encodings]
+        self.encodings = encodings
+        self.cost = sum(lengths) + len(lengths) * self.ready.prompt_length
+        self.squares = sum([length * length for length in lengths])
+
+    def answered(self, outputs: Sequence[Tensor]) -> Prediction:
+        """The answer that the outputs of its sequences make."""
+        delta, windows = self.ready.delta, 1
+        if any([encoding.continues for encoding in self.encodings]):
+            windows = len(self.encodings)
+            if not delta.task.per_token:
+                outputs = aggregate(torch.stack(list(outputs)), self.encodings, delta.task).unbind(0)
+        answer = dict(self.ready.task.decode(self.example, self.encodings, outputs))
+        if self.request.logits:
+            logits = [output.tolist() for output in outputs]
+            answer["logits"] = logits[0] if len(logits) == 1 else logits
+        read, cut = (sum(counts) for counts in zip(*((len(one), one.cut) for one in self.encodings), strict=True))
+        return Prediction(
+            delta.name, delta.version, delta.task.kind, answer, self.request.id, read, read + cut, windows
+        )
 
 
 class Ledger:
@@ -317,10 +340,7 @@ class DeltaSet(ABC):
         """Checks the record of a job and tokenises it. Raises DataError."""
         request, ready = job.request, job.ready
         job.example = ready.task.example(request.record, request.where, labelled=False)
-        job.encodings = tuple(ready.task.encode(job.example, (ready.model or self.encoder).tokenizer))
-        lengths = [len(encoding.ids) for encoding in job.encodings]
-        job.cost = sum(lengths) + len(lengths) * ready.prompt_length
-        job.squares = sum([length * length for length in lengths])
+        job.take(ready.task.encode(job.example, (ready.model or self.encoder).tokenizer))
 
     def run(self, jobs: Sequence[Job]) -> list[Prediction]:
         """Answers all jobs, of whatever deltas, in one packed batch; in the order given."""
@@ -333,7 +353,7 @@ class DeltaSet(ABC):
         for job in jobs:
             own = outputs[at : at + len(job.encodings)]
             at += len(job.encodings)
-            predictions.append(_prediction(job, own))
+            predictions.append(job.answered(own))
         return predictions
 
     def answer(self, requests: Iterable[Request], max_tokens: int = 4096) -> list[Prediction]:
@@ -391,17 +411,3 @@ class DeltaSet(ABC):
         """Frees the rows of deltas that nothing refers to any more. The lock is held."""
         while self.ledger.gone:
             self.free(self.ledger.gone.popleft())
-
-
-def _prediction(job: Job, outputs: Sequence[Tensor]) -> Prediction:
-    delta, windows = job.ready.delta, 1
-    if any([encoding.continues for encoding in job.encodings]):
-        windows = len(job.encodings)
-        if not delta.task.per_token:
-            outputs = aggregate(torch.stack(list(outputs)), job.encodings, delta.task).unbind(0)
-    answer = dict(job.ready.task.decode(job.example, job.encodings, outputs))
-    if job.request.logits:
-        logits = [output.tolist() for output in outputs]
-        answer["logits"] = logits[0] if len(logits) == 1 else logits
-    read, cut = (sum(counts) for counts in zip(*((len(one), one.cut) for one in job.encodings), strict=True))
-    return Prediction(delta.name, delta.version, delta.task.kind, answer, job.request.id, read, read + cut, windows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +13,13 @@ import pytest
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.kinds.lora import Lora
+from bertology_serve.serving.batching.scheduler import CallContext
+from bertology_serve.serving.service import Service
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
+from tests.serving.held import Held
 from tests.serving.running import Running, running
+from tests.serving.test_service import with_service
 
 WINDOWS: dict[str, Any] = {"max_length": 14, "stride": 4, "long": "windows"}
 TASKS = {
@@ -95,3 +100,58 @@ def test_a_text_s_windows_count_as_one_item_s_tokens(long):
     reply = long.post("/predict", {"delta": "mood", "text": " ".join([TEXT] * 5)})
     assert reply.status_code == 413
     assert "all windows or choices together; at most 100 are taken" in reply.json()["error"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_windows_of_one_text_run_in_many_batches_and_make_one_answer(pipeline, name):
+    """No batch is larger than it may be, others are served meanwhile, and the item counts as one."""
+    held = Held(pipeline)
+    whole = Request(name, {"text": " ".join([TEXT] * 4)}, logits=True)
+    short = Request("flags" if name == "mood" else "mood", {"text": "the cat"})
+    costs = list[int]()
+    held.run = lambda jobs: (costs.append(sum(job.cost for job in jobs)), Held.run(held, jobs))[1]  # type: ignore[method-assign]
+
+    async def use(service: Service) -> Any:
+        first = asyncio.ensure_future(service.answer(CallContext(), [short]))
+        await asyncio.to_thread(held.busy.wait, 20)
+        calls = [asyncio.ensure_future(service.answer(CallContext(), [one])) for one in (whole, short)]
+        await asyncio.sleep(0.01)
+        waits = service.queue.items
+        held.go.set()
+        await first
+        return waits, [found for call in calls for found in await call]
+
+    (waits, (found, _)), metrics = with_service(held, use, max_batch_tokens=32)
+    (expected,) = pipeline.answer([whole])
+    one, other = found.as_dict(), expected.as_dict()
+    assert one.keys() == other.keys()
+    assert one.get("windows") == other.get("windows")
+    assert one.get("truncated") == other.get("truncated")
+    flat = [np.concatenate([np.ravel(part) for part in answer["logits"]]) for answer in (one, other)]
+    assert flat[0] == pytest.approx(flat[1], abs=1e-5)
+    if expected.windows > 1:
+        assert waits == 1 + -(-expected.windows // 2), "two windows a part"
+        assert max(costs) <= 32
+        assert "the cat" in held.texts[1:4], "it does not wait for all windows"
+    assert f'bertology_items_total{{delta="{name}",outcome="answered"}} 1.0' in metrics
+    cost = float(metrics.split(f'bertology_tokens_total{{delta="{name}"}} ')[1].split()[0])
+    assert cost == expected.tokens_read
+
+
+def test_a_text_one_of_whose_windows_fails_has_no_answer(pipeline, monkeypatch):
+    real, runs = pipeline.run, list[int]()
+
+    def failing(jobs: Any) -> Any:
+        runs.append(len(jobs))
+        if len(runs) == 2:
+            raise ValueError("a fault")
+        return real(jobs)
+
+    monkeypatch.setattr(pipeline, "run", failing)
+
+    async def use(service: Service) -> Any:
+        with pytest.raises(ValueError, match="a fault"):
+            await service.answer(CallContext(), [Request("mood", {"text": " ".join([TEXT] * 4)})])
+
+    _, metrics = with_service(pipeline, use, max_batch_tokens=32)
+    assert 'bertology_items_total{delta="mood",outcome="failed"} 1.0' in metrics
