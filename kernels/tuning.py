@@ -35,6 +35,8 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+FILLED = 132
+"""Programs that fill a GPU: the multiprocessors of an H100 and H200. An A100's 108 and an L40S's 142 are near."""
 FUSED, SPLIT, TORCH = "fused", "split", "torch"
 RANK_TILES = (16, 32, 64)
 FLOP_PER_BYTE = 184
