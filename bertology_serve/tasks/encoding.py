@@ -28,6 +28,7 @@ MOST_WINDOWS = 64  # of a text; training holds them all at once
 _clones: WeakKeyDictionary[PreTrainedTokenizerBase, _Clone] = WeakKeyDictionary()
 _lock = Lock()
 P = TypeVar("P")
+Span = tuple[int, int]
 
 
 class _Clone:
@@ -56,13 +57,14 @@ def encode_text(
     """
     clone = _clone_of(tokenizer)
     found = _encoded(clone.texts, text, pair)
-    keep = None
+    window = _Window()
     if len(found) > max_length:
         parts = _parts(found)
         first, second = parts.count(0), parts.count(1)
         room = max(max_length - (len(parts) - first - second), 0)
         keep = _kept(parts, *_longest_first(first, second, room))
-    return _encoding(found, clone.types, keep, offsets, 0 if keep is None else len(found) - len(keep))
+        window = _Window(keep, cut=len(parts) - len(keep))
+    return _encodings(found, clone.types, [window], *_places(found, offsets))[0]
 
 
 def encode_words(
@@ -88,18 +90,17 @@ def word_windows(
     clone = _clone_of(tokenizer)
     found = _encoded(clone.words, list(words), None)
     owners = [-1 if word is None else word for word in found.word_ids]
-    spans = [
-        _shifted(span, starts[word]) if word >= 0 else (0, 0) for span, word in zip(found.offsets, owners, strict=True)
-    ]
-    windows = _windows(_parts(found), max_length, stride, 0, most)
-    encodings = []
-    for window in windows:
-        words_here = _pick(owners, window.rows)
+    placed = zip(found.offsets, owners, strict=True)
+    spans = [(start + starts[word], end + starts[word]) if word >= 0 else (0, 0) for (start, end), word in placed]
+    parts = _parts(found)
+    windows = _windows(parts, max_length, stride, 0, most)
+    encodings = _encodings(found, clone.types, windows, spans, parts)
+    for number, window in enumerate(windows):
+        answered = _pick(owners, window.rows)
         if len(windows) > 1:
             own = {owners[row] for row in window.own if not row or owners[row] != owners[row - 1]}
-            words_here = tuple(word if word in own else -1 for word in words_here)
-        encoding = window.encoding(found, clone.types, True)
-        encodings.append(replace(encoding, offsets=_pick(spans, window.rows), words=words_here))
+            answered = tuple(word if word in own else -1 for word in answered)
+        encodings[number] = replace(encodings[number], words=answered)
     return encodings
 
 
@@ -126,7 +127,7 @@ def encode_windows(
     parts = _parts(found)
     longer = int(parts.count(1) > parts.count(0)) if of is None else of
     windows = _windows(parts, max_length, stride, longer, most)
-    return [window.encoding(found, clone.types, offsets) for window in windows]
+    return _encodings(found, clone.types, windows, *_places(found, offsets))
 
 
 def encode_long(tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, task: TaskSpec) -> list[Encoding]:
@@ -140,14 +141,10 @@ def encode_long(tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None,
 class _Window:
     """``rows`` of a sequence (None: all), those of them that belong to it, and see ``Encoding``."""
 
-    rows: list[int] | None
-    own: range
+    rows: list[int] | None = None
+    own: range = range(0)
     cut: int = 0
     continues: bool = False
-
-    def encoding(self, found: RustEncoding, types: bool, offsets: bool) -> Encoding:
-        encoding = _encoding(found, types, self.rows, offsets, self.cut)
-        return replace(encoding, continues=self.continues, own=len(self.own))
 
 
 def _windows(parts: Sequence[int], max_length: int, stride: int, of: int, most: int | None) -> list[_Window]:
@@ -235,20 +232,30 @@ def _kept(parts: Sequence[int], first: int, second: int) -> list[int]:
     return keep
 
 
-def _encoding(found: RustEncoding, types: bool, keep: list[int] | None, offsets: bool, cut: int = 0) -> Encoding:
-    ids = _pick(found.ids, keep)
-    return Encoding(
-        ids=ids,
-        types=_pick(found.type_ids, keep) if types else (0,) * len(ids),
-        offsets=_pick(found.offsets, keep) if offsets else (),
-        parts=_pick(_parts(found), keep) if offsets else (),
-        cut=cut,
-    )
+def _encodings(
+    found: RustEncoding, types: bool, windows: Sequence[_Window], spans: Sequence[Span], parts: Sequence[int]
+) -> list[Encoding]:
+    """What each window has of a sequence; spans and parts where there are any."""
+    ids = found.ids
+    kinds = found.type_ids if types else (0,) * len(ids)
+    return [
+        Encoding(
+            ids=_pick(ids, window.rows),
+            types=_pick(kinds, window.rows),
+            offsets=_pick(spans, window.rows) if spans else (),
+            parts=_pick(parts, window.rows) if parts else (),
+            cut=window.cut,
+            continues=window.continues,
+            own=len(window.own),
+        )
+        for window in windows
+    ]
+
+
+def _places(found: RustEncoding, offsets: bool) -> tuple[Sequence[Span], Sequence[int]]:
+    """The character span and the part of each row, where they are asked for."""
+    return (found.offsets, _parts(found)) if offsets else ((), ())
 
 
 def _pick(values: Sequence[P], keep: list[int] | None) -> tuple[P, ...]:
     return tuple(values) if keep is None else tuple(values[row] for row in keep)
-
-
-def _shifted(span: tuple[int, int], by: int) -> tuple[int, int]:
-    return span[0] + by, span[1] + by
