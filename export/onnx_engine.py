@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bertology_serve.deltas.delta import BaseRef, Delta, bare
+from bertology_serve.deltas.format import LATER
 from bertology_serve.encoder.bank import BankEntry, DeltaBank
 from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder
@@ -202,7 +203,8 @@ def _config(directory: Path) -> JsonObject:
 
 def _delta(facts: Mapping[str, str]) -> Delta:
     """What the metadata tell of the delta that was exported."""
-    options = {"pairs": False, "thresholds": (), "abstain": 0.0, **json.loads(facts["task_options"])}  # older exports
+    lacking = {name: getattr(TaskSpec, name) for name in ("pairs", *LATER)}  # in older exports
+    options = lacking | json.loads(facts["task_options"])
     options["thresholds"] = tuple(options["thresholds"])
     task = TaskSpec(
         facts["task"],

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from bertology_serve.errors import DataError
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, Task, TextExample, read_pair
-from bertology_serve.tasks.encoding import encode_text
+from bertology_serve.tasks.encoding import encode_long
 from bertology_serve.tasks.fields import Record, read_score
 from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
@@ -51,7 +51,7 @@ class Embedding(Task[EmbeddingExample, float]):
 
     def encode(self, example: EmbeddingExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
         texts = [example.text] if example.text_pair is None else [example.text, example.text_pair]
-        return [encode_text(tokenizer, text, None, self.spec.max_length) for text in texts]
+        return [one for text in texts for one in encode_long(tokenizer, text, None, self.spec)]
 
     def target(self, example: EmbeddingExample, encodings: Sequence[Encoding]) -> float:
         return float(example.score or 0.0)
