@@ -86,7 +86,7 @@ def evaluate(
     if as_json:
         facts: dict[str, Any] = {"delta": loaded.name, "version": loaded.version, "task": loaded.task.kind}
         facts |= {"rows": len(records), "truncated": found.truncated, "metrics": metrics, "seconds": round(seconds, 3)}
-        facts["interval"] = {"metric": found.task.main_metric, **plain(found.interval)}
+        facts["interval"] = {"metric": found.metric, **plain(found.interval)}
         facts["classes"] = [plain(one) for one in found.classes]
         if found.calibration:
             facts["calibration"] = plain(found.calibration)
@@ -94,7 +94,7 @@ def evaluate(
         facts |= {"slices": [plain(one) for one in slices]} if by else {}
         facts |= {"against": plain(compared)} if compared else {}
         return print(json.dumps(facts | {"advice": advice(found, gains)}))
-    main = found.task.main_metric
+    main = found.metric
     rows = [(name, f"{value:.4f}", _span(found.interval) if name == main else "") for name, value in metrics.items()]
     if found.calibration:
         rows.append(("calibration error", f"{found.calibration.value:.4f}", _span(found.calibration)))
@@ -157,7 +157,7 @@ def show_classes(found: Evaluation) -> None:
 def show_comparison(found: Evaluation, compared: Comparison, other: str) -> None:
     """The difference, whether it is one, and some of what flipped."""
     rows = [
-        (f"{found.task.main_metric} above it", compared.gain.points),
+        (f"{found.metric} above it", compared.gain.points),
         ("effect size", f"{compared.effect:+.3f}"),
         ("only this is right", f"{len(compared.fixed):,}"),
         ("only that is right", f"{len(compared.broken):,}"),

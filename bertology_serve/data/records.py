@@ -25,8 +25,11 @@ FIELDS = (
     "answers",
     "premise",
     "choices",
+    "negative",
+    "negatives",
+    "scores",
 )
-ALIASES = {"text": "text_a", "text_pair": "text_b"}
+ALIASES = {"text": ("text_a", "anchor"), "text_pair": ("text_b", "positive")}
 READERS = {
     ".jsonl": formats.read_jsonl,
     ".ndjson": formats.read_jsonl,
@@ -161,7 +164,7 @@ def _record(fields: Fields, where: str, columns: Mapping[str, str], required: bo
     if required and lost is not None:
         column = columns[lost]
         raise DataError(f"{where}: no column {column!r} for {lost!r}; {nearest(column, map(str, fields))}")
-    gone = {*found.values(), *(ALIASES[field] for field in found if field in ALIASES)}
+    gone = {*found.values(), *(alias for field in found for alias in ALIASES.get(field, ()))}
     kept = {name: value for name, value in fields.items() if name not in gone}
     named = {**kept, **{field: fields[name] for field, name in found.items()}}
     return Record(formats.decode_lists(named, where), where)

@@ -81,7 +81,7 @@ def _task_record(task: TaskSpec) -> dict[str, object]:
     return {name: value for name, value in asdict(task).items() if name not in LATER or value}
 
 
-LATER = ("thresholds", "abstain")
+LATER = ("thresholds", "abstain", "dimensions")
 
 # A list of numbers on lines of its own, which then goes on one line. Strings hold no line breaks in JSON.
 _LIST_OF_NUMBERS = re.compile(r"(?<=\[)\n(?:\s*-?[\d.e+-]+,?\n)+\s*(?=\])")

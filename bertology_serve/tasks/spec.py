@@ -44,7 +44,8 @@ class TaskSpec:
     tokens of question-answering windows, ``max_answer_length`` the longest answer in tokens, ``normalize`` scales
     embeddings to unit length. Without ``token_types`` question and context are of one type, as deltas from peft's
     question answering have it. With ``pairs`` a classification or regression was trained on pairs of texts alone, and
-    refuses a single one; without it takes both.
+    refuses a single one; without it takes both. ``dimensions`` are widths that embeddings were trained to be cut to
+    (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147).
     """
 
     kind: str
@@ -59,6 +60,7 @@ class TaskSpec:
     pairs: bool = False
     thresholds: tuple[float, ...] = ()
     abstain: float = 0.0
+    dimensions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in TASK_KINDS:
@@ -83,6 +85,11 @@ class TaskSpec:
             raise SpecError("thresholds and abstain are probabilities; expected numbers from 0 to 1")
         if self.abstain and self.kind != CLASSIFICATION:
             raise SpecError(f"abstain does not fit {self.kind}; only classification may name no label")
+
+        if self.dimensions and self.kind != EMBEDDING:
+            raise SpecError(f"dimensions do not fit {self.kind}; only embeddings can be cut")
+        if len(set(self.dimensions)) != len(self.dimensions) or min(self.dimensions, default=1) < 1:
+            raise SpecError(f"dimensions are {self.dimensions}; expected widths from 1 up, each once")
 
     @property
     def outputs(self) -> int:

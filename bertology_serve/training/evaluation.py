@@ -68,6 +68,11 @@ class Evaluation:
     records: Sequence[tuple[Mapping[str, Any], str]]
 
     @property
+    def metric(self) -> str:
+        """The main metric's name."""
+        return next(iter(self.metrics))
+
+    @property
     def parts(self) -> Floats:
         """[N, 2]: what each answer brings to the main metric."""
         return self.task.parts(self.answers, self.examples)
@@ -85,7 +90,7 @@ class Evaluation:
 
     def against(self, other: Evaluation) -> Comparison:
         """This beside an earlier or another delta. Raises SpecError where both do not answer the same."""
-        if other.task.main_metric != self.task.main_metric or len(other.examples) != len(self.examples):
+        if other.metric != self.metric or len(other.examples) != len(self.examples):
             raise SpecError(f"{other.task.kind} cannot be compared with {self.task.kind}; give deltas of one task")
         mine, theirs = (one.task.quality(one.answers, one.examples) for one in (self, other))
         fixed, broken = (np.flatnonzero((a == 1) & (b != 1)) for a, b in ((mine, theirs), (theirs, mine)))

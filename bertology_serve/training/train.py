@@ -17,9 +17,10 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta, nested
 from bertology_serve.kinds import kinds
 from bertology_serve.tasks.base import Task, all_pairs
+from bertology_serve.tasks.embedding import loss_of
 from bertology_serve.tasks.fields import holds_several
-from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, TaskSpec
+from bertology_serve.tasks.registry import task_for, task_named
+from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, MULTI_LABEL, TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
 from bertology_serve.training.calibration import settled
@@ -84,7 +85,7 @@ def prepare(
     live, task = make_live(encoder, config, spec), task_for(spec)
     items = make_items(task, train.records, encoder.tokenizer)
     start_at_mean(live, items)
-    items = shaped(task, items, config.balance, config.label_smoothing)
+    items = shaped(task, items, config)
     others = [make_items(task, source.records, encoder.tokenizer) if source else [] for source in (dev, ood)]
     return Prepared(live, task, items, *others)
 
@@ -271,7 +272,11 @@ def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
 
 
 def for_data(config: TrainConfig, train: Source) -> TrainConfig:
-    """The configuration for multi-label where a classification's labels are lists."""
+    """The configuration for multi-label where a classification's labels are lists; with the loss of embeddings that
+    the first record calls for."""
+    if config.task == EMBEDDING and config.loss == "auto":
+        example = task_named(EMBEDDING)(config.form).example(*train.records[0], labelled=True)
+        return replace(config, loss=loss_of(example))
     several = config.task == CLASSIFICATION and holds_several(train.records)
     return replace(config, task=MULTI_LABEL) if several else config
 
@@ -285,7 +290,8 @@ def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
         )
         parts.append(f"pooling {chosen.pooling} ({'as given' if config.pooling else why})")
     form = "hf, at random" if chosen.form.head == "hf" else chosen.form.head
-    parts += [f"head {form}", *(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
+    parts += [f"loss {chosen.loss}"] if chosen.task == EMBEDDING else [f"head {form}"]
+    parts += [*(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
     if not config.recipe:
         parts.append(f"{chosen.passes(rows)} epochs" + ("" if config.epochs else f", for {rows:,} rows"))
     return "; ".join(parts)

@@ -133,6 +133,14 @@ class TrainConfig:
     keep: Literal["best", "last"] = _option("best", "Which state is saved where there is evaluation data.")
     save_every: int = _option(200, "Steps between checkpoints; one is written after each evaluation too.")
     gradient_steps: int = _option(0, "First steps whose gradient's length is logged for every layer.")
+    loss: Literal["auto", "cosent", "mnrl", "mnrl-symmetric", "margin-mse", "distill"] = _option(
+        "auto",
+        "embedding: cosent (scored pairs), mnrl (pairs, with hard negatives or without; -symmetric: both ways), "
+        "margin-mse or distill (a teacher's scores). auto: as the records are.",
+    )
+    matryoshka: tuple[int, ...] = _option(
+        (), "embedding: widths at which vectors can be cut, with commas (384,256,128,64); the loss is summed over them."
+    )
     options: Mapping[str, Values] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -152,6 +160,9 @@ class TrainConfig:
         _check_number("label_smoothing", self.label_smoothing, 0, most=0.99)
         if (self.balance or self.label_smoothing) and self.task not in LABEL_KINDS:
             raise SpecError(f"balance and label_smoothing are for {' and '.join(LABEL_KINDS)}, not {self.task}")
+        object.__setattr__(self, "matryoshka", tuple(self.matryoshka))
+        if self.loss != "auto" and self.task != EMBEDDING:
+            raise SpecError(f"loss {self.loss} is for {EMBEDDING}, not {self.task}; leave it out")
         _check_number("beta2", self.beta2, 0, most=1)
         object.__setattr__(self, "budget", str(self.budget))
         read_budget(self.budget)
@@ -216,11 +227,17 @@ class TrainConfig:
             stride=TaskSpec.stride if self.stride is None else self.stride,
             max_answer_length=self.max_answer_length or TaskSpec.max_answer_length,
             abstain=self.abstain,
+            dimensions=tuple(self.matryoshka),
         )
 
     def as_dict(self) -> JsonObject:
         """Ready for JSON."""
-        return {**asdict(self), "method": list(self.method), "labels": list(self.labels)}
+        return {
+            **asdict(self),
+            "method": list(self.method),
+            "labels": list(self.labels),
+            "matryoshka": list(self.matryoshka),
+        }
 
     @classmethod
     def from_dict(cls, values: Values) -> TrainConfig:
@@ -242,6 +259,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "keep": ("best", "last"),
     "start": ("probe", "random"),
     "lp_layers": ("last", "all"),
+    "loss": ("auto", "cosent", "mnrl", "mnrl-symmetric", "margin-mse", "distill"),
 }
 _LEAST: Mapping[str, float] = {
     "epochs": 1, "first_epochs": 1, "max_steps": 1, "batch_size": 1, "max_tokens": 1, "weight_decay": 0,
