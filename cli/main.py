@@ -23,6 +23,7 @@ COMMANDS = {
     "train-fleet": "Train many deltas at once over one frozen encoder.",
     "compress": "Write a fully tuned model as a small delta.",
     "reproduce": "Run a grid of trainings; its table.",
+    "mine-negatives": "Find hard negatives for pairs of texts.",
     "convert": "Read adapters of other libraries, and write AdapterHub's.",
     "evaluate": "Measure a delta on labelled records.",
     "predict": "Answer a file of records, for many deltas at once.",

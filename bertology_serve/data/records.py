@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from bertology_serve.data import formats, set_files
+from bertology_serve.data import formats, retrieval, set_files
 from bertology_serve.data.formats import Fields, Row
 from bertology_serve.errors import DataError, NotFound, SpecError, nearest
 from bertology_serve.tasks.base import Example, Task
@@ -60,7 +60,8 @@ def read_records(
     hub data set, or of what is in memory: an iterable of mappings, a pandas DataFrame, a ``datasets.Dataset``.
 
     A hub data set is written ``hub:NAME[:CONFIG][:SPLIT]``, a well-known one ``set:NAME:SPLIT`` (see ``set_files``);
-    ``.conll`` files hold a word and its tag a line. ``columns`` maps a field to the column that holds it:
+    ``.conll`` files hold a word and its tag a line; a folder with ``corpus.jsonl`` is a retrieval set (see
+    ``retrieval``). ``columns`` maps a field to the column that holds it:
     ``{"text": "sentence"}``, or to several with ``|`` between: ``{"label": "toxic|insult"}``. Where none are given
     those ``remembered`` by a delta count, each in records that have it.
     Cells of CSV and TSV are texts, but lists (``tokens``, ``tags``, ``choices``, ``answers``) are written as JSON, and
@@ -133,6 +134,9 @@ def _listed_rows(rows: Iterable[object]) -> Iterable[Row]:
 
 
 def _named_rows(path: str | Path) -> Iterable[Row]:
+    searched = retrieval.find_set(str(path))
+    if searched is not None:
+        return retrieval.read_set(*searched)
     if str(path).startswith(set_files.HUB_PREFIX):
         return set_files.read(str(path))
     return (
