@@ -55,7 +55,7 @@ class Theirs:
         self.model.add_adapter(LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"]))
         self.loss = MultipleNegativesRankingLoss(self.model)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, weight_decay=config.optim.weight_decay)
         self.config, self.steps, self.step = config, steps, 0
 
     def value(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
@@ -67,10 +67,10 @@ class Theirs:
         """One step."""
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = RATE * factor(self.step, self.steps, self.config.warmup, self.config.schedule)
+            group["lr"] = RATE * factor(self.step, self.steps, self.config.optim.warmup, self.config.optim.schedule)
         loss = self.value(pairs)
         loss.backward()
-        clip_grad_norm_(self.parameters, self.config.clip)
+        clip_grad_norm_(self.parameters, self.config.optim.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -89,7 +89,7 @@ class Theirs:
 
 def run(encoder: Encoder, path: str, train: Source, dev: Source, steps: int, batch: int, seed: int) -> dict[str, float]:
     """One seed of both sides."""
-    config = TrainConfig(
+    config = TrainConfig.of(
         "embedding", batch_size=batch, max_steps=steps, seed=seed, learning_rate=RATE, keep="last", epochs=1
     )
     started = time.process_time()
@@ -97,7 +97,7 @@ def run(encoder: Encoder, path: str, train: Source, dev: Source, steps: int, bat
     share = steps * batch / len(train.records)  # of what was tokenised, what is trained on
     ours = (time.process_time() - started) * share
     trainer, theirs = Trainer(made.live, made.task, made.items, config), Theirs(path, seed, 128, config, steps)
-    before = measure(made.live, made.task, made.dev, config.max_tokens)["spearman"]
+    before = measure(made.live, made.task, made.dev, config.machine.max_tokens)["spearman"]
     trainer.live.train()
     other, first = 0.0, 0.0
     for step in range(steps):
@@ -120,7 +120,7 @@ def run(encoder: Encoder, path: str, train: Source, dev: Source, steps: int, bat
         "seed": seed,
         "first_loss": first,
         "before": before,
-        "ours": measure(made.live, made.task, made.dev, config.max_tokens)["spearman"],
+        "ours": measure(made.live, made.task, made.dev, config.machine.max_tokens)["spearman"],
         "theirs": theirs.spearman(dev.records),
         "our_seconds_a_step": ours / steps,
         "their_seconds_a_step": other / steps,

@@ -34,6 +34,9 @@ def evaluate(
     ] = None,
     against: Annotated[Path | None, typer.Option(help="Another delta or version, on the same records.")] = None,
     by: Annotated[str | None, typer.Option(help="A column: the metrics for each of its values.")] = None,
+    query: Annotated[
+        str | None, typer.Option(help="A column that says whose candidates records are: nDCG@10 and the like.")
+    ] = None,
     errors: Annotated[Path | None, typer.Option(help="JSON lines of what went wrong, the worst first.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON lines of every record with its answer.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for confusion.png and reliability.png.")] = None,
@@ -77,6 +80,7 @@ def evaluate(
         other, base = open_delta(against, backbone, where)
         compared = found.against(_run(other, encoder if other.base == loaded.base else base, records, max_tokens))
     slices = found.slices(by) if by else []
+    ranking = found.ranking(query) if query else {}
     _write(errors, found.errors() if errors else ())
     _write(output, (found.row(number) for number in range(len(found.answers))) if output else ())
     if plots:
@@ -92,6 +96,7 @@ def evaluate(
             facts["calibration"] = plain(found.calibration)
         facts["baselines"] = {name: {"value": beside[name], "gain": plain(gain)} for name, gain in gains.items()}
         facts |= {"slices": [plain(one) for one in slices]} if by else {}
+        facts |= {"ranking": ranking} if query else {}
         facts |= {"against": plain(compared)} if compared else {}
         return print(json.dumps(facts | {"advice": advice(found, gains)}))
     main = found.metric
@@ -107,6 +112,8 @@ def evaluate(
     if by:
         parts = [(one.value, one.rows, one.interval.value, _span(one.interval)) for one in slices]
         table(f"by {by}", [by, "records", main, "95 %"], parts, stderr=False)
+    if query:
+        table(f"candidates of each {query}", ["metric", "value"], list(ranking.items()), stderr=False)
     if compared:
         show_comparison(found, compared, str(against))
     note(advice(found, gains))

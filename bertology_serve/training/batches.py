@@ -59,9 +59,9 @@ def make_items(task: Task, records: Iterable[tuple[Fields, str]], tokenizer: Pre
 def shaped(task: Task, items: list[Item], config: TrainConfig) -> list[Item]:
     """Training items with what the configuration adds to their targets: class weights and label smoothing, a loss."""
     if isinstance(task, Embedding):
-        targets: Sequence[object] = task.aimed([item.example for item in items], config.loss)
-    elif isinstance(task, LabelTask) and (config.balance or config.label_smoothing):
-        targets = task.shaped([item.target for item in items], config.balance, config.label_smoothing)
+        targets: Sequence[object] = task.aimed([item.example for item in items], config.optim.loss)
+    elif isinstance(task, LabelTask) and (config.optim.balance or config.optim.label_smoothing):
+        targets = task.shaped([item.target for item in items], config.optim.balance, config.optim.label_smoothing)
     else:
         return items
     return [replace(item, target=target) for item, target in zip(items, targets, strict=True)]

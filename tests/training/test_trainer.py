@@ -27,7 +27,7 @@ REACHED = {"embedding": 0.75}  # the most that scores of two values allow
 
 def ready(encoder: Encoder, task: str, **values: Any) -> tuple[TrainConfig, Prepared]:
     defaults = {"max_length": sets.LENGTHS.get(task, 32), "batch_size": 5, "start": "random"}
-    config = TrainConfig(task, **{**defaults, "head_learning_rate": values.get("learning_rate"), **values})
+    config = TrainConfig.of(task, **{**defaults, "head_learning_rate": values.get("learning_rate"), **values})
     return config, prepare(config, encoder, sets.source(task), sets.source(task, "dev.jsonl"))
 
 
@@ -247,13 +247,34 @@ def test_dropout_of_the_trunk_is_a_choice(bert: Encoder):
 
 
 def test_nothing_to_train_is_refused(bert: Encoder):
-    config = TrainConfig("embedding", "probe", max_length=32)
+    config = TrainConfig.of("embedding", "probe", max_length=32)
     with pytest.raises(SpecError, match="trains nothing for embedding, which has no head"):
         make_live(bert, config, config.task_spec(()))
 
 
+def test_widths_beyond_the_encoder_are_refused(bert: Encoder):
+    config = TrainConfig.of("embedding", max_length=32, matryoshka=(8, 999))
+    with pytest.raises(SpecError, match=r"matryoshka is 8,999; the embeddings of .* have \d+ numbers"):
+        make_live(bert, config, config.task_spec(()))
+
+
+def test_what_embeddings_begin_with_is_kept_where_nothing_is_better(bert: Encoder):
+    """A rate that ruins the encoder: the start counts as an evaluation, and is what is kept."""
+    one = trainer(bert, "embedding", method="lora", learning_rate=5.0, epochs=2)
+    lines: list[dict[str, Any]] = []
+    one._log = lines.append  # type: ignore[assignment,method-assign]
+    one.run()
+    evals = [line for line in lines if "eval" in line]
+    assert [line["step"] for line in evals] == [0, one.total // 2, one.total]
+    assert (one.state.best_step, one.state.metrics) == (0, evals[0]["eval"])
+    assert all(not tensor.any() for name, tensor in one.parameters.items() if "lora_B" in name or name.endswith("B"))
+    last = trainer(bert, "embedding", method="lora", keep="last", epochs=1)
+    last.run()
+    assert last.state.best_step == last.total
+
+
 def test_max_length_beyond_the_encoder_is_refused(bert: Encoder):
-    config = TrainConfig("regression", max_length=65)
+    config = TrainConfig.of("regression", max_length=65)
     with pytest.raises(LimitError, match=r"max_length is 65, but .* reads at most 64 tokens"):
         make_live(bert, config, config.task_spec(()))
 

@@ -85,7 +85,7 @@ class Shelf:
     def start(self, plan: Sequence[Stage], ready: Prepared, folder: Path) -> Start:
         """What training by ``plan`` begins with; features lie in ``folder`` meanwhile."""
         first = plan[0].config if len(plan) > 1 else None
-        solving = first and (first.lp_path, first.seed, first.max_tokens)
+        solving = first and (first.plan.lp_path, first.optim.seed, first.machine.max_tokens)
         key = id(ready.items), id(ready.dev), ready.task.spec, solving
         if key not in self.starts:
             own = ready.task, ready.items
