@@ -27,7 +27,7 @@ COMMANDS = {
     "evaluate": "Measure a delta on labelled records.",
     "predict": "Answer a file of records, for many deltas at once.",
     "serve": "Answer over HTTP.",
-    "export": "Write a delta and its encoder as ONNX, compared with torch.",
+    "export": "Write delta and encoder as ONNX, compared with torch.",
     "analyze": "See what heads, layers and deltas do.",
     "inspect": "Show and validate a delta.",
     "push": "Upload a delta to the HuggingFace hub.",

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from bertology_serve.cli.common import note, note_next, progress
 from bertology_serve.cli.options import options
 from bertology_serve.cli.train import read_columns
 from bertology_serve.errors import DataError, InputError, SpecError
-from bertology_serve.training.negatives import Mining, Vectors, mine
+from bertology_serve.training.negatives import Mining, mine
+
+if TYPE_CHECKING:
+    from bertology_serve.training.negatives import Vectors
 
 
 @options(Mining)
@@ -38,6 +40,8 @@ def mine_negatives(
         raise InputError(f"{output} exists; choose another --output")
     if (backbone is None) == (delta is None):
         raise SpecError("give --backbone, to search by an encoder, or --delta, whose encoder is the one that it names")
+
+    import numpy as np
 
     from bertology_serve.data.records import read_records
     from bertology_serve.encoder.encoder import Encoder

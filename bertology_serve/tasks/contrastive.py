@@ -92,7 +92,7 @@ def margin_mse(rows: Tensor, targets: Sequence[Target]) -> Tensor:
     has it.
     """
     batch = Batch(rows, targets)
-    margins = [part[0] - part[1:] for part in (SHARPNESS * batch.own()).split(batch.counts)]
+    margins = [part[0] - part[1:] for part in torch.split(SHARPNESS * batch.own(), batch.counts)]
     gold = [target.scores[0] - score for target in targets for score in target.scores[1:]]
     found = torch.cat(margins)
     return F.mse_loss(found, found.new_tensor(gold))
@@ -104,7 +104,7 @@ def distill(rows: Tensor, targets: Sequence[Target]) -> Tensor:
     """
     batch = Batch(rows, targets)
     own, losses = batch.own(), []
-    for part, target in zip(own.split(batch.counts), targets, strict=True):
+    for part, target in zip(torch.split(own, batch.counts), targets, strict=True):
         if target.scores:
             gold = F.softmax(part.new_tensor(target.scores), 0)
             losses.append(F.kl_div(F.log_softmax(SHARPNESS * part, 0), gold, reduction="sum"))

@@ -120,10 +120,10 @@ def of_ranking(grades: Floats) -> dict[str, float]:
     """
     gains, relevant = np.maximum(grades, 0.0), grades > 0
     discount = 1 / np.log2(np.arange(2, 12))[: len(grades)]
-    best = np.sort(gains)[::-1][:10] @ discount
+    best = float(np.sort(gains)[::-1][:10] @ discount)
     places = np.flatnonzero(relevant) + 1
     return {
-        "ndcg@10": ratio(gains[:10] @ discount, best),
+        "ndcg@10": ratio(float(gains[:10] @ discount), best),
         "mrr@10": float(1 / places[0]) if len(places) and places[0] <= 10 else 0.0,
         "map": float(np.mean(np.arange(1, len(places) + 1) / places)) if len(places) else 0.0,
         **{f"recall@{k}": ratio(relevant[:k].sum(), relevant.sum()) for k in (1, 10, 100)},

@@ -1,49 +1,45 @@
 """Hard negatives: for each text of a pair the nearest others, of all that belongs to some text of the set or a corpus.
 
-As sentence-transformers' ``mine_hard_negatives`` finds them. Imports no torch.
+As sentence-transformers' ``mine_hard_negatives`` finds them. Imports no torch until it is at work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from bertology_serve.config_fields import check_fields, option
 from bertology_serve.errors import SpecError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from bertology_serve.tasks.embedding import EmbeddingExample
 
+    Vectors = NDArray[np.float32]
+
 ROWS = 256
-Vectors = NDArray[np.float32]
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Mining:
     """Which texts are taken for negatives, by the cosine with the anchor and with what is known to belong to it."""
 
-    negatives: int = _option(3, "Negatives for each pair.")
-    range_min: int = _option(0, "Pass over so many of the nearest: they may belong to the text after all.")
-    range_max: int = _option(100, "Look no further than so many of the nearest.")
-    margin: float | None = _option(None, "A negative's cosine is at least so much below the positive's.")
-    relative_margin: float | None = _option(None, "The same as a share of the positive's: 0.05 for at most 95 % of it.")
-    max_score: float | None = _option(None, "Highest cosine of a negative.")
-    sampling: Literal["top", "random"] = _option("top", "Of those that are left: the nearest, or any.")
-    seed: int = _option(0, "Decides what is drawn at random.")
+    negatives: int = option(3, "Negatives for each pair.", least=1)
+    range_min: int = option(0, "Pass over so many of the nearest: they may belong to the text after all.", least=0)
+    range_max: int = option(100, "Look no further than so many of the nearest.")
+    margin: float | None = option(None, "A negative's cosine is at least so much below the positive's.")
+    relative_margin: float | None = option(None, "The same as a share of the positive's: 0.05 for at most 95 % of it.")
+    max_score: float | None = option(None, "Highest cosine of a negative.")
+    sampling: Literal["top", "random"] = option("top", "Of those that are left: the nearest, or any.")
+    seed: int = option(0, "Decides what is drawn at random.")
 
     def __post_init__(self) -> None:
-        if self.negatives < 1 or not 0 <= self.range_min < self.range_max:
-            raise SpecError(
-                f"negatives is {self.negatives}, range_min {self.range_min} and range_max {self.range_max}; expected "
-                "at least one negative, and a range of ranks that holds some"
-            )
+        check_fields(self)
+        if self.range_min >= self.range_max:
+            raise SpecError(f"ranks from {self.range_min} to {self.range_max} are none; raise range_max")
 
 
 def mine(
@@ -57,6 +53,8 @@ def mine(
     ``embed`` gives the texts' vectors [N, H] of unit length. ``corpus`` holds further texts to find negatives among.
     What belongs to the same text in any pair is none of its negatives.
     """
+    import numpy as np
+
     documents = list(dict.fromkeys([*(str(one.text_pair) for one in examples), *corpus]))
     anchors = list(dict.fromkeys(one.text for one in examples))
     places = {text: place for place, text in enumerate(documents)}
@@ -78,6 +76,8 @@ def _chosen(
     cosines: Vectors, own: set[int], positive: int, settings: Mining, generator: np.random.Generator
 ) -> list[int]:
     """The places of the negatives."""
+    import numpy as np
+
     count = min(len(cosines), settings.range_max + len(own))
     nearest = np.argpartition(-cosines, count - 1)[:count]
     ranked = [int(i) for i in nearest[np.argsort(-cosines[nearest], kind="stable")] if int(i) not in own]

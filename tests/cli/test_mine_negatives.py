@@ -56,7 +56,7 @@ def test_nothing_is_written_over_or_without_pairs(made, tmp_path, capsys):
     for more, message in (
         ((*encoder, "--output", str(there)), "there.jsonl exists; choose another --output"),
         (("--output", str(tmp_path / "x")), "give --backbone, to search by an encoder, or --delta"),
-        ((*encoder, "--output", str(tmp_path / "x"), "--range-max", "0"), "a range of ranks that holds some"),
+        ((*encoder, "--output", str(tmp_path / "x"), "--range-max", "0"), "ranks from 0 to 0 are none"),
         ((*encoder, "--output", str(tmp_path / "x"), "--columns", "text=text", "--input", lone), "lone.jsonl:1: field"),
     ):
         assert main(command(made, *more)) == 2

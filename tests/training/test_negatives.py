@@ -48,7 +48,15 @@ def test_random_ones_are_drawn_from_the_same_and_repeat():
     assert {tuple(mined(negatives=2, sampling="random", seed=seed)[0]) for seed in range(9)} - {("n1", "n2")}
 
 
-@pytest.mark.parametrize("values", [{"negatives": 0}, {"range_min": 100}, {"range_min": -1}])
-def test_bad_settings(values):
-    with pytest.raises(SpecError, match="expected at least one negative, and a range of ranks that holds some"):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"negatives": 0}, "negatives is 0; expected a number from 1 up"),
+        ({"range_min": -1}, "range_min is -1; expected a number from 0 up"),
+        ({"range_min": 100}, "ranks from 100 to 100 are none; raise range_max"),
+        ({"sampling": "any"}, "unknown sampling 'any'"),
+    ],
+)
+def test_bad_settings(values, message):
+    with pytest.raises(SpecError, match=message):
         Mining(**values)
