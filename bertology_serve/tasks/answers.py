@@ -53,6 +53,7 @@ class Answer(Struct, frozen=True, omit_defaults=True):
     choice: int | None = None
     embedding: tuple[float, ...] | None = None
     embedding_pair: tuple[float, ...] | None = None
+    embedding_negatives: tuple[tuple[float, ...], ...] | None = None
     similarity: float | None = None
     logits: Annotated[Logits | None, Meta(description="The head's raw output, where it was asked for.")] = None
     truncated: Annotated[bool, Meta(description="The text was cut to the delta's maximum length.")] = False

@@ -48,8 +48,9 @@ class TaskSpec:
     row), ``mlp`` (EH-FT's: a hidden layer of 2,048 between) or ``none`` (embeddings). ``max_answer_length`` is the
     longest answer in tokens, ``normalize`` scales embeddings to unit length. Without ``token_types`` question and
     context are of one type, as deltas from peft's question answering have it. With ``pairs`` a classification or
-    regression was trained on pairs of texts alone, and refuses a single one; without it takes both. Raises SpecError for values that make no
-    sense.
+    regression was trained on pairs of texts alone, and refuses a single one; without it takes both. ``dimensions``
+    are widths that embeddings were trained to be cut to (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147). Raises
+    SpecError for values that make no sense.
 
     Texts beyond ``max_length`` are cut at their end or, where ``long`` is ``windows``, read in windows of that length
     with ``stride`` tokens of overlap, as question answering always reads its context. ``aggregate`` says what becomes
@@ -71,6 +72,7 @@ class TaskSpec:
     abstain: float = 0.0
     long: str = "cut"
     aggregate: str = "mean"
+    dimensions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in TASK_KINDS:
@@ -100,6 +102,10 @@ class TaskSpec:
             raise SpecError(f"max_length is {self.max_length}; windows need at least {LEAST_WINDOW} tokens")
         if self.aggregate != "mean" and (self.long == "cut" or self.per_token):
             raise SpecError(f"aggregate {self.aggregate!r} is for windows of a text that has one answer; leave it out")
+        if self.dimensions and self.kind != EMBEDDING:
+            raise SpecError(f"dimensions do not fit {self.kind}; only embeddings can be cut")
+        if len(set(self.dimensions)) != len(self.dimensions) or min(self.dimensions, default=1) < 1:
+            raise SpecError(f"dimensions are {self.dimensions}; expected widths from 1 up, each once")
 
     @property
     def reads_windows(self) -> bool:

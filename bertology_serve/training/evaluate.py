@@ -65,7 +65,8 @@ def measure(
         out, outputs = run(live, group)
         for item, own in zip(group, outputs, strict=True):
             answers[numbers[id(item)]] = task.decode(item.example, item.encodings, own)
-        loss += float(task.loss(out, _lengths(group), [item.target for item in group]))
+        if task.kind not in WHOLE_BATCH:
+            loss += float(task.loss(out, _lengths(group), [item.target for item in group]))
     parts = processes.gathered((answers, loss))
     found = {number: answer for own, _ in parts for number, answer in own.items()}
     metrics = task.metrics([found[number] for number in range(len(items))], [item.example for item in items])

@@ -73,6 +73,9 @@ class FormConfig:
     stride: int | None = option(
         None, "Overlap of windows in tokens. Default: 64 for question answering, else a quarter of theirs.", least=0
     )
+    matryoshka: tuple[int, ...] = option(
+        (), "embedding: widths at which vectors can be cut, with commas (384,256,128,64); the loss is summed over them."
+    )
     max_answer_length: int | None = option(None, "Longest answer in tokens (question answering). Default: 30.", least=1)
     calibrate: bool = option(
         True, "Fit a temperature on --eval and put it into the head: scores then say how often answers are right."
@@ -82,6 +85,7 @@ class FormConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         labels = (read_label(label, "the configuration", f"labels[{i}]") for i, label in enumerate(self.labels))
+        object.__setattr__(self, "matryoshka", tuple(self.matryoshka))
         object.__setattr__(self, "labels", tuple(labels))  # as the data's own are read: 1 is "1"
 
 
@@ -142,6 +146,11 @@ class OptimConfig:
     epsilon: float = option(1e-8, "AdamW's epsilon.", least=0)
     clip: float = option(1.0, "Longest gradient; 0: no clipping.", least=0)
     seed: int = option(0, "Decides the first weights, the order of examples and dropout.", least=0)
+    loss: Literal["auto", "cosent", "mnrl", "mnrl-symmetric", "margin-mse", "distill"] = option(
+        "auto",
+        "embedding: cosent (scored pairs), mnrl (pairs, with hard negatives or without; -symmetric: both ways), "
+        "margin-mse or distill (a teacher's scores). auto: as the records are.",
+    )
     balance: bool = option(
         False, "Weigh examples so that every label counts alike, however rare it is (classification, multi-label)."
     )
@@ -227,6 +236,8 @@ class TrainConfig:
         _check_recipe(self)
         if (self.optim.balance or self.optim.label_smoothing) and self.task not in LABEL_KINDS:
             raise SpecError(f"balance and label_smoothing are for {' and '.join(LABEL_KINDS)}, not {self.task}")
+        if self.optim.loss != "auto" and self.task != EMBEDDING:
+            raise SpecError(f"loss {self.optim.loss} is for {EMBEDDING}, not {self.task}; leave it out")
         for name in self.options:
             if name not in self.method:
                 raise SpecError(f"options of {name!r} were given, but the method is {','.join(self.method)}")
@@ -303,6 +314,7 @@ class TrainConfig:
             abstain=self.form.abstain,
             long=self.form.long,
             aggregate=self.form.aggregate,
+            dimensions=self.form.matryoshka,
         )
 
 
