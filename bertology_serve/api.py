@@ -20,13 +20,13 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.kinds.kinds import kind_of
 from bertology_serve.training.auto import Forwarded, train_auto
 from bertology_serve.training.batches import Source
-from bertology_serve.training.callbacks import Callback, CallbackList
 from bertology_serve.training.evaluate import evaluate as measured
 from bertology_serve.training.evaluation import Evaluation
 from bertology_serve.training.method_options import AUTO, SPECS
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import train as run
 from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.trainer import Callback, CallbackList
 
 Method = str | Any
 
@@ -65,13 +65,13 @@ def train(
     field: ``{"text": "sentence"}``. ``method`` is a spec, such as ``Lora(rank=8)``, ``Probe()`` or ``Full()``, the name
     of a method, or several kinds of delta; ``"auto"`` tries several within ``budget`` (``"10m"``, or passes over the
     data) and keeps the best. With ``out`` the delta is kept in that directory, else only in memory, as ``name``:
-    ``delta.save(path)`` writes it. ``settings`` are fields of ``TrainConfig``: ``epochs=5``. The encoder is left as it
-    was.
+    ``delta.save(path)`` writes it. ``settings`` are those of ``TrainConfig.of``: ``epochs=5``. The encoder is left as
+    it was.
 
     Raises DataError naming file and row, SpecError for settings that do not fit, InputError where something is in the
     way at ``out``, LimitError for sequences that the encoder cannot read.
     """
-    config = TrainConfig.from_dict({"task": task, **_method(method), **settings})
+    config = TrainConfig.of(task, **_method(method), **settings)
     source, dev, other = (None if one is None else Source.read(one, columns) for one in (data, eval, ood))
     assert source is not None
     with nullcontext() if out is not None else tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ import csv
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -29,7 +29,6 @@ from bertology_serve.kinds import kinds
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.training.baselines import PROBE
 from bertology_serve.training.batches import Data, Source
-from bertology_serve.training.callbacks import Callback, Line
 from bertology_serve.training.config_file import settings_text
 from bertology_serve.training.evaluate import measure
 from bertology_serve.training.fleet.fleet import Fleet
@@ -41,7 +40,8 @@ from bertology_serve.training.methods import count_parameters, specs_for
 from bertology_serve.training.run_directory import CONFIG, Destination, identity
 from bertology_serve.training.run_plots import draw_curves
 from bertology_serve.training.train import Outcome, for_data, for_encoder, lay_out, machine, task_spec
-from bertology_serve.training.train_config import TrainConfig, read_budget
+from bertology_serve.training.train_config import RecipeConfig, TrainConfig, read_budget
+from bertology_serve.training.trainer import Callback, Line
 
 BOARD, PLOT = "board.csv", "board.png"
 THIRD, MEASURED = 3, 2
@@ -75,7 +75,7 @@ def candidates(config: TrainConfig, encoder: Encoder, rows: int) -> dict[str, Tr
     found: dict[str, TrainConfig] = {}
     for name, (method, rate, options) in CANDIDATES.items():
         own = {method: options} if options else {}
-        one = replace(config, method=(method,), options=own, learning_rate=config.learning_rate or rate)
+        one = config.replaced(method=(method,), options=own, learning_rate=config.optim.learning_rate or rate)
         try:
             kinds.init(specs_for(one), encoder.anatomy, torch.Generator())
         except SpecError:
@@ -140,7 +140,7 @@ class Search:
     def rank(self, name: str) -> tuple[float, ...]:
         """What candidates are compared by: the best state so far, where that is what is kept, then the latest."""
         members = self.members(name)
-        best = [member.state.best[0] for member in members if member.config.keep == "best"]
+        best = [member.state.best[0] for member in members if member.config.eval.keep == "best"]
         latest = fmean(member.latest[self.metric] for member in members)
         return fmean(best) if best else latest, latest, -fmean(member.latest.get("loss", 0.0) for member in members)
 
@@ -193,7 +193,7 @@ class Search:
 
     def _row(self, name: str) -> Row:
         first, members, curve = self.crew[name][0].config, self.members(name), list(self.curve(name).values())
-        kept, steps = max if first.keep == "best" else (lambda values: values[-1]), members[0].state.step
+        kept, steps = max if first.eval.keep == "best" else (lambda values: values[-1]), members[0].state.step
         failure = next((f"failed at {member.failure}" for member in members if member.failure), "")
         return {
             "candidate": name,
@@ -219,7 +219,7 @@ class Search:
             what += f"; the probe, where all began, has {self.start:.4f}" + ("" if self.improves else ": no less")
         what = f"{self.winner} has {what}"
         return {
-            "budget": config.budget,
+            "budget": config.plan.budget,
             "first_rung": min(rungs(len(self.crew), self.unit)),
             "folds": folds,
             "why": what,
@@ -250,10 +250,11 @@ def train_auto(
     in minutes is turned into passes by a timing at the beginning.
     """
     config = for_data(config, train)
-    config = for_encoder(replace(config, labels=config.labels or infer_labels(config.task, train.records)), encoder)
+    labels = config.form.labels or infer_labels(config.task, train.records)
+    config = for_encoder(config.replaced(labels=labels), encoder)
     data, (name, free) = Data(train, dev, ood), place.open()
     directory, watcher, shelf = FleetDirectory(free.out.parent, free.path), watcher or Quiet(), Shelf(encoder)
-    tried, parts = candidates(config, encoder, len(train.records)), folds(data, config.seed)
+    tried, parts = candidates(config, encoder, len(train.records)), folds(data, config.optim.seed)
     laid_out = machine(config, encoder, prepack)
     unit = 0 if place.resume and directory.unfinished else unit_of(config, len(tried), parts, shelf)
     began = directory.open(identity(config, encoder, name, data), {**laid_out, "unit": unit}, place.resume)
@@ -285,7 +286,7 @@ def train_auto(
         raise
     search = Search(crew, unit, directory)
     members = [one.member for ones in crew.values() for one in ones]
-    Fleet(members, rows, directory, config.save_every, losers=search.losers).run()
+    Fleet(members, rows, directory, config.eval.save_every, losers=search.losers).run()
     one, log = crew[search.winner][0], directory
     if len(parts) > 1:  # once more, on all of the training data
         log = FleetDirectory(directory.root, directory.path / "winner")
@@ -294,7 +295,7 @@ def train_auto(
         one = ready(search.winner, scheduled(tried[search.winner], longer, len(tried), data, "best"), data, log)
         one.beaten = not search.improves
         if not one.beaten:
-            Fleet([one.member], rows, log, config.save_every).run()
+            Fleet([one.member], rows, log, config.eval.save_every).run()
     board = search.board()
     write_board(directory.path, board, search)
     directory.write_config(settings_text(one.config, files or data.names(encoder.name), began["prepacked"]))
@@ -308,9 +309,9 @@ def train_auto(
 def scheduled(config: TrainConfig, unit: int, count: int, part: Data, keep: str) -> TrainConfig:
     """The settings of a run of its own: as many steps as the winner of ``count`` makes, measured after every unit."""
     steps = max(rungs(count, unit))
-    epochs = math.ceil(steps / math.ceil(len(part.train.records) / config.batch_size))
+    epochs = math.ceil(steps / math.ceil(len(part.train.records) / config.optim.batch_size))
     own: JsonObject = {"max_steps": steps, "eval_every": unit, "epochs": epochs, "patience": None, "keep": keep}
-    return replace(config, budget=TrainConfig.budget, **own)
+    return config.replaced(budget=RecipeConfig.budget, **own)
 
 
 def unit_of(config: TrainConfig, count: int, parts: Sequence[Data], shelf: Shelf) -> int:
@@ -318,11 +319,12 @@ def unit_of(config: TrainConfig, count: int, parts: Sequence[Data], shelf: Shelf
     rows, dev = len(parts[0].train.records), len(parts[0].dev.records) if parts[0].dev else 0
     most, training = max(rungs(count)), [count, *rungs(count).values()]
     spent = MEASURED * sum(training) * len(parts) + (2 * most if len(parts) > 1 else 0)  # and the winner once more
-    amount, timed = read_budget(config.budget)
+    amount, timed = read_budget(config.plan.budget)
     each = amount / spent
     texts = (each / _seconds_a_row(config, parts[0], shelf) - dev) / STEP if timed else each * rows
-    full = config.passes(rows) * math.ceil(rows / config.batch_size)
-    return max(1, min(int(texts / config.batch_size), math.ceil(min(full, config.max_steps or full) / most)))
+    size, longest = config.optim.batch_size, config.optim.max_steps
+    full = config.passes(rows) * math.ceil(rows / size)
+    return max(1, min(int(texts / size), math.ceil(min(full, longest or full) / most)))
 
 
 def _seconds_a_row(config: TrainConfig, part: Data, shelf: Shelf) -> float:
@@ -333,7 +335,7 @@ def _seconds_a_row(config: TrainConfig, part: Data, shelf: Shelf) -> float:
     live, rounds, began = TrainableDelta(shelf.encoder, (), spec), 4, 0.0
     for number in range(rounds):
         began = began if number > 1 else time.perf_counter()  # the first round warms up
-        measure(live, task_for(spec), sample, config.max_tokens)
+        measure(live, task_for(spec), sample, config.machine.max_tokens)
     return (time.perf_counter() - began) / (rounds - 1) / len(sample)
 
 

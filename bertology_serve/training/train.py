@@ -23,21 +23,25 @@ from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
 from bertology_serve.training.calibration import settled
-from bertology_serve.training.callbacks import Callback, NoCallback
-from bertology_serve.training.checkpoint import RunState
 from bertology_serve.training.config_file import settings_text
 from bertology_serve.training.evaluate import measure
-from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache
 from bertology_serve.training.method_options import AUTO
-from bertology_serve.training.methods import ParameterCount, count_parameters, make_live, specs_for, start_at_mean
-from bertology_serve.training.optimizer import state_bytes, uses_bf16
+from bertology_serve.training.methods import (
+    ParameterCount,
+    count_parameters,
+    make_live,
+    specs_for,
+    start_at_mean,
+    state_bytes,
+    uses_bf16,
+)
 from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.processes import ALONE, Processes
 from bertology_serve.training.publish import publish, publish_copy
 from bertology_serve.training.recipes import Stage, stages
-from bertology_serve.training.run_directory import Destination, Follower, RunDirectory, identity, provenance
+from bertology_serve.training.run_directory import Destination, Follower, RunDirectory, RunState, identity, provenance
 from bertology_serve.training.train_config import TrainConfig
-from bertology_serve.training.trainer import Trainer
+from bertology_serve.training.trainer import Callback, NoCallback, Trainer
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def prepare(
     live, task = make_live(encoder, config, spec), task_for(spec)
     items = make_items(task, train.records, encoder.tokenizer)
     start_at_mean(live, items)
-    items = shaped(task, items, config.balance, config.label_smoothing)
+    items = shaped(task, items, config.optim.balance, config.optim.label_smoothing)
     others = [make_items(task, source.records, encoder.tokenizer) if source else [] for source in (dev, ood)]
     return Prepared(live, task, items, *others)
 
@@ -156,9 +160,12 @@ class StageRun:
         """Trains one stage and publishes its delta in ``out``."""
         before = store.load(self.directory.stage(number - 1)) if number > 1 else None
         live = ready.live if before is None else _continued(stage, ready, before)
-        if stage.config.trunk_cache:
+        if stage.config.machine.trunk_cache:
+            from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache
+
             items, folder = [*ready.items, *ready.dev], self.directory.features
-            live.around = nested(FrozenPrefixCache(live, items, stage.config.max_tokens, folder).over, live.around)
+            cache = FrozenPrefixCache(live, items, stage.config.machine.max_tokens, folder)
+            live.around = nested(cache.over, live.around)
         if count > 1:
             self.watcher.staged(number, count, stage.title)
         own = (
@@ -171,7 +178,8 @@ class StageRun:
             self.watcher,
             number * (count > 1),
         )
-        own_rows = None if self.config.recipe else self.directory.path / "features"  # a recipe's are for others too
+        # a recipe's rows are for others too
+        own_rows = None if self.config.plan.recipe else self.directory.path / "features"
         trainer = Solver(*own, own_rows) if stage.solved else Trainer(*own, self.processes)
         trainer.state.seconds = before.provenance["seconds"] if before else 0.0
         known = dict(self.baselines)
@@ -191,7 +199,7 @@ class StageRun:
     def _unimproved(self, before: Delta, live: TrainableDelta, ready: Prepared, state: RunState, out: Path) -> Outcome:
         """Publishes the stage before, the probe, on ``live``: no state of this one was better on the dev set."""
         live.head.adopt(before.head)
-        with settled(live, ready.dev, self.config.max_tokens, self.config.calibrate) as scores:
+        with settled(live, ready.dev, self.config.machine.max_tokens, self.config.form.calibrate) as scores:
             facts = {**before.provenance, **scores.facts}
             delta = live.freeze(before.name, self.version, {**before.metrics, **scores.metrics}, facts)
         difference = self._publish(delta, live, ready, out)
@@ -223,8 +231,9 @@ def finished(
     What the dev set settles is in it where the stage is the ``last``: others begin with the head as it was trained.
     """
     facts = provenance(config, count_parameters(live), state, data, live.encoder, processes.count)
-    with settled(live, ready.dev if last else (), config.max_tokens, config.calibrate) as scores:
-        elsewhere = measure(live, task_for(live.task), ready.ood, config.max_tokens, processes) if ready.ood else {}
+    rows = config.machine.max_tokens
+    with settled(live, ready.dev if last else (), rows, config.form.calibrate) as scores:
+        elsewhere = measure(live, task_for(live.task), ready.ood, rows, processes) if ready.ood else {}
         metrics = {**state.metrics, **scores.metrics, **{f"ood_{metric}": value for metric, value in elsewhere.items()}}
         return live.freeze(name, version, metrics, {**facts, "baselines": known, **scores.facts})
 
@@ -244,7 +253,7 @@ def _continued(stage: Stage, ready: Prepared, before: Delta) -> TrainableDelta:
 
 def machine(config: TrainConfig, encoder: Encoder, prepack: bool | None = None) -> dict[str, bool]:
     """What a timing decides unless ``prepack`` says it, and must not change in the course of a run."""
-    lowered = encoder.device.type == "cpu" and uses_bf16(config.precision, encoder.device)
+    lowered = encoder.device.type == "cpu" and uses_bf16(config.machine.precision, encoder.device)
     return {"prepacked": not lowered and encoder.prepack(prepack)}
 
 
@@ -259,41 +268,40 @@ def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
     A sentence encoder's pooled row was trained, so a linear head reads that. Elsewhere a probe reads [CLS] where the
     checkpoint has a pooler, which was trained on it, else the mean.
     """
-    form, own = config.form, encoder.pooling
+    form, own = config.known_task, encoder.pooling
     if form.per_token:
         return config
     first_row = config.starts_at_probe and "pooler.dense.weight" in encoder.base_head
     chosen: dict[str, Any] = {
-        "pooling": config.pooling or own or ("cls" if first_row else form.pooling),
-        "head": config.head or ("linear" if own and form.head == "hf" else form.head),
+        "pooling": config.form.pooling or own or ("cls" if first_row else form.pooling),
+        "head": config.form.head or ("linear" if own and form.head == "hf" else form.head),
     }
-    return replace(config, **chosen)
+    return config.replaced(**chosen)
 
 
 def for_data(config: TrainConfig, train: Source) -> TrainConfig:
     """The configuration for multi-label where a classification's labels are lists."""
     several = config.task == CLASSIFICATION and holds_several(train.records)
-    return replace(config, task=MULTI_LABEL) if several else config
+    return config.replaced(task=MULTI_LABEL) if several else config
 
 
 def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
     """What the defaults came to on that encoder with so many training rows, and why, in one line."""
     chosen, parts = for_encoder(config, encoder), []
-    if not chosen.form.per_token:
-        why = (
-            "the checkpoint's own" if encoder.pooling else "it has a pooler" if chosen.pooling == "cls" else "no pooler"
-        )
-        parts.append(f"pooling {chosen.pooling} ({'as given' if config.pooling else why})")
-    form = "hf, at random" if chosen.form.head == "hf" else chosen.form.head
+    if not chosen.known_task.per_token:
+        own = "it has a pooler" if chosen.form.pooling == "cls" else "no pooler"
+        why = "the checkpoint's own" if encoder.pooling else own
+        parts.append(f"pooling {chosen.form.pooling} ({'as given' if config.form.pooling else why})")
+    form = "hf, at random" if chosen.known_task.head == "hf" else chosen.known_task.head
     parts += [f"head {form}", *(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
-    if not config.recipe:
-        parts.append(f"{chosen.passes(rows)} epochs" + ("" if config.epochs else f", for {rows:,} rows"))
+    if not config.plan.recipe:
+        parts.append(f"{chosen.passes(rows)} epochs" + ("" if config.optim.epochs else f", for {rows:,} rows"))
     return "; ".join(parts)
 
 
 def task_spec(config: TrainConfig, encoder: Encoder, train: Source) -> TaskSpec:
     """The task: with the labels of the training data and a length that the encoder reads where none were given, and
     whether the data are pairs."""
-    spec = config.task_spec(config.labels or infer_labels(config.task, train.records))
+    spec = config.task_spec(config.form.labels or infer_labels(config.task, train.records))
     spec = replace(spec, pairs=all_pairs(config.task, train.records))
-    return spec if config.max_length else replace(spec, max_length=min(spec.max_length, encoder.max_tokens))
+    return spec if config.form.max_length else replace(spec, max_length=min(spec.max_length, encoder.max_tokens))

@@ -14,13 +14,13 @@ from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.forward_context import Pools
 from bertology_serve.encoder.opening import open_delta
-from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.features import pooled
 from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, prepare, train
 from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.trainer import NoCallback
 from tests.bits import same_bits
 from tests.training import sets
 
@@ -30,7 +30,7 @@ DEFAULTS = {"recipe": "lp", "max_length": 32, "epochs": 2, "batch_size": 4, "cal
 def run(encoder: Encoder, out: Path, task: str = "classification", **values: Any) -> Outcome:
     place = {name: values.pop(name) for name in ("resume", "overwrite") if name in values}
     watcher, dev = values.pop("watcher", None), values.pop("dev", sets.source(task, "dev.jsonl"))
-    config = TrainConfig(task, **{**DEFAULTS, **values})
+    config = TrainConfig.of(task, **{**DEFAULTS, **values})
     data = sets.source(task), dev
     return train(config, encoder, *data, place=Destination(out, **place), watcher=watcher)
 
@@ -49,7 +49,7 @@ def test_probe_is_published_at_the_optimum_for_its_c(tmp_path: Path, bert: Encod
     assert [line["c"] for line in tried] == pytest.approx([10.0**exponent for exponent in range(-7, 3)])
     best = max(tried, key=lambda line: (line["eval"]["accuracy"], -line["eval"]["loss"]))
     assert outcome.state.best_step == best["step"]
-    made = prepare(TrainConfig("classification", recipe="lp", max_length=32), bert, sets.source("classification"))
+    made = prepare(TrainConfig.of("classification", recipe="lp", max_length=32), bert, sets.source("classification"))
     x = pooled(made.live, made.items, (3,), 4096)[3].double()
     weight, bias = (delta.head[f"classifier.{name}"].double().requires_grad_(True) for name in ("weight", "bias"))
     penalty = (x.std(correction=0) * (weight[1] - weight[0])).square().sum() / (2 * best["c"] * len(x))

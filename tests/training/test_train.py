@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import DataError, FormatError, InputError, SpecError
 from bertology_serve.kinds.kinds import parameter_count
 from bertology_serve.training.batches import Source
-from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.method_options import AUTO, METHODS
 from bertology_serve.training.methods import count_parameters, make_live, specs_for
@@ -27,6 +25,7 @@ from bertology_serve.training.publish import describe
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, for_encoder, train
 from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.trainer import NoCallback
 from tests.bits import same_bits
 from tests.training import sets
 
@@ -35,7 +34,7 @@ def run(encoder: Encoder, out: Path, task: str = "classification", **values: Any
     place = {name: values.pop(name) for name in ("name", "version", "resume", "overwrite") if name in values}
     watcher = values.pop("watcher", None)
     dev = None if values.pop("without_dev", False) else sets.source(task, "dev.jsonl")
-    config = TrainConfig(task, **{"max_length": sets.LENGTHS.get(task), "epochs": 2, **values})
+    config = TrainConfig.of(task, **{"max_length": sets.LENGTHS.get(task), "epochs": 2, **values})
     return train(config, encoder, sets.source(task), dev, place=Destination(out, **place), watcher=watcher)
 
 
@@ -100,26 +99,28 @@ def test_scored_pairs_are_measured_beside_the_encoder_s_own_cosine(tmp_path: Pat
 
 
 def test_the_encoder_says_which_row_is_read(bert: Encoder):
-    plain = TrainConfig("classification")
-    assert (for_encoder(plain, bert).pooling, for_encoder(plain, bert).head) == ("cls", "linear"), "it has a pooler"
+    plain = TrainConfig.of("classification")
+    assert (for_encoder(plain, bert).form.pooling, for_encoder(plain, bert).form.head) == ("cls", "linear"), (
+        "it has a pooler"
+    )
     bert.base_head = {}
-    assert for_encoder(plain, bert).pooling == "mean"
+    assert for_encoder(plain, bert).form.pooling == "mean"
     bert.pooling = "max"
     for task in ("classification", "regression", "multiple-choice"):
-        found = for_encoder(TrainConfig(task), bert)
-        assert (found.pooling, found.head) == ("max", "linear")
-    assert for_encoder(TrainConfig("embedding"), bert).pooling == "max"
-    asked = TrainConfig("regression", pooling="cls", head="hf")
+        found = for_encoder(TrainConfig.of(task), bert)
+        assert (found.form.pooling, found.form.head) == ("max", "linear")
+    assert for_encoder(TrainConfig.of("embedding"), bert).form.pooling == "max"
+    asked = TrainConfig.of("regression", pooling="cls", head="hf")
     assert for_encoder(asked, bert) == asked
-    tokens = TrainConfig("token-classification")
+    tokens = TrainConfig.of("token-classification")
     assert for_encoder(tokens, bert) == tokens
 
 
 def test_provenance_tells_how_it_came_to_be(tmp_path: Path, bert: Encoder):
     outcome = run(bert, tmp_path / "mine", seed=3, start="random")
     facts = store.load(outcome.path).provenance
-    asked = TrainConfig("classification", epochs=2, seed=3, start="random")
-    assert TrainConfig.from_dict(facts["training"]) == replace(asked, pooling="cls", head="hf")
+    asked = TrainConfig.of("classification", epochs=2, seed=3, start="random")
+    assert TrainConfig.of(**facts["training"]) == asked.replaced(pooling="cls", head="hf")
     assert facts["train"]["rows"] == 16
     assert facts["train"]["sha256"] == sets.source("classification").sha256
     assert facts["kept"].endswith(f"of {outcome.state.step}")
@@ -217,7 +218,7 @@ def test_bf16_is_not_for_prepacked_linears(tmp_path: Path):
 
 def test_an_unseen_label_names_file_and_row(tmp_path: Path, bert: Encoder):
     dev = Source("dev.jsonl", [Record({"text": "good", "label": "sideways"}, "dev.jsonl:1")])
-    config = TrainConfig("classification")
+    config = TrainConfig.of("classification")
     with pytest.raises(DataError, match=r"dev\.jsonl:1: field 'label' has the unknown label 'sideways'"):
         train(config, bert, sets.source("classification"), dev, place=Destination(tmp_path / "mine"))
     assert list(tmp_path.iterdir()) == []
@@ -226,7 +227,7 @@ def test_an_unseen_label_names_file_and_row(tmp_path: Path, bert: Encoder):
 def test_another_domain_is_measured_and_chooses_nothing(tmp_path: Path, bert: Encoder, bert_path: Path):
     rows = [Record({"text": f"the {thing} was {word}", "label": "up"}, "ood.jsonl:1") for thing in ("dog", "cat")
             for word in ("good", "bad")]  # fmt: skip
-    config = TrainConfig("classification", "full", max_length=32, epochs=2, learning_rate=1e-3, start="random")
+    config = TrainConfig.of("classification", "full", max_length=32, epochs=2, learning_rate=1e-3, start="random")
     data = sets.source("classification"), sets.source("classification", "dev.jsonl")
     ood = Source("ood.jsonl", rows)
     delta = train(config, bert, *data, ood=ood, place=Destination(tmp_path / "mine")).delta
@@ -252,8 +253,8 @@ def test_labels_may_be_given_in_order(tmp_path: Path, bert: Encoder):
 
 
 def test_counts_are_the_formulas(bert: Encoder):
-    config = TrainConfig("classification", "lora,prompt", labels=("a", "b"), max_length=32)
-    live = make_live(bert, config, config.task_spec(config.labels))
+    config = TrainConfig.of("classification", "lora,prompt", labels=("a", "b"), max_length=32)
+    live = make_live(bert, config, config.task_spec(config.form.labels))
     count = count_parameters(live)
     assert count.delta == parameter_count(specs_for(config), bert.anatomy) == 3 * 2 * 8 * 64 + 20 * 32
     assert count.head == 32 * 2 + 2
@@ -261,8 +262,8 @@ def test_counts_are_the_formulas(bert: Encoder):
 
 
 def test_full_trains_the_encoder_and_the_pooler(bert: Encoder):
-    config = TrainConfig("classification", "full", labels=("a", "b"), max_length=32, start="random")
-    count = count_parameters(make_live(bert, config, config.task_spec(config.labels)))
+    config = TrainConfig.of("classification", "full", labels=("a", "b"), max_length=32, start="random")
+    count = count_parameters(make_live(bert, config, config.task_spec(config.form.labels)))
     assert count.delta == count.encoder
     assert count.head == 32 * 32 + 32 + 32 * 2 + 2
 
@@ -301,5 +302,5 @@ def test_a_delta_knows_that_it_was_trained_on_pairs(tmp_path: Path, bert: Encode
     mixed = Source("mixed", [*pairs.records, sets.source("classification").records[0]])
     for source, known in ((pairs, True), (mixed, False)):
         out = tmp_path / source.name
-        train(TrainConfig("classification", max_length=32, epochs=1), bert, source, place=Destination(out))
+        train(TrainConfig.of("classification", max_length=32, epochs=1), bert, source, place=Destination(out))
         assert store.load(out).task.pairs is known

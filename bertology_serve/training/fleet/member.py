@@ -14,13 +14,12 @@ from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Task
 from bertology_serve.training.batches import Item
-from bertology_serve.training.callbacks import Line
-from bertology_serve.training.checkpoint import random_state, set_random_state
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.layers import lowest_trained
 from bertology_serve.training.methods import count_parameters
+from bertology_serve.training.run_directory import random_state, set_random_state
 from bertology_serve.training.train_config import TrainConfig
-from bertology_serve.training.trainer import Trainer
+from bertology_serve.training.trainer import Line, Trainer
 
 RANDOM = "rng."
 ALONE = ("trunk_cache", "checkpointing")
@@ -49,7 +48,7 @@ class Member(Trainer):
         self.name, self.fleet, self.fleet_watcher = name, directory, watcher or Quiet()
         self.failure = ""
         self.latest: Mapping[str, float] = {}
-        self.random = _seeded(live, config.seed)
+        self.random = _seeded(live, config.optim.seed)
         self.lowest = lowest_trained(live)
 
     @property
@@ -69,7 +68,7 @@ class Member(Trainer):
 
     def take(self) -> list[Item]:
         """The next batch."""
-        return [self.items[i] for i in self.sampler.take(self.config.batch_size)]
+        return [self.items[i] for i in self.sampler.take(self.config.optim.batch_size)]
 
     def learn(self, batch: Sequence[Item], loss: float, seconds: float) -> None:
         """One step on the gradients that the batch of that mean loss left; it took ``seconds``."""
@@ -127,12 +126,12 @@ class Member(Trainer):
 
 def check_frozen(name: str, config: TrainConfig) -> None:
     """Raises SpecError where a delta trains the encoder that all share, or wants passes of its own."""
-    if config.full or config.recipe:
+    if config.full or config.plan.recipe:
         raise SpecError(
-            f"{name}: a fleet shares one frozen encoder, but {config.recipe or config.method[0]} trains its own; "
+            f"{name}: a fleet shares one frozen encoder, but {config.plan.recipe or config.method[0]} trains its own; "
             "take a kind of delta or the probe, or run it with train"
         )
-    alone = next((flag for flag in ALONE if getattr(config, flag)), None)
+    alone = next((flag for flag in ALONE if getattr(config.machine, flag)), None)
     if alone is not None:
         raise SpecError(f"{name}: {alone} is for one run, and a fleet's passes are shared; leave it out")
 
