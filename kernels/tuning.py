@@ -65,7 +65,7 @@ def _hopper(k: int, n: int, rows: int, columns: int) -> Config:
         return Config(64, 32 if n <= 1024 else 64, 64, rank, 1, 4, 4, True)
     if rows <= SOME_ROWS:
         return Config(64, 128, 64, rank, 1, 4, 4 if rank < 64 else 3, True)
-    return Config(128, 256, 64, rank, 1, 8, 3, True, persistent=True)
+    return Config(128, 256 if rank < 64 else 128, 64, rank, 1, 8, 3, True, persistent=True)
 
 
 def _ampere(half: bool, k: int, n: int, rows: int, columns: int) -> Config:
