@@ -28,6 +28,8 @@ LABEL_KINDS = (CLASSIFICATION, MULTI_LABEL)
 """Those whose answer is among labels, with a probability each."""
 IGNORED = -100
 """What torch and HuggingFace write where there is no label: no class, no term of the loss, counted by no metric."""
+EVEN = 0.5
+"""The threshold of a label for which none was found."""
 POOLINGS = ("cls", "mean", "max")
 HEADS = ("hf", "linear", "mlp", "none")
 
@@ -45,7 +47,7 @@ class TaskSpec:
     embeddings to unit length. Without ``token_types`` question and context are of one type, as deltas from peft's
     question answering have it. With ``pairs`` a classification or regression was trained on pairs of texts alone, and
     refuses a single one; without it takes both. ``dimensions`` are widths that embeddings were trained to be cut to
-    (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147).
+    (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147). Raises SpecError for values that make no sense.
     """
 
     kind: str

@@ -11,8 +11,18 @@ import numpy as np
 from bertology_serve.errors import DataError, SpecError, nearest
 from bertology_serve.tasks.base import Answer, Example, Task
 from bertology_serve.tasks.classification import LabelTask
-from bertology_serve.tasks.metrics import BINS, Floats, gaps, mean_of, of_ranking, ratio
-from bertology_serve.tasks.significance import Interval, bootstrap, mcnemar, paired_effect
+from bertology_serve.tasks.metrics import (
+    BINS,
+    Floats,
+    Interval,
+    bootstrap,
+    gaps,
+    mcnemar,
+    mean_of,
+    of_ranking,
+    paired_effect,
+    ratio,
+)
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
 
 Records = Iterable[tuple[Mapping[str, Any], str]]

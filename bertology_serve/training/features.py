@@ -15,7 +15,7 @@ from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import FormatError
 from bertology_serve.files import JsonObject
 from bertology_serve.training.batches import Item, micro_batches
-from bertology_serve.training.checkpoint import read_checkpoint, write_checkpoint
+from bertology_serve.training.run_directory import read_checkpoint, write_checkpoint
 
 Features = dict[int, Tensor]
 
