@@ -189,7 +189,7 @@ def _advice(found: Evaluation, gains: Mapping[str, Interval]) -> Iterator[str]:
         yield f"{how} than the {worst} ({gains[worst].points} points): more data, or another encoder"
     if found.truncated > len(found.answers) / 10:
         share = 100 * found.truncated / len(found.answers)
-        yield f"{share:.0f} % of the texts were cut: train with a larger --max-length"
+        yield f"{share:.0f} % of the texts were cut: train with a larger --max-length, or --long windows"
     if found.calibration and found.calibration.low > 0.05:
         yield "scores do not say how often answers are right: train with --eval of such texts, which calibrates"
     weak = min((one for one in found.classes if one.support >= 5), key=lambda one: one.f1, default=None)

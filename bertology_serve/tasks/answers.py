@@ -59,6 +59,9 @@ class Answer(Struct, frozen=True, omit_defaults=True):
     truncated: Annotated[bool, Meta(description="The text was cut to the delta's maximum length.")] = False
     tokens_read: Annotated[int | None, Meta(description="Tokens that were read; given where truncated.")] = None
     tokens_given: Annotated[int | None, Meta(description="Tokens of the whole text; given where truncated.")] = None
+    windows: Annotated[int | None, Meta(description="Windows that a long text was read in; given where several.")] = (
+        None
+    )
 
 
 class Model(Struct, frozen=True):

@@ -20,7 +20,7 @@ from bertology_serve.errors import DataError
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, Task, TextExample
 from bertology_serve.tasks.contrastive import COSENT, DISTILL, LOSSES, MARGIN_MSE, MNRL, Target
-from bertology_serve.tasks.encoding import encode_text
+from bertology_serve.tasks.encoding import encode_long
 from bertology_serve.tasks.fields import Record, check_text, kind_of, optional_text, read_list, read_score, read_text
 from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
@@ -94,7 +94,7 @@ class Embedding(Task[EmbeddingExample, Target]):
         return EmbeddingExample(where, text, pair, score, negatives, scores)
 
     def encode(self, example: EmbeddingExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
-        return [encode_text(tokenizer, text, None, self.spec.max_length) for text in example.texts]
+        return [one for text in example.texts for one in encode_long(tokenizer, text, None, self.spec)]
 
     def target(self, example: EmbeddingExample, encodings: Sequence[Encoding]) -> Target:
         return Target(tuple(map(hash, example.texts)), example.score, example.scores)

@@ -64,10 +64,18 @@ class FormConfig:
         "hf: the form that HuggingFace gives the family; linear: one layer; mlp: EH-FT's, a hidden one of 2,048. "
         "Default: none for embeddings, linear where the head begins at the probe, else hf.",
     )
+    long: Literal["cut", "windows"] = option(
+        "cut", "Texts beyond --max-length are cut, or read in windows whose outputs become one answer."
+    )
+    aggregate: Literal["mean", "max"] = option(
+        "mean", "Of the windows' logits or embeddings: the mean, by tokens, or the largest of each."
+    )
+    stride: int | None = option(
+        None, "Overlap of windows in tokens. Default: 64 for question answering, else a quarter of theirs.", least=0
+    )
     matryoshka: tuple[int, ...] = option(
         (), "embedding: widths at which vectors can be cut, with commas (384,256,128,64); the loss is summed over them."
     )
-    stride: int | None = option(None, "Overlap in tokens of question-answering windows. Default: 64.", least=0)
     max_answer_length: int | None = option(None, "Longest answer in tokens (question answering). Default: 30.", least=1)
     calibrate: bool = option(
         True, "Fit a temperature on --eval and put it into the head: scores then say how often answers are right."
@@ -256,7 +264,7 @@ class TrainConfig:
     def starts_at_probe(self) -> bool:
         """Whether the probe is solved first, and its head is where training begins."""
         plain = self.plan.recipe is None and self.plan.start == "probe" and PROBE not in self.method
-        return plain and self.task in SOLVED and self.form.head in (None, "linear")
+        return plain and self.task in SOLVED and self.form.head in (None, "linear") and self.form.aggregate == "mean"
 
     def passes(self, rows: int) -> int:
         """Epochs over that many rows: as given, or three, and more where those would be few steps."""
@@ -264,8 +272,8 @@ class TrainConfig:
 
     @property
     def solvable(self) -> bool:
-        """Whether the head is one linear layer that gives a text its label or score."""
-        return self.task in SOLVED and self.known_task.head == "linear"
+        """Whether the head is one linear layer that gives a text its label or score, from the mean of its windows."""
+        return self.task in SOLVED and self.known_task.head == "linear" and self.form.aggregate == "mean"
 
     @property
     def full(self) -> bool:
@@ -293,15 +301,19 @@ class TrainConfig:
         """The task with its defaults filled in."""
         embedding = self.task == EMBEDDING
         probe = PROBE in self.method or self.plan.recipe == LP_FT or self.starts_at_probe
+        longest = self.form.max_length or (384 if self.task == QUESTION_ANSWERING else TaskSpec.max_length)
+        overlap = longest // 4 if self.form.long == "windows" else TaskSpec.stride
         return TaskSpec(
             self.task,
             labels=labels,
-            max_length=self.form.max_length or (384 if self.task == QUESTION_ANSWERING else TaskSpec.max_length),
+            max_length=longest,
             pooling=self.form.pooling or ("mean" if embedding or probe else TaskSpec.pooling),
             head=self.form.head or ("none" if embedding else "linear" if probe else TaskSpec.head),
-            stride=TaskSpec.stride if self.form.stride is None else self.form.stride,
+            stride=overlap if self.form.stride is None else self.form.stride,
             max_answer_length=self.form.max_answer_length or TaskSpec.max_answer_length,
             abstain=self.form.abstain,
+            long=self.form.long,
+            aggregate=self.form.aggregate,
             dimensions=self.form.matryoshka,
         )
 
@@ -337,6 +349,8 @@ def _check_recipe(config: TrainConfig) -> None:
             f"recipe lp solves a probe for {' or '.join(SOLVED)}; got method {names} and task {config.task}; "
             "leave --recipe out, or take lp-ft"
         )
+    if config.plan.recipe == LP and config.form.aggregate != "mean":
+        raise SpecError("recipe lp solves a probe on the mean of windows; leave --aggregate out")
     if config.plan.recipe == LP and config.form.head not in (None, "linear"):
         raise SpecError(f"recipe lp solves one linear layer; got head {config.form.head!r}; leave --head out")
     if config.plan.recipe == EH_FT and config.method[0] in ALONE:
