@@ -51,7 +51,6 @@ def mine_negatives(
     from bertology_serve.files import check_outputs
     from bertology_serve.serving.offline import writing
     from bertology_serve.tasks.base import read_pair
-    from bertology_serve.tasks.registry import task_for
     from bertology_serve.tasks.spec import EMBEDDING
 
     check_outputs([output], [input, corpus])
@@ -60,8 +59,9 @@ def mine_negatives(
     if loaded and loaded.task.kind != EMBEDDING:
         raise SpecError(f"{delta} answers {loaded.task.kind}; expected a delta of embeddings")
     pipeline = Pipeline(encoder, [loaded] if loaded else [])
-    task = task_for(pipeline.base.task)
-    examples = [task.example(*record, labelled=True) for record in read_records(input, read_columns(columns))]
+    examples = [
+        pipeline.base.task.example(*record, labelled=True) for record in read_records(input, read_columns(columns))
+    ]
     lone = next((one for one in examples if one.text_pair is None), None)
     if lone is not None:
         raise DataError(f"{lone.where}: field 'text_pair' (or 'positive') is missing; expected pairs")
@@ -78,7 +78,8 @@ def mine_negatives(
                 found.append(np.array(answer.answer["embedding"], dtype=np.float32))
                 bar.advance(row)
             table = np.stack(found)
-            return table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+            unit: Vectors = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+            return unit
 
         kept = mined = 0
         with writing(str(output)) as file:

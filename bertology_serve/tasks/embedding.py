@@ -90,7 +90,7 @@ class Embedding(Task[EmbeddingExample, Target]):
                     f"{where}: field 'score' beside {len(negatives)} negatives; expected one negative (the score is "
                     "then by how much the positive is better), or 'scores' with a number for positive and negatives"
                 )
-            score, scores = None, (score, 0.0)
+            scores, score = (score, 0.0), None
         return EmbeddingExample(where, text, pair, score, negatives, scores)
 
     def encode(self, example: EmbeddingExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
