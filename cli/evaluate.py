@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bertology_serve.data.records import Record
     from bertology_serve.deltas.delta import Delta
     from bertology_serve.encoder.encoder import Encoder
-    from bertology_serve.tasks.significance import Interval
+    from bertology_serve.tasks.metrics import Interval
     from bertology_serve.training.evaluation import Comparison, Evaluation
 
 MOST_CLASSES, WIDEST, MOST_CONFUSED, FLIPS = 30, 10, 10, 3
@@ -192,7 +192,10 @@ def _advice(found: Evaluation, gains: Mapping[str, Interval]) -> Iterator[str]:
 
 def official(input: str, metrics: Mapping[str, float], answers: Answers, records: Records) -> dict[str, float]:
     """The official metrics where the records are of a known set; they stand first."""
+    from bertology_serve.data.formats import SET_PREFIX
     from bertology_serve.data.official import official_metrics
-    from bertology_serve.data.set_files import PREFIX, find_set, parse
+    from bertology_serve.data.set_files import find_set, parse
 
-    return official_metrics(find_set(parse(input)[0]), metrics, answers, records) if input.startswith(PREFIX) else {}
+    return (
+        official_metrics(find_set(parse(input)[0]), metrics, answers, records) if input.startswith(SET_PREFIX) else {}
+    )

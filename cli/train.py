@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bertology_serve.cli.common import note, note_next, progress, table
-from bertology_serve.cli.filling import from_file, from_set
-from bertology_serve.cli.options import laid_out, listed, options
-from bertology_serve.cli.train_fleet import Board
+from bertology_serve.cli.options import from_file, from_set, laid_out, listed, options
 from bertology_serve.errors import SpecError
 from bertology_serve.training.method_options import AUTO, KindFlags
 from bertology_serve.training.train_config import TrainConfig
@@ -88,15 +86,13 @@ def train(
     from bertology_serve.encoder.loading import find_device
     from bertology_serve.tasks.registry import task_for
     from bertology_serve.training import train as training
-    from bertology_serve.training.auto import candidates, train_auto
     from bertology_serve.training.batches import Source
-    from bertology_serve.training.callbacks import CallbackList
     from bertology_serve.training.methods import count_parameters, make_live
     from bertology_serve.training.processes import check_alone, join
     from bertology_serve.training.recipes import stages
     from bertology_serve.training.run_directory import Destination
     from bertology_serve.training.run_plots import check_plots, draw_curve
-    from bertology_serve.training.tensorboard import TensorBoard
+    from bertology_serve.training.trainer import CallbackList
 
     place = Destination(out or Path("dry-run"), name, version, resume, overwrite)
     if plot:
@@ -113,6 +109,8 @@ def train(
     if dry_run:
         spec = training.task_spec(config, encoder, source)
         if AUTO in config.method:
+            from bertology_serve.training.auto import candidates
+
             tried = candidates(config, encoder, len(source.records))
             counts = {name: count_parameters(make_live(encoder, own, spec)) for name, own in tried.items()}
             rows = [[name, ",".join(tried[name].method), f"{own.trained:,}"] for name, own in counts.items()]
@@ -126,6 +124,9 @@ def train(
     named = {flag: _lasting(path) for flag, path in files.items() if path} | {"device": device}
     named |= {"columns": columns} if columns else {}
     if AUTO in config.method:
+        from bertology_serve.cli.train_fleet import Board
+        from bertology_serve.training.auto import train_auto
+
         check_alone("train --method auto")
         if tensorboard:
             raise SpecError("--tensorboard shows one run, and method auto has many; leave it out")
@@ -138,7 +139,11 @@ def train(
             draw_curve(outcome.path, task_for(outcome.delta.task).main_metric)
         show(outcome, eval)
         return
-    boards = [TensorBoard(tensorboard / place.open()[0])] if tensorboard and processes.leads else []
+    boards = []
+    if tensorboard and processes.leads:
+        from bertology_serve.training.tensorboard import TensorBoard
+
+        boards.append(TensorBoard(tensorboard / place.open()[0]))
     with Bar(chosen) if processes.leads else nullcontext() as bar:
         outcome = training.train(
             config,

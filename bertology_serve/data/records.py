@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from bertology_serve.data import formats, set_files
-from bertology_serve.data.formats import Fields, Row
+from bertology_serve.data import formats
+from bertology_serve.data.formats import HUB_PREFIX, SET_PREFIX, Dataset, Fields, Row
 from bertology_serve.errors import DataError, NotFound, SpecError, nearest
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.registry import task_named
@@ -80,14 +80,16 @@ def read_records(
 def name_of(data: DataLike) -> str:
     """What a source of records is called: a file's name, a data set's, or that of its type."""
     if isinstance(data, str | Path):
-        return str(data) if str(data).startswith((set_files.HUB_PREFIX, set_files.PREFIX)) else Path(data).name
+        return str(data) if str(data).startswith((HUB_PREFIX, SET_PREFIX)) else Path(data).name
     return type(data).__name__
 
 
 def _rows(data: DataLike) -> Iterable[Row]:
     if isinstance(data, str | Path):
         return _named_rows(data)
-    if isinstance(data, set_files.Dataset):
+    if isinstance(data, Dataset):
+        from bertology_serve.data import set_files
+
         return set_files.rows_of(data, name_of(data))
     if isinstance(data, Frame):
         return _frame_rows(data)
@@ -130,12 +132,12 @@ def _listed_rows(rows: Iterable[object]) -> Iterable[Row]:
 
 
 def _named_rows(path: str | Path) -> Iterable[Row]:
-    if str(path).startswith(set_files.HUB_PREFIX):
-        return set_files.read(str(path))
+    if not str(path).startswith((HUB_PREFIX, SET_PREFIX)):
+        return _read_file(Path(path))
+    from bertology_serve.data import set_files
+
     return (
-        set_files.read_split(str(path), _read_file)
-        if str(path).startswith(set_files.PREFIX)
-        else _read_file(Path(path))
+        set_files.read(str(path)) if str(path).startswith(HUB_PREFIX) else set_files.read_split(str(path), _read_file)
     )
 
 

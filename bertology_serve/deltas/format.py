@@ -12,13 +12,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
+from bertology_serve.deltas.catalog import ADAPTER_WEIGHTS, FULL_WEIGHTS, MANIFEST, check_name
 from bertology_serve.deltas.delta import BaseRef
-from bertology_serve.deltas.names import ADAPTER_WEIGHTS, FULL_WEIGHTS, MANIFEST, check_name
 from bertology_serve.deltas.safe_io import as_object, build, check_keys, conform
 from bertology_serve.errors import FormatError
 from bertology_serve.files import JsonObject
-from bertology_serve.kinds.kind import Spec
-from bertology_serve.kinds.kinds import KINDS, kind_of
+from bertology_serve.kinds.kinds import KINDS, Spec, kind_of
 from bertology_serve.kinds.slots import Anatomy, Slot
 from bertology_serve.tasks.spec import TaskSpec
 

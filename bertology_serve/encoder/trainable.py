@@ -15,7 +15,7 @@ from bertology_serve.encoder.batch import PackedBatch, read
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.kinds import kinds
 from bertology_serve.kinds.effects import Effects
-from bertology_serve.kinds.kind import Spec
+from bertology_serve.kinds.kinds import Spec
 from bertology_serve.tasks.heads import aggregate
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 
@@ -121,6 +121,11 @@ class TrainableDelta(nn.Module):
             provenance=dict(provenance or {}),
             made_for=self.encoder.shape,
         )
+
+
+def trained(live: TrainableDelta) -> dict[str, nn.Parameter]:
+    """The parameters under training by name, in a fixed order."""
+    return {name: parameter for name, parameter in live.named_parameters() if parameter.requires_grad}
 
 
 def _head_dropout(config: object) -> float:

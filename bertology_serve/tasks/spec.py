@@ -28,6 +28,8 @@ LABEL_KINDS = (CLASSIFICATION, MULTI_LABEL)
 """Those whose answer is among labels, with a probability each."""
 IGNORED = -100
 """What torch and HuggingFace write where there is no label: no class, no term of the loss, counted by no metric."""
+EVEN = 0.5
+"""The threshold of a label for which none was found."""
 POOLINGS = ("cls", "mean", "max")
 HEADS = ("hf", "linear", "mlp", "none")
 LONG = ("cut", "windows")
@@ -46,7 +48,8 @@ class TaskSpec:
     row), ``mlp`` (EH-FT's: a hidden layer of 2,048 between) or ``none`` (embeddings). ``max_answer_length`` is the
     longest answer in tokens, ``normalize`` scales embeddings to unit length. Without ``token_types`` question and
     context are of one type, as deltas from peft's question answering have it. With ``pairs`` a classification or
-    regression was trained on pairs of texts alone, and refuses a single one; without it takes both.
+    regression was trained on pairs of texts alone, and refuses a single one; without it takes both. Raises SpecError for values that make no
+    sense.
 
     Texts beyond ``max_length`` are cut at their end or, where ``long`` is ``windows``, read in windows of that length
     with ``stride`` tokens of overlap, as question answering always reads its context. ``aggregate`` says what becomes

@@ -29,7 +29,6 @@ from bertology_serve.kinds import kinds
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.training.baselines import PROBE
 from bertology_serve.training.batches import Data, Source
-from bertology_serve.training.callbacks import Callback, Line
 from bertology_serve.training.config_file import settings_text
 from bertology_serve.training.evaluate import measure
 from bertology_serve.training.fleet.fleet import Fleet
@@ -42,6 +41,7 @@ from bertology_serve.training.run_directory import CONFIG, Destination, identity
 from bertology_serve.training.run_plots import draw_curves
 from bertology_serve.training.train import Outcome, for_data, for_encoder, lay_out, machine, task_spec
 from bertology_serve.training.train_config import RecipeConfig, TrainConfig, read_budget
+from bertology_serve.training.trainer import Callback, Line
 
 BOARD, PLOT = "board.csv", "board.png"
 THIRD, MEASURED = 3, 2

@@ -11,8 +11,7 @@ import numpy as np
 from bertology_serve.errors import DataError, SpecError, nearest
 from bertology_serve.tasks.base import Answer, Example, Task
 from bertology_serve.tasks.classification import LabelTask
-from bertology_serve.tasks.metrics import BINS, Floats, gaps, ratio
-from bertology_serve.tasks.significance import Interval, bootstrap, mcnemar, paired_effect
+from bertology_serve.tasks.metrics import BINS, Floats, Interval, bootstrap, gaps, mcnemar, paired_effect, ratio
 from bertology_serve.tasks.spec import CLASSIFICATION
 
 Records = Iterable[tuple[Mapping[str, Any], str]]

@@ -17,7 +17,7 @@ from bertology_serve.errors import FormatError
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.heads import aggregate
 from bertology_serve.training.batches import Item, micro_batches
-from bertology_serve.training.checkpoint import read_checkpoint, write_checkpoint
+from bertology_serve.training.run_directory import read_checkpoint, write_checkpoint
 
 Features = dict[int, Tensor]
 

@@ -23,21 +23,25 @@ from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
 from bertology_serve.training.calibration import settled
-from bertology_serve.training.callbacks import Callback, NoCallback
-from bertology_serve.training.checkpoint import RunState
 from bertology_serve.training.config_file import settings_text
 from bertology_serve.training.evaluate import measure
-from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache
 from bertology_serve.training.method_options import AUTO
-from bertology_serve.training.methods import ParameterCount, count_parameters, make_live, specs_for, start_at_mean
-from bertology_serve.training.optimizer import state_bytes, uses_bf16
+from bertology_serve.training.methods import (
+    ParameterCount,
+    count_parameters,
+    make_live,
+    specs_for,
+    start_at_mean,
+    state_bytes,
+    uses_bf16,
+)
 from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.processes import ALONE, Processes
 from bertology_serve.training.publish import publish, publish_copy
 from bertology_serve.training.recipes import Stage, stages
-from bertology_serve.training.run_directory import Destination, Follower, RunDirectory, identity, provenance
+from bertology_serve.training.run_directory import Destination, Follower, RunDirectory, RunState, identity, provenance
 from bertology_serve.training.train_config import TrainConfig
-from bertology_serve.training.trainer import Trainer
+from bertology_serve.training.trainer import Callback, NoCallback, Trainer
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,8 @@ class StageRun:
         before = store.load(self.directory.stage(number - 1)) if number > 1 else None
         live = ready.live if before is None else _continued(stage, ready, before)
         if stage.config.machine.trunk_cache:
+            from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache
+
             items, folder = [*ready.items, *ready.dev], self.directory.features
             cache = FrozenPrefixCache(live, items, stage.config.machine.max_tokens, folder)
             live.around = nested(cache.over, live.around)

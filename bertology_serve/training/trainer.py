@@ -1,4 +1,4 @@
-"""The step loop: one delta, one optimizer, batches of examples, and a run that can be killed at any moment."""
+"""What a run tells whoever watches it. Records are plain: they are the lines of ``log.jsonl``."""
 
 from __future__ import annotations
 
@@ -6,33 +6,86 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.encoder.trainable import TrainableDelta, trained
 from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Task
 from bertology_serve.training.batches import WHOLE_BATCH, Buckets, Item, Sampler, micro_batches
-from bertology_serve.training.callbacks import Callback, Line, NoCallback
-from bertology_serve.training.checkpoint import RunState, random_state, set_random_state
 from bertology_serve.training.evaluate import measure
 from bertology_serve.training.layers import layer_norms
-from bertology_serve.training.methods import count_parameters, regulariser_for
-from bertology_serve.training.optimizer import (
+from bertology_serve.training.methods import (
+    ParameterCount,
+    count_parameters,
     factor,
     make_optimizer,
     moments,
+    regulariser_for,
     set_moments,
     set_rate,
-    trained,
     uses_bf16,
 )
 from bertology_serve.training.processes import ALONE, Processes
-from bertology_serve.training.run_directory import RunDirectory
+from bertology_serve.training.run_directory import RunDirectory, RunState, random_state, set_random_state
 from bertology_serve.training.train_config import TrainConfig
+
+Line = Mapping[str, Any]
+
+
+class Callback(Protocol):
+    """Sees a run from outside; see ``Trainer`` for what the lines hold."""
+
+    def staged(self, stage: int, count: int, title: str) -> None:
+        """Stage ``stage`` (from 1) of a recipe's ``count`` comes next."""
+        return
+
+    def began(self, step: int, total: int, parameters: ParameterCount) -> None:
+        """Training begins after ``step`` of ``total`` steps."""
+        return
+
+    def stepped(self, line: Line) -> None:
+        """A step was made."""
+        return
+
+    def evaluated(self, line: Line) -> None:
+        """The evaluation data was answered."""
+        return
+
+
+class NoCallback(Callback):
+    """Watches nothing."""
+
+
+class CallbackList:
+    """Tells several watchers, in their order."""
+
+    def __init__(self, watchers: Sequence[Callback]) -> None:
+        self.watchers = watchers
+
+    def staged(self, stage: int, count: int, title: str) -> None:
+        """To all."""
+        for watcher in self.watchers:
+            watcher.staged(stage, count, title)
+
+    def began(self, step: int, total: int, parameters: ParameterCount) -> None:
+        """To all."""
+        for watcher in self.watchers:
+            watcher.began(step, total, parameters)
+
+    def stepped(self, line: Line) -> None:
+        """To all."""
+        for watcher in self.watchers:
+            watcher.stepped(line)
+
+    def evaluated(self, line: Line) -> None:
+        """To all."""
+        for watcher in self.watchers:
+            watcher.evaluated(line)
 
 
 class Trainer:

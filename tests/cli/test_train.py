@@ -287,7 +287,7 @@ def test_a_cosine_that_is_better_is_named():
 
     from bertology_serve.cli.train import advice
     from bertology_serve.tasks.spec import TaskSpec
-    from bertology_serve.training.checkpoint import RunState
+    from bertology_serve.training.run_directory import RunState
 
     known = {"cosine": {"spearman": 0.9}, "probe": {"spearman": 0.4}}
     delta = SimpleNamespace(task=TaskSpec("regression"), metrics={"spearman": 0.5}, provenance={})

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from bertology_serve.deltas.catalog import check_name
 from bertology_serve.deltas.format import FileRecord, Manifest, anatomy_of, anatomy_record, from_json, to_json
 from bertology_serve.deltas.layout import shapes_of
-from bertology_serve.deltas.names import check_name
 from bertology_serve.errors import FormatError
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny

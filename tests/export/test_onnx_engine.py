@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.loading import prune
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.encoder.pruned import prune
 from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
 from bertology_serve.export import exporting, onnx_engine
 from bertology_serve.export.export_spec import ExportSpec

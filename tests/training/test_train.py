@@ -19,7 +19,6 @@ from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import DataError, FormatError, InputError, SpecError
 from bertology_serve.kinds.kinds import parameter_count
 from bertology_serve.training.batches import Source
-from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.features import pooled
 from bertology_serve.training.method_options import AUTO, METHODS
@@ -28,6 +27,7 @@ from bertology_serve.training.publish import describe
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, for_encoder, prepare, train
 from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.trainer import NoCallback
 from tests.bits import same_bits
 from tests.training import sets
 

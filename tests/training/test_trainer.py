@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.trainable import trained
 from bertology_serve.errors import LimitError, SpecError
-from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.methods import make_live
-from bertology_serve.training.optimizer import trained
 from bertology_serve.training.run_directory import RunDirectory
 from bertology_serve.training.train import Prepared, prepare
 from bertology_serve.training.train_config import TrainConfig
-from bertology_serve.training.trainer import Trainer
+from bertology_serve.training.trainer import NoCallback, Trainer
 from tests import tiny
 from tests.bits import same_bits
 from tests.training import sets

@@ -11,9 +11,9 @@ import torch
 from bertology_serve.encoder.trainable import Share, run_together
 from bertology_serve.errors import SpecError
 from bertology_serve.training.batches import WHOLE_BATCH, Item, micro_batches
-from bertology_serve.training.checkpoint import random_state, set_random_state
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory
 from bertology_serve.training.fleet.member import Member
+from bertology_serve.training.run_directory import random_state, set_random_state
 from bertology_serve.training.trainer import autocast
 
 
