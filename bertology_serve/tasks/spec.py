@@ -48,13 +48,14 @@ class TaskSpec:
     row), ``mlp`` (EH-FT's: a hidden layer of 2,048 between) or ``none`` (embeddings). ``max_answer_length`` is the
     longest answer in tokens, ``normalize`` scales embeddings to unit length. Without ``token_types`` question and
     context are of one type, as deltas from peft's question answering have it. With ``pairs`` a classification or
-    regression was trained on pairs of texts alone, and refuses a single one; without it takes both. Raises SpecError for values that make no
-    sense.
+    regression was trained on pairs of texts alone, and refuses a single one; without it takes both.
 
     Texts beyond ``max_length`` are cut at their end or, where ``long`` is ``windows``, read in windows of that length
     with ``stride`` tokens of overlap, as question answering always reads its context. ``aggregate`` says what becomes
     of the windows' outputs, before softmax or sigmoid: their mean, in which each window weighs as many tokens as are
     its own (``tasks.encoding``), or the largest of each; words are tagged by the window that they belong to.
+
+    Raises SpecError for values that make no sense.
     """
 
     kind: str
