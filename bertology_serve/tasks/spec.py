@@ -56,6 +56,8 @@ class TaskSpec:
     with ``stride`` tokens of overlap, as question answering always reads its context. ``aggregate`` says what becomes
     of the windows' outputs, before softmax or sigmoid: their mean, in which each window weighs as many tokens as are
     its own (``tasks.encoding``), or the largest of each; words are tagged by the window that they belong to.
+
+    Raises SpecError for values that make no sense.
     """
 
     kind: str

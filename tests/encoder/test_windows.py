@@ -14,7 +14,7 @@ from transformers import AutoModel
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Prediction, Request
-from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.encoder.trainable import TrainableDelta, run_together
 from bertology_serve.errors import SpecError
 from bertology_serve.kinds.adapter import Adapter
 from bertology_serve.kinds.lora import Lora
@@ -266,6 +266,21 @@ def test_the_loss_is_that_of_the_aggregate(encoder):
     for parameter in (weight, live.tensors["lora-query-a"]):
         (found,), (other,) = (torch.autograd.grad(value, parameter, retain_graph=True) for value in (loss, expected))
         assert found.allclose(other, atol=1e-6)
+
+
+def test_members_of_a_fleet_have_their_own_windows(encoder):
+    """In a pass of several deltas each gets what it gets alone; a pair's texts are aggregated apart."""
+    specs = task(), task("embedding", head="none", pooling="mean")
+    lives = [TrainableDelta(encoder, [Lora(rank=2)], spec, seed).eval() for seed, spec in enumerate(specs)]
+    records = {"text": TEXT, "label": "good"}, {"text": TEXT, "text_pair": WINDOWS[1], "score": 1.0}
+    parts = []
+    for live, record in zip(lives, records, strict=True):
+        one = task_for(live.task)
+        parts.append((live, one.encode(one.example(record, "x:1", True), encoder.tokenizer)))
+    shares = run_together(parts)
+    for share, (live, encodings), rows in zip(shares, parts, (1, 2), strict=True):
+        assert share.output().shape[0] == rows < len(encodings)
+        assert share.output().allclose(live(encodings), atol=1e-5)
 
 
 @pytest.mark.parametrize(
