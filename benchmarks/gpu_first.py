@@ -270,14 +270,17 @@ def _ratios(place: Place, work: Workload, calls: dict[str, Call], form: str, con
 
 def product(place: Place) -> Iterator[Row]:
     """Our product alone, by tile: above 1.06 of cuBLAS no way of adding deltas reaches 1.10."""
-    tiles = ((128, 128, 4, 3), (128, 128, 8, 3), (128, 256, 8, 3), (128, 256, 8, 4), (64, 128, 4, 4), (64, 256, 8, 4))
+    tiles = [
+        Config(128, 128, 64, 16, 1, 4, 3, True), Config(128, 128, 64, 16, 1, 8, 3, True),
+        Config(128, 256, 64, 16, 1, 8, 3, True), Config(128, 256, 64, 16, 1, 8, 3, True, persistent=True),
+        Config(128, 128, 64, 16, 1, 8, 4, True, persistent=True), Config(64, 256, 64, 16, 1, 8, 4, True),
+    ]  # fmt: skip
     points = ((768, 3072, 16384), (768, 768, 16384), (768, 3072, 4096), (768, 768, 4096))
     for k, n, rows in points[:1] if place.small else points:
         work = place.point(k, n, rows)
         calls: dict[str, Call] = {"cublas": cublas}
-        for block_m, block_n, warps, stages in tiles[:2] if place.small else tiles:
-            config = place.config(work) if place.small else Config(block_m, block_n, 64, 16, 1, warps, stages, True)
-            calls[f"{block_m}x{block_n} {warps} warps {stages} stages"] = methods.plain(config)
+        for config in [replace(place.config(work), persistent=on) for on in (False, True)] if place.small else tiles:
+            calls[brief(config)] = methods.plain(config)
         yield from _ratios(place, work, calls, "product", place.config(work))
 
 
@@ -286,12 +289,13 @@ def taken_apart(place: Place) -> Iterator[Row]:
     work = place.point(768, 3072, 16384)
     base = place.config(work)
     calls: dict[str, Call] = {"cublas": cublas, "no columns": methods.plain(base)}
+    once = base if place.small else Config(128, 128, 64, 32, 1, 8, 3, True)
     for tile in (16,) if place.small else (16, 32, 64):
-        calls[f"fused RT {tile}"] = fused(place, work, replace(base, rank_tile=tile, sweep=1))
         calls[f"split RT {tile}"] = split(place, work, replace(base, rank_tile=tile))
-    calls["fused, overfull loop compiled in"] = fused(place, work, base, overfull=True)
-    if base.sweep > 1:
-        calls[f"fused, sweep {base.sweep}"] = fused(place, work, base)
+    calls["split, not persistent"] = split(place, work, replace(base, persistent=False))
+    calls["fused"] = fused(place, work, once)
+    calls["fused, sweep 3"] = fused(place, work, replace(once, sweep=1 if place.small else 3))
+    calls["fused, overfull loop compiled in"] = fused(place, work, once, overfull=True)
     for rows in (16384, 4096):
         some = place.point(768, 3072, rows)
         columns = lists(place, some, base)
@@ -299,6 +303,12 @@ def taken_apart(place: Place) -> Iterator[Row]:
         for splits in (1, 2) if place.small else (1, 2, 4, 6):
             parts[f"shrink alone, K in {splits}"] = _shrink(columns, base, splits)
         yield from _ratios(place, some, {**calls, **parts} if rows == 16384 else parts, "apart", base)
+
+
+def brief(config: Config) -> str:
+    """A configuration in a few words."""
+    shape = f"{config.block_m}x{config.block_n} {config.warps} warps {config.stages} stages"
+    return f"{shape}{', persistent' if config.persistent else ''}"
 
 
 def _shrink(columns: TileColumns, config: Config, splits: int) -> Call:

@@ -19,6 +19,7 @@ from bertology_serve.training.method_options import AUTO, KindFlags
 from bertology_serve.training.train_config import TrainConfig
 
 if TYPE_CHECKING:
+    from bertology_serve.deltas.delta import Delta
     from bertology_serve.encoder.trainable import TrainableDelta
     from bertology_serve.training.batches import Source
     from bertology_serve.training.methods import ParameterCount
@@ -84,7 +85,6 @@ def train(
 
     from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.encoder.loading import find_device
-    from bertology_serve.tasks.registry import task_for
     from bertology_serve.training import train as training
     from bertology_serve.training.batches import Source
     from bertology_serve.training.methods import count_parameters, make_live
@@ -102,7 +102,7 @@ def train(
     source = Source.read(train, read_columns(columns))
     dev, other = (Source.read(path, read_columns(columns)) if path else None for path in (eval, ood))
     config = training.for_data(given := config, source)
-    if config != given:
+    if config.task != given.task:
         note(f"labels are lists: the task is {config.task}")
     processes, own_device = join(find_device(device))
     encoder = Encoder.load(backbone, device=own_device)
@@ -136,7 +136,7 @@ def train(
             )
         show_search(outcome)
         if plot:
-            draw_curve(outcome.path, task_for(outcome.delta.task).main_metric)
+            draw_curve(outcome.path, main_metric(outcome.delta))
         show(outcome, eval)
         return
     boards = []
@@ -160,7 +160,7 @@ def train(
     if not processes.leads:
         return
     if plot:
-        draw_curve(outcome.path, task_for(outcome.delta.task).main_metric)
+        draw_curve(outcome.path, main_metric(outcome.delta))
     show(outcome, eval)
 
 
@@ -323,16 +323,24 @@ def show(outcome: Outcome, eval: str | None) -> None:
     )
 
 
+def main_metric(delta: Delta) -> str:
+    """The metric that the delta was chosen by: of those it has, the first."""
+    from bertology_serve.tasks.registry import task_for
+
+    return next(iter(delta.metrics), task_for(delta.task).main_metric)
+
+
 def advice(outcome: Outcome) -> Iterator[str]:
     """What the figures mean for what to do next, a line each."""
-    from bertology_serve.tasks.registry import task_for
     from bertology_serve.training.baselines import COSINE
 
     delta, state = outcome.delta, outcome.state
-    main = task_for(delta.task).main_metric
+    main = main_metric(delta)
     known = {name: own[main] for name, own in outcome.baselines.items() if main in own}
     if outcome.unimproved:
         yield "no step was better than the probe on these records: the probe is what was saved"
+    elif delta.task.head == "none" and state.metrics and not state.best_step:
+        yield "no step was better than the start on these records: what was saved is the start"
     elif known and main in delta.metrics:
         name = max(known, key=known.__getitem__)
         gain = 100 * (delta.metrics[main] - known[name])

@@ -33,7 +33,7 @@ from bertology_serve.kernels.blocks import (
     shrunk,
 )
 from bertology_serve.kernels.columns import Pools, TileColumns
-from bertology_serve.kernels.tuning import Config, cdiv
+from bertology_serve.kernels.tuning import FILLED, Config, cdiv
 
 GROUP = 8
 NONE, COMPUTE, READ = 0, 1, 2
@@ -54,21 +54,22 @@ def read_coefficients(
     return s.to(kind)
 
 
-@jit_any_rows
-def fused_lora_linear_kernel(
-    x: Ptr,  # [T, K], or its descriptor
-    w: Ptr,  # [N, K], or its descriptor
-    bias: Ptr,  # [N]
-    y: Ptr,  # [T, N]
-    a0: Ptr, a1: Ptr, a2: Ptr,  # [P, K] of each slice
-    b0: Ptr, b1: Ptr, b2: Ptr,  # [P, width]
-    starts: Ptr,  # int32 [SLICES * tiles + 1]
-    rows: Ptr, ranges: Ptr,  # int32 [C]
-    coefficients: Ptr,  # [SPLITS, C, BM], read where LORA == 2
-    T: Int, width: Int, K: Int, capacity: Int,  # N = SLICES * width; an argument keeps its divisibility known
+@jit
+def one_program(
+    program: Int,
+    x: Ptr,
+    w: Ptr,
+    bias: Ptr,
+    y: Ptr,
+    a0: Ptr, a1: Ptr, a2: Ptr,
+    b0: Ptr, b1: Ptr, b2: Ptr,
+    starts: Ptr,
+    rows: Ptr, ranges: Ptr,
+    coefficients: Ptr,
+    T: Int, width: Int, K: Int, capacity: Int,
     stride_x: Int, stride_wn: Int, stride_wk: Int, stride_y: Int, stride_a: Int, stride_b: Int,
-    LORA: tl.constexpr,  # 0: no columns; 1: coefficients are computed; 2: they are read
-    OVERFLOW: tl.constexpr,  # whether a tile may have more than RT columns
+    LORA: tl.constexpr,
+    OVERFLOW: tl.constexpr,
     SPLITS: tl.constexpr,
     SLICES: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RT: tl.constexpr, SWEEP: tl.constexpr,
@@ -78,7 +79,7 @@ def fused_lora_linear_kernel(
     tiles = tl.cdiv(T, BM)
     N = width * SLICES
     groups = tl.cdiv(width, BN * SWEEP)
-    tile, group = grouped_order(tl.program_id(0), tiles, groups * SLICES, GROUP)
+    tile, group = grouped_order(program, tiles, groups * SLICES, GROUP)
     part = group // groups
     m0 = tile * BM
     n_end = (part + 1) * width
@@ -144,6 +145,48 @@ def fused_lora_linear_kernel(
                  mask=(m < T - m0)[:, None] & (n < n_end)[None, :])  # fmt: skip
 
 
+@jit_any_rows
+def fused_lora_linear_kernel(
+    x: Ptr,  # [T, K], or its descriptor
+    w: Ptr,  # [N, K], or its descriptor
+    bias: Ptr,  # [N]
+    y: Ptr,  # [T, N]
+    a0: Ptr, a1: Ptr, a2: Ptr,  # [P, K] of each slice
+    b0: Ptr, b1: Ptr, b2: Ptr,  # [P, width]
+    starts: Ptr,  # int32 [SLICES * tiles + 1]
+    rows: Ptr, ranges: Ptr,  # int32 [C]
+    coefficients: Ptr,  # [SPLITS, C, BM], read where LORA == 2
+    T: Int, width: Int, K: Int, capacity: Int,  # N = SLICES * width; an argument keeps its divisibility known
+    stride_x: Int, stride_wn: Int, stride_wk: Int, stride_y: Int, stride_a: Int, stride_b: Int,
+    LORA: tl.constexpr,  # 0: no columns; 1: coefficients are computed; 2: they are read
+    OVERFLOW: tl.constexpr,  # whether a tile may have more than RT columns
+    SPLITS: tl.constexpr,
+    PERSISTENT: tl.constexpr,  # whether each program does several in turn, so that few are started
+    SLICES: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RT: tl.constexpr, SWEEP: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr,
+) -> None:  # fmt: skip
+    """All of y: see ``one_program``."""
+    if PERSISTENT:
+        programs = tl.cdiv(T, BM) * SLICES * tl.cdiv(width, BN * SWEEP)
+        for program in range(tl.program_id(0), programs, tl.num_programs(0)):
+            one_program(
+                program,
+                x, w, bias, y, a0, a1, a2, b0, b1, b2, starts, rows, ranges, coefficients, T, width, K,
+                capacity, stride_x, stride_wn, stride_wk, stride_y, stride_a, stride_b, LORA, OVERFLOW,
+                SPLITS, SLICES, HAS_BIAS, ACTIVATION, BIAS, BM, BN, BK, RT, SWEEP, EVEN_K, TMA, PRECISION,
+                PDL, GROUP,
+            )  # fmt: skip
+    else:
+        one_program(
+            tl.program_id(0),
+            x, w, bias, y, a0, a1, a2, b0, b1, b2, starts, rows, ranges, coefficients, T, width, K,
+            capacity, stride_x, stride_wn, stride_wk, stride_y, stride_a, stride_b, LORA, OVERFLOW,
+            SPLITS, SLICES, HAS_BIAS, ACTIVATION, BIAS, BM, BN, BK, RT, SWEEP, EVEN_K, TMA,
+            PRECISION, PDL, GROUP,
+        )  # fmt: skip
+
+
 def fused_lora_linear(
     x: Tensor,
     w: Tensor,
@@ -184,6 +227,7 @@ def launch_linear(
     slices = len(pools) if columns is not None else 1
     tma = config.tma and _describable(x) and _describable(w)
     programs = cdiv(tokens, config.block_m) * slices * cdiv(n // slices, config.block_n * config.sweep)
+    programs = min(programs, FILLED) if config.persistent else programs
     extra: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     fused_lora_linear_kernel[(programs,)](
         _described(x, config.block_m, config.block_k) if tma else x,
@@ -206,6 +250,7 @@ def launch_linear(
         LORA=NONE if columns is None else READ if coefficients is not None else COMPUTE,
         OVERFLOW=columns is not None and columns.widest > config.rank_tile,
         SPLITS=coefficients.shape[0] if coefficients is not None else 1,
+        PERSISTENT=config.persistent,
         SLICES=slices,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,

@@ -227,7 +227,7 @@ def test_no_place_but_families_compares_a_familys_name():
 def test_the_house_grows_no_larger_than_it_should():
     found = house.figures()
     bars = {
-        "library files": 260,
+        "library files": 264,
         "file names used twice or more": 8,
         "class names used twice or more": 5,
         "Any": 350,

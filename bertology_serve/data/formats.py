@@ -103,7 +103,7 @@ def _object(value: object, where: str) -> Fields:
     return value
 
 
-LISTS = ("tokens", "tags", "choices", "answers")
+LISTS = ("tokens", "tags", "choices", "answers", "negatives", "scores")
 
 
 def read_csv(path: Path) -> Iterator[Row]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from bertology_serve.data import formats
+from bertology_serve.data import formats, retrieval
 from bertology_serve.data.formats import HUB_PREFIX, SET_PREFIX, Dataset, Fields, Row
 from bertology_serve.errors import DataError, NotFound, SpecError, nearest
 from bertology_serve.tasks.base import Example, Task
@@ -25,8 +25,11 @@ FIELDS = (
     "answers",
     "premise",
     "choices",
+    "negative",
+    "negatives",
+    "scores",
 )
-ALIASES = {"text": "text_a", "text_pair": "text_b"}
+ALIASES = {"text": ("text_a", "anchor"), "text_pair": ("text_b", "positive")}
 READERS = {
     ".jsonl": formats.read_jsonl,
     ".ndjson": formats.read_jsonl,
@@ -57,7 +60,8 @@ def read_records(
     hub data set, or of what is in memory: an iterable of mappings, a pandas DataFrame, a ``datasets.Dataset``.
 
     A hub data set is written ``hub:NAME[:CONFIG][:SPLIT]``, a well-known one ``set:NAME:SPLIT`` (see ``set_files``);
-    ``.conll`` files hold a word and its tag a line. ``columns`` maps a field to the column that holds it:
+    ``.conll`` files hold a word and its tag a line; a folder with ``corpus.jsonl`` is a retrieval set (see
+    ``retrieval``). ``columns`` maps a field to the column that holds it:
     ``{"text": "sentence"}``, or to several with ``|`` between: ``{"label": "toxic|insult"}``. Where none are given
     those ``remembered`` by a delta count, each in records that have it.
     Cells of CSV and TSV are texts, but lists (``tokens``, ``tags``, ``choices``, ``answers``) are written as JSON, and
@@ -132,6 +136,9 @@ def _listed_rows(rows: Iterable[object]) -> Iterable[Row]:
 
 
 def _named_rows(path: str | Path) -> Iterable[Row]:
+    searched = retrieval.find_set(str(path))
+    if searched is not None:
+        return retrieval.read_set(*searched)
     if not str(path).startswith((HUB_PREFIX, SET_PREFIX)):
         return _read_file(Path(path))
     from bertology_serve.data import set_files
@@ -163,7 +170,7 @@ def _record(fields: Fields, where: str, columns: Mapping[str, str], required: bo
     if required and lost is not None:
         column = columns[lost]
         raise DataError(f"{where}: no column {column!r} for {lost!r}; {nearest(column, map(str, fields))}")
-    gone = {*found.values(), *(ALIASES[field] for field in found if field in ALIASES)}
+    gone = {*found.values(), *(alias for field in found for alias in ALIASES.get(field, ()))}
     kept = {name: value for name, value in fields.items() if name not in gone}
     named = {**kept, **{field: fields[name] for field, name in found.items()}}
     return Record(formats.decode_lists(named, where), where)

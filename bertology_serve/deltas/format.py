@@ -73,14 +73,16 @@ def to_json(manifest: Manifest) -> bytes:
 
 
 def _task_record(task: TaskSpec) -> dict[str, object]:
-    """The task's fields; those that earlier versions do not know only where they say something.
+    """The task's fields; those that earlier versions do not know only where they are not as there.
 
     So those read all deltas that they answer rightly, and refuse the others for an unknown field.
     """
-    return {name: value for name, value in asdict(task).items() if name not in LATER or value}
+    return {
+        name: value for name, value in asdict(task).items() if name not in LATER or value != getattr(TaskSpec, name)
+    }
 
 
-LATER = ("thresholds", "abstain")
+LATER = ("thresholds", "abstain", "long", "aggregate", "dimensions")
 
 # A list of numbers on lines of its own, which then goes on one line. Strings hold no line breaks in JSON.
 _LIST_OF_NUMBERS = re.compile(r"(?<=\[)\n(?:\s*-?[\d.e+-]+,?\n)+\s*(?=\])")

@@ -164,3 +164,26 @@ def paired_effect(differences: Floats) -> float:
     """Cohen's d of paired differences: their mean in units of their standard deviation; 0 where there are none."""
     spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
     return float(differences.mean()) / spread if spread else 0.0
+
+
+def of_ranking(grades: Floats) -> dict[str, float]:
+    """The metrics of one search, as trec_eval has them: ``grades`` [D] of all documents, in the order found.
+
+    nDCG with linear gains, the reciprocal rank of the first that is relevant (a grade above 0) among ten, the mean
+    precision at each that is, and the share of those among the first 1, 10 and 100.
+    """
+    gains, relevant = np.maximum(grades, 0.0), grades > 0
+    discount = 1 / np.log2(np.arange(2, 12))[: len(grades)]
+    best = float(np.sort(gains)[::-1][:10] @ discount)
+    places = np.flatnonzero(relevant) + 1
+    return {
+        "ndcg@10": ratio(float(gains[:10] @ discount), best),
+        "mrr@10": float(1 / places[0]) if len(places) and places[0] <= 10 else 0.0,
+        "map": float(np.mean(np.arange(1, len(places) + 1) / places)) if len(places) else 0.0,
+        **{f"recall@{k}": ratio(relevant[:k].sum(), relevant.sum()) for k in (1, 10, 100)},
+    }
+
+
+def mean_of(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric."""
+    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}

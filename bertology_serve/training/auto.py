@@ -148,7 +148,8 @@ class Search:
     @property
     def metric(self) -> str:
         """What candidates are judged by."""
-        return next(iter(self.crew.values()))[0].member.task.main_metric
+        member = next(iter(self.crew.values()))[0].member
+        return next(iter(member.latest), member.task.main_metric)
 
     @property
     def winner(self) -> str:

@@ -37,6 +37,11 @@ def make_live(encoder: Encoder, config: TrainConfig, spec: TaskSpec) -> Trainabl
         raise LimitError(
             f"max_length is {spec.max_length}, but {encoder.name} reads at most {encoder.max_tokens} tokens; lower it"
         )
+    if max(spec.dimensions, default=0) > encoder.anatomy.hidden:
+        raise SpecError(
+            f"matryoshka is {','.join(map(str, spec.dimensions))}; the embeddings of {encoder.name} have "
+            f"{encoder.anatomy.hidden} numbers: expected widths up to that"
+        )
     live = TrainableDelta(encoder, specs_for(config), spec, config.optim.seed, full=config.full)
     wanted = config.full and config.method != (MIXOUT,)
     live.trunk_dropout = wanted if config.optim.trunk_dropout is None else config.optim.trunk_dropout

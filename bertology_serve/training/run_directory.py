@@ -79,7 +79,7 @@ class RunDirectory:
         found = read_checkpoint(self._checkpoint) if self._checkpoint.exists() else None
         if found is not None and found[1].get("stage", 0) != stage:
             found = None  # of the stage before
-        self._cut_log(stage, found[1]["step"] if found else 0)
+        self._cut_log(stage, found[1]["step"] if found else -1)
         return found
 
     def stage(self, number: int) -> Path:

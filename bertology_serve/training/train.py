@@ -17,9 +17,10 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta, nested
 from bertology_serve.kinds import kinds
 from bertology_serve.tasks.base import Task, all_pairs
+from bertology_serve.tasks.embedding import loss_of
 from bertology_serve.tasks.fields import holds_several
-from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, TaskSpec
+from bertology_serve.tasks.registry import task_for, task_named
+from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, MULTI_LABEL, TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
 from bertology_serve.training.calibration import settled
@@ -88,7 +89,7 @@ def prepare(
     live, task = make_live(encoder, config, spec), task_for(spec)
     items = make_items(task, train.records, encoder.tokenizer)
     start_at_mean(live, items)
-    items = shaped(task, items, config.optim.balance, config.optim.label_smoothing)
+    items = shaped(task, items, config)
     others = [make_items(task, source.records, encoder.tokenizer) if source else [] for source in (dev, ood)]
     return Prepared(live, task, items, *others)
 
@@ -280,7 +281,11 @@ def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
 
 
 def for_data(config: TrainConfig, train: Source) -> TrainConfig:
-    """The configuration for multi-label where a classification's labels are lists."""
+    """The configuration for multi-label where a classification's labels are lists; with the loss of embeddings that
+    the first record calls for."""
+    if config.task == EMBEDDING and config.optim.loss == "auto":
+        example = task_named(EMBEDDING)(config.known_task).example(*train.records[0], labelled=True)
+        return config.replaced(loss=loss_of(example))
     several = config.task == CLASSIFICATION and holds_several(train.records)
     return config.replaced(task=MULTI_LABEL) if several else config
 
@@ -293,7 +298,8 @@ def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
         why = "the checkpoint's own" if encoder.pooling else own
         parts.append(f"pooling {chosen.form.pooling} ({'as given' if config.form.pooling else why})")
     form = "hf, at random" if chosen.known_task.head == "hf" else chosen.known_task.head
-    parts += [f"head {form}", *(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
+    parts += [f"loss {chosen.optim.loss}" if chosen.task == EMBEDDING else f"head {form}"]
+    parts += [*(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
     if not config.plan.recipe:
         parts.append(f"{chosen.passes(rows)} epochs" + ("" if config.optim.epochs else f", for {rows:,} rows"))
     return "; ".join(parts)

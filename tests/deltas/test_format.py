@@ -42,12 +42,16 @@ def test_a_task_that_does_not_say_whether_it_is_of_pairs_takes_both() -> None:
 
 
 def test_fields_that_earlier_versions_do_not_know_stand_only_where_they_say_something() -> None:
-    assert not {"thresholds", "abstain"} & values()["task"].keys()
+    assert not {"thresholds", "abstain", "long", "aggregate"} & values()["task"].keys()
     careful = replace(manifest(), task=TaskSpec("multi-label", ("a", "b"), thresholds=(0.25, 0.5)))
     written = json.loads(to_json(careful))
     assert written["task"]["thresholds"] == [0.25, 0.5]
     assert "abstain" not in written["task"]
     assert from_json(written, "delta.json") == careful
+    long = replace(manifest(), task=TaskSpec("regression", long="windows"))
+    written = json.loads(to_json(long))
+    assert written["task"]["long"] == "windows"
+    assert from_json(written, "delta.json") == long
 
 
 def test_numbers_stand_on_one_line_and_nothing_else_changes() -> None:

@@ -87,8 +87,9 @@ def linear_job(
     constants = {
         "LORA": lora, "SLICES": slices, "HAS_BIAS": True, "ACTIVATION": "", "BIAS": 1.0,
         "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "RT": config.rank_tile,
-        "SWEEP": config.sweep, "EVEN_K": True, "SPLITS": splits, "OVERFLOW": overflow, "TMA": tma,
-        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "SWEEP": config.sweep, "EVEN_K": True, "SPLITS": splits, "OVERFLOW": overflow,
+        "PERSISTENT": config.persistent, "TMA": tma, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "PDL": lora == 2 and arch >= 90, "GROUP": 8, "stride_wk": 1,
     }  # fmt: skip
     types = dict.fromkeys(("starts", "rows", "ranges"), "*i32")
     types |= {"coefficients": "*fp32"} if splits > 1 else {}

@@ -30,7 +30,7 @@ def _tools():
 def test_shipped_configurations_do_not_spill_and_use_matrix_instructions(arch):
     jobs = [*heaviest(arch), *others(arch)]
     reports = compiled(jobs)
-    assert len(reports) == len(jobs) > 8
+    assert len(reports) == len(jobs) >= 8
     wrong = [report for report in reports if report.spills or report.serialised or report.shared > SHARED[arch]]
     assert wrong == []
     for job, report in zip(jobs, reports, strict=True):

@@ -251,6 +251,27 @@ def test_nothing_to_train_is_refused(bert: Encoder):
         make_live(bert, config, config.task_spec(()))
 
 
+def test_widths_beyond_the_encoder_are_refused(bert: Encoder):
+    config = TrainConfig.of("embedding", max_length=32, matryoshka=(8, 999))
+    with pytest.raises(SpecError, match=r"matryoshka is 8,999; the embeddings of .* have \d+ numbers"):
+        make_live(bert, config, config.task_spec(()))
+
+
+def test_what_embeddings_begin_with_is_kept_where_nothing_is_better(bert: Encoder):
+    """A rate that ruins the encoder: the start counts as an evaluation, and is what is kept."""
+    one = trainer(bert, "embedding", method="lora", learning_rate=5.0, epochs=2)
+    lines: list[dict[str, Any]] = []
+    one._log = lines.append  # type: ignore[assignment,method-assign]
+    one.run()
+    evals = [line for line in lines if "eval" in line]
+    assert [line["step"] for line in evals] == [0, one.total // 2, one.total]
+    assert (one.state.best_step, one.state.metrics) == (0, evals[0]["eval"])
+    assert all(not tensor.any() for name, tensor in one.parameters.items() if "lora_B" in name or name.endswith("B"))
+    last = trainer(bert, "embedding", method="lora", keep="last", epochs=1)
+    last.run()
+    assert last.state.best_step == last.total
+
+
 def test_max_length_beyond_the_encoder_is_refused(bert: Encoder):
     config = TrainConfig.of("regression", max_length=65)
     with pytest.raises(LimitError, match=r"max_length is 65, but .* reads at most 64 tokens"):

@@ -65,6 +65,8 @@ class Member(Trainer):
             self.random = {name: tensor for name, tensor in tensors.items() if name.startswith(RANDOM)}
         self.live.train()
         self.fleet_watcher.joined(self.name, self.state.step, self.total, count_parameters(self.live))
+        if found is None:
+            self.measure_start()
 
     def take(self) -> list[Item]:
         """The next batch."""
