@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Iterator, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import Field, asdict, field, fields, is_dataclass
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bertology_serve.errors import SpecError, nearest
 
@@ -19,8 +19,7 @@ def option(default: T, text: str, **metadata: object) -> T:
     return made
 
 
-@dataclass(frozen=True)
-class SpecOption:
+class SpecOption(NamedTuple):
     """One option of a configuration: its field, its type, its help's panel, and the group that it stands in."""
 
     field: Field[object]
@@ -90,3 +89,26 @@ def without_none(hint: object) -> tuple[Any, bool]:
         return hint, False
     rest = [kind for kind in get_args(hint) if kind is not types.NoneType]
     return (rest[0], True) if len(rest) == 1 else (hint, False)
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """``"query, value"`` -> ``("query", "value")``. What holds a comma is quoted as in CSV: ``'"Rome, GA",Paris'``."""
+    import csv  # not for --help
+
+    try:
+        parts = next(csv.reader([text], skipinitialspace=True, strict=True), [])
+    except csv.Error as problem:
+        raise SpecError(
+            f"{text!r} is no list ({problem}); expected values with commas, quoted where they hold one"
+        ) from None
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def join_list(values: Iterable[object]) -> str:
+    """The inverse of ``split_list``."""
+    import csv
+    import io
+
+    out = io.StringIO()
+    csv.writer(out, lineterminator="").writerow([str(value) for value in values])
+    return out.getvalue()

@@ -6,7 +6,6 @@ Results go to stdout, everything else to stderr: ``predict --output - | head`` s
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -55,6 +54,8 @@ def note(message: str) -> None:
 
 def note_next(*commands: Sequence[object]) -> None:
     """What to type next: each command's words, quoted as a shell wants them."""
+    import shlex  # not for --help
+
     for words in commands:
         note(f"  {shlex.join(['bertology-serve', *map(str, words)])}")
 

@@ -6,16 +6,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass
+from dataclasses import MISSING, Field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from bertology_serve.config_fields import SpecOption, choices_of, nested, without_none
+from bertology_serve.config_fields import SpecOption, choices_of, join_list, nested, split_list, without_none
 from bertology_serve.errors import NotFound, SpecError, nearest
-from bertology_serve.training.method_options import join_list, split_list
 
 PLAIN = (bool, int, float, str, Path)
 ALL = "bertology.help_all"
@@ -52,8 +51,7 @@ def options(
     return decorate
 
 
-@dataclass(frozen=True)
-class HelpLayout:
+class HelpLayout(NamedTuple):
     """How a command's help is laid out: ``--help`` shows the options that people use (``common``), ``--help-all`` the
     rest, each under its panel. ``panels`` names those of options that have none of their own.
 
@@ -134,7 +132,8 @@ class LaidOut(TyperCommand):
 
 
 def _signed(run: Command, parameters: Sequence[inspect.Parameter]) -> Command:
-    keyed = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    only = inspect.Parameter.KEYWORD_ONLY
+    keyed = [p if p.kind is only else p.replace(kind=only) for p in parameters]
     run.__signature__ = inspect.Signature(keyed)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in keyed}
     return run
@@ -152,7 +151,7 @@ def _parameter(spec: Spec, choice: SpecOption, help_text: str | None) -> inspect
     negated = f"{flag}/--no-{flag.removeprefix('--')}" if without_none(choice.hint)[0] is bool else flag
     option = typer.Option(negated, help=help_text or field.metadata.get("help"), rich_help_panel=choice.panel)
     if isinstance(default, tuple):
-        default = join_list(default)
+        default = join_list(default) if default else ""  # without csv, for --help
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,

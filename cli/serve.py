@@ -9,9 +9,8 @@ import typer
 
 from bertology_serve.cli.common import note
 from bertology_serve.cli.options import from_file, laid_out, options
-from bertology_serve.export.export_spec import MultiPrecision
+from bertology_serve.export import MultiPrecision
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.serve import serve as run
 
 Backbone = Annotated[str, typer.Option(help="The encoder: a hub id, a directory, or minilm.")]
 Deltas = Annotated[Path, typer.Option(help="Directory of deltas: NAME/VERSION/ or bare ones.")]
@@ -81,6 +80,8 @@ def serve(
     Calls for all deltas share their batches; /openapi.json describes every route. SIGTERM, SIGINT and SIGHUP drain:
     readiness answers 503 at once, every accepted call is answered.
     """
+    from bertology_serve.serving.serve import serve as run
+
     run(
         backbone,
         deltas,

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bertology_serve.errors import SpecError
+from bertology_serve.export import MultiPrecision as MultiPrecision
 
 Precision = Literal["fp32", "fp16", "int8-row", "int8-nbits", "int8-dynamic"]
-MultiPrecision = Literal["fp32", "int8-row"]
-"""Of graphs for many deltas."""
 DRIFT: dict[Precision, float] = {"fp16": 0.004, "int8-row": 0.04, "int8-nbits": 0.02, "int8-dynamic": 0.08}
 """The largest ‖Δ‖/‖torch‖ that one layer may add. Layers round independently: it grows with the root of their number.
 

@@ -4,8 +4,6 @@ Where an option is given more than once, a flag wins over the environment (``BER
 that over the file of ``--config``, and that over the default here.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,7 +241,7 @@ class ServerConfig:
                 )
 
     @classmethod
-    def of(cls, **options: Any) -> ServerConfig:
+    def of(cls, **options: Any) -> "ServerConfig":
         """The configuration with some options given by their names. SpecError for an unknown one, or another type."""
         hints = {choice.field.name: choice.hint for choice in choices_of(cls)}
         fitting = {

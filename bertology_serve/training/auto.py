@@ -20,6 +20,7 @@ from statistics import fmean
 
 import torch
 
+from bertology_serve.config_fields import join_list
 from bertology_serve.data.records import infer_labels
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta
@@ -35,7 +36,7 @@ from bertology_serve.training.fleet.fleet import Fleet
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.fleet.fleet_run import Enrolled, Shelf, enrolled, rows_of_a_pass
 from bertology_serve.training.fleet.member import Member
-from bertology_serve.training.method_options import Values, join_list
+from bertology_serve.training.method_options import Values
 from bertology_serve.training.methods import count_parameters, specs_for
 from bertology_serve.training.run_directory import CONFIG, Destination, identity
 from bertology_serve.training.run_plots import draw_curves

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from bertology_serve.config_fields import choices_of
+from bertology_serve.config_fields import choices_of, split_list
 from bertology_serve.errors import SpecError, nearest
 from bertology_serve.files import JsonObject
-from bertology_serve.training.method_options import KindFlags, Values, split_list
+from bertology_serve.training.method_options import KindFlags, Values
 from bertology_serve.training.train_config import TrainConfig
 
 OWN = tuple(choice.field.name for choice in choices_of(TrainConfig) if choice.field.name != "options")

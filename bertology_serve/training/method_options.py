@@ -1,10 +1,6 @@
 """The methods of training, their learning rates, and their options as the command line names them. Imports no torch."""
 
-from __future__ import annotations
-
-import csv
-import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -36,24 +32,6 @@ MIXOUT, CHILD_TUNING, TOP_K = "mixout", "child-tuning", "top-k"
 AUTO = "auto"
 METHODS = (*KINDS, PROBE, FULL, MIXOUT, CHILD_TUNING, TOP_K, AUTO)
 LEARNING_RATES = {**KINDS, PROBE: 1e-2, **dict.fromkeys((FULL, MIXOUT, CHILD_TUNING, TOP_K), 1e-4)}
-
-
-def split_list(text: str) -> tuple[str, ...]:
-    """``"query, value"`` -> ``("query", "value")``. What holds a comma is quoted as in CSV: ``'"Rome, GA",Paris'``."""
-    try:
-        parts = next(csv.reader([text], skipinitialspace=True, strict=True), [])
-    except csv.Error as problem:
-        raise SpecError(
-            f"{text!r} is no list ({problem}); expected values with commas, quoted where they hold one"
-        ) from None
-    return tuple(part.strip() for part in parts if part.strip())
-
-
-def join_list(values: Iterable[object]) -> str:
-    """The inverse of ``split_list``."""
-    out = io.StringIO()
-    csv.writer(out, lineterminator="").writerow([str(value) for value in values])
-    return out.getvalue()
 
 
 def _flag(kind: str, spec_field: str, text: str) -> Any:
@@ -99,7 +77,7 @@ class KindFlags:
     child_share: float | None = _flag("child-tuning", "share", "share of the weights that is trained. Default: 0.3.")
     top_k: int | None = _flag("top-k", "layers", "upper layers to train. Default: 3.")
 
-    def by_kind(self) -> dict[str, JsonObject]:
+    def by_kind(self) -> "dict[str, JsonObject]":
         """What was given, as ``TrainConfig.options`` takes it."""
         given: dict[str, JsonObject] = {}
         for flag in fields(self):

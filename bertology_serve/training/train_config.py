@@ -1,7 +1,5 @@
 """How one delta is trained: everything that a run depends on but its data and its encoder. Imports no torch."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -10,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bertology_serve.config_fields import check_fields, check_known, flat, nested, option
 from bertology_serve.errors import SpecError
-from bertology_serve.tasks.fields import read_label
 from bertology_serve.tasks.spec import EMBEDDING, LABEL_KINDS, QUESTION_ANSWERING, TASK_KINDS, TEXT_KINDS, TaskSpec
 from bertology_serve.training.method_options import (
     AUTO,
@@ -84,6 +81,8 @@ class FormConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        from bertology_serve.tasks.fields import read_label  # not for --help
+
         labels = (read_label(label, "the configuration", f"labels[{i}]") for i, label in enumerate(self.labels))
         object.__setattr__(self, "matryoshka", tuple(self.matryoshka))
         object.__setattr__(self, "labels", tuple(labels))  # as the data's own are read: 1 is "1"
@@ -246,17 +245,17 @@ class TrainConfig:
         _ = self.known_task
 
     @classmethod
-    def of(cls, task: str = "", method: str | Iterable[str] = (), **settings: Any) -> TrainConfig:
+    def of(cls, task: str = "", method: str | Iterable[str] = (), **settings: Any) -> "TrainConfig":
         """The configuration with these settings, the groups' by their names. SpecError for an unknown one, too."""
         if not task:
             raise SpecError(f"field 'task' is missing; expected one of {', '.join(TASK_KINDS)}")
         return nested(cls, {"task": task, "method": method, **settings}, "training has no field")
 
-    def as_dict(self) -> JsonObject:
+    def as_dict(self) -> "JsonObject":
         """All settings by name, ready for JSON; the inverse of ``of``."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in flat(self).items()}
 
-    def replaced(self, **settings: Any) -> TrainConfig:
+    def replaced(self, **settings: Any) -> "TrainConfig":
         """The same configuration but for these settings, by name."""
         return TrainConfig.of(**{**self.as_dict(), **settings})
 
@@ -339,7 +338,7 @@ def _methods(given: str | Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def _check_recipe(config: TrainConfig) -> None:
+def _check_recipe(config: "TrainConfig") -> None:
     """Raises SpecError where a recipe and its method do not go together."""
     names = ",".join(config.method)
     if config.plan.recipe and AUTO in config.method:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import typer
 
-from bertology_serve.cli import serve as serving
 from bertology_serve.cli.main import application, main
 
 FLAG = re.compile(r"^  (?:-\w, )?(--[a-z][a-z0-9-]*)", re.MULTILINE)
@@ -53,7 +52,7 @@ def test_help_says_how_options_are_written_in_the_environment(capsys):
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     seen: list[Any] = []
-    monkeypatch.setattr(serving, "run", lambda *args, **options: seen.append((args, options)))
+    monkeypatch.setattr("bertology_serve.serving.serve.serve", lambda *args, **options: seen.append((args, options)))
 
     def start(*arguments: str) -> Any:
         assert main(["serve", *arguments]) == 0

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from bertology_serve.cli.options import listed, options
+from bertology_serve.config_fields import join_list
 from bertology_serve.errors import SpecError
-from bertology_serve.training.method_options import join_list
 
 
 @dataclass(frozen=True)
