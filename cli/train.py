@@ -298,6 +298,8 @@ def needed(live: TrainableDelta, stage: Stage, source: Source, processes: Proces
 
 def show(outcome: Outcome, eval: str | None) -> None:
     """The evaluation table, and what to type next."""
+    from bertology_serve.tasks.significance import Interval
+
     delta, state, count = outcome.delta, outcome.state, outcome.parameters
     known = outcome.baselines
     rows = [
@@ -312,6 +314,10 @@ def show(outcome: Outcome, eval: str | None) -> None:
         ("saved copy differs by", f"{outcome.difference:.1e}"),
     ]
     rows += [(*fact, *([""] * len(known))) for fact in facts]
+    gain = delta.provenance.get("gain")
+    if gain:
+        over = Interval(gain["value"], gain["low"], gain["high"])
+        rows.insert(1, (f"{gain['metric']} over the {gain['over']}", over.points, *([""] * len(known))))
     title = f"{delta.name} {delta.version}" + (f" on {eval}" if eval else "")
     table(title, ["", "delta", *known], rows, stderr=False)
     for line in advice(outcome):
@@ -343,6 +349,9 @@ def advice(outcome: Outcome) -> Iterator[str]:
                 "embedding, which begins there"
             )
         yield f"{main}: {gain:+.1f} points beside {'' if name == COSINE else 'the '}{name} ({100 * known[name]:.1f})"
+    own = delta.provenance.get("gain")
+    if own and own["low"] <= 0:
+        yield f"not surely better than the {own['over']}: more --eval records would tell"
     if state.metrics and 0 < state.best_step == state.step and not outcome.unimproved:
         yield "the last step was the best one: more --epochs may help"
 

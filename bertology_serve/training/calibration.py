@@ -24,13 +24,14 @@ from bertology_serve.training.evaluate import run
 
 @dataclass(frozen=True)
 class Settled:
-    """The metrics on the dev items, and what provenance says of it; both empty where nothing was to be settled.
+    """The dev items' metrics and answers, and what provenance says of it; all empty where nothing was to be settled.
 
     Thresholds are not in the metrics, as they are not in those of the probe beside: the dev items chose them.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
 
 
 @contextmanager
@@ -83,8 +84,8 @@ def _settle(live: TrainableDelta, task: LabelTask, dev: Sequence[Item], max_toke
         final = MultiLabel(live.task)
         found["thresholds"] = {"rows": len(dev), **final.metrics(_answers(final, dev, logits), examples)}
     loss = float(task.loss(logits, [], targets)) / len(dev)
-    metrics = task.metrics(_answers(task, dev, logits), examples)
-    return Settled({**metrics, "loss": loss}, {"calibration": found} if found else {})
+    answers = _answers(task, dev, logits)
+    return Settled({**task.metrics(answers, examples), "loss": loss}, {"calibration": found} if found else {}, answers)
 
 
 def temperature(task: LabelTask, logits: Tensor, targets: Sequence[Any]) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.files import JsonObject
-from bertology_serve.tasks.base import Task
+from bertology_serve.tasks.base import Answer, Task
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.logistic import LOOSE, Logistic, Ridge, Solution
 from bertology_serve.tasks.spec import MULTI_LABEL
@@ -120,6 +120,10 @@ class Solver:
             self.directory.write_layers([_shown(choice) for choice in choices])
         return state
 
+    def answers(self) -> list[Answer]:
+        """The live probe's answers to the dev items."""
+        return self._answers(self._logits(self._part(self.dev)), self.dev)
+
     def _choose(self, layer: int, held: Held) -> ChosenC:
         """The best C of the path for one layer."""
         paths = (self._solutions(layer, fit) for fit, _ in held.folds)
@@ -173,22 +177,23 @@ class Solver:
         linear = self.live.head.layers[-1].linear
         linear.weight.copy_(solution.weight)  # type: ignore[union-attr,operator]
         linear.bias.copy_(solution.bias)  # type: ignore[union-attr,operator]
-        self.live.eval()
 
     @torch.no_grad()
     def _logits(self, part: Part) -> Tensor:
         """What the head, in float32, says of the last layer's rows."""
+        self.live.eval()
         rows = part.rows[self.layers[-1]].to(self.live.encoder.device)
         out: Tensor = self.live.head(rows)
         return out.cpu()
 
     def _measure(self, logits: Tensor, part: Part) -> dict[str, float]:
         """The task's metrics, and the mean loss, of logits [N, C]."""
-        answers = [
-            self.task.decode(item.example, item.encodings, [own]) for item, own in zip(part.items, logits, strict=True)
-        ]
-        metrics = self.task.metrics(answers, [item.example for item in part.items])
+        metrics = self.task.metrics(self._answers(logits, part.items), [item.example for item in part.items])
         return {**metrics, "loss": self._loss(logits, part)}
+
+    def _answers(self, logits: Tensor, items: Sequence[Item]) -> list[Answer]:
+        pairs = zip(items, logits, strict=True)
+        return [self.task.decode(item.example, item.encodings, [own]) for item, own in pairs]
 
     def _loss(self, logits: Tensor, part: Part) -> float:
         return float(self.task.loss(logits, [1] * len(logits), [item.target for item in part.items])) / len(logits)

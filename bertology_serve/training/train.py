@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta, nested
 from bertology_serve.kinds import kinds
-from bertology_serve.tasks.base import Task, all_pairs
+from bertology_serve.tasks.base import Answer, Task, all_pairs
 from bertology_serve.tasks.fields import holds_several
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, TaskSpec
@@ -26,7 +26,8 @@ from bertology_serve.training.calibration import settled
 from bertology_serve.training.callbacks import Callback, NoCallback
 from bertology_serve.training.checkpoint import RunState
 from bertology_serve.training.config_file import settings_text
-from bertology_serve.training.evaluate import measure
+from bertology_serve.training.evaluate import answered, measure
+from bertology_serve.training.evaluation import Evaluation
 from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache
 from bertology_serve.training.method_options import AUTO
 from bertology_serve.training.methods import ParameterCount, count_parameters, make_live, specs_for, start_at_mean
@@ -183,10 +184,20 @@ class StageRun:
             return self._unimproved(before, ready.live if not live.full else _untouched(ready.live), ready, state, out)
         last = number == count
         config = self.config if last else stage.config
-        delta = finished(live, ready, state, config, self.data, known, name, self.version, self.processes, last)
+        probe = self._probe_answers(before, ready, stage.config, own_rows) if before and PROBE in known else ()
+        delta = finished(live, ready, state, config, self.data, known, name, self.version, self.processes, last, probe)
         difference = self._publish(delta, live, ready, out)
         held = state_bytes(trainer.optimizer) if isinstance(trainer, Trainer) else 0
         return Outcome(delta, out, count_parameters(live), state, difference, held, known)
+
+    def _probe_answers(
+        self, before: Delta, ready: Prepared, config: TrainConfig, folder: Path | None
+    ) -> Sequence[Answer]:
+        """What the stage before, the probe, says of the dev items; the rows that it was solved on are still there."""
+        live = TrainableDelta(ready.live.encoder, (), ready.live.task)
+        live.head.adopt(before.head)
+        solver = Solver(live, ready.task, ready.items, config, ready.dev, self.directory, folder=folder)
+        return solver.answers() if ready.dev else ()
 
     def _unimproved(self, before: Delta, live: TrainableDelta, ready: Prepared, state: RunState, out: Path) -> Outcome:
         """Publishes the stage before, the probe, on ``live``: no state of this one was better on the dev set."""
@@ -217,15 +228,21 @@ def finished(
     version: str = "",
     processes: Processes = ALONE,
     last: bool = True,
+    probe: Sequence[Answer] = (),
 ) -> Delta:
     """The delta that training ended with: its metrics, on ``ood`` items too, what it had to beat, how it came to be.
 
     What the dev set settles is in it where the stage is the ``last``: others begin with the head as it was trained.
+    ``provenance.gain`` is the main metric over that of the ``probe``'s answers, with its 95 % interval.
     """
     facts = provenance(config, count_parameters(live), state, data, live.encoder, processes.count)
     with settled(live, ready.dev if last else (), config.max_tokens, config.calibrate) as scores:
         elsewhere = measure(live, task_for(live.task), ready.ood, config.max_tokens, processes) if ready.ood else {}
         metrics = {**state.metrics, **scores.metrics, **{f"ood_{metric}": value for metric, value in elsewhere.items()}}
+        if probe:
+            answers = scores.answers or answered(live, ready.task, ready.dev, config.max_tokens)
+            own = Evaluation({}, answers, 0, ready.task, [item.example for item in ready.dev], ())
+            facts["gain"] = {"over": PROBE, "metric": ready.task.main_metric, **asdict(own.gain(ready.task, probe))}
         return live.freeze(name, version, metrics, {**facts, "baselines": known, **scores.facts})
 
 

@@ -295,6 +295,8 @@ def test_a_cosine_that_is_better_is_named():
     said = list(advice(outcome))  # type: ignore[arg-type]
     assert any("ask the encoder itself, or take --task embedding" in line for line in said)
     assert any("-40.0 points beside cosine (90.0)" in line for line in said)
+    delta.provenance["gain"] = {"over": "probe", "metric": "spearman", "value": 0.1, "low": -0.1, "high": 0.3}
+    assert any("not surely better than the probe" in line for line in advice(outcome))  # type: ignore[arg-type]
     delta.metrics = {"spearman": 0.95}
     assert not any("ask the encoder itself" in line for line in advice(outcome))  # type: ignore[arg-type]
 

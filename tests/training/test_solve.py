@@ -176,3 +176,5 @@ def test_regression_begins_at_ridge_and_is_never_worse(tmp_path: Path, bert: Enc
     moved = run(bert, tmp_path / "moved", "regression", recipe=None, pooling="mean", learning_rate=1e-2, epochs=8)
     assert moved.delta.metrics["spearman"] >= best
     assert moved.unimproved or moved.baselines["probe"] == pytest.approx(probe.delta.metrics)
+    difference = 0.0 if moved.unimproved else moved.delta.metrics["spearman"] - best
+    assert moved.delta.provenance.get("gain", {}).get("value", 0.0) == pytest.approx(difference, abs=1e-6)

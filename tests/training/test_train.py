@@ -82,6 +82,10 @@ def test_the_probe_is_where_training_begins_and_what_stays_if_nothing_is_better(
     known = store.load(moved.path).provenance["baselines"]
     assert known["probe"]["accuracy"] < moved.delta.metrics["accuracy"]
     assert known["constant"]["accuracy"] == 0.5
+    gain = moved.delta.provenance["gain"]
+    assert gain["value"] == pytest.approx(moved.delta.metrics["accuracy"] - known["probe"]["accuracy"])
+    assert gain["low"] < gain["value"] < gain["high"]
+    assert "gain" not in still.delta.provenance
 
 
 def test_scored_pairs_are_measured_beside_the_encoder_s_own_cosine(tmp_path: Path, bert: Encoder):

@@ -142,10 +142,12 @@ class Enrolled:
         ``facts`` are for the delta's provenance; see ``publish`` of ``training.publish`` for ``extra`` and ``fresh``.
         """
         live, state, config, known = self.member.live, self.member.state, self.config, dict(self.start.known)
+        probe = self.start.solver.answers() if self.start.solver is not None and self.ready.dev else ()
         if self.start.solver is not None and self.unimproved:
             live, state, config = self.start.solver.live, self.start.solver.state, self.start.solver.config
             known.pop(PROBE, None)
-        delta = finished(live, self.ready, state, config, self.data, known, name, version)
+            probe = ()
+        delta = finished(live, self.ready, state, config, self.data, known, name, version, probe=probe)
         delta = replace(delta, provenance={**delta.provenance, **(facts or {})})
         difference = publish(delta, live, out, *self.ready.sample(self.data), extra=extra, fresh=fresh)
         delta = replace(delta, version=identify(out).version)
