@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 COMMON = (
     "backbone", "train", "eval", "out", "data", "task", "labels", "max_length", "method", "budget", "rank", "recipe",
-    "epochs", "batch_size", "learning_rate", "seed", "device",
+    "epochs", "batch_size", "learning_rate", "folds", "seed", "device",
 )  # fmt: skip
 PANELS = {
-    "Data and delta": ("backbone", "train", "eval", "ood", "out", "columns", "name", "version", "data"),
+    "Data and delta": ("backbone", "train", "eval", "ood", "out", "columns", "skip_bad", "name", "version", "data"),
     "Task": ("task", "labels", "max_length", "pooling", "head", "stride", "max_answer_length", "calibrate", "abstain"),
     "Method": (
         "method", "budget", "recipe", "lp_path", "lp_layers", "start", *(flag.name for flag in fields(KindFlags)),
@@ -44,10 +44,12 @@ PANELS = {
         "learning_rate", "head_learning_rate", "schedule", "warmup", "weight_decay", "beta2", "epsilon", "clip", "seed",
         "balance", "label_smoothing",
     ),
-    "Evaluation and state": ("eval_every", "patience", "keep", "save_every", "resume", "overwrite"),
+    "Evaluation and state": ("folds", "eval_every", "patience", "keep", "save_every", "resume", "overwrite"),
     "Machine": ("device", "precision", "prepack", "trunk_dropout", "trunk_cache", "checkpointing"),
     "Reports": ("dry_run", "plot", "tensorboard", "gradient_steps"),
 }  # fmt: skip
+
+MOST_NAMED = 10
 
 
 @laid_out(COMMON, PANELS)
@@ -95,7 +97,7 @@ def train(
     from bertology_serve.tasks.registry import task_for
     from bertology_serve.training import train as training
     from bertology_serve.training.auto import candidates, train_auto
-    from bertology_serve.training.batches import Source
+    from bertology_serve.training.batches import Data, Source, make_items
     from bertology_serve.training.callbacks import CallbackList
     from bertology_serve.training.methods import count_parameters, make_live
     from bertology_serve.training.processes import check_alone, join
@@ -114,10 +116,20 @@ def train(
     config = training.for_data(given := config, source)
     if config != given:
         note(f"labels are lists: the task is {config.task}")
+    read = training.usable(config, Data(source, dev, other))
+    source, dev, other = read.train, read.dev, read.ood
+    if read.skipped:
+        note(f"skipped {len(read.skipped):,} records" + ("" if dry_run else ", which skipped.txt in --out names") + ":")
+    for why in read.skipped[:MOST_NAMED]:
+        note(f"  {why}")
     processes, own_device = join(find_device(device))
     encoder = Encoder.load(backbone, device=own_device)
     if dry_run:
         spec = training.task_spec(config, encoder, source)
+        for own in (source, dev, other):
+            items = make_items(task_for(spec), own.records, encoder.tokenizer) if own else []
+            if own:
+                note(f"{own.name}: {len(items):,} records, none of them wrong")
         if AUTO in config.method:
             tried = candidates(config, encoder, len(source.records))
             counts = {name: count_parameters(make_live(encoder, own, spec)) for name, own in tried.items()}
@@ -131,15 +143,16 @@ def train(
     files = {"backbone": backbone, "train": train, "eval": eval, "ood": ood}
     named = {flag: _lasting(path) for flag, path in files.items() if path} | {"device": device}
     named |= {"columns": columns} if columns else {}
-    if AUTO in config.method:
-        check_alone("train --method auto")
+    if AUTO in config.method or config.folds:
+        check_alone("train --folds" if config.folds else "train --method auto")
         if tensorboard:
-            raise SpecError("--tensorboard shows one run, and method auto has many; leave it out")
+            raise SpecError("--tensorboard shows one run, and a search or --folds has many; leave it out")
         with Board("candidates", ranked=True, first=chosen) as shown:
             outcome = train_auto(
                 config, encoder, source, dev, ood=other, place=place, watcher=shown, prepack=prepack, files=named
             )
-        show_search(outcome)
+        if AUTO in config.method:
+            show_search(outcome)
         if plot:
             draw_curve(outcome.path, task_for(outcome.delta.task).main_metric)
         show(outcome, eval)
@@ -314,6 +327,12 @@ def show(outcome: Outcome, eval: str | None) -> None:
         ("saved copy differs by", f"{outcome.difference:.1e}"),
     ]
     rows += [(*fact, *([""] * len(known))) for fact in facts]
+    folds = delta.provenance.get("folds")
+    if folds:
+        rows += [
+            (f"{name}, {folds['count']} folds", f"{value:.4f} ± {folds['sd'][name]:.4f}", *([""] * len(known)))
+            for name, value in folds["mean"].items()
+        ]
     gain = delta.provenance.get("gain")
     if gain:
         over = Interval(gain["value"], gain["low"], gain["high"])

@@ -15,14 +15,15 @@ from bertology_serve.deltas.catalog import identify
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta, nested
+from bertology_serve.errors import DataError
 from bertology_serve.kinds import kinds
 from bertology_serve.tasks.base import Answer, Task, all_pairs
 from bertology_serve.tasks.fields import holds_several
-from bertology_serve.tasks.registry import task_for
+from bertology_serve.tasks.registry import task_for, task_named
 from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
-from bertology_serve.training.calibration import settled
+from bertology_serve.training.calibration import Judged, settled
 from bertology_serve.training.callbacks import Callback, NoCallback
 from bertology_serve.training.checkpoint import RunState
 from bertology_serve.training.config_file import settings_text
@@ -37,7 +38,7 @@ from bertology_serve.training.processes import ALONE, Processes
 from bertology_serve.training.publish import publish, publish_copy
 from bertology_serve.training.recipes import Stage, stages
 from bertology_serve.training.run_directory import Destination, Follower, RunDirectory, identity, provenance
-from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.train_config import FEW_ROWS, FEW_ROWS_RATES, TrainConfig
 from bertology_serve.training.trainer import Trainer
 
 
@@ -114,7 +115,7 @@ def train(
     what ``config.toml``, which lies beside the delta in the end, says of the backbone and the data; names by default.
     All of ``processes`` call this with the same arguments but ``encoder``'s device; see there.
     """
-    config = for_encoder(for_data(config, train), encoder)
+    config = for_rows(for_encoder(for_data(config, train), encoder), len(train.records))
     plan = stages(config)
     name, directory = place.open()
     products = {stage.kept: place.beside(stage.kept).open() for stage in plan if stage.kept}
@@ -128,6 +129,7 @@ def train(
     began = processes.gathered(directory.open(what, machine(config, encoder, prepack), place.resume))[0]
     lay_out(encoder, began)
     directory.write_config(settings_text(config, files or data.names(encoder.name), began["prepacked"]))
+    directory.write_skipped(data.skipped)
     begin = baselines(encoder, ready.task, ready.items, ready.dev) if dev else {}
     run = StageRun(config, data, directory, place.version or "", watcher or NoCallback(), processes, begin)
     for number, stage in enumerate(plan[:-1], 1):
@@ -229,6 +231,7 @@ def finished(
     processes: Processes = ALONE,
     last: bool = True,
     probe: Sequence[Answer] = (),
+    judged: Judged | None = None,
 ) -> Delta:
     """The delta that training ended with: its metrics, on ``ood`` items too, what it had to beat, how it came to be.
 
@@ -236,7 +239,7 @@ def finished(
     ``provenance.gain`` is the main metric over that of the ``probe``'s answers, with its 95 % interval.
     """
     facts = provenance(config, count_parameters(live), state, data, live.encoder, processes.count)
-    with settled(live, ready.dev if last else (), config.max_tokens, config.calibrate) as scores:
+    with settled(live, ready.dev if last else (), config.max_tokens, config.calibrate, judged) as scores:
         elsewhere = measure(live, task_for(live.task), ready.ood, config.max_tokens, processes) if ready.ood else {}
         metrics = {**state.metrics, **scores.metrics, **{f"ood_{metric}": value for metric, value in elsewhere.items()}}
         if probe:
@@ -293,9 +296,43 @@ def for_data(config: TrainConfig, train: Source) -> TrainConfig:
     return replace(config, task=MULTI_LABEL) if several else config
 
 
+def usable(config: TrainConfig, data: Data) -> Data:
+    """With ``skip_bad`` the data without the records that the task cannot read.
+
+    Raises DataError where a source has no others.
+    """
+    if not config.skip_bad:
+        return data
+    train = _usable(config, data.train, config.labels)
+    labels = config.labels or infer_labels(config.task, train.records)
+    return Data(train, *(source and _usable(config, source, labels) for source in (data.dev, data.ood)))
+
+
+def _usable(config: TrainConfig, source: Source, labels: tuple[str, ...]) -> Source:
+    form, good, skipped = task_named(config.task), [], list(source.skipped)
+    for record in source.records:
+        try:
+            own = labels or form.labels_in([record]) or config.form.labels
+            task_for(replace(config.form, labels=own)).example(*record, labelled=True)
+        except DataError as error:
+            skipped.append(str(error))
+        else:
+            good.append(record)
+    if not good:
+        raise DataError(f"{source.name}: none of its {len(source.records):,} records can be read: {skipped[0]}")
+    return replace(source, records=good, skipped=skipped)
+
+
+def for_rows(config: TrainConfig, rows: int) -> TrainConfig:
+    """The configuration with the learning rate of few rows, where none was given and training begins at the probe."""
+    rate = FEW_ROWS_RATES.get(",".join(config.method)) if rows < FEW_ROWS else None
+    chosen = config.learning_rate or config.options or not config.starts_at_probe
+    return config if chosen or rate is None else replace(config, learning_rate=rate)
+
+
 def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
     """What the defaults came to on that encoder with so many training rows, and why, in one line."""
-    chosen, parts = for_encoder(config, encoder), []
+    chosen, parts = for_rows(for_encoder(config, encoder), rows), []
     if not chosen.form.per_token:
         why = (
             "the checkpoint's own" if encoder.pooling else "it has a pooler" if chosen.pooling == "cls" else "no pooler"
@@ -304,8 +341,9 @@ def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
     form = "hf, at random" if chosen.form.head == "hf" else chosen.form.head
     parts += [f"head {form}", *(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
     if not config.recipe:
-        parts.append(f"{chosen.passes(rows)} epochs" + ("" if config.epochs else f", for {rows:,} rows"))
-    return "; ".join(parts)
+        parts.append(f"{chosen.passes(rows)} epochs")
+    own = config.epochs and chosen.learning_rate == config.learning_rate
+    return "; ".join(parts) + ("" if config.recipe or own else f" (for {rows:,} rows)")
 
 
 def task_spec(config: TrainConfig, encoder: Encoder, train: Source) -> TaskSpec:

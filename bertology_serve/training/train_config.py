@@ -36,6 +36,9 @@ HEAD_RATES: Mapping[str, float] = dict.fromkeys((FULL, *REGULARISED), 1e-3)
 HEAD_RATE = 5e-3
 # Epochs where none are given: enough_rows examples are seen in all, within limits.
 LEAST_EPOCHS, MOST_EPOCHS, ENOUGH_ROWS = 3, 10, 6000
+FEW_ROWS = 2000
+FEW_ROWS_RATES: Mapping[str, float] = {"lora": 3e-3}
+"""Where a run begins at the probe: the rows below which a method has another learning rate, and that."""
 
 
 def _option(default: Any, text: str) -> Any:
@@ -133,6 +136,12 @@ class TrainConfig:
     keep: Literal["best", "last"] = _option("best", "Which state is saved where there is evaluation data.")
     save_every: int = _option(200, "Steps between checkpoints; one is written after each evaluation too.")
     gradient_steps: int = _option(0, "First steps whose gradient's length is logged for every layer.")
+    skip_bad: bool = _option(False, "Leave out records that the task cannot read, and say which and why.")
+    folds: int | None = _option(
+        None,
+        "Without --eval: so many parts of the training data are held out in turn; their metrics are told, and their "
+        "answers calibrate the delta that is then trained on all. Default: none, and 3 for --method auto.",
+    )
     options: Mapping[str, Values] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -155,6 +164,12 @@ class TrainConfig:
         _check_number("beta2", self.beta2, 0, most=1)
         object.__setattr__(self, "budget", str(self.budget))
         read_budget(self.budget)
+        if self.budget != TrainConfig.budget and AUTO not in self.method:
+            raise SpecError(
+                f"budget is what a search may take, and the method is {','.join(self.method)}; give --method auto"
+            )
+        if self.folds is not None:
+            _check_folds(self)
         for name in ("learning_rate", "head_learning_rate", "first_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < 10:
@@ -293,6 +308,15 @@ def _check_recipe(config: TrainConfig) -> None:
         )
     if config.recipe == LP_FT and config.method == (PROBE,):
         raise SpecError("recipe lp-ft begins with the probe, and goes on with another method; expected full or another")
+
+
+def _check_folds(config: TrainConfig) -> None:
+    """Raises SpecError where folds cannot be trained together."""
+    _check_number("folds", config.folds, 2)
+    if config.recipe or config.full:
+        raise SpecError(
+            f"folds share one frozen encoder, but {config.recipe or config.method[0]} trains its own; leave them out"
+        )
 
 
 def _check_known(name: str, value: object, known: tuple[str, ...]) -> None:
