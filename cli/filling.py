@@ -28,6 +28,9 @@ def from_file(context: typer.Context, path: Path | None) -> Path | None:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise SpecError(f"{path}: not TOML ({problem}); expected lines such as epochs = 3") from None
     named = {name.replace("-", "_"): value for name, value in values.items()}
+    if len(named) < len(values):
+        twice = next(name for name in values if "-" in name and name.replace("-", "_") in values)
+        raise SpecError(f"{path}: {twice} and {twice.replace('-', '_')} are one flag; give it once")
     known = [str(one.name) for one in context.command.params]
     for name in named:
         if name not in known:

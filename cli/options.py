@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
@@ -13,12 +15,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from bertology_serve.errors import SpecError
+from bertology_serve.cli.common import came_from, note
+from bertology_serve.errors import SpecError, nearest
 from bertology_serve.training.method_options import join_list, split_list
 
 PLAIN = (bool, int, float, str, Path)
 ALL = "bertology.help_all"
 OTHERS = "Other options"
+ELSEWHERE = ("API_KEYS", "ADMIN_KEYS", "CONFIG", "DATA", "DEBUG", "REAL")
+"""What variables are called that are no options, or not of this command alone."""
 Command = Callable[..., Any]
 
 Spec = type[Any]  # a dataclass
@@ -133,6 +138,20 @@ def laid_out(
 class LaidOut(TyperCommand):
     """A command whose function is ``laid_out``."""
 
+    def invoke(self, ctx: Any) -> Any:
+        """Runs it. A SpecError says where the options that it names came from; unknown variables are warned of."""
+        layout, params = self.callback.layout, self.get_params(ctx)  # type: ignore[union-attr]
+        if layout.prefix:
+            _warn_unknown(layout.prefix, [str(param.name) for param in params])
+        try:
+            return super().invoke(ctx)
+        except SpecError as problem:
+            named = set(re.findall(r"\w+", str(problem)))
+            source = came_from(ctx, [param for param in params if param.name in named])
+            if not source:
+                raise
+            raise SpecError(f"{problem}{source}") from problem
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """The options by panel."""
         layout: HelpLayout = self.callback.layout  # type: ignore[union-attr]
@@ -161,6 +180,14 @@ class LaidOut(TyperCommand):
                 f"Every option has a variable: {layout.prefix}_PORT for --port. A flag wins over the environment, that "
                 "over the file of --config, that over the default."
             )
+
+
+def _warn_unknown(prefix: str, options: Sequence[str]) -> None:
+    """Names the environment's variables that no option has: they are misspelt, or for another program."""
+    known = [*(f"{prefix}_{name.upper()}" for name in options), *(f"{prefix}_{name}" for name in ELSEWHERE)]
+    for name in sorted(os.environ):
+        if name.startswith(f"{prefix}_") and name not in known:
+            note(f"warning: the variable {name} sets nothing; {nearest(name, known)}")
 
 
 def _signed(run: Command, parameters: Sequence[inspect.Parameter]) -> Command:

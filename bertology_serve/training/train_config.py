@@ -35,8 +35,8 @@ DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP: PROBE, LP_FT: FUL
 HEAD_RATES: Mapping[str, float] = dict.fromkeys((FULL, *REGULARISED), 1e-3)
 HEAD_RATE = 5e-3
 # Epochs where none are given: enough_rows examples are seen in all, within limits.
-LEAST_EPOCHS, MOST_EPOCHS, ENOUGH_ROWS = 3, 10, 6000
-FEW_ROWS = 2000
+LEAST_EPOCHS, MOST_EPOCHS, ENOUGH_ROWS = 3, 20, 6000
+FEW_ROWS = 5000
 FEW_ROWS_RATES: Mapping[str, float] = {"lora": 3e-3}
 """Where a run begins at the probe: the rows below which a method has another learning rate, and that."""
 

@@ -334,5 +334,5 @@ def test_few_rows_have_a_rate_of_their_own(bert: Encoder):
     for own in ({"learning_rate": 5e-4}, {"start": "random"}, {"method": "bitfit"}, {"recipe": "lp-ft"}):
         config = TrainConfig("classification", **own)
         assert for_rows(config, 100) == config, "as given, as its papers have it, or not tried"
-    assert choices(TrainConfig("classification"), bert, 100).endswith("lora at 0.003; 10 epochs (for 100 rows)")
+    assert choices(TrainConfig("classification"), bert, 100).endswith("lora at 0.003; 20 epochs (for 100 rows)")
     assert choices(TrainConfig("classification", learning_rate=1e-4, epochs=2), bert, 100).endswith("0.0001; 2 epochs")
