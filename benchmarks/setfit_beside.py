@@ -112,7 +112,7 @@ def theirs(cell: Mapping[str, Any]) -> dict[str, Any]:
     import setfit
     from datasets import Dataset
 
-    model = setfit.SetFitModel.from_pretrained(cell["path"])
+    model = setfit.SetFitModel.from_pretrained(cell["path"], trust_remote_code=False)
     options = setfit.TrainingArguments(
         num_iterations=cell["iterations"], seed=cell["seed"], report_to="none", save_strategy="no", output_dir="out"
     )

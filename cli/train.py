@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 COMMON = (
     "backbone", "train", "eval", "out", "data", "task", "labels", "max_length", "method", "budget", "rank", "recipe",
-    "epochs", "batch_size", "learning_rate", "folds", "seed", "device",
+    "epochs", "batch_size", "learning_rate", "seed", "device",
 )  # fmt: skip
 PANELS = {
     "Data and delta": ("backbone", "train", "eval", "ood", "out", "columns", "skip_bad", "name", "version", "data"),
@@ -94,7 +94,9 @@ def train(
 
     from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.encoder.loading import find_device
+    from bertology_serve.tasks.fields import unnamed_labels
     from bertology_serve.tasks.registry import task_for
+    from bertology_serve.tasks.spec import MULTI_LABEL
     from bertology_serve.training import train as training
     from bertology_serve.training.auto import candidates, train_auto
     from bertology_serve.training.batches import Data, Source, make_items
@@ -122,6 +124,11 @@ def train(
         note(f"skipped {len(read.skipped):,} records" + ("" if dry_run else ", which skipped.txt in --out names") + ":")
     for why in read.skipped[:MOST_NAMED]:
         note(f"  {why}")
+    if config.task == MULTI_LABEL and not config.labels and (count := unnamed_labels(source.records)):
+        note(
+            f"labels are lists of {count} numbers without names, which are called 0 to {count - 1}: give --labels, in "
+            "their order, or keep each in a column of its own, --columns 'label=FIRST|SECOND'"
+        )
     processes, own_device = join(find_device(device))
     encoder = Encoder.load(backbone, device=own_device)
     if dry_run:

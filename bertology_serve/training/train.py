@@ -31,7 +31,14 @@ from bertology_serve.training.evaluate import answered, measure
 from bertology_serve.training.evaluation import Evaluation
 from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache
 from bertology_serve.training.method_options import AUTO
-from bertology_serve.training.methods import ParameterCount, count_parameters, make_live, specs_for, start_at_mean
+from bertology_serve.training.methods import (
+    ParameterCount,
+    begin_at_probe,
+    count_parameters,
+    make_live,
+    specs_for,
+    start_at_mean,
+)
 from bertology_serve.training.optimizer import state_bytes, uses_bf16
 from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.processes import ALONE, Processes
@@ -257,7 +264,9 @@ def _untouched(probe: TrainableDelta) -> TrainableDelta:
 def _continued(stage: Stage, ready: Prepared, before: Delta) -> TrainableDelta:
     """The next stage's live delta: the pretrained encoder, and the head that the stage before ended with."""
     live = make_live(ready.live.encoder, stage.config, ready.live.task)
-    if stage.given_head:
+    if stage.improves:
+        begin_at_probe(live, before.head)
+    elif stage.given_head:
         live.head.adopt(before.head)
     return live
 

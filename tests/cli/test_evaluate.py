@@ -131,7 +131,7 @@ def test_a_column_that_the_delta_remembers_has_slices_and_other_labels_are_named
     assert sum(one["rows"] for one in json.loads(capsys.readouterr().out)["slices"]) == len(rows)
     delta = load_delta(made / "mood")
     others = replace(delta, name="others", task=replace(delta.task, labels=("left", *delta.task.labels[1:])))
-    with pytest.raises(SpecError, match=r"with other labels \(only one of them has left"):
+    with pytest.raises(SpecError, match=r"with other labels \(only one of them has down, left"):
         check_comparable(delta, others)
     with pytest.raises(SpecError, match="answers regression, mood classification; give a delta of the same task"):
         check_comparable(delta, replace(others, task=TaskSpec("regression")))

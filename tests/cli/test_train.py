@@ -58,7 +58,7 @@ def test_the_probe_comes_first_and_the_table_shows_what_there_is_to_beat(bert, t
     assert main(arguments(bert, train_file, tmp_path / "mood", "--eval", train_file, "--epochs", "1")) == 0
     table, notes = capsys.readouterr()
     assert notes.startswith(
-        "pooling cls (it has a pooler); head linear; lora at 0.001; 1 epochs\nstage 1 of 2: probe, solved"
+        "pooling cls (it has a pooler); head linear; lora at 0.003; 1 epochs (for 16 rows)\nstage 1 of 2: probe, solved"
     )
     assert all(name in table for name in ("delta", "constant", "0.5000"))
     assert "no step was better than the probe on these records: the probe is what was saved" in notes
@@ -318,7 +318,7 @@ def test_a_search_shows_its_board_and_what_it_would_try(bert, auto_flags, tmp_pa
     assert main(auto(bert, tmp_path / "mood", *auto_flags, "--dry-run")) == 0
     assert "would try 9 candidates" in capsys.readouterr().out
     assert main(auto(bert, tmp_path / "mood", *auto_flags, "--tensorboard", str(tmp_path / "tb"))) == 2
-    assert "method auto has many" in capsys.readouterr().err
+    assert "a search or --folds has many" in capsys.readouterr().err
     assert not (tmp_path / ".mood.run").exists()
     assert main(auto(bert, tmp_path / "mood", *auto_flags, "--plot")) == 0
     table, notes = capsys.readouterr()

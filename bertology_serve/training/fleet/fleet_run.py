@@ -21,7 +21,7 @@ from bertology_serve.training.fleet.fleet import Fleet
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.fleet.fleet_spec import FleetSpec
 from bertology_serve.training.fleet.member import Member, check_frozen
-from bertology_serve.training.methods import count_parameters, make_live, start_at_mean
+from bertology_serve.training.methods import begin_at_probe, count_parameters, make_live, start_at_mean
 from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.publish import publish
 from bertology_serve.training.recipes import Stage, stages
@@ -122,7 +122,7 @@ class Enrolled:
         """Puts the head where the probe has it."""
         self.start = start
         if start.solver is not None:
-            self.member.live.head.adopt(start.solver.live.head.own_tensors())
+            begin_at_probe(self.member.live, start.solver.live.head.own_tensors())
             self.member.begin_at(start.solver.state.metrics)
             self.member.state.seconds = start.solver.state.seconds
 
