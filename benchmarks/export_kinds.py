@@ -55,7 +55,9 @@ def exported(
     """One delta trained for ``steps`` steps and exported; trained once for all back ends."""
     delta = directory / "delta"
     if not delta.exists():
-        config = TrainConfig(task=task, method=tuple(method.split(",")), max_steps=steps, batch_size=8, start="random")
+        config = TrainConfig.of(
+            task=task, method=tuple(method.split(",")), max_steps=steps, batch_size=8, start="random"
+        )
         data = [Source.read(path(examples, split)) for split in ("train", "dev")]
         train(config, Encoder.load(backbone), *data, place=Destination(delta))
     loaded, encoder = open_delta(delta, None)

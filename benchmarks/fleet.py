@@ -86,7 +86,9 @@ def measured(encoder: Encoder, source: Source, size: int, steps: int, rounds: in
 
 def member(encoder: Encoder, source: Source, name: str, size: int, steps: int, seed: int) -> Member:
     """A fresh member."""
-    config = TrainConfig("classification", batch_size=size, max_steps=steps, seed=seed, start="random", **EIGHT[name])
+    config = TrainConfig.of(
+        "classification", batch_size=size, max_steps=steps, seed=seed, start="random", **EIGHT[name]
+    )
     made = prepare(config, encoder, source)
     return Member(name, made.live, made.task, made.items, config)
 

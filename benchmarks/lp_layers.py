@@ -45,7 +45,7 @@ def main() -> None:
     train = Source(train.name, train.records[: asked.rows])
     encoder = Encoder.load(asked.backbone)
     prepacked = encoder.prepack()
-    config = stages(TrainConfig("classification", recipe="lp", lp_layers="all"))[0].config
+    config = stages(TrainConfig.of("classification", recipe="lp", lp_layers="all"))[0].config
     ready = prepare(config, encoder, train, dev)
     rounds = [measured(ready, config, number) for number in range(asked.rounds)]
     found = {
@@ -98,7 +98,7 @@ def _medians(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 def one_pass(ready: Prepared, config: TrainConfig) -> None:
     """The training and the evaluation records through the encoder, once."""
-    pooled(ready.live, [*ready.items, *ready.dev], [ready.live.encoder.anatomy.layers], config.max_tokens)
+    pooled(ready.live, [*ready.items, *ready.dev], [ready.live.encoder.anatomy.layers], config.machine.max_tokens)
 
 
 def probes(ready: Prepared, config: TrainConfig) -> None:
@@ -112,7 +112,7 @@ def probes(ready: Prepared, config: TrainConfig) -> None:
 def against_sklearn(ready: Prepared, config: TrainConfig) -> dict[str, float]:
     """The objective at C = 1 on the last layer: ours, and scikit-learn's."""
     depth = ready.live.encoder.anatomy.layers
-    rows = pooled(ready.live, ready.items, [depth], config.max_tokens)[depth]
+    rows = pooled(ready.live, ready.items, [depth], config.machine.max_tokens)[depth]
     labels = torch.tensor([item.target for item in ready.items])
     x = rows.double()
     ours = Logistic(rows, torch.nn.functional.one_hot(labels).double()).solve(1.0).loss

@@ -66,13 +66,13 @@ def train(
     field: ``{"text": "sentence"}``. ``method`` is a spec, such as ``Lora(rank=8)``, ``Probe()`` or ``Full()``, the name
     of a method, or several kinds of delta; ``"auto"`` tries several within ``budget`` (``"10m"``, or passes over the
     data) and keeps the best. With ``out`` the delta is kept in that directory, else only in memory, as ``name``:
-    ``delta.save(path)`` writes it. ``settings`` are fields of ``TrainConfig``: ``epochs=5``. The encoder is left as it
-    was.
+    ``delta.save(path)`` writes it. ``settings`` are those of ``TrainConfig.of``: ``epochs=5``. The encoder is left as
+    it was.
 
     Raises DataError naming file and row, SpecError for settings that do not fit, InputError where something is in the
     way at ``out``, LimitError for sequences that the encoder cannot read.
     """
-    config = TrainConfig.from_dict({"task": task, **_method(method), **settings})
+    config = TrainConfig.of(task, **_method(method), **settings)
     source, dev, other = (None if one is None else Source.read(one, columns) for one in (data, eval, ood))
     assert source is not None
     read = usable(config, Data(source, dev, other))
@@ -81,7 +81,7 @@ def train(
         at = Path(out) if out is not None else Path(str(folder)) / name
         place = Destination(at, None, version, resume, overwrite)
         own, told = encoder.fresh() if config.full else encoder, CallbackList(callbacks)
-        if AUTO in config.method or config.folds:
+        if AUTO in config.method or config.eval.folds:
             watcher = Forwarded(told)
             return train_auto(config, own, source, dev, ood=other, place=place, watcher=watcher).delta
         return run(config, own, source, dev, ood=other, place=place, watcher=told).delta

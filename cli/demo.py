@@ -93,11 +93,11 @@ def _train(encoder: Encoder, deltas: Path) -> None:
     rows = []
     for lesson in LESSONS:
         note(f"training {lesson.name}: {lesson.method} on {lesson.examples} ({lesson.task})")
-        config = TrainConfig(
+        config = TrainConfig.of(
             task=lesson.task,
             method=tuple(lesson.method.split(",")),
             epochs=lesson.epochs,
-            pooling=lesson.pooling,  # type: ignore[arg-type]
+            pooling=lesson.pooling,
             learning_rate=lesson.rate,
             batch_size=8,
             keep="last",  # a delta of each kind is to be shown, where "best" may leave the probe

@@ -11,8 +11,7 @@ from typing import Annotated
 import typer
 
 import bertology_serve
-from bertology_serve.cli.common import complain
-from bertology_serve.cli.threads import share_cores
+from bertology_serve.cli.common import complain, share_cores
 
 PROGRAM = "bertology-serve"
 # What a shell says as it asks for completions: that it does, and the words so far

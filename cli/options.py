@@ -6,16 +6,16 @@ import functools
 import inspect
 import os
 import re
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperOption
 
 from bertology_serve.cli.common import came_from, note
+from bertology_serve.config_fields import SpecOption, choices_of, nested, without_none
 from bertology_serve.errors import SpecError, nearest
 from bertology_serve.training.method_options import join_list, split_list
 
@@ -27,37 +27,6 @@ ELSEWHERE = ("API_KEYS", "ADMIN_KEYS", "CONFIG", "DATA", "DEBUG", "REAL")
 Command = Callable[..., Any]
 
 Spec = type[Any]  # a dataclass
-
-
-@dataclass(frozen=True)
-class SpecOption:
-    """One option of a dataclass: its field, its type, and the panel that it is shown in."""
-
-    field: Field[object]
-    hint: object
-    panel: str | None = None
-
-
-def choices_of(spec: Spec, panel: str | None = None) -> Iterator[SpecOption]:
-    """The options of a dataclass; those of a field that is itself a dataclass are its own fields, in its panel."""
-    hints = get_type_hints(spec)
-    for field in fields(spec):
-        if is_dataclass(hints[field.name]):
-            yield from choices_of(hints[field.name], field.metadata.get("panel", panel))
-        elif field.init:
-            yield SpecOption(field, hints[field.name], field.metadata.get("panel", panel))
-
-
-def build(spec: Spec, values: dict[str, object]) -> Any:
-    """A dataclass of option values, by their names; those are taken out of ``values``."""
-    hints, own = get_type_hints(spec), dict[str, object]()
-    for field in fields(spec):
-        hint = hints[field.name]
-        if is_dataclass(hint):
-            own[field.name] = build(hint, values)  # type: ignore[arg-type]
-        elif field.name in values:
-            own[field.name] = _value(values.pop(field.name), hint, field)
-    return spec(**own)
 
 
 def options(
@@ -79,8 +48,8 @@ def options(
 
         @functools.wraps(command)
         def run(**values: object) -> object:
-            config = build(spec, {choice.field.name: values.pop(choice.field.name) for choice in offered})
-            return command(**values, **{into: config})
+            given = {one.field.name: _value(values.pop(one.field.name), one.hint, one.field) for one in offered}
+            return command(**values, **{into: nested(spec, given, "the command has no option")})
 
         return _signed(run, [*own, *added])
 
@@ -206,7 +175,7 @@ def _parameter(spec: Spec, choice: SpecOption, help_text: str | None) -> inspect
     field = choice.field
     default = field.default if field.default_factory is MISSING else field.default_factory()
     flag = field.metadata.get("flag", "--" + field.name.replace("_", "-"))
-    negated = f"{flag}/--no-{flag.removeprefix('--')}" if _without_none(choice.hint)[0] is bool else flag
+    negated = f"{flag}/--no-{flag.removeprefix('--')}" if without_none(choice.hint)[0] is bool else flag
     option = typer.Option(negated, help=help_text or field.metadata.get("help"), rich_help_panel=choice.panel)
     if isinstance(default, tuple):
         default = join_list(default)
@@ -219,7 +188,7 @@ def _parameter(spec: Spec, choice: SpecOption, help_text: str | None) -> inspect
 
 
 def _option_type(spec: Spec, name: str, hint: object) -> object:
-    inner, optional = _without_none(hint)
+    inner, optional = without_none(hint)
     if get_origin(inner) is tuple:
         inner = str
     if inner not in PLAIN and get_origin(inner) is not Literal:
@@ -228,7 +197,7 @@ def _option_type(spec: Spec, name: str, hint: object) -> object:
 
 
 def _value(value: object, hint: object, field: Field[object]) -> object:
-    inner, _ = _without_none(hint)
+    inner, _ = without_none(hint)
     if get_origin(inner) is not tuple or value is None:
         return value
     kind = get_args(inner)[0]
@@ -236,11 +205,3 @@ def _value(value: object, hint: object, field: Field[object]) -> object:
         return tuple(kind(part) for part in listed(str(value)) or ())
     except ValueError as problem:
         raise SpecError(f"{field.name} is {value!r}; expected {kind.__name__}s with commas between") from problem
-
-
-def _without_none(hint: object) -> tuple[Any, bool]:
-    """``X | None`` -> ``(X, True)``; any other type -> ``(it, False)``."""
-    if get_origin(hint) not in (Union, types.UnionType):
-        return hint, False
-    rest = [kind for kind in get_args(hint) if kind is not types.NoneType]
-    return (rest[0], True) if len(rest) == 1 else (hint, False)

@@ -40,7 +40,10 @@ def reproduce(
     chosen = find_grid(grid).only(listed(tasks) or (), listed(methods) or ())
     runs = list(chosen.runs())
     if dry_run:
-        rows = [[run.key, ",".join(run.config.method), run.config.recipe or "", run.config.epochs] for run in runs]
+        rows = [
+            [run.key, ",".join(run.config.method), run.config.plan.recipe or "", run.config.optim.epochs]
+            for run in runs
+        ]
         return table(f"{len(runs)} runs: {chosen.title}", ["run", "method", "recipe", "epochs"], rows, stderr=False)
     if out is None:
         raise SpecError("no --out was given; say where runs and table shall lie, or count the runs with --dry-run")

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,20 +34,14 @@ COMMON = (
     "epochs", "batch_size", "learning_rate", "seed", "device",
 )  # fmt: skip
 PANELS = {
-    "Data and delta": ("backbone", "train", "eval", "ood", "out", "columns", "skip_bad", "name", "version", "data"),
-    "Task": ("task", "labels", "max_length", "pooling", "head", "stride", "max_answer_length", "calibrate", "abstain"),
-    "Method": (
-        "method", "budget", "recipe", "lp_path", "lp_layers", "start", *(flag.name for flag in fields(KindFlags)),
-    ),
-    "Optimisation": (
-        "epochs", "first_epochs", "first_learning_rate", "max_steps", "batch_size", "max_tokens", "bucket_batches",
-        "learning_rate", "head_learning_rate", "schedule", "warmup", "weight_decay", "beta2", "epsilon", "clip", "seed",
-        "balance", "label_smoothing",
-    ),
-    "Evaluation and state": ("folds", "eval_every", "patience", "keep", "save_every", "resume", "overwrite"),
-    "Machine": ("device", "precision", "prepack", "trunk_dropout", "trunk_cache", "checkpointing"),
-    "Reports": ("dry_run", "plot", "tensorboard", "gradient_steps"),
-}  # fmt: skip
+    "Data and delta": ("backbone", "train", "eval", "ood", "out", "columns", "name", "version", "data"),
+    "Task": (),
+    "Method": tuple(flag.name for flag in fields(KindFlags)),
+    "Optimisation": (),
+    "Evaluation and state": ("resume", "overwrite"),
+    "Machine": ("device", "prepack"),
+    "Reports": ("dry_run", "plot", "tensorboard"),
+}
 
 MOST_NAMED = 10
 
@@ -88,7 +82,7 @@ def train(
     kinds: KindFlags,
 ) -> None:
     """Train one delta; it is saved once the saved copy has given the same answers."""
-    config = replace(config, options=kinds.by_kind())
+    config = config.replaced(options=kinds.by_kind())
     if out is None and not dry_run:
         raise SpecError("no --out was given; say where the delta shall lie, or count its parameters with --dry-run")
 
@@ -124,7 +118,7 @@ def train(
         note(f"skipped {len(read.skipped):,} records" + ("" if dry_run else ", which skipped.txt in --out names") + ":")
     for why in read.skipped[:MOST_NAMED]:
         note(f"  {why}")
-    if config.task == MULTI_LABEL and not config.labels and (count := unnamed_labels(source.records)):
+    if config.task == MULTI_LABEL and not config.form.labels and (count := unnamed_labels(source.records)):
         note(
             f"labels are lists of {count} numbers without names, which are called 0 to {count - 1}: give --labels, in "
             "their order, or keep each in a column of its own, --columns 'label=FIRST|SECOND'"
@@ -150,8 +144,8 @@ def train(
     files = {"backbone": backbone, "train": train, "eval": eval, "ood": ood}
     named = {flag: _lasting(path) for flag, path in files.items() if path} | {"device": device}
     named |= {"columns": columns} if columns else {}
-    if AUTO in config.method or config.folds:
-        check_alone("train --folds" if config.folds else "train --method auto")
+    if AUTO in config.method or config.eval.folds:
+        check_alone("train --folds" if config.eval.folds else "train --method auto")
         if tensorboard:
             raise SpecError("--tensorboard shows one run, and a search or --folds has many; leave it out")
         with Board("candidates", ranked=True, first=chosen) as shown:

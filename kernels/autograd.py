@@ -16,14 +16,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from bertology_serve.kernels.blocks import Int, Ptr, jit
-from bertology_serve.kernels.columns import Pools, TileColumns
+from bertology_serve.kernels.blocks import Int, Ptr, jit_any_rows
+from bertology_serve.kernels.columns import Pools, TileColumns, laid_out
 from bertology_serve.kernels.fused_lora_linear import launch_linear
 from bertology_serve.kernels.shrink_expand import segmented_lora_shrink
 from bertology_serve.kernels.tuning import Config, cdiv
 
 
-@jit
+@jit_any_rows
 def pool_gradient_kernel(
     z: Ptr,  # [T, W]
     coefficients: Ptr,  # [C, BM]
@@ -52,8 +52,9 @@ def pool_gradient_kernel(
 def pool_gradient(z: Tensor, coefficients: Tensor, columns: TileColumns, part: int, height: int) -> Tensor:
     """fp32 [height, W]: for every pool row of a slice, the sum over the batch of its coefficient times z's row.
 
-    z [T, W], coefficients [C, block_m] as the shrink writes them, ``height`` P of the slice's pool.
+    z [T, W], coefficients [S, C, block_m] as the shrink writes them, ``height`` P of the slice's pool.
     """
+    coefficients = coefficients[0] if len(coefficients) == 1 else coefficients.sum(0)
     starts = columns.starts[part * columns.tiles : (part + 1) * columns.tiles + 1].long()
     first, last = columns.bounds[part : part + 2]
     rows = columns.pool_rows[first:last]
@@ -144,7 +145,7 @@ def _one_slice(columns: TileColumns, part: int) -> TileColumns:
     starts = columns.starts[part * columns.tiles : (part + 1) * columns.tiles + 1]
     return replace(
         columns,
-        packed=torch.cat([starts, columns.pool_rows, columns.ranges]),
+        packed=laid_out(starts, columns.pool_rows, columns.ranges),
         slices=1,
         bounds=columns.bounds[part : part + 2],
     )

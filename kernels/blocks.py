@@ -14,7 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-jit: Callable[[Callable[..., Any]], Any] = triton.jit
+Decorator: TypeAlias = Callable[[Callable[..., Any]], Any]
+jit: Decorator = triton.jit
+jit_any_rows: Decorator = triton.jit(do_not_specialize=["T"])
+"""For kernels over a batch of T rows: one compilation for every T, whether 16 divides it or not."""
 Ptr: TypeAlias = tl.tensor
 Int: TypeAlias = tl.tensor
 Block: TypeAlias = tl.tensor
@@ -128,27 +131,28 @@ def b_tile(b: Ptr, row: Block, n: Block, n_end: Int, stride: Int) -> Block:
 
 
 @jit
-def masked(s: Block, ranges: Block, BM: tl.constexpr, BIAS: tl.constexpr) -> Block:
-    """Coefficients fp32 [BM, RT]: BIAS in bias columns, xA in the others, zero where a column is not active."""
+def masked(s: Block, ranges: Block, BM: tl.constexpr, bias: float) -> Block:
+    """Coefficients fp32 [BM, RT]: ``bias`` in bias columns, xA in the others, zero where a column is not active."""
     m = tl.arange(0, BM)[:, None]
     lo, hi, kind = ranges & 4095, (ranges >> 12) & 4095, ranges >> 24
-    s = tl.where(kind[None, :] > 0, BIAS, s)
+    s = tl.where(kind[None, :] > 0, bias, s)
     return tl.where((m >= lo[None, :]) & (m < hi[None, :]), s, 0.0)
 
 
 @jit
 def shrunk(
-    x: Ptr, a: Ptr, row: Block, ranges: Block, m0: Int, T: Int, K: Int, stride_x: Int, stride_a: Int,
+    x: Ptr, a: Ptr, row: Block, ranges: Block, m0: Int, k_first: Int, T: Int, K: Int,
+    stride_x: Int, stride_a: Int, span: Int,
     BM: tl.constexpr, BK: tl.constexpr, RT: tl.constexpr, BIAS: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ) -> Block:  # fmt: skip
-    """Coefficients fp32 [BM, RT] of one tile's columns: a K loop of their own."""
+    """Coefficients fp32 [BM, RT] of one tile's columns, summed over k_first to k_first + span; biases count from 0."""
     s = tl.zeros([BM, RT], tl.float32)
-    for k0 in range(0, K, BK):
-        xs = x_tile(x, m0, k0, T, K, stride_x, BM, BK, EVEN_K, TMA)
-        rows = a_tile(a, row, ranges, k0, K, stride_a, BK, EVEN_K)
+    for k0 in range(0, span, BK):
+        xs = x_tile(x, m0, k_first + k0, T, K, stride_x, BM, BK, EVEN_K, TMA)
+        rows = a_tile(a, row, ranges, k_first + k0, K, stride_a, BK, EVEN_K)
         s = tl.dot(xs, rows.T, s, input_precision=PRECISION)
-    return masked(s, ranges, BM, BIAS)
+    return masked(s, ranges, BM, tl.where(k_first == 0, BIAS, 0.0))
 
 
 @jit

@@ -20,17 +20,15 @@ from bertology_serve.kernels.blocks import (
     check_dtypes,
     check_matrix,
     column_rows,
-    jit,
+    jit_any_rows,
     masked,
     x_tile,
 )
 from bertology_serve.kernels.columns import TileColumns
-from bertology_serve.kernels.tuning import Config, adapter_config, cdiv
-
-ENOUGH_PROGRAMS = 132  # one for each multiprocessor of an H100
+from bertology_serve.kernels.tuning import FILLED, Config, adapter_config, cdiv
 
 
-@jit
+@jit_any_rows
 def bottleneck_kernel(
     residual: Ptr, source: Ptr, y: Ptr,  # [T, H]
     down: Ptr,  # [P, H]
@@ -111,7 +109,7 @@ def grouped_bottleneck_adapter(
     y = torch.empty(tokens, hidden, dtype=residual.dtype, device=residual.device)
     if tokens == 0:
         return y
-    parts = min(cdiv(ENOUGH_PROGRAMS, columns.tiles), cdiv(hidden, config.block_n))  # few rows: split the output
+    parts = min(cdiv(FILLED, columns.tiles), cdiv(hidden, config.block_n))  # few rows: split the output
     width = cdiv(cdiv(hidden, parts), config.block_n) * config.block_n
     bottleneck_kernel[(columns.tiles, cdiv(hidden, width))](
         residual,

@@ -22,6 +22,11 @@ KIND_SHIFT = 2 * LO_BITS
 MAX_BLOCK_M = (1 << LO_BITS) - 1
 
 
+def aligned(count: int) -> int:
+    """The next multiple of 4: so many int32 end at an address that 16 bytes divide."""
+    return -(-count // 4) * 4
+
+
 class Pools(NamedTuple):
     """One slot's pools in one layer: a [P, K] (``None``: biases only) and b [P, N of the slice]."""
 
@@ -33,10 +38,12 @@ class Pools(NamedTuple):
 class TileColumns:
     """The column lists of all tiles, in one int32 tensor so that one copy uploads them.
 
-    ``packed`` holds ``starts [slices * tiles + 1]``, ``rows [C]`` and ``ranges [C]``: the columns of tile t of slice s
+    ``packed`` holds ``starts [slices * tiles + 1]``, ``rows [C]`` and ``ranges [C]``, each at an address that 16 bytes
+    divide: the columns of tile t of slice s
     are ``starts[s * tiles + t]`` to ``starts[s * tiles + t + 1]``. A range is ``lo | hi << 12 | kind << 24``: active
     for the tile's rows lo <= m < hi; kind 1 is a bias. ``bounds`` [slices + 1] are the column numbers at which slices
-    begin and end; ``capacity`` C is at least the number in use; ``widest`` is the most columns that one tile has.
+    begin and end; ``capacity`` C is at least the number in use; ``widest`` is the most columns that
+    one tile has, or may have in a graph.
     """
 
     packed: Tensor
@@ -56,12 +63,12 @@ class TileColumns:
     @property
     def pool_rows(self) -> Tensor:
         """int32 [C]."""
-        return self.packed[self.slices * self.tiles + 1 :][: self.capacity]
+        return self.packed[aligned(self.slices * self.tiles + 1) :][: self.capacity]
 
     @property
     def ranges(self) -> Tensor:
         """int32 [C]."""
-        return self.packed[self.slices * self.tiles + 1 + self.capacity :]
+        return self.packed[aligned(self.slices * self.tiles + 1) + self.capacity :]
 
     @property
     def count(self) -> int:
@@ -81,8 +88,10 @@ class TileColumns:
     def write_into(self, fixed: TileColumns) -> None:
         """Copies these lists over those of a captured graph, whose addresses and capacity are fixed.
 
-        Raises ValueError where the two differ in anything but their columns.
+        Raises ValueError where the two differ in anything but their columns, or a tile has more than was reckoned with.
         """
+        if self.widest > fixed.widest:
+            raise ValueError(f"got a tile of {self.widest} columns, the graph was recorded for {fixed.widest}")
         shape, theirs = self._shape(), fixed._shape()
         if shape != theirs:
             raise ValueError(f"got lists of (slices, tiles, block_m, capacity) {shape}, the graph has {theirs}")
@@ -109,15 +118,21 @@ def tile_columns(
     tile, pool_row, packed_range = _expanded(table, block_m, tiles)
     per_tile = torch.bincount(tile, minlength=len(slices) * tiles)
     count = int(tile.numel())
-    room = count if capacity is None else capacity
+    room = aligned(count if capacity is None else capacity)
     if count > room:
         raise ValueError(f"got {count} columns for a capacity of {room}; use a larger column class")
     starts = torch.cat([per_tile.new_zeros(1), per_tile.cumsum(0)])
     spare = tile.new_zeros(room - count)
-    packed = torch.cat([starts, pool_row, spare, packed_range, spare]).to(torch.int32)
+    packed = laid_out(starts, torch.cat([pool_row, spare]), torch.cat([packed_range, spare])).to(torch.int32)
     bounds = (0, *starts[tiles::tiles].tolist()) if tiles else (0,) * (len(slices) + 1)
     widest = int(per_tile.max()) if per_tile.numel() else 0
     return TileColumns(packed, len(slices), tiles, block_m, rows, room, bounds, widest)
+
+
+def laid_out(starts: Tensor, pool_rows: Tensor, ranges: Tensor) -> Tensor:
+    """``packed`` of its three parts."""
+    gap = starts.new_zeros(aligned(starts.numel()) - starts.numel())
+    return torch.cat([starts, gap, pool_rows, ranges])
 
 
 def _expanded(table: Tensor, block_m: int, tiles: int) -> tuple[Tensor, Tensor, Tensor]:

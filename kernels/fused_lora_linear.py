@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bertology_serve.kernels.blocks import (
+    Block,
     Int,
     Ptr,
     activate,
@@ -28,10 +29,11 @@ from bertology_serve.kernels.blocks import (
     fused_product,
     grouped_order,
     jit,
+    jit_any_rows,
     shrunk,
 )
 from bertology_serve.kernels.columns import Pools, TileColumns
-from bertology_serve.kernels.tuning import Config, cdiv
+from bertology_serve.kernels.tuning import FILLED, Config, cdiv
 
 GROUP = 8
 NONE, COMPUTE, READ = 0, 1, 2
@@ -39,19 +41,36 @@ MAX_SLICES = 3
 
 
 @jit
-def fused_lora_linear_kernel(
-    x: Ptr,  # [T, K], or its descriptor
-    w: Ptr,  # [N, K], or its descriptor
-    bias: Ptr,  # [N]
-    y: Ptr,  # [T, N]
-    a0: Ptr, a1: Ptr, a2: Ptr,  # [P, K] of each slice
-    b0: Ptr, b1: Ptr, b2: Ptr,  # [P, width]
-    starts: Ptr,  # int32 [SLICES * tiles + 1]
-    rows: Ptr, ranges: Ptr,  # int32 [C]
-    coefficients: Ptr,  # [C, BM], read where LORA == 2
-    T: Int, width: Int, K: Int,  # N = SLICES * width; an argument of its own keeps its divisibility known
+def read_coefficients(
+    coefficients: Ptr, first: Int, last: Int, capacity: Int,
+    BM: tl.constexpr, RT: tl.constexpr, SPLITS: tl.constexpr, kind: tl.constexpr,
+) -> Block:  # fmt: skip
+    """s [BM, RT] of one tile from ``first``: the partial sums of [SPLITS, C, BM], added in their order."""
+    at = (first + tl.arange(0, RT)).to(tl.int64)
+    read = coefficients + at[None, :] * BM + tl.arange(0, BM)[:, None]
+    s = tl.load(read, mask=(at < last)[None, :], other=0.0)
+    for part in tl.static_range(1, SPLITS):
+        s += tl.load(read + capacity.to(tl.int64) * BM * part, mask=(at < last)[None, :], other=0.0)
+    return s.to(kind)
+
+
+@jit
+def one_program(
+    program: Int,
+    x: Ptr,
+    w: Ptr,
+    bias: Ptr,
+    y: Ptr,
+    a0: Ptr, a1: Ptr, a2: Ptr,
+    b0: Ptr, b1: Ptr, b2: Ptr,
+    starts: Ptr,
+    rows: Ptr, ranges: Ptr,
+    coefficients: Ptr,
+    T: Int, width: Int, K: Int, capacity: Int,
     stride_x: Int, stride_wn: Int, stride_wk: Int, stride_y: Int, stride_a: Int, stride_b: Int,
-    LORA: tl.constexpr,  # 0: no columns; 1: coefficients are computed; 2: they are read
+    LORA: tl.constexpr,
+    OVERFLOW: tl.constexpr,
+    SPLITS: tl.constexpr,
     SLICES: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RT: tl.constexpr, SWEEP: tl.constexpr,
     EVEN_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr,
@@ -60,7 +79,7 @@ def fused_lora_linear_kernel(
     tiles = tl.cdiv(T, BM)
     N = width * SLICES
     groups = tl.cdiv(width, BN * SWEEP)
-    tile, group = grouped_order(tl.program_id(0), tiles, groups * SLICES, GROUP)
+    tile, group = grouped_order(program, tiles, groups * SLICES, GROUP)
     part = group // groups
     m0 = tile * BM
     n_end = (part + 1) * width
@@ -78,48 +97,94 @@ def fused_lora_linear_kernel(
         first = tl.load(starts + part * tiles + tile)
         last = tl.load(starts + part * tiles + tile + 1)
         row, own = column_rows(rows, ranges, first, last, RT)
-    if LORA == 1:
-        if first < last:
-            acc, raw = fused_product(
-                x, w, a, row, own, m0, n_first, T, N, K, stride_x, stride_wn, stride_wk, stride_a,
-                BM, BN, BK, RT, BIAS, EVEN_K, TMA, PRECISION,
-            )  # fmt: skip
-            s = raw.to(y.dtype.element_ty)
-        else:
-            acc = base_product(
-                x, w, m0, n_first, T, N, K, stride_x, stride_wn, stride_wk, BM, BN, BK, EVEN_K, TMA, PRECISION
-            )
-            s = tl.zeros([BM, RT], y.dtype.element_ty)
     for j in tl.static_range(SWEEP):
         n0 = n_first + j * BN
         n = n0 + tl.arange(0, BN)
-        if LORA != 1 or j > 0:
+        if LORA > 0:  # what the epilogue needs is asked for before the K loop, which hides the wait
+            up = b_tile(b, row, n - part * width, width, stride_b)
+        if HAS_BIAS:
+            shift = tl.load(bias + n, mask=n < n_end, other=0.0).to(tl.float32)
+        if LORA == 1 and j == 0:
+            if first < last:
+                acc, raw = fused_product(
+                    x, w, a, row, own, m0, n0, T, N, K, stride_x, stride_wn, stride_wk, stride_a,
+                    BM, BN, BK, RT, BIAS, EVEN_K, TMA, PRECISION,
+                )  # fmt: skip
+                s = raw.to(y.dtype.element_ty)
+            else:
+                acc = base_product(
+                    x, w, m0, n0, T, N, K, stride_x, stride_wn, stride_wk, BM, BN, BK, EVEN_K, TMA, PRECISION
+                )
+                s = tl.zeros([BM, RT], y.dtype.element_ty)
+        else:
             acc = base_product(
                 x, w, m0, n0, T, N, K, stride_x, stride_wn, stride_wk, BM, BN, BK, EVEN_K, TMA, PRECISION
             )
-        if LORA == 1:
+        if LORA == 2 and j == 0:
+            if PDL:
+                tl.extra.cuda.gdc_wait()  # the shrink ran beside the K loop above
+            s = read_coefficients(coefficients, first, last, capacity, BM, RT, SPLITS, y.dtype.element_ty)
+        if LORA > 0:  # noqa: SIM102
             if first < last:
-                acc = tl.dot(s, b_tile(b, row, n - part * width, width, stride_b), acc, input_precision=PRECISION)
+                acc = tl.dot(s, up, acc, input_precision=PRECISION)
+        if OVERFLOW:  # a constant: this loop keeps ptxas from overlapping any matrix instruction of the kernel
             for c in range(first + RT, last, RT):
                 more, its = column_rows(rows, ranges, c, last, RT)
-                extra = shrunk(x, a, more, its, m0, T, K, stride_x, stride_a, BM, BK, RT, BIAS, EVEN_K, TMA, PRECISION)
-                extra = extra.to(y.dtype.element_ty)
+                if LORA == 1:
+                    raw = shrunk(x, a, more, its, m0, 0, T, K, stride_x, stride_a, K,
+                                 BM, BK, RT, BIAS, EVEN_K, TMA, PRECISION)  # fmt: skip
+                    extra = raw.to(y.dtype.element_ty)
+                else:
+                    extra = read_coefficients(coefficients, c, last, capacity, BM, RT, SPLITS, y.dtype.element_ty)
                 acc = tl.dot(extra, b_tile(b, more, n - part * width, width, stride_b), acc, input_precision=PRECISION)
-        if LORA == 2:
-            if PDL and j == 0:
-                tl.extra.cuda.gdc_wait()  # the shrink ran beside the K loop above
-            for c in range(first, last, RT):
-                more, its = column_rows(rows, ranges, c, last, RT)
-                at = (c + tl.arange(0, RT)).to(tl.int64)
-                read = tl.load(coefficients + at[None, :] * BM + tl.arange(0, BM)[:, None], mask=(at < last)[None, :],
-                               other=0.0)  # fmt: skip
-                acc = tl.dot(read, b_tile(b, more, n - part * width, width, stride_b), acc, input_precision=PRECISION)
         if HAS_BIAS:
-            acc += tl.load(bias + n, mask=n < n_end, other=0.0).to(tl.float32)[None, :]
+            acc += shift[None, :]
         m = tl.arange(0, BM)
         out = y + m0.to(tl.int64) * stride_y + (m[:, None] * stride_y + n[None, :])
         tl.store(out, activate(acc, ACTIVATION).to(y.dtype.element_ty),
                  mask=(m < T - m0)[:, None] & (n < n_end)[None, :])  # fmt: skip
+
+
+@jit_any_rows
+def fused_lora_linear_kernel(
+    x: Ptr,  # [T, K], or its descriptor
+    w: Ptr,  # [N, K], or its descriptor
+    bias: Ptr,  # [N]
+    y: Ptr,  # [T, N]
+    a0: Ptr, a1: Ptr, a2: Ptr,  # [P, K] of each slice
+    b0: Ptr, b1: Ptr, b2: Ptr,  # [P, width]
+    starts: Ptr,  # int32 [SLICES * tiles + 1]
+    rows: Ptr, ranges: Ptr,  # int32 [C]
+    coefficients: Ptr,  # [SPLITS, C, BM], read where LORA == 2
+    T: Int, width: Int, K: Int, capacity: Int,  # N = SLICES * width; an argument keeps its divisibility known
+    stride_x: Int, stride_wn: Int, stride_wk: Int, stride_y: Int, stride_a: Int, stride_b: Int,
+    LORA: tl.constexpr,  # 0: no columns; 1: coefficients are computed; 2: they are read
+    OVERFLOW: tl.constexpr,  # whether a tile may have more than RT columns
+    SPLITS: tl.constexpr,
+    PERSISTENT: tl.constexpr,  # whether each program does several in turn, so that few are started
+    SLICES: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RT: tl.constexpr, SWEEP: tl.constexpr,
+    EVEN_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, GROUP: tl.constexpr,
+) -> None:  # fmt: skip
+    """All of y: see ``one_program``."""
+    if PERSISTENT:
+        programs = tl.cdiv(T, BM) * SLICES * tl.cdiv(width, BN * SWEEP)
+        for program in range(tl.program_id(0), programs, tl.num_programs(0)):
+            one_program(
+                program,
+                x, w, bias, y, a0, a1, a2, b0, b1, b2, starts, rows, ranges, coefficients, T, width, K,
+                capacity, stride_x, stride_wn, stride_wk, stride_y, stride_a, stride_b, LORA, OVERFLOW,
+                SPLITS, SLICES, HAS_BIAS, ACTIVATION, BIAS, BM, BN, BK, RT, SWEEP, EVEN_K, TMA, PRECISION,
+                PDL, GROUP,
+            )  # fmt: skip
+    else:
+        one_program(
+            tl.program_id(0),
+            x, w, bias, y, a0, a1, a2, b0, b1, b2, starts, rows, ranges, coefficients, T, width, K,
+            capacity, stride_x, stride_wn, stride_wk, stride_y, stride_a, stride_b, LORA, OVERFLOW,
+            SPLITS, SLICES, HAS_BIAS, ACTIVATION, BIAS, BM, BN, BK, RT, SWEEP, EVEN_K, TMA,
+            PRECISION, PDL, GROUP,
+        )  # fmt: skip
 
 
 def fused_lora_linear(
@@ -162,6 +227,7 @@ def launch_linear(
     slices = len(pools) if columns is not None else 1
     tma = config.tma and _describable(x) and _describable(w)
     programs = cdiv(tokens, config.block_m) * slices * cdiv(n // slices, config.block_n * config.sweep)
+    programs = min(programs, FILLED) if config.persistent else programs
     extra: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     fused_lora_linear_kernel[(programs,)](
         _described(x, config.block_m, config.block_k) if tma else x,
@@ -174,6 +240,7 @@ def launch_linear(
         tokens,
         n // slices,
         k,
+        columns.capacity if columns is not None else 0,
         x.stride(0),
         w.stride(0),
         w.stride(1),
@@ -181,6 +248,9 @@ def launch_linear(
         k,
         n // slices,
         LORA=NONE if columns is None else READ if coefficients is not None else COMPUTE,
+        OVERFLOW=columns is not None and columns.widest > config.rank_tile,
+        SPLITS=coefficients.shape[0] if coefficients is not None else 1,
+        PERSISTENT=config.persistent,
         SLICES=slices,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,

@@ -17,7 +17,8 @@ class Config:
 
     ``block_m``, ``block_n``, ``block_k``: the tile; ``rank_tile`` RT: rank columns per matrix instruction group;
     ``sweep`` q: N tiles that one program computes with the same xA (1: recomputed by every program); ``tma``: x and W
-    are read through tensor descriptors (Hopper and later).
+    are read through tensor descriptors (Hopper and later); ``persistent``: as many programs as multiprocessors walk
+    over all tiles.
     """
 
     block_m: int = 64
@@ -28,6 +29,7 @@ class Config:
     warps: int = 4
     stages: int = 2
     tma: bool = False
+    persistent: bool = False
 
 
 def cdiv(a: int, b: int) -> int:
@@ -35,10 +37,12 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+FILLED = 132
+"""Programs that fill a GPU: the multiprocessors of an H100 and H200. An A100's 108 and an L40S's 142 are near."""
 FUSED, SPLIT, TORCH = "fused", "split", "torch"
 RANK_TILES = (16, 32, 64)
 FLOP_PER_BYTE = 184
-MANY_ROWS, SOME_ROWS, FEW_ROWS = 8192, 2048, 256
+SOME_ROWS, FEW_ROWS = 2048, 256
 
 
 def rank_tile(columns: int) -> int:
@@ -51,9 +55,8 @@ def by_rule(arch: str, half: bool, k: int, n: int, rows: int, columns: int) -> t
     config = _hopper(k, n, rows, columns) if arch == "sm_90" and half else _ampere(half, k, n, rows, columns)
     if columns == 0:
         return TORCH, config  # cuBLAS has nothing to add
-    small_enough = config.rank_tile * n < FLOP_PER_BYTE * config.sweep * config.block_n
-    one_chunk = columns <= config.rank_tile
-    return (FUSED if one_chunk and (small_enough or rows <= SOME_ROWS) else SPLIT), config
+    few_reads = arch != "sm_90" and config.rank_tile * n < FLOP_PER_BYTE * config.block_n
+    return (FUSED if columns <= config.rank_tile and (few_reads or rows <= SOME_ROWS) else SPLIT), config
 
 
 def _hopper(k: int, n: int, rows: int, columns: int) -> Config:
@@ -62,9 +65,7 @@ def _hopper(k: int, n: int, rows: int, columns: int) -> Config:
         return Config(64, 32 if n <= 1024 else 64, 64, rank, 1, 4, 4, True)
     if rows <= SOME_ROWS:
         return Config(64, 128, 64, rank, 1, 4, 4 if rank < 64 else 3, True)
-    if rows <= MANY_ROWS:
-        return Config(128, 128, 64, rank, 1, 4 if rank < 64 else 8, 3, True)
-    return Config(128, 128, 64, rank, _sweep(n, 128) if columns else 1, 8, 3, True)
+    return Config(128, 256, 64, rank, 1, 8, 3, True, persistent=True)
 
 
 def _ampere(half: bool, k: int, n: int, rows: int, columns: int) -> Config:
@@ -74,12 +75,6 @@ def _ampere(half: bool, k: int, n: int, rows: int, columns: int) -> Config:
     if rows <= SOME_ROWS:
         return Config(64, 64, 32, rank, 1, 4, 3)
     return Config(128, 128, 32, rank, 1, 8, 3)
-
-
-def _sweep(n: int, block_n: int) -> int:
-    """q: as many N tiles as a program may keep xA for, 4 at most, dividing their number."""
-    tiles = cdiv(n, block_n)
-    return next(q for q in (4, 3, 2, 1) if tiles % q == 0)
 
 
 def adapter_config(half: bool) -> Config:

@@ -102,7 +102,7 @@ def deltas(encoder: Encoder) -> dict[str, Delta]:
 def trained(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Delta:
     """LoRA of one short epoch; ``train`` publishes only what answers alike when it is loaded again."""
     source = Source.read(path("sentiment", "train"))
-    config = TrainConfig("classification", method=("lora",), epochs=1, batch_size=16, pooling="mean", max_length=48)
+    config = TrainConfig.of("classification", method=("lora",), epochs=1, batch_size=16, pooling="mean", max_length=48)
     short = Source(source.name, source.records[:96])
     return train(config, encoder, short, place=Destination(tmp_path_factory.mktemp("real") / "mood")).delta
 

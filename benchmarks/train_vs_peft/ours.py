@@ -21,7 +21,7 @@ from bertology_serve.training.train_config import TrainConfig
 def ours(work: Work, **flags: Any) -> dict[str, Any]:
     """Metrics, tokens, seconds of the steps and their processor seconds; ``flags`` are further ones of train's."""
     asked = work.known.task == QUESTION_ANSWERING
-    config = TrainConfig(
+    config = TrainConfig.of(
         work.known.task, (work.method,), epochs=work.epochs, batch_size=BATCH, learning_rate=work.rate,
         head_learning_rate=work.rate, max_length=work.max_length, seed=work.seed, keep="last",
         options={work.method: OPTIONS[work.method]}, labels=work.labels, stride=STRIDE if asked else None,

@@ -231,9 +231,13 @@ class DeltaBank:
         """L of a pool."""
         return next(iter(self.pools[pool].columns.values())).shape[0]
 
-    def addresses(self, pool: str) -> tuple[int, ...]:
-        """Where a pool's tensors lie; other ones once it has grown."""
-        return tuple(column.data_ptr() for column in self.pools[pool].columns.values())
+    def places(self, pool: str) -> tuple[tuple[object, ...], ...]:
+        """Where each of a pool's tensors and of its layers lies: (address, shape, strides); others once it has grown.
+
+        The address alone would not do: a pool of another height at the same one has its layers elsewhere.
+        """
+        columns = self.pools[pool].columns.values()
+        return tuple((column.data_ptr(), tuple(column.shape), column.stride()) for column in columns)
 
     @property
     def bytes(self) -> int:

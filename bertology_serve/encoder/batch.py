@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -19,6 +22,9 @@ from bertology_serve.kernels.segments import RowSegment
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.heads import Head, pool
 from bertology_serve.tasks.spec import Encoding, TaskSpec
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+Flags: TypeAlias = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -70,85 +76,93 @@ def pack(
     padded: bool = False,
 ) -> PackedBatch:
     """One batch of all sequences; raises LimitError for a sequence that the encoder has no positions for."""
-    rank = {key: i for i, key in enumerate(dict.fromkeys(entry.key for entry in entries))}
-    lengths = [rows_of(encoding, entry) for encoding, entry in zip(encodings, entries, strict=True)]
-    order = sorted(range(len(encodings)), key=lambda i: (rank[entries[i].key], lengths[i]))
-    stride = max(lengths) if padded else 0
-    total = stride * len(order) if padded else sum(lengths)
-    table = np.zeros((3, total), dtype=np.int64)  # ids, types, positions
-    starts, firsts, text, prompt_rows, prompt_vectors = [], [], [], [], []
-    at = 0
-    for i in order:
-        encoding, entry = encodings[i], entries[i]
-        layout = _rows(len(encoding), entry, anatomy)
-        table[0, at + layout.text] = encoding.ids
-        table[1, at + layout.text] = encoding.types
-        table[2, at : at + lengths[i]] = layout.positions
-        starts.append(at)
-        firsts.append(at + layout.first)
-        text.append(at + layout.text)
-        if entry.prompt_length:
-            prompt_rows.append(at + layout.prompt)
-            prompt_vectors.append(np.arange(entry.rows[PROMPT].first, entry.rows[PROMPT].last))
-        at += stride or lengths[i]
-    index = torch.from_numpy(table).to(device)
+    ranks, layouts = _layouts(entries)
+    tokens = np.array([len(encoding.ids) for encoding in encodings], np.int64)
+    ordered = np.lexsort((tokens + layouts[0], ranks))  # by delta, the shorter ones first
+    order = ordered.tolist()
+    encodings, entries = [encodings[i] for i in order], [entries[i] for i in order]
+    tokens, (virtual, shift, first_vector, *flags) = tokens[ordered], layouts[:, ordered]
+    before, shifted, reads_first = (flag > 0 for flag in flags)
+    lengths = tokens + virtual
+    _check_positions(tokens, virtual + shift, np.where(shifted, virtual, 0) + shift, anatomy)
+    stride = int(lengths.max()) if padded else 0
+    starts = np.arange(len(order)) * stride if padded else lengths.cumsum() - lengths
+    total = stride * len(order) if padded else int(lengths.sum())
+
+    count, prompts = int(tokens.sum()), int(virtual.sum())
+    sizes = (total, total, total, count, len(order), prompts, prompts)
+    block = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    ids, types, positions, text_rows, firsts, prompt_rows, prompt_vectors = np.split(
+        block.numpy(), np.cumsum(sizes[:-1])
+    )
+    owner, within = _numbered(tokens)
+    after = np.where((within > 0) | before[owner], virtual[owner], 0)  # prompt rows before each token
+    text_rows[:] = starts[owner] + within + after
+    ids[text_rows] = np.fromiter(chain.from_iterable([e.ids for e in encodings]), np.int64, count)
+    if any(map(any, [e.types for e in encodings])):
+        types[text_rows] = np.fromiter(chain.from_iterable(e.types for e in encodings), np.int64, count)
+    offset = anatomy.position_offset + shift
+    positions[text_rows] = offset[owner] + within + np.where(shifted[owner], after, 0)
+    firsts[:] = starts + np.where(before & ~reads_first, virtual, 0)
+    owner, within = _numbered(virtual)
+    row = within + ~before[owner]
+    prompt_rows[:] = starts[owner] + row
+    positions[prompt_rows] = offset[owner] + np.where(shifted[owner], row, 0)
+    prompt_vectors[:] = first_vector[owner] + within
+
+    parts = torch.split(block.to(device, non_blocking=True), sizes)  # one copy
     return PackedBatch(
-        ids=index[0],
-        types=index[1],
-        positions=index[2],
-        starts=tuple(starts),
-        lengths=tuple(lengths[i] for i in order),
+        ids=parts[0],
+        types=parts[1],
+        positions=parts[2],
+        starts=tuple(starts.tolist()),
+        lengths=tuple(lengths.tolist()),
         stride=stride,
-        text_rows=_index(text, device),
-        text_lengths=tuple(len(encodings[i]) for i in order),
-        first_rows=torch.tensor(firsts, dtype=torch.int64, device=device),
-        prompt_rows=_index(prompt_rows, device),
-        prompt_vectors=_index(prompt_vectors, device),
-        entries=tuple(entries[i] for i in order),
+        text_rows=parts[3],
+        text_lengths=tuple(tokens.tolist()),
+        first_rows=parts[4],
+        prompt_rows=parts[5],
+        prompt_vectors=parts[6],
+        entries=tuple(entries),
         order=tuple(order),
     )
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Row numbers inside one sequence: text, prompt, the row a [CLS] head reads; and the position of every row."""
+def _layouts(entries: Sequence[BankEntry]) -> tuple[list[int], Ints]:
+    """Each sequence's delta by number, as they first come; and [6, S] of those deltas: prompt rows, how far a prefix
+    moves positions, the first prompt vector; whether prompts stand before all text, whether positions count them, and
+    whether a [CLS] head reads the first row."""
+    numbers: dict[str, int] = {}
+    rows = []
+    for entry in entries:
+        if entry.key not in numbers:
+            numbers[entry.key] = len(numbers)
+            prompt, prefix = entry.prompt, entry.prefix
+            rows.append((
+                entry.prompt_length,
+                entry.prefix_length if prefix is not None and prefix.positions == "shifted" else 0,
+                entry.rows[PROMPT].first if PROMPT in entry.rows else 0,
+                prompt is None or prompt.placement == "before_cls",
+                prompt is not None and prompt.positions == "shifted",
+                prompt is not None and prompt.head_reads == "first_row",
+            ))  # fmt: skip
+    ranks = [numbers[entry.key] for entry in entries]
+    return ranks, np.array(rows, np.int64).reshape(-1, 6)[ranks].T
 
-    text: np.ndarray
-    prompt: np.ndarray
-    first: int
-    positions: np.ndarray
+
+def _numbered(counts: Ints) -> tuple[Ints, Ints]:
+    """For counts [S]: which of the S each of their sum belongs to, and its number within that."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (counts.cumsum() - counts)[owner]
 
 
-def _rows(tokens: int, entry: BankEntry, anatomy: Anatomy) -> _Rows:
-    virtual = entry.prompt_length
-    shift = entry.prefix_length if entry.prefix is not None and entry.prefix.positions == "shifted" else 0
-    offset = anatomy.position_offset + shift
-    text = np.arange(tokens)
-    prompt, first, positions = text[:0], 0, text + offset
-    if entry.prompt is not None:
-        before = entry.prompt.placement == "before_cls"
-        prompt = np.arange(virtual) + (0 if before else 1)
-        text = text + virtual
-        if not before:
-            text[0] = 0
-        first = 0 if entry.prompt.head_reads == "first_row" else int(text[0])
-        if entry.prompt.positions == "shifted":
-            positions = np.arange(tokens + virtual) + offset
-        else:
-            kept = np.full(tokens + virtual, offset)
-            kept[text] = np.arange(tokens) + offset
-            positions = kept
-    if positions[-1] - anatomy.position_offset >= anatomy.max_tokens:
+def _check_positions(tokens: Ints, virtual: Ints, counted: Ints, anatomy: Anatomy) -> None:
+    [over] = np.nonzero(tokens + counted > anatomy.max_tokens)
+    if len(over):
         raise LimitError(
-            f"a sequence of {tokens} tokens with {virtual + shift} virtual ones does not fit the encoder's "
+            f"a sequence of {tokens[over[0]]} tokens with {virtual[over[0]]} virtual ones does not fit the encoder's "
             f"{anatomy.max_tokens} positions; lower max_length"
         )
-    return _Rows(text, prompt, first, positions)
-
-
-def _index(parts: list[np.ndarray], device: torch.device) -> Tensor:
-    whole = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-    return torch.from_numpy(whole.astype(np.int64, copy=False)).to(device)
 
 
 @dataclass(frozen=True)

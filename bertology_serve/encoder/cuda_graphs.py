@@ -25,7 +25,7 @@ from bertology_serve.encoder.forward_context import ForwardContext
 from bertology_serve.kernels.columns import TileColumns, tile_columns
 from bertology_serve.kernels.dispatch import BatchColumns, HostPath, Segments
 from bertology_serve.kernels.segments import RowSegment
-from bertology_serve.kernels.tuning import COLUMNS
+from bertology_serve.kernels.tuning import COLUMNS, RANK_TILES
 
 SMALLEST, LARGEST = 64, 16384
 Name = tuple[str, int, str] | None  # pool, layer (adapters only, else -1), activation; None: nothing is active
@@ -50,7 +50,7 @@ class GraphShape:
     """What a graph is recorded for. ``room`` bounds rows, sequences, prefixes and lengths; ``prompts`` the prompt rows.
 
     ``active`` has each pool's name, the class of its column count, its activations, in which layers it acts alike,
-    and the addresses of its tensors.
+    and where its tensors lie.
     """
 
     room: Room
@@ -81,7 +81,7 @@ def _activity(
         alike = [plan.active(name, layer) for layer in range(bank.depth(name))]
         layers = tuple(seen.setdefault(id(part), i) if part else -1 for i, part in enumerate(alike))
     activations = tuple(sorted({segment.activation for segment in segments}))
-    return name, column_class, ranked, activations, layers, bank.addresses(name)
+    return name, column_class, ranked, activations, layers, bank.places(name)
 
 
 class FixedColumns(BatchColumns):
@@ -101,8 +101,9 @@ class FixedColumns(BatchColumns):
         """The fixed lists of these segments."""
         key = tuple(self._names.get(id(part)) for part in slices), block_m
         if key not in self._fixed:
-            needed = tile_columns(slices, self.rows, block_m).count
-            self._fixed[key] = tile_columns(slices, self.rows, block_m, power(2 * needed, 64)).to(self.device)
+            needed = tile_columns(slices, self.rows, block_m)
+            roomy = tile_columns(slices, self.rows, block_m, power(2 * needed.count, 64))
+            self._fixed[key] = replace(roomy, widest=power(needed.widest, RANK_TILES[0])).to(self.device)
         return self._fixed[key]
 
     def of_activation(self, segments: Segments, activation: str) -> list[RowSegment]:

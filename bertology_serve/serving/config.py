@@ -7,19 +7,14 @@ that over the file of ``--config``, and that over the default here.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
+from bertology_serve.config_fields import choices_of, nested, option
 from bertology_serve.errors import FormatError, SpecError, nearest
 
-T = TypeVar("T")
 _ORIGIN = re.compile(r"\*|https?://[a-z0-9.\[\]:-]+", re.IGNORECASE)
-
-
-def _option(default: T, text: str) -> T:
-    made: T = field(default=default, metadata={"help": text})
-    return made
 
 
 def _check_largest(config: object) -> None:
@@ -34,9 +29,9 @@ def _check_largest(config: object) -> None:
 class ListenConfig:
     """Where the server listens, and for whom. SpecError for values that make no sense."""
 
-    host: str = _option("127.0.0.1", "Address to listen on.")
-    port: int = _option(8000, "Port to listen on; 0 takes a free one.")
-    grpc_port: int | None = _option(
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(8000, "Port to listen on; 0 takes a free one.")
+    grpc_port: int | None = option(
         None,
         "Port for the Open Inference Protocol over gRPC; 0 takes a free one. Without it there is none. "
         "Needs the extra grpc.",
@@ -49,15 +44,15 @@ class ListenConfig:
             "management is open."
         },
     )
-    cors_origin: tuple[str, ...] = _option(
+    cors_origin: tuple[str, ...] = option(
         (),
         "Web pages that may call from a browser: https://HOST[:PORT],... or *. Without it none may.",
     )
-    max_connections: int = _option(
+    max_connections: int = option(
         1024,
         "Most connections at once; a newcomer takes the place of the one that has been idle longest.",
     )
-    gzip_bytes: int = _option(0, "Compress answers of at least that many bytes for callers that accept gzip; 0: never.")
+    gzip_bytes: int = option(0, "Compress answers of at least that many bytes for callers that accept gzip; 0: never.")
 
     def __post_init__(self) -> None:
         _check_largest(self)
@@ -75,25 +70,23 @@ class ListenConfig:
 class DeltaConfig:
     """Which deltas answer, and what room they have. SpecError for values that make no sense."""
 
-    device_mb: int | None = _option(
+    device_mb: int | None = option(
         None,
         "Memory for the deltas that are resident, in MiB of their tensors; others wait on disk until they "
         "are asked. Without it all of them are resident.",
     )
-    host_mb: int = _option(
+    host_mb: int = option(
         1024,
         "Memory for deltas that had to leave the device, in MiB: they come back without being read.",
     )
-    max_cold_calls: int = _option(
-        256, "Most calls that wait for deltas to be loaded; beyond that 503 with Retry-After."
-    )
+    max_cold_calls: int = option(256, "Most calls that wait for deltas to be loaded; beyond that 503 with Retry-After.")
     state_file: Path | None = field(
         default=None,
         metadata={
             "help": "JSON file of the desired state: version, canary, shadow, weight, pin of each delta. Followed."
         },
     )
-    watch_seconds: float = _option(
+    watch_seconds: float = option(
         0.0,
         "Look at the directory of deltas that often: new versions answer, what has gone is taken away. 0: "
         "only when told to, by /v2/repository.",
@@ -111,23 +104,21 @@ class DeltaConfig:
 class BatchingConfig:
     """How large batches are, how much may wait for them, and how long. SpecError for values that make no sense."""
 
-    max_batch_ms: float = _option(
+    max_batch_ms: float = option(
         50.0,
         "Longest that a batch may take, in milliseconds; how many tokens that is, is found at start-up. "
         "Longer where its fixed part would be more than a fifth of it, as with large encoders, and no "
         "deadline forbids.",
     )
-    max_batch_tokens: int = _option(8192, "Most tokens in one batch of several items, however fast the machine.")
-    max_queue_tokens: int = _option(
-        65_536, "Most tokens waiting; beyond that, calls are answered 503 with Retry-After."
-    )
-    max_delta_tokens: int = _option(32_768, "Most tokens waiting for one delta; beyond that 429 with Retry-After.")
-    max_call_seconds: float = _option(
+    max_batch_tokens: int = option(8192, "Most tokens in one batch of several items, however fast the machine.")
+    max_queue_tokens: int = option(65_536, "Most tokens waiting; beyond that, calls are answered 503 with Retry-After.")
+    max_delta_tokens: int = option(32_768, "Most tokens waiting for one delta; beyond that 429 with Retry-After.")
+    max_call_seconds: float = option(
         30.0,
         "Longest that a call may wait; it is then answered 504, and what was queued is not computed. Calls "
         "may ask for less: header X-Request-Timeout-Ms, or parameter timeout (microseconds) of /v2.",
     )
-    weights: tuple[str, ...] = _option(
+    weights: tuple[str, ...] = option(
         (), "Shares of the deltas when all have work waiting: NAME=WEIGHT,... The others have 1."
     )
 
@@ -153,17 +144,17 @@ class BatchingConfig:
 class LimitsConfig:
     """The largest call that is taken. SpecError for values that make no sense."""
 
-    max_items: int = _option(1024, "Most items in one call; beyond that 413.")
-    max_item_tokens: int = _option(
+    max_items: int = option(1024, "Most items in one call; beyond that 413.")
+    max_item_tokens: int = option(
         8192, "Most tokens of one item, all its windows or choices together; beyond that 413."
     )
-    max_text_characters: int = _option(
+    max_text_characters: int = option(
         100_000,
         "Longest text of one item; beyond that 413. Texts are cut to the delta's maximum length.",
     )
-    max_header_bytes: int = _option(16_384, "Largest path and headers of a call; beyond that 431.")
-    max_body_bytes: int = _option(4 * 2**20, "Largest body of a call, decompressed; beyond that 413.")
-    max_body_seconds: float = _option(
+    max_header_bytes: int = option(16_384, "Largest path and headers of a call; beyond that 431.")
+    max_body_bytes: int = option(4 * 2**20, "Largest body of a call, decompressed; beyond that 413.")
+    max_body_seconds: float = option(
         20.0,
         "Longest that a client may take over a head, a body, or reading an answer; beyond that 408, or the "
         "connection is cut.",
@@ -177,10 +168,10 @@ class LimitsConfig:
 class StoppingConfig:
     """How the server ends. SpecError for values that make no sense."""
 
-    drain_seconds: float = _option(
+    drain_seconds: float = option(
         1.0, "How long to go on accepting calls after SIGTERM while readiness already answers 503."
     )
-    shutdown_seconds: float = _option(30.0, "How long accepted calls may take to finish after that.")
+    shutdown_seconds: float = option(30.0, "How long accepted calls may take to finish after that.")
 
     def __post_init__(self) -> None:
         if min(self.drain_seconds, self.shutdown_seconds) < 0:
@@ -191,19 +182,19 @@ class StoppingConfig:
 class LoggingConfig:
     """What the server tells of itself. SpecError for values that make no sense."""
 
-    log_level: Literal["debug", "info", "warning", "error"] = _option(
+    log_level: Literal["debug", "info", "warning", "error"] = option(
         "info", "What to log on stderr; texts are never logged."
     )
-    log_format: Literal["text", "json"] = _option("text", "Lines for people, or JSON objects for machines.")
-    log_calls: bool = _option(
+    log_format: Literal["text", "json"] = option("text", "Lines for people, or JSON objects for machines.")
+    log_calls: bool = option(
         False,
         "Log every call: method, path, status, milliseconds, and the name of its key. No texts.",
     )
-    traces: bool = _option(
+    traces: bool = option(
         False,
         "OpenTelemetry spans of calls, queue and batches; needs the extra otel and a configured SDK.",
     )
-    max_metric_deltas: int = _option(
+    max_metric_deltas: int = option(
         200,
         "Most deltas that metrics name; those that come later are counted together, as 'other'.",
     )
@@ -254,12 +245,8 @@ class ServerConfig:
     @classmethod
     def of(cls, **options: Any) -> ServerConfig:
         """The configuration with some options given by their names. SpecError for an unknown one, or another type."""
-        concerns = {one.name: one.default_factory for one in fields(cls)}
-        known = {option.name: name for name, kind in concerns.items() for option in fields(kind)}  # type: ignore[arg-type]
-        given = dict[str, dict[str, Any]]()
-        for option, value in options.items():
-            if option not in known:
-                raise SpecError(f"the server has no option {option!r}; {nearest(option, known)}")
-            kind: Any = concerns[known[option]]
-            given.setdefault(known[option], {})[option] = _fitting(value, get_type_hints(kind)[option], option)
-        return cls(**{name: concerns[name](**values) for name, values in given.items()})  # type: ignore[operator]
+        hints = {choice.field.name: choice.hint for choice in choices_of(cls)}
+        fitting = {
+            name: _fitting(value, hints[name], name) if name in hints else value for name, value in options.items()
+        }
+        return nested(cls, fitting, "the server has no option")

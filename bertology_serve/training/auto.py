@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
@@ -43,7 +43,7 @@ from bertology_serve.training.methods import count_parameters, specs_for
 from bertology_serve.training.run_directory import CONFIG, SKIPPED, Destination, identity
 from bertology_serve.training.run_plots import draw_curves
 from bertology_serve.training.train import Outcome, for_data, for_encoder, for_rows, lay_out, machine, task_spec
-from bertology_serve.training.train_config import TrainConfig, read_budget
+from bertology_serve.training.train_config import RecipeConfig, TrainConfig, read_budget
 
 BOARD, PLOT = "board.csv", "board.png"
 THIRD, MEASURED = 3, 2
@@ -77,8 +77,8 @@ def candidates(config: TrainConfig, encoder: Encoder, rows: int) -> dict[str, Tr
     found: dict[str, TrainConfig] = {}
     for name, (method, rate, options) in CANDIDATES.items():
         own = {method: options} if options else {}
-        rate = config.learning_rate or rate
-        one = replace(config, budget=TrainConfig.budget, method=(method,), options=own, learning_rate=rate)
+        rate = config.optim.learning_rate or rate
+        one = config.replaced(budget=RecipeConfig.budget, method=(method,), options=own, learning_rate=rate)
         try:
             kinds.init(specs_for(one), encoder.anatomy, torch.Generator())
         except SpecError:
@@ -155,7 +155,7 @@ class Search:
     def rank(self, name: str) -> tuple[float, ...]:
         """What candidates are compared by: the best state so far, where that is what is kept, then the latest."""
         members = self.members(name)
-        best = [(*member.state.best, -math.inf)[0] for member in members if member.config.keep == "best"]
+        best = [(*member.state.best, -math.inf)[0] for member in members if member.config.eval.keep == "best"]
         latest = fmean(member.latest.get(self.metric, -math.inf) for member in members)
         return fmean(best) if best else latest, latest, -fmean(member.latest.get("loss", 0.0) for member in members)
 
@@ -204,7 +204,7 @@ class Search:
         ones = self.crew[self.winner]
         own = [one.member.live if self.improves or not one.start.solver else one.start.solver.live for one in ones]
         return judged_on(
-            [(live, one.ready.dev) for live, one in zip(own, ones, strict=True)], ones[0].config.max_tokens
+            [(live, one.ready.dev) for live, one in zip(own, ones, strict=True)], ones[0].config.machine.max_tokens
         )
 
     def affordable(self, seconds: float) -> int:
@@ -234,7 +234,7 @@ class Search:
 
     def _row(self, name: str) -> Row:
         first, members, curve = self.crew[name][0].config, self.members(name), list(self.curve(name).values())
-        kept, steps = max if first.keep == "best" else (lambda values: values[-1]), members[0].state.step
+        kept, steps = max if first.eval.keep == "best" else (lambda values: values[-1]), members[0].state.step
         failure = next((f"failed at {member.failure}" for member in members if member.failure), "")
         return {
             "candidate": name,
@@ -262,7 +262,7 @@ class Search:
             what += f"; the probe, where all began, has {self.start:.4f}" + ("" if self.improves else ": no less")
         what = f"{self.winner} has {what}"
         return {
-            "budget": config.budget,
+            "budget": config.plan.budget,
             "first_rung": min(rungs(len(self.crew), self.unit)),
             "folds": folds,
             "why": what,
@@ -295,12 +295,13 @@ def train_auto(
     """
     began_at, searches = perf_counter(), AUTO in config.method
     config = for_data(config, train)
-    config = for_encoder(replace(config, labels=config.labels or infer_labels(config.task, train.records)), encoder)
+    labels = config.form.labels or infer_labels(config.task, train.records)
+    config = for_encoder(config.replaced(labels=labels), encoder)
     data, (name, free) = Data(train, dev, ood), place.open()
     directory, watcher, shelf = FleetDirectory(free.out.parent, free.path), watcher or Quiet(), Shelf(encoder)
     single = {"+".join(config.method): for_rows(config, len(train.records))}
     tried = candidates(config, encoder, len(train.records)) if searches else single
-    parts = folds(data, config.seed, config.folds)
+    parts = folds(data, config.optim.seed, config.eval.folds)
     laid_out = machine(config, encoder, prepack)
     unit = 0 if place.resume and directory.unfinished else unit_of(config, len(tried), parts, shelf, watcher)
     began = directory.open(identity(config, encoder, name, data), {**laid_out, "unit": unit}, place.resume)
@@ -308,7 +309,7 @@ def train_auto(
     rows, features = rows_of_a_pass(encoder), directory.path / "features"
 
     def ready(name: str, config: TrainConfig, part: Data, at: FleetDirectory) -> Enrolled:
-        one = enrolled(name, replace(config, folds=None), part, shelf, at, watcher)
+        one = enrolled(name, config.replaced(folds=None), part, shelf, at, watcher)
         one.begin(shelf.start(one.plan, one.ready, features))
         return one
 
@@ -330,13 +331,13 @@ def train_auto(
         if not place.resume:
             directory.remove()
         raise
-    amount, timed = read_budget(config.budget)
+    amount, timed = read_budget(config.plan.budget)
     seconds = amount if timed and searches else math.inf
     ends = began_at + seconds
     last = 2 * max(rungs(len(tried))) / spent(len(tried), parts) if len(parts) > 1 else 0.0
     search = Search(crew, unit, directory, ends - last * seconds if last else ends)
     members = [one.member for ones in crew.values() for one in ones]
-    Fleet(members, rows, directory, config.save_every, losers=search.losers).run()
+    Fleet(members, rows, directory, config.eval.save_every, losers=search.losers).run()
     one, log, judged = crew[search.winner][0], directory, None
     facts: JsonObject = {}
     if len(parts) > 1:  # once more, on all of the training data
@@ -349,7 +350,7 @@ def train_auto(
         one.beaten = not search.improves
         if not one.beaten:
             late = lambda active: active if perf_counter() >= ends else ()  # noqa: E731
-            Fleet([one.member], rows, log, config.save_every, losers=late).run()
+            Fleet([one.member], rows, log, config.eval.save_every, losers=late).run()
     board = search.board()
     write_board(directory.path, board, search)
     directory.write_config(settings_text(one.config, files or data.names(encoder.name), began["prepacked"]))
@@ -364,9 +365,9 @@ def train_auto(
 def scheduled(config: TrainConfig, unit: int, count: int, part: Data, keep: str) -> TrainConfig:
     """The settings of a run of its own: as many steps as the winner of ``count`` makes, measured after every unit."""
     steps = max(rungs(count, unit))
-    epochs = math.ceil(steps / math.ceil(len(part.train.records) / config.batch_size))
+    epochs = math.ceil(steps / math.ceil(len(part.train.records) / config.optim.batch_size))
     own: JsonObject = {"max_steps": steps, "eval_every": unit, "epochs": epochs, "patience": None, "keep": keep}
-    return replace(config, **own)
+    return config.replaced(**own)
 
 
 def spent(count: int, parts: Sequence[Data]) -> int:
@@ -381,23 +382,24 @@ def unit_of(config: TrainConfig, count: int, parts: Sequence[Data], shelf: Shelf
     ``watcher`` is told where the budget is less than the least that there is to do.
     """
     rows, dev = len(parts[0].train.records), len(parts[0].dev.records) if parts[0].dev else 0
-    full = config.passes(rows) * math.ceil(rows / config.batch_size)
-    whole = math.ceil(min(full, config.max_steps or full) / max(rungs(count)))
+    size, longest = config.optim.batch_size, config.optim.max_steps
+    full = config.passes(rows) * math.ceil(rows / size)
+    whole = math.ceil(min(full, longest or full) / max(rungs(count)))
     if AUTO not in config.method:
         return whole
-    amount, timed = read_budget(config.budget)
+    amount, timed = read_budget(config.plan.budget)
     units = spent(count, parts)
     texts = amount / units * rows
     if timed:
         second = 1 / _seconds_a_row(config, parts[0], shelf)
-        least = units * (dev + STEP * config.batch_size) / second
+        least = units * (dev + STEP * size) / second
         texts = (amount / units * second - dev) / STEP
         if least > amount:
             watcher.noted(
-                f"the least that this search has to do takes about {least:.0f} s, and --budget is {config.budget}: it "
-                "is cut when that is over; fewer --eval records take less"
+                f"the least that this search has to do takes about {least:.0f} s: it is cut when --budget "
+                f"({config.plan.budget}) is over; fewer --eval records take less"
             )
-    return max(1, min(int(texts / config.batch_size), whole))
+    return max(1, min(int(texts / size), whole))
 
 
 def _seconds_a_row(config: TrainConfig, part: Data, shelf: Shelf) -> float:
@@ -408,7 +410,7 @@ def _seconds_a_row(config: TrainConfig, part: Data, shelf: Shelf) -> float:
     live, rounds, began = TrainableDelta(shelf.encoder, (), spec), 4, 0.0
     for number in range(rounds):
         began = began if number > 1 else perf_counter()  # the first round warms up
-        measure(live, task_for(spec), sample, config.max_tokens)
+        measure(live, task_for(spec), sample, config.machine.max_tokens)
     return (perf_counter() - began) / (rounds - 1) / len(sample)
 
 

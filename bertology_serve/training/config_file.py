@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, replace
-from typing import Any, get_type_hints
+from dataclasses import fields
+from typing import Any
 
+from bertology_serve.config_fields import choices_of
 from bertology_serve.errors import SpecError, nearest
 from bertology_serve.files import JsonObject
 from bertology_serve.training.method_options import KindFlags, Values, split_list
 from bertology_serve.training.train_config import TrainConfig
 
-OWN = tuple(field.name for field in fields(TrainConfig) if field.name != "options")
+OWN = tuple(choice.field.name for choice in choices_of(TrainConfig) if choice.field.name != "options")
 KINDS = tuple(field.name for field in fields(KindFlags))
 HEADER = "# bertology-serve train --config THIS --out DIR; a flag that is given too counts before this file.\n"
 LISTS: Mapping[type, frozenset[str]] = {
-    owner: frozenset(name for name, hint in get_type_hints(owner).items() if "tuple" in str(hint))
+    owner: frozenset(choice.field.name for choice in choices_of(owner) if "tuple" in str(choice.hint))
     for owner in (TrainConfig, KindFlags)
 }
 """The fields of each dataclass that are tuples."""
@@ -31,14 +32,14 @@ def read_settings(values: Values) -> TrainConfig:
     for name in named:
         if name not in OWN + KINDS:
             raise SpecError(f"train has no flag {name!r}; {nearest(name, OWN + KINDS)}")
-    config = TrainConfig.from_dict({name: _listed(TrainConfig, name, named[name]) for name in OWN if name in named})
+    config = TrainConfig.of(**{name: _listed(TrainConfig, name, named[name]) for name in OWN if name in named})
     kinds = {name: _listed(KindFlags, name, named[name]) for name in KINDS if name in named}
-    return replace(config, options=KindFlags(**kinds).by_kind())
+    return config.replaced(options=KindFlags(**kinds).by_kind())
 
 
 def settings_of(config: TrainConfig) -> JsonObject:
     """The inverse of ``read_settings``: every flag that has a value. Raises SpecError for an option without a flag."""
-    own = {name: getattr(config, name) for name in OWN}
+    own = {name: value for name, value in config.as_dict().items() if name in OWN}
     flags = {(flag.metadata["kind"], flag.metadata["field"]): flag.name for flag in fields(KindFlags)}
     for kind, options in config.options.items():
         for field, value in options.items():
@@ -48,7 +49,7 @@ def settings_of(config: TrainConfig) -> JsonObject:
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in own.items()
-        if value not in (None, ())
+        if value not in (None, [], ())
     }
 
 
@@ -58,7 +59,7 @@ def settings_text(config: TrainConfig, files: Mapping[str, str], prepack: bool) 
     try:
         own = settings_of(config)
     except SpecError as problem:
-        own, lost = settings_of(replace(config, options={})), f"# not a whole run: {problem}\n"
+        own, lost = settings_of(config.replaced(options={})), f"# not a whole run: {problem}\n"
     else:
         lost = ""
     order = {**files, **{name: own[name] for name in own if name not in known}, **own, "prepack": prepack}

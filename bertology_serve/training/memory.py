@@ -74,9 +74,11 @@ def estimate(trainer: Trainer) -> Estimate:
     live, config = trainer.live, trainer.config
     held = {parameter.data_ptr(): parameter for parameter in (*live.encoder.model.parameters(), *live.parameters())}
     trained = sum(parameter.nbytes for parameter in trainer.parameters.values())
-    batch = trainer.processes.share(sorted(trainer.items, key=lambda item: item.tokens)[-config.batch_size :])
-    group = micro_batches(batch, config.max_tokens, not live.encoder.packs, trainer.task.kind in WHOLE_BATCH)[-1]
-    activations = _activations(live, group, set(held), len(recomputed_layers(live)) if config.checkpointing else 0)
+    batch = trainer.processes.share(sorted(trainer.items, key=lambda item: item.tokens)[-config.optim.batch_size :])
+    whole = trainer.task.kind in WHOLE_BATCH
+    group = micro_batches(batch, config.machine.max_tokens, not live.encoder.packs, whole)[-1]
+    again = len(recomputed_layers(live)) if config.machine.checkpointing else 0
+    activations = _activations(live, group, set(held), again)
     return Estimate(sum(parameter.nbytes for parameter in held.values()), trained, 2 * trained, activations)
 
 

@@ -39,13 +39,13 @@ def make_live(encoder: Encoder, config: TrainConfig, spec: TaskSpec) -> Trainabl
         raise LimitError(
             f"max_length is {spec.max_length}, but {encoder.name} reads at most {encoder.max_tokens} tokens; lower it"
         )
-    live = TrainableDelta(encoder, specs_for(config), spec, config.seed, full=config.full)
+    live = TrainableDelta(encoder, specs_for(config), spec, config.optim.seed, full=config.full)
     wanted = config.full and config.method != (MIXOUT,)
-    live.trunk_dropout = wanted if config.trunk_dropout is None else config.trunk_dropout
+    live.trunk_dropout = wanted if config.optim.trunk_dropout is None else config.optim.trunk_dropout
     options = _form(config)
     if isinstance(options, TopK):
         train_upper_layers(live, options.layers)
-    if config.checkpointing:
+    if config.machine.checkpointing:
         live.around = checkpointing(live)
     if not trained(live):
         raise SpecError(f"method {','.join(config.method)} trains nothing for {spec.kind}, which has no head; add lora")

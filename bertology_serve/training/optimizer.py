@@ -25,15 +25,15 @@ def make_optimizer(live: TrainableDelta, config: TrainConfig) -> AdamW:
     spared = live.no_decay()
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in trained(live).items():
-        key = (_rate(name, config), 0.0 if name in spared else config.weight_decay)
+        key = (_rate(name, config), 0.0 if name in spared else config.optim.weight_decay)
         groups.setdefault(key, []).append(parameter)
     return AdamW(
         [
             {"params": parameters, "lr": rate, "initial_rate": rate, "weight_decay": decay}
             for (rate, decay), parameters in groups.items()
         ],
-        betas=(0.9, config.beta2),
-        eps=config.epsilon,
+        betas=(0.9, config.optim.beta2),
+        eps=config.optim.epsilon,
         fused=True,
     )
 

@@ -96,10 +96,10 @@ class Solver:
         self.directory, self.watcher, self.state = directory, watcher or NoCallback(), RunState(stage)
         self.folder = folder or directory.features
         depth = live.encoder.anatomy.layers
-        if config.lp_layers == "all":
+        if config.plan.lp_layers == "all":
             live.encoder.check_layers("a probe of each layer")
-        self.layers = tuple(range(depth + 1)) if config.lp_layers == "all" else (depth,)
-        self.path = torch.logspace(-7, 2, config.lp_path, dtype=torch.float64).tolist()
+        self.layers = tuple(range(depth + 1)) if config.plan.lp_layers == "all" else (depth,)
+        self.path = torch.logspace(-7, 2, config.plan.lp_path, dtype=torch.float64).tolist()
 
     def run(self) -> RunState:
         """Solves; the live delta's head then holds the last layer's probe."""
@@ -108,7 +108,7 @@ class Solver:
         self.watcher.began(0, len(self.path) * len(self.layers), count_parameters(self.live))
         whole = self._part(self.items)
         dev = self._part(self.dev) if self.dev else None
-        held = Held([(whole, dev)], dev) if dev else _folds(whole, self.config.seed)
+        held = Held([(whole, dev)], dev) if dev else _folds(whole, self.config.optim.seed)
         choices = [self._choose(layer, held) for layer in self.layers]
         best, last = choices[-1], self.layers[-1]
         problem = self._problem(whole, last)
@@ -168,7 +168,7 @@ class Solver:
         return {**stage, "step": self.state.step, "epoch": 0.0}
 
     def _part(self, items: Sequence[Item]) -> Part:
-        rows = features(self.live, items, self.layers, self.config.max_tokens, self.folder)
+        rows = features(self.live, items, self.layers, self.config.machine.max_tokens, self.folder)
         targets = [item.target for item in items]
         return Part(items, rows, self.task.rows(targets) if isinstance(self.task, LabelTask) else torch.tensor(targets))
 

@@ -44,13 +44,13 @@ def stages(config: TrainConfig) -> tuple[Stage, ...]:
     """
     if AUTO in config.method:
         raise SpecError("method auto is a search by itself, which train runs; name a kind of delta here")
-    if config.recipe:
-        return RECIPES[config.recipe](config)
+    if config.plan.recipe:
+        return RECIPES[config.plan.recipe](config)
     if not config.starts_at_probe:
         return (Stage(config),)
     probe, method = _lp_ft(config)
-    rate = config.head_learning_rate or SLOWER * method.config.rate(config.method[0])
-    return probe, replace(method, improves=True, config=replace(method.config, head_learning_rate=rate))
+    rate = config.optim.head_learning_rate or SLOWER * method.config.rate(config.method[0])
+    return probe, replace(method, improves=True, config=method.config.replaced(head_learning_rate=rate))
 
 
 def _lp(config: TrainConfig) -> tuple[Stage, ...]:
@@ -63,7 +63,7 @@ def _lp_ft(config: TrainConfig) -> tuple[Stage, ...]:
 
     The probe is solved where that can be done and no epochs are given for it.
     """
-    solved = config.solvable and config.first_epochs is None
+    solved = config.solvable and config.plan.first_epochs is None
     return Stage(_first(config, (PROBE,)), solved=solved), Stage(_last(config, config.method), given_head=True)
 
 
@@ -81,8 +81,8 @@ def _first(config: TrainConfig, method: tuple[str, ...]) -> TrainConfig:
     return _stage(
         config,
         method,
-        epochs=config.first_epochs or config.epochs,
-        learning_rate=config.first_learning_rate,
+        epochs=config.plan.first_epochs or config.optim.epochs,
+        learning_rate=config.plan.first_learning_rate,
         head_learning_rate=None,
         trunk_dropout=None,
         trunk_cache=False,
@@ -92,12 +92,12 @@ def _first(config: TrainConfig, method: tuple[str, ...]) -> TrainConfig:
 def _last(config: TrainConfig, method: tuple[str, ...]) -> TrainConfig:
     """The stage that begins with a head: that no longer learns faster than the rest."""
     rate = _stage(config, method).rate(method[0])
-    return _stage(config, method, head_learning_rate=config.head_learning_rate or rate)
+    return _stage(config, method, head_learning_rate=config.optim.head_learning_rate or rate)
 
 
 def _stage(config: TrainConfig, method: tuple[str, ...], **values: Any) -> TrainConfig:
     """One method of a recipe; all stages have the head's form in common."""
     own = {name: fields for name, fields in config.options.items() if name in method}
-    shared: JsonObject = {"pooling": config.form.pooling, "head": config.form.head}
+    shared: JsonObject = {"pooling": config.known_task.pooling, "head": config.known_task.head}
     plain: JsonObject = {"recipe": None, "first_epochs": None, "first_learning_rate": None, "start": "random"}
-    return replace(config, method=method, options=own, **shared, **plain, **values)
+    return config.replaced(method=method, options=own, **shared, **plain, **values)

@@ -260,7 +260,7 @@ def provenance(
         "train": data.train.facts(),
         "eval": data.dev.facts() if data.dev else None,
         **({"ood": data.ood.facts()} if data.ood else {}),
-        "kept": f"step {state.best_step if config.keep == 'best' and data.dev else state.step} of {state.step}",
+        "kept": f"step {state.best_step if config.eval.keep == 'best' and data.dev else state.step} of {state.step}",
         "trained_parameters": counts.trained,
         "seconds": round(state.seconds, 1),
         "hardware": several + torch.cuda.get_device_name(device)

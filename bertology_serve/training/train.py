@@ -93,7 +93,7 @@ def prepare(
     live, task = make_live(encoder, config, spec), task_for(spec)
     items = make_items(task, train.records, encoder.tokenizer)
     start_at_mean(live, items)
-    items = shaped(task, items, config.balance, config.label_smoothing)
+    items = shaped(task, items, config.optim.balance, config.optim.label_smoothing)
     others = [make_items(task, source.records, encoder.tokenizer) if source else [] for source in (dev, ood)]
     return Prepared(live, task, items, *others)
 
@@ -166,9 +166,10 @@ class StageRun:
         """Trains one stage and publishes its delta in ``out``."""
         before = store.load(self.directory.stage(number - 1)) if number > 1 else None
         live = ready.live if before is None else _continued(stage, ready, before)
-        if stage.config.trunk_cache:
+        if stage.config.machine.trunk_cache:
             items, folder = [*ready.items, *ready.dev], self.directory.features
-            live.around = nested(FrozenPrefixCache(live, items, stage.config.max_tokens, folder).over, live.around)
+            cache = FrozenPrefixCache(live, items, stage.config.machine.max_tokens, folder)
+            live.around = nested(cache.over, live.around)
         if count > 1:
             self.watcher.staged(number, count, stage.title)
         own = (
@@ -181,7 +182,8 @@ class StageRun:
             self.watcher,
             number * (count > 1),
         )
-        own_rows = None if self.config.recipe else self.directory.path / "features"  # a recipe's are for others too
+        # a recipe's rows are for others too
+        own_rows = None if self.config.plan.recipe else self.directory.path / "features"
         trainer = Solver(*own, own_rows) if stage.solved else Trainer(*own, self.processes)
         trainer.state.seconds = before.provenance["seconds"] if before else 0.0
         known = dict(self.baselines)
@@ -211,7 +213,7 @@ class StageRun:
     def _unimproved(self, before: Delta, live: TrainableDelta, ready: Prepared, state: RunState, out: Path) -> Outcome:
         """Publishes the stage before, the probe, on ``live``: no state of this one was better on the dev set."""
         live.head.adopt(before.head)
-        with settled(live, ready.dev, self.config.max_tokens, self.config.calibrate) as scores:
+        with settled(live, ready.dev, self.config.machine.max_tokens, self.config.form.calibrate) as scores:
             facts = {**before.provenance, **scores.facts}
             delta = live.freeze(before.name, self.version, {**before.metrics, **scores.metrics}, facts)
         difference = self._publish(delta, live, ready, out)
@@ -246,11 +248,12 @@ def finished(
     ``provenance.gain`` is the main metric over that of the ``probe``'s answers, with its 95 % interval.
     """
     facts = provenance(config, count_parameters(live), state, data, live.encoder, processes.count)
-    with settled(live, ready.dev if last else (), config.max_tokens, config.calibrate, judged) as scores:
-        elsewhere = measure(live, task_for(live.task), ready.ood, config.max_tokens, processes) if ready.ood else {}
+    rows = config.machine.max_tokens
+    with settled(live, ready.dev if last else (), rows, config.form.calibrate, judged) as scores:
+        elsewhere = measure(live, task_for(live.task), ready.ood, rows, processes) if ready.ood else {}
         metrics = {**state.metrics, **scores.metrics, **{f"ood_{metric}": value for metric, value in elsewhere.items()}}
         if probe:
-            answers = scores.answers or answered(live, ready.task, ready.dev, config.max_tokens)
+            answers = scores.answers or answered(live, ready.task, ready.dev, rows)
             own = Evaluation({}, answers, 0, ready.task, [item.example for item in ready.dev], ())
             facts["gain"] = {"over": PROBE, "metric": ready.task.main_metric, **asdict(own.gain(ready.task, probe))}
         return live.freeze(name, version, metrics, {**facts, "baselines": known, **scores.facts})
@@ -273,7 +276,7 @@ def _continued(stage: Stage, ready: Prepared, before: Delta) -> TrainableDelta:
 
 def machine(config: TrainConfig, encoder: Encoder, prepack: bool | None = None) -> dict[str, bool]:
     """What a timing decides unless ``prepack`` says it, and must not change in the course of a run."""
-    lowered = encoder.device.type == "cpu" and uses_bf16(config.precision, encoder.device)
+    lowered = encoder.device.type == "cpu" and uses_bf16(config.machine.precision, encoder.device)
     return {"prepacked": not lowered and encoder.prepack(prepack)}
 
 
@@ -288,21 +291,21 @@ def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
     A sentence encoder's pooled row was trained, so a linear head reads that. Elsewhere a probe reads [CLS] where the
     checkpoint has a pooler, which was trained on it, else the mean.
     """
-    form, own = config.form, encoder.pooling
+    form, own = config.known_task, encoder.pooling
     if form.per_token:
         return config
     first_row = config.starts_at_probe and "pooler.dense.weight" in encoder.base_head
     chosen: dict[str, Any] = {
-        "pooling": config.pooling or own or ("cls" if first_row else form.pooling),
-        "head": config.head or ("linear" if own and form.head == "hf" else form.head),
+        "pooling": config.form.pooling or own or ("cls" if first_row else form.pooling),
+        "head": config.form.head or ("linear" if own and form.head == "hf" else form.head),
     }
-    return replace(config, **chosen)
+    return config.replaced(**chosen)
 
 
 def for_data(config: TrainConfig, train: Source) -> TrainConfig:
     """The configuration for multi-label where a classification's labels are lists."""
     several = config.task == CLASSIFICATION and holds_several(train.records)
-    return replace(config, task=MULTI_LABEL) if several else config
+    return config.replaced(task=MULTI_LABEL) if several else config
 
 
 def usable(config: TrainConfig, data: Data) -> Data:
@@ -310,19 +313,19 @@ def usable(config: TrainConfig, data: Data) -> Data:
 
     Raises DataError where a source has no others.
     """
-    if not config.skip_bad:
+    if not config.eval.skip_bad:
         return data
-    train = _usable(config, data.train, config.labels)
-    labels = config.labels or infer_labels(config.task, train.records)
+    train = _usable(config, data.train, config.form.labels)
+    labels = config.form.labels or infer_labels(config.task, train.records)
     return Data(train, *(source and _usable(config, source, labels) for source in (data.dev, data.ood)))
 
 
 def _usable(config: TrainConfig, source: Source, labels: tuple[str, ...]) -> Source:
-    form, good, skipped = task_named(config.task), [], list(source.skipped)
+    known, good, skipped = task_named(config.task), [], list(source.skipped)
     for record in source.records:
         try:
-            own = labels or form.labels_in([record]) or config.form.labels
-            task_for(replace(config.form, labels=own)).example(*record, labelled=True)
+            own = labels or known.labels_in([record]) or config.known_task.labels
+            task_for(replace(config.known_task, labels=own)).example(*record, labelled=True)
         except DataError as error:
             skipped.append(str(error))
         else:
@@ -335,29 +338,28 @@ def _usable(config: TrainConfig, source: Source, labels: tuple[str, ...]) -> Sou
 def for_rows(config: TrainConfig, rows: int) -> TrainConfig:
     """The configuration with the learning rate of few rows, where none was given and training begins at the probe."""
     rate = FEW_ROWS_RATES.get(",".join(config.method)) if rows < FEW_ROWS else None
-    chosen = config.learning_rate or config.options or not config.starts_at_probe
-    return config if chosen or rate is None else replace(config, learning_rate=rate)
+    chosen = config.optim.learning_rate or config.options or not config.starts_at_probe
+    return config if chosen or rate is None else config.replaced(learning_rate=rate)
 
 
 def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
     """What the defaults came to on that encoder with so many training rows, and why, in one line."""
     chosen, parts = for_rows(for_encoder(config, encoder), rows), []
-    if not chosen.form.per_token:
-        why = (
-            "the checkpoint's own" if encoder.pooling else "it has a pooler" if chosen.pooling == "cls" else "no pooler"
-        )
-        parts.append(f"pooling {chosen.pooling} ({'as given' if config.pooling else why})")
-    form = "hf, at random" if chosen.form.head == "hf" else chosen.form.head
+    if not chosen.known_task.per_token:
+        own = "it has a pooler" if chosen.form.pooling == "cls" else "no pooler"
+        why = "the checkpoint's own" if encoder.pooling else own
+        parts.append(f"pooling {chosen.form.pooling} ({'as given' if config.form.pooling else why})")
+    form = "hf, at random" if chosen.known_task.head == "hf" else chosen.known_task.head
     parts += [f"head {form}", *(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
-    if not config.recipe:
+    if not config.plan.recipe:
         parts.append(f"{chosen.passes(rows)} epochs")
-    own = config.epochs and chosen.learning_rate == config.learning_rate
-    return "; ".join(parts) + ("" if config.recipe or own else f" (for {rows:,} rows)")
+    given = config.plan.recipe or (config.optim.epochs and chosen.optim == config.optim)
+    return "; ".join(parts) + ("" if given else f" (for {rows:,} rows)")
 
 
 def task_spec(config: TrainConfig, encoder: Encoder, train: Source) -> TaskSpec:
     """The task: with the labels of the training data and a length that the encoder reads where none were given, and
     whether the data are pairs."""
-    spec = config.task_spec(config.labels or infer_labels(config.task, train.records))
+    spec = config.task_spec(config.form.labels or infer_labels(config.task, train.records))
     spec = replace(spec, pairs=all_pairs(config.task, train.records))
-    return spec if config.max_length else replace(spec, max_length=min(spec.max_length, encoder.max_tokens))
+    return spec if config.form.max_length else replace(spec, max_length=min(spec.max_length, encoder.max_tokens))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from bertology_serve.errors import SpecError, nearest
+from bertology_serve.config_fields import check_fields, check_known, flat, nested, option
+from bertology_serve.errors import SpecError
 from bertology_serve.tasks.fields import read_label
 from bertology_serve.tasks.spec import EMBEDDING, LABEL_KINDS, QUESTION_ANSWERING, TASK_KINDS, TEXT_KINDS, TaskSpec
 from bertology_serve.training.method_options import (
@@ -41,160 +42,237 @@ FEW_ROWS_RATES: Mapping[str, float] = {"lora": 3e-3}
 """Where a run begins at the probe: the rows below which a method has another learning rate, and that."""
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _check_rate(name: str, rate: float | None) -> None:
+    if rate is not None and not 0 < rate < 10:
+        raise SpecError(f"{name} is {rate!r}; expected a number above 0, such as 1e-3")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One training run. Steps are updates of the optimizer; a batch is ``batch_size`` examples.
+class FormConfig:
+    """The form of the task and its head: what ``TaskSpec`` says of them. Raises SpecError."""
 
-    A batch is run in micro-batches of up to ``max_tokens`` packed rows, whose gradients add up to exactly that of the
-    whole batch, so memory bounds ``max_tokens`` and nothing else. ``None`` means the default of the method, the task
-    or the machine, as each field says. ``options`` holds fields of the methods' specs: ``{"lora": {"rank": 4}}``.
-    """
-
-    task: str = field(metadata={"help": "What the delta answers: " + ", ".join(TASK_KINDS) + "."})
-    method: tuple[str, ...] = _option(
-        (),
-        "One kind of delta or several, with commas, or another method: " + ", ".join(METHODS) + ". Default: lora. "
-        "auto tries several of them, together, and keeps the best.",
-    )
-    budget: str = _option("5m", "auto: what the search may take: minutes (10m), or passes over the data in all (40).")
-    recipe: Literal["lp", "lp-ft", "eh-ft"] | None = _option(
-        None,
-        "lp: the probe, solved to its optimum on cached features; lp-ft: that, then --method (default: full) with its "
-        "head; eh-ft: --method (a delta, which is kept too), then full with its head.",
-    )
-    lp_path: int = _option(10, "lp: values of C that are tried, from 1e-7 to 1e2.")
-    lp_layers: Literal["last", "all"] = _option("last", "lp: all: every layer gets a probe, from the same pass.")
-    start: Literal["probe", "random"] = _option(
-        "probe",
-        "Where the head begins. probe: at the linear probe, solved on the frozen encoder's rows in seconds "
-        "(classification, multi-label, regression); what is published is never worse on --eval. random: at random.",
-    )
-    epochs: int | None = _option(None, "Passes over the training data. Default: 3, more for fewer than 2,000 rows.")
-    first_epochs: int | None = _option(
-        None, "Those of a recipe's first stage; with it AdamW trains the probe of lp-ft. Default: --epochs."
-    )
-    first_learning_rate: float | None = _option(None, "That of a recipe's first stage. Default: the method's.")
-    max_steps: int | None = _option(None, "Stop after so many steps, whatever the epochs.")
-    batch_size: int = _option(32, "Examples a step.")
-    max_tokens: int = _option(4096, "Tokens a micro-batch; a batch of more is accumulated, with the same gradient.")
-    bucket_batches: int = _option(
-        0, "Length bucketing: so many batches are sorted by length together and cut anew; 0: none."
-    )
-    learning_rate: float | None = _option(None, "Highest learning rate. Default: the method's.")
-    head_learning_rate: float | None = _option(None, "Highest learning rate of the head. Default: the method's.")
-    schedule: Literal["linear", "cosine", "constant"] = _option("linear", "How the learning rate falls.")
-    warmup: float = _option(0.06, "Share of the steps over which the learning rate rises.")
-    weight_decay: float = _option(0.01, "AdamW's; biases and LayerNorms have none.")
-    beta2: float = _option(0.999, "AdamW's second beta; the first is 0.9.")
-    epsilon: float = _option(1e-8, "AdamW's epsilon.")
-    clip: float = _option(1.0, "Longest gradient; 0: no clipping.")
-    seed: int = _option(0, "Decides the first weights, the order of examples and dropout.")
-    labels: tuple[str, ...] = _option(
+    labels: tuple[str, ...] = option(
         (), "Labels in logit order, with commas (quoted where they hold one). Default: those of the training data."
     )
-    balance: bool = _option(
-        False, "Weigh examples so that every label counts alike, however rare it is (classification, multi-label)."
+    max_length: int | None = option(
+        None, "Longest sequence in tokens. Default: 384 for question answering, else 128.", least=3
     )
-    label_smoothing: float = _option(0.0, "Share of each target that is spread over all labels.")
-    calibrate: bool = _option(
-        True, "Fit a temperature on --eval and put it into the head: scores then say how often answers are right."
-    )
-    abstain: float = _option(0.0, "Least score at which an answer names a label; below it the label is null.")
-    max_length: int | None = _option(None, "Longest sequence in tokens. Default: 384 for question answering, else 128.")
-    pooling: Literal["cls", "mean", "max"] | None = _option(
+    pooling: Literal["cls", "mean", "max"] | None = option(
         None,
         "Rows that the head reads. Default: as the checkpoint says (a sentence encoder's own pooling; cls where that "
         "was pretrained), mean for embeddings.",
     )
-    head: Literal["hf", "linear", "mlp", "none"] | None = _option(
+    head: Literal["hf", "linear", "mlp", "none"] | None = option(
         None,
         "hf: the form that HuggingFace gives the family; linear: one layer; mlp: EH-FT's, a hidden one of 2,048. "
         "Default: none for embeddings, linear where the head begins at the probe, else hf.",
     )
-    stride: int | None = _option(None, "Overlap in tokens of question-answering windows. Default: 64.")
-    max_answer_length: int | None = _option(None, "Longest answer in tokens (question answering). Default: 30.")
-    trunk_dropout: bool | None = _option(
+    stride: int | None = option(None, "Overlap in tokens of question-answering windows. Default: 64.", least=0)
+    max_answer_length: int | None = option(None, "Longest answer in tokens (question answering). Default: 30.", least=1)
+    calibrate: bool = option(
+        True, "Fit a temperature on --eval and put it into the head: scores then say how often answers are right."
+    )
+    abstain: float = option(0.0, "Least score at which an answer names a label; below it the label is null.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        labels = (read_label(label, "the configuration", f"labels[{i}]") for i, label in enumerate(self.labels))
+        object.__setattr__(self, "labels", tuple(labels))  # as the data's own are read: 1 is "1"
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """The stages of a training, where its head starts, and what a search of methods may spend. Raises SpecError."""
+
+    budget: str = option("5m", "auto: what the search may take: minutes (10m), or passes over the data in all (40).")
+    recipe: Literal["lp", "lp-ft", "eh-ft"] | None = option(
+        None,
+        "lp: the probe, solved to its optimum on cached features; lp-ft: that, then --method (default: full) with its "
+        "head; eh-ft: --method (a delta, which is kept too), then full with its head.",
+    )
+    lp_path: int = option(10, "lp: values of C that are tried, from 1e-7 to 1e2.", least=1)
+    lp_layers: Literal["last", "all"] = option("last", "lp: all: every layer gets a probe, from the same pass.")
+    start: Literal["probe", "random"] = option(
+        "probe",
+        "Where the head begins. probe: at the linear probe, solved on the frozen encoder's rows in seconds "
+        "(classification, multi-label, regression); what is published is never worse on --eval. random: at random.",
+    )
+    first_epochs: int | None = option(
+        None,
+        "Those of a recipe's first stage; with it AdamW trains the probe of lp-ft. Default: --epochs.",
+        least=1,
+    )
+    first_learning_rate: float | None = option(None, "That of a recipe's first stage. Default: the method's.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_rate("first_learning_rate", self.first_learning_rate)
+        object.__setattr__(self, "budget", str(self.budget))
+        read_budget(self.budget)
+        if self.recipe in (None, LP) and (self.first_epochs or self.first_learning_rate):
+            raise SpecError(
+                "first_epochs and first_learning_rate are those of a recipe's first stage; "
+                "give --recipe lp-ft or eh-ft too"
+            )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the loss is made and descended. Steps are updates of the optimizer. Raises SpecError."""
+
+    epochs: int | None = option(
+        None, "Passes over the training data. Default: 3, more for fewer than 2,000 rows.", least=1
+    )
+    max_steps: int | None = option(None, "Stop after so many steps, whatever the epochs.", least=1)
+    batch_size: int = option(32, "Examples a step.", least=1)
+    bucket_batches: int = option(
+        0, "Length bucketing: so many batches are sorted by length together and cut anew; 0: none.", least=0
+    )
+    learning_rate: float | None = option(None, "Highest learning rate. Default: the method's.")
+    head_learning_rate: float | None = option(None, "Highest learning rate of the head. Default: the method's.")
+    schedule: Literal["linear", "cosine", "constant"] = option("linear", "How the learning rate falls.")
+    warmup: float = option(0.06, "Share of the steps over which the learning rate rises.", least=0, most=1)
+    weight_decay: float = option(0.01, "AdamW's; biases and LayerNorms have none.", least=0)
+    beta2: float = option(0.999, "AdamW's second beta; the first is 0.9.", least=0, most=1)
+    epsilon: float = option(1e-8, "AdamW's epsilon.", least=0)
+    clip: float = option(1.0, "Longest gradient; 0: no clipping.", least=0)
+    seed: int = option(0, "Decides the first weights, the order of examples and dropout.", least=0)
+    balance: bool = option(
+        False, "Weigh examples so that every label counts alike, however rare it is (classification, multi-label)."
+    )
+    label_smoothing: float = option(0.0, "Share of each target that is spread over all labels.", least=0, most=0.99)
+    trunk_dropout: bool | None = option(
         None, "Whether the encoder's own dropout is active. Default: only where it is trained, without mixout."
     )
-    trunk_cache: bool = _option(
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _check_rate("learning_rate", self.learning_rate)
+        _check_rate("head_learning_rate", self.head_learning_rate)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """When a run is measured, which state it keeps, and what it writes meanwhile. Raises SpecError."""
+
+    eval_every: int | None = option(None, "Steps between evaluations. Default: one an epoch.", least=1)
+    patience: int | None = option(None, "Stop after so many evaluations without a better one. Default: never.", least=1)
+    keep: Literal["best", "last"] = option("best", "Which state is saved where there is evaluation data.")
+    save_every: int = option(200, "Steps between checkpoints; one is written after each evaluation too.", least=1)
+    folds: int | None = option(
+        None,
+        "Without --eval: so many parts of the training data are held out in turn; their metrics are told, and their "
+        "answers calibrate the delta that is then trained on all. Default: none, and 3 for --method auto.",
+        least=2,
+    )
+    gradient_steps: int = option(
+        0, "First steps whose gradient's length is logged for every layer.", least=0, panel="Reports"
+    )
+    skip_bad: bool = option(
+        False, "Leave out records that the task cannot read, and say which and why.", panel="Data and delta"
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """What a run takes of memory and time, with the same gradients. Raises SpecError."""
+
+    max_tokens: int = option(
+        4096, "Tokens a micro-batch; a batch of more is accumulated, with the same gradient.", least=1
+    )
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "auto", "bf16: the encoder runs under autocast; auto: bf16 on GPUs that have it, else fp32."
+    )
+    trunk_cache: bool = option(
         False,
         "Keep on disk what enters the lowest trained layer, and skip the frozen layers below it, whose dropout is then "
         "off, from the first step on.",
     )
-    checkpointing: bool = _option(
+    checkpointing: bool = option(
         False, "Keep for the backward pass only what enters each layer, and run the layers again there: less memory."
     )
-    precision: Literal["auto", "fp32", "bf16"] = _option(
-        "auto", "bf16: the encoder runs under autocast; auto: bf16 on GPUs that have it, else fp32."
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run, its settings in groups. ``TrainConfig.of("regression", "lora", epochs=5)`` takes them by name.
+
+    A batch of ``batch_size`` examples is run in micro-batches of up to ``max_tokens`` packed rows, whose gradients add
+    up to exactly that of the whole batch, so memory bounds ``max_tokens`` and nothing else. ``None`` means the default
+    of the method, the task or the machine, as each field says. ``options`` holds fields of the methods' specs:
+    ``{"lora": {"rank": 4}}``. Raises SpecError for settings that make no sense, alone or together.
+    """
+
+    task: str = field(
+        metadata={"help": "What the delta answers: " + ", ".join(TASK_KINDS) + ".", "panel": "Task"},
     )
-    eval_every: int | None = _option(None, "Steps between evaluations. Default: one an epoch.")
-    patience: int | None = _option(None, "Stop after so many evaluations without a better one. Default: never.")
-    keep: Literal["best", "last"] = _option("best", "Which state is saved where there is evaluation data.")
-    save_every: int = _option(200, "Steps between checkpoints; one is written after each evaluation too.")
-    gradient_steps: int = _option(0, "First steps whose gradient's length is logged for every layer.")
-    skip_bad: bool = _option(False, "Leave out records that the task cannot read, and say which and why.")
-    folds: int | None = _option(
-        None,
-        "Without --eval: so many parts of the training data are held out in turn; their metrics are told, and their "
-        "answers calibrate the delta that is then trained on all. Default: none, and 3 for --method auto.",
+    method: tuple[str, ...] = option(
+        (),
+        "One kind of delta or several, with commas, or another method: " + ", ".join(METHODS) + ". Default: lora. "
+        "auto tries several of them, together, and keeps the best.",
+        panel="Method",
     )
+    plan: RecipeConfig = field(default_factory=RecipeConfig, metadata={"panel": "Method"})
+    form: FormConfig = field(default_factory=FormConfig, metadata={"panel": "Task"})
+    optim: OptimConfig = field(default_factory=OptimConfig, metadata={"panel": "Optimisation"})
+    eval: EvalConfig = field(default_factory=EvalConfig, metadata={"panel": "Evaluation and state"})
+    machine: MachineConfig = field(default_factory=MachineConfig, metadata={"panel": "Machine"})
     options: Mapping[str, Values] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.recipe is not None:
-            _check_known("recipe", self.recipe, tuple(name for name in DEFAULT_METHODS if name))
-        object.__setattr__(self, "method", _methods(self.method or DEFAULT_METHODS[self.recipe]))
+        object.__setattr__(self, "method", _methods(self.method or DEFAULT_METHODS[self.plan.recipe]))
+        check_known("task", self.task, TASK_KINDS)
         _check_recipe(self)
-        labels = (read_label(label, "the configuration", f"labels[{i}]") for i, label in enumerate(self.labels))
-        object.__setattr__(self, "labels", tuple(labels))  # as the data's own are read: 1 is "1"
-        _check_known("task", self.task, TASK_KINDS)
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) is not None:
-                _check_known(name, getattr(self, name), allowed)
-        for name, least in _LEAST.items():
-            _check_number(name, getattr(self, name), least)
-        _check_number("warmup", self.warmup, 0, most=1)
-        _check_number("label_smoothing", self.label_smoothing, 0, most=0.99)
-        if (self.balance or self.label_smoothing) and self.task not in LABEL_KINDS:
+        if (self.optim.balance or self.optim.label_smoothing) and self.task not in LABEL_KINDS:
             raise SpecError(f"balance and label_smoothing are for {' and '.join(LABEL_KINDS)}, not {self.task}")
-        _check_number("beta2", self.beta2, 0, most=1)
-        object.__setattr__(self, "budget", str(self.budget))
-        read_budget(self.budget)
-        if self.budget != TrainConfig.budget and AUTO not in self.method:
-            raise SpecError(
-                f"budget is what a search may take, and the method is {','.join(self.method)}; give --method auto"
-            )
-        if self.folds is not None:
-            _check_folds(self)
-        for name in ("learning_rate", "head_learning_rate", "first_learning_rate"):
-            rate = getattr(self, name)
-            if rate is not None and not 0 < rate < 10:
-                raise SpecError(f"{name} is {rate!r}; expected a number above 0, such as 1e-3")
+        if self.plan.budget != RecipeConfig.budget and AUTO not in self.method:
+            method = ",".join(self.method)
+            raise SpecError(f"budget is what a search may take, and the method is {method}; give --method auto")
+        if self.eval.folds and (self.plan.recipe or self.full):
+            own = self.plan.recipe or self.method[0]
+            raise SpecError(f"folds share one frozen encoder, but {own} trains its own; leave them out")
         for name in self.options:
             if name not in self.method:
                 raise SpecError(f"options of {name!r} were given, but the method is {','.join(self.method)}")
             if name in REGULARISED:
                 read_options(name, self.options[name])
-        _ = self.form
+        _ = self.known_task
+
+    @classmethod
+    def of(cls, task: str = "", method: str | Iterable[str] = (), **settings: Any) -> TrainConfig:
+        """The configuration with these settings, the groups' by their names. SpecError for an unknown one, too."""
+        if not task:
+            raise SpecError(f"field 'task' is missing; expected one of {', '.join(TASK_KINDS)}")
+        return nested(cls, {"task": task, "method": method, **settings}, "training has no field")
+
+    def as_dict(self) -> JsonObject:
+        """All settings by name, ready for JSON; the inverse of ``of``."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat(self).items()}
+
+    def replaced(self, **settings: Any) -> TrainConfig:
+        """The same configuration but for these settings, by name."""
+        return TrainConfig.of(**{**self.as_dict(), **settings})
 
     @property
     def starts_at_probe(self) -> bool:
         """Whether the probe is solved first, and its head is where training begins."""
-        plain = self.recipe is None and self.start == "probe" and PROBE not in self.method
-        return plain and self.task in SOLVED and self.head in (None, "linear")
+        plain = self.plan.recipe is None and self.plan.start == "probe" and PROBE not in self.method
+        return plain and self.task in SOLVED and self.form.head in (None, "linear")
 
     def passes(self, rows: int) -> int:
         """Epochs over that many rows: as given, or three, and more where those would be few steps."""
-        return self.epochs or min(MOST_EPOCHS, max(LEAST_EPOCHS, math.ceil(ENOUGH_ROWS / max(1, rows))))
+        return self.optim.epochs or min(MOST_EPOCHS, max(LEAST_EPOCHS, math.ceil(ENOUGH_ROWS / max(1, rows))))
 
     @property
     def solvable(self) -> bool:
         """Whether the head is one linear layer that gives a text its label or score."""
-        return self.task in SOLVED and self.form.head == "linear"
+        return self.task in SOLVED and self.known_task.head == "linear"
 
     @property
     def full(self) -> bool:
@@ -202,67 +280,36 @@ class TrainConfig:
         return self.method[0] == FULL or self.method[0] in REGULARISED
 
     @property
-    def form(self) -> TaskSpec:
+    def known_task(self) -> TaskSpec:
         """The task as far as it is known without data: labels may stand for others."""
         labelled = self.task in (*LABEL_KINDS, "token-classification")
-        return self.task_spec(("O",) if labelled and not self.labels else self.labels)
+        return self.task_spec(("O",) if labelled and not self.form.labels else self.form.labels)
 
     def rate(self, method: str) -> float:
         """The highest learning rate of one method's parameters."""
-        return LEARNING_RATES[method] if self.learning_rate is None else self.learning_rate
+        return LEARNING_RATES[method] if self.optim.learning_rate is None else self.optim.learning_rate
 
     @property
     def head_rate(self) -> float:
         """The highest learning rate of the head's parameters; the probe's is its learning rate."""
-        if self.head_learning_rate is not None:
-            return self.head_learning_rate
+        if self.optim.head_learning_rate is not None:
+            return self.optim.head_learning_rate
         return self.rate(PROBE) if self.method == (PROBE,) else HEAD_RATES.get(self.method[0], HEAD_RATE)
 
     def task_spec(self, labels: tuple[str, ...]) -> TaskSpec:
         """The task with its defaults filled in."""
         embedding = self.task == EMBEDDING
-        probe = PROBE in self.method or self.recipe == LP_FT or self.starts_at_probe
+        probe = PROBE in self.method or self.plan.recipe == LP_FT or self.starts_at_probe
         return TaskSpec(
             self.task,
             labels=labels,
-            max_length=self.max_length or (384 if self.task == QUESTION_ANSWERING else TaskSpec.max_length),
-            pooling=self.pooling or ("mean" if embedding or probe else TaskSpec.pooling),
-            head=self.head or ("none" if embedding else "linear" if probe else TaskSpec.head),
-            stride=TaskSpec.stride if self.stride is None else self.stride,
-            max_answer_length=self.max_answer_length or TaskSpec.max_answer_length,
-            abstain=self.abstain,
+            max_length=self.form.max_length or (384 if self.task == QUESTION_ANSWERING else TaskSpec.max_length),
+            pooling=self.form.pooling or ("mean" if embedding or probe else TaskSpec.pooling),
+            head=self.form.head or ("none" if embedding else "linear" if probe else TaskSpec.head),
+            stride=TaskSpec.stride if self.form.stride is None else self.form.stride,
+            max_answer_length=self.form.max_answer_length or TaskSpec.max_answer_length,
+            abstain=self.form.abstain,
         )
-
-    def as_dict(self) -> JsonObject:
-        """Ready for JSON."""
-        return {**asdict(self), "method": list(self.method), "labels": list(self.labels)}
-
-    @classmethod
-    def from_dict(cls, values: Values) -> TrainConfig:
-        """The inverse of ``as_dict``; an unknown key is an error that names the nearest known one."""
-        known = [field.name for field in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise SpecError(f"training has no field {name!r}; {nearest(name, known)}")
-        if "task" not in values:
-            raise SpecError(f"field 'task' is missing; expected one of {', '.join(TASK_KINDS)}")
-        return cls(**values)
-
-
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "schedule": ("linear", "cosine", "constant"),
-    "pooling": ("cls", "mean", "max"),
-    "head": ("hf", "linear", "mlp", "none"),
-    "precision": ("auto", "fp32", "bf16"),
-    "keep": ("best", "last"),
-    "start": ("probe", "random"),
-    "lp_layers": ("last", "all"),
-}
-_LEAST: Mapping[str, float] = {
-    "epochs": 1, "first_epochs": 1, "max_steps": 1, "batch_size": 1, "max_tokens": 1, "weight_decay": 0,
-    "clip": 0, "seed": 0, "max_length": 3, "stride": 0, "max_answer_length": 1, "eval_every": 1, "patience": 1,
-    "save_every": 1, "lp_path": 1, "gradient_steps": 0, "bucket_batches": 0, "epsilon": 0,
-}  # fmt: skip
 
 
 def read_budget(text: str) -> tuple[float, bool]:
@@ -277,7 +324,7 @@ def _methods(given: str | Iterable[str]) -> tuple[str, ...]:
     """``lora,bitfit`` or a list of names -> names, each once; what is no kind of delta stands alone."""
     names = tuple(given.split(",")) if isinstance(given, str) else tuple(given)
     for name in names:
-        _check_known("method", name, METHODS)
+        check_known("method", name, METHODS)
     if len(set(names)) != len(names):
         raise SpecError(f"method {','.join(names)} names a kind twice; name each once")
     alone = [name for name in names if name in ALONE]
@@ -289,45 +336,18 @@ def _methods(given: str | Iterable[str]) -> tuple[str, ...]:
 def _check_recipe(config: TrainConfig) -> None:
     """Raises SpecError where a recipe and its method do not go together."""
     names = ",".join(config.method)
-    if config.recipe and AUTO in config.method:
-        raise SpecError(f"recipe {config.recipe} names what is trained, and method auto chooses it; leave one out")
-    if config.recipe in (None, LP) and (config.first_epochs or config.first_learning_rate):
-        raise SpecError(
-            "first_epochs and first_learning_rate are those of a recipe's first stage; give --recipe lp-ft or eh-ft too"
-        )
-    if config.recipe == LP and (config.method != (PROBE,) or config.task not in SOLVED):
+    if config.plan.recipe and AUTO in config.method:
+        raise SpecError(f"recipe {config.plan.recipe} names what is trained, and method auto chooses it; leave one out")
+    if config.plan.recipe == LP and (config.method != (PROBE,) or config.task not in SOLVED):
         raise SpecError(
             f"recipe lp solves a probe for {' or '.join(SOLVED)}; got method {names} and task {config.task}; "
             "leave --recipe out, or take lp-ft"
         )
-    if config.recipe == LP and config.head not in (None, "linear"):
-        raise SpecError(f"recipe lp solves one linear layer; got head {config.head!r}; leave --head out")
-    if config.recipe == EH_FT and config.method[0] in ALONE:
+    if config.plan.recipe == LP and config.form.head not in (None, "linear"):
+        raise SpecError(f"recipe lp solves one linear layer; got head {config.form.head!r}; leave --head out")
+    if config.plan.recipe == EH_FT and config.method[0] in ALONE:
         raise SpecError(
             f"recipe eh-ft begins with a delta, but the method is {names}; expected lora, bitfit or another"
         )
-    if config.recipe == LP_FT and config.method == (PROBE,):
+    if config.plan.recipe == LP_FT and config.method == (PROBE,):
         raise SpecError("recipe lp-ft begins with the probe, and goes on with another method; expected full or another")
-
-
-def _check_folds(config: TrainConfig) -> None:
-    """Raises SpecError where folds cannot be trained together."""
-    _check_number("folds", config.folds, 2)
-    if config.recipe or config.full:
-        raise SpecError(
-            f"folds share one frozen encoder, but {config.recipe or config.method[0]} trains its own; leave them out"
-        )
-
-
-def _check_known(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise SpecError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
-
-
-def _check_number(name: str, value: object, least: float, most: float | None = None) -> None:
-    if value is None:
-        return
-    limits = f"from {least}" + (f" to {most}" if most is not None else " up")
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if not least <= number < math.inf or (most is not None and number > most):
-        raise SpecError(f"{name} is {value!r}; expected a number {limits}")

@@ -63,13 +63,13 @@ class Trainer:
         self.parameters = trained(live)
         self.optimizer = make_optimizer(live, config)
         self.regulariser = regulariser_for(live, config)
-        lengths, window = [item.longest for item in items], config.bucket_batches
-        buckets = Buckets(lengths, config.batch_size, window) if window else None
-        self.sampler = Sampler(len(items), config.seed, buckets=buckets)
-        steps_an_epoch = math.ceil(len(items) / config.batch_size)
-        self.eval_every = config.eval_every or steps_an_epoch
+        lengths, window = [item.longest for item in items], config.optim.bucket_batches
+        buckets = Buckets(lengths, config.optim.batch_size, window) if window else None
+        self.sampler = Sampler(len(items), config.optim.seed, buckets=buckets)
+        steps_an_epoch = math.ceil(len(items) / config.optim.batch_size)
+        self.eval_every = config.eval.eval_every or steps_an_epoch
         steps = config.passes(len(items)) * steps_an_epoch
-        self.total = min(steps, config.max_steps or steps)
+        self.total = min(steps, config.optim.max_steps or steps)
         self.state = RunState(stage)
         self.start: Mapping[str, float] | None = None
         self.best: dict[str, Tensor] = {}
@@ -79,19 +79,19 @@ class Trainer:
         self._begin()
         while not self.done:
             started = time.perf_counter()
-            batch = [self.items[i] for i in self.sampler.take(self.config.batch_size)]
-            self.processes.seed(self.config.seed, self.state.step)
+            batch = [self.items[i] for i in self.sampler.take(self.config.optim.batch_size)]
+            self.processes.seed(self.config.optim.seed, self.state.step)
             with self.regulariser.mixed():
                 loss = self.gradient(batch)
             self._learn(batch, loss, started)
-            if self._is_due(self.eval_every) or self._is_due(self.config.save_every):
+            if self._is_due(self.eval_every) or self._is_due(self.config.eval.save_every):
                 self._save()
         self._end()
         return self.state
 
     def begin_at(self, start: Mapping[str, float]) -> None:
         """``start`` are the dev metrics of what training begins with: only a state that beats them is kept."""
-        if self.dev and self.config.keep == "best":
+        if self.dev and self.config.eval.keep == "best":
             self.start, self.state.metrics = start, dict(start)
             self.state.best = [start[self.task.main_metric], 0.0]
 
@@ -120,9 +120,9 @@ class Trainer:
         """Adds the gradient of the items' losses over ``weight``; returns their sum."""
         whole, padded = self.task.kind in WHOLE_BATCH, not self.live.encoder.packs
         total = 0.0
-        for group in micro_batches(items, self.config.max_tokens, padded, whole):
+        for group in micro_batches(items, self.config.machine.max_tokens, padded, whole):
             encodings = [encoding for item in group for encoding in item.encodings]
-            with autocast(self.config.precision, self.live.encoder.device):
+            with autocast(self.config.machine.precision, self.live.encoder.device):
                 out = self.live(encodings)
             lengths = [len(encoding) for encoding in encodings]
             loss = self.task.loss(out, lengths, [item.target for item in group]) / weight
@@ -140,8 +140,10 @@ class Trainer:
 
     def _update(self, loss: float) -> tuple[float, float]:
         """One step of the optimizer on the gradients; returns the learning rate and the gradient's norm."""
-        rate = set_rate(self.optimizer, factor(self.state.step, self.total, self.config.warmup, self.config.schedule))
-        norm = float(clip_grad_norm_(self.parameters.values(), self.config.clip or math.inf, foreach=True))
+        rate = set_rate(
+            self.optimizer, factor(self.state.step, self.total, self.config.optim.warmup, self.config.optim.schedule)
+        )
+        norm = float(clip_grad_norm_(self.parameters.values(), self.config.optim.clip or math.inf, foreach=True))
         self.state.step += 1
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise SpecError(
@@ -155,7 +157,7 @@ class Trainer:
 
     def _layer_norms(self) -> JsonObject:
         """What the log says of the first steps' gradients, before they are clipped."""
-        if self.state.step >= self.config.gradient_steps:
+        if self.state.step >= self.config.eval.gradient_steps:
             return {}
         return {"layer_norms": layer_norms(self.parameters, self.live.encoder.anatomy)}
 
@@ -172,17 +174,17 @@ class Trainer:
         if not self.dev:
             return
         started, state = time.perf_counter(), self.state
-        metrics = measure(self.live, self.task, self.dev, self.config.max_tokens, self.processes)
+        metrics = measure(self.live, self.task, self.dev, self.config.machine.max_tokens, self.processes)
         rank = self._rank(metrics)
         better = not state.best or rank > state.best
         state.stale = 0 if better else state.stale + 1
         if better:
             state.best, state.best_step = rank, state.step
-        if better or self.config.keep == "last":
+        if better or self.config.eval.keep == "last":
             state.metrics = metrics
-        if better and self.config.keep == "best":
+        if better and self.config.eval.keep == "best":
             self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
-        state.stopped = self.config.patience is not None and state.stale >= self.config.patience
+        state.stopped = self.config.eval.patience is not None and state.stale >= self.config.eval.patience
         state.seconds += time.perf_counter() - started
         line = {**self._place(), "eval": metrics}
         self._log(line)
@@ -194,7 +196,7 @@ class Trainer:
 
     def _begin(self) -> None:
         """From the first step, or from where the checkpoint stands."""
-        torch.manual_seed(self.config.seed)
+        torch.manual_seed(self.config.optim.seed)
         found = self.directory.load(self.state.stage) if self.directory else None
         if found is not None:
             self.restore(*found)
@@ -207,8 +209,8 @@ class Trainer:
 
     def _gradients(self) -> Iterator[None]:
         """Leaves the gradient of each batch of the data, in its order, in the parameters, and clears them after."""
-        for start in range(0, len(self.items), self.config.batch_size):
-            self.gradient(self.items[start : start + self.config.batch_size])
+        for start in range(0, len(self.items), self.config.optim.batch_size):
+            self.gradient(self.items[start : start + self.config.optim.batch_size])
             yield
             self.optimizer.zero_grad(set_to_none=True)
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bertology_serve.cli.threads import POLICY, SHORT, SPINS, share_cores
+from bertology_serve.cli.common import POLICY, SHORT, SPINS, share_cores
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from bertology_serve.encoder import cuda_graphs
+from bertology_serve.encoder.bank import DeltaBank, RowPool
 from bertology_serve.encoder.cuda_graphs import Graphs
 from bertology_serve.kernels.dispatch import HostPath
+from tests import tiny
 
 
 def test_shapes_that_no_graph_can_be_made_for_are_remembered_up_to_the_limit(monkeypatch: pytest.MonkeyPatch):
@@ -35,3 +38,21 @@ def test_shapes_that_no_graph_can_be_made_for_are_remembered_up_to_the_limit(mon
         assert len(made._unfit) <= 4
     assert tries.count(0) == 1, "what is asked often is not tried again"
     assert tries[1:] == list(range(1, 100))
+
+
+def test_two_pools_of_other_heights_at_one_address_are_two_shapes(tmp_path: Path):
+    """Layers lie a whole height apart: a graph of the one would read other rows of the other, in all but layer 0."""
+    anatomy, memory = tiny.encoder("bert", tmp_path).anatomy, torch.zeros(3 * 64 * 8)
+
+    def of_height(rows: int) -> DeltaBank:
+        bank = DeltaBank(anatomy, torch.float32, torch.device("cpu"))
+        pool = RowPool({"b": (3, 8)}, torch.float32, torch.device("cpu"))
+        pool.columns = {"b": memory[: 3 * rows * 8].view(3, rows, 8)}
+        bank.pools["query"] = pool
+        return bank
+
+    low, high = of_height(32), of_height(64)
+    assert low.layer("query", "b", 0).data_ptr() == high.layer("query", "b", 0).data_ptr()
+    assert low.layer("query", "b", 1).data_ptr() != high.layer("query", "b", 1).data_ptr()
+    assert low.places("query") != high.places("query")
+    assert low.places("query") == of_height(32).places("query")

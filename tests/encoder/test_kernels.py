@@ -9,6 +9,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import Encoding
+from tests import tiny
 from tests.encoder import checks_kernels
 from tests.encoder.test_mixed import DELTAS, logits, pipeline, requests
 from tests.kernels.interpreting import checks, interpreted
@@ -21,8 +22,9 @@ def test_interpreted(name):
 
 
 @pytest.mark.gpu
-def test_minilm_on_gpu():
-    on_cpu, on_gpu = (pipeline(Encoder.load("minilm", device=device)) for device in ("cpu", "cuda"))
+def test_answers_on_gpu(tmp_path):
+    made = tiny.save("bert", tmp_path)
+    on_cpu, on_gpu = (pipeline(Encoder.load(made, device=device)) for device in ("cpu", "cuda"))
     torch.backends.cuda.matmul.allow_tf32 = False
     pairs = [made.run([made.prepare(request) for request in requests()]) for made in (on_cpu, on_gpu)]
     for one, other in zip(*pairs, strict=True):
@@ -30,12 +32,13 @@ def test_minilm_on_gpu():
 
 
 @pytest.mark.gpu
-def test_training_under_autocast_on_gpu():
+def test_training_under_autocast_on_gpu(tmp_path):
+    made = tiny.save("bert", tmp_path)
     task = DELTAS["lora-1"][1]
     losses = []
     for device in ("cpu", "cuda"):
-        live = TrainableDelta(Encoder.load("minilm", device=device), [Lora(rank=4, dropout=0.0)], task)
-        encodings = [Encoding((101, 2000 + i, 102), (0, 0, 0)) for i in range(40)]
+        live = TrainableDelta(Encoder.load(made, device=device), [Lora(rank=4, dropout=0.0)], task)
+        encodings = [Encoding((2, 5 + i % 20, 3), (0, 0, 0)) for i in range(40)]
         optimizer = torch.optim.SGD(live.parameters(), 0.1)
         for _ in range(5):
             with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
@@ -49,8 +52,8 @@ def test_training_under_autocast_on_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_graphs_give_eager_answers_on_gpu(dtype):
-    made = pipeline(Encoder.load("minilm", device="cuda", dtype=dtype))
+def test_graphs_give_eager_answers_on_gpu(dtype, tmp_path):
+    made = pipeline(Encoder.load(tiny.save("bert", tmp_path), device="cuda", dtype=dtype))
     jobs = [made.prepare(request) for request in requests()]
     batches = [jobs, jobs[::-1], jobs[:30], jobs[15:]]
     eager = [made.run(batch) for batch in batches]

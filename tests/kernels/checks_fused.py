@@ -10,7 +10,7 @@ import torch
 from bertology_serve.kernels import reference
 from bertology_serve.kernels.columns import Pools
 from bertology_serve.kernels.fused_lora_linear import fused_lora_linear
-from bertology_serve.kernels.tuning import Config
+from bertology_serve.kernels.tuning import FILLED, Config
 from tests.kernels.deltas import Case, Request, Setting, case, poisoned
 
 ONE = Config(16, 32, 32, 16, 1)
@@ -59,6 +59,14 @@ def check_three_slices_with_lists_of_their_own(setting: Setting) -> None:
     agrees(it, setting, SWEEP)
     without_a = [it.pools[0], Pools(None, it.pools[1].b), it.pools[2]]
     agrees(replace(it, pools=without_a), setting, ONE)
+
+
+def check_few_programs_walk_over_many_tiles(setting: Setting) -> None:
+    requests = [Request(37, rank % 9, rank % 3 == 0) for rank in range(16)]
+    it = case([requests, requests], 32, 2 * 32)
+    assert FILLED < 2 * 2 * (37 * 16 // 16)
+    once, walked = (agrees(it, setting, replace(ONE, block_n=16, persistent=on)) for on in (False, True))
+    assert torch.equal(once, walked)
 
 
 def check_activations(setting: Setting) -> None:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from bertology_serve.kernels import tuning
+from bertology_serve.kernels.shrink_expand import k_splits
 from bertology_serve.kernels.tuning import SPLIT, Config, adapter_config
 
 ROOT = Path(__file__).parents[2]
 BIN = Path("backends", "nvidia", "bin")
-INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "LDL", "STL", "FFMA")
+INSTRUCTIONS = ("HGMMA", "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR", "HMMA", "UTMALDG", "LDL", "STL", "FFMA")
 
 
 @dataclass(frozen=True)
@@ -52,45 +53,74 @@ class Report:
     stack: int
     shared: int
     counts: dict[str, int] = field(default_factory=dict)
+    loops: tuple[dict[str, int], ...] = ()
+    """The same counts for every innermost loop of the machine code."""
+
+    warps: int = 4
 
     @property
     def spills(self) -> bool:
         return bool(self.stack or self.counts["LDL"] or self.counts["STL"])
 
+    @property
+    def programs(self) -> int:
+        """How many of its programs a multiprocessor of Hopper holds, by registers (in eights) and shared memory."""
+        registers = -(-self.registers // 8) * 8 * 32 * self.warps
+        return min(65536 // registers, 228 * 1024 // (self.shared + 1024))
 
-def linear_job(arch: int, config: Config, dtype: str, slices: int, lora: int, activation: str = "") -> Job:
+    @property
+    def serialised(self) -> bool:
+        """Whether wgmma instructions wait for one another: each has an arrive, or a main loop has more than one wait.
+
+        ptxas says so as C7514; a loop that is almost never taken is enough to make it.
+        """
+        waits = (loop["WARPGROUP.DEPBAR"] for loop in self.loops if loop["HGMMA"])
+        together = self.counts["WARPGROUP.ARRIVE"] < self.counts["HGMMA"]
+        return bool(self.counts["HGMMA"]) and not (together and all(count == 1 for count in waits))
+
+
+def linear_job(
+    arch: int, config: Config, dtype: str, slices: int, lora: int, splits: int = 1, overflow: bool = False
+) -> Job:
     """The fused linear (lora 1), its epilogue form (2) or the plain one (0) in one configuration."""
     tma = config.tma
     constants = {
-        "LORA": lora, "SLICES": slices, "HAS_BIAS": True, "ACTIVATION": activation, "BIAS": 1.0,
+        "LORA": lora, "SLICES": slices, "HAS_BIAS": True, "ACTIVATION": "", "BIAS": 1.0,
         "BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "RT": config.rank_tile,
-        "SWEEP": config.sweep, "EVEN_K": True, "TMA": tma, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "SWEEP": config.sweep, "EVEN_K": True, "SPLITS": splits, "OVERFLOW": overflow,
+        "PERSISTENT": config.persistent, "TMA": tma, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
         "PDL": lora == 2 and arch >= 90, "GROUP": 8, "stride_wk": 1,
     }  # fmt: skip
     types = dict.fromkeys(("starts", "rows", "ranges"), "*i32")
-    types |= dict.fromkeys(("T", "width", "K", "stride_x", "stride_wn", "stride_y", "stride_a", "stride_b"), "i32")
+    types |= {"coefficients": "*fp32"} if splits > 1 else {}
+    types |= dict.fromkeys(
+        ("T", "width", "K", "capacity", "stride_x", "stride_wn", "stride_y", "stride_a", "stride_b"), "i32"
+    )
     if tma:
         types["x"] = f"tensordesc<{dtype}[{config.block_m}, {config.block_k}]>"
         types["w"] = f"tensordesc<{dtype}[{config.block_n}, {config.block_k}]>"
     shape = "x".join(map(str, (config.block_m, config.block_n, config.block_k)))
     label = (
         f"sm_{arch} linear lora {lora} {dtype} {shape} RT{config.rank_tile} sweep {config.sweep} slices {slices} "
-        f"{config.warps} warps {config.stages} stages{' tma' if tma else ''}{' ' + activation if activation else ''}"
+        f"{config.warps} warps {config.stages} stages {splits} splits"
+        f"{' tma' if tma else ''}{' overflow' if overflow else ''}"
     )
     where = "bertology_serve.kernels.fused_lora_linear"
     return Job(label, arch, where, "fused_lora_linear_kernel", constants, types, dtype, config.warps, config.stages)
 
 
-def shrink_job(arch: int, config: Config, dtype: str) -> Job:
+def shrink_job(arch: int, config: Config, dtype: str, splits: int = 1, slices: int = 3, overflow: bool = False) -> Job:
     """The separate shrink in one configuration."""
     constants = {
-        "SLICES": 3, "BIAS": 1.0, "BM": config.block_m, "BK": config.block_k, "RT": config.rank_tile, "EVEN_K": True,
-        "PRECISION": "ieee" if dtype == "fp32" else "tf32", "PDL": arch >= 90,
+        "SLICES": slices, "BIAS": 1.0, "BM": config.block_m, "BK": config.block_k, "RT": config.rank_tile,
+        "EVEN_K": True, "OVERFLOW": overflow, "PRECISION": "ieee" if dtype == "fp32" else "tf32", "PDL": arch >= 90,
     }  # fmt: skip
-    types = dict.fromkeys(("starts", "rows", "ranges"), "*i32") | dict.fromkeys(
-        ("T", "K", "stride_x", "stride_a"), "i32"
+    types = dict.fromkeys(("starts", "rows", "ranges"), "*i32") | ({"out": "*fp32"} if splits > 1 else {})
+    types |= dict.fromkeys(("T", "K", "span", "capacity", "stride_x", "stride_a"), "i32")
+    label = (
+        f"sm_{arch} shrink {dtype} {config.block_m}x{config.block_k} RT{config.rank_tile} slices {slices} "
+        f"{config.stages} stages{' splits' if splits > 1 else ''}{' overflow' if overflow else ''}"
     )
-    label = f"sm_{arch} shrink {dtype} {config.block_m}x{config.block_k} RT{config.rank_tile}"
     where = "bertology_serve.kernels.shrink_expand"
     return Job(label, arch, where, "shrink_kernel", constants, types, dtype, 4, config.stages)
 
@@ -128,13 +158,17 @@ def row_jobs(arch: int, dtype: str) -> list[Job]:
 
 
 def shipped(arch: int) -> Iterator[Job]:
-    """Every distinct compilation that the committed table of an architecture can ask for, heaviest ranks included."""
+    """Every distinct compilation that the committed table of an architecture asks for where no tile is overfull."""
     seen = set()
     for row in tuning.table(f"sm_{arch}").rows:
-        dtype = "bf16" if row.point.dtype == "half" else "fp32"
-        lora = 0 if row.point.columns == 0 else 2 if row.form == SPLIT else 1
-        jobs = [linear_job(arch, row.config, dtype, row.point.slices, lora)]
-        jobs += [shrink_job(arch, row.config, dtype)] if lora == 2 else []
+        point, config = row.point, row.config
+        dtype = "bf16" if point.dtype == "half" else "fp32"
+        lora = 0 if point.columns == 0 else 2 if row.form == SPLIT else 1
+        splits = 1
+        if lora == 2:
+            splits = k_splits(tuning.cdiv(point.rows, config.block_m) * point.slices, point.k, config.block_k)
+        jobs = [linear_job(arch, config, dtype, point.slices, lora, splits)]
+        jobs += [shrink_job(arch, config, dtype, splits, point.slices)] if lora == 2 else []
         for job in jobs:
             if job.label not in seen:
                 seen.add(job.label)
@@ -199,8 +233,21 @@ def compile_here(job: Job) -> Report:
         code = _cuobjdump(triton, "--dump-sass", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
-    return Report(job.label, int(found[1]), int(found[2]), binary.metadata.shared, counts)
+    shared = binary.metadata.shared
+    return Report(job.label, int(found[1]), int(found[2]), shared, _counts(code), _innermost_loops(code), job.warps)
+
+
+def _counts(code: str) -> dict[str, int]:
+    return {name: len(re.findall(rf"\b{re.escape(name)}\b", code)) for name in INSTRUCTIONS}
+
+
+def _innermost_loops(code: str) -> tuple[dict[str, int], ...]:
+    """What lies between a backward branch and its target, where no other such pair lies within."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", code)]
+    branches = ((at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in lines)
+    loops = [(int(found[1], 16), at) for at, found in branches if found and int(found[1], 16) < at]
+    inner = [one for one in loops if not any(one != o and one[0] <= o[0] and o[1] <= one[1] for o in loops)]
+    return tuple(_counts("\n".join(text for at, text in lines if lo <= at <= hi)) for lo, hi in inner)
 
 
 def _cuobjdump(triton: Any, what: str, path: str) -> str:
@@ -218,7 +265,11 @@ def main(arguments: list[str]) -> None:
         for job in [*shipped(arch), *others(arch)]:
             r = compile_here(job)
             counts = " ".join(f"{name} {count}" for name, count in r.counts.items() if count)
-            print(f"{r.label}: REG {r.registers} STACK {r.stack} shared {r.shared} {counts}", flush=True)
+            print(
+                f"{r.label}: REG {r.registers} STACK {r.stack} shared {r.shared} programs {r.programs} {counts}"
+                f"{' SPILLS' if r.spills else ''}{' SERIALISED' if r.serialised else ''}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from bertology_serve.kernels import reference
-from bertology_serve.kernels.columns import active, tile_columns
+from bertology_serve.kernels.columns import active, aligned, tile_columns
 from bertology_serve.kernels.segments import RowSegment, add_low_rank
 from tests.kernels.deltas import Request, case, error, segments
 
@@ -41,7 +41,9 @@ def test_lists_hold_each_active_column_once(block_m):
             assert len(got) == len(set(got))
             assert set(got) == want
             total, widest = total + len(got), max(widest, len(got))
-    assert (columns.count, columns.widest, columns.capacity) == (total, widest, total)
+    assert (columns.count, columns.widest, columns.capacity) == (total, widest, aligned(total))
+    lists = (columns.starts, columns.pool_rows, columns.ranges)
+    assert all((part.data_ptr() - columns.packed.data_ptr()) % 16 == 0 for part in lists)
     assert columns.mean == total / (3 * columns.tiles)
 
 
@@ -71,12 +73,14 @@ def test_a_capacity_keeps_the_layout_of_another_batch():
 
 def test_what_does_not_fit_is_refused():
     part, _ = segments(REQUESTS)
-    with pytest.raises(ValueError, match="columns for a capacity of 10; use a larger"):
-        tile_columns([part], 225, 64, capacity=10)
+    with pytest.raises(ValueError, match="columns for a capacity of 12; use a larger"):
+        tile_columns([part], 225, 64, capacity=12)
     with pytest.raises(ValueError, match="tile height of 4096"):
         tile_columns([part], 225, 4096)
     with pytest.raises(ValueError, match="the graph has"):
         tile_columns([part], 225, 64).write_into(tile_columns([part], 225, 32))
+    with pytest.raises(ValueError, match="a tile of 27 columns, the graph was recorded for 3"):
+        tile_columns([part], 225, 64, 90).write_into(tile_columns([segments([Request(225, 3)])[0]], 225, 64, 90))
 
 
 def test_an_empty_batch_has_no_tiles():

@@ -32,9 +32,10 @@ def test_a_table_that_was_not_measured_is_what_the_rules_give(arch):
 def test_the_rules_follow_the_roofline():
     rows = {row.point: row for row in tuning.by_rules("sm_90").rows}
     point = Point("half", 768, 768, 1, 16384, 16)
-    assert rows[point].form == FUSED
-    assert rows[point].config.sweep > 1  # many rows: xA is kept over several N tiles
-    assert rows[replace(point, rows=128)].config.sweep == 1  # few rows: more programs
+    few = rows[replace(point, rows=128)]
+    assert rows[point].form == SPLIT
+    assert rows[point].config.persistent  # many rows: a program hides one tile's end behind the next one's start
+    assert (few.form, few.config.persistent) == (FUSED, False)  # few rows: more programs, one launch
     assert rows[replace(point, columns=0)].form == TORCH
     assert rows[replace(point, columns=128)].form == SPLIT
     assert rows[replace(point, k=1024, n=4096, columns=64)].form == SPLIT

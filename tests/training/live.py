@@ -13,6 +13,6 @@ from tests.training import sets
 
 def trainer(encoder: Encoder, task: str = "classification", **values: Any) -> Trainer:
     """A trainer that has not begun."""
-    config = TrainConfig(task, **{"max_length": 32, "batch_size": 5, **values})
+    config = TrainConfig.of(task, **{"max_length": 32, "batch_size": 5, **values})
     made = prepare(config, encoder, sets.source(task))
     return Trainer(made.live, made.task, made.items, config)

@@ -44,7 +44,7 @@ def small_dev(monkeypatch: pytest.MonkeyPatch) -> None:
 def search(encoder: Encoder, out: Path, dev: Source | None = None, **values: Any) -> Outcome:
     place = Destination(out, resume=values.pop("resume", False))
     watcher = values.pop("watcher", None)
-    config = TrainConfig("classification", "auto", **{"budget": "60", **BEATABLE, **values})
+    config = TrainConfig.of("classification", "auto", **{"budget": "60", **BEATABLE, **values})
     return train_auto(config, encoder, rows(), dev, place=place, watcher=watcher)
 
 
@@ -64,20 +64,20 @@ def test_a_budget_is_minutes_or_passes():
     assert read_budget("10m") == (600, True)
     assert read_budget("1.5h") == (5400, True)
     assert read_budget("40") == (40, False)
-    assert TrainConfig("classification", "auto", budget=8).budget == "8"  # type: ignore[arg-type]
+    assert TrainConfig.of("classification", "auto", budget=8).plan.budget == "8"  # type: ignore[arg-type]
     for wrong in ("ten", "0", "-3m", "5 d", ""):
         with pytest.raises(SpecError, match="expected minutes such as 10m, or a number of passes"):
-            TrainConfig("classification", "auto", budget=wrong)
+            TrainConfig.of("classification", "auto", budget=wrong)
 
 
 def test_candidates_are_those_that_suit(bert: Encoder):
-    few = candidates(TrainConfig("classification", "auto"), bert, 100)
-    many = candidates(TrainConfig("classification", "auto"), bert, 100_000)
+    few = candidates(TrainConfig.of("classification", "auto"), bert, 100)
+    many = candidates(TrainConfig.of("classification", "auto"), bert, 100_000)
     assert set(many) - set(few) == {"prefix"}
     assert {one.method[0] for one in few.values()} == {"lora", "bitfit", "adapter"}
     assert few["lora-wide"].options["lora"]["rank"] == 16
-    given = candidates(TrainConfig("classification", "auto", learning_rate=0.5), bert, 100)
-    assert {one.learning_rate for one in given.values()} == {0.5}
+    given = candidates(TrainConfig.of("classification", "auto", learning_rate=0.5), bert, 100)
+    assert {one.optim.learning_rate for one in given.values()} == {0.5}
     assert "lora" in given
     assert "lora-fast" not in given, "it would be the same"
 
@@ -97,7 +97,7 @@ def test_the_worse_end_early_and_the_winner_is_a_run_of_its_own(tmp_path: Path, 
     assert {path.name for path in tmp_path.iterdir()} == {"mine"}
     assert {"board.png", "config.toml", "log.jsonl"} <= {path.name for path in outcome.path.iterdir()}
     alone = train(
-        TrainConfig.from_dict(outcome.delta.provenance["training"]),
+        TrainConfig.of(**outcome.delta.provenance["training"]),
         bert,
         rows(),
         rows(),
@@ -136,7 +136,7 @@ def test_without_a_dev_set_held_out_folds_judge(tmp_path: Path, bert: Encoder, b
     assert (outcome.delta.kinds == ("probe",)) is beaten
     assert {path.name for path in tmp_path.iterdir()} == {"mine"}
     if beaten:
-        alone = TrainConfig("classification", recipe="lp", pooling="cls", **{**BEATABLE, "lp_path": 10})
+        alone = TrainConfig.of("classification", recipe="lp", pooling="cls", **{**BEATABLE, "lp_path": 10})
         probe = train(alone, bert, rows(), place=Destination(tmp_path / "probe")).delta
         for name, tensor in probe.head.items():
             assert torch.allclose(outcome.delta.head[name], tensor, atol=1e-4), "solved, not random"
@@ -144,7 +144,7 @@ def test_without_a_dev_set_held_out_folds_judge(tmp_path: Path, bert: Encoder, b
 
 def test_bad_data_leaves_nothing_behind(tmp_path: Path, bert: Encoder):
     bad = Source("bad", [Record({"text": "a", "score": value}, f"bad:{value}") for value in (*range(7), "b")])
-    config = TrainConfig("regression", method="auto", max_length=32, budget="4")
+    config = TrainConfig.of("regression", method="auto", max_length=32, budget="4")
     with pytest.raises(DataError, match="bad:b"):
         train_auto(config, bert, bad, place=Destination(tmp_path / "mine"))
     assert list(tmp_path.iterdir()) == []
@@ -205,11 +205,11 @@ def _explodes(self: torch.optim.Optimizer, closure: Any = None) -> None:
 
 def test_what_cannot_be_searched_is_refused(bert: Encoder, tmp_path: Path):
     with pytest.raises(SpecError, match="recipe lp-ft names what is trained, and method auto chooses it"):
-        TrainConfig("classification", "auto", recipe="lp-ft")
+        TrainConfig.of("classification", "auto", recipe="lp-ft")
     with pytest.raises(SpecError, match="method 'auto' stands alone"):
-        TrainConfig("classification", "auto,lora")
+        TrainConfig.of("classification", "auto,lora")
     with pytest.raises(SpecError, match="method auto is a search by itself"):
-        stages(TrainConfig("classification", "auto"))
+        stages(TrainConfig.of("classification", "auto"))
     few = Source("few.jsonl", rows().records[:5])
     with pytest.raises(SpecError, match="3 folds of 5 training records are too few"):
         folds(Data(few), 0)
@@ -255,7 +255,7 @@ def test_a_budget_in_minutes_ends_the_search(
     assert 0 < max(steps) < 3 * outcome.delta.provenance["auto"]["first_rung"] or max(steps) == 6
     assert len(told) == 1
     assert "the least that this search has to do takes about" in told[0]
-    assert "and --budget is 2m" in told[0]
+    assert "--budget (2m) is over" in told[0]
 
 
 def test_time_that_is_up_at_once_leaves_the_probe(tmp_path: Path, bert: Encoder, monkeypatch: pytest.MonkeyPatch):
@@ -270,7 +270,7 @@ def test_time_that_is_up_at_once_leaves_the_probe(tmp_path: Path, bert: Encoder,
 @pytest.mark.parametrize("beaten", [False, True])
 def test_folds_of_one_method_measure_and_calibrate_it(tmp_path: Path, bert: Encoder, beaten: bool):
     more = {"lp_path": 10, "learning_rate": 1e-6} if beaten else {"learning_rate": 2e-2}
-    config = TrainConfig("classification", "lora", folds=4, **{**BEATABLE, **more})
+    config = TrainConfig.of("classification", "lora", folds=4, **{**BEATABLE, **more})
     outcome = train_auto(config, bert, rows(), place=Destination(tmp_path / "mine"))
     facts = outcome.delta.provenance
     assert "auto" not in facts
@@ -289,8 +289,8 @@ def test_folds_of_one_method_measure_and_calibrate_it(tmp_path: Path, bert: Enco
 
 def test_folds_and_budgets_that_mean_nothing_are_refused():
     with pytest.raises(SpecError, match="budget is what a search may take, and the method is lora; give --method auto"):
-        TrainConfig("classification", budget="10m")
+        TrainConfig.of("classification", budget="10m")
     with pytest.raises(SpecError, match="folds share one frozen encoder, but full trains its own"):
-        TrainConfig("classification", "full", folds=5)
+        TrainConfig.of("classification", "full", folds=5)
     with pytest.raises(SpecError, match="folds is 1; expected a number from 2"):
-        TrainConfig("classification", folds=1)
+        TrainConfig.of("classification", folds=1)

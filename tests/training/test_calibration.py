@@ -92,7 +92,7 @@ def test_thresholds_raise_micro_f1_where_scores_are_off():
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_head_is_divided_and_answers_stay_in_order(bert: Encoder, kind: str):
     source = sets.source(kind)
-    ready = prepare(TrainConfig(kind, max_length=32), bert, source)
+    ready = prepare(TrainConfig.of(kind, max_length=32), bert, source)
     before, plain = run(ready.live, ready.items)[0], ready.live.task
     with settled(ready.live, ready.items, 64) as found:
         facts = found.facts["calibration"]
@@ -107,6 +107,6 @@ def test_a_head_is_divided_and_answers_stay_in_order(bert: Encoder, kind: str):
     assert ready.live.task == plain
     with settled(ready.live, ready.items, 64, calibrate=False) as found:
         assert torch.equal(run(ready.live, ready.items)[0], before)
-    ready = prepare(TrainConfig("regression", max_length=32), bert, sets.source("regression"))
+    ready = prepare(TrainConfig.of("regression", max_length=32), bert, sets.source("regression"))
     with settled(ready.live, ready.items, 64) as found:
         assert found == Settled()

@@ -91,4 +91,4 @@ def test_it_goes_with_the_cache_of_the_trunk(bert: Encoder, tmp_path: Path):
 @pytest.mark.parametrize("flag", ["checkpointing", "trunk_cache"])
 def test_a_fleet_says_that_it_has_none(flag: str):
     with pytest.raises(SpecError, match=f"mood: {flag} is for one run, and a fleet's passes are shared"):
-        check_frozen("mood", TrainConfig("classification", **{flag: True}))
+        check_frozen("mood", TrainConfig.of("classification", **{flag: True}))

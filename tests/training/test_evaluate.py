@@ -17,7 +17,7 @@ from tests.training import sets
 @pytest.mark.parametrize("task", sets.SETS)
 def test_serving_engine_and_live_delta_measure_the_same(bert: Encoder, task: str):
     source = sets.source(task)
-    ready = prepare(TrainConfig(task, max_length=sets.LENGTHS.get(task, 32)), bert, source)
+    ready = prepare(TrainConfig.of(task, max_length=sets.LENGTHS.get(task, 32)), bert, source)
     counted = []
     found = evaluate(ready.live.freeze("mine"), source.records, bert, max_tokens=50, advance=counted.append)
     live = measure(ready.live, ready.task, ready.items, 50)
@@ -28,7 +28,7 @@ def test_serving_engine_and_live_delta_measure_the_same(bert: Encoder, task: str
 
 
 def test_measuring_leaves_the_mode_and_does_not_depend_on_batches(bert: Encoder):
-    config = TrainConfig("classification", max_length=32, trunk_dropout=True)
+    config = TrainConfig.of("classification", max_length=32, trunk_dropout=True)
     ready = prepare(config, bert, sets.source("classification"))
     ready.live.train()
     first, second = (measure(ready.live, ready.task, ready.items, most) for most in (1, 10_000))
@@ -39,7 +39,7 @@ def test_measuring_leaves_the_mode_and_does_not_depend_on_batches(bert: Encoder)
 
 def test_an_unknown_label_names_its_row(bert: Encoder):
     source = sets.source("classification")
-    delta = prepare(TrainConfig("classification", max_length=32), bert, source).live.freeze("mine")
+    delta = prepare(TrainConfig.of("classification", max_length=32), bert, source).live.freeze("mine")
     records = [*source.records, Record({"text": "cold", "label": "left"}, "test.jsonl:9")]
     with pytest.raises(DataError, match=r"test\.jsonl:9: field 'label' has the unknown label 'left'"):
         evaluate(delta, records, bert)
@@ -49,14 +49,14 @@ def test_an_unknown_label_names_its_row(bert: Encoder):
 
 def test_another_base_is_refused_by_name(tmp_path: Path, bert: Encoder):
     source = sets.source("classification")
-    delta = prepare(TrainConfig("classification", max_length=32), bert, source).live.freeze("mine")
+    delta = prepare(TrainConfig.of("classification", max_length=32), bert, source).live.freeze("mine")
     with pytest.raises(BaseMismatch, match="delta 'mine' was made for"):
         evaluate(delta, source.records, tiny.encoder("bert", tmp_path, seed=1))
 
 
 def test_texts_that_are_cut_are_counted(bert: Encoder):
     source = sets.source("classification")
-    delta = prepare(TrainConfig("classification", max_length=32), bert, source).live.freeze("mine")
+    delta = prepare(TrainConfig.of("classification", max_length=32), bert, source).live.freeze("mine")
     assert evaluate(delta, source.records, bert).truncated == 0
     long = Record({"text": "the cat was good " * 20, "label": source.records[0].fields["label"]}, "test.jsonl:9")
     found = evaluate(delta, [*source.records, long], bert)

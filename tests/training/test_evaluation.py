@@ -52,7 +52,7 @@ def test_classes_are_scikit_learn_s() -> None:
 @pytest.mark.parametrize("kind", sets.SETS)
 def test_parts_are_the_main_metric_and_right_answers_are_no_errors(bert: Encoder, kind: str) -> None:
     source = sets.source(kind)
-    ready = prepare(TrainConfig(kind, max_length=sets.LENGTHS.get(kind, 32)), bert, source)
+    ready = prepare(TrainConfig.of(kind, max_length=sets.LENGTHS.get(kind, 32)), bert, source)
     found = evaluate(ready.live.freeze("mine"), source.records, bert)
     main = found.task.main_metric
     assert found.task.main(found.parts) == pytest.approx(found.metrics[main])

@@ -18,7 +18,7 @@ ALL = (0, 1, 2, 3)
 
 
 def ready(encoder: Encoder, **values: str) -> Prepared:
-    config = TrainConfig("classification", recipe="lp", max_length=32, **values)  # type: ignore[arg-type]
+    config = TrainConfig.of("classification", recipe="lp", max_length=32, **values)  # type: ignore[arg-type]
     return prepare(config, encoder, sets.source("classification"))
 
 

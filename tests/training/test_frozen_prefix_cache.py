@@ -150,7 +150,7 @@ def test_padded_rows_are_not_kept(bert: Encoder, tmp_path: Path):
 
 
 def test_a_run_with_kept_rows_is_published(bert: Encoder, tmp_path: Path):
-    config = TrainConfig("classification", max_length=32, epochs=1, trunk_cache=True, **UPPER["top-k"])
+    config = TrainConfig.of("classification", max_length=32, epochs=1, trunk_cache=True, **UPPER["top-k"])
     source = sets.source("classification")
     made = prepare(config, bert, source)
     assert len(made.items) == 16

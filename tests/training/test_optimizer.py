@@ -10,8 +10,8 @@ from tests.training.live import trainer
 
 
 def test_biases_and_norms_do_not_decay_and_rates_are_the_methods(bert: Encoder):
-    config = TrainConfig("classification", "lora,bitfit,prompt", labels=("a", "b"), max_length=32, weight_decay=0.1)
-    live = make_live(bert, config, config.task_spec(config.labels))
+    config = TrainConfig.of("classification", "lora,bitfit,prompt", labels=("a", "b"), max_length=32, weight_decay=0.1)
+    live = make_live(bert, config, config.task_spec(config.form.labels))
     groups = make_optimizer(live, config).param_groups
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     named = {name: found.pop(id(p)) for name, p in trained(live).items()}
@@ -24,8 +24,8 @@ def test_biases_and_norms_do_not_decay_and_rates_are_the_methods(bert: Encoder):
 
 
 def test_full_fine_tuning_trains_the_encoder_and_spares_its_norms(bert: Encoder):
-    config = TrainConfig("classification", "full", labels=("a", "b"), max_length=32, weight_decay=0.1)
-    live = make_live(bert, config, config.task_spec(config.labels))
+    config = TrainConfig.of("classification", "full", labels=("a", "b"), max_length=32, weight_decay=0.1)
+    live = make_live(bert, config, config.task_spec(config.form.labels))
     decay = {id(p): g["weight_decay"] for g in make_optimizer(live, config).param_groups for p in g["params"]}
     weights = dict(bert.model.named_parameters())
     assert decay[id(weights["encoder.layer.0.attention.self.query.weight"])] == 0.1
@@ -34,8 +34,8 @@ def test_full_fine_tuning_trains_the_encoder_and_spares_its_norms(bert: Encoder)
 
 
 def test_moments_come_back(bert: Encoder):
-    config = TrainConfig("classification", labels=("a", "b"), max_length=32)
-    live = make_live(bert, config, config.task_spec(config.labels))
+    config = TrainConfig.of("classification", labels=("a", "b"), max_length=32)
+    live = make_live(bert, config, config.task_spec(config.form.labels))
     parameters, first = trained(live), make_optimizer(live, config)
     for parameter in parameters.values():
         parameter.grad = torch.randn_like(parameter)
@@ -49,8 +49,8 @@ def test_moments_come_back(bert: Encoder):
 
 
 def test_rate_is_a_share_of_the_highest(bert: Encoder):
-    config = TrainConfig("classification", "probe", labels=("a", "b"), max_length=32, learning_rate=0.5)
-    optimizer = make_optimizer(make_live(bert, config, config.task_spec(config.labels)), config)
+    config = TrainConfig.of("classification", "probe", labels=("a", "b"), max_length=32, learning_rate=0.5)
+    optimizer = make_optimizer(make_live(bert, config, config.task_spec(config.form.labels)), config)
     assert [set_rate(optimizer, 0.5), set_rate(optimizer, 0.1)] == [0.25, 0.05]
 
 

@@ -36,7 +36,7 @@ def made(path: Path, values: Mapping[str, Any], among: Processes = ALONE) -> Tra
     encoder = Encoder.load(str(path))
     encoder.model.double()
     given = {"task": "classification", "batch_size": 5, "max_length": 32, "max_steps": 4, **values}
-    config = TrainConfig(**given, eval_every=2, keep="last", learning_rate=5e-3)
+    config = TrainConfig.of(**given, eval_every=2, keep="last", learning_rate=5e-3)
     ready = prepare(config, encoder, sets.source(config.task), sets.source(config.task, "dev.jsonl"))
     ready.live.to(encoder.dtype)
     for module in (*ready.live.modules(), *encoder.model.modules()):
@@ -81,7 +81,7 @@ class Seeded(Processes):
 
 
 def test_a_whole_run_is_written_by_the_first_alone(bert_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    config = TrainConfig("classification", recipe="lp-ft", epochs=2, max_length=32, batch_size=5, save_every=2)
+    config = TrainConfig.of("classification", recipe="lp-ft", epochs=2, max_length=32, batch_size=5, save_every=2)
     data = sets.source("classification"), sets.source("classification", "dev.jsonl")
     steps: list[int] = []
 

@@ -20,7 +20,7 @@ from tests.training import sets
 def trained(encoder: Encoder, task: str = "classification", **values: Any) -> tuple[Prepared, list[Any]]:
     """A delta with random tensors, as if it had been trained."""
     source = sets.source(task)
-    ready = prepare(TrainConfig(task, max_length=sets.LENGTHS.get(task, 32), **values), encoder, source)
+    ready = prepare(TrainConfig.of(task, max_length=sets.LENGTHS.get(task, 32), **values), encoder, source)
     with torch.no_grad():
         for parameter in ready.live.parameters():
             if parameter.requires_grad:

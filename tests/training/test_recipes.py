@@ -30,7 +30,7 @@ QUICK = {"epochs": 2, "batch_size": 4, "save_every": 1, "max_length": 32}
 def run(encoder: Encoder, out: Path, recipe: str, task: str = "classification", **values: Any) -> Outcome:
     place = {name: values.pop(name) for name in ("version", "resume", "overwrite") if name in values}
     watcher = values.pop("watcher", None)
-    config = TrainConfig(task, recipe=recipe, **{**QUICK, "max_length": sets.LENGTHS.get(task, 32), **values})
+    config = TrainConfig.of(task, recipe=recipe, **{**QUICK, "max_length": sets.LENGTHS.get(task, 32), **values})
     dev = sets.source(task, "dev.jsonl")
     return train(config, encoder, sets.source(task), dev, place=Destination(out, **place), watcher=watcher)
 
@@ -40,25 +40,25 @@ def tensors(outcome: Outcome) -> dict[str, Tensor]:
 
 
 def test_stages_say_what_is_trained_and_from_what_start():
-    probe, full = stages(TrainConfig("classification", recipe="lp-ft", epochs=5, first_epochs=2, learning_rate=1e-5))
+    probe, full = stages(TrainConfig.of("classification", recipe="lp-ft", epochs=5, first_epochs=2, learning_rate=1e-5))
     assert not probe.solved, "epochs were given for it"
-    assert [stage.solved for stage in stages(TrainConfig("classification", recipe="lp-ft"))] == [True, False]
-    assert [stage.solved for stage in stages(TrainConfig("multiple-choice", recipe="lp-ft"))] == [False, False]
-    assert [stage.solved for stage in stages(TrainConfig("regression"))] == [True, False]
-    assert [stage.solved for stage in stages(TrainConfig("classification", recipe="lp"))] == [True]
-    assert (probe.config.method, probe.config.epochs, probe.config.learning_rate) == (("probe",), 2, None)
-    assert (full.config.method, full.config.epochs, full.config.head_rate) == (("full",), 5, 1e-5)
+    assert [stage.solved for stage in stages(TrainConfig.of("classification", recipe="lp-ft"))] == [True, False]
+    assert [stage.solved for stage in stages(TrainConfig.of("multiple-choice", recipe="lp-ft"))] == [False, False]
+    assert [stage.solved for stage in stages(TrainConfig.of("regression"))] == [True, False]
+    assert [stage.solved for stage in stages(TrainConfig.of("classification", recipe="lp"))] == [True]
+    assert (probe.config.method, probe.config.optim.epochs, probe.config.optim.learning_rate) == (("probe",), 2, None)
+    assert (full.config.method, full.config.optim.epochs, full.config.head_rate) == (("full",), 5, 1e-5)
     assert (probe.given_head, full.given_head, probe.kept, full.kept) == (False, True, "", "")
-    assert {(s.config.form.pooling, s.config.form.head) for s in (probe, full)} == {("mean", "linear")}
+    assert {(s.config.known_task.pooling, s.config.known_task.head) for s in (probe, full)} == {("mean", "linear")}
     options = {"lora": {"rank": 2}}
-    delta, full = stages(TrainConfig("regression", "lora,bitfit", recipe="eh-ft", options=options))
+    delta, full = stages(TrainConfig.of("regression", "lora,bitfit", recipe="eh-ft", options=options))
     assert (delta.config.method, delta.config.options, delta.kept) == (("lora", "bitfit"), options, "lora-bitfit")
     assert (full.config.method, full.config.options, full.given_head) == (("full",), {}, True)
-    assert {(s.config.form.pooling, s.config.form.head) for s in (delta, full)} == {("cls", "hf")}
-    assert all(stage.config.recipe is None for stage in (delta, full))
-    mixed = stages(TrainConfig("regression", "mixout", recipe="lp-ft", options={"mixout": {"p": 0.9}}))[1]
+    assert {(s.config.known_task.pooling, s.config.known_task.head) for s in (delta, full)} == {("cls", "hf")}
+    assert all(stage.config.plan.recipe is None for stage in (delta, full))
+    mixed = stages(TrainConfig.of("regression", "mixout", recipe="lp-ft", options={"mixout": {"p": 0.9}}))[1]
     assert mixed.config.options == {"mixout": {"p": 0.9}}
-    config = TrainConfig("regression", start="random")
+    config = TrainConfig.of("regression", start="random")
     assert [stage.config for stage in stages(config)] == [config]
 
 
@@ -86,7 +86,7 @@ def test_stages_say_what_is_trained_and_from_what_start():
 )
 def test_senseless_recipes_are_refused(values: dict[str, Any], message: str):
     with pytest.raises(SpecError, match=message):
-        TrainConfig(**{"task": "classification", **values})
+        TrainConfig.of(**{"task": "classification", **values})
 
 
 def test_imports_no_torch():
@@ -142,7 +142,7 @@ def test_products_are_ordinary_deltas(tmp_path: Path, bert: Encoder):
         found = evaluate(delta, sets.source("classification").records, encoder).metrics
         assert {key: value for key, value in delta.metrics.items() if key != "loss"} == pytest.approx(found, abs=1e-5)
     facts = store.load(tmp_path / "mine").provenance
-    assert TrainConfig.from_dict(facts["training"]).recipe == "eh-ft"
+    assert TrainConfig.of(**facts["training"]).plan.recipe == "eh-ft"
     assert facts["seconds"] >= store.load(tmp_path / "mine-bitfit").provenance["seconds"]
     lines = [json.loads(line) for line in (outcome.path / "log.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines if "loss" in line] == [
@@ -153,7 +153,7 @@ def test_products_are_ordinary_deltas(tmp_path: Path, bert: Encoder):
 def test_the_first_stage_is_the_solo_run(tmp_path: Path, bert_path: Path):
     """The kept delta is what ``--method lora`` alone would have given."""
     run(Encoder.load(str(bert_path)), tmp_path / "both", "eh-ft", version="1", calibrate=False)
-    config = stages(TrainConfig("classification", recipe="eh-ft", calibrate=False, **QUICK))[0].config
+    config = stages(TrainConfig.of("classification", recipe="eh-ft", calibrate=False, **QUICK))[0].config
     data = sets.source("classification"), sets.source("classification", "dev.jsonl")
     solo = train(config, Encoder.load(str(bert_path)), *data, place=Destination(tmp_path / "solo")).delta
     kept = store.load(tmp_path / "both-lora" / "1")
@@ -240,5 +240,7 @@ def test_the_head_may_be_the_authors_mlp(tmp_path: Path, bert: Encoder):
     """Its logits survive the way to disk and back, or nothing would be published."""
     outcome = run(bert, tmp_path / "x", "eh-ft", method="bitfit", head="mlp", epochs=1)
     assert outcome.delta.head["classifier.dense.weight"].shape[0] == 2048
-    assert not TrainConfig("classification", recipe="lp-ft", head="mlp").solvable
-    assert [stage.solved for stage in stages(TrainConfig("classification", recipe="lp-ft", head="mlp"))] == [False] * 2
+    assert not TrainConfig.of("classification", recipe="lp-ft", head="mlp").solvable
+    assert [stage.solved for stage in stages(TrainConfig.of("classification", recipe="lp-ft", head="mlp"))] == [
+        False
+    ] * 2

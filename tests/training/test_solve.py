@@ -33,7 +33,7 @@ DEFAULTS = {"recipe": "lp", "max_length": 32, "epochs": 2, "batch_size": 4, "cal
 def run(encoder: Encoder, out: Path, task: str = "classification", **values: Any) -> Outcome:
     place = {name: values.pop(name) for name in ("resume", "overwrite") if name in values}
     watcher, dev = values.pop("watcher", None), values.pop("dev", sets.source(task, "dev.jsonl"))
-    config = TrainConfig(task, **{**DEFAULTS, **values})
+    config = TrainConfig.of(task, **{**DEFAULTS, **values})
     data = sets.source(task), dev
     return train(config, encoder, *data, place=Destination(out, **place), watcher=watcher)
 
@@ -52,7 +52,7 @@ def test_probe_is_published_at_the_optimum_for_its_c(tmp_path: Path, bert: Encod
     assert [line["c"] for line in tried] == pytest.approx([10.0**exponent for exponent in range(-7, 3)])
     best = max(tried, key=lambda line: (line["eval"]["accuracy"], -line["eval"]["loss"]))
     assert outcome.state.best_step == best["step"]
-    made = prepare(TrainConfig("classification", recipe="lp", max_length=32), bert, sets.source("classification"))
+    made = prepare(TrainConfig.of("classification", recipe="lp", max_length=32), bert, sets.source("classification"))
     x = pooled(made.live, made.items, (3,), 4096)[3].double()
     weight, bias = (delta.head[f"classifier.{name}"].double().requires_grad_(True) for name in ("weight", "bias"))
     penalty = (x.std(correction=0) * (weight[1] - weight[0])).square().sum() / (2 * best["c"] * len(x))
@@ -95,7 +95,7 @@ def test_without_evaluation_data_cross_validation_chooses_c_by_the_loss(tmp_path
     tried = lines(outcome)
     assert {16 * line["eval"]["accuracy"] % 1 for line in tried} == {0.0}, "every row is held out once"
     assert outcome.state.best_step == min(tried, key=lambda line: line["eval"]["loss"])["step"]
-    made = prepare(TrainConfig("classification", recipe="lp", max_length=32), bert, sets.source("classification"))
+    made = prepare(TrainConfig.of("classification", recipe="lp", max_length=32), bert, sets.source("classification"))
     x = pooled(made.live, made.items, (3,), 4096)[3].double().numpy()
     y = np.array([item.target for item in made.items])
     drawn = torch.randperm(16, generator=torch.Generator().manual_seed(0)).numpy()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def run(encoder: Encoder, out: Path, task: str = "classification", **values: Any
     place = {name: values.pop(name) for name in ("name", "version", "resume", "overwrite") if name in values}
     watcher = values.pop("watcher", None)
     dev = None if values.pop("without_dev", False) else sets.source(task, "dev.jsonl")
-    config = TrainConfig(task, **{"max_length": sets.LENGTHS.get(task), "epochs": 2, **values})
+    config = TrainConfig.of(task, **{"max_length": sets.LENGTHS.get(task), "epochs": 2, **values})
     return train(config, encoder, sets.source(task), dev, place=Destination(out, **place), watcher=watcher)
 
 
@@ -104,26 +103,28 @@ def test_scored_pairs_are_measured_beside_the_encoder_s_own_cosine(tmp_path: Pat
 
 
 def test_the_encoder_says_which_row_is_read(bert: Encoder):
-    plain = TrainConfig("classification")
-    assert (for_encoder(plain, bert).pooling, for_encoder(plain, bert).head) == ("cls", "linear"), "it has a pooler"
+    plain = TrainConfig.of("classification")
+    assert (for_encoder(plain, bert).form.pooling, for_encoder(plain, bert).form.head) == ("cls", "linear"), (
+        "it has a pooler"
+    )
     bert.base_head = {}
-    assert for_encoder(plain, bert).pooling == "mean"
+    assert for_encoder(plain, bert).form.pooling == "mean"
     bert.pooling = "max"
     for task in ("classification", "regression", "multiple-choice"):
-        found = for_encoder(TrainConfig(task), bert)
-        assert (found.pooling, found.head) == ("max", "linear")
-    assert for_encoder(TrainConfig("embedding"), bert).pooling == "max"
-    asked = TrainConfig("regression", pooling="cls", head="hf")
+        found = for_encoder(TrainConfig.of(task), bert)
+        assert (found.form.pooling, found.form.head) == ("max", "linear")
+    assert for_encoder(TrainConfig.of("embedding"), bert).form.pooling == "max"
+    asked = TrainConfig.of("regression", pooling="cls", head="hf")
     assert for_encoder(asked, bert) == asked
-    tokens = TrainConfig("token-classification")
+    tokens = TrainConfig.of("token-classification")
     assert for_encoder(tokens, bert) == tokens
 
 
 def test_provenance_tells_how_it_came_to_be(tmp_path: Path, bert: Encoder):
     outcome = run(bert, tmp_path / "mine", seed=3, start="random")
     facts = store.load(outcome.path).provenance
-    asked = TrainConfig("classification", epochs=2, seed=3, start="random")
-    assert TrainConfig.from_dict(facts["training"]) == replace(asked, pooling="cls", head="hf")
+    asked = TrainConfig.of("classification", epochs=2, seed=3, start="random")
+    assert TrainConfig.of(**facts["training"]) == asked.replaced(pooling="cls", head="hf")
     assert facts["train"]["rows"] == 16
     assert facts["train"]["sha256"] == sets.source("classification").sha256
     assert facts["kept"].endswith(f"of {outcome.state.step}")
@@ -221,7 +222,7 @@ def test_bf16_is_not_for_prepacked_linears(tmp_path: Path):
 
 def test_an_unseen_label_names_file_and_row(tmp_path: Path, bert: Encoder):
     dev = Source("dev.jsonl", [Record({"text": "good", "label": "sideways"}, "dev.jsonl:1")])
-    config = TrainConfig("classification")
+    config = TrainConfig.of("classification")
     with pytest.raises(DataError, match=r"dev\.jsonl:1: field 'label' has the unknown label 'sideways'"):
         train(config, bert, sets.source("classification"), dev, place=Destination(tmp_path / "mine"))
     assert list(tmp_path.iterdir()) == []
@@ -230,7 +231,7 @@ def test_an_unseen_label_names_file_and_row(tmp_path: Path, bert: Encoder):
 def test_another_domain_is_measured_and_chooses_nothing(tmp_path: Path, bert: Encoder, bert_path: Path):
     rows = [Record({"text": f"the {thing} was {word}", "label": "up"}, "ood.jsonl:1") for thing in ("dog", "cat")
             for word in ("good", "bad")]  # fmt: skip
-    config = TrainConfig("classification", "full", max_length=32, epochs=2, learning_rate=1e-3, start="random")
+    config = TrainConfig.of("classification", "full", max_length=32, epochs=2, learning_rate=1e-3, start="random")
     data = sets.source("classification"), sets.source("classification", "dev.jsonl")
     ood = Source("ood.jsonl", rows)
     delta = train(config, bert, *data, ood=ood, place=Destination(tmp_path / "mine")).delta
@@ -256,8 +257,8 @@ def test_labels_may_be_given_in_order(tmp_path: Path, bert: Encoder):
 
 
 def test_counts_are_the_formulas(bert: Encoder):
-    config = TrainConfig("classification", "lora,prompt", labels=("a", "b"), max_length=32)
-    live = make_live(bert, config, config.task_spec(config.labels))
+    config = TrainConfig.of("classification", "lora,prompt", labels=("a", "b"), max_length=32)
+    live = make_live(bert, config, config.task_spec(config.form.labels))
     count = count_parameters(live)
     assert count.delta == parameter_count(specs_for(config), bert.anatomy) == 3 * 2 * 8 * 64 + 20 * 32
     assert count.head == 32 * 2 + 2
@@ -265,8 +266,8 @@ def test_counts_are_the_formulas(bert: Encoder):
 
 
 def test_full_trains_the_encoder_and_the_pooler(bert: Encoder):
-    config = TrainConfig("classification", "full", labels=("a", "b"), max_length=32, start="random")
-    count = count_parameters(make_live(bert, config, config.task_spec(config.labels)))
+    config = TrainConfig.of("classification", "full", labels=("a", "b"), max_length=32, start="random")
+    count = count_parameters(make_live(bert, config, config.task_spec(config.form.labels)))
     assert count.delta == count.encoder
     assert count.head == 32 * 32 + 32 + 32 * 2 + 2
 
@@ -305,7 +306,7 @@ def test_a_delta_knows_that_it_was_trained_on_pairs(tmp_path: Path, bert: Encode
     mixed = Source("mixed", [*pairs.records, sets.source("classification").records[0]])
     for source, known in ((pairs, True), (mixed, False)):
         out = tmp_path / source.name
-        train(TrainConfig("classification", max_length=32, epochs=1), bert, source, place=Destination(out))
+        train(TrainConfig.of("classification", max_length=32, epochs=1), bert, source, place=Destination(out))
         assert store.load(out).task.pairs is known
 
 
@@ -313,12 +314,12 @@ def test_bad_records_are_skipped_and_named(tmp_path: Path, bert: Encoder):
     source = sets.source("classification")
     bad = [Record({"label": "up"}, "x:1"), Record({"text": "a", "label": 1.5}, "x:2")]
     strange = Record({"text": "the house was great", "label": "sideways"}, "dev:9")
-    config = TrainConfig("classification", skip_bad=True, max_length=32, max_steps=2)
+    config = TrainConfig.of("classification", skip_bad=True, max_length=32, max_steps=2)
     whole = Data(Source("x", [*bad, *source.records]), Source("dev", [strange, *source.records]))
     data = usable(config, whole)
     assert data.train.records == data.dev.records == list(source.records)  # type: ignore[union-attr]
     assert [line.partition(" ")[0] for line in data.skipped] == ["x:1:", "x:2:", "dev:9:"]
-    assert usable(replace(config, skip_bad=False), whole) is whole
+    assert usable(config.replaced(skip_bad=False), whole) is whole
     outcome = train(config, bert, data.train, data.dev, place=Destination(tmp_path / "mine"))
     assert (tmp_path / "mine" / "skipped.txt").read_text().splitlines() == data.skipped
     facts = outcome.delta.provenance
@@ -328,11 +329,12 @@ def test_bad_records_are_skipped_and_named(tmp_path: Path, bert: Encoder):
 
 
 def test_few_rows_have_a_rate_of_their_own(bert: Encoder):
-    few = for_rows(TrainConfig("classification"), 100)
+    few = for_rows(TrainConfig.of("classification"), 100)
     assert few.rate("lora") == FEW_ROWS_RATES["lora"]
-    assert for_rows(TrainConfig("classification"), FEW_ROWS).rate("lora") == LEARNING_RATES["lora"]
+    assert for_rows(TrainConfig.of("classification"), FEW_ROWS).rate("lora") == LEARNING_RATES["lora"]
     for own in ({"learning_rate": 5e-4}, {"start": "random"}, {"method": "bitfit"}, {"recipe": "lp-ft"}):
-        config = TrainConfig("classification", **own)
+        config = TrainConfig.of("classification", **own)
         assert for_rows(config, 100) == config, "as given, as its papers have it, or not tried"
-    assert choices(TrainConfig("classification"), bert, 100).endswith("lora at 0.003; 20 epochs (for 100 rows)")
-    assert choices(TrainConfig("classification", learning_rate=1e-4, epochs=2), bert, 100).endswith("0.0001; 2 epochs")
+    assert choices(TrainConfig.of("classification"), bert, 100).endswith("lora at 0.003; 20 epochs (for 100 rows)")
+    given = TrainConfig.of("classification", learning_rate=1e-4, epochs=2)
+    assert choices(given, bert, 100).endswith("0.0001; 2 epochs")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
@@ -18,6 +19,11 @@ from bertology_serve.training.train_config import (
     LEARNING_RATES,
     METHODS,
     PROBE,
+    EvalConfig,
+    FormConfig,
+    MachineConfig,
+    OptimConfig,
+    RecipeConfig,
     TrainConfig,
 )
 
@@ -29,15 +35,36 @@ def test_methods_are_the_kinds_the_probe_and_the_forms_of_full_fine_tuning():
 
 
 def test_survives_json():
-    config = TrainConfig("classification", "lora,bitfit", labels=("a", "b"), options={"lora": {"rank": 2}})
-    assert TrainConfig.from_dict(json.loads(json.dumps(config.as_dict()))) == config
+    config = TrainConfig.of("classification", "lora,bitfit", labels=("a", "b"), options={"lora": {"rank": 2}})
+    assert TrainConfig.of(**json.loads(json.dumps(config.as_dict()))) == config
+
+
+def test_nested_and_flat_forms_are_one():
+    flat = {"task": "regression", "method": ["lora"], "epochs": 5, "start": "random", "max_length": 9, "patience": 2,
+            "precision": "fp32", "options": {"lora": {"rank": 2}}}  # fmt: skip
+    made = TrainConfig(
+        "regression", ("lora",), RecipeConfig(start="random"), FormConfig(max_length=9), OptimConfig(epochs=5),
+        EvalConfig(patience=2), MachineConfig(precision="fp32"), {"lora": {"rank": 2}},
+    )  # fmt: skip
+    assert TrainConfig.of(**flat) == made
+    assert flat.items() <= made.as_dict().items()
+    assert made.replaced(epochs=6, patience=None).as_dict() == {**made.as_dict(), "epochs": 6, "patience": None}
+
+
+@pytest.mark.parametrize("group", [RecipeConfig, FormConfig, OptimConfig, EvalConfig, MachineConfig])
+def test_every_number_of_a_group_is_checked(group):
+    """By its metadata: a value below the least, a NaN, and a word are refused."""
+    for one in fields(group):
+        for wrong in (one.metadata["least"] - 1, float("nan"), "x") if "least" in one.metadata else ():
+            with pytest.raises(SpecError, match=f"{one.name} is {wrong!r}; expected a number from"):
+                group(**{one.name: wrong})
 
 
 def test_unknown_key_names_the_nearest():
     with pytest.raises(SpecError, match="no field 'epoch'; did you mean 'epochs'"):
-        TrainConfig.from_dict({"task": "regression", "epoch": 2})
+        TrainConfig.of(**{"task": "regression", "epoch": 2})
     with pytest.raises(SpecError, match="field 'task' is missing"):
-        TrainConfig.from_dict({})
+        TrainConfig.of(**{})
 
 
 @pytest.mark.parametrize(
@@ -71,51 +98,52 @@ def test_unknown_key_names_the_nearest():
 )
 def test_senseless_values_are_refused(values, message):
     with pytest.raises(SpecError, match=message):
-        TrainConfig(**{"task": "classification", **values})
+        TrainConfig.of(**{"task": "classification", **values})
 
 
 def test_defaults_depend_on_the_task():
-    assert TrainConfig("question-answering").task_spec(()).max_length == 384
-    spec = TrainConfig("embedding").task_spec(())
+    assert TrainConfig.of("question-answering").task_spec(()).max_length == 384
+    spec = TrainConfig.of("embedding").task_spec(())
     assert (spec.pooling, spec.head, spec.max_length) == ("mean", "none", 128)
-    spec = TrainConfig("regression", "probe").task_spec(())
+    spec = TrainConfig.of("regression", "probe").task_spec(())
     assert (spec.pooling, spec.head) == ("mean", "linear")
-    assert (TrainConfig("regression").form.pooling, TrainConfig("regression").form.head) == ("mean", "linear")
-    spec = TrainConfig("regression", start="random").task_spec(())
+    assert (TrainConfig.of("regression").known_task.pooling, TrainConfig.of("regression").known_task.head) == (
+        "mean",
+        "linear",
+    )
+    spec = TrainConfig.of("regression", start="random").task_spec(())
     assert (spec.pooling, spec.head) == ("cls", "hf")
-    assert TrainConfig("regression", stride=3, max_answer_length=4, max_length=9).task_spec(()).stride == 3
+    assert TrainConfig.of("regression", stride=3, max_answer_length=4, max_length=9).task_spec(()).stride == 3
 
 
 def test_learning_rate_is_the_method_s_unless_given():
-    assert TrainConfig("regression").rate("lora") == 1e-3
-    assert TrainConfig("regression", learning_rate=0.5).rate("prompt") == 0.5
+    assert TrainConfig.of("regression").rate("lora") == 1e-3
+    assert TrainConfig.of("regression", learning_rate=0.5).rate("prompt") == 0.5
 
 
 def test_method_defaults_to_what_the_recipe_needs():
-    methods = [TrainConfig("regression", recipe=recipe).method for recipe in (None, "lp-ft", "eh-ft")]
+    methods = [TrainConfig.of("regression", recipe=recipe).method for recipe in (None, "lp-ft", "eh-ft")]
     assert methods == [("lora",), ("full",), ("lora",)]
 
 
 def test_head_has_a_learning_rate_of_its_own():
-    assert TrainConfig("regression", learning_rate=0.5).head_rate == HEAD_RATE
-    assert TrainConfig("regression", "full").head_rate == HEAD_RATES[FULL]
-    assert TrainConfig("regression", "probe", learning_rate=0.5).head_rate == 0.5
-    assert TrainConfig("regression", "probe").head_rate == LEARNING_RATES[PROBE]
-    assert TrainConfig("regression", head_learning_rate=0.25).head_rate == 0.25
+    assert TrainConfig.of("regression", learning_rate=0.5).head_rate == HEAD_RATE
+    assert TrainConfig.of("regression", "full").head_rate == HEAD_RATES[FULL]
+    assert TrainConfig.of("regression", "probe", learning_rate=0.5).head_rate == 0.5
+    assert TrainConfig.of("regression", "probe").head_rate == LEARNING_RATES[PROBE]
+    assert TrainConfig.of("regression", head_learning_rate=0.25).head_rate == 0.25
 
 
 def test_flags_become_specs():
     flags = KindFlags(rank=2, targets=("key",), adapter_width=3, prompt_placement="before_cls", layers=(0, 1))
-    config = TrainConfig("regression", "prompt,lora,adapter", options=flags.by_kind())
+    config = TrainConfig.of("regression", "prompt,lora,adapter", options=flags.by_kind())
     prompt, lora, adapter = specs_for(config)
     assert (lora.rank, lora.targets, lora.layers, lora.alpha) == (2, ("key",), (0, 1), 16.0)
     assert (adapter.width, prompt.placement) == (3, "before_cls")
-    assert specs_for(TrainConfig("regression", "probe")) == ()
+    assert specs_for(TrainConfig.of("regression", "probe")) == ()
 
 
 def test_every_flag_is_a_field_of_its_kind():
-    from dataclasses import fields
-
     for flag in fields(KindFlags):
         kind = flag.metadata["kind"]
         spec = REGULARISED[kind] if kind in REGULARISED else KINDS[kind].spec

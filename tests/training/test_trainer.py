@@ -27,7 +27,7 @@ REACHED = {"embedding": 0.75}  # the most that scores of two values allow
 
 def ready(encoder: Encoder, task: str, **values: Any) -> tuple[TrainConfig, Prepared]:
     defaults = {"max_length": sets.LENGTHS.get(task, 32), "batch_size": 5, "start": "random"}
-    config = TrainConfig(task, **{**defaults, "head_learning_rate": values.get("learning_rate"), **values})
+    config = TrainConfig.of(task, **{**defaults, "head_learning_rate": values.get("learning_rate"), **values})
     return config, prepare(config, encoder, sets.source(task), sets.source(task, "dev.jsonl"))
 
 
@@ -247,13 +247,13 @@ def test_dropout_of_the_trunk_is_a_choice(bert: Encoder):
 
 
 def test_nothing_to_train_is_refused(bert: Encoder):
-    config = TrainConfig("embedding", "probe", max_length=32)
+    config = TrainConfig.of("embedding", "probe", max_length=32)
     with pytest.raises(SpecError, match="trains nothing for embedding, which has no head"):
         make_live(bert, config, config.task_spec(()))
 
 
 def test_max_length_beyond_the_encoder_is_refused(bert: Encoder):
-    config = TrainConfig("regression", max_length=65)
+    config = TrainConfig.of("regression", max_length=65)
     with pytest.raises(LimitError, match=r"max_length is 65, but .* reads at most 64 tokens"):
         make_live(bert, config, config.task_spec(()))
 

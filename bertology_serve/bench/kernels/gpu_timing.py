@@ -98,12 +98,12 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     a, b = (torch.randn(MATMUL, MATMUL, device=device).to(dtype) for _ in range(2))
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    product = _fastest(lambda: torch.mm(a, b))
-    copy = _fastest(lambda: target.copy_(source))
+    product = fastest(lambda: torch.mm(a, b))
+    copy = fastest(lambda: target.copy_(source))
     return Ceilings(2 * MATMUL**3 / product, 2 * COPY_BYTES / copy)
 
 
-def _fastest(work: Callable[[], Tensor]) -> float:
+def fastest(work: Callable[[], Tensor]) -> float:
     """Seconds, the median of ten."""
     taken = []
     for _ in range(12):

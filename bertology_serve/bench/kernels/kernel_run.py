@@ -95,7 +95,7 @@ def _plan_time(workload: Workload, device: torch.device) -> tuple[float, float]:
 def _short(config: Config) -> str:
     return (
         f"{config.block_m}x{config.block_n}x{config.block_k} RT{config.rank_tile} q{config.sweep} "
-        f"w{config.warps} s{config.stages}{' tma' if config.tma else ''}"
+        f"w{config.warps} s{config.stages}{' tma' if config.tma else ''}{' persistent' if config.persistent else ''}"
     )
 
 
@@ -113,6 +113,8 @@ def candidates(row: Row, hopper: bool) -> Iterator[LinearPath]:
                 config = Config(block_m, block_n, 64 if hopper else 32, ranks, sweep, warps, stages, hopper)
                 for kind in (FUSED, SPLIT) if row.point.columns else (FUSED,):
                     yield LinearPath(kind, config, "tried")
+                    if hopper and sweep == 1 and kind == SPLIT:
+                        yield LinearPath(kind, replace(config, persistent=True), "tried")
 
 
 def tune(device: torch.device, wanted: Callable[[Row], bool], say: Say) -> Table:

@@ -80,6 +80,11 @@ class Fleet:
             self.directory.save_all(stored, random_state(self.members[0].live.encoder.device))
 
 
+def _shared(member: Member) -> dict[str, object]:
+    """What members of one pass have in common."""
+    return {"precision": member.config.machine.precision, "trunk_dropout": member.live.trunk_dropout}
+
+
 def _check(members: Sequence[Member]) -> None:
     """Raises SpecError where members cannot share passes."""
     if not members:
@@ -88,9 +93,8 @@ def _check(members: Sequence[Member]) -> None:
     for member in members[1:]:
         if member.live.encoder is not first.live.encoder:
             raise SpecError(f"{member.name} and {first.name} have different encoders; load one for the fleet")
-        for field, owner in (("precision", "config"), ("trunk_dropout", "live")):
-            ours, theirs = (getattr(getattr(one, owner), field) for one in (first, member))
-            if ours != theirs:
+        for field, theirs in _shared(member).items():
+            if theirs != (ours := _shared(first)[field]):
                 raise SpecError(
                     f"{field} is {theirs!r} for {member.name} and {ours!r} for {first.name}; "
                     "it must be the same for the whole fleet"
@@ -130,7 +134,7 @@ def gradients(members: Sequence[Member], batches: Sequence[Sequence[Item]], max_
     losses = dict.fromkeys(map(id, members), 0.0)
     cut = [piece for member, batch in zip(members, batches, strict=True) for piece in pieces(member, batch, max_tokens)]
     for group in joined(cut, max_tokens, padded=not members[0].live.encoder.packs):
-        with autocast(members[0].config.precision, members[0].live.encoder.device):
+        with autocast(members[0].config.machine.precision, members[0].live.encoder.device):
             shares = run_together([(p.member.live, [e for item in p.items for e in item.encodings]) for p in group])
         parts = [_loss(piece, share) for piece, share in zip(group, shares, strict=True)]
         torch.autograd.backward(parts)
@@ -143,7 +147,7 @@ def pieces(member: Member, batch: Sequence[Item], max_tokens: int) -> Iterator[P
     """A batch as a run of the member by itself would cut it, or smaller."""
     weight = max(1, member.task.weight([item.target for item in batch]))
     whole, padded = member.task.kind in WHOLE_BATCH, not member.live.encoder.packs
-    for group in micro_batches(batch, min(max_tokens, member.config.max_tokens), padded, whole):
+    for group in micro_batches(batch, min(max_tokens, member.config.machine.max_tokens), padded, whole):
         yield Piece(member, tuple(group), weight)
 
 

@@ -88,7 +88,7 @@ class Shelf:
     def start(self, plan: Sequence[Stage], ready: Prepared, folder: Path) -> Start:
         """What training by ``plan`` begins with; features lie in ``folder`` meanwhile."""
         first = plan[0].config if len(plan) > 1 else None
-        solving = first and (first.lp_path, first.seed, first.max_tokens)
+        solving = first and (first.plan.lp_path, first.optim.seed, first.machine.max_tokens)
         key = id(ready.items), id(ready.dev), ready.task.spec, solving
         if key not in self.starts:
             own = ready.task, ready.items
@@ -188,7 +188,7 @@ def enrolled(
     live, task = make_live(shelf.encoder, own, spec), task_for(spec)
     ready = Prepared(live, task, *(shelf.made(source, spec) for source in (data.train, data.dev, data.ood)))
     start_at_mean(live, ready.items)
-    ready = replace(ready, items=shaped(task, ready.items, config.balance, config.label_smoothing))
+    ready = replace(ready, items=shaped(task, ready.items, config.optim.balance, config.optim.label_smoothing))
     member = Member(name, live, task, ready.items, own, ready.dev, directory, watcher)
     return Enrolled(member, config, plan, ready, data)
 

@@ -30,6 +30,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from bertology_serve.config_fields import choices_of
 from bertology_serve.deltas.names import check_name
 from bertology_serve.errors import BertologyError, DataError, InputError, NotFound, SpecError, nearest
 from bertology_serve.files import JsonObject
@@ -38,7 +39,7 @@ from bertology_serve.training.train_config import TrainConfig
 
 SOURCES = ("train", "eval", "ood", "columns")
 _TOP = ("backbone", "max_tokens", "save_every", "all", "delta")
-_PLAIN = tuple(field.name for field in fields(TrainConfig) if field.name != "options")
+_PLAIN = tuple(choice.field.name for choice in choices_of(TrainConfig) if choice.field.name != "options")
 _KINDS = {field.name: field.metadata["kind"] for field in fields(KindFlags)}
 
 
@@ -115,17 +116,17 @@ def _member(name: str, own: Values, shared: Values, root: Path) -> MemberSpec:
     for table in (own, shared):
         _check_known("a delta", table, (*SOURCES, *_PLAIN, *_KINDS))
     values = {**shared, **own}
-    method = TrainConfig.from_dict({key: values[key] for key in ("task", "method") if key in values}).method
+    method = TrainConfig.of(values.get("task", ""), values.get("method", ())).method
     options: dict[str, JsonObject] = {}
     for key, kind in _KINDS.items():
         if key in own or (key in shared and kind in method):
             options.setdefault(kind, {})[_field(key)] = values[key]
-    plain = {key: _frozen(value) for key, value in values.items() if key in _PLAIN}
+    plain: JsonObject = {key: _frozen(value) for key, value in values.items() if key in _PLAIN}
     if "train" not in values:
         raise SpecError("it has no train; name a file of records")
     columns = _table(values.get("columns", {}), "columns")
     sources = {key: _place(key, values.get(key), root) for key in SOURCES[:3]}
-    return MemberSpec(name, TrainConfig(**plain, options=options), columns=columns, **sources)  # type: ignore[arg-type]
+    return MemberSpec(name, TrainConfig.of(**plain, options=options), columns=columns, **sources)  # type: ignore[arg-type]
 
 
 def _field(flag: str) -> str:

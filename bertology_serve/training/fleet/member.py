@@ -49,7 +49,7 @@ class Member(Trainer):
         self.name, self.fleet, self.fleet_watcher = name, directory, watcher or Quiet()
         self.failure = ""
         self.latest: Mapping[str, float] = {}
-        self.random = _seeded(live, config.seed)
+        self.random = _seeded(live, config.optim.seed)
         self.lowest = lowest_trained(live)
 
     @property
@@ -69,7 +69,7 @@ class Member(Trainer):
 
     def take(self) -> list[Item]:
         """The next batch."""
-        return [self.items[i] for i in self.sampler.take(self.config.batch_size)]
+        return [self.items[i] for i in self.sampler.take(self.config.optim.batch_size)]
 
     def learn(self, batch: Sequence[Item], loss: float, seconds: float) -> None:
         """One step on the gradients that the batch of that mean loss left; it took ``seconds``."""
@@ -127,12 +127,12 @@ class Member(Trainer):
 
 def check_frozen(name: str, config: TrainConfig) -> None:
     """Raises SpecError where a delta trains the encoder that all share, or wants passes of its own."""
-    if config.full or config.recipe:
+    if config.full or config.plan.recipe:
         raise SpecError(
-            f"{name}: a fleet shares one frozen encoder, but {config.recipe or config.method[0]} trains its own; "
+            f"{name}: a fleet shares one frozen encoder, but {config.plan.recipe or config.method[0]} trains its own; "
             "take a kind of delta or the probe, or run it with train"
         )
-    alone = next((flag for flag in ALONE if getattr(config, flag)), None)
+    alone = next((flag for flag in ALONE if getattr(config.machine, flag)), None)
     if alone is not None:
         raise SpecError(f"{name}: {alone} is for one run, and a fleet's passes are shared; leave it out")
 

@@ -89,7 +89,7 @@ def execute(run: GridRun, place: GridPlace) -> JsonObject:
     others = {name: _source(run.task, file, run.task.eval_rows, place) for name, file in files.items()}
     encoder = Encoder.load(place.backbone, device=place.device)
     peak = Peak(encoder.device)
-    dev = others[""] if run.config.keep == "best" else None
+    dev = others[""] if run.config.eval.keep == "best" else None
     where = Destination(directory / DELTA, name="delta", resume=True, overwrite=True)
     outcome = train(run.config, encoder, source, dev, place=where)
     result = {**_facts(outcome, peak, encoder), "rows": len(source.records)}
@@ -170,7 +170,7 @@ def _is_same(run: GridRun, place: GridPlace) -> bool:
     """Whether what lies there is this run; fields that are newer than it had their defaults."""
     try:
         stored = json.loads((place.directory(run) / SPEC).read_text(encoding="utf-8"))
-        stored["training"] = TrainConfig.from_dict(stored["training"]).as_dict()
+        stored["training"] = TrainConfig.of(**stored["training"]).as_dict()
     except (OSError, ValueError, TypeError, KeyError, InputError):
         return False
     return bool(json.loads(json.dumps(stored)) == _spec(run, place))

@@ -42,7 +42,7 @@ def ready(encoder: Encoder, values: dict[str, Any], **more: Any) -> tuple[Any, .
         **values,
         **more,
     }
-    config = TrainConfig(**values)
+    config = TrainConfig.of(**values)
     source = sets.source(config.task)
     made = prepare(config, encoder, source, source)
     made.live.to(encoder.dtype)

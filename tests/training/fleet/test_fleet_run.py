@@ -135,7 +135,7 @@ def test_members_begin_and_end_as_runs_alone(tmp_path, bert: Encoder, epochs: in
     assert taken == [len(rows)], "features are taken once; the dev rows are the training rows"
     for method, name in (("lora", "a"), ("bitfit", "b")):
         source, place = Source.read(rows), Destination(tmp_path / f"alone-{name}")
-        alone = train(TrainConfig(method=(method,), **own), bert, source, source, place=place)
+        alone = train(TrainConfig.of(method=(method,), **own), bert, source, source, place=place)
         assert together[name].kinds == alone.delta.kinds == (("probe",) if epochs == 1 else (method,))
         assert alone.unimproved is (epochs == 1)
         assert together[name].provenance["baselines"] == alone.baselines

@@ -41,12 +41,12 @@ def test_a_file_becomes_members(tmp_path):
     spec = read(tmp_path, FILE)
     assert (spec.backbone, spec.max_tokens, spec.save_every) == ("minilm", 2048, 7)
     mood, *tones = spec.members
-    assert (mood.name, mood.config.epochs, mood.config.options) == ("mood", 5, {"lora": {"rank": 4}})
+    assert (mood.name, mood.config.optim.epochs, mood.config.options) == ("mood", 5, {"lora": {"rank": 4}})
     assert (mood.train, mood.eval, mood.ood) == (str(tmp_path / "train.jsonl"), "hub:some/set", None)
     assert mood.columns == {"text": "sentence"}
-    assert mood.config.labels == ("up", "down")
+    assert mood.config.form.labels == ("up", "down")
     assert [one.name for one in tones] == ["tone-0-0.001", "tone-0-0.5", "tone-1-0.001", "tone-1-0.5"]
-    assert [(one.config.seed, one.config.learning_rate) for one in tones[1:3]] == [(0, 0.5), (1, 1e-3)]
+    assert [(one.config.optim.seed, one.config.optim.learning_rate) for one in tones[1:3]] == [(0, 0.5), (1, 1e-3)]
     assert {one.train for one in tones} == {"/data/other.csv"}
     assert tones[0].config.options == {"bitfit": {"biases": "attention"}}
 
@@ -54,7 +54,7 @@ def test_a_file_becomes_members(tmp_path):
 def test_labels_of_a_toml_file_and_places_of_data(tmp_path):
     head = '[all]\ntask="classification"\ntrain="set:glue/mrpc:train"\neval="t"\n[delta.a]\n'
     (one,) = read(tmp_path, f"{head}labels = [0, 1.0, true]").members
-    assert one.config.labels == ("0", "1", "true"), "as the data's own labels are read"
+    assert one.config.form.labels == ("0", "1", "true"), "as the data's own labels are read"
     assert (one.train, one.eval) == ("set:glue/mrpc:train", str(tmp_path / "t"))
 
 

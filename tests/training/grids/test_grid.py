@@ -49,9 +49,11 @@ def test_runs_are_methods_by_values_by_tasks_by_seeds(tmp_path: Path):
     assert runs[1].row == "LoRA, rank 4, batch size 8"
     config = runs[1].config
     assert config.options == {"lora": {"rank": 4, "targets": ("query", "key")}}
-    assert (config.batch_size, config.seed, runs[4].config.seed) == (8, 0, 1)
-    assert config.epochs == 2, "the task's flags over the grid's"
-    assert (config.learning_rate, runs[2].config.learning_rate) == (1e-2, 1e-3), "the method's for that task over both"
+    assert (config.optim.batch_size, config.optim.seed, runs[4].config.optim.seed) == (8, 0, 1)
+    assert config.optim.epochs == 2, "the task's flags over the grid's"
+    assert (config.optim.learning_rate, runs[2].config.optim.learning_rate) == (1e-2, 1e-3), (
+        "the method's for that task over both"
+    )
 
 
 def test_whole_columns_come_first():

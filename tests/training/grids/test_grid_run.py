@@ -55,7 +55,7 @@ def test_what_is_finished_is_not_made_again_and_what_changed_is(place: GridPlace
     assert result_of(run, place) is None
     made = execute(run, place)
     assert result_of(run, place) == made
-    assert result_of(replace(run, config=replace(run.config, epochs=3)), place) is None
+    assert result_of(replace(run, config=run.config.replaced(epochs=3)), place) is None
     assert result_of(run, replace(place, backbone="another")) is None
     spec = place.directory(run) / "spec.json"
     older = json.loads(spec.read_text())

@@ -1,0 +1,92 @@
+"""Configurations: frozen dataclasses, nested by concern; their fields are options that are given and stored by name."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from bertology_serve.errors import SpecError, nearest
+
+T = TypeVar("T")
+
+
+def option(default: T, text: str, **metadata: object) -> T:
+    """A field with a default and its help. ``least`` and ``most`` bound a number, see ``check_fields``."""
+    made: T = field(default=default, metadata={"help": text, **metadata})
+    return made
+
+
+@dataclass(frozen=True)
+class SpecOption:
+    """One option of a configuration: its field, its type, its help's panel, and the group that it stands in."""
+
+    field: Field[object]
+    hint: object
+    panel: str | None = None
+    group: str | None = None
+
+
+def choices_of(spec: type, panel: str | None = None, group: str | None = None) -> Iterator[SpecOption]:
+    """The options of a configuration; those of a field that is itself a dataclass are its own fields, in its panel."""
+    hints = get_type_hints(spec)
+    for one in fields(spec):
+        named = one.metadata.get("panel", panel)
+        if is_dataclass(hints[one.name]):
+            yield from choices_of(hints[one.name], named, one.name)
+        elif one.init:
+            yield SpecOption(one, hints[one.name], named, group)
+
+
+def nested(spec: type[T], options: Mapping[str, Any], owner: str) -> T:
+    """The configuration of that type with these options. Raises SpecError for one that ``owner`` does not have."""
+    known = {choice.field.name: choice.group for choice in choices_of(spec)}
+    own, groups = dict[str, Any](), dict[str, dict[str, Any]]()
+    for name, value in options.items():
+        if name not in known:
+            raise SpecError(f"{owner} {name!r}; {nearest(name, known)}")
+        group = known[name]
+        (own if group is None else groups.setdefault(group, {}))[name] = value
+    kinds = get_type_hints(spec)
+    return spec(**own, **{group: kinds[group](**values) for group, values in groups.items()})
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """The inverse of ``nested``: every option by its name."""
+    found: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        found |= value if is_dataclass(getattr(config, name)) else {name: value}
+    return found
+
+
+def check_fields(config: Any) -> None:
+    """Raises SpecError for a field whose value is none of its ``Literal``, or not from ``least`` to ``most``."""
+    hints = get_type_hints(type(config))
+    for one in fields(config):
+        value, hint = getattr(config, one.name), without_none(hints[one.name])[0]
+        if value is None:
+            continue
+        if get_origin(hint) is Literal:
+            check_known(one.name, value, get_args(hint))
+        if "least" in one.metadata:
+            least, most = one.metadata["least"], one.metadata.get("most", math.inf)
+            number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+            if not least <= number <= most or number == math.inf:
+                limits = f"from {least}" + (f" to {most}" if most < math.inf else " up")
+                raise SpecError(f"{one.name} is {value!r}; expected a number {limits}")
+
+
+def check_known(name: str, value: object, known: tuple[str, ...]) -> None:
+    """Raises SpecError, naming the nearest known one, for a value that is none of those."""
+    if value not in known:
+        raise SpecError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
+
+
+def without_none(hint: object) -> tuple[Any, bool]:
+    """``X | None`` -> ``(X, True)``; any other type -> ``(it, False)``."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint, False
+    rest = [kind for kind in get_args(hint) if kind is not types.NoneType]
+    return (rest[0], True) if len(rest) == 1 else (hint, False)
