@@ -90,10 +90,12 @@ class Trainer:
         return self.state
 
     def begin_at(self, start: Mapping[str, float]) -> None:
-        """``start`` are the dev metrics of what training begins with: only a state that beats them is kept."""
+        """``start`` are the dev metrics of what training begins with: only a state that beats them is kept, in the main
+        metric or, where that is the same, in the loss by a hundredth: on few rows the metric says little.
+        """
         if self.dev and self.config.eval.keep == "best":
             self.start, self.state.metrics = start, dict(start)
-            self.state.best = [start[self.task.main_metric], 0.0]
+            self.state.best = [start[self.task.main_metric], -0.99 * start.get("loss", 0.0)]
 
     @property
     def unimproved(self) -> bool:
