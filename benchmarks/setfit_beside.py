@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import Any
 
 SHOTS, TEST = (8, 16, 64), 400
-NAMES = ("trec6", "snips", "sst2")
+NAMES = ("trec6", "sst2", "snips")
 OURS, THEIRS = "train", "setfit"
 Rows = Sequence[Mapping[str, Any]]
 

@@ -365,3 +365,30 @@ def test_columns_are_pairs():
     for text in ("text", "=a", "text="):
         with pytest.raises(SpecError, match="expected FIELD=COLUMN"):
             read_columns(text)
+
+
+def test_a_dry_run_looks_at_all_files_and_says_what_labels_lack(bert, tmp_path, capsys):
+    rows = [{"text": row["text"], "label": [1, 0] if row["label"] == "up" else [0, 1]} for row in sets.classification()]
+    train, bad = (
+        sets.write(tmp_path / "t.jsonl", rows),
+        sets.write(tmp_path / "e.jsonl", [*rows, {"text": "x", "label": "z"}]),
+    )
+    command = [
+        "train",
+        "--backbone",
+        bert,
+        "--task",
+        "multi-label",
+        "--train",
+        train,
+        "--dry-run",
+        "--max-length",
+        "32",
+    ]
+    assert main([*command, "--eval", bad]) == 2
+    assert f"{bad}:17" in capsys.readouterr().err
+    assert main([*command, "--eval", bad, "--skip-bad"]) == 0
+    told = capsys.readouterr().err
+    assert "labels are lists of 2 numbers without names, which are called 0 to 1: give --labels" in told
+    assert f"skipped 1 records:\n  {bad}:17" in told
+    assert "eval.jsonl: 16 records, none of them wrong" in told
