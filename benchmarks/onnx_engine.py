@@ -100,7 +100,7 @@ def merged(encoder: Encoder, precision: Any, directory: Path) -> Session:
     path = directory / f"{precision}.onnx"
     save(
         emit(
-            ExportInputs.of(encoder, delta(encoder, "merged", [LORA], 0), True),
+            ExportInputs.of(encoder, delta(encoder, "merged", [LORA], 0), True, precision),
             fastest_on_cpu(precision),
             True,
             precision,

@@ -68,13 +68,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("--delta", "--pruned", "--input"):
         parser.add_argument(name, required=True)
+    parser.add_argument("--backbone", help="where the encoder before pruning lies; default: as the delta names it")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--most", type=int, default=256)
     given = parser.parse_args()
     torch.set_num_threads(1)
     delta, work, sizes = store.load(Path(given.delta)), dict[str, Callable[[], None]](), dict[str, tuple[int, float]]()
     with tempfile.TemporaryDirectory() as folder:
-        for side, name in (("before", delta.base.name), ("after", given.pruned)):
+        for side, name in (("before", given.backbone or delta.base.name), ("after", given.pruned)):
             encoder = Encoder.load(name)
             done = export_delta(encoder, delta, Path(folder) / side, ExportSpec(merge=True))
             encoder.prepack()

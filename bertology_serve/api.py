@@ -20,7 +20,6 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.kinds.kinds import kind_of
 from bertology_serve.training.auto import Forwarded, train_auto
 from bertology_serve.training.batches import Data, Source
-from bertology_serve.training.callbacks import Callback, CallbackList
 from bertology_serve.training.evaluate import evaluate as measured
 from bertology_serve.training.evaluation import Evaluation
 from bertology_serve.training.method_options import AUTO, SPECS
@@ -28,6 +27,7 @@ from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import train as run
 from bertology_serve.training.train import usable
 from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.trainer import Callback, CallbackList
 
 Method = str | Any
 

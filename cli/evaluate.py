@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bertology_serve.data.records import Record
     from bertology_serve.deltas.delta import Delta
     from bertology_serve.encoder.encoder import Encoder
-    from bertology_serve.tasks.significance import Interval
+    from bertology_serve.tasks.metrics import Interval
     from bertology_serve.training.evaluation import Comparison, Evaluation
 
 MOST_CLASSES, WIDEST, MOST_CONFUSED, FLIPS = 30, 10, 10, 3
@@ -35,6 +35,9 @@ def evaluate(
     ] = None,
     against: Annotated[Path | None, typer.Option(help="Another delta or version, on the same records.")] = None,
     by: Annotated[str | None, typer.Option(help="A column: the metrics for each of its values.")] = None,
+    query: Annotated[
+        str | None, typer.Option(help="A column that says whose candidates records are: nDCG@10 and the like.")
+    ] = None,
     errors: Annotated[Path | None, typer.Option(help="JSON lines of what went wrong, the worst first.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON lines of every record with its answer.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for confusion.png and reliability.png.")] = None,
@@ -79,6 +82,7 @@ def evaluate(
         check_comparable(loaded, other)
         compared = found.against(_run(other, encoder if other.base == loaded.base else base, records, max_tokens))
     slices = found.slices(_field_of(by, read_columns(columns) or loaded.columns)) if by else []
+    ranking = found.ranking(query) if query else {}
     _write(errors, found.errors() if errors else ())
     _write(output, (found.row(number) for number in range(len(found.answers))) if output else ())
     if plots:
@@ -88,15 +92,16 @@ def evaluate(
     if as_json:
         facts: dict[str, Any] = {"delta": loaded.name, "version": loaded.version, "task": loaded.task.kind}
         facts |= {"rows": len(records), "truncated": found.truncated, "metrics": metrics, "seconds": round(seconds, 3)}
-        facts["interval"] = {"metric": found.task.main_metric, **plain(found.interval)}
+        facts["interval"] = {"metric": found.metric, **plain(found.interval)}
         facts["classes"] = [plain(one) for one in found.classes]
         if found.calibration:
             facts["calibration"] = plain(found.calibration)
         facts["baselines"] = {name: {"value": beside[name], "gain": plain(gain)} for name, gain in gains.items()}
         facts |= {"slices": [plain(one) for one in slices]} if by else {}
+        facts |= {"ranking": ranking} if query else {}
         facts |= {"against": plain(compared)} if compared else {}
         return print(json.dumps(facts | {"advice": advice(found, gains)}))
-    main = found.task.main_metric
+    main = found.metric
     rows = [(name, f"{value:.4f}", _span(found.interval) if name == main else "") for name, value in metrics.items()]
     if found.calibration:
         rows.append(("calibration error", f"{found.calibration.value:.4f}", _span(found.calibration)))
@@ -109,6 +114,8 @@ def evaluate(
     if by:
         parts = [(one.value, one.rows, one.interval.value, _span(one.interval)) for one in slices]
         table(f"by {by}", [by, "records", main, "95 %"], parts, stderr=False)
+    if query:
+        table(f"candidates of each {query}", ["metric", "value"], list(ranking.items()), stderr=False)
     if compared:
         show_comparison(found, compared, str(against))
     note(advice(found, gains))
@@ -175,7 +182,7 @@ def show_classes(found: Evaluation) -> None:
 def show_comparison(found: Evaluation, compared: Comparison, other: str) -> None:
     """The difference, whether it is one, and some of what flipped."""
     rows = [
-        (f"{found.task.main_metric} above it", compared.gain.points),
+        (f"{found.metric} above it", compared.gain.points),
         ("effect size", f"{compared.effect:+.3f}"),
         ("only this is right", f"{len(compared.fixed):,}"),
         ("only that is right", f"{len(compared.broken):,}"),
@@ -200,7 +207,7 @@ def _advice(found: Evaluation, gains: Mapping[str, Interval]) -> Iterator[str]:
         yield f"{how} than the {worst} ({gains[worst].points} points): more data, or another encoder"
     if found.truncated > len(found.answers) / 10:
         share = 100 * found.truncated / len(found.answers)
-        yield f"{share:.0f} % of the texts were cut: train with a larger --max-length"
+        yield f"{share:.0f} % of the texts were cut: train with a larger --max-length, or --long windows"
     if found.calibration and found.calibration.low > 0.05:
         yield "scores do not say how often answers are right: train with --eval of such texts, which calibrates"
     weak = min((one for one in found.classes if one.support >= 5), key=lambda one: one.f1, default=None)
@@ -210,7 +217,10 @@ def _advice(found: Evaluation, gains: Mapping[str, Interval]) -> Iterator[str]:
 
 def official(input: str, metrics: Mapping[str, float], answers: Answers, records: Records) -> dict[str, float]:
     """The official metrics where the records are of a known set; they stand first."""
+    from bertology_serve.data.formats import SET_PREFIX
     from bertology_serve.data.official import official_metrics
-    from bertology_serve.data.set_files import PREFIX, find_set, parse
+    from bertology_serve.data.set_files import find_set, parse
 
-    return official_metrics(find_set(parse(input)[0]), metrics, answers, records) if input.startswith(PREFIX) else {}
+    return (
+        official_metrics(find_set(parse(input)[0]), metrics, answers, records) if input.startswith(SET_PREFIX) else {}
+    )

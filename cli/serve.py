@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from bertology_serve.cli.common import note
-from bertology_serve.cli.filling import from_file
-from bertology_serve.cli.options import laid_out, options
+from bertology_serve.cli.options import from_file, laid_out, options
 from bertology_serve.export.export_spec import MultiPrecision
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.serve import serve as run

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bertology_serve.cli.common import note, note_next, progress, table
-from bertology_serve.cli.filling import from_file, from_set
-from bertology_serve.cli.options import laid_out, listed, options
-from bertology_serve.cli.train_fleet import Board
+from bertology_serve.cli.options import from_file, from_set, laid_out, listed, options
 from bertology_serve.errors import SpecError
 from bertology_serve.training.method_options import AUTO, KindFlags
 from bertology_serve.training.train_config import TrainConfig
 
 if TYPE_CHECKING:
+    from bertology_serve.deltas.delta import Delta
     from bertology_serve.encoder.trainable import TrainableDelta
     from bertology_serve.training.batches import Source
     from bertology_serve.training.methods import ParameterCount
@@ -92,15 +91,13 @@ def train(
     from bertology_serve.tasks.registry import task_for
     from bertology_serve.tasks.spec import MULTI_LABEL
     from bertology_serve.training import train as training
-    from bertology_serve.training.auto import candidates, train_auto
     from bertology_serve.training.batches import Data, Source, make_items
-    from bertology_serve.training.callbacks import CallbackList
     from bertology_serve.training.methods import count_parameters, make_live
     from bertology_serve.training.processes import check_alone, join
     from bertology_serve.training.recipes import stages
     from bertology_serve.training.run_directory import Destination
     from bertology_serve.training.run_plots import check_plots, draw_curve
-    from bertology_serve.training.tensorboard import TensorBoard
+    from bertology_serve.training.trainer import CallbackList
 
     place = Destination(out or Path("dry-run"), name, version, resume, overwrite)
     if plot:
@@ -110,7 +107,7 @@ def train(
     source = Source.read(train, read_columns(columns))
     dev, other = (Source.read(path, read_columns(columns)) if path else None for path in (eval, ood))
     config = training.for_data(given := config, source)
-    if config != given:
+    if config.task != given.task:
         note(f"labels are lists: the task is {config.task}")
     read = training.usable(config, Data(source, dev, other))
     source, dev, other = read.train, read.dev, read.ood
@@ -132,6 +129,8 @@ def train(
             if own:
                 note(f"{own.name}: {len(items):,} records, none of them wrong")
         if AUTO in config.method:
+            from bertology_serve.training.auto import candidates
+
             tried = candidates(config, encoder, len(source.records))
             counts = {name: count_parameters(make_live(encoder, own, spec)) for name, own in tried.items()}
             rows = [[name, ",".join(tried[name].method), f"{own.trained:,}"] for name, own in counts.items()]
@@ -145,6 +144,9 @@ def train(
     named = {flag: _lasting(path) for flag, path in files.items() if path} | {"device": device}
     named |= {"columns": columns} if columns else {}
     if AUTO in config.method or config.eval.folds:
+        from bertology_serve.cli.train_fleet import Board
+        from bertology_serve.training.auto import train_auto
+
         check_alone("train --folds" if config.eval.folds else "train --method auto")
         if tensorboard:
             raise SpecError("--tensorboard shows one run, and a search or --folds has many; leave it out")
@@ -155,10 +157,14 @@ def train(
         if AUTO in config.method:
             show_search(outcome)
         if plot:
-            draw_curve(outcome.path, task_for(outcome.delta.task).main_metric)
+            draw_curve(outcome.path, main_metric(outcome.delta))
         show(outcome, eval)
         return
-    boards = [TensorBoard(tensorboard / place.open()[0])] if tensorboard and processes.leads else []
+    boards = []
+    if tensorboard and processes.leads:
+        from bertology_serve.training.tensorboard import TensorBoard
+
+        boards.append(TensorBoard(tensorboard / place.open()[0]))
     with Bar(chosen) if processes.leads else nullcontext() as bar:
         outcome = training.train(
             config,
@@ -175,7 +181,7 @@ def train(
     if not processes.leads:
         return
     if plot:
-        draw_curve(outcome.path, task_for(outcome.delta.task).main_metric)
+        draw_curve(outcome.path, main_metric(outcome.delta))
     show(outcome, eval)
 
 
@@ -350,16 +356,24 @@ def show(outcome: Outcome, eval: str | None) -> None:
     )
 
 
+def main_metric(delta: Delta) -> str:
+    """The metric that the delta was chosen by: of those it has, the first."""
+    from bertology_serve.tasks.registry import task_for
+
+    return next(iter(delta.metrics), task_for(delta.task).main_metric)
+
+
 def advice(outcome: Outcome) -> Iterator[str]:
     """What the figures mean for what to do next, a line each."""
-    from bertology_serve.tasks.registry import task_for
     from bertology_serve.training.baselines import COSINE
 
     delta, state = outcome.delta, outcome.state
-    main = task_for(delta.task).main_metric
+    main = main_metric(delta)
     known = {name: own[main] for name, own in outcome.baselines.items() if main in own}
     if outcome.unimproved:
         yield "no step was better than the probe on these records: the probe is what was saved"
+    elif delta.task.head == "none" and state.metrics and not state.best_step:
+        yield "no step was better than the start on these records: what was saved is the start"
     elif known and main in delta.metrics:
         name = max(known, key=known.__getitem__)
         gain = 100 * (delta.metrics[main] - known[name])

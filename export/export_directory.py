@@ -37,7 +37,10 @@ from bertology_serve.tasks.spec import (
 if TYPE_CHECKING:
     from bertology_serve.export.verify import Verification
 
-TASK_OPTIONS = ("head", "stride", "max_answer_length", "normalize", "token_types", "pairs", "thresholds", "abstain")
+TASK_OPTIONS = (
+    "head", "stride", "max_answer_length", "normalize", "token_types", "pairs", "thresholds", "abstain", "long",
+    "aggregate",
+)  # fmt: skip
 """Fields of the task that say how texts are cut and answers read."""
 SEMANTICS = (
     "int64 [batch, sequence]; attention_mask is 1 for tokens and 0 for padding, which may stand on either side; "

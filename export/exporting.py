@@ -110,7 +110,7 @@ def export_delta(
     check_foldable(encoder, delta, spec)
     reference = Reference(encoder, delta)
     started = time.perf_counter()
-    export_inputs = ExportInputs.of(encoder, delta, spec.merge)
+    export_inputs = ExportInputs.of(encoder, delta, spec.merge, spec.precision)
     back_end = choose(export_inputs, spec)
     model = write(export_inputs, back_end, spec)
     facts = metadata(encoder, delta, export_inputs, spec, back_end, name or delta.name)
@@ -175,7 +175,7 @@ def export_many(
     _check_options(spec)
     check_target(target, spec.overwrite)
     references, started = references_of(encoder, deltas), time.perf_counter()
-    export_inputs, library = bare_inputs(encoder, INSTEAD), library_of(encoder, deltas)
+    export_inputs, library = bare_inputs(encoder, spec.precision, INSTEAD), library_of(encoder, deltas)
     model = emit_answers(export_inputs, spec.operators, spec.precision, head_eps(encoder))
     facts = facts_of(_base(encoder), export_inputs, spec, name, min(one.max_length for one in library.cards))
     with staging(target) as stage:

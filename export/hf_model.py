@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.pruned import shrink
+from bertology_serve.encoder.loading import shrink
 from bertology_serve.errors import Unsupported, VerificationError
 from bertology_serve.export.export_directory import CLASSES, architectures
 from bertology_serve.export.export_inputs import ExportInputs

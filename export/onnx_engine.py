@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bertology_serve.deltas.delta import BaseRef, Delta, bare
+from bertology_serve.deltas.format import LATER
 from bertology_serve.encoder.bank import BankEntry, DeltaBank
 from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder
@@ -23,7 +24,7 @@ from bertology_serve.export.emitter.delta_inputs import Arrays, Feed, texts
 from bertology_serve.export.emitter.emit import emit_hidden, obstacle
 from bertology_serve.export.export_directory import TASK_OPTIONS, save
 from bertology_serve.export.export_inputs import ExportInputs
-from bertology_serve.export.export_spec import MODEL, MultiPrecision, fastest_on_cpu
+from bertology_serve.export.export_spec import MODEL, MultiPrecision, Precision, fastest_on_cpu
 from bertology_serve.export.samples import Case
 from bertology_serve.export.session import Session
 from bertology_serve.files import JsonObject
@@ -42,7 +43,7 @@ class OnnxEngine:
     """
 
     def __init__(self, encoder: Encoder, precision: MultiPrecision = "fp32", opset: int | None = None) -> None:
-        self.encoder, self.export_inputs, self.precision = encoder, bare_inputs(encoder), precision
+        self.encoder, self.export_inputs, self.precision = encoder, bare_inputs(encoder, precision), precision
         self._packs = encoder.prepacked
         self._feed, self._hidden = Feed(encoder.anatomy), encoder.anatomy.hidden
         with tempfile.TemporaryDirectory(prefix="bertology-serve-") as directory:
@@ -81,14 +82,14 @@ class OnnxEngine:
         return out[: sum(batch.lengths[i] for i in group)]
 
 
-def bare_inputs(encoder: Encoder, instead: str = "take --engine torch") -> ExportInputs:
+def bare_inputs(encoder: Encoder, precision: Precision, instead: str = "take --engine torch") -> ExportInputs:
     """The encoder without a delta, as the graph is made of it; Unsupported, saying what to do ``instead``."""
     if encoder.device.type != "cpu" or encoder.dtype != torch.float32:
         raise Unsupported(
             f"the graph for many deltas is made of float32 encoders on the CPU, this one is {encoder.dtype} on "
             f"{encoder.device}; {instead}"
         )
-    export_inputs = ExportInputs.of(encoder, bare("base", encoder.ref, encoder.max_tokens), False)
+    export_inputs = ExportInputs.of(encoder, bare("base", encoder.ref, encoder.max_tokens), False, precision)
     stands_in_the_way = obstacle(export_inputs, many=True) or (
         None if encoder.packs else f"{encoder.anatomy.family} is padded"
     )
@@ -202,7 +203,8 @@ def _config(directory: Path) -> JsonObject:
 
 def _delta(facts: Mapping[str, str]) -> Delta:
     """What the metadata tell of the delta that was exported."""
-    options = {"pairs": False, "thresholds": (), "abstain": 0.0, **json.loads(facts["task_options"])}  # older exports
+    lacking = {name: getattr(TaskSpec, name) for name in ("pairs", *LATER)}  # in older exports
+    options = lacking | json.loads(facts["task_options"])
     options["thresholds"] = tuple(options["thresholds"])
     task = TaskSpec(
         facts["task"],

@@ -27,8 +27,14 @@ from bertology_serve.export.hf_model import HfReference
 from bertology_serve.export.samples import Case, Reference
 from bertology_serve.export.session import Session
 from bertology_serve.files import JsonObject
-from bertology_serve.tasks.multi_label import EVEN
-from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, QUESTION_ANSWERING, TOKEN_CLASSIFICATION, TaskSpec
+from bertology_serve.tasks.spec import (
+    CLASSIFICATION,
+    EVEN,
+    MULTI_LABEL,
+    QUESTION_ANSWERING,
+    TOKEN_CLASSIFICATION,
+    TaskSpec,
+)
 
 Output = NDArray[np.float32]
 NEIGHBOURS, SHORT = 4, 64

@@ -1,7 +1,8 @@
-"""Which kernel runs a linear with rank columns, and why.
+"""Which kernel runs a linear with rank columns, an adapter or a LayerNorm, and why.
 
-The choice is looked up by (architecture, dtype, K, N, T, rank columns) in committed tables and is never searched for
-while serving. Without CUDA or without Triton, with dropout, and where a table says so, torch does it.
+For linears the choice is looked up by (architecture, dtype, K, N, T, rank columns) in committed tables and is never
+searched for while serving. Without CUDA or without Triton, with dropout, while gradients are recorded, and where a
+table says so, torch does it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bertology_serve.kernels.columns import Pools, TileColumns, tile_columns
-from bertology_serve.kernels.segments import ACTIVATIONS, RowSegment, add_low_rank
-from bertology_serve.kernels.tuning import COLUMNS, SPLIT, TORCH, Config, Point, table
+from bertology_serve.kernels.segments import ACTIVATIONS, RowSegment, add_low_rank, bottleneck, cuts
+from bertology_serve.kernels.tuning import COLUMNS, SPLIT, TORCH, Config, Point, adapter_config, table
 
 DTYPES = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float"}
 TYPICAL = 4 / 3  # the widest tile counts up to this many times the mean: a rare wider one takes another chunk
@@ -218,3 +219,78 @@ def torch_linear(
 
 def _tensors(x: Tensor, w: Tensor, bias: Tensor | None, pools: Sequence[Pools]) -> list[Tensor | None]:
     return [x, w, bias, *(tensor for pool in pools for tensor in pool)]
+
+
+NORM_ROWS = 4
+
+
+def adapters(
+    residual: Tensor,
+    source: Tensor,
+    down: Tensor,
+    down_bias: Tensor,
+    up: Tensor,
+    segments: Sequence[RowSegment],
+    batch: BatchColumns,
+) -> Tensor:
+    """y [T, H] = residual plus each segment's bottleneck adapter of source; activations may differ by segment.
+
+    residual and source [T, H]; pools down [P, H], down_bias [P, 1], up [P, H].
+    """
+    if not on_kernels(residual):
+        batch.by_host()
+        if torch.is_grad_enabled():
+            return _recorded_adapters(residual, source, down, down_bias, up, segments)
+        y = residual.clone()
+        for s in segments:
+            y[s.lo : s.hi] += bottleneck(source[s.lo : s.hi], down, down_bias, up, s)
+        return y
+    from bertology_serve.kernels.bottleneck import grouped_bottleneck_adapter
+
+    config = adapter_config(residual.dtype != torch.float32)
+    for activation in dict.fromkeys(s.activation for s in segments):
+        mine = batch.of_activation(segments, activation)
+        columns = batch.get([mine], config.block_m)
+        residual = grouped_bottleneck_adapter(residual, source, down, down_bias, up, columns, activation, config)
+    return residual
+
+
+def _recorded_adapters(
+    residual: Tensor, source: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, segments: Sequence[RowSegment]
+) -> Tensor:
+    """``adapters`` while gradients are recorded: rows are split once and joined once, whatever the segments."""
+    segments = [segment for segment in segments if segment.hi > segment.lo]
+    sizes, owners = cuts(residual.shape[0], segments)
+    pieces, sources = list(torch.split(residual, sizes)), torch.split(source, sizes)
+    for segment, at in zip(segments, owners, strict=True):
+        pieces[at] = pieces[at] + bottleneck(sources[at], down, down_bias, up, segment)
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    pool: Tensor | None = None,
+    segments: Sequence[RowSegment] = (),
+    batch: BatchColumns | None = None,
+) -> Tensor:
+    """y [T, H] = LayerNorm(x + residual) with each segment's bias: x and residual [T, H], pool [P, H]."""
+    if not on_kernels(x):
+        if segments and batch is not None:
+            batch.by_host()
+        y = F.layer_norm(x if residual is None else x + residual, x.shape[1:], weight, bias, eps)
+        return y if pool is None else add_low_rank(y, None, None, pool, segments)
+    from bertology_serve.kernels.layernorm import layer_norm
+
+    columns = batch.get([segments], NORM_ROWS) if batch is not None and pool is not None and segments else None
+    return layer_norm(x, weight, bias, eps, residual, pool, columns)
+
+
+def on_kernels(tensor: Tensor) -> bool:
+    """Whether kernels take this tensor: on a GPU that has them, in their dtypes, no gradients recorded, no autocast."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(tensor.device.type):
+        return False
+    return tensor.dtype in DTYPES and bool(architecture(tensor.device)[0])

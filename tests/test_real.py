@@ -142,21 +142,15 @@ def test_the_onnx_engine_agrees(precision: MultiPrecision, encoder: Encoder, del
     assert precision in settle(pipeline, "onnx", precision)  # which raises where it does not
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8-nbits"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8-row", "int8-nbits"])
 def test_exports_pass_with_default_settings(precision: Precision, encoder: Encoder, trained: Delta, tmp_path: Path):
     done = export_delta(encoder, trained, tmp_path / "out", ExportSpec(merge=True, precision=precision))
     assert done.report.passed, done.report.line()
     assert [one.name for one in done.report.witnesses] == ["transformers' MPNetModel"]
 
 
-def test_one_scale_a_row_is_at_the_border_here(encoder: Encoder, trained: Delta, tmp_path: Path):
-    """14.1 % measured where 13.9 % is allowed, for a delta of 96 rows: a few columns of MPNet's rows are large."""
-    spec = ExportSpec(merge=True, precision="int8-row", max_drift=0.2)
-    assert export_delta(encoder, trained, tmp_path / "out", spec).report.passed
-
-
 def test_one_scale_for_all_rows_is_too_coarse_here(encoder: Encoder, trained: Delta, tmp_path: Path):
-    """39 % off, and 28 % of decisions others (measured): refused, and the advice helps."""
+    """A third off, measured: refused, and the advice helps."""
     spec = ExportSpec(merge=True, precision="int8-dynamic")
     with pytest.raises(VerificationError, match="give a larger --max-drift if that will do, or leave out --precision"):
         export_delta(encoder, trained, tmp_path / "no", spec)

@@ -3,12 +3,12 @@
     BERTOLOGY_DATA=../shared/data PYTHONPATH=. python -m benchmarks.train_vs_peft [--sets sst2,mrpc] [--seeds 3]
     ... --rows 128 --epochs 1 --dev-rows 64 --out results/train_speed.json     # the speeds alone
 
-Both train MiniLM with HuggingFace's head, one learning rate, AdamW, linear decay after a warm-up of 6 %, no dropout of
-LoRA, and measure the last state; ``--mean`` runs ours a second time where texts are classified, with the head of a
-sentence encoder (``--pooling mean --head linear``). Tokens are those of the records, padding not counted; processor
-seconds are those of the steps. Runs alternate, seed by seed, ours first on even seeds. Each is made once and kept in
-``--out``. A question's windows have 384 tokens; where it has several, ours are one example of a step, Trainer's one
-each. Sequences and targets are the same on both sides (each tokenises by itself), and so is what logits become.
+Both train MiniLM, or ``--backbone``, with HuggingFace's head, one learning rate, AdamW, linear decay after a warm-up of
+6 %, no dropout of LoRA, and measure the last state; ``--mean`` runs ours a second time where texts are classified, with
+the head of a sentence encoder (``--pooling mean --head linear``). Tokens are those of the records, padding not counted;
+processor seconds are those of the steps. Runs alternate, seed by seed, ours first on even seeds. Each is made once and
+kept in ``--out``. A question's windows have 384 tokens; where it has several, ours are one example of a step, Trainer's
+one each. Sequences and targets are the same on both sides (each tokenises by itself), and so is what logits become.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import transformers
 
 import bertology_serve
 from benchmarks.train_vs_peft.ours import ours
-from benchmarks.train_vs_peft.report import table
+from benchmarks.train_vs_peft.report import FIRST, tables
 from benchmarks.train_vs_peft.theirs import theirs
 from benchmarks.train_vs_peft.works import BATCH, SETS, Work, works
 from bertology_serve.tasks.spec import CLASSIFICATION
@@ -42,18 +42,20 @@ def main() -> None:
     found: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out.exists() else {}
     for work in _works(asked):
         for side in _sides(work, asked.mean):
-            key = f"{work.method}/{work.name}/{work.seed}/{side}"
+            encoder = Path(asked.backbone).name
+            key = f"{'' if encoder == FIRST else f'{encoder}/'}{work.method}/{work.name}/{work.seed}/{side}"
             if key in found:
                 continue
-            found[key] = {**_run(work, side), "facts": _facts(asked)}
+            found[key] = {**_run(work, asked.backbone, side), "facts": _facts(asked)}
             asked.out.write_text(json.dumps(found, indent=1) + "\n")
             print(key, found[key]["metrics"], f"{found[key]['seconds']:.0f} s", flush=True)
-    asked.out.with_suffix(".md").write_text(table(found))
-    print(table(found))
+    asked.out.with_suffix(".md").write_text(tables(found))
+    print(tables(found))
 
 
 def _asked() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--backbone", default=FIRST)
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--methods", default="lora")
     parser.add_argument("--seeds", type=int, default=3)
@@ -80,13 +82,13 @@ def _sides(work: Work, mean: bool) -> list[str]:
     return [*both, "mean"] if mean and work.known.task == CLASSIFICATION else both
 
 
-def _run(work: Work, side: str) -> dict[str, Any]:
+def _run(work: Work, backbone: str, side: str) -> dict[str, Any]:
     if side == "ours":
-        return ours(work)
+        return ours(work, backbone)
     if side == "mean":
-        return ours(work, pooling="mean", head="linear")
+        return ours(work, backbone, pooling="mean", head="linear")
     with tempfile.TemporaryDirectory() as folder:
-        return theirs(work, Path(folder))
+        return theirs(work, backbone, Path(folder))
 
 
 def _facts(asked: argparse.Namespace) -> str:

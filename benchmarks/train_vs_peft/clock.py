@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from bertology_serve.training.callbacks import NoCallback
+from bertology_serve.training.trainer import NoCallback
 
 
 class Clock(transformers.TrainerCallback, NoCallback):  # type: ignore[misc]

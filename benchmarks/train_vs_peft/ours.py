@@ -18,7 +18,7 @@ from bertology_serve.training.train import train
 from bertology_serve.training.train_config import TrainConfig
 
 
-def ours(work: Work, **flags: Any) -> dict[str, Any]:
+def ours(work: Work, backbone: str, **flags: Any) -> dict[str, Any]:
     """Metrics, tokens, seconds of the steps and their processor seconds; ``flags`` are further ones of train's."""
     asked = work.known.task == QUESTION_ANSWERING
     config = TrainConfig.of(
@@ -30,9 +30,9 @@ def ours(work: Work, **flags: Any) -> dict[str, Any]:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         place = Destination(Path(folder) / "delta")
-        outcome = train(config, Encoder.load("minilm"), Source("train", work.train), place=place, watcher=clock)
+        outcome = train(config, Encoder.load(backbone), Source("train", work.train), place=place, watcher=clock)
         lines = [json.loads(line) for line in (outcome.path / "log.jsonl").read_text().splitlines()]
-    found = evaluate(outcome.delta, work.dev, Encoder.load("minilm"))
+    found = evaluate(outcome.delta, work.dev, Encoder.load(backbone))
     tokens = sum(line["tokens"] for line in lines if "tokens" in line)
     metrics = work.official(found.answers)
     return {"metrics": metrics, "tokens": tokens, "seconds": outcome.state.seconds, "cpu": clock.seconds}

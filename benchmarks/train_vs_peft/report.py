@@ -14,6 +14,16 @@ HEADER = (
     "|---|---|---|---|---|---|---|",
 )
 Run = Mapping[str, Any]
+FIRST = "minilm"
+
+
+def tables(found: Mapping[str, Run]) -> str:
+    """One table an encoder, its name above it; a key of MiniLM's runs does not begin with one."""
+    encoders: dict[str, dict[str, Run]] = {}
+    for key, run in found.items():
+        *encoder, method, name, seed, side = key.split("/")
+        encoders.setdefault(encoder[0] if encoder else FIRST, {})[f"{method}/{name}/{seed}/{side}"] = run
+    return "\n".join(f"## {encoder}\n\n{table(runs)}" for encoder, runs in encoders.items())
 
 
 def table(found: Mapping[str, Run]) -> str:

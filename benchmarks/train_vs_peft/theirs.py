@@ -25,9 +25,9 @@ ONE_TEXT = (transformers.AutoModelForSequenceClassification, "SEQ_CLS")
 AT_ONCE = 32
 
 
-def theirs(work: Work, folder: Path) -> dict[str, Any]:
+def theirs(work: Work, backbone: str, folder: Path) -> dict[str, Any]:
     """Metrics, tokens, Trainer's seconds and the processor seconds of its steps."""
-    path = locate("minilm")
+    path = locate(backbone)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     transformers.set_seed(work.seed)
     model = _model(work, path)
@@ -43,21 +43,22 @@ def theirs(work: Work, folder: Path) -> dict[str, Any]:
 
 
 def _model(work: Work, path: str) -> Any:
-    """MiniLM with HuggingFace's head and peft's delta."""
+    """The encoder with HuggingFace's head and peft's delta."""
     kind, task_type = MODELS.get(work.known.task, ONE_TEXT)
     if work.known.task == QUESTION_ANSWERING:
         model = kind.from_pretrained(path, trust_remote_code=False)
     else:
         model = kind.from_pretrained(path, num_labels=len(work.labels) or 1, trust_remote_code=False)
-    return peft.get_peft_model(model, _delta(work.method, task_type))
+    return peft.get_peft_model(model, _delta(work.method, task_type, model))
 
 
-def _delta(method: str, task_type: str) -> peft.PeftConfig:
+def _delta(method: str, task_type: str, model: torch.nn.Module) -> peft.PeftConfig:
     """peft's own form of a method with our sizes; its IA3 scales the attention's output too, which ours does not."""
     options = OPTIONS[method]
     if method == "lora":
+        targets = {name.rpartition(".")[2] for name, _ in model.named_modules()} & {"query", "value", "q", "v"}
         return peft.LoraConfig(
-            task_type=task_type, r=options["rank"], lora_alpha=options["alpha"], target_modules=["query", "value"]
+            task_type=task_type, r=options["rank"], lora_alpha=options["alpha"], target_modules=sorted(targets)
         )
     if method == "ia3":
         return peft.IA3Config(task_type=task_type)

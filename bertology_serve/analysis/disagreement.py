@@ -20,7 +20,7 @@ from bertology_serve.data.records import DataLike, read_records
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.files import JsonObject
-from bertology_serve.tasks.significance import mcnemar
+from bertology_serve.tasks.metrics import mcnemar
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, Encoding
 
 ANSWERS = ("label", "labels", "value", "entities", "answer", "choice")

@@ -29,8 +29,8 @@ from bertology_serve.data.records import DataLike
 from bertology_serve.deltas.pruning import Numbers
 from bertology_serve.deltas.store import publish
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.pruned import obstacle
-from bertology_serve.encoder.pruned import prune as cut
+from bertology_serve.encoder.loading import obstacle
+from bertology_serve.encoder.loading import prune as cut
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
 from bertology_serve.files import JsonObject, staging
 from bertology_serve.kinds.slots import UP

@@ -34,7 +34,8 @@ def attribution(
     steps: int = 32,
     advance: Advance = silent,
 ) -> AnalysisReport:
-    """What each token of the first ``most`` records adds to the answer of ``delta``, a classification or regression.
+    """What each token of the first ``most`` records adds to the answer of ``delta``, a classification or regression
+    (where it reads windows, to that of the first).
 
     Integrated gradients of the chosen class's logit, or of the value, in ``steps`` steps from a text of [PAD]s.
     Table ``tokens``: a row a token, with its attribution in logits (float) and ``missed``, what the sum of all misses.
@@ -51,7 +52,7 @@ def attribution(
     rows: list[JsonObject] = []
     figures = {}
     for number, item in enumerate(trial.items):
-        (encoding,) = item.encodings
+        encoding = item.encodings[0]
         with torch.inference_mode():
             best = int(trial.output(trial.pack([item]))[0].argmax())
 

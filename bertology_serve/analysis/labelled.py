@@ -17,6 +17,7 @@ from bertology_serve.encoder.batch import PackedBatch, read
 from bertology_serve.encoder.forward_context import HeadAttention
 from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.tasks.base import Example, Task
+from bertology_serve.tasks.heads import aggregate, outputs_of
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
 
@@ -97,15 +98,16 @@ class TaskEvaluation:
         return own.repeat_interleave(torch.tensor(lengths, device=own.device))
 
     def output(self, batch: PackedBatch, heads: HeadAttention | None = None) -> Tensor:
-        """The task head's output in the order of the sequences, as ``Task.loss`` takes it."""
+        """The task head's output in the order of the sequences."""
         packed = sorted(range(batch.sequences), key=batch.order.__getitem__)
         assert self.subject.delta is not None
         return read(self.subject.run(batch, heads), batch, packed, self.subject.delta.task, self.subject.head)
 
     def loss(self, out: Tensor, items: Sequence[Labelled]) -> Tensor:
         """The sum of the items' losses, a scalar."""
-        lengths = [len(encoding) for item in items for encoding in item.encodings]
-        return self.task.loss(out, lengths, [item.target for item in items])
+        encodings = [encoding for item in items for encoding in item.encodings]
+        targets = [item.target for item in items]
+        return self.task.loss(aggregate(out, encodings, self.task.spec), list(map(len, encodings)), targets)
 
     @torch.inference_mode()
     def measure(self, gates: Tensor | None = None) -> dict[str, float]:
@@ -121,9 +123,8 @@ class TaskEvaluation:
         weight = max(1, self.task.weight([item.target for item in self.items]))
         return {**self.task.metrics(answers, examples), "loss": loss / weight}
 
-    def parts(self, out: Tensor, items: Sequence[Labelled]) -> Iterator[list[Tensor]]:
-        """For each item one output a sequence."""
-        lengths = [len(encoding) for item in items for encoding in item.encodings]
-        parts = iter(torch.split(out, lengths) if self.task.spec.per_token else out.unbind(0))
-        for item in items:
-            yield [next(parts) for _ in item.encodings]
+    def parts(self, out: Tensor, items: Sequence[Labelled]) -> list[list[Tensor]]:
+        """For each item the outputs that ``Task.decode`` takes."""
+        groups = [item.encodings for item in items]
+        whole = aggregate(out, [encoding for own in groups for encoding in own], self.task.spec)
+        return outputs_of(whole, groups, self.task.spec)

@@ -33,7 +33,7 @@ class AttentionSettings:
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """How heads are judged."""
+    """How heads are judged. Raises SpecError for values that make no sense."""
 
     steps: int = field(default=10, metadata={"help": "Equal steps from no head masked to all of them."})
     seeds: int = field(default=3, metadata={"help": "Random orders to compare with."})
@@ -51,7 +51,7 @@ class HeadSettings:
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """What goes, and how what is left is measured."""
+    """What goes, and how what is left is measured. Raises SpecError for values that make no sense."""
 
     heads: float = field(default=0.3, metadata={"help": "Share of all attention heads that goes."})
     neurons: float = field(default=0.0, metadata={"help": "Share of all FFN neurons that goes."})
@@ -72,7 +72,7 @@ class PruneSettings:
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How layers are probed."""
+    """How layers are probed. Raises SpecError for values that make no sense."""
 
     tasks: tuple[str, ...] = field(
         default=(),
@@ -112,7 +112,7 @@ class DistanceSettings:
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """How two deltas are compared."""
+    """How two deltas are compared. Raises SpecError for values that make no sense."""
 
     most: int | None = field(default=None, metadata={"help": "Take the first so many records."})
     shown: int = field(default=8, metadata={"help": "Disagreements that are looked into, the widest gaps first."})

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from io import BufferedIOBase
 from itertools import chain, groupby
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Protocol, runtime_checkable
 
 from bertology_serve.errors import DataError, Unsupported, one_line
 
@@ -19,9 +19,21 @@ Fields = Mapping[str, Any]
 """The fields of one record, as they were read."""
 Row = tuple[Fields, str]
 """A record's fields, and where it stands."""
+HUB_PREFIX, SET_PREFIX = "hub:", "set:"
+"""What names of data sets begin with: of the hub's, and of well-known ones."""
 BOM = b"\xef\xbb\xbf"
 MOST_BYTES = 64 * 2**20
 """The longest line that is read: a record is one example, and a small .gz may hold a line without an end."""
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """A ``datasets.Dataset``, as far as it is read."""
+
+    features: Mapping[str, object] | None
+    column_names: object
+
+    def __iter__(self) -> Iterator[Fields]: ...
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -91,7 +103,7 @@ def _object(value: object, where: str) -> Fields:
     return value
 
 
-LISTS = ("tokens", "tags", "choices", "answers")
+LISTS = ("tokens", "tags", "choices", "answers", "negatives", "scores")
 
 
 def read_csv(path: Path) -> Iterator[Row]:

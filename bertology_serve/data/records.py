@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from bertology_serve.data import formats, set_files
-from bertology_serve.data.formats import Fields, Row
+from bertology_serve.data import formats, retrieval
+from bertology_serve.data.formats import HUB_PREFIX, SET_PREFIX, Dataset, Fields, Row
 from bertology_serve.errors import DataError, NotFound, SpecError, nearest
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.registry import task_named
@@ -25,8 +25,11 @@ FIELDS = (
     "answers",
     "premise",
     "choices",
+    "negative",
+    "negatives",
+    "scores",
 )
-ALIASES = {"text": "text_a", "text_pair": "text_b"}
+ALIASES = {"text": ("text_a", "anchor"), "text_pair": ("text_b", "positive")}
 READERS = {
     ".jsonl": formats.read_jsonl,
     ".ndjson": formats.read_jsonl,
@@ -57,7 +60,8 @@ def read_records(
     hub data set, or of what is in memory: an iterable of mappings, a pandas DataFrame, a ``datasets.Dataset``.
 
     A hub data set is written ``hub:NAME[:CONFIG][:SPLIT]``, a well-known one ``set:NAME:SPLIT`` (see ``set_files``);
-    ``.conll`` files hold a word and its tag a line. ``columns`` maps a field to the column that holds it:
+    ``.conll`` files hold a word and its tag a line; a folder with ``corpus.jsonl`` is a retrieval set (see
+    ``retrieval``). ``columns`` maps a field to the column that holds it:
     ``{"text": "sentence"}``, or to several with ``|`` between: ``{"label": "toxic|insult"}``. Where none are given
     those ``remembered`` by a delta count, each in records that have it.
     Cells of CSV and TSV are texts, but lists (``tokens``, ``tags``, ``choices``, ``answers``) are written as JSON, and
@@ -80,14 +84,16 @@ def read_records(
 def name_of(data: DataLike) -> str:
     """What a source of records is called: a file's name, a data set's, or that of its type."""
     if isinstance(data, str | Path):
-        return str(data) if str(data).startswith((set_files.HUB_PREFIX, set_files.PREFIX)) else Path(data).name
+        return str(data) if str(data).startswith((HUB_PREFIX, SET_PREFIX)) else Path(data).name
     return type(data).__name__
 
 
 def _rows(data: DataLike) -> Iterable[Row]:
     if isinstance(data, str | Path):
         return _named_rows(data)
-    if isinstance(data, set_files.Dataset):
+    if isinstance(data, Dataset):
+        from bertology_serve.data import set_files
+
         return set_files.rows_of(data, name_of(data))
     if isinstance(data, Frame):
         return _frame_rows(data)
@@ -130,12 +136,15 @@ def _listed_rows(rows: Iterable[object]) -> Iterable[Row]:
 
 
 def _named_rows(path: str | Path) -> Iterable[Row]:
-    if str(path).startswith(set_files.HUB_PREFIX):
-        return set_files.read(str(path))
+    searched = retrieval.find_set(str(path))
+    if searched is not None:
+        return retrieval.read_set(*searched)
+    if not str(path).startswith((HUB_PREFIX, SET_PREFIX)):
+        return _read_file(Path(path))
+    from bertology_serve.data import set_files
+
     return (
-        set_files.read_split(str(path), _read_file)
-        if str(path).startswith(set_files.PREFIX)
-        else _read_file(Path(path))
+        set_files.read(str(path)) if str(path).startswith(HUB_PREFIX) else set_files.read_split(str(path), _read_file)
     )
 
 
@@ -161,7 +170,7 @@ def _record(fields: Fields, where: str, columns: Mapping[str, str], required: bo
     if required and lost is not None:
         column = columns[lost]
         raise DataError(f"{where}: no column {column!r} for {lost!r}; {nearest(column, map(str, fields))}")
-    gone = {*found.values(), *(ALIASES[field] for field in found if field in ALIASES)}
+    gone = {*found.values(), *(alias for field in found for alias in ALIASES.get(field, ()))}
     kept = {name: value for name, value in fields.items() if name not in gone}
     named = {**kept, **{field: fields[name] for field, name in found.items()}}
     return Record(formats.decode_lists(named, where), where)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
-from bertology_serve.data.formats import Fields, Row
+from bertology_serve.data.formats import HUB_PREFIX, SET_PREFIX, Dataset, Fields, Row
 from bertology_serve.data.sets import SETS, DataSet, set_named
 from bertology_serve.errors import DataError, NotFound, Unsupported, nearest, one_line
 from bertology_serve.tasks.spec import IGNORED
 
-PREFIX = "set:"
 FOLDER = "BERTOLOGY_DATA"
 ENDS = (".jsonl", ".jsonl.gz", ".parquet", ".tsv", ".tsv.gz", ".csv", ".csv.gz", ".json", ".conll")
 ALSO: Mapping[str, tuple[str, ...]] = {
@@ -54,7 +52,7 @@ def has_split(name: str, split: str) -> bool:
 
 def parse(text: str) -> tuple[str, str]:
     """Name and split of ``set:NAME[:SPLIT]``; the split is ``train`` unless it is named."""
-    name, _, split = text.removeprefix(PREFIX).rpartition(":")
+    name, _, split = text.removeprefix(SET_PREFIX).rpartition(":")
     return (name, split) if name else (split, "train")
 
 
@@ -110,7 +108,6 @@ def _is_ours(row: Fields) -> bool:
     return not {"text_a", "text_pair", "choices"}.isdisjoint(row)
 
 
-HUB_PREFIX = "hub:"
 SPLITS = ("train", "validation", "dev", "test")
 
 
@@ -136,16 +133,6 @@ def read(name: str) -> Iterator[Row]:
     except Exception as error:  # its own, the hub's, the network's, pyarrow's
         raise DataError(f"{name}: the data set cannot be loaded ({one_line(error)})") from None
     yield from rows_of(rows, name)
-
-
-@runtime_checkable
-class Dataset(Protocol):
-    """A ``datasets.Dataset``, as far as it is read."""
-
-    features: Mapping[str, object] | None
-    column_names: object
-
-    def __iter__(self) -> Iterator[Fields]: ...
 
 
 def rows_of(rows: Dataset, name: str) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Finds deltas under a directory, and says what each is called.
+"""Finds deltas under a directory, and says what each is called; the names of a delta's files.
 
 ``NAME/VERSION/`` is version VERSION of delta NAME. A delta directory anywhere else is *bare*: its name stands in
 ``delta.json`` (for a directory of peft's: the directory's own name) and its version is the first 12 hex digits of the
@@ -19,9 +19,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, check_name
 from bertology_serve.deltas.safe_io import Limits, read_bytes, read_json, untrusted
 from bertology_serve.errors import BertologyError, FormatError, InputError, NotFound, nearest
+
+MANIFEST = "delta.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+FULL_WEIGHTS = "model.safetensors"
+CARD = "README.md"
+PICKLES = ("adapter_model.bin", "pytorch_model.bin", "pytorch_adapter.bin")
+FILES = (ADAPTER_WEIGHTS, FULL_WEIGHTS, CARD, MANIFEST, ADAPTER_CONFIG)
+
+OWN_PREFIX = "bertology."  # what tensors begin with that peft has no name for
+RESERVED = ("base",)  # the encoder itself answers under this name
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+def check_name(word: object, what: str) -> str:
+    """``word`` if it can be the name of a delta or version; raises FormatError."""
+    if not isinstance(word, str) or not _NAME.fullmatch(word):
+        raise FormatError(
+            f"{what} {str(word)[:80]!r} cannot be used; expected 1 to 64 of a-z 0-9 . _ -, beginning with a-z or 0-9"
+        )
+    if word in RESERVED:
+        raise FormatError(f"{what} {word!r} is taken by the encoder itself; choose another name")
+    return word
+
 
 VERSION_DIGITS = 12
 

@@ -13,7 +13,7 @@ from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds import kinds
 from bertology_serve.kinds.effects import Effects
-from bertology_serve.kinds.kind import Spec
+from bertology_serve.kinds.kinds import Spec
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.spec import EMBEDDING, TaskSpec
 
@@ -109,7 +109,9 @@ class Delta:
         return {field: column for field, column in pairs if isinstance(column, str)}
 
     def effects(self, anatomy: Anatomy) -> Effects:
-        """What the delta does to an encoder of that anatomy."""
+        """What the delta does to an encoder of that anatomy. Stacks are float32, [L, ...] by slot; see
+        ``kinds.effects``. Raises SpecError where the encoder lacks a slot.
+        """
         return kinds.effects(self.specs, self.tensors, anatomy)
 
     @property

@@ -12,13 +12,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
+from bertology_serve.deltas.catalog import ADAPTER_WEIGHTS, FULL_WEIGHTS, MANIFEST, check_name
 from bertology_serve.deltas.delta import BaseRef
-from bertology_serve.deltas.names import ADAPTER_WEIGHTS, FULL_WEIGHTS, MANIFEST, check_name
 from bertology_serve.deltas.safe_io import as_object, build, check_keys, conform
 from bertology_serve.errors import FormatError
 from bertology_serve.files import JsonObject
-from bertology_serve.kinds.kind import Spec
-from bertology_serve.kinds.kinds import KINDS, kind_of
+from bertology_serve.kinds.kinds import KINDS, Spec, kind_of
 from bertology_serve.kinds.slots import Anatomy, Slot
 from bertology_serve.tasks.spec import TaskSpec
 
@@ -74,14 +73,16 @@ def to_json(manifest: Manifest) -> bytes:
 
 
 def _task_record(task: TaskSpec) -> dict[str, object]:
-    """The task's fields; those that earlier versions do not know only where they say something.
+    """The task's fields; those that earlier versions do not know only where they are not as there.
 
     So those read all deltas that they answer rightly, and refuse the others for an unknown field.
     """
-    return {name: value for name, value in asdict(task).items() if name not in LATER or value}
+    return {
+        name: value for name, value in asdict(task).items() if name not in LATER or value != getattr(TaskSpec, name)
+    }
 
 
-LATER = ("thresholds", "abstain")
+LATER = ("thresholds", "abstain", "long", "aggregate", "dimensions")
 
 # A list of numbers on lines of its own, which then goes on one line. Strings hold no line breaks in JSON.
 _LIST_OF_NUMBERS = re.compile(r"(?<=\[)\n(?:\s*-?[\d.e+-]+,?\n)+\s*(?=\])")

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bertology_serve.deltas import store
-from bertology_serve.deltas.catalog import check_place
-from bertology_serve.deltas.names import ADAPTER_CONFIG, MANIFEST
+from bertology_serve.deltas.catalog import ADAPTER_CONFIG, MANIFEST, check_place
 from bertology_serve.deltas.store import publish
 from bertology_serve.errors import FormatError, InputError, one_line
 from bertology_serve.files import staging

@@ -11,15 +11,11 @@ import json
 import os
 import stat
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
-
-import torch
-from safetensors.torch import load as load_safetensors
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from bertology_serve.errors import (
     BertologyError,
@@ -32,6 +28,9 @@ from bertology_serve.errors import (
     one_line,
 )
 from bertology_serve.files import JsonObject
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DTYPES = ("F32", "F16", "BF16")
 
@@ -119,6 +118,9 @@ def parse_json(data: bytes, where: str) -> JsonObject:
 
 def read_tensors(path: Path, limits: Limits, root: Path) -> tuple[dict[str, Tensor], str, int]:
     """The tensors of a safetensors file, their finite values checked; the file's SHA-256 (hex) and size in bytes."""
+    import torch  # not for those who read JSON alone
+    from safetensors.torch import load as load_safetensors
+
     data = read_bytes(path, limits.file_bytes, root)
     with untrusted(path, "is no valid safetensors file"):
         _check_header(data, path, limits)
@@ -199,7 +201,7 @@ def as_object(values: object, where: str) -> JsonObject:
     return values
 
 
-def check_keys(table: JsonObject, known: JsonObject, where: str) -> None:
+def check_keys(table: JsonObject, known: Mapping[str, object], where: str) -> None:
     """Raises FormatError for a key that is not known, naming the nearest that is."""
     for name in table:
         if name not in known:

@@ -110,7 +110,7 @@ def pack(
     positions[prompt_rows] = offset[owner] + np.where(shifted[owner], row, 0)
     prompt_vectors[:] = first_vector[owner] + within
 
-    parts = torch.split(block.to(device, non_blocking=True), sizes)  # one copy
+    parts = torch.split(block.to(device, non_blocking=True), list(sizes))  # one copy
     return PackedBatch(
         ids=parts[0],
         types=parts[1],

@@ -23,7 +23,7 @@ from bertology_serve.encoder.encoder import weights_hash
 from bertology_serve.errors import BertologyError, NotFound, SpecError, Unsupported, about, nearest
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Example, Task
-from bertology_serve.tasks.heads import Head
+from bertology_serve.tasks.heads import Head, aggregate
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
 
@@ -53,7 +53,8 @@ class Prediction:
     """One answer, with the delta and version that gave it. ``answer`` holds the task's fields.
 
     ``tokens_read`` are those of all its sequences, special tokens included (windows overlap); ``tokens_given`` those
-    that the record had, which are more where it was cut to the delta's maximum length.
+    that the record had, which are more where it was cut to the delta's maximum length. ``windows`` are those that it
+    was read in.
     """
 
     delta: str
@@ -63,6 +64,7 @@ class Prediction:
     id: str = ""
     tokens_read: int = 0
     tokens_given: int = 0
+    windows: int = 1
 
     @cached_property
     def truncated(self) -> bool:
@@ -70,10 +72,12 @@ class Prediction:
         return self.tokens_given > self.tokens_read
 
     def as_dict(self) -> JsonObject:
-        """Flat, ready for JSON. Only what was cut says so: ``truncated`` and both counts of tokens."""
+        """Flat, ready for JSON. What was cut says so, ``truncated`` and both counts of tokens, and what had windows."""
         own = {"delta": self.delta, "version": self.version, "task": self.task, **self.answer}
         if self.truncated:
             own |= {"truncated": True, "tokens_read": self.tokens_read, "tokens_given": self.tokens_given}
+        if self.windows > 1:
+            own["windows"] = self.windows
         return {"id": self.id, **own} if self.id else own
 
 
@@ -108,9 +112,32 @@ class Job:
     request: Request
     ready: LoadedDelta = field(repr=False)
     example: Example = field(init=False, repr=False)
-    encodings: tuple[Encoding, ...] = field(init=False, repr=False)
+    encodings: Sequence[Encoding] = field(init=False, repr=False)
     cost: int = field(init=False, default=0)
     squares: int = field(init=False, default=0)
+
+    def take(self, encodings: Sequence[Encoding]) -> None:
+        """Sets its sequences, and what they cost."""
+        lengths = [len(encoding.ids) for encoding in encodings]
+        self.encodings = encodings
+        self.cost = sum(lengths) + len(lengths) * self.ready.prompt_length
+        self.squares = sum([length * length for length in lengths])
+
+    def answered(self, outputs: Sequence[Tensor]) -> Prediction:
+        """The answer that the outputs of its sequences make."""
+        delta, windows = self.ready.delta, 1
+        if any([encoding.continues for encoding in self.encodings]):
+            windows = len(self.encodings)
+            if not delta.task.per_token:
+                outputs = aggregate(torch.stack(list(outputs)), self.encodings, delta.task).unbind(0)
+        answer = dict(self.ready.task.decode(self.example, self.encodings, outputs))
+        if self.request.logits:
+            logits = [output.tolist() for output in outputs]
+            answer["logits"] = logits[0] if len(logits) == 1 else logits
+        read, cut = (sum(counts) for counts in zip(*((len(one), one.cut) for one in self.encodings), strict=True))
+        return Prediction(
+            delta.name, delta.version, delta.task.kind, answer, self.request.id, read, read + cut, windows
+        )
 
 
 class Ledger:
@@ -313,10 +340,7 @@ class DeltaSet(ABC):
         """Checks the record of a job and tokenises it. Raises DataError."""
         request, ready = job.request, job.ready
         job.example = ready.task.example(request.record, request.where, labelled=False)
-        job.encodings = tuple(ready.task.encode(job.example, (ready.model or self.encoder).tokenizer))
-        lengths = [len(encoding.ids) for encoding in job.encodings]
-        job.cost = sum(lengths) + len(lengths) * ready.prompt_length
-        job.squares = sum([length * length for length in lengths])
+        job.take(ready.task.encode(job.example, (ready.model or self.encoder).tokenizer))
 
     def run(self, jobs: Sequence[Job]) -> list[Prediction]:
         """Answers all jobs, of whatever deltas, in one packed batch; in the order given."""
@@ -329,7 +353,7 @@ class DeltaSet(ABC):
         for job in jobs:
             own = outputs[at : at + len(job.encodings)]
             at += len(job.encodings)
-            predictions.append(_prediction(job, own))
+            predictions.append(job.answered(own))
         return predictions
 
     def answer(self, requests: Iterable[Request], max_tokens: int = 4096) -> list[Prediction]:
@@ -387,13 +411,3 @@ class DeltaSet(ABC):
         """Frees the rows of deltas that nothing refers to any more. The lock is held."""
         while self.ledger.gone:
             self.free(self.ledger.gone.popleft())
-
-
-def _prediction(job: Job, outputs: Sequence[Tensor]) -> Prediction:
-    delta = job.ready.delta
-    answer = dict(job.ready.task.decode(job.example, job.encodings, outputs))
-    if job.request.logits:
-        logits = [output.tolist() for output in outputs]
-        answer["logits"] = logits[0] if len(logits) == 1 else logits
-    read, cut = (sum(counts) for counts in zip(*((len(one), one.cut) for one in job.encodings), strict=True))
-    return Prediction(delta.name, delta.version, delta.task.kind, answer, job.request.id, read, read + cut)

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 
 from bertology_serve.deltas import store
+from bertology_serve.deltas.catalog import MANIFEST
 from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
-from bertology_serve.deltas.names import MANIFEST
 from bertology_serve.deltas.pruning import Pruning, fitted, sliced_state
 from bertology_serve.encoder import linear
 from bertology_serve.encoder.anatomy import EXPECTED, attention_modules, find_anatomy
 from bertology_serve.encoder.attention import HALVES, make_layout
 from bertology_serve.encoder.bank import PROMPT, BankEntry, DeltaBank
 from bertology_serve.encoder.batch import BatchPlan, PackedBatch, make_plan, pack
-from bertology_serve.encoder.cuda_graphs import Graphs, Record
 from bertology_serve.encoder.forward_context import CurrentContext, DeltaRows, ForwardContext, HeadAttention, recomputed
 from bertology_serve.encoder.linear import Prepacked, SlotLinear, pays, wrap
 from bertology_serve.encoder.loading import (
@@ -36,8 +35,8 @@ from bertology_serve.encoder.loading import (
     load_tokenizer,
     locate,
     read_pooling,
+    read_pruning,
 )
-from bertology_serve.encoder.pruned import read_pruning
 from bertology_serve.errors import BertologyError, LimitError, Unsupported
 from bertology_serve.families import compat, family_named
 from bertology_serve.kernels.dispatch import BatchColumns
@@ -49,6 +48,7 @@ from bertology_serve.tasks.spec import Encoding, TaskSpec
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from bertology_serve.encoder.cuda_graphs import Graphs, Record
     from bertology_serve.families.compat import HiddenModel, HiddenOutput
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,10 @@ class Encoder:
         cls, model: HiddenModel, tokenizer: PreTrainedTokenizerBase, name: str,
         base_head: dict[str, Tensor] | None = None, pruning: Pruning | None = None, pooling: str | None = None,
     ) -> Encoder:  # fmt: skip
-        """The encoder of a headless model that is in memory already; it is changed, and must not be used elsewhere."""
+        """The encoder of a headless model that is in memory already; it is changed, and must not be used elsewhere.
+        ``base_head`` holds what the checkpoint has of a head ([H, H] and [H] of a pooler), by its names there. Raises
+        Unsupported for what is no BERT-like encoder.
+        """
         encoder = cls.__new__(cls)
         encoder._set_up(model, tokenizer, name, base_head, pruning, pooling)
         return encoder
@@ -186,7 +189,9 @@ class Encoder:
             raise LimitError(f"max_length is {tokens}; {self.name} reads at most {self.max_tokens} tokens")
 
     def allowed(self, effects: Effects) -> Effects:
-        """The effects, where this encoder can apply them; raises Unsupported for those that it cannot."""
+        """The effects, where this encoder can apply them; raises Unsupported for those that it cannot. Their stacks
+        are [L, ...]; see ``kinds.effects``.
+        """
         if effects.prefix is not None and not self.packs:
             raise Unsupported(f"{self.anatomy.family} is run with its own attention, which takes no prefix")
         if effects.prefix is not None:
@@ -294,6 +299,8 @@ class Encoder:
         """
         if not self.packs or (record is None and (self.device.type != "cuda" or self.dtype not in HALVES)):
             return False
+        from bertology_serve.encoder.cuda_graphs import Graphs
+
         self.graphs = Graphs(self._last_hidden, record)
         return True
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from bertology_serve.encoder.attention import AttentionLayout, Bias, Group, packed_attention
 from bertology_serve.encoder.bank import PREFIX, BankEntry, adapter, inner, scale
 from bertology_serve.encoder.batch import BatchPlan, PackedBatch
-from bertology_serve.kernels import rows
+from bertology_serve.kernels import dispatch
 from bertology_serve.kernels.columns import Pools
 from bertology_serve.kernels.dispatch import BatchColumns, Segments, lora_linear
 from bertology_serve.kernels.segments import add_low_rank, add_scaled
@@ -187,7 +187,7 @@ class ForwardContext:
         """LayerNorm of x [T, H] with the slot's biases, and its differences of the weight."""
         active = self.plan.segments.get(place.slot, ())
         pool = self.pools.layer(place.slot, "b", place.layer) if active else None
-        y = rows.norm(x, norm.weight, norm.bias, norm.eps, None, pool, active, self.lists)
+        y = dispatch.norm(x, norm.weight, norm.bias, norm.eps, None, pool, active, self.lists)
         scaled = self.plan.segments.get(scale(place.slot))
         if not scaled:
             return y
@@ -205,7 +205,7 @@ class ForwardContext:
         if not segments:
             return residual
         down, shift, up = (self.pools.layer(name, column, layer) for column in ("down", "down_bias", "up"))
-        return rows.adapters(residual, source, down, shift, up, segments, self.lists)
+        return dispatch.adapters(residual, source, down, shift, up, segments, self.lists)
 
     def prefix(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """The pools [P, H] of prefix keys and values of a layer, ``None`` where no sequence has a prefix."""

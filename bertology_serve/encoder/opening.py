@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bertology_serve.deltas import store
-from bertology_serve.deltas.catalog import newest
+from bertology_serve.deltas.catalog import MANIFEST, newest
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.names import MANIFEST
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.encoder.task_models import is_task_model, read_task_model, verify_peft

@@ -92,7 +92,9 @@ class Pipeline(DeltaSet):
         self.bank.remove(key)
 
     def outputs(self, owned: Sequence[tuple[LoadedDelta, Encoding]]) -> list[Tensor]:
-        """Sequences of many deltas in one pass of the encoder."""
+        """Sequences of many deltas in one pass of the encoder: what each one's head gives, [C] for a text and [T, C]
+        for its tokens, on the CPU. Raises LimitError for sequences that are too long.
+        """
         encoder, owners = self.encoder, [ready for ready, _ in owned]
         encodings, entries = [encoding for _, encoding in owned], [ready.entry for ready in owners]
         batch = encoder.pack(encodings, entries)

@@ -15,9 +15,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from bertology_serve.deltas.catalog import VERSION_DIGITS
+from bertology_serve.deltas.catalog import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, VERSION_DIGITS, check_name
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, check_name
 from bertology_serve.deltas.safe_io import Limits, read_json
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.loading import locate

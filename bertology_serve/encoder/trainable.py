@@ -15,7 +15,8 @@ from bertology_serve.encoder.batch import PackedBatch, read
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.kinds import kinds
 from bertology_serve.kinds.effects import Effects
-from bertology_serve.kinds.kind import Spec
+from bertology_serve.kinds.kinds import Spec
+from bertology_serve.tasks.heads import aggregate
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 
 Around = Callable[[Sequence[Encoding], PackedBatch], AbstractContextManager[None]]
@@ -61,13 +62,10 @@ class TrainableDelta(nn.Module):
         self.to(encoder.device)
 
     def forward(self, encodings: Sequence[Encoding]) -> Tensor:
-        """The head's output for the sequences in the order given, as ``Task.loss`` takes it.
-
-        [S, C]; [sum of lengths, C] for tasks that answer for every token; [S, H] for embeddings; float32.
-        """
+        """The head's output for the sequences in the order given, as ``Task.loss`` takes it; float32."""
         hidden, batch = self.hidden(encodings)
         packed = sorted(range(batch.sequences), key=batch.order.__getitem__)
-        return read(hidden, batch, packed, self.task, self.head)
+        return aggregate(read(hidden, batch, packed, self.task, self.head), encodings, self.task)
 
     def hidden(self, encodings: Sequence[Encoding]) -> tuple[Tensor, PackedBatch]:
         """The encoder's rows [T, H] and the packed batch that they belong to."""
@@ -125,6 +123,11 @@ class TrainableDelta(nn.Module):
         )
 
 
+def trained(live: TrainableDelta) -> dict[str, nn.Parameter]:
+    """The parameters under training by name, in a fixed order."""
+    return {name: parameter for name, parameter in live.named_parameters() if parameter.requires_grad}
+
+
 def _head_dropout(config: object) -> float:
     """The rate that HuggingFace's task models put before their classifier."""
     for field in ("classifier_dropout", "cls_dropout", "seq_classif_dropout", "hidden_dropout_prob", "dropout"):
@@ -136,16 +139,18 @@ def _head_dropout(config: object) -> float:
 
 @dataclass(frozen=True)
 class Share:
-    """What one delta has in a pass: ``sequences`` are the places of its encodings, in order, in the packed batch."""
+    """What one delta has in a pass: ``sequences`` are the places of its ``encodings``, in order, in the batch."""
 
     live: TrainableDelta
     hidden: Tensor
     batch: PackedBatch
+    encodings: Sequence[Encoding]
     sequences: tuple[int, ...]
 
     def output(self) -> Tensor:
         """The delta's head over its own rows, as ``TrainableDelta`` itself gives it."""
-        return read(self.hidden, self.batch, self.sequences, self.live.task, self.live.head)
+        out = read(self.hidden, self.batch, self.sequences, self.live.task, self.live.head)
+        return aggregate(out, self.encodings, self.live.task)
 
 
 def run_together(parts: Sequence[tuple[TrainableDelta, Sequence[Encoding]]]) -> list[Share]:
@@ -164,6 +169,6 @@ def run_together(parts: Sequence[tuple[TrainableDelta, Sequence[Encoding]]]) -> 
     places = sorted(range(batch.sequences), key=batch.order.__getitem__)
     shares, at = [], 0
     for live, own in parts:
-        shares.append(Share(live, hidden, batch, tuple(places[at : at + len(own)])))
+        shares.append(Share(live, hidden, batch, own, tuple(places[at : at + len(own)])))
         at += len(own)
     return shares

@@ -15,7 +15,7 @@ import torch
 
 from bertology_serve.errors import SpecError
 from bertology_serve.kinds.effects import Bottleneck, Effects, spread
-from bertology_serve.kinds.kind import Kind, Tensors, check_choice, check_positive, normal, uncut, zeros
+from bertology_serve.kinds.kinds import Kind, Tensors, check_choice, check_positive, normal, uncut, zeros
 from bertology_serve.kinds.slots import DOWN, FFN_NORM, OUTPUT, Anatomy
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
@@ -27,7 +27,8 @@ class Adapter:
     """``preset`` places the adapter (``houlsby``: ``after`` attention, FFN or both; ``pfeiffer``: after the FFN).
 
     ``width`` is M. ``activation`` defaults to the papers' choice (swish for Houlsby, ReLU for Pfeiffer).
-    ``drop_lowest`` leaves the lowest n layers without adapters (AdapterDrop).
+    ``drop_lowest`` leaves the lowest n layers without adapters (AdapterDrop). Raises SpecError for values that make
+    no sense.
     """
 
     preset: str = "houlsby"

@@ -15,7 +15,7 @@ from torch import Tensor
 from bertology_serve.errors import Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, spread
-from bertology_serve.kinds.kind import Cut, Kind, Tensors, check_choice, zeros
+from bertology_serve.kinds.kinds import Cut, Kind, Tensors, check_choice, zeros
 from bertology_serve.kinds.peft_format import (
     Block,
     Config,
@@ -36,7 +36,9 @@ from bertology_serve.kinds.slots import LINEAR_SLOTS, QKV, UP_GATE, Anatomy, Slo
 
 @dataclass(frozen=True)
 class Bitfit:
-    """``biases``: ``all`` (every linear, LayerNorm and the embeddings) or ``attention`` (query, key, value only)."""
+    """``biases``: ``all`` (every linear, LayerNorm and the embeddings) or ``attention`` (query, key, value only).
+    Raises SpecError for values that make no sense.
+    """
 
     biases: str = "all"
 

@@ -15,14 +15,16 @@ from torch import Tensor
 from bertology_serve.errors import FormatError, SpecError, Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects
-from bertology_serve.kinds.kind import Cut, Kind, Tensors
+from bertology_serve.kinds.kinds import Cut, Kind, Tensors
 from bertology_serve.kinds.peft_format import MERGE, Config, PeftFormat, path_of, places, take, taken, width
 from bertology_serve.kinds.slots import Anatomy
 
 
 @dataclass(frozen=True)
 class Ia3:
-    """``targets`` are slots whose outputs are scaled, ``feedforward`` those whose inputs are."""
+    """``targets`` are slots whose outputs are scaled, ``feedforward`` those whose inputs are. Raises SpecError for
+    values that make no sense.
+    """
 
     targets: tuple[str, ...] = ("key", "value")
     feedforward: tuple[str, ...] = ("down",)

@@ -1,42 +1,145 @@
-"""The kinds of delta, by name. ``probe`` (a head alone) is a delta without components; ``full`` a checkpoint."""
+"""The kinds of delta: what every one provides, and all of them by name. A new kind is one file beside this one, and
+its name in ``NAMES``. ``probe`` (a head alone) is a delta without components; ``full`` a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from bertology_serve.errors import SpecError, nearest
-from bertology_serve.kinds.adapter import ADAPTER
-from bertology_serve.kinds.bitfit import BITFIT
 from bertology_serve.kinds.effects import Effects, merged
-from bertology_serve.kinds.ia3 import IA3
-from bertology_serve.kinds.kind import AnyKind, Kind, S, Spec, Tensors
-from bertology_serve.kinds.lora import LORA
-from bertology_serve.kinds.norms import NORMS
-from bertology_serve.kinds.peft_format import Config
-from bertology_serve.kinds.prefix import PREFIX
-from bertology_serve.kinds.prompt import PROMPT
-from bertology_serve.kinds.slots import Anatomy
-from bertology_serve.kinds.sparse import SPARSE
-from bertology_serve.kinds.vera import VERA
+from bertology_serve.kinds.slots import Anatomy, Slot
+from bertology_serve.tasks.registry import LazyTable
 
-KINDS: dict[str, AnyKind] = {
-    kind.name: kind for kind in (LORA, BITFIT, ADAPTER, PROMPT, PREFIX, IA3, NORMS, VERA, SPARSE)
-}
-_BY_SPEC = {kind.spec: kind for kind in KINDS.values()}
+if TYPE_CHECKING:
+    from bertology_serve.kinds.peft_format import Config, PeftFormat
 
 
-def kind_named(name: str) -> AnyKind:
-    """The kind of that name; raises SpecError naming the nearest known one."""
-    if name not in KINDS:
-        raise SpecError(f"unknown kind of delta {name!r}; {nearest(name, KINDS)}")
-    return KINDS[name]
+Tensors = dict[str, Tensor]
+
+
+class Spec(Protocol):
+    """A kind's frozen dataclass: what the user chooses of it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+S = TypeVar("S", bound=Spec)
+
+
+@dataclass(frozen=True)
+class Kind(Generic[S]):
+    """One way of changing an encoder.
+
+    ``spec`` is its frozen dataclass. ``init(spec, anatomy, generator)`` draws the trainable tensors (float32; names
+    without the kind's own name); with ``generator=None`` they are on the meta device, for counting. ``effects``
+    turns spec, tensors and anatomy into what the engines apply. ``cut`` slices tensors made for an anatomy to what
+    ``Cut`` leaves of it; a kind without it cannot be taken over by a pruned encoder. ``unpacked`` counts the bytes
+    that batches read beside the tensors', where the effects are larger. Weight decay reaches its tensors where it
+    ``decays`` (biases aside); those named in ``frozen`` are not trained. ``peft`` is how peft stores it, or why not.
+    """
+
+    name: str
+    spec: type[S]
+    init: Callable[[S, Anatomy, torch.Generator | None], Tensors]
+    effects: Callable[[S, Tensors, Anatomy], Effects]
+    cut: Callable[[S, Tensors, Anatomy, Cut], Tensors] | None = None
+    unpacked: Callable[[S, Tensors, Anatomy], int] | None = None
+    decays: bool = True
+    frozen: frozenset[str] = frozenset()
+    peft: PeftFormat[S] | str = ""
+
+
+AnyKind = Kind[Any]
+
+
+class Cut(Protocol):
+    """What of a parent's columns is left in an encoder pruned from it: ``stack`` [n, ..., width], a layer each."""
+
+    def inputs(self, stack: Tensor, slot: Slot, layers: Sequence[int]) -> Tensor:
+        """The columns of a slot's inputs that are left, zeros behind a narrower layer's."""
+        ...
+
+    def outputs(self, stack: Tensor, slot: Slot, layers: Sequence[int]) -> Tensor:
+        """The same of its outputs."""
+        ...
+
+
+def uncut(_: Spec, tensors: Tensors, __: Anatomy, ___: Cut) -> Tensors:
+    """For kinds that no heads and neurons reach."""
+    return tensors
+
+
+def normal(shape: tuple[int, ...], std: float, generator: torch.Generator | None) -> Tensor:
+    """N(0, std²) in float32, or a meta tensor when only the shape matters."""
+    if generator is None:
+        return torch.empty(shape, device="meta")
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def zeros(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Zeros in float32, or a meta tensor when only the shape matters."""
+    return torch.zeros(shape, device="meta" if generator is None else "cpu")
+
+
+def chosen_layers(layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
+    """The layers that a spec names (``None``: all), checked against the encoder's depth."""
+    if layers is None:
+        return tuple(range(depth))
+    wrong = [layer for layer in layers if not 0 <= layer < depth]
+    if wrong or list(layers) != sorted(set(layers)):
+        raise SpecError(f"layers {list(layers)} must rise and lie in 0..{depth - 1}")
+    return layers
+
+
+def spec_from_dict(kind: Kind[S], values: Mapping[str, Any]) -> S:
+    """Builds a spec from JSON or flags; an unknown field is an error that names the nearest known one."""
+    known = {field.name: field for field in fields(kind.spec)}
+    for name in values:
+        if name not in known:
+            raise SpecError(f"{kind.name} has no field {name!r}; {nearest(name, known)}")
+    frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    try:
+        return kind.spec(**frozen)
+    except TypeError as error:
+        raise SpecError(f"{kind.name}: {error}") from None
+
+
+def check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises SpecError unless ``value`` is one of ``known``."""
+    if value not in known:
+        raise SpecError(f"unknown {field} {value!r}; {nearest(str(value), known)}")
+
+
+def check_positive(**values: int | float) -> None:
+    """Raises SpecError unless every value is a number above 0."""
+    for field, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise SpecError(f"{field} is {value!r}; expected a number above 0")
+
+
+def check_share(**values: float) -> None:
+    """Raises SpecError unless every value lies in [0, 1)."""
+    for field, value in values.items():
+        if not isinstance(value, int | float) or not 0 <= value < 1:
+            raise SpecError(f"{field} is {value!r}; expected a number from 0 up to, not including, 1")
+
+
+NAMES = ("lora", "bitfit", "adapter", "prompt", "prefix", "ia3", "norms", "vera", "sparse")
+KINDS: LazyTable[AnyKind] = LazyTable(
+    "kind of delta", {name: f"bertology_serve.kinds.{name}:{name.upper()}" for name in NAMES}
+)
+"""A kind and its spec stand in the file of the kind's name."""
+kind_named = KINDS.named
 
 
 def kind_of(spec: Spec) -> AnyKind:
     """The kind that a spec belongs to."""
-    return _BY_SPEC[type(spec)]
+    return kind_named(type(spec).__module__.rpartition(".")[2])
 
 
 def init(specs: Sequence[Spec], anatomy: Anatomy, generator: torch.Generator | None) -> Tensors:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bertology_serve.errors import FormatError, Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, LowRank, spread
-from bertology_serve.kinds.kind import (
+from bertology_serve.kinds.kinds import (
     Cut,
     Kind,
     Tensors,
@@ -53,7 +53,7 @@ class Lora:
     """``targets`` are slot names, ``layers`` layer indices from 0 (``None``: all), ``init`` draws A; B starts at zero.
 
     ``init="kaiming"`` is the official code's uniform distribution of standard deviation ``1/sqrt(3 K)``;
-    ``"gaussian"`` is N(0, 1/rank²), as peft does.
+    ``"gaussian"`` is N(0, 1/rank²), as peft does. Raises SpecError for values that make no sense.
     """
 
     targets: tuple[str, ...] = ("query", "value")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from bertology_serve.kinds.effects import Effects, spread
-from bertology_serve.kinds.kind import Kind, Tensors, uncut, zeros
+from bertology_serve.kinds.kinds import Kind, Tensors, uncut, zeros
 from bertology_serve.kinds.slots import ATTENTION_NORM, EMBEDDING_NORM, FFN_NORM, FINAL_NORM, Anatomy, Slot
 
 PLACES = (EMBEDDING_NORM, ATTENTION_NORM, FFN_NORM, FINAL_NORM)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bertology_serve.errors import FormatError, Unsupported
 from bertology_serve.files import JsonObject
-from bertology_serve.kinds.kind import Tensors
+from bertology_serve.kinds.kinds import Tensors
 from bertology_serve.kinds.slots import LINEAR_SLOTS, Anatomy
 
 S = TypeVar("S")

@@ -14,7 +14,7 @@ from bertology_serve.errors import FormatError, Unsupported, nearest
 from bertology_serve.families import FAMILIES, family_named
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, PrefixEffect
-from bertology_serve.kinds.kind import Cut, Kind, Tensors, check_choice, check_positive, normal
+from bertology_serve.kinds.kinds import Cut, Kind, Tensors, check_choice, check_positive, normal
 from bertology_serve.kinds.peft_format import PROMPT_EMBEDDINGS, Config, PeftFormat, take, virtual_sizes
 from bertology_serve.kinds.slots import KEY, Anatomy
 
@@ -24,7 +24,7 @@ class Prefix:
     """``length`` is V. ``positions="shifted"`` moves the text's positions by V, as peft does.
 
     Keys of normed rows have entries near one, and so do those that training starts with: from N(0, 0.02²), as weights
-    are drawn, 2,000 rows of SST-2 end two to three points lower.
+    are drawn, 2,000 rows of SST-2 end two to three points lower. Raises SpecError for values that make no sense.
     """
 
     length: int = 20

@@ -15,7 +15,7 @@ from torch import Tensor
 from bertology_serve.errors import FormatError
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, PromptEffect
-from bertology_serve.kinds.kind import Kind, Tensors, check_choice, check_positive, normal, uncut
+from bertology_serve.kinds.kinds import Kind, Tensors, check_choice, check_positive, normal, uncut
 from bertology_serve.kinds.peft_format import PROMPT_EMBEDDINGS, Config, PeftFormat, take, virtual_sizes
 from bertology_serve.kinds.slots import Anatomy
 
@@ -24,7 +24,8 @@ from bertology_serve.kinds.slots import Anatomy
 class Prompt:
     """``length`` is V. ``placement`` is ``after_cls`` or ``before_cls``.
 
-    ``positions="shifted"`` and ``head_reads="first_row"`` are peft's ways, which imports from peft keep.
+    ``positions="shifted"`` and ``head_reads="first_row"`` are peft's ways, which imports from peft keep. Raises
+    SpecError for values that make no sense.
     """
 
     length: int = 20

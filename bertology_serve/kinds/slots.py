@@ -11,6 +11,8 @@ QUERY, KEY, VALUE, OUTPUT = "query", "key", "value", "output"
 UP, GATE, DOWN = "up", "gate", "down"
 QKV, UP_GATE = "qkv", "up_gate"
 LINEAR_SLOTS = (QUERY, KEY, VALUE, OUTPUT, UP, GATE, DOWN, QKV, UP_GATE)
+BEHIND_NORMS = ((QUERY, KEY, VALUE, QKV), (UP, GATE, UP_GATE))
+"""Linear slots that read the rows of a LayerNorm, those of the same rows together."""
 ATTENTION_NORM, FFN_NORM, EMBEDDING_NORM, FINAL_NORM = "attention_norm", "ffn_norm", "embedding_norm", "final_norm"
 
 # The names people know from the checkpoints and papers, all of them accepted on the command line.

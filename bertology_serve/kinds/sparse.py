@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bertology_serve.errors import FormatError, SpecError
 from bertology_serve.kinds.effects import Effects, LowRank
-from bertology_serve.kinds.kind import Kind, Tensors, check_positive, zeros
+from bertology_serve.kinds.kinds import Kind, Tensors, check_positive, zeros
 from bertology_serve.kinds.slots import Anatomy
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from bertology_serve.errors import FormatError, SpecError, Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, LowRank, spread
-from bertology_serve.kinds.kind import Kind, Tensors, check_positive, check_share, chosen_layers, zeros
+from bertology_serve.kinds.kinds import Kind, Tensors, check_positive, check_share, chosen_layers, zeros
 from bertology_serve.kinds.peft_format import (
     MERGE,
     PROMPT_ROOT,
@@ -42,7 +42,8 @@ class Vera:
     """``targets`` are slot names, ``layers`` layer indices from 0 (``None``: all). ``rank`` is R: one number a module.
 
     The pair is drawn from ``key`` as peft draws it (``projection_prng_key``). With ``save_projection`` it is kept
-    beside the vectors, as by default in peft: another machine may round another way. Without it a delta takes a few kB.
+    beside the vectors, as by default in peft: another machine may round another way. Without it a delta takes a few
+    kB. Raises SpecError for values that make no sense.
     """
 
     targets: tuple[str, ...] = ("query", "value")

@@ -9,13 +9,23 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import Protocol, TypeVar
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import LoadedDelta, Prediction, Request
 from bertology_serve.errors import DataError, Expired, LimitError, Overloaded
 from bertology_serve.serving.batching.queue import BatchTimes, WorkQueue
-from bertology_serve.serving.batching.scheduler import CallContext, CallItem, FairScheduler, Outcome, resolve
+from bertology_serve.serving.batching.scheduler import (
+    CallContext,
+    CallItem,
+    FairScheduler,
+    Outcome,
+    joined,
+    resolve,
+    wholes,
+)
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.executor import Executor
 from bertology_serve.serving.keys import Access
@@ -212,17 +222,18 @@ class Service:
         deadline = call.started + self._seconds(call)
         items = [CallItem(one, call.acquired[one.delta], call, deadline, call.priority) for one in requests]
         await self.aside(characters, lambda: self._tokenise(call, items))
+        parts = [part for item in items for part in item.parts(self.queue.times.budget)]
         try:
-            await self._computed(call, items, deadline)
+            await self._computed(call, parts, deadline)
         finally:
             call.items = []  # they know the call: what they hold would stay until a garbage collection
-        answers = list[Prediction]()
-        for item in items:
-            if not isinstance(item.outcome, Prediction):
-                self._finished(items, outcomes.FAILED)
-                raise item.outcome or RuntimeError("an item has no outcome")
-            answers.append(item.outcome)
-        self._finished(items, outcomes.ANSWERED)
+        for part in parts:
+            if not isinstance(part.outcome, Prediction):
+                self._finished(parts, outcomes.FAILED)
+                raise part.outcome or RuntimeError("an item has no outcome")
+        groups = [list(own) for _, own in groupby(parts, key=attrgetter("whole"))]
+        answers = await self.aside(len(parts) - len(items) and call.tokens, lambda: list(map(joined, groups)))
+        self._finished(parts, outcomes.ANSWERED)
         return answers
 
     async def _shadowed(self, requests: Sequence[Request]) -> list[Prediction]:
@@ -312,7 +323,7 @@ class Service:
         self._finished(items, outcome)
 
     def _finished(self, items: Sequence[CallItem], outcome: str) -> None:
-        self.metrics.finished(items, outcome, time.monotonic())
+        self.metrics.finished(wholes(items), outcome, time.monotonic())
 
     def _deliver(self, batch: Sequence[CallItem], found: Sequence[Outcome]) -> None:
         """Hands outcomes over to the event loop, one wake-up a batch. In the executor's thread."""

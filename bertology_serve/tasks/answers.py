@@ -53,11 +53,15 @@ class Answer(Struct, frozen=True, omit_defaults=True):
     choice: int | None = None
     embedding: tuple[float, ...] | None = None
     embedding_pair: tuple[float, ...] | None = None
+    embedding_negatives: tuple[tuple[float, ...], ...] | None = None
     similarity: float | None = None
     logits: Annotated[Logits | None, Meta(description="The head's raw output, where it was asked for.")] = None
     truncated: Annotated[bool, Meta(description="The text was cut to the delta's maximum length.")] = False
     tokens_read: Annotated[int | None, Meta(description="Tokens that were read; given where truncated.")] = None
     tokens_given: Annotated[int | None, Meta(description="Tokens of the whole text; given where truncated.")] = None
+    windows: Annotated[int | None, Meta(description="Windows that a long text was read in; given where several.")] = (
+        None
+    )
 
 
 class Model(Struct, frozen=True):

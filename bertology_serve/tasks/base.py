@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypeVar
 
 from bertology_serve.errors import DataError, SpecError
-from bertology_serve.tasks.encoding import encode_text
+from bertology_serve.tasks.encoding import encode_long
 from bertology_serve.tasks.fields import Record, Records, optional_text, read_text
 from bertology_serve.tasks.metrics import Floats, ratio
 from bertology_serve.tasks.spec import TEXT_KINDS, Encoding, TaskSpec
@@ -64,7 +64,7 @@ class Task(ABC, Generic[E, G]):
 
     @abstractmethod
     def encode(self, example: E, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
-        """The example's sequences, each at most ``spec.max_length`` tokens. Thread-safe."""
+        """The example's sequences, windows of a text in order, each at most ``spec.max_length`` tokens. Thread-safe."""
 
     @abstractmethod
     def target(self, example: E, encodings: Sequence[Encoding]) -> G:
@@ -78,9 +78,9 @@ class Task(ABC, Generic[E, G]):
     def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[G]) -> Tensor:
         """The sum of the loss terms, a scalar; divide by ``weight`` for their mean.
 
-        ``out`` is the head's output for all sequences of all examples in order: [S, C]; [sum(lengths), C] for tasks
-        that answer for each token; [S, H] for embeddings. ``lengths`` are text rows a sequence, ``targets`` one an
-        example.
+        ``out`` is the head's output for all texts of all examples in order, windows aggregated: [N, C], [N, H] for
+        embeddings; [sum(lengths), C] for tasks that answer for each token. ``lengths`` are text rows a sequence,
+        ``targets`` one an example.
         """
 
     def prior(self, targets: Sequence[G]) -> Tensor | None:
@@ -91,7 +91,9 @@ class Task(ABC, Generic[E, G]):
 
     @abstractmethod
     def decode(self, example: E, encodings: Sequence[Encoding], outputs: Sequence[Tensor]) -> Answer:
-        """The answer's fields, ready for JSON. ``outputs`` (float32, on the CPU): [C], [len, C] or [H] a sequence."""
+        """The answer's fields, ready for JSON. ``outputs`` (float32, on the CPU): [C] or [H] a text, windows
+        aggregated; [len, C] a sequence.
+        """
 
     @abstractmethod
     def metrics(self, answers: Sequence[Answer], examples: Sequence[E]) -> dict[str, float]:
@@ -139,7 +141,7 @@ class TextTask(Task[T, G]):
         return text, pair
 
     def encode(self, example: T, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
-        return [encode_text(tokenizer, example.text, example.text_pair, self.spec.max_length)]
+        return encode_long(tokenizer, example.text, example.text_pair, self.spec)
 
 
 def all_pairs(kind: str, records: Records) -> bool:

@@ -1,13 +1,13 @@
-"""Sentence embeddings: one vector a text, trained on scored pairs.
+"""Sentence embeddings: one vector a text, trained on pairs that belong together, on scored ones, or on negatives too.
 
-The loss is CoSENT (Su 2022, https://kexue.fm/archives/8847): ``log(1 + Σ exp(20 (cos_i - cos_j)))`` over all couples
-of pairs (i, j) of a batch whose gold scores say that pair j is the more alike. Only the order of the scores matters,
-so any scale will do; a batch with a single pair teaches nothing.
+The shape of the records decides which loss of ``contrastive`` is learnt, and what is measured: the correlation of the
+cosine with the scores where there are any, else how well texts find what belongs to them among all texts of the set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,81 +18,287 @@ from transformers import PreTrainedTokenizerBase
 
 from bertology_serve.errors import DataError
 from bertology_serve.tasks import metrics
-from bertology_serve.tasks.base import Answer, Task, TextExample, read_pair
-from bertology_serve.tasks.encoding import encode_text
-from bertology_serve.tasks.fields import Record, read_score
+from bertology_serve.tasks.base import Answer, Task, TextExample
+from bertology_serve.tasks.contrastive import COSENT, DISTILL, LOSSES, MARGIN_MSE, MNRL, Target
+from bertology_serve.tasks.encoding import encode_long
+from bertology_serve.tasks.fields import Record, check_text, kind_of, optional_text, read_list, read_score, read_text
 from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
 
-SHARPNESS = 20.0
+NDCG, ACCURACY = "ndcg@10", "triplet_accuracy"
+_NEGATIVE = re.compile(r"negatives?(_\d+)?")
+MOST_NEGATIVES = 1000
 
 
 @dataclass(frozen=True)
 class EmbeddingExample(TextExample):
-    """``score`` says how alike text and pair are; None where nothing is known."""
+    """A text, what belongs to it (``text_pair``), and what does not.
+
+    ``score`` says how alike text and pair are, ``scores`` what a teacher gives the pair and each negative. In a
+    retrieval set each document has an ``id``, and each query what is ``relevant``: grades by documents' ids.
+    """
 
     score: float | None = None
+    negatives: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+    id: str | None = None
+    relevant: Mapping[str, float] | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Text, pair and negatives: what is embedded."""
+        return self.text, *(() if self.text_pair is None else (self.text_pair,)), *self.negatives
+
+    @property
+    def fields(self) -> dict[str, object]:
+        """What of the record is embedded."""
+        own = {"text": self.text, "text_pair": self.text_pair, "negatives": list(self.negatives)}
+        return {name: value for name, value in own.items() if value}
 
 
-class Embedding(Task[EmbeddingExample, float]):
-    """Records ``{"text"}``, or ``{"text", "text_pair", "score"}`` to train and to evaluate.
+class Embedding(Task[EmbeddingExample, Target]):
+    """Records ``{"text"}``, to train also ``text_pair`` (or ``positive``), and ``score`` or ``negative``s.
 
-    Answers ``embedding`` [H]; with a pair also ``embedding_pair`` [H] and their cosine, ``similarity``.
+    sentence-transformers' names for the columns do too: ``anchor``, ``positive``, ``negative``, ``negative_1``, ...
+    Answers ``embedding`` [H]; with a pair also ``embedding_pair`` [H] and their cosine, ``similarity``; with negatives
+    ``embedding_negatives``.
     """
 
     kind = EMBEDDING
     main_metric = "spearman"
 
     def example(self, record: Record, where: str, labelled: bool) -> EmbeddingExample:
-        text, pair = read_pair(record, where)
-        if labelled and pair is None:
-            raise DataError(f"{where}: field 'text_pair' is missing; embeddings are trained on scored pairs")
-        return EmbeddingExample(where, text, pair, read_score(record, where) if labelled else None)
+        text = read_text(record, where, "text", "text_a", "anchor")
+        pair = optional_text(record, where, "text_pair", "text_b", "positive")
+        negatives = _negatives(record, where)
+        if negatives and pair is None:
+            raise DataError(f"{where}: there are negatives, and field 'positive' (or 'text_pair') is missing")
+        if not labelled:
+            return EmbeddingExample(where, text, pair, negatives=negatives)
+        if pair is None and record.get("id") is None:
+            raise DataError(
+                f"{where}: field 'text_pair' (or 'positive') is missing; embeddings are trained on pairs, with a "
+                "score, negatives, or neither"
+            )
+        if pair is None:
+            return EmbeddingExample(where, text, None, id=str(record["id"]), relevant=_relevant(record, where))
+        scored = any(record.get(name) is not None for name in ("score", "label"))
+        score, scores = read_score(record, where) if scored else None, _scores(record, where, len(negatives))
+        if negatives and score is not None:
+            if scores or len(negatives) > 1:
+                raise DataError(
+                    f"{where}: field 'score' beside {len(negatives)} negatives; expected one negative (the score is "
+                    "then by how much the positive is better), or 'scores' with a number for positive and negatives"
+                )
+            score, scores = None, (score, 0.0)
+        return EmbeddingExample(where, text, pair, score, negatives, scores)
 
     def encode(self, example: EmbeddingExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
-        texts = [example.text] if example.text_pair is None else [example.text, example.text_pair]
-        return [encode_text(tokenizer, text, None, self.spec.max_length) for text in texts]
+        return [one for text in example.texts for one in encode_long(tokenizer, text, None, self.spec)]
 
-    def target(self, example: EmbeddingExample, encodings: Sequence[Encoding]) -> float:
-        return float(example.score or 0.0)
+    def target(self, example: EmbeddingExample, encodings: Sequence[Encoding]) -> Target:
+        return Target(tuple(map(hash, example.texts)), example.score, example.scores)
 
-    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[float]) -> Tensor:
-        """CoSENT over the batch, times the number of pairs; out is [2 n, H], text and pair in turn."""
-        rows = out.float()
-        cosine = SHARPNESS * F.cosine_similarity(rows[0::2], rows[1::2])
-        gold = torch.tensor(targets, dtype=torch.float32, device=out.device)
-        wrong = (cosine[:, None] - cosine[None, :])[gold[:, None] < gold[None, :]]
-        return torch.logsumexp(torch.cat([wrong.new_zeros(1), wrong]), 0) * len(targets)
+    def aimed(self, examples: Sequence[EmbeddingExample], loss: str) -> list[Target]:
+        """The targets of training examples under a loss; ``auto``: the one that the first calls for.
+
+        Raises DataError for the first that it cannot learn from.
+        """
+        loss = loss_of(examples[0]) if loss == "auto" else loss
+        return [self.target(example, ())._replace(loss=_fitting(example, loss)) for example in examples]
+
+    def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Target]) -> Tensor:
+        """The targets' loss over the batch, times their number; of several ``dimensions`` the sum (Matryoshka)."""
+        rows = out if out.dtype == torch.float64 else out.float()
+        loss = LOSSES[targets[0].loss or loss_of(targets[0])]
+        widths = self.spec.dimensions or (rows.shape[1],)
+        return torch.stack([loss(rows[:, :width], targets) for width in widths]).sum() * len(targets)
 
     def decode(self, example: EmbeddingExample, encodings: Sequence[Encoding], outputs: Sequence[Tensor]) -> Answer:
         if self.spec.normalize:
             outputs = [F.normalize(output, dim=0) for output in outputs]
         answer: Answer = {"embedding": outputs[0].tolist()}
-        if len(outputs) == 2:
+        if len(outputs) > 1:
             answer["embedding_pair"] = outputs[1].tolist()
             answer["similarity"] = float(F.cosine_similarity(outputs[0].double(), outputs[1].double(), dim=0))
+        if len(outputs) > 2:
+            answer["embedding_negatives"] = [output.tolist() for output in outputs[2:]]
         return answer
 
     def metrics(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> dict[str, float]:
-        """Spearman and Pearson correlation of the cosine with the gold score."""
-        gold = [float(example.score or 0.0) for example in examples]
-        found = [answer["similarity"] for answer in answers]
-        return {"spearman": metrics.spearman(gold, found), "pearson": metrics.pearson(gold, found)}
+        """Spearman and Pearson correlation of the cosine with the gold score; without scores those of a search.
+
+        A text searches all that belongs to any, and all negatives (a query, all documents). The main metric of each of
+        the ``dimensions`` follows.
+        """
+        if _scored(examples):
+            gold, found = self.parts(answers, examples).T
+            own = {"spearman": metrics.spearman(gold, found), "pearson": metrics.pearson(gold, found)}
+        else:
+            own = metrics.mean_of(list(_searched(answers, examples).values()))
+            if any(example.negatives for example in examples):
+                own[ACCURACY] = float(
+                    np.mean([_above(answer) for answer in answers if "embedding_negatives" in answer])
+                )
+        name = next(iter(own))
+        return own | {
+            f"{name}_{width}": self.main(self.parts([_cut(answer, width) for answer in answers], examples))
+            for width in self.spec.dimensions
+        }
 
     def parts(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> Floats:
-        """[N, 2]: the gold score and the cosine."""
-        return np.array(
-            [
-                [float(example.score or 0.0), answer["similarity"]]
-                for example, answer in zip(examples, answers, strict=True)
-            ]
-        )
+        """[N, 2]: the gold score and the cosine; without scores nDCG and 1 for each of the texts that search."""
+        if not _scored(examples):
+            return metrics.of_one([found[NDCG] for found in _searched(answers, examples).values()])
+        rows = zip(examples, answers, strict=True)
+        return np.array([[float(example.score or 0.0), answer["similarity"]] for example, answer in rows])
 
     def quality(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> Floats:
-        """1 less the distance of both scores, each in its standard deviations."""
-        gold, found = ((side - side.mean()) / max(side.std(), 1e-12) for side in self.parts(answers, examples).T)
-        near: Floats = 1.0 - np.abs(gold - found)
+        """1 less the distance of both scores, each in its standard deviations; or nDCG (1 for what does not search)."""
+        if not _scored(examples):
+            found = _searched(answers, examples)
+            return np.array([found.get(_searcher(example), {NDCG: 1.0})[NDCG] for example in examples])
+        gold, cosine = ((side - side.mean()) / max(side.std(), 1e-12) for side in self.parts(answers, examples).T)
+        near: Floats = 1.0 - np.abs(gold - cosine)
         return near
 
     def main(self, parts: Floats) -> float:
-        return metrics.spearman(*parts.T)
+        return float(parts[:, 0].mean()) if (parts[:, 1] == 1).all() else metrics.spearman(*parts.T)
+
+
+def loss_of(one: Target | EmbeddingExample) -> str:
+    """The loss that the shape of a record calls for."""
+    return MARGIN_MSE if one.scores else MNRL if one.score is None else COSENT
+
+
+def _fitting(example: EmbeddingExample, loss: str) -> str:
+    """The loss, if an example has what it needs. Raises DataError."""
+    why = f"loss {loss} needs it (the shape of the first record decides; --loss says otherwise)"
+    if example.text_pair is None:
+        raise DataError(f"{example.where}: field 'text_pair' (or 'positive') is missing; expected pairs to train on")
+    if loss == COSENT and example.score is None:
+        raise DataError(f"{example.where}: field 'score' is missing; {why}")
+    if loss == MARGIN_MSE and not example.scores:
+        raise DataError(f"{example.where}: field 'scores' is missing, or there are no negatives; {why}")
+    if loss == DISTILL and example.score is None and not example.scores:
+        raise DataError(f"{example.where}: field 'scores' (of a pair, 'score') is missing; {why}")
+    if loss.startswith(MNRL) and example.score is not None:
+        raise DataError(
+            f"{example.where}: field 'score' is there, and loss {loss} takes every pair as one that belongs together; "
+            "keep the pairs that do, without their scores"
+        )
+    return loss
+
+
+def _negatives(record: Record, where: str) -> tuple[str, ...]:
+    """The texts under ``negative``, ``negatives`` and ``negative_1``, ...; each a text or a list of them."""
+    found: list[str] = []
+    for name in record:
+        value = record[name] if _NEGATIVE.fullmatch(str(name)) else None
+        if isinstance(value, str):
+            found.append(check_text(value, where, name))
+        elif value is not None:
+            found += [check_text(item, where, f"{name}[{i}]") for i, item in enumerate(read_list(record, where, name))]
+    if len(found) > MOST_NEGATIVES:
+        raise DataError(f"{where}: there are {len(found)} negatives; expected at most {MOST_NEGATIVES}")
+    return tuple(found)
+
+
+def _scores(record: Record, where: str, negatives: int) -> tuple[float, ...]:
+    """A teacher's scores of the pair and of each negative."""
+    if record.get("scores") is None:
+        return ()
+    values = read_list(record, where, "scores")
+    found = tuple(read_score({"score": value}, f"{where}: scores[{index}]") for index, value in enumerate(values))
+    if len(found) != 1 + negatives or not negatives:
+        raise DataError(
+            f"{where}: field 'scores' has {len(found)} numbers; expected one for the positive and one for each of "
+            f"{negatives} negatives"
+        )
+    return found
+
+
+def _relevant(record: Record, where: str) -> dict[str, float] | None:
+    """A query's grades by the ids of documents."""
+    value = record.get("relevant")
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not value:
+        raise DataError(f"{where}: field 'relevant' is {kind_of(value)}; expected grades by ids of documents")
+    return {str(key): read_score({"score": grade}, f"{where}: relevant[{key!r}]") for key, grade in value.items()}
+
+
+def _scored(examples: Sequence[EmbeddingExample]) -> bool:
+    """Whether examples have scores. Raises DataError where some do."""
+    lacking = next((example for example in examples if example.score is None), None)
+    if lacking is not None and lacking.where != examples[0].where and examples[0].score is not None:
+        raise DataError(f"{lacking.where}: field 'score' is missing; the first record has one, so all must")
+    return lacking is None
+
+
+def _searcher(example: EmbeddingExample) -> tuple[str, str] | None:
+    """What tells one search from another: the text, or the query's id; None for what does not search."""
+    if example.text_pair is not None:
+        return "text", example.text
+    return None if example.relevant is None else ("id", str(example.id))
+
+
+def _searched(
+    answers: Sequence[Answer], examples: Sequence[EmbeddingExample]
+) -> dict[tuple[str, str] | None, dict[str, float]]:
+    """The metrics of each search among all that can be found in the set. Raises DataError where nothing searches."""
+    found: dict[str, list[float]] = {}
+    asked: dict[tuple[str, str] | None, tuple[list[float], dict[str, float]]] = {}
+    for example, answer in zip(examples, answers, strict=True):
+        key = _searcher(example)
+        if key is None:
+            found[str(example.id)] = answer["embedding"]
+            continue
+        grades = asked.setdefault(key, (answer["embedding"], {}))[1]
+        if example.relevant is not None:
+            grades.update(example.relevant)
+        else:
+            grades[str(example.text_pair)] = 1.0
+            found |= zip(example.texts[1:], _others(answer), strict=True)
+    if not asked or not found:
+        raise DataError(
+            f"{examples[0].where}: there are {len(asked)} queries and {len(found)} documents; expected both"
+        )
+    table, places = _unit(list(found.values())), {name: place for place, name in enumerate(found)}
+    results = {}
+    for key, (vector, grades) in asked.items():
+        scores, gold = table @ _unit([vector])[0], np.zeros(len(places))
+        for name, grade in grades.items():
+            if name in places:
+                gold[places[name]] = grade
+        if key is not None and key[0] == "id" and key[1] in places:
+            scores[places[key[1]]] = -np.inf  # the query itself, as BEIR has it
+        results[key] = metrics.of_ranking(gold[np.argsort(-scores, kind="stable")])
+    return results
+
+
+def _others(answer: Answer) -> Iterator[list[float]]:
+    yield answer["embedding_pair"]
+    yield from answer.get("embedding_negatives", ())
+
+
+def _above(answer: Answer) -> bool:
+    """Whether the pair is nearer than every negative."""
+    cosines = _unit(list(_others(answer))) @ _unit([answer["embedding"]])[0]
+    return bool(cosines[0] > cosines[1:].max())
+
+
+def _unit(rows: Sequence[Sequence[float]]) -> Floats:
+    vectors = np.asarray(rows, dtype=np.float64)
+    unit: Floats = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit
+
+
+def _cut(answer: Answer, width: int) -> Answer:
+    """An answer of the first dimensions alone."""
+    cut: Answer = {name: answer[name][:width] for name in ("embedding", "embedding_pair") if name in answer}
+    if "embedding_negatives" in answer:
+        cut["embedding_negatives"] = [vector[:width] for vector in answer["embedding_negatives"]]
+    if "embedding_pair" in cut:
+        cut["similarity"] = float(_unit([cut["embedding"]])[0] @ _unit([cut["embedding_pair"]])[0])
+    return cut

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from threading import Lock
 from typing import TypeVar
 from weakref import WeakKeyDictionary
@@ -19,12 +21,14 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from bertology_serve.errors import Unsupported
-from bertology_serve.tasks.spec import Encoding
+from bertology_serve.tasks.spec import Encoding, TaskSpec
 
 BRIEF = 4096  # characters, or words
+MOST_WINDOWS = 64  # of a text; training holds them all at once
 _clones: WeakKeyDictionary[PreTrainedTokenizerBase, _Clone] = WeakKeyDictionary()
 _lock = Lock()
 P = TypeVar("P")
+Span = tuple[int, int]
 
 
 class _Clone:
@@ -53,13 +57,14 @@ def encode_text(
     """
     clone = _clone_of(tokenizer)
     found = _encoded(clone.texts, text, pair)
-    keep = None
+    window = _Window()
     if len(found) > max_length:
         parts = _parts(found)
         first, second = parts.count(0), parts.count(1)
         room = max(max_length - (len(parts) - first - second), 0)
         keep = _kept(parts, *_longest_first(first, second, room))
-    return _encoding(found, clone.types, keep, offsets, 0 if keep is None else len(found) - len(keep))
+        window = _Window(keep, cut=len(parts) - len(keep))
+    return _encodings(found, clone.types, [window], *_places(found, offsets))[0]
 
 
 def encode_words(
@@ -70,54 +75,98 @@ def encode_words(
     ``starts`` is the character at which each word starts in the text. Byte-level tokenizers see every word with a
     space before it, as ``add_prefix_space=True`` does.
     """
+    return word_windows(tokenizer, words, starts, max_length, 0, 1)[0]
+
+
+def word_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    words: Sequence[str],
+    starts: Sequence[int],
+    max_length: int,
+    stride: int,
+    most: int = MOST_WINDOWS,
+) -> list[Encoding]:
+    """The same in at most so many windows, as ``encode_windows``: each word is its first token's window's to answer."""
     clone = _clone_of(tokenizer)
     found = _encoded(clone.words, list(words), None)
-    parts = _parts(found)
-    count = parts.count(0)
-    keep = None
-    if len(parts) > max_length:
-        keep = _kept(parts, max(max_length - (len(parts) - count), 0), 0)
-    rows = range(len(parts)) if keep is None else keep
     owners = [-1 if word is None else word for word in found.word_ids]
-    spans = found.offsets
-    return Encoding(
-        ids=_pick(found.ids, keep),
-        types=_pick(found.type_ids, keep) if clone.types else (0,) * len(rows),
-        offsets=tuple(_shifted(spans[row], starts[owners[row]]) if owners[row] >= 0 else (0, 0) for row in rows),
-        parts=_pick(parts, keep),
-        words=_pick(owners, keep),
-        cut=len(parts) - len(rows),
-    )
+    placed = zip(found.offsets, owners, strict=True)
+    spans = [(start + starts[word], end + starts[word]) if word >= 0 else (0, 0) for (start, end), word in placed]
+    parts = _parts(found)
+    windows = _windows(parts, max_length, stride, 0, most)
+    encodings = _encodings(found, clone.types, windows, spans, parts)
+    for number, window in enumerate(windows):
+        answered = _pick(owners, window.rows)
+        if len(windows) > 1:
+            own = {owners[row] for row in window.own if not row or owners[row] != owners[row - 1]}
+            answered = tuple(word if word in own else -1 for word in answered)
+        encodings[number] = replace(encodings[number], words=answered)
+    return encodings
 
 
 def encode_windows(
-    tokenizer: PreTrainedTokenizerBase, question: str, context: str, max_length: int, stride: int
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    pair: str | None,
+    max_length: int,
+    stride: int,
+    of: int | None = None,
+    offsets: bool = False,
+    most: int | None = MOST_WINDOWS,
 ) -> list[Encoding]:
-    """A question with each window of a context, as pairs; only the context is cut, with ``stride`` tokens of overlap.
+    """A text, or each window of one of two (``of``: 0 or 1; by default the longer) beside the other.
 
-    A question may take half of the room and is cut beyond it; an overlap of more than half of a window is lowered to
-    half, so that the number of windows stays linear in the context. ``max_length`` must leave room for two tokens.
-    What the question lacks is the first window's ``cut``.
+    Windows overlap by ``stride`` tokens, at most half a window, so that their number stays linear in the text. The
+    other text may take half of the room and is cut beyond it. What it lacks, and what stands behind the last of
+    ``most`` windows, is the first one's ``cut``. A token in two windows belongs to that in which it has more context
+    (Devlin et al. 2019 do so for SQuAD): the border is the middle of the overlap. ``max_length`` must leave room for
+    two tokens.
     """
     clone = _clone_of(tokenizer)
-    found = _encoded(clone.texts, question, context)
+    found = _encoded(clone.texts, text, pair)
     parts = _parts(found)
-    if len(parts) <= max_length or 1 not in parts:
-        return [_encoding(found, clone.types, None, True)]
-    start, end = parts.index(1), len(parts) - parts[::-1].index(1)
-    room = max_length - (len(parts) - parts.count(0) - (end - start))
-    asked = min(parts.count(0), room // 2)
-    window = room - asked
-    before, after = _kept(parts[:start], asked, 0), list(range(end, len(parts)))
-    step = window - min(stride, window // 2)
-    encodings: list[Encoding] = []
-    for left in range(start, end, step):
-        right = min(left + window, end)
-        cut = 0 if encodings else parts.count(0) - asked
-        encodings.append(_encoding(found, clone.types, before + list(range(left, right)) + after, True, cut))
-        if right == end:
-            break
-    return encodings
+    longer = int(parts.count(1) > parts.count(0)) if of is None else of
+    windows = _windows(parts, max_length, stride, longer, most)
+    return _encodings(found, clone.types, windows, *_places(found, offsets))
+
+
+def encode_long(tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, task: TaskSpec) -> list[Encoding]:
+    """One text or a pair, cut or in windows as the task says."""
+    if task.long == "windows":
+        return encode_windows(tokenizer, text, pair, task.max_length, task.stride)
+    return [encode_text(tokenizer, text, pair, task.max_length)]
+
+
+@dataclass(frozen=True)
+class _Window:
+    """``rows`` of a sequence (None: all), those of them that belong to it, and see ``Encoding``."""
+
+    rows: list[int] | None = None
+    own: range = range(0)
+    cut: int = 0
+    continues: bool = False
+
+
+def _windows(parts: Sequence[int], max_length: int, stride: int, of: int, most: int | None) -> list[_Window]:
+    """See ``encode_windows``; ``parts`` say which text each row is of."""
+    count, other = parts.count(of), parts.count(1 - of)
+    start = parts.index(of) if count else 0
+    if len(parts) <= max_length:
+        return [_Window(None, range(start, start + count))]
+    room = max(max_length - (len(parts) - count - other), 0)
+    kept = min(other, room // 2 if count else room)
+    size = room - kept
+    step = max(size - min(stride, size // 2), 1)
+    lefts = range(start, start + max(count - size, 0) + step, step)[:most]
+    rights = [min(left + size, start + count) for left in lefts]
+    borders = [start, *((left + right + 1) // 2 for left, right in zip(lefts[1:], rights, strict=False)), rights[-1]]
+    beside = _kept(parts, *((0, kept) if of == 0 else (kept, 0)))
+    before, after = [row for row in beside if row < start], [row for row in beside if row >= start]
+    cut = start + count - rights[-1] + other - kept
+    return [
+        _Window([*before, *range(left, right), *after], range(*own), 0 if number else cut, number > 0)
+        for number, (left, right, own) in enumerate(zip(lefts, rights, pairwise(borders), strict=True))
+    ]
 
 
 def _encoded(clone: Tokenizer, text: str | list[str], pair: str | None) -> RustEncoding:
@@ -183,20 +232,30 @@ def _kept(parts: Sequence[int], first: int, second: int) -> list[int]:
     return keep
 
 
-def _encoding(found: RustEncoding, types: bool, keep: list[int] | None, offsets: bool, cut: int = 0) -> Encoding:
-    ids = _pick(found.ids, keep)
-    return Encoding(
-        ids=ids,
-        types=_pick(found.type_ids, keep) if types else (0,) * len(ids),
-        offsets=_pick(found.offsets, keep) if offsets else (),
-        parts=_pick(_parts(found), keep) if offsets else (),
-        cut=cut,
-    )
+def _encodings(
+    found: RustEncoding, types: bool, windows: Sequence[_Window], spans: Sequence[Span], parts: Sequence[int]
+) -> list[Encoding]:
+    """What each window has of a sequence; spans and parts where there are any."""
+    ids = found.ids
+    kinds = found.type_ids if types else (0,) * len(ids)
+    return [
+        Encoding(
+            ids=_pick(ids, window.rows),
+            types=_pick(kinds, window.rows),
+            offsets=_pick(spans, window.rows) if spans else (),
+            parts=_pick(parts, window.rows) if parts else (),
+            cut=window.cut,
+            continues=window.continues,
+            own=len(window.own),
+        )
+        for window in windows
+    ]
+
+
+def _places(found: RustEncoding, offsets: bool) -> tuple[Sequence[Span], Sequence[int]]:
+    """The character span and the part of each row, where they are asked for."""
+    return (found.offsets, _parts(found)) if offsets else ((), ())
 
 
 def _pick(values: Sequence[P], keep: list[int] | None) -> tuple[P, ...]:
     return tuple(values) if keep is None else tuple(values[row] for row in keep)
-
-
-def _shifted(span: tuple[int, int], by: int) -> tuple[int, int]:
-    return span[0] + by, span[1] + by

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
 from bertology_serve.families import FAMILIES, family_named
 from bertology_serve.families.family import Dense, Family, HeadForm, HeadShape, Options, classifier
-from bertology_serve.tasks.spec import MULTIPLE_CHOICE, QUESTION_ANSWERING, TOKEN_CLASSIFICATION, TaskSpec
+from bertology_serve.tasks.spec import (
+    EMBEDDING,
+    MULTIPLE_CHOICE,
+    QUESTION_ANSWERING,
+    TOKEN_CLASSIFICATION,
+    Encoding,
+    TaskSpec,
+)
 
 __all__ = ["Dense", "Head", "head_form", "pool"]
 
@@ -150,6 +159,34 @@ def pool(hidden: Tensor, text_rows: Tensor, lengths: Tensor, pooling: str) -> Te
     if pooling == "max":
         return pooled.scatter_reduce(0, owner.unsqueeze(1).expand_as(rows), rows, "amax", include_self=False)
     raise SpecError(f"unknown pooling {pooling!r}; {nearest(pooling, ('cls', 'mean', 'max'))}")
+
+
+def aggregate(out: Tensor, encodings: Sequence[Encoding], task: TaskSpec) -> Tensor:
+    """One row a text: the head's output [S, C] of all sequences -> [N, C], differentiable; as it is without windows.
+
+    Windows of a text are put together as ``task.aggregate`` says (Sun et al. 2019, arXiv 1905.05583, do it one layer
+    before: the mean comes to the same under a linear head); of embeddings that are normalised, as they would be
+    answered. Tasks that answer for every token have no such rows.
+    """
+    if task.per_token or not any(encoding.continues for encoding in encodings):
+        return out
+    firsts = [row for row, encoding in enumerate(encodings) if not encoding.continues]
+    unit, found = task.kind == EMBEDDING and task.normalize, []
+    for first, last in pairwise([*firsts, len(encodings)]):
+        rows = F.normalize(out[first:last]) if unit and last > first + 1 else out[first:last]
+        if task.aggregate == "max":
+            found.append(rows.amax(0))
+        else:
+            own = rows.new_tensor([encoding.own for encoding in encodings[first:last]])
+            found.append((own / own.sum()) @ rows)
+    return torch.stack(found)
+
+
+def outputs_of(out: Tensor, encodings: Sequence[Sequence[Encoding]], task: TaskSpec) -> list[list[Tensor]]:
+    """For each example the outputs that ``Task.decode`` takes; ``out`` is as ``Task.loss`` takes it."""
+    lengths = [len(one) for own in encodings for one in own]
+    parts = iter(torch.split(out, lengths) if task.per_token else out.unbind(0))
+    return [[next(parts) for one in own if task.per_token or not one.continues] for own in encodings]
 
 
 def _copy(name: str, parameter: Tensor, tensor: Tensor) -> None:

@@ -15,9 +15,7 @@ from bertology_serve.tasks.base import Answer, Named, TextExample
 from bertology_serve.tasks.classification import LabelTask, Weights
 from bertology_serve.tasks.fields import Record, Records, label_names, read_labels, sorted_labels
 from bertology_serve.tasks.metrics import Flags, Floats
-from bertology_serve.tasks.spec import IGNORED, MULTI_LABEL, Encoding, TaskSpec
-
-EVEN = 0.5
+from bertology_serve.tasks.spec import EVEN, IGNORED, MULTI_LABEL, Encoding, TaskSpec
 
 
 @dataclass(frozen=True)

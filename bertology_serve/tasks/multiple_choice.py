@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from bertology_serve.errors import DataError
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, Example, Task
-from bertology_serve.tasks.encoding import encode_text
+from bertology_serve.tasks.encoding import encode_long
 from bertology_serve.tasks.fields import Record, optional_text, read_integer, read_texts
 from bertology_serve.tasks.metrics import Floats, of_one
 from bertology_serve.tasks.spec import MULTIPLE_CHOICE, Encoding
@@ -46,8 +46,7 @@ class MultipleChoice(Task[ChoiceExample, tuple[int, int]]):
         return ChoiceExample(where, _prompt(record, where), choices, label)
 
     def encode(self, example: ChoiceExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
-        length = self.spec.max_length
-        return [encode_text(tokenizer, example.prompt, choice, length) for choice in example.choices]
+        return [one for choice in example.choices for one in encode_long(tokenizer, example.prompt, choice, self.spec)]
 
     def target(self, example: ChoiceExample, encodings: Sequence[Encoding]) -> tuple[int, int]:
         """The right choice and the number of choices."""

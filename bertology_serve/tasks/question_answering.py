@@ -15,17 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from bertology_serve.errors import DataError, SpecError
+from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Answer, Example, Task
 from bertology_serve.tasks.encoding import encode_windows
 from bertology_serve.tasks.fields import Record, Records, as_list, kind_of, read_integer, read_text, required
 from bertology_serve.tasks.metrics import Floats, of_one
-from bertology_serve.tasks.spec import QUESTION_ANSWERING, Encoding, TaskSpec
+from bertology_serve.tasks.spec import QUESTION_ANSWERING, Encoding
 
 NO_ANSWER = "no-answer"
 Rows = tuple[tuple[int, int], ...]
 """First and last row of the answer in each window."""
-LEAST_LENGTH = 8
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,6 @@ class QuestionAnswering(Task[QuestionExample, Rows]):
     kind = QUESTION_ANSWERING
     main_metric = "f1"
 
-    def __init__(self, spec: TaskSpec) -> None:
-        super().__init__(spec)
-        if spec.max_length < LEAST_LENGTH:
-            raise SpecError(f"max_length is {spec.max_length}; question answering needs at least {LEAST_LENGTH} tokens")
-
     @classmethod
     def labels_in(cls, records: Records) -> tuple[str, ...]:
         """``("no-answer",)`` when some question has no answer in its context."""
@@ -72,7 +66,8 @@ class QuestionAnswering(Task[QuestionExample, Rows]):
 
     def encode(self, example: QuestionExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
         spec = self.spec
-        windows = encode_windows(tokenizer, example.question, example.context, spec.max_length, spec.stride)
+        texts = example.question, example.context
+        windows = encode_windows(tokenizer, *texts, spec.max_length, spec.stride, of=1, offsets=True, most=None)
         if spec.token_types:
             return windows
         return [replace(window, types=(0,) * len(window)) for window in windows]

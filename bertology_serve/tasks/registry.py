@@ -1,37 +1,62 @@
-"""The tasks by name."""
+"""Tables whose entries are imported when they are first asked for: a run loads only the tasks and kinds that it has.
+
+The tasks stand here: a new one is one file beside this one, and one line below.
+"""
 
 from __future__ import annotations
 
+import pkgutil
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
 from bertology_serve.errors import SpecError, nearest
+from bertology_serve.tasks import spec as names
 from bertology_serve.tasks.base import Task
-from bertology_serve.tasks.classification import Classification
-from bertology_serve.tasks.embedding import Embedding
-from bertology_serve.tasks.multi_label import MultiLabel
-from bertology_serve.tasks.multiple_choice import MultipleChoice
-from bertology_serve.tasks.question_answering import QuestionAnswering
-from bertology_serve.tasks.regression import Regression
 from bertology_serve.tasks.spec import TaskSpec
-from bertology_serve.tasks.token_classification import TokenClassification
 
-TASKS: dict[str, type[Task]] = {
-    task.kind: task
-    for task in (
-        Classification,
-        MultiLabel,
-        Regression,
-        TokenClassification,
-        QuestionAnswering,
-        MultipleChoice,
-        Embedding,
-    )
-}
+T = TypeVar("T")
 
 
-def task_named(kind: str) -> type[Task]:
-    """The task of that name; SpecError names the nearest."""
-    if kind not in TASKS:
-        raise SpecError(f"unknown task {kind!r}; {nearest(kind, TASKS)}")
-    return TASKS[kind]
+class LazyTable(Mapping[str, T]):
+    """Objects by name. ``places`` says where each stands, as ``package.module:OBJECT``; ``what`` they are."""
+
+    def __init__(self, what: str, places: Mapping[str, str]) -> None:
+        self._what, self._places, self._found = what, places, dict[str, T]()
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._found:
+            self._found[name] = pkgutil.resolve_name(self._places[name])
+        return self._found[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def named(self, name: str) -> T:
+        """The object of that name; raises SpecError naming the nearest known one."""
+        if name not in self:
+            raise SpecError(f"unknown {self._what} {name!r}; {nearest(name, self)}")
+        return self[name]
+
+
+TASKS: LazyTable[type[Task]] = LazyTable(
+    "task",
+    {
+        names.CLASSIFICATION: "bertology_serve.tasks.classification:Classification",
+        names.MULTI_LABEL: "bertology_serve.tasks.multi_label:MultiLabel",
+        names.REGRESSION: "bertology_serve.tasks.regression:Regression",
+        names.TOKEN_CLASSIFICATION: "bertology_serve.tasks.token_classification:TokenClassification",
+        names.QUESTION_ANSWERING: "bertology_serve.tasks.question_answering:QuestionAnswering",
+        names.MULTIPLE_CHOICE: "bertology_serve.tasks.multiple_choice:MultipleChoice",
+        names.EMBEDDING: "bertology_serve.tasks.embedding:Embedding",
+    },
+)
+task_named = TASKS.named
 
 
 def task_for(spec: TaskSpec) -> Task:

@@ -28,8 +28,13 @@ LABEL_KINDS = (CLASSIFICATION, MULTI_LABEL)
 """Those whose answer is among labels, with a probability each."""
 IGNORED = -100
 """What torch and HuggingFace write where there is no label: no class, no term of the loss, counted by no metric."""
+EVEN = 0.5
+"""The threshold of a label for which none was found."""
 POOLINGS = ("cls", "mean", "max")
 HEADS = ("hf", "linear", "mlp", "none")
+LONG = ("cut", "windows")
+AGGREGATES = ("mean", "max")
+LEAST_WINDOW = 8
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,17 @@ class TaskSpec:
     has none). ``max_length`` is the longest tokenised sequence in tokens, special tokens included. ``pooling``
     says which rows a sequence-level head reads: the first text row, or the mean or maximum over text rows.
     ``head`` is ``hf`` (the form that HuggingFace gives the family), ``linear`` (one linear layer on the pooled
-    row), ``mlp`` (EH-FT's: a hidden layer of 2,048 between) or ``none`` (embeddings). ``stride`` is the overlap in
-    tokens of question-answering windows, ``max_answer_length`` the longest answer in tokens, ``normalize`` scales
-    embeddings to unit length. Without ``token_types`` question and context are of one type, as deltas from peft's
-    question answering have it. With ``pairs`` a classification or regression was trained on pairs of texts alone, and
-    refuses a single one; without it takes both.
+    row), ``mlp`` (EH-FT's: a hidden layer of 2,048 between) or ``none`` (embeddings). ``max_answer_length`` is the
+    longest answer in tokens, ``normalize`` scales embeddings to unit length. Without ``token_types`` question and
+    context are of one type, as deltas from peft's question answering have it. With ``pairs`` a classification or
+    regression was trained on pairs of texts alone, and refuses a single one; without it takes both. ``dimensions``
+    are widths that embeddings were trained to be cut to (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147). Raises
+    SpecError for values that make no sense.
+
+    Texts beyond ``max_length`` are cut at their end or, where ``long`` is ``windows``, read in windows of that length
+    with ``stride`` tokens of overlap, as question answering always reads its context. ``aggregate`` says what becomes
+    of the windows' outputs, before softmax or sigmoid: their mean, in which each window weighs as many tokens as are
+    its own (``tasks.encoding``), or the largest of each; words are tagged by the window that they belong to.
     """
 
     kind: str
@@ -59,14 +70,16 @@ class TaskSpec:
     pairs: bool = False
     thresholds: tuple[float, ...] = ()
     abstain: float = 0.0
+    long: str = "cut"
+    aggregate: str = "mean"
+    dimensions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in TASK_KINDS:
             raise SpecError(f"unknown task {self.kind!r}; {nearest(self.kind, TASK_KINDS)}")
-        if self.pooling not in POOLINGS:
-            raise SpecError(f"unknown pooling {self.pooling!r}; {nearest(self.pooling, POOLINGS)}")
-        if self.head not in HEADS:
-            raise SpecError(f"unknown head {self.head!r}; {nearest(self.head, HEADS)}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise SpecError(f"unknown {name} {getattr(self, name)!r}; {nearest(str(getattr(self, name)), known)}")
         if self.max_length < 3:
             raise SpecError(f"max_length is {self.max_length}; at least 3 tokens are needed")
         if len(set(self.labels)) != len(self.labels):
@@ -83,6 +96,21 @@ class TaskSpec:
             raise SpecError("thresholds and abstain are probabilities; expected numbers from 0 to 1")
         if self.abstain and self.kind != CLASSIFICATION:
             raise SpecError(f"abstain does not fit {self.kind}; only classification may name no label")
+        if self.long != "cut" and self.kind == QUESTION_ANSWERING:
+            raise SpecError("question answering reads windows anyway; leave long out")
+        if self.reads_windows and self.max_length < LEAST_WINDOW:
+            raise SpecError(f"max_length is {self.max_length}; windows need at least {LEAST_WINDOW} tokens")
+        if self.aggregate != "mean" and (self.long == "cut" or self.per_token):
+            raise SpecError(f"aggregate {self.aggregate!r} is for windows of a text that has one answer; leave it out")
+        if self.dimensions and self.kind != EMBEDDING:
+            raise SpecError(f"dimensions do not fit {self.kind}; only embeddings can be cut")
+        if len(set(self.dimensions)) != len(self.dimensions) or min(self.dimensions, default=1) < 1:
+            raise SpecError(f"dimensions are {self.dimensions}; expected widths from 1 up, each once")
+
+    @property
+    def reads_windows(self) -> bool:
+        """Whether a long text is read in windows."""
+        return self.long == "windows" or self.kind == QUESTION_ANSWERING
 
     @property
     def outputs(self) -> int:
@@ -103,13 +131,17 @@ class TaskSpec:
         return self.kind in (TOKEN_CLASSIFICATION, QUESTION_ANSWERING)
 
 
+_CHOICES = {"pooling": POOLINGS, "head": HEADS, "long": LONG, "aggregate": AGGREGATES}
+
+
 @dataclass(frozen=True, slots=True)
 class Encoding:
     """One tokenised sequence, special tokens included, not padded.
 
     ``offsets`` are character spans in the text that each token came from, ``parts`` says which text that was
-    (0 first, 1 pair, -1 special token), ``words`` the word index for pre-split input (-1 special token). ``cut`` is
-    how many tokens of the text were left out, to fit the maximum length.
+    (0 first, 1 pair, -1 special token), ``words`` the word index for pre-split input (-1 special token, or a word that
+    another window answers for). ``cut`` is how many tokens of the text were left out, to fit the maximum length.
+    A window of a text that is no first one ``continues`` the sequence before it; ``own`` tokens belong to it.
     """
 
     ids: tuple[int, ...]
@@ -118,6 +150,8 @@ class Encoding:
     parts: tuple[int, ...] = ()
     words: tuple[int, ...] = ()
     cut: int = 0
+    continues: bool = False
+    own: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Answer, Example, Named, Task
-from bertology_serve.tasks.encoding import encode_words
+from bertology_serve.tasks.encoding import MOST_WINDOWS, word_windows
 from bertology_serve.tasks.fields import Record, Records, label_index, read_tags, read_text, read_texts, sorted_labels
 from bertology_serve.tasks.metrics import Floats, accuracy, ratio
 from bertology_serve.tasks.spec import IGNORED, TOKEN_CLASSIFICATION, Encoding, TaskSpec
@@ -76,13 +76,14 @@ class TokenClassification(Task[TokensExample, tuple[int, ...]]):
         return TokensExample(where, text, tuple(spans), True, tags)
 
     def encode(self, example: TokensExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
-        words = [example.text[start:end] for start, end in example.spans]
-        return [encode_words(tokenizer, words, [start for start, _ in example.spans], self.spec.max_length)]
+        words, starts = [example.text[start:end] for start, end in example.spans], [start for start, _ in example.spans]
+        most = MOST_WINDOWS if self.spec.long == "windows" else 1
+        return word_windows(tokenizer, words, starts, self.spec.max_length, self.spec.stride, most)
 
     def target(self, example: TokensExample, encodings: Sequence[Encoding]) -> tuple[int, ...]:
         """The tag's index on each word's first subword, -100 on all other rows and where there is none."""
-        target = [IGNORED] * len(encodings[0])
-        for word, row in _first_rows(encodings[0]).items():
+        target = [IGNORED] * sum(map(len, encodings))
+        for word, row in _first_rows(encodings).items():
             tag = (example.tags or ())[word]
             target[row] = IGNORED if tag is None else self.index[tag]
         return tuple(target)
@@ -97,7 +98,7 @@ class TokenClassification(Task[TokensExample, tuple[int, ...]]):
         return F.cross_entropy(out.float(), gold, ignore_index=IGNORED, reduction="sum")
 
     def decode(self, example: TokensExample, encodings: Sequence[Encoding], outputs: Sequence[Tensor]) -> Answer:
-        tags, scores = self._tagged(example, encodings[0], outputs[0])
+        tags, scores = self._tagged(example, encodings, torch.cat(list(outputs)))
         entities = []
         for label, first, last in spans_of(tags):
             start, end = example.spans[first][0], example.spans[last - 1][1]
@@ -121,10 +122,12 @@ class TokenClassification(Task[TokensExample, tuple[int, ...]]):
             (set(spans_of(gold)), set(spans_of(found))) for gold, found in zip(*_known(answers, examples), strict=True)
         ]
 
-    def _tagged(self, example: TokensExample, encoding: Encoding, out: Tensor) -> tuple[list[str], list[float]]:
+    def _tagged(
+        self, example: TokensExample, encodings: Sequence[Encoding], out: Tensor
+    ) -> tuple[list[str], list[float]]:
         """A tag and its probability for each word; ``O`` at probability 1 for words without a row."""
         tags, scores = ["O"] * len(example.spans), [1.0] * len(example.spans)
-        rows = _first_rows(encoding)
+        rows = _first_rows(encodings)
         best = out[list(rows.values())].double().softmax(1).max(1)
         for word, score, index in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
             tags[word], scores[word] = self.spec.labels[index], score
@@ -140,10 +143,10 @@ def _known(answers: Sequence[Answer], examples: Sequence[TokensExample]) -> tupl
     return [[gold for gold, _ in pair] for pair in pairs], [[found for _, found in pair] for pair in pairs]
 
 
-def _first_rows(encoding: Encoding) -> dict[int, int]:
-    """Word -> the row of its first subword, for words that have one, in order."""
+def _first_rows(encodings: Sequence[Encoding]) -> dict[int, int]:
+    """Word -> the row of its first subword among those of all windows, for words that have one, in order."""
     rows: dict[int, int] = {}
-    for row, word in enumerate(encoding.words):
+    for row, word in enumerate(chain.from_iterable(encoding.words for encoding in encodings)):
         if word >= 0 and word not in rows:
             rows[word] = row
     return rows

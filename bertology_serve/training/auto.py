@@ -31,7 +31,6 @@ from bertology_serve.tasks.registry import task_for
 from bertology_serve.training.baselines import PROBE
 from bertology_serve.training.batches import Data, Source
 from bertology_serve.training.calibration import Judged, judged_on
-from bertology_serve.training.callbacks import Callback, Line
 from bertology_serve.training.config_file import settings_text
 from bertology_serve.training.evaluate import measure
 from bertology_serve.training.fleet.fleet import Fleet
@@ -44,6 +43,7 @@ from bertology_serve.training.run_directory import CONFIG, SKIPPED, Destination,
 from bertology_serve.training.run_plots import draw_curves
 from bertology_serve.training.train import Outcome, for_data, for_encoder, for_rows, lay_out, machine, task_spec
 from bertology_serve.training.train_config import RecipeConfig, TrainConfig, read_budget
+from bertology_serve.training.trainer import Callback, Line
 
 BOARD, PLOT = "board.csv", "board.png"
 THIRD, MEASURED = 3, 2
@@ -162,7 +162,8 @@ class Search:
     @property
     def metric(self) -> str:
         """What candidates are judged by."""
-        return next(iter(self.crew.values()))[0].member.task.main_metric
+        member = next(iter(self.crew.values()))[0].member
+        return next(iter(member.latest), member.task.main_metric)
 
     @property
     def winner(self) -> str:

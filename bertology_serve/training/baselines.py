@@ -38,10 +38,13 @@ def rivals(encoder: Encoder, task: Task, known: Sequence[Any], examples: Sequenc
         prior = task.prior([task.target(example, ()) for example in known])
         if prior is not None:
             found[CONSTANT] = task, [task.decode(example, (), [prior]) for example in examples]
-    if task.kind in (REGRESSION, EMBEDDING) and all(example.text_pair is not None for example in examples):
+    if task.kind == EMBEDDING or (
+        task.kind == REGRESSION and all(example.text_pair is not None for example in examples)
+    ):
         pipeline = Pipeline(encoder)
         pairs = ({"text": example.text, "text_pair": example.text_pair} for example in examples)
-        answers = [dict(found.answer) for found in pipeline.answer(Request(BASE, pair) for pair in pairs)]
+        records = (example.fields for example in examples) if task.kind == EMBEDDING else pairs
+        answers = [dict(found.answer) for found in pipeline.answer(Request(BASE, record) for record in records)]
         found[COSINE] = pipeline.base.task, answers
     named = task.kind == CLASSIFICATION and all(map(_NAMED.match, task.spec.labels))
     if named and not any(example.text_pair for example in examples):

@@ -17,10 +17,12 @@ from bertology_serve.data.records import DataLike, Record, name_of, read_records
 from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.classification import LabelTask
+from bertology_serve.tasks.embedding import Embedding
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
+from bertology_serve.training.train_config import TrainConfig
 
-# The loss of embeddings compares every pair of a batch with every other: cut, it would be another loss.
 WHOLE_BATCH = (EMBEDDING,)
+"""The tasks whose loss compares all examples of a batch: it is taken of all their outputs together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +56,22 @@ def make_items(task: Task, records: Iterable[tuple[Fields, str]], tokenizer: Pre
     return items
 
 
-def shaped(task: Task, items: list[Item], balance: bool, smoothing: float) -> list[Item]:
-    """Training items with their targets' class weights and label smoothing; as they are without either."""
-    if not (balance or smoothing) or not isinstance(task, LabelTask):
+def shaped(task: Task, items: list[Item], config: TrainConfig) -> list[Item]:
+    """Training items with what the configuration adds to their targets: class weights and label smoothing, a loss."""
+    if isinstance(task, Embedding):
+        targets: Sequence[object] = task.aimed([item.example for item in items], config.optim.loss)
+    elif isinstance(task, LabelTask) and (config.optim.balance or config.optim.label_smoothing):
+        targets = task.shaped([item.target for item in items], config.optim.balance, config.optim.label_smoothing)
+    else:
         return items
-    targets = task.shaped([item.target for item in items], balance, smoothing)
     return [replace(item, target=target) for item, target in zip(items, targets, strict=True)]
 
 
-def micro_batches(items: Sequence[Item], max_tokens: int, padded: bool, whole: bool = False) -> list[list[Item]]:
+def micro_batches(items: Sequence[Item], max_tokens: int, padded: bool) -> list[list[Item]]:
     """Groups of items of like length, shortest first, each of at most ``max_tokens`` rows (or a single item).
 
-    ``padded``: every sequence takes as many rows as the longest of its group. ``whole``: one group, whatever its size.
+    ``padded``: every sequence takes as many rows as the longest of its group.
     """
-    if whole:
-        return [list(items)]
     groups: list[list[Item]] = []
     rows = sequences = 0
     for item in sorted(items, key=lambda item: item.longest):

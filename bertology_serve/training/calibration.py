@@ -16,8 +16,8 @@ from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.tasks.base import Answer
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.metrics import Flags, Floats, calibration_error
-from bertology_serve.tasks.multi_label import EVEN, MultiLabel
 from bertology_serve.tasks.registry import task_for
+from bertology_serve.tasks.spec import EVEN, MULTI_LABEL
 from bertology_serve.training.batches import Item, micro_batches
 from bertology_serve.training.evaluate import run
 
@@ -96,11 +96,12 @@ def _settle(live: TrainableDelta, task: LabelTask, logits: Tensor, dev: Sequence
             for parameter in live.head.layers[-1].linear.parameters():  # type: ignore[union-attr]
                 parameter.div_(by)
         logits = logits / by
-    if isinstance(task, MultiLabel):
+    if task.kind == MULTI_LABEL:
         has, lacks = task.rows(targets).chunk(2, 1)
         chosen = thresholds(task.probabilities(logits).numpy(), (has > lacks).numpy(), (has + lacks > 0).numpy())
         live.task = replace(live.task, thresholds=chosen)
-        final = MultiLabel(live.task)
+        final = task_for(live.task)
+        assert isinstance(final, LabelTask)
         found["thresholds"] = {"rows": len(dev), **final.metrics(_answers(final, dev, logits), examples)}
     loss = float(task.loss(logits, [], targets)) / len(dev)
     answers = _answers(task, dev, logits)

@@ -11,19 +11,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bertology_serve.deltas.catalog import is_delta
+from bertology_serve.deltas.catalog import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, is_delta
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.interop.adapterhub import is_adapterhub, read_adapterhub
 from bertology_serve.deltas.interop.microsoft import read_microsoft_lora, read_trusted
 from bertology_serve.deltas.interop.peft_import import import_peft, magnitudes, spelt_out, unwrapped
-from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST
 from bertology_serve.deltas.safe_io import Limits, read_json
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.encoder.task_models import is_task_model, read_task_model, verify_peft
 from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
 from bertology_serve.kinds.bitfit import Bitfit
-from bertology_serve.kinds.kind import Tensors
+from bertology_serve.kinds.kinds import Tensors
 from bertology_serve.kinds.norms import Norms
 from bertology_serve.kinds.peft_format import MODEL_ROOT
 from bertology_serve.kinds.slots import Anatomy

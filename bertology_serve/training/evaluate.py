@@ -13,6 +13,7 @@ from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Answer, Task
+from bertology_serve.tasks.heads import outputs_of
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.training.batches import WHOLE_BATCH, Item, micro_batches
 from bertology_serve.training.evaluation import Evaluation, Records
@@ -79,7 +80,8 @@ def _answered(
         out, outputs = run(live, group)
         for item, own in zip(group, outputs, strict=True):
             answers[numbers[id(item)]] = task.decode(item.example, item.encodings, own)
-        loss += float(task.loss(out, _lengths(group), [item.target for item in group]))
+        if task.kind not in WHOLE_BATCH:
+            loss += float(task.loss(out, _lengths(group), [item.target for item in group]))
     parts = processes.gathered((answers, loss))
     found = {number: answer for own, _ in parts for number, answer in own.items()}
     return [found[number] for number in range(len(items))], sum(own for _, own in parts)
@@ -87,14 +89,12 @@ def _answered(
 
 @torch.inference_mode()
 def run(live: TrainableDelta, items: Sequence[Item]) -> tuple[Tensor, list[list[Tensor]]]:
-    """The head's output for one batch as the loss takes it, and for each item one float32 CPU tensor a sequence."""
+    """The head's output for one batch as the loss takes it, and for each item what ``decode`` does, float32."""
     mode = live.training
     live.eval()
     out: Tensor = live([encoding for item in items for encoding in item.encodings])
     live.train(mode)
-    rows = out.float().cpu()
-    parts = iter(torch.split(rows, _lengths(items)) if live.task.per_token else rows.unbind(0))
-    return out, [[next(parts) for _ in item.encodings] for item in items]
+    return out, outputs_of(out.float().cpu(), [item.encodings for item in items], live.task)
 
 
 def _lengths(items: Sequence[Item]) -> list[int]:

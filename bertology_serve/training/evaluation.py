@@ -11,9 +11,19 @@ import numpy as np
 from bertology_serve.errors import DataError, SpecError, nearest
 from bertology_serve.tasks.base import Answer, Example, Task
 from bertology_serve.tasks.classification import LabelTask
-from bertology_serve.tasks.metrics import BINS, Floats, gaps, ratio
-from bertology_serve.tasks.significance import Interval, bootstrap, mcnemar, paired_effect
-from bertology_serve.tasks.spec import CLASSIFICATION
+from bertology_serve.tasks.metrics import (
+    BINS,
+    Floats,
+    Interval,
+    bootstrap,
+    gaps,
+    mcnemar,
+    mean_of,
+    of_ranking,
+    paired_effect,
+    ratio,
+)
+from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
 
 Records = Iterable[tuple[Mapping[str, Any], str]]
 MOST_SLICES = 20
@@ -68,6 +78,11 @@ class Evaluation:
     records: Sequence[tuple[Mapping[str, Any], str]]
 
     @property
+    def metric(self) -> str:
+        """The main metric's name."""
+        return next(iter(self.metrics))
+
+    @property
     def parts(self) -> Floats:
         """[N, 2]: what each answer brings to the main metric."""
         return self.task.parts(self.answers, self.examples)
@@ -85,7 +100,7 @@ class Evaluation:
 
     def against(self, other: Evaluation) -> Comparison:
         """This beside an earlier or another delta. Raises SpecError where both do not answer the same."""
-        if other.task.main_metric != self.task.main_metric or len(other.examples) != len(self.examples):
+        if other.metric != self.metric or len(other.examples) != len(self.examples):
             raise SpecError(f"{other.task.kind} cannot be compared with {self.task.kind}; give deltas of one task")
         mine, theirs = (one.task.quality(one.answers, one.examples) for one in (self, other))
         fixed, broken = (np.flatnonzero((a == 1) & (b != 1)) for a, b in ((mine, theirs), (theirs, mine)))
@@ -150,10 +165,7 @@ class Evaluation:
 
         Raises DataError where no record has the column.
         """
-        values = [fields.get(column) for fields, _ in self.records]
-        if not any(column in fields for fields, _ in self.records):
-            known = dict.fromkeys(name for fields, _ in self.records for name in fields)
-            raise DataError(f"no record has the column {column!r}; {nearest(column, known)}")
+        values = self.column(column)
         names = _grouped(values)
         places = {name: [i for i, own in enumerate(names) if own == name] for name in dict.fromkeys(names)}
         found = []
@@ -167,6 +179,44 @@ class Evaluation:
             interval = bootstrap(len(rows), lambda drawn, parts=parts: self.task.main(parts[drawn]))  # type: ignore[misc]
             found.append(Slice(name, len(rows), self.task.metrics(answers, examples), interval))
         return found
+
+    def column(self, name: str) -> list[object]:
+        """What each record has in a column. Raises DataError where none has it."""
+        if not any(name in fields for fields, _ in self.records):
+            known = dict.fromkeys(name for fields, _ in self.records for name in fields)
+            raise DataError(f"no record has the column {name!r}; {nearest(name, known)}")
+        return [fields.get(name) for fields, _ in self.records]
+
+    def ranking(self, column: str) -> dict[str, float]:
+        """The metrics of a search where records of one value of a column are a query's candidates, the mean over
+        queries to which one at least is relevant.
+
+        Candidates are ranked by their value or similarity, or the grade that is expected where labels are numbers (of
+        two labels the second is relevant). Raises SpecError where answers rank nothing, DataError where none is
+        relevant.
+        """
+        if isinstance(self.task, LabelTask) and self.task.kind == CLASSIFICATION:
+            labels = self.task.spec.labels
+            numbers = all(label.isdecimal() for label in labels)
+            if not numbers and len(labels) > 2:
+                raise SpecError(
+                    f"{len(labels)} labels that are no numbers rank nothing; expected two labels, or grades"
+                )
+            grade = {label: float(label) if numbers else float(index) for index, label in enumerate(labels)}
+            gold = np.array([grade[example.label] for example in self.examples])  # type: ignore[attr-defined]
+            found = np.array([sum(grade[label] * p for label, p in one["scores"].items()) for one in self.answers])
+        elif self.parts.shape == (len(self.answers), 2) and self.task.kind in (REGRESSION, EMBEDDING):
+            gold, found = self.parts.T
+        else:
+            raise SpecError(f"answers of {self.task.kind} rank nothing; expected scored pairs, or two labels")
+        places: dict[object, list[int]] = {}
+        for place, value in enumerate(self.column(column)):
+            places.setdefault(value, []).append(place)
+        ranked = [gold[rows][np.argsort(-found[rows], kind="stable")] for rows in places.values()]
+        results = [of_ranking(grades) for grades in ranked if grades.max() > 0]
+        if not results:
+            raise DataError("no record is relevant to its query; expected a score above 0, or the second label")
+        return {"queries": float(len(results)), **mean_of(results)}
 
     def errors(self) -> list[dict[str, Any]]:
         """What went wrong, the worst first: where, how good (1: right), the record, and the answer."""

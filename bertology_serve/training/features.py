@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -14,8 +15,9 @@ from bertology_serve.encoder.batch import read_rows
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import FormatError
 from bertology_serve.files import JsonObject
+from bertology_serve.tasks.heads import aggregate
 from bertology_serve.training.batches import Item, micro_batches
-from bertology_serve.training.checkpoint import read_checkpoint, write_checkpoint
+from bertology_serve.training.run_directory import read_checkpoint, write_checkpoint
 
 Features = dict[int, Tensor]
 
@@ -25,9 +27,9 @@ def features(
 ) -> Features:
     """By layer the rows [N, H] (float32) that a head of the live delta's task would read there, an item each.
 
-    Layer 0 is what the embeddings put out, the last what the encoder does. Each item has one sequence. The rows are
-    read from ``folder`` where the same encoder, token ids, pooling and layers, run in the same way, left them; else
-    they are computed and left there.
+    Layer 0 is what the embeddings put out, the last what the encoder does. A text's windows are put together: what a
+    linear head makes of their mean is the mean of what it makes of them. The rows are read from ``folder`` where the
+    same encoder, token ids, pooling and layers, run in the same way, left them; else they are computed and left there.
     """
     key = _key(live, items, layers, max_tokens)
     path = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
@@ -44,12 +46,15 @@ def pooled(live: TrainableDelta, items: Sequence[Item], layers: Sequence[int], m
     encoder, mode, place = live.encoder, live.training, {id(item): i for i, item in enumerate(items)}
     live.eval()
     rows = {layer: torch.empty(len(items), encoder.anatomy.hidden) for layer in layers}
-    groups = [[place[id(item)] for item in group] for group in micro_batches(items, max_tokens, not encoder.packs)]
-    encodings = [item.encodings[0] for item in items]
-    for members, batch, hidden in encoder.layer_rows(*live.bank(), encodings, groups, layers):
-        order = sorted(range(batch.sequences), key=batch.order.__getitem__)
-        for layer, own in hidden.items():
-            rows[layer][members] = read_rows(own, batch, order, live.task).float().cpu()
+    groups = micro_batches(items, max_tokens, not encoder.packs)
+    encodings = [one for group in groups for item in group for one in item.encodings]
+    ends = [0, *accumulate(sum(len(item.encodings) for item in group) for group in groups)]
+    passes = encoder.layer_rows(*live.bank(), encodings, [range(*ends) for ends in pairwise(ends)], layers)
+    for group, (members, batch, hidden) in zip(groups, passes, strict=True):
+        order, own = sorted(range(batch.sequences), key=batch.order.__getitem__), [encodings[i] for i in members]
+        for layer, found in hidden.items():
+            read = aggregate(read_rows(found, batch, order, live.task), own, live.task)
+            rows[layer][[place[id(item)] for item in group]] = read.float().cpu()
     live.train(mode)
     return rows
 
@@ -64,7 +69,7 @@ def origin(live: TrainableDelta, items: Sequence[Item]) -> JsonObject:
     """What the bits of any rows of the frozen encoder depend on."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(repr([(encoding.ids, encoding.types) for encoding in item.encodings]).encode())
+        digest.update(repr([(encoding.ids, encoding.types, encoding.own) for encoding in item.encodings]).encode())
     encoder = live.encoder
     return {
         "weights": encoder.ref.sha256,

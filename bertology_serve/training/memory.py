@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bertology_serve.encoder.trainable import TrainableDelta
-from bertology_serve.training.batches import WHOLE_BATCH, Item, micro_batches
+from bertology_serve.training.batches import Item, micro_batches
 from bertology_serve.training.layers import recomputed_layers
 from bertology_serve.training.trainer import Trainer
 
@@ -75,8 +75,7 @@ def estimate(trainer: Trainer) -> Estimate:
     held = {parameter.data_ptr(): parameter for parameter in (*live.encoder.model.parameters(), *live.parameters())}
     trained = sum(parameter.nbytes for parameter in trainer.parameters.values())
     batch = trainer.processes.share(sorted(trainer.items, key=lambda item: item.tokens)[-config.optim.batch_size :])
-    whole = trainer.task.kind in WHOLE_BATCH
-    group = micro_batches(batch, config.machine.max_tokens, not live.encoder.packs, whole)[-1]
+    group = micro_batches(batch, config.machine.max_tokens, not live.encoder.packs)[-1]
     again = len(recomputed_layers(live)) if config.machine.checkpointing else 0
     activations = _activations(live, group, set(held), again)
     return Estimate(sum(parameter.nbytes for parameter in held.values()), trained, 2 * trained, activations)

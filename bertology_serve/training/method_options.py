@@ -124,7 +124,9 @@ class Full:
 
 @dataclass(frozen=True)
 class Mixout:
-    """Mixout (Lee et al. 2019, arXiv 1909.11299): ``p`` is the share of a linear's weights put back for a step."""
+    """Mixout (Lee et al. 2019, arXiv 1909.11299): ``p`` is the share of a linear's weights put back for a step.
+    Raises SpecError for another share.
+    """
 
     p: float = 0.7
 
@@ -136,7 +138,8 @@ class Mixout:
 class ChildTuning:
     """Child-Tuning (Xu et al. 2021, arXiv 2109.05687): ``share`` of the weights has a gradient.
 
-    ``mode`` d chooses them once, by their Fisher information for the task; f draws others each step.
+    ``mode`` d chooses them once, by their Fisher information for the task; f draws others each step. Raises
+    SpecError for values that make no sense.
     """
 
     mode: str = "d"
@@ -150,7 +153,7 @@ class ChildTuning:
 
 @dataclass(frozen=True)
 class TopK:
-    """Only the upper ``layers`` layers and the head are trained."""
+    """Only the upper ``layers`` layers and the head are trained. Raises SpecError for fewer than one."""
 
     layers: int = 3
 

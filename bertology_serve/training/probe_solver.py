@@ -18,12 +18,11 @@ from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.logistic import LOOSE, Logistic, Ridge, Solution
 from bertology_serve.tasks.spec import MULTI_LABEL
 from bertology_serve.training.batches import Item
-from bertology_serve.training.callbacks import Callback, NoCallback
-from bertology_serve.training.checkpoint import RunState
 from bertology_serve.training.features import Features, features
 from bertology_serve.training.methods import count_parameters
-from bertology_serve.training.run_directory import RunDirectory
+from bertology_serve.training.run_directory import RunDirectory, RunState
 from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.trainer import Callback, NoCallback
 
 HELD_OUT, FOLDS, MANY = 0.1, 5, 2000
 """Without dev items: the part that is held out of many; of fewer than ``MANY`` every fold is, once."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.training.batches import Item
-from bertology_serve.training.checkpoint import random_state, set_random_state
+from bertology_serve.training.run_directory import random_state, set_random_state
 
 Thing = TypeVar("Thing")
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bertology_serve.data.records import Record
 from bertology_serve.deltas import store
+from bertology_serve.deltas.catalog import ADAPTER_CONFIG
 from bertology_serve.deltas.delta import Delta
-from bertology_serve.deltas.names import ADAPTER_CONFIG
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.loading import rounding
 from bertology_serve.encoder.pipeline import Pipeline, Request

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.encoder.trainable import TrainableDelta, trained
 from bertology_serve.training.layers import layer_paths
 from bertology_serve.training.method_options import ChildTuning, Mixout
-from bertology_serve.training.optimizer import trained
 
 
 class Regulariser:

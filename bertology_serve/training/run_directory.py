@@ -14,22 +14,22 @@ import platform
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import bertology_serve
-from bertology_serve.deltas.catalog import check_place, is_delta
-from bertology_serve.deltas.names import check_name
+from bertology_serve.deltas.catalog import check_name, check_place, is_delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import FormatError, InputError, SpecError
-from bertology_serve.files import JsonObject, write_json
+from bertology_serve.files import JsonObject, replacing, write_json
 from bertology_serve.training.batches import Data
-from bertology_serve.training.checkpoint import RunState, read_checkpoint, write_checkpoint
 from bertology_serve.training.methods import ParameterCount
 from bertology_serve.training.train_config import TrainConfig
 
@@ -79,7 +79,7 @@ class RunDirectory:
         found = read_checkpoint(self._checkpoint) if self._checkpoint.exists() else None
         if found is not None and found[1].get("stage", 0) != stage:
             found = None  # of the stage before
-        self._cut_log(stage, found[1]["step"] if found else 0)
+        self._cut_log(stage, found[1]["step"] if found else -1)
         return found
 
     def stage(self, number: int) -> Path:
@@ -274,3 +274,67 @@ def provenance(
         },
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
+    """Replaces the file ``path``: a kill at any moment leaves the old one or the new."""
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as own:
+        save_file(copies, own, metadata={"state": json.dumps(state)})
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], JsonObject]:
+    """The tensors and the state; raises FormatError where the file is not a whole checkpoint."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            return tensors, json.loads(file.metadata()["state"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        line = " ".join(str(error).split())
+        raise FormatError(f"{path} is no checkpoint of a run: {line}; begin again with --overwrite") from None
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's random generators as tensors [bytes]."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(device: torch.device, states: Mapping[str, Tensor]) -> None:
+    """The inverse of ``random_state``."""
+    torch.set_rng_state(states["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in states:
+        torch.cuda.set_rng_state(states["rng.cuda"], device)
+
+
+@dataclass
+class RunState:
+    """``stage`` counts a recipe's stages from 1, and is 0 where there is but one. ``epoch`` and ``offset`` are the
+    sampler's place; ``best`` is the highest dev metric and, where several steps reached it, the highest negative loss
+    among them; ``best_step`` got there.
+
+    ``metrics`` are those of the state that is kept, ``stale`` counts evaluations since ``best_step``, ``stopped`` says
+    that patience ran out, ``seconds`` is the time spent so far.
+    """
+
+    stage: int = 0
+    step: int = 0
+    epoch: int = 0
+    offset: int = 0
+    best: list[float] = field(default_factory=list)
+    best_step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    stale: int = 0
+    stopped: bool = False
+    seconds: float = 0.0
+
+    def as_dict(self) -> JsonObject:
+        """Ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: JsonObject) -> RunState:
+        """The inverse of ``as_dict``."""
+        return cls(**values)

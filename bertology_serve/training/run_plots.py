@@ -12,9 +12,9 @@ import numpy as np
 from bertology_serve.errors import Unsupported
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.metrics import BINS, Floats
-from bertology_serve.training.callbacks import Line
 from bertology_serve.training.evaluation import Evaluation
 from bertology_serve.training.run_directory import LOG
+from bertology_serve.training.trainer import Line
 
 CURVE = "curve.png"
 WIDTH, HEIGHT, DPI = 7.0, 3.2, 120

@@ -13,8 +13,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from bertology_serve.training.callbacks import Line
 from bertology_serve.training.methods import ParameterCount
+from bertology_serve.training.trainer import Line
 
 VERSION = "brain.Event:2"
 SHOWN = ("loss", "lr", "grad_norm", "tokens_per_s")

@@ -18,18 +18,16 @@ from bertology_serve.encoder.trainable import TrainableDelta, nested
 from bertology_serve.errors import DataError
 from bertology_serve.kinds import kinds
 from bertology_serve.tasks.base import Answer, Task, all_pairs
+from bertology_serve.tasks.embedding import loss_of
 from bertology_serve.tasks.fields import holds_several
 from bertology_serve.tasks.registry import task_for, task_named
-from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, TaskSpec
+from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, MULTI_LABEL, TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
 from bertology_serve.training.calibration import Judged, settled
-from bertology_serve.training.callbacks import Callback, NoCallback
-from bertology_serve.training.checkpoint import RunState
 from bertology_serve.training.config_file import settings_text
 from bertology_serve.training.evaluate import answered, measure
 from bertology_serve.training.evaluation import Evaluation
-from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache
 from bertology_serve.training.method_options import AUTO
 from bertology_serve.training.methods import (
     ParameterCount,
@@ -38,15 +36,16 @@ from bertology_serve.training.methods import (
     make_live,
     specs_for,
     start_at_mean,
+    state_bytes,
+    uses_bf16,
 )
-from bertology_serve.training.optimizer import state_bytes, uses_bf16
 from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.processes import ALONE, Processes
 from bertology_serve.training.publish import publish, publish_copy
 from bertology_serve.training.recipes import Stage, stages
-from bertology_serve.training.run_directory import Destination, Follower, RunDirectory, identity, provenance
+from bertology_serve.training.run_directory import Destination, Follower, RunDirectory, RunState, identity, provenance
 from bertology_serve.training.train_config import FEW_ROWS, FEW_ROWS_RATES, TrainConfig
-from bertology_serve.training.trainer import Trainer
+from bertology_serve.training.trainer import Callback, NoCallback, Trainer
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def prepare(
     live, task = make_live(encoder, config, spec), task_for(spec)
     items = make_items(task, train.records, encoder.tokenizer)
     start_at_mean(live, items)
-    items = shaped(task, items, config.optim.balance, config.optim.label_smoothing)
+    items = shaped(task, items, config)
     others = [make_items(task, source.records, encoder.tokenizer) if source else [] for source in (dev, ood)]
     return Prepared(live, task, items, *others)
 
@@ -167,6 +166,8 @@ class StageRun:
         before = store.load(self.directory.stage(number - 1)) if number > 1 else None
         live = ready.live if before is None else _continued(stage, ready, before)
         if stage.config.machine.trunk_cache:
+            from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache
+
             items, folder = [*ready.items, *ready.dev], self.directory.features
             cache = FrozenPrefixCache(live, items, stage.config.machine.max_tokens, folder)
             live.around = nested(cache.over, live.around)
@@ -303,7 +304,11 @@ def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
 
 
 def for_data(config: TrainConfig, train: Source) -> TrainConfig:
-    """The configuration for multi-label where a classification's labels are lists."""
+    """The configuration for multi-label where a classification's labels are lists; with the loss of embeddings that
+    the first record calls for."""
+    if config.task == EMBEDDING and config.optim.loss == "auto":
+        example = task_named(EMBEDDING)(config.known_task).example(*train.records[0], labelled=True)
+        return config.replaced(loss=loss_of(example))
     several = config.task == CLASSIFICATION and holds_several(train.records)
     return config.replaced(task=MULTI_LABEL) if several else config
 
@@ -350,7 +355,8 @@ def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
         why = "the checkpoint's own" if encoder.pooling else own
         parts.append(f"pooling {chosen.form.pooling} ({'as given' if config.form.pooling else why})")
     form = "hf, at random" if chosen.known_task.head == "hf" else chosen.known_task.head
-    parts += [f"head {form}", *(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
+    parts += [f"loss {chosen.optim.loss}" if chosen.task == EMBEDDING else f"head {form}"]
+    parts += [*(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
     if not config.plan.recipe:
         parts.append(f"{chosen.passes(rows)} epochs")
     given = config.plan.recipe or (config.optim.epochs and chosen.optim == config.optim)

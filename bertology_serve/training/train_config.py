@@ -67,7 +67,18 @@ class FormConfig:
         "hf: the form that HuggingFace gives the family; linear: one layer; mlp: EH-FT's, a hidden one of 2,048. "
         "Default: none for embeddings, linear where the head begins at the probe, else hf.",
     )
-    stride: int | None = option(None, "Overlap in tokens of question-answering windows. Default: 64.", least=0)
+    long: Literal["cut", "windows"] = option(
+        "cut", "Texts beyond --max-length are cut, or read in windows whose outputs become one answer."
+    )
+    aggregate: Literal["mean", "max"] = option(
+        "mean", "Of the windows' logits or embeddings: the mean, by tokens, or the largest of each."
+    )
+    stride: int | None = option(
+        None, "Overlap of windows in tokens. Default: 64 for question answering, else a quarter of theirs.", least=0
+    )
+    matryoshka: tuple[int, ...] = option(
+        (), "embedding: widths at which vectors can be cut, with commas (384,256,128,64); the loss is summed over them."
+    )
     max_answer_length: int | None = option(None, "Longest answer in tokens (question answering). Default: 30.", least=1)
     calibrate: bool = option(
         True, "Fit a temperature on --eval and put it into the head: scores then say how often answers are right."
@@ -77,6 +88,7 @@ class FormConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         labels = (read_label(label, "the configuration", f"labels[{i}]") for i, label in enumerate(self.labels))
+        object.__setattr__(self, "matryoshka", tuple(self.matryoshka))
         object.__setattr__(self, "labels", tuple(labels))  # as the data's own are read: 1 is "1"
 
 
@@ -137,6 +149,11 @@ class OptimConfig:
     epsilon: float = option(1e-8, "AdamW's epsilon.", least=0)
     clip: float = option(1.0, "Longest gradient; 0: no clipping.", least=0)
     seed: int = option(0, "Decides the first weights, the order of examples and dropout.", least=0)
+    loss: Literal["auto", "cosent", "mnrl", "mnrl-symmetric", "margin-mse", "distill"] = option(
+        "auto",
+        "embedding: cosent (scored pairs), mnrl (pairs, with hard negatives or without; -symmetric: both ways), "
+        "margin-mse or distill (a teacher's scores). auto: as the records are.",
+    )
     balance: bool = option(
         False, "Weigh examples so that every label counts alike, however rare it is (classification, multi-label)."
     )
@@ -237,6 +254,8 @@ class TrainConfig:
         if self.eval.folds and (self.plan.recipe or self.full):
             own = self.plan.recipe or self.method[0]
             raise SpecError(f"folds share one frozen encoder, but {own} trains its own; leave them out")
+        if self.optim.loss != "auto" and self.task != EMBEDDING:
+            raise SpecError(f"loss {self.optim.loss} is for {EMBEDDING}, not {self.task}; leave it out")
         for name in self.options:
             if name not in self.method:
                 raise SpecError(f"options of {name!r} were given, but the method is {','.join(self.method)}")
@@ -263,7 +282,7 @@ class TrainConfig:
     def starts_at_probe(self) -> bool:
         """Whether the probe is solved first, and its head is where training begins."""
         plain = self.plan.recipe is None and self.plan.start == "probe" and PROBE not in self.method
-        return plain and self.task in SOLVED and self.form.head in (None, "linear")
+        return plain and self.task in SOLVED and self.form.head in (None, "linear") and self.form.aggregate == "mean"
 
     def passes(self, rows: int) -> int:
         """Epochs over that many rows: as given, or three, and more where those would be few steps."""
@@ -271,8 +290,8 @@ class TrainConfig:
 
     @property
     def solvable(self) -> bool:
-        """Whether the head is one linear layer that gives a text its label or score."""
-        return self.task in SOLVED and self.known_task.head == "linear"
+        """Whether the head is one linear layer that gives a text its label or score, from the mean of its windows."""
+        return self.task in SOLVED and self.known_task.head == "linear" and self.form.aggregate == "mean"
 
     @property
     def full(self) -> bool:
@@ -300,15 +319,20 @@ class TrainConfig:
         """The task with its defaults filled in."""
         embedding = self.task == EMBEDDING
         probe = PROBE in self.method or self.plan.recipe == LP_FT or self.starts_at_probe
+        longest = self.form.max_length or (384 if self.task == QUESTION_ANSWERING else TaskSpec.max_length)
+        overlap = longest // 4 if self.form.long == "windows" else TaskSpec.stride
         return TaskSpec(
             self.task,
             labels=labels,
-            max_length=self.form.max_length or (384 if self.task == QUESTION_ANSWERING else TaskSpec.max_length),
+            max_length=longest,
             pooling=self.form.pooling or ("mean" if embedding or probe else TaskSpec.pooling),
             head=self.form.head or ("none" if embedding else "linear" if probe else TaskSpec.head),
-            stride=TaskSpec.stride if self.form.stride is None else self.form.stride,
+            stride=overlap if self.form.stride is None else self.form.stride,
             max_answer_length=self.form.max_answer_length or TaskSpec.max_answer_length,
             abstain=self.form.abstain,
+            long=self.form.long,
+            aggregate=self.form.aggregate,
+            dimensions=self.form.matryoshka,
         )
 
 
@@ -343,6 +367,8 @@ def _check_recipe(config: TrainConfig) -> None:
             f"recipe lp solves a probe for {' or '.join(SOLVED)}; got method {names} and task {config.task}; "
             "leave --recipe out, or take lp-ft"
         )
+    if config.plan.recipe == LP and config.form.aggregate != "mean":
+        raise SpecError("recipe lp solves a probe on the mean of windows; leave --aggregate out")
     if config.plan.recipe == LP and config.form.head not in (None, "linear"):
         raise SpecError(f"recipe lp solves one linear layer; got head {config.form.head!r}; leave --head out")
     if config.plan.recipe == EH_FT and config.method[0] in ALONE:

@@ -1,38 +1,92 @@
-"""The step loop: one delta, one optimizer, batches of examples, and a run that can be killed at any moment."""
+"""What a run tells whoever watches it. Records are plain: they are the lines of ``log.jsonl``."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.encoder.trainable import TrainableDelta, trained
 from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Task
+from bertology_serve.tasks.spec import Encoding
 from bertology_serve.training.batches import WHOLE_BATCH, Buckets, Item, Sampler, micro_batches
-from bertology_serve.training.callbacks import Callback, Line, NoCallback
-from bertology_serve.training.checkpoint import RunState, random_state, set_random_state
 from bertology_serve.training.evaluate import measure
 from bertology_serve.training.layers import layer_norms
-from bertology_serve.training.methods import count_parameters, regulariser_for
-from bertology_serve.training.optimizer import (
+from bertology_serve.training.methods import (
+    ParameterCount,
+    count_parameters,
     factor,
     make_optimizer,
     moments,
+    regulariser_for,
     set_moments,
     set_rate,
-    trained,
     uses_bf16,
 )
 from bertology_serve.training.processes import ALONE, Processes
-from bertology_serve.training.run_directory import RunDirectory
+from bertology_serve.training.run_directory import RunDirectory, RunState, random_state, set_random_state
 from bertology_serve.training.train_config import TrainConfig
+
+Line = Mapping[str, Any]
+
+
+class Callback(Protocol):
+    """Sees a run from outside; see ``Trainer`` for what the lines hold."""
+
+    def staged(self, stage: int, count: int, title: str) -> None:
+        """Stage ``stage`` (from 1) of a recipe's ``count`` comes next."""
+        return
+
+    def began(self, step: int, total: int, parameters: ParameterCount) -> None:
+        """Training begins after ``step`` of ``total`` steps."""
+        return
+
+    def stepped(self, line: Line) -> None:
+        """A step was made."""
+        return
+
+    def evaluated(self, line: Line) -> None:
+        """The evaluation data was answered."""
+        return
+
+
+class NoCallback(Callback):
+    """Watches nothing."""
+
+
+class CallbackList:
+    """Tells several watchers, in their order."""
+
+    def __init__(self, watchers: Sequence[Callback]) -> None:
+        self.watchers = watchers
+
+    def staged(self, stage: int, count: int, title: str) -> None:
+        """To all."""
+        for watcher in self.watchers:
+            watcher.staged(stage, count, title)
+
+    def began(self, step: int, total: int, parameters: ParameterCount) -> None:
+        """To all."""
+        for watcher in self.watchers:
+            watcher.began(step, total, parameters)
+
+    def stepped(self, line: Line) -> None:
+        """To all."""
+        for watcher in self.watchers:
+            watcher.stepped(line)
+
+    def evaluated(self, line: Line) -> None:
+        """To all."""
+        for watcher in self.watchers:
+            watcher.evaluated(line)
 
 
 class Trainer:
@@ -95,7 +149,14 @@ class Trainer:
         """
         if self.dev and self.config.eval.keep == "best":
             self.start, self.state.metrics = start, dict(start)
-            self.state.best = [start[self.task.main_metric], -0.99 * start.get("loss", 0.0)]
+            self.state.best = [next(iter(start.values())), -0.99 * start.get("loss", 0.0)]
+
+    def measure_start(self) -> None:
+        """Without a head, what training begins with answers already (as the encoder itself does, with most kinds): it
+        counts as the first evaluation, so that what is kept is no worse on the dev set.
+        """
+        if self.live.task.head == "none" and self.config.eval.keep == "best":
+            self._evaluate()
 
     @property
     def unimproved(self) -> bool:
@@ -120,17 +181,18 @@ class Trainer:
 
     def _add_gradient(self, items: Sequence[Item], weight: int) -> float:
         """Adds the gradient of the items' losses over ``weight``; returns their sum."""
-        whole, padded = self.task.kind in WHOLE_BATCH, not self.live.encoder.packs
-        total = 0.0
-        for group in micro_batches(items, self.config.machine.max_tokens, padded, whole):
-            encodings = [encoding for item in group for encoding in item.encodings]
+        groups = micro_batches(items, self.config.machine.max_tokens, not self.live.encoder.packs)
+
+        def run(group: Sequence[Item]) -> Tensor:
             with autocast(self.config.machine.precision, self.live.encoder.device):
-                out = self.live(encodings)
-            lengths = [len(encoding) for encoding in encodings]
-            loss = self.task.loss(out, lengths, [item.target for item in group]) / weight
-            torch.autograd.backward(loss)
-            total += loss.item()
-        return total
+                return self.live(_encodings(group))  # type: ignore[no-any-return]
+
+        def loss(out: Tensor, group: Sequence[Item]) -> Tensor:
+            lengths = [len(encoding) for encoding in _encodings(group)]
+            return self.task.loss(out, lengths, [item.target for item in group]) / weight
+
+        together = [groups] if self.task.kind in WHOLE_BATCH else [[group] for group in groups]
+        return sum(add_gradient(parts, run, loss, self.live.encoder.device) for parts in together)
 
     def _learn(self, batch: Sequence[Item], loss: float, started: float) -> None:
         """One step on the gradients that a batch of that mean loss left, and an evaluation where it is due."""
@@ -193,8 +255,8 @@ class Trainer:
         self.watcher.evaluated(line)
 
     def _rank(self, metrics: Mapping[str, float]) -> list[float]:
-        """What is compared: the main metric, then the loss."""
-        return [metrics[self.task.main_metric], -metrics.get("loss", 0.0)]
+        """What is compared: the main metric, which stands first, then the loss."""
+        return [next(iter(metrics.values())), -metrics.get("loss", 0.0)]
 
     def _begin(self) -> None:
         """From the first step, or from where the checkpoint stands."""
@@ -208,6 +270,8 @@ class Trainer:
             self.regulariser.begin(self._gradients)
         self.live.train()
         self.watcher.began(self.state.step, self.total, count_parameters(self.live))
+        if found is None:
+            self.measure_start()
 
     def _gradients(self) -> Iterator[None]:
         """Leaves the gradient of each batch of the data, in its order, in the parameters, and clears them after."""
@@ -260,6 +324,40 @@ class Trainer:
 
 def _named(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def _encodings(items: Sequence[Item]) -> list[Encoding]:
+    return [encoding for item in items for encoding in item.encodings]
+
+
+def add_gradient(
+    groups: Sequence[Sequence[Item]],
+    run: Callable[[Sequence[Item]], Tensor],
+    loss: Callable[[Tensor, Sequence[Item]], Tensor],
+    device: torch.device,
+) -> float:
+    """Adds the gradient of the loss of all groups' outputs together; returns that loss.
+
+    Only one group's graph is held at a time. Several run twice, with the same dropout: first without a graph, which
+    gives the loss and its gradient in the outputs; from there it flows on as each runs again (GradCache, Gao et al.
+    2021, arXiv 2101.06983).
+    """
+    items = [item for group in groups for item in group]
+    if len(groups) == 1:
+        whole = loss(run(items), items)
+        torch.autograd.backward(whole)
+        return whole.item()
+    states, outs = [], []
+    with torch.no_grad():
+        for group in groups:
+            states.append(random_state(device))
+            outs.append(run(group).requires_grad_())
+    whole = loss(torch.cat(outs), items)
+    torch.autograd.backward(whole)
+    for group, state, out in zip(groups, states, outs, strict=True):
+        set_random_state(device, state)
+        torch.autograd.backward(run(group), out.grad)
+    return whole.item()
 
 
 def check_divisible(task: Task, processes: Processes) -> None:

@@ -14,7 +14,7 @@ from bertology_serve.export.emitter.products import PRODUCTS
 from bertology_serve.export.emitter.row_nodes import Rows
 from bertology_serve.export.emitter.updates import Updates
 from bertology_serve.export.export_inputs import ExportInputs
-from bertology_serve.export.export_spec import Precision
+from bertology_serve.export.export_spec import ON_CPU, Precision
 from bertology_serve.kinds.slots import Slot
 
 Then = Callable[[Value], Value]
@@ -32,7 +32,7 @@ class Modules:
         self.nodes: Nodes = updates.nodes
         self.updates, self.config, self.state = updates, export_inputs.config, export_inputs.state
         self.anatomy, self.activation = export_inputs.anatomy, export_inputs.activation
-        self.positions = export_inputs.positions
+        self.positions, self._columns = export_inputs.positions, export_inputs.columns if precision in ON_CPU else {}
         self._product, self._apart = PRODUCTS[precision], precision == "int8-row"
 
     def has(self, slot: str, layer: int = 0) -> bool:
@@ -79,7 +79,10 @@ class Modules:
 
     def frozen(self, path: str, x: Value) -> list[Value]:
         """``x W`` and, where there is one, ``b``."""
-        y, bias = self._product(x, f"{path}.weight", self.state[f"{path}.weight"]), self.own(f"{path}.bias")
+        weight, columns, bias = self.state[f"{path}.weight"], self._columns.get(path), self.own(f"{path}.bias")
+        if columns is not None:
+            x, weight = x * self.nodes.constant((1 / columns).numpy()), weight * columns
+        y = self._product(x, f"{path}.weight", weight)
         return [y] if bias is None else [y, bias]
 
     def summed(self, terms: list[Value], residual: Value | None = None) -> Value:

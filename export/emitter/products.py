@@ -42,7 +42,7 @@ def quantised_product(x: Value, name: str, weight: Tensor) -> Value:
 def quantised_rows(x: Value) -> tuple[Value, Value]:
     """q [T, K], uint8, and s [T]; made once for all products of the same rows."""
     nodes: Nodes = x.nodes
-    s = nodes("Max", x.reduce("Max", 1), nodes("Neg", x.reduce("Min", 1)), SMALLEST) * (1 / MOST)
+    s = nodes("Max", nodes("Abs", x).reduce("Max", 1), SMALLEST) * (1 / MOST)
     zeros = nodes("Expand", nodes.constant(np.array(ZERO, dtype=np.uint8)), s.size(0))
     return nodes("QuantizeLinear", x, s, zeros, axis=0), s
 

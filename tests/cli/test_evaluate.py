@@ -3,11 +3,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bertology_serve.api import load_delta
-from bertology_serve.cli.evaluate import check_comparable
+from bertology_serve.cli.evaluate import advice, check_comparable
 from bertology_serve.cli.main import main
 from bertology_serve.deltas import store
 from bertology_serve.errors import SpecError
@@ -43,6 +44,11 @@ def test_texts_that_are_cut_are_told(made, tmp_path, capsys):
     assert "warning: 1 of 1 texts were cut to their delta's max_length" in capsys.readouterr().err
     assert main(["evaluate", str(made / "mood"), "--input", str(rows), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["truncated"] == 1
+
+
+def test_where_many_texts_are_cut_windows_are_named():
+    found = SimpleNamespace(truncated=2, answers=[{}] * 5, calibration=None, classes=[])
+    assert advice(found, {}) == "40 % of the texts were cut: train with a larger --max-length, or --long windows"
 
 
 def test_table_and_columns(made, capsys):

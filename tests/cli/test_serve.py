@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from bertology_serve.bench.prove.process_tree import descendants
@@ -30,9 +31,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def serving(backbone: str, directory: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+def serving(
+    backbone: str, directory: Path, *options: str, start: Sequence[str] = ("-m", "bertology_serve")
+) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """The command in a process of its own: process, URL, lines that it has printed."""
-    command = [sys.executable, "-m", "bertology_serve", "serve", "--backbone", backbone, "--deltas", str(directory)]
+    command = [sys.executable, *start, "serve", "--backbone", backbone, "--deltas", str(directory)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(directory.parent / "cache")}
     process = subprocess.Popen(
         [*command, "--port", "0", *options], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
@@ -152,3 +155,40 @@ def test_the_executors_process_ends_with_the_server_however_that_ends(encoder, d
         process.kill()
         process.wait(10)
         wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family))
+
+
+MOMENT = """
+import os, sys
+from pathlib import Path
+from bertology_serve.cli.main import main
+from bertology_serve.serving.batching import warmup
+from bertology_serve.serving.execution import engine_choice
+
+bad = Path(sys.argv[1])
+os.getloadavg = lambda: (1e9 if bad.exists() else 0.0, 0.0, 0.0)
+warmup.LOOKS, warmup.BUSY = 0.05, 1e6  # no timing of this machine decides
+engine_choice.race = lambda torch, onnx: (torch(), onnx()) and ((1.0, 2.0) if bad.exists() else (2.0, 1.0))
+sys.exit(main(sys.argv[2:]))
+"""
+"""The command on a machine that is busy, where torch is faster, as long as a file exists, and idle afterwards."""
+
+
+def test_an_engine_that_a_busy_machine_chose_is_chosen_again(encoder, deltas, tmp_path):  # noqa: F811
+    (busy := tmp_path / "busy").touch()
+    item = {"delta": "mood", "text": "the cat was good", "logits": True}
+    kept = deltas.parent / "cache" / "bertology-serve" / "findings"
+    with serving(encoder.name, deltas, start=("-c", MOMENT, str(busy))) as (process, url, lines):
+        before = httpx.post(f"{url}/predict", json=item, timeout=120).json()
+        assert "the machine seems busy (load 1000000000.0 on" in "".join(lines)
+        assert [line.split("engine: ")[1].split()[0] for line in lines if "engine: " in line] == ["torch"]
+        assert not kept.exists(), "what a busy machine gave is not kept"
+        busy.unlink()
+        wait(lambda: list(kept.glob("*.json")) if kept.exists() else [])
+        (found,) = kept.glob("*.json")
+        assert json.loads(found.read_bytes())["setting"]["engine"] == "onnx"
+        assert process.stderr is not None
+        assert "engine: onnxruntime" in next(line for line in process.stderr if "engine: " in line)
+        after = httpx.post(f"{url}/predict", json=item, timeout=120).json()
+        assert np.allclose(before["logits"], after["logits"], atol=1e-4)
+    with serving(encoder.name, deltas, start=("-c", MOMENT, str(busy))) as (_, _, lines):
+        assert "engine: onnxruntime" in "".join(lines), "the next start begins with it"

@@ -183,7 +183,10 @@ def test_dry_run_counts_and_writes_nothing(bert, train_file, tmp_path, capsys):
         (["--name", "base"], "delta name 'base' is taken by the encoder itself"),
         (["--max-length", "1000"], "max_length is 1000, but"),
         (["--task", "regression"], "field 'label' is 'up' (str); expected a finite number"),
-        (["--task", "embedding", "--method", "probe"], "no head"),
+        (["--task", "embedding", "--method", "probe"], "field 'text_pair' (or 'positive') is missing"),
+        (["--loss", "mnrl"], "loss mnrl is for embedding, not classification; leave it out"),
+        (["--task", "embedding", "--loss", "mnlr"], "'mnlr'"),
+        (["--matryoshka", "8,4"], "dimensions do not fit classification; only embeddings can be cut"),
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--layers", "0,x"], "layers is '0,x'"),
         (["--layers", "7"], "layers [7] must rise and lie in 0..2"),
@@ -287,7 +290,7 @@ def test_a_cosine_that_is_better_is_named():
 
     from bertology_serve.cli.train import advice
     from bertology_serve.tasks.spec import TaskSpec
-    from bertology_serve.training.checkpoint import RunState
+    from bertology_serve.training.run_directory import RunState
 
     known = {"cosine": {"spearman": 0.9}, "probe": {"spearman": 0.4}}
     delta = SimpleNamespace(task=TaskSpec("regression"), metrics={"spearman": 0.5}, provenance={})
@@ -299,6 +302,42 @@ def test_a_cosine_that_is_better_is_named():
     assert any("not surely better than the probe" in line for line in advice(outcome))  # type: ignore[arg-type]
     delta.metrics = {"spearman": 0.95}
     assert not any("ask the encoder itself" in line for line in advice(outcome))  # type: ignore[arg-type]
+
+
+def test_embeddings_are_chosen_by_a_retrieval_set(bert, tmp_path, capsys):
+    """BEIR's layout in --eval and in evaluate, with the encoder's own cosine beside; predict and serve as ever."""
+    pairs = sets.write(tmp_path / "pairs.jsonl", [{"anchor": f"the {t}", "positive": f"a {t}"} for t in sets.THINGS])
+    folder, out = tmp_path / "set", tmp_path / "deltas" / "near"
+    folder.mkdir()
+    sets.write(folder / "corpus.jsonl", [{"_id": t, "title": "", "text": f"one {t} here"} for t in sets.THINGS])
+    sets.write(folder / "queries.jsonl", [{"_id": f"q-{t}", "text": f"where is the {t} ?"} for t in sets.THINGS])
+    judged = "".join(f"q-{t}\t{t}\t1\n" for t in sets.THINGS)
+    (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    own = [
+        "--task",
+        "embedding",
+        "--eval",
+        str(folder),
+        "--batch-size",
+        "4",
+        "--epochs",
+        "2",
+        "--loss",
+        "mnrl-symmetric",
+    ]
+    assert main(arguments(bert, pairs, out, *own)) == 0
+    table, notes = capsys.readouterr()
+    assert "loss mnrl-symmetric; lora at " in notes
+    assert "no step was better than the start" in notes or "ndcg@10: +" in notes
+    assert all(name in table for name in ("ndcg@10", "mrr@10", "map", "recall@1", "recall@100"))
+    delta = json.loads((out / "delta.json").read_text())
+    assert delta["metrics"]["ndcg@10"] >= delta["provenance"]["baselines"]["cosine"]["ndcg@10"]
+    assert main(["evaluate", str(out), "--input", str(folder), "--json", "--errors", str(tmp_path / "wrong")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["metrics"] == pytest.approx(delta["metrics"], abs=1e-5)
+    assert found["interval"]["metric"] == "ndcg@10"
+    wrong = [json.loads(line)["record"] for line in (tmp_path / "wrong").read_text().splitlines()]
+    assert all("relevant" in record for record in wrong)
 
 
 @pytest.fixture

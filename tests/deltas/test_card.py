@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import yaml
 
-from bertology_serve.deltas.card import model_card
+from bertology_serve.deltas.store import model_card
 from bertology_serve.tasks.spec import TaskSpec
 from tests.deltas import samples
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from bertology_serve.deltas.catalog import check_name
 from bertology_serve.deltas.format import FileRecord, Manifest, anatomy_of, anatomy_record, from_json, to_json
 from bertology_serve.deltas.layout import shapes_of
-from bertology_serve.deltas.names import check_name
 from bertology_serve.errors import FormatError
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
@@ -42,12 +42,16 @@ def test_a_task_that_does_not_say_whether_it_is_of_pairs_takes_both() -> None:
 
 
 def test_fields_that_earlier_versions_do_not_know_stand_only_where_they_say_something() -> None:
-    assert not {"thresholds", "abstain"} & values()["task"].keys()
+    assert not {"thresholds", "abstain", "long", "aggregate"} & values()["task"].keys()
     careful = replace(manifest(), task=TaskSpec("multi-label", ("a", "b"), thresholds=(0.25, 0.5)))
     written = json.loads(to_json(careful))
     assert written["task"]["thresholds"] == [0.25, 0.5]
     assert "abstain" not in written["task"]
     assert from_json(written, "delta.json") == careful
+    long = replace(manifest(), task=TaskSpec("regression", long="windows"))
+    written = json.loads(to_json(long))
+    assert written["task"]["long"] == "windows"
+    assert from_json(written, "delta.json") == long
 
 
 def test_numbers_stand_on_one_line_and_nothing_else_changes() -> None:

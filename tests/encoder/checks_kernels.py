@@ -15,7 +15,7 @@ from bertology_serve.encoder import attention, linear
 from bertology_serve.encoder.cuda_graphs import Graphs
 from bertology_serve.encoder.pipeline import Request
 from bertology_serve.encoder.trainable import TrainableDelta
-from bertology_serve.kernels import autograd, bottleneck, dispatch, fused_lora_linear, layernorm, rows, shrink_expand
+from bertology_serve.kernels import autograd, bottleneck, dispatch, fused_lora_linear, layernorm, shrink_expand
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.registry import task_for
@@ -38,7 +38,7 @@ def as_on_hopper() -> Iterator[dict[str, mock.Mock]]:
     """What ``dispatch`` does on a GPU of compute capability 9.0, here; each kernel's calls by its name."""
     hopper = mock.Mock(return_value=("sm_90", ""))
     with ExitStack() as stack:
-        for module in (dispatch, rows):
+        for module in (dispatch, dispatch):
             stack.enter_context(mock.patch.object(module, "architecture", hopper))
         yield {name: stack.enter_context(_spied(module, name)) for module, name in LAUNCHES}
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder, weights_hash
+from bertology_serve.encoder.loading import RECORD, prune
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.encoder.pruned import RECORD, prune
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import BaseMismatch, FormatError, Unsupported
 from bertology_serve.kinds.adapter import Adapter

@@ -12,7 +12,7 @@ import pytest
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.pruned import prune
+from bertology_serve.encoder.loading import prune
 from bertology_serve.errors import BaseMismatch, FormatError, SpecError, Unsupported, VerificationError
 from bertology_serve.export import delta_library, exporting
 from bertology_serve.export.delta_library import Library, library_of

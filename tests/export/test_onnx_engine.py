@@ -13,14 +13,16 @@ import pytest
 import torch
 
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.loading import prune
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.encoder.pruned import prune
 from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
 from bertology_serve.export import exporting, onnx_engine
 from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.export.exporting import export_delta
 from bertology_serve.export.onnx_engine import OnnxEngine, OnnxModel, buckets, exports
 from bertology_serve.kinds.ia3 import Ia3
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.encoder.test_mixed import DELTAS, FACTORS, logits, pipeline, record, requests
 from tests.export.cases import small
@@ -233,6 +235,29 @@ def test_the_answers_of_the_deltas_that_were_exported(pair, tmp_path):
             assert (logits(one.as_dict()) - logits(two.as_dict())).abs().max() <= 1e-5
     with pytest.raises(SpecError, match="'prefix-shifted' answers already; export the model under another --name"):
         other.add_model(model.delta, model)
+
+
+@pytest.mark.parametrize("kind", ["classification", "token-classification", "embedding"])
+def test_an_export_reads_long_texts_in_windows_too(kind, tmp_path, monkeypatch):
+    """The graph knows nothing of it: the export says how, and windows are put together outside."""
+    labels, form = ("O", "B-LOC"), {"head": "none", "pooling": "mean"} if kind == "embedding" else {}
+    task = TaskSpec(kind, () if form else labels, max_length=14, stride=4, long="windows", **form)
+    encoder = tiny.encoder("bert", tmp_path / "encoder")
+    delta = tiny.delta(encoder, "it", [Lora(rank=2)], task)
+    real = exporting.built_in
+    monkeypatch.setattr(exporting, "built_in", lambda tokenizer, longest: list(real(tokenizer, longest))[::9])
+    export_delta(encoder, delta, tmp_path / "it", ExportSpec(merge=True, bake=True))
+    own, other = Pipeline(encoder, [delta]), Pipeline(encoder)
+    model = OnnxModel.open(tmp_path / "it")
+    other.add_model(model.delta, model)
+    assert model.delta.task == task
+    text = "the cat was good . Ada met the dog in London . the cat was in the house on the river bank"
+    (expected,), (found,) = (made.answer([Request("it", {"text": text}, logits=True)]) for made in (own, other))
+    assert found.windows == expected.windows == 3
+    if kind == "embedding":
+        assert found.answer["embedding"] == pytest.approx(expected.answer["embedding"], abs=1e-6)
+    else:
+        assert (logits(found.as_dict()) - logits(expected.as_dict())).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.loading import prune
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.encoder.pruned import prune
 from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.export.exporting import export_delta
 from bertology_serve.export.onnx_engine import OnnxEngine

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bertology_serve.kernels import reference, rows
+from bertology_serve.kernels import dispatch, reference
 from bertology_serve.kernels.columns import tile_columns
 from bertology_serve.kernels.dispatch import BatchColumns
 from bertology_serve.kernels.layernorm import BLOCK_ROWS
@@ -44,7 +44,7 @@ def test_adapters_by_torch_are_the_reference(recording):
     want = reference.grouped_bottleneck_adapter(other, it.x, down, shift, up, tile_columns([tanh], TOKENS, 16), "tanh")
     kept = other.clone()
     with torch.set_grad_enabled(recording):
-        got = rows.adapters(other, it.x, down, shift, up, tanh, BatchColumns(TOKENS, torch.device("cpu")))
+        got = dispatch.adapters(other, it.x, down, shift, up, tanh, BatchColumns(TOKENS, torch.device("cpu")))
     assert error(got, want) < 1e-14
     assert torch.equal(other, kept)
 
@@ -55,7 +55,7 @@ def test_norms_by_torch_are_the_reference():
     batch = BatchColumns(it.x.shape[0], torch.device("cpu"))
     pool = it.pools[0].b
     with torch.inference_mode():
-        got = rows.norm(it.x, weight, it.bias, 1e-5, residual, pool, it.slices[0], batch)
+        got = dispatch.norm(it.x, weight, it.bias, 1e-5, residual, pool, it.slices[0], batch)
         assert error(got, reference.layer_norm(it.x, weight, it.bias, 1e-5, residual, pool, it.columns(4))) < 1e-14
 
 
@@ -67,4 +67,4 @@ def test_lists_of_one_activation_are_made_once():
 
 
 def test_the_norms_tiles_are_one_height():
-    assert rows.NORM_ROWS == BLOCK_ROWS
+    assert dispatch.NORM_ROWS == BLOCK_ROWS

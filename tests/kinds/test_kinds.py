@@ -16,7 +16,7 @@ from bertology_serve.errors import SpecError
 from bertology_serve.kinds import kinds
 from bertology_serve.kinds.adapter import Adapter
 from bertology_serve.kinds.bitfit import Bitfit
-from bertology_serve.kinds.kind import spec_from_dict
+from bertology_serve.kinds.kinds import spec_from_dict
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt

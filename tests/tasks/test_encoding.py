@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bertology_serve.errors import Unsupported
 from bertology_serve.tasks import encoding
-from bertology_serve.tasks.encoding import encode_text, encode_windows, encode_words
+from bertology_serve.tasks.encoding import MOST_WINDOWS, encode_text, encode_windows, encode_words, word_windows
 
 FIRST = "The quick brown fox jumped unbelievably over thirteen lazy dogs"
 SECOND = "A wonderfully short sentence"
@@ -69,9 +72,9 @@ def test_families_without_token_types_get_zeros(byte_level):
 
 def test_windows_cover_the_context_with_overlap(minilm):
     context = " ".join(f"word{i}" for i in range(80))
-    whole = encode_windows(minilm, "which word ?", context, 512, 8)
+    whole = encode_windows(minilm, "which word ?", context, 512, 8, of=1, offsets=True)
     assert len(whole) == 1
-    windows = encode_windows(minilm, "which word ?", context, 40, 8)
+    windows = encode_windows(minilm, "which word ?", context, 40, 8, of=1, offsets=True)
     theirs = minilm(
         "which word ?", context, truncation="only_second", max_length=40, stride=8, return_overflowing_tokens=True
     )
@@ -83,16 +86,104 @@ def test_windows_cover_the_context_with_overlap(minilm):
 
 def test_a_long_question_leaves_half_of_the_room_and_windows_stay_few(minilm):
     context = " ".join(["fox"] * 200)
-    windows = encode_windows(minilm, " ".join(["why"] * 50), context, 33, 64)
+    windows = encode_windows(minilm, " ".join(["why"] * 50), context, 33, 64, of=1, offsets=True)
     assert {len(window) for window in windows} <= set(range(18, 34))
     assert all(window.parts.count(0) == 15 for window in windows)
     assert [window.cut for window in windows] == [35] + [0] * (len(windows) - 1), "of the question; no context is cut"
     assert len(windows) == 25  # 15 context tokens a window, 7 of overlap: (200 - 7) / 8
 
 
+def owners(extents: list[tuple[int, int]], tokens: int) -> list[int]:
+    """For each token the window in which it has the most context, by definition; text's ends cut nothing off."""
+
+    def context(token: int, window: int) -> float:
+        left, right = extents[window]
+        before = float("inf") if left == 0 else token - left
+        after = float("inf") if right == tokens else right - 1 - token
+        return min(before, after)
+
+    return [
+        max((i for i, (left, right) in enumerate(extents) if left <= t < right), key=lambda i: (context(t, i), -i))
+        for t in range(tokens)
+    ]
+
+
+@given(st.integers(0, 120), st.integers(0, 40), st.integers(8, 50), st.integers(0, 60))
+@settings(max_examples=60, deadline=None)
+def test_windows_lose_no_token_and_count_none_twice(minilm, tokens, other, length, stride):
+    text, pair = " ".join(["fox"] * tokens), " ".join(["dog"] * other) if other else None
+    windows = encode_windows(minilm, text, pair, length, stride, of=0, offsets=True, most=None)
+    specials = 2 if pair is None else 3
+    assert all(len(window) <= length for window in windows)
+    places = [[at // 4 for (at, _), part in zip(one.offsets, one.parts, strict=True) if part == 0] for one in windows]
+    assert sorted(set(chain(*places))) == list(range(tokens))
+    assert all(own == list(range(own[0], own[-1] + 1)) for own in places if own)
+    room = length - specials
+    size = room - min(other, room // 2) if len(windows) > 1 else tokens
+    for before, after in pairwise(places):
+        assert len(before) == size
+        assert len(set(before) & set(after)) == min(stride, size // 2)
+    extents = [(own[0], own[-1] + 1) if own else (0, 0) for own in places]
+    found = owners(extents, tokens)
+    assert [window.own for window in windows] == [found.count(i) for i in range(len(windows))]
+    assert [window.continues for window in windows] == [i > 0 for i in range(len(windows))]
+    kept = {window.parts.count(1) for window in windows}
+    assert len(kept) == 1
+    assert sum(window.cut for window in windows) == other - kept.pop()
+
+
+@given(st.lists(st.sampled_from(["fox", "unbelievable", "xqzw" * 3]), min_size=1, max_size=60), st.integers(8, 30),
+       st.integers(0, 30))  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_each_word_is_answered_for_once_from_its_first_token(minilm, words, length, stride):
+    starts = [sum(len(word) + 1 for word in words[:i]) for i in range(len(words))]
+    whole = encode_words(minilm, words, starts, 10**6)
+    windows = word_windows(minilm, words, starts, length, stride)
+    assert all(len(window) <= length for window in windows)
+    text, found = " ".join(words), []
+    for window in windows:
+        mine = [word for word in dict.fromkeys(window.words) if word >= 0]
+        found += mine
+        firsts = [window.words.index(word) for word in mine]
+        assert [window.offsets[row][0] for row in firsts] == [starts[word] for word in mine]
+        assert all(text[slice(*window.offsets[row])].strip() for row in firsts)
+    assert found == list(range(len(words)))
+    assert sum(window.own for window in windows) == len(whole) - 2
+
+
+def test_words_within_the_length_are_encoded_as_ever(minilm):
+    for length in (8, 14, 200):
+        cut = encode_words(minilm, WORDS, [0] * len(WORDS), length)
+        (first, *others) = word_windows(minilm, WORDS, [0] * len(WORDS), length, 3)
+        assert first.ids == cut.ids
+        assert (first == cut) == (not others) == (cut.cut == 0)
+
+
+@pytest.mark.parametrize("pair", [None, "a short one"])
+def test_windows_of_a_text_are_huggingface_s(minilm, pair):
+    text = " ".join(f"word{i}" for i in range(80))
+    side = {} if pair is None else {"truncation": "only_first"}
+    theirs = minilm(
+        text, pair, **({"truncation": True} | side), max_length=30, stride=7, return_overflowing_tokens=True
+    )
+    ours = encode_windows(minilm, text, pair, 30, 7)
+    assert [list(window.ids) for window in ours] == theirs["input_ids"]
+    assert [list(window.types) for window in ours] == theirs["token_type_ids"]
+
+
+def test_more_windows_than_are_read_are_cut_and_said(minilm):
+    text = " ".join(["fox"] * 100)
+    windows = encode_windows(minilm, text, None, 12, 2, most=3)
+    assert len(windows) == 3
+    assert [window.cut for window in windows] == [100 - (8 + 8 + 10), 0, 0]
+    assert sum(window.own for window in windows) == 26
+    assert len(encode_windows(minilm, "fox " * 5000, None, 12, 2)) == MOST_WINDOWS
+    assert encode_windows(minilm, "why " * 50, "\u200b", 20, 2, of=1)[0].cut == 50 - (20 - 3), "of no context at all"
+
+
 @pytest.mark.parametrize("length", [8, 9])
 def test_the_smallest_lengths_still_move_on(minilm, length):
-    windows = encode_windows(minilm, "why not now", "a b c d e f g h", length, 64)
+    windows = encode_windows(minilm, "why not now", "a b c d e f g h", length, 64, of=1, offsets=True)
     assert all(len(window) <= length for window in windows)
     seen = [span for window in windows for span, part in zip(window.offsets, window.parts, strict=True) if part == 1]
     assert sorted(set(seen)) == [(2 * i, 2 * i + 1) for i in range(8)]

@@ -182,7 +182,7 @@ def test_bad_top_k(top_k):
 
 
 def test_a_length_without_room_is_refused():
-    with pytest.raises(SpecError, match="max_length is 7; question answering needs at least 8 tokens"):
+    with pytest.raises(SpecError, match="max_length is 7; windows need at least 8 tokens"):
         QuestionAnswering(TaskSpec("question-answering", max_length=7))
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bertology_serve.tasks.significance import Interval, bootstrap, mcnemar, paired_effect
+from bertology_serve.tasks.metrics import Interval, bootstrap, mcnemar, paired_effect
 
 
 def test_mcnemar_is_the_binomial_test() -> None:

@@ -192,7 +192,7 @@ def test_a_candidate_that_fails_is_left_behind(tmp_path: Path, bert: Encoder, sm
     monkeypatch.setattr(Search, "rank", never)
     monkeypatch.setitem(auto.CANDIDATES, "lora-fast", ("lora", 9.9, {}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bertology_serve.training.optimizer.AdamW.step", _explodes)
+        patch.setattr("bertology_serve.training.methods.AdamW.step", _explodes)
         outcome = search(bert, tmp_path / "mine", rows())
     assert board(outcome)["lora-fast"]["end"].startswith("failed at step")
 

@@ -5,7 +5,7 @@ import torch
 
 from bertology_serve.errors import FormatError
 from bertology_serve.files import hidden
-from bertology_serve.training.checkpoint import random_state, read_checkpoint, set_random_state, write_checkpoint
+from bertology_serve.training.run_directory import random_state, read_checkpoint, set_random_state, write_checkpoint
 
 
 def test_tensors_and_state_come_back_bit_for_bit(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.training.optimizer import set_rate
+from bertology_serve.training.methods import set_rate
 from bertology_serve.training.regularisers import ChildNetwork, largest
 from bertology_serve.training.trainer import Trainer
 from tests.training.live import trainer

@@ -9,8 +9,8 @@ import torch
 from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.loading import prune
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.encoder.pruned import prune
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import BaseMismatch, SpecError
 from bertology_serve.export.export_inputs import fold

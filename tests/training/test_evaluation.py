@@ -134,3 +134,41 @@ def test_figures(tmp_path: Path) -> None:
     paths = draw_evaluation(made(GOLD, FOUND), tmp_path / "plots")
     assert [path.name for path in paths] == ["reliability.png", "confusion.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+@pytest.mark.parametrize("labels", [("no", "yes"), ("0", "1")])
+def test_candidates_of_each_query_are_ranked(labels: tuple[str, str]) -> None:
+    """As scikit-learn's nDCG over the queries that have something relevant, by the probability of the second label."""
+    reference = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    gold, p = rng.random((5, 20)) < 0.3, rng.random((5, 20))
+    gold[4] = False
+    task = task_for(TaskSpec("classification", labels))
+    rows = [{"text": f"q{i}", "text_pair": "d", "label": labels[int(gold[i, j])]} for i in range(5) for j in range(20)]
+    records = [(row, f"x:{i}") for i, row in enumerate(rows, 1)]
+    examples = [task.example(*record, labelled=True) for record in records]
+    answers = [{"label": labels[0], "score": 1.0, "scores": dict(zip(labels, (1 - x, x), strict=True))} for x in p.flat]
+    found = Evaluation(task.metrics(answers, examples), answers, 0, task, examples, records).ranking("text")
+    assert found["queries"] == 4
+    assert found["ndcg@10"] == pytest.approx(reference.ndcg_score(gold[:4], p[:4], k=10))
+    first = [next(i for i, j in enumerate(np.argsort(-x), 1) if y[j]) for x, y in zip(p[:4], gold[:4], strict=True)]
+    assert found["mrr@10"] == pytest.approx(np.mean([1 / place if place <= 10 else 0 for place in first]))
+
+
+def test_grades_are_ranked_and_what_is_none_is_refused(bert: Encoder) -> None:
+    task = task_for(TaskSpec("regression"))
+    rows = [{"text": "q", "text_pair": "d", "score": grade} for grade in (0, 2, 1)]
+    records = [(row, f"x:{i}") for i, row in enumerate(rows, 1)]
+    examples = [task.example(*record, labelled=True) for record in records]
+    answers = [{"value": value} for value in (0.3, 0.2, 0.1)]
+    found = Evaluation(task.metrics(answers, examples), answers, 0, task, examples, records)
+    ideal = 2 + 1 / np.log2(3)
+    assert found.ranking("text")["ndcg@10"] == pytest.approx((2 / np.log2(3) + 1 / 2) / ideal)
+    with pytest.raises(DataError, match="no record has the column 'query'"):
+        found.ranking("query")
+    with pytest.raises(SpecError, match="3 labels that are no numbers rank nothing"):
+        made(GOLD, FOUND).ranking("text")
+    none = [(({**row, "score": 0}), where) for row, where in records]
+    examples = [task.example(*record, labelled=True) for record in none]
+    with pytest.raises(DataError, match="no record is relevant to its query"):
+        Evaluation(found.metrics, answers, 0, task, examples, none).ranking("text")

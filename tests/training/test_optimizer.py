@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.training.methods import make_live
-from bertology_serve.training.optimizer import make_optimizer, moments, set_moments, set_rate, trained
+from bertology_serve.encoder.trainable import trained
+from bertology_serve.training.methods import make_live, make_optimizer, moments, set_moments, set_rate
 from bertology_serve.training.train_config import HEAD_RATE, LEARNING_RATES, TrainConfig
 from tests.training.live import trainer
 

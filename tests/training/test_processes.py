@@ -12,12 +12,11 @@ import torch
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.training import processes
-from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.processes import ALONE, Processes, check_alone, join
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import prepare, train
 from bertology_serve.training.train_config import TrainConfig
-from bertology_serve.training.trainer import Trainer, check_divisible
+from bertology_serve.training.trainer import NoCallback, Trainer, check_divisible
 from tests.training import sets, two
 from tests.training.live import trainer
 

@@ -14,13 +14,12 @@ from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.opening import open_delta
 from bertology_serve.errors import InputError, SpecError
-from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.recipes import stages
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, train
 from bertology_serve.training.train_config import TrainConfig
-from bertology_serve.training.trainer import Trainer
+from bertology_serve.training.trainer import NoCallback, Trainer
 from tests.bits import same_bits
 from tests.training import sets
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bertology_serve.training.optimizer import factor
+from bertology_serve.training.methods import factor
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])

@@ -17,13 +17,13 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.forward_context import Pools
 from bertology_serve.encoder.opening import open_delta
 from bertology_serve.training import probe_solver
-from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.features import pooled
 from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, prepare, train
 from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.trainer import NoCallback
 from tests.bits import same_bits
 from tests.training import sets
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import spearmanr
+from transformers import AutoModel
 
 from bertology_serve.data.records import Record
 from bertology_serve.deltas import store
@@ -18,14 +19,15 @@ from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import DataError, FormatError, InputError, SpecError
 from bertology_serve.kinds.kinds import parameter_count
 from bertology_serve.training.batches import Data, Source
-from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.evaluate import evaluate
+from bertology_serve.training.features import pooled
 from bertology_serve.training.method_options import AUTO, LEARNING_RATES, METHODS
 from bertology_serve.training.methods import count_parameters, make_live, specs_for
 from bertology_serve.training.publish import describe
 from bertology_serve.training.run_directory import Destination
-from bertology_serve.training.train import Outcome, choices, for_encoder, for_rows, train, usable
+from bertology_serve.training.train import Outcome, choices, for_encoder, for_rows, prepare, train, usable
 from bertology_serve.training.train_config import FEW_ROWS, FEW_ROWS_RATES, TrainConfig
+from bertology_serve.training.trainer import NoCallback
 from tests.bits import same_bits
 from tests.training import sets
 
@@ -47,8 +49,54 @@ def test_a_delta_is_trained_published_and_measured(tmp_path: Path, bert: Encoder
     assert {name: value for name, value in delta.metrics.items() if name != "loss"} == pytest.approx(found, abs=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"], "the run directory is gone"
     lines = [json.loads(line) for line in (tmp_path / "mine" / "log.jsonl").read_text().splitlines()]
-    assert len([line for line in lines if line.get("stage") != 1]) == outcome.state.step + 2
+    started = task == "embedding"  # which is measured before the first step too
+    assert len([line for line in lines if line.get("stage") != 1]) == outcome.state.step + 2 + started
     assert outcome.difference < 1e-5 * max(1.0, 1.0 / delta.provenance.get("calibration", {}).get("temperature", 1.0))
+
+
+LONG = [
+    {
+        "text": " ".join(["the river is cold ."] * i + [f"the film was {word}"] + ["Ada went to bank ."] * (4 - i)),
+        "label": label,
+    }
+    for i in range(5)
+    for word, label in (("good", "up"), ("bad", "down"))
+]
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "max"])
+@pytest.mark.parametrize("method", ["lora", "probe"])
+def test_long_texts_are_learned_in_windows(tmp_path: Path, bert: Encoder, method: str, aggregate: str):
+    """What training measures is what the saved delta answers; the probe is the mean's, which max does not begin at."""
+    source = Source.read(LONG)
+    config = TrainConfig.of("classification", (method,), max_length=10, epochs=2, long="windows", aggregate=aggregate)
+    outcome = train(config, bert, source, source, place=Destination(tmp_path / "mine"))
+    delta, encoder = open_delta(tmp_path / "mine", None)
+    assert (delta.task.long, delta.task.aggregate, delta.task.stride) == ("windows", aggregate, 2)
+    begun_at_probe = "probe" in outcome.baselines or outcome.unimproved
+    assert begun_at_probe == (method == "lora" and aggregate == "mean")
+    found = evaluate(delta, source.records, encoder)
+    assert {name: value for name, value in delta.metrics.items() if name != "loss"} == pytest.approx(found.metrics)
+    assert found.truncated == 0
+    assert {answer["windows"] for answer in found.answers} == {4}
+
+
+def test_the_probe_of_long_texts_reads_the_mean_of_their_windows(tmp_path: Path, bert: Encoder):
+    config = TrainConfig.of("classification", recipe="lp", max_length=10, pooling="mean", long="windows", stride=0)
+    ready = prepare(config, bert, Source.read(LONG))
+    found = pooled(ready.live, ready.items, (3,), 64)[3]
+    for item, row in zip(ready.items, found, strict=True):
+        own = torch.cat([bert_rows(bert, encoding.ids) for encoding in item.encodings])
+        sizes = torch.tensor([float(encoding.own) for encoding in item.encodings])
+        assert sum(sizes) == len(LONG[0]["text"].split())
+        assert torch.allclose(row, sizes @ own / sizes.sum(), atol=1e-5)
+
+
+def bert_rows(encoder: Encoder, ids: tuple[int, ...]) -> torch.Tensor:
+    """The mean row [1, H] of a sequence, by transformers."""
+    model = AutoModel.from_pretrained(encoder.name).eval()
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).last_hidden_state.mean(1)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("lora", AUTO)] + ["lora,bitfit"])

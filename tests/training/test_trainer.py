@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.trainable import trained
 from bertology_serve.errors import LimitError, SpecError
-from bertology_serve.training.callbacks import NoCallback
 from bertology_serve.training.methods import make_live
-from bertology_serve.training.optimizer import trained
 from bertology_serve.training.run_directory import RunDirectory
 from bertology_serve.training.train import Prepared, prepare
 from bertology_serve.training.train_config import TrainConfig
-from bertology_serve.training.trainer import Trainer
+from bertology_serve.training.trainer import NoCallback, Trainer
 from tests import tiny
 from tests.bits import same_bits
 from tests.training import sets
@@ -250,6 +249,27 @@ def test_nothing_to_train_is_refused(bert: Encoder):
     config = TrainConfig.of("embedding", "probe", max_length=32)
     with pytest.raises(SpecError, match="trains nothing for embedding, which has no head"):
         make_live(bert, config, config.task_spec(()))
+
+
+def test_widths_beyond_the_encoder_are_refused(bert: Encoder):
+    config = TrainConfig.of("embedding", max_length=32, matryoshka=(8, 999))
+    with pytest.raises(SpecError, match=r"matryoshka is 8,999; the embeddings of .* have \d+ numbers"):
+        make_live(bert, config, config.task_spec(()))
+
+
+def test_what_embeddings_begin_with_is_kept_where_nothing_is_better(bert: Encoder):
+    """A rate that ruins the encoder: the start counts as an evaluation, and is what is kept."""
+    one = trainer(bert, "embedding", method="lora", learning_rate=5.0, epochs=2)
+    lines: list[dict[str, Any]] = []
+    one._log = lines.append  # type: ignore[assignment,method-assign]
+    one.run()
+    evals = [line for line in lines if "eval" in line]
+    assert [line["step"] for line in evals] == [0, one.total // 2, one.total]
+    assert (one.state.best_step, one.state.metrics) == (0, evals[0]["eval"])
+    assert all(not tensor.any() for name, tensor in one.parameters.items() if "lora_B" in name or name.endswith("B"))
+    last = trainer(bert, "embedding", method="lora", keep="last", epochs=1)
+    last.run()
+    assert last.state.best_step == last.total
 
 
 def test_max_length_beyond_the_encoder_is_refused(bert: Encoder):

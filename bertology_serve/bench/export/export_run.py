@@ -85,7 +85,7 @@ def run(
     """
     if delta.task.kind not in (CLASSIFICATION, REGRESSION):
         raise Unsupported(f"delta {delta.name!r} answers {delta.task.kind}; expected classification or regression")
-    where, export_inputs = environment(), ExportInputs.of(encoder, delta, merge=True)
+    where, export_inputs = environment(), ExportInputs.of(encoder, delta, True, "int8-row")
     batches = [*(full(encoder, *shape) for shape in FULL), as_they_come(encoder, "texts as they come", inputs.texts)]
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
@@ -151,7 +151,8 @@ def export_times(encoder: Encoder, delta: Delta, directory: Path) -> tuple[dict[
         taken, made = [], set[str]()
         for _ in range(EXPORTS):
             started = time.perf_counter()
-            save(emit(ExportInputs.of(encoder, delta, True), opset, unpad, precision), directory / "again.onnx")
+            parts = ExportInputs.of(encoder, delta, True, precision)
+            save(emit(parts, opset, unpad, precision), directory / "again.onnx")
             taken.append(time.perf_counter() - started)
             made.add(hashlib.sha256((directory / "again.onnx").read_bytes()).hexdigest())
         seconds[name], same[name] = median(taken), len(made) == 1

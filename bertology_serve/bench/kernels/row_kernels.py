@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from bertology_serve.bench.kernels.gpu_timing import Spread, compare, sets_needed
 from bertology_serve.bench.kernels.workload import Workload, batch_segments
 from bertology_serve.errors import VerificationError
-from bertology_serve.kernels import rows
+from bertology_serve.kernels import dispatch
 from bertology_serve.kernels.dispatch import BatchColumns
 from bertology_serve.kernels.segments import RowSegment, bottleneck
 
@@ -102,13 +102,13 @@ def ways(work: RowWork, segments: list[RowSegment], device: torch.device) -> dic
     lists = BatchColumns(work.rows, device)
     if work.kernel == "norm":
         plain = torch.ones(work.width, device=device, dtype=work.dtype)
-        ours: Callable[[Rows], Tensor] = lambda i: rows.norm(  # noqa: E731
+        ours: Callable[[Rows], Tensor] = lambda i: dispatch.norm(  # noqa: E731
             i.x, plain, None, 1e-12, None, i.up, segments, lists
         )
         return {COPY: lambda i: i.x.clone(), OURS: ours, LOOP: partial(_by_torch, work, segments)}
     return {
         COPY: lambda i: i.x.clone(),
-        OURS: lambda i: rows.adapters(i.x, i.x, i.down, i.shift, i.up, segments, lists),
+        OURS: lambda i: dispatch.adapters(i.x, i.x, i.down, i.shift, i.up, segments, lists),
         LOOP: partial(_by_torch, work, segments),
     }
 

@@ -21,7 +21,7 @@ from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import VerificationError
 from bertology_serve.kinds.adapter import Adapter
 from bertology_serve.kinds.bitfit import Bitfit
-from bertology_serve.kinds.kind import Spec
+from bertology_serve.kinds.kinds import Spec
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bertology_serve.deltas.catalog import ADAPTER_CONFIG, check_name
 from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.interop.microsoft import read_trusted
 from bertology_serve.deltas.layout import check_shapes, expected_shapes, shapes_of
-from bertology_serve.deltas.names import ADAPTER_CONFIG, check_name
 from bertology_serve.deltas.safe_io import Limits, conform, read_json
 from bertology_serve.deltas.store import publish, write_tensors
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
@@ -29,8 +29,7 @@ from bertology_serve.families import FAMILIES
 from bertology_serve.files import JsonObject, staging, write_json
 from bertology_serve.kinds import ia3, lora
 from bertology_serve.kinds.adapter import Adapter, layers, places
-from bertology_serve.kinds.kind import Spec, Tensors
-from bertology_serve.kinds.kinds import from_peft
+from bertology_serve.kinds.kinds import Spec, Tensors, from_peft
 from bertology_serve.kinds.peft_format import MODEL_ROOT, take
 from bertology_serve.kinds.prefix import Prefix, split
 from bertology_serve.kinds.slots import DOWN, FFN_NORM, Anatomy

@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bertology_serve.deltas.catalog import ADAPTER_WEIGHTS, check_name
 from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.layout import check_finite, check_head, shapes_of
-from bertology_serve.deltas.names import ADAPTER_WEIGHTS, check_name
 from bertology_serve.deltas.safe_io import Limits, read_tensors
 from bertology_serve.errors import FormatError, NotFound
-from bertology_serve.kinds.kind import Tensors
-from bertology_serve.kinds.kinds import from_peft
+from bertology_serve.kinds.kinds import Tensors, from_peft
 from bertology_serve.kinds.lora import LORA, check_none_left
 from bertology_serve.kinds.peft_format import MODEL_ROOT
 from bertology_serve.kinds.slots import Anatomy

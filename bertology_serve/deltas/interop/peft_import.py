@@ -15,19 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, float32
 
+from bertology_serve.deltas.catalog import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
-from bertology_serve.deltas.interop.peft_export import TASK_TYPES, drops_types
 from bertology_serve.deltas.interop.sentence_transformers import embedding_task
-from bertology_serve.deltas.layout import check_head, shapes_of
-from bertology_serve.deltas.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from bertology_serve.deltas.layout import TASK_TYPES, check_head, drops_types, shapes_of
 from bertology_serve.deltas.safe_io import Limits, read_json, read_tensors
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.bitfit import slots as bias_slots
 from bertology_serve.kinds.ia3 import Ia3
-from bertology_serve.kinds.kind import Kind, Spec, Tensors, chosen_layers
-from bertology_serve.kinds.kinds import KINDS, from_peft
+from bertology_serve.kinds.kinds import KINDS, Kind, Spec, Tensors, chosen_layers, from_peft
 from bertology_serve.kinds.lora import Lora, check_none_left, pair_of
 from bertology_serve.kinds.peft_format import MERGE, MODEL_ROOT, PROMPT_ROOT, PeftFormat, places
 from bertology_serve.kinds.prefix import Prefix

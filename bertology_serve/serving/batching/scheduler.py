@@ -20,8 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from enum import Enum
 
+from torch import Tensor
+
 from bertology_serve.encoder.pipeline import Job, LoadedDelta, Prediction, Request
 from bertology_serve.serving.keys import Access
+from bertology_serve.tasks.spec import Encoding
 
 Outcome = Prediction | Exception
 DEFAULT_PRIORITY = 5  # of calls that ask for none
@@ -92,6 +95,60 @@ class CallItem(Job):
         self.delta, self.version = request.delta, ready.delta.version
         self.arrived, self.started, self.state = 0.0, 0.0, ItemState.WAITING
         self.outcome: Outcome | None = None
+
+    @property
+    def whole(self) -> CallItem:
+        """The item of the call that this is, or is a part of."""
+        return self
+
+    def parts(self, most: float) -> Sequence[CallItem]:
+        """Itself or, where it costs more, parts of its sequences that batches take one by one."""
+        if self.cost <= most or len(self.encodings) < 2:
+            return [self]
+        groups, rows = list[list[Encoding]](), 0
+        for encoding in self.encodings:
+            size = len(encoding) + self.ready.prompt_length
+            if not groups or rows + size > most:
+                groups.append([])
+                rows = 0
+            groups[-1].append(encoding)
+            rows += size
+        return [CallPart(self, group) for group in groups]
+
+
+class CallPart(CallItem):
+    """Some windows or choices of an item; once all parts have run, their ``outputs`` make its answer."""
+
+    def __init__(self, whole: CallItem, encodings: Sequence[Encoding]) -> None:
+        super().__init__(whole.request, whole.ready, whole.call, whole.deadline, whole.priority)
+        self._whole, self.outputs = whole, list[Tensor]()
+        self.take(encodings)
+
+    @property
+    def whole(self) -> CallItem:
+        """The item of the call."""
+        return self._whole
+
+    def answered(self, outputs: Sequence[Tensor]) -> Prediction:
+        """Keeps the outputs; no answer yet."""
+        self.outputs = list(outputs)
+        return Prediction(self.delta, self.version, self.ready.delta.task.kind, {})
+
+
+def joined(parts: Sequence[CallItem]) -> Prediction:
+    """The answer of an item all of whose parts have run."""
+    first = parts[0]
+    if isinstance(first, CallPart):
+        return first.whole.answered([out for part in parts if isinstance(part, CallPart) for out in part.outputs])
+    assert isinstance(first.outcome, Prediction)
+    return first.outcome
+
+
+def wholes(parts: Sequence[CallItem]) -> list[CallItem]:
+    """The items that these are parts of, which came and began as the first of them did."""
+    for part in reversed(parts):
+        part.whole.arrived, part.whole.started = part.arrived, part.started
+    return list(dict.fromkeys(part.whole for part in parts))
 
 
 def resolve(items: Sequence[CallItem], outcomes: Sequence[Outcome]) -> None:

@@ -167,7 +167,7 @@ def _check(given: JsonObject, options: Options, delta: Delta) -> None:
     _choice(given, "aggregation_strategy", GROUPED, "simple")
     if options.unit and not options.normalize:
         raise Unsupported(f"delta {delta.name!r} gives normalised embeddings; leave 'normalize' out")
-    if _flag(given, "truncate", True) is False:
+    if _flag(given, "truncate", True) is False and delta.task.long == "cut":
         raise Unsupported("texts are always cut to the delta's maximum length; leave 'truncate' out")
 
 

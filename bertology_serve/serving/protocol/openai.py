@@ -196,10 +196,10 @@ def _refuse(value: JsonObject, delta: Delta) -> None:
     if value.get("max_chunks_per_doc") is not None:
         raise Unsupported("option 'max_chunks_per_doc' is not supported: documents are cut, not chunked; leave it out")
     most = value.get("max_tokens_per_doc")
-    if most is not None and (not isinstance(most, int) or most < delta.task.max_length):
+    longest = delta.task.max_length if delta.task.long == "cut" else math.inf
+    if most is not None and (not isinstance(most, int) or most < longest):
         raise Unsupported(
-            f"option 'max_tokens_per_doc' is not supported below {delta.task.max_length}, where pairs are cut anyway; "
-            "leave it out"
+            f"option 'max_tokens_per_doc' is not supported below {longest}, where pairs are cut anyway; leave it out"
         )
 
 

@@ -203,7 +203,7 @@ def check_fit(call: TeiCall, tokenizer: Any, most_characters: int) -> None:
     most = call.delta.task.max_length
     for request in call.requests:
         check_size(request, most_characters)
-    for request in [] if call.truncate else call.requests:
+    for request in [] if call.truncate or call.delta.task.long == "windows" else call.requests:
         text, pair = request.record.get("text"), request.record.get("text_pair")
         sizes = [len(part.encode("utf-8", "replace")) for part in (text, pair) if isinstance(part, str)]
         if sum(sizes) <= most - 4 or not isinstance(text, str):

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bertology_serve.deltas import catalog
+from bertology_serve.deltas.catalog import MANIFEST, check_name
 from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.deltas.format import from_json, kinds_record, metrics_of, metrics_record, specs_of
-from bertology_serve.deltas.names import MANIFEST, check_name
 from bertology_serve.deltas.safe_io import Limits, build, conform, read_json, untrusted
 from bertology_serve.errors import FormatError
 from bertology_serve.files import JsonMapping, JsonObject

@@ -16,8 +16,7 @@ from typing import Literal
 
 import msgspec
 
-from bertology_serve.deltas.catalog import DeltaVersion
-from bertology_serve.deltas.names import check_name
+from bertology_serve.deltas.catalog import DeltaVersion, check_name
 from bertology_serve.deltas.safe_io import read_regular
 from bertology_serve.encoder.pipeline import BASE
 from bertology_serve.errors import BertologyError, FormatError, NotFound, SpecError

@@ -11,9 +11,9 @@ import torch
 from bertology_serve.encoder.trainable import Share, run_together
 from bertology_serve.errors import SpecError
 from bertology_serve.training.batches import WHOLE_BATCH, Item, micro_batches
-from bertology_serve.training.checkpoint import random_state, set_random_state
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory
 from bertology_serve.training.fleet.member import Member
+from bertology_serve.training.run_directory import random_state, set_random_state
 from bertology_serve.training.trainer import autocast
 
 
@@ -146,8 +146,8 @@ def gradients(members: Sequence[Member], batches: Sequence[Sequence[Item]], max_
 def pieces(member: Member, batch: Sequence[Item], max_tokens: int) -> Iterator[Piece]:
     """A batch as a run of the member by itself would cut it, or smaller."""
     weight = max(1, member.task.weight([item.target for item in batch]))
-    whole, padded = member.task.kind in WHOLE_BATCH, not member.live.encoder.packs
-    for group in micro_batches(batch, min(max_tokens, member.config.machine.max_tokens), padded, whole):
+    cut = micro_batches(batch, min(max_tokens, member.config.machine.max_tokens), not member.live.encoder.packs)
+    for group in [batch] if member.task.kind in WHOLE_BATCH else cut:
         yield Piece(member, tuple(group), weight)
 
 

@@ -18,10 +18,9 @@ from torch import Tensor
 from bertology_serve.deltas.catalog import check_place
 from bertology_serve.errors import InputError
 from bertology_serve.files import JsonObject
-from bertology_serve.training.callbacks import Line
-from bertology_serve.training.checkpoint import read_checkpoint
 from bertology_serve.training.methods import ParameterCount
-from bertology_serve.training.run_directory import LOG, RunDirectory
+from bertology_serve.training.run_directory import LOG, RunDirectory, read_checkpoint
+from bertology_serve.training.trainer import Line
 
 Stored = tuple[dict[str, Tensor], JsonObject]
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from bertology_serve.config_fields import choices_of
-from bertology_serve.deltas.names import check_name
+from bertology_serve.deltas.catalog import check_name
 from bertology_serve.errors import BertologyError, DataError, InputError, NotFound, SpecError, nearest
 from bertology_serve.files import JsonObject
 from bertology_serve.training.method_options import KindFlags, Values

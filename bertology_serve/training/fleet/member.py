@@ -14,13 +14,12 @@ from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Task
 from bertology_serve.training.batches import Item
-from bertology_serve.training.callbacks import Line
-from bertology_serve.training.checkpoint import random_state, set_random_state
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.layers import lowest_trained
 from bertology_serve.training.methods import count_parameters
+from bertology_serve.training.run_directory import random_state, set_random_state
 from bertology_serve.training.train_config import TrainConfig
-from bertology_serve.training.trainer import Trainer
+from bertology_serve.training.trainer import Line, Trainer
 
 RANDOM = "rng."
 ALONE = ("trunk_cache", "checkpointing")
@@ -66,6 +65,8 @@ class Member(Trainer):
             self.random = {name: tensor for name, tensor in tensors.items() if name.startswith(RANDOM)}
         self.live.train()
         self.fleet_watcher.joined(self.name, self.state.step, self.total, count_parameters(self.live))
+        if found is None:
+            self.measure_start()
 
     def take(self) -> list[Item]:
         """The next batch."""

@@ -18,16 +18,16 @@ import torch
 import transformers
 
 import bertology_serve
+from bertology_serve.data.formats import SET_PREFIX
 from bertology_serve.data.official import official_metrics
 from bertology_serve.data.records import Record
-from bertology_serve.data.set_files import PREFIX, parse
+from bertology_serve.data.set_files import parse
 from bertology_serve.data.sets import set_named
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import InputError, nearest
 from bertology_serve.files import JsonObject, replacing, write_json
 from bertology_serve.training.batches import Source
-from bertology_serve.training.callbacks import Line
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.grids import grid_plots
 from bertology_serve.training.grids.grid import Grid, GridRun, GridTask
@@ -36,6 +36,7 @@ from bertology_serve.training.memory import Peak
 from bertology_serve.training.run_directory import LOG, Destination
 from bertology_serve.training.train import Outcome, train
 from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.trainer import Line
 
 Measured = dict[str, dict[str, float]]
 
@@ -58,11 +59,11 @@ class GridPlace:
 
     def find(self, file: str) -> str:
         """A grid's file below ``data``; a known set there or, where it is not, wherever it is looked for."""
-        if not file.startswith(PREFIX):
+        if not file.startswith(SET_PREFIX):
             return file if file.startswith("hub:") else str(self.data / file)
         name, split = parse(file)
         folders = (self.data / name, self.data / name.rpartition("/")[2])
-        return next((f"{PREFIX}{name}@{folder}:{split}" for folder in folders if folder.is_dir()), file)
+        return next((f"{SET_PREFIX}{name}@{folder}:{split}" for folder in folders if folder.is_dir()), file)
 
 
 def result_of(run: GridRun, place: GridPlace) -> JsonObject | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bertology_serve.deltas.interop.peft_export import adapter_config, modules_to_save, obstacle
+from bertology_serve.deltas.layout import adapter_config, modules_to_save, obstacle
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import TaskSpec
 from tests.deltas import samples

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import onnx_ir
 import onnxruntime
 import pytest
 import torch
 
+from bertology_serve.encoder.bank import BARE, DeltaBank
+from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.export.emitter.nodes import Nodes, Output
 from bertology_serve.export.emitter.products import (
     BLOCK,
@@ -18,11 +23,14 @@ from bertology_serve.export.emitter.products import (
     quantised,
     quantised_product,
 )
-from bertology_serve.export.export_inputs import ExportInputs
+from bertology_serve.export.export_inputs import ExportInputs, column_scales
+from bertology_serve.export.export_spec import ON_CPU
+from bertology_serve.export.onnx_engine import OnnxEngine
 from bertology_serve.export.samples import Reference
+from bertology_serve.kinds.slots import BEHIND_NORMS
 from tests import tiny
 from tests.export.cases import DELTAS, encodings, padded
-from tests.export.emitter.test_emit import Run
+from tests.export.emitter.test_emit import Run, difference
 
 SIZES = [(1, 1, 1), (5, 33, 17), (64, 384, 96)]
 BOUNDS = [("int8-row", 0.05, 0.01), ("int8-nbits", 0.05, 0.01), ("fp16", 0.005, 0.005), ("int8-dynamic", 0.1, 0.1)]
@@ -127,11 +135,67 @@ def test_an_encoder_below_float32_stays_close_and_its_rows_apart(family, name, t
     expected = Reference(encoder, delta)
     sequences = encodings((20, 3, 9), typed=family == "bert")
     exact = np.stack([row.numpy() for row in expected.outputs(sequences)])
-    parts = ExportInputs.of(encoder, delta, name == "folds")
     for unpad in (False, True):
         for precision, most, change in BOUNDS:
+            parts = ExportInputs.of(encoder, delta, name == "folds", precision)
             run = Run(parts, unpad=unpad, precision=precision)
             out = run(*padded(sequences, left=True))
             assert 1e-5 < np.linalg.norm(out - exact) / np.linalg.norm(exact) < most, precision
             alone = np.concatenate([run(*padded([one], left=False)) for one in sequences])
             assert np.abs(alone - out).max() <= change, precision
+
+
+def with_outliers(directory: Path) -> Encoder:
+    """Two columns of every LayerNorm are sixty times the others; the weights that read them are as much smaller."""
+    encoder = tiny.encoder("modernbert", directory)
+    for slot in encoder.anatomy.slots.values():
+        for path in filter(None, slot.paths):
+            weight = encoder.model.get_submodule(path).weight.data
+            if not slot.inputs:
+                weight[:2] *= 60
+            elif any(slot.name in group for group in BEHIND_NORMS):
+                weight[:, :2] /= 60
+    return encoder
+
+
+@pytest.mark.parametrize("precision", ON_CPU)
+def test_column_scales_bring_outliers_into_8_bits(precision, tmp_path):
+    encoder = with_outliers(tmp_path)
+    delta = tiny.delta(encoder, "x", *DELTAS["folds"])
+    sequences = encodings((20, 3, 9), typed=False)
+    exact = np.stack([row.numpy() for row in Reference(encoder, delta).outputs(sequences)])
+    made = ExportInputs.of(encoder, delta, True, precision)
+    scaled, plain = (Run(one, unpad=True, precision=precision) for one in (made, replace(made, columns={})))
+    out = scaled(*padded(sequences, left=True))
+    off, before = (np.linalg.norm(one - exact) for one in (out, plain(*padded(sequences, left=True))))
+    assert off < before / 3  # a fortieth, measured
+    if precision == "int8-row":
+        alone = np.concatenate([scaled(*padded([one], left=False)) for one in sequences])
+        assert np.abs(alone - out).max() <= 0.01 * np.abs(exact).max()
+    assert difference(Run(made, unpad=True), Reference(encoder, delta)) <= 1e-5, "float32 has no use for them"
+
+
+def test_so_they_do_on_the_engine_for_many(tmp_path, monkeypatch):
+    encoder = with_outliers(tmp_path)
+    bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
+    delta = tiny.delta(encoder, "x", *DELTAS["everything"])
+    batch = encoder.pack(
+        encodings((20, 3, 9), typed=False), [bank.add("x", delta.effects(encoder.anatomy)), BARE, BARE]
+    )
+    with torch.inference_mode():
+        exact = encoder.run(batch, bank)
+    off = (OnnxEngine(encoder, "int8-row").run(batch, bank) - exact).norm()
+    monkeypatch.setattr("bertology_serve.export.export_inputs.column_scales", lambda encoder, state: {})
+    assert off < (OnnxEngine(encoder, "int8-row").run(batch, bank) - exact).norm() / 3
+
+
+def test_linears_of_the_same_rows_share_their_column_scales(tmp_path):
+    encoder = tiny.encoder("bert", tmp_path)
+    scales = column_scales(encoder, encoder.model.state_dict())
+    slots = encoder.anatomy.slots
+    assert scales.keys() == {
+        path for group in BEHIND_NORMS for name in group if name in slots for path in slots[name].paths
+    }
+    query, key = (scales[str(slots[name].paths[1])] for name in ("query", "key"))
+    assert torch.equal(query, key)
+    assert not any(module._forward_pre_hooks for module in encoder.model.modules())

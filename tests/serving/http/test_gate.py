@@ -278,3 +278,27 @@ def test_calls_are_logged_without_texts(pipeline, caplog):
     assert calls[0]["request_id"] == answer.headers["x-request-id"] != calls[1]["request_id"]
     own = [record.getMessage() for record in caplog.records if record.name.startswith("bertology")]
     assert "secret" not in " ".join(own).lower()
+
+
+ORIGIN = "https://app.example"
+
+
+def test_browsers_may_call_where_that_is_allowed_and_nowhere_else(server, pipeline):
+    ring = Keyring([Key("all", digest_of("all-0123456789abcdef", ""))])
+    asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+    assert server.client.options("/predict", headers=asked).status_code == 405
+    assert not [name for name in server.client.get("/v2", headers=asked).headers if name.startswith("access-control")]
+    with running(pipeline, ring, cors_origin=(ORIGIN,)) as opened:
+        preflight = opened.client.options("/predict", headers=asked)  # without a key, as browsers send it
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == ORIGIN
+        assert "x-api-key" in preflight.headers["access-control-allow-headers"].lower()
+        assert "access-control-allow-credentials" not in preflight.headers
+        refused = opened.client.get("/v2", headers={"Origin": ORIGIN})  # pages can read why
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, ORIGIN)
+        told = opened.client.get("/v2", headers={"Origin": ORIGIN, "X-API-Key": "all-0123456789abcdef"})
+        assert told.status_code == 200
+        assert "X-Request-Id" in told.headers["access-control-expose-headers"]
+        for headers in ({**asked, "Origin": "https://evil.example"}, {**asked, "Origin": f"{ORIGIN}.evil"}):
+            assert "access-control-allow-origin" not in opened.client.options("/predict", headers=headers).headers
+        assert opened.client.options("/predict").status_code == 401

@@ -11,8 +11,8 @@ import pytest
 from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import BaseRef
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.loading import prune
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.encoder.pruned import prune
 from bertology_serve.errors import BaseMismatch, FormatError, NotFound, Unsupported
 from bertology_serve.serving.observability.metrics import Metrics
 from bertology_serve.serving.versions.delta_registry import Registry
