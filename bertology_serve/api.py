@@ -19,12 +19,13 @@ from bertology_serve.encoder import opening
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.kinds.kinds import kind_of
 from bertology_serve.training.auto import Forwarded, train_auto
-from bertology_serve.training.batches import Source
+from bertology_serve.training.batches import Data, Source
 from bertology_serve.training.evaluate import evaluate as measured
 from bertology_serve.training.evaluation import Evaluation
 from bertology_serve.training.method_options import AUTO, SPECS
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import train as run
+from bertology_serve.training.train import usable
 from bertology_serve.training.train_config import TrainConfig
 from bertology_serve.training.trainer import Callback, CallbackList
 
@@ -74,11 +75,13 @@ def train(
     config = TrainConfig.of(task, **_method(method), **settings)
     source, dev, other = (None if one is None else Source.read(one, columns) for one in (data, eval, ood))
     assert source is not None
+    read = usable(config, Data(source, dev, other))
+    source, dev, other = read.train, read.dev, read.ood
     with nullcontext() if out is not None else tempfile.TemporaryDirectory() as folder:
         at = Path(out) if out is not None else Path(str(folder)) / name
         place = Destination(at, None, version, resume, overwrite)
         own, told = encoder.fresh() if config.full else encoder, CallbackList(callbacks)
-        if AUTO in config.method:
+        if AUTO in config.method or config.eval.folds:
             watcher = Forwarded(told)
             return train_auto(config, own, source, dev, ood=other, place=place, watcher=watcher).delta
         return run(config, own, source, dev, ood=other, place=place, watcher=told).delta

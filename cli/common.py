@@ -9,11 +9,12 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bertology_serve.errors import BertologyError, VerificationError
 
 if TYPE_CHECKING:
+    import typer
     from rich.console import Console
     from rich.progress import Progress
 
@@ -40,11 +41,26 @@ def _judged(problem: BaseException) -> tuple[int, str]:
     if isinstance(problem, KeyboardInterrupt):
         return INTERRUPTED, ""
     if hasattr(problem, "format_message"):  # a usage error of typer, whose classes are private
-        context = getattr(problem, "ctx", None)
-        return BAD_INPUT, problem.format_message() + (f" (see {context.command_path} --help)" if context else "")
+        context, param = getattr(problem, "ctx", None), getattr(problem, "param", None)
+        told = problem.format_message() + (came_from(context, [param]) if context and param else "")
+        return BAD_INPUT, told + (f" (see {context.command_path} --help)" if context else "")
     if isinstance(problem, OSError) and problem.strerror:
         return BAD_INPUT, f"{problem.strerror}: {problem.filename}" if problem.filename else problem.strerror
     return FAULT, f"unexpected {type(problem).__name__}: {problem} (this is a fault; {DEBUG}=1 shows where)"
+
+
+def came_from(context: typer.Context, params: Iterable[Any]) -> str:
+    """Where options that were no flags got their values, and these: ``, from BERTOLOGY_PORT='abc'``."""
+    found = []
+    for param in params:
+        source = getattr(context.get_parameter_source(str(param.name)), "name", "")
+        if source == "ENVIRONMENT":
+            name = param.envvar or f"{context.auto_envvar_prefix}_{str(param.name).upper()}"
+            found.append(f"{name}={os.environ.get(name, '')!r}")
+        elif source == "DEFAULT_MAP":
+            file = context.params.get("file")
+            found.append(f"{file or 'the file or set'}: {param.name} = {(context.default_map or {})[param.name]!r}")
+    return f", from {' and '.join(found)}" if found else ""
 
 
 def note(message: str) -> None:

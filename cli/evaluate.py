@@ -13,6 +13,7 @@ import typer
 
 from bertology_serve.cli.common import note, progress, table, truncation
 from bertology_serve.cli.train import read_columns
+from bertology_serve.errors import SpecError
 
 if TYPE_CHECKING:
     from bertology_serve.data.official import Answers, Records
@@ -78,8 +79,9 @@ def evaluate(
     compared = None
     if against is not None:
         other, base = open_delta(against, backbone, where)
+        check_comparable(loaded, other)
         compared = found.against(_run(other, encoder if other.base == loaded.base else base, records, max_tokens))
-    slices = found.slices(by) if by else []
+    slices = found.slices(_field_of(by, read_columns(columns) or loaded.columns)) if by else []
     ranking = found.ranking(query) if query else {}
     _write(errors, found.errors() if errors else ())
     _write(output, (found.row(number) for number in range(len(found.answers))) if output else ())
@@ -125,6 +127,22 @@ def _run(delta: Delta, encoder: Encoder, records: list[Record], max_tokens: int)
     with progress() as bar:
         task = bar.add_task("evaluate", total=len(records))
         return run(delta, records, encoder, max_tokens, advance=lambda count: bar.advance(task, count))
+
+
+def _field_of(column: str, columns: Mapping[str, str]) -> str:
+    """The field that a column was read as."""
+    return next((field for field, own in columns.items() if own == column), column)
+
+
+def check_comparable(delta: Delta, other: Delta) -> None:
+    """Raises SpecError where two deltas do not answer the same question."""
+    pair = f"--against {other.name} answers {other.task.kind}, {delta.name} {delta.task.kind}"
+    if other.task.kind != delta.task.kind:
+        raise SpecError(f"{pair}; give a delta of the same task")
+    apart = {*delta.task.labels} ^ {*other.task.labels}
+    if apart:
+        named = ", ".join(sorted(apart)[:5])
+        raise SpecError(f"{pair} with other labels (only one of them has {named}); give one trained on the same")
 
 
 def _write(path: Path | None, rows: Iterable[Mapping[str, Any]]) -> None:

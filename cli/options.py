@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field
 from pathlib import Path
@@ -13,12 +15,15 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 import typer
 from typer.core import TyperCommand, TyperOption
 
+from bertology_serve.cli.common import came_from, note
 from bertology_serve.config_fields import SpecOption, choices_of, join_list, nested, split_list, without_none
 from bertology_serve.errors import NotFound, SpecError, nearest
 
 PLAIN = (bool, int, float, str, Path)
 ALL = "bertology.help_all"
 OTHERS = "Other options"
+ELSEWHERE = ("API_KEYS", "ADMIN_KEYS", "CONFIG", "DATA", "DEBUG", "REAL")
+"""What variables are called that are no options, or not of this command alone."""
 Command = Callable[..., Any]
 
 Spec = type[Any]  # a dataclass
@@ -101,6 +106,20 @@ def laid_out(
 class LaidOut(TyperCommand):
     """A command whose function is ``laid_out``."""
 
+    def invoke(self, ctx: Any) -> Any:
+        """Runs it. A SpecError says where the options that it names came from; unknown variables are warned of."""
+        layout, params = self.callback.layout, self.get_params(ctx)  # type: ignore[union-attr]
+        if layout.prefix:
+            _warn_unknown(layout.prefix, [str(param.name) for param in params])
+        try:
+            return super().invoke(ctx)
+        except SpecError as problem:
+            named = set(re.findall(r"\w+", str(problem)))
+            source = came_from(ctx, [param for param in params if param.name in named])
+            if not source:
+                raise
+            raise SpecError(f"{problem}{source}") from problem
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """The options by panel."""
         layout: HelpLayout = self.callback.layout  # type: ignore[union-attr]
@@ -129,6 +148,14 @@ class LaidOut(TyperCommand):
                 f"Every option has a variable: {layout.prefix}_PORT for --port. A flag wins over the environment, that "
                 "over the file of --config, that over the default."
             )
+
+
+def _warn_unknown(prefix: str, options: Sequence[str]) -> None:
+    """Names the environment's variables that no option has: they are misspelt, or for another program."""
+    known = [*(f"{prefix}_{name.upper()}" for name in options), *(f"{prefix}_{name}" for name in ELSEWHERE)]
+    for name in sorted(os.environ):
+        if name.startswith(f"{prefix}_") and name not in known:
+            note(f"warning: the variable {name} sets nothing; {nearest(name, known)}")
 
 
 def _signed(run: Command, parameters: Sequence[inspect.Parameter]) -> Command:
@@ -196,6 +223,9 @@ def from_file(context: typer.Context, path: Path | None) -> Path | None:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise SpecError(f"{path}: not TOML ({problem}); expected lines such as epochs = 3") from None
     named = {name.replace("-", "_"): value for name, value in values.items()}
+    if len(named) < len(values):
+        twice = next(name for name in values if "-" in name and name.replace("-", "_") in values)
+        raise SpecError(f"{path}: {twice} and {twice.replace('-', '_')} are one flag; give it once")
     known = [str(one.name) for one in context.command.params]
     for name in named:
         if name not in known:

@@ -42,6 +42,8 @@ PANELS = {
     "Reports": ("dry_run", "plot", "tensorboard"),
 }
 
+MOST_NAMED = 10
+
 
 @laid_out(COMMON, PANELS)
 @options(KindFlags, into="kinds")
@@ -85,8 +87,11 @@ def train(
 
     from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.encoder.loading import find_device
+    from bertology_serve.tasks.fields import unnamed_labels
+    from bertology_serve.tasks.registry import task_for
+    from bertology_serve.tasks.spec import MULTI_LABEL
     from bertology_serve.training import train as training
-    from bertology_serve.training.batches import Source
+    from bertology_serve.training.batches import Data, Source, make_items
     from bertology_serve.training.methods import count_parameters, make_live
     from bertology_serve.training.processes import check_alone, join
     from bertology_serve.training.recipes import stages
@@ -104,10 +109,25 @@ def train(
     config = training.for_data(given := config, source)
     if config.task != given.task:
         note(f"labels are lists: the task is {config.task}")
+    read = training.usable(config, Data(source, dev, other))
+    source, dev, other = read.train, read.dev, read.ood
+    if read.skipped:
+        note(f"skipped {len(read.skipped):,} records" + ("" if dry_run else ", which skipped.txt in --out names") + ":")
+    for why in read.skipped[:MOST_NAMED]:
+        note(f"  {why}")
+    if config.task == MULTI_LABEL and not config.form.labels and (count := unnamed_labels(source.records)):
+        note(
+            f"labels are lists of {count} numbers without names, which are called 0 to {count - 1}: give --labels, in "
+            "their order, or keep each in a column of its own, --columns 'label=FIRST|SECOND'"
+        )
     processes, own_device = join(find_device(device))
     encoder = Encoder.load(backbone, device=own_device)
     if dry_run:
         spec = training.task_spec(config, encoder, source)
+        for own in (source, dev, other):
+            items = make_items(task_for(spec), own.records, encoder.tokenizer) if own else []
+            if own:
+                note(f"{own.name}: {len(items):,} records, none of them wrong")
         if AUTO in config.method:
             from bertology_serve.training.auto import candidates
 
@@ -123,18 +143,19 @@ def train(
     files = {"backbone": backbone, "train": train, "eval": eval, "ood": ood}
     named = {flag: _lasting(path) for flag, path in files.items() if path} | {"device": device}
     named |= {"columns": columns} if columns else {}
-    if AUTO in config.method:
+    if AUTO in config.method or config.eval.folds:
         from bertology_serve.cli.train_fleet import Board
         from bertology_serve.training.auto import train_auto
 
-        check_alone("train --method auto")
+        check_alone("train --folds" if config.eval.folds else "train --method auto")
         if tensorboard:
-            raise SpecError("--tensorboard shows one run, and method auto has many; leave it out")
+            raise SpecError("--tensorboard shows one run, and a search or --folds has many; leave it out")
         with Board("candidates", ranked=True, first=chosen) as shown:
             outcome = train_auto(
                 config, encoder, source, dev, ood=other, place=place, watcher=shown, prepack=prepack, files=named
             )
-        show_search(outcome)
+        if AUTO in config.method:
+            show_search(outcome)
         if plot:
             draw_curve(outcome.path, main_metric(outcome.delta))
         show(outcome, eval)
@@ -297,6 +318,8 @@ def needed(live: TrainableDelta, stage: Stage, source: Source, processes: Proces
 
 def show(outcome: Outcome, eval: str | None) -> None:
     """The evaluation table, and what to type next."""
+    from bertology_serve.tasks.significance import Interval
+
     delta, state, count = outcome.delta, outcome.state, outcome.parameters
     known = outcome.baselines
     rows = [
@@ -311,6 +334,16 @@ def show(outcome: Outcome, eval: str | None) -> None:
         ("saved copy differs by", f"{outcome.difference:.1e}"),
     ]
     rows += [(*fact, *([""] * len(known))) for fact in facts]
+    folds = delta.provenance.get("folds")
+    if folds:
+        rows += [
+            (f"{name}, {folds['count']} folds", f"{value:.4f} ± {folds['sd'][name]:.4f}", *([""] * len(known)))
+            for name, value in folds["mean"].items()
+        ]
+    gain = delta.provenance.get("gain")
+    if gain:
+        over = Interval(gain["value"], gain["low"], gain["high"])
+        rows.insert(1, (f"{gain['metric']} over the {gain['over']}", over.points, *([""] * len(known))))
     title = f"{delta.name} {delta.version}" + (f" on {eval}" if eval else "")
     table(title, ["", "delta", *known], rows, stderr=False)
     for line in advice(outcome):
@@ -350,6 +383,9 @@ def advice(outcome: Outcome) -> Iterator[str]:
                 "embedding, which begins there"
             )
         yield f"{main}: {gain:+.1f} points beside {'' if name == COSINE else 'the '}{name} ({100 * known[name]:.1f})"
+    own = delta.provenance.get("gain")
+    if own and own["low"] <= 0:
+        yield f"not surely better than the {own['over']}: more --eval records would tell"
     if state.metrics and 0 < state.best_step == state.step and not outcome.unimproved:
         yield "the last step was the best one: more --epochs may help"
 

@@ -137,6 +137,10 @@ class Board:
         self.rows[name][6] = "saved"
         self._say(f"{name}: saved; the saved copy differs by {difference:.1e}")
 
+    def noted(self, text: str) -> None:
+        """What it is."""
+        self._say(text, always=True)
+
     def _say(self, text: str, always: bool = False) -> None:
         if self.live is None:
             note(text)

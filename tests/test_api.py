@@ -66,6 +66,8 @@ def test_the_common_job_from_end_to_end(bert: bs.Encoder, tmp_path: Path):
     one = pipeline("the film was good", delta="mood")
     assert one.answer["label"] in ("up", "down")
     first, _ = pipeline(["the film was good", {"text": "the river was bad"}], delta="mood")
+    with pytest.raises(SpecError, match="a int; expected a text, a record, or a list of them"):
+        pipeline(5)  # type: ignore[call-overload]
     assert first.answer["scores"] == pytest.approx(one.answer["scores"], abs=1e-6)
     assert isinstance(pipeline.answer([bs.Request("mood", {"text": "the film was good"})]), list)
     found = bs.evaluate(tmp_path / "mood", ROWS, bert)

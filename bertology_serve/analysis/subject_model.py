@@ -23,7 +23,7 @@ from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.forward_context import HeadAttention
 from bertology_serve.encoder.opening import load_delta, open_delta
-from bertology_serve.errors import BaseMismatch, DataError, NotFound
+from bertology_serve.errors import BaseMismatch, DataError, NotFound, SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.encoding import encode_text, encode_words
@@ -58,6 +58,9 @@ class Subject:
         if isinstance(encoder, Encoder):
             own = load_delta(newest(Path(delta)), encoder) if isinstance(delta, (str, Path)) else delta
             return cls(encoder, own).checked()
+        if encoder is not None and not isinstance(encoder, str | Path):
+            got = type(encoder).__name__
+            raise SpecError(f"an analysis was given a {got}; expected an Encoder, or the name or directory of one")
         name = None if encoder is None else str(encoder)
         if isinstance(delta, (str, Path)):
             own, encoder = open_delta(Path(delta), name, device)

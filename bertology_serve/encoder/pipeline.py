@@ -17,6 +17,7 @@ from bertology_serve.encoder.bank import BARE, DeltaBank
 from bertology_serve.encoder.batch import PackedBatch, read
 from bertology_serve.encoder.delta_set import BASE, DeltaSet, Job, LoadedDelta, Prediction, Request
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.errors import SpecError
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
 
@@ -57,6 +58,10 @@ class Pipeline(DeltaSet):
         ``pipeline("I left smiling.", delta="sentiment")``. Raises what ``answer`` raises.
         """
         several = not isinstance(items, str | Mapping)
+        if several and not isinstance(items, list | tuple):
+            raise SpecError(
+                f"a pipeline was given a {type(items).__name__}; expected a text, a record, or a list of them"
+            )
         records = [{"text": item} if isinstance(item, str) else item for item in (items if several else [items])]
         found = self.answer(Request(delta, record) for record in records)
         return found if several else found[0]

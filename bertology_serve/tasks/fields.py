@@ -129,12 +129,20 @@ def read_class(record: Record, where: str) -> tuple[str, dict[str, float]]:
 SEPARATORS = ("|", ";", ",")
 
 
+def unnamed_labels(records: Records) -> int:
+    """How many labels records have that are lists of 0 and 1, one for each label; 0 where they are not."""
+    values = [_labels_field(record, where)[1] for record, where in records]
+    lists = [value for value in values if isinstance(value, list)]
+    alike = len(lists) == len(values) and len({len(value) for value in lists}) == 1 and all(map(_is_hot, lists))
+    return len(lists[0]) if alike else 0
+
+
 def label_names(records: Records) -> set[str]:
     """The labels of records that may have several each; digits from 0 where they are lists of 0 and 1."""
+    records = list(records)
     rows = [(_labels_field(record, where)[1], where) for record, where in records]
-    lists = [value for value, _ in rows if isinstance(value, list)]
-    if len(lists) == len(rows) and len({len(value) for value in lists}) == 1 and all(map(_is_hot, lists)):
-        return {str(index) for index in range(len(lists[0]))}
+    if count := unnamed_labels(records):
+        return set(map(str, range(count)))
     texts = [value for value, _ in rows if isinstance(value, str)]
     separator = next((mark for mark in SEPARATORS if any(mark in text for text in texts)), SEPARATORS[0])
     return {name for value, where in rows for name in _names(value, where, separator)} - {str(IGNORED)}

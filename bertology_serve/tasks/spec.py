@@ -49,8 +49,7 @@ class TaskSpec:
     longest answer in tokens, ``normalize`` scales embeddings to unit length. Without ``token_types`` question and
     context are of one type, as deltas from peft's question answering have it. With ``pairs`` a classification or
     regression was trained on pairs of texts alone, and refuses a single one; without it takes both. ``dimensions``
-    are widths that embeddings were trained to be cut to (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147). Raises
-    SpecError for values that make no sense.
+    are widths that embeddings were trained to be cut to (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147).
 
     Texts beyond ``max_length`` are cut at their end or, where ``long`` is ``windows``, read in windows of that length
     with ``stride`` tokens of overlap, as question answering always reads its context. ``aggregate`` says what becomes

@@ -4,19 +4,20 @@ Successive halving (Jamieson & Talwalkar 2016, arXiv 1502.07943) on the dev set:
 until one is left, which makes all steps. Rungs stand at equal distances: at the paper's first, a ninth of the steps,
 little of small data has been seen, and all are still about where they began. Each candidate has the schedule of the
 whole length, so that the winner is what its settings alone would have given. Where there is no dev set, or a small one,
-candidates are judged on held-out folds of the training data, and the winner is trained anew on all of it.
+candidates are judged on held-out folds of the training data, and the winner is trained anew on all of it; its answers
+to what was held out calibrate it. ``--folds`` without a search is one candidate.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
+from time import perf_counter
 
 import torch
 
@@ -30,17 +31,18 @@ from bertology_serve.kinds import kinds
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.training.baselines import PROBE
 from bertology_serve.training.batches import Data, Source
+from bertology_serve.training.calibration import Judged, judged_on
 from bertology_serve.training.config_file import settings_text
 from bertology_serve.training.evaluate import measure
 from bertology_serve.training.fleet.fleet import Fleet
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.fleet.fleet_run import Enrolled, Shelf, enrolled, rows_of_a_pass
 from bertology_serve.training.fleet.member import Member
-from bertology_serve.training.method_options import Values
+from bertology_serve.training.method_options import AUTO, Values
 from bertology_serve.training.methods import count_parameters, specs_for
-from bertology_serve.training.run_directory import CONFIG, Destination, identity
+from bertology_serve.training.run_directory import CONFIG, SKIPPED, Destination, identity
 from bertology_serve.training.run_plots import draw_curves
-from bertology_serve.training.train import Outcome, for_data, for_encoder, lay_out, machine, task_spec
+from bertology_serve.training.train import Outcome, for_data, for_encoder, for_rows, lay_out, machine, task_spec
 from bertology_serve.training.train_config import RecipeConfig, TrainConfig, read_budget
 from bertology_serve.training.trainer import Callback, Line
 
@@ -76,7 +78,8 @@ def candidates(config: TrainConfig, encoder: Encoder, rows: int) -> dict[str, Tr
     found: dict[str, TrainConfig] = {}
     for name, (method, rate, options) in CANDIDATES.items():
         own = {method: options} if options else {}
-        one = config.replaced(method=(method,), options=own, learning_rate=config.optim.learning_rate or rate)
+        rate = config.optim.learning_rate or rate
+        one = config.replaced(budget=RecipeConfig.budget, method=(method,), options=own, learning_rate=rate)
         try:
             kinds.init(specs_for(one), encoder.anatomy, torch.Generator())
         except SpecError:
@@ -95,17 +98,24 @@ def rungs(count: int, unit: int = 1) -> dict[int, int]:
     return found
 
 
-def folds(data: Data, seed: int) -> list[Data]:
-    """The records that candidates are trained and judged on: the dev set's, or each part of the training data once."""
+def folds(data: Data, seed: int, count: int | None = None) -> list[Data]:
+    """The records that candidates are trained and judged on: the dev set's, or each part of the training data once.
+
+    Raises SpecError for too few records, and where a ``count`` was asked for beside a dev set.
+    """
+    if count and data.dev is not None:
+        raise SpecError("folds take the place of --eval, which was given too; leave one out")
     if data.dev is not None and len(data.dev.records) >= SMALL:
         return [data]
-    records = data.train.records
-    if len(records) < 2 * FOLDS:
-        raise SpecError(f"method auto has {len(records)} training records to choose by; give more, or an --eval")
+    records, count = data.train.records, count or FOLDS
+    if len(records) < 2 * count:
+        raise SpecError(
+            f"{count} folds of {len(records)} training records are too few to choose by; give more, or an --eval"
+        )
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     found = []
-    for fold in range(FOLDS):
-        held = set(order[fold::FOLDS])
+    for fold in range(count):
+        held = set(order[fold::count])
         parts = [r for i, r in enumerate(records) if i not in held], [records[i] for i in sorted(held)]
         found.append(Data(*(Source(f"{data.train.name}, fold {fold + 1}", part) for part in parts)))
     return found
@@ -117,14 +127,19 @@ Row = dict[str, str | int | float]
 
 @dataclass(frozen=True)
 class Search:
-    """The candidates of a run, each with a member for every fold, and the steps between evaluations."""
+    """The candidates of a run, each with a member for every fold, the steps between evaluations, and when time is up
+    (on the clock of ``perf_counter``).
+    """
 
     crew: Mapping[str, Sequence[Enrolled]]
     unit: int
     directory: FleetDirectory
+    ends: float = math.inf
 
     def losers(self, active: Sequence[Member]) -> Sequence[Member]:
-        """The members in training whose candidates are not among the best at this step."""
+        """The members in training whose candidates are not among the best at this step; all once time is up."""
+        if perf_counter() >= self.ends:
+            return active
         keep = rungs(len(self.crew), self.unit).get(active[0].state.step) if active else None
         if not keep:
             return ()
@@ -141,8 +156,8 @@ class Search:
     def rank(self, name: str) -> tuple[float, ...]:
         """What candidates are compared by: the best state so far, where that is what is kept, then the latest."""
         members = self.members(name)
-        best = [member.state.best[0] for member in members if member.config.eval.keep == "best"]
-        latest = fmean(member.latest[self.metric] for member in members)
+        best = [(*member.state.best, -math.inf)[0] for member in members if member.config.eval.keep == "best"]
+        latest = fmean(member.latest.get(self.metric, -math.inf) for member in members)
         return fmean(best) if best else latest, latest, -fmean(member.latest.get("loss", 0.0) for member in members)
 
     @property
@@ -153,10 +168,10 @@ class Search:
 
     @property
     def winner(self) -> str:
-        """The candidate that made all steps. Raises SpecError where none did."""
+        """The best of the candidates that made the most steps. Raises SpecError where all failed."""
         failures = {name: "".join(member.failure for member in self.members(name)) for name in self.crew}
-        done = [name for name in self.crew if all(m.state.step == m.total for m in self.members(name))]
-        whole = [name for name in done if not failures[name]]
+        steps = {name: self.members(name)[0].state.step for name in self.crew if not failures[name]}
+        whole = [name for name, own in steps.items() if own == max(steps.values())]
         if not whole:
             raise SpecError(
                 f"no candidate came to its end: {'; '.join(f'{k} failed at {v}' for k, v in failures.items())}"
@@ -173,6 +188,32 @@ class Search:
     def improves(self) -> bool:
         """Whether the winner is better than the probe."""
         return self.start is None or self.rank(self.winner)[0] > self.start
+
+    @property
+    def folds(self) -> JsonObject:
+        """Mean and standard deviation over the folds of the metrics of what is published."""
+        ones = self.crew[self.winner]
+        found = [dict(one.member.latest if self.improves else one.start.known[PROBE]) for one in ones]
+        each = {name: [own[name] for own in found] for name in found[0] if all(name in own for own in found)}
+        return {
+            "count": len(ones),
+            "mean": {name: fmean(values) for name, values in each.items()},
+            "sd": {name: stdev(values) for name, values in each.items()},
+        }
+
+    def held_out(self) -> Judged:
+        """The answers of what is published, trained on the other folds, to each fold's records."""
+        ones = self.crew[self.winner]
+        own = [one.member.live if self.improves or not one.start.solver else one.start.solver.live for one in ones]
+        return judged_on(
+            [(live, one.ready.dev) for live, one in zip(own, ones, strict=True)], ones[0].config.machine.max_tokens
+        )
+
+    def affordable(self, seconds: float) -> int:
+        """The steps of a unit with which the winner's run takes so long, by what its steps took on the folds."""
+        members = self.members(self.winner)
+        each = sum(member.state.seconds for member in members) / max(1, sum(member.state.step for member in members))
+        return 10**9 if seconds == math.inf else int(seconds / each / max(rungs(len(self.crew))))
 
     def curve(self, name: str) -> dict[int, float]:
         """The metric of a candidate by steps, the mean over its folds."""
@@ -215,7 +256,9 @@ class Search:
         """What the delta says of the search, and why it is the one."""
         folds, row = len(self.crew[self.winner]), next(row for row in board if row["candidate"] == self.winner)
         where = f"on {folds} held-out folds" if folds > 1 else "on the dev set"
-        what = f"{self.metric} {row[self.metric]:.4f} {where}, the highest of those that made all steps"
+        made = "all steps" if row["steps"] == self.members(self.winner)[0].total else f"{row['steps']} steps in time"
+        value = f"{row[self.metric]:.4f}" if row[self.metric] != "" else "not measured"
+        what = f"{self.metric} {value} {where}, the highest of those that made {made}"
         what += f" (of {len(self.crew)} candidates)"
         if self.start is not None:
             what += f"; the probe, where all began, has {self.start:.4f}" + ("" if self.improves else ": no less")
@@ -249,22 +292,26 @@ def train_auto(
 
     ``board.csv`` and, where matplotlib is installed, ``board.png`` lie beside the delta; ``provenance.auto`` says why
     it won. Under a budget in passes a search is the same every time (on a CPU, with the same number of threads); one
-    in minutes is turned into passes by a timing at the beginning.
+    in minutes is turned into passes by a timing at the beginning, and cut where they are over sooner (a continued run
+    has them anew). With ``folds`` and another method there is one candidate, and no budget.
     """
+    began_at, searches = perf_counter(), AUTO in config.method
     config = for_data(config, train)
     labels = config.form.labels or infer_labels(config.task, train.records)
     config = for_encoder(config.replaced(labels=labels), encoder)
     data, (name, free) = Data(train, dev, ood), place.open()
     directory, watcher, shelf = FleetDirectory(free.out.parent, free.path), watcher or Quiet(), Shelf(encoder)
-    tried, parts = candidates(config, encoder, len(train.records)), folds(data, config.optim.seed)
+    single = {"+".join(config.method): for_rows(config, len(train.records))}
+    tried = candidates(config, encoder, len(train.records)) if searches else single
+    parts = folds(data, config.optim.seed, config.eval.folds)
     laid_out = machine(config, encoder, prepack)
-    unit = 0 if place.resume and directory.unfinished else unit_of(config, len(tried), parts, shelf)
+    unit = 0 if place.resume and directory.unfinished else unit_of(config, len(tried), parts, shelf, watcher)
     began = directory.open(identity(config, encoder, name, data), {**laid_out, "unit": unit}, place.resume)
     lay_out(encoder, began)
     rows, features = rows_of_a_pass(encoder), directory.path / "features"
 
     def ready(name: str, config: TrainConfig, part: Data, at: FleetDirectory) -> Enrolled:
-        one = enrolled(name, config, part, shelf, at, watcher)
+        one = enrolled(name, config.replaced(folds=None), part, shelf, at, watcher)
         one.begin(shelf.start(one.plan, one.ready, features))
         return one
 
@@ -286,24 +333,33 @@ def train_auto(
         if not place.resume:
             directory.remove()
         raise
-    search = Search(crew, unit, directory)
+    amount, timed = read_budget(config.plan.budget)
+    seconds = amount if timed and searches else math.inf
+    ends = began_at + seconds
+    last = 2 * max(rungs(len(tried))) / spent(len(tried), parts) if len(parts) > 1 else 0.0
+    search = Search(crew, unit, directory, ends - last * seconds if last else ends)
     members = [one.member for ones in crew.values() for one in ones]
     Fleet(members, rows, directory, config.eval.save_every, losers=search.losers).run()
-    one, log = crew[search.winner][0], directory
+    one, log, judged = crew[search.winner][0], directory, None
+    facts: JsonObject = {}
     if len(parts) > 1:  # once more, on all of the training data
+        facts["folds"], judged = search.folds, search.held_out()
         log = FleetDirectory(directory.root, directory.path / "winner")
         log.path.mkdir(exist_ok=True)
         longer = round(unit * len(train.records) / len(parts[0].train.records))
+        longer = max(1, min(longer, search.affordable(ends - perf_counter())))
         one = ready(search.winner, scheduled(tried[search.winner], longer, len(tried), data, "best"), data, log)
         one.beaten = not search.improves
         if not one.beaten:
-            Fleet([one.member], rows, log, config.eval.save_every).run()
+            late = lambda active: active if perf_counter() >= ends else ()  # noqa: E731
+            Fleet([one.member], rows, log, config.eval.save_every, losers=late).run()
     board = search.board()
     write_board(directory.path, board, search)
     directory.write_config(settings_text(one.config, files or data.names(encoder.name), began["prepacked"]))
-    extra = [log.take_log(one.member.name), *(directory.path / name for name in (CONFIG, BOARD, PLOT))]
-    facts = {"auto": search.facts(config, board)}
-    outcome = one.publish(name, free.out, extra, place.version or "", facts)
+    directory.write_skipped(data.skipped)
+    extra = [log.take_log(one.member.name), *(directory.path / name for name in (CONFIG, BOARD, PLOT, SKIPPED))]
+    facts |= {"auto": search.facts(config, board)} if searches else {}
+    outcome = one.publish(name, free.out, extra, place.version or "", facts, judged=judged)
     directory.remove()
     return outcome
 
@@ -313,20 +369,39 @@ def scheduled(config: TrainConfig, unit: int, count: int, part: Data, keep: str)
     steps = max(rungs(count, unit))
     epochs = math.ceil(steps / math.ceil(len(part.train.records) / config.optim.batch_size))
     own: JsonObject = {"max_steps": steps, "eval_every": unit, "epochs": epochs, "patience": None, "keep": keep}
-    return config.replaced(budget=RecipeConfig.budget, **own)
+    return config.replaced(**own)
 
 
-def unit_of(config: TrainConfig, count: int, parts: Sequence[Data], shelf: Shelf) -> int:
-    """The steps between evaluations: what the budget buys, and no more than give the winner its epochs."""
+def spent(count: int, parts: Sequence[Data]) -> int:
+    """What a search makes in all, in units: steps between evaluations, and one of the latter."""
+    steps, training = max(rungs(count)), [count, *rungs(count).values()]
+    return MEASURED * sum(training) * len(parts) + (2 * steps if len(parts) > 1 else 0)  # and the winner once more
+
+
+def unit_of(config: TrainConfig, count: int, parts: Sequence[Data], shelf: Shelf, watcher: FleetWatcher) -> int:
+    """The steps between evaluations: what the budget buys, and no more than give the winner its epochs.
+
+    ``watcher`` is told where the budget is less than the least that there is to do.
+    """
     rows, dev = len(parts[0].train.records), len(parts[0].dev.records) if parts[0].dev else 0
-    most, training = max(rungs(count)), [count, *rungs(count).values()]
-    spent = MEASURED * sum(training) * len(parts) + (2 * most if len(parts) > 1 else 0)  # and the winner once more
-    amount, timed = read_budget(config.plan.budget)
-    each = amount / spent
-    texts = (each / _seconds_a_row(config, parts[0], shelf) - dev) / STEP if timed else each * rows
     size, longest = config.optim.batch_size, config.optim.max_steps
     full = config.passes(rows) * math.ceil(rows / size)
-    return max(1, min(int(texts / size), math.ceil(min(full, longest or full) / most)))
+    whole = math.ceil(min(full, longest or full) / max(rungs(count)))
+    if AUTO not in config.method:
+        return whole
+    amount, timed = read_budget(config.plan.budget)
+    units = spent(count, parts)
+    texts = amount / units * rows
+    if timed:
+        second = 1 / _seconds_a_row(config, parts[0], shelf)
+        least = units * (dev + STEP * size) / second
+        texts = (amount / units * second - dev) / STEP
+        if least > amount:
+            watcher.noted(
+                f"the least that this search has to do takes about {least:.0f} s: it is cut when --budget "
+                f"({config.plan.budget}) is over; fewer --eval records take less"
+            )
+    return max(1, min(int(texts / size), whole))
 
 
 def _seconds_a_row(config: TrainConfig, part: Data, shelf: Shelf) -> float:
@@ -336,9 +411,9 @@ def _seconds_a_row(config: TrainConfig, part: Data, shelf: Shelf) -> float:
     sample = items[:: max(1, len(items) // TIMED)][:TIMED]
     live, rounds, began = TrainableDelta(shelf.encoder, (), spec), 4, 0.0
     for number in range(rounds):
-        began = began if number > 1 else time.perf_counter()  # the first round warms up
+        began = began if number > 1 else perf_counter()  # the first round warms up
         measure(live, task_for(spec), sample, config.machine.max_tokens)
-    return (time.perf_counter() - began) / (rounds - 1) / len(sample)
+    return (perf_counter() - began) / (rounds - 1) / len(sample)
 
 
 def write_board(folder: Path, board: Sequence[Row], search: Search) -> None:

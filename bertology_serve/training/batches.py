@@ -132,11 +132,15 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Source:
-    """Records, the name of the file or data set that they came from, and the columns that held their fields."""
+    """Records, the name of the file or data set that they came from, and the columns that held their fields.
+
+    ``skipped`` says of each record that was left out where it stood and what was wrong with it.
+    """
 
     name: str
     records: Sequence[Record]
     columns: Mapping[str, str] = field(default_factory=dict)
+    skipped: Sequence[str] = ()
 
     @classmethod
     def read(cls, data: DataLike, columns: Mapping[str, str] | None = None) -> Source:
@@ -157,9 +161,10 @@ class Source:
         return f"{len(self.records)} rows, sha256 {self.sha256[:12]}"
 
     def facts(self) -> dict[str, object]:
-        """Name, rows and hash, and columns where any were named, for provenance."""
+        """Name, rows and hash, columns where any were named, and how many were skipped, for provenance."""
         facts = {"name": self.name, "rows": len(self.records), "sha256": self.sha256}
-        return {**facts, "columns": dict(self.columns)} if self.columns else facts
+        more = {"columns": dict(self.columns), "skipped": len(self.skipped)}
+        return facts | {name: value for name, value in more.items() if value}
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,11 @@ class Data:
     train: Source
     dev: Source | None = None
     ood: Source | None = None
+
+    @property
+    def skipped(self) -> list[str]:
+        """What was wrong with the records that were left out."""
+        return [why for source in (self.train, self.dev, self.ood) if source for why in source.skipped]
 
     def names(self, backbone: str) -> dict[str, str]:
         """The backbone and the sources by the names of their flags."""

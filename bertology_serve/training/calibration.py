@@ -24,31 +24,51 @@ from bertology_serve.training.evaluate import run
 
 @dataclass(frozen=True)
 class Settled:
-    """The metrics on the dev items, and what provenance says of it; both empty where nothing was to be settled.
+    """The dev items' metrics and answers, and what provenance says of it; all empty where nothing was to be settled.
 
     Thresholds are not in the metrics, as they are not in those of the probe beside: the dev items chose them.
     """
 
     metrics: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
+
+
+Judged = tuple[Tensor, Sequence[Item]]
+"""Logits [N, C] of records that training did not see, and these."""
+
+
+def judged_on(parts: Sequence[tuple[TrainableDelta, Sequence[Item]]], max_tokens: int) -> Judged | None:
+    """What each delta says of its own items; None where there are no scores that could be calibrated."""
+    if not isinstance(task_for(parts[0][0].task), LabelTask):
+        return None
+    return torch.cat([_logits(live, items, max_tokens) for live, items in parts]), [i for _, own in parts for i in own]
 
 
 @contextmanager
-def settled(live: TrainableDelta, dev: Sequence[Item], max_tokens: int, calibrate: bool = True) -> Iterator[Settled]:
+def settled(
+    live: TrainableDelta,
+    dev: Sequence[Item],
+    max_tokens: int,
+    calibrate: bool = True,
+    judged: Judged | None = None,
+) -> Iterator[Settled]:
     """While it lasts the head is scaled so that its scores are calibrated on the ``dev`` items, and ``live.task`` has
     thresholds where labels have some; then both are as they were, as a run that is continued must find them.
 
+    ``judged`` takes the place of the live delta's answers to ``dev``; there are no metrics then, which are others'.
     Nothing happens without items, or for tasks that have no such scores.
 
     Dividing the logits by a temperature is dividing the last layer by it: whatever runs the delta, in whatever format,
     gives calibrated scores, and the answers' order stays as it was.
     """
     task = task_for(live.task)
-    if not dev or not isinstance(task, LabelTask):
+    if not (dev or judged) or not isinstance(task, LabelTask):
         yield Settled()
         return
     with kept(live):
-        yield _settle(live, task, dev, max_tokens, calibrate)
+        found = _settle(live, task, *(judged or (_logits(live, dev, max_tokens), dev)), calibrate)
+        yield Settled(facts=found.facts) if judged else found
 
 
 @contextmanager
@@ -62,8 +82,8 @@ def kept(live: TrainableDelta) -> Iterator[None]:
         live.task = task
 
 
-def _settle(live: TrainableDelta, task: LabelTask, dev: Sequence[Item], max_tokens: int, calibrate: bool) -> Settled:
-    logits, targets = _logits(live, dev, max_tokens), [item.target for item in dev]
+def _settle(live: TrainableDelta, task: LabelTask, logits: Tensor, dev: Sequence[Item], calibrate: bool) -> Settled:
+    targets = [item.target for item in dev]
     examples: list[Any] = [item.example for item in dev]
     found: dict[str, Any] = {}
     if calibrate:
@@ -84,8 +104,8 @@ def _settle(live: TrainableDelta, task: LabelTask, dev: Sequence[Item], max_toke
         assert isinstance(final, LabelTask)
         found["thresholds"] = {"rows": len(dev), **final.metrics(_answers(final, dev, logits), examples)}
     loss = float(task.loss(logits, [], targets)) / len(dev)
-    metrics = task.metrics(_answers(task, dev, logits), examples)
-    return Settled({**metrics, "loss": loss}, {"calibration": found} if found else {})
+    answers = _answers(task, dev, logits)
+    return Settled({**task.metrics(answers, examples), "loss": loss}, {"calibration": found} if found else {}, answers)
 
 
 def temperature(task: LabelTask, logits: Tensor, targets: Sequence[Any]) -> float:

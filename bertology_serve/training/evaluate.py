@@ -58,6 +58,21 @@ def measure(
 
     Several processes divide the items, and all get the metrics.
     """
+    answers, loss = _answered(live, task, items, max_tokens, processes)
+    metrics = task.metrics(answers, [item.example for item in items])
+    weight = max(1, task.weight([item.target for item in items]))
+    return metrics if task.kind in WHOLE_BATCH else {**metrics, "loss": loss / weight}
+
+
+def answered(live: TrainableDelta, task: Task, items: Sequence[Item], max_tokens: int) -> list[Answer]:
+    """The answers of a delta under training, in the items' order."""
+    return _answered(live, task, items, max_tokens, ALONE)[0]
+
+
+def _answered(
+    live: TrainableDelta, task: Task, items: Sequence[Item], max_tokens: int, processes: Processes
+) -> tuple[list[Answer], float]:
+    """The answers, and the sum of the losses."""
     numbers = {id(item): number for number, item in enumerate(items)}
     answers: dict[int, Answer] = {}
     loss = 0.0
@@ -69,9 +84,7 @@ def measure(
             loss += float(task.loss(out, _lengths(group), [item.target for item in group]))
     parts = processes.gathered((answers, loss))
     found = {number: answer for own, _ in parts for number, answer in own.items()}
-    metrics = task.metrics([found[number] for number in range(len(items))], [item.example for item in items])
-    weight = max(1, task.weight([item.target for item in items]))
-    return metrics if task.kind in WHOLE_BATCH else {**metrics, "loss": sum(own for _, own in parts) / weight}
+    return [found[number] for number in range(len(items))], sum(own for _, own in parts)
 
 
 @torch.inference_mode()

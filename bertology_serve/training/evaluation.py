@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -161,14 +161,19 @@ class Evaluation:
         return self.task.certainty(self.answers, self.examples)
 
     def slices(self, column: str) -> list[Slice]:
-        """The records by what they have in a column, largest first; numbers of many values in four equal parts.
+        """The records by what they have in a column, largest first; numbers in order, many of them in four equal parts.
 
         Raises DataError where no record has the column.
         """
-        names = _grouped(self.column(column))
+        values = self.column(column)
+        names = _grouped(values)
         places = {name: [i for i, own in enumerate(names) if own == name] for name in dict.fromkeys(names)}
         found = []
-        for name, rows in sorted(places.items(), key=lambda item: -len(item[1]))[:MOST_SLICES]:
+        largest = sorted(places.items(), key=lambda item: -len(item[1]))[:MOST_SLICES]
+        numbers = [value for value in values if _is_number(value)]
+        if len(numbers) == len(values):
+            largest.sort(key=lambda item: numbers[item[1][0]])
+        for name, rows in largest:
             answers, examples = [self.answers[i] for i in rows], [self.examples[i] for i in rows]
             parts = self.task.parts(answers, examples)
             interval = bootstrap(len(rows), lambda drawn, parts=parts: self.task.main(parts[drawn]))  # type: ignore[misc]
@@ -234,9 +239,13 @@ def as_json(comparison: Comparison | ClassScores | Slice | Interval) -> dict[str
     return {name: len(value) if name in ("fixed", "broken") else value for name, value in found.items()}
 
 
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _grouped(values: Sequence[object]) -> list[str]:
     """The name of each value's group."""
-    numbers = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    numbers = [float(value) for value in values if _is_number(value)]
     if len(numbers) < len(values) or len(set(numbers)) <= MOST_SLICES:
         return ["-" if value is None else str(value) for value in values]
     edges = np.quantile(numbers, (0.25, 0.5, 0.75))

@@ -17,12 +17,16 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta, trained
 from bertology_serve.errors import LimitError, SpecError
 from bertology_serve.kinds.kinds import kind_named, spec_from_dict
+from bertology_serve.tasks.classification import LabelTask
+from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import REGRESSION, TaskSpec
 from bertology_serve.training.batches import Item
 from bertology_serve.training.layers import checkpointing, train_upper_layers
 from bertology_serve.training.method_options import MIXOUT, REGULARISED, ChildTuning, Mixout, TopK, read_options
 from bertology_serve.training.regularisers import ChildNetwork, MixedWeights, Regulariser
 from bertology_serve.training.train_config import ALONE, TrainConfig
+
+UNSURE = 0.2
 
 
 def specs_for(config: TrainConfig) -> tuple[Any, ...]:
@@ -75,6 +79,16 @@ def start_at_mean(live: TrainableDelta, items: Sequence[Item]) -> None:
     if bias is not None:
         with torch.no_grad():
             bias.fill_(sum(float(item.target) for item in items) / len(items))  # type: ignore[operator]
+
+
+def begin_at_probe(live: TrainableDelta, head: Mapping[str, Tensor]) -> None:
+    """The head begins at a solved probe's: with the same answers, but a fifth as sure of them where they are labels.
+
+    A probe of few rows has next to nothing left to learn on them, so that the features would stay as they are; the less
+    sure it is, the more of the gradient reaches the delta.
+    """
+    share = UNSURE if isinstance(task_for(live.task), LabelTask) else 1.0
+    live.head.adopt({name: share * tensor for name, tensor in head.items()})
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.files import JsonObject
-from bertology_serve.tasks.base import Task
+from bertology_serve.tasks.base import Answer, Task
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.logistic import LOOSE, Logistic, Ridge, Solution
 from bertology_serve.tasks.spec import MULTI_LABEL
@@ -23,7 +24,8 @@ from bertology_serve.training.run_directory import RunDirectory, RunState
 from bertology_serve.training.train_config import TrainConfig
 from bertology_serve.training.trainer import Callback, NoCallback
 
-HELD_OUT = 0.1
+HELD_OUT, FOLDS, MANY = 0.1, 5, 2000
+"""Without dev items: the part that is held out of many; of fewer than ``MANY`` every fold is, once."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +36,43 @@ class Part:
     rows: Features
     targets: Tensor
 
+    def at(self, index: Tensor) -> Part:
+        """Those of a list of numbers."""
+        rows = {layer: rows[index] for layer, rows in self.rows.items()}
+        return Part([self.items[i] for i in index.tolist()], rows, self.targets[index])
+
 
 @dataclass(frozen=True)
 class ChosenC:
-    """The value of C that did best on one layer, and how: ``rank`` is the main metric, then the negative loss."""
+    """The value of C that did best on one layer, and how: ``rank`` is what is compared, the larger the better.
+
+    ``solution`` is the first fold's, ``logits`` are those of what was held out, in the order of ``Held.all``.
+    """
 
     layer: int
     index: int
     c: float
     rank: list[float]
     metrics: dict[str, float]
+    train_loss: float
     solution: Solution
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Held:
+    """What judges the values of C: for each fold what is fitted and what is held out, and all of the latter."""
+
+    folds: Sequence[tuple[Part, Part]]
+    all: Part
 
 
 class Solver:
     """Solves a live probe for every C of a path from 1e-7 to 1e2 (LP-FT's), each from the one before.
 
-    C is chosen on ``dev`` items or, without any, on a tenth of the items that is held out; the probe is then solved
-    tightly for that C on all items. Every C is a log line ``{step, epoch, layer, c, loss, eval}``, ``loss`` the
+    C is chosen on ``dev`` items by the main metric. Without any, the loss chooses, of which few rows say more: by
+    five-fold cross-validation, on a tenth that is held out where items are many. The probe is then solved tightly for
+    that C on all items. Every C is a log line ``{step, epoch, layer, c, loss, eval}``, ``loss`` the
     objective reached. With all layers each gets a probe of its own from the same pass; the last one's is the live
     delta's, and ``layers.json`` says how the others do. It is deterministic and short: one that was interrupted begins
     again, on the features that were kept.
@@ -85,23 +106,29 @@ class Solver:
         self.directory.load(state.stage)
         self.watcher.began(0, len(self.path) * len(self.layers), count_parameters(self.live))
         whole = self._part(self.items)
-        fit, held = (whole, self._part(self.dev)) if self.dev else _split(whole, self.config.optim.seed)
-        choices = [self._choose(layer, fit, held) for layer in self.layers]
+        dev = self._part(self.dev) if self.dev else None
+        held = Held([(whole, dev)], dev) if dev else _folds(whole, self.config.optim.seed)
+        choices = [self._choose(layer, held) for layer in self.layers]
         best, last = choices[-1], self.layers[-1]
         problem = self._problem(whole, last)
-        self._set(problem.solve(best.c, best.solution.raw if self.dev else None))
+        self._set(problem.solve(best.c, best.solution.raw if dev else None))
         state.best, state.best_step = best.rank, state.step - len(self.path) + best.index + 1
-        state.metrics = self._measure(self._logits(held), held) if self.dev else {}
+        state.metrics = self._measure(self._logits(dev), dev) if dev else {}
         state.seconds += time.perf_counter() - started
         if len(choices) > 1:
             self.directory.write_layers([_shown(choice) for choice in choices])
         return state
 
-    def _choose(self, layer: int, fit: Part, held: Part) -> ChosenC:
+    def answers(self) -> list[Answer]:
+        """The live probe's answers to the dev items."""
+        return self._answers(self._logits(self._part(self.dev)), self.dev)
+
+    def _choose(self, layer: int, held: Held) -> ChosenC:
         """The best C of the path for one layer."""
-        found = [self._tried(layer, index, solution, held) for index, solution in self._solutions(layer, fit)]
+        paths = (self._solutions(layer, fit) for fit, _ in held.folds)
+        found = [self._tried(layer, index, solutions, held) for index, solutions in enumerate(zip(*paths, strict=True))]
         best = max(found, key=lambda choice: (choice.rank, -choice.index))
-        metrics = self._measure(best.solution.logits(held.rows[layer]).float(), held)
+        metrics = self._measure(best.logits.float(), held.all)
         self.watcher.evaluated({**self._place(), "layer": layer, "c": best.c, "eval": metrics})
         return replace(best, metrics=metrics)
 
@@ -114,26 +141,26 @@ class Solver:
         has, lacks = part.targets.chunk(2, 1)
         return Logistic(part.rows[layer], has, lacks)
 
-    def _solutions(self, layer: int, fit: Part) -> Iterator[tuple[int, Solution]]:
+    def _solutions(self, layer: int, fit: Part) -> Iterator[Solution]:
         problem, start = self._problem(fit, layer), None
-        for index, c in enumerate(self.path):
+        for c in self.path:
             solution = problem.solve(c, start, LOOSE)
             start = solution.raw
-            yield index, solution
+            yield solution
 
-    def _tried(self, layer: int, index: int, solution: Solution, held: Part) -> ChosenC:
-        logits = solution.logits(held.rows[layer])
+    def _tried(self, layer: int, index: int, solutions: Sequence[Solution], held: Held) -> ChosenC:
+        pairs = zip(solutions, held.folds, strict=True)
+        logits = torch.cat([solution.logits(out.rows[layer]) for solution, (_, out) in pairs])
         if isinstance(self.task, LabelTask):  # without the answers in words, of which there are many
-            main = self.task.quick(logits, held.targets)
-            metrics = {self.task.main_metric: main, "loss": self._loss(logits, held)}
+            main = self.task.quick(logits, held.all.targets)
+            metrics = {self.task.main_metric: main, "loss": self._loss(logits, held.all)}
         else:
-            metrics = self._measure(logits, held)
+            metrics = self._measure(logits, held.all)
         self.state.step += 1
-        about = {"layer": layer, "c": self.path[index], "loss": solution.loss, "eval": metrics}
-        self.directory.log({**self._place(), **about})
-        return ChosenC(
-            layer, index, self.path[index], [metrics[self.task.main_metric], -metrics["loss"]], metrics, solution
-        )
+        c, loss = self.path[index], fmean(solution.loss for solution in solutions)
+        self.directory.log({**self._place(), "layer": layer, "c": c, "loss": loss, "eval": metrics})
+        rank = [metrics[self.task.main_metric], -metrics["loss"]]
+        return ChosenC(layer, index, c, rank if self.dev else rank[::-1], metrics, loss, solutions[0], logits)
 
     def _place(self) -> JsonObject:
         stage = {"stage": self.state.stage} if self.state.stage else {}
@@ -149,38 +176,44 @@ class Solver:
         linear = self.live.head.layers[-1].linear
         linear.weight.copy_(solution.weight)  # type: ignore[union-attr,operator]
         linear.bias.copy_(solution.bias)  # type: ignore[union-attr,operator]
-        self.live.eval()
 
     @torch.no_grad()
     def _logits(self, part: Part) -> Tensor:
         """What the head, in float32, says of the last layer's rows."""
+        self.live.eval()
         rows = part.rows[self.layers[-1]].to(self.live.encoder.device)
         out: Tensor = self.live.head(rows)
         return out.cpu()
 
     def _measure(self, logits: Tensor, part: Part) -> dict[str, float]:
         """The task's metrics, and the mean loss, of logits [N, C]."""
-        answers = [
-            self.task.decode(item.example, item.encodings, [own]) for item, own in zip(part.items, logits, strict=True)
-        ]
-        metrics = self.task.metrics(answers, [item.example for item in part.items])
+        metrics = self.task.metrics(self._answers(logits, part.items), [item.example for item in part.items])
         return {**metrics, "loss": self._loss(logits, part)}
+
+    def _answers(self, logits: Tensor, items: Sequence[Item]) -> list[Answer]:
+        pairs = zip(items, logits, strict=True)
+        return [self.task.decode(item.example, item.encodings, [own]) for item, own in pairs]
 
     def _loss(self, logits: Tensor, part: Part) -> float:
         return float(self.task.loss(logits, [1] * len(logits), [item.target for item in part.items])) / len(logits)
 
 
-def _split(whole: Part, seed: int) -> tuple[Part, Part]:
-    """All but a tenth, and that tenth, drawn by the seed."""
-    order = torch.randperm(len(whole.items), generator=torch.Generator().manual_seed(seed))
-    count = max(1, round(HELD_OUT * len(order)))
-    return _chosen(whole, order[count:]), _chosen(whole, order[:count])
-
-
-def _chosen(part: Part, at: Tensor) -> Part:
-    rows = {layer: rows[at] for layer, rows in part.rows.items()}
-    return Part([part.items[i] for i in at.tolist()], rows, part.targets[at])
+def _folds(whole: Part, seed: int) -> Held:
+    """Folds of items drawn by the seed, in each of which labels and scores are spread alike; of many only one."""
+    count = len(whole.items)
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    gold = whole.targets.argmax(1) if whole.targets.dim() > 1 else whole.targets
+    order = drawn[gold[drawn].argsort(stable=True)]
+    outs = (
+        [order[fold::FOLDS] for fold in range(min(FOLDS, count))] if count < MANY else [order[:: round(1 / HELD_OUT)]]
+    )
+    folds = []
+    for out in outs:
+        kept = torch.ones(count, dtype=torch.bool)
+        kept[out] = False
+        folds.append((whole.at(kept.nonzero()[:, 0]), whole.at(out)))
+    return Held(folds, whole.at(torch.cat(outs)))
 
 
 def _shown(choice: ChosenC) -> JsonObject:
-    return {"layer": choice.layer, "c": choice.c, "train_loss": choice.solution.loss, **choice.metrics}
+    return {"layer": choice.layer, "c": choice.c, "train_loss": choice.train_loss, **choice.metrics}

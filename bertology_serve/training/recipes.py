@@ -11,6 +11,9 @@ from bertology_serve.files import JsonObject
 from bertology_serve.training.method_options import AUTO, FULL, PROBE
 from bertology_serve.training.train_config import EH_FT, LP, LP_FT, TrainConfig
 
+SLOWER = 1 / 3
+"""The learning rate of a head that begins at the probe, as a share of the delta's."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -46,7 +49,8 @@ def stages(config: TrainConfig) -> tuple[Stage, ...]:
     if not config.starts_at_probe:
         return (Stage(config),)
     probe, method = _lp_ft(config)
-    return probe, replace(method, improves=True)
+    rate = config.optim.head_learning_rate or SLOWER * method.config.rate(config.method[0])
+    return probe, replace(method, improves=True, config=method.config.replaced(head_learning_rate=rate))
 
 
 def _lp(config: TrainConfig) -> tuple[Stage, ...]:

@@ -33,7 +33,7 @@ from bertology_serve.training.batches import Data
 from bertology_serve.training.methods import ParameterCount
 from bertology_serve.training.train_config import TrainConfig
 
-LOG, LAYERS, CONFIG = "log.jsonl", "layers.json", "config.toml"
+LOG, LAYERS, CONFIG, SKIPPED = "log.jsonl", "layers.json", "config.toml", "skipped.txt"
 
 
 class RunDirectory:
@@ -109,9 +109,14 @@ class RunDirectory:
         """Leaves what is known of the probe of each layer."""
         write_json(self.path / LAYERS, {"layers": layers})
 
+    def write_skipped(self, lines: Sequence[str]) -> None:
+        """Leaves what was wrong with the records that were skipped, a line each, where there are any."""
+        if lines:
+            (self.path / SKIPPED).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
     def extras(self) -> list[Path]:
         """The files that are to lie beside the delta, those that there are."""
-        return [self.path / name for name in (LOG, LAYERS, CONFIG)]
+        return [self.path / name for name in (LOG, LAYERS, CONFIG, SKIPPED)]
 
     def remove(self) -> None:
         """Forgets the run."""
@@ -169,6 +174,9 @@ class Follower(RunDirectory):
         """Nothing."""
 
     def write_layers(self, layers: Sequence[JsonObject]) -> None:
+        """Nothing."""
+
+    def write_skipped(self, lines: Sequence[str]) -> None:
         """Nothing."""
 
     def remove(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,23 @@ from bertology_serve.deltas.catalog import identify
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta, nested
+from bertology_serve.errors import DataError
 from bertology_serve.kinds import kinds
-from bertology_serve.tasks.base import Task, all_pairs
+from bertology_serve.tasks.base import Answer, Task, all_pairs
 from bertology_serve.tasks.embedding import loss_of
 from bertology_serve.tasks.fields import holds_several
 from bertology_serve.tasks.registry import task_for, task_named
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, MULTI_LABEL, TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
-from bertology_serve.training.calibration import settled
+from bertology_serve.training.calibration import Judged, settled
 from bertology_serve.training.config_file import settings_text
-from bertology_serve.training.evaluate import measure
+from bertology_serve.training.evaluate import answered, measure
+from bertology_serve.training.evaluation import Evaluation
 from bertology_serve.training.method_options import AUTO
 from bertology_serve.training.methods import (
     ParameterCount,
+    begin_at_probe,
     count_parameters,
     make_live,
     specs_for,
@@ -41,7 +44,7 @@ from bertology_serve.training.processes import ALONE, Processes
 from bertology_serve.training.publish import publish, publish_copy
 from bertology_serve.training.recipes import Stage, stages
 from bertology_serve.training.run_directory import Destination, Follower, RunDirectory, RunState, identity, provenance
-from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.train_config import FEW_ROWS, FEW_ROWS_RATES, TrainConfig
 from bertology_serve.training.trainer import Callback, NoCallback, Trainer
 
 
@@ -118,7 +121,7 @@ def train(
     what ``config.toml``, which lies beside the delta in the end, says of the backbone and the data; names by default.
     All of ``processes`` call this with the same arguments but ``encoder``'s device; see there.
     """
-    config = for_encoder(for_data(config, train), encoder)
+    config = for_rows(for_encoder(for_data(config, train), encoder), len(train.records))
     plan = stages(config)
     name, directory = place.open()
     products = {stage.kept: place.beside(stage.kept).open() for stage in plan if stage.kept}
@@ -132,6 +135,7 @@ def train(
     began = processes.gathered(directory.open(what, machine(config, encoder, prepack), place.resume))[0]
     lay_out(encoder, began)
     directory.write_config(settings_text(config, files or data.names(encoder.name), began["prepacked"]))
+    directory.write_skipped(data.skipped)
     begin = baselines(encoder, ready.task, ready.items, ready.dev) if dev else {}
     run = StageRun(config, data, directory, place.version or "", watcher or NoCallback(), processes, begin)
     for number, stage in enumerate(plan[:-1], 1):
@@ -192,10 +196,20 @@ class StageRun:
             return self._unimproved(before, ready.live if not live.full else _untouched(ready.live), ready, state, out)
         last = number == count
         config = self.config if last else stage.config
-        delta = finished(live, ready, state, config, self.data, known, name, self.version, self.processes, last)
+        probe = self._probe_answers(before, ready, stage.config, own_rows) if before and PROBE in known else ()
+        delta = finished(live, ready, state, config, self.data, known, name, self.version, self.processes, last, probe)
         difference = self._publish(delta, live, ready, out)
         held = state_bytes(trainer.optimizer) if isinstance(trainer, Trainer) else 0
         return Outcome(delta, out, count_parameters(live), state, difference, held, known)
+
+    def _probe_answers(
+        self, before: Delta, ready: Prepared, config: TrainConfig, folder: Path | None
+    ) -> Sequence[Answer]:
+        """What the stage before, the probe, says of the dev items; the rows that it was solved on are still there."""
+        live = TrainableDelta(ready.live.encoder, (), ready.live.task)
+        live.head.adopt(before.head)
+        solver = Solver(live, ready.task, ready.items, config, ready.dev, self.directory, folder=folder)
+        return solver.answers() if ready.dev else ()
 
     def _unimproved(self, before: Delta, live: TrainableDelta, ready: Prepared, state: RunState, out: Path) -> Outcome:
         """Publishes the stage before, the probe, on ``live``: no state of this one was better on the dev set."""
@@ -226,16 +240,23 @@ def finished(
     version: str = "",
     processes: Processes = ALONE,
     last: bool = True,
+    probe: Sequence[Answer] = (),
+    judged: Judged | None = None,
 ) -> Delta:
     """The delta that training ended with: its metrics, on ``ood`` items too, what it had to beat, how it came to be.
 
     What the dev set settles is in it where the stage is the ``last``: others begin with the head as it was trained.
+    ``provenance.gain`` is the main metric over that of the ``probe``'s answers, with its 95 % interval.
     """
     facts = provenance(config, count_parameters(live), state, data, live.encoder, processes.count)
     rows = config.machine.max_tokens
-    with settled(live, ready.dev if last else (), rows, config.form.calibrate) as scores:
+    with settled(live, ready.dev if last else (), rows, config.form.calibrate, judged) as scores:
         elsewhere = measure(live, task_for(live.task), ready.ood, rows, processes) if ready.ood else {}
         metrics = {**state.metrics, **scores.metrics, **{f"ood_{metric}": value for metric, value in elsewhere.items()}}
+        if probe:
+            answers = scores.answers or answered(live, ready.task, ready.dev, rows)
+            own = Evaluation({}, answers, 0, ready.task, [item.example for item in ready.dev], ())
+            facts["gain"] = {"over": PROBE, "metric": ready.task.main_metric, **asdict(own.gain(ready.task, probe))}
         return live.freeze(name, version, metrics, {**facts, "baselines": known, **scores.facts})
 
 
@@ -247,7 +268,9 @@ def _untouched(probe: TrainableDelta) -> TrainableDelta:
 def _continued(stage: Stage, ready: Prepared, before: Delta) -> TrainableDelta:
     """The next stage's live delta: the pretrained encoder, and the head that the stage before ended with."""
     live = make_live(ready.live.encoder, stage.config, ready.live.task)
-    if stage.given_head:
+    if stage.improves:
+        begin_at_probe(live, before.head)
+    elif stage.given_head:
         live.head.adopt(before.head)
     return live
 
@@ -290,9 +313,43 @@ def for_data(config: TrainConfig, train: Source) -> TrainConfig:
     return config.replaced(task=MULTI_LABEL) if several else config
 
 
+def usable(config: TrainConfig, data: Data) -> Data:
+    """With ``skip_bad`` the data without the records that the task cannot read.
+
+    Raises DataError where a source has no others.
+    """
+    if not config.eval.skip_bad:
+        return data
+    train = _usable(config, data.train, config.form.labels)
+    labels = config.form.labels or infer_labels(config.task, train.records)
+    return Data(train, *(source and _usable(config, source, labels) for source in (data.dev, data.ood)))
+
+
+def _usable(config: TrainConfig, source: Source, labels: tuple[str, ...]) -> Source:
+    known, good, skipped = task_named(config.task), [], list(source.skipped)
+    for record in source.records:
+        try:
+            own = labels or known.labels_in([record]) or config.known_task.labels
+            task_for(replace(config.known_task, labels=own)).example(*record, labelled=True)
+        except DataError as error:
+            skipped.append(str(error))
+        else:
+            good.append(record)
+    if not good:
+        raise DataError(f"{source.name}: none of its {len(source.records):,} records can be read: {skipped[0]}")
+    return replace(source, records=good, skipped=skipped)
+
+
+def for_rows(config: TrainConfig, rows: int) -> TrainConfig:
+    """The configuration with the learning rate of few rows, where none was given and training begins at the probe."""
+    rate = FEW_ROWS_RATES.get(",".join(config.method)) if rows < FEW_ROWS else None
+    chosen = config.optim.learning_rate or config.options or not config.starts_at_probe
+    return config if chosen or rate is None else config.replaced(learning_rate=rate)
+
+
 def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
     """What the defaults came to on that encoder with so many training rows, and why, in one line."""
-    chosen, parts = for_encoder(config, encoder), []
+    chosen, parts = for_rows(for_encoder(config, encoder), rows), []
     if not chosen.known_task.per_token:
         own = "it has a pooler" if chosen.form.pooling == "cls" else "no pooler"
         why = "the checkpoint's own" if encoder.pooling else own
@@ -301,8 +358,9 @@ def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
     parts += [f"loss {chosen.optim.loss}" if chosen.task == EMBEDDING else f"head {form}"]
     parts += [*(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
     if not config.plan.recipe:
-        parts.append(f"{chosen.passes(rows)} epochs" + ("" if config.optim.epochs else f", for {rows:,} rows"))
-    return "; ".join(parts)
+        parts.append(f"{chosen.passes(rows)} epochs")
+    given = config.plan.recipe or (config.optim.epochs and chosen.optim == config.optim)
+    return "; ".join(parts) + ("" if given else f" (for {rows:,} rows)")
 
 
 def task_spec(config: TrainConfig, encoder: Encoder, train: Source) -> TaskSpec:

@@ -33,7 +33,10 @@ DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP: PROBE, LP_FT: FUL
 HEAD_RATES: Mapping[str, float] = dict.fromkeys((FULL, *REGULARISED), 1e-3)
 HEAD_RATE = 5e-3
 # Epochs where none are given: enough_rows examples are seen in all, within limits.
-LEAST_EPOCHS, MOST_EPOCHS, ENOUGH_ROWS = 3, 10, 6000
+LEAST_EPOCHS, MOST_EPOCHS, ENOUGH_ROWS = 3, 20, 6000
+FEW_ROWS = 5000
+FEW_ROWS_RATES: Mapping[str, float] = {"lora": 3e-3}
+"""Where a run begins at the probe: the rows below which a method has another learning rate, and that."""
 
 
 def _check_rate(name: str, rate: float | None) -> None:
@@ -172,8 +175,17 @@ class EvalConfig:
     patience: int | None = option(None, "Stop after so many evaluations without a better one. Default: never.", least=1)
     keep: Literal["best", "last"] = option("best", "Which state is saved where there is evaluation data.")
     save_every: int = option(200, "Steps between checkpoints; one is written after each evaluation too.", least=1)
+    folds: int | None = option(
+        None,
+        "Without --eval: so many parts of the training data are held out in turn; their metrics are told, and their "
+        "answers calibrate the delta that is then trained on all. Default: none, and 3 for --method auto.",
+        least=2,
+    )
     gradient_steps: int = option(
         0, "First steps whose gradient's length is logged for every layer.", least=0, panel="Reports"
+    )
+    skip_bad: bool = option(
+        False, "Leave out records that the task cannot read, and say which and why.", panel="Data and delta"
     )
 
     def __post_init__(self) -> None:
@@ -235,6 +247,12 @@ class TrainConfig:
         _check_recipe(self)
         if (self.optim.balance or self.optim.label_smoothing) and self.task not in LABEL_KINDS:
             raise SpecError(f"balance and label_smoothing are for {' and '.join(LABEL_KINDS)}, not {self.task}")
+        if self.plan.budget != RecipeConfig.budget and AUTO not in self.method:
+            method = ",".join(self.method)
+            raise SpecError(f"budget is what a search may take, and the method is {method}; give --method auto")
+        if self.eval.folds and (self.plan.recipe or self.full):
+            own = self.plan.recipe or self.method[0]
+            raise SpecError(f"folds share one frozen encoder, but {own} trains its own; leave them out")
         if self.optim.loss != "auto" and self.task != EMBEDDING:
             raise SpecError(f"loss {self.optim.loss} is for {EMBEDDING}, not {self.task}; leave it out")
         for name in self.options:

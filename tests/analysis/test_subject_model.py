@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bertology_serve.analysis.subject_model import data_name, read_texts
-from bertology_serve.errors import DataError, NotFound
+from bertology_serve.analysis.subject_model import Subject, data_name, read_texts
+from bertology_serve.errors import DataError, NotFound, SpecError
 from tests import tiny
 from tests.training import sets
 
@@ -54,3 +54,9 @@ def test_what_is_no_corpus(tmp_path: Path) -> None:
         read_texts([], TOKENIZER, 32)
     with pytest.raises(NotFound, match="no file"):
         read_texts(tmp_path / "nothing.txt", TOKENIZER, 32)
+
+
+def test_what_is_no_encoder() -> None:
+    for wrong in (5, object()):
+        with pytest.raises(SpecError, match="expected an Encoder, or the name or directory of one"):
+            Subject.of(wrong)  # type: ignore[arg-type]

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from bertology_serve.cli.evaluate import advice
+from bertology_serve.api import load_delta
+from bertology_serve.cli.evaluate import advice, check_comparable
 from bertology_serve.cli.main import main
 from bertology_serve.deltas import store
+from bertology_serve.errors import SpecError
+from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.training import sets
 
@@ -122,3 +126,18 @@ def test_where_results_cannot_go_is_one_line_and_nothing_is_lost(made, tmp_path,
         assert told in err
         assert ".tmp" not in err
     assert rows.read_text().count("\n") == 1
+
+
+def test_a_column_that_the_delta_remembers_has_slices_and_other_labels_are_named(made, tmp_path, capsys):
+    rows = [json.loads(line) for line in (made / "train.jsonl").read_text().splitlines()]
+    named = tmp_path / "named.jsonl"
+    named.write_text("".join(json.dumps({"sentence": row["text"], "mood": row["label"]}) + "\n" for row in rows))
+    command = ["evaluate", str(made / "mood"), "--input", str(named), "--columns", "text=sentence,label=mood", "--json"]
+    assert main([*command, "--by", "mood"]) == 0
+    assert sum(one["rows"] for one in json.loads(capsys.readouterr().out)["slices"]) == len(rows)
+    delta = load_delta(made / "mood")
+    others = replace(delta, name="others", task=replace(delta.task, labels=("left", *delta.task.labels[1:])))
+    with pytest.raises(SpecError, match=r"with other labels \(only one of them has down, left"):
+        check_comparable(delta, others)
+    with pytest.raises(SpecError, match="answers regression, mood classification; give a delta of the same task"):
+        check_comparable(delta, replace(others, task=TaskSpec("regression")))

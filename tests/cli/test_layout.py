@@ -113,3 +113,22 @@ def test_a_shell_completes_commands_and_their_options(words, expected):
     command = [sys.executable, "-c", "import sys; from bertology_serve.cli.main import main; sys.exit(main())"]
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert expected in found.stdout.split(), (found.stdout, found.stderr)
+
+
+def test_errors_say_where_a_value_came_from(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    needed = ["--backbone", "minilm", "--deltas", str(tmp_path)]
+    file = tmp_path / "serve.toml"
+    file.write_text('port = "abc"\n')
+    assert main(["serve", *needed, "--config", str(file)]) == 2
+    assert f"from {file}: port = 'abc'" in capsys.readouterr().err
+    file.write_text("max-items = 4\nmax_items = 5\n")
+    assert main(["serve", *needed, "--config", str(file)]) == 2
+    assert "max-items and max_items are one flag; give it once" in capsys.readouterr().err
+    monkeypatch.setenv("BERTOLOGY_MAX_ITEMS", "-4")
+    monkeypatch.setenv("BERTOLOGY_MAX_ITMES", "4")
+    assert main(["serve", *needed]) == 2
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: the variable BERTOLOGY_MAX_ITMES sets nothing; did you mean 'BERTOLOGY_MAX_IT")
+    assert error == "error: max_items is -4; expected at least 1, from BERTOLOGY_MAX_ITEMS='-4'"
+    assert main(["serve", *needed, "--max-items", "-5"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: max_items is -5; expected at least 1", "a flag"

@@ -58,7 +58,7 @@ def test_the_probe_comes_first_and_the_table_shows_what_there_is_to_beat(bert, t
     assert main(arguments(bert, train_file, tmp_path / "mood", "--eval", train_file, "--epochs", "1")) == 0
     table, notes = capsys.readouterr()
     assert notes.startswith(
-        "pooling cls (it has a pooler); head linear; lora at 0.001; 1 epochs\nstage 1 of 2: probe, solved"
+        "pooling cls (it has a pooler); head linear; lora at 0.003; 1 epochs (for 16 rows)\nstage 1 of 2: probe, solved"
     )
     assert all(name in table for name in ("delta", "constant", "0.5000"))
     assert "no step was better than the probe on these records: the probe is what was saved" in notes
@@ -298,6 +298,8 @@ def test_a_cosine_that_is_better_is_named():
     said = list(advice(outcome))  # type: ignore[arg-type]
     assert any("ask the encoder itself, or take --task embedding" in line for line in said)
     assert any("-40.0 points beside cosine (90.0)" in line for line in said)
+    delta.provenance["gain"] = {"over": "probe", "metric": "spearman", "value": 0.1, "low": -0.1, "high": 0.3}
+    assert any("not surely better than the probe" in line for line in advice(outcome))  # type: ignore[arg-type]
     delta.metrics = {"spearman": 0.95}
     assert not any("ask the encoder itself" in line for line in advice(outcome))  # type: ignore[arg-type]
 
@@ -355,7 +357,7 @@ def test_a_search_shows_its_board_and_what_it_would_try(bert, auto_flags, tmp_pa
     assert main(auto(bert, tmp_path / "mood", *auto_flags, "--dry-run")) == 0
     assert "would try 9 candidates" in capsys.readouterr().out
     assert main(auto(bert, tmp_path / "mood", *auto_flags, "--tensorboard", str(tmp_path / "tb"))) == 2
-    assert "method auto has many" in capsys.readouterr().err
+    assert "a search or --folds has many" in capsys.readouterr().err
     assert not (tmp_path / ".mood.run").exists()
     assert main(auto(bert, tmp_path / "mood", *auto_flags, "--plot")) == 0
     table, notes = capsys.readouterr()
@@ -402,3 +404,30 @@ def test_columns_are_pairs():
     for text in ("text", "=a", "text="):
         with pytest.raises(SpecError, match="expected FIELD=COLUMN"):
             read_columns(text)
+
+
+def test_a_dry_run_looks_at_all_files_and_says_what_labels_lack(bert, tmp_path, capsys):
+    rows = [{"text": row["text"], "label": [1, 0] if row["label"] == "up" else [0, 1]} for row in sets.classification()]
+    train, bad = (
+        sets.write(tmp_path / "t.jsonl", rows),
+        sets.write(tmp_path / "e.jsonl", [*rows, {"text": "x", "label": "z"}]),
+    )
+    command = [
+        "train",
+        "--backbone",
+        bert,
+        "--task",
+        "multi-label",
+        "--train",
+        train,
+        "--dry-run",
+        "--max-length",
+        "32",
+    ]
+    assert main([*command, "--eval", bad]) == 2
+    assert f"{bad}:17" in capsys.readouterr().err
+    assert main([*command, "--eval", bad, "--skip-bad"]) == 0
+    told = capsys.readouterr().err
+    assert "labels are lists of 2 numbers without names, which are called 0 to 1: give --labels" in told
+    assert f"skipped 1 records:\n  {bad}:17" in told
+    assert "eval.jsonl: 16 records, none of them wrong" in told

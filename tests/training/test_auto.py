@@ -26,7 +26,7 @@ from tests.bits import same_bits
 from tests.training import sets
 
 # The probe of one C, the smallest, is a constant, which any training is better than; 14 rows, 4 steps an epoch.
-BEATABLE: dict[str, Any] = {"lp_path": 1, "batch_size": 4, "max_length": 32, "head_learning_rate": 5e-3}
+BEATABLE: dict[str, Any] = {"lp_path": 1, "epochs": 10, "batch_size": 4, "max_length": 32, "head_learning_rate": 5e-3}
 
 
 def rows() -> Source:
@@ -126,7 +126,7 @@ def test_without_a_dev_set_held_out_folds_judge(tmp_path: Path, bert: Encoder, b
     for part, own in zip(parts, held, strict=True):
         assert own.isdisjoint(record.where for record in part.train.records)
     more = {"lp_path": 10, "learning_rate": 1e-6, "head_learning_rate": 1e-6} if beaten else {}
-    outcome = search(bert, tmp_path / "mine", budget="200", **more)
+    outcome = search(bert, tmp_path / "mine", budget="200", calibrate=False, **more)
     facts = outcome.delta.provenance["auto"]
     assert facts["folds"] == 3
     assert "on 3 held-out folds" in facts["why"]
@@ -211,7 +211,7 @@ def test_what_cannot_be_searched_is_refused(bert: Encoder, tmp_path: Path):
     with pytest.raises(SpecError, match="method auto is a search by itself"):
         stages(TrainConfig.of("classification", "auto"))
     few = Source("few.jsonl", rows().records[:5])
-    with pytest.raises(SpecError, match="method auto has 5 training records to choose by"):
+    with pytest.raises(SpecError, match="3 folds of 5 training records are too few"):
         folds(Data(few), 0)
 
 
@@ -230,3 +230,67 @@ def test_from_python(tmp_path: Path, bert: Encoder):
     delta = bs.train(bert, data, method="auto", budget=1, batch_size=32, max_length=32, callbacks=[Watch()])
     assert delta.provenance["auto"]["budget"] == "1"
     assert {"lora-1", "bitfit-3"} <= set(seen)
+
+
+def test_a_budget_in_minutes_ends_the_search(
+    tmp_path: Path, bert: Encoder, small_dev: None, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever the clock says: two minutes after the beginning there is no further step."""
+    now = [0.0]
+    monkeypatch.setattr(auto, "perf_counter", lambda: now[0])
+    told: list[str] = []
+
+    class Watch(Quiet):
+        def stepped(self, name: str, line: Any) -> None:
+            now[0] += 1.0
+
+        def noted(self, text: str) -> None:
+            told.append(text)
+
+    monkeypatch.setattr(auto, "_seconds_a_row", lambda *_: 1.0)
+    outcome = search(bert, tmp_path / "mine", rows(), budget="2m", watcher=Watch())
+    found = board(outcome)
+    steps = [int(row["steps"]) for row in found.values()]
+    assert now[0] < 120 + len(steps), "one step of each at most is made when time is up"
+    assert 0 < max(steps) < 3 * outcome.delta.provenance["auto"]["first_rung"] or max(steps) == 6
+    assert len(told) == 1
+    assert "the least that this search has to do takes about" in told[0]
+    assert "--budget (2m) is over" in told[0]
+
+
+def test_time_that_is_up_at_once_leaves_the_probe(tmp_path: Path, bert: Encoder, monkeypatch: pytest.MonkeyPatch):
+    now = iter(range(0, 10**6, 100))
+    monkeypatch.setattr(auto, "perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr(auto, "_seconds_a_row", lambda *_: 1e-6)
+    outcome = search(bert, tmp_path / "mine", budget="1s")
+    assert outcome.delta.kinds == ("probe",)
+    assert outcome.delta.provenance["auto"]["why"].endswith("no less")
+
+
+@pytest.mark.parametrize("beaten", [False, True])
+def test_folds_of_one_method_measure_and_calibrate_it(tmp_path: Path, bert: Encoder, beaten: bool):
+    more = {"lp_path": 10, "learning_rate": 1e-6} if beaten else {"learning_rate": 2e-2}
+    config = TrainConfig.of("classification", "lora", folds=4, **{**BEATABLE, **more})
+    outcome = train_auto(config, bert, rows(), place=Destination(tmp_path / "mine"))
+    facts = outcome.delta.provenance
+    assert "auto" not in facts
+    assert outcome.delta.kinds == (("probe",) if beaten else ("lora",))
+    assert facts["train"]["rows"] == len(rows().records), "trained on all in the end"
+    assert facts["folds"]["count"] == 4
+    held = {record.where for part in folds(Data(rows()), 0, 4) if part.dev for record in part.dev.records}
+    assert facts["calibration"]["rows"] == len(held) == len(rows().records)
+    assert facts["calibration"]["ece"] <= facts["calibration"]["ece_before"]
+    assert 0 <= facts["folds"]["mean"]["accuracy"] <= 1
+    assert facts["folds"]["sd"].keys() == facts["folds"]["mean"].keys()
+    assert outcome.delta.metrics == {}
+    with pytest.raises(SpecError, match="folds take the place of --eval"):
+        train_auto(config, bert, rows(), rows(), place=Destination(tmp_path / "other"))
+
+
+def test_folds_and_budgets_that_mean_nothing_are_refused():
+    with pytest.raises(SpecError, match="budget is what a search may take, and the method is lora; give --method auto"):
+        TrainConfig.of("classification", budget="10m")
+    with pytest.raises(SpecError, match="folds share one frozen encoder, but full trains its own"):
+        TrainConfig.of("classification", "full", folds=5)
+    with pytest.raises(SpecError, match="folds is 1; expected a number from 2"):
+        TrainConfig.of("classification", folds=1)

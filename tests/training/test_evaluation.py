@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,9 @@ def test_slices() -> None:
     many = made(GOLD * 10, FOUND * 10).slices("size")
     assert [one.value for one in many] == ["1 to 20.75", "20.75 to 40.5", "40.5 to 60.25", "60.25 to 80"]
     assert sum(one.rows for one in many) == 80
+    whole, stars = made(GOLD, FOUND), [10, 2, 2, 9, 2, 10, 10, 10]
+    rows = [({"stars": value}, where) for value, (_, where) in zip(stars, whole.records, strict=True)]
+    assert [one.value for one in replace(whole, records=rows).slices("stars")] == ["2", "9", "10"], "as numbers"
     with pytest.raises(DataError, match=r"no record has the column 'sise'; did you mean 'size'"):
         whole.slices("sise")
 

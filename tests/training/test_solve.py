@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,6 +16,7 @@ from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.forward_context import Pools
 from bertology_serve.encoder.opening import open_delta
+from bertology_serve.training import probe_solver
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.features import pooled
 from bertology_serve.training.probe_solver import Solver
@@ -86,13 +89,33 @@ def test_every_layer_has_a_probe_from_one_pass(tmp_path: Path, bert: Encoder, mo
     assert not (alone.path / "layers.json").exists()
 
 
-def test_without_evaluation_data_c_is_chosen_on_a_held_out_part(tmp_path: Path, bert: Encoder):
+def test_without_evaluation_data_cross_validation_chooses_c_by_the_loss(tmp_path: Path, bert: Encoder):
     outcome = run(bert, tmp_path / "mine", dev=None)
     assert outcome.delta.metrics == {}
-    accuracies = {line["eval"]["accuracy"] for line in lines(outcome)}
-    assert accuracies <= {0.0, 0.5, 1.0}, "two of sixteen rows are held out"
+    tried = lines(outcome)
+    assert {16 * line["eval"]["accuracy"] % 1 for line in tried} == {0.0}, "every row is held out once"
+    assert outcome.state.best_step == min(tried, key=lambda line: line["eval"]["loss"])["step"]
+    made = prepare(TrainConfig.of("classification", recipe="lp", max_length=32), bert, sets.source("classification"))
+    x = pooled(made.live, made.items, (3,), 4096)[3].double().numpy()
+    y = np.array([item.target for item in made.items])
+    drawn = torch.randperm(16, generator=torch.Generator().manual_seed(0)).numpy()
+    order = drawn[np.argsort(y[drawn], kind="stable")]
+    losses = []
+    for out in (order[fold::5] for fold in range(5)):
+        fit = np.setdiff1d(order, out)
+        mean, std = x[fit].mean(), x[fit].std()
+        theirs = LogisticRegression(C=tried[7]["c"], tol=1e-8, max_iter=1000).fit((x[fit] - mean) / std, y[fit])
+        found = theirs.predict_proba((x[out] - mean) / std)
+        losses += (-np.log(found[np.arange(len(out)), y[out]])).tolist()
+    assert tried[7]["eval"]["loss"] == pytest.approx(np.mean(losses), rel=1e-3)
     other = run(bert, tmp_path / "other", dev=None, seed=1)
-    assert [line["eval"]["loss"] for line in lines(other)] != [line["eval"]["loss"] for line in lines(outcome)]
+    assert [line["eval"]["loss"] for line in lines(other)] != [line["eval"]["loss"] for line in tried]
+
+
+def test_of_many_rows_one_part_is_held_out(tmp_path: Path, bert: Encoder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(probe_solver, "MANY", 16)
+    outcome = run(bert, tmp_path / "mine", dev=None)
+    assert {2 * line["eval"]["accuracy"] % 1 for line in lines(outcome)} == {0.0}, "two of sixteen rows"
 
 
 def test_lp_ft_begins_with_the_solved_probe(tmp_path: Path, bert_path: Path):
@@ -153,3 +176,5 @@ def test_regression_begins_at_ridge_and_is_never_worse(tmp_path: Path, bert: Enc
     moved = run(bert, tmp_path / "moved", "regression", recipe=None, pooling="mean", learning_rate=1e-2, epochs=8)
     assert moved.delta.metrics["spearman"] >= best
     assert moved.unimproved or moved.baselines["probe"] == pytest.approx(probe.delta.metrics)
+    difference = 0.0 if moved.unimproved else moved.delta.metrics["spearman"] - best
+    assert moved.delta.provenance.get("gain", {}).get("value", 0.0) == pytest.approx(difference, abs=1e-6)

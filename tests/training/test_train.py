@@ -18,15 +18,15 @@ from bertology_serve.encoder.opening import open_delta
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import DataError, FormatError, InputError, SpecError
 from bertology_serve.kinds.kinds import parameter_count
-from bertology_serve.training.batches import Source
+from bertology_serve.training.batches import Data, Source
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.features import pooled
-from bertology_serve.training.method_options import AUTO, METHODS
+from bertology_serve.training.method_options import AUTO, LEARNING_RATES, METHODS
 from bertology_serve.training.methods import count_parameters, make_live, specs_for
 from bertology_serve.training.publish import describe
 from bertology_serve.training.run_directory import Destination
-from bertology_serve.training.train import Outcome, for_encoder, prepare, train
-from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.train import Outcome, choices, for_encoder, for_rows, prepare, train, usable
+from bertology_serve.training.train_config import FEW_ROWS, FEW_ROWS_RATES, TrainConfig
 from bertology_serve.training.trainer import NoCallback
 from tests.bits import same_bits
 from tests.training import sets
@@ -129,6 +129,10 @@ def test_the_probe_is_where_training_begins_and_what_stays_if_nothing_is_better(
     known = store.load(moved.path).provenance["baselines"]
     assert known["probe"]["accuracy"] < moved.delta.metrics["accuracy"]
     assert known["constant"]["accuracy"] == 0.5
+    gain = moved.delta.provenance["gain"]
+    assert gain["value"] == pytest.approx(moved.delta.metrics["accuracy"] - known["probe"]["accuracy"])
+    assert gain["low"] < gain["value"] < gain["high"]
+    assert "gain" not in still.delta.provenance
 
 
 def test_scored_pairs_are_measured_beside_the_encoder_s_own_cosine(tmp_path: Path, bert: Encoder):
@@ -352,3 +356,33 @@ def test_a_delta_knows_that_it_was_trained_on_pairs(tmp_path: Path, bert: Encode
         out = tmp_path / source.name
         train(TrainConfig.of("classification", max_length=32, epochs=1), bert, source, place=Destination(out))
         assert store.load(out).task.pairs is known
+
+
+def test_bad_records_are_skipped_and_named(tmp_path: Path, bert: Encoder):
+    source = sets.source("classification")
+    bad = [Record({"label": "up"}, "x:1"), Record({"text": "a", "label": 1.5}, "x:2")]
+    strange = Record({"text": "the house was great", "label": "sideways"}, "dev:9")
+    config = TrainConfig.of("classification", skip_bad=True, max_length=32, max_steps=2)
+    whole = Data(Source("x", [*bad, *source.records]), Source("dev", [strange, *source.records]))
+    data = usable(config, whole)
+    assert data.train.records == data.dev.records == list(source.records)  # type: ignore[union-attr]
+    assert [line.partition(" ")[0] for line in data.skipped] == ["x:1:", "x:2:", "dev:9:"]
+    assert usable(config.replaced(skip_bad=False), whole) is whole
+    outcome = train(config, bert, data.train, data.dev, place=Destination(tmp_path / "mine"))
+    assert (tmp_path / "mine" / "skipped.txt").read_text().splitlines() == data.skipped
+    facts = outcome.delta.provenance
+    assert (facts["train"]["skipped"], facts["eval"]["skipped"]) == (2, 1)
+    with pytest.raises(DataError, match="x: none of its 2 records can be read: x:1"):
+        usable(config, Data(Source("x", bad)))
+
+
+def test_few_rows_have_a_rate_of_their_own(bert: Encoder):
+    few = for_rows(TrainConfig.of("classification"), 100)
+    assert few.rate("lora") == FEW_ROWS_RATES["lora"]
+    assert for_rows(TrainConfig.of("classification"), FEW_ROWS).rate("lora") == LEARNING_RATES["lora"]
+    for own in ({"learning_rate": 5e-4}, {"start": "random"}, {"method": "bitfit"}, {"recipe": "lp-ft"}):
+        config = TrainConfig.of("classification", **own)
+        assert for_rows(config, 100) == config, "as given, as its papers have it, or not tried"
+    assert choices(TrainConfig.of("classification"), bert, 100).endswith("lora at 0.003; 20 epochs (for 100 rows)")
+    given = TrainConfig.of("classification", learning_rate=1e-4, epochs=2)
+    assert choices(given, bert, 100).endswith("0.0001; 2 epochs")

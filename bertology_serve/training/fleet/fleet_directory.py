@@ -128,6 +128,10 @@ class FleetWatcher(Protocol):
         """A member's delta stands in its place; its saved copy differs by so much."""
         return
 
+    def noted(self, text: str) -> None:
+        """Something to know before training begins."""
+        return
+
 
 class Quiet(FleetWatcher):
     """Watches nothing."""

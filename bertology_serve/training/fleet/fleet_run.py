@@ -16,11 +16,12 @@ from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
+from bertology_serve.training.calibration import Judged
 from bertology_serve.training.fleet.fleet import Fleet
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.fleet.fleet_spec import FleetSpec
 from bertology_serve.training.fleet.member import Member, check_frozen
-from bertology_serve.training.methods import count_parameters, make_live, start_at_mean
+from bertology_serve.training.methods import begin_at_probe, count_parameters, make_live, start_at_mean
 from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.publish import publish
 from bertology_serve.training.recipes import Stage, stages
@@ -31,9 +32,11 @@ from bertology_serve.training.train import (
     finished,
     for_data,
     for_encoder,
+    for_rows,
     lay_out,
     machine,
     task_spec,
+    usable,
 )
 from bertology_serve.training.train_config import TrainConfig
 
@@ -119,7 +122,7 @@ class Enrolled:
         """Puts the head where the probe has it."""
         self.start = start
         if start.solver is not None:
-            self.member.live.head.adopt(start.solver.live.head.own_tensors())
+            begin_at_probe(self.member.live, start.solver.live.head.own_tensors())
             self.member.begin_at(start.solver.state.metrics)
             self.member.state.seconds = start.solver.state.seconds
 
@@ -136,16 +139,20 @@ class Enrolled:
         version: str = "",
         facts: Mapping[str, object] | None = None,
         fresh: Encoder | None = None,
+        judged: Judged | None = None,
     ) -> Outcome:
         """Freezes, measures, saves and compares what training ended with, or the probe that it is not better than.
 
-        ``facts`` are for the delta's provenance; see ``publish`` of ``training.publish`` for ``extra`` and ``fresh``.
+        ``facts`` are for the delta's provenance; ``judged`` calibrates it where there is no dev set; see ``publish`` of
+        ``training.publish`` for ``extra`` and ``fresh``.
         """
         live, state, config, known = self.member.live, self.member.state, self.config, dict(self.start.known)
+        probe = self.start.solver.answers() if self.start.solver is not None and self.ready.dev else ()
         if self.start.solver is not None and self.unimproved:
             live, state, config = self.start.solver.live, self.start.solver.state, self.start.solver.config
             known.pop(PROBE, None)
-        delta = finished(live, self.ready, state, config, self.data, known, name, version)
+            probe = ()
+        delta = finished(live, self.ready, state, config, self.data, known, name, version, probe=probe, judged=judged)
         delta = replace(delta, provenance={**delta.provenance, **(facts or {})})
         difference = publish(delta, live, out, *self.ready.sample(self.data), extra=extra, fresh=fresh)
         delta = replace(delta, version=identify(out).version)
@@ -160,7 +167,8 @@ def enrol(
     for one in spec.members:
         train, dev, ood = (shelf.source(path, one.columns) if path else None for path in (one.train, one.eval, one.ood))
         assert train is not None
-        crew.append(enrolled(one.name, one.config, Data(train, dev, ood), shelf, directory, watcher))
+        data = usable(one.config, Data(train, dev, ood))
+        crew.append(enrolled(one.name, one.config, data, shelf, directory, watcher))
     return crew
 
 
@@ -174,7 +182,7 @@ def enrolled(
 ) -> Enrolled:
     """One member, its head at random numbers yet."""
     check_frozen(name, config)
-    config = for_encoder(for_data(config, data.train), shelf.encoder)
+    config = for_rows(for_encoder(for_data(config, data.train), shelf.encoder), len(data.train.records))
     plan = stages(config)
     own, spec = plan[-1].config, task_spec(config, shelf.encoder, data.train)
     live, task = make_live(shelf.encoder, own, spec), task_for(spec)

@@ -139,6 +139,7 @@ def test_members_begin_and_end_as_runs_alone(tmp_path, bert: Encoder, epochs: in
         assert together[name].kinds == alone.delta.kinds == (("probe",) if epochs == 1 else (method,))
         assert alone.unimproved is (epochs == 1)
         assert together[name].provenance["baselines"] == alone.baselines
+        assert together[name].provenance.get("gain") == alone.delta.provenance.get("gain")
         assert alone.unimproved or together[name].metrics["accuracy"] > alone.baselines["probe"]["accuracy"]
         assert together[name].metrics == pytest.approx(alone.delta.metrics, abs=1e-3)
         for key, tensor in alone.delta.head.items():
