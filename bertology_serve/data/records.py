@@ -136,6 +136,8 @@ def _listed_rows(rows: Iterable[object]) -> Iterable[Row]:
 
 
 def _named_rows(path: str | Path) -> Iterable[Row]:
+    if Path(path).is_file():
+        return _read_file(Path(path))
     searched = retrieval.find_set(str(path))
     if searched is not None:
         return retrieval.read_set(*searched)
