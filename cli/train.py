@@ -318,7 +318,7 @@ def needed(live: TrainableDelta, stage: Stage, source: Source, processes: Proces
 
 def show(outcome: Outcome, eval: str | None) -> None:
     """The evaluation table, and what to type next."""
-    from bertology_serve.tasks.significance import Interval
+    from bertology_serve.tasks.metrics import Interval
 
     delta, state, count = outcome.delta, outcome.state, outcome.parameters
     known = outcome.baselines
