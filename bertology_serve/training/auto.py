@@ -201,7 +201,7 @@ class Search:
             "sd": {name: stdev(values) for name, values in each.items()},
         }
 
-    def held_out(self) -> Judged:
+    def held_out(self) -> Judged | None:
         """The answers of what is published, trained on the other folds, to each fold's records."""
         ones = self.crew[self.winner]
         own = [one.member.live if self.improves or not one.start.solver else one.start.solver.live for one in ones]
