@@ -59,8 +59,9 @@ class Subject:
             own = load_delta(newest(Path(delta)), encoder) if isinstance(delta, (str, Path)) else delta
             return cls(encoder, own).checked()
         if encoder is not None and not isinstance(encoder, str | Path):
-            got = type(encoder).__name__  # type: ignore[unreachable]
-            raise SpecError(f"an analysis was given a {got}; expected an Encoder, or the name or directory of one")
+            raise SpecError(
+                f"an analysis was given a {type(encoder).__name__}; expected an Encoder, its name or its directory"
+            )
         name = None if encoder is None else str(encoder)
         if isinstance(delta, (str, Path)):
             own, encoder = open_delta(Path(delta), name, device)
