@@ -20,6 +20,7 @@ from bertology_serve.serving.batching.queue import BatchTimes, WorkQueue
 from bertology_serve.serving.batching.scheduler import (
     CallContext,
     CallItem,
+    CallPart,
     FairScheduler,
     Outcome,
     joined,
@@ -222,17 +223,21 @@ class Service:
         deadline = call.started + self._seconds(call)
         items = [CallItem(one, call.acquired[one.delta], call, deadline, call.priority) for one in requests]
         await self.aside(characters, lambda: self._tokenise(call, items))
-        parts = [part for item in items for part in item.parts(self.queue.times.budget)]
+        most = self.queue.times.budget
+        parts = items if call.tokens <= most else [part for item in items for part in item.parts(most)]
         try:
             await self._computed(call, parts, deadline)
         finally:
             call.items = []  # they know the call: what they hold would stay until a garbage collection
+        answers = list[Prediction]()
         for part in parts:
             if not isinstance(part.outcome, Prediction):
                 self._finished(parts, outcomes.FAILED)
                 raise part.outcome or RuntimeError("an item has no outcome")
-        groups = [list(own) for _, own in groupby(parts, key=attrgetter("whole"))]
-        answers = await self.aside(len(parts) - len(items) and call.tokens, lambda: list(map(joined, groups)))
+            answers.append(part.outcome)
+        if len(parts) > len(items):
+            groups = [list(own) for _, own in groupby(parts, key=attrgetter("whole"))]
+            answers = await self.aside(call.tokens, lambda: list(map(joined, groups)))
         self._finished(parts, outcomes.ANSWERED)
         return answers
 
@@ -323,7 +328,8 @@ class Service:
         self._finished(items, outcome)
 
     def _finished(self, items: Sequence[CallItem], outcome: str) -> None:
-        self.metrics.finished(wholes(items), outcome, time.monotonic())
+        parted = any([isinstance(item, CallPart) for item in items])
+        self.metrics.finished(wholes(items) if parted else items, outcome, time.monotonic())
 
     def _deliver(self, batch: Sequence[CallItem], found: Sequence[Outcome]) -> None:
         """Hands outcomes over to the event loop, one wake-up a batch. In the executor's thread."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,25 @@ class LabelTask(TextTask[T, G]):
     def __init__(self, spec: TaskSpec) -> None:
         super().__init__(spec)
         self.index = {label: index for index, label in enumerate(spec.labels)}
+
+    def temperature(self, logits: Tensor, targets: Sequence[G]) -> float:
+        """The T > 0 that the loss of logits [n, C] / T likes best (Guo et al. 2017, arXiv 1706.04599).
+
+        Under a prior log T ~ N(0, 1), which weighs as much as a row or two: a few rows that are all right do not make
+        the scores certain.
+        """
+        low, high = -4.0, 4.0
+        best = 0.0
+        for _ in range(6):
+            grid = np.linspace(low, high, 17)
+            costs = [float(self.loss(logits * math.exp(-t), [], targets)) + t * t / 2 for t in grid]
+            best, step = float(grid[int(np.argmin(costs))]), grid[1] - grid[0]
+            low, high = best - step, best + step
+        return math.exp(best)
+
+    def tempered_loss(self, logits: Tensor, targets: Sequence[G]) -> float:
+        """The sum of the losses of logits [n, C] once they are calibrated: what they know, however sure they are."""
+        return float(self.loss(logits / self.temperature(logits, targets), [], targets))
 
     @abstractmethod
     def rows(self, targets: Sequence[G]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -87,7 +86,7 @@ def _settle(live: TrainableDelta, task: LabelTask, logits: Tensor, dev: Sequence
     examples: list[Any] = [item.example for item in dev]
     found: dict[str, Any] = {}
     if calibrate:
-        by = temperature(task, logits, targets)
+        by = task.temperature(logits, targets)
         before, after = (_error(task, dev, rows) for rows in (logits, logits / by))
         if after > before:
             by, after = 1.0, before
@@ -106,22 +105,6 @@ def _settle(live: TrainableDelta, task: LabelTask, logits: Tensor, dev: Sequence
     loss = float(task.loss(logits, [], targets)) / len(dev)
     answers = _answers(task, dev, logits)
     return Settled({**task.metrics(answers, examples), "loss": loss}, {"calibration": found} if found else {}, answers)
-
-
-def temperature(task: LabelTask, logits: Tensor, targets: Sequence[Any]) -> float:
-    """The T > 0 that the loss of logits / T likes best (Guo et al. 2017, arXiv 1706.04599).
-
-    Under a prior log T ~ N(0, 1), which weighs as much as a row or two: a few rows that are all right do not make the
-    scores certain.
-    """
-    low, high = -4.0, 4.0
-    best = 0.0
-    for _ in range(6):
-        grid = np.linspace(low, high, 17)
-        costs = [float(task.loss(logits * math.exp(-t), [], targets)) + t * t / 2 for t in grid]
-        best, step = float(grid[int(np.argmin(costs))]), grid[1] - grid[0]
-        low, high = best - step, best + step
-    return math.exp(best)
 
 
 def thresholds(scores: Floats, gold: Flags, known: Flags) -> tuple[float, ...]:

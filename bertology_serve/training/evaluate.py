@@ -13,6 +13,7 @@ from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Answer, Task
+from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.heads import outputs_of
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.training.batches import WHOLE_BATCH, Item, micro_batches
@@ -56,7 +57,8 @@ def measure(
 ) -> dict[str, float]:
     """Metrics of a delta under training, in float32 and without dropout; ``loss`` too where it adds up over batches.
 
-    Several processes divide the items, and all get the metrics.
+    That of a task with labels is the loss after calibration: how sure a head is changes as it trains, and is settled
+    in the end. Several processes divide the items, and all get the metrics.
     """
     answers, loss = _answered(live, task, items, max_tokens, processes)
     metrics = task.metrics(answers, [item.example for item in items])
@@ -75,16 +77,25 @@ def _answered(
     """The answers, and the sum of the losses."""
     numbers = {id(item): number for number, item in enumerate(items)}
     answers: dict[int, Answer] = {}
+    logits: dict[int, Tensor] = {}
     loss = 0.0
     for group in micro_batches(items, max_tokens, not live.encoder.packs)[processes.rank :: processes.count]:
         out, outputs = run(live, group)
         for item, own in zip(group, outputs, strict=True):
             answers[numbers[id(item)]] = task.decode(item.example, item.encodings, own)
-        if task.kind not in WHOLE_BATCH:
+            if isinstance(task, LabelTask):
+                logits[numbers[id(item)]] = own[0]
+        if task.kind not in WHOLE_BATCH and not isinstance(task, LabelTask):
             loss += float(task.loss(out, _lengths(group), [item.target for item in group]))
-    parts = processes.gathered((answers, loss))
-    found = {number: answer for own, _ in parts for number, answer in own.items()}
-    return [found[number] for number in range(len(items))], sum(own for _, own in parts)
+    parts = processes.gathered((answers, logits, loss))
+    found = {number: answer for own, _, _ in parts for number, answer in own.items()}
+    if isinstance(task, LabelTask) and items:
+        rows = {number: row for _, own, _ in parts for number, row in own.items()}
+        whole = torch.stack([rows[number] for number in range(len(items))])
+        loss = task.tempered_loss(whole, [item.target for item in items])
+    else:
+        loss = sum(own for _, _, own in parts)
+    return [found[number] for number in range(len(items))], loss
 
 
 @torch.inference_mode()

@@ -186,9 +186,13 @@ class Solver:
         return out.cpu()
 
     def _measure(self, logits: Tensor, part: Part) -> dict[str, float]:
-        """The task's metrics, and the mean loss, of logits [N, C]."""
+        """The task's metrics, and the mean loss, of logits [N, C], as ``measure`` has them."""
         metrics = self.task.metrics(self._answers(logits, part.items), [item.example for item in part.items])
-        return {**metrics, "loss": self._loss(logits, part)}
+        if isinstance(self.task, LabelTask):
+            loss = self.task.tempered_loss(logits, [item.target for item in part.items]) / len(logits)
+        else:
+            loss = self._loss(logits, part)
+        return {**metrics, "loss": loss}
 
     def _answers(self, logits: Tensor, items: Sequence[Item]) -> list[Answer]:
         pairs = zip(items, logits, strict=True)

@@ -16,6 +16,7 @@ from bertology_serve.encoder.trainable import TrainableDelta, trained
 from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Task
+from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.spec import Encoding
 from bertology_serve.training.batches import WHOLE_BATCH, Buckets, Item, Sampler, micro_batches
 from bertology_serve.training.evaluate import measure
@@ -240,7 +241,7 @@ class Trainer:
         started, state = time.perf_counter(), self.state
         metrics = measure(self.live, self.task, self.dev, self.config.machine.max_tokens, self.processes)
         rank = self._rank(metrics)
-        better = not state.best or rank > state.best
+        better = not self._flattered(metrics) and (not state.best or rank > state.best)
         state.stale = 0 if better else state.stale + 1
         if better:
             state.best, state.best_step = rank, state.step
@@ -253,6 +254,14 @@ class Trainer:
         line = {**self._place(), "eval": metrics}
         self._log(line)
         self.watcher.evaluated(line)
+
+    def _flattered(self, metrics: Mapping[str, float]) -> bool:
+        """Whether scores say no more of the dev items, by a hundredth, than the probe's did, whatever the metric says:
+        the best of many states on few items is often a lucky one.
+        """
+        return (
+            self.start is not None and isinstance(self.task, LabelTask) and metrics["loss"] > 0.99 * self.start["loss"]
+        )
 
     def _rank(self, metrics: Mapping[str, float]) -> list[float]:
         """What is compared: the main metric, which stands first, then the loss."""

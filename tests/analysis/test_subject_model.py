@@ -58,5 +58,5 @@ def test_what_is_no_corpus(tmp_path: Path) -> None:
 
 def test_what_is_no_encoder() -> None:
     for wrong in (5, object()):
-        with pytest.raises(SpecError, match="expected an Encoder, or the name or directory of one"):
+        with pytest.raises(SpecError, match="expected an Encoder, its name or its directory"):
             Subject.of(wrong)  # type: ignore[arg-type]

@@ -28,7 +28,12 @@ CASES = {
         "x.csv:2: field 'text' is missing",
     ),
     "missing label column": ("classification", "x.csv", b"text\na\nb\n", "x.csv:2: field 'label' is missing"),
-    "missing column of a pair": ("embedding", "x.csv", b"text,score\na,1\n", "x.csv:2: field 'text_pair' is missing"),
+    "missing column of a pair": (
+        "embedding",
+        "x.csv",
+        b"text,score\na,1\n",
+        "x.csv:2: field 'text_pair' (or 'positive')",
+    ),
     "empty cell": (
         "classification",
         "x.csv",

@@ -11,7 +11,7 @@ from bertology_serve.tasks.classification import Classification
 from bertology_serve.tasks.metrics import calibration_error
 from bertology_serve.tasks.multi_label import MultiLabel
 from bertology_serve.tasks.spec import TaskSpec
-from bertology_serve.training.calibration import Settled, settled, temperature, thresholds
+from bertology_serve.training.calibration import Settled, settled, thresholds
 from bertology_serve.training.evaluate import evaluate, run
 from bertology_serve.training.train import prepare
 from bertology_serve.training.train_config import TrainConfig
@@ -37,7 +37,7 @@ def drawn(kind: str, rows: int) -> tuple[torch.Tensor, list]:
 @pytest.mark.parametrize("true", [0.25, 1.0, 5.0])
 def test_a_temperature_is_found_again(kind: str, true: float):
     logits, targets = drawn(kind, 20_000)
-    assert temperature(TASKS[kind], logits * true, targets) == pytest.approx(true, rel=0.04)
+    assert TASKS[kind].temperature(logits * true, targets) == pytest.approx(true, rel=0.04)
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -49,12 +49,12 @@ def test_it_is_the_optimum(kind: str):
         return float(TASKS[kind].loss(3 * logits * math.exp(-t), [], targets)) + t * t / 2
 
     expected = optimize.minimize_scalar(cost, bounds=(-4, 4), method="bounded", options={"xatol": 1e-6}).x
-    assert math.log(temperature(TASKS[kind], 3 * logits, targets)) == pytest.approx(expected, abs=2e-3)
+    assert math.log(TASKS[kind].temperature(3 * logits, targets)) == pytest.approx(expected, abs=2e-3)
 
 
 def test_a_few_right_rows_do_not_make_scores_certain():
     logits = torch.tensor([[2.0, 0.0, 0.0]] * 4)
-    by = temperature(TASKS["classification"], logits, [0] * 4)
+    by = TASKS["classification"].temperature(logits, [0] * 4)
     assert 0.2 < by < 1
     assert (logits / by).softmax(1)[0, 0] < 0.999
 

@@ -32,10 +32,6 @@ def test_sequences_of_one_item_stay_together():
     assert [[one.tokens for one in group] for group in groups] == [[4], [27], [11]]
 
 
-def test_whole_is_one_group():
-    assert len(micro_batches([item(50), item(50)], 10, padded=False, whole=True)) == 1
-
-
 def test_a_wrong_record_is_named():
     task = task_for(TaskSpec("classification", ("a", "b"), 16))
     records = [Record({"text": "good", "label": "a"}, "f:1"), Record({"text": "bad", "label": "c"}, "f:2")]
