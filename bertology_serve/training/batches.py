@@ -17,7 +17,6 @@ from bertology_serve.data.records import DataLike, Record, name_of, read_records
 from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.classification import LabelTask
-from bertology_serve.tasks.embedding import Embedding, EmbeddingExample
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
 from bertology_serve.training.train_config import TrainConfig
 
@@ -58,9 +57,11 @@ def make_items(task: Task, records: Iterable[tuple[Fields, str]], tokenizer: Pre
 
 def shaped(task: Task, items: list[Item], config: TrainConfig) -> list[Item]:
     """Training items with what the configuration adds to their targets: class weights and label smoothing, a loss."""
-    if isinstance(task, Embedding):
-        examples = cast(list[EmbeddingExample], [item.example for item in items])
-        targets: Sequence[object] = task.aimed(examples, config.optim.loss)
+    if task.kind == EMBEDDING:
+        from bertology_serve.tasks.embedding import Embedding
+
+        examples: list[Any] = [item.example for item in items]
+        targets: Sequence[object] = cast(Embedding, task).aimed(examples, config.optim.loss)
     elif isinstance(task, LabelTask) and (config.optim.balance or config.optim.label_smoothing):
         targets = task.shaped([item.target for item in items], config.optim.balance, config.optim.label_smoothing)
     else:

@@ -18,7 +18,6 @@ from bertology_serve.encoder.trainable import TrainableDelta, nested
 from bertology_serve.errors import DataError
 from bertology_serve.kinds import kinds
 from bertology_serve.tasks.base import Answer, Task, all_pairs
-from bertology_serve.tasks.embedding import loss_of
 from bertology_serve.tasks.fields import holds_several
 from bertology_serve.tasks.registry import task_for, task_named
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, MULTI_LABEL, TaskSpec
@@ -307,6 +306,8 @@ def for_data(config: TrainConfig, train: Source) -> TrainConfig:
     """The configuration for multi-label where a classification's labels are lists; with the loss of embeddings that
     the first record calls for."""
     if config.task == EMBEDDING and config.optim.loss == "auto":
+        from bertology_serve.tasks.embedding import loss_of
+
         example = task_named(EMBEDDING)(config.known_task).example(*train.records[0], labelled=True)
         return config.replaced(loss=loss_of(example))
     several = config.task == CLASSIFICATION and holds_several(train.records)
