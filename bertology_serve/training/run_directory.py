@@ -165,25 +165,25 @@ class Follower(RunDirectory):
         return {}
 
     def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
-        """Nothing."""
+        """The leader does it."""
 
     def log(self, record: Mapping[str, object]) -> None:
-        """Nothing."""
+        """The leader does it."""
 
     def write_config(self, text: str) -> None:
-        """Nothing."""
+        """The leader does it."""
 
     def write_layers(self, layers: Sequence[JsonObject]) -> None:
-        """Nothing."""
+        """The leader does it."""
 
     def write_skipped(self, lines: Sequence[str]) -> None:
-        """Nothing."""
+        """The leader does it."""
 
     def remove(self) -> None:
-        """Nothing."""
+        """The leader does it."""
 
     def _cut_log(self, stage: int, step: int) -> None:
-        """Nothing."""
+        """The leader does it."""
 
 
 def _place(line: str) -> tuple[int, int]:

@@ -37,7 +37,7 @@ class TensorBoard:
         self.stage = f"stage {stage}/"
 
     def began(self, step: int, total: int, parameters: ParameterCount) -> None:
-        """Nothing."""
+        """There is nothing to draw yet."""
 
     def stepped(self, line: Line) -> None:
         """Loss, learning rate, gradient and speed; each layer's gradient where it was measured."""

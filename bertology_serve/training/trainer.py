@@ -1,4 +1,7 @@
-"""What a run tells whoever watches it. Records are plain: they are the lines of ``log.jsonl``."""
+"""The step loop: one delta, one optimizer, batches of examples, and a run that can be killed at any moment.
+
+``Callback`` is what a run tells whoever watches it; its lines are those of ``log.jsonl``.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ class Callback(Protocol):
 
 
 class NoCallback(Callback):
-    """Watches nothing."""
+    """For a run that nobody watches."""
 
 
 class CallbackList:
@@ -70,22 +73,18 @@ class CallbackList:
         self.watchers = watchers
 
     def staged(self, stage: int, count: int, title: str) -> None:
-        """To all."""
         for watcher in self.watchers:
             watcher.staged(stage, count, title)
 
     def began(self, step: int, total: int, parameters: ParameterCount) -> None:
-        """To all."""
         for watcher in self.watchers:
             watcher.began(step, total, parameters)
 
     def stepped(self, line: Line) -> None:
-        """To all."""
         for watcher in self.watchers:
             watcher.stepped(line)
 
     def evaluated(self, line: Line) -> None:
-        """To all."""
         for watcher in self.watchers:
             watcher.evaluated(line)
 
