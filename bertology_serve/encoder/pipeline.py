@@ -41,6 +41,8 @@ class Pipeline(DeltaSet):
     encoder: Encoder
 
     def __init__(self, encoder: Encoder, deltas: Iterable[Delta] = ()) -> None:
+        if not isinstance(encoder, Encoder):
+            raise SpecError(f"a pipeline runs on an encoder, not on {encoder!r:.60}; give Encoder('minilm')")
         super().__init__(encoder)
         self.engine: Engine = encoder
         self.bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)

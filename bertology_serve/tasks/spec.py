@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bertology_serve.config_fields import named_fields
 from bertology_serve.errors import SpecError, nearest
 
 CLASSIFICATION = "classification"
@@ -37,6 +38,7 @@ AGGREGATES = ("mean", "max")
 LEAST_WINDOW = 8
 
 
+@named_fields
 @dataclass(frozen=True)
 class TaskSpec:
     """What one delta answers.
