@@ -37,7 +37,8 @@ class EmbeddingExample(TextExample):
     """A text, what belongs to it (``text_pair``), and what does not.
 
     ``score`` says how alike text and pair are, ``scores`` what a teacher gives the pair and each negative. In a
-    retrieval set each document has an ``id``, and each query what is ``relevant``: grades by documents' ids.
+    retrieval set each document has an ``id``, and each query what is ``relevant``: grades by documents' ids. ``query``
+    says that the text is one, to tasks that tell them from documents.
     """
 
     score: float | None = None
@@ -45,6 +46,7 @@ class EmbeddingExample(TextExample):
     scores: tuple[float, ...] = ()
     id: str | None = None
     relevant: Mapping[str, float] | None = None
+    query: bool = False
 
     @property
     def texts(self) -> tuple[str, ...]:

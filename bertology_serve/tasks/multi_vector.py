@@ -17,16 +17,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Answer
 from bertology_serve.tasks.contrastive import LOSSES, MaxSims, Target
 from bertology_serve.tasks.embedding import Embedding, EmbeddingExample, loss_of, unit_rows
 from bertology_serve.tasks.encoding import encode_text
+from bertology_serve.tasks.fields import Record, kind_of
 from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import MULTI_VECTOR, Encoding
 
+QUERY, DOCUMENT = "query", "document"
+
 
 class MultiVector(Embedding):
-    """Records as ``Embedding`` reads them; a text without a pair is a document, unless it has what is ``relevant``.
+    """Records as ``Embedding`` reads them. A text without a pair is a document, unless the record has what is
+    ``relevant`` to it, or ``"input_type": "query"``.
 
     Answers ``vectors`` [n, D] and the ``tokens`` that they are of; with a pair also ``vectors_pair`` and the MaxSim of
     the text, as a query, and its pair, ``similarity``; with negatives ``vectors_negatives``.
@@ -38,13 +43,20 @@ class MultiVector(Embedding):
     """The one that texts were last encoded with, and the ids of what it has for punctuation."""
     punctuation: frozenset[int] = frozenset()
 
+    def example(self, record: Record, where: str, labelled: bool) -> EmbeddingExample:
+        found = super().example(record, where, labelled)
+        role = record.get("input_type")
+        if role not in (None, QUERY, DOCUMENT):
+            raise DataError(f"{where}: field 'input_type' is {kind_of(role)}; expected {QUERY!r} or {DOCUMENT!r}")
+        asks = found.text_pair is not None or record.get("relevant") is not None
+        return replace(found, query=role == QUERY or (asks and role is None))
+
     def encode(self, example: EmbeddingExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
         if tokenizer is not self.tokenizer:
             known = tokenizer.convert_tokens_to_ids(list(string.punctuation))
             self.punctuation, self.tokenizer = frozenset(known) - {tokenizer.unk_token_id}, tokenizer
-        asks = example.text_pair is not None or example.relevant is not None
         found = [encode_text(tokenizer, text, None, self.spec.max_length) for text in example.texts]
-        return [self._marked(one, document=number > 0 or not asks) for number, one in enumerate(found)]
+        return [self._marked(one, document=number > 0 or not example.query) for number, one in enumerate(found)]
 
     def _marked(self, encoding: Encoding, document: bool) -> Encoding:
         """A sequence whose ``words`` are -1 for tokens that get no vector; a text of punctuation alone keeps all."""

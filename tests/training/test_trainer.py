@@ -20,8 +20,8 @@ from tests.bits import same_bits
 from tests.training import sets
 
 MACHINE = {"prepacked": False}
-HEADS = {"embedding": "none"}
-REACHED = {"embedding": 0.75}  # the most that scores of two values allow
+HEADS = {"embedding": "none", "sparse": "hf", "multi-vector": "hf"}
+REACHED = dict.fromkeys(HEADS, 0.75)  # the most that scores of two values allow
 
 
 def ready(encoder: Encoder, task: str, **values: Any) -> tuple[TrainConfig, Prepared]:
