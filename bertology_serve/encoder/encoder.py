@@ -143,6 +143,11 @@ class Encoder:
         return next(self.model.parameters()).dtype
 
     @property
+    def hidden(self) -> int:
+        """H: the width of its rows."""
+        return self.anatomy.hidden
+
+    @property
     def depth(self) -> int:
         """L: its layers."""
         return self.anatomy.layers

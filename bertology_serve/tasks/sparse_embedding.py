@@ -2,7 +2,8 @@
 
 The head is that of a masked language model, whose last layer is the encoder's word embeddings: ``log(1 + max(0, s))``
 of the largest score s that any row of the text, [CLS] and [SEP] included, gives a word. Most weights are to be 0, which
-the training sees to (``contrastive.flops``), or ``top_k`` of the task. Texts are alike by the product of their weights.
+the training sees to (``contrastive.flops``), or the task's ``max_terms``. Texts are alike by the product of their
+weights.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ class SparseEmbedding(Embedding):
         return (loss + targets[0].flops * flops(rows, targets)) * len(targets)
 
     def kept(self, rows: Tensor) -> Tensor:
-        """The ``top_k`` largest weights of each row [..., V], zeros elsewhere; all where there is no such number."""
-        if not 0 < self.spec.top_k < rows.shape[-1]:
+        """The ``max_terms`` largest weights of each row [..., V], zeros elsewhere; all where that is 0."""
+        if not 0 < self.spec.max_terms < rows.shape[-1]:
             return rows
-        values, index = rows.topk(self.spec.top_k)
+        values, index = rows.topk(self.spec.max_terms)
         return torch.zeros_like(rows).scatter(-1, index, values)
 
     def written(self, output: Tensor) -> Any:

@@ -56,8 +56,8 @@ class TaskSpec:
     context are of one type, as deltas from peft's question answering have it. With ``pairs`` a classification or
     regression was trained on pairs of texts alone, and refuses a single one; without it takes both. ``dimensions``
     are widths that embeddings were trained to be cut to (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147). ``width``
-    is the length of the vectors of multi-vector, and how many words of the vocabulary sparse weighs; ``top_k`` how many
-    weights it keeps (0: all); with ``skip_punctuation`` multi-vector has none for punctuation in documents.
+    is the length of the vectors of multi-vector, and how many words of the vocabulary sparse weighs; ``max_terms`` how
+    many weights it keeps (0: all); with ``skip_punctuation`` multi-vector has none for punctuation in documents.
 
     Texts beyond ``max_length`` are cut at their end or, where ``long`` is ``windows``, read in windows of that length
     with ``stride`` tokens of overlap, as question answering always reads its context. ``aggregate`` says what becomes
@@ -83,7 +83,7 @@ class TaskSpec:
     aggregate: str = "mean"
     dimensions: tuple[int, ...] = ()
     width: int = 0
-    top_k: int = 0
+    max_terms: int = 0
     skip_punctuation: bool = True
 
     def __post_init__(self) -> None:
@@ -116,8 +116,8 @@ class TaskSpec:
             raise SpecError(
                 f"width {self.width} does not fit {self.kind}; multi-vector has vectors of 1 or more numbers"
             )
-        if self.top_k < 0 or (self.top_k and self.kind != SPARSE):
-            raise SpecError(f"top_k {self.top_k} does not fit {self.kind}; of {SPARSE} it is a number of weights")
+        if self.max_terms < 0 or (self.max_terms and self.kind != SPARSE):
+            raise SpecError(f"max_terms {self.max_terms} does not fit {self.kind}; {SPARSE} keeps so many weights")
         if self.long != "cut" and self.kind == MULTI_VECTOR:
             raise SpecError("multi-vector has a vector a token, and reads no text in windows; leave long out")
         if self.long != "cut" and self.kind == QUESTION_ANSWERING:

@@ -89,7 +89,7 @@ class FormConfig:
         (), "embedding: widths at which vectors can be cut, with commas (384,256,128,64); the loss is summed over them."
     )
     width: int | None = option(None, "multi-vector: numbers in each vector. Default: 128.", least=1)
-    top_k: int = option(0, "sparse: weights that are kept of each text, the largest; 0: all.", least=0)
+    max_terms: int = option(0, "sparse: weights that are kept of each text, the largest; 0: all.", least=0)
     skip_punctuation: bool = option(True, "multi-vector: no vectors for the punctuation of documents.")
     max_answer_length: int | None = option(None, "Longest answer in tokens (question answering). Default: 30.", least=1)
     calibrate: bool = option(
@@ -348,7 +348,7 @@ class TrainConfig:
             max_length=longest,
             pooling=self.form.pooling or ("mean" if embedding or probe else TaskSpec.pooling),
             width=(self.form.width or VECTOR_WIDTH) if self.task == MULTI_VECTOR else 0,
-            top_k=self.form.top_k,
+            max_terms=self.form.max_terms,
             skip_punctuation=self.form.skip_punctuation,
             head=self.form.head or ("none" if embedding else "linear" if probe else TaskSpec.head),
             stride=overlap if self.form.stride is None else self.form.stride,

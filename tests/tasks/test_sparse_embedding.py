@@ -44,7 +44,7 @@ def test_a_pair_is_alike_by_the_product(minilm):
 
 
 def test_only_the_largest_are_kept():
-    task = SparseEmbedding(TaskSpec("sparse", width=6, top_k=2))
+    task = SparseEmbedding(TaskSpec("sparse", width=6, max_terms=2))
     assert task.kept(ROWS).tolist() == [[0, 2, 0, 0, 1, 0], [0, 0, 0, 3, 1, 0]]
     assert task.similarity(*ROWS) == 1.0
     assert [entry["index"] for entry in task.written(ROWS[0])] == [1, 4]
@@ -143,7 +143,7 @@ def test_windows_of_a_text_give_each_word_its_largest_weight():
         ({"kind": "sparse", "head": "linear"}, "head 'linear' does not fit sparse"),
         ({"kind": "regression", "width": 3}, "width 3 does not fit regression"),
         ({"kind": "multi-vector"}, "width 0 does not fit multi-vector"),
-        ({"kind": "multi-vector", "width": 4, "top_k": 2}, "top_k 2 does not fit multi-vector"),
+        ({"kind": "multi-vector", "width": 4, "max_terms": 2}, "max_terms 2 does not fit multi-vector"),
         ({"kind": "multi-vector", "width": 4, "long": "windows"}, "reads no text in windows"),
     ],
 )
