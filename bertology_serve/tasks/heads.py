@@ -114,9 +114,8 @@ class Head(nn.Module):
                     f"the head weighs {dense.outputs} words, but the encoder's are {found}; train it again"
                 )
         head = cls(form, dropout)
-        for layer in head.layers:
-            if words is not None and isinstance(layer.linear, WordScores):
-                layer.linear.words = [words]
+        if words is not None:
+            head.tie(words)
         with torch.no_grad():
             for std, (name, base, parameter) in head._drawn():
                 if base is not None and base in base_tensors:
@@ -127,6 +126,12 @@ class Head(nn.Module):
                 elif parameter.dim() == 2 and generator is not None:
                     parameter.normal_(0.0, std, generator=generator)
         return head
+
+    def tie(self, words: Tensor) -> None:
+        """Takes the encoder's word embeddings [V, E] for layers that are tied to them."""
+        for layer in self.layers:
+            if isinstance(layer.linear, WordScores):
+                layer.linear.words = [words]
 
     def forward(self, rows: Tensor) -> Tensor:
         for layer in self.layers:
