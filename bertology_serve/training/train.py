@@ -34,7 +34,7 @@ from bertology_serve.training.methods import (
     count_parameters,
     make_live,
     specs_for,
-    start_at_mean,
+    start_at_data,
     state_bytes,
     uses_bf16,
 )
@@ -90,7 +90,7 @@ def prepare(
     spec = task_spec(config, encoder, train)
     live, task = make_live(encoder, config, spec), task_for(spec)
     items = make_items(task, train.records, encoder.tokenizer)
-    start_at_mean(live, items)
+    start_at_data(live, items)
     items = shaped(task, items, config)
     others = [make_items(task, source.records, encoder.tokenizer) if source else [] for source in (dev, ood)]
     return Prepared(live, task, items, *others)

@@ -338,7 +338,7 @@ class TrainConfig:
 
     def task_spec(self, labels: tuple[str, ...]) -> TaskSpec:
         """The task with its defaults filled in."""
-        embedding = self.task == EMBEDDING
+        embedding, own = self.task == EMBEDDING, self.task in (SPARSE, MULTI_VECTOR)  # whose head has a form of its own
         probe = PROBE in self.method or self.plan.recipe == LP_FT or self.starts_at_probe
         longest = self.form.max_length or (384 if self.task == QUESTION_ANSWERING else TaskSpec.max_length)
         overlap = longest // 4 if self.form.long == "windows" else TaskSpec.stride
@@ -346,11 +346,11 @@ class TrainConfig:
             self.task,
             labels=labels,
             max_length=longest,
-            pooling=self.form.pooling or ("mean" if embedding or probe else TaskSpec.pooling),
+            pooling=self.form.pooling or ("mean" if embedding or (probe and not own) else TaskSpec.pooling),
             width=(self.form.width or VECTOR_WIDTH) if self.task == MULTI_VECTOR else 0,
             max_terms=self.form.max_terms,
             skip_punctuation=self.form.skip_punctuation,
-            head=self.form.head or ("none" if embedding else "linear" if probe else TaskSpec.head),
+            head=self.form.head or ("none" if embedding else "linear" if probe and not own else TaskSpec.head),
             stride=overlap if self.form.stride is None else self.form.stride,
             max_answer_length=self.form.max_answer_length or TaskSpec.max_answer_length,
             abstain=self.form.abstain,

@@ -152,10 +152,10 @@ class Trainer:
             self.state.best = [next(iter(start.values())), -0.99 * start.get("loss", 0.0)]
 
     def measure_start(self) -> None:
-        """Without a head, what training begins with answers already (as the encoder itself does, with most kinds): it
+        """Of embeddings, what training begins with answers already (as the encoder itself does, with most kinds): it
         counts as the first evaluation, so that what is kept is no worse on the dev set.
         """
-        if self.live.task.head == "none" and self.config.eval.keep == "best":
+        if self.live.task.kind in VECTOR_KINDS and self.config.eval.keep == "best":
             self._evaluate()
 
     @property

@@ -87,7 +87,7 @@ def test_the_first_bad_item_is_what_a_call_hears_of(pipeline):
     ("options", "count", "message"),
     [
         ({"max_items": 2}, 3, "holds 3 items; at most 2"),
-        ({"max_text_characters": 5}, 1, "field 'text' holds 16 characters; at most 5"),
+        ({"max_text_characters": 5}, 1, "field 'text' holds 13 characters; at most 5"),
         ({"max_item_tokens": 4}, 1, "6 tokens, all windows or choices together; at most 4"),
         ({"max_item_tokens": 10, "max_queue_tokens": 20}, 4, "the call holds 24 tokens or more; at most 20"),
         (

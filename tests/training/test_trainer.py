@@ -249,7 +249,7 @@ def test_dropout_of_the_trunk_is_a_choice(bert: Encoder):
 
 def test_nothing_to_train_is_refused(bert: Encoder):
     config = TrainConfig.of("embedding", "probe", max_length=32)
-    with pytest.raises(SpecError, match="trains nothing for embedding, which has no head"):
+    with pytest.raises(SpecError, match="trains nothing for embedding, which has no head of its own"):
         make_live(bert, config, config.task_spec(()))
 
 
