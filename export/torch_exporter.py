@@ -30,7 +30,7 @@ from bertology_serve.export.hf_model import hf_model
 from bertology_serve.families import compat
 from bertology_serve.kernels.segments import ACTIVATIONS
 from bertology_serve.kinds.slots import KEY, Slot
-from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING
+from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, SPARSE
 
 LOWEST = torch.finfo(torch.float32).min
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -61,6 +61,7 @@ class Graph(nn.Module):
         attention = compat.register("bertology_dense", _attend) if interface else "eager"
         self.model = hf_model(kind, export_inputs.config, export_inputs.state, attention)
         self.head = copy.deepcopy(export_inputs.head)
+        self.head.tie(self.model.get_input_embeddings().weight)
         heads = {id(parameter): name for name, _, parameter in self.head.named()}
         self.names = {
             path: export_inputs.named_in_head(heads[id(parameter)])
@@ -147,12 +148,18 @@ class Graph(nn.Module):
             return rows.gather(1, home[..., None].expand(-1, -1, rows.shape[-1]))
 
         if self.task.per_token:
-            out = callers(self.head(self._text(hidden)))
+            out = callers(self._unit(self.head(self._text(hidden))))
             return out.unbind(-1) if self.task.kind == QUESTION_ANSWERING else (out,)
+        if self.task.kind == SPARSE:
+            scores = self.head(self._text(hidden)).masked_fill(~seen[..., None], LOWEST)
+            return (scores.amax(1).relu().log1p(),)
         out = self.head(self._pool(hidden, seen, count))
         if self.task.kind != EMBEDDING:
             return (out,)
-        return callers(self._text(hidden)), F.normalize(out, dim=-1) if self.task.normalize else out
+        return callers(self._text(hidden)), self._unit(out)
+
+    def _unit(self, rows: Tensor) -> Tensor:
+        return F.normalize(rows, dim=-1) if self.task.unit else rows
 
     def _encode(self, ids: Tensor, types: Tensor, seen: Tensor) -> Tensor:
         """The last hidden states [B, R, H]: prompt rows among the text's, padding behind."""

@@ -165,7 +165,7 @@ def _head_parts(path: str, family: str) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     found: dict[str, Tensor] = {}
-    wanted = family_named(family).base_head
+    wanted = family_named(family).head_parts
     for file in _weight_files(path):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
