@@ -353,7 +353,7 @@ class Encoder:
             yield
 
     def lowest_changed(self, effects: Effects) -> int:
-        """The lowest layer that effects change, before which sequences of one text are one; ``NEVER`` for none.
+        """The lowest layer that effects (stacks [L, ...]) change, before which sequences of one text are one; ``NEVER`` for none.
 
         0 where they cannot fork between the layers of this encoder.
         """

@@ -35,7 +35,7 @@ class Engine(Protocol):
 
 class Pipeline(DeltaSet):
     """An encoder of this process with its resident deltas. ``engine`` runs their batches; it is the encoder unless it
-    was replaced.
+    was replaced. Raises SpecError for what is no encoder.
     """
 
     encoder: Encoder
