@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bertology_serve.encoder.anatomy import attention_modules
+from bertology_serve.encoder.attention import repeated
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.emitter.row_nodes import PromptLayout
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.hf_model import hf_model
 from bertology_serve.families import compat
 from bertology_serve.kernels.segments import ACTIVATIONS
-from bertology_serve.kinds.slots import Slot
+from bertology_serve.kinds.slots import KEY, Slot
 from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, SPARSE
 
 LOWEST = torch.finfo(torch.float32).min
@@ -99,7 +100,8 @@ class Graph(nn.Module):
             self.model.get_submodule(path).register_forward_hook(_hook(updates[path], adapters[path]))
         prefix = {"keys": effects.prefix.keys, "values": effects.prefix.values} if effects.prefix else {}
         for layer in range(self.anatomy.layers):
-            heads, width = self.anatomy.heads_of(layer), self.anatomy.head_width
+            width = self.anatomy.head_width
+            heads = self.anatomy.slot(KEY).outputs_of(layer) // width
             for part, rows in prefix.items():
                 by_head = rows[layer, :, : heads * width].reshape(1, -1, heads, width).transpose(1, 2)
                 self._mine(f"prefix.{layer}.{part}", by_head)
@@ -207,6 +209,7 @@ class Graph(nn.Module):
             key = torch.cat([keys.expand(query.shape[0], -1, -1, -1), key], 2)
             value = torch.cat([values.expand(query.shape[0], -1, -1, -1), value], 2)
             mask = F.pad(mask, (keys.shape[2], 0))
+        key, value = repeated(key, query.shape[1], 1), repeated(value, query.shape[1], 1)
         scores = (query * scale) @ key.transpose(-1, -2) + mask
         return (scores.softmax(-1) @ value).transpose(1, 2)
 
