@@ -53,8 +53,9 @@ class MultiVector(Embedding):
 
     def encode(self, example: EmbeddingExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
         if tokenizer is not self.tokenizer:
-            known = [tokenizer.convert_tokens_to_ids(mark) for mark in string.punctuation]
-            self.punctuation, self.tokenizer = frozenset(known) - {tokenizer.unk_token_id}, tokenizer  # type: ignore[arg-type]
+            vocabulary = tokenizer.get_vocab()
+            self.punctuation = frozenset(vocabulary[mark] for mark in string.punctuation if mark in vocabulary)
+            self.tokenizer = tokenizer
         found = [encode_text(tokenizer, text, None, self.spec.max_length) for text in example.texts]
         return [self._marked(one, document=number > 0 or not example.query) for number, one in enumerate(found)]
 
