@@ -28,7 +28,7 @@ from bertology_serve.kinds.effects import Effects
 from bertology_serve.kinds.slots import BEHIND_NORMS, Anatomy, Slot
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.heads import Head
-from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, TaskSpec
+from bertology_serve.tasks.spec import QUESTION_ANSWERING, VECTOR_KINDS, TaskSpec
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -106,7 +106,7 @@ class ExportInputs:
         task, hidden = self.task, self.anatomy.hidden
         if task.kind == QUESTION_ANSWERING:
             return dict.fromkeys((START, END), ("batch", "sequence"))
-        if task.kind == EMBEDDING:
+        if task.kind in VECTOR_KINDS:
             return {ROWS: ("batch", "sequence", hidden), POOLED: ("batch", hidden)}
         return {LOGITS: ("batch", "sequence", task.outputs) if task.per_token else ("batch", task.outputs)}
 

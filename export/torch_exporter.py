@@ -29,7 +29,7 @@ from bertology_serve.export.hf_model import hf_model
 from bertology_serve.families import compat
 from bertology_serve.kernels.segments import ACTIVATIONS
 from bertology_serve.kinds.slots import Slot
-from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING
+from bertology_serve.tasks.spec import QUESTION_ANSWERING, VECTOR_KINDS
 
 LOWEST = torch.finfo(torch.float32).min
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -148,7 +148,7 @@ class Graph(nn.Module):
             out = callers(self.head(self._text(hidden)))
             return out.unbind(-1) if self.task.kind == QUESTION_ANSWERING else (out,)
         out = self.head(self._pool(hidden, seen, count))
-        if self.task.kind != EMBEDDING:
+        if self.task.kind not in VECTOR_KINDS:
             return (out,)
         return callers(self._text(hidden)), F.normalize(out, dim=-1) if self.task.normalize else out
 

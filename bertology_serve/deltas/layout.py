@@ -36,6 +36,8 @@ from bertology_serve.tasks.spec import (
     QUESTION_ANSWERING,
     REGRESSION,
     TOKEN_CLASSIFICATION,
+    VECTOR_KINDS,
+    ZERO_SHOT,
     TaskSpec,
 )
 
@@ -182,13 +184,14 @@ TASK_TYPES: dict[str, str | None] = {
     TOKEN_CLASSIFICATION: "TOKEN_CLS",
     QUESTION_ANSWERING: "QUESTION_ANS",
     EMBEDDING: "FEATURE_EXTRACTION",
+    ZERO_SHOT: "FEATURE_EXTRACTION",
     MULTIPLE_CHOICE: None,
 }
 
 
 def module_root(task: TaskSpec, anatomy: Anatomy) -> str:
     """What encoder modules' names begin with in the task's HuggingFace model; empty for the bare encoder."""
-    return "" if task.kind == EMBEDDING or not anatomy.prefix else f"{anatomy.prefix}."
+    return "" if task.kind in VECTOR_KINDS or not anatomy.prefix else f"{anatomy.prefix}."
 
 
 def tensor_root(task: TaskSpec, anatomy: Anatomy) -> str:
@@ -254,7 +257,7 @@ def _method_obstacle(delta: Delta, anatomy: Anatomy, options: JsonObject) -> str
 
 
 def _head_obstacle(task: TaskSpec, family: str, options: JsonObject) -> str:
-    if task.kind == EMBEDDING:
+    if task.kind in VECTOR_KINDS:
         return ""
     if task.head != "hf" or family not in FAMILIES:
         return f"the task models of {family} have no {task.head} head of this form"

@@ -81,6 +81,7 @@ from bertology_serve.tasks.spec import (
     QUESTION_ANSWERING,
     REGRESSION,
     TOKEN_CLASSIFICATION,
+    ZERO_SHOT,
     TaskSpec,
 )
 
@@ -322,6 +323,7 @@ _PIPELINE_TAGS = {
     QUESTION_ANSWERING: "question-answering",
     MULTIPLE_CHOICE: "multiple-choice",
     EMBEDDING: "sentence-similarity",
+    ZERO_SHOT: "zero-shot-classification",
 }
 _LABELS_SHOWN = 20
 

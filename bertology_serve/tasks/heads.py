@@ -14,10 +14,10 @@ from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
 from bertology_serve.families import FAMILIES, family_named
 from bertology_serve.families.family import Dense, Family, HeadForm, HeadShape, Options, classifier
 from bertology_serve.tasks.spec import (
-    EMBEDDING,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     TOKEN_CLASSIFICATION,
+    VECTOR_KINDS,
     Encoding,
     TaskSpec,
 )
@@ -171,7 +171,7 @@ def aggregate(out: Tensor, encodings: Sequence[Encoding], task: TaskSpec) -> Ten
     if task.per_token or not any(encoding.continues for encoding in encodings):
         return out
     firsts = [row for row, encoding in enumerate(encodings) if not encoding.continues]
-    unit, found = task.kind == EMBEDDING and task.normalize, []
+    unit, found = task.kind in VECTOR_KINDS and task.normalize, []
     for first, last in pairwise([*firsts, len(encodings)]):
         rows = F.normalize(out[first:last]) if unit and last > first + 1 else out[first:last]
         if task.aggregate == "max":

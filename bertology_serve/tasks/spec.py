@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from bertology_serve.errors import SpecError, nearest
@@ -13,6 +14,7 @@ TOKEN_CLASSIFICATION = "token-classification"
 QUESTION_ANSWERING = "question-answering"
 MULTIPLE_CHOICE = "multiple-choice"
 EMBEDDING = "embedding"
+ZERO_SHOT = "zero-shot"
 TASK_KINDS = (
     CLASSIFICATION,
     MULTI_LABEL,
@@ -21,11 +23,14 @@ TASK_KINDS = (
     QUESTION_ANSWERING,
     MULTIPLE_CHOICE,
     EMBEDDING,
+    ZERO_SHOT,
 )
 TEXT_KINDS = (CLASSIFICATION, MULTI_LABEL, REGRESSION)
 """Tasks that read one text or a pair, and answer once for it."""
 LABEL_KINDS = (CLASSIFICATION, MULTI_LABEL)
 """Those whose answer is among labels, with a probability each."""
+VECTOR_KINDS = (EMBEDDING, ZERO_SHOT)
+"""Those without a head: a sequence's output is its pooled row [H]."""
 IGNORED = -100
 """What torch and HuggingFace write where there is no label: no class, no term of the loss, counted by no metric."""
 EVEN = 0.5
@@ -51,6 +56,10 @@ class TaskSpec:
     regression was trained on pairs of texts alone, and refuses a single one; without it takes both. ``dimensions``
     are widths that embeddings were trained to be cut to (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147).
 
+    Zero-shot answers among the ``labels`` where a call brings none. ``label_texts``, one a label or none at all, are
+    what is embedded of them, and ``template`` is put around those and a call's own, in place of ``{}``. ``scale`` times
+    a cosine is a logit; ``bias`` is added to it where each label is judged for itself.
+
     Texts beyond ``max_length`` are cut at their end or, where ``long`` is ``windows``, read in windows of that length
     with ``stride`` tokens of overlap, as question answering always reads its context. ``aggregate`` says what becomes
     of the windows' outputs, before softmax or sigmoid: their mean, in which each window weighs as many tokens as are
@@ -74,6 +83,10 @@ class TaskSpec:
     long: str = "cut"
     aggregate: str = "mean"
     dimensions: tuple[int, ...] = ()
+    label_texts: tuple[str, ...] = ()
+    template: str = "{}"
+    scale: float = 20.0
+    bias: float = -10.0
 
     def __post_init__(self) -> None:
         if self.kind not in TASK_KINDS:
@@ -87,8 +100,8 @@ class TaskSpec:
             raise SpecError("labels repeat; each label must be named once")
         if self.kind in (*LABEL_KINDS, TOKEN_CLASSIFICATION) and not self.labels:
             raise SpecError(f"{self.kind} needs labels")
-        if (self.head == "none") != (self.kind == EMBEDDING):
-            raise SpecError(f"head {self.head!r} does not fit {self.kind}: embeddings, and only they, have none")
+        if (self.head == "none") != (self.kind in VECTOR_KINDS):
+            raise SpecError(f"head {self.head!r} does not fit {self.kind}: {' and '.join(VECTOR_KINDS)} have none")
         if self.pairs and self.kind not in TEXT_KINDS:
             raise SpecError(f"pairs does not fit {self.kind}; {', '.join(TEXT_KINDS)} read one text or two")
         if self.thresholds and (self.kind != MULTI_LABEL or len(self.thresholds) != len(self.labels)):
@@ -105,6 +118,12 @@ class TaskSpec:
             raise SpecError(f"aggregate {self.aggregate!r} is for windows of a text that has one answer; leave it out")
         if self.dimensions and self.kind != EMBEDDING:
             raise SpecError(f"dimensions do not fit {self.kind}; only embeddings can be cut")
+        if self.label_texts and (self.kind != ZERO_SHOT or len(self.label_texts) != len(self.labels)):
+            raise SpecError(f"{len(self.label_texts)} label_texts do not fit {self.kind} of {len(self.labels)} labels")
+        if "{}" not in self.template:
+            raise SpecError(f"template is {self.template!r}; expected {{}} where a label's name goes")
+        if not (0 < self.scale < math.inf and math.isfinite(self.bias)):
+            raise SpecError(f"scale is {self.scale} and bias {self.bias}; expected finite numbers, scale above 0")
         if len(set(self.dimensions)) != len(self.dimensions) or min(self.dimensions, default=1) < 1:
             raise SpecError(f"dimensions are {self.dimensions}; expected widths from 1 up, each once")
 
@@ -115,7 +134,7 @@ class TaskSpec:
 
     @property
     def outputs(self) -> int:
-        """C: the width of the head's output (0 for embeddings, which have no head)."""
+        """C: the width of the head's output (0 for those that have none)."""
         return {
             CLASSIFICATION: len(self.labels),
             MULTI_LABEL: len(self.labels),
@@ -124,6 +143,7 @@ class TaskSpec:
             MULTIPLE_CHOICE: 1,
             QUESTION_ANSWERING: 2,
             EMBEDDING: 0,
+            ZERO_SHOT: 0,
         }[self.kind]
 
     @property

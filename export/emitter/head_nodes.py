@@ -11,7 +11,7 @@ from bertology_serve.export.emitter.row_nodes import MixedRows, Rows, Runs, chan
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.session import LOGITS, POOLED, ROWS
 from bertology_serve.tasks.heads import Head, Layer
-from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING
+from bertology_serve.tasks.spec import QUESTION_ANSWERING, VECTOR_KINDS
 
 
 def read(export_inputs: ExportInputs, rows: Rows, hidden: Value) -> dict[str, Value]:
@@ -23,7 +23,7 @@ def read(export_inputs: ExportInputs, rows: Rows, hidden: Value) -> dict[str, Va
     if task.per_token:
         return {LOGITS: rows.callers(_answered(export_inputs, hidden))}
     out = _answered(export_inputs, pooled(rows, hidden, export_inputs.anatomy.hidden, task.pooling))
-    if task.kind != EMBEDDING:
+    if task.kind not in VECTOR_KINDS:
         return {LOGITS: out}
     return {ROWS: rows.callers(hidden), POOLED: unit(out) if task.normalize else out}
 

@@ -33,6 +33,7 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "finder": ([Prefix(3)], TaskSpec("question-answering", max_length=24, stride=4)),
     "chooser": ([Prompt(2)], TaskSpec("multiple-choice", max_length=32)),
     "sense": ([Lora(("key",), rank=3)], TaskSpec("embedding", head="none", pooling="mean", max_length=32)),
+    "labels": ([Bitfit()], TaskSpec("zero-shot", ("good", "bad"), 32, "mean", "none")),
     "raw": ([], TaskSpec("embedding", head="none", max_length=32, normalize=False)),
 }
 RECORDS: dict[str, dict[str, Any]] = {
@@ -43,6 +44,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     "finder": {"question": "where was the dog ?", "context": "Ada met the dog in London . the cat was in the house"},
     "chooser": {"premise": "the river was cold", "choices": ["the house", "a very cold river bank"]},
     "sense": {"text": "money was not very good"},
+    "labels": {"text": "the river was very cold", "labels": ["cold_river", "house", "money"]},
     "raw": {"text": "a great film"},
     "base": {"text": "the red house"},
 }

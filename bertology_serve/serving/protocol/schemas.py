@@ -24,6 +24,9 @@ class ItemBody(Struct, omit_defaults=True):
     context: str | None = None
     premise: str | None = None
     choices: list[str] | None = None
+    labels: Annotated[list[str] | None, Meta(description="zero-shot: what to choose from.")] = None
+    multi_label: Annotated[bool | None, Meta(description="zero-shot: any number of labels may apply.")] = None
+    template: Annotated[str | None, Meta(description="zero-shot: put around labels, {} in their place.")] = None
 
 
 class TaskBody(Struct, omit_defaults=True):
