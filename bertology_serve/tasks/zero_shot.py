@@ -141,10 +141,11 @@ class ZeroShot(Classification):
 
     def bias(self, logits: Tensor, targets: Sequence[Target]) -> float:
         """The bias b with which sigmoid(logits [n, K] + b) names as many labels as there are: the likeliest one."""
-        wanted, low, high = float(len(targets)), -100.0, 100.0
+        high = float(logits.abs().max()) + 30.0
+        low = -high
         for _ in range(60):
             middle = (low + high) / 2
-            more = float((logits.double() + middle).sigmoid().sum()) < wanted
+            more = float((logits.double() + middle).sigmoid().sum()) < len(targets)
             low, high = (middle, high) if more else (low, middle)
         return (low + high) / 2
 
