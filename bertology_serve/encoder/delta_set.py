@@ -107,8 +107,9 @@ class LoadedDelta:
 class Job:
     """A request for a loaded delta, which it holds on to. ``DeltaSet.tokenise`` adds the rest.
 
-    ``cost`` is in rows; ``squares`` sums the squared lengths of its sequences, which attention costs. ``beside`` are
-    the texts of ``Task.beside``: the rows of some are ``known``, the sequences of the others are its last ones.
+    ``cost`` is in rows, as if it were alone, and ``charged`` what is left of it where others need the same rows;
+    ``squares`` sums the squared lengths of its sequences, which attention costs. ``beside`` are the texts of
+    ``Task.beside``: the rows of some are ``known``, the sequences of the others are its last ones.
     """
 
     request: Request
@@ -116,6 +117,7 @@ class Job:
     example: Example = field(init=False, repr=False)
     encodings: Sequence[Encoding] = field(init=False, repr=False)
     cost: int = field(init=False, default=0)
+    charged: int = field(init=False, default=0)
     squares: int = field(init=False, default=0)
     beside: Sequence[str] = field(init=False, repr=False, default=())
     known: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
@@ -125,11 +127,16 @@ class Job:
         """The texts beside it that have to be embedded."""
         return [text for text in dict.fromkeys(self.beside) if text not in self.known]
 
+    @property
+    def entry(self) -> BankEntry:
+        """Its delta's place in the bank."""
+        return self.ready.entry
+
     def take(self, encodings: Sequence[Encoding]) -> None:
         """Sets its sequences, and what they cost."""
         lengths = [len(encoding.ids) for encoding in encodings]
         self.encodings = encodings
-        self.cost = sum(lengths) + len(lengths) * self.ready.prompt_length
+        self.cost = self.charged = sum(lengths) + len(lengths) * self.ready.prompt_length
         self.squares = sum([length * length for length in lengths])
 
     def answered(self, outputs: Sequence[Tensor]) -> Prediction:
@@ -202,6 +209,11 @@ class Backbone(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """L: its layers."""
         ...
 
     @property
@@ -306,7 +318,7 @@ class DeltaSet(ABC):
         """
         if delta.name in self._ready:
             raise SpecError(f"{delta.name!r} answers already; export the model under another --name")
-        self._ready[delta.name] = LoadedDelta(delta, task_for(delta.task), Head(()), BARE, model)
+        self._ready[delta.name] = LoadedDelta(delta, task_for(delta.task), Head(()), BankEntry(delta.name), model)
 
     def resident(self, name: str, version: str = "") -> Delta | None:
         """The delta that answers under that name now; the one of that version, where one is named."""

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2] / "examples"
 NAMES = sorted(path.parent.name for path in ROOT.glob("*/run.py"))
 SAYS = {
     "gateway": ["jailbreak (", "384 numbers", "7 answers in "],
-    "support_tickets": ["the inbox", "the kettle leaks", "hardware"],
+    "support_tickets": ["the inbox", "the kettle leaks", "product"],
 }
 
 
