@@ -40,6 +40,9 @@ class SeveralBody(Struct, omit_defaults=True):
     tokens: list[str] | None = None
     question: str | None = None
     context: str | None = None
+    labels: Annotated[list[str] | None, Meta(description="zero-shot: what to choose from.")] = None
+    multi_label: Annotated[bool | None, Meta(description="zero-shot: any number of labels may apply.")] = None
+    template: Annotated[str | None, Meta(description="zero-shot: put around labels, {} in their place.")] = None
 
 
 class SeveralAnswers(Struct, omit_defaults=True):
@@ -328,7 +331,8 @@ class OpenAIProblem(Struct):
 
 
 BODIES = (
-    ItemBody, Answer, SeveralBody, SeveralAnswers, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest, InferResponse,
+    ItemBody, Answer, SeveralBody, SeveralAnswers, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest,
+    InferResponse,
     TeiBody, TeiClass, TeiSimilarityBody, TeiRerankBody, TeiTokenizeBody, TeiDecodeBody,
     RerankBody, Ranks, ScoreBody, Scores, ClassifyBody, Classes, PredictBody, Predictions,
     EmbeddingsBody, Embeddings, IndexRequest, LoadRequest, Version, Problem, OpenAIProblem,
