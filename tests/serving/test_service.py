@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bertology_serve.encoder.pipeline import Request
+from bertology_serve.encoder.row_cache import RowCache
 from bertology_serve.errors import DataError, Expired, LimitError, NotFound, Overloaded, RateLimited
 from bertology_serve.serving import service as services
 from bertology_serve.serving.batching.queue import BatchTimes
@@ -400,7 +401,7 @@ def test_a_call_of_more_labels_than_a_batch_takes_is_divided(pipeline):
     labels = [f"{a} {b}" for a in ("cat", "dog", "river", "house") for b in ("red", "blue", "cold", "good", "early")]
     request = Request("labels", {"text": "the film was great", "labels": labels}, logits=True)
     alone = pipeline.run([pipeline.prepare(request)])[0].answer
-    pipeline.loaded("labels").rows.__init__()
+    pipeline.loaded("labels").rows = RowCache()
 
     async def use(service: Service) -> Any:
         service.queue.times.budget = service.queue.times.hurried = 16
