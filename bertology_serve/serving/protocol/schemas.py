@@ -332,8 +332,7 @@ class OpenAIProblem(Struct):
 
 BODIES = (
     ItemBody, Answer, SeveralBody, SeveralAnswers, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest,
-    InferResponse,
-    TeiBody, TeiClass, TeiSimilarityBody, TeiRerankBody, TeiTokenizeBody, TeiDecodeBody,
+    InferResponse, TeiBody, TeiClass, TeiSimilarityBody, TeiRerankBody, TeiTokenizeBody, TeiDecodeBody,
     RerankBody, Ranks, ScoreBody, Scores, ClassifyBody, Classes, PredictBody, Predictions,
     EmbeddingsBody, Embeddings, IndexRequest, LoadRequest, Version, Problem, OpenAIProblem,
 )  # fmt: skip
