@@ -30,7 +30,7 @@ from bertology_serve.families.family import HeadShape
 from bertology_serve.files import JsonObject
 from bertology_serve.kernels.segments import RowSegment
 from bertology_serve.tasks.heads import Layer
-from bertology_serve.tasks.spec import VECTOR_KINDS
+from bertology_serve.tasks.spec import MULTI_VECTOR, POOLED_KINDS, SPARSE
 
 AGAIN = "export with --multi again"
 FILE, CARDS = "stacks.safetensors", "deltas"
@@ -111,6 +111,10 @@ def head_eps(encoder: Encoder) -> float | None:
 def _single(encoder: Encoder, delta: Delta) -> Library:
     if delta.weights:
         raise Unsupported(f"delta {delta.name!r} is a whole checkpoint and shares no encoder; export it by itself")
+    if delta.task.kind in (SPARSE, MULTI_VECTOR):
+        raise Unsupported(
+            f"delta {delta.name!r} does {delta.task.kind}, for which a graph for many has no head; export it alone"
+        )
     delta = encoder.fitted(delta)
     bank, feed = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device), Feed(encoder.anatomy)
     effects = encoder.allowed(delta.effects(encoder.anatomy))
@@ -143,7 +147,7 @@ def _card(encoder: Encoder, delta: Delta) -> LibraryCard:
         name=delta.name,
         version=delta.version,
         task=task.kind,
-        output=EMBEDDING if task.kind in VECTOR_KINDS else TOKEN_LOGITS if task.per_token else LOGITS,
+        output=EMBEDDING if task.kind in POOLED_KINDS else TOKEN_LOGITS if task.per_token else LOGITS,
         columns=task.outputs or encoder.anatomy.hidden,
         labels=task.labels,
         max_length=longest(encoder, delta),
@@ -162,7 +166,7 @@ def _head(encoder: Encoder, delta: Delta) -> Arrays:
     kind = head_nodes.HEAD_ACTIVATIONS.index(dense.form.activation) if dense else 0
     pooling = head_nodes.POOLINGS.index(task.pooling)
     form = [int(dense is not None), int(out is not None), kind, pooling, int(task.per_token), 0]
-    form[head_nodes.UNIT] = int(task.kind in VECTOR_KINDS and task.normalize)
+    form[head_nodes.UNIT] = int(task.kind in POOLED_KINDS and task.normalize)
     found: Arrays = {head_nodes.FORM: np.array([form], np.int64)}
     found |= _layer("dense", dense, hidden, hidden) | _layer("out", out, hidden, max(task.outputs, 1))
     if head_eps(encoder) is not None:

@@ -32,11 +32,13 @@ from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
     MULTI_LABEL,
+    MULTI_VECTOR,
     MULTIPLE_CHOICE,
+    POOLED_KINDS,
     QUESTION_ANSWERING,
     REGRESSION,
+    SPARSE,
     TOKEN_CLASSIFICATION,
-    VECTOR_KINDS,
     ZERO_SHOT,
     TaskSpec,
 )
@@ -167,10 +169,9 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 def _head_tensors(dense: Dense) -> dict[str, tuple[int, ...]]:
     """Names and shapes that one layer of a head may have."""
-    found: dict[str, tuple[int, ...]] = {
-        f"{dense.path}.weight": (dense.outputs, dense.inputs),
-        f"{dense.path}.bias": (dense.outputs,),
-    }
+    found: dict[str, tuple[int, ...]] = {f"{dense.path}.bias": (dense.outputs,)}
+    if not dense.tied:
+        found[f"{dense.path}.weight"] = dense.outputs, dense.inputs
     if dense.norm:
         found |= {f"{dense.norm}.weight": (dense.outputs,), f"{dense.norm}.bias": (dense.outputs,)}
     return found
@@ -186,12 +187,14 @@ TASK_TYPES: dict[str, str | None] = {
     EMBEDDING: "FEATURE_EXTRACTION",
     ZERO_SHOT: "FEATURE_EXTRACTION",
     MULTIPLE_CHOICE: None,
+    SPARSE: None,
+    MULTI_VECTOR: None,
 }
 
 
 def module_root(task: TaskSpec, anatomy: Anatomy) -> str:
     """What encoder modules' names begin with in the task's HuggingFace model; empty for the bare encoder."""
-    return "" if task.kind in VECTOR_KINDS or not anatomy.prefix else f"{anatomy.prefix}."
+    return "" if task.kind in POOLED_KINDS or not anatomy.prefix else f"{anatomy.prefix}."
 
 
 def tensor_root(task: TaskSpec, anatomy: Anatomy) -> str:
@@ -257,8 +260,10 @@ def _method_obstacle(delta: Delta, anatomy: Anatomy, options: JsonObject) -> str
 
 
 def _head_obstacle(task: TaskSpec, family: str, options: JsonObject) -> str:
-    if task.kind in VECTOR_KINDS:
+    if task.kind in POOLED_KINDS:
         return ""
+    if task.kind in (SPARSE, MULTI_VECTOR):
+        return f"peft has no model for {task.kind}"
     if task.head != "hf" or family not in FAMILIES:
         return f"the task models of {family} have no {task.head} head of this form"
     pooling = head_pooling(family, task.kind, options)

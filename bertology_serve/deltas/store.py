@@ -77,9 +77,11 @@ from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
     MULTI_LABEL,
+    MULTI_VECTOR,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
+    SPARSE,
     TOKEN_CLASSIFICATION,
     ZERO_SHOT,
     TaskSpec,
@@ -324,6 +326,8 @@ _PIPELINE_TAGS = {
     MULTIPLE_CHOICE: "multiple-choice",
     EMBEDDING: "sentence-similarity",
     ZERO_SHOT: "zero-shot-classification",
+    SPARSE: "feature-extraction",
+    MULTI_VECTOR: "sentence-similarity",
 }
 _LABELS_SHOWN = 20
 

@@ -248,20 +248,20 @@ def read(hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: Tas
     """The head's output for packed sequences, in the order given.
 
     hidden [T, H]. Returns [S, C], for tasks that answer for every token [sum of text lengths, C], for embeddings
-    [S, H]; in the head's own precision, float32 unless it was moved.
+    [S, H], of ``sparse`` [S, V]; in the head's own precision, float32 unless it was moved.
     """
     rows = read_rows(hidden, batch, sequences, task)
     own = next((parameter.dtype for parameter in head.parameters()), torch.float32)
-    return head(rows.to(own))  # type: ignore[no-any-return]
+    return head.read(rows.to(own), [batch.text_lengths[i] for i in sequences], task)
 
 
 def read_rows(hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: TaskSpec) -> Tensor:
-    """The rows that a task's head reads: [S, H] pooled, or for tasks that answer for every token all of the text."""
-    if not task.per_token and task.pooling == "cls":
+    """The rows that a task's head reads: [S, H] pooled, or where it reads every row all of the text."""
+    if not task.reads_rows and task.pooling == "cls":
         return hidden[batch.first_rows[list(sequences)]]
     texts = torch.split(batch.text_rows, list(batch.text_lengths))
     rows = torch.cat([texts[i] for i in sequences])
-    if task.per_token:
+    if task.reads_rows:
         return hidden[rows]
     lengths = torch.tensor([batch.text_lengths[i] for i in sequences], device=hidden.device)
     return pool(hidden, rows, lengths, task.pooling)

@@ -7,7 +7,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
@@ -26,7 +26,7 @@ from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import Head, aggregate
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import Encoding
+from bertology_serve.tasks.spec import MULTI_VECTOR, Encoding, TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,8 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Request:
-    """One record for one delta; ``id`` is the caller's own, ``logits`` asks for the head's raw output too.
+    """One record for one delta; ``id`` is the caller's own, ``logits`` asks for the head's raw output too, ``rows`` of
+    an embedding for every token's last hidden row, as a multi-vector delta would answer.
 
     With ``version`` no other version of the delta may answer.
     """
@@ -47,6 +48,7 @@ class Request:
     logits: bool = False
     where: str = "request"
     version: str = ""
+    rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,19 @@ class LoadedDelta:
     def __init__(self, delta: Delta, task: Task, head: Head, entry: BankEntry, model: TaskModel | None = None) -> None:
         self.delta, self.task, self.head, self.entry, self.model = delta, task, head, entry, model
         self.prompt_length, self.rows = entry.prompt_length, RowCache()
+        self.whole: LoadedDelta | None = None
+
+    def every_token(self, hidden: int) -> LoadedDelta:
+        """The same delta, answering with the last hidden row [hidden] of every token. ``whole`` is then this one, which
+        keeps its rows in the bank. Raises Unsupported for a whole model.
+        """
+        if self.model is not None:
+            raise Unsupported(f"delta {self.delta.name!r} is a whole model, which gives no rows of tokens")
+        most = self.delta.task.max_length
+        task = TaskSpec(MULTI_VECTOR, max_length=most, normalize=False, width=hidden, skip_punctuation=False)
+        found = LoadedDelta(replace(self.delta, task=task), task_for(task), Head(()), self.entry)
+        found.whole = self
+        return found
 
 
 @dataclass(eq=False)
@@ -200,6 +215,11 @@ class Backbone(Protocol):
     tokenizer: PreTrainedTokenizerBase
     lock: RLock
     packing: str
+
+    @property
+    def hidden(self) -> int:
+        """H: the width of its rows."""
+        ...
 
     @property
     def max_tokens(self) -> int:
@@ -365,6 +385,8 @@ class DeltaSet(ABC):
 
     def tokenise(self, job: Job) -> None:
         """Checks the record of a job and tokenises it. Raises DataError."""
+        if job.request.rows and job.ready.whole is None:
+            job.ready = job.ready.every_token(self.encoder.hidden)
         request, ready = job.request, job.ready
         job.example = ready.task.example(request.record, request.where, labelled=False)
         task, tokenizer = ready.task, (ready.model or self.encoder).tokenizer

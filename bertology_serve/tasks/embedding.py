@@ -1,14 +1,16 @@
-"""Sentence embeddings: one vector a text, trained on pairs that belong together, on scored ones, or on negatives too.
+"""Embeddings: a vector a text, or what else texts are compared by (``sparse_embedding``, ``multi_vector``).
 
-The shape of the records decides which loss of ``contrastive`` is learnt, and what is measured: the correlation of the
-cosine with the scores where there are any, else how well texts find what belongs to them among all texts of the set.
+They are trained on pairs that belong together, on scored ones, or on negatives too. The shape of the records decides
+which loss of ``contrastive`` is learnt, and what is measured: the correlation of the similarity with the scores where
+there are any, else how well texts find what belongs to them among all texts of the set.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from bertology_serve.errors import DataError
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, Task, TextExample
-from bertology_serve.tasks.contrastive import COSENT, DISTILL, LOSSES, MARGIN_MSE, MNRL, Target
+from bertology_serve.tasks.contrastive import COSENT, DISTILL, LOSSES, MARGIN_MSE, MNRL, Cosines, Target
 from bertology_serve.tasks.encoding import encode_long
 from bertology_serve.tasks.fields import Record, check_text, kind_of, optional_text, read_list, read_score, read_text
 from bertology_serve.tasks.metrics import Floats
@@ -35,7 +37,8 @@ class EmbeddingExample(TextExample):
     """A text, what belongs to it (``text_pair``), and what does not.
 
     ``score`` says how alike text and pair are, ``scores`` what a teacher gives the pair and each negative. In a
-    retrieval set each document has an ``id``, and each query what is ``relevant``: grades by documents' ids.
+    retrieval set each document has an ``id``, and each query what is ``relevant``: grades by documents' ids. ``query``
+    says that the text is one, to tasks that tell them from documents.
     """
 
     score: float | None = None
@@ -43,6 +46,7 @@ class EmbeddingExample(TextExample):
     scores: tuple[float, ...] = ()
     id: str | None = None
     relevant: Mapping[str, float] | None = None
+    query: bool = False
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -66,6 +70,7 @@ class Embedding(Task[EmbeddingExample, Target]):
 
     kind = EMBEDDING
     main_metric = "spearman"
+    field: ClassVar[str] = "embedding"
 
     def example(self, record: Record, where: str, labelled: bool) -> EmbeddingExample:
         text = read_text(record, where, "text", "text_a", "anchor")
@@ -99,31 +104,49 @@ class Embedding(Task[EmbeddingExample, Target]):
     def target(self, example: EmbeddingExample, encodings: Sequence[Encoding]) -> Target:
         return Target(tuple(map(hash, example.texts)), example.score, example.scores)
 
-    def aimed(self, examples: Sequence[EmbeddingExample], loss: str) -> list[Target]:
-        """The targets of training examples under a loss; ``auto``: the one that the first calls for.
+    def aimed(
+        self, examples: Sequence[EmbeddingExample], targets: Sequence[Target], loss: str, flops: float = 0.0
+    ) -> list[Target]:
+        """The targets of training examples with their loss; ``auto``: the one that the first calls for.
 
         Raises DataError for the first that it cannot learn from.
         """
         loss = loss_of(examples[0]) if loss == "auto" else loss
-        return [self.target(example, ())._replace(loss=_fitting(example, loss)) for example in examples]
+        return [
+            target._replace(loss=_fitting(example, loss), flops=flops)
+            for example, target in zip(examples, targets, strict=True)
+        ]
 
     def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Target]) -> Tensor:
         """The targets' loss over the batch, times their number; of several ``dimensions`` the sum (Matryoshka)."""
         rows = out if out.dtype == torch.float64 else out.float()
         loss = LOSSES[targets[0].loss or loss_of(targets[0])]
         widths = self.spec.dimensions or (rows.shape[1],)
-        return torch.stack([loss(rows[:, :width], targets) for width in widths]).sum() * len(targets)
+        return torch.stack([loss(Cosines(rows[:, :width]), targets) for width in widths]).sum() * len(targets)
 
     def decode(self, example: EmbeddingExample, encodings: Sequence[Encoding], outputs: Sequence[Tensor]) -> Answer:
-        if self.spec.normalize:
-            outputs = [F.normalize(output, dim=0) for output in outputs]
-        answer: Answer = {"embedding": outputs[0].tolist()}
+        if self.spec.unit:
+            outputs = [F.normalize(output, dim=-1) for output in outputs]
+        answer: Answer = {self.field: self.written(outputs[0])}
         if len(outputs) > 1:
-            answer["embedding_pair"] = outputs[1].tolist()
-            answer["similarity"] = float(F.cosine_similarity(outputs[0].double(), outputs[1].double(), dim=0))
+            answer[f"{self.field}_pair"] = self.written(outputs[1])
+            answer["similarity"] = self.similarity(outputs[0].double(), outputs[1].double())
         if len(outputs) > 2:
-            answer["embedding_negatives"] = [output.tolist() for output in outputs[2:]]
+            answer[f"{self.field}_negatives"] = [self.written(output) for output in outputs[2:]]
         return answer
+
+    def written(self, output: Tensor) -> Any:
+        """One text's output, ready for JSON."""
+        return output.tolist()
+
+    def similarity(self, one: Tensor, other: Tensor) -> float:
+        """How alike two texts are, by their outputs in float64."""
+        return float(F.cosine_similarity(one, other, dim=0))
+
+    def searching(self, documents: Sequence[Any]) -> Callable[[Any], Floats]:
+        """What gives a query's similarity [D] with each document, all of them as ``written``."""
+        table = unit_rows(documents)
+        return lambda query: table @ unit_rows([query])[0]
 
     def metrics(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> dict[str, float]:
         """Spearman and Pearson correlation of the cosine with the gold score; without scores those of a search.
@@ -135,10 +158,10 @@ class Embedding(Task[EmbeddingExample, Target]):
             gold, found = self.parts(answers, examples).T
             own = {"spearman": metrics.spearman(gold, found), "pearson": metrics.pearson(gold, found)}
         else:
-            own = metrics.mean_of(list(_searched(answers, examples).values()))
+            own = metrics.mean_of(list(self._searched(answers, examples).values()))
             if any(example.negatives for example in examples):
                 own[ACCURACY] = float(
-                    np.mean([_above(answer) for answer in answers if "embedding_negatives" in answer])
+                    np.mean([self._above(answer) for answer in answers if f"{self.field}_negatives" in answer])
                 )
         name = next(iter(own))
         return own | {
@@ -149,14 +172,14 @@ class Embedding(Task[EmbeddingExample, Target]):
     def parts(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> Floats:
         """[N, 2]: the gold score and the cosine; without scores nDCG and 1 for each of the texts that search."""
         if not _scored(examples):
-            return metrics.of_one([found[NDCG] for found in _searched(answers, examples).values()])
+            return metrics.of_one([found[NDCG] for found in self._searched(answers, examples).values()])
         rows = zip(examples, answers, strict=True)
         return np.array([[float(example.score or 0.0), answer["similarity"]] for example, answer in rows])
 
     def quality(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> Floats:
         """1 less the distance of both scores, each in its standard deviations; or nDCG (1 for what does not search)."""
         if not _scored(examples):
-            found = _searched(answers, examples)
+            found = self._searched(answers, examples)
             return np.array([found.get(_searcher(example), {NDCG: 1.0})[NDCG] for example in examples])
         gold, cosine = ((side - side.mean()) / max(side.std(), 1e-12) for side in self.parts(answers, examples).T)
         near: Floats = 1.0 - np.abs(gold - cosine)
@@ -164,6 +187,47 @@ class Embedding(Task[EmbeddingExample, Target]):
 
     def main(self, parts: Floats) -> float:
         return float(parts[:, 0].mean()) if (parts[:, 1] == 1).all() else metrics.spearman(*parts.T)
+
+    def _searched(
+        self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]
+    ) -> dict[tuple[str, str] | None, dict[str, float]]:
+        """The metrics of each search among all that can be found in the set. DataError where nothing searches."""
+        found: dict[str, Any] = {}
+        asked: dict[tuple[str, str] | None, tuple[Any, dict[str, float]]] = {}
+        for example, answer in zip(examples, answers, strict=True):
+            key = _searcher(example)
+            if key is None:
+                found[str(example.id)] = answer[self.field]
+                continue
+            grades = asked.setdefault(key, (answer[self.field], {}))[1]
+            if example.relevant is not None:
+                grades.update(example.relevant)
+            else:
+                grades[str(example.text_pair)] = 1.0
+                found |= zip(example.texts[1:], self._others(answer), strict=True)
+        if not asked or not found:
+            raise DataError(
+                f"{examples[0].where}: there are {len(asked)} queries and {len(found)} documents; expected both"
+            )
+        search, places = self.searching(list(found.values())), {name: place for place, name in enumerate(found)}
+        results = {}
+        for key, (query, grades) in asked.items():
+            scores, gold = search(query), np.zeros(len(places))
+            for name, grade in grades.items():
+                if name in places:
+                    gold[places[name]] = grade
+            if key is not None and key[0] == "id" and key[1] in places:
+                scores[places[key[1]]] = -np.inf  # the query itself, as BEIR has it
+            results[key] = metrics.of_ranking(gold[np.argsort(-scores, kind="stable")])
+        return results
+
+    def _others(self, answer: Answer) -> list[Any]:
+        return [answer[f"{self.field}_pair"], *answer.get(f"{self.field}_negatives", ())]
+
+    def _above(self, answer: Answer) -> bool:
+        """Whether the pair is nearer than every negative."""
+        scores = self.searching(self._others(answer))(answer[self.field])
+        return bool(scores[0] > scores[1:].max())
 
 
 def loss_of(one: Target | EmbeddingExample) -> str:
@@ -243,52 +307,8 @@ def _searcher(example: EmbeddingExample) -> tuple[str, str] | None:
     return None if example.relevant is None else ("id", str(example.id))
 
 
-def _searched(
-    answers: Sequence[Answer], examples: Sequence[EmbeddingExample]
-) -> dict[tuple[str, str] | None, dict[str, float]]:
-    """The metrics of each search among all that can be found in the set. Raises DataError where nothing searches."""
-    found: dict[str, list[float]] = {}
-    asked: dict[tuple[str, str] | None, tuple[list[float], dict[str, float]]] = {}
-    for example, answer in zip(examples, answers, strict=True):
-        key = _searcher(example)
-        if key is None:
-            found[str(example.id)] = answer["embedding"]
-            continue
-        grades = asked.setdefault(key, (answer["embedding"], {}))[1]
-        if example.relevant is not None:
-            grades.update(example.relevant)
-        else:
-            grades[str(example.text_pair)] = 1.0
-            found |= zip(example.texts[1:], _others(answer), strict=True)
-    if not asked or not found:
-        raise DataError(
-            f"{examples[0].where}: there are {len(asked)} queries and {len(found)} documents; expected both"
-        )
-    table, places = _unit(list(found.values())), {name: place for place, name in enumerate(found)}
-    results = {}
-    for key, (vector, grades) in asked.items():
-        scores, gold = table @ _unit([vector])[0], np.zeros(len(places))
-        for name, grade in grades.items():
-            if name in places:
-                gold[places[name]] = grade
-        if key is not None and key[0] == "id" and key[1] in places:
-            scores[places[key[1]]] = -np.inf  # the query itself, as BEIR has it
-        results[key] = metrics.of_ranking(gold[np.argsort(-scores, kind="stable")])
-    return results
-
-
-def _others(answer: Answer) -> Iterator[list[float]]:
-    yield answer["embedding_pair"]
-    yield from answer.get("embedding_negatives", ())
-
-
-def _above(answer: Answer) -> bool:
-    """Whether the pair is nearer than every negative."""
-    cosines = _unit(list(_others(answer))) @ _unit([answer["embedding"]])[0]
-    return bool(cosines[0] > cosines[1:].max())
-
-
-def _unit(rows: Sequence[Sequence[float]]) -> Floats:
+def unit_rows(rows: Sequence[Sequence[float]]) -> Floats:
+    """Rows [n, W] as float64, each of length 1."""
     vectors = np.asarray(rows, dtype=np.float64)
     unit: Floats = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return unit
@@ -300,5 +320,5 @@ def _cut(answer: Answer, width: int) -> Answer:
     if "embedding_negatives" in answer:
         cut["embedding_negatives"] = [vector[:width] for vector in answer["embedding_negatives"]]
     if "embedding_pair" in cut:
-        cut["similarity"] = float(_unit([cut["embedding"]])[0] @ _unit([cut["embedding_pair"]])[0])
+        cut["similarity"] = float(unit_rows([cut["embedding"]])[0] @ unit_rows([cut["embedding_pair"]])[0])
     return cut

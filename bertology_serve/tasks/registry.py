@@ -55,6 +55,8 @@ TASKS: LazyTable[type[Task]] = LazyTable(
         names.MULTIPLE_CHOICE: "bertology_serve.tasks.multiple_choice:MultipleChoice",
         names.EMBEDDING: "bertology_serve.tasks.embedding:Embedding",
         names.ZERO_SHOT: "bertology_serve.tasks.zero_shot:ZeroShot",
+        names.SPARSE: "bertology_serve.tasks.sparse_embedding:SparseEmbedding",
+        names.MULTI_VECTOR: "bertology_serve.tasks.multi_vector:MultiVector",
     },
 )
 task_named = TASKS.named

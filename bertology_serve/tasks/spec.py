@@ -15,6 +15,8 @@ QUESTION_ANSWERING = "question-answering"
 MULTIPLE_CHOICE = "multiple-choice"
 EMBEDDING = "embedding"
 ZERO_SHOT = "zero-shot"
+SPARSE = "sparse"
+MULTI_VECTOR = "multi-vector"
 TASK_KINDS = (
     CLASSIFICATION,
     MULTI_LABEL,
@@ -24,13 +26,19 @@ TASK_KINDS = (
     MULTIPLE_CHOICE,
     EMBEDDING,
     ZERO_SHOT,
+    SPARSE,
+    MULTI_VECTOR,
 )
 TEXT_KINDS = (CLASSIFICATION, MULTI_LABEL, REGRESSION)
 """Tasks that read one text or a pair, and answer once for it."""
 LABEL_KINDS = (CLASSIFICATION, MULTI_LABEL)
 """Those whose answer is among labels, with a probability each."""
-VECTOR_KINDS = (EMBEDDING, ZERO_SHOT)
+POOLED_KINDS = (EMBEDDING, ZERO_SHOT)
 """Those without a head: a sequence's output is its pooled row [H]."""
+VECTOR_KINDS = (EMBEDDING, SPARSE, MULTI_VECTOR)
+"""Those whose answer is what texts are compared by."""
+WHOLE_BATCH = (*VECTOR_KINDS, ZERO_SHOT)
+"""Those whose loss compares all examples of a batch."""
 IGNORED = -100
 """What torch and HuggingFace write where there is no label: no class, no term of the loss, counted by no metric."""
 EVEN = 0.5
@@ -54,7 +62,9 @@ class TaskSpec:
     longest answer in tokens, ``normalize`` scales embeddings to unit length. Without ``token_types`` question and
     context are of one type, as deltas from peft's question answering have it. With ``pairs`` a classification or
     regression was trained on pairs of texts alone, and refuses a single one; without it takes both. ``dimensions``
-    are widths that embeddings were trained to be cut to (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147).
+    are widths that embeddings were trained to be cut to (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147). ``width``
+    is the length of the vectors of multi-vector, and how many words of the vocabulary sparse weighs; ``max_terms`` how
+    many weights it keeps (0: all); with ``skip_punctuation`` multi-vector has none for punctuation in documents.
 
     Zero-shot answers among the ``labels`` where a call brings none. ``label_texts``, one a label or none at all, are
     what is embedded of them, and ``template`` is put around those and a call's own, in place of ``{}``. ``scale`` times
@@ -87,6 +97,9 @@ class TaskSpec:
     template: str = "{}"
     scale: float = 20.0
     bias: float = -10.0
+    width: int = 0
+    max_terms: int = 0
+    skip_punctuation: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in TASK_KINDS:
@@ -100,8 +113,8 @@ class TaskSpec:
             raise SpecError("labels repeat; each label must be named once")
         if self.kind in (*LABEL_KINDS, TOKEN_CLASSIFICATION) and not self.labels:
             raise SpecError(f"{self.kind} needs labels")
-        if (self.head == "none") != (self.kind in VECTOR_KINDS):
-            raise SpecError(f"head {self.head!r} does not fit {self.kind}: {' and '.join(VECTOR_KINDS)} have none")
+        if (self.head == "none") != (self.kind in POOLED_KINDS):
+            raise SpecError(f"head {self.head!r} does not fit {self.kind}: {' and '.join(POOLED_KINDS)} have none")
         if self.pairs and self.kind not in TEXT_KINDS:
             raise SpecError(f"pairs does not fit {self.kind}; {', '.join(TEXT_KINDS)} read one text or two")
         if self.thresholds and (self.kind != MULTI_LABEL or len(self.thresholds) != len(self.labels)):
@@ -110,6 +123,18 @@ class TaskSpec:
             raise SpecError("thresholds and abstain are probabilities; expected numbers from 0 to 1")
         if self.abstain and self.kind != CLASSIFICATION:
             raise SpecError(f"abstain does not fit {self.kind}; only classification may name no label")
+        if self.kind in (SPARSE, MULTI_VECTOR) and self.head != "hf":
+            raise SpecError(
+                f"head {self.head!r} does not fit {self.kind}, whose head has a form of its own; leave it out"
+            )
+        if self.width < (self.kind == MULTI_VECTOR) or (self.width and self.kind not in (SPARSE, MULTI_VECTOR)):
+            raise SpecError(
+                f"width {self.width} does not fit {self.kind}; multi-vector has vectors of 1 or more numbers"
+            )
+        if self.max_terms < 0 or (self.max_terms and self.kind != SPARSE):
+            raise SpecError(f"max_terms {self.max_terms} does not fit {self.kind}; {SPARSE} keeps so many weights")
+        if self.long != "cut" and self.kind == MULTI_VECTOR:
+            raise SpecError("multi-vector has a vector a token, and reads no text in windows; leave long out")
         if self.long != "cut" and self.kind == QUESTION_ANSWERING:
             raise SpecError("question answering reads windows anyway; leave long out")
         if self.reads_windows and self.max_length < LEAST_WINDOW:
@@ -144,12 +169,24 @@ class TaskSpec:
             QUESTION_ANSWERING: 2,
             EMBEDDING: 0,
             ZERO_SHOT: 0,
+            SPARSE: self.width,
+            MULTI_VECTOR: self.width,
         }[self.kind]
 
     @property
     def per_token(self) -> bool:
         """Whether the head answers for every text row rather than once a sequence."""
-        return self.kind in (TOKEN_CLASSIFICATION, QUESTION_ANSWERING)
+        return self.kind in (TOKEN_CLASSIFICATION, QUESTION_ANSWERING, MULTI_VECTOR)
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the head reads every text row rather than a pooled one."""
+        return self.per_token or self.kind == SPARSE
+
+    @property
+    def unit(self) -> bool:
+        """Whether its vectors are brought to length 1."""
+        return self.normalize and self.kind in (*POOLED_KINDS, MULTI_VECTOR)
 
 
 _CHOICES = {"pooling": POOLINGS, "head": HEADS, "long": LONG, "aggregate": AGGREGATES}
@@ -161,8 +198,9 @@ class Encoding:
 
     ``offsets`` are character spans in the text that each token came from, ``parts`` says which text that was
     (0 first, 1 pair, -1 special token), ``words`` the word index for pre-split input (-1 special token, or a word that
-    another window answers for). ``cut`` is how many tokens of the text were left out, to fit the maximum length.
-    A window of a text that is no first one ``continues`` the sequence before it; ``own`` tokens belong to it.
+    another window answers for; for multi-vector a token that has no vector). ``cut`` is how many tokens of the text
+    were left out, to fit the maximum length. A window of a text that is no first one ``continues`` the sequence before
+    it; ``own`` tokens belong to it.
     """
 
     ids: tuple[int, ...]

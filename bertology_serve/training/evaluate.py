@@ -19,8 +19,8 @@ from bertology_serve.tasks.base import Answer, Task
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.heads import outputs_of
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import ZERO_SHOT
-from bertology_serve.training.batches import WHOLE_BATCH, Item, micro_batches
+from bertology_serve.tasks.spec import WHOLE_BATCH, ZERO_SHOT
+from bertology_serve.training.batches import Item, micro_batches
 from bertology_serve.training.evaluation import Evaluation, Records
 from bertology_serve.training.processes import ALONE, Processes
 

@@ -20,8 +20,8 @@ from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Task
 from bertology_serve.tasks.classification import LabelTask
-from bertology_serve.tasks.spec import Encoding
-from bertology_serve.training.batches import WHOLE_BATCH, Buckets, Item, Sampler, micro_batches
+from bertology_serve.tasks.spec import WHOLE_BATCH, Encoding
+from bertology_serve.training.batches import Buckets, Item, Sampler, micro_batches
 from bertology_serve.training.evaluate import measure
 from bertology_serve.training.layers import layer_norms
 from bertology_serve.training.methods import (
@@ -152,10 +152,10 @@ class Trainer:
             self.state.best = [next(iter(start.values())), -0.99 * start.get("loss", 0.0)]
 
     def measure_start(self) -> None:
-        """Without a head, what training begins with answers already (as the encoder itself does, with most kinds): it
+        """Of embeddings, what training begins with answers already (as the encoder itself does, with most kinds): it
         counts as the first evaluation, so that what is kept is no worse on the dev set.
         """
-        if self.live.task.head == "none" and self.config.eval.keep == "best":
+        if self.live.task.kind in WHOLE_BATCH and self.config.eval.keep == "best":
             self._evaluate()
 
     @property

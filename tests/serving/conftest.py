@@ -35,6 +35,8 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "sense": ([Lora(("key",), rank=3)], TaskSpec("embedding", head="none", pooling="mean", max_length=32)),
     "labels": ([Bitfit()], TaskSpec("zero-shot", ("good", "bad"), 32, "mean", "none")),
     "raw": ([], TaskSpec("embedding", head="none", max_length=32, normalize=False)),
+    "words": ([Lora(rank=2)], TaskSpec("sparse", max_length=32, width=len(tiny.WORDS) + len(tiny.SPECIAL))),
+    "late": ([], TaskSpec("multi-vector", max_length=32, width=8)),
 }
 RECORDS: dict[str, dict[str, Any]] = {
     "mood": {"text": "the cat was good"},
@@ -46,6 +48,8 @@ RECORDS: dict[str, dict[str, Any]] = {
     "sense": {"text": "money was not very good"},
     "labels": {"text": "the river was very cold", "labels": ["cold_river", "house", "money"]},
     "raw": {"text": "a great film"},
+    "words": {"text": "the great film"},
+    "late": {"text": "a film , not great", "text_pair": "the dog ."},
     "base": {"text": "the red house"},
 }
 

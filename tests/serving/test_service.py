@@ -409,3 +409,24 @@ def test_a_call_of_more_labels_than_a_batch_takes_is_divided(pipeline):
 
     (found,), _ = with_service(pipeline, use)
     assert found.answer["logits"] == pytest.approx(alone["logits"], abs=1e-4)
+
+
+def test_one_text_for_many_deltas_is_one_batch_and_counted_as_what_it_computes(pipeline):
+    names = ("raw", "base", "mood", "grade")
+    requests = [Request(name, {"text": "the cat was good"}, logits=True) for name in names]
+    alone = [pipeline.run([pipeline.prepare(request)])[0].as_dict() for request in requests]
+    held, paid = Held(pipeline), list[int]()
+    held.go.set()
+
+    async def use(service: Service) -> Any:
+        return await service.answer(paying(paid.append), requests)
+
+    found, shown = with_service(held, use)
+    for one, other in zip(found, alone, strict=True):
+        assert one.as_dict().keys() == other.keys()
+        assert one.as_dict().get("logits", one.answer.get("embedding")) == pytest.approx(
+            other.get("logits", other.get("embedding")), abs=1e-5
+        )
+    assert len(held.batches) == 1
+    assert paid == [6 + 1 + 6 + 6]  # the second probe pays for one row; the others change the first layer
+    assert "bertology_shared_rows_total 5.0" in shown

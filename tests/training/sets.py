@@ -87,6 +87,8 @@ SETS = {
     "multiple-choice": multiple_choice,
     "embedding": embedding,
     "zero-shot": zero_shot,
+    "sparse": embedding,
+    "multi-vector": embedding,
 }
 LENGTHS = {"question-answering": 24}
 

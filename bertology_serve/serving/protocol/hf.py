@@ -20,9 +20,11 @@ from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
     MULTI_LABEL,
+    MULTI_VECTOR,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
+    SPARSE,
     TOKEN_CLASSIFICATION,
     ZERO_SHOT,
 )
@@ -110,6 +112,8 @@ _KNOWN = {
     MULTIPLE_CHOICE: (),
     EMBEDDING: ("normalize", "dimensions", "truncate"),
     ZERO_SHOT: ("candidate_labels", "hypothesis_template", "multi_label", "top_k"),
+    SPARSE: ("truncate",),
+    MULTI_VECTOR: ("normalize", "truncate"),
 }
 # What counts as an option beside ``inputs`` too, where InferenceClient puts those of embeddings; other keys are ignored
 _OPTIONS = frozenset(sum(_KNOWN.values(), ())) | {
@@ -153,7 +157,7 @@ def read_options(body: JsonObject, delta: Delta) -> Options:
         if name not in _KNOWN[kind]:
             known = f"; {kind} has {', '.join(_KNOWN[kind])}" if _KNOWN[kind] else ""
             raise Unsupported(f"option {name[:40]!r} is not supported for {kind}; leave it out{known}")
-    unit = kind == EMBEDDING and delta.task.normalize
+    unit = delta.task.unit
     options = Options(
         top_k=_integer(given, "top_k", 20 if kind == QUESTION_ANSWERING else 100_000),
         transform=_transform(given, kind),
@@ -284,6 +288,18 @@ def embedding(prediction: Prediction, options: Options) -> list[float]:
     return [number / size for number in part] if size else part
 
 
+def sparse(prediction: Prediction, options: Options) -> list[JsonObject]:
+    """``[{index, value}]`` in the order of the vocabulary, as TEI has it."""
+    found = ({"index": entry["index"], "value": entry["value"]} for entry in prediction.answer["sparse"])
+    return sorted(found, key=lambda entry: int(entry["index"]))
+
+
+def vectors(prediction: Prediction, options: Options) -> list[list[float]]:
+    """A vector a token."""
+    rows: list[list[float]] = prediction.answer["vectors"]
+    return rows
+
+
 def own(prediction: Prediction, options: Options) -> JsonObject:
     """This project's own shape."""
     return prediction.as_dict()
@@ -297,6 +313,8 @@ SHAPES = {
     QUESTION_ANSWERING: AnswerShape(question),
     EMBEDDING: AnswerShape(embedding),
     ZERO_SHOT: AnswerShape(classification),
+    SPARSE: AnswerShape(sparse),
+    MULTI_VECTOR: AnswerShape(vectors),
     MULTIPLE_CHOICE: AnswerShape(own),
 }
 

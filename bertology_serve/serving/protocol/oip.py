@@ -30,6 +30,7 @@ from bertology_serve.serving.protocol.oip_model import (
     record_of,
 )
 from bertology_serve.serving.protocol.tensors import InputTensor, OutputTensor, Parameters, read_texts, split
+from bertology_serve.tasks.spec import SPARSE
 
 DELTA = "delta"
 Find = Callable[[str], Delta]
@@ -236,8 +237,14 @@ def _tensor(name: str, field: Field, predictions: Sequence[Prediction]) -> Outpu
     rows = [_value(name, prediction) for prediction in predictions]
     if not field.width:
         return OutputTensor(name, field.datatype, (len(rows),), rows)
-    width = field.width if field.width > 0 else len(rows[0]) if rows else 0
-    return OutputTensor(name, field.datatype, (len(rows), width), [number for row in rows for number in row])
+    width = field.width if field.width > 0 else max(map(len, rows), default=0)
+    empty: Any = [0.0] * field.depth if field.depth else -1 if field.datatype == "INT64" else 0.0
+    values = [value for row in rows for value in (*row, *[empty] * (width - len(row)))]
+    if not field.depth:
+        return OutputTensor(name, field.datatype, (len(rows), width), values)
+    return OutputTensor(
+        name, field.datatype, (len(rows), width, field.depth), [one for value in values for one in value]
+    )
 
 
 def _value(name: str, prediction: Prediction) -> Any:
@@ -245,6 +252,10 @@ def _value(name: str, prediction: Prediction) -> Any:
         return encode(prediction.as_dict()).decode()
     if name in ANY_TASK:
         return getattr(prediction, name)
+    if prediction.task == SPARSE:
+        return [entry[name] for entry in prediction.answer["sparse"]]
+    if name == "vector_count":
+        return len(prediction.answer["vectors"])
     value = prediction.answer[name]
     if name == "label":  # a delta that abstains names none
         return value or ""

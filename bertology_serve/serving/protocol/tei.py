@@ -2,9 +2,11 @@
 
 ``/embed`` ``{inputs, normalize?, dimensions?}`` -> vectors; ``/predict`` ``{inputs, raw_scores?}`` -> scores by label;
 ``/rerank`` ``{query, texts, raw_scores?, return_text?}`` -> texts by score; ``/similarity``
-``{inputs: {source_sentence, sentences}}`` -> cosines. Embeddings come from embedding deltas (``base`` where none is
-named), predictions from classifications, ranks from regressions on pairs. Texts longer than the delta reads are
-refused unless ``truncate`` is true, as there.
+``{inputs: {source_sentence, sentences}}`` -> cosines; ``/embed_sparse`` ``{inputs}`` -> weights by index;
+``/embed_all`` ``{inputs}`` -> a vector a token. Embeddings come from embedding deltas (``base`` where none is named),
+which give every token's last hidden row to ``/embed_all``, as multi-vector gives its vectors; predictions from
+classifications, ranks from regressions on pairs, or from how alike query and text are. Texts longer than the delta
+reads are refused unless ``truncate`` is true, as there.
 """
 
 from __future__ import annotations
@@ -20,16 +22,22 @@ from bertology_serve.encoder.pipeline import BASE, Prediction, Request
 from bertology_serve.errors import DataError, LimitError, Unsupported
 from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.protocol.hf import Options, classification, cosine, embedding, sigmoid
+from bertology_serve.serving.protocol.hf import Options, classification, cosine, embedding, sparse
 from bertology_serve.serving.protocol.json_codec import check_items, check_size, encode, encode_list, object_of, shown
+from bertology_serve.serving.protocol.openai import score_of
 from bertology_serve.tasks.encoding import encode_text
-from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
+from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, MULTI_VECTOR, REGRESSION, SPARSE, VECTOR_KINDS
 
 Find = Callable[[str], Delta]
 Body = JsonMapping
 Tokenizer = Any
 EMBED, PREDICT, RERANK, SIMILARITY = "embed", "predict", "rerank", "similarity"
-TASKS = {EMBED: EMBEDDING, SIMILARITY: EMBEDDING, PREDICT: CLASSIFICATION, RERANK: REGRESSION}
+EMBED_SPARSE, EMBED_ALL = "embed_sparse", "embed_all"
+TASKS: dict[str, tuple[str, ...]] = {
+    EMBED: (EMBEDDING,), SIMILARITY: (EMBEDDING,), EMBED_ALL: (EMBEDDING, MULTI_VECTOR), EMBED_SPARSE: (SPARSE,),
+    PREDICT: (CLASSIFICATION,), RERANK: (REGRESSION, *VECTOR_KINDS),
+}  # fmt: skip
+"""What each route takes; ``base`` answers those that begin with embeddings."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,9 @@ def read_tei(body: bytes, what: str, find: Find, named: str | None = None, most:
     delta = _delta(value, what, find, named)
     check_items(_count(value), most)
     records, names, more = _RECORDS[what](value)
+    rows = what == EMBED_ALL and delta.task.kind == EMBEDDING
     requests = [
-        Request(delta.name, record, "", _flag(value, "raw_scores"), where)
+        Request(delta.name, record, "", _flag(value, "raw_scores"), where, rows=rows)
         for record, where in zip(records, names, strict=True)
     ]
     _refuse(value)
@@ -77,14 +86,17 @@ def write_tei(call: TeiCall, predictions: Sequence[Prediction]) -> bytes:
         options = Options(transform="none" if call.raw else "")
         found = [classification(prediction, options) for prediction in predictions]
         return encode(found[0]) if call.flat else encode_list(found)
+    if call.what == EMBED_ALL:
+        return encode_list(prediction.answer["vectors"] for prediction in predictions)
+    if call.what == EMBED_SPARSE:
+        return encode_list(sparse(prediction, call.options) for prediction in predictions)
     vectors = [embedding(prediction, call.options) for prediction in predictions]
     return encode_list(vectors if call.what == EMBED else [cosine(vectors[0], other) for other in vectors[1:]])
 
 
 def _ranks(call: TeiCall, predictions: Sequence[Prediction]) -> list[JsonObject]:
     """The texts, best first; a regression's value is squeezed into 0..1 unless raw scores are asked for."""
-    values = [prediction.answer["value"] for prediction in predictions]
-    scores = values if call.raw else [sigmoid(value) for value in values]
+    scores = [score_of(prediction, call.raw) for prediction in predictions]
     ranks = [{"index": index, "score": score} for index, score in enumerate(scores)]
     if call.with_text:
         ranks = [rank | {"text": text} for rank, text in zip(ranks, call.texts, strict=True)]
@@ -101,12 +113,12 @@ def _count(value: Body) -> int:
 
 
 def _delta(value: Body, what: str, find: Find, named: str | None) -> Delta:
-    name = named or value.get("model") or (BASE if TASKS[what] == EMBEDDING else None)
+    name = named or value.get("model") or (BASE if TASKS[what][0] == EMBEDDING else None)
     if not isinstance(name, str):
         raise DataError(f"field 'model' is {shown(value.get('model'))}; expected the name of a delta")
     delta = find(name)
-    if delta.task.kind != TASKS[what]:
-        raise Unsupported(f"/{what} is for {TASKS[what]}; delta {delta.name!r} does {delta.task.kind}")
+    if delta.task.kind not in TASKS[what]:
+        raise Unsupported(f"/{what} is for {' or '.join(TASKS[what])}; delta {delta.name!r} does {delta.task.kind}")
     return delta
 
 
@@ -118,7 +130,7 @@ def _refuse(value: Body) -> None:
 
 
 def _options(value: Body, delta: Delta) -> Options:
-    unit = delta.task.kind == EMBEDDING and delta.task.normalize
+    unit = delta.task.unit
     normalize, dimensions = _flag(value, "normalize", True), value.get("dimensions")
     if unit and not normalize:
         raise Unsupported(f"delta {delta.name!r} gives normalised embeddings; leave 'normalize' out")
@@ -177,7 +189,8 @@ def _similarity(value: Body) -> Records:
 
 
 _RECORDS: dict[str, Callable[[Body], Records]] = {
-    EMBED: _embed, PREDICT: _predict, RERANK: _rerank, SIMILARITY: _similarity,
+    EMBED: _embed, EMBED_ALL: _embed, EMBED_SPARSE: _embed, PREDICT: _predict, RERANK: _rerank,
+    SIMILARITY: _similarity,
 }  # fmt: skip
 
 
@@ -256,6 +269,8 @@ def info(delta: Delta, config: ServerConfig, dtype: str) -> JsonObject:
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     kinds: JsonMapping = {
         EMBEDDING: {"embedding": {"pooling": task.pooling}},
+        SPARSE: {"embedding": {"pooling": "splade"}},
+        MULTI_VECTOR: {"embedding": {"pooling": task.pooling}},
         CLASSIFICATION: {"classifier": names},
         REGRESSION: {"reranker": names},
     }
