@@ -24,6 +24,7 @@ from bertology_serve.errors import BertologyError, NotFound, SpecError, Unsuppor
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import Head, aggregate
+from bertology_serve.tasks.redaction import Redaction, Redactor
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
 
@@ -113,6 +114,7 @@ class Job:
     ready: LoadedDelta = field(repr=False)
     example: Example = field(init=False, repr=False)
     encodings: Sequence[Encoding] = field(init=False, repr=False)
+    redaction: Redaction | None = field(init=False, default=None, repr=False)
     cost: int = field(init=False, default=0)
     squares: int = field(init=False, default=0)
 
@@ -131,6 +133,8 @@ class Job:
             if not delta.task.per_token:
                 outputs = aggregate(torch.stack(list(outputs)), self.encodings, delta.task).unbind(0)
         answer = dict(self.ready.task.decode(self.example, self.encodings, outputs))
+        if self.redaction is not None:
+            answer |= self.redaction.of(self.ready.task.spanned(self.example), answer)
         if self.request.logits:
             logits = [output.tolist() for output in outputs]
             answer["logits"] = logits[0] if len(logits) == 1 else logits
@@ -203,13 +207,14 @@ class DeltaSet(ABC):
     """The deltas of one encoder that answer. Subclasses say where their rows lie and what runs the pass.
 
     ``prepare`` may be called from many threads; ``run``, ``add`` and ``remove`` serialise themselves.
-    The name ``base`` is reserved: the bare encoder, answering mean-pooled, normalised embeddings.
+    The name ``base`` is reserved: the bare encoder, answering mean-pooled, normalised embeddings. ``redactor`` is what
+    calls may ask of redaction.
     """
 
     encoder: Backbone
 
     def __init__(self, encoder: Backbone) -> None:
-        self.encoder = encoder
+        self.encoder, self.redactor = encoder, Redactor()
         self._ready: dict[str, LoadedDelta] = {}
         self._beside: dict[tuple[str, str], LoadedDelta] = {}
         self.ledger = Ledger()
@@ -337,10 +342,15 @@ class DeltaSet(ABC):
         return job
 
     def tokenise(self, job: Job) -> None:
-        """Checks the record of a job and tokenises it. Raises DataError."""
+        """Checks the record of a job and tokenises it. Raises DataError; LimitError for a text to be redacted that
+        would be cut.
+        """
         request, ready = job.request, job.ready
+        job.redaction = self.redactor.asked(request.record, request.where, ready.delta.task)
         job.example = ready.task.example(request.record, request.where, labelled=False)
         job.take(ready.task.encode(job.example, (ready.model or self.encoder).tokenizer))
+        if job.redaction is not None:
+            job.redaction.check(sum(encoding.cut for encoding in job.encodings), request.where)
 
     def run(self, jobs: Sequence[Job]) -> list[Prediction]:
         """Answers all jobs, of whatever deltas, in one packed batch; in the order given."""

@@ -12,23 +12,42 @@ from msgspec import Meta, Struct
 Logits = list[float | list[float | list[float]]]  # of each label, of each token or window
 
 
-class Entity(Struct, frozen=True):
-    """One entity; offsets are characters of the text sent, or of the tokens joined by one space."""
+class Entity(Struct, frozen=True, omit_defaults=True):
+    """One entity; offsets are characters of the text sent, or of the tokens joined by one space.
+
+    Those in UTF-16 units are there where a call asks for ``"offsets": "utf16"``.
+    """
 
     label: str
     start: int
     end: int
     text: str
     score: float
+    start_utf16: int | None = None
+    end_utf16: int | None = None
 
 
-class Span(Struct, frozen=True):
-    """One answer to a question; offsets are characters of the context."""
+class Span(Struct, frozen=True, omit_defaults=True):
+    """One answer to a question; offsets are characters of the context, as those of entities."""
 
     text: str
     start: int
     end: int
     score: float
+    start_utf16: int | None = None
+    end_utf16: int | None = None
+
+
+class RedactedSpan(Struct, frozen=True, omit_defaults=True):
+    """A part of a text and what stands in its place; offsets are those of the text sent."""
+
+    label: str
+    start: int
+    end: int
+    text: str
+    replacement: str
+    start_utf16: int | None = None
+    end_utf16: int | None = None
 
 
 class Answer(Struct, frozen=True, omit_defaults=True):
@@ -48,6 +67,11 @@ class Answer(Struct, frozen=True, omit_defaults=True):
     value: float | None = None
     entities: tuple[Entity, ...] | None = None
     tags: tuple[str, ...] | None = None
+    redacted: Annotated[str | None, Meta(description="The text as the call's redact and patterns have it.")] = None
+    redactions: tuple[RedactedSpan, ...] | None = None
+    placeholders: Annotated[
+        dict[str, str] | None, Meta(description="What each placeholder stands for, where the policy is replace.")
+    ] = None
     answer: Span | None = None
     answers: tuple[Span, ...] | None = None
     choice: int | None = None

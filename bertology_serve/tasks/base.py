@@ -95,6 +95,10 @@ class Task(ABC, Generic[E, G]):
         aggregated; [len, C] a sequence.
         """
 
+    def spanned(self, example: E) -> str:
+        """The text that the spans of an answer are counted in; empty for tasks that find none."""
+        return ""
+
     @abstractmethod
     def metrics(self, answers: Sequence[Answer], examples: Sequence[E]) -> dict[str, float]:
         """Metrics of decoded answers against labelled examples, as fractions (0.91, not 91), ``main_metric`` first."""

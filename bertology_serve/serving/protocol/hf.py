@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
-from bertology_serve.files import JsonObject
+from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, shown
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
@@ -76,6 +76,7 @@ def _request(item: Any, where: str, delta: Delta, options: Options) -> Request:
         raise DataError(f"{where}: is {shown(item)}; expected a text or an object with the fields of {delta.task.kind}")
     if delta.task.kind == QUESTION_ANSWERING and options.top_k is not None:
         item = {**item, "top_k": options.top_k}
+    item = {**item, **options.spans}
     return Request(delta.name, item, "", options.needs_logits, where)
 
 
@@ -103,11 +104,12 @@ _KNOWN = {
     CLASSIFICATION: ("top_k", "function_to_apply"),
     MULTI_LABEL: ("top_k", "function_to_apply"),
     REGRESSION: (),
-    TOKEN_CLASSIFICATION: ("aggregation_strategy", "ignore_labels"),
-    QUESTION_ANSWERING: ("top_k",),
+    TOKEN_CLASSIFICATION: ("aggregation_strategy", "ignore_labels", "redact", "patterns", "offsets"),
+    QUESTION_ANSWERING: ("top_k", "offsets"),
     MULTIPLE_CHOICE: (),
     EMBEDDING: ("normalize", "dimensions", "truncate"),
 }
+SPANS = ("redact", "patterns", "offsets")
 # What counts as an option beside ``inputs`` too, where InferenceClient puts those of embeddings; other keys are ignored
 _OPTIONS = frozenset(sum(_KNOWN.values(), ())) | {
     "stride", "align_to_words", "doc_stride", "handle_impossible_answer", "max_answer_len", "max_question_len",
@@ -121,6 +123,7 @@ class Options:
     """What a call asks for; ``None`` is the task's default.
 
     ``unit`` says that the delta's embeddings have unit length already, ``normalize`` that the answer's are to.
+    ``spans`` is what is asked of redaction and of offsets, as records have it.
     """
 
     top_k: int | None = None
@@ -129,6 +132,7 @@ class Options:
     normalize: bool = False
     unit: bool = False
     dimensions: int | None = None
+    spans: JsonMapping = field(default_factory=dict)
 
     @property
     def needs_logits(self) -> bool:
@@ -157,6 +161,7 @@ def read_options(body: JsonObject, delta: Delta) -> Options:
         normalize=_flag(given, "normalize", unit),
         unit=unit,
         dimensions=_integer(given, "dimensions", 100_000),
+        spans={name: given[name] for name in SPANS if name in given},
     )
     _check(given, options, delta)
     return options
@@ -231,29 +236,29 @@ def regression(prediction: Prediction, options: Options) -> list[JsonObject]:
     return [{"label": "value", "score": prediction.answer["value"]}]
 
 
-def tokens(prediction: Prediction, options: Options) -> list[JsonObject]:
-    """``[{entity_group, score, word, start, end}]``."""
-    return [
-        {
-            "entity_group": entity["label"],
-            "score": entity["score"],
-            "word": entity["text"],
-            "start": entity["start"],
-            "end": entity["end"],
-        }
+def tokens(prediction: Prediction, options: Options) -> list[JsonObject] | JsonObject:
+    """``[{entity_group, score, word, start, end}]``; those under ``entities`` beside what redaction gives."""
+    found = [
+        {"entity_group": entity["label"], "score": entity["score"], "word": entity["text"], **_ends(entity)}
         for entity in prediction.answer["entities"]
         if entity["label"] not in options.ignore_labels
     ]
+    more = {name: prediction.answer[name] for name in REDACTED if name in prediction.answer}
+    return {"entities": found, **more} if more else found
 
 
 def question(prediction: Prediction, options: Options) -> Any:
     """``{answer, score, start, end}``, or a list of them when more than one was asked for."""
     found = prediction.answer.get("answers", [prediction.answer["answer"]])
-    answers = [
-        {"answer": answer["text"], "score": answer["score"], "start": answer["start"], "end": answer["end"]}
-        for answer in found
-    ]
+    answers = [{"answer": answer["text"], "score": answer["score"], **_ends(answer)} for answer in found]
     return answers if (options.top_k or 1) > 1 else answers[0]
+
+
+REDACTED = ("redacted", "redactions", "placeholders")
+
+
+def _ends(span: JsonMapping) -> JsonObject:
+    return {name: span[name] for name in ("start", "end", "start_utf16", "end_utf16") if name in span}
 
 
 def embedding(prediction: Prediction, options: Options) -> list[float]:

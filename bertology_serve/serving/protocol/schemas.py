@@ -24,6 +24,17 @@ class ItemBody(Struct, omit_defaults=True):
     context: str | None = None
     premise: str | None = None
     choices: list[str] | None = None
+    redact: Annotated[
+        bool | str | dict[str, str] | None,
+        Meta(description="What becomes of entities: keep, mask, hash or replace, for all or by label (* is the rest)."),
+    ] = None
+    patterns: Annotated[
+        bool | str | list[str] | dict[str, str] | None,
+        Meta(description="Expressions looked for beside the model: all, some by name, or a policy for each."),
+    ] = None
+    offsets: Annotated[Literal["characters", "utf16"], Meta(description="utf16: spans in those units too.")] = (
+        "characters"
+    )
 
 
 class TaskBody(Struct, omit_defaults=True):
