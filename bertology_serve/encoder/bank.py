@@ -7,6 +7,7 @@ by half; freed extents are reused. Row 0 is zero.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -47,6 +48,7 @@ class BankEntry:
 
     ``rows`` maps a pool's name to the segment template (pool rows ``first``..``last``, bias row, dropout, activation)
     that its sequences get; ``layers`` the layers in which they are active, for pools where these are not all.
+    Below ``lowest`` a sequence's rows are those of the bare encoder.
     """
 
     key: str
@@ -54,6 +56,7 @@ class BankEntry:
     layers: Mapping[str, frozenset[int]] = field(default_factory=dict)
     prompt: PromptEffect | None = None
     prefix: PrefixEffect | None = None
+    lowest: int = 0
 
     @property
     def prompt_length(self) -> int:
@@ -69,7 +72,9 @@ class BankEntry:
         return self.rows[pool].last - self.rows[pool].first if pool in self.rows else 0
 
 
-BARE = BankEntry("")
+NEVER = sys.maxsize
+"""The lowest layer that changes where none does."""
+BARE = BankEntry("", lowest=NEVER)
 
 
 def pool_rows(effects: Effects) -> tuple[dict[str, Rows], dict[str, RowSegment], dict[str, frozenset[int]]]:
@@ -198,8 +203,11 @@ class DeltaBank:
         self._extents: dict[str, list[tuple[str, int, int]]] = {}
 
     @torch.no_grad()
-    def add(self, key: str, effects: Effects) -> BankEntry:
-        """Makes a delta resident under ``key``, replacing one of that key. Where that fails, nothing has changed."""
+    def add(self, key: str, effects: Effects, lowest: int = 0) -> BankEntry:
+        """Makes a delta resident under ``key``, replacing one of that key. Where that fails, nothing has changed.
+
+        ``lowest`` is the entry's.
+        """
         rows, templates, layers = pool_rows(effects)
         extents: list[tuple[str, int, int]] = []
         known = set(self.pools)
@@ -215,7 +223,7 @@ class DeltaBank:
         self.remove(key)
         self._extents[key] = extents
         moved = {name: _moved(templates[name], first) for name, first, _ in extents}
-        self.entries[key] = _entry(key, effects, (moved, layers))
+        self.entries[key] = replace(_entry(key, effects, (moved, layers)), lowest=lowest)
         return self.entries[key]
 
     def remove(self, key: str) -> None:

@@ -36,6 +36,8 @@ class PackedBatch:
     ``text_lengths`` [S] how many each sequence has, ``first_rows`` [S] the row that a [CLS] head reads.
     ``prompt_rows`` are rows that take the vectors ``prompt_vectors`` of the prompt pool. ``entries`` [S] is each
     sequence's place in the bank; ``order[i]`` the caller's index of packed sequence i.
+
+    Where several sequences of one text share the lower layers, this batch runs those, and ``forks`` what comes after.
     """
 
     ids: Tensor
@@ -51,6 +53,12 @@ class PackedBatch:
     prompt_vectors: Tensor
     entries: tuple[BankEntry, ...]
     order: tuple[int, ...]
+    forks: tuple[Fork, ...] = ()
+
+    @property
+    def last(self) -> PackedBatch:
+        """The batch of the uppermost layers, whose rows come out; itself without forks. Alone it gives the same."""
+        return self.forks[-1].batch if self.forks else self
 
     @property
     def rows(self) -> int:
@@ -61,6 +69,15 @@ class PackedBatch:
     def sequences(self) -> int:
         """S: sequences in the batch."""
         return len(self.lengths)
+
+
+@dataclass(frozen=True)
+class Fork:
+    """From ``layer`` on it is ``batch`` that runs: its rows are copies of ``rows`` [T], int64, of the batch before."""
+
+    layer: int
+    batch: PackedBatch
+    rows: Tensor
 
 
 def rows_of(encoding: Encoding, entry: BankEntry) -> int:

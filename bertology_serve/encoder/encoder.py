@@ -7,14 +7,14 @@ import inspect
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bertology_serve.deltas import store
 from bertology_serve.deltas.catalog import MANIFEST
@@ -23,12 +23,13 @@ from bertology_serve.deltas.pruning import Pruning, fitted, sliced_state
 from bertology_serve.encoder import linear
 from bertology_serve.encoder.anatomy import EXPECTED, attention_modules, find_anatomy
 from bertology_serve.encoder.attention import HALVES, make_layout
-from bertology_serve.encoder.bank import PROMPT, BankEntry, DeltaBank
-from bertology_serve.encoder.batch import BatchPlan, PackedBatch, make_plan, pack
+from bertology_serve.encoder.bank import BARE, NEVER, PROMPT, BankEntry, DeltaBank, LiveBank
+from bertology_serve.encoder.batch import BatchPlan, Fork, PackedBatch, make_plan, pack
 from bertology_serve.encoder.forward_context import CurrentContext, DeltaRows, ForwardContext, HeadAttention, recomputed
 from bertology_serve.encoder.linear import Prepacked, SlotLinear, pays, wrap
 from bertology_serve.encoder.loading import (
     LoadProof,
+    agree,
     check_vocabulary,
     keep_freed_memory,
     load_model,
@@ -37,6 +38,7 @@ from bertology_serve.encoder.loading import (
     read_pooling,
     read_pruning,
 )
+from bertology_serve.encoder.sharing import share
 from bertology_serve.errors import BertologyError, LimitError, Unsupported
 from bertology_serve.families import compat, family_named
 from bertology_serve.kernels.dispatch import BatchColumns
@@ -141,6 +143,11 @@ class Encoder:
         return next(self.model.parameters()).dtype
 
     @property
+    def depth(self) -> int:
+        """L: its layers."""
+        return self.anatomy.layers
+
+    @property
     def is_pruned(self) -> bool:
         """Whether it was made from a larger one by leaving out heads."""
         return self.pruning is not None
@@ -242,7 +249,7 @@ class Encoder:
     def run(
         self, batch: PackedBatch, pools: DeltaRows, plan: BatchPlan | None = None, heads: HeadAttention | None = None
     ) -> Tensor:
-        """The hidden states [T, H] of every row of a batch, each row's delta applied.
+        """The hidden states [T, H] of every row of a batch (with forks: of ``batch.last``), each row's delta applied.
 
         Differentiable in the rows of ``pools`` and, where they require gradients, the encoder's weights. ``heads``
         takes the place of torch's attention; raises Unsupported where the family keeps its own.
@@ -252,6 +259,9 @@ class Encoder:
         if heads is not None:
             self.check_layers("watching heads")
         plan = plan or make_plan(batch)
+        if batch.forks:
+            with self.lock, self._forking(batch, pools):
+                return self._last_hidden(self._pass(batch, pools, plan)).reshape(batch.last.rows, -1)
         if self.graphs is not None and heads is None and isinstance(pools, DeltaBank) and not torch.is_grad_enabled():
             with self.lock:
                 replayed = self.graphs.run(batch, plan, pools)
@@ -309,6 +319,51 @@ class Encoder:
     ) -> ForwardContext:
         layout = make_layout(batch) if self.packs else None
         return ForwardContext(batch, plan, pools, layout, BatchColumns(batch.rows, batch.ids.device), heads)
+
+    @contextmanager
+    def _forking(self, batch: PackedBatch, pools: DeltaRows) -> Iterator[None]:
+        """While it holds, a pass of the batch goes on with another where that one forks from it."""
+
+        def enter(fork: Fork, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+            self._current.value = self._pass(fork.batch, pools, make_plan(fork.batch))
+            rows = {name: _selected(value, fork.rows) for name, value in named.items() if name in _BY_ROW}
+            return tuple(_selected(one, fork.rows) if at == 0 else one for at, one in enumerate(inputs)), named | rows
+
+        with ExitStack() as stack:
+            for fork in batch.forks:
+                layer = self.model.get_submodule(self.anatomy.layer_paths[fork.layer])
+                handle = layer.register_forward_pre_hook(partial(enter, fork), with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+
+    def lowest_changed(self, effects: Effects) -> int:
+        """The lowest layer that effects change, before which sequences of one text are one; ``NEVER`` for none.
+
+        0 where they cannot fork between the layers of this encoder.
+        """
+        depth = self.anatomy.layers
+        lowest = effects.lowest(depth)
+        if lowest >= depth:
+            return NEVER
+        return lowest if lowest == 0 or self.forks else 0
+
+    @cached_property
+    def forks(self) -> bool:
+        """Whether sequences of one text can part between layers; tried once, on a few rows."""
+        depth = self.anatomy.layers
+        if not self.packs or depth < 2 or depth != getattr(self.config, "num_hidden_layers", depth):
+            return False
+        low = min(5, self.model.get_input_embeddings().num_embeddings - 7)
+        long, short = (Encoding(tuple(range(low, low + count)), (0,) * count) for count in (7, 4))
+        entries = [BankEntry("a", lowest=depth // 2), BARE, BankEntry("b", lowest=depth // 2)]
+        batch, _ = share([long, short, long], entries, depth, self.pack)
+        try:
+            with torch.inference_mode():
+                forked, whole = self.run(batch, LiveBank([])), self.run(batch.last, LiveBank([]))
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            log.info("%s: rows cannot fork between layers (%s)", self.name, type(error).__name__)
+            return False
+        return agree(forked, whole)
 
     def _last_hidden(self, now: ForwardContext) -> Tensor:
         """The last hidden states of a pass: [1, T, H], or padded [S, Lmax, H]."""
@@ -369,6 +424,17 @@ class Encoder:
     def _running(self, now: ForwardContext) -> Iterator[None]:
         with self.lock, self._current.during(now):
             yield
+
+
+_BY_ROW = ("hidden_states", "position_embeddings")
+"""What a layer is given by name that has a row for each of the batch's: [1, T, ...], or several such."""
+
+
+def _selected(value: Any, rows: Tensor) -> Any:
+    """Chosen rows of what has one for each of the batch's."""
+    if isinstance(value, tuple):
+        return tuple(_selected(one, rows) for one in value)
+    return value.index_select(1, rows)
 
 
 @contextmanager

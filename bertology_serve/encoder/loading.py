@@ -249,6 +249,11 @@ def _rows(model: HiddenModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
 
 
+def agree(rows: Tensor, own: Tensor) -> bool:
+    """Whether rows [n, H] that were computed in another way are the encoder's own, but for rounding."""
+    return _apart(rows, own) <= _TOLERANCE
+
+
 def _apart(rows: Tensor, own: Tensor) -> float:
     """The largest difference, relative to the largest entry where that is above 1; infinity for NaN."""
     apart = float((rows - own).abs().max()) / max(1.0, float(own.abs().max()))

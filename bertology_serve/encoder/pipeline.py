@@ -17,6 +17,7 @@ from bertology_serve.encoder.bank import BARE, DeltaBank
 from bertology_serve.encoder.batch import PackedBatch, read
 from bertology_serve.encoder.delta_set import BASE, DeltaSet, Job, LoadedDelta, Prediction, Request
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.sharing import share
 from bertology_serve.errors import SpecError
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
@@ -84,7 +85,7 @@ class Pipeline(DeltaSet):
         effects = self.encoder.allowed(delta.effects(self.encoder.anatomy))
         with self.encoder.lock:  # no batch runs meanwhile, so nothing is done here but copying rows
             self.free_rows()
-            entry = self.bank.add(key, effects) if delta.specs else BARE
+            entry = self.bank.add(key, effects, self.encoder.lowest_changed(effects)) if delta.specs else BARE
         return LoadedDelta(delta, task_for(delta.task), head, entry)
 
     def free(self, key: str) -> None:
@@ -94,26 +95,32 @@ class Pipeline(DeltaSet):
     def outputs(self, owned: Sequence[tuple[LoadedDelta, Encoding]]) -> list[Tensor]:
         """Sequences of many deltas in one pass of the encoder: what each one's head gives, [C] for a text and [T, C]
         for its tokens, on the CPU. Raises LimitError for sequences that are too long.
+
+        Sequences of one text share their rows as far as their deltas let them.
         """
         encoder, owners = self.encoder, [ready for ready, _ in owned]
         encodings, entries = [encoding for _, encoding in owned], [ready.entry for ready in owners]
-        batch = encoder.pack(encodings, entries)
-        return _outputs(self.engine.run(batch, self.bank), batch, owners)
+        batch, seats = share(encodings, entries, encoder.depth, encoder.pack)
+        return _outputs(self.engine.run(batch, self.bank), batch.last, seats, owners)
 
 
-def _outputs(hidden: Tensor, batch: PackedBatch, owners: Sequence[LoadedDelta]) -> list[Tensor]:
-    """Each delta's head over its sequences; one output a sequence, in the caller's order."""
+def _outputs(
+    hidden: Tensor, batch: PackedBatch, seats: Sequence[int], owners: Sequence[LoadedDelta]
+) -> list[Tensor]:
+    """Each delta's head over its sequences, which are those of the batch at ``seats``; one output a sequence."""
     members: dict[int, list[int]] = {}
-    for packed, original in enumerate(batch.order):
-        members.setdefault(id(owners[original]), []).append(packed)
-    groups = [(owners[batch.order[sequences[0]]], sequences) for sequences in members.values()]
-    found = [read(hidden, batch, sequences, ready.delta.task, ready.head) for ready, sequences in groups]
+    for i, ready in enumerate(owners):
+        members.setdefault(id(ready), []).append(i)
+    found = []
+    for own in members.values():
+        ready = owners[own[0]]
+        found.append(read(hidden, batch, [seats[i] for i in own], ready.delta.task, ready.head))
     outputs: list[Tensor] = [hidden] * len(owners)
-    for (ready, sequences), out in zip(groups, _on_cpu(found), strict=True):
-        lengths = [batch.text_lengths[i] for i in sequences]
-        parts = torch.split(out, lengths) if ready.delta.task.per_token else out.unbind(0)
-        for packed, part in zip(sequences, parts, strict=True):
-            outputs[batch.order[packed]] = part
+    for own, out in zip(members.values(), _on_cpu(found), strict=True):
+        lengths = [batch.text_lengths[seats[i]] for i in own]
+        parts = torch.split(out, lengths) if owners[own[0]].delta.task.per_token else out.unbind(0)
+        for i, part in zip(own, parts, strict=True):
+            outputs[i] = part
     return outputs
 
 

@@ -94,6 +94,14 @@ class Anatomy:
         """The attention heads of one layer: fewer than ``heads`` in a pruned encoder."""
         return self.slots[QUERY].outputs_of(layer) // self.head_width
 
+    @property
+    def layer_paths(self) -> tuple[str, ...]:
+        """Dotted paths of the layers, lowest first (``encoder.layer.0``, ...)."""
+        paths = [(path or "").split(".") for path in self.slot(QUERY).paths]
+        last, stem = paths[-1], str(len(paths) - 1)
+        at = next(i for i, part in enumerate(last) if part == stem and all(p[:i] == last[:i] for p in paths))
+        return tuple(".".join(path[: at + 1]) for path in paths)
+
     def slot(self, name: str) -> Slot:
         """The slot of that name or alias; raises SpecError naming the nearest known one."""
         found = self.slots.get(ALIASES.get(name, name))

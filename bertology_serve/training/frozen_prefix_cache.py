@@ -20,7 +20,7 @@ from bertology_serve.files import replacing
 from bertology_serve.tasks.spec import Encoding
 from bertology_serve.training.batches import Item, micro_batches
 from bertology_serve.training.features import origin
-from bertology_serve.training.layers import layer_paths, lowest_trained
+from bertology_serve.training.layers import lowest_trained
 
 
 class FrozenPrefixCache:
@@ -33,7 +33,7 @@ class FrozenPrefixCache:
     def __init__(self, live: TrainableDelta, items: Sequence[Item], max_tokens: int, folder: Path) -> None:
         self.live, self.layer = live, lowest_trained(live)
         _check(live, self.layer)
-        self.paths = layer_paths(live.encoder.anatomy)
+        self.paths = live.encoder.anatomy.layer_paths
         self.places: dict[tuple[tuple[int, ...], ...], tuple[int, int]] = {}
         fresh = [item for item in items if self._enter(item)]
         total = sum(length for _, length in self.places.values())

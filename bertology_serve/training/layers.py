@@ -8,15 +8,7 @@ import torch
 
 from bertology_serve.encoder.trainable import Around, TrainableDelta
 from bertology_serve.errors import SpecError
-from bertology_serve.kinds.slots import QUERY, Anatomy
-
-
-def layer_paths(anatomy: Anatomy) -> tuple[str, ...]:
-    """Dotted paths of the layers, lowest first (``encoder.layer.0``, ...)."""
-    paths = [(path or "").split(".") for path in anatomy.slot(QUERY).paths]
-    last = paths[-1]
-    at = next(i for i, part in enumerate(last) if part == str(len(paths) - 1) and all(p[:i] == last[:i] for p in paths))
-    return tuple(".".join(path[: at + 1]) for path in paths)
+from bertology_serve.kinds.slots import Anatomy
 
 
 def lowest_trained(live: TrainableDelta) -> int:
@@ -24,7 +16,7 @@ def lowest_trained(live: TrainableDelta) -> int:
     anatomy = live.encoder.anatomy
     if not live.full:
         return live.effects().lowest(anatomy.layers)
-    starts = [f"{path}." for path in layer_paths(anatomy)]
+    starts = [f"{path}." for path in anatomy.layer_paths]
     owners = [
         next((layer for layer, start in enumerate(starts) if name.startswith(start)), 0)
         for name, parameter in live.encoder.model.named_parameters()
@@ -38,7 +30,7 @@ def train_upper_layers(live: TrainableDelta, count: int) -> None:
 
     Raises SpecError where the encoder has fewer.
     """
-    paths = layer_paths(live.encoder.anatomy)
+    paths = live.encoder.anatomy.layer_paths
     if count > len(paths):
         raise SpecError(f"top-k is to train {count} layers, but {live.encoder.name} has {len(paths)}; lower --top-k")
     live.encoder.model.requires_grad_(False)
@@ -51,7 +43,7 @@ def layer_norms(parameters: Mapping[str, torch.nn.Parameter], anatomy: Anatomy) 
 
     ``parameters`` are named as a live delta names them. What the encoder has beside layers and embeddings is ``rest``.
     """
-    layers = {f"model.{path}.": str(number) for number, path in enumerate(layer_paths(anatomy))}
+    layers = {f"model.{path}.": str(number) for number, path in enumerate(anatomy.layer_paths)}
     squares: dict[str, float] = {}
     for name, parameter in parameters.items():
         if parameter.grad is not None:
@@ -71,7 +63,7 @@ def _place(name: str, layers: Mapping[str, str]) -> str:
 
 def recomputed_layers(live: TrainableDelta) -> tuple[str, ...]:
     """Paths of the layers that gradient checkpointing has run again: from the lowest trained one up."""
-    return layer_paths(live.encoder.anatomy)[lowest_trained(live) :]
+    return live.encoder.anatomy.layer_paths[lowest_trained(live) :]
 
 
 def checkpointing(live: TrainableDelta) -> Around:

@@ -12,7 +12,6 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from bertology_serve.encoder.trainable import TrainableDelta, trained
-from bertology_serve.training.layers import layer_paths
 from bertology_serve.training.method_options import ChildTuning, Mixout
 
 
@@ -117,7 +116,7 @@ class ChildNetwork(Regulariser):
     def begin(self, gradients: Callable[[], Iterator[None]]) -> None:
         if not self.fixed:
             return
-        layers = tuple(f"model.{path}." for path in layer_paths(self.live.encoder.anatomy))
+        layers = tuple(f"model.{path}." for path in self.live.encoder.anatomy.layer_paths)
         own = {name: parameter for name, parameter in self.parameters.items() if name.startswith(layers)}
         fisher = {name: torch.zeros_like(parameter) for name, parameter in own.items()}
         for _ in gradients():

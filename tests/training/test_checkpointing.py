@@ -11,7 +11,6 @@ from bertology_serve.encoder.trainable import nested
 from bertology_serve.errors import SpecError
 from bertology_serve.training.fleet.member import check_frozen
 from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache
-from bertology_serve.training.layers import layer_paths
 from bertology_serve.training.memory import estimate, saved_bytes
 from bertology_serve.training.train_config import TrainConfig
 from tests import tiny
@@ -33,7 +32,7 @@ def gradients(encoder: Encoder, **values: Any) -> tuple[float, dict[str, torch.T
     made.live.train()
     with made.regulariser.mixed():
         loss = made.gradient(made.items)
-    layers = map(encoder.model.get_submodule, layer_paths(encoder.anatomy))
+    layers = map(encoder.model.get_submodule, encoder.anatomy.layer_paths)
     assert all("forward" not in vars(layer) for layer in layers)
     return loss, {name: parameter.grad for name, parameter in made.parameters.items()}
 

@@ -10,7 +10,7 @@ from bertology_serve.encoder.bank import LiveBank
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import SpecError
 from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache, below
-from bertology_serve.training.layers import layer_paths, lowest_trained
+from bertology_serve.training.layers import lowest_trained
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import prepare, train
 from bertology_serve.training.train_config import TrainConfig
@@ -39,7 +39,7 @@ class Calls:
 
     def __init__(self, encoder: Encoder) -> None:
         self.counts = [0] * encoder.anatomy.layers
-        for number, path in enumerate(layer_paths(encoder.anatomy)):
+        for number, path in enumerate(encoder.anatomy.layer_paths):
             module = encoder.model.get_submodule(path)
             norm = next(child for child in module.modules() if isinstance(child, torch.nn.LayerNorm))
             norm.register_forward_hook(lambda *_, number=number: self.count(number))
@@ -99,7 +99,7 @@ def test_rows_lie_where_the_next_run_finds_them(bert: Encoder, tmp_path: Path):
 def test_rows_are_those_of_the_layer(bert: Encoder, tmp_path: Path):
     one = trainer(bert, None, "classification", **UPPER["lora"])
     encodings = [encoding for item in one.items[:4] for encoding in item.encodings]
-    rows, batch = below(one.live, encodings, layer_paths(bert.anatomy)[2])
+    rows, batch = below(one.live, encodings, bert.anatomy.layer_paths[2])
     with torch.no_grad():
         expected = bert.layers(batch, LiveBank([("live", one.live.effects())]))[2]
     assert torch.equal(rows, expected)
@@ -122,7 +122,7 @@ def test_no_graph_is_built_below_the_lowest_trained_layer(bert: Encoder, values:
     one = lives.trainer(bert, **values)
     assert lowest_trained(one.live) == lowest
     recorded: dict[int, bool] = {}
-    for number, path in enumerate(layer_paths(bert.anatomy)):
+    for number, path in enumerate(bert.anatomy.layer_paths):
         module = bert.model.get_submodule(path)
         module.register_forward_hook(lambda _, __, out, number=number: recorded.update({number: out.requires_grad}))
     hidden, _ = one.live.hidden([encoding for item in one.items for encoding in item.encodings])

@@ -7,7 +7,6 @@ import torch
 
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import SpecError
-from bertology_serve.training.layers import layer_paths
 from tests import tiny
 from tests.training.live import trainer
 
@@ -32,7 +31,7 @@ def test_only_the_upper_layers_and_the_head_move(bert: Encoder):
 def test_no_graph_below_the_lowest_trained_layer(bert: Encoder, layers: int):
     one = top(bert, layers)
     seen: list[bool] = []
-    for path in layer_paths(bert.anatomy):
+    for path in bert.anatomy.layer_paths:
         bert.model.get_submodule(path).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].requires_grad))
     one.live.train()
     one.live([encoding for item in one.items for encoding in item.encodings])
@@ -47,7 +46,7 @@ def test_more_layers_than_there_are_is_refused(bert: Encoder):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_layers_are_found_in_every_family(tmp_path: Path, family: str):
     encoder = tiny.encoder(family, tmp_path)
-    paths = layer_paths(encoder.anatomy)
+    paths = encoder.anatomy.layer_paths
     assert len(paths) == encoder.anatomy.layers
     for path, query in zip(paths, encoder.anatomy.slot("query").paths, strict=True):
         assert query.startswith(path + ".")
