@@ -104,9 +104,7 @@ class Pipeline(DeltaSet):
         return _outputs(self.engine.run(batch, self.bank), batch.last, seats, owners)
 
 
-def _outputs(
-    hidden: Tensor, batch: PackedBatch, seats: Sequence[int], owners: Sequence[LoadedDelta]
-) -> list[Tensor]:
+def _outputs(hidden: Tensor, batch: PackedBatch, seats: Sequence[int], owners: Sequence[LoadedDelta]) -> list[Tensor]:
     """Each delta's head over its sequences, which are those of the batch at ``seats``; one output a sequence."""
     members: dict[int, list[int]] = {}
     for i, ready in enumerate(owners):

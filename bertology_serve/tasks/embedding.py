@@ -7,7 +7,7 @@ cosine with the scores where there are any, else how well texts find what belong
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from bertology_serve.errors import DataError
+from bertology_serve.errors import DataError, nearest
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, Task, TextExample
 from bertology_serve.tasks.contrastive import COSENT, DISTILL, LOSSES, MARGIN_MSE, MNRL, Target
@@ -25,6 +25,15 @@ from bertology_serve.tasks.fields import Record, check_text, kind_of, optional_t
 from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
 
+QUERY, DOCUMENT = "query", "document"
+# What callers say that a text is: Cohere's, Voyage's, Jina's and sentence-transformers' words
+ROLES: Mapping[str, str] = {
+    **dict.fromkeys((QUERY, "search_query", "retrieval.query"), QUERY),
+    **dict.fromkeys((DOCUMENT, "search_document", "retrieval.passage", "passage", "corpus"), DOCUMENT),
+    **{role: role for role in ("classification", "clustering", "separation", "text-matching")},
+}
+PROMPT_FIELDS = ("prompt_name", "input_type")
+_NAMES = {DOCUMENT: (DOCUMENT, "passage", "corpus")}
 NDCG, ACCURACY = "ndcg@10", "triplet_accuracy"
 _NEGATIVE = re.compile(r"negatives?(_\d+)?")
 MOST_NEGATIVES = 1000
@@ -36,6 +45,7 @@ class EmbeddingExample(TextExample):
 
     ``score`` says how alike text and pair are, ``scores`` what a teacher gives the pair and each negative. In a
     retrieval set each document has an ``id``, and each query what is ``relevant``: grades by documents' ids.
+    ``prompts`` are read before the text, and before the others.
     """
 
     score: float | None = None
@@ -43,6 +53,7 @@ class EmbeddingExample(TextExample):
     scores: tuple[float, ...] = ()
     id: str | None = None
     relevant: Mapping[str, float] | None = None
+    prompts: tuple[str, str] = ("", "")
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -60,6 +71,10 @@ class Embedding(Task[EmbeddingExample, Target]):
     """Records ``{"text"}``, to train also ``text_pair`` (or ``positive``), and ``score`` or ``negative``s.
 
     sentence-transformers' names for the columns do too: ``anchor``, ``positive``, ``negative``, ``negative_1``, ...
+    Where the delta has prompts, a text that has a pair is read as a query, what belongs to it and what does not as
+    documents; a text alone as its ``input_type`` (``query``, ``document``, or a word of ``ROLES``) or its
+    ``prompt_name`` says.
+
     Answers ``embedding`` [H]; with a pair also ``embedding_pair`` [H] and their cosine, ``similarity``; with negatives
     ``embedding_negatives``.
     """
@@ -73,15 +88,18 @@ class Embedding(Task[EmbeddingExample, Target]):
         negatives = _negatives(record, where)
         if negatives and pair is None:
             raise DataError(f"{where}: there are negatives, and field 'positive' (or 'text_pair') is missing")
+        prompts = self.prompts(record, where, pair is not None)
         if not labelled:
-            return EmbeddingExample(where, text, pair, negatives=negatives)
+            return EmbeddingExample(where, text, pair, negatives=negatives, prompts=prompts)
         if pair is None and record.get("id") is None:
             raise DataError(
                 f"{where}: field 'text_pair' (or 'positive') is missing; embeddings are trained on pairs, with a "
                 "score, negatives, or neither"
             )
         if pair is None:
-            return EmbeddingExample(where, text, None, id=str(record["id"]), relevant=_relevant(record, where))
+            relevant = _relevant(record, where)
+            prompt = prompt_of(DOCUMENT if relevant is None else QUERY, self.spec.prompts)
+            return EmbeddingExample(where, text, None, id=str(record["id"]), relevant=relevant, prompts=(prompt, ""))
         scored = any(record.get(name) is not None for name in ("score", "label"))
         score, scores = read_score(record, where) if scored else None, _scores(record, where, len(negatives))
         if negatives and score is not None:
@@ -91,10 +109,32 @@ class Embedding(Task[EmbeddingExample, Target]):
                     "then by how much the positive is better), or 'scores' with a number for positive and negatives"
                 )
             scores, score = (score, 0.0), None
-        return EmbeddingExample(where, text, pair, score, negatives, scores)
+        return EmbeddingExample(where, text, pair, score, negatives, scores, prompts=prompts)
+
+    def prompts(self, record: Record, where: str, paired: bool = False) -> tuple[str, str]:
+        """What is read before the text of a record, and before its others. Raises DataError for an unknown prompt."""
+        known, name, role = dict(self.spec.prompts), record.get("prompt_name"), record.get("input_type")
+        if name is not None:
+            if name not in known:
+                raise DataError(f"{where}: field 'prompt_name' is {kind_of(name)}; this delta has {_names(known)}")
+            return known[str(name)], known[str(name)]
+        if role is None:
+            default = known.get("", "")
+            return (
+                (prompt_of(QUERY, self.spec.prompts), prompt_of(DOCUMENT, self.spec.prompts))
+                if paired
+                else (default, default)
+            )
+        if role not in ROLES and role not in known:
+            raise DataError(f"{where}: field 'input_type' is {kind_of(role)}; {nearest(str(role), {*ROLES, *known})}")
+        prompt = prompt_of(str(role), self.spec.prompts)
+        return prompt, prompt
 
     def encode(self, example: EmbeddingExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
-        return [one for text in example.texts for one in encode_long(tokenizer, text, None, self.spec)]
+        first, *others = example.texts
+        own, theirs = example.prompts
+        texts = (own + first, *(theirs + text for text in others))
+        return [one for text in texts for one in encode_long(tokenizer, text, None, self.spec)]
 
     def target(self, example: EmbeddingExample, encodings: Sequence[Encoding]) -> Target:
         return Target(tuple(map(hash, example.texts)), example.score, example.scores)
@@ -164,6 +204,18 @@ class Embedding(Task[EmbeddingExample, Target]):
 
     def main(self, parts: Floats) -> float:
         return float(parts[:, 0].mean()) if (parts[:, 1] == 1).all() else metrics.spearman(*parts.T)
+
+
+def prompt_of(role: str, prompts: Iterable[tuple[str, str]]) -> str:
+    """The prompt before texts of a role; where there is none of its name, that before all."""
+    known = dict(prompts)
+    role = role if role in known else ROLES[role]
+    return next((known[name] for name in _NAMES.get(role, (role,)) if name in known), known.get("", ""))
+
+
+def _names(prompts: Mapping[str, str]) -> str:
+    """The names of prompts, for messages."""
+    return f"prompts for {', '.join(sorted(filter(None, prompts))[:20])}" if prompts.keys() - {""} else "no prompts"
 
 
 def loss_of(one: Target | EmbeddingExample) -> str:

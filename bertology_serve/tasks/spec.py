@@ -35,6 +35,7 @@ HEADS = ("hf", "linear", "mlp", "none")
 LONG = ("cut", "windows")
 AGGREGATES = ("mean", "max")
 LEAST_WINDOW = 8
+MOST_PROMPTS, LONGEST_PROMPT = 64, 2000
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class TaskSpec:
     context are of one type, as deltas from peft's question answering have it. With ``pairs`` a classification or
     regression was trained on pairs of texts alone, and refuses a single one; without it takes both. ``dimensions``
     are widths that embeddings were trained to be cut to (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147).
+    ``prompts`` are what an embedding delta reads before a text, by name (``query: `` before a ``query``, ``passage: ``
+    before a ``document``); that of the empty name stands before texts whose call names none.
 
     Texts beyond ``max_length`` are cut at their end or, where ``long`` is ``windows``, read in windows of that length
     with ``stride`` tokens of overlap, as question answering always reads its context. ``aggregate`` says what becomes
@@ -74,6 +77,7 @@ class TaskSpec:
     long: str = "cut"
     aggregate: str = "mean"
     dimensions: tuple[int, ...] = ()
+    prompts: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in TASK_KINDS:
@@ -107,6 +111,14 @@ class TaskSpec:
             raise SpecError(f"dimensions do not fit {self.kind}; only embeddings can be cut")
         if len(set(self.dimensions)) != len(self.dimensions) or min(self.dimensions, default=1) < 1:
             raise SpecError(f"dimensions are {self.dimensions}; expected widths from 1 up, each once")
+        if self.prompts and self.kind != EMBEDDING:
+            raise SpecError(f"prompts do not fit {self.kind}; only embeddings have them")
+        longest = max((len(part) for prompt in self.prompts for part in prompt), default=0)
+        if len(dict(self.prompts)) < len(self.prompts) or len(self.prompts) > MOST_PROMPTS or longest > LONGEST_PROMPT:
+            raise SpecError(
+                f"there are {len(self.prompts)} prompts of at most {longest} characters; expected up to {MOST_PROMPTS} "
+                f"of up to {LONGEST_PROMPT}, each name once"
+            )
 
     @property
     def reads_windows(self) -> bool:

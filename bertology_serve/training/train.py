@@ -299,6 +299,12 @@ def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
         "pooling": config.form.pooling or own or ("cls" if first_row else form.pooling),
         "head": config.form.head or ("linear" if own and form.head == "hf" else form.head),
     }
+    if config.task == EMBEDDING and encoder.prompts:
+        from bertology_serve.tasks.embedding import prompt_of
+
+        query, document = config.form.prompt_query, config.form.prompt_document
+        chosen["prompt_query"] = prompt_of("query", encoder.prompts) if query is None else query
+        chosen["prompt_document"] = prompt_of("document", encoder.prompts) if document is None else document
     return config.replaced(**chosen)
 
 

@@ -76,6 +76,13 @@ class FormConfig:
     matryoshka: tuple[int, ...] = option(
         (), "embedding: widths at which vectors can be cut, with commas (384,256,128,64); the loss is summed over them."
     )
+    prompt_query: str | None = option(
+        None,
+        'embedding: what is read before a query (in training the first text), "query: ". Default: the checkpoint\'s.',
+    )
+    prompt_document: str | None = option(
+        None, 'embedding: what is read before a document (what belongs to it, or not), "passage: ". Default: as above.'
+    )
     max_answer_length: int | None = option(None, "Longest answer in tokens (question answering). Default: 30.", least=1)
     calibrate: bool = option(
         True, "Fit a temperature on --eval and put it into the head: scores then say how often answers are right."
@@ -332,6 +339,11 @@ class TrainConfig:
             long=self.form.long,
             aggregate=self.form.aggregate,
             dimensions=self.form.matryoshka,
+            prompts=tuple(
+                (role, prompt)
+                for role, prompt in (("query", self.form.prompt_query), ("document", self.form.prompt_document))
+                if prompt
+            ),
         )
 
 

@@ -162,6 +162,13 @@ def test_the_encoder_says_which_row_is_read(bert: Encoder):
         found = for_encoder(TrainConfig.of(task), bert)
         assert (found.form.pooling, found.form.head) == ("max", "linear")
     assert for_encoder(TrainConfig.of("embedding"), bert).form.pooling == "max"
+    bert.prompts = (("query", "q: "), ("passage", "p: "), ("sts", "s: "))
+    assert for_encoder(TrainConfig.of("embedding"), bert).task_spec(()).prompts == (
+        ("query", "q: "),
+        ("document", "p: "),
+    )
+    told = for_encoder(TrainConfig.of("embedding", prompt_query="ask: ", prompt_document=""), bert)
+    assert told.task_spec(()).prompts == (("query", "ask: "),)
     asked = TrainConfig.of("regression", pooling="cls", head="hf")
     assert for_encoder(asked, bert) == asked
     tokens = TrainConfig.of("token-classification")

@@ -16,6 +16,7 @@ from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
 from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, shown
+from bertology_serve.tasks.embedding import PROMPT_FIELDS
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -76,7 +77,7 @@ def _request(item: Any, where: str, delta: Delta, options: Options) -> Request:
         raise DataError(f"{where}: is {shown(item)}; expected a text or an object with the fields of {delta.task.kind}")
     if delta.task.kind == QUESTION_ANSWERING and options.top_k is not None:
         item = {**item, "top_k": options.top_k}
-    item = {**item, **options.spans}
+    item = {**item, **options.fields}
     return Request(delta.name, item, "", options.needs_logits, where)
 
 
@@ -87,7 +88,10 @@ def _similarity(inputs: JsonObject, delta: Delta, options: Options, most: float)
     check_items(1 + len(sentences), most)
     texts = [inputs["source_sentence"], *sentences]
     names = ["source_sentence", *(f"sentences[{index}]" for index in range(len(sentences)))]
-    requests = [Request(delta.name, {"text": text}, where=name) for text, name in zip(texts, names, strict=True)]
+    requests = [
+        Request(delta.name, {"text": text, **options.fields}, where=name)
+        for text, name in zip(texts, names, strict=True)
+    ]
     return TaskCall(delta, options, requests, single=False, similarity=True)
 
 
@@ -107,13 +111,13 @@ _KNOWN = {
     TOKEN_CLASSIFICATION: ("aggregation_strategy", "ignore_labels", "redact", "patterns", "offsets"),
     QUESTION_ANSWERING: ("top_k", "offsets"),
     MULTIPLE_CHOICE: (),
-    EMBEDDING: ("normalize", "dimensions", "truncate"),
+    EMBEDDING: ("normalize", "dimensions", "truncate", *PROMPT_FIELDS),
 }
-SPANS = ("redact", "patterns", "offsets")
+FIELDS = ("redact", "patterns", "offsets", *PROMPT_FIELDS)
 # What counts as an option beside ``inputs`` too, where InferenceClient puts those of embeddings; other keys are ignored
 _OPTIONS = frozenset(sum(_KNOWN.values(), ())) | {
     "stride", "align_to_words", "doc_stride", "handle_impossible_answer", "max_answer_len", "max_question_len",
-    "max_seq_len", "prompt_name", "truncation_direction", "encoding_format", "candidate_labels", "hypothesis_template",
+    "max_seq_len", "truncation_direction", "encoding_format", "candidate_labels", "hypothesis_template",
     "multi_label",
 }  # fmt: skip
 
@@ -123,7 +127,7 @@ class Options:
     """What a call asks for; ``None`` is the task's default.
 
     ``unit`` says that the delta's embeddings have unit length already, ``normalize`` that the answer's are to.
-    ``spans`` is what is asked of redaction and of offsets, as records have it.
+    ``fields`` is what each item's record has in common: what is asked of redaction and offsets, and its prompt.
     """
 
     top_k: int | None = None
@@ -132,7 +136,7 @@ class Options:
     normalize: bool = False
     unit: bool = False
     dimensions: int | None = None
-    spans: JsonMapping = field(default_factory=dict)
+    fields: JsonMapping = field(default_factory=dict)
 
     @property
     def needs_logits(self) -> bool:
@@ -161,7 +165,7 @@ def read_options(body: JsonObject, delta: Delta) -> Options:
         normalize=_flag(given, "normalize", unit),
         unit=unit,
         dimensions=_integer(given, "dimensions", 100_000),
-        spans={name: given[name] for name in SPANS if name in given},
+        fields={name: given[name] for name in FIELDS if name in given},
     )
     _check(given, options, delta)
     return options

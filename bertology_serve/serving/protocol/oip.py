@@ -30,6 +30,7 @@ from bertology_serve.serving.protocol.oip_model import (
     record_of,
 )
 from bertology_serve.serving.protocol.tensors import InputTensor, OutputTensor, Parameters, read_texts, split
+from bertology_serve.tasks.spec import EMBEDDING
 
 DELTA = "delta"
 Find = Callable[[str], Delta]
@@ -97,7 +98,10 @@ def read_call(asked: InferRequest, blobs: Sequence[bytes | None], model: Delta, 
     for row, delta in enumerate(deltas):
         texts = {name: column[row] for name, column in columns.items() if name != DELTA}
         where = f"row {row}"
-        requests.append(Request(delta.name, record_of(delta, texts, where), "", logits, where))
+        record = record_of(delta, texts, where)
+        if delta.task.kind == EMBEDDING and "input_type" in parameters:
+            record["input_type"] = parameters["input_type"]
+        requests.append(Request(delta.name, record, "", logits, where))
     return InferCall(model, asked.id, requests, outputs, fields, _seconds(parameters), _priority(parameters))
 
 

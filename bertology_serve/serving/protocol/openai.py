@@ -27,6 +27,7 @@ from bertology_serve.errors import DataError, Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.serving.protocol.hf import Options, embedding, sigmoid
 from bertology_serve.serving.protocol.json_codec import check_items, encode, encode_list, object_of, shown
+from bertology_serve.tasks.embedding import PROMPT_FIELDS
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
 
 FORMATS = ("float", "base64")
@@ -68,8 +69,9 @@ def read_embeddings(body: bytes, find: Callable[[str], Delta], most: float = mat
     delta = model_of(value, find, EMBEDDING)
     unit = delta.task.normalize
     options = Options(normalize=unit, unit=unit, dimensions=_dimensions(value.get("dimensions")))
+    prompt = {name: value[name] for name in PROMPT_FIELDS if value.get(name) is not None}
     requests = [
-        Request(delta.name, {"text": text}, where=f"input[{index}]")
+        Request(delta.name, {"text": text, **prompt}, where=f"input[{index}]")
         for index, text in enumerate(texts_of(value.get("input"), "input", most))
     ]
     return EmbeddingsCall(delta, requests, options, wanted == "base64")

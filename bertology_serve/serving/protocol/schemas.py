@@ -35,6 +35,8 @@ class ItemBody(Struct, omit_defaults=True):
     offsets: Annotated[Literal["characters", "utf16"], Meta(description="utf16: spans in those units too.")] = (
         "characters"
     )
+    input_type: Annotated[str | None, Meta(description="What an embedding's text is: query, document, ...")] = None
+    prompt_name: Annotated[str | None, Meta(description="A prompt of the delta, by its name.")] = None
 
 
 class TaskBody(Struct, omit_defaults=True):
@@ -54,6 +56,7 @@ class EmbeddingsBody(Struct, omit_defaults=True):
     input: str | list[str]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
+    input_type: Annotated[str | None, Meta(description="query, document, ...: chooses the delta's prompt.")] = None
 
 
 class Vector(Struct):
@@ -183,6 +186,7 @@ class TeiBody(Struct, omit_defaults=True):
     normalize: bool = True
     truncate: bool = False
     dimensions: int | None = None
+    prompt_name: str | None = None
     raw_scores: bool = False
 
 

@@ -22,6 +22,7 @@ from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.protocol.hf import Options, classification, cosine, embedding, sigmoid
 from bertology_serve.serving.protocol.json_codec import check_items, check_size, encode, encode_list, object_of, shown
+from bertology_serve.tasks.embedding import PROMPT_FIELDS, Embedding
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
 
@@ -59,11 +60,14 @@ def read_tei(body: bytes, what: str, find: Find, named: str | None = None, most:
     delta = _delta(value, what, find, named)
     check_items(_count(value), most)
     records, names, more = _RECORDS[what](value)
+    prompt = {
+        name: value[name] for name in PROMPT_FIELDS if value.get(name) is not None and delta.task.kind == EMBEDDING
+    }
     requests = [
-        Request(delta.name, record, "", _flag(value, "raw_scores"), where)
+        Request(delta.name, record | prompt, "", _flag(value, "raw_scores"), where)
         for record, where in zip(records, names, strict=True)
     ]
-    _refuse(value)
+    _refuse(value, delta)
     return TeiCall(
         what, delta, requests, _options(value, delta), _flag(value, "truncate"), _flag(value, "raw_scores"), **more
     )
@@ -110,9 +114,9 @@ def _delta(value: Body, what: str, find: Find, named: str | None) -> Delta:
     return delta
 
 
-def _refuse(value: Body) -> None:
-    if value.get("prompt_name") is not None:
-        raise Unsupported("option 'prompt_name' is not supported: a delta brings its own prompt; leave it out")
+def _refuse(value: Body, delta: Delta) -> None:
+    if value.get("prompt_name") is not None and delta.task.kind != EMBEDDING:
+        raise Unsupported(f"option 'prompt_name' is not supported for {delta.task.kind}; leave it out")
     if str(value.get("truncation_direction") or "right").lower() != "right":
         raise Unsupported("option 'truncation_direction' is not supported with this value; texts are cut on the right")
 
@@ -205,6 +209,8 @@ def check_fit(call: TeiCall, tokenizer: Any, most_characters: int) -> None:
         check_size(request, most_characters)
     for request in [] if call.truncate or call.delta.task.long == "windows" else call.requests:
         text, pair = request.record.get("text"), request.record.get("text_pair")
+        if call.delta.task.prompts and isinstance(text, str):
+            text = Embedding(call.delta.task).prompts(request.record, request.where)[0] + text
         sizes = [len(part.encode("utf-8", "replace")) for part in (text, pair) if isinstance(part, str)]
         if sum(sizes) <= most - 4 or not isinstance(text, str):
             continue
@@ -219,7 +225,7 @@ def tokenize(value: Body, tokenizer: Any, config: ServerConfig) -> bytes:
     As many texts, as long ones and as many tokens are taken as of calls that the encoder answers; LimitError beyond.
     """
     if value.get("prompt_name") is not None:
-        raise Unsupported("option 'prompt_name' is not supported: a delta brings its own prompt; leave it out")
+        raise Unsupported("option 'prompt_name' is not supported: send the text with its prompt")
     texts = [value["inputs"]] if isinstance(value.get("inputs"), str) else value.get("inputs")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"field 'inputs' is {shown(value.get('inputs'))}; expected a text or a list of texts")

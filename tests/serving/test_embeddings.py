@@ -1,0 +1,87 @@
+"""What calls may ask of embeddings, in every shape that they come in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.tasks.spec import TaskSpec
+from tests import tiny
+from tests.serving.running import Running, running
+
+PROMPTS = (("query", "who went ? "), ("document", "Ada met . "))
+TEXT = "the cat was good"
+
+
+@pytest.fixture(scope="module")
+def pipeline(encoder: Encoder) -> Pipeline:
+    task = TaskSpec("embedding", head="none", pooling="mean", max_length=32, prompts=PROMPTS)
+    return Pipeline(encoder, [tiny.delta(encoder, "search", [Lora(rank=2)], task, 1)])
+
+
+@pytest.fixture(scope="module")
+def server(pipeline: Pipeline) -> Iterator[Running]:
+    with running(pipeline) as started:
+        yield started
+
+
+def infer(**parameters: Any) -> dict[str, Any]:
+    return {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": [TEXT]}], "parameters": parameters}
+
+
+ROUTES = {
+    "/predict": ({"delta": "search", "text": TEXT}, lambda found: found["embedding"]),
+    "/v1/embeddings": ({"model": "search", "input": TEXT}, lambda found: found["data"][0]["embedding"]),
+    "/models/search": ({"inputs": TEXT}, lambda found: found),
+    "/embed": ({"model": "search", "inputs": TEXT}, lambda found: found[0]),
+    "/v1/models/search:predict": ({"instances": [{"text": TEXT}]}, lambda found: found["predictions"][0]["embedding"]),
+    "/v2/models/search/infer": (infer(), lambda found: found["outputs"][0]["data"]),
+}
+
+
+def asked(server: Running, route: str, **fields: Any) -> Any:
+    """The vector that a route answers where its call says more."""
+    body, read = ROUTES[route]
+    if route.startswith("/v2"):
+        body = infer(**fields)
+    elif "instances" in body:
+        body = {"instances": [body["instances"][0] | fields]}
+    else:
+        body = body | fields
+    reply = server.post(route, body)
+    assert reply.status_code == 200, reply.text
+    return read(reply.json())
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_prompt_of_a_role_is_read_in_every_shape(pipeline, server, route):
+    for role, prompt in PROMPTS:
+        expected = pipeline(prompt + TEXT, delta="search").answer["embedding"]
+        assert asked(server, route, input_type=role) == pytest.approx(expected, abs=1e-6)
+    assert asked(server, route) == pytest.approx(pipeline(TEXT, delta="search").answer["embedding"], abs=1e-6)
+
+
+def test_a_prompt_by_name_as_text_embeddings_inference_has_it(pipeline, server):
+    expected = pipeline(PROMPTS[0][1] + TEXT, delta="search").answer["embedding"]
+    for route in ("/predict", "/embed", "/models/search", "/v1/embeddings"):
+        assert asked(server, route, prompt_name="query") == pytest.approx(expected, abs=1e-6)
+        body = ROUTES[route][0] | {"prompt_name": "sts"}
+        reply = server.post(route, body)
+        assert reply.status_code == 400
+        assert "this delta has prompts for document, query" in reply.text
+    long = {"model": "search", "inputs": " ".join(["cat"] * 28), "prompt_name": "query"}
+    assert server.post("/embed", long).status_code == 413, "the prompt counts"
+    assert server.post("/embed", long | {"prompt_name": None}).status_code == 200
+
+
+def test_ranking_reads_queries_and_documents(pipeline, server):
+    body = {"model": "search", "query": "Ada", "documents": ["a dog", "the house"]}
+    ranks = {one["index"]: one["relevance_score"] for one in server.post("/v1/rerank", body).json()["results"]}
+    for index, text in enumerate(body["documents"]):
+        record = {"text": PROMPTS[0][1] + "Ada", "text_pair": PROMPTS[1][1] + text, "input_type": "clustering"}
+        assert ranks[index] == pytest.approx(pipeline(record, delta="search").answer["similarity"], abs=1e-6)
