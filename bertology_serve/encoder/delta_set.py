@@ -189,6 +189,11 @@ class Backbone(Protocol):
         ...
 
     @property
+    def hidden(self) -> int:
+        """H: the width of a row."""
+        ...
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
         ...
@@ -348,6 +353,8 @@ class DeltaSet(ABC):
         request, ready = job.request, job.ready
         job.redaction = self.redactor.asked(request.record, request.where, ready.delta.task)
         job.example = ready.task.example(request.record, request.where, labelled=False)
+        if ready.model is None:
+            ready.task.check_width(job.example, self.encoder.hidden)
         job.take(ready.task.encode(job.example, (ready.model or self.encoder).tokenizer))
         if job.redaction is not None:
             job.redaction.check(sum(encoding.cut for encoding in job.encodings), request.where)

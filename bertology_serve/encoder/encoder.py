@@ -137,6 +137,11 @@ class Encoder:
         return encoder
 
     @property
+    def hidden(self) -> int:
+        """H: the width of a row."""
+        return self.anatomy.hidden
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device

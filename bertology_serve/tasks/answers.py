@@ -75,9 +75,14 @@ class Answer(Struct, frozen=True, omit_defaults=True):
     answer: Span | None = None
     answers: tuple[Span, ...] | None = None
     choice: int | None = None
-    embedding: tuple[float, ...] | None = None
-    embedding_pair: tuple[float, ...] | None = None
-    embedding_negatives: tuple[tuple[float, ...], ...] | None = None
+    embedding: Annotated[
+        tuple[float, ...] | str | None, Meta(description="Numbers, or base64 of little-endian float32.")
+    ] = None
+    embeddings: Annotated[
+        dict[str, tuple[float, ...] | str] | None, Meta(description="By type, where embedding_types are asked for.")
+    ] = None
+    embedding_pair: tuple[float, ...] | str | dict[str, tuple[float, ...] | str] | None = None
+    embedding_negatives: tuple[tuple[float, ...] | str | dict[str, tuple[float, ...] | str], ...] | None = None
     similarity: float | None = None
     logits: Annotated[Logits | None, Meta(description="The head's raw output, where it was asked for.")] = None
     truncated: Annotated[bool, Meta(description="The text was cut to the delta's maximum length.")] = False

@@ -95,6 +95,10 @@ class Task(ABC, Generic[E, G]):
         aggregated; [len, C] a sequence.
         """
 
+    def check_width(self, example: E, hidden: int) -> None:
+        """Raises DataError where an example asks for what rows [H] do not have."""
+        return None
+
     def spanned(self, example: E) -> str:
         """The text that the spans of an answer are counted in; empty for tasks that find none."""
         return ""

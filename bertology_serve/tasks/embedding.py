@@ -24,6 +24,7 @@ from bertology_serve.tasks.encoding import encode_long
 from bertology_serve.tasks.fields import Record, check_text, kind_of, optional_text, read_list, read_score, read_text
 from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
+from bertology_serve.tasks.vectors import AS_GIVEN, VectorForm
 
 QUERY, DOCUMENT = "query", "document"
 # What callers say that a text is: Cohere's, Voyage's, Jina's and sentence-transformers' words
@@ -45,7 +46,7 @@ class EmbeddingExample(TextExample):
 
     ``score`` says how alike text and pair are, ``scores`` what a teacher gives the pair and each negative. In a
     retrieval set each document has an ``id``, and each query what is ``relevant``: grades by documents' ids.
-    ``prompts`` are read before the text, and before the others.
+    ``prompts`` are read before the text, and before the others; ``form`` is how vectors are answered.
     """
 
     score: float | None = None
@@ -54,6 +55,7 @@ class EmbeddingExample(TextExample):
     id: str | None = None
     relevant: Mapping[str, float] | None = None
     prompts: tuple[str, str] = ("", "")
+    form: VectorForm = AS_GIVEN
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -75,6 +77,9 @@ class Embedding(Task[EmbeddingExample, Target]):
     documents; a text alone as its ``input_type`` (``query``, ``document``, or a word of ``ROLES``) or its
     ``prompt_name`` says.
 
+    A record may ask for vectors of fewer ``dimensions``, in another ``encoding_format``, or in several
+    (``embedding_types``, answered by name under ``embeddings``).
+
     Answers ``embedding`` [H]; with a pair also ``embedding_pair`` [H] and their cosine, ``similarity``; with negatives
     ``embedding_negatives``.
     """
@@ -90,7 +95,8 @@ class Embedding(Task[EmbeddingExample, Target]):
             raise DataError(f"{where}: there are negatives, and field 'positive' (or 'text_pair') is missing")
         prompts = self.prompts(record, where, pair is not None)
         if not labelled:
-            return EmbeddingExample(where, text, pair, negatives=negatives, prompts=prompts)
+            form = VectorForm.read(record, where, self.spec)
+            return EmbeddingExample(where, text, pair, negatives=negatives, prompts=prompts, form=form)
         if pair is None and record.get("id") is None:
             raise DataError(
                 f"{where}: field 'text_pair' (or 'positive') is missing; embeddings are trained on pairs, with a "
@@ -155,15 +161,20 @@ class Embedding(Task[EmbeddingExample, Target]):
         return torch.stack([loss(rows[:, :width], targets) for width in widths]).sum() * len(targets)
 
     def decode(self, example: EmbeddingExample, encodings: Sequence[Encoding], outputs: Sequence[Tensor]) -> Answer:
-        if self.spec.normalize:
-            outputs = [F.normalize(output, dim=0) for output in outputs]
-        answer: Answer = {"embedding": outputs[0].tolist()}
-        if len(outputs) > 1:
-            answer["embedding_pair"] = outputs[1].tolist()
-            answer["similarity"] = float(F.cosine_similarity(outputs[0].double(), outputs[1].double(), dim=0))
-        if len(outputs) > 2:
-            answer["embedding_negatives"] = [output.tolist() for output in outputs[2:]]
+        form = example.form
+        form.check(len(outputs[0]), self.spec, example.where)
+        vectors = [form.cut(F.normalize(output, dim=0) if self.spec.normalize else output) for output in outputs]
+        first, *others = [form.encoded(vector, self.spec) for vector in vectors]
+        answer: Answer = {"embeddings" if form.several else "embedding": first}
+        if others:
+            answer["embedding_pair"] = others[0]
+            answer["similarity"] = float(F.cosine_similarity(vectors[0].double(), vectors[1].double(), dim=0))
+        if others[1:]:
+            answer["embedding_negatives"] = others[1:]
         return answer
+
+    def check_width(self, example: EmbeddingExample, hidden: int) -> None:
+        example.form.check(hidden, self.spec, example.where)
 
     def metrics(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> dict[str, float]:
         """Spearman and Pearson correlation of the cosine with the gold score; without scores those of a search.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 from bertology_serve.errors import SpecError, nearest
@@ -52,7 +53,8 @@ class TaskSpec:
     regression was trained on pairs of texts alone, and refuses a single one; without it takes both. ``dimensions``
     are widths that embeddings were trained to be cut to (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147).
     ``prompts`` are what an embedding delta reads before a text, by name (``query: `` before a ``query``, ``passage: ``
-    before a ``document``); that of the empty name stands before texts whose call names none.
+    before a ``document``); that of the empty name stands before texts whose call names none. ``ranges`` are the least
+    and the greatest value of each dimension of its vectors, by which they are made bytes.
 
     Texts beyond ``max_length`` are cut at their end or, where ``long`` is ``windows``, read in windows of that length
     with ``stride`` tokens of overlap, as question answering always reads its context. ``aggregate`` says what becomes
@@ -78,6 +80,7 @@ class TaskSpec:
     aggregate: str = "mean"
     dimensions: tuple[int, ...] = ()
     prompts: tuple[tuple[str, str], ...] = ()
+    ranges: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in TASK_KINDS:
@@ -113,6 +116,10 @@ class TaskSpec:
             raise SpecError(f"dimensions are {self.dimensions}; expected widths from 1 up, each once")
         if self.prompts and self.kind != EMBEDDING:
             raise SpecError(f"prompts do not fit {self.kind}; only embeddings have them")
+        sizes = {len(side) for side in self.ranges}
+        fine = len(self.ranges) == 2 and len(sizes) == 1 and 0 not in sizes and not any(map(operator.gt, *self.ranges))
+        if self.ranges and (self.kind != EMBEDDING or not fine):
+            raise SpecError(f"ranges do not fit {self.kind}; expected the least and the greatest of each dimension")
         longest = max((len(part) for prompt in self.prompts for part in prompt), default=0)
         if len(dict(self.prompts)) < len(self.prompts) or len(self.prompts) > MOST_PROMPTS or longest > LONGEST_PROMPT:
             raise SpecError(

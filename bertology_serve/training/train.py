@@ -23,7 +23,7 @@ from bertology_serve.tasks.registry import task_for, task_named
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, MULTI_LABEL, TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
-from bertology_serve.training.calibration import Judged, settled
+from bertology_serve.training.calibration import Judged, settled, with_ranges
 from bertology_serve.training.config_file import settings_text
 from bertology_serve.training.evaluate import answered, measure
 from bertology_serve.training.evaluation import Evaluation
@@ -256,7 +256,8 @@ def finished(
             answers = scores.answers or answered(live, ready.task, ready.dev, rows)
             own = Evaluation({}, answers, 0, ready.task, [item.example for item in ready.dev], ())
             facts["gain"] = {"over": PROBE, "metric": ready.task.main_metric, **asdict(own.gain(ready.task, probe))}
-        return live.freeze(name, version, metrics, {**facts, "baselines": known, **scores.facts})
+        delta = live.freeze(name, version, metrics, {**facts, "baselines": known, **scores.facts})
+    return with_ranges(delta, live, ready.dev or ready.items, rows) if last else delta
 
 
 def _untouched(probe: TrainableDelta) -> TrainableDelta:

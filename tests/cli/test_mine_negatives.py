@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bertology_serve.cli.main import main
@@ -39,6 +40,10 @@ def test_pairs_become_triplets_that_train_evaluate_and_mine_again(made, tmp_path
     told = json.loads((tmp_path / "near" / "delta.json").read_text())
     assert told["task"]["dimensions"] == [16, 8]
     assert told["task"]["prompts"] == [["query", "the question ? "], ["document", "the answer . "]]
+    lows, highs = np.array(told["task"]["ranges"])
+    assert lows.shape == (32,)
+    assert (lows >= -1).all()
+    assert (lows < highs).all()
     assert told["metrics"]["ndcg@10"] >= told["provenance"]["baselines"]["cosine"]["ndcg@10"] - 1e-9
     assert main(["evaluate", delta, "--input", out, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bertology_serve.encoder.encoder import Encoder
@@ -20,7 +22,8 @@ TEXT = "the cat was good"
 
 @pytest.fixture(scope="module")
 def pipeline(encoder: Encoder) -> Pipeline:
-    task = TaskSpec("embedding", head="none", pooling="mean", max_length=32, prompts=PROMPTS)
+    ranges = ((-0.5,) * 32, (0.5,) * 32)
+    task = TaskSpec("embedding", head="none", pooling="mean", max_length=32, prompts=PROMPTS, ranges=ranges)
     return Pipeline(encoder, [tiny.delta(encoder, "search", [Lora(rank=2)], task, 1)])
 
 
@@ -85,3 +88,60 @@ def test_ranking_reads_queries_and_documents(pipeline, server):
     for index, text in enumerate(body["documents"]):
         record = {"text": PROMPTS[0][1] + "Ada", "text_pair": PROMPTS[1][1] + text, "input_type": "clustering"}
         assert ranks[index] == pytest.approx(pipeline(record, delta="search").answer["similarity"], abs=1e-6)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_fewer_dimensions_in_every_shape(pipeline, server, route):
+    whole = np.array(pipeline(TEXT, delta="search").answer["embedding"])[:8]
+    assert asked(server, route, dimensions=8) == pytest.approx(whole / np.linalg.norm(whole), abs=1e-6)
+    body = infer(dimensions=33) if route.startswith("/v2") else ROUTES[route][0] | {"dimensions": 33}
+    if "instances" in body:
+        body = {"instances": [{"text": TEXT, "dimensions": 33}]}
+    reply = server.post(route, body)
+    assert reply.status_code == 400
+    assert "the embedding has 32" in reply.text
+
+
+@pytest.mark.parametrize("route", [route for route in ROUTES if not route.startswith("/v2")])
+def test_every_encoding_in_every_shape(pipeline, server, route):
+    vector = np.array(pipeline(TEXT, delta="search").answer["embedding"], np.float32)
+    packed = base64.b64decode(asked(server, route, encoding_format="base64"))
+    assert np.frombuffer(packed, "<f4") == pytest.approx(vector, abs=1e-6)
+    assert asked(server, route, encoding_format="ubinary") == np.packbits(vector > 0).tolist()
+    codes = asked(server, route, encoding_format="int8", dimensions=8)
+    expected = np.floor((vector[:8] + 0.5) * 255) - 128
+    assert np.abs(np.array(codes) - expected).max() <= 1, "a last bit may be on either side of a step"
+
+
+def test_cohere_s_shape(pipeline, server):
+    texts = [TEXT, "a dog"]
+    body = {"model": "search", "texts": texts, "input_type": "search_query", "embedding_types": ["float", "ubinary"]}
+    found = server.post("/v2/embed", body).json()
+    assert found["texts"] == texts
+    assert found["embeddings"].keys() == {"float", "ubinary"}
+    for text, row, bits in zip(texts, found["embeddings"]["float"], found["embeddings"]["ubinary"], strict=True):
+        expected = pipeline(PROMPTS[0][1] + text, delta="search").answer["embedding"]
+        assert row == pytest.approx(expected, abs=1e-6)
+        assert bits == np.packbits(np.array(row) > 0).tolist()
+    assert found["meta"]["billed_units"]["input_tokens"] > 0
+    plain = server.post("/v2/embed", {"model": "search", "texts": texts, "output_dimension": 4}).json()
+    assert [len(row) for row in plain["embeddings"]["float"]] == [4, 4]
+    for wrong, message in (
+        ({"images": ["data:"]}, "field 'images' is not supported"),
+        ({"truncate": "START"}, "option 'truncate' is not supported"),
+        ({"texts": []}, "expected a text or a list of texts"),
+        ({"embedding_types": ["int4"]}, "field 'embedding_types' has 'int4'"),
+        ({"model": "base", "embedding_types": ["int8"]}, "this delta has no ranges"),
+        ({"input_type": "image"}, "field 'input_type' is 'image'"),
+    ):
+        reply = server.post("/v2/embed", body | wrong)
+        assert reply.status_code == 400
+        assert message in reply.text
+
+
+def test_several_encodings_of_a_pair(pipeline):
+    record = {"text": TEXT, "text_pair": "a dog", "embedding_types": ["int8", "float"], "dimensions": 8}
+    answer = pipeline(record, delta="search").answer
+    assert answer["embeddings"].keys() == answer["embedding_pair"].keys() == {"int8", "float"}
+    cosine = np.dot(answer["embeddings"]["float"], answer["embedding_pair"]["float"])
+    assert answer["similarity"] == pytest.approx(cosine, abs=1e-6)

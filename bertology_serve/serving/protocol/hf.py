@@ -26,6 +26,7 @@ from bertology_serve.tasks.spec import (
     REGRESSION,
     TOKEN_CLASSIFICATION,
 )
+from bertology_serve.tasks.vectors import FLOAT, VECTOR_FIELDS
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _similarity(inputs: JsonObject, delta: Delta, options: Options, most: float)
     texts = [inputs["source_sentence"], *sentences]
     names = ["source_sentence", *(f"sentences[{index}]" for index in range(len(sentences)))]
     requests = [
-        Request(delta.name, {"text": text, **options.fields}, where=name)
+        Request(delta.name, {"text": text, **options.fields, "encoding_format": FLOAT}, where=name)
         for text, name in zip(texts, names, strict=True)
     ]
     return TaskCall(delta, options, requests, single=False, similarity=True)
@@ -111,13 +112,13 @@ _KNOWN = {
     TOKEN_CLASSIFICATION: ("aggregation_strategy", "ignore_labels", "redact", "patterns", "offsets"),
     QUESTION_ANSWERING: ("top_k", "offsets"),
     MULTIPLE_CHOICE: (),
-    EMBEDDING: ("normalize", "dimensions", "truncate", *PROMPT_FIELDS),
+    EMBEDDING: (*VECTOR_FIELDS, "truncate", *PROMPT_FIELDS),
 }
-FIELDS = ("redact", "patterns", "offsets", *PROMPT_FIELDS)
+FIELDS = ("redact", "patterns", "offsets", *PROMPT_FIELDS, *VECTOR_FIELDS)
 # What counts as an option beside ``inputs`` too, where InferenceClient puts those of embeddings; other keys are ignored
 _OPTIONS = frozenset(sum(_KNOWN.values(), ())) | {
     "stride", "align_to_words", "doc_stride", "handle_impossible_answer", "max_answer_len", "max_question_len",
-    "max_seq_len", "truncation_direction", "encoding_format", "candidate_labels", "hypothesis_template",
+    "max_seq_len", "truncation_direction", "candidate_labels", "hypothesis_template",
     "multi_label",
 }  # fmt: skip
 
@@ -126,16 +127,12 @@ _OPTIONS = frozenset(sum(_KNOWN.values(), ())) | {
 class Options:
     """What a call asks for; ``None`` is the task's default.
 
-    ``unit`` says that the delta's embeddings have unit length already, ``normalize`` that the answer's are to.
-    ``fields`` is what each item's record has in common: what is asked of redaction and offsets, and its prompt.
+    ``fields`` is what each item's record has in common: what is asked of redaction, offsets, prompts and vectors.
     """
 
     top_k: int | None = None
     transform: str = ""
     ignore_labels: tuple[str, ...] = ()
-    normalize: bool = False
-    unit: bool = False
-    dimensions: int | None = None
     fields: JsonMapping = field(default_factory=dict)
 
     @property
@@ -157,27 +154,16 @@ def read_options(body: JsonObject, delta: Delta) -> Options:
         if name not in _KNOWN[kind]:
             known = f"; {kind} has {', '.join(_KNOWN[kind])}" if _KNOWN[kind] else ""
             raise Unsupported(f"option {name[:40]!r} is not supported for {kind}; leave it out{known}")
-    unit = kind == EMBEDDING and delta.task.normalize
     options = Options(
         top_k=_integer(given, "top_k", 20 if kind == QUESTION_ANSWERING else 100_000),
         transform=_transform(given, kind),
         ignore_labels=_texts(given, "ignore_labels"),
-        normalize=_flag(given, "normalize", unit),
-        unit=unit,
-        dimensions=_integer(given, "dimensions", 100_000),
         fields={name: given[name] for name in FIELDS if name in given},
     )
-    _check(given, options, delta)
-    return options
-
-
-def _check(given: JsonObject, options: Options, delta: Delta) -> None:
-    """Options that are known and yet cannot be honoured."""
     _choice(given, "aggregation_strategy", GROUPED, "simple")
-    if options.unit and not options.normalize:
-        raise Unsupported(f"delta {delta.name!r} gives normalised embeddings; leave 'normalize' out")
     if _flag(given, "truncate", True) is False and delta.task.long == "cut":
         raise Unsupported("texts are always cut to the delta's maximum length; leave 'truncate' out")
+    return options
 
 
 def _integer(given: JsonObject, name: str, most: int) -> int | None:
@@ -265,16 +251,9 @@ def _ends(span: JsonMapping) -> JsonObject:
     return {name: span[name] for name in ("start", "end", "start_utf16", "end_utf16") if name in span}
 
 
-def embedding(prediction: Prediction, options: Options) -> list[float]:
-    """The vector; the first ``dimensions`` of it, scaled again to unit length where it had that."""
-    vector: Sequence[float] = prediction.answer["embedding"]
-    if options.dimensions is not None and options.dimensions > len(vector):
-        raise DataError(f"option 'dimensions' is {options.dimensions}; the embedding has {len(vector)}")
-    part = list(vector[: options.dimensions])
-    if not options.normalize or (options.unit and options.dimensions is None):
-        return part
-    size = math.sqrt(sum(number * number for number in part))
-    return [number / size for number in part] if size else part
+def embedding(prediction: Prediction, options: Options) -> Any:
+    """The vector, as the call's fields have it."""
+    return prediction.answer["embedding"]
 
 
 def own(prediction: Prediction, options: Options) -> JsonObject:

@@ -99,8 +99,8 @@ def read_call(asked: InferRequest, blobs: Sequence[bytes | None], model: Delta, 
         texts = {name: column[row] for name, column in columns.items() if name != DELTA}
         where = f"row {row}"
         record = record_of(delta, texts, where)
-        if delta.task.kind == EMBEDDING and "input_type" in parameters:
-            record["input_type"] = parameters["input_type"]
+        if delta.task.kind == EMBEDDING:
+            record |= {name: parameters[name] for name in ("input_type", "dimensions") if name in parameters}
         requests.append(Request(delta.name, record, "", logits, where))
     return InferCall(model, asked.id, requests, outputs, fields, _seconds(parameters), _priority(parameters))
 

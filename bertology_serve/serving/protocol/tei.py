@@ -20,11 +20,12 @@ from bertology_serve.encoder.pipeline import BASE, Prediction, Request
 from bertology_serve.errors import DataError, LimitError, Unsupported
 from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.protocol.hf import Options, classification, cosine, embedding, sigmoid
+from bertology_serve.serving.protocol.hf import Options, classification, cosine, sigmoid
 from bertology_serve.serving.protocol.json_codec import check_items, check_size, encode, encode_list, object_of, shown
 from bertology_serve.tasks.embedding import PROMPT_FIELDS, Embedding
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
+from bertology_serve.tasks.vectors import VECTOR_FIELDS
 
 Find = Callable[[str], Delta]
 Body = JsonMapping
@@ -43,7 +44,6 @@ class TeiCall:
     what: str
     delta: Delta
     requests: list[Request]
-    options: Options
     truncate: bool
     raw: bool = False
     flat: bool = False
@@ -60,17 +60,13 @@ def read_tei(body: bytes, what: str, find: Find, named: str | None = None, most:
     delta = _delta(value, what, find, named)
     check_items(_count(value), most)
     records, names, more = _RECORDS[what](value)
-    prompt = {
-        name: value[name] for name in PROMPT_FIELDS if value.get(name) is not None and delta.task.kind == EMBEDDING
-    }
+    fields = _fields(value, what, delta)
     requests = [
-        Request(delta.name, record | prompt, "", _flag(value, "raw_scores"), where)
+        Request(delta.name, record | fields, "", _flag(value, "raw_scores"), where)
         for record, where in zip(records, names, strict=True)
     ]
     _refuse(value, delta)
-    return TeiCall(
-        what, delta, requests, _options(value, delta), _flag(value, "truncate"), _flag(value, "raw_scores"), **more
-    )
+    return TeiCall(what, delta, requests, _flag(value, "truncate"), _flag(value, "raw_scores"), **more)
 
 
 def write_tei(call: TeiCall, predictions: Sequence[Prediction]) -> bytes:
@@ -81,7 +77,7 @@ def write_tei(call: TeiCall, predictions: Sequence[Prediction]) -> bytes:
         options = Options(transform="none" if call.raw else "")
         found = [classification(prediction, options) for prediction in predictions]
         return encode(found[0]) if call.flat else encode_list(found)
-    vectors = [embedding(prediction, call.options) for prediction in predictions]
+    vectors = [prediction.answer["embedding"] for prediction in predictions]
     return encode_list(vectors if call.what == EMBED else [cosine(vectors[0], other) for other in vectors[1:]])
 
 
@@ -121,14 +117,14 @@ def _refuse(value: Body, delta: Delta) -> None:
         raise Unsupported("option 'truncation_direction' is not supported with this value; texts are cut on the right")
 
 
-def _options(value: Body, delta: Delta) -> Options:
-    unit = delta.task.kind == EMBEDDING and delta.task.normalize
-    normalize, dimensions = _flag(value, "normalize", True), value.get("dimensions")
-    if unit and not normalize:
-        raise Unsupported(f"delta {delta.name!r} gives normalised embeddings; leave 'normalize' out")
-    if dimensions is not None and (isinstance(dimensions, bool) or not isinstance(dimensions, int) or dimensions < 1):
-        raise DataError(f"field 'dimensions' is {shown(dimensions)}; expected an integer from 1")
-    return Options(normalize=normalize, unit=unit, dimensions=dimensions)
+def _fields(value: Body, what: str, delta: Delta) -> JsonObject:
+    """What the records of embeddings have in common; their vectors are normalised unless a call says otherwise."""
+    if delta.task.kind != EMBEDDING:
+        return {}
+    vectors = VECTOR_FIELDS if what == EMBED else ("dimensions", "normalize")
+    return {"normalize": True} | {
+        name: value[name] for name in (*PROMPT_FIELDS, *vectors) if value.get(name) is not None
+    }
 
 
 Records = tuple[list[JsonObject], list[str], JsonObject]

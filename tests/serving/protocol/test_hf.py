@@ -126,7 +126,7 @@ def test_sentence_similarity(registry):
         ("sense", {"inputs": "a", "normalize": False}, Unsupported, "gives normalised embeddings"),
         ("sense", {"inputs": "a", "truncate": False}, Unsupported, "always cut"),
         ("sense", {"inputs": "a", "normalize": "yes"}, DataError, "expected true or false"),
-        ("sense", {"inputs": "a", "encoding_format": "base64"}, Unsupported, "'encoding_format' is not supported"),
+        ("sense", {"inputs": "a", "encoding_format": "int4"}, DataError, "expected float, base64, int8"),
         ("sense", {"inputs": "a", "dimensions": 33}, DataError, "the embedding has 32"),
         ("sense", {"inputs": {"source_sentence": "a", "sentences": []}}, DataError, "field 'sentences' is a list"),
         ("sense", {"inputs": {"source_sentence": "a", "sentences": "b"}}, DataError, "field 'sentences' is a text"),
