@@ -44,6 +44,14 @@ class Client:
         """
         return self._send(calls.answer(items, seconds))
 
+    def ask_many(
+        self, deltas: Iterable[str], text: str | JsonMapping, *, seconds: float | None = None
+    ) -> dict[str, Answer]:
+        """Several deltas' answers to one text, by name; the server computes it once, as far as the deltas let it."""
+        names = list(deltas)
+        items = [item for name in names for item in calls.items_of(name, [text])]
+        return dict(zip(names, self.answer(items, seconds=seconds), strict=True))
+
     def embed(self, delta: str, texts: Sequence[str], *, seconds: float | None = None) -> list[tuple[float, ...]]:
         """The vectors of texts; ``base`` is the bare encoder."""
         return calls.vectors_of(self.answer(calls.items_of(delta, texts), seconds=seconds))
@@ -127,6 +135,14 @@ class AsyncClient:
         Expired is raised where they are not there within ``seconds``; what was still queued is then not computed.
         """
         return await self._send(calls.answer(items, seconds))
+
+    async def ask_many(
+        self, deltas: Iterable[str], text: str | JsonMapping, *, seconds: float | None = None
+    ) -> dict[str, Answer]:
+        """Several deltas' answers to one text, by name; the server computes it once, as far as the deltas let it."""
+        names = list(deltas)
+        items = [item for name in names for item in calls.items_of(name, [text])]
+        return dict(zip(names, await self.answer(items, seconds=seconds), strict=True))
 
     async def embed(self, delta: str, texts: Sequence[str], *, seconds: float | None = None) -> list[tuple[float, ...]]:
         """The vectors of texts; ``base`` is the bare encoder."""

@@ -114,8 +114,16 @@ def from_json(values: JsonObject, where: str) -> Manifest:
 
 
 def kinds_record(specs: Sequence[Spec]) -> JsonObject:
-    """The kinds' specs by the kinds' names, as plain values."""
-    return {kind_of(spec).name: asdict(spec) for spec in specs}
+    """The kinds' specs by the kinds' names, as plain values; fields that are new (``later``) where they are not as
+    before, see ``_task_record``."""
+    return {
+        kind_of(spec).name: {
+            one.name: value
+            for one in fields(spec)
+            if (value := getattr(spec, one.name)) != one.default or "later" not in one.metadata
+        }
+        for spec in specs
+    }
 
 
 def specs_of(values: object, where: str) -> tuple[Spec, ...]:

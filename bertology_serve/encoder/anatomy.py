@@ -17,12 +17,12 @@ from bertology_serve.errors import Unsupported
 from bertology_serve.kinds.slots import (
     ATTENTION_NORM,
     DOWN,
-    EMBEDDING_NORM,
     FFN_NORM,
     FINAL_NORM,
     GATE,
     KEY,
     OUTPUT,
+    OUTSIDE,
     QKV,
     QUERY,
     UP,
@@ -54,14 +54,14 @@ EXPECTED = (
     "expected a BERT-like encoder: bert, roberta, xlm-roberta, camembert, distilbert, electra, mpnet, deberta-v2, "
     "modernbert, or another whose layers are built alike"
 )
-_OUTSIDE = {
-    EMBEDDING_NORM: re.compile(r"(^|\.)embeddings\.(LayerNorm|norm|layer_norm)$"),
-    "embedding_projection": re.compile(r"(embeddings_project|embedding_hidden_mapping_in|embed_proj)$"),
-    FINAL_NORM: re.compile(r"(^|\.)(final_norm|final_layer_norm|ln_f)$"),
-    "relative_norm": re.compile(r"^encoder\.LayerNorm$"),
-    "conv": re.compile(r"(^|\.)conv\.conv$"),
-    "conv_norm": re.compile(r"(^|\.)conv\.LayerNorm$"),
-}
+_OUTSIDE = dict(zip(OUTSIDE, map(re.compile, (
+    r"(^|\.)embeddings\.(LayerNorm|norm|layer_norm)$",
+    r"(embeddings_project|embedding_hidden_mapping_in|embed_proj)$",
+    r"(^|\.)(final_norm|final_layer_norm|ln_f)$",
+    r"^encoder\.LayerNorm$",
+    r"(^|\.)conv\.conv$",
+    r"(^|\.)conv\.LayerNorm$",
+)), strict=True))  # fmt: skip
 
 
 def find_anatomy(model: HiddenModel) -> Anatomy:

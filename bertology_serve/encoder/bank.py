@@ -279,7 +279,7 @@ class LiveBank:
         heights: dict[str, int] = {}
         for key, effect in effects:
             rows, templates, layers = pool_rows(effect)
-            layers |= _update_layers(effect)
+            layers |= update_layers(effect)
             moved = {name: _moved(row, heights.get(name, 0), training) for name, row in templates.items()}
             self.entries[key] = _entry(key, effect, (moved, layers))
             for name, columns in rows.items():
@@ -292,13 +292,12 @@ class LiveBank:
         return self._layers[pool][column][layer]
 
 
-def _update_layers(effects: Effects) -> dict[str, frozenset[int]]:
-    """The layers of the low-rank updates that are not in all of them."""
-    return {
-        slot: frozenset(update.layers)
-        for slot, update in effects.low_rank.items()
-        if update.layers is not None and slot not in effects.bias
-    }
+def update_layers(effects: Effects) -> dict[str, frozenset[int]]:
+    """The layers of low ranks, biases and factors that are not in all of them."""
+    pools = {slot: slot for slot in effects.low_rank.keys() | effects.bias.keys()}
+    pools |= {scale(slot): slot for slot in effects.scale} | {inner(slot): slot for slot in effects.inner}
+    spans = ((pool, effects.changed(slot)) for pool, slot in pools.items())
+    return {pool: frozenset(layers) for pool, layers in spans if layers is not None}
 
 
 def _unbound(parts: list[Rows]) -> dict[str, tuple[Tensor, ...]]:

@@ -79,6 +79,10 @@ class Fork:
     batch: PackedBatch
     rows: Tensor
 
+    def copied(self, rows: Tensor) -> Tensor:
+        """[1, T, ...] of the batch before, as of this one."""
+        return rows.index_select(1, self.rows)
+
 
 def rows_of(encoding: Encoding, entry: BankEntry) -> int:
     """Rows that a sequence takes in a batch: its tokens and its delta's prompt."""

@@ -107,7 +107,8 @@ class LoadedDelta:
 class Job:
     """A request for a loaded delta, which it holds on to. ``DeltaSet.tokenise`` adds the rest.
 
-    ``cost`` is in rows; ``squares`` sums the squared lengths of its sequences, which attention costs.
+    ``cost`` is in rows, as if it were alone, and ``charged`` what is left of it where others need the same rows;
+    ``squares`` sums the squared lengths of its sequences, which attention costs.
     """
 
     request: Request
@@ -116,13 +117,19 @@ class Job:
     encodings: Sequence[Encoding] = field(init=False, repr=False)
     redaction: Redaction | None = field(init=False, default=None, repr=False)
     cost: int = field(init=False, default=0)
+    charged: int = field(init=False, default=0)
     squares: int = field(init=False, default=0)
+
+    @property
+    def entry(self) -> BankEntry:
+        """Its delta's place in the bank."""
+        return self.ready.entry
 
     def take(self, encodings: Sequence[Encoding]) -> None:
         """Sets its sequences, and what they cost."""
         lengths = [len(encoding.ids) for encoding in encodings]
         self.encodings = encodings
-        self.cost = sum(lengths) + len(lengths) * self.ready.prompt_length
+        self.cost = self.charged = sum(lengths) + len(lengths) * self.ready.prompt_length
         self.squares = sum([length * length for length in lengths])
 
     def answered(self, outputs: Sequence[Tensor]) -> Prediction:
@@ -196,6 +203,11 @@ class Backbone(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """L: its layers."""
         ...
 
     @property
@@ -301,7 +313,7 @@ class DeltaSet(ABC):
         """
         if delta.name in self._ready:
             raise SpecError(f"{delta.name!r} answers already; export the model under another --name")
-        self._ready[delta.name] = LoadedDelta(delta, task_for(delta.task), Head(()), BARE, model)
+        self._ready[delta.name] = LoadedDelta(delta, task_for(delta.task), Head(()), BankEntry(delta.name), model)
 
     def resident(self, name: str, version: str = "") -> Delta | None:
         """The delta that answers under that name now; the one of that version, where one is named."""

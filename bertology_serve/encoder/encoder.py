@@ -335,14 +335,22 @@ class Encoder:
 
         def enter(fork: Fork, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
             self._current.value = self._pass(fork.batch, pools, make_plan(fork.batch))
-            rows = {name: _selected(value, fork.rows) for name, value in named.items() if name in _BY_ROW}
-            return tuple(_selected(one, fork.rows) if at == 0 else one for at, one in enumerate(inputs)), named | rows
+            own = {name: fork.copied(value) for name, value in named.items() if name == "hidden_states"}
+            return tuple(fork.copied(one) if at == 0 else one for at, one in enumerate(inputs)), named | own
+
+        def turn(forks: Sequence[Fork], _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            rotated = named.get("position_embeddings")
+            for fork in forks if rotated is not None else ():
+                rotated = tuple(fork.copied(one) for one in rotated)
+            return inputs, named if rotated is None else named | {"position_embeddings": rotated}
 
         with ExitStack() as stack:
-            for fork in batch.forks:
-                layer = self.model.get_submodule(self.anatomy.layer_paths[fork.layer])
-                handle = layer.register_forward_pre_hook(partial(enter, fork), with_kwargs=True)
-                stack.callback(handle.remove)
+            for number, path in enumerate(self.anatomy.layer_paths):
+                layer, past = self.model.get_submodule(path), [fork for fork in batch.forks if fork.layer <= number]
+                hooks = [partial(turn, past)] if past else []
+                hooks += [partial(enter, fork) for fork in past if fork.layer == number]
+                for hook in hooks:
+                    stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
     def lowest_changed(self, effects: Effects) -> int:
@@ -433,17 +441,6 @@ class Encoder:
     def _running(self, now: ForwardContext) -> Iterator[None]:
         with self.lock, self._current.during(now):
             yield
-
-
-_BY_ROW = ("hidden_states", "position_embeddings")
-"""What a layer is given by name that has a row for each of the batch's: [1, T, ...], or several such."""
-
-
-def _selected(value: Any, rows: Tensor) -> Any:
-    """Chosen rows of what has one for each of the batch's."""
-    if isinstance(value, tuple):
-        return tuple(_selected(one, rows) for one in value)
-    return value.index_select(1, rows)
 
 
 @contextmanager

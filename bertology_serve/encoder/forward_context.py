@@ -132,7 +132,7 @@ class ForwardContext:
     def gated(self, places: Sequence[SlotPlace], x: Tensor) -> Tensor:
         """The input x [T, K] of a linear, times the factors of the deltas that scale it."""
         for place in places:
-            segments = self.plan.segments.get(inner(place.slot))
+            segments = self.plan.active(inner(place.slot), place.layer)
             if segments:
                 self.lists.by_host()
                 pool = _wide(self.pools.layer(inner(place.slot), "g", place.layer), x.shape[1])
@@ -141,7 +141,7 @@ class ForwardContext:
 
     def _scaled(self, place: SlotPlace, y: Tensor) -> Tensor:
         """The base's output y [T, N] of a linear, times the factors of the deltas that scale it."""
-        segments = self.plan.segments.get(scale(place.slot))
+        segments = self.plan.active(scale(place.slot), place.layer)
         if not segments:
             return y
         self.lists.by_host()
@@ -185,10 +185,10 @@ class ForwardContext:
 
     def norm(self, place: SlotPlace, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """LayerNorm of x [T, H] with the slot's biases, and its differences of the weight."""
-        active = self.plan.segments.get(place.slot, ())
+        active = self.plan.active(place.slot, place.layer)
         pool = self.pools.layer(place.slot, "b", place.layer) if active else None
         y = dispatch.norm(x, norm.weight, norm.bias, norm.eps, None, pool, active, self.lists)
-        scaled = self.plan.segments.get(scale(place.slot))
+        scaled = self.plan.active(scale(place.slot), place.layer)
         if not scaled:
             return y
         self.lists.by_host()

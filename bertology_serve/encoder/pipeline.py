@@ -67,6 +67,15 @@ class Pipeline(DeltaSet):
         found = self.answer(Request(delta, record) for record in records)
         return found if several else found[0]
 
+    def ask_many(self, item: str | Mapping[str, Any], deltas: Iterable[str]) -> dict[str, Prediction]:
+        """Several deltas' answers to one text or record, by name; its rows are computed once, as far as they let it.
+
+        Raises what ``answer`` raises.
+        """
+        record = {"text": item} if isinstance(item, str) else item
+        found = self.run([self.prepare(Request(delta, record)) for delta in deltas])
+        return {prediction.delta: prediction for prediction in found}
+
     def read(self, path: Path, name: str) -> Delta:
         """A delta from its directory, its tensors on the host."""
         return self.encoder.read_delta(path, name)

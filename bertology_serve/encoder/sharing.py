@@ -1,7 +1,8 @@
 """One text, several deltas: its rows are computed once, up to the lowest layer that a delta changes.
 
 Sequences of the same tokens are one until the lowest layer of a delta among them; there its rows fork. Deltas that
-change no layer (probes, heads, the bare base) need no rows of their own at all.
+change no layer (probes, heads, the bare base) need no rows of their own at all. ``share`` makes the batch,
+``SharedRows`` counts what it spares.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -65,6 +67,48 @@ def share(
         stages.append(Stage(layer, batch, _seats(batch, own)))
     forks = [Fork(now.layer, now.batch, _copies(before, now)) for before, now in pairwise(stages)]
     return replace(stages[0].batch, forks=tuple(forks)), stages[-1].seats
+
+
+class Sequences(Protocol):
+    """What asks for sequences: a job."""
+
+    @property
+    def encodings(self) -> Sequence[Encoding]:
+        """Its sequences."""
+        ...
+
+    @property
+    def entry(self) -> BankEntry:
+        """Its delta's."""
+        ...
+
+
+class SharedRows:
+    """The texts of a batch as it grows, and how many of their layers' rows what comes next need not compute."""
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+        self._texts: dict[Text, tuple[int, frozenset[str]]] = {}  # layers run without a delta, and the deltas
+
+    def spared(self, asked: Sequences) -> tuple[int, int]:
+        """Rows, and their squared lengths' sum, that are computed anyway; a part of the layers is a part of them. One
+        row is always left: nothing waits for nothing.
+        """
+        rows = squares = 0
+        lowest, key = min(asked.entry.lowest, self._depth), _key(asked.entry, self._depth)
+        for encoding in asked.encodings:
+            bare, deltas = self._texts.get(text_of(encoding), (0, frozenset[str]()))
+            layers, length = self._depth if key in deltas else min(bare, lowest), len(encoding.ids)
+            rows += length * layers // self._depth
+            squares += length * length * layers // self._depth
+        return min(rows, sum([len(encoding.ids) for encoding in asked.encodings]) - 1) if rows else 0, squares
+
+    def add(self, asked: Sequences) -> None:
+        """From now on it is in the batch."""
+        lowest, key = min(asked.entry.lowest, self._depth), _key(asked.entry, self._depth)
+        for encoding in asked.encodings:
+            bare, deltas = self._texts.get(text_of(encoding), (0, frozenset[str]()))
+            self._texts[text_of(encoding)] = max(bare, lowest), deltas | {key}
 
 
 def _key(entry: BankEntry, depth: int) -> str:

@@ -9,13 +9,24 @@ FFN's output, as Houlsby's second one does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from bertology_serve.errors import SpecError
-from bertology_serve.kinds.effects import Bottleneck, Effects, spread
-from bertology_serve.kinds.kinds import Kind, Tensors, check_choice, check_positive, normal, uncut, zeros
+from bertology_serve.kinds.effects import Bottleneck, Effects, Layers, spread
+from bertology_serve.kinds.kinds import (
+    LATER,
+    Kind,
+    Tensors,
+    check_choice,
+    check_layers,
+    check_positive,
+    chosen_layers,
+    normal,
+    uncut,
+    zeros,
+)
 from bertology_serve.kinds.slots import DOWN, FFN_NORM, OUTPUT, Anatomy
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
@@ -27,8 +38,8 @@ class Adapter:
     """``preset`` places the adapter (``houlsby``: ``after`` attention, FFN or both; ``pfeiffer``: after the FFN).
 
     ``width`` is M. ``activation`` defaults to the papers' choice (swish for Houlsby, ReLU for Pfeiffer).
-    ``drop_lowest`` leaves the lowest n layers without adapters (AdapterDrop). Raises SpecError for values that make
-    no sense.
+    ``layers`` are those with adapters (``None``: all); ``drop_lowest`` leaves the lowest n without (AdapterDrop).
+    Raises SpecError for values that make no sense.
     """
 
     preset: str = "houlsby"
@@ -36,6 +47,7 @@ class Adapter:
     after: str = "both"
     activation: str | None = None
     drop_lowest: int = 0
+    layers: Layers = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         check_choice("preset", self.preset, PRESETS)
@@ -44,6 +56,9 @@ class Adapter:
         check_choice("activation", self.nonlinearity, ACTIVATIONS)
         if self.drop_lowest < 0:
             raise SpecError(f"drop_lowest is {self.drop_lowest}; expected a number of layers from 0")
+        if self.drop_lowest and self.layers is not None:
+            raise SpecError("drop_lowest and layers both say which layers have adapters; leave one out")
+        check_layers(self, self.layers)
 
     @property
     def nonlinearity(self) -> str:
@@ -62,7 +77,7 @@ def layers(spec: Adapter, anatomy: Anatomy) -> tuple[int, ...]:
     """The layers that have adapters."""
     if spec.drop_lowest >= anatomy.layers:
         raise SpecError(f"drop_lowest is {spec.drop_lowest}, but the encoder has only {anatomy.layers} layers")
-    return tuple(range(spec.drop_lowest, anatomy.layers))
+    return chosen_layers(spec.layers, anatomy.layers)[spec.drop_lowest :]
 
 
 def init(spec: Adapter, anatomy: Anatomy, generator: torch.Generator | None) -> Tensors:

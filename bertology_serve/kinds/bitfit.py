@@ -7,21 +7,22 @@ without biases (ModernBERT) simply gets them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from bertology_serve.errors import Unsupported
 from bertology_serve.files import JsonObject
-from bertology_serve.kinds.effects import Effects, spread
-from bertology_serve.kinds.kinds import Cut, Kind, Tensors, check_choice, zeros
+from bertology_serve.kinds.effects import Effects, Layers, spread
+from bertology_serve.kinds.kinds import LATER, Cut, Kind, Tensors, check_choice, check_layers, layers_of, zeros
 from bertology_serve.kinds.peft_format import (
     Block,
     Config,
     PeftFormat,
     check_rest,
     modules,
+    named_layers,
     padded,
     path_of,
     places,
@@ -37,44 +38,47 @@ from bertology_serve.kinds.slots import LINEAR_SLOTS, QKV, UP_GATE, Anatomy, Slo
 @dataclass(frozen=True)
 class Bitfit:
     """``biases``: ``all`` (every linear, LayerNorm and the embeddings) or ``attention`` (query, key, value only).
-    Raises SpecError for values that make no sense.
+    ``layers`` are those whose biases are tuned (``None``: all, and the embeddings). Raises SpecError for values that
+    make no sense.
     """
 
     biases: str = "all"
+    layers: Layers = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         check_choice("biases", self.biases, ("all", "attention"))
+        check_layers(self, self.layers)
 
 
-def slots(spec: Bitfit, anatomy: Anatomy) -> list[Slot]:
-    """The slots whose bias is tuned. An encoder without any bias gets them at every slot of its layers."""
-    if spec.biases == "attention":
-        return [anatomy.slot(name) for name in ("query", "key", "value")]
+def reached(spec: Bitfit, anatomy: Anatomy) -> list[tuple[Slot, tuple[int, ...]]]:
+    """The slots whose bias is tuned, and in which layers: every linear slot's of an encoder without any bias."""
     whole = {QKV, UP_GATE}  # their slices, or the unpacked projections, are slots of their own
-    candidates = [slot for slot in anatomy.slots.values() if slot.name not in whole]
-    with_bias = [slot for slot in candidates if slot.has_bias]
-    return with_bias or [slot for slot in candidates if slot.name in LINEAR_SLOTS]
+    slots = [slot for slot in anatomy.slots.values() if slot.name not in whole]
+    slots = [slot for slot in slots if slot.has_bias] or [slot for slot in slots if slot.name in LINEAR_SLOTS]
+    if spec.biases == "attention":
+        slots = [anatomy.slot(name) for name in ("query", "key", "value")]
+    return [(slot, layers) for slot in slots if (layers := layers_of(spec.layers, slot))]
 
 
 def init(spec: Bitfit, anatomy: Anatomy, generator: torch.Generator | None) -> Tensors:
-    """``{slot}`` [layers that have the module, N], zero, float32."""
-    return {slot.name: zeros((len(slot.present), slot.outputs), generator) for slot in slots(spec, anatomy)}
+    """``{slot}`` [layers whose bias is tuned, N], zero, float32."""
+    return {slot.name: zeros((len(layers), slot.outputs), generator) for slot, layers in reached(spec, anatomy)}
 
 
 def effects(spec: Bitfit, tensors: Tensors, anatomy: Anatomy) -> Effects:
     """One bias difference a slot."""
-    return Effects(
-        bias={slot.name: spread(tensors[slot.name], slot.present, slot.depth) for slot in slots(spec, anatomy)}
-    )
+    found = reached(spec, anatomy)
+    biases = {slot.name: spread(tensors[slot.name], layers, slot.depth) for slot, layers in found}
+    return Effects(bias=biases, layers=spec.layers)
 
 
 def cut(spec: Bitfit, tensors: Tensors, anatomy: Anatomy, left: Cut) -> Tensors:
     """Biases by their outputs."""
-    return {slot.name: left.outputs(tensors[slot.name], slot, slot.present) for slot in slots(spec, anatomy)}
+    return {slot.name: left.outputs(tensors[slot.name], slot, layers) for slot, layers in reached(spec, anatomy)}
 
 
 def _modules(spec: Bitfit, anatomy: Anatomy) -> dict[str, list[Block]]:
-    return modules(((slot.name, slot.present) for slot in slots(spec, anatomy)), anatomy)
+    return modules(((slot.name, layers) for slot, layers in reached(spec, anatomy)), anatomy)
 
 
 def write(spec: Bitfit, own: Mapping[str, Tensor], anatomy: Anatomy, root: str) -> Tensors:
@@ -117,7 +121,8 @@ def load(_: Config, tensors: Tensors, anatomy: Anatomy) -> tuple[Bitfit, Tensors
         found[path + LEAF] = bias
     attention = Bitfit("attention")
     near = {path + LEAF for path in _modules(attention, anatomy)}
-    spec = attention if found.keys() <= near else Bitfit("all")
+    layers = named_layers((known[path.removesuffix(LEAF)][1] for path in found), anatomy)
+    spec = replace(attention if found.keys() <= near else Bitfit("all"), layers=layers)
     written = {path + LEAF: torch.zeros(1, width(path, anatomy)) for path in _modules(spec, anatomy)}
     beyond = sorted(found.keys() - written.keys())
     if beyond or not found:
@@ -127,7 +132,7 @@ def load(_: Config, tensors: Tensors, anatomy: Anatomy) -> tuple[Bitfit, Tensors
 
 def obstacle(spec: Bitfit, anatomy: Anatomy) -> str:
     """Every bias must belong to a linear projection."""
-    linear = all(slot.name in LINEAR_SLOTS for slot in slots(spec, anatomy))
+    linear = all(slot.name in LINEAR_SLOTS for slot, _ in reached(spec, anatomy))
     return "" if linear else "peft changes the biases of linear projections only (BEFT)"
 
 

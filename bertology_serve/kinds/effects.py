@@ -8,13 +8,15 @@ parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from bertology_serve.kinds.slots import Slot
+
+Layers = tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class LowRank:
     a: Tensor
     b: Tensor
     dropout: float = 0.0
-    layers: tuple[int, ...] | None = None
+    layers: Layers = None
 
     def at(self, slot: Slot, layer: int) -> tuple[Tensor, Tensor]:
         """A [R, K] and B [R, N] of one layer, as wide as the slot is there."""
@@ -84,7 +86,8 @@ class Effects:
     """All that a delta does to the encoder: per slot name low-rank updates, bias differences [L, N] and adapters.
 
     ``scale`` [L, N] multiplies the base's own output of a linear slot by ``1 + scale``; on a LayerNorm slot it is added
-    to the norm's weight. ``inner`` [L, K] multiplies the input of a linear slot by ``1 + inner``.
+    to the norm's weight. ``inner`` [L, K] multiplies the input of a linear slot by ``1 + inner``. ``layers`` are those
+    in which biases and factors stand (``None``: all, and outside of them); the stacks hold zeros elsewhere.
     """
 
     low_rank: dict[str, LowRank] = field(default_factory=dict)
@@ -94,6 +97,7 @@ class Effects:
     prefix: PrefixEffect | None = None
     scale: dict[str, Tensor] = field(default_factory=dict)
     inner: dict[str, Tensor] = field(default_factory=dict)
+    layers: Layers = None
 
     @property
     def unfoldable(self) -> tuple[str, ...]:
@@ -103,15 +107,21 @@ class Effects:
 
     def lowest(self, depth: int) -> int:
         """The lowest of ``depth`` layers whose output is changed; ``depth`` where none is."""
-        if self.bias or self.prompt or self.prefix or self.scale or self.inner:
-            return 0
-        chosen = [update.layers for update in self.low_rank.values()] + [b.layers for b in self.bottleneck.values()]
-        return min((0 if layers is None else min(layers) for layers in chosen), default=depth)
+        slots = self.low_rank.keys() | self.bias.keys() | self.scale.keys() | self.inner.keys()
+        spans = [self.changed(slot) for slot in slots] + [unit.layers for unit in self.bottleneck.values()]
+        layers = None if self.prompt or self.prefix else _union(spans)
+        return 0 if layers is None else min(layers, default=depth)
+
+    def changed(self, slot: str) -> Layers:
+        """The layers in which low ranks, biases or factors stand at a slot (``None``: all)."""
+        own = any(slot in stacks for stacks in (self.bias, self.scale, self.inner))
+        low = [self.low_rank[slot].layers] if slot in self.low_rank else []
+        return _union([*low, *([self.layers] if own else [])])
 
 
 def merged(parts: Iterable[Effects]) -> Effects:
     """The effects of several kinds in one delta. Low ranks on one slot are concatenated, biases added."""
-    total = Effects()
+    total, spans = Effects(), []
     for part in parts:
         for slot, update in part.low_rank.items():
             if slot in total.low_rank:
@@ -120,21 +130,24 @@ def merged(parts: Iterable[Effects]) -> Effects:
                     torch.cat([first.a, update.a], 1),
                     torch.cat([first.b, update.b], 1),
                     max(first.dropout, update.dropout),
-                    _either(first.layers, update.layers),
+                    _union([first.layers, update.layers]),
                 )
             total.low_rank[slot] = update
         for slot, shift in part.bias.items():
             total.bias[slot] = total.bias[slot] + shift if slot in total.bias else shift
         for own, more in ((total.scale, part.scale), (total.inner, part.inner)):
             own |= {slot: own[slot] + factor if slot in own else factor for slot, factor in more.items()}
+        spans += [part.layers] if part.bias or part.scale or part.inner else []
         total.bottleneck |= part.bottleneck
         total.prompt = part.prompt or total.prompt
         total.prefix = part.prefix or total.prefix
+    total.layers = _union(spans)
     return total
 
 
-def _either(first: tuple[int, ...] | None, second: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    return None if first is None or second is None else tuple(sorted({*first, *second}))
+def _union(spans: Sequence[Layers]) -> Layers:
+    """All layers of some spans, of which ``None`` is every layer."""
+    return None if None in spans else tuple(sorted({layer for span in spans for layer in span or ()}))
 
 
 def spread(stack: Tensor, layers: tuple[int, ...], depth: int) -> Tensor:

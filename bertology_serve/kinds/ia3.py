@@ -7,29 +7,43 @@ at 1 and have no weight decay.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from bertology_serve.errors import FormatError, SpecError, Unsupported
 from bertology_serve.files import JsonObject
-from bertology_serve.kinds.effects import Effects
-from bertology_serve.kinds.kinds import Cut, Kind, Tensors
-from bertology_serve.kinds.peft_format import MERGE, Config, PeftFormat, path_of, places, take, taken, width
+from bertology_serve.kinds.effects import Effects, Layers, spread
+from bertology_serve.kinds.kinds import LATER, Cut, Kind, Tensors, check_layers, layers_of
+from bertology_serve.kinds.peft_format import (
+    MERGE,
+    Block,
+    Config,
+    PeftFormat,
+    modules,
+    named_layers,
+    path_of,
+    places,
+    take,
+    taken,
+    width,
+)
 from bertology_serve.kinds.slots import Anatomy
 
 
 @dataclass(frozen=True)
 class Ia3:
-    """``targets`` are slots whose outputs are scaled, ``feedforward`` those whose inputs are. Raises SpecError for
-    values that make no sense.
+    """``targets`` are slots whose outputs are scaled, ``feedforward`` those whose inputs are, ``layers`` those where
+    they are (``None``: all). Raises SpecError for values that make no sense.
     """
 
     targets: tuple[str, ...] = ("key", "value")
     feedforward: tuple[str, ...] = ("down",)
+    layers: Layers = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
+        check_layers(self, self.layers)
         both = set(self.targets) & set(self.feedforward)
         if both or not (self.targets or self.feedforward):
             what = f"{sorted(both)[0]} in both" if both else "nothing in either"
@@ -39,16 +53,25 @@ class Ia3:
 def init(spec: Ia3, anatomy: Anatomy, generator: torch.Generator | None) -> Tensors:
     """``{slot}`` [L, N] of targets and [L, K] of feedforward slots, all 1, float32."""
     device = "meta" if generator is None else "cpu"
-    outer = {anatomy.slot(name).name: anatomy.slot(name).outputs for name in anatomy.resolve(spec.targets)}
-    inner = {anatomy.slot(name).name: anatomy.slot(name).inputs for name in anatomy.resolve(spec.feedforward)}
-    return {name: torch.ones(anatomy.slot(name).depth, width, device=device) for name, width in (outer | inner).items()}
+    widths = {name: anatomy.slot(name).outputs for name in anatomy.resolve(spec.targets)}
+    widths |= {name: anatomy.slot(name).inputs for name in anatomy.resolve(spec.feedforward)}
+    return {
+        name: torch.ones(len(layers_of(spec.layers, anatomy.slot(name))), width, device=device)
+        for name, width in widths.items()
+    }
 
 
 def effects(spec: Ia3, tensors: Tensors, anatomy: Anatomy) -> Effects:
     """What is added to a factor of 1, by slot."""
+
+    def stack(name: str) -> Tensor:
+        slot = anatomy.slot(name)
+        return spread(tensors[name] - 1.0, layers_of(spec.layers, slot), slot.depth)
+
     return Effects(
-        scale={name: tensors[name] - 1.0 for name in anatomy.resolve(spec.targets)},
-        inner={name: tensors[name] - 1.0 for name in anatomy.resolve(spec.feedforward)},
+        scale={name: stack(name) for name in anatomy.resolve(spec.targets)},
+        inner={name: stack(name) for name in anatomy.resolve(spec.feedforward)},
+        layers=spec.layers,
     )
 
 
@@ -57,61 +80,54 @@ def cut(spec: Ia3, tensors: Tensors, anatomy: Anatomy, left: Cut) -> Tensors:
     sides = dict.fromkeys(anatomy.resolve(spec.targets), left.outputs)
     sides |= dict.fromkeys(anatomy.resolve(spec.feedforward), left.inputs)
     slots = {name: anatomy.slot(name) for name in sides}
-    return {name: side(tensors[name], slots[name], slots[name].present) for name, side in sides.items()}
+    return {name: side(tensors[name], slots[name], layers_of(spec.layers, slots[name])) for name, side in sides.items()}
 
 
 LEAF = ".ia3_l"
 
 
-def _paths(spec: Ia3, anatomy: Anatomy) -> tuple[dict[str, list[tuple[str, int]]], dict[str, tuple[str, int]]]:
+def _modules(spec: Ia3, anatomy: Anatomy) -> tuple[dict[str, list[Block]], dict[str, Block]]:
     """The modules whose outputs are scaled, with the slots that share each, and those whose inputs are."""
-    outer: dict[str, list[tuple[str, int]]] = {}
-    for name in anatomy.resolve(spec.targets):
-        for layer in anatomy.slot(name).present:
-            outer.setdefault(str(anatomy.slot(name).paths[layer]), []).append((name, layer))
-    inner = {
-        str(anatomy.slot(name).paths[layer]): (name, layer)
-        for name in anatomy.resolve(spec.feedforward)
-        for layer in anatomy.slot(name).present
-    }
-    return outer, inner
+    outer, inner = (
+        modules(((name, layers_of(spec.layers, anatomy.slot(name))) for name in anatomy.resolve(names)), anatomy)
+        for names in (spec.targets, spec.feedforward)
+    )
+    return outer, {path: blocks[0] for path, blocks in inner.items()}
 
 
 def write(spec: Ia3, own: Mapping[str, Tensor], anatomy: Anatomy, root: str) -> Tensors:
     """Stacks ``{slot}`` as ``ia3_l`` [N, 1], 1 where no slot reaches, or [1, K] where inputs are scaled."""
-    outer, inner = _paths(spec, anatomy)
+    outer, inner = _modules(spec, anatomy)
     written: Tensors = {}
-    for path, owners in outer.items():
+    for path, blocks in outer.items():
         factors = torch.ones(width(path, anatomy), 1)
-        for name, layer in owners:
-            factors[_columns(anatomy, name, layer), 0] = own[name][layer, : anatomy.slot(name).outputs_of(layer)]
+        for block in blocks:
+            factors[block.lo : block.hi, 0] = own[block.slot][block.index, : block.width]
         written[root + path + LEAF] = factors
-    for path, (name, layer) in inner.items():
-        written[root + path + LEAF] = own[name][layer, None, : anatomy.slot(name).inputs_of(layer)]
+    for path, block in inner.items():
+        written[root + path + LEAF] = own[block.slot][block.index, None, : block.inputs]
     return written
 
 
 def read(spec: Ia3, written: Tensors, anatomy: Anatomy, root: str) -> Tensors:
     """The inverse of ``write``; takes what it reads out of ``written``."""
-    outer, inner = _paths(spec, anatomy)
+    outer, inner = _modules(spec, anatomy)
     stacks = init(spec, anatomy, torch.Generator())
-    for path, owners in outer.items():
+    for path, blocks in outer.items():
         rest = take(written, root + path + LEAF, (width(path, anatomy), 1)).clone()
-        for name, layer in owners:
-            columns = _columns(anatomy, name, layer)
-            stacks[name][layer, : anatomy.slot(name).outputs_of(layer)] = rest[columns, 0]
-            rest[columns] = 1.0
+        for block in blocks:
+            stacks[block.slot][block.index, : block.width] = rest[block.lo : block.hi, 0]
+            rest[block.lo : block.hi] = 1.0
         if (rest != 1.0).any():
             raise FormatError(f"the tensor {root + path + LEAF!r} scales outputs that the delta's slots do not reach")
-    for path, (name, layer) in inner.items():
-        count = anatomy.slot(name).inputs_of(layer)
-        stacks[name][layer, :count] = take(written, root + path + LEAF, (1, count))[0]
+    for path, block in inner.items():
+        stacks[block.slot][block.index, : block.inputs] = take(written, root + path + LEAF, (1, block.inputs))[0]
     return stacks
 
 
 def config(spec: Ia3, anatomy: Anatomy, root: str) -> JsonObject:
     """Full names, since peft matches ends of names."""
-    outer, inner = _paths(spec, anatomy)
+    outer, inner = _modules(spec, anatomy)
     return {
         "target_modules": [root + path for path in (*outer, *inner)],
         "feedforward_modules": [root + path for path in inner],
@@ -133,14 +149,11 @@ def load(_: Config, tensors: Tensors, anatomy: Anatomy) -> tuple[Ia3, Tensors]:
             raise Unsupported(f"{module[:120] + LEAF!r} is no IA3 on a linear projection of a layer; {MERGE}")
         (outer if factors.shape[1] == 1 else inner).add(known[path][0])
         own[path + LEAF] = factors
-    spec = Ia3(*(tuple(name for name in anatomy.slots if name in names) for names in (outer, inner)))
+    layers = named_layers((known[path.removesuffix(LEAF)][1] for path in own), anatomy)
+    targets, feedforward = (tuple(name for name in anatomy.slots if name in names) for names in (outer, inner))
+    spec = Ia3(targets, feedforward, layers)
     blank = write(spec, init(spec, anatomy, torch.Generator()), anatomy, "")
     return spec, read(spec, {**blank, **own}, anatomy, "")
-
-
-def _columns(anatomy: Anatomy, name: str, layer: int) -> slice:
-    slot = anatomy.slot(name)
-    return slice(*(slot.part or (0, slot.outputs_of(layer))))
 
 
 PEFT = PeftFormat("IA3", write, read, config, load, LEAF)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bertology_serve.errors import SpecError, nearest
-from bertology_serve.kinds.effects import Effects, merged
-from bertology_serve.kinds.slots import Anatomy, Slot
+from bertology_serve.kinds.effects import Effects, Layers, merged
+from bertology_serve.kinds.slots import OUTSIDE, Anatomy, Slot
 from bertology_serve.tasks.registry import LazyTable
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class Spec(Protocol):
 
 
 S = TypeVar("S", bound=Spec)
+LATER = {"later": True}
+"""Of a field that earlier versions of the format do not know: it is written only where it is not as before."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,17 @@ def zeros(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     return torch.zeros(shape, device="meta" if generator is None else "cpu")
 
 
-def chosen_layers(layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
+def check_layers(spec: Spec, layers: Any) -> None:
+    """Keeps a spec's ``layers`` as a tuple; raises SpecError unless they are ``None`` or whole numbers from 0."""
+    if layers is None:
+        return
+    known = isinstance(layers, Sequence) and layers and not isinstance(layers, str)
+    if not known or any(type(layer) is not int or layer < 0 for layer in layers):
+        raise SpecError(f"layers is {layers!r}; expected whole numbers from 0, such as (4, 5), or None for all")
+    object.__setattr__(spec, "layers", tuple(layers))
+
+
+def chosen_layers(layers: Layers, depth: int) -> tuple[int, ...]:
     """The layers that a spec names (``None``: all), checked against the encoder's depth."""
     if layers is None:
         return tuple(range(depth))
@@ -96,9 +108,19 @@ def chosen_layers(layers: tuple[int, ...] | None, depth: int) -> tuple[int, ...]
     return layers
 
 
+def layers_of(layers: Layers, slot: Slot) -> tuple[int, ...]:
+    """The layers of a slot's stack that a spec reaches: of those it names (``None``: all) those that have the module.
+
+    A slot outside the layers, as the embeddings' norm, is reached only where no layers are named.
+    """
+    if layers is None or slot.name in OUTSIDE:
+        return slot.present if layers is None else ()
+    return tuple(layer for layer in chosen_layers(layers, slot.depth) if layer in slot.present)
+
+
 def spec_from_dict(kind: Kind[S], values: Mapping[str, Any]) -> S:
     """Builds a spec from JSON or flags; an unknown field is an error that names the nearest known one."""
-    known = {field.name: field for field in fields(kind.spec)}
+    known = {one.name for one in fields(kind.spec)}
     for name in values:
         if name not in known:
             raise SpecError(f"{kind.name} has no field {name!r}; {nearest(name, known)}")

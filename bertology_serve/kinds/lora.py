@@ -17,12 +17,13 @@ from torch.nn import functional as F
 
 from bertology_serve.errors import FormatError, Unsupported
 from bertology_serve.files import JsonObject
-from bertology_serve.kinds.effects import Effects, LowRank, spread
+from bertology_serve.kinds.effects import Effects, Layers, LowRank, spread
 from bertology_serve.kinds.kinds import (
     Cut,
     Kind,
     Tensors,
     check_choice,
+    check_layers,
     check_positive,
     check_share,
     chosen_layers,
@@ -36,6 +37,7 @@ from bertology_serve.kinds.peft_format import (
     PeftFormat,
     check_rest,
     modules,
+    named_layers,
     number,
     padded,
     path_of,
@@ -62,12 +64,13 @@ class Lora:
     dropout: float = 0.0
     rslora: bool = False
     init: str = "kaiming"
-    layers: tuple[int, ...] | None = None
+    layers: Layers = None
 
     def __post_init__(self) -> None:
         check_positive(rank=self.rank, alpha=self.alpha)
         check_share(dropout=self.dropout)
         check_choice("init", self.init, ("kaiming", "gaussian"))
+        check_layers(self, self.layers)
 
     @property
     def scale(self) -> float:
@@ -253,7 +256,6 @@ def _alpha(module: str, config: Config) -> object:
 
 def _spec(config: Config, pairs: Mapping[tuple[str, int], Pair], anatomy: Anatomy) -> Lora:
     ranks, alphas = {len(pair.a) for pair in pairs.values()}, {pair.alpha for pair in pairs.values()}
-    layers = tuple(sorted({layer for _, layer in pairs}))
     rank, alpha = max(ranks), next(iter(alphas))
     alike = len(ranks) == len(alphas) == 1 and alpha > 0
     return Lora(
@@ -262,7 +264,7 @@ def _spec(config: Config, pairs: Mapping[tuple[str, int], Pair], anatomy: Anatom
         alpha=alpha if alike else float(rank),
         dropout=number(config.get("lora_dropout") or 0.0, "lora_dropout"),
         rslora=alike and bool(config.get("use_rslora")),
-        layers=None if layers == tuple(range(anatomy.layers)) else layers,
+        layers=named_layers((layer for _, layer in pairs), anatomy),
     )
 
 

@@ -5,12 +5,12 @@ Stored as differences from the base's, so that nothing has to be known of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from bertology_serve.kinds.effects import Effects, spread
-from bertology_serve.kinds.kinds import Kind, Tensors, uncut, zeros
+from bertology_serve.kinds.effects import Effects, Layers, spread
+from bertology_serve.kinds.kinds import LATER, Kind, Tensors, check_layers, layers_of, uncut, zeros
 from bertology_serve.kinds.slots import ATTENTION_NORM, EMBEDDING_NORM, FFN_NORM, FINAL_NORM, Anatomy, Slot
 
 PLACES = (EMBEDDING_NORM, ATTENTION_NORM, FFN_NORM, FINAL_NORM)
@@ -18,21 +18,28 @@ PLACES = (EMBEDDING_NORM, ATTENTION_NORM, FFN_NORM, FINAL_NORM)
 
 @dataclass(frozen=True)
 class Norms:
-    """``biases``: whether the norms' biases are tuned too, where they have any."""
+    """``biases``: whether the norms' biases are tuned too, where they have any. ``layers`` are those whose norms are
+    tuned (``None``: all, and the norms outside the layers). Raises SpecError for values that make no sense.
+    """
 
     biases: bool = True
+    layers: Layers = field(default=None, metadata=LATER)
+
+    def __post_init__(self) -> None:
+        check_layers(self, self.layers)
 
 
-def slots(anatomy: Anatomy) -> list[Slot]:
-    """The LayerNorms of an encoder."""
-    return [anatomy.slots[name] for name in PLACES if name in anatomy.slots]
+def reached(spec: Norms, anatomy: Anatomy) -> list[tuple[Slot, tuple[int, ...]]]:
+    """The LayerNorms that are tuned, and in which layers."""
+    slots = [anatomy.slots[name] for name in PLACES if name in anatomy.slots]
+    return [(slot, layers) for slot in slots if (layers := layers_of(spec.layers, slot))]
 
 
 def init(spec: Norms, anatomy: Anatomy, generator: torch.Generator | None) -> Tensors:
-    """``{slot}.weight`` and ``{slot}.bias`` [layers that have the norm, H], zero, float32."""
+    """``{slot}.weight`` and ``{slot}.bias`` [layers whose norm is tuned, H], zero, float32."""
     tensors: Tensors = {}
-    for slot in slots(anatomy):
-        shape = (len(slot.present), slot.outputs)
+    for slot, layers in reached(spec, anatomy):
+        shape = (len(layers), slot.outputs)
         tensors[f"{slot.name}.weight"] = zeros(shape, generator)
         if spec.biases and slot.has_bias:
             tensors[f"{slot.name}.bias"] = zeros(shape, generator)
@@ -42,14 +49,14 @@ def init(spec: Norms, anatomy: Anatomy, generator: torch.Generator | None) -> Te
 def effects(spec: Norms, tensors: Tensors, anatomy: Anatomy) -> Effects:
     """What is added to weights and biases, by slot."""
 
-    def stack(slot: Slot, part: str) -> torch.Tensor:
-        return spread(tensors[f"{slot.name}.{part}"], slot.present, slot.depth)
+    def stacks(part: str) -> Tensors:
+        return {
+            slot.name: spread(tensors[f"{slot.name}.{part}"], layers, slot.depth)
+            for slot, layers in reached(spec, anatomy)
+            if f"{slot.name}.{part}" in tensors
+        }
 
-    found = slots(anatomy)
-    return Effects(
-        scale={slot.name: stack(slot, "weight") for slot in found},
-        bias={slot.name: stack(slot, "bias") for slot in found if f"{slot.name}.bias" in tensors},
-    )
+    return Effects(scale=stacks("weight"), bias=stacks("bias"), layers=spec.layers)
 
 
 NORMS = Kind(

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from bertology_serve.errors import FormatError, Unsupported
 from bertology_serve.files import JsonObject
+from bertology_serve.kinds.effects import Layers
 from bertology_serve.kinds.kinds import Tensors
 from bertology_serve.kinds.slots import LINEAR_SLOTS, Anatomy
 
@@ -87,6 +88,12 @@ def places(anatomy: Anatomy) -> dict[str, tuple[str, int]]:
     """Slot and layer of every whole linear module, by path."""
     whole = [slot for slot in anatomy.slots.values() if slot.name in LINEAR_SLOTS and slot.part is None]
     return {path: (slot.name, layer) for slot in whole for layer, path in enumerate(slot.paths) if path is not None}
+
+
+def named_layers(found: Iterable[int], anatomy: Anatomy) -> Layers:
+    """The layers that a checkpoint reaches, as a spec names them."""
+    layers = tuple(sorted(set(found)))
+    return None if len(layers) in (0, anatomy.layers) else layers
 
 
 def path_of(module: str, anatomy: Anatomy, known: Mapping[str, object]) -> str | None:

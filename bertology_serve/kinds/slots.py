@@ -14,6 +14,8 @@ LINEAR_SLOTS = (QUERY, KEY, VALUE, OUTPUT, UP, GATE, DOWN, QKV, UP_GATE)
 BEHIND_NORMS = ((QUERY, KEY, VALUE, QKV), (UP, GATE, UP_GATE))
 """Linear slots that read the rows of a LayerNorm, those of the same rows together."""
 ATTENTION_NORM, FFN_NORM, EMBEDDING_NORM, FINAL_NORM = "attention_norm", "ffn_norm", "embedding_norm", "final_norm"
+OUTSIDE = (EMBEDDING_NORM, "embedding_projection", FINAL_NORM, "relative_norm", "conv", "conv_norm")
+"""Slots that stand outside the layers."""
 
 # The names people know from the checkpoints and papers, all of them accepted on the command line.
 ALIASES = {

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from bertology_serve.errors import FormatError, SpecError, Unsupported
 from bertology_serve.files import JsonObject
-from bertology_serve.kinds.effects import Effects, LowRank, spread
-from bertology_serve.kinds.kinds import Kind, Tensors, check_positive, check_share, chosen_layers, zeros
+from bertology_serve.kinds.effects import Effects, Layers, LowRank, spread
+from bertology_serve.kinds.kinds import Kind, Tensors, check_layers, check_positive, check_share, chosen_layers, zeros
 from bertology_serve.kinds.peft_format import (
     MERGE,
     PROMPT_ROOT,
@@ -27,6 +27,7 @@ from bertology_serve.kinds.peft_format import (
     Config,
     PeftFormat,
     modules,
+    named_layers,
     number,
     path_of,
     places,
@@ -52,11 +53,12 @@ class Vera:
     dropout: float = 0.0
     key: int = 0
     save_projection: bool = True
-    layers: tuple[int, ...] | None = None
+    layers: Layers = None
 
     def __post_init__(self) -> None:
         check_positive(rank=self.rank, d_initial=self.d_initial)
         check_share(dropout=self.dropout)
+        check_layers(self, self.layers)
         if isinstance(self.key, bool) or not isinstance(self.key, int) or not 0 <= self.key < 2**63:
             raise SpecError(f"key is {repr(self.key)[:60]}; expected a whole number from 0 up")
 
@@ -189,7 +191,7 @@ def load(config: Config, tensors: Tensors, anatomy: Anatomy) -> tuple[Vera, Tens
         found[path] = downs[module], ups[module]
     if not found:
         raise FormatError("the checkpoint holds no VeRA tensors; expected ...vera_lambda_b and ...vera_lambda_d")
-    slots, layers = {known[path][0] for path in found}, {known[path][1] for path in found}
+    slots = {known[path][0] for path in found}
     spec = Vera(
         tuple(name for name in anatomy.linear_slots if name in slots),
         rank=len(next(iter(found.values()))[0]),
@@ -197,7 +199,7 @@ def load(config: Config, tensors: Tensors, anatomy: Anatomy) -> tuple[Vera, Tens
         dropout=number(config.get("vera_dropout") or 0.0, "vera_dropout"),
         key=config.get("projection_prng_key", 0),
         save_projection=PAIR_A in tensors,
-        layers=None if layers == set(range(anatomy.layers)) else tuple(sorted(layers)),
+        layers=named_layers((known[path][1] for path in found), anatomy),
     )
     if config.get("save_projection", True) and not spec.save_projection:
         raise FormatError(f"the tensor {PAIR_A!r} is missing, which save_projection promises; copy the file again")

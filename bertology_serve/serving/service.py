@@ -23,6 +23,7 @@ from bertology_serve.serving.batching.scheduler import (
     CallPart,
     FairScheduler,
     Outcome,
+    Twins,
     joined,
     resolve,
     wholes,
@@ -90,7 +91,7 @@ class Service:
         self.pipeline, self.background = registry.pipeline, background or Background()
         self.lifecycle = Lifecycle(registry, metrics, config.deltas.max_cold_calls)
         times = BatchTimes(1e-3 * config.batching.max_batch_ms, config.batching.max_batch_tokens)
-        scheduler = FairScheduler(times.budget, config.batching.weight_of())
+        scheduler = FairScheduler(times.budget, config.batching.weight_of(), self.pipeline.encoder.depth)
         self.queue = WorkQueue(scheduler, times, config.batching.max_queue_tokens, config.batching.max_delta_tokens)
         self._executor = Executor(self.queue, self.pipeline.run, self._deliver, metrics.batch, self.background)
         self._shadows = Shadows(self._shadowed, registry.splits, metrics, self.background)
@@ -278,7 +279,7 @@ class Service:
         """Tokenises, up to the first item that is too long, or too much for a queue that were empty."""
         costs, most_tokens = dict[str, int](), self.config.limits.max_item_tokens
         bounds = self.config.batching.max_queue_tokens, self.config.batching.max_delta_tokens
-        call.tokens = 0
+        call.tokens, twins = 0, Twins(self.pipeline.encoder.depth) if len(items) > 1 else None
         for item in items:
             self.pipeline.tokenise(item)
             if item.cost > most_tokens:
@@ -286,8 +287,10 @@ class Service:
                     f"{item.request.where}: {item.cost} tokens, all windows or choices together; at most "
                     f"{most_tokens} are taken, send a shorter text"
                 )
-            call.tokens += item.cost
-            costs[item.delta] = own = costs.get(item.delta, 0) + item.cost
+            if twins is not None:
+                twins.add(item)
+            call.tokens += item.charged
+            costs[item.delta] = own = costs.get(item.delta, 0) + item.charged
             for cost, most, where in zip((call.tokens, own), bounds, ("", " for one delta"), strict=True):
                 if cost > most:
                     raise LimitError(

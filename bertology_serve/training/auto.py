@@ -38,7 +38,7 @@ from bertology_serve.training.fleet.fleet import Fleet
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.fleet.fleet_run import Enrolled, Shelf, enrolled, rows_of_a_pass
 from bertology_serve.training.fleet.member import Member
-from bertology_serve.training.method_options import AUTO, Values
+from bertology_serve.training.method_options import AUTO, Values, read_layers
 from bertology_serve.training.methods import count_parameters, specs_for
 from bertology_serve.training.run_directory import CONFIG, SKIPPED, Destination, identity
 from bertology_serve.training.run_plots import draw_curves
@@ -76,14 +76,15 @@ MANY_ROWS = {"prefix": 2000}
 def candidates(config: TrainConfig, encoder: Encoder, rows: int) -> dict[str, TrainConfig]:
     """What is tried on that encoder with so many training rows, by name; a learning rate that was given is for all."""
     found: dict[str, TrainConfig] = {}
+    read_layers(config.layers, encoder.anatomy.layers)
     for name, (method, rate, options) in CANDIDATES.items():
         own = {method: options} if options else {}
         rate = config.optim.learning_rate or rate
-        one = config.replaced(budget=RecipeConfig.budget, method=(method,), options=own, learning_rate=rate)
         try:
-            kinds.init(specs_for(one), encoder.anatomy, torch.Generator())
+            one = config.replaced(budget=RecipeConfig.budget, method=(method,), options=own, learning_rate=rate)
+            kinds.init(specs_for(one, encoder.anatomy), encoder.anatomy, torch.Generator())
         except SpecError:
-            continue  # not on this encoder
+            continue  # not on this encoder, or not on these layers
         if rows >= MANY_ROWS.get(method, 0) and one not in found.values():
             found[name] = one
     return found

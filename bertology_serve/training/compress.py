@@ -24,10 +24,10 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import BaseMismatch, SpecError
 from bertology_serve.kinds import sparse
 from bertology_serve.kinds.bitfit import Bitfit
-from bertology_serve.kinds.bitfit import slots as bias_slots
+from bertology_serve.kinds.bitfit import reached as reached_biases
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.norms import Norms
-from bertology_serve.kinds.norms import slots as norm_slots
+from bertology_serve.kinds.norms import reached as reached_norms
 from bertology_serve.kinds.slots import QKV, UP_GATE, Anatomy, Slot
 from bertology_serve.kinds.sparse import Sparse
 from bertology_serve.training.regularisers import largest
@@ -140,9 +140,9 @@ def moved_biases(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Ten
     """The differences of all biases as BitFit holds them; none where no bias moved."""
     tensors: dict[str, Tensor] = {}
     any_moved = False
-    for slot in bias_slots(Bitfit(), anatomy):
-        stack = torch.zeros(len(slot.present), slot.outputs)
-        for index, layer in enumerate(slot.present):
+    for slot, layers in reached_biases(Bitfit(), anatomy):
+        stack = torch.zeros(len(layers), slot.outputs)
+        for index, layer in enumerate(layers):
             change = _own(moved.get(f"{slot.paths[layer]}.bias"), slot)
             if change is not None:
                 stack[index, : len(change)], any_moved = change.float(), True
@@ -152,10 +152,11 @@ def moved_biases(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Ten
 
 def moved_norms(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, Tensor]:
     """The differences of the LayerNorms' weights; none where no such weight moved."""
-    names = {slot.name: [f"{slot.paths[layer]}.weight" for layer in slot.present] for slot in norm_slots(anatomy)}
+    found = reached_norms(Norms(), anatomy)
+    names = {slot.name: [f"{slot.paths[layer]}.weight" for layer in layers] for slot, layers in found}
     if not any(name in moved for own in names.values() for name in own):
         return {}
-    blank = {slot.name: torch.zeros(slot.outputs, dtype=torch.float64) for slot in norm_slots(anatomy)}
+    blank = {slot.name: torch.zeros(slot.outputs, dtype=torch.float64) for slot, _ in found}
     return {
         f"norms.{slot}.weight": torch.stack([moved.get(name, blank[slot]) for name in own]).float()
         for slot, own in names.items()
@@ -176,8 +177,8 @@ def _kept(changes: Changes, inside: Mapping[tuple[str, int], float]) -> dict[str
 def dropped(moved: Mapping[str, Tensor], anatomy: Anatomy) -> dict[str, float]:
     """The norms of what moved and is in no update."""
     held = {f"{path}.weight" for slot in _slots(anatomy) for path in slot.paths}
-    held |= {f"{path}.weight" for slot in norm_slots(anatomy) for path in slot.paths}
-    held |= {f"{path}.bias" for slot in bias_slots(Bitfit(), anatomy) for path in slot.paths}
+    held |= {f"{path}.weight" for slot, _ in reached_norms(Norms(), anatomy) for path in slot.paths}
+    held |= {f"{path}.bias" for slot, _ in reached_biases(Bitfit(), anatomy) for path in slot.paths}
     return {name: float(change.norm()) for name, change in moved.items() if name not in held}
 
 

@@ -41,11 +41,16 @@ def settings_of(config: TrainConfig) -> JsonObject:
     """The inverse of ``read_settings``: every flag that has a value. Raises SpecError for an option without a flag."""
     own = {name: value for name, value in config.as_dict().items() if name in OWN}
     flags = {(flag.metadata["kind"], flag.metadata["field"]): flag.name for flag in fields(KindFlags)}
+    spans = [config.options.get(kind, {}).get("layers") for kind in config.method]
+    shared = spans[0] if spans.count(spans[0]) == len(spans) else None
     for kind, options in config.options.items():
         for field, value in options.items():
-            if (kind, field) not in flags:
+            if (kind, field) in flags:
+                own[flags[kind, field]] = value
+            elif field == "layers" and value in (None, shared):
+                own["layers"] = list(map(str, value)) if value else own["layers"]
+            else:
                 raise SpecError(f"field {field!r} of {kind} has no flag; leave it out of what a file shall hold")
-            own[flags[kind, field]] = value
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in own.items()

@@ -1,6 +1,7 @@
 """The methods of training, their learning rates, and their options as the command line names them. Imports no torch."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,6 @@ class KindFlags:
     dropout: float | None = _flag("lora", "dropout", "share of the update's inputs dropped in training.")
     rslora: bool | None = _flag("lora", "rslora", "scale by alpha / sqrt(rank) instead.")
     lora_init: str | None = _flag("lora", "init", "how A is drawn: kaiming or gaussian.")
-    layers: tuple[int, ...] | None = _flag("lora", "layers", "layers to change, from 0, with commas.")
     biases: str | None = _flag("bitfit", "biases", "all, or attention (query, key and value).")
     adapter_preset: str | None = _flag("adapter", "preset", "houlsby or pfeiffer.")
     adapter_width: int | None = _flag("adapter", "width", "width of the bottleneck.")
@@ -70,7 +70,7 @@ class KindFlags:
     vera_dropout: float | None = _flag("vera", "dropout", "share of the update's inputs dropped in training.")
     vera_key: int | None = _flag("vera", "key", "seed of the pair (peft's projection_prng_key).")
     vera_save_projection: bool | None = _flag("vera", "save_projection", "keep the pair in the delta (the default).")
-    vera_layers: tuple[int, ...] | None = _flag("vera", "layers", "layers to change, from 0, with commas.")
+    vera_layers: tuple[int, ...] | None = _flag("vera", "layers", "layers to change (as --layers, for this kind).")
 
     mixout_p: float | None = _flag("mixout", "p", "share of the weights put back for a step. Default: 0.7.")
     child_mode: str | None = _flag("child-tuning", "mode", "d (chosen once, by Fisher information) or f (drawn anew).")
@@ -85,6 +85,38 @@ class KindFlags:
             if value is not None:
                 given.setdefault(flag.metadata["kind"], {})[flag.metadata["field"]] = value
         return given
+
+
+EVERYWHERE: Mapping[str, str] = {
+    "prompt": "its vectors enter the first layer with the text",
+    "prefix": "it stands in every layer",
+}
+"""The kinds that have no layers to choose, and why."""
+_RANGE, _TOP = re.compile(r"(\d{1,3})(?:-(\d{1,3}))?"), re.compile(r"top:([1-9]\d{0,2})(?:/([1-9]\d{0,2}))?")
+
+
+def read_layers(given: Iterable[str], depth: int = 1000) -> tuple[int, ...]:
+    """The layers of ``depth`` that are meant: ``("0", "3-5")``, ``("top:2",)``, or ``("top:1/3",)`` for a third.
+
+    Raises SpecError for another form, and for layers that are not there.
+    """
+    found = set[int]()
+    for part in given:
+        own = range(0)
+        if (match := _TOP.fullmatch(part)) and int(match[1]) <= int(match[2] or match[1]):
+            count = max(1, round(depth * int(match[1]) / int(match[2]))) if match[2] else int(match[1])
+            own = range(depth - count, depth)
+        elif match := _RANGE.fullmatch(part):
+            own = range(int(match[1]), int(match[2] or match[1]) + 1)
+        if not own:
+            raise SpecError(
+                f"layers is {part!r}; expected numbers from 0 and ranges with commas, such as 0,3-5, or the upper "
+                "ones: top:2, or top:1/3 for a third of them"
+            )
+        if own.start < 0 or own.stop > depth:
+            raise SpecError(f"layers is {part!r}; the encoder has {depth} layers, 0 to {depth - 1}")
+        found |= {*own}
+    return tuple(sorted(found))
 
 
 MODES = ("d", "f")

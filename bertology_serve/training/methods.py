@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,22 +17,36 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta, trained
 from bertology_serve.errors import LimitError, SpecError
 from bertology_serve.kinds.kinds import kind_named, spec_from_dict
+from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import REGRESSION, TaskSpec
 from bertology_serve.training.batches import Item
 from bertology_serve.training.layers import checkpointing, train_upper_layers
-from bertology_serve.training.method_options import MIXOUT, REGULARISED, ChildTuning, Mixout, TopK, read_options
+from bertology_serve.training.method_options import (
+    MIXOUT,
+    REGULARISED,
+    ChildTuning,
+    Mixout,
+    TopK,
+    read_layers,
+    read_options,
+)
 from bertology_serve.training.regularisers import ChildNetwork, MixedWeights, Regulariser
 from bertology_serve.training.train_config import ALONE, TrainConfig
 
 UNSURE = 0.2
 
 
-def specs_for(config: TrainConfig) -> tuple[Any, ...]:
-    """The specs of the configuration's kinds; none for ``probe``, ``full`` and its forms. Raises SpecError."""
+def specs_for(config: TrainConfig, anatomy: Anatomy) -> tuple[Any, ...]:
+    """The specs of the configuration's kinds; none for ``probe``, ``full`` and its forms. Raises SpecError.
+
+    A kind's own ``layers`` come before the configuration's.
+    """
     names = [name for name in config.method if name not in ALONE]
-    return tuple(spec_from_dict(kind_named(name), config.options.get(name, {})) for name in names)
+    specs = [spec_from_dict(kind_named(name), config.options.get(name, {})) for name in names]
+    layers = read_layers(config.layers, anatomy.layers)
+    return tuple(replace(spec, layers=layers) if layers and spec.layers is None else spec for spec in specs)
 
 
 def make_live(encoder: Encoder, config: TrainConfig, spec: TaskSpec) -> TrainableDelta:
@@ -46,7 +60,7 @@ def make_live(encoder: Encoder, config: TrainConfig, spec: TaskSpec) -> Trainabl
             f"matryoshka is {','.join(map(str, spec.dimensions))}; the embeddings of {encoder.name} have "
             f"{encoder.anatomy.hidden} numbers: expected widths up to that"
         )
-    live = TrainableDelta(encoder, specs_for(config), spec, config.optim.seed, full=config.full)
+    live = TrainableDelta(encoder, specs_for(config, encoder.anatomy), spec, config.optim.seed, full=config.full)
     wanted = config.full and config.method != (MIXOUT,)
     live.trunk_dropout = wanted if config.optim.trunk_dropout is None else config.optim.trunk_dropout
     options = _form(config)

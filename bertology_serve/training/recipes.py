@@ -8,7 +8,7 @@ from typing import Any
 
 from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
-from bertology_serve.training.method_options import AUTO, FULL, PROBE
+from bertology_serve.training.method_options import AUTO, FULL, KINDS, PROBE
 from bertology_serve.training.train_config import EH_FT, LP, LP_FT, TrainConfig
 
 SLOWER = 1 / 3
@@ -99,5 +99,6 @@ def _stage(config: TrainConfig, method: tuple[str, ...], **values: Any) -> Train
     """One method of a recipe; all stages have the head's form in common."""
     own = {name: fields for name, fields in config.options.items() if name in method}
     shared: JsonObject = {"pooling": config.known_task.pooling, "head": config.known_task.head}
+    shared["layers"] = config.layers if method[0] in KINDS else ()
     plain: JsonObject = {"recipe": None, "first_epochs": None, "first_learning_rate": None, "start": "random"}
     return config.replaced(method=method, options=own, **shared, **plain, **values)

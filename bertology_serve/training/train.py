@@ -125,7 +125,7 @@ def train(
     name, directory = place.open()
     products = {stage.kept: place.beside(stage.kept).open() for stage in plan if stage.kept}
     for stage in plan:  # what cannot be trained is said before anything is
-        kinds.init(specs_for(stage.config), encoder.anatomy, torch.Generator())
+        kinds.init(specs_for(stage.config, encoder.anatomy), encoder.anatomy, torch.Generator())
     ready = prepare(plan[0].config, encoder, train, dev, ood)
     data = Data(train, dev, ood)
     processes.wait()  # all have found the place free

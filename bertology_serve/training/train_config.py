@@ -6,18 +6,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from bertology_serve.config_fields import check_fields, check_known, flat, nested, option
+from bertology_serve.config_fields import check_fields, check_known, flat, nested, option, split_list
 from bertology_serve.errors import SpecError
 from bertology_serve.tasks.spec import EMBEDDING, LABEL_KINDS, QUESTION_ANSWERING, TASK_KINDS, TEXT_KINDS, TaskSpec
 from bertology_serve.training.method_options import (
     AUTO,
+    EVERYWHERE,
     FULL,
     LEARNING_RATES,
     METHODS,
     PROBE,
     REGULARISED,
     SPECS,
+    TOP_K,
     Values,
+    read_layers,
     read_options,
 )
 
@@ -247,11 +250,20 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig, metadata={"panel": "Evaluation and state"})
     machine: MachineConfig = field(default_factory=MachineConfig, metadata={"panel": "Machine"})
     options: Mapping[str, Values] = field(default_factory=dict)
+    layers: tuple[str, ...] = option(
+        (),
+        "The layers that a delta changes, from 0: 4-5, or 0,3,5, or the upper ones, top:2 or top:1/3. What lies below "
+        "the lowest is as it was: shared, and cheaper to train. Default: all.",
+        panel="Method",
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", _methods(self.method or DEFAULT_METHODS[self.plan.recipe]))
         check_known("task", self.task, TASK_KINDS)
         _check_recipe(self)
+        given: Any = self.layers
+        object.__setattr__(self, "layers", tuple(split_list(given) if isinstance(given, str) else map(str, given)))
+        _check_layers(self)
         if (self.optim.balance or self.optim.label_smoothing) and self.task not in LABEL_KINDS:
             raise SpecError(f"balance and label_smoothing are for {' and '.join(LABEL_KINDS)}, not {self.task}")
         if self.plan.budget != RecipeConfig.budget and AUTO not in self.method:
@@ -366,6 +378,17 @@ def _methods(given: str | Iterable[str]) -> tuple[str, ...]:
     if alone and len(names) > 1:
         raise SpecError(f"method {alone[0]!r} stands alone; got {','.join(names)}")
     return names
+
+
+def _check_layers(config: "TrainConfig") -> None:
+    """Raises SpecError where ``layers`` are no layers, or the method has none to choose."""
+    read_layers(config.layers)
+    for name in config.method if config.layers else ():
+        if name in EVERYWHERE:
+            raise SpecError(f"layers cannot be chosen for a {name}: {EVERYWHERE[name]}; leave --layers out")
+        if name in SPECS:
+            more = "; top-k says how many by --top-k" if name == TOP_K else ""
+            raise SpecError(f"layers are those that a kind of delta changes, and the method is {name}{more}")
 
 
 def _check_recipe(config: "TrainConfig") -> None:

@@ -7,14 +7,14 @@ is built: what it leaves alone costs no node there. In the graph for many a batc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from bertology_serve.encoder.bank import PREFIX, PROMPT, adapter, inner, scale
+from bertology_serve.encoder.bank import PREFIX, PROMPT, adapter, inner, scale, update_layers
 from bertology_serve.export.emitter.delta_inputs import ADAPTER_ACTIVATIONS, LENGTH, Tables
 from bertology_serve.export.emitter.nodes import ACTIVATION_NODES, Condition, Nodes, Value, joined
 from bertology_serve.export.emitter.row_nodes import MixedRows, Rows
@@ -66,9 +66,10 @@ class OneDelta(Updates):
     def __init__(self, nodes: Nodes, export_inputs: ExportInputs, rows: Rows) -> None:
         self.nodes, self.export_inputs, self.rows, self.effects = nodes, export_inputs, rows, export_inputs.effects
         effects, every = self.effects, range(export_inputs.anatomy.layers)
-        self._layers: dict[str, Sequence[int]] = dict.fromkeys(effects.low_rank.keys() | effects.bias.keys(), every)
-        self._layers |= {adapter(slot): unit.layers for slot, unit in effects.bottleneck.items()}
+        self._layers: dict[str, Collection[int]] = dict.fromkeys(effects.low_rank.keys() | effects.bias.keys(), every)
         self._layers |= {scale(slot): every for slot in effects.scale} | {inner(slot): every for slot in effects.inner}
+        self._layers |= update_layers(effects)
+        self._layers |= {adapter(slot): unit.layers for slot, unit in effects.bottleneck.items()}
         self._layers |= {PROMPT: every} if effects.prompt else {}
         if effects.prefix is not None:
             self._layers[PREFIX] = every

@@ -189,8 +189,8 @@ def test_dry_run_counts_and_writes_nothing(bert, train_file, tmp_path, capsys):
         (["--task", "embedding", "--loss", "mnlr"], "'mnlr'"),
         (["--matryoshka", "8,4"], "dimensions do not fit classification; only embeddings can be cut"),
         (["--device", "gpu"], "unknown device 'gpu'"),
-        (["--layers", "0,x"], "layers is '0,x'"),
-        (["--layers", "7"], "layers [7] must rise and lie in 0..2"),
+        (["--layers", "0,x"], "layers is 'x'; expected numbers from 0 and ranges"),
+        (["--layers", "7"], "layers is '7'; the encoder has 3 layers, 0 to 2"),
         (["--labels", "up"], "has the unknown label 'down'"),
     ],
 )

@@ -66,24 +66,26 @@ def use(client: Client) -> list[Any]:
     mood = client.ask("mood", "the cat")
     found = client.ask("finder", {"question": "who", "context": "Ada met the dog"}, seconds=20)
     both = client.answer([{"delta": "mood", "text": "the cat", "id": "a"}, {"delta": "names", "text": "Ada"}])
+    many = client.ask_many(["mood", "names"], "the cat")
     vectors = client.embed("base", ["the cat", "a dog"])
     models = client.deltas()
     client.unload("mood")
     states = {one.name: one.state for one in client.index()}
     again = client.load("mood", "1")
-    return [mood, found, both, vectors, models, states, again, client.ready()]
+    return [mood, found, both, many, vectors, models, states, again, client.ready()]
 
 
 async def use_async(client: AsyncClient) -> list[Any]:
     mood = await client.ask("mood", "the cat")
     found = await client.ask("finder", {"question": "who", "context": "Ada met the dog"}, seconds=20)
     both = await client.answer([{"delta": "mood", "text": "the cat", "id": "a"}, {"delta": "names", "text": "Ada"}])
+    many = await client.ask_many(["mood", "names"], "the cat")
     vectors = await client.embed("base", ["the cat", "a dog"])
     models = await client.deltas()
     await client.unload("mood")
     states = {one.name: one.state for one in await client.index()}
     again = await client.load("mood", "1")
-    return [mood, found, both, vectors, models, states, again, await client.ready()]
+    return [mood, found, both, many, vectors, models, states, again, await client.ready()]
 
 
 def test_both_clients_say_the_same(server):
@@ -95,9 +97,10 @@ def test_both_clients_say_the_same(server):
             return await use_async(client)
 
     assert asyncio.run(go()) == one
-    mood, found, both, vectors, models, states, again, ready = one
+    mood, found, both, many, vectors, models, states, again, ready = one
     assert mood.label in ("bad", "good")
     assert mood.scores[mood.label] == mood.score
+    assert (list(many), many["mood"].label, many["names"].task) == (["mood", "names"], mood.label, both[1].task)
     assert found.answer.text in "Ada met the dog"
     assert (both[0].id, both[0].version, both[1].task) == ("a", "1", "token-classification")
     assert all(entity.label in ("LOC", "PER") for entity in both[1].entities)

@@ -35,6 +35,7 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "flags": ([Lora(rank=2)], TaskSpec("multi-label", LABELS, 32, thresholds=(0.4, 0.5, 0.6))),
     "bitfit": ([Bitfit()], CLASSES),
     "bitfit-qkv": ([Bitfit("attention")], TaskSpec("multiple-choice", max_length=32)),
+    "bitfit-upper": ([Bitfit(layers=(1, 2))], CLASSES),
     "houlsby": ([Adapter(width=5)], CLASSES),
     "pfeiffer": ([Adapter("pfeiffer", width=7, drop_lowest=1)], TAGS),
     "prompt": ([Prompt(3)], CLASSES),
@@ -50,6 +51,7 @@ FACTORS: dict[str, tuple[list[Any], TaskSpec]] = {
     "vera": ([Vera(("value", "output", "down"), rank=7)], CLASSES),
     "ia3": ([Ia3(("value", "output"), ("down",))], CLASSES),
     "ia3-up": ([Ia3(("up",), ("output",)), Lora(("up", "output"), rank=2)], TAGS),
+    "ia3-upper": ([Ia3(("value",), layers=(2,)), Norms(layers=(1,))], CLASSES),
     "norms": ([Norms()], CLASSES),
     "norms-pfeiffer": ([Norms(biases=False), Adapter("pfeiffer", width=3)], TAGS),
 }

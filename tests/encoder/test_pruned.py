@@ -82,6 +82,7 @@ def test_a_pruned_encoder_answers_as_the_masked_one(family: str, tmp_path: Path)
     whole, small = pair(family, tmp_path)
     kinds = {"lora": [EVERYWHERE], "bitfit": [Bitfit()], "adapter": [Adapter(width=4)],
              "prompt": [Prompt(length=2)], "norms": [Norms()],
+             "upper": [Ia3(("key", "up"), layers=(2,)), Bitfit(layers=(1, 2)), Adapter(width=4, layers=(0,))],
              "ia3": [Ia3(("key", "value", "up"), ("down", "output"))], "prefix": [Prefix(length=2)],
              "both": [Lora(rank=2, layers=(1, 2)), Bitfit("attention"), Prefix(length=3)]}  # fmt: skip
     if family != "bert":

@@ -41,6 +41,7 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "vera": ([Vera(("query", "down"), rank=5)], TAGS),
     "vera-key": ([Vera(("value",), rank=3, key=1, save_projection=False, layers=(1,))], CLASSES),
     "bitfit-attention": ([Bitfit("attention")], TaskSpec("multiple-choice", max_length=32)),
+    "bitfit-upper": ([Bitfit(layers=(1,))], CLASSES),
     "houlsby": ([Adapter(width=5)], CLASSES),
     "houlsby-gelu": ([Adapter(width=3, after="attention", activation="gelu")], TAGS),
     "pfeiffer": ([Adapter("pfeiffer", width=7, drop_lowest=1)], TAGS),
@@ -61,6 +62,7 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
 FACTORS: dict[str, tuple[list[Any], TaskSpec]] = {
     "ia3": ([Ia3(("key", "value"), ("down",))], CLASSES),
     "ia3-lora": ([Ia3(("up", "query"), ("output", "down")), Lora(("up", "output"), rank=2)], TAGS),
+    "ia3-upper": ([Ia3(layers=(1,)), Norms(layers=(1,))], CLASSES),
     "norms": ([Norms()], CLASSES),
     "norms-pfeiffer": ([Norms(biases=False), Adapter("pfeiffer", width=3), Bitfit()], TAGS),
 }

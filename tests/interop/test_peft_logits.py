@@ -143,8 +143,9 @@ def test_slices_and_rslora_and_chosen_layers_answer_alike_in_peft(lab: Lab, tmp_
 
 
 def test_attention_biases_made_here_answer_alike_in_peft(lab: Lab, tmp_path: Path) -> None:
-    delta = tiny.delta(lab.encoder, "x", [Bitfit("attention")], samples.CLASSES, size=0.3)
-    check_in_peft(lab, delta, tmp_path / "x")
+    for i, spec in enumerate((Bitfit("attention"), Bitfit("attention", layers=(1,)))):
+        delta = tiny.delta(lab.encoder, "x", [spec], samples.CLASSES, size=0.3)
+        check_in_peft(lab, delta, tmp_path / f"x{i}")
 
 
 def test_prompts_and_prefixes_in_pefts_way_answer_alike_in_peft(lab: Lab, tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def ia3_targets(lab: Lab) -> tuple[str, ...]:
 
 
 def test_ia3_made_here_answers_alike_in_peft(lab: Lab, tmp_path: Path) -> None:
-    for i, spec in enumerate((Ia3(ia3_targets(lab)), Ia3(("value", "down"), ("output",)))):
+    for i, spec in enumerate((Ia3(ia3_targets(lab)), Ia3(("value", "down"), ("output",), layers=(0, 2)))):
         delta = tiny.delta(lab.encoder, "x", [spec], samples.CLASSES, size=0.3)
         check_in_peft(lab, delta, tmp_path / f"x{i}")
 

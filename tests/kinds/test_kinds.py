@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ from bertology_serve.errors import SpecError
 from bertology_serve.kinds import kinds
 from bertology_serve.kinds.adapter import Adapter
 from bertology_serve.kinds.bitfit import Bitfit
+from bertology_serve.kinds.ia3 import Ia3
 from bertology_serve.kinds.kinds import spec_from_dict
 from bertology_serve.kinds.lora import Lora
+from bertology_serve.kinds.norms import Norms
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt
-from bertology_serve.kinds.slots import Anatomy
+from bertology_serve.kinds.slots import OUTSIDE, Anatomy
 from bertology_serve.kinds.vera import Vera
 from tests.deltas import samples
 
@@ -91,6 +94,10 @@ def test_counts_of_combinations_add_up_and_a_probe_has_none() -> None:
         (lambda: Adapter(after="norm"), "unknown after 'norm'"),
         (lambda: Adapter(activation="swish"), "unknown activation 'swish'"),
         (lambda: Adapter(drop_lowest=-1), "drop_lowest is -1"),
+        (lambda: Adapter(drop_lowest=1, layers=(1,)), "both say which layers have adapters"),
+        (lambda: Bitfit(layers=()), r"layers is \(\); expected whole numbers"),
+        (lambda: Norms(layers="1"), "layers is '1'; expected whole numbers"),  # type: ignore[arg-type]
+        (lambda: Ia3(layers=(1.5,)), r"layers is \(1.5,\)"),  # type: ignore[arg-type]
         (lambda: Prompt(0), "length is 0"),
         (lambda: Prompt(placement="after"), "did you mean 'after_cls'"),
         (lambda: Prompt(positions="moved"), "unknown positions 'moved'"),
@@ -120,6 +127,10 @@ def test_a_spec_is_built_from_a_table() -> None:
         ([Lora(("ffn_norm",))], "is no linear projection"),
         ([Lora(layers=(3,))], r"layers \[3\] must rise and lie in 0..2"),
         ([Lora(layers=(1, 0))], "must rise"),
+        ([Bitfit(layers=(3,))], r"layers \[3\] must rise and lie in 0..2"),
+        ([Norms(layers=(2, 1))], "must rise"),
+        ([Ia3(layers=(7,))], "must rise"),
+        ([Adapter(layers=(3,))], "must rise"),
         ([Adapter(drop_lowest=3)], "the encoder has only 3 layers"),
         ([Lora(), Lora(rank=2)], "holds each kind once"),
     ],
@@ -175,6 +186,77 @@ def test_pfeiffer_stands_on_the_norm_or_in_pre_norm_encoders_on_the_ffn() -> Non
         assert set(found) == {place}
         assert found[place].layers == (1, 2)
         assert found[place].activation == "relu"
+
+
+LAYERED: dict[str, Any] = {
+    "lora": Lora(rank=2),
+    "bitfit": Bitfit(),
+    "bitfit-attention": Bitfit("attention"),
+    "houlsby": Adapter(width=3),
+    "pfeiffer": Adapter("pfeiffer", width=3),
+    "ia3": Ia3(),
+    "norms": Norms(),
+    "vera": Vera(rank=3),
+}
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v3"])
+@pytest.mark.parametrize("kind", LAYERED)
+def test_a_delta_on_some_layers_is_one_on_all_with_nothing_elsewhere(family: str, kind: str) -> None:
+    anatomy, whole = samples.anatomy(family), samples.delta(family, [LAYERED[kind]])
+    upper = replace(LAYERED[kind], layers=(1, 2))
+    own, blank = dict(whole.tensors), 1.0 if kind == "ia3" else 0.0
+    kept: dict[str, torch.Tensor] = {}
+    for name, tensor in own.items():
+        slot = anatomy.slots.get(name.split(".")[1])
+        if slot is None:  # VeRA's pair
+            kept[name] = tensor
+            continue
+        present = slot.present if len(tensor) == len(slot.present) else tuple(range(slot.depth))
+        stays = [present.index(layer) for layer in (1, 2)] if slot.depth == 3 else []
+        kept |= {name: tensor[stays]} if stays else {}
+        own[name] = torch.full_like(tensor, blank).index_copy(0, torch.tensor(stays, dtype=torch.long), tensor[stays])
+    assert shapes_of(kept) == shapes_of(kinds.init([upper], anatomy, None))
+    found, expected = kinds.effects([upper], kept, anatomy), kinds.effects([LAYERED[kind]], own, anatomy)
+    assert (found.lowest(3), expected.lowest(3)) == (1, 0)
+    for part in ("low_rank", "bias", "bottleneck", "scale", "inner"):
+        there, here = getattr(expected, part), getattr(found, part)
+        for slot_name in there:
+            if slot_name in here:
+                for one, other in zip(_stacks(here[slot_name]), _stacks(there[slot_name]), strict=True):
+                    assert torch.equal(one, other), (part, slot_name)
+            else:
+                assert slot_name in OUTSIDE
+                assert not any(stack.any() for stack in _stacks(there[slot_name]))
+
+
+def _stacks(change: Any) -> list[torch.Tensor]:
+    parts = [change] if isinstance(change, torch.Tensor) else [getattr(change, one.name) for one in fields(change)]
+    return [part for part in parts if isinstance(part, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("specs", "lowest"),
+    [
+        ([Lora(layers=(1,)), Bitfit(layers=(2,))], 1),
+        ([Lora(layers=(2,)), Bitfit()], 0),
+        ([Bitfit(layers=(2,)), Norms(layers=(1,))], 1),
+        ([Ia3(layers=(2,)), Adapter(layers=(2,))], 2),
+        ([Ia3(layers=(2,)), Prefix(2)], 0),
+        ([Bitfit(layers=(2,)), Prompt(2)], 0),
+        ([Norms()], 0),
+        ([], 3),
+    ],
+)
+def test_the_lowest_layer_that_is_changed(specs: list[Any], lowest: int) -> None:
+    anatomy = samples.anatomy("bert")
+    assert kinds.effects(specs, samples.delta("bert", specs).tensors, anatomy).lowest(anatomy.layers) == lowest
+
+
+def test_biases_of_some_layers_leave_the_embeddings_alone() -> None:
+    tensors = kinds.init([Bitfit(layers=(2,))], samples.anatomy("deberta-v3"), None)
+    assert not {name.removeprefix("bitfit.") for name in tensors} & set(OUTSIDE)
+    assert {len(tensor) for tensor in tensors.values()} == {1}
 
 
 def test_what_cannot_be_folded_says_so() -> None:

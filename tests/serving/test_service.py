@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from bertology_serve.serving.service import ClientGone, Service
 from bertology_serve.serving.versions.delta_registry import Registry
 from tests.serving.conftest import RECORDS
 from tests.serving.held import Held
+from tests.tiny import WORDS
 
 
 def with_service(pipeline: Any, use: Callable[[Service], Awaitable[Any]], **options: Any) -> tuple[Any, str]:
@@ -44,6 +46,11 @@ def paying(charge: Callable[[int], None]) -> CallContext:
 
 def text(words: str) -> Request:
     return Request("mood", {"text": words})
+
+
+def several(count: int) -> list[Request]:
+    """Texts of 6 tokens, none of them twice."""
+    return [text(" ".join(words)) for words in itertools.islice(itertools.permutations(WORDS, 4), count)]
 
 
 def test_many_calls_share_batches_and_get_their_own_answers(pipeline):
@@ -80,7 +87,7 @@ def test_the_first_bad_item_is_what_a_call_hears_of(pipeline):
     ("options", "count", "message"),
     [
         ({"max_items": 2}, 3, "holds 3 items; at most 2"),
-        ({"max_text_characters": 5}, 1, "field 'text' holds 16 characters; at most 5"),
+        ({"max_text_characters": 5}, 1, "field 'text' holds 13 characters; at most 5"),
         ({"max_item_tokens": 4}, 1, "6 tokens, all windows or choices together; at most 4"),
         ({"max_item_tokens": 10, "max_queue_tokens": 20}, 4, "the call holds 24 tokens or more; at most 20"),
         (
@@ -93,7 +100,7 @@ def test_the_first_bad_item_is_what_a_call_hears_of(pipeline):
 def test_limits(pipeline, options, count, message):
     async def use(service: Service) -> Any:
         with pytest.raises(LimitError, match=message):
-            await service.answer(CallContext(), [text("the cat was good")] * count)
+            await service.answer(CallContext(), several(count))
 
     with_service(pipeline, use, **options)
 
@@ -140,7 +147,7 @@ def test_tokenising_ends_with_the_first_item_that_is_too_much(pipeline, monkeypa
 
     async def use(service: Service) -> Any:
         with pytest.raises(LimitError, match="126 tokens or more; at most 120"):
-            await service.answer(CallContext(), [text("the cat was good")] * 100)
+            await service.answer(CallContext(), several(100))
 
     with_service(pipeline, use, max_item_tokens=10, max_queue_tokens=120)
     assert len(seen) == 21
@@ -153,7 +160,7 @@ def test_nobody_pays_for_a_refusal(pipeline):
         first = asyncio.ensure_future(service.answer(paying(paid.append), [text("the cat")]))
         while not held.busy.is_set():
             await asyncio.sleep(0.001)
-        second = asyncio.ensure_future(service.answer(paying(paid.append), [text("the cat was")] * 2))
+        second = asyncio.ensure_future(service.answer(paying(paid.append), [text("the cat was"), text("was the cat")]))
         while not service.queue.items:
             await asyncio.sleep(0.001)
         with pytest.raises(Overloaded):
@@ -248,7 +255,7 @@ def test_what_is_charged_too_much_is_never_queued(pipeline):
 
     async def use(service: Service) -> Any:
         with pytest.raises(RateLimited, match="too much"):
-            await service.answer(paying(charge), [text("the cat was good")] * 2)
+            await service.answer(paying(charge), several(2))
         assert service.queue.items == 0
 
     with_service(pipeline, use)

@@ -12,9 +12,9 @@ from bertology_serve.training.train_config import TrainConfig
 def test_flags_by_name_are_the_configuration():
     flags = {"task": "classification", "method": "lora,bitfit", "rank": 4, "targets": "query, key", "layers": "0,2"}
     config = read_settings({**flags, "batch-size": 8, "labels": ["no", "yes"]})
-    options = {"lora": {"rank": 4, "targets": ("query", "key"), "layers": (0, 2)}}
+    options = {"lora": {"rank": 4, "targets": ("query", "key")}}
     assert config == TrainConfig.of(
-        "classification", "lora,bitfit", batch_size=8, labels=("no", "yes"), options=options
+        "classification", "lora,bitfit", batch_size=8, labels=("no", "yes"), options=options, layers="0,2"
     )
 
 
@@ -31,12 +31,21 @@ def test_labels_are_texts_as_the_data_s_are(given, labels):
     [
         TrainConfig.of("regression"),
         TrainConfig.of("classification", "mixout", labels=("a", "b"), options={"mixout": {"p": 0.9}}),
+        TrainConfig.of("regression", "lora,bitfit", layers="1-2"),
+        TrainConfig.of("regression", "vera", layers="top:2", options={"vera": {"layers": (1,)}}),
         TrainConfig.of("classification", recipe="eh-ft", method="lora", first_epochs=1, trunk_dropout=False,
                     options={"lora": {"targets": ("query",), "rank": 2}}),
     ],
 )  # fmt: skip
 def test_a_configuration_survives(config: TrainConfig):
     assert read_settings(settings_of(config)) == config
+
+
+def test_layers_of_all_kinds_have_one_flag():
+    options = {"bitfit": {"biases": "all", "layers": (1, 2)}, "ia3": {"layers": (1, 2)}}
+    assert settings_of(TrainConfig.of("regression", "bitfit,ia3", options=options))["layers"] == ["1", "2"]
+    with pytest.raises(SpecError, match="field 'layers' of ia3 has no flag"):
+        settings_of(TrainConfig.of("regression", "bitfit,ia3", options={"ia3": {"layers": (1, 2)}}))
 
 
 def test_what_has_no_flag_is_said():

@@ -34,6 +34,7 @@ SPECS = {
     "houlsby": Adapter(width=5),
     "attention": Adapter(width=4, after="attention", activation="gelu"),
     "pfeiffer": Adapter("pfeiffer", width=8, drop_lowest=1),
+    "layers": Adapter("pfeiffer", width=8, layers=(0, 2)),
 }
 
 
@@ -282,7 +283,8 @@ def edited(place: Path, file: str, **values: Any) -> None:
         ("adapter_config.json", {"scaling": 2.0}, "scaling=2.0 of an AdapterHub adapter is not read"),
         ("adapter_config.json", {"ln_before": True}, "ln_before=True"),
         ("adapter_config.json", {"non_linearity": "mish"}, "non_linearity=mish"),
-        ("adapter_config.json", {"leave_out": [2]}, "only the lowest layers"),
+        ("adapter_config.json", {"leave_out": [3]}, "expected some of 3 layers"),
+        ("adapter_config.json", {"leave_out": [2]}, "is no part of a bottleneck adapter"),
         ("adapter_config.json", {"original_ln_before": True}, "original_ln_before=True"),
         ("adapter_config.json", {"mh_adapter": False, "output_adapter": False}, "neither attention nor FFN"),
         ("adapter_config.json", {"mh_adapter": False}, "is no part of a bottleneck adapter"),

@@ -11,6 +11,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import SpecError
 from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache, below
 from bertology_serve.training.layers import lowest_trained
+from bertology_serve.training.method_options import EVERYWHERE, KINDS
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import prepare, train
 from bertology_serve.training.train_config import TrainConfig
@@ -22,6 +23,7 @@ from tests.training import sets
 UPPER: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "options": {"lora": {"layers": (2,)}}},
     "adapter": {"method": "adapter", "options": {"adapter": {"drop_lowest": 2}}},
+    "biases": {"method": "bitfit,norms", "layers": "2"},
     "top-k": {"method": "top-k", "options": {"top-k": {"layers": 1}}, "trunk_dropout": False},
 }
 
@@ -113,6 +115,9 @@ def test_rows_are_those_of_the_layer(bert: Encoder, tmp_path: Path):
         (UPPER["top-k"], 2),
         ({"method": "lora,adapter", "options": {"adapter": {"drop_lowest": 1}, "lora": {"layers": (2,)}}}, 1),
         ({"method": "lora,bitfit", "options": {"lora": {"layers": (2,)}}}, 0),
+        ({"method": "lora,bitfit", "layers": "top:1", "options": {"lora": {"layers": (1, 2)}}}, 1),
+        *(({"method": kind, "layers": "top:2"}, 1) for kind in KINDS if kind not in EVERYWHERE),
+        ({"method": "ia3,adapter", "layers": "2"}, 2),
         ({"method": "full"}, 0),
         ({"method": "prompt"}, 0),
         ({"method": "probe"}, 3),

@@ -315,7 +315,7 @@ def test_counts_are_the_formulas(bert: Encoder):
     config = TrainConfig.of("classification", "lora,prompt", labels=("a", "b"), max_length=32)
     live = make_live(bert, config, config.task_spec(config.form.labels))
     count = count_parameters(live)
-    assert count.delta == parameter_count(specs_for(config), bert.anatomy) == 3 * 2 * 8 * 64 + 20 * 32
+    assert count.delta == parameter_count(specs_for(config, bert.anatomy), bert.anatomy) == 3 * 2 * 8 * 64 + 20 * 32
     assert count.head == 32 * 2 + 2
     assert count.share == pytest.approx(count.trained / (count.encoder + count.head))
 

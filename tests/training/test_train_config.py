@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
 from bertology_serve.errors import SpecError
-from bertology_serve.kinds.kinds import KINDS
+from bertology_serve.kinds.kinds import KINDS, kind_of
 from bertology_serve.kinds.sparse import SPARSE
 from bertology_serve.training.method_options import AUTO, REGULARISED, KindFlags
 from bertology_serve.training.methods import specs_for
@@ -26,6 +27,7 @@ from bertology_serve.training.train_config import (
     RecipeConfig,
     TrainConfig,
 )
+from tests.deltas import samples
 
 
 def test_methods_are_the_kinds_the_probe_and_the_forms_of_full_fine_tuning():
@@ -135,12 +137,60 @@ def test_head_has_a_learning_rate_of_its_own():
 
 
 def test_flags_become_specs():
-    flags = KindFlags(rank=2, targets=("key",), adapter_width=3, prompt_placement="before_cls", layers=(0, 1))
-    config = TrainConfig.of("regression", "prompt,lora,adapter", options=flags.by_kind())
-    prompt, lora, adapter = specs_for(config)
-    assert (lora.rank, lora.targets, lora.layers, lora.alpha) == (2, ("key",), (0, 1), 16.0)
+    flags = KindFlags(rank=2, targets=("key",), adapter_width=3, prompt_placement="before_cls", vera_layers=(0, 1))
+    config = TrainConfig.of("regression", "prompt,lora,adapter,vera", options=flags.by_kind())
+    prompt, lora, adapter, vera = specs_for(config, samples.anatomy("bert"))
+    assert (lora.rank, lora.targets, lora.layers, lora.alpha) == (2, ("key",), None, 16.0)
     assert (adapter.width, prompt.placement) == (3, "before_cls")
-    assert specs_for(TrainConfig.of("regression", "probe")) == ()
+    assert vera.layers == (0, 1)
+    assert specs_for(TrainConfig.of("regression", "probe"), samples.anatomy("bert")) == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "layers"),
+    [
+        ("1-2", (1, 2)),
+        ("2,0", (0, 2)),
+        ("0,1-2", (0, 1, 2)),
+        ("top:2", (1, 2)),
+        ("top:1/3", (2,)),
+        ((0, 2), (0, 2)),
+        ("", None),
+    ],
+)
+def test_layers_are_for_every_kind(given: Any, layers: tuple[int, ...] | None):
+    config = TrainConfig.of("regression", "lora,bitfit,adapter,ia3,norms,vera", layers=given)
+    assert [spec.layers for spec in specs_for(config, samples.anatomy("bert"))] == [layers] * 6
+    assert TrainConfig.of(**config.as_dict()) == config
+    own = config.replaced(options={"lora": {"layers": (1,)}, "ia3": {"layers": None}})
+    found = {kind_of(spec).name: spec.layers for spec in specs_for(own, samples.anatomy("bert"))}
+    assert (found["lora"], found["ia3"]) == ((1,), layers)
+
+
+@pytest.mark.parametrize(
+    ("method", "layers", "message"),
+    [
+        ("lora", "4-x", "layers is '4-x'; expected numbers from 0 and ranges with commas"),
+        ("lora", "top:1/0", "expected numbers from 0"),
+        ("lora", "top:4/3", "expected numbers from 0"),
+        ("lora", "top:0", "expected numbers from 0"),
+        ("lora", "5-4", "expected numbers from 0"),
+        ("lora,prompt", "1", "cannot be chosen for a prompt: its vectors enter the first layer"),
+        ("full", "1", "the method is full"),
+        ("top-k", "top:1", "top-k says how many by --top-k"),
+        ("probe", "1", "the method is probe"),
+    ],
+)
+def test_layers_that_cannot_be_chosen_are_refused(method: str, layers: str, message: str):
+    with pytest.raises(SpecError, match=message):
+        TrainConfig.of("regression", method, layers=layers)
+
+
+@pytest.mark.parametrize("layers", ["3", "2-3", "top:4"])
+def test_layers_that_are_not_there_are_refused(layers: str):
+    config = TrainConfig.of("regression", layers=layers)
+    with pytest.raises(SpecError, match=f"layers is '{layers}'; the encoder has 3 layers, 0 to 2"):
+        specs_for(config, samples.anatomy("bert"))
 
 
 def test_every_flag_is_a_field_of_its_kind():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 from statistics import median
 
 from bertology_serve.bench.prove.cores import ONE_THREAD, apart
 from bertology_serve.bench.prove.figure import Measured
 from bertology_serve.bench.prove.stage import ZOO, Stage
-from bertology_serve.bench.prove.traffic import Outcomes, opened, percentile, predict
+from bertology_serve.bench.prove.traffic import Outcomes, distinct, opened, percentile, predict
 
 BOUND = 1.25
 COLD, POOL = 50, 20
@@ -46,14 +47,14 @@ def measure(stage: Stage) -> Measured:
 
 
 async def _run(url: str, rounds: int, seconds: float) -> tuple[list[Outcomes], list[Outcomes], int]:
-    hot = predict("a-hot", TEXT)
+    hot = distinct(random.Random(0), "a-hot", texts=1)
     quiet, busy, loads = [], [], 0
     names = itertools.cycle(range(COLD))
-    await opened(url, lambda: hot, RATE, 1.0)
+    await opened(url, hot, RATE, 1.0)
     for turn in range(rounds):
-        quiet.append(await opened(url, lambda: hot, RATE, seconds, turn))
+        quiet.append(await opened(url, hot, RATE, seconds, turn))
         calls = opened(url, lambda: predict(f"cold-{next(names)}", TEXT), COLD / seconds, seconds, turn + rounds)
         cold = asyncio.create_task(calls)
-        busy.append(await opened(url, lambda: hot, RATE, seconds, turn))
+        busy.append(await opened(url, hot, RATE, seconds, turn))
         loads += len((await cold).answered)
     return quiet, busy, loads

@@ -8,8 +8,8 @@ from statistics import median
 
 from bertology_serve.bench.prove.cores import ONE_THREAD, apart
 from bertology_serve.bench.prove.figure import Measured
-from bertology_serve.bench.prove.stage import WORDS, Stage
-from bertology_serve.bench.prove.traffic import Outcomes, closed, opened, percentile, predict
+from bertology_serve.bench.prove.stage import Stage
+from bertology_serve.bench.prove.traffic import Outcomes, closed, distinct, opened, percentile, predict
 
 LIGHT = 20
 CAP = 0.025  # seconds that a batch may take
@@ -43,7 +43,7 @@ def measure(stage: Stage) -> Measured:
 
 async def _run(url: str, rounds: int, seconds: float) -> list[tuple[Outcomes, Outcomes, Outcomes]]:
     draw = random.Random(0)
-    flood = predict("flood", [" ".join(draw.choices(WORDS, k=30)) for _ in range(8)])
+    flood = distinct(draw, "flood")
 
     def light() -> bytes:
         return predict(f"light-{draw.randrange(LIGHT)}", "the river bank was very cold")
@@ -52,7 +52,7 @@ async def _run(url: str, rounds: int, seconds: float) -> list[tuple[Outcomes, Ou
     found = []
     for turn in range(rounds):
         alone = await opened(url, light, RATE, seconds, turn)
-        flooder = asyncio.create_task(closed(url, lambda: flood, FLOOD, seconds))
+        flooder = asyncio.create_task(closed(url, flood, FLOOD, seconds))
         beside = await opened(url, light, RATE, seconds, turn)
         found.append((alone, beside, await flooder))
     return found

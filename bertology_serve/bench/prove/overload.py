@@ -8,8 +8,8 @@ from statistics import median
 
 from bertology_serve.bench.prove.cores import ONE_THREAD, apart
 from bertology_serve.bench.prove.figure import Measured
-from bertology_serve.bench.prove.stage import WORDS, Stage
-from bertology_serve.bench.prove.traffic import Outcomes, closed, opened, percentile, predict
+from bertology_serve.bench.prove.stage import Stage
+from bertology_serve.bench.prove.traffic import Outcomes, closed, distinct, opened, percentile
 
 GOODPUT, REFUSAL = 0.9, 0.005
 TIMES = 5
@@ -19,15 +19,14 @@ CLIENTS = 32
 def measure(stage: Stage) -> Measured:
     """Peak: a closed loop of clients. Overload: Poisson arrivals at five times that rate. They take turns."""
     seconds = stage.seconds(4.0, 15.0)
-    draw = random.Random(0)
-    ask = predict("mood", [" ".join(draw.choices(WORDS, k=30)) for _ in range(8)])
+    ask = distinct(random.Random(0), "mood")
     limits = ("--max-queue-tokens", "8192", "--max-delta-tokens", "8192")
     shares, peaks, found = list[float](), list[float](), Outcomes()
     with stage.server(stage.zoo, *limits, environ=ONE_THREAD) as served, apart(served.pid) as pinned:
-        asyncio.run(closed(served.url, lambda: ask, CLIENTS, seconds / 5))
+        asyncio.run(closed(served.url, ask, CLIENTS, seconds / 5))
         for turn in range(stage.rounds):
-            peak = asyncio.run(closed(served.url, lambda: ask, CLIENTS, seconds)).count / seconds
-            over = asyncio.run(opened(served.url, lambda: ask, TIMES * peak, seconds, turn, most=512))
+            peak = asyncio.run(closed(served.url, ask, CLIENTS, seconds)).count / seconds
+            over = asyncio.run(opened(served.url, ask, TIMES * peak, seconds, turn, most=512))
             peaks.append(peak)
             shares.append(len(over.answered) / seconds / peak)
             found.add(over)

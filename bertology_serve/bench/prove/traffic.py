@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from bertology_serve.bench.prove.stage import HEADERS
+from bertology_serve.bench.prove.stage import HEADERS, WORDS
 from bertology_serve.bench.serving.wire import Broken, Wire, request_bytes
 from bertology_serve.errors import VerificationError
 
@@ -59,6 +60,12 @@ def predict(delta: str, text: str | Sequence[str], delay_ms: int = 0) -> bytes:
         HEADERS | {"Content-Type": "application/json"} | ({"X-Request-Timeout-Ms": str(delay_ms)} if delay_ms else {})
     )
     return request_bytes("POST", "/predict", body, headers)
+
+
+def distinct(draw: random.Random, delta: str, texts: int = 8, words: int = 30) -> Ask:
+    """Calls of so many texts, none of them twice among 256 calls: equal ones would be computed once."""
+    calls = [predict(delta, [" ".join(draw.choices(WORDS, k=words)) for _ in range(texts)]) for _ in range(256)]
+    return itertools.cycle(calls).__next__
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -195,7 +195,8 @@ def _config(spec: Adapter, anatomy: Anatomy) -> JsonObject:
     """The library's configuration: Houlsby's is its double_seq_bn, Pfeiffer's its seq_bn."""
     return {
         **_FIXED,
-        "architecture": None, "leave_out": list(range(spec.drop_lowest)), "init_weights": "bert",
+        "architecture": None, "init_weights": "bert",
+        "leave_out": sorted({*range(anatomy.layers)} - {*layers(spec, anatomy)}),
         "mh_adapter": spec.preset == "houlsby" and spec.after != "ffn",
         "output_adapter": spec.preset == "pfeiffer" or spec.after != "attention",
         "original_ln_before": spec.preset == "pfeiffer",
@@ -231,8 +232,10 @@ def _spec(config: JsonObject, tensors: Tensors, name: str, anatomy: Anatomy) -> 
     if word not in ACTIVATIONS:
         raise Unsupported(f"non_linearity={word[:40]} of an AdapterHub adapter: {nearest(word[:40], ACTIVATIONS)}")
     left = sorted(config.get("leave_out") or [])
-    if left != list(range(len(left))):
-        raise Unsupported(f"leave_out={left} of an AdapterHub adapter: only the lowest layers can be left out here")
+    lowest = left == list(range(len(left)))
+    if not lowest and not set(left) < set(range(anatomy.layers)):
+        raise Unsupported(f"leave_out={left} of an AdapterHub adapter; expected some of {anatomy.layers} layers")
+    stay = None if lowest else tuple(layer for layer in range(anatomy.layers) if layer not in left)
     down = [tensor for path, tensor in tensors.items() if path.endswith(f"adapters.{name}.adapter_down.0.weight")]
     if not down:
         raise FormatError(f"the file holds no tensors of an adapter called {name!r}")
@@ -240,7 +243,7 @@ def _spec(config: JsonObject, tensors: Tensors, name: str, anatomy: Anatomy) -> 
     preset, placed = ("pfeiffer", "both") if before else ("houlsby", after)
     usual = Adapter(preset).nonlinearity == ACTIVATIONS[word]
     width = max(map(len, down))  # reduction_factor may name one a layer; narrower ones get rows of zeros
-    return Adapter(preset, width, placed, None if usual else ACTIVATIONS[word], len(left))
+    return Adapter(preset, width, placed, None if usual else ACTIVATIONS[word], len(left) * lowest, stay)
 
 
 def _paths(spec: Adapter, name: str, anatomy: Anatomy) -> dict[tuple[str, int], str]:
@@ -256,10 +259,10 @@ def _paths(spec: Adapter, name: str, anatomy: Anatomy) -> dict[tuple[str, int], 
 def _written(delta: Delta, spec: Adapter, anatomy: Anatomy) -> Tensors:
     """Ours are [M, H] both ways; the library's up is a linear's [H, M]."""
     written: Tensors = {}
-    lowest = spec.drop_lowest
+    found = layers(spec, anatomy)
     for (place, layer), start in _paths(spec, delta.name, anatomy).items():
         for part, path in _PARTS.items():
-            tensor = delta.tensors[f"adapter.{place}.{part}"][layer - lowest]
+            tensor = delta.tensors[f"adapter.{place}.{part}"][found.index(layer)]
             written[start + path] = tensor.T if part == "up" else tensor
     return written
 

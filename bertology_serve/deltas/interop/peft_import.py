@@ -22,8 +22,8 @@ from bertology_serve.deltas.layout import TASK_TYPES, check_head, drops_types, s
 from bertology_serve.deltas.safe_io import Limits, read_json, read_tensors
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
 from bertology_serve.files import JsonObject
+from bertology_serve.kinds import kinds
 from bertology_serve.kinds.bitfit import Bitfit
-from bertology_serve.kinds.bitfit import slots as bias_slots
 from bertology_serve.kinds.ia3 import Ia3
 from bertology_serve.kinds.kinds import KINDS, Kind, Spec, Tensors, chosen_layers, from_peft
 from bertology_serve.kinds.lora import Lora, check_none_left, pair_of
@@ -293,25 +293,26 @@ def spelt_out(lora: Delta, magnitudes: Magnitudes, weights: Mapping[str, Tensor]
     (spec,) = lora.specs
     assert isinstance(spec, Lora)
     left, tensors = dict(magnitudes), dict(lora.tensors)
-    factors, biases = {}, _blank_biases(anatomy)
+    factors, shifts = Ia3(spec.targets, (), spec.layers), Bitfit(layers=spec.layers)
+    generator = torch.Generator()
+    gains, biases = kinds.init([factors], anatomy, generator), kinds.init([shifts], anatomy, generator)
     for name in spec.targets:
         slot = anatomy.slot(name)
-        factors[f"ia3.{name}"] = torch.ones(slot.depth, slot.outputs)
         tensors[f"lora.{name}.b"] = tensors[f"lora.{name}.b"].clone()
         for index, layer in enumerate(chosen_layers(spec.layers, slot.depth)):
             path, a = str(slot.paths[layer]), tensors[f"lora.{name}.a"][index]
             b = tensors[f"lora.{name}.b"][index]
             gain = _gain(path, left.pop(path, None), weights[f"{path}.weight"], spec.scale * b.double().T @ a.double())
-            factors[f"ia3.{name}"][layer] = gain.float()
+            gains[f"ia3.{name}"][index] = gain.float()
             tensors[f"lora.{name}.b"][index] = (b.double() * gain).float()
             bias = weights.get(f"{path}.bias")
             if bias is not None:
-                biases[f"bitfit.{name}"][slot.present.index(layer)] = ((1.0 - gain) * bias.cpu().double()).float()
+                biases[f"bitfit.{name}"][index] = ((1.0 - gain) * bias.cpu().double()).float()
     if left:
         raise FormatError(f"the magnitudes of {next(iter(left))[:80]} belong to no update; save the checkpoint again")
     shifted = any(stack.any() for stack in biases.values())
-    specs: list[Spec] = [spec, Ia3(spec.targets, ()), *([Bitfit()] if shifted else [])]
-    return replace(lora, specs=tuple(specs), tensors={**tensors, **factors, **(biases if shifted else {})})
+    specs: list[Spec] = [spec, factors, *([shifts] if shifted else [])]
+    return replace(lora, specs=tuple(specs), tensors={**tensors, **gains, **(biases if shifted else {})})
 
 
 def magnitudes(tensors: Tensors, anatomy: Anatomy, root: str) -> dict[str, Tensor]:
@@ -330,8 +331,3 @@ def _gain(path: str, magnitude: Tensor | None, weight: Tensor, change: Tensor) -
     whole: Tensor = weight.cpu().double() + change
     gain: Tensor = magnitude.flatten().double() / torch.linalg.vector_norm(whole, dim=1)
     return gain
-
-
-def _blank_biases(anatomy: Anatomy) -> Tensors:
-    slots = bias_slots(Bitfit(), anatomy)
-    return {f"bitfit.{slot.name}": torch.zeros(len(slot.present), slot.outputs) for slot in slots}

@@ -241,7 +241,7 @@ class WorkQueue:
     def served(self, items: Sequence[CallItem], seconds: float) -> None:
         """Tells the queue how long a batch took; the next are as large as fits into the time that they may take."""
         times = self.times
-        times.observe(times.size(sum([one.cost for one in items]), sum([one.squares for one in items])), seconds)
+        times.observe(sum([one.size(times.bend, one.spared) for one in items]), seconds)
         scheduler = self._scheduler
         scheduler.max_tokens, scheduler.hurried = times.budget, min(times.hurried, times.budget)
         scheduler.seconds, scheduler.bend = times.seconds, times.bend
@@ -257,5 +257,5 @@ def _costs(items: Sequence[CallItem]) -> dict[str, int]:
     """Tokens by delta."""
     costs: dict[str, int] = {}
     for item in items:
-        costs[item.delta] = costs.get(item.delta, 0) + item.cost
+        costs[item.delta] = costs.get(item.delta, 0) + item.charged
     return costs

@@ -22,7 +22,9 @@ from enum import Enum
 
 from torch import Tensor
 
+from bertology_serve.encoder.bank import NEVER
 from bertology_serve.encoder.pipeline import Job, LoadedDelta, Prediction, Request
+from bertology_serve.encoder.sharing import SharedRows, Text, text_of
 from bertology_serve.serving.keys import Access
 from bertology_serve.tasks.spec import Encoding
 
@@ -84,8 +86,12 @@ class CallContext:
 class CallItem(Job):
     """One item of a call, from its arrival to its answer: its request, the delta that answers, its tokens, its outcome.
 
-    ``arrived``, ``started`` and ``deadline`` are in seconds of the queue's clock; 0: not yet.
+    ``arrived``, ``started`` and ``deadline`` are in seconds of the queue's clock; 0: not yet. ``twins`` are the items
+    of the call that ask about the same text, itself among them; ``spared`` are rows, and squares, that they share.
     """
+
+    twins: Sequence[CallItem] = ()
+    spared = (0, 0)
 
     def __init__(
         self, request: Request, ready: LoadedDelta, call: CallContext, deadline: float = math.inf, priority: int = 0
@@ -100,6 +106,14 @@ class CallItem(Job):
     def whole(self) -> CallItem:
         """The item of the call that this is, or is a part of."""
         return self
+
+    def spare(self, spared: tuple[int, int]) -> None:
+        """Says which rows, and squares, of it are computed for others anyway."""
+        self.spared, self.charged = spared, self.cost - spared[0]
+
+    def size(self, bend: float, spared: tuple[int, int]) -> float:
+        """What it adds to a batch that spares it so much."""
+        return self.cost - spared[0] + bend * (self.squares - spared[1])
 
     def parts(self, most: float) -> Sequence[CallItem]:
         """Itself or, where it costs more, parts of its sequences that batches take one by one."""
@@ -133,6 +147,21 @@ class CallPart(CallItem):
         """Keeps the outputs; no answer yet."""
         self.outputs = list(outputs)
         return Prediction(self.delta, self.version, self.ready.delta.task.kind, {})
+
+
+class Twins:
+    """A call's items that ask about the same text."""
+
+    def __init__(self, depth: int) -> None:
+        self._shared, self._twins = SharedRows(depth), dict[Text, list[CallItem]]()
+
+    def add(self, item: CallItem) -> None:
+        """Tells an item, tokenised, what it shares with those before it, and all of them of each other."""
+        item.spare(self._shared.spared(item))
+        self._shared.add(item)
+        twins = self._twins.setdefault(text_of(item.encodings[0]), [])
+        twins.append(item)
+        item.twins = twins
 
 
 def joined(parts: Sequence[CallItem]) -> Prediction:
@@ -194,7 +223,7 @@ class DeltaQueue:
     def push(self, item: CallItem) -> None:
         """Takes in one item."""
         heapq.heappush(self._heap, (item.priority, item.deadline, next(_order), item))
-        self._count(1, item.cost)
+        self._count(1, item.charged)
 
     def first(self, now: float) -> CallItem | None:
         """The next item, still waiting; ``None`` where there is none. What has expired is cancelled on the way."""
@@ -205,21 +234,20 @@ class DeltaQueue:
             heapq.heappop(self._heap)
             if item.state is ItemState.WAITING:
                 item.state = ItemState.CANCELLED
-                self._count(-1, -item.cost)
+                self._count(-1, -item.charged)
         return None
 
-    def take(self) -> CallItem:
-        """Removes the item that ``first`` gave and charges the delta for it."""
-        item = heapq.heappop(self._heap)[3]
+    def take(self, item: CallItem, spared: tuple[int, int]) -> None:
+        """Removes an item that waits, and charges the delta for what the batch does not spare it."""
         item.state = ItemState.TAKEN
-        self._count(-1, -item.cost)
-        self.counter += item.cost / self.weight
-        return item
+        self._count(-1, -item.charged)
+        item.spare(spared)
+        self.counter += item.charged / self.weight
 
     def cancel(self, item: CallItem) -> None:
         """Takes out an item that was waiting; it costs the delta nothing."""
         item.state = ItemState.CANCELLED
-        self._count(-1, -item.cost)
+        self._count(-1, -item.charged)
         if len(self._heap) > 2 * self.waiting.items + 16:
             self._heap = [entry for entry in self._heap if entry[3].state is ItemState.WAITING]
             heapq.heapify(self._heap)
@@ -229,17 +257,42 @@ class DeltaQueue:
         self.total.add(items, tokens)
 
 
+class Batch:
+    """A batch as it grows: ``items``, and what they fill of it."""
+
+    def __init__(self, scheduler: FairScheduler, now: float) -> None:
+        self.items: list[CallItem] = []
+        self._scheduler, self._now, self._shared = scheduler, now, SharedRows(scheduler.depth)
+        self._filled, self._soonest = 0.0, math.inf
+
+    def take(self, queue: DeltaQueue, item: CallItem) -> bool:
+        """Takes an item out of its queue, if there is room or it is the first; whether it did."""
+        scheduler, spared = self._scheduler, self._shared.spared(item)
+        filled, soonest = self._filled + item.size(scheduler.bend, spared), min(self._soonest, item.deadline)
+        in_time = self._now + scheduler.seconds(filled) <= soonest
+        if self.items and filled > (scheduler.max_tokens if in_time else scheduler.hurried):
+            return False
+        self._filled, self._soonest = filled, soonest
+        queue.take(item, spared)
+        self.items.append(item)
+        self._shared.add(item)
+        return True
+
+
 class FairScheduler:
     """The order of the queue. ``WorkQueue`` calls it under its lock, with its own clock's time in seconds.
 
-    Batches hold up to ``max_tokens``, of whatever deltas, an item counting as ``cost + bend · squares``; one beyond
-    that goes alone. A batch ends at the first item that does not fit, so that nothing overtakes it. Beyond ``hurried``
-    tokens it only grows while all in it are answered before their deadlines, if it takes ``seconds(size)``. ``weights``
-    are by delta, 1 for those not named. ``queues`` are the deltas that wait, ``total`` counts what does.
+    Batches hold up to ``max_tokens``, of whatever deltas, an item counting as ``cost + bend · squares``, less what it
+    shares with others in the batch that ask about the same text; one beyond that goes alone. With an item come its
+    twins of the same call, as far as they fit: out of turn, and cheaper than later. A batch ends at the first item that
+    does not fit, so that nothing overtakes it. Beyond ``hurried`` tokens it only grows while all in it are answered
+    before their deadlines, if it takes ``seconds(size)``. ``weights`` are by delta, 1 for those not named. ``queues``
+    are the deltas that wait, ``total`` counts what does; ``depth`` is the number of the encoder's layers.
     """
 
-    def __init__(self, max_tokens: int, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(self, max_tokens: int, weights: Mapping[str, float] | None = None, depth: int = NEVER) -> None:
         self.max_tokens: float = max_tokens
+        self.depth = depth
         self.hurried: float = max_tokens
         self.seconds: Callable[[float], float] = lambda size: 0.0
         self.bend = 0.0
@@ -276,29 +329,21 @@ class FairScheduler:
 
     def pick(self, now: float) -> list[CallItem]:
         """Removes and returns the next batch, items of any deltas together; empty when nothing waits."""
-        batch: list[CallItem] = []
-        filled, soonest = 0.0, math.inf
-        while self._heap:
-            queue = self._heap[0][2]
-            item = queue.first(now)
+        batch = Batch(self, now)
+        while (queue := self._lowest()) is not None:
+            item, counter = queue.first(now), queue.counter
             if item is None:
-                heapq.heappop(self._heap)
-                self._closed(queue)
                 continue
-            size = item.cost + self.bend * item.squares
-            soonest = min(soonest, item.deadline)
-            in_time = now + self.seconds(filled + size) <= soonest
-            if batch and filled + size > (self.max_tokens if in_time else self.hurried):
+            if not batch.take(queue, item):
                 break
-            self._floor = queue.counter
-            batch.append(queue.take())
-            filled += size
-            if queue.waiting.items:
-                heapq.heapreplace(self._heap, (queue.counter, next(self._order), queue))
-            else:
-                heapq.heappop(self._heap)
-                self._closed(queue)
-        return batch
+            self._floor = counter
+            for twin in item.twins:
+                if twin.state is ItemState.WAITING and twin.deadline > now:
+                    batch.take(self.queues[twin.delta], twin)
+        for name in {item.delta for item in batch.items}:
+            if name in self.queues and not self.queues[name].waiting.items:
+                self._closed(self.queues[name])
+        return batch.items
 
     def cancel(self, item: CallItem) -> None:
         """Takes out one waiting item."""
@@ -309,14 +354,25 @@ class FairScheduler:
 
     def _opened(self, name: str) -> DeltaQueue:
         """The queue of a delta that begins to wait, lifted to those that wait already."""
-        while self._heap and not self._heap[0][2].waiting.items:
-            heapq.heappop(self._heap)
-        lowest = self._heap[0][0] if self._heap else self._floor
-        counter = max(self._spent.pop(name, 0.0), lowest)
+        first = self._lowest()
+        counter = max(self._spent.pop(name, 0.0), self._floor if first is None else first.counter)
         weight = self._weights.get(name, DEFAULT_WEIGHT)
         queue = self.queues[name] = DeltaQueue(name, weight, counter, self.total)
         heapq.heappush(self._heap, (counter, next(self._order), queue))
         return queue
+
+    def _lowest(self) -> DeltaQueue | None:
+        """The queue that waits with the lowest counter; counters have risen since they were put into the heap."""
+        while self._heap:
+            counter, _, queue = self._heap[0]
+            if not queue.waiting.items:
+                heapq.heappop(self._heap)
+                self._closed(queue)
+            elif counter < queue.counter:
+                heapq.heapreplace(self._heap, (queue.counter, next(self._order), queue))
+            else:
+                return queue
+        return None
 
     def _closed(self, queue: DeltaQueue) -> None:
         """Nothing of a delta waits any more. What it has spent beyond the others is remembered while others wait."""

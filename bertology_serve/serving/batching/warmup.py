@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -44,14 +45,22 @@ def climb(pipeline: DeltaSet, cap: float, most: int, clock: Callable[[], float] 
     """
     rungs: list[Sample] = []
     for text in (SENTENCE, LONG):
-        job, last = pipeline.prepare(Request(BASE, {"text": text})), 0.0
-        size = FIRST if text == SENTENCE else job.cost
+        jobs, last = [_shuffled(pipeline, text, 0)], 0.0
+        size = FIRST if text == SENTENCE else jobs[0].cost
         while size <= max(most, FIRST) and last <= max(2 * cap, WHOLE * (rungs[0][2] if rungs else 0.0)):
-            jobs = [job] * max(1, round(size / job.cost))
+            count = max(1, round(size / jobs[0].cost))
+            jobs += [_shuffled(pipeline, text, number) for number in range(len(jobs), count)]
             last = _timed(pipeline, jobs, clock)
-            rungs.append((job.cost * len(jobs), job.squares * len(jobs), last))
+            rungs.append((sum(job.cost for job in jobs), sum(job.squares for job in jobs), last))
             size *= 2
     return rungs
+
+
+def _shuffled(pipeline: DeltaSet, text: str, seed: int) -> Job:
+    """A text's words in another order: equal texts would be computed once."""
+    words = text.split()
+    random.Random(seed).shuffle(words)
+    return pipeline.prepare(Request(BASE, {"text": " ".join(words)}))
 
 
 def _timed(pipeline: DeltaSet, jobs: list[Job], clock: Callable[[], float]) -> float:
@@ -99,7 +108,7 @@ def warm_up(pipeline: DeltaSet, times: BatchTimes, known: Sequence[Sample] = ())
     takes one that is ``known``. Returns the ladder, by which ``times`` begin.
     """
     for count in (1, 4):
-        requests = [Request(BASE, {"text": text}) for text in WARM_UP * count]
+        requests = [Request(BASE, {"text": f"{text} {number}"}) for text in WARM_UP for number in range(count)]
         pipeline.run([pipeline.prepare(request) for request in requests])
     ladder = list(known) or climb(pipeline, times.cap, times.most)
     times.start(ladder)

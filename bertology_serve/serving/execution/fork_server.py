@@ -102,7 +102,7 @@ class Worker:
                 raise FormatError(f"{body['path']} holds version {delta.version!r}; expected {body['version']!r}")
             self._kept[body["number"]] = delta
         ready = self._ready[body["key"]] = self.pipeline.admit(body["key"], delta)
-        return {"prompt": ready.entry.prompt_length}
+        return {"prompt": ready.entry.prompt_length, "lowest": ready.entry.lowest}
 
     def free(self, body: Body) -> JsonObject:
         """Frees the rows of a delta."""
@@ -201,6 +201,7 @@ def outline_of(encoder: Encoder) -> dict[str, object]:
     return {
         "ref": asdict(encoder.ref),
         "hidden": encoder.anatomy.hidden,
+        "depth": encoder.depth,
         "max_tokens": encoder.max_tokens,
         "is_pruned": encoder.is_pruned,
         "packing": encoder.packing,

@@ -42,7 +42,7 @@ class Outline:
 
     def __init__(self, name: str, tokenizer: Any, dtype: torch.dtype, known: JsonObject) -> None:
         self.name, self.tokenizer, self.dtype = name, tokenizer, dtype
-        self.ref, self.hidden = BaseRef(**known["ref"]), int(known["hidden"])
+        self.ref, self.hidden, self.depth = BaseRef(**known["ref"]), int(known["hidden"]), int(known["depth"])
         self.max_tokens, self.is_pruned = int(known["max_tokens"]), bool(known["is_pruned"])
         self.packing = str(known["packing"])
         self.lock = threading.RLock()
@@ -142,11 +142,12 @@ class Remote(DeltaSet):
         self.check(delta)
         self._held[key] = delta  # before it is there: an executor that comes meanwhile has it too
         try:
-            prompt = int(self._load(Op.ADMIT, delta.told(key))["prompt"])
+            answer = self._load(Op.ADMIT, delta.told(key))
         except BaseException:  # whatever it is, nobody will ask for that key; ``add`` has its rows freed
             self._held.pop(key)
             raise
-        entry = BankEntry(key, {PROMPT: RowSegment(0, 0, 0, prompt)} if prompt else {})
+        prompt, lowest = int(answer["prompt"]), int(answer["lowest"])
+        entry = BankEntry(key, {PROMPT: RowSegment(0, 0, 0, prompt)} if prompt else {}, lowest=lowest)
         return LoadedDelta(delta, task_for(delta.task), Head(()), entry)
 
     def free(self, key: str) -> None:

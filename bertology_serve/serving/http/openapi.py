@@ -72,7 +72,7 @@ def document() -> JsonObject:
 
 def _paths() -> JsonObject:
     """Every path with its operations; what stands twice is named ``..._version`` or ``tei_...`` the second time."""
-    item, model = _ref("ItemBody"), _ref("Model")
+    item, model = {"anyOf": [_ref("ItemBody"), _ref("SeveralBody")]}, _ref("Model")
     paths = {
         "/predict": {
             "post": _post("predict", "Answer items of any deltas, or TEI's /predict", _items(item), _answers())
@@ -240,8 +240,9 @@ def _with_parameters(path: str, operations: JsonObject) -> JsonObject:
 
 
 def _answers() -> JsonObject:
-    """An answer, a list of them, or TEI's labels with scores."""
-    return {"anyOf": [_ref("Answer"), _list({"anyOf": [_ref("Answer"), *_classes()["anyOf"]]})]}
+    """An answer, those of several deltas, a list of either, or TEI's labels with scores."""
+    ours = [_ref("Answer"), _ref("SeveralAnswers")]
+    return {"anyOf": [*ours, _list({"anyOf": [*ours, *_classes()["anyOf"]]})]}
 
 
 def _classes() -> JsonObject:

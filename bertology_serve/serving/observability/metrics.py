@@ -148,6 +148,9 @@ class Metrics:
         self._calls = Counter("bertology_calls", "Calls by HTTP status", ("status",), registry=own)
         self._batch = Histogram("bertology_batch_seconds", "Time of one batch", buckets=_SECONDS, registry=own)
         self._batch_tokens = Histogram("bertology_batch_tokens", "Tokens in one batch", buckets=_TOKENS, registry=own)
+        self._shared = Counter(
+            "bertology_shared_rows", "Rows that batches did not compute again for another delta", registry=own
+        )
         self._batch_items = Histogram("bertology_batch_items", "Items in one batch", buckets=_COUNTS, registry=own)
         self._batch_deltas = Histogram("bertology_batch_deltas", "Deltas in one batch", buckets=_COUNTS, registry=own)
         self._shadows = Counter(
@@ -167,7 +170,8 @@ class Metrics:
     def batch(self, items: Sequence[CallItem], seconds: float) -> None:
         """Notes one batch that ran."""
         self._batch.observe(seconds)
-        self._batch_tokens.observe(sum(item.cost for item in items))
+        self._batch_tokens.observe(sum(item.charged for item in items))
+        self._shared.inc(sum(item.spared[0] for item in items))
         self._batch_items.observe(len(items))
         self._batch_deltas.observe(len({item.delta for item in items}))
         self.statistics.batch(items, seconds, time.monotonic())

@@ -1,7 +1,10 @@
 """This project's own shape, and KServe's first protocol, which answers in it. Pure: bytes in, bytes out.
 
-``/predict`` takes requests with the fields of a record, and answers as in the README. KServe's ``{"instances": [...]}``
--> ``{"predictions": [...]}``: an instance is a text, or an object with the fields that the task reads."""
+``/predict`` takes requests with the fields of a record, and answers as in the README; one with ``deltas`` in place of
+``delta`` asks all of them, ``{"deltas": {NAME: answer}}``, and its text is computed once as far as they let it.
+KServe's ``{"instances": [...]}`` -> ``{"predictions": [...]}``: an instance is a text, or an object with the fields
+that the task reads.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,14 @@ from bertology_serve.serving.protocol.json_codec import check_items, decode, enc
 
 @dataclass(frozen=True)
 class NativeCall:
-    """The requests of one body; ``single`` says that it held one object rather than a list."""
+    """The requests of one body; ``single`` says that it held one object rather than a list.
+
+    ``several`` are the numbers of requests of one item with ``deltas``: first and last of each.
+    """
 
     requests: list[Request]
     single: bool
+    several: Sequence[range] = ()
 
 
 INPUTS = b'"inputs"'  # what no body for TEI's ``/predict`` lacks
@@ -35,17 +42,41 @@ def is_tei(body: bytes) -> bool:
 
 
 def read_call(body: bytes, most: float = math.inf, find: object = None) -> NativeCall:
-    """``{"delta", "id"?, "logits"?, ...fields of the record}`` or a list of those, for any deltas together.
+    """``{"delta", "id"?, "logits"?, ...fields of the record}`` or a list of those, for any deltas together; with
+    ``deltas``, a list of names, in place of ``delta`` an item asks each of them.
 
-    LimitError for more than ``most`` of them. What they are does not depend on their deltas: nothing is looked up.
+    LimitError for more than ``most`` answers. What they are does not depend on their deltas: nothing is looked up.
     """
     value: Any = decode(body)
-    if isinstance(value, dict):
+    if isinstance(value, dict) and "deltas" not in value:
         return NativeCall([read_request(value, "request")], single=True)
-    if not isinstance(value, list):
+    if not isinstance(value, list | dict):
         raise DataError(f"the body is {shown(value)}; expected an object with 'delta' and 'text', or a list of those")
-    check_items(len(value), most)
-    return NativeCall([read_request(item, f"item {index}") for index, item in enumerate(value)], single=False)
+    items, single = ([value], True) if isinstance(value, dict) else (value, False)
+    check_items(len(items), most)
+    requests, several = list[Request](), list[range]()
+    for index, item in enumerate(items):
+        where, first = "request" if single else f"item {index}", len(requests)
+        if isinstance(item, dict) and "deltas" in item:
+            names = _names(item, where)
+            check_items(first + len(names), most)
+            requests += [read_request({**item, "delta": name}, where) for name in names]
+            several.append(range(first, len(requests)))
+        else:
+            requests.append(read_request(item, where))
+    return NativeCall(requests, single, several)
+
+
+def _names(item: JsonObject, where: str) -> list[str]:
+    """The deltas that an item asks."""
+    names = item["deltas"]
+    if "delta" in item:
+        raise DataError(f"{where}: fields 'delta' and 'deltas' both name deltas; send one of them")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{where}: field 'deltas' is {shown(names)}; expected a list of names of deltas")
+    if len(set(names)) != len(names):
+        raise DataError(f"{where}: field 'deltas' names a delta twice; name each once")
+    return names
 
 
 def read_request(item: Any, where: str) -> Request:
@@ -65,7 +96,21 @@ def read_request(item: Any, where: str) -> Request:
 def write_answers(call: NativeCall, predictions: Sequence[Prediction]) -> bytes:
     """The answers in the order of the requests: a list for a list, an object for an object."""
     answers = [answer_of(*pair) for pair in zip(call.requests, predictions, strict=True)]
+    if call.several:
+        answers = _grouped(call, answers)
     return encode(answers[0]) if call.single else encode_list(answers)
+
+
+def _grouped(call: NativeCall, answers: Sequence[JsonObject]) -> list[JsonObject]:
+    """Those of an item with ``deltas`` as one, by the names of its deltas."""
+    found, last = list[JsonObject](), 0
+    for group in call.several:
+        found += answers[last : group.start]
+        own = {call.requests[i].delta: answers[i] for i in group}
+        ids = [answer.pop("id") for answer in own.values() if "id" in answer]
+        found.append({**({"id": ids[0]} if ids else {}), "deltas": own})
+        last = group.stop
+    return [*found, *answers[last:]]
 
 
 def answer_of(request: Request, prediction: Prediction) -> JsonObject:

@@ -3,7 +3,7 @@
 A model is a delta. Each row of the input tensors is one item: [n], or [n, k] for tokens and choices, whose rows are
 filled up with empty texts. What a row holds beyond what its delta reads is refused. Rows may name deltas of their own,
 in ``parameters.deltas`` (a list, or names with commas between them) or in an input tensor ``delta``; an empty name is
-the model of the URL.
+the model of the URL. Several names for a single row ask each of them: the outputs have a row for each name.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def read_call(asked: InferRequest, blobs: Sequence[bytes | None], model: Delta, 
     """
     columns = _columns(asked, blobs, most)
     parameters = asked.parameters or {}
-    deltas = _deltas(parameters, columns, model, find)
+    deltas = _deltas(parameters, columns, model, find, most)
     fields = _common_outputs(deltas)
     outputs = _wanted(asked, deltas, fields)
     logits = _flag(parameters, "logits") or "logits" in outputs
@@ -162,8 +162,10 @@ def _columns(asked: InferRequest, blobs: Sequence[bytes | None], most: int) -> d
     return columns
 
 
-def _deltas(parameters: Parameters, columns: dict[str, list[list[str]]], model: Delta, find: Find) -> list[Delta]:
-    """The delta of each row."""
+def _deltas(
+    parameters: Parameters, columns: dict[str, list[list[str]]], model: Delta, find: Find, most: int
+) -> list[Delta]:
+    """The delta of each row; a single row is repeated for several, ``most`` at most."""
     rows = len(next(iter(columns.values())))
     named = parameters.get("deltas")
     if named is not None and DELTA in columns:
@@ -175,6 +177,9 @@ def _deltas(parameters: Parameters, columns: dict[str, list[list[str]]], model: 
         named = [only(texts, DELTA, f"row {row}") if texts else "" for row, texts in enumerate(cells)]
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise DataError("parameter 'deltas' is no list of names; expected one name of a delta for each row")
+    if rows == 1 < len(named) <= most:
+        columns |= {name: column * len(named) for name, column in columns.items()}
+        rows = len(named)
     if len(named) != rows:
         raise DataError(f"parameter 'deltas' names {len(named)} deltas for {rows} rows; expected one for each row")
     found = {name: find(name) for name in dict.fromkeys(named) if name}

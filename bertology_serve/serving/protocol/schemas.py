@@ -42,6 +42,26 @@ class ItemBody(Struct, omit_defaults=True):
     embedding_types: Annotated[list[Format] | None, Meta(description="Several formats, answered by name.")] = None
 
 
+class SeveralBody(Struct, omit_defaults=True):
+    """One item for several deltas: the fields that their tasks read."""
+
+    deltas: Annotated[list[str], Meta(description="Names of deltas, each once; 'base' is the bare encoder.")]
+    id: Annotated[str | int | None, Meta(description="Repeated in the answer.")] = None
+    logits: Annotated[bool, Meta(description="Give the heads' raw outputs too.")] = False
+    text: str | None = None
+    text_pair: str | None = None
+    tokens: list[str] | None = None
+    question: str | None = None
+    context: str | None = None
+
+
+class SeveralAnswers(Struct, omit_defaults=True):
+    """The answers of several deltas to one item, by their names."""
+
+    deltas: dict[str, Answer]
+    id: Annotated[str | int | None, Meta(description="The request's own.")] = None
+
+
 class TaskBody(Struct, omit_defaults=True):
     """HuggingFace's task shape; options may stand under ``parameters`` or beside ``inputs``."""
 
@@ -348,7 +368,7 @@ class OpenAIProblem(Struct):
 
 
 BODIES = (
-    ItemBody, Answer, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest, InferResponse,
+    ItemBody, Answer, SeveralBody, SeveralAnswers, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest, InferResponse,
     TeiBody, TeiClass, TeiSimilarityBody, TeiRerankBody, TeiTokenizeBody, TeiDecodeBody,
     RerankBody, Ranks, ScoreBody, Scores, ClassifyBody, Classes, PredictBody, Predictions,
     EmbeddingsBody, Embeddings, EmbedBody, TypedEmbeddings, IndexRequest, LoadRequest, Version, Problem, OpenAIProblem,

@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bertology_serve.encoder.bank import BARE
 from bertology_serve.encoder.pipeline import Request
 from bertology_serve.serving.batching.scheduler import CallContext, CallItem, DeltaQueue, FairScheduler, ItemState
 
 
 def work(cost: int, delta: str = "d", deadline: float = math.inf, priority: int = 0) -> CallItem:
-    ready: Any = SimpleNamespace(delta=SimpleNamespace(version="1"))
+    ready: Any = SimpleNamespace(delta=SimpleNamespace(version="1"), entry=BARE)
     made = CallItem(Request(delta, {}), ready, CallContext(), deadline, priority)
-    made.cost, made.encodings = cost, ()
+    made.cost, made.charged, made.encodings = cost, cost, ()
     return made
 
 

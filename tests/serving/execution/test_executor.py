@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bertology_serve.encoder.bank import BARE
 from bertology_serve.errors import Crashed, DataError
 from bertology_serve.serving.batching.queue import BatchTimes, WorkQueue
 from bertology_serve.serving.batching.scheduler import FairScheduler
@@ -104,7 +105,7 @@ class Ready:
     """What a job's delta is, as far as the executor cares."""
 
     def __init__(self, name: str) -> None:
-        self.delta = SimpleNamespace(name=name, version="1")
+        self.delta, self.entry = SimpleNamespace(name=name, version="1"), BARE
 
 
 class Fragile(Harness):

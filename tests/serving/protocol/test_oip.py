@@ -133,7 +133,7 @@ def test_binary_in_and_out(registry):
         ({"inputs": [texts("text", "a"), texts("text", "a")]}, "input 'text' is given twice"),
         ({"inputs": [texts("text", "a"), texts("text_pair", "a", "b")]}, "inputs differ in rows: text 1, text_pair 2"),
         ({"inputs": [texts("text", "a")], "parameters": {"deltas": 7}}, "parameter 'deltas' is no list of names"),
-        ({"inputs": [texts("text", "a")], "parameters": {"deltas": ["a", "b"]}}, "names 2 deltas for 1 rows"),
+        ({"inputs": [texts("text", "a", "b")], "parameters": {"deltas": ["a"]}}, "names 1 deltas for 2 rows"),
         ({"inputs": [texts("text", "a")], "parameters": {"logits": 1}}, "parameter 'logits' is a number"),
         ({"inputs": [texts("text", "a")], "outputs": [{"name": "value"}]}, "output 'value' is not given by the deltas"),
         ({"inputs": [texts("text", "a")], "parameters": []}, "wrong shape"),
@@ -145,6 +145,23 @@ def test_what_is_wrong_is_said(registry, body, message):
     with pytest.raises(DataError) as problem:
         read(registry, "mood", body)
     assert message in str(problem.value)
+
+
+def test_several_deltas_for_one_row(registry):
+    found = infer(
+        registry, "mood", {"inputs": [texts("text", "the cat")], "parameters": {"deltas": "mood,grade,names"}}
+    )
+    outputs = found["outputs"]
+    assert outputs["delta"]["data"] == ["mood", "grade", "names"]
+    alone = [infer(registry, name, {"inputs": [texts("text", "the cat")], "outputs": [{"name": "result_json"}]})
+             for name in ("mood", "grade", "names")]  # fmt: skip
+    for ours, one in zip(outputs["result_json"]["data"], alone, strict=True):
+        expected = json.loads(one["outputs"]["result_json"]["data"][0])
+        assert json.loads(ours).keys() == expected.keys()
+        assert json.loads(ours)["delta"] == expected["delta"]
+    many = {"inputs": [texts("text", "a")], "parameters": {"deltas": ["mood"] * 101}}
+    with pytest.raises(DataError, match="names 101 deltas for 1 rows"):
+        read(registry, "mood", many)
 
 
 def test_unknown_deltas_of_rows_and_too_many_rows(registry):
