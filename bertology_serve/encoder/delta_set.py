@@ -137,7 +137,7 @@ class Job:
         delta, windows = self.ready.delta, 1
         if any([encoding.continues for encoding in self.encodings]):
             windows = len(self.encodings)
-            if not delta.task.per_token:
+            if not (delta.task.per_token or self.encodings[0].rows):
                 outputs = aggregate(torch.stack(list(outputs)), self.encodings, delta.task).unbind(0)
         answer = dict(self.ready.task.decode(self.example, self.encodings, outputs))
         if self.redaction is not None:
@@ -368,6 +368,10 @@ class DeltaSet(ABC):
         if ready.model is None:
             ready.task.check_width(job.example, self.encoder.hidden)
         job.take(ready.task.encode(job.example, (ready.model or self.encoder).tokenizer))
+        if ready.model is not None and any(encoding.rows for encoding in job.encodings):
+            raise Unsupported(
+                f"{request.where}: delta {request.delta!r} is a whole model, which gives no rows of tokens"
+            )
         if job.redaction is not None:
             job.redaction.check(sum(encoding.cut for encoding in job.encodings), request.where)
 

@@ -50,6 +50,15 @@ class RedactedSpan(Struct, frozen=True, omit_defaults=True):
     end_utf16: int | None = None
 
 
+class Chunk(Struct, frozen=True, omit_defaults=True):
+    """The vector of a part of a text; offsets are characters."""
+
+    start: int
+    end: int
+    embedding: tuple[float, ...] | str | None = None
+    embeddings: dict[str, tuple[float, ...] | str] | None = None
+
+
 class Answer(Struct, frozen=True, omit_defaults=True):
     """One answer: ``label`` (None where the delta abstains) or, where several may apply, ``labels``, with ``scores``
     (classification, multi-label), ``value`` (regression), ``entities`` (tokens), ``answer``
@@ -83,6 +92,7 @@ class Answer(Struct, frozen=True, omit_defaults=True):
     ] = None
     embedding_pair: tuple[float, ...] | str | dict[str, tuple[float, ...] | str] | None = None
     embedding_negatives: tuple[tuple[float, ...] | str | dict[str, tuple[float, ...] | str], ...] | None = None
+    chunks: tuple[Chunk, ...] | None = None
     similarity: float | None = None
     logits: Annotated[Logits | None, Meta(description="The head's raw output, where it was asked for.")] = None
     truncated: Annotated[bool, Meta(description="The text was cut to the delta's maximum length.")] = False

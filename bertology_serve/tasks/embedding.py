@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from bertology_serve.tasks.encoding import encode_long
 from bertology_serve.tasks.fields import Record, check_text, kind_of, optional_text, read_list, read_score, read_text
 from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
-from bertology_serve.tasks.vectors import AS_GIVEN, VectorForm
+from bertology_serve.tasks.vectors import AS_GIVEN, Chunks, VectorForm
 
 QUERY, DOCUMENT = "query", "document"
 # What callers say that a text is: Cohere's, Voyage's, Jina's and sentence-transformers' words
@@ -46,7 +46,8 @@ class EmbeddingExample(TextExample):
 
     ``score`` says how alike text and pair are, ``scores`` what a teacher gives the pair and each negative. In a
     retrieval set each document has an ``id``, and each query what is ``relevant``: grades by documents' ids.
-    ``prompts`` are read before the text, and before the others; ``form`` is how vectors are answered.
+    ``prompts`` are read before the text, and before the others; ``form`` is how vectors are answered, ``chunks`` which
+    parts of the text get one each.
     """
 
     score: float | None = None
@@ -56,6 +57,7 @@ class EmbeddingExample(TextExample):
     relevant: Mapping[str, float] | None = None
     prompts: tuple[str, str] = ("", "")
     form: VectorForm = AS_GIVEN
+    chunks: Chunks | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -78,7 +80,8 @@ class Embedding(Task[EmbeddingExample, Target]):
     ``prompt_name`` says.
 
     A record may ask for vectors of fewer ``dimensions``, in another ``encoding_format``, or in several
-    (``embedding_types``, answered by name under ``embeddings``).
+    (``embedding_types``, answered by name under ``embeddings``); with ``pooling: "chunks"`` for a vector of each of its
+    ``chunks`` (spans of characters) or of ``chunk_tokens`` tokens, answered under ``chunks``.
 
     Answers ``embedding`` [H]; with a pair also ``embedding_pair`` [H] and their cosine, ``similarity``; with negatives
     ``embedding_negatives``.
@@ -96,7 +99,10 @@ class Embedding(Task[EmbeddingExample, Target]):
         prompts = self.prompts(record, where, pair is not None)
         if not labelled:
             form = VectorForm.read(record, where, self.spec)
-            return EmbeddingExample(where, text, pair, negatives=negatives, prompts=prompts, form=form)
+            chunks = Chunks.read(record, where, self.spec)
+            if chunks is not None and pair is not None:
+                raise DataError(f"{where}: field 'pooling' is 'chunks', and there is a pair; expected one text")
+            return EmbeddingExample(where, text, pair, None, negatives, prompts=prompts, form=form, chunks=chunks)
         if pair is None and record.get("id") is None:
             raise DataError(
                 f"{where}: field 'text_pair' (or 'positive') is missing; embeddings are trained on pairs, with a "
@@ -139,6 +145,10 @@ class Embedding(Task[EmbeddingExample, Target]):
     def encode(self, example: EmbeddingExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
         first, *others = example.texts
         own, theirs = example.prompts
+        if example.chunks is not None:
+            found = [replace(one, rows=True) for one in encode_long(tokenizer, own + first, None, self.spec, True)]
+            example.chunks.rows(found, len(own), len(first), self.spec, example.where)
+            return found
         texts = (own + first, *(theirs + text for text in others))
         return [one for text in texts for one in encode_long(tokenizer, text, None, self.spec)]
 
@@ -162,6 +172,8 @@ class Embedding(Task[EmbeddingExample, Target]):
 
     def decode(self, example: EmbeddingExample, encodings: Sequence[Encoding], outputs: Sequence[Tensor]) -> Answer:
         form = example.form
+        if example.chunks is not None:
+            return {"chunks": self._chunks(example, encodings, outputs)}
         form.check(len(outputs[0]), self.spec, example.where)
         vectors = [form.cut(F.normalize(output, dim=0) if self.spec.normalize else output) for output in outputs]
         first, *others = [form.encoded(vector, self.spec) for vector in vectors]
@@ -172,6 +184,23 @@ class Embedding(Task[EmbeddingExample, Target]):
         if others[1:]:
             answer["embedding_negatives"] = others[1:]
         return answer
+
+    def _chunks(
+        self, example: EmbeddingExample, encodings: Sequence[Encoding], outputs: Sequence[Tensor]
+    ) -> list[Answer]:
+        """Late chunking: of each chunk the mean of its tokens' rows, which have seen the whole text or, where it is
+        long, all of a window (Günther et al. 2024, arXiv 2409.04701).
+        """
+        assert example.chunks is not None
+        prompt, text = len(example.prompts[0]), len(example.text)
+        rows, spans, members = example.chunks.rows(encodings, prompt, text, self.spec, example.where)
+        hidden, found = torch.cat([out[own] for out, own in zip(outputs, rows, strict=True)]), list[Answer]()
+        name = "embeddings" if example.form.several else "embedding"
+        for (start, end), own in zip(spans, members, strict=True):
+            mean = hidden[own].mean(0)
+            vector = example.form.cut(F.normalize(mean, dim=0) if self.spec.normalize else mean)
+            found.append({"start": start, "end": end, name: example.form.encoded(vector, self.spec)})
+        return found
 
     def check_width(self, example: EmbeddingExample, hidden: int) -> None:
         example.form.check(hidden, self.spec, example.where)

@@ -161,7 +161,8 @@ class Encoding:
     ``offsets`` are character spans in the text that each token came from, ``parts`` says which text that was
     (0 first, 1 pair, -1 special token), ``words`` the word index for pre-split input (-1 special token, or a word that
     another window answers for). ``cut`` is how many tokens of the text were left out, to fit the maximum length.
-    A window of a text that is no first one ``continues`` the sequence before it; ``own`` tokens belong to it.
+    A window of a text that is no first one ``continues`` the sequence before it; ``own`` tokens belong to it. With
+    ``rows`` its output is all of its rows [len, H], rather than what its delta's head makes of them.
     """
 
     ids: tuple[int, ...]
@@ -172,6 +173,7 @@ class Encoding:
     cut: int = 0
     continues: bool = False
     own: int = 0
+    rows: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,8 +1,9 @@
-"""How a call wants vectors: cut to fewer dimensions, of unit length, as numbers, base64, bytes or bits."""
+"""How a call wants vectors: of parts of a text, cut to fewer dimensions, as numbers, base64, bytes or bits."""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,14 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertology_serve.errors import DataError, Unsupported
+from bertology_serve.errors import DataError, LimitError, Unsupported
+from bertology_serve.tasks.encoding import own_rows
 from bertology_serve.tasks.fields import Record, kind_of, read_integer, read_list
-from bertology_serve.tasks.spec import TaskSpec
+from bertology_serve.tasks.spec import Encoding, TaskSpec
 
 FLOAT, BASE64 = "float", "base64"
 FORMATS = (FLOAT, BASE64, "int8", "uint8", "binary", "ubinary")
 VECTOR_FIELDS = ("dimensions", "normalize", "encoding_format")
-MOST_DIMENSIONS = 100_000
+MOST_DIMENSIONS, MOST_TOKENS, MOST_CHUNKS = 100_000, 1_000_000, 1024
 Encoded = list[float] | list[int] | str
 Vector = NDArray[np.float32]
 
@@ -84,6 +86,72 @@ class VectorForm:
 
 
 AS_GIVEN = VectorForm()
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The parts of a text that get a vector each: ``spans`` of characters, or as many tokens each as ``size``."""
+
+    spans: tuple[tuple[int, int], ...] = ()
+    size: int = 0
+
+    @classmethod
+    def read(cls, record: Record, where: str, spec: TaskSpec) -> Chunks | None:
+        """What a record asks for; None: one vector of the whole text. Raises DataError; Unsupported where a delta takes
+        no mean of its rows; LimitError for too many chunks.
+        """
+        pooling, spans, size = (record.get(name) for name in ("pooling", "chunks", "chunk_tokens"))
+        if pooling not in (None, "chunks", spec.pooling):
+            raise DataError(f"{where}: field 'pooling' is {kind_of(pooling)}; expected 'chunks', or nothing")
+        if pooling != "chunks":
+            if spans is not None or size is not None:
+                raise DataError(f"{where}: there are chunks; send 'pooling': 'chunks' with them")
+            return None
+        if spec.pooling != "mean":
+            raise Unsupported(f"{where}: this delta's pooling is {spec.pooling}; chunks need a mean of rows")
+        if (spans is None) == (size is None):
+            raise DataError(f"{where}: expected either 'chunks', [start, end] of each, or 'chunk_tokens', a number")
+        if spans is None:
+            return cls(size=read_integer(record, where, "chunk_tokens", 1, MOST_TOKENS))
+        listed = read_list(record, where, "chunks")
+        if len(listed) > MOST_CHUNKS:
+            raise LimitError(f"{where}: there are {len(listed)} chunks; at most {MOST_CHUNKS} are taken")
+        found = list[tuple[int, int]]()
+        for number, span in enumerate(listed or [None]):
+            if not isinstance(span, list | tuple) or len(span) != 2 or any(type(end) is not int for end in span):
+                raise DataError(f"{where}: chunks[{number}] is {kind_of(span)}; expected [start, end] in characters")
+            found.append((span[0], span[1]))
+        return cls(tuple(found))
+
+    def rows(
+        self, encodings: Sequence[Encoding], prompt: int, characters: int, spec: TaskSpec, where: str
+    ) -> tuple[list[list[int]], list[tuple[int, int]], list[NDArray[np.int64]]]:
+        """The rows of each window that belong to it; the span of each chunk, and its places among all those rows.
+
+        The text stands behind ``prompt`` characters, none of whose tokens is any chunk's; a token is that chunk's in
+        which it begins. Raises DataError for a chunk outside the text or without a token that is read, LimitError for
+        too many.
+        """
+        rows = own_rows(encodings, spec.stride)
+        offsets = [one.offsets[row] for one, own in zip(encodings, rows, strict=True) for row in own]
+        starts, ends = (np.array([span[side] for span in offsets], np.int64) - prompt for side in (0, 1))
+        [places] = np.nonzero((starts >= 0) & (ends > starts))
+        if self.size:
+            parts = [places[at : at + self.size] for at in range(0, len(places), self.size)]
+            if len(parts) > MOST_CHUNKS:
+                raise LimitError(
+                    f"{where}: there are {len(parts)} chunks; at most {MOST_CHUNKS} are given, ask for larger"
+                )
+            return rows, [(int(starts[part[0]]), int(ends[part].max())) for part in parts], parts
+        members = []
+        for number, (start, end) in enumerate(self.spans):
+            this = f"{where}: chunks[{number}] is [{start}, {end}]"
+            if not 0 <= start < end <= characters:
+                raise DataError(f"{this}; expected a part of the text's {characters} characters")
+            members.append(places[(starts[places] >= start) & (starts[places] < end)])
+            if not len(members[-1]):
+                raise DataError(f"{this}, in which no token begins that is read; leave it out")
+        return rows, list(self.spans), members
 
 
 def _encoded(vector: Vector, scaled: Vector, form: str, spec: TaskSpec) -> Encoded:

@@ -145,3 +145,22 @@ def test_several_encodings_of_a_pair(pipeline):
     assert answer["embeddings"].keys() == answer["embedding_pair"].keys() == {"int8", "float"}
     cosine = np.dot(answer["embeddings"]["float"], answer["embedding_pair"]["float"])
     assert answer["similarity"] == pytest.approx(cosine, abs=1e-6)
+
+
+def test_chunks_over_the_wire_whole_and_in_parts(encoder, pipeline, server):
+    asked = {"delta": "search", "text": TEXT, "pooling": "chunks", "chunks": [[0, 7], [8, len(TEXT)]]}
+    found = server.post("/predict", asked).json()["chunks"]
+    for one, other in zip(found, pipeline(asked, delta="search").answer["chunks"], strict=True):
+        assert (one["start"], one["end"]) == (other["start"], other["end"])
+        assert one["embedding"] == pytest.approx(other["embedding"], abs=1e-6)
+    inputs = {name: value for name, value in asked.items() if name != "delta"}
+    assert server.post("/models/search", {"inputs": inputs}).json()["chunks"] == found
+    assert server.post("/predict", asked | {"chunks": [[0, 99]]}).status_code == 400
+    task = TaskSpec("embedding", head="none", pooling="mean", max_length=14, stride=4, long="windows")
+    windowed = Pipeline(encoder, [tiny.delta(encoder, "search", [Lora(rank=2)], task, 1)])
+    long = {"delta": "search", "text": TEXT * 30, "pooling": "chunks", "chunk_tokens": 7}
+    alone = windowed(long, delta="search").answer["chunks"]
+    with running(windowed, max_batch_tokens=32) as parted:
+        found = parted.post("/predict", long).json()["chunks"]
+    assert [one["end"] for one in found] == [one["end"] for one in alone]
+    assert found[-1]["embedding"] == pytest.approx(alone[-1]["embedding"], abs=1e-5)

@@ -69,6 +69,14 @@ def test_what_is_not_read_is_not_let_through(pipeline):
         pipeline({"text": text, "redact": True}, delta="mood")
 
 
+def test_of_several_deltas_those_redact_that_find_spans(pipeline):
+    item = {"text": "Ada met bob@x.org", "deltas": ["mood", "names"], "redact": "keep", "patterns": True}
+    call = read_call(json.dumps(item).encode())
+    found = json.loads(write_answers(call, pipeline.answer(call.requests)))["deltas"]
+    assert found["names"]["redacted"] == "Ada met [EMAIL]"
+    assert "redacted" not in found["mood"]
+
+
 def test_a_server_redacts_long_texts_in_parts(pipeline):
     text = "\U0001f600 Ada went to Paris . " * 30
     alone = pipeline({"text": text, **ASKED}, delta="names").as_dict()

@@ -252,8 +252,8 @@ def _ends(span: JsonMapping) -> JsonObject:
 
 
 def embedding(prediction: Prediction, options: Options) -> Any:
-    """The vector, as the call's fields have it."""
-    return prediction.answer["embedding"]
+    """The vector, as the call's fields have it; by name where an item asks for several, or for chunks."""
+    return prediction.answer.get("embedding", prediction.answer)
 
 
 def own(prediction: Prediction, options: Options) -> JsonObject:

@@ -40,6 +40,9 @@ class ItemBody(Struct, omit_defaults=True):
     dimensions: Annotated[int | None, Meta(description="An embedding's first ones alone, scaled anew.")] = None
     encoding_format: Format = "float"
     embedding_types: Annotated[list[Format] | None, Meta(description="Several formats, answered by name.")] = None
+    pooling: Annotated[str | None, Meta(description="chunks: a vector of each part of the text.")] = None
+    chunks: Annotated[list[list[int]] | None, Meta(description="Start and end of each part, in characters.")] = None
+    chunk_tokens: Annotated[int | None, Meta(description="Tokens of each part, where there are no chunks.")] = None
 
 
 class SeveralBody(Struct, omit_defaults=True):
@@ -368,7 +371,8 @@ class OpenAIProblem(Struct):
 
 
 BODIES = (
-    ItemBody, Answer, SeveralBody, SeveralAnswers, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest, InferResponse,
+    ItemBody, Answer, SeveralBody, SeveralAnswers, TaskBody, Model,
+    ServerMetadata, ModelMetadata, InferRequest, InferResponse,
     TeiBody, TeiClass, TeiSimilarityBody, TeiRerankBody, TeiTokenizeBody, TeiDecodeBody,
     RerankBody, Ranks, ScoreBody, Scores, ClassifyBody, Classes, PredictBody, Predictions,
     EmbeddingsBody, Embeddings, EmbedBody, TypedEmbeddings, IndexRequest, LoadRequest, Version, Problem, OpenAIProblem,
