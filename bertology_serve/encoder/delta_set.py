@@ -181,10 +181,11 @@ class Ledger:
 
 class Backbone(Protocol):
     """What is known of the encoder wherever it runs. ``lock`` is held while a batch does; ``packing`` is "packed" or
-    "padded", and why.
+    "padded", and why; ``prompts`` are those of a sentence encoder.
     """
 
     name: str
+    prompts: tuple[tuple[str, str], ...]
     ref: BaseRef
     tokenizer: PreTrainedTokenizerBase
     lock: RLock
@@ -236,7 +237,7 @@ class DeltaSet(ABC):
         self._beside: dict[tuple[str, str], LoadedDelta] = {}
         self.ledger = Ledger()
         self._keys = itertools.count(1)
-        base = bare(BASE, encoder.ref, min(256, encoder.max_tokens))
+        base = bare(BASE, encoder.ref, min(256, encoder.max_tokens), encoder.prompts)
         self.base = self._ready[BASE] = LoadedDelta(base, task_for(base.task), Head(()), BARE)
 
     @property

@@ -24,7 +24,7 @@ from bertology_serve.tasks.encoding import encode_long
 from bertology_serve.tasks.fields import Record, check_text, kind_of, optional_text, read_list, read_score, read_text
 from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import EMBEDDING, Encoding
-from bertology_serve.tasks.vectors import AS_GIVEN, Chunks, VectorForm
+from bertology_serve.tasks.vectors import AS_GIVEN, Chunks, ChunkTokens, VectorForm
 
 QUERY, DOCUMENT = "query", "document"
 # What callers say that a text is: Cohere's, Voyage's, Jina's and sentence-transformers' words
@@ -147,7 +147,7 @@ class Embedding(Task[EmbeddingExample, Target]):
         own, theirs = example.prompts
         if example.chunks is not None:
             found = [replace(one, rows=True) for one in encode_long(tokenizer, own + first, None, self.spec, True)]
-            example.chunks.rows(found, len(own), len(first), self.spec, example.where)
+            self._tokens(example, found)
             return found
         texts = (own + first, *(theirs + text for text in others))
         return [one for text in texts for one in encode_long(tokenizer, text, None, self.spec)]
@@ -191,16 +191,19 @@ class Embedding(Task[EmbeddingExample, Target]):
         """Late chunking: of each chunk the mean of its tokens' rows, which have seen the whole text or, where it is
         long, all of a window (Günther et al. 2024, arXiv 2409.04701).
         """
+        found = self._tokens(example, encodings)
+        means, form = found.means(outputs), example.form
+        vectors = form.cut(F.normalize(means) if self.spec.normalize else means)
+        name = "embeddings" if form.several else "embedding"
+        return [
+            {"start": start, "end": end, name: form.encoded(vector, self.spec)}
+            for (start, end), vector in zip(found.spans, vectors, strict=True)
+        ]
+
+    def _tokens(self, example: EmbeddingExample, encodings: Sequence[Encoding]) -> ChunkTokens:
         assert example.chunks is not None
-        prompt, text = len(example.prompts[0]), len(example.text)
-        rows, spans, members = example.chunks.rows(encodings, prompt, text, self.spec, example.where)
-        hidden, found = torch.cat([out[own] for out, own in zip(outputs, rows, strict=True)]), list[Answer]()
-        name = "embeddings" if example.form.several else "embedding"
-        for (start, end), own in zip(spans, members, strict=True):
-            mean = hidden[own].mean(0)
-            vector = example.form.cut(F.normalize(mean, dim=0) if self.spec.normalize else mean)
-            found.append({"start": start, "end": end, name: example.form.encoded(vector, self.spec)})
-        return found
+        prompt, characters = len(example.prompts[0]), len(example.text)
+        return example.chunks.tokens(encodings, prompt, characters, self.spec, example.where)
 
     def check_width(self, example: EmbeddingExample, hidden: int) -> None:
         example.form.check(hidden, self.spec, example.where)

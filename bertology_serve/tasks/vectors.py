@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +24,7 @@ VECTOR_FIELDS = ("dimensions", "normalize", "encoding_format")
 MOST_DIMENSIONS, MOST_TOKENS, MOST_CHUNKS = 100_000, 1_000_000, 1024
 Encoded = list[float] | list[int] | str
 Vector = NDArray[np.float32]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,14 @@ class VectorForm:
             raise DataError(f"{where}: option 'dimensions' is {self.dimensions}; the embedding has {width}")
 
     def cut(self, vector: Tensor) -> Tensor:
-        """The first dimensions of a vector [H] -> [D]."""
-        return vector[: self.dimensions]
+        """The first dimensions of a vector [..., H] -> [..., D]."""
+        return vector[..., : self.dimensions]
 
     def encoded(self, vector: Tensor, spec: TaskSpec) -> Encoded | dict[str, Encoded]:
         """A vector [D] that was cut, as the call wants it."""
         unit = spec.normalize if self.normalize is None else self.normalize
-        scaled = F.normalize(vector, dim=0) if unit else vector
+        has_it = spec.normalize and self.dimensions is None
+        scaled = F.normalize(vector, dim=0) if unit and not has_it else vector
         found = {one: _encoded(vector.numpy(), scaled.numpy(), one, spec) for one in self.formats}
         return found if self.several else found[self.formats[0]]
 
@@ -123,35 +127,57 @@ class Chunks:
             found.append((span[0], span[1]))
         return cls(tuple(found))
 
-    def rows(
+    def tokens(
         self, encodings: Sequence[Encoding], prompt: int, characters: int, spec: TaskSpec, where: str
-    ) -> tuple[list[list[int]], list[tuple[int, int]], list[NDArray[np.int64]]]:
-        """The rows of each window that belong to it; the span of each chunk, and its places among all those rows.
+    ) -> ChunkTokens:
+        """Where each chunk's tokens are. The text stands behind ``prompt`` characters, none of whose tokens is any
+        chunk's; a token is that chunk's in which it begins.
 
-        The text stands behind ``prompt`` characters, none of whose tokens is any chunk's; a token is that chunk's in
-        which it begins. Raises DataError for a chunk outside the text or without a token that is read, LimitError for
-        too many.
+        Raises DataError for a chunk outside the text or without a token that is read, LimitError for too many.
         """
         rows = own_rows(encodings, spec.stride)
         offsets = [one.offsets[row] for one, own in zip(encodings, rows, strict=True) for row in own]
         starts, ends = (np.array([span[side] for span in offsets], np.int64) - prompt for side in (0, 1))
         [places] = np.nonzero((starts >= 0) & (ends > starts))
+        starts, ends = np.maximum.accumulate(starts[places]), np.maximum.accumulate(ends[places])
         if self.size:
-            parts = [places[at : at + self.size] for at in range(0, len(places), self.size)]
-            if len(parts) > MOST_CHUNKS:
+            first = np.arange(0, len(places), self.size)
+            last = np.minimum(first + self.size, len(places))
+            spans = list(zip(starts[first].tolist(), ends[last - 1].tolist(), strict=True))
+            if len(spans) > MOST_CHUNKS:
                 raise LimitError(
-                    f"{where}: there are {len(parts)} chunks; at most {MOST_CHUNKS} are given, ask for larger"
+                    f"{where}: there are {len(spans)} chunks; at most {MOST_CHUNKS} are given, ask for larger"
                 )
-            return rows, [(int(starts[part[0]]), int(ends[part].max())) for part in parts], parts
-        members = []
+            return ChunkTokens(rows, places, spans, first, last)
+        first, last = (np.searchsorted(starts, [span[side] for span in self.spans]) for side in (0, 1))
         for number, (start, end) in enumerate(self.spans):
             this = f"{where}: chunks[{number}] is [{start}, {end}]"
             if not 0 <= start < end <= characters:
                 raise DataError(f"{this}; expected a part of the text's {characters} characters")
-            members.append(places[(starts[places] >= start) & (starts[places] < end)])
-            if not len(members[-1]):
+            if first[number] == last[number]:
                 raise DataError(f"{this}, in which no token begins that is read; leave it out")
-        return rows, list(self.spans), members
+        return ChunkTokens(rows, places, list(self.spans), first, last)
+
+
+class ChunkTokens(NamedTuple):
+    """``rows`` of each window that belong to it; ``places`` among all those that are the text's; ``spans`` of the
+    chunks in characters, and which of the places are each one's, from ``first`` to before ``last``.
+    """
+
+    rows: list[list[int]]
+    places: Ints
+    spans: list[tuple[int, int]]
+    first: Ints
+    last: Ints
+
+    def means(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The mean row of each chunk, float32 [N, H], from the rows of each window; the work does not grow with chunks
+        that overlap.
+        """
+        hidden = torch.cat([out[own] for out, own in zip(outputs, self.rows, strict=True)])[self.places]
+        sums = F.pad(hidden.double().cumsum(0), (0, 0, 1, 0))
+        counts = torch.from_numpy(self.last - self.first)
+        return ((sums[self.last] - sums[self.first]) / counts[:, None]).float()
 
 
 def _encoded(vector: Vector, scaled: Vector, form: str, spec: TaskSpec) -> Encoded:

@@ -135,6 +135,19 @@ def test_the_library_itself_gives_the_same(tmp_path: Path, mode: str, normalize:
     assert (vector(encoder, delta) - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
 
 
+def test_the_base_has_the_prompts_of_its_checkpoint(tmp_path: Path) -> None:
+    tiny.save("bert", tmp_path / "base")
+    told = {"prompts": {"query": "the question ? ", "passage": "the text . "}, "default_prompt_name": None}
+    (tmp_path / "base" / "config_sentence_transformers.json").write_text(json.dumps(told))
+    pipeline = Pipeline(Encoder.load(tmp_path / "base"))
+    expected = pipeline("the text . a dog").answer["embedding"]
+    for fields in ({"input_type": "document"}, {"prompt_name": "passage"}):
+        assert pipeline({"text": "a dog", **fields}).answer["embedding"] == pytest.approx(expected, abs=1e-6)
+    (tmp_path / "base" / "config_sentence_transformers.json").write_text('{"prompts": [1]}')
+    with pytest.raises(FormatError, match="'prompts' holds no texts by name"):
+        Encoder.load(tmp_path / "base")
+
+
 def test_prompts_are_read_and_chosen_as_there(tmp_path: Path) -> None:
     """The prompt's tokens are pooled with the text's, as where sentence-transformers includes them."""
     encoder = tiny.encoder("bert", tmp_path / "base")
