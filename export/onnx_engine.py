@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +18,12 @@ from torch import Tensor
 from bertology_serve.deltas.delta import BaseRef, Delta, bare
 from bertology_serve.deltas.format import LATER
 from bertology_serve.encoder.bank import BankEntry, DeltaBank
-from bertology_serve.encoder.batch import PackedBatch
+from bertology_serve.encoder.batch import Fork, PackedBatch
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.loading import load_tokenizer
 from bertology_serve.errors import BertologyError, FormatError, NotFound, Unsupported
 from bertology_serve.export.emitter.delta_inputs import Arrays, Feed, texts
-from bertology_serve.export.emitter.emit import emit_hidden, obstacle
+from bertology_serve.export.emitter.emit import BELOW, emit_hidden, obstacle
 from bertology_serve.export.export_directory import TASK_OPTIONS, save
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import MODEL, MultiPrecision, Precision, fastest_on_cpu
@@ -34,23 +36,44 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+log = logging.getLogger(__name__)
+MOST_FORKS = 2
+"""Layers that graphs are kept for which end, and begin, there: together they hold the weights once more."""
+
+
 class OnnxEngine:
     """``run`` gives the rows that ``Encoder.run`` gives, from the same batches and the same bank.
 
     The graph is made once, of the encoder alone; deltas are its inputs and come and go in the bank. It holds a copy of
     the encoder's weights of its own. Batches with deltas that the graph has no place for, factors on what several
     linears read, are run by torch. Raises Unsupported for an encoder that it cannot take, or without ONNX Runtime.
+
+    For batches whose sequences fork, two graphs are made, of the layers below and above: on a thread, when the first
+    comes (until then each sequence runs on its own rows), and for ``MOST_FORKS`` layers at most.
     """
 
     def __init__(self, encoder: Encoder, precision: MultiPrecision = "fp32", opset: int | None = None) -> None:
         self.encoder, self.export_inputs, self.precision = encoder, bare_inputs(encoder, precision), precision
-        self._packs = encoder.prepacked
+        self._packs, self._opset = encoder.prepacked, opset or fastest_on_cpu(precision)
         self._feed, self._hidden = Feed(encoder.anatomy), encoder.anatomy.hidden
+        self._session = self._made(0, encoder.depth)
+        self._forks: dict[int, tuple[Session, Session]] = {}
+        self._asked: set[int] = set()
+
+    def _made(self, first: int, end: int) -> Session:
+        """The graph of some layers."""
         with tempfile.TemporaryDirectory(prefix="bertology-serve-") as directory:
             path = Path(directory) / "model.onnx"
             # weights in a file of their own are mapped into memory: what is never read, most of the words, takes none
-            save(emit_hidden(self.export_inputs, opset or fastest_on_cpu(precision), precision), path, external_over=0)
-            self._session = Session(path)
+            graph = emit_hidden(self.export_inputs, self._opset, self.precision, first, end)
+            save(graph, path, external_over=0)
+            return Session(path)
+
+    def prepare_fork(self, layer: int) -> None:
+        """Makes the graphs for sequences that fork before a layer, unless they are there. Takes seconds."""
+        self._asked.add(layer)
+        if layer not in self._forks:
+            self._forks[layer] = self._made(0, layer), self._made(layer, self.encoder.depth)
 
     @property
     def name(self) -> str:
@@ -62,24 +85,62 @@ class OnnxEngine:
         return self._feed.takes([entry])
 
     def run(self, batch: PackedBatch, pools: DeltaBank) -> Tensor:
-        """The hidden states [T, H], float32, of every row of a packed batch; sequences of like length run together."""
-        if not self._feed.takes(batch.entries):
+        """The hidden states [T, H], float32, of every row of a packed batch (with forks: of ``batch.last``); sequences
+        of like length run together.
+        """
+        if not self._feed.takes(batch.last.entries):
             self.encoder.prepack(self._packs)
             return self.encoder.run(batch, pools)
-        stacks, groups = self._feed.stacks(pools), buckets(batch.lengths, self._hidden)
-        if len(groups) == 1:
-            return torch.from_numpy(self._rows(batch, groups[0], stacks))
+        stacks = self._feed.stacks(pools)
+        stages = [batch, *(fork.batch for fork in batch.forks)]
+        for number in self._most_first(batch.forks, stages):
+            fork = batch.forks[number]
+            if fork.layer in self._forks:
+                lower, upper = self._forks[fork.layer]
+                rows = fork.rows
+                for later in batch.forks[number + 1 :]:
+                    rows = rows[later.rows]
+                below = self._rows(stages[number], lower, stacks)[rows]
+                return self._rows(batch.last, upper, stacks, below.numpy())
+            self._ask(fork.layer)
+        return self._rows(batch.last, self._session, stacks)
+
+    @staticmethod
+    def _most_first(forks: Sequence[Fork], stages: Sequence[PackedBatch]) -> list[int]:
+        """The numbers of forks, first those that spare most rows."""
+        spared = [(stages[-1].rows - stages[i].rows) * fork.layer for i, fork in enumerate(forks)]
+        return sorted(range(len(forks)), key=lambda i: -spared[i])
+
+    def _ask(self, layer: int) -> None:
+        """Has the graphs for a fork made, where there is room for them."""
+        if layer in self._asked or len(self._asked) >= MOST_FORKS:
+            return
+        self._asked.add(layer)
+
+        def prepare() -> None:
+            try:
+                self.prepare_fork(layer)
+            except Exception:  # batches run without them
+                log.exception("no graphs for sequences that fork before layer %d", layer)
+
+        threading.Thread(target=prepare, name="onnx-forks", daemon=True).start()
+
+    def _rows(
+        self, batch: PackedBatch, session: Session, stacks: Arrays, below: NDArray[np.float32] | None = None
+    ) -> Tensor:
+        """The rows [T, H] that a graph makes of a batch; ``below`` [T, H] is what one of upper layers begins with."""
+        groups = buckets(batch.lengths, self._hidden)
         hidden = torch.empty(batch.rows, self._hidden)
         for group in groups:
-            at = np.concatenate([np.arange(batch.starts[i], batch.starts[i] + batch.lengths[i]) for i in group])
-            hidden.index_copy_(0, torch.from_numpy(at), torch.from_numpy(self._rows(batch, group, stacks)))
+            starts, lengths = np.array(batch.starts)[group], np.array(batch.lengths)[group]
+            at = np.repeat(starts - (lengths.cumsum() - lengths), lengths) + np.arange(lengths.sum())
+            feeds = stacks | self._feed.tables([batch.entries[i] for i in group])
+            feeds |= texts(batch, group, self.export_inputs.inputs)
+            found = torch.from_numpy(session.run(feeds if below is None else feeds | {BELOW: below[at]}))
+            if len(groups) == 1:
+                return found[: len(at)]
+            hidden.index_copy_(0, torch.from_numpy(at), found[: len(at)])
         return hidden
-
-    def _rows(self, batch: PackedBatch, group: list[int], stacks: Arrays) -> NDArray[np.float32]:
-        """The rows of some sequences, one after the other."""
-        tables = self._feed.tables([batch.entries[i] for i in group])
-        out = self._session.run(stacks | tables | texts(batch, group, self.export_inputs.inputs))
-        return out[: sum(batch.lengths[i] for i in group)]
 
 
 def bare_inputs(encoder: Encoder, precision: Precision, instead: str = "take --engine torch") -> ExportInputs:

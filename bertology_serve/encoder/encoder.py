@@ -339,10 +339,12 @@ class Encoder:
             return tuple(fork.copied(one) if at == 0 else one for at, one in enumerate(inputs)), named | own
 
         def turn(forks: Sequence[Fork], _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            rotated = named.get("position_embeddings")
-            for fork in forks if rotated is not None else ():
-                rotated = tuple(fork.copied(one) for one in rotated)
-            return inputs, named if rotated is None else named | {"position_embeddings": rotated}
+            if "position_embeddings" not in named:
+                return inputs, named
+            cosine, sine = named["position_embeddings"]  # the model made them once, for the first batch
+            for fork in forks:
+                cosine, sine = fork.copied(cosine), fork.copied(sine)
+            return inputs, named | {"position_embeddings": (cosine, sine)}
 
         with ExitStack() as stack:
             for number, path in enumerate(self.anatomy.layer_paths):

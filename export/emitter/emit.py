@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import onnx_ir
+from onnx_ir import DataType
 
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.emitter.attention_nodes import Attention
@@ -116,17 +117,21 @@ def emit(
     return nodes.model(inputs, *(Output(name, answers[name], shape) for name, shape in export_inputs.outputs.items()))
 
 
-HIDDEN = "hidden"
+HIDDEN, BELOW = "hidden", "below"
 LOGITS, TOKEN_LOGITS, EMBEDDING = "logits", "token_logits", "embedding"
 
 
-def emit_hidden(export_inputs: ExportInputs, opset: int, precision: Precision = "fp32") -> onnx_ir.Model:
+def emit_hidden(
+    export_inputs: ExportInputs, opset: int, precision: Precision = "fp32", first: int = 0, end: int | None = None
+) -> onnx_ir.Model:
     """The graph for many deltas; its only output is ``hidden`` [T, H], the rows sequence after sequence.
 
-    A sequence's rows are its text and its delta's prompt; what follows the last sequence means nothing.
+    A sequence's rows are its text and its delta's prompt; what follows the last sequence means nothing. It runs the
+    layers from ``first`` up to ``end``, all by default; from a later one on it takes ``below`` [T, H], the rows that
+    the layers before put out.
     """
     nodes = Nodes(opset)
-    inputs, _, hidden = _mixed(nodes, export_inputs, precision)
+    inputs, _, hidden = _mixed(nodes, export_inputs, precision, first, end)
     return nodes.model(inputs, Output(HIDDEN, hidden, ("rows", export_inputs.anatomy.hidden)))
 
 
@@ -154,13 +159,19 @@ def _texts(nodes: Nodes, export_inputs: ExportInputs) -> tuple[list[Value], Text
     return inputs, gather(inputs[0], inputs[1], inputs[2] if len(inputs) > 2 else None)
 
 
-def _mixed(nodes: Nodes, export_inputs: ExportInputs, precision: Precision) -> tuple[list[Value], MixedRows, Value]:
-    """The inputs, the rows of a batch of many deltas, and their last hidden states [T, H]."""
+def _mixed(
+    nodes: Nodes, export_inputs: ExportInputs, precision: Precision, first: int = 0, end: int | None = None
+) -> tuple[list[Value], MixedRows, Value]:
+    """The inputs, the rows of a batch of many deltas, and their hidden states [T, H] after the layers."""
     texts, text = _texts(nodes, export_inputs)
     delta, tables = nodes.input(INDEX, ("batch",)), Tables(nodes, export_inputs.anatomy)
     rows = MixedRows(text, PromptLayout.of_each(tables, delta, export_inputs.anatomy.position_offset), delta)
-    hidden = encode(Modules(export_inputs, ManyDeltas(tables, rows), precision), rows)
-    return [*texts, delta, *tables.inputs.values()], rows, hidden
+    modules, inputs = Modules(export_inputs, ManyDeltas(tables, rows), precision), [*texts, delta]
+    x = None
+    if first:
+        below = nodes.input(BELOW, ("below", export_inputs.anatomy.hidden), DataType.FLOAT)
+        inputs, x = [*inputs, below], rows.filled(below)
+    return [*inputs, *tables.inputs.values()], rows, encode(modules, rows, x, first, end)
 
 
 PROJECTION, CONV, CONV_NORM = "embedding_projection", "conv", "conv_norm"
@@ -168,15 +179,19 @@ WORDS = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight"
 POSITIONS, TYPES = "embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"
 
 
-def encode(modules: Modules, rows: Rows) -> Value:
-    """The last hidden states [T, H]: embeddings, then layers with the norm behind each block or before it."""
-    attend, layer_of = Attention(modules, rows), pre_norm if modules.anatomy.pre_norm else post_norm
-    embedded = x = embed(modules, rows)
-    for layer in range(modules.anatomy.layers):
+def encode(modules: Modules, rows: Rows, x: Value | None = None, first: int = 0, end: int | None = None) -> Value:
+    """The last hidden states [T, H]: embeddings, then layers with the norm behind each block or before it.
+
+    With ``x`` the rows that enter layer ``first``; before layer ``end`` it stops.
+    """
+    depth, layer_of = modules.anatomy.layers, pre_norm if modules.anatomy.pre_norm else post_norm
+    attend, last = Attention(modules, rows), depth if end is None else end
+    embedded = x = embed(modules, rows) if x is None else x
+    for layer in range(first, last):
         x = layer_of(modules, attend, layer, x)
         if layer == 0 and modules.has(CONV):
             x = convolve(modules, rows, embedded, x)
-    return modules.norm(FINAL_NORM, 0, x) if modules.has(FINAL_NORM) else x
+    return modules.norm(FINAL_NORM, 0, x) if last == depth and modules.has(FINAL_NORM) else x
 
 
 def embed(modules: Modules, rows: Rows) -> Value:

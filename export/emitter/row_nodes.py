@@ -257,6 +257,11 @@ class MixedRows(Packed):
         found, (each, tiles) = super()._kept, self._tiles
         return found.gather(self.nodes("Min", counted(self.nodes, each * tiles), found.size(0) - 1))
 
+    def filled(self, rows: Value) -> Value:
+        """Rows of all sequences [n, H] -> [T, H], filled up as the batch's are."""
+        each, tiles = self._tiles
+        return rows.gather(self.nodes("Min", counted(self.nodes, each * tiles), rows.size(0) - 1))
+
 
 SMALLEST, LARGEST = 16, 128
 LAST = 2**62

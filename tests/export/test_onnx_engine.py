@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.encoder.test_mixed import DELTAS, FACTORS, logits, pipeline, record, requests
+from tests.encoder.test_sharing import TEXTS, ZOO, zoo
 from tests.export.cases import small
 
 
@@ -146,7 +148,7 @@ def pipeline_of(encoder: Encoder, whole: Encoder) -> Pipeline:
     """The parent's deltas on a pruned encoder."""
     made = Pipeline(encoder)
     for seed, (name, (specs, task)) in enumerate(DELTAS.items()):
-        if name != "base":
+        if name not in ("base", "bitfit-upper", "ia3-upper"):  # the parent has two layers
             made.add(tiny.delta(whole, name, specs, task, seed))
     return made
 
@@ -291,3 +293,47 @@ def test_an_export_is_one_whatever_its_layout(name, pair):
     """The file of the layout hf lies in a directory of its own, which is no second export."""
     assert exports(pair[1] / name) == [pair[1] / name]
     assert exports(pair[1]) == [pair[1] / name for name in sorted(NAMES)]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "modernbert", "mpnet"])
+@pytest.mark.parametrize("price", [0, 60])
+def test_forked_batches_agree_with_torch_before_and_after_their_graphs_are_there(family, price, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_engine.buckets, "__defaults__", (price,))
+    encoder = tiny.encoder(family, tmp_path)
+    made = Pipeline(encoder, zoo(encoder, tuple(name for name, (_, _, lowest) in ZOO.items() if lowest != 1)))
+    jobs = [made.prepare(Request(name, {"text": text})) for text in TEXTS for name in made.deltas]
+
+    def outputs() -> torch.Tensor:
+        with torch.inference_mode():
+            return torch.cat([out.flatten() for out in made._forward(jobs)])
+
+    expected, made.engine = outputs(), OnnxEngine(encoder)
+    made.engine._ask = lambda layer: None
+    torch.testing.assert_close(outputs(), expected, atol=1e-5, rtol=1e-5)
+    made.engine.prepare_fork(2)
+    _, upper = made.engine._forks[2]
+    torch.testing.assert_close(outputs(), expected, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(upper, "run", None)
+    with pytest.raises(TypeError):  # they are what runs
+        outputs()
+
+
+def test_the_graphs_of_a_fork_are_made_beside_and_of_few_layers(tmp_path, monkeypatch):
+    encoder = tiny.encoder("bert", tmp_path)
+    made = Pipeline(encoder, zoo(encoder, ("probe", "top")))
+    made.engine = engine = OnnxEngine(encoder)
+    made.ask_many(TEXTS[0], ("probe", "top"))
+    for thread in threading.enumerate():
+        if thread.name == "onnx-forks":
+            thread.join(60)
+    assert list(engine._forks) == [2]
+    engine._asked |= {0}
+    engine._ask(1)
+    assert engine._asked == {0, 2}
+    monkeypatch.setattr(engine, "_made", lambda *_: 1 / 0)
+    engine._asked -= {0}
+    engine._ask(1)
+    for thread in threading.enumerate():
+        if thread.name == "onnx-forks":
+            thread.join(60)
+    assert made.ask_many(TEXTS[0], ("probe", "top"))["top"].task == "classification"

@@ -371,9 +371,8 @@ class OpenAIProblem(Struct):
 
 
 BODIES = (
-    ItemBody, Answer, SeveralBody, SeveralAnswers, TaskBody, Model,
-    ServerMetadata, ModelMetadata, InferRequest, InferResponse,
-    TeiBody, TeiClass, TeiSimilarityBody, TeiRerankBody, TeiTokenizeBody, TeiDecodeBody,
+    ItemBody, Answer, SeveralBody, SeveralAnswers, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest,
+    InferResponse, TeiBody, TeiClass, TeiSimilarityBody, TeiRerankBody, TeiTokenizeBody, TeiDecodeBody,
     RerankBody, Ranks, ScoreBody, Scores, ClassifyBody, Classes, PredictBody, Predictions,
     EmbeddingsBody, Embeddings, EmbedBody, TypedEmbeddings, IndexRequest, LoadRequest, Version, Problem, OpenAIProblem,
 )  # fmt: skip
