@@ -97,7 +97,7 @@ class Redactor:
         except (ValueError, RecursionError) as problem:
             raise FormatError(f"{path} is not valid JSON: {problem}; write the file again") from None
         if not isinstance(values, dict) or not values.keys() <= {"key", "patterns"}:
-            raise FormatError(f"{path} holds {kind_of(values)}; expected an object with 'key', 'patterns', or both")
+            raise FormatError(f"{path} holds something else; expected an object with 'key', 'patterns', or both")
         key, patterns = values.get("key", ""), values.get("patterns", {})
         if not isinstance(key, str) or not isinstance(patterns, dict):
             raise FormatError(f"{path}: expected a text under 'key', expressions by name under 'patterns'")
@@ -173,9 +173,8 @@ class Redaction:
         for number, (start, end, _, _) in enumerate(found):
             owners[start:end] = [number if owner is None else owner for owner in owners[start:end]]
         writer, at, parts, redactions = _Writer(text, self.key, [label for _, _, label, _ in found]), 0, [], []
-        for owner, own in groupby(range(len(text)), key=owners.__getitem__):
-            size = sum(1 for _ in own)
-            start, at = at, at + size
+        for owner, own in groupby(owners):
+            start, at = at, at + sum(1 for _ in own)
             surface = text[start:at]
             if owner is None:
                 parts.append(surface)
