@@ -24,7 +24,7 @@ from bertology_serve.errors import BertologyError, NotFound, SpecError, Unsuppor
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import Head, aggregate
-from bertology_serve.tasks.redaction import Redaction, Redactor
+from bertology_serve.tasks.redaction import REDACTION_FIELDS, Redaction, Redactor
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
 
@@ -364,7 +364,8 @@ class DeltaSet(ABC):
         would be cut.
         """
         request, ready = job.request, job.ready
-        job.redaction = self.redactor.asked(request.record, request.where, ready.delta.task)
+        if not REDACTION_FIELDS.isdisjoint(request.record):
+            job.redaction = self.redactor.asked(request.record, request.where, ready.delta.task)
         job.example = ready.task.example(request.record, request.where, labelled=False)
         if ready.model is None:
             ready.task.check_width(job.example, self.encoder.hidden)

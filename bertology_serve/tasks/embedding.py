@@ -127,9 +127,9 @@ class Embedding(Task[EmbeddingExample, Target]):
         """What is read before the text of a record, and before its others. Raises DataError for an unknown prompt."""
         known, name, role = dict(self.spec.prompts), record.get("prompt_name"), record.get("input_type")
         if name is not None:
-            if name not in known:
+            if not isinstance(name, str) or name not in known:
                 raise DataError(f"{where}: field 'prompt_name' is {kind_of(name)}; this delta has {_names(known)}")
-            return known[str(name)], known[str(name)]
+            return known[name], known[name]
         if role is None:
             default = known.get("", "")
             return (
@@ -137,9 +137,9 @@ class Embedding(Task[EmbeddingExample, Target]):
                 if paired
                 else (default, default)
             )
-        if role not in ROLES and role not in known:
+        if not isinstance(role, str) or (role not in ROLES and role not in known):
             raise DataError(f"{where}: field 'input_type' is {kind_of(role)}; {nearest(str(role), {*ROLES, *known})}")
-        prompt = prompt_of(str(role), self.spec.prompts)
+        prompt = prompt_of(role, self.spec.prompts)
         return prompt, prompt
 
     def encode(self, example: EmbeddingExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:

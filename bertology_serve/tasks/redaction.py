@@ -24,6 +24,7 @@ from bertology_serve.tasks.spec import QUESTION_ANSWERING, TOKEN_CLASSIFICATION,
 from bertology_serve.tasks.token_classification import split_tag
 
 KEEP, MASK, HASH, REPLACE = POLICIES = ("keep", "mask", "hash", "replace")
+REDACTION_FIELDS = frozenset(("redact", "patterns", "offsets"))
 OTHERS = "*"  # the labels that a policy does not name
 OFFSETS = ("characters", "utf16")
 DIGITS = 12  # of a hash, hexadecimal

@@ -17,6 +17,7 @@ from bertology_serve.errors import DataError, Unsupported
 from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, shown
 from bertology_serve.tasks.embedding import PROMPT_FIELDS
+from bertology_serve.tasks.redaction import REDACTION_FIELDS
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -109,12 +110,12 @@ _KNOWN = {
     CLASSIFICATION: ("top_k", "function_to_apply"),
     MULTI_LABEL: ("top_k", "function_to_apply"),
     REGRESSION: (),
-    TOKEN_CLASSIFICATION: ("aggregation_strategy", "ignore_labels", "redact", "patterns", "offsets"),
+    TOKEN_CLASSIFICATION: ("aggregation_strategy", "ignore_labels", *sorted(REDACTION_FIELDS)),
     QUESTION_ANSWERING: ("top_k", "offsets"),
     MULTIPLE_CHOICE: (),
     EMBEDDING: (*VECTOR_FIELDS, "truncate", *PROMPT_FIELDS),
 }
-FIELDS = ("redact", "patterns", "offsets", *PROMPT_FIELDS, *VECTOR_FIELDS)
+FIELDS = (*REDACTION_FIELDS, *PROMPT_FIELDS, *VECTOR_FIELDS)
 # What counts as an option beside ``inputs`` too, where InferenceClient puts those of embeddings; other keys are ignored
 _OPTIONS = frozenset(sum(_KNOWN.values(), ())) | {
     "stride", "align_to_words", "doc_stride", "handle_impossible_answer", "max_answer_len", "max_question_len",
