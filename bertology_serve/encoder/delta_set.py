@@ -26,7 +26,7 @@ from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import Head, aggregate
 from bertology_serve.tasks.redaction import REDACTION_FIELDS, Redaction, Redactor
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import Encoding
+from bertology_serve.tasks.spec import EMBEDDING, Encoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -367,7 +367,7 @@ class DeltaSet(ABC):
         if not REDACTION_FIELDS.isdisjoint(request.record):
             job.redaction = self.redactor.asked(request.record, request.where, ready.delta.task)
         job.example = ready.task.example(request.record, request.where, labelled=False)
-        if ready.model is None:
+        if ready.task.kind == EMBEDDING and ready.model is None:
             ready.task.check_width(job.example, self.encoder.hidden)
         job.take(ready.task.encode(job.example, (ready.model or self.encoder).tokenizer))
         if ready.model is not None and any(encoding.rows for encoding in job.encodings):
