@@ -31,6 +31,7 @@ from bertology_serve.files import JsonObject
 from bertology_serve.kernels.segments import RowSegment
 from bertology_serve.tasks.heads import Layer
 from bertology_serve.tasks.spec import EMBEDDING as VECTORS
+from bertology_serve.tasks.spec import MULTI_VECTOR, SPARSE
 
 AGAIN = "export with --multi again"
 FILE, CARDS = "stacks.safetensors", "deltas"
@@ -111,6 +112,10 @@ def head_eps(encoder: Encoder) -> float | None:
 def _single(encoder: Encoder, delta: Delta) -> Library:
     if delta.weights:
         raise Unsupported(f"delta {delta.name!r} is a whole checkpoint and shares no encoder; export it by itself")
+    if delta.task.kind in (SPARSE, MULTI_VECTOR):
+        raise Unsupported(
+            f"delta {delta.name!r} does {delta.task.kind}, for which a graph for many has no head; export it alone"
+        )
     delta = encoder.fitted(delta)
     bank, feed = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device), Feed(encoder.anatomy)
     effects = encoder.allowed(delta.effects(encoder.anatomy))

@@ -28,10 +28,13 @@ from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
     MULTI_LABEL,
+    MULTI_VECTOR,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
+    SPARSE,
     TOKEN_CLASSIFICATION,
+    VECTOR_KINDS,
 )
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
 
 TASK_OPTIONS = (
     "head", "stride", "max_answer_length", "normalize", "token_types", "pairs", "thresholds", "abstain", "long",
-    "aggregate",
+    "aggregate", "width", "max_terms", "skip_punctuation",
 )  # fmt: skip
 """Fields of the task that say how texts are cut and answers read."""
 SEMANTICS = (
@@ -126,6 +129,11 @@ def _output(delta: Delta) -> str:
     if task.kind == EMBEDDING:
         unit = "of unit length" if task.normalize else "not normalised"
         return f"float32 [batch, sequence, hidden], zero at padding, and pooled [batch, hidden], {unit}"
+    if task.kind == SPARSE:
+        return f"float32 [batch, {task.width}], the weight of each word of the vocabulary, log(1 + max(0, score))"
+    if task.kind == MULTI_VECTOR:
+        unit = "of unit length" if task.normalize else "not normalised"
+        return f"float32 [batch, sequence, {task.width}], {unit}, zero at padding; punctuation has vectors too"
     if task.kind == MULTIPLE_CHOICE:
         return "float32 [batch, 1], one row a choice: the caller groups a question's rows and takes the largest"
     if task.kind == QUESTION_ANSWERING:
@@ -197,7 +205,8 @@ def write_directory(
 def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> JsonObject:
     """The encoder's configuration with the task's labels, class and, under ``bertology_serve``, the metadata."""
     values = {key: value for key, value in encoder.config.to_dict().items() if key not in _OF_THIS_MACHINE}
-    labels = delta.task.labels or tuple(f"LABEL_{i}" for i in range(delta.task.outputs))
+    count = 0 if delta.task.kind in VECTOR_KINDS else delta.task.outputs
+    labels = delta.task.labels or tuple(f"LABEL_{i}" for i in range(count))
     values |= {"bertology_serve": dict(facts), "dtype": "float16" if facts["precision"] == "fp16" else "float32"}
     if labels:
         values["id2label"] = {str(i): label for i, label in enumerate(labels)}

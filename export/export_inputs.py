@@ -21,15 +21,16 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.bank import BARE, DeltaBank
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.export.export_spec import ON_CPU, Precision
-from bertology_serve.export.session import END, LOGITS, POOLED, ROWS, START
+from bertology_serve.export.session import END, LOGITS, POOLED, ROWS, SPARSE_WEIGHTS, START, VECTORS
 from bertology_serve.families import family_named
 from bertology_serve.families.family import Family
 from bertology_serve.kinds.effects import Effects
 from bertology_serve.kinds.slots import BEHIND_NORMS, Anatomy, Slot
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.heads import Head
-from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, TaskSpec
+from bertology_serve.tasks.spec import EMBEDDING, MULTI_VECTOR, QUESTION_ANSWERING, SPARSE, TaskSpec
 
+WORDS = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -108,7 +109,13 @@ class ExportInputs:
             return dict.fromkeys((START, END), ("batch", "sequence"))
         if task.kind == EMBEDDING:
             return {ROWS: ("batch", "sequence", hidden), POOLED: ("batch", hidden)}
-        return {LOGITS: ("batch", "sequence", task.outputs) if task.per_token else ("batch", task.outputs)}
+        name = {SPARSE: SPARSE_WEIGHTS, MULTI_VECTOR: VECTORS}.get(task.kind, LOGITS)
+        return {name: ("batch", "sequence", task.outputs) if task.per_token else ("batch", task.outputs)}
+
+    @property
+    def words(self) -> str:
+        """The name of the word embeddings."""
+        return next(name for name in WORDS if name in self.state)
 
     @property
     def first_position(self) -> int:

@@ -18,7 +18,7 @@ from bertology_serve.export.export_directory import CLASSES, architectures
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.samples import Case
 from bertology_serve.families import compat
-from bertology_serve.tasks.spec import EMBEDDING, MULTIPLE_CHOICE, QUESTION_ANSWERING, Encoding
+from bertology_serve.tasks.spec import MULTIPLE_CHOICE, QUESTION_ANSWERING, Encoding
 
 
 def hf_model(kind: type[Any], config: Any, state: Mapping[str, Tensor], attention: str) -> Any:
@@ -114,7 +114,8 @@ class HfReference:
     def _answer(self, rows: Tensor) -> Tensor:
         """The rows [len, H] of one sequence's text -> what it is answered."""
         pooled = {"cls": lambda: rows[0], "mean": lambda: rows.mean(0), "max": lambda: rows.amax(0)}
-        out: Tensor = self._export_inputs.head(rows if self.task.per_token else pooled[self.task.pooling]()[None])
-        if self.task.kind == EMBEDDING and self.task.normalize:
+        own = rows if self.task.reads_rows else pooled[self.task.pooling]()[None]
+        out = self._export_inputs.head.read(own, [len(rows)], self.task)
+        if self.task.unit:
             out = F.normalize(out, dim=-1)
         return out if self.task.per_token else out[0]

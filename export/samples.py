@@ -19,7 +19,7 @@ from bertology_serve.encoder.batch import read
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.tasks.encoding import encode_text
-from bertology_serve.tasks.spec import EMBEDDING, Encoding
+from bertology_serve.tasks.spec import Encoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,14 +130,15 @@ class Reference:
 
     @torch.inference_mode()
     def outputs(self, encodings: Sequence[Encoding]) -> list[Tensor]:
-        """[C], for tasks that answer for every token [len, C], for embeddings [H] as the task normalises them."""
+        """[C], for tasks that answer for every token [len, C], for embeddings [H] as the task normalises them,
+        of sparse [V]."""
         encoder = self.encoder
         entries = [self._entry] * len(encodings)
         batch = encoder.pack(encodings, entries)
         hidden = encoder.run(batch, self._pipeline.bank)
         packed = sorted(range(batch.sequences), key=batch.order.__getitem__)
         out = read(hidden, batch, packed, self.task, self._head)
-        if self.task.kind == EMBEDDING and self.task.normalize:
+        if self.task.unit:
             out = F.normalize(out, dim=-1)
         parts = torch.split(out, [batch.text_lengths[i] for i in packed]) if self.task.per_token else out.unbind(0)
         return [part.cpu() for part in parts]

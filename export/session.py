@@ -15,13 +15,15 @@ from bertology_serve.errors import Unsupported, VerificationError
 from bertology_serve.export.export_spec import CPU
 
 LOGITS, START, END, ROWS, POOLED = "logits", "start_logits", "end_logits", "last_hidden_state", "sentence_embedding"
+SPARSE_WEIGHTS, VECTORS = "sparse_embedding", "token_embeddings"
 """Names of outputs in the files of single deltas."""
 
 
 def answer(outputs: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic]:
     """What a file answers, of its outputs by name, also of files that have but one, whatever they call it.
 
-    Logits [B, C] or [B, L, C]; of answers in texts [B, L, 2], start and end; of embeddings [B, H].
+    Logits [B, C] or [B, L, C]; of answers in texts [B, L, 2], start and end; of embeddings [B, H], sparse [B, V],
+    multi-vector [B, L, D].
     """
     if START in outputs:
         return np.stack([outputs[START], outputs[END]], -1)

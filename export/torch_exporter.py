@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bertology_serve.encoder.anatomy import attention_modules
+from bertology_serve.encoder.attention import repeated
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.emitter.row_nodes import PromptLayout
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.hf_model import hf_model
 from bertology_serve.families import compat
 from bertology_serve.kernels.segments import ACTIVATIONS
-from bertology_serve.kinds.slots import Slot
-from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING
+from bertology_serve.kinds.slots import KEY, Slot
+from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, SPARSE
 
 LOWEST = torch.finfo(torch.float32).min
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -60,6 +61,7 @@ class Graph(nn.Module):
         attention = compat.register("bertology_dense", _attend) if interface else "eager"
         self.model = hf_model(kind, export_inputs.config, export_inputs.state, attention)
         self.head = copy.deepcopy(export_inputs.head)
+        self.head.tie(self.model.get_input_embeddings().weight)
         heads = {id(parameter): name for name, _, parameter in self.head.named()}
         self.names = {
             path: export_inputs.named_in_head(heads[id(parameter)])
@@ -98,7 +100,8 @@ class Graph(nn.Module):
             self.model.get_submodule(path).register_forward_hook(_hook(updates[path], adapters[path]))
         prefix = {"keys": effects.prefix.keys, "values": effects.prefix.values} if effects.prefix else {}
         for layer in range(self.anatomy.layers):
-            heads, width = self.anatomy.heads_of(layer), self.anatomy.head_width
+            width = self.anatomy.head_width
+            heads = self.anatomy.slot(KEY).outputs_of(layer) // width
             for part, rows in prefix.items():
                 by_head = rows[layer, :, : heads * width].reshape(1, -1, heads, width).transpose(1, 2)
                 self._mine(f"prefix.{layer}.{part}", by_head)
@@ -145,12 +148,18 @@ class Graph(nn.Module):
             return rows.gather(1, home[..., None].expand(-1, -1, rows.shape[-1]))
 
         if self.task.per_token:
-            out = callers(self.head(self._text(hidden)))
+            out = callers(self._unit(self.head(self._text(hidden))))
             return out.unbind(-1) if self.task.kind == QUESTION_ANSWERING else (out,)
+        if self.task.kind == SPARSE:
+            scores = self.head(self._text(hidden)).masked_fill(~seen[..., None], LOWEST)
+            return (scores.amax(1).relu().log1p(),)
         out = self.head(self._pool(hidden, seen, count))
         if self.task.kind != EMBEDDING:
             return (out,)
-        return callers(self._text(hidden)), F.normalize(out, dim=-1) if self.task.normalize else out
+        return callers(self._text(hidden)), self._unit(out)
+
+    def _unit(self, rows: Tensor) -> Tensor:
+        return F.normalize(rows, dim=-1) if self.task.unit else rows
 
     def _encode(self, ids: Tensor, types: Tensor, seen: Tensor) -> Tensor:
         """The last hidden states [B, R, H]: prompt rows among the text's, padding behind."""
@@ -200,6 +209,7 @@ class Graph(nn.Module):
             key = torch.cat([keys.expand(query.shape[0], -1, -1, -1), key], 2)
             value = torch.cat([values.expand(query.shape[0], -1, -1, -1), value], 2)
             mask = F.pad(mask, (keys.shape[2], 0))
+        key, value = repeated(key, query.shape[1], 1), repeated(value, query.shape[1], 1)
         scores = (query * scale) @ key.transpose(-1, -2) + mask
         return (scores.softmax(-1) @ value).transpose(1, 2)
 

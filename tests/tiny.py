@@ -37,6 +37,8 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _SIZE = {"vocab_size": len(WORDS) + len(SPECIAL), "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 _FFN = {"intermediate_size": 48, "max_position_embeddings": 66}
 
+_OFFSET = _FFN | {"max_position_embeddings": 70}
+
 CONFIGS: dict[str, Any] = {
     "bert": lambda: BertConfig(**_SIZE, **_FFN),
     "roberta": lambda: RobertaConfig(**_SIZE, **_FFN | {"max_position_embeddings": 70}, pad_token_id=1),
@@ -73,16 +75,27 @@ OTHERS: dict[str, Any] = {
     for family, more in {
         "albert": {"embedding_size": 24}, "big_bird": {"attention_type": "original_full"}, "ernie": {},
         "gte": {"type_vocab_size": 2, "pad_token_id": 0}, "megatron-bert": {},
-        "nomic_bert": {"type_vocab_size": 2, "pad_token_id": 0}, "rembert": {"input_embedding_size": 24},
-        "roc_bert": {}, "roformer": {"embedding_size": 24},
+        "jina_embeddings_v3": {"pad_token_id": 0}, "nomic_bert": {"type_vocab_size": 2, "pad_token_id": 0},
+        "rembert": {"input_embedding_size": 24}, "roc_bert": {}, "roformer": {"embedding_size": 24},
     }.items()
     if family in CONFIG_MAPPING  # transformers gained some of them lately
+}  # fmt: skip
+# Families without a head of their own that is known here.
+HEADLESS: dict[str, Any] = {
+    family: functools.partial(AutoConfig.for_model, name, **_SIZE | {"pad_token_id": 0}, **_FFN, **more)
+    for family, (name, more) in {
+        "eurobert": ("eurobert", {"num_key_value_heads": 4, "bos_token_id": 2, "eos_token_id": 3}),
+        "eurobert-grouped": ("eurobert", {"num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3}),
+        "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 2, "eos_token_id": 3}),
+    }.items()
 }  # fmt: skip
 
 
 def tokenizer(family: str = "bert") -> PreTrainedTokenizerFast:
     """A lower-case word tokenizer with [CLS] text [SEP] pair [SEP]."""
-    specials = ["[UNK]", "[PAD]", *SPECIAL[2:]] if family in ("roberta", "mpnet") else SPECIAL
+    specials = (
+        ["[UNK]", "[PAD]", *SPECIAL[2:]] if family in ("roberta", "mpnet", "camembert", "xlm-roberta") else SPECIAL
+    )
     vocabulary = {word: i for i, word in enumerate([*specials, *dict.fromkeys(w.lower() for w in WORDS)])}
     raw = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     raw.normalizer = normalizers.Lowercase()
@@ -101,7 +114,7 @@ def tokenizer(family: str = "bert") -> PreTrainedTokenizerFast:
 def save(family: str, directory: Path, seed: int = 0) -> str:
     """Writes a small random encoder and its tokenizer, as a checkpoint would lie on disk; returns the path."""
     torch.manual_seed(seed)
-    model = AutoModel.from_config((CONFIGS | OTHERS)[family]())
+    model = AutoModel.from_config((CONFIGS | OTHERS | HEADLESS)[family]())
     with torch.no_grad():  # biases and norms away from their trivial start
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -19,7 +19,7 @@ from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import aggregate, outputs_of
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import EMBEDDING, Encoding
+from bertology_serve.tasks.spec import VECTOR_KINDS, Encoding
 
 
 class Gates:
@@ -61,7 +61,7 @@ class TaskEvaluation:
     ) -> None:
         if subject.delta is None:
             raise SpecError("answers are those of a task; give the delta that does it (--delta DIR)")
-        if subject.delta.task.kind == EMBEDDING:
+        if subject.delta.task.kind in VECTOR_KINDS:
             raise Unsupported("the loss of embeddings compares examples with each other; expected a task with labels")
         self.subject, self.max_tokens = subject, max_tokens
         self.task, self.labelled = self.task_of(subject), labelled

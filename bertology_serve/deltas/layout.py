@@ -32,9 +32,11 @@ from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
     MULTI_LABEL,
+    MULTI_VECTOR,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
+    SPARSE,
     TOKEN_CLASSIFICATION,
     TaskSpec,
 )
@@ -165,10 +167,9 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 def _head_tensors(dense: Dense) -> dict[str, tuple[int, ...]]:
     """Names and shapes that one layer of a head may have."""
-    found: dict[str, tuple[int, ...]] = {
-        f"{dense.path}.weight": (dense.outputs, dense.inputs),
-        f"{dense.path}.bias": (dense.outputs,),
-    }
+    found: dict[str, tuple[int, ...]] = {f"{dense.path}.bias": (dense.outputs,)}
+    if not dense.tied:
+        found[f"{dense.path}.weight"] = dense.outputs, dense.inputs
     if dense.norm:
         found |= {f"{dense.norm}.weight": (dense.outputs,), f"{dense.norm}.bias": (dense.outputs,)}
     return found
@@ -183,6 +184,8 @@ TASK_TYPES: dict[str, str | None] = {
     QUESTION_ANSWERING: "QUESTION_ANS",
     EMBEDDING: "FEATURE_EXTRACTION",
     MULTIPLE_CHOICE: None,
+    SPARSE: None,
+    MULTI_VECTOR: None,
 }
 
 
@@ -256,6 +259,8 @@ def _method_obstacle(delta: Delta, anatomy: Anatomy, options: JsonObject) -> str
 def _head_obstacle(task: TaskSpec, family: str, options: JsonObject) -> str:
     if task.kind == EMBEDDING:
         return ""
+    if task.kind in (SPARSE, MULTI_VECTOR):
+        return f"peft has no model for {task.kind}"
     if task.head != "hf" or family not in FAMILIES:
         return f"the task models of {family} have no {task.head} head of this form"
     pooling = head_pooling(family, task.kind, options)

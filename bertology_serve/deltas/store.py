@@ -77,9 +77,11 @@ from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
     MULTI_LABEL,
+    MULTI_VECTOR,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
+    SPARSE,
     TOKEN_CLASSIFICATION,
     TaskSpec,
 )
@@ -322,6 +324,8 @@ _PIPELINE_TAGS = {
     QUESTION_ANSWERING: "question-answering",
     MULTIPLE_CHOICE: "multiple-choice",
     EMBEDDING: "sentence-similarity",
+    SPARSE: "feature-extraction",
+    MULTI_VECTOR: "sentence-similarity",
 }
 _LABELS_SHOWN = 20
 

@@ -51,8 +51,8 @@ _ROLES = {
 }
 _ATTENTION = re.compile(r"(^|\.)(attention|attn|self_attn|sa_layer_norm|attn_norm)(\.|$)")
 EXPECTED = (
-    "expected a BERT-like encoder: bert, roberta, xlm-roberta, camembert, distilbert, electra, mpnet, deberta-v2, "
-    "modernbert, or another whose layers are built alike"
+    "expected a BERT-like encoder: bert, roberta, xlm-roberta, camembert, distilbert, electra, albert, mpnet, "
+    "deberta-v2, modernbert, eurobert, gte, nomic_bert, jina_embeddings_v3, or another whose layers are built alike"
 )
 _OUTSIDE = dict(zip(OUTSIDE, map(re.compile, (
     r"(^|\.)embeddings\.(LayerNorm|norm|layer_norm)$",
@@ -179,7 +179,8 @@ def _named_roles(layer: nn.Module, hidden: int) -> Iterator[tuple[str, str, nn.M
         if role is not None:
             yield role, path, module
     for path, module in norms:
-        yield (ATTENTION_NORM if _ATTENTION.search(path) else FFN_NORM), path, module
+        behind_attention = _ATTENTION.search(path) or path.endswith("post_attention_layernorm")
+        yield (ATTENTION_NORM if behind_attention else FFN_NORM), path, module
 
 
 def _is_norm(module: nn.Module) -> bool:

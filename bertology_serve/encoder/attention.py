@@ -103,8 +103,9 @@ def packed_attention(
 ) -> Tensor:
     """Attention of every row to its own sequence and prefix.
 
-    query, key, value [T, heads, D]; ``prefix`` are the pools [P, H or more] of keys and values; ``window`` lets a row
-    see only rows at most that far away (prefixes are always seen); ``attend`` takes the place of torch's attention.
+    query, key, value [T, heads, D], the latter two of fewer heads where queries share them; ``prefix`` are the pools
+    [P, their heads * D or more] of keys and values; ``window`` lets a row see only rows at most that far away (prefixes
+    are always seen); ``attend`` takes the place of torch's attention.
     Returns [T, heads * D].
     """
     special = bias is not None or dropout > 0 or attend is not None or (window is not None and prefix is not None)
@@ -135,23 +136,32 @@ def _group_attention(
     attend: Attend | None,
 ) -> Tensor:
     heads, width = query.shape[1:]
-    shape = (group.count, group.length, heads, width)
-    q, k, v = (rows[group.lo : group.hi].view(shape).transpose(1, 2) for rows in (query, key, value))
+    q, k, v = (
+        rows[group.lo : group.hi].view(group.count, group.length, -1, width).transpose(1, 2)
+        for rows in (query, key, value)
+    )
     mask = _window_mask(group.length, window, q.device)
     if bias is not None:
         scores = bias(group.sequences, q, k)
         mask = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
     if group.prefix is not None and prefix is not None:
-        own = [pool[:, : heads * width].index_select(0, group.prefix) for pool in prefix]
-        past = [rows.view(group.count, -1, heads, width).transpose(1, 2) for rows in own]
+        own = [pool[:, : k.shape[1] * width].index_select(0, group.prefix) for pool in prefix]
+        past = [rows.view(group.count, -1, k.shape[1], width).transpose(1, 2) for rows in own]
         k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         if mask is not None:
             mask = F.pad(mask, (past[0].shape[2], 0), value=True if mask.dtype == torch.bool else 0.0)
+    k, v = repeated(k, heads, 1), repeated(v, heads, 1)
     if attend is not None:
         out = attend(group, q, k, v, mask, scale)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     return out.transpose(1, 2).reshape(group.count * group.length, heads * width)
+
+
+def repeated(rows: Tensor, heads: int, dim: int) -> Tensor:
+    """Keys or values for as many heads as there are queries of: where fewer were made, several share each (grouped
+    queries, Ainslie et al. 2023, arXiv 2305.13245)."""
+    return rows if rows.shape[dim] == heads else rows.repeat_interleave(heads // rows.shape[dim], dim)
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -266,6 +276,7 @@ def varlen_attention(
             torch.cat([before, own]).index_select(0, extents.keys_at)
             for before, own in zip(past, (key, value), strict=True)
         )
+    key, value = repeated(key, query.shape[1], 1), repeated(value, query.shape[1], 1)
     sides = (-1, -1) if window is None else (window, window)
     out: Tensor = _torch_varlen()(
         query.contiguous(),

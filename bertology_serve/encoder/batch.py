@@ -244,29 +244,24 @@ def _runs(batch: PackedBatch) -> Iterator[DeltaRun]:
             first = i
 
 
-def read(
-    hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: TaskSpec, head: Head, per_token: bool = False
-) -> Tensor:
+def read(hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: TaskSpec, head: Head) -> Tensor:
     """The head's output for packed sequences, in the order given.
 
-    hidden [T, H]. Returns [S, C], for tasks that answer for every token (or where ``per_token`` says so)
-    [sum of text lengths, C], for embeddings [S, H]; in the head's own precision, float32 unless it was moved.
+    hidden [T, H]. Returns [S, C], for tasks that answer for every token [sum of text lengths, C], for embeddings
+    [S, H], of ``sparse`` [S, V]; in the head's own precision, float32 unless it was moved.
     """
-    rows = read_rows(hidden, batch, sequences, task, per_token)
+    rows = read_rows(hidden, batch, sequences, task)
     own = next((parameter.dtype for parameter in head.parameters()), torch.float32)
-    return head(rows.to(own))  # type: ignore[no-any-return]
+    return head.read(rows.to(own), [batch.text_lengths[i] for i in sequences], task)
 
 
-def read_rows(
-    hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: TaskSpec, per_token: bool = False
-) -> Tensor:
-    """The rows that a task's head reads: [S, H] pooled, or for tasks that answer for every token all of the text."""
-    per_token = per_token or task.per_token
-    if not per_token and task.pooling == "cls":
+def read_rows(hidden: Tensor, batch: PackedBatch, sequences: Sequence[int], task: TaskSpec) -> Tensor:
+    """The rows that a task's head reads: [S, H] pooled, or where it reads every row all of the text."""
+    if not task.reads_rows and task.pooling == "cls":
         return hidden[batch.first_rows[list(sequences)]]
     texts = torch.split(batch.text_rows, list(batch.text_lengths))
     rows = torch.cat([texts[i] for i in sequences])
-    if per_token:
+    if task.reads_rows:
         return hidden[rows]
     lengths = torch.tensor([batch.text_lengths[i] for i in sequences], device=hidden.device)
     return pool(hidden, rows, lengths, task.pooling)

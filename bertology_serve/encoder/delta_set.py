@@ -7,7 +7,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from threading import RLock
@@ -26,7 +26,7 @@ from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import Head, aggregate
 from bertology_serve.tasks.redaction import REDACTION_FIELDS, Redaction, Redactor
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import EMBEDDING, Encoding
+from bertology_serve.tasks.spec import EMBEDDING, MULTI_VECTOR, Encoding, TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,8 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Request:
-    """One record for one delta; ``id`` is the caller's own, ``logits`` asks for the head's raw output too.
+    """One record for one delta; ``id`` is the caller's own, ``logits`` asks for the head's raw output too, ``rows`` of
+    an embedding for every token's last hidden row, as a multi-vector delta would answer.
 
     With ``version`` no other version of the delta may answer.
     """
@@ -47,6 +48,7 @@ class Request:
     logits: bool = False
     where: str = "request"
     version: str = ""
+    rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,22 @@ class LoadedDelta:
     def __init__(self, delta: Delta, task: Task, head: Head, entry: BankEntry, model: TaskModel | None = None) -> None:
         self.delta, self.task, self.head, self.entry, self.model = delta, task, head, entry, model
         self.prompt_length = entry.prompt_length
+        self.whole: LoadedDelta | None = None
+
+    def every_token(self, hidden: int, task: Task | None = None) -> LoadedDelta:
+        """The same delta, answering with the last hidden row [hidden] of every token, or with what a ``task`` makes of
+        them. ``whole`` is then this one, which keeps its rows in the bank. Raises Unsupported for a whole model.
+        """
+        if self.model is not None:
+            raise Unsupported(f"delta {self.delta.name!r} is a whole model, which gives no rows of tokens")
+        own = self.delta.task
+        spec = TaskSpec(
+            MULTI_VECTOR, max_length=own.max_length, normalize=False, width=hidden, skip_punctuation=False,
+            prompts=own.prompts,
+        )  # fmt: skip
+        found = LoadedDelta(replace(self.delta, task=spec), task or task_for(spec), Head(()), self.entry)
+        found.whole = self
+        return found
 
 
 @dataclass(eq=False)
@@ -137,7 +155,7 @@ class Job:
         delta, windows = self.ready.delta, 1
         if any([encoding.continues for encoding in self.encodings]):
             windows = len(self.encodings)
-            if not (delta.task.per_token or self.encodings[0].rows):
+            if not delta.task.per_token:
                 outputs = aggregate(torch.stack(list(outputs)), self.encodings, delta.task).unbind(0)
         answer = dict(self.ready.task.decode(self.example, self.encodings, outputs))
         if self.redaction is not None:
@@ -147,7 +165,7 @@ class Job:
             answer["logits"] = logits[0] if len(logits) == 1 else logits
         read, cut = (sum(counts) for counts in zip(*((len(one), one.cut) for one in self.encodings), strict=True))
         return Prediction(
-            delta.name, delta.version, delta.task.kind, answer, self.request.id, read, read + cut, windows
+            delta.name, delta.version, self.ready.task.kind, answer, self.request.id, read, read + cut, windows
         )
 
 
@@ -192,13 +210,13 @@ class Backbone(Protocol):
     packing: str
 
     @property
-    def max_tokens(self) -> int:
-        """The longest sequence, special tokens included."""
+    def hidden(self) -> int:
+        """H: the width of its rows."""
         ...
 
     @property
-    def hidden(self) -> int:
-        """H: the width of a row."""
+    def max_tokens(self) -> int:
+        """The longest sequence, special tokens included."""
         ...
 
     @property
@@ -363,17 +381,17 @@ class DeltaSet(ABC):
         """Checks the record of a job and tokenises it. Raises DataError; LimitError for a text to be redacted that
         would be cut.
         """
+        if job.request.rows and job.ready.whole is None:
+            job.ready = job.ready.every_token(self.encoder.hidden)
         request, ready = job.request, job.ready
         if not REDACTION_FIELDS.isdisjoint(request.record):
             job.redaction = self.redactor.asked(request.record, request.where, ready.delta.task)
         job.example = ready.task.example(request.record, request.where, labelled=False)
-        if ready.task.kind == EMBEDDING and ready.model is None:
-            ready.task.check_width(job.example, self.encoder.hidden)
+        if ready.task.kind == EMBEDDING and ready.task.asks_rows(
+            job.example, None if ready.model else self.encoder.hidden
+        ):
+            job.ready = ready if ready.whole else ready.every_token(self.encoder.hidden, ready.task)
         job.take(ready.task.encode(job.example, (ready.model or self.encoder).tokenizer))
-        if ready.model is not None and any(encoding.rows for encoding in job.encodings):
-            raise Unsupported(
-                f"{request.where}: delta {request.delta!r} is a whole model, which gives no rows of tokens"
-            )
         if job.redaction is not None:
             job.redaction.check(sum(encoding.cut for encoding in job.encodings), request.where)
 

@@ -137,11 +137,6 @@ class Encoder:
         return encoder
 
     @property
-    def hidden(self) -> int:
-        """H: the width of a row."""
-        return self.anatomy.hidden
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
@@ -150,6 +145,11 @@ class Encoder:
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
         return next(self.model.parameters()).dtype
+
+    @property
+    def hidden(self) -> int:
+        """H: the width of its rows."""
+        return self.anatomy.hidden
 
     @property
     def depth(self) -> int:
@@ -191,9 +191,10 @@ class Encoder:
     def head(
         self, task: TaskSpec, generator: torch.Generator | None = None, dropout: float = 0.0, adopt: bool = False
     ) -> Head:
-        """A fresh head for a task, in the form of the encoder's family; see ``Head.build``."""
+        """A fresh head for a task, in the form of the encoder's family; see ``Head.build``. Raises FormatError."""
         form = head_form(self.anatomy.family, self.anatomy.prefix, task, self.anatomy.hidden, self.config.to_dict())
-        return Head.build(form, self.base_head, generator, dropout, adopt)
+        words = self.model.get_input_embeddings().weight
+        return Head.build(form, self.base_head, generator, dropout, adopt, words)
 
     def pack(self, encodings: Sequence[Encoding], entries: Sequence[BankEntry]) -> PackedBatch:
         """One batch of all sequences, each with its delta's place in the bank; raises LimitError for too long ones."""

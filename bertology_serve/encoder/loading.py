@@ -71,9 +71,20 @@ def load_model(path: str) -> tuple[HiddenModel, dict[str, Tensor]]:
     if getattr(config, PRUNED, False):
         return pruned_model(path, config), _head_parts(path, config.model_type)
     with _reading(f"the weights of {path}"):
-        model = AutoModel.from_pretrained(
-            path, config=config, dtype=float32, use_safetensors=True, trust_remote_code=False
+        model, found = AutoModel.from_pretrained(
+            path,
+            config=config,
+            dtype=float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+        lacking = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
+        if lacking:  # transformers would draw them at random
+            raise Unsupported(
+                f"{path} lacks {len(lacking)} weights of transformers' {type(model).__name__}, {lacking[0]} first: it "
+                "is broken, or made for code of its own, which is never run here; give one in transformers' form"
+            )
         model.pooler = None
         return model, _head_parts(path, config.model_type)
 
@@ -163,7 +174,7 @@ def _head_parts(path: str, family: str) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     found: dict[str, Tensor] = {}
-    wanted = family_named(family).base_head
+    wanted = family_named(family).head_parts
     for file in _weight_files(path):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
@@ -233,7 +244,8 @@ class LoadProof:
             ids[0, -1] = low if ids[0, -1] != low else vocabulary - 1
             if _apart(_rows(model, ids)[0], rows[0][0]) <= _SEEN:
                 raise Unsupported(
-                    f"in {anatomy.family} the first token does not see the last, as in a decoder; {EXPECTED}"
+                    f"in {anatomy.family} the first token does not see the last, as in a decoder; the embeddings of "
+                    f"its last token are not supported; {EXPECTED}"
                 )
         return cls(tuple(encodings), tuple(rows))
 

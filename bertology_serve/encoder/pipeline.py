@@ -103,31 +103,29 @@ class Pipeline(DeltaSet):
 
     def outputs(self, owned: Sequence[tuple[LoadedDelta, Encoding]]) -> list[Tensor]:
         """Sequences of many deltas in one pass of the encoder: what each one's head gives, [C] for a text and [T, C]
-        for its tokens, or [T, H] where a sequence asks for its rows, on the CPU. Raises LimitError for sequences that
-        are too long.
+        for its tokens, on the CPU. Raises LimitError for sequences that are too long.
 
         Sequences of one text share their rows as far as their deltas let them.
         """
-        encoder, encodings = self.encoder, [encoding for _, encoding in owned]
-        batch, seats = share(encodings, [ready.entry for ready, _ in owned], encoder.depth, encoder.pack)
-        return _outputs(self.engine.run(batch, self.bank), batch.last, seats, owned)
+        encoder, owners = self.encoder, [ready for ready, _ in owned]
+        encodings, entries = [encoding for _, encoding in owned], [ready.entry for ready in owners]
+        batch, seats = share(encodings, entries, encoder.depth, encoder.pack)
+        return _outputs(self.engine.run(batch, self.bank), batch.last, seats, owners)
 
 
-def _outputs(
-    hidden: Tensor, batch: PackedBatch, seats: Sequence[int], owned: Sequence[tuple[LoadedDelta, Encoding]]
-) -> list[Tensor]:
+def _outputs(hidden: Tensor, batch: PackedBatch, seats: Sequence[int], owners: Sequence[LoadedDelta]) -> list[Tensor]:
     """Each delta's head over its sequences, which are those of the batch at ``seats``; one output a sequence."""
-    members: dict[tuple[int, bool], list[int]] = {}
-    for i, (ready, encoding) in enumerate(owned):
-        members.setdefault((id(ready), encoding.rows), []).append(i)
+    members: dict[int, list[int]] = {}
+    for i, ready in enumerate(owners):
+        members.setdefault(id(ready), []).append(i)
     found = []
-    for (_, rows), own in members.items():
-        ready = owned[own[0]][0]
-        found.append(read(hidden, batch, [seats[i] for i in own], ready.delta.task, ready.head, rows))
-    outputs: list[Tensor] = [hidden] * len(owned)
-    for ((_, rows), own), out in zip(members.items(), _on_cpu(found), strict=True):
+    for own in members.values():
+        ready = owners[own[0]]
+        found.append(read(hidden, batch, [seats[i] for i in own], ready.delta.task, ready.head))
+    outputs: list[Tensor] = [hidden] * len(owners)
+    for own, out in zip(members.values(), _on_cpu(found), strict=True):
         lengths = [batch.text_lengths[seats[i]] for i in own]
-        parts = torch.split(out, lengths) if rows or owned[own[0]][0].delta.task.per_token else out.unbind(0)
+        parts = torch.split(out, lengths) if owners[own[0]].delta.task.per_token else out.unbind(0)
         for i, part in zip(own, parts, strict=True):
             outputs[i] = part
     return outputs

@@ -17,7 +17,15 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from bertology_serve.families.compat import deberta_distances, nothing, patch
-from bertology_serve.families.family import Current, Family, FamilyContext, classifier, hidden_first, spans
+from bertology_serve.families.family import (
+    Current,
+    Family,
+    FamilyContext,
+    bert_words,
+    classifier,
+    hidden_first,
+    spans,
+)
 
 if TYPE_CHECKING:
     from bertology_serve.families.compat import ConvLayer, DebertaAttention, DebertaV2Encoder
@@ -139,5 +147,6 @@ def _convolve(module: ConvLayer, current: Current, hidden_states: Tensor, residu
 _pooled = hidden_first("pooler.dense", "gelu", "pooler_hidden_act")
 DEBERTA = Family("deberta", _pooled, None, classifier, spans)
 DEBERTA_V2 = Family(
-    "deberta-v2", _pooled, _pooled, classifier, spans, connect=connect, positions="disentangled", emitted=True
+    "deberta-v2", _pooled, _pooled, classifier, spans, bert_words,
+    connect=connect, positions="disentangled", emitted=True,
 )  # fmt: skip

@@ -20,7 +20,8 @@ class Dense:
     ``path`` and ``norm`` are the names of the linear and of the LayerNorm after it in HuggingFace's task model
     (``classifier.out_proj``, ``bert.pooler.dense``). ``base_name`` and ``base_norm`` are their names in the headless
     base model, where its checkpoint may hold them. ``dropout`` says whether the layer's input is dropped in training,
-    ``std`` how far its weights are drawn from zero.
+    ``std`` how far its weights are drawn from zero. Of a ``tied`` layer the weight is the encoder's word embeddings,
+    only its bias is the head's.
     """
 
     path: str
@@ -35,6 +36,7 @@ class Dense:
     norm_eps: float = 1e-5
     norm_bias: bool = True
     std: float = 0.02
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,32 @@ def dense_out_proj(activation: str, option: str = "") -> HeadForm:
     return form
 
 
+def token_vectors(shape: HeadShape) -> tuple[Dense, ...]:
+    """ColBERT's layer (Khattab & Zaharia 2020, arXiv 2004.12832): H -> D, without bias."""
+    return (Dense("linear", shape.hidden, shape.outputs, bias=False),)
+
+
+def word_scores(dense: str, norm: str, bias: str, activation: str, option: str = "", eps: str = "") -> HeadForm:
+    """The head of a masked language model: H -> E, activation, LayerNorm, and a score a word by its embedding.
+
+    The names are those of its parts in HuggingFace's model; ``option`` is the setting that names the activation,
+    ``eps`` that of the norm's epsilon.
+    """
+
+    def form(shape: HeadShape) -> tuple[Dense, ...]:
+        width = int(shape.options.get("embedding_size") or shape.hidden)
+        named, epsilon = shape.options.get(option, activation), float(shape.options.get(eps, 1e-12))
+        first = Dense(dense, shape.hidden, width, named, norm, base_name=dense, base_norm=norm, norm_eps=epsilon)
+        return first, Dense(bias, width, shape.outputs, base_name=bias, tied=True)
+
+    return form
+
+
+bert_words = word_scores(
+    "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions",
+    "gelu", "hidden_act", "layer_norm_eps",
+)  # fmt: skip
+roberta_words = word_scores("lm_head.dense", "lm_head.layer_norm", "lm_head", "gelu", eps="layer_norm_eps")
 pooler = hidden_first("{prefix}.pooler.dense", "tanh", base_name="pooler.dense")
 
 
@@ -130,7 +158,7 @@ class Family:
     ``name`` is the ``model_type`` of the configuration. The forms of HuggingFace's heads stand by task: for one answer
     a ``sequence``, for multiple ``choice``, for ``tokens`` and for ``answers`` in a context; ``None`` where they are
     not known. ``reads`` and ``choice_reads`` are the settings that say which rows a head reads, if it is not the first;
-    ``base_head`` what a base checkpoint may hold of a head.
+    ``base_head`` what a base checkpoint may hold of a head, ``words`` the form of its masked language model's.
 
     ``connect(model, modules, current)`` gives the attention modules of each layer a forward of our own on packed rows,
     for families that do not go through transformers' attention interface. ``positions`` says how attention knows
@@ -147,6 +175,7 @@ class Family:
     choice: HeadForm | None = None
     tokens: HeadForm | None = None
     answers: HeadForm | None = None
+    words: HeadForm | None = None
     reads: str = ""
     choice_reads: str = ""
     base_head: tuple[str, ...] = ("pooler.dense.weight", "pooler.dense.bias", "pooler.weight", "pooler.bias")
@@ -156,3 +185,11 @@ class Family:
     token_types: int | None = None
     peft_prefix: bool = False
     adapterhub: bool = False
+
+    @property
+    def head_parts(self) -> tuple[str, ...]:
+        """The names of all tensors of heads that a base checkpoint may hold."""
+        layers = self.words(HeadShape("", 1, 1, {})) if self.words else ()
+        parts = [part for layer in layers for part in (layer.base_name, layer.base_norm) if part and not layer.tied]
+        biases = [f"{layer.base_name}.bias" for layer in layers if layer.tied]
+        return (*self.base_head, *(f"{part}.{name}" for part in parts for name in ("weight", "bias")), *biases)

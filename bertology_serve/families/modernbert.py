@@ -26,15 +26,20 @@ def _head(shape: HeadShape) -> tuple[Dense, ...]:
     return head, Dense("classifier", shape.hidden, shape.outputs, dropout=True)
 
 
+def _words(shape: HeadShape) -> tuple[Dense, ...]:
+    """The same, and a score a word."""
+    return _head(shape)[0], Dense("decoder", shape.hidden, shape.outputs, base_name="decoder", tied=True)
+
+
 MODERNBERT = Family(
     "modernbert",
     _head,
     _head,
     _head,
     _head,
+    _words,
     reads="classifier_pooling",
     choice_reads="classifier_pooling",
-    base_head=(*Family("").base_head, "head.dense.weight", "head.dense.bias", "head.norm.weight"),
     positions="rotary",
     emitted=True,
 )

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from bertology_serve.families.compat import mpnet_buckets, nothing, patch
-from bertology_serve.families.family import Current, Family, classifier, dense_out_proj, pooler, spans
+from bertology_serve.families.family import (
+    Current,
+    Family,
+    classifier,
+    dense_out_proj,
+    pooler,
+    roberta_words,
+    spans,
+)
 
 if TYPE_CHECKING:
     from bertology_serve.families.compat import MPNetEncoder, MPNetSelfAttention
@@ -55,5 +63,13 @@ def _bias(encoder: MPNetEncoder, length: int) -> Tensor:
 
 
 MPNET = Family(
-    "mpnet", dense_out_proj("tanh"), pooler, classifier, spans, connect=connect, positions="bias", emitted=True
+    "mpnet",
+    dense_out_proj("tanh"),
+    pooler,
+    classifier,
+    spans,
+    roberta_words,
+    connect=connect,
+    positions="bias",
+    emitted=True,
 )

@@ -3,8 +3,8 @@ AdapterDrop (Rücklé et al. 2020, arXiv 2010.11918: none in the lowest layers).
 
 Houlsby: ``h += U · act(D h + b_d) + b_u`` on the output of the attention projection and of the FFN, before the
 residual is added. Pfeiffer: after the FFN only, ``o = LN(U · act(D · LN(z + x)) + z + x)``, the frozen LayerNorm used
-twice. Pre-norm encoders (ModernBERT) have no LayerNorm after the residual: there Pfeiffer's adapter stands on the
-FFN's output, as Houlsby's second one does.
+twice. Pre-norm encoders (ModernBERT, EuroBERT) have no LayerNorm after the residual: there Pfeiffer's adapter stands
+on the FFN's output, as Houlsby's second one does.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Adapter:
 def places(spec: Adapter, anatomy: Anatomy) -> tuple[str, ...]:
     """The slots on whose output an adapter stands."""
     if spec.preset == "pfeiffer":
-        return (DOWN,) if anatomy.pre_norm else (FFN_NORM,)
+        return (DOWN,) if anatomy.pre_norm or FFN_NORM not in anatomy.slots else (FFN_NORM,)
     return {"both": (OUTPUT, DOWN), "attention": (OUTPUT,), "ffn": (DOWN,)}[spec.after]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bertology_serve.errors import SpecError
 from bertology_serve.kinds.effects import Effects, Layers, spread
 from bertology_serve.kinds.kinds import LATER, Kind, Tensors, check_layers, layers_of, uncut, zeros
 from bertology_serve.kinds.slots import ATTENTION_NORM, EMBEDDING_NORM, FFN_NORM, FINAL_NORM, Anatomy, Slot
@@ -36,13 +37,18 @@ def reached(spec: Norms, anatomy: Anatomy) -> list[tuple[Slot, tuple[int, ...]]]
 
 
 def init(spec: Norms, anatomy: Anatomy, generator: torch.Generator | None) -> Tensors:
-    """``{slot}.weight`` and ``{slot}.bias`` [layers whose norm is tuned, H], zero, float32."""
+    """``{slot}.weight`` and ``{slot}.bias`` [layers whose norm is tuned, H], zero, float32.
+
+    Raises SpecError for an encoder that has no such norm.
+    """
     tensors: Tensors = {}
     for slot, layers in reached(spec, anatomy):
         shape = (len(layers), slot.outputs)
         tensors[f"{slot.name}.weight"] = zeros(shape, generator)
         if spec.biases and slot.has_bias:
             tensors[f"{slot.name}.bias"] = zeros(shape, generator)
+    if not tensors:
+        raise SpecError(f"{anatomy.family} has no LayerNorm there to tune (an RMSNorm is none); take another kind")
     return tensors
 
 

@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 INLINE = 4096  # bytes or characters of a call that is read, tokenised and written without a thread for it
 MOST_ASIDE = 32  # larger ones that are, or wait to be
 READY, RESTARTING, DRAINING = "ready", "restarting", "draining"
-ONE = ("",)
 
 
 class ClientGone(Exception):
@@ -345,4 +344,6 @@ class Service:
 
 def size_of(found: Sequence[Prediction]) -> int:
     """How much there is to write, about as much work as to read so many characters."""
-    return sum([20 + len(one.answer.get("embedding", one.answer.get("scores", ONE))) for one in found])
+    large = ("embedding", "scores", "sparse")
+    rows = [len(value) for one in found for name in large if (value := one.answer.get(name)) is not None]
+    return 20 * len(found) + sum(rows) + sum(len(row) for one in found for row in one.answer.get("vectors", ()))

@@ -59,10 +59,19 @@ class Chunk(Struct, frozen=True, omit_defaults=True):
     embeddings: dict[str, tuple[float, ...] | str] | None = None
 
 
+class Weight(Struct, frozen=True, omit_defaults=True):
+    """The weight of one word of the vocabulary."""
+
+    index: int
+    value: float
+    token: str | None = None
+
+
 class Answer(Struct, frozen=True, omit_defaults=True):
     """One answer: ``label`` (None where the delta abstains) or, where several may apply, ``labels``, with ``scores``
     (classification, multi-label), ``value`` (regression), ``entities`` (tokens), ``answer``
-    (questions), ``choice`` with ``scores`` (multiple choice), ``embedding``; and the version that gave it.
+    (questions), ``choice`` with ``scores`` (multiple choice), ``embedding``, ``sparse``, ``vectors`` with their
+    ``tokens``; and the version that gave it.
     """
 
     delta: str
@@ -93,6 +102,13 @@ class Answer(Struct, frozen=True, omit_defaults=True):
     embedding_pair: tuple[float, ...] | str | dict[str, tuple[float, ...] | str] | None = None
     embedding_negatives: tuple[tuple[float, ...] | str | dict[str, tuple[float, ...] | str], ...] | None = None
     chunks: tuple[Chunk, ...] | None = None
+    sparse: tuple[Weight, ...] | None = None
+    sparse_pair: tuple[Weight, ...] | None = None
+    sparse_negatives: tuple[tuple[Weight, ...], ...] | None = None
+    vectors: tuple[tuple[float, ...], ...] | None = None
+    vectors_pair: tuple[tuple[float, ...], ...] | None = None
+    vectors_negatives: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+    tokens: tuple[str, ...] | None = None
     similarity: float | None = None
     logits: Annotated[Logits | None, Meta(description="The head's raw output, where it was asked for.")] = None
     truncated: Annotated[bool, Meta(description="The text was cut to the delta's maximum length.")] = False

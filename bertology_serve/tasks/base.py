@@ -95,9 +95,11 @@ class Task(ABC, Generic[E, G]):
         aggregated; [len, C] a sequence.
         """
 
-    def check_width(self, example: E, hidden: int) -> None:
-        """Raises DataError where an example asks for what rows [H] do not have."""
-        return None
+    def asks_rows(self, example: E, hidden: int | None) -> bool:
+        """Whether an example is answered from the rows of all tokens. Raises DataError where it asks for what rows
+        [hidden] do not have; None: their width is not known.
+        """
+        return False
 
     def spanned(self, example: E) -> str:
         """The text that the spans of an answer are counted in; empty for tasks that find none."""

@@ -1,14 +1,16 @@
-"""Sentence embeddings: one vector a text, trained on pairs that belong together, on scored ones, or on negatives too.
+"""Embeddings: a vector a text, or what else texts are compared by (``sparse_embedding``, ``multi_vector``).
 
-The shape of the records decides which loss of ``contrastive`` is learnt, and what is measured: the correlation of the
-cosine with the scores where there are any, else how well texts find what belongs to them among all texts of the set.
+They are trained on pairs that belong together, on scored ones, or on negatives too. The shape of the records decides
+which loss of ``contrastive`` is learnt, and what is measured: the correlation of the similarity with the scores where
+there are any, else how well texts find what belongs to them among all texts of the set.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,11 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from bertology_serve.errors import DataError, nearest
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, Task, TextExample
-from bertology_serve.tasks.contrastive import COSENT, DISTILL, LOSSES, MARGIN_MSE, MNRL, Target
+from bertology_serve.tasks.contrastive import COSENT, DISTILL, LOSSES, MARGIN_MSE, MNRL, Cosines, Target
 from bertology_serve.tasks.encoding import encode_long
 from bertology_serve.tasks.fields import Record, check_text, kind_of, optional_text, read_list, read_score, read_text
 from bertology_serve.tasks.metrics import Floats
-from bertology_serve.tasks.spec import EMBEDDING, Encoding
+from bertology_serve.tasks.spec import EMBEDDING, Encoding, TaskSpec
 from bertology_serve.tasks.vectors import AS_GIVEN, Chunks, ChunkTokens, VectorForm
 
 QUERY, DOCUMENT = "query", "document"
@@ -33,7 +35,6 @@ ROLES: Mapping[str, str] = {
     **dict.fromkeys((DOCUMENT, "search_document", "retrieval.passage", "passage", "corpus"), DOCUMENT),
     **{role: role for role in ("classification", "clustering", "separation", "text-matching")},
 }
-PROMPT_FIELDS = ("prompt_name", "input_type")
 _NAMES = {DOCUMENT: (DOCUMENT, "passage", "corpus")}
 NDCG, ACCURACY = "ndcg@10", "triplet_accuracy"
 _NEGATIVE = re.compile(r"negatives?(_\d+)?")
@@ -45,9 +46,9 @@ class EmbeddingExample(TextExample):
     """A text, what belongs to it (``text_pair``), and what does not.
 
     ``score`` says how alike text and pair are, ``scores`` what a teacher gives the pair and each negative. In a
-    retrieval set each document has an ``id``, and each query what is ``relevant``: grades by documents' ids.
-    ``prompts`` are read before the text, and before the others; ``form`` is how vectors are answered, ``chunks`` which
-    parts of the text get one each.
+    retrieval set each document has an ``id``, and each query what is ``relevant``: grades by documents' ids. ``query``
+    says that the text is one, to tasks that tell them from documents. ``prompts`` are read before the text, and before
+    the others; ``form`` is how vectors are answered, ``chunks`` which parts of the text get one each.
     """
 
     score: float | None = None
@@ -55,6 +56,7 @@ class EmbeddingExample(TextExample):
     scores: tuple[float, ...] = ()
     id: str | None = None
     relevant: Mapping[str, float] | None = None
+    query: bool = False
     prompts: tuple[str, str] = ("", "")
     form: VectorForm = AS_GIVEN
     chunks: Chunks | None = None
@@ -63,6 +65,12 @@ class EmbeddingExample(TextExample):
     def texts(self) -> tuple[str, ...]:
         """Text, pair and negatives: what is embedded."""
         return self.text, *(() if self.text_pair is None else (self.text_pair,)), *self.negatives
+
+    @property
+    def prompted(self) -> tuple[str, ...]:
+        """The texts behind their prompts: what is read."""
+        first, *others = self.texts
+        return self.prompts[0] + first, *(self.prompts[1] + text for text in others)
 
     @property
     def fields(self) -> dict[str, object]:
@@ -89,6 +97,7 @@ class Embedding(Task[EmbeddingExample, Target]):
 
     kind = EMBEDDING
     main_metric = "spearman"
+    field: ClassVar[str] = "embedding"
 
     def example(self, record: Record, where: str, labelled: bool) -> EmbeddingExample:
         text = read_text(record, where, "text", "text_a", "anchor")
@@ -96,10 +105,9 @@ class Embedding(Task[EmbeddingExample, Target]):
         negatives = _negatives(record, where)
         if negatives and pair is None:
             raise DataError(f"{where}: there are negatives, and field 'positive' (or 'text_pair') is missing")
-        prompts = self.prompts(record, where, pair is not None)
+        prompts = prompts_for(self.spec, record, where, pair is not None)
         if not labelled:
-            form = VectorForm.read(record, where, self.spec)
-            chunks = Chunks.read(record, where, self.spec)
+            form, chunks = VectorForm.read(record, where, self.spec), Chunks.read(record, where, self.spec)
             if chunks is not None and pair is not None:
                 raise DataError(f"{where}: field 'pooling' is 'chunks', and there is a pair; expected one text")
             return EmbeddingExample(where, text, pair, None, negatives, prompts=prompts, form=form, chunks=chunks)
@@ -123,67 +131,63 @@ class Embedding(Task[EmbeddingExample, Target]):
             scores, score = (score, 0.0), None
         return EmbeddingExample(where, text, pair, score, negatives, scores, prompts=prompts)
 
-    def prompts(self, record: Record, where: str, paired: bool = False) -> tuple[str, str]:
-        """What is read before the text of a record, and before its others. Raises DataError for an unknown prompt."""
-        known, name, role = dict(self.spec.prompts), record.get("prompt_name"), record.get("input_type")
-        if name is not None:
-            if not isinstance(name, str) or name not in known:
-                raise DataError(f"{where}: field 'prompt_name' is {kind_of(name)}; this delta has {_names(known)}")
-            return known[name], known[name]
-        if role is None:
-            default = known.get("", "")
-            return (
-                (prompt_of(QUERY, self.spec.prompts), prompt_of(DOCUMENT, self.spec.prompts))
-                if paired
-                else (default, default)
-            )
-        if not isinstance(role, str) or (role not in ROLES and role not in known):
-            raise DataError(f"{where}: field 'input_type' is {kind_of(role)}; {nearest(str(role), {*ROLES, *known})}")
-        prompt = prompt_of(role, self.spec.prompts)
-        return prompt, prompt
-
     def encode(self, example: EmbeddingExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
-        first, *others = example.texts
-        own, theirs = example.prompts
-        if example.chunks is not None:
-            found = [replace(one, rows=True) for one in encode_long(tokenizer, own + first, None, self.spec, True)]
+        offsets = example.chunks is not None
+        found = [one for text in example.prompted for one in encode_long(tokenizer, text, None, self.spec, offsets)]
+        if offsets:
             self._tokens(example, found)
-            return found
-        texts = (own + first, *(theirs + text for text in others))
-        return [one for text in texts for one in encode_long(tokenizer, text, None, self.spec)]
+        return found
 
     def target(self, example: EmbeddingExample, encodings: Sequence[Encoding]) -> Target:
         return Target(tuple(map(hash, example.texts)), example.score, example.scores)
 
-    def aimed(self, examples: Sequence[EmbeddingExample], loss: str) -> list[Target]:
-        """The targets of training examples under a loss; ``auto``: the one that the first calls for.
+    def aimed(
+        self, examples: Sequence[EmbeddingExample], targets: Sequence[Target], loss: str, flops: float = 0.0
+    ) -> list[Target]:
+        """The targets of training examples with their loss; ``auto``: the one that the first calls for.
 
         Raises DataError for the first that it cannot learn from.
         """
         loss = loss_of(examples[0]) if loss == "auto" else loss
-        return [self.target(example, ())._replace(loss=_fitting(example, loss)) for example in examples]
+        return [
+            target._replace(loss=_fitting(example, loss), flops=flops)
+            for example, target in zip(examples, targets, strict=True)
+        ]
 
     def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Target]) -> Tensor:
         """The targets' loss over the batch, times their number; of several ``dimensions`` the sum (Matryoshka)."""
         rows = out if out.dtype == torch.float64 else out.float()
         loss = LOSSES[targets[0].loss or loss_of(targets[0])]
         widths = self.spec.dimensions or (rows.shape[1],)
-        return torch.stack([loss(rows[:, :width], targets) for width in widths]).sum() * len(targets)
+        return torch.stack([loss(Cosines(rows[:, :width]), targets) for width in widths]).sum() * len(targets)
 
     def decode(self, example: EmbeddingExample, encodings: Sequence[Encoding], outputs: Sequence[Tensor]) -> Answer:
-        form = example.form
         if example.chunks is not None:
             return {"chunks": self._chunks(example, encodings, outputs)}
-        form.check(len(outputs[0]), self.spec, example.where)
-        vectors = [form.cut(F.normalize(output, dim=0) if self.spec.normalize else output) for output in outputs]
-        first, *others = [form.encoded(vector, self.spec) for vector in vectors]
-        answer: Answer = {"embeddings" if form.several else "embedding": first}
+        form = example.form
+        form.check(outputs[0].shape[-1], self.spec, example.where)
+        vectors = [form.cut(F.normalize(output, dim=-1) if self.spec.unit else output) for output in outputs]
+        first, *others = [self.written(vector, form) for vector in vectors]
+        answer: Answer = {"embeddings" if form.several else self.field: first}
         if others:
-            answer["embedding_pair"] = others[0]
-            answer["similarity"] = float(F.cosine_similarity(vectors[0].double(), vectors[1].double(), dim=0))
+            answer[f"{self.field}_pair"] = others[0]
+            answer["similarity"] = self.similarity(vectors[0].double(), vectors[1].double())
         if others[1:]:
-            answer["embedding_negatives"] = others[1:]
+            answer[f"{self.field}_negatives"] = others[1:]
         return answer
+
+    def written(self, output: Tensor, form: VectorForm = AS_GIVEN) -> Any:
+        """One text's output, ready for JSON."""
+        return form.encoded(output, self.spec)
+
+    def similarity(self, one: Tensor, other: Tensor) -> float:
+        """How alike two texts are, by their outputs in float64."""
+        return float(F.cosine_similarity(one, other, dim=0))
+
+    def searching(self, documents: Sequence[Any]) -> Callable[[Any], Floats]:
+        """What gives a query's similarity [D] with each document, all of them as ``written``."""
+        table = unit_rows(documents)
+        return lambda query: table @ unit_rows([query])[0]
 
     def _chunks(
         self, example: EmbeddingExample, encodings: Sequence[Encoding], outputs: Sequence[Tensor]
@@ -205,8 +209,10 @@ class Embedding(Task[EmbeddingExample, Target]):
         prompt, characters = len(example.prompts[0]), len(example.text)
         return example.chunks.tokens(encodings, prompt, characters, self.spec, example.where)
 
-    def check_width(self, example: EmbeddingExample, hidden: int) -> None:
-        example.form.check(hidden, self.spec, example.where)
+    def asks_rows(self, example: EmbeddingExample, hidden: int | None) -> bool:
+        if hidden is not None:
+            example.form.check(hidden, self.spec, example.where)
+        return example.chunks is not None
 
     def metrics(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> dict[str, float]:
         """Spearman and Pearson correlation of the cosine with the gold score; without scores those of a search.
@@ -218,10 +224,10 @@ class Embedding(Task[EmbeddingExample, Target]):
             gold, found = self.parts(answers, examples).T
             own = {"spearman": metrics.spearman(gold, found), "pearson": metrics.pearson(gold, found)}
         else:
-            own = metrics.mean_of(list(_searched(answers, examples).values()))
+            own = metrics.mean_of(list(self._searched(answers, examples).values()))
             if any(example.negatives for example in examples):
                 own[ACCURACY] = float(
-                    np.mean([_above(answer) for answer in answers if "embedding_negatives" in answer])
+                    np.mean([self._above(answer) for answer in answers if f"{self.field}_negatives" in answer])
                 )
         name = next(iter(own))
         return own | {
@@ -232,14 +238,14 @@ class Embedding(Task[EmbeddingExample, Target]):
     def parts(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> Floats:
         """[N, 2]: the gold score and the cosine; without scores nDCG and 1 for each of the texts that search."""
         if not _scored(examples):
-            return metrics.of_one([found[NDCG] for found in _searched(answers, examples).values()])
+            return metrics.of_one([found[NDCG] for found in self._searched(answers, examples).values()])
         rows = zip(examples, answers, strict=True)
         return np.array([[float(example.score or 0.0), answer["similarity"]] for example, answer in rows])
 
     def quality(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> Floats:
         """1 less the distance of both scores, each in its standard deviations; or nDCG (1 for what does not search)."""
         if not _scored(examples):
-            found = _searched(answers, examples)
+            found = self._searched(answers, examples)
             return np.array([found.get(_searcher(example), {NDCG: 1.0})[NDCG] for example in examples])
         gold, cosine = ((side - side.mean()) / max(side.std(), 1e-12) for side in self.parts(answers, examples).T)
         near: Floats = 1.0 - np.abs(gold - cosine)
@@ -247,6 +253,63 @@ class Embedding(Task[EmbeddingExample, Target]):
 
     def main(self, parts: Floats) -> float:
         return float(parts[:, 0].mean()) if (parts[:, 1] == 1).all() else metrics.spearman(*parts.T)
+
+    def _searched(
+        self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]
+    ) -> dict[tuple[str, str] | None, dict[str, float]]:
+        """The metrics of each search among all that can be found in the set. DataError where nothing searches."""
+        found: dict[str, Any] = {}
+        asked: dict[tuple[str, str] | None, tuple[Any, dict[str, float]]] = {}
+        for example, answer in zip(examples, answers, strict=True):
+            key = _searcher(example)
+            if key is None:
+                found[str(example.id)] = answer[self.field]
+                continue
+            grades = asked.setdefault(key, (answer[self.field], {}))[1]
+            if example.relevant is not None:
+                grades.update(example.relevant)
+            else:
+                grades[str(example.text_pair)] = 1.0
+                found |= zip(example.texts[1:], self._others(answer), strict=True)
+        if not asked or not found:
+            raise DataError(
+                f"{examples[0].where}: there are {len(asked)} queries and {len(found)} documents; expected both"
+            )
+        search, places = self.searching(list(found.values())), {name: place for place, name in enumerate(found)}
+        results = {}
+        for key, (query, grades) in asked.items():
+            scores, gold = search(query), np.zeros(len(places))
+            for name, grade in grades.items():
+                if name in places:
+                    gold[places[name]] = grade
+            if key is not None and key[0] == "id" and key[1] in places:
+                scores[places[key[1]]] = -np.inf  # the query itself, as BEIR has it
+            results[key] = metrics.of_ranking(gold[np.argsort(-scores, kind="stable")])
+        return results
+
+    def _others(self, answer: Answer) -> list[Any]:
+        return [answer[f"{self.field}_pair"], *answer.get(f"{self.field}_negatives", ())]
+
+    def _above(self, answer: Answer) -> bool:
+        """Whether the pair is nearer than every negative."""
+        scores = self.searching(self._others(answer))(answer[self.field])
+        return bool(scores[0] > scores[1:].max())
+
+
+def prompts_for(spec: TaskSpec, record: Record, where: str, paired: bool = False) -> tuple[str, str]:
+    """What is read before the text of a record, and before its others. Raises DataError for an unknown prompt."""
+    known, name, role = dict(spec.prompts), record.get("prompt_name"), record.get("input_type")
+    if name is not None:
+        if not isinstance(name, str) or name not in known:
+            raise DataError(f"{where}: field 'prompt_name' is {kind_of(name)}; this delta has {_names(known)}")
+        return known[name], known[name]
+    if role is None:
+        default = known.get("", "")
+        return (prompt_of(QUERY, spec.prompts), prompt_of(DOCUMENT, spec.prompts)) if paired else (default, default)
+    if not isinstance(role, str) or (role not in ROLES and role not in known):
+        raise DataError(f"{where}: field 'input_type' is {kind_of(role)}; {nearest(str(role), {*ROLES, *known})}")
+    prompt = prompt_of(role, spec.prompts)
+    return prompt, prompt
 
 
 def prompt_of(role: str, prompts: Iterable[tuple[str, str]]) -> str:
@@ -338,52 +401,8 @@ def _searcher(example: EmbeddingExample) -> tuple[str, str] | None:
     return None if example.relevant is None else ("id", str(example.id))
 
 
-def _searched(
-    answers: Sequence[Answer], examples: Sequence[EmbeddingExample]
-) -> dict[tuple[str, str] | None, dict[str, float]]:
-    """The metrics of each search among all that can be found in the set. Raises DataError where nothing searches."""
-    found: dict[str, list[float]] = {}
-    asked: dict[tuple[str, str] | None, tuple[list[float], dict[str, float]]] = {}
-    for example, answer in zip(examples, answers, strict=True):
-        key = _searcher(example)
-        if key is None:
-            found[str(example.id)] = answer["embedding"]
-            continue
-        grades = asked.setdefault(key, (answer["embedding"], {}))[1]
-        if example.relevant is not None:
-            grades.update(example.relevant)
-        else:
-            grades[str(example.text_pair)] = 1.0
-            found |= zip(example.texts[1:], _others(answer), strict=True)
-    if not asked or not found:
-        raise DataError(
-            f"{examples[0].where}: there are {len(asked)} queries and {len(found)} documents; expected both"
-        )
-    table, places = _unit(list(found.values())), {name: place for place, name in enumerate(found)}
-    results = {}
-    for key, (vector, grades) in asked.items():
-        scores, gold = table @ _unit([vector])[0], np.zeros(len(places))
-        for name, grade in grades.items():
-            if name in places:
-                gold[places[name]] = grade
-        if key is not None and key[0] == "id" and key[1] in places:
-            scores[places[key[1]]] = -np.inf  # the query itself, as BEIR has it
-        results[key] = metrics.of_ranking(gold[np.argsort(-scores, kind="stable")])
-    return results
-
-
-def _others(answer: Answer) -> Iterator[list[float]]:
-    yield answer["embedding_pair"]
-    yield from answer.get("embedding_negatives", ())
-
-
-def _above(answer: Answer) -> bool:
-    """Whether the pair is nearer than every negative."""
-    cosines = _unit(list(_others(answer))) @ _unit([answer["embedding"]])[0]
-    return bool(cosines[0] > cosines[1:].max())
-
-
-def _unit(rows: Sequence[Sequence[float]]) -> Floats:
+def unit_rows(rows: Sequence[Sequence[float]]) -> Floats:
+    """Rows [n, W] as float64, each of length 1."""
     vectors = np.asarray(rows, dtype=np.float64)
     unit: Floats = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return unit
@@ -395,5 +414,5 @@ def _cut(answer: Answer, width: int) -> Answer:
     if "embedding_negatives" in answer:
         cut["embedding_negatives"] = [vector[:width] for vector in answer["embedding_negatives"]]
     if "embedding_pair" in cut:
-        cut["similarity"] = float(_unit([cut["embedding"]])[0] @ _unit([cut["embedding_pair"]])[0])
+        cut["similarity"] = float(unit_rows([cut["embedding"]])[0] @ unit_rows([cut["embedding_pair"]])[0])
     return cut

@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
 from bertology_serve.families import FAMILIES, family_named
-from bertology_serve.families.family import Dense, Family, HeadForm, HeadShape, Options, classifier
+from bertology_serve.families.family import Dense, Family, HeadForm, HeadShape, Options, classifier, token_vectors
 from bertology_serve.tasks.spec import (
-    EMBEDDING,
+    MULTI_VECTOR,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
+    SPARSE,
     TOKEN_CLASSIFICATION,
     Encoding,
     TaskSpec,
 )
 
 __all__ = ["Dense", "Head", "head_form", "pool"]
+
+
+class WordScores(nn.Module):
+    """Rows [n, E] times the encoder's word embeddings [V, E], which stay the encoder's, plus a bias [V] -> [n, V]."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.words = list[Tensor]()  # the embeddings; in a list: no parameter of the head
+
+    @property
+    def weight(self) -> Tensor:
+        """The word embeddings."""
+        return self.words[0]
+
+    def forward(self, rows: Tensor) -> Tensor:
+        kind = self.weight.dtype
+        return F.linear(rows.to(kind), self.weight, self.bias.to(kind)).to(rows.dtype)
 
 
 class Layer(nn.Module):
@@ -35,7 +56,11 @@ class Layer(nn.Module):
         super().__init__()
         self.form = form
         self.dropout = nn.Dropout(dropout if form.dropout else 0.0)
-        self.linear = nn.Linear(form.inputs, form.outputs, bias=form.bias, device="meta").to_empty(device="cpu")
+        self.linear: nn.Linear | WordScores = (
+            WordScores(form.outputs)
+            if form.tied
+            else nn.Linear(form.inputs, form.outputs, bias=form.bias, device="meta").to_empty(device="cpu")
+        )
         for parameter in self.linear.parameters():
             nn.init.zeros_(parameter)
         self.activation = _activation(form.activation)
@@ -73,14 +98,24 @@ class Head(nn.Module):
         generator: torch.Generator | None = None,
         dropout: float = 0.0,
         adopt: bool = False,
+        words: Tensor | None = None,
     ) -> Head:
         """A fresh head: linear weights from N(0, std²) of their form, biases 0, LayerNorms 1 and 0.
 
         Without a ``generator`` the weights stay zero, for ``load`` to fill. Parts whose base name is in
         ``base_tensors`` are copied from there and frozen; with ``adopt`` (full fine-tuning) they are copied, trained,
-        and belong to the delta.
+        and belong to the delta. ``words`` are the encoder's word embeddings [V, E], for layers that are tied to them.
+        Raises FormatError where those are for another vocabulary.
         """
+        for dense in form:
+            if dense.tied and (words is None or words.shape != (dense.outputs, dense.inputs)):
+                found = None if words is None else list(words.shape)
+                raise FormatError(
+                    f"the head weighs {dense.outputs} words, but the encoder's are {found}; train it again"
+                )
         head = cls(form, dropout)
+        if words is not None:
+            head.tie(words)
         with torch.no_grad():
             for std, (name, base, parameter) in head._drawn():
                 if base is not None and base in base_tensors:
@@ -92,10 +127,41 @@ class Head(nn.Module):
                     parameter.normal_(0.0, std, generator=generator)
         return head
 
+    def tie(self, words: Tensor) -> None:
+        """Takes the encoder's word embeddings [V, E] for layers that are tied to them."""
+        for layer in self.layers:
+            if isinstance(layer.linear, WordScores):
+                layer.linear.words = [words]
+
     def forward(self, rows: Tensor) -> Tensor:
         for layer in self.layers:
             rows = layer(rows)
         return rows
+
+    def read(self, rows: Tensor, lengths: Sequence[int], task: TaskSpec) -> Tensor:
+        """What the head gives for the rows that it reads (``batch.read_rows``): [n, H] -> [n, C].
+
+        Of ``sparse``, for all rows of texts of these lengths, [S, V]: ``log(1 + max(0, s))`` of each word's largest
+        score s in any row of a text (Formal et al. 2021, arXiv 2109.10086). The scores [n, V] are made, and in training
+        made again, in chunks of 64 rows.
+        """
+        if task.kind != SPARSE:
+            return self(rows)  # type: ignore[no-any-return]
+        *before, words = self.layers
+        for layer in before:
+            rows = layer(rows)
+        found: list[Tensor | None] = [None] * len(lengths)
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        at = 0
+        for parts in _chunks(lengths, CHUNK):
+            sizes = [size for _, size in parts]
+            own = words, rows[at : at + sum(sizes)], sizes
+            peaks = again(_peaks, *own) if torch.is_grad_enabled() else _peaks(*own)
+            at += sum(sizes)
+            for (text, _), peak in zip(parts, peaks, strict=True):
+                known = found[text]
+                found[text] = peak if known is None else torch.maximum(known, peak)
+        return torch.stack([one for one in found if one is not None]).relu().log1p()
 
     def named(self) -> Iterator[tuple[str, str | None, nn.Parameter]]:
         """(name in HuggingFace's task model, name in the base or None, parameter) of every parameter."""
@@ -142,6 +208,30 @@ class Head(nn.Module):
                     _copy(name, parameter, tensors[name])
 
 
+CHUNK = 64
+"""Rows whose scores of all words are held at once."""
+
+
+def _chunks(lengths: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]]:
+    """Texts of these lengths in groups of at most so many rows: (text, how many of its rows come next)."""
+    group, room = list[tuple[int, int]](), most
+    for text, length in enumerate(lengths):
+        while length:
+            size = min(length, room)
+            group.append((text, size))
+            length, room = length - size, room - size
+            if not room:
+                yield group
+                group, room = [], most
+    if group:
+        yield group
+
+
+def _peaks(words: nn.Module, rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """The largest score [V] of each word in each part of the rows."""
+    return tuple(part.amax(0) for part in words(rows).split(sizes))
+
+
 def pool(hidden: Tensor, text_rows: Tensor, lengths: Tensor, pooling: str) -> Tensor:
     """One row a sequence: hidden [T, H] -> [S, H], differentiable.
 
@@ -166,15 +256,15 @@ def aggregate(out: Tensor, encodings: Sequence[Encoding], task: TaskSpec) -> Ten
 
     Windows of a text are put together as ``task.aggregate`` says (Sun et al. 2019, arXiv 1905.05583, do it one layer
     before: the mean comes to the same under a linear head); of embeddings that are normalised, as they would be
-    answered. Tasks that answer for every token have no such rows.
+    answered; of words the largest weight counts. Tasks that answer for every token have no such rows.
     """
     if task.per_token or not any(encoding.continues for encoding in encodings):
         return out
     firsts = [row for row, encoding in enumerate(encodings) if not encoding.continues]
-    unit, found = task.kind == EMBEDDING and task.normalize, []
+    found = []
     for first, last in pairwise([*firsts, len(encodings)]):
-        rows = F.normalize(out[first:last]) if unit and last > first + 1 else out[first:last]
-        if task.aggregate == "max":
+        rows = F.normalize(out[first:last]) if task.unit and last > first + 1 else out[first:last]
+        if task.aggregate == "max" or task.kind == SPARSE:
             found.append(rows.amax(0))
         else:
             own = rows.new_tensor([encoding.own for encoding in encodings[first:last]])
@@ -228,6 +318,11 @@ def head_form(family: str, prefix: str, spec: TaskSpec, hidden: int, options: Op
             f"transformers' head of {family} for {spec.kind} is not known here, so that answers could differ; "
             f"train with --head linear, or take another encoder; {nearest(family, known)}"
         )
+    if spec.kind == SPARSE and options.get("tie_word_embeddings") is False:
+        raise Unsupported(
+            f"the scores of words of this {family} are not made by its word embeddings (tie_word_embeddings is false), "
+            "and a delta would have to hold a matrix of that size; take another encoder"
+        )
     return form(HeadShape(prefix, hidden, spec.outputs, options))
 
 
@@ -236,6 +331,8 @@ def _form(family: Family, kind: str) -> HeadForm | None:
         TOKEN_CLASSIFICATION: family.tokens,
         QUESTION_ANSWERING: family.answers,
         MULTIPLE_CHOICE: family.choice,
+        SPARSE: family.words,
+        MULTI_VECTOR: token_vectors,
     }
     return forms.get(kind, family.sequence)
 

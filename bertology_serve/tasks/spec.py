@@ -14,6 +14,8 @@ TOKEN_CLASSIFICATION = "token-classification"
 QUESTION_ANSWERING = "question-answering"
 MULTIPLE_CHOICE = "multiple-choice"
 EMBEDDING = "embedding"
+SPARSE = "sparse"
+MULTI_VECTOR = "multi-vector"
 TASK_KINDS = (
     CLASSIFICATION,
     MULTI_LABEL,
@@ -22,11 +24,15 @@ TASK_KINDS = (
     QUESTION_ANSWERING,
     MULTIPLE_CHOICE,
     EMBEDDING,
+    SPARSE,
+    MULTI_VECTOR,
 )
 TEXT_KINDS = (CLASSIFICATION, MULTI_LABEL, REGRESSION)
 """Tasks that read one text or a pair, and answer once for it."""
 LABEL_KINDS = (CLASSIFICATION, MULTI_LABEL)
 """Those whose answer is among labels, with a probability each."""
+VECTOR_KINDS = (EMBEDDING, SPARSE, MULTI_VECTOR)
+"""Those whose answer is what texts are compared by; their loss compares all texts of a batch."""
 IGNORED = -100
 """What torch and HuggingFace write where there is no label: no class, no term of the loss, counted by no metric."""
 EVEN = 0.5
@@ -51,10 +57,12 @@ class TaskSpec:
     longest answer in tokens, ``normalize`` scales embeddings to unit length. Without ``token_types`` question and
     context are of one type, as deltas from peft's question answering have it. With ``pairs`` a classification or
     regression was trained on pairs of texts alone, and refuses a single one; without it takes both. ``dimensions``
-    are widths that embeddings were trained to be cut to (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147).
-    ``prompts`` are what an embedding delta reads before a text, by name (``query: `` before a ``query``, ``passage: ``
-    before a ``document``); that of the empty name stands before texts whose call names none. ``ranges`` are the least
-    and the greatest value of each dimension of its vectors, by which they are made bytes.
+    are widths that embeddings were trained to be cut to (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147). ``width``
+    is the length of the vectors of multi-vector, and how many words of the vocabulary sparse weighs; ``max_terms`` how
+    many weights it keeps (0: all); with ``skip_punctuation`` multi-vector has none for punctuation in documents.
+    ``prompts`` are what an embedding of any kind reads before a text, by name (``query: `` before a ``query``,
+    ``passage: `` before a ``document``); that of the empty name stands before texts whose call names none. ``ranges``
+    are the least and the greatest value of each dimension of an embedding's vectors, by which they are made bytes.
 
     Texts beyond ``max_length`` are cut at their end or, where ``long`` is ``windows``, read in windows of that length
     with ``stride`` tokens of overlap, as question answering always reads its context. ``aggregate`` says what becomes
@@ -79,6 +87,9 @@ class TaskSpec:
     long: str = "cut"
     aggregate: str = "mean"
     dimensions: tuple[int, ...] = ()
+    width: int = 0
+    max_terms: int = 0
+    skip_punctuation: bool = True
     prompts: tuple[tuple[str, str], ...] = ()
     ranges: tuple[tuple[float, ...], ...] = ()
 
@@ -104,6 +115,18 @@ class TaskSpec:
             raise SpecError("thresholds and abstain are probabilities; expected numbers from 0 to 1")
         if self.abstain and self.kind != CLASSIFICATION:
             raise SpecError(f"abstain does not fit {self.kind}; only classification may name no label")
+        if self.kind in (SPARSE, MULTI_VECTOR) and self.head != "hf":
+            raise SpecError(
+                f"head {self.head!r} does not fit {self.kind}, whose head has a form of its own; leave it out"
+            )
+        if self.width < (self.kind == MULTI_VECTOR) or (self.width and self.kind not in (SPARSE, MULTI_VECTOR)):
+            raise SpecError(
+                f"width {self.width} does not fit {self.kind}; multi-vector has vectors of 1 or more numbers"
+            )
+        if self.max_terms < 0 or (self.max_terms and self.kind != SPARSE):
+            raise SpecError(f"max_terms {self.max_terms} does not fit {self.kind}; {SPARSE} keeps so many weights")
+        if self.long != "cut" and self.kind == MULTI_VECTOR:
+            raise SpecError("multi-vector has a vector a token, and reads no text in windows; leave long out")
         if self.long != "cut" and self.kind == QUESTION_ANSWERING:
             raise SpecError("question answering reads windows anyway; leave long out")
         if self.reads_windows and self.max_length < LEAST_WINDOW:
@@ -114,7 +137,7 @@ class TaskSpec:
             raise SpecError(f"dimensions do not fit {self.kind}; only embeddings can be cut")
         if len(set(self.dimensions)) != len(self.dimensions) or min(self.dimensions, default=1) < 1:
             raise SpecError(f"dimensions are {self.dimensions}; expected widths from 1 up, each once")
-        if self.prompts and self.kind != EMBEDDING:
+        if self.prompts and self.kind not in VECTOR_KINDS:
             raise SpecError(f"prompts do not fit {self.kind}; only embeddings have them")
         sizes = {len(side) for side in self.ranges}
         fine = len(self.ranges) == 2 and len(sizes) == 1 and 0 not in sizes and not any(map(operator.gt, *self.ranges))
@@ -143,12 +166,24 @@ class TaskSpec:
             MULTIPLE_CHOICE: 1,
             QUESTION_ANSWERING: 2,
             EMBEDDING: 0,
+            SPARSE: self.width,
+            MULTI_VECTOR: self.width,
         }[self.kind]
 
     @property
     def per_token(self) -> bool:
         """Whether the head answers for every text row rather than once a sequence."""
-        return self.kind in (TOKEN_CLASSIFICATION, QUESTION_ANSWERING)
+        return self.kind in (TOKEN_CLASSIFICATION, QUESTION_ANSWERING, MULTI_VECTOR)
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the head reads every text row rather than a pooled one."""
+        return self.per_token or self.kind == SPARSE
+
+    @property
+    def unit(self) -> bool:
+        """Whether its vectors are brought to length 1."""
+        return self.normalize and self.kind in (EMBEDDING, MULTI_VECTOR)
 
 
 _CHOICES = {"pooling": POOLINGS, "head": HEADS, "long": LONG, "aggregate": AGGREGATES}
@@ -160,9 +195,9 @@ class Encoding:
 
     ``offsets`` are character spans in the text that each token came from, ``parts`` says which text that was
     (0 first, 1 pair, -1 special token), ``words`` the word index for pre-split input (-1 special token, or a word that
-    another window answers for). ``cut`` is how many tokens of the text were left out, to fit the maximum length.
-    A window of a text that is no first one ``continues`` the sequence before it; ``own`` tokens belong to it. With
-    ``rows`` its output is all of its rows [len, H], rather than what its delta's head makes of them.
+    another window answers for; for multi-vector a token that has no vector). ``cut`` is how many tokens of the text
+    were left out, to fit the maximum length. A window of a text that is no first one ``continues`` the sequence before
+    it; ``own`` tokens belong to it.
     """
 
     ids: tuple[int, ...]
@@ -173,7 +208,6 @@ class Encoding:
     cut: int = 0
     continues: bool = False
     own: int = 0
-    rows: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)

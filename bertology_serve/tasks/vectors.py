@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from bertology_serve.errors import DataError, LimitError, Unsupported
 from bertology_serve.tasks.encoding import own_rows
 from bertology_serve.tasks.fields import Record, kind_of, read_integer, read_list
-from bertology_serve.tasks.spec import Encoding, TaskSpec
+from bertology_serve.tasks.spec import EMBEDDING, Encoding, TaskSpec
 
 FLOAT, BASE64 = "float", "base64"
 FORMATS = (FLOAT, BASE64, "int8", "uint8", "binary", "ubinary")
+PROMPT_FIELDS = ("prompt_name", "input_type")
 VECTOR_FIELDS = ("dimensions", "normalize", "encoding_format")
 MOST_DIMENSIONS, MOST_TOKENS, MOST_CHUNKS = 100_000, 1_000_000, 1024
 Encoded = list[float] | list[int] | str
@@ -50,8 +51,11 @@ class VectorForm:
         unit = named["normalize"]
         if unit is not None and not isinstance(unit, bool):
             raise DataError(f"{where}: field 'normalize' is {kind_of(unit)}; expected true or false")
-        if spec.normalize and unit is False:
+        if spec.unit and unit is False:
             raise Unsupported(f"{where}: this delta gives normalised embeddings; leave 'normalize' out")
+        alien = next((name for name, value in named.items() if value is not None and name != "normalize"), None)
+        if alien and spec.kind != EMBEDDING:
+            raise Unsupported(f"{where}: field {alien!r} is not supported for {spec.kind}; leave it out")
         several = named["embedding_types"] is not None
         formats = read_list(record, where, "embedding_types") if several else [named["encoding_format"]]
         formats = [FLOAT] if formats == [None] and not several else formats
@@ -81,10 +85,10 @@ class VectorForm:
         return vector[..., : self.dimensions]
 
     def encoded(self, vector: Tensor, spec: TaskSpec) -> Encoded | dict[str, Encoded]:
-        """A vector [D] that was cut, as the call wants it."""
-        unit = spec.normalize if self.normalize is None else self.normalize
-        has_it = spec.normalize and self.dimensions is None
-        scaled = F.normalize(vector, dim=0) if unit and not has_it else vector
+        """A vector [D] that was cut, or several [n, D], as the call wants them."""
+        unit = spec.unit if self.normalize is None else self.normalize
+        has_it = spec.unit and self.dimensions is None
+        scaled = F.normalize(vector, dim=-1) if unit and not has_it else vector
         found = {one: _encoded(vector.numpy(), scaled.numpy(), one, spec) for one in self.formats}
         return found if self.several else found[self.formats[0]]
 
@@ -105,6 +109,8 @@ class Chunks:
         no mean of its rows; LimitError for too many chunks.
         """
         pooling, spans, size = (record.get(name) for name in ("pooling", "chunks", "chunk_tokens"))
+        if pooling == "chunks" and spec.kind != EMBEDDING:
+            raise Unsupported(f"{where}: field 'pooling' is not supported for {spec.kind}; leave it out")
         if pooling not in (None, "chunks", spec.pooling):
             raise DataError(f"{where}: field 'pooling' is {kind_of(pooling)}; expected 'chunks', or nothing")
         if pooling != "chunks":

@@ -137,10 +137,12 @@ class Search:
     directory: FleetDirectory
     ends: float = math.inf
 
+    def late(self) -> bool:
+        """Whether time is up."""
+        return perf_counter() >= self.ends
+
     def losers(self, active: Sequence[Member]) -> Sequence[Member]:
-        """The members in training whose candidates are not among the best at this step; all once time is up."""
-        if perf_counter() >= self.ends:
-            return active
+        """The members in training whose candidates are not among the best at this step."""
         keep = rungs(len(self.crew), self.unit).get(active[0].state.step) if active else None
         if not keep:
             return ()
@@ -169,7 +171,8 @@ class Search:
 
     @property
     def winner(self) -> str:
-        """The best of the candidates that made the most steps. Raises SpecError where all failed."""
+        """The best of the candidates that made the most steps. Raises SpecError where all failed, or none made a step
+        and there is no probe to publish."""
         failures = {name: "".join(member.failure for member in self.members(name)) for name in self.crew}
         steps = {name: self.members(name)[0].state.step for name in self.crew if not failures[name]}
         whole = [name for name, own in steps.items() if own == max(steps.values())]
@@ -177,6 +180,8 @@ class Search:
             raise SpecError(
                 f"no candidate came to its end: {'; '.join(f'{k} failed at {v}' for k, v in failures.items())}"
             )
+        if self.start is None and not steps[whole[0]]:
+            raise SpecError("time was up before the first step; give a larger --budget, or fewer records")
         return max(whole, key=self.rank)
 
     @property
@@ -214,7 +219,7 @@ class Search:
         """The steps of a unit with which the winner's run takes so long, by what its steps took on the folds."""
         members = self.members(self.winner)
         each = sum(member.state.seconds for member in members) / max(1, sum(member.state.step for member in members))
-        return 10**9 if seconds == math.inf else int(seconds / each / max(rungs(len(self.crew))))
+        return 10**9 if seconds == math.inf or not each else int(seconds / each / max(rungs(len(self.crew))))
 
     def curve(self, name: str) -> dict[int, float]:
         """The metric of a candidate by steps, the mean over its folds."""
@@ -316,7 +321,7 @@ def train_auto(
         one.begin(shelf.start(one.plan, one.ready, features))
         return one
 
-    unit, keep = began["unit"], "best" if len(parts) == 1 else "last"
+    unit, keep, before = began["unit"], "best" if len(parts) == 1 else "last", perf_counter()
     try:
         crew = {
             name: [
@@ -336,11 +341,13 @@ def train_auto(
         raise
     amount, timed = read_budget(config.plan.budget)
     seconds = amount if timed and searches else math.inf
-    ends = began_at + seconds
-    last = 2 * max(rungs(len(tried))) / spent(len(tried), parts) if len(parts) > 1 else 0.0
-    search = Search(crew, unit, directory, ends - last * seconds if last else ends)
+    ends, last = began_at + seconds, 0.0
+    if len(parts) > 1 and ends < math.inf:  # the winner's run on all records, which begins as those of the folds did
+        last = seconds * 2 * max(rungs(len(tried))) / spent(len(tried), parts)
+        last += (perf_counter() - before) * len(train.records) / sum(len(part.train.records) for part in parts)
+    search = Search(crew, unit, directory, ends - last)
     members = [one.member for ones in crew.values() for one in ones]
-    Fleet(members, rows, directory, config.eval.save_every, losers=search.losers).run()
+    Fleet(members, rows, directory, config.eval.save_every, losers=search.losers, late=search.late).run()
     one, log, judged = crew[search.winner][0], directory, None
     facts: JsonObject = {}
     if len(parts) > 1:  # once more, on all of the training data
@@ -352,8 +359,7 @@ def train_auto(
         one = ready(search.winner, scheduled(tried[search.winner], longer, len(tried), data, "best"), data, log)
         one.beaten = not search.improves
         if not one.beaten:
-            late = lambda active: active if perf_counter() >= ends else ()  # noqa: E731
-            Fleet([one.member], rows, log, config.eval.save_every, losers=late).run()
+            Fleet([one.member], rows, log, config.eval.save_every, late=lambda: perf_counter() >= ends).run()
     board = search.board()
     write_board(directory.path, board, search)
     directory.write_config(settings_text(one.config, files or data.names(encoder.name), began["prepacked"]))

@@ -11,7 +11,7 @@ import torch
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import BASE, Pipeline, Request
 from bertology_serve.tasks.base import Answer, Task
-from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, LABEL_KINDS, REGRESSION
+from bertology_serve.tasks.spec import CLASSIFICATION, LABEL_KINDS, REGRESSION, VECTOR_KINDS
 from bertology_serve.training.batches import Item
 
 CONSTANT, COSINE, NAMES, PROBE = "constant", "cosine", "label names", "probe"
@@ -38,12 +38,12 @@ def rivals(encoder: Encoder, task: Task, known: Sequence[Any], examples: Sequenc
         prior = task.prior([task.target(example, ()) for example in known])
         if prior is not None:
             found[CONSTANT] = task, [task.decode(example, (), [prior]) for example in examples]
-    if task.kind == EMBEDDING or (
+    if task.kind in VECTOR_KINDS or (
         task.kind == REGRESSION and all(example.text_pair is not None for example in examples)
     ):
         pipeline = Pipeline(encoder)
         pairs = ({"text": example.text, "text_pair": example.text_pair} for example in examples)
-        records = (example.fields for example in examples) if task.kind == EMBEDDING else pairs
+        records = (example.fields for example in examples) if task.kind in VECTOR_KINDS else pairs
         answers = [dict(found.answer) for found in pipeline.answer(Request(BASE, record) for record in records)]
         found[COSINE] = pipeline.base.task, answers
     named = task.kind == CLASSIFICATION and all(map(_NAMED.match, task.spec.labels))

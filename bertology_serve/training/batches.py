@@ -17,11 +17,8 @@ from bertology_serve.data.records import DataLike, Record, name_of, read_records
 from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.classification import LabelTask
-from bertology_serve.tasks.spec import EMBEDDING, Encoding
+from bertology_serve.tasks.spec import VECTOR_KINDS, Encoding
 from bertology_serve.training.train_config import TrainConfig
-
-WHOLE_BATCH = (EMBEDDING,)
-"""The tasks whose loss compares all examples of a batch: it is taken of all their outputs together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +54,13 @@ def make_items(task: Task, records: Iterable[tuple[Fields, str]], tokenizer: Pre
 
 def shaped(task: Task, items: list[Item], config: TrainConfig) -> list[Item]:
     """Training items with what the configuration adds to their targets: class weights and label smoothing, a loss."""
-    if task.kind == EMBEDDING:
+    if task.kind in VECTOR_KINDS:
         from bertology_serve.tasks.embedding import Embedding
 
         examples: list[Any] = [item.example for item in items]
-        targets: Sequence[object] = cast(Embedding, task).aimed(examples, config.optim.loss)
+        targets: Sequence[object] = cast(Embedding, task).aimed(
+            examples, [item.target for item in items], config.optim.loss, config.optim.flops
+        )
     elif isinstance(task, LabelTask) and (config.optim.balance or config.optim.label_smoothing):
         targets = task.shaped([item.target for item in items], config.optim.balance, config.optim.label_smoothing)
     else:

@@ -16,7 +16,8 @@ from bertology_serve.tasks.base import Answer, Task
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.heads import outputs_of
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.training.batches import WHOLE_BATCH, Item, micro_batches
+from bertology_serve.tasks.spec import VECTOR_KINDS
+from bertology_serve.training.batches import Item, micro_batches
 from bertology_serve.training.evaluation import Evaluation, Records
 from bertology_serve.training.processes import ALONE, Processes
 
@@ -63,7 +64,7 @@ def measure(
     answers, loss = _answered(live, task, items, max_tokens, processes)
     metrics = task.metrics(answers, [item.example for item in items])
     weight = max(1, task.weight([item.target for item in items]))
-    return metrics if task.kind in WHOLE_BATCH else {**metrics, "loss": loss / weight}
+    return metrics if task.kind in VECTOR_KINDS else {**metrics, "loss": loss / weight}
 
 
 def answered(live: TrainableDelta, task: Task, items: Sequence[Item], max_tokens: int) -> list[Answer]:
@@ -85,7 +86,7 @@ def _answered(
             answers[numbers[id(item)]] = task.decode(item.example, item.encodings, own)
             if isinstance(task, LabelTask):
                 logits[numbers[id(item)]] = own[0]
-        if task.kind not in WHOLE_BATCH and not isinstance(task, LabelTask):
+        if task.kind not in VECTOR_KINDS and not isinstance(task, LabelTask):
             loss += float(task.loss(out, _lengths(group), [item.target for item in group]))
     parts = processes.gathered((answers, logits, loss))
     found = {number: answer for own, _, _ in parts for number, answer in own.items()}

@@ -23,7 +23,7 @@ from bertology_serve.tasks.metrics import (
     paired_effect,
     ratio,
 )
-from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
+from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, VECTOR_KINDS
 
 Records = Iterable[tuple[Mapping[str, Any], str]]
 MOST_SLICES = 20
@@ -205,7 +205,7 @@ class Evaluation:
             grade = {label: float(label) if numbers else float(index) for index, label in enumerate(labels)}
             gold = np.array([grade[example.label] for example in self.examples])  # type: ignore[attr-defined]
             found = np.array([sum(grade[label] * p for label, p in one["scores"].items()) for one in self.answers])
-        elif self.parts.shape == (len(self.answers), 2) and self.task.kind in (REGRESSION, EMBEDDING):
+        elif self.parts.shape == (len(self.answers), 2) and self.task.kind in (REGRESSION, *VECTOR_KINDS):
             gold, found = self.parts.T
         else:
             raise SpecError(f"answers of {self.task.kind} rank nothing; expected scored pairs, or two labels")

@@ -7,7 +7,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from statistics import NormalDist
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from bertology_serve.errors import LimitError, SpecError
 from bertology_serve.kinds.kinds import kind_named, spec_from_dict
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.tasks.classification import LabelTask
+from bertology_serve.tasks.heads import CHUNK, Layer
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import REGRESSION, TaskSpec
+from bertology_serve.tasks.spec import REGRESSION, SPARSE, Encoding, TaskSpec
 from bertology_serve.training.batches import Item
 from bertology_serve.training.layers import checkpointing, train_upper_layers
 from bertology_serve.training.method_options import (
@@ -36,6 +38,8 @@ from bertology_serve.training.regularisers import ChildNetwork, MixedWeights, Re
 from bertology_serve.training.train_config import ALONE, TrainConfig
 
 UNSURE = 0.2
+FEW_TEXTS, FEW_WORDS = 64, 16
+"""How many texts say what scores are usual, and how many words of the vocabulary a row has at first."""
 
 
 def specs_for(config: TrainConfig, anatomy: Anatomy) -> tuple[Any, ...]:
@@ -69,7 +73,9 @@ def make_live(encoder: Encoder, config: TrainConfig, spec: TaskSpec) -> Trainabl
     if config.machine.checkpointing:
         live.around = checkpointing(live)
     if not trained(live):
-        raise SpecError(f"method {','.join(config.method)} trains nothing for {spec.kind}, which has no head; add lora")
+        raise SpecError(
+            f"method {','.join(config.method)} trains nothing for {spec.kind}, which has no head of its own; add lora"
+        )
     return live
 
 
@@ -87,12 +93,42 @@ def _form(config: TrainConfig) -> Mixout | ChildTuning | TopK | None:
     return read_options(name, config.options.get(name, {})) if name in REGULARISED else None
 
 
-def start_at_mean(live: TrainableDelta, items: Sequence[Item]) -> None:
-    """Regression begins at the mean of the training scores, so that steps are spent on what explains them."""
-    bias = live.head.layers[-1].linear.bias if live.task.kind == REGRESSION else None  # type: ignore[union-attr]
-    if bias is not None:
-        with torch.no_grad():
-            bias.fill_(sum(float(item.target) for item in items) / len(items))  # type: ignore[operator]
+def start_at_data(live: TrainableDelta, items: Sequence[Item]) -> None:
+    """A fresh head begins at what the training data say without a step, so that steps are spent on what explains them.
+
+    Regression at the mean of the scores. Sparse embeddings, where the base checkpoint lacks the head: its first layer
+    is the identity where it is square (rows of a sentence encoder are still near their words' embeddings), and biases
+    let a row have 16 words, were the scores of each word in some texts' rows normal.
+    """
+    if live.task.kind == REGRESSION:
+        bias = live.head.layers[-1].linear.bias  # type: ignore[union-attr]
+        if bias is not None:
+            with torch.no_grad():
+                bias.fill_(sum(float(item.target) for item in items) / len(items))  # type: ignore[operator]
+    elif live.task.kind == SPARSE:
+        drawn = {name for name, base, _ in live.head.named() if base not in live.encoder.base_head}
+        first, words = (cast(Layer, layer) for layer in live.head.layers)
+        if f"{first.form.path}.weight" in drawn and first.form.inputs == first.form.outputs:
+            torch.nn.init.eye_(first.linear.weight)
+        if f"{words.form.path}.bias" in drawn:
+            encodings = [one for item in items[:FEW_TEXTS] for one in item.encodings][:FEW_TEXTS]
+            with torch.no_grad():
+                words.linear.bias.sub_(_high_scores(live, encodings))
+
+
+@torch.no_grad()
+def _high_scores(live: TrainableDelta, encodings: Sequence[Encoding]) -> Tensor:
+    """[V]: what few of these texts' rows score of each word, so that a row has ``FEW_WORDS`` above it."""
+    mode = live.training
+    hidden, batch = live.eval().hidden(encodings)
+    sums = torch.zeros(2, live.task.width, dtype=torch.float64, device=hidden.device)
+    for rows in hidden[batch.text_rows].float().split(CHUNK):
+        scores = live.head(rows).double()
+        sums += torch.stack([scores.sum(0), scores.square().sum(0)])
+    live.train(mode)
+    mean, square = sums / len(batch.text_rows)
+    deviations = NormalDist().inv_cdf(1 - min(0.5, FEW_WORDS / live.task.width))
+    return (mean + deviations * (square - mean.square()).clamp_min(0).sqrt()).float()
 
 
 def begin_at_probe(live: TrainableDelta, head: Mapping[str, Tensor]) -> None:

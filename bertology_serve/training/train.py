@@ -20,7 +20,7 @@ from bertology_serve.kinds import kinds
 from bertology_serve.tasks.base import Answer, Task, all_pairs
 from bertology_serve.tasks.fields import holds_several
 from bertology_serve.tasks.registry import task_for, task_named
-from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, MULTI_LABEL, TaskSpec
+from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, SPARSE, VECTOR_KINDS, TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
 from bertology_serve.training.calibration import Judged, settled, with_ranges
@@ -34,7 +34,7 @@ from bertology_serve.training.methods import (
     count_parameters,
     make_live,
     specs_for,
-    start_at_mean,
+    start_at_data,
     state_bytes,
     uses_bf16,
 )
@@ -90,7 +90,7 @@ def prepare(
     spec = task_spec(config, encoder, train)
     live, task = make_live(encoder, config, spec), task_for(spec)
     items = make_items(task, train.records, encoder.tokenizer)
-    start_at_mean(live, items)
+    start_at_data(live, items)
     items = shaped(task, items, config)
     others = [make_items(task, source.records, encoder.tokenizer) if source else [] for source in (dev, ood)]
     return Prepared(live, task, items, *others)
@@ -293,14 +293,14 @@ def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
     checkpoint has a pooler, which was trained on it, else the mean.
     """
     form, own = config.known_task, encoder.pooling
-    if form.per_token:
+    if form.reads_rows:
         return config
     first_row = config.starts_at_probe and "pooler.dense.weight" in encoder.base_head
     chosen: dict[str, Any] = {
         "pooling": config.form.pooling or own or ("cls" if first_row else form.pooling),
         "head": config.form.head or ("linear" if own and form.head == "hf" else form.head),
     }
-    if config.task == EMBEDDING and encoder.prompts:
+    if config.task in VECTOR_KINDS and encoder.prompts:
         from bertology_serve.tasks.embedding import prompt_of
 
         query, document = config.form.prompt_query, config.form.prompt_document
@@ -312,10 +312,10 @@ def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
 def for_data(config: TrainConfig, train: Source) -> TrainConfig:
     """The configuration for multi-label where a classification's labels are lists; with the loss of embeddings that
     the first record calls for."""
-    if config.task == EMBEDDING and config.optim.loss == "auto":
+    if config.task in VECTOR_KINDS and config.optim.loss == "auto":
         from bertology_serve.tasks.embedding import loss_of
 
-        example = task_named(EMBEDDING)(config.known_task).example(*train.records[0], labelled=True)
+        example = task_for(config.known_task).example(*train.records[0], labelled=True)
         return config.replaced(loss=loss_of(example))
     several = config.task == CLASSIFICATION and holds_several(train.records)
     return config.replaced(task=MULTI_LABEL) if several else config
@@ -358,12 +358,12 @@ def for_rows(config: TrainConfig, rows: int) -> TrainConfig:
 def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
     """What the defaults came to on that encoder with so many training rows, and why, in one line."""
     chosen, parts = for_rows(for_encoder(config, encoder), rows), []
-    if not chosen.known_task.per_token:
+    if not chosen.known_task.reads_rows:
         own = "it has a pooler" if chosen.form.pooling == "cls" else "no pooler"
         why = "the checkpoint's own" if encoder.pooling else own
         parts.append(f"pooling {chosen.form.pooling} ({'as given' if config.form.pooling else why})")
     form = "hf, at random" if chosen.known_task.head == "hf" else chosen.known_task.head
-    parts += [f"loss {chosen.optim.loss}" if chosen.task == EMBEDDING else f"head {form}"]
+    parts += [f"loss {chosen.optim.loss}" if chosen.task in VECTOR_KINDS else f"head {form}"]
     parts += [*(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
     if not config.plan.recipe:
         parts.append(f"{chosen.passes(rows)} epochs")
@@ -375,5 +375,6 @@ def task_spec(config: TrainConfig, encoder: Encoder, train: Source) -> TaskSpec:
     """The task: with the labels of the training data and a length that the encoder reads where none were given, and
     whether the data are pairs."""
     spec = config.task_spec(config.form.labels or infer_labels(config.task, train.records))
-    spec = replace(spec, pairs=all_pairs(config.task, train.records))
+    words = len(encoder.model.get_input_embeddings().weight) if config.task == SPARSE else spec.width
+    spec = replace(spec, pairs=all_pairs(config.task, train.records), width=words)
     return spec if config.form.max_length else replace(spec, max_length=min(spec.max_length, encoder.max_tokens))

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bertology_serve.config_fields import check_fields, check_known, flat, nested, option, split_list
 from bertology_serve.errors import SpecError
-from bertology_serve.tasks.spec import EMBEDDING, LABEL_KINDS, QUESTION_ANSWERING, TASK_KINDS, TEXT_KINDS, TaskSpec
+from bertology_serve.tasks.spec import (
+    EMBEDDING,
+    LABEL_KINDS,
+    MULTI_VECTOR,
+    QUESTION_ANSWERING,
+    SPARSE,
+    TASK_KINDS,
+    TEXT_KINDS,
+    VECTOR_KINDS,
+    TaskSpec,
+)
 from bertology_serve.training.method_options import (
     AUTO,
     EVERYWHERE,
@@ -38,6 +48,8 @@ HEAD_RATE = 5e-3
 # Epochs where none are given: enough_rows examples are seen in all, within limits.
 LEAST_EPOCHS, MOST_EPOCHS, ENOUGH_ROWS = 3, 20, 6000
 FEW_ROWS = 5000
+VECTOR_WIDTH = 128
+"""The length of multi-vector's vectors where none is given: ColBERT's."""
 FEW_ROWS_RATES: Mapping[str, float] = {"lora": 3e-3}
 """Where a run begins at the probe: the rows below which a method has another learning rate, and that."""
 
@@ -86,6 +98,9 @@ class FormConfig:
     prompt_document: str | None = option(
         None, 'embedding: what is read before a document (what belongs to it, or not), "passage: ". Default: as above.'
     )
+    width: int | None = option(None, "multi-vector: numbers in each vector. Default: 128.", least=1)
+    max_terms: int = option(0, "sparse: weights that are kept of each text, the largest; 0: all.", least=0)
+    skip_punctuation: bool = option(True, "multi-vector: no vectors for the punctuation of documents.")
     max_answer_length: int | None = option(None, "Longest answer in tokens (question answering). Default: 30.", least=1)
     calibrate: bool = option(
         True, "Fit a temperature on --eval and put it into the head: scores then say how often answers are right."
@@ -160,8 +175,11 @@ class OptimConfig:
     seed: int = option(0, "Decides the first weights, the order of examples and dropout.", least=0)
     loss: Literal["auto", "cosent", "mnrl", "mnrl-symmetric", "margin-mse", "distill"] = option(
         "auto",
-        "embedding: cosent (scored pairs), mnrl (pairs, with hard negatives or without; -symmetric: both ways), "
-        "margin-mse or distill (a teacher's scores). auto: as the records are.",
+        "embedding, sparse, multi-vector: cosent (scored pairs), mnrl (pairs, with hard negatives or without; "
+        "-symmetric: both ways), margin-mse or distill (a teacher's scores). auto: as the records are.",
+    )
+    flops: float = option(
+        0.0, "sparse: weight of the regulariser that makes vectors sparse (FLOPS), beside the loss.", least=0
     )
     balance: bool = option(
         False, "Weigh examples so that every label counts alike, however rare it is (classification, multi-label)."
@@ -272,8 +290,12 @@ class TrainConfig:
         if self.eval.folds and (self.plan.recipe or self.full):
             own = self.plan.recipe or self.method[0]
             raise SpecError(f"folds share one frozen encoder, but {own} trains its own; leave them out")
-        if self.optim.loss != "auto" and self.task != EMBEDDING:
-            raise SpecError(f"loss {self.optim.loss} is for {EMBEDDING}, not {self.task}; leave it out")
+        if self.optim.loss != "auto" and self.task not in VECTOR_KINDS:
+            raise SpecError(f"loss {self.optim.loss} is for {', '.join(VECTOR_KINDS)}, not {self.task}; leave it out")
+        if self.optim.flops and self.task != SPARSE:
+            raise SpecError(f"flops is for {SPARSE}, not {self.task}; leave it out")
+        if self.form.width and self.task != MULTI_VECTOR:
+            raise SpecError(f"width is for {MULTI_VECTOR}, not {self.task}; leave it out")
         for name in self.options:
             if name not in self.method:
                 raise SpecError(f"options of {name!r} were given, but the method is {','.join(self.method)}")
@@ -335,7 +357,7 @@ class TrainConfig:
 
     def task_spec(self, labels: tuple[str, ...]) -> TaskSpec:
         """The task with its defaults filled in."""
-        embedding = self.task == EMBEDDING
+        embedding, own = self.task == EMBEDDING, self.task in (SPARSE, MULTI_VECTOR)  # whose head has a form of its own
         probe = PROBE in self.method or self.plan.recipe == LP_FT or self.starts_at_probe
         longest = self.form.max_length or (384 if self.task == QUESTION_ANSWERING else TaskSpec.max_length)
         overlap = longest // 4 if self.form.long == "windows" else TaskSpec.stride
@@ -343,8 +365,11 @@ class TrainConfig:
             self.task,
             labels=labels,
             max_length=longest,
-            pooling=self.form.pooling or ("mean" if embedding or probe else TaskSpec.pooling),
-            head=self.form.head or ("none" if embedding else "linear" if probe else TaskSpec.head),
+            pooling=self.form.pooling or ("mean" if embedding or (probe and not own) else TaskSpec.pooling),
+            width=(self.form.width or VECTOR_WIDTH) if self.task == MULTI_VECTOR else 0,
+            max_terms=self.form.max_terms,
+            skip_punctuation=self.form.skip_punctuation,
+            head=self.form.head or ("none" if embedding else "linear" if probe and not own else TaskSpec.head),
             stride=overlap if self.form.stride is None else self.form.stride,
             max_answer_length=self.form.max_answer_length or TaskSpec.max_answer_length,
             abstain=self.form.abstain,

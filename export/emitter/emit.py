@@ -175,7 +175,6 @@ def _mixed(
 
 
 PROJECTION, CONV, CONV_NORM = "embedding_projection", "conv", "conv_norm"
-WORDS = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight")
 POSITIONS, TYPES = "embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"
 
 
@@ -199,7 +198,7 @@ def embed(modules: Modules, rows: Rows) -> Value:
 
     Where embeddings are narrower than the encoder they are projected: behind the norm (ELECTRA) or before (DeBERTa).
     """
-    table = next(found for found in map(modules.own, WORDS) if found is not None)
+    table = modules.nodes.weight(modules.words, modules.state[modules.words])
     positions, types = modules.own(POSITIONS), modules.own(TYPES)
     terms = [modules.prompted(table.gather(rows.ids), rows)]
     if positions is not None:

@@ -9,9 +9,9 @@ from torch import Tensor
 from bertology_serve.export.emitter.nodes import ACTIVATION_NODES, Nodes, Value, counted, joined
 from bertology_serve.export.emitter.row_nodes import MixedRows, Rows, Runs, changes, tile
 from bertology_serve.export.export_inputs import ExportInputs
-from bertology_serve.export.session import LOGITS, POOLED, ROWS
-from bertology_serve.tasks.heads import Head, Layer
-from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING
+from bertology_serve.export.session import LOGITS, POOLED, ROWS, SPARSE_WEIGHTS, VECTORS
+from bertology_serve.tasks.heads import Head, Layer, WordScores
+from bertology_serve.tasks.spec import EMBEDDING, MULTI_VECTOR, QUESTION_ANSWERING, SPARSE
 
 
 def read(export_inputs: ExportInputs, rows: Rows, hidden: Value) -> dict[str, Value]:
@@ -20,6 +20,12 @@ def read(export_inputs: ExportInputs, rows: Rows, hidden: Value) -> dict[str, Va
     if task.kind == QUESTION_ANSWERING:
         out = rows.callers(_answered(export_inputs, hidden))
         return {name: out.gather(column, 2) for column, name in enumerate(export_inputs.outputs)}
+    if task.kind == SPARSE:
+        best = pooled(rows, _answered(export_inputs, hidden), task.width, "max")
+        return {SPARSE_WEIGHTS: best.nodes("Log", best.nodes("Relu", best) + 1.0)}
+    if task.kind == MULTI_VECTOR:
+        vectors = _answered(export_inputs, hidden)
+        return {VECTORS: rows.callers(unit(vectors) if task.unit else vectors)}
     if task.per_token:
         return {LOGITS: rows.callers(_answered(export_inputs, hidden))}
     out = _answered(export_inputs, pooled(rows, hidden, export_inputs.anatomy.hidden, task.pooling))
@@ -53,7 +59,11 @@ def _answered(export_inputs: ExportInputs, x: Value) -> Value:
     for layer in export_inputs.head.layers:
         assert isinstance(layer, Layer)
         form, linear, norm = layer.form, layer.linear, layer.norm
-        x, bias = x @ own(f"{form.path}.weight", linear.weight.T), own(f"{form.path}.bias", linear.bias)
+        if isinstance(linear, WordScores):  # the table that ids are looked up in, which may be float16
+            table = x.nodes.weight(export_inputs.words, linear.weight).real().transpose(1, 0)
+        else:
+            table = own(f"{form.path}.weight", linear.weight.T)
+        x, bias = x @ table, own(f"{form.path}.bias", linear.bias)
         x = ACTIVATION_NODES[form.activation](x if bias is None else x + bias)
         if norm is not None:
             scale, shift = own(f"{form.norm}.weight", norm.weight), own(f"{form.norm}.bias", norm.bias)

@@ -32,6 +32,7 @@ class Modules:
         self.nodes: Nodes = updates.nodes
         self.updates, self.config, self.state = updates, export_inputs.config, export_inputs.state
         self.anatomy, self.activation = export_inputs.anatomy, export_inputs.activation
+        self.words = export_inputs.words
         self.positions, self._columns = export_inputs.positions, export_inputs.columns if precision in ON_CPU else {}
         self._product, self._apart = PRODUCTS[precision], precision == "int8-row"
 

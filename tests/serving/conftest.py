@@ -34,6 +34,8 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "chooser": ([Prompt(2)], TaskSpec("multiple-choice", max_length=32)),
     "sense": ([Lora(("key",), rank=3)], TaskSpec("embedding", head="none", pooling="mean", max_length=32)),
     "raw": ([], TaskSpec("embedding", head="none", max_length=32, normalize=False)),
+    "words": ([Lora(rank=2)], TaskSpec("sparse", max_length=32, width=len(tiny.WORDS) + len(tiny.SPECIAL))),
+    "late": ([], TaskSpec("multi-vector", max_length=32, width=8)),
 }
 RECORDS: dict[str, dict[str, Any]] = {
     "mood": {"text": "the cat was good"},
@@ -44,6 +46,8 @@ RECORDS: dict[str, dict[str, Any]] = {
     "chooser": {"premise": "the river was cold", "choices": ["the house", "a very cold river bank"]},
     "sense": {"text": "money was not very good"},
     "raw": {"text": "a great film"},
+    "words": {"text": "the great film"},
+    "late": {"text": "a film , not great", "text_pair": "the dog ."},
     "base": {"text": "the red house"},
 }
 

@@ -82,6 +82,14 @@ def test_a_prompt_by_name_as_text_embeddings_inference_has_it(pipeline, server):
     assert server.post("/embed", long | {"prompt_name": None}).status_code == 200
 
 
+def test_rows_of_tokens_are_read_behind_the_prompt_too(pipeline, server):
+    body = {"model": "search", "inputs": TEXT, "prompt_name": "query"}
+    rows = np.array(server.post("/embed_all", body).json()[0])
+    mean = rows.mean(0) / np.linalg.norm(rows.mean(0))
+    expected = pipeline(PROMPTS[0][1] + TEXT, delta="search").answer["embedding"]
+    assert mean.tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_ranking_reads_queries_and_documents(pipeline, server):
     body = {"model": "search", "query": "Ada", "documents": ["a dog", "the house"]}
     ranks = {one["index"]: one["relevance_score"] for one in server.post("/v1/rerank", body).json()["results"]}

@@ -10,8 +10,8 @@ from sklearn.metrics import ndcg_score
 from torch.nn import functional as F
 
 from bertology_serve.errors import DataError, SpecError
-from bertology_serve.tasks.contrastive import LOSSES, Target
-from bertology_serve.tasks.embedding import Embedding
+from bertology_serve.tasks.contrastive import LOSSES, Cosines, Target
+from bertology_serve.tasks.embedding import Embedding, prompts_for
 from bertology_serve.tasks.spec import TaskSpec
 
 TASK = Embedding(TaskSpec("embedding", max_length=16, pooling="mean", head="none"))
@@ -84,10 +84,10 @@ def test_mnrl_is_that_of_sentence_transformers(negatives):
     """Its MultipleNegativesRankingLoss: cross-entropy over the columns of candidates, scale 20."""
     rows, columns = parted(negatives)
     scores, own = 20 * cosines(columns[0], torch.cat([*columns[1:]])), torch.arange(8)
-    found = LOSSES["mnrl"](rows, targets_of(negatives))
+    found = LOSSES["mnrl"](Cosines(rows), targets_of(negatives))
     torch.testing.assert_close(found, F.cross_entropy(scores, own), rtol=1e-12, atol=0)
     both = (F.cross_entropy(scores, own) + F.cross_entropy(scores[:, :8].T, own)) / 2
-    torch.testing.assert_close(LOSSES["mnrl-symmetric"](rows, targets_of(negatives)), both, rtol=1e-12, atol=0)
+    torch.testing.assert_close(LOSSES["mnrl-symmetric"](Cosines(rows), targets_of(negatives)), both, rtol=1e-12, atol=0)
 
 
 def test_what_belongs_to_the_anchor_is_no_negative():
@@ -97,12 +97,12 @@ def test_what_belongs_to_the_anchor_is_no_negative():
     for i, j in ((0, 1), (1, 0), (2, 3), (3, 2)):  # the same anchor; the same pair
         scores[i, j] = -torch.inf
     expected = F.cross_entropy(scores, torch.arange(8))
-    torch.testing.assert_close(LOSSES["mnrl"](rows, same), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(LOSSES["mnrl"](Cosines(rows), same), expected, rtol=1e-12, atol=0)
 
 
 def test_ragged_negatives_are_candidates_of_all():
     rows = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = LOSSES["mnrl"](rows, [Target((0, 1, 2, 3)), Target((4, 5, 6))])
+    found = LOSSES["mnrl"](Cosines(rows), [Target((0, 1, 2, 3)), Target((4, 5, 6))])
     expected = F.cross_entropy(20 * cosines(rows[[0, 4]], rows[[1, 2, 3, 5, 6]]), torch.tensor([0, 3]))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
@@ -114,18 +114,18 @@ def test_a_teacher_s_scores_are_learnt():
     own = 20 * torch.stack([F.cosine_similarity(columns[0], column) for column in columns[1:]], 1)
     gold = torch.tensor([scores], dtype=torch.float64).expand(8, 3)
     margins = F.mse_loss(own[:, :1] - own[:, 1:], gold[:, :1] - gold[:, 1:])
-    torch.testing.assert_close(LOSSES["margin-mse"](rows, targets), margins, rtol=1e-12, atol=0)
+    torch.testing.assert_close(LOSSES["margin-mse"](Cosines(rows), targets), margins, rtol=1e-12, atol=0)
     apart = F.kl_div(own.log_softmax(1), gold.softmax(1), reduction="batchmean")
-    torch.testing.assert_close(LOSSES["distill"](rows, targets), apart, rtol=1e-12, atol=0)
+    torch.testing.assert_close(LOSSES["distill"](Cosines(rows), targets), apart, rtol=1e-12, atol=0)
     rows, columns = parted(0)
     cosine = F.mse_loss(F.cosine_similarity(*columns), torch.full((8,), 0.7, dtype=torch.float64))
-    torch.testing.assert_close(LOSSES["distill"](rows, targets_of(0, score=0.7)), cosine, rtol=1e-12, atol=0)
+    torch.testing.assert_close(LOSSES["distill"](Cosines(rows), targets_of(0, score=0.7)), cosine, rtol=1e-12, atol=0)
 
 
 def test_matryoshka_sums_the_loss_over_widths():
     rows, targets = parted(1)[0], targets_of(1)
     task = Embedding(replace(TASK.spec, dimensions=(6, 4, 2)))
-    expected = sum(LOSSES["mnrl"](rows[:, :width], targets) for width in (6, 4, 2)) * 8
+    expected = sum(LOSSES["mnrl"](Cosines(rows[:, :width]), targets) for width in (6, 4, 2)) * 8
     torch.testing.assert_close(task.loss(rows, [], targets), expected, rtol=1e-12, atol=0)
     examples = [TASK.example(scored_record(score), "x:1", True) for score in (1, 2, 3)]
     made = [
@@ -140,6 +140,10 @@ def scored_record(score):
     return {"text": "x", "text_pair": "y", "score": score}
 
 
+def aimed(examples, loss):
+    return TASK.aimed(examples, [TASK.target(example, ()) for example in examples], loss)
+
+
 def test_training_needs_pairs():
     with pytest.raises(
         DataError, match=r"^x:2: field 'text_pair' \(or 'positive'\) is missing; embeddings are trained"
@@ -147,7 +151,7 @@ def test_training_needs_pairs():
         TASK.example({"text": "x", "score": 1}, "x:2", True)
     document = TASK.example({"text": "x", "id": "d1"}, "x:3", True)
     with pytest.raises(DataError, match=r"^x:3: field 'text_pair' \(or 'positive'\) is missing; expected pairs"):
-        TASK.aimed([document], "mnrl")
+        aimed([document], "mnrl")
 
 
 SHAPES = [
@@ -164,7 +168,7 @@ SHAPES = [
 @pytest.mark.parametrize(("record", "loss"), SHAPES)
 def test_the_shape_of_a_record_decides_the_loss(record, loss, minilm):
     example = TASK.example(record, "x:1", True)
-    assert [target.loss for target in TASK.aimed([example], "auto")] == [loss]
+    assert [target.loss for target in aimed([example], "auto")] == [loss]
     texts = [value for name, value in record.items() if name in ("anchor", "text", "positive", "text_pair", "negative")]
     texts += [*record.get("negatives", ()), *([record["negative_1"]] if "negative_1" in record else [])]
     assert list(example.texts) == texts
@@ -197,13 +201,13 @@ BAD = [
 @pytest.mark.parametrize(("record", "loss", "message"), BAD)
 def test_what_cannot_be_learnt_is_said(record, loss, message):
     with pytest.raises(DataError, match=f"^x:1:.*{message}"):
-        TASK.aimed([TASK.example(record, "x:1", True)], loss)
+        aimed([TASK.example(record, "x:1", True)], loss)
 
 
 def test_the_first_record_decides_for_all():
     examples = [TASK.example(record, f"x:{i}", True) for i, (record, _) in enumerate(SHAPES[1:3], 1)]
     with pytest.raises(DataError, match=r"^x:2: field 'score' is missing; loss cosent needs it"):
-        TASK.aimed(examples, "auto")
+        aimed(examples, "auto")
     with pytest.raises(DataError, match=r"^x:2: field 'score' is missing; the first record has one"):
         TASK.metrics([{"similarity": 1.0}] * 2, examples)
 
@@ -296,8 +300,8 @@ def test_prompts_stand_before_texts_by_their_role(minilm):
     assert read(labelled=True, text="a dog", id="q", relevant={"d": 1}) == pair[:1]
     assert read(labelled=True, text="a cat", id="d") == pair[1:]
     always = Embedding(replace(task.spec, prompts=(("", "say : "), ("query", "ask : "))))
-    assert always.prompts({}, "x:1") == ("say : ", "say : ")
-    assert always.prompts({}, "x:1", paired=True) == ("ask : ", "say : ")
+    assert prompts_for(always.spec, {}, "x:1") == ("say : ", "say : ")
+    assert prompts_for(always.spec, {}, "x:1", paired=True) == ("ask : ", "say : ")
 
 
 def test_prompts_that_are_not_there_are_named():

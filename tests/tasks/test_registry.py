@@ -5,12 +5,18 @@ import torch
 
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.registry import TASKS, task_for, task_named
-from bertology_serve.tasks.spec import TASK_KINDS, TaskSpec
+from bertology_serve.tasks.spec import TASK_KINDS, VECTOR_KINDS, TaskSpec
 
 LABELS = ("O", "B-x", "I-x")
 LABELLED = ("classification", "multi-label", "token-classification")
 SPECS = {
-    kind: TaskSpec(kind, LABELS if kind in LABELLED else (), 16, head="none" if kind == "embedding" else "hf")
+    kind: TaskSpec(
+        kind,
+        LABELS if kind in LABELLED else (),
+        16,
+        head="none" if kind == "embedding" else "hf",
+        width=4 if kind in ("sparse", "multi-vector") else 0,
+    )
     for kind in TASK_KINDS
 }
 RECORDS = {
@@ -20,7 +26,7 @@ RECORDS = {
     "token-classification": {"tokens": ["a", "b"], "tags": ["O", "B-x"]},
     "question-answering": {"question": "who?", "context": "It was Ada .", "answers": ["Ada"]},
     "multiple-choice": {"question": "why?", "choices": ["a", "b", "c"], "label": 2},
-    "embedding": {"text": "a", "text_pair": "b", "score": 1},
+    **{kind: {"text": "a", "text_pair": "b", "score": 1} for kind in VECTOR_KINDS},
 }
 
 
@@ -60,7 +66,7 @@ def test_from_record_to_metrics(kind, minilm):
     assert all(-1.0 <= value <= 1.0 for name, value in found.items() if name != "mse")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TASK_KINDS if kind != "embedding"])
+@pytest.mark.parametrize("kind", [kind for kind in TASK_KINDS if kind not in VECTOR_KINDS])
 def test_loss_is_a_sum_over_examples_and_flows_back(kind, minilm):
     task = task_for(SPECS[kind])
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +95,7 @@ def test_gold_fields_are_ignored_unless_asked_for(kind, minilm):
     bare = {name: value for name, value in RECORDS[kind].items() if name not in gold}
     wrong = {**bare, "label": object(), "score": "x", "answers": 3, "tags": 5}
     assert task.example(bare, "x:1", False) == task.example(wrong, "x:1", False)
-    if kind != "embedding":  # pairs without a score are learnt too
+    if kind not in VECTOR_KINDS:  # pairs without a score are learnt too
         with pytest.raises(DataError, match=r"^x:1: field '(label|score|tags|answers)' is missing; expected "):
             task.example(bare, "x:1", True)
 

@@ -78,6 +78,8 @@ SETS = {
     "question-answering": question_answering,
     "multiple-choice": multiple_choice,
     "embedding": embedding,
+    "sparse": embedding,
+    "multi-vector": embedding,
 }
 LENGTHS = {"question-answering": 24}
 

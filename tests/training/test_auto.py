@@ -14,9 +14,10 @@ from bertology_serve.data.records import Record
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import DataError, SpecError
-from bertology_serve.training import auto
+from bertology_serve.training import auto, trainer
 from bertology_serve.training.auto import Search, candidates, folds, rungs, train_auto
 from bertology_serve.training.batches import Data, Source
+from bertology_serve.training.fleet import fleet
 from bertology_serve.training.fleet.fleet_directory import Quiet
 from bertology_serve.training.recipes import stages
 from bertology_serve.training.run_directory import Destination
@@ -256,6 +257,48 @@ def test_a_budget_in_minutes_ends_the_search(
     assert len(told) == 1
     assert "the least that this search has to do takes about" in told[0]
     assert "--budget (2m) is over" in told[0]
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(("a_pass", "an_evaluation"), [(1.0, 30.0), (20.0, 1.0), (2.0, 2.0), (400.0, 1.0)])
+def test_however_slow_the_machine_is_the_search_ends_in_time(
+    tmp_path: Path, bert: Encoder, monkeypatch: pytest.MonkeyPatch, held: bool, a_pass: float, an_evaluation: float
+):
+    """A pass and an evaluation take what they take; there is one of them too much at most."""
+    now, ended = [0.0], [0.0]
+    monkeypatch.setattr(auto, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(auto, "_seconds_a_row", lambda *_: 1e-6)  # the timing at the beginning was far off
+    monkeypatch.setattr(auto, "SMALL", 1)
+
+    def taking(module: Any, name: str, seconds: float) -> None:
+        plain = getattr(module, name)
+
+        def slow(*given: Any) -> Any:
+            now[0] += seconds
+            found = plain(*given)
+            ended[0] = now[0]
+            return found
+
+        monkeypatch.setattr(module, name, slow)
+
+    taking(fleet, "run_together", a_pass)
+    taking(trainer, "measure", an_evaluation)
+    outcome = search(bert, tmp_path / "mine", None if held else rows(), budget="2m")
+    assert ended[0] <= 1.1 * 120 + max(a_pass, an_evaluation)
+    assert ended[0] > 60
+    if not held and a_pass == 400.0:
+        assert outcome.delta.kinds == ("probe",)
+
+
+def test_time_that_is_up_before_a_first_step_is_said_where_there_is_no_probe(
+    tmp_path: Path, bert: Encoder, monkeypatch: pytest.MonkeyPatch
+):
+    now = iter(range(0, 10**6, 100))
+    monkeypatch.setattr(auto, "perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr(auto, "_seconds_a_row", lambda *_: 1e-6)
+    config = TrainConfig.of("classification", "auto", budget="1s", start="random", max_length=32)
+    with pytest.raises(SpecError, match="time was up before the first step; give a larger --budget"):
+        train_auto(config, bert, rows(), place=Destination(tmp_path / "mine"))
 
 
 def test_time_that_is_up_at_once_leaves_the_probe(tmp_path: Path, bert: Encoder, monkeypatch: pytest.MonkeyPatch):

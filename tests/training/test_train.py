@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import spearmanr
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForMaskedLM
 
 from bertology_serve.data.records import Record
 from bertology_serve.deltas import store
@@ -18,6 +18,7 @@ from bertology_serve.encoder.opening import open_delta
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import DataError, FormatError, InputError, SpecError
 from bertology_serve.kinds.kinds import parameter_count
+from bertology_serve.tasks.spec import VECTOR_KINDS
 from bertology_serve.training.batches import Data, Source
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.features import pooled
@@ -28,6 +29,7 @@ from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, choices, for_encoder, for_rows, prepare, train, usable
 from bertology_serve.training.train_config import FEW_ROWS, FEW_ROWS_RATES, TrainConfig
 from bertology_serve.training.trainer import NoCallback
+from tests import tiny
 from tests.bits import same_bits
 from tests.training import sets
 
@@ -49,7 +51,7 @@ def test_a_delta_is_trained_published_and_measured(tmp_path: Path, bert: Encoder
     assert {name: value for name, value in delta.metrics.items() if name != "loss"} == pytest.approx(found, abs=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"], "the run directory is gone"
     lines = [json.loads(line) for line in (tmp_path / "mine" / "log.jsonl").read_text().splitlines()]
-    started = task == "embedding"  # which is measured before the first step too
+    started = task in VECTOR_KINDS  # which is measured before the first step too
     assert len([line for line in lines if line.get("stage") != 1]) == outcome.state.step + 2 + started
     assert outcome.difference < 1e-5 * max(1.0, 1.0 / delta.provenance.get("calibration", {}).get("temperature", 1.0))
 
@@ -393,3 +395,31 @@ def test_few_rows_have_a_rate_of_their_own(bert: Encoder):
     assert choices(TrainConfig.of("classification"), bert, 100).endswith("lora at 0.003; 20 epochs (for 100 rows)")
     given = TrainConfig.of("classification", learning_rate=1e-4, epochs=2)
     assert choices(given, bert, 100).endswith("0.0001; 2 epochs")
+
+
+def test_a_sparse_head_begins_at_the_words_of_a_text_and_sparse(minilm_path: str):
+    """Before a step: few words of the vocabulary count, and those of the text are among the first."""
+    encoder = Encoder(minilm_path)
+    texts = ["ferry to the harbour", "lawyers read the contract", "rain fell in the valley", "she tuned the piano"]
+    source = Source.read([{"anchor": text, "positive": f"about {text}"} for text in texts])
+    ready = prepare(TrainConfig.of("sparse", max_length=16), encoder, source)
+    pipeline = Pipeline(encoder, [ready.live.freeze("words")])
+    for text in texts:
+        found = pipeline(text, "words").answer["sparse"]
+        assert len(found) < 0.1 * ready.live.task.width
+        assert {text.split()[-1], text.split()[0]} & {entry["token"] for entry in found[:20]}
+    assert ready.live.freeze("words").bytes == 716_520 + 4 * sum(
+        tensor.numel() for tensor in ready.live.named_tensors().values()
+    )
+
+
+def test_a_sparse_head_of_the_checkpoint_stays_as_it_is(tmp_path: Path):
+    torch.manual_seed(0)
+    AutoModelForMaskedLM.from_config(tiny.CONFIGS["bert"]()).save_pretrained(tmp_path)
+    tiny.tokenizer("bert").save_pretrained(tmp_path)
+    encoder = Encoder(tmp_path)
+    live = prepare(TrainConfig.of("sparse", max_length=16), encoder, sets.source("sparse")).live
+    assert not live.head.own_tensors()
+    assert all(tensor.equal(encoder.base_head[str(base)]) for _, base, tensor in live.head.named())
+    with pytest.raises(SpecError, match="method probe trains nothing for sparse"):
+        prepare(TrainConfig.of("sparse", "probe", max_length=16), encoder, sets.source("sparse"))

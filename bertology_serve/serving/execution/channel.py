@@ -181,12 +181,11 @@ Owned = tuple[int, Encoding]  # the number of a sequence's delta in the batch's 
 
 
 def put_batch(arena: SharedMemory, owned: Sequence[Owned]) -> tuple[int, int]:
-    """Writes S owners, S lengths, whether S ask for rows, T ids and T types, int32; returns (S, T)."""
+    """Writes S owners, S lengths, T ids and T types, int32; returns (S, T)."""
     lengths = [len(encoding) for _, encoding in owned]
     columns = (
         [owner for owner, _ in owned],
         lengths,
-        [encoding.rows for _, encoding in owned],
         [number for _, encoding in owned for number in encoding.ids],
         [number for _, encoding in owned for number in encoding.types],
     )
@@ -196,15 +195,14 @@ def put_batch(arena: SharedMemory, owned: Sequence[Owned]) -> tuple[int, int]:
 
 def take_batch(arena: SharedMemory, sequences: int, tokens: int) -> list[Owned]:
     """What ``put_batch`` wrote; Lost where it is no such batch."""
-    numbers = arena.read(3 * sequences + 2 * tokens, np.int32).tolist()
-    owners, lengths, rows = (numbers[at * sequences : (at + 1) * sequences] for at in range(3))
+    numbers = arena.read(2 * (sequences + tokens), np.int32).tolist()
+    owners, lengths = numbers[:sequences], numbers[sequences : 2 * sequences]
     if min(lengths, default=0) < 0 or sum(lengths) != tokens:
         raise Lost(f"sequences of {sum(lengths)} tokens; expected {tokens}")
-    ids, types = numbers[3 * sequences : 3 * sequences + tokens], numbers[3 * sequences + tokens :]
+    ids, types = numbers[2 * sequences : 2 * sequences + tokens], numbers[2 * sequences + tokens :]
     found, at = [], 0
-    for owner, length, wanted in zip(owners, lengths, rows, strict=True):
-        own = tuple(ids[at : at + length]), tuple(types[at : at + length])
-        found.append((owner, Encoding(*own, rows=bool(wanted))))
+    for owner, length in zip(owners, lengths, strict=True):
+        found.append((owner, Encoding(tuple(ids[at : at + length]), tuple(types[at : at + length]))))
         at += length
     return found
 
@@ -230,8 +228,6 @@ def take_outputs(arena: SharedMemory, count: int, owned: Sequence[tuple[Delta, E
 def shape_of(delta: Delta, encoding: Encoding, hidden: int) -> tuple[int, ...]:
     """The shape of a sequence's output."""
     task = delta.task
-    if encoding.rows:
-        return len(encoding), hidden
     if task.kind == EMBEDDING:
         return (hidden,)
     return (len(encoding), task.outputs) if task.per_token else (task.outputs,)

@@ -114,7 +114,9 @@ class Worker:
 
     def run(self, body: Body) -> JsonObject:
         """Runs a batch that lies in shared memory."""
-        readies = [self._found(key) for key in body["keys"]]
+        hidden = self.pipeline.encoder.hidden
+        found = [(self._found(key), rows) for key, rows in body["keys"]]
+        readies = [ready.every_token(hidden) if rows else ready for ready, rows in found]
         owned = [(readies[owner], tokens) for owner, tokens in take_batch(self._inputs, *body["sizes"])]
         with self.pipeline.encoder.lock, torch.inference_mode():
             outputs = self.pipeline.outputs(owned)

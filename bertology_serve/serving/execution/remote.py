@@ -162,10 +162,12 @@ class Remote(DeltaSet):
 
     def outputs(self, owned: Sequence[tuple[LoadedDelta, Encoding]]) -> list[Tensor]:
         """One pass over there. Raises Crashed where the executor did not live to answer."""
-        numbers = {key: n for n, key in enumerate(dict.fromkeys(ready.entry.key for ready, _ in owned))}
+        own = [(ready.entry.key, ready.whole is not None) for ready, _ in owned]
+        numbers = {key: n for n, key in enumerate(dict.fromkeys(own))}
         line = self.supervisor.line()
         try:
-            sizes = put_batch(line.inputs, [(numbers[ready.entry.key], encoding) for ready, encoding in owned])
+            tokens = [(numbers[key], encoding) for key, (_, encoding) in zip(own, owned, strict=True)]
+            sizes = put_batch(line.inputs, tokens)
             answer = line.batches.ask(Op.RUN, {"keys": list(numbers), "sizes": sizes})
             expected = [(ready.delta, encoding) for ready, encoding in owned]
             return take_outputs(line.outputs, int(answer["numbers"]), expected, self.encoder.hidden)

@@ -154,6 +154,8 @@ def _tei_paths() -> JsonObject:
     """Text Embeddings Inference's routes, at the root and below a delta's name; /predict at the root is ours too."""
     posts = {
         "embed": ("Embeddings", "TeiBody", _list(_list(_NUMBER))),
+        "embed_sparse": ("Weights of words", "TeiBody", _list(_list(_OBJECT))),
+        "embed_all": ("An embedding a token", "TeiBody", _list(_list(_list(_NUMBER)))),
         "rerank": ("Rank texts", "TeiRerankBody", _list(_OBJECT)),
         "similarity": ("Compare texts", "TeiSimilarityBody", _list(_NUMBER)),
         "tokenize": ("Texts to tokens", "TeiTokenizeBody", _list(_list(_OBJECT))),

@@ -106,6 +106,8 @@ class Routes:
                 for base in ("", "/tei/{delta}")
                 for name, route, endpoint in (
                     ("embed", ask, partial(self.ask_tei, what=tei.EMBED)),
+                    ("embed_sparse", ask, partial(self.ask_tei, what=tei.EMBED_SPARSE)),
+                    ("embed_all", ask, partial(self.ask_tei, what=tei.EMBED_ALL)),
                     ("rerank", ask, partial(self.ask_tei, what=tei.RERANK)),
                     ("similarity", ask, partial(self.ask_tei, what=tei.SIMILARITY)),
                     ("tokenize", post, partial(self.tokens, what=tei.tokenize)),
@@ -167,7 +169,7 @@ class Routes:
         return answer_response(content, found, BINARY, {JSON_LENGTH: str(json_length)})
 
     async def ask_tei(self, request: Request, what: str) -> Response:
-        """POST /embed, /rerank, /similarity, the same and /predict below /tei/{delta}"""
+        """POST /embed, /embed_sparse, /embed_all, /rerank, /similarity, the same and /predict below /tei/{delta}"""
         body, call = await receive(request, self.config)
         reader = self._tei_reader(request, body, what)
         return answer_response(*await self.service.serve(call, len(body), reader, tei.write_tei))

@@ -16,18 +16,19 @@ from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
 from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, shown
-from bertology_serve.tasks.embedding import PROMPT_FIELDS
 from bertology_serve.tasks.redaction import REDACTION_FIELDS
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
     MULTI_LABEL,
+    MULTI_VECTOR,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
+    SPARSE,
     TOKEN_CLASSIFICATION,
 )
-from bertology_serve.tasks.vectors import FLOAT, VECTOR_FIELDS
+from bertology_serve.tasks.vectors import FLOAT, PROMPT_FIELDS, VECTOR_FIELDS
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ _KNOWN = {
     QUESTION_ANSWERING: ("top_k", "offsets"),
     MULTIPLE_CHOICE: (),
     EMBEDDING: (*VECTOR_FIELDS, "truncate", *PROMPT_FIELDS),
+    SPARSE: ("truncate", *PROMPT_FIELDS),
+    MULTI_VECTOR: ("normalize", "truncate", *PROMPT_FIELDS),
 }
 FIELDS = (*REDACTION_FIELDS, *PROMPT_FIELDS, *VECTOR_FIELDS)
 # What counts as an option beside ``inputs`` too, where InferenceClient puts those of embeddings; other keys are ignored
@@ -257,6 +260,18 @@ def embedding(prediction: Prediction, options: Options) -> Any:
     return prediction.answer.get("embedding", prediction.answer)
 
 
+def sparse(prediction: Prediction, options: Options) -> list[JsonObject]:
+    """``[{index, value}]`` in the order of the vocabulary, as TEI has it."""
+    found = ({"index": entry["index"], "value": entry["value"]} for entry in prediction.answer["sparse"])
+    return sorted(found, key=lambda entry: int(entry["index"]))
+
+
+def vectors(prediction: Prediction, options: Options) -> list[list[float]]:
+    """A vector a token."""
+    rows: list[list[float]] = prediction.answer["vectors"]
+    return rows
+
+
 def own(prediction: Prediction, options: Options) -> JsonObject:
     """This project's own shape."""
     return prediction.as_dict()
@@ -269,6 +284,8 @@ SHAPES = {
     TOKEN_CLASSIFICATION: AnswerShape(tokens),
     QUESTION_ANSWERING: AnswerShape(question),
     EMBEDDING: AnswerShape(embedding),
+    SPARSE: AnswerShape(sparse),
+    MULTI_VECTOR: AnswerShape(vectors),
     MULTIPLE_CHOICE: AnswerShape(own),
 }
 

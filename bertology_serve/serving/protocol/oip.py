@@ -30,7 +30,7 @@ from bertology_serve.serving.protocol.oip_model import (
     record_of,
 )
 from bertology_serve.serving.protocol.tensors import InputTensor, OutputTensor, Parameters, read_texts, split
-from bertology_serve.tasks.spec import EMBEDDING
+from bertology_serve.tasks.spec import EMBEDDING, SPARSE, VECTOR_KINDS
 
 DELTA = "delta"
 Find = Callable[[str], Delta]
@@ -99,8 +99,9 @@ def read_call(asked: InferRequest, blobs: Sequence[bytes | None], model: Delta, 
         texts = {name: column[row] for name, column in columns.items() if name != DELTA}
         where = f"row {row}"
         record = record_of(delta, texts, where)
-        if delta.task.kind == EMBEDDING:
-            record |= {name: parameters[name] for name in ("input_type", "dimensions") if name in parameters}
+        if delta.task.kind in VECTOR_KINDS:
+            asked_for = ("input_type", "dimensions") if delta.task.kind == EMBEDDING else ("input_type",)
+            record |= {name: parameters[name] for name in asked_for if name in parameters}
         requests.append(Request(delta.name, record, "", logits, where))
     return InferCall(model, asked.id, requests, outputs, fields, _seconds(parameters), _priority(parameters))
 
@@ -240,8 +241,14 @@ def _tensor(name: str, field: Field, predictions: Sequence[Prediction]) -> Outpu
     rows = [_value(name, prediction) for prediction in predictions]
     if not field.width:
         return OutputTensor(name, field.datatype, (len(rows),), rows)
-    width = field.width if field.width > 0 else len(rows[0]) if rows else 0
-    return OutputTensor(name, field.datatype, (len(rows), width), [number for row in rows for number in row])
+    width = field.width if field.width > 0 else max(map(len, rows), default=0)
+    empty: Any = [0.0] * field.depth if field.depth else -1 if field.datatype == "INT64" else 0.0
+    values = [value for row in rows for value in (*row, *[empty] * (width - len(row)))]
+    if not field.depth:
+        return OutputTensor(name, field.datatype, (len(rows), width), values)
+    return OutputTensor(
+        name, field.datatype, (len(rows), width, field.depth), [one for value in values for one in value]
+    )
 
 
 def _value(name: str, prediction: Prediction) -> Any:
@@ -249,6 +256,10 @@ def _value(name: str, prediction: Prediction) -> Any:
         return encode(prediction.as_dict()).decode()
     if name in ANY_TASK:
         return getattr(prediction, name)
+    if prediction.task == SPARSE:
+        return [entry[name] for entry in prediction.answer["sparse"]]
+    if name == "vector_count":
+        return len(prediction.answer["vectors"])
     value = prediction.answer[name]
     if name == "label":  # a delta that abstains names none
         return value or ""

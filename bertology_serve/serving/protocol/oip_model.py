@@ -19,9 +19,11 @@ from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
     MULTI_LABEL,
+    MULTI_VECTOR,
     MULTIPLE_CHOICE,
     QUESTION_ANSWERING,
     REGRESSION,
+    SPARSE,
     TOKEN_CLASSIFICATION,
 )
 
@@ -32,10 +34,20 @@ _TYPES = {"BYTES": "TYPE_STRING", "FP32": "TYPE_FP32", "INT64": "TYPE_INT64"}  #
 
 @dataclass(frozen=True)
 class Field:
-    """One output: its tensor type, and the size of its second dimension (0: none, -1: known only with the answer)."""
+    """One output: its tensor type, and the size of its second dimension (0: none, -1: known only with the answer).
+
+    What has a third one, ``depth``, and where the answer says how much there is, is filled up with zeros; ``index``
+    with -1, which stands for no word.
+    """
 
     datatype: str
     width: int = 0
+    depth: int = 0
+
+    @property
+    def shape(self) -> list[int]:
+        """As the metadata has it, -1 for what is not known before."""
+        return [-1, *filter(None, (self.width, self.depth))]
 
 
 TEXT, NUMBER, INDEX = Field("BYTES"), Field("FP32"), Field("INT64")
@@ -45,6 +57,8 @@ _INPUTS: dict[str, dict[str, int]] = {  # name -> dimensions
     MULTI_LABEL: {"text": 1, "text_pair": 1},
     REGRESSION: {"text": 1, "text_pair": 1},
     EMBEDDING: {"text": 1, "text_pair": 1},
+    SPARSE: {"text": 1, "text_pair": 1},
+    MULTI_VECTOR: {"text": 1, "text_pair": 1},
     TOKEN_CLASSIFICATION: {"text": 1, "tokens": 2},
     QUESTION_ANSWERING: {"question": 1, "context": 1},
     MULTIPLE_CHOICE: {"premise": 1, "question": 1, "choices": 2},
@@ -98,6 +112,8 @@ def outputs_of(delta: Delta) -> dict[str, Field]:
         MULTI_LABEL: {"scores": Field("FP32", labels), "logits": Field("FP32", labels)},
         REGRESSION: {"value": NUMBER, "logits": Field("FP32", 1)},
         EMBEDDING: {"embedding": Field("FP32", -1)},
+        SPARSE: {"index": Field("INT64", -1), "value": Field("FP32", -1)},
+        MULTI_VECTOR: {"vectors": Field("FP32", -1, delta.task.width), "vector_count": INDEX},
         MULTIPLE_CHOICE: {"choice": INDEX, "score": NUMBER},
     }  # fmt: skip
     return own.get(delta.task.kind, {}) | ANY_TASK
@@ -116,8 +132,7 @@ def metadata(delta: Delta) -> JsonObject:
         for name, dimensions in _INPUTS[delta.task.kind].items()
     ]
     outputs = [
-        {"name": name, "datatype": field.datatype, "shape": [-1, field.width] if field.width else [-1]}
-        for name, field in outputs_of(delta).items()
+        {"name": name, "datatype": field.datatype, "shape": field.shape} for name, field in outputs_of(delta).items()
     ]
     return {
         "name": delta.name,

@@ -7,7 +7,7 @@ little-endian float32.
 Cohere: ``/v2/embed`` ``{model, texts, input_type, embedding_types, output_dimension}`` -> vectors by type.
 
 Cohere and Jina: ``{model, query, documents}`` -> documents by relevance. The model is a regression on pairs, whose
-value is squeezed into 0..1, or an embedding, whose cosine is taken.
+value is squeezed into 0..1, or an embedding of any kind: cosine, product of weights or MaxSim.
 
 vLLM: ``/score`` ``{model, text_1, text_2}`` -> a score a pair, one text beside many or as many beside as many, by a
 regression on pairs or by embeddings; ``/classify`` ``{model, input}`` -> label and probabilities, by a classification.
@@ -26,9 +26,8 @@ from bertology_serve.errors import DataError, Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.serving.protocol.hf import sigmoid
 from bertology_serve.serving.protocol.json_codec import check_items, encode, encode_list, object_of, shown
-from bertology_serve.tasks.embedding import PROMPT_FIELDS
-from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
-from bertology_serve.tasks.vectors import FLOAT
+from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION, VECTOR_KINDS
+from bertology_serve.tasks.vectors import FLOAT, PROMPT_FIELDS
 
 OWNER = "bertology-serve"
 
@@ -163,7 +162,7 @@ def read_rerank(body: bytes, find: Callable[[str], Delta], most: float) -> Reran
     LimitError for more than ``most`` documents.
     """
     value = object_of(body)
-    delta = model_of(value, find, REGRESSION, EMBEDDING)
+    delta = model_of(value, find, REGRESSION, *VECTOR_KINDS)
     query, documents = value.get("query"), value.get("documents")
     if not isinstance(query, str):
         raise DataError(f"field 'query' is {shown(query)}; expected a text")
@@ -201,7 +200,7 @@ def pairs(delta: Delta, ones: Sequence[Any], others: Sequence[Any], places: Sequ
 
 
 def score_of(prediction: Prediction, raw: bool = False) -> float:
-    """How well a pair fits: the cosine of two embeddings, or a regression's value, in 0..1 unless ``raw``."""
+    """How well a pair fits: how alike two embeddings are, or a regression's value, in 0..1 unless ``raw``."""
     if "similarity" in prediction.answer:
         return float(prediction.answer["similarity"])
     value = float(prediction.answer["value"])
@@ -238,7 +237,7 @@ class PoolingCall:
 def read_score(body: bytes, find: Callable[[str], Delta], most: float) -> PoolingCall:
     """A call of ``POST /score``. Raises DataError, NotFound, Unsupported, LimitError for more than ``most`` pairs."""
     value = object_of(body)
-    delta, raw = model_of(value, find, REGRESSION, EMBEDDING), _raw(value)
+    delta, raw = model_of(value, find, REGRESSION, *VECTOR_KINDS), _raw(value)
     ones, others = (_side(value, names, most) for names in SIDES)
     if len(ones) == 1:
         ones = ones * len(others)

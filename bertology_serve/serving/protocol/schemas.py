@@ -264,7 +264,7 @@ class TeiSimilarityBody(Struct, omit_defaults=True):
 
 
 class TeiRerankBody(Struct, omit_defaults=True):
-    """Texts to be ranked for a query, by a regression on pairs."""
+    """Texts to be ranked for a query, by a regression on pairs or by an embedding of any kind."""
 
     query: str
     texts: list[str]

@@ -2,15 +2,17 @@
 
 ``/embed`` ``{inputs, normalize?, dimensions?}`` -> vectors; ``/predict`` ``{inputs, raw_scores?}`` -> scores by label;
 ``/rerank`` ``{query, texts, raw_scores?, return_text?}`` -> texts by score; ``/similarity``
-``{inputs: {source_sentence, sentences}}`` -> cosines. Embeddings come from embedding deltas (``base`` where none is
-named), predictions from classifications, ranks from regressions on pairs. Texts longer than the delta reads are
-refused unless ``truncate`` is true, as there.
+``{inputs: {source_sentence, sentences}}`` -> cosines; ``/embed_sparse`` ``{inputs}`` -> weights by index;
+``/embed_all`` ``{inputs}`` -> a vector a token. Embeddings come from embedding deltas (``base`` where none is named),
+which give every token's last hidden row to ``/embed_all``, as multi-vector gives its vectors; predictions from
+classifications, ranks from regressions on pairs, or from how alike query and text are. Texts longer than the delta
+reads are refused unless ``truncate`` is true, as there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +22,24 @@ from bertology_serve.encoder.pipeline import BASE, Prediction, Request
 from bertology_serve.errors import DataError, LimitError, Unsupported
 from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.protocol.hf import Options, classification, cosine, sigmoid
+from bertology_serve.serving.protocol.hf import Options, classification, cosine, sparse
 from bertology_serve.serving.protocol.json_codec import check_items, check_size, encode, encode_list, object_of, shown
-from bertology_serve.tasks.embedding import PROMPT_FIELDS, Embedding
+from bertology_serve.serving.protocol.openai import score_of
+from bertology_serve.tasks.embedding import prompts_for
 from bertology_serve.tasks.encoding import encode_text
-from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION
-from bertology_serve.tasks.vectors import VECTOR_FIELDS
+from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, MULTI_VECTOR, REGRESSION, SPARSE, VECTOR_KINDS
+from bertology_serve.tasks.vectors import PROMPT_FIELDS, VECTOR_FIELDS
 
 Find = Callable[[str], Delta]
 Body = JsonMapping
 Tokenizer = Any
 EMBED, PREDICT, RERANK, SIMILARITY = "embed", "predict", "rerank", "similarity"
-TASKS = {EMBED: EMBEDDING, SIMILARITY: EMBEDDING, PREDICT: CLASSIFICATION, RERANK: REGRESSION}
+EMBED_SPARSE, EMBED_ALL = "embed_sparse", "embed_all"
+TASKS: dict[str, tuple[str, ...]] = {
+    EMBED: (EMBEDDING,), SIMILARITY: (EMBEDDING,), EMBED_ALL: (EMBEDDING, MULTI_VECTOR), EMBED_SPARSE: (SPARSE,),
+    PREDICT: (CLASSIFICATION,), RERANK: (REGRESSION, *VECTOR_KINDS),
+}  # fmt: skip
+"""What each route takes; ``base`` answers those that begin with embeddings."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +68,12 @@ def read_tei(body: bytes, what: str, find: Find, named: str | None = None, most:
     delta = _delta(value, what, find, named)
     check_items(_count(value), most)
     records, names, more = _RECORDS[what](value)
-    fields = _fields(value, what, delta)
+    rows, fields = what == EMBED_ALL and delta.task.kind == EMBEDDING, _fields(value, what)
     requests = [
-        Request(delta.name, record | fields, "", _flag(value, "raw_scores"), where)
+        Request(delta.name, record | fields, "", _flag(value, "raw_scores"), where, rows=rows)
         for record, where in zip(records, names, strict=True)
     ]
-    _refuse(value, delta)
+    _refuse(value, what)
     return TeiCall(what, delta, requests, _flag(value, "truncate"), _flag(value, "raw_scores"), **more)
 
 
@@ -77,14 +85,17 @@ def write_tei(call: TeiCall, predictions: Sequence[Prediction]) -> bytes:
         options = Options(transform="none" if call.raw else "")
         found = [classification(prediction, options) for prediction in predictions]
         return encode(found[0]) if call.flat else encode_list(found)
+    if call.what == EMBED_ALL:
+        return encode_list(prediction.answer["vectors"] for prediction in predictions)
+    if call.what == EMBED_SPARSE:
+        return encode_list(sparse(prediction, Options()) for prediction in predictions)
     vectors = [prediction.answer["embedding"] for prediction in predictions]
     return encode_list(vectors if call.what == EMBED else [cosine(vectors[0], other) for other in vectors[1:]])
 
 
 def _ranks(call: TeiCall, predictions: Sequence[Prediction]) -> list[JsonObject]:
     """The texts, best first; a regression's value is squeezed into 0..1 unless raw scores are asked for."""
-    values = [prediction.answer["value"] for prediction in predictions]
-    scores = values if call.raw else [sigmoid(value) for value in values]
+    scores = [score_of(prediction, call.raw) for prediction in predictions]
     ranks = [{"index": index, "score": score} for index, score in enumerate(scores)]
     if call.with_text:
         ranks = [rank | {"text": text} for rank, text in zip(ranks, call.texts, strict=True)]
@@ -101,30 +112,34 @@ def _count(value: Body) -> int:
 
 
 def _delta(value: Body, what: str, find: Find, named: str | None) -> Delta:
-    name = named or value.get("model") or (BASE if TASKS[what] == EMBEDDING else None)
+    name = named or value.get("model") or (BASE if TASKS[what][0] == EMBEDDING else None)
     if not isinstance(name, str):
         raise DataError(f"field 'model' is {shown(value.get('model'))}; expected the name of a delta")
     delta = find(name)
-    if delta.task.kind != TASKS[what]:
-        raise Unsupported(f"/{what} is for {TASKS[what]}; delta {delta.name!r} does {delta.task.kind}")
+    if delta.task.kind not in TASKS[what]:
+        raise Unsupported(f"/{what} is for {' or '.join(TASKS[what])}; delta {delta.name!r} does {delta.task.kind}")
     return delta
 
 
-def _refuse(value: Body, delta: Delta) -> None:
-    if value.get("prompt_name") is not None and delta.task.kind != EMBEDDING:
-        raise Unsupported(f"option 'prompt_name' is not supported for {delta.task.kind}; leave it out")
+def _refuse(value: Body, what: str) -> None:
+    if value.get("prompt_name") is not None and what not in _FIELDS:
+        raise Unsupported(f"option 'prompt_name' is not supported by /{what}; leave it out")
     if str(value.get("truncation_direction") or "right").lower() != "right":
         raise Unsupported("option 'truncation_direction' is not supported with this value; texts are cut on the right")
 
 
-def _fields(value: Body, what: str, delta: Delta) -> JsonObject:
-    """What the records of embeddings have in common; their vectors are normalised unless a call says otherwise."""
-    if delta.task.kind != EMBEDDING:
-        return {}
-    vectors = VECTOR_FIELDS if what == EMBED else ("dimensions", "normalize")
-    return {"normalize": True} | {
-        name: value[name] for name in (*PROMPT_FIELDS, *vectors) if value.get(name) is not None
-    }
+# What of a body goes into its records: vectors of texts are normalised unless a call says otherwise
+_FIELDS: Mapping[str, tuple[str, ...]] = {
+    EMBED: (*PROMPT_FIELDS, *VECTOR_FIELDS),
+    SIMILARITY: (*PROMPT_FIELDS, "dimensions", "normalize"),
+    EMBED_ALL: PROMPT_FIELDS,
+    EMBED_SPARSE: PROMPT_FIELDS,
+}
+
+
+def _fields(value: Body, what: str) -> JsonObject:
+    known: JsonObject = {"normalize": True} if "normalize" in _FIELDS.get(what, ()) else {}
+    return known | {name: value[name] for name in _FIELDS.get(what, ()) if value.get(name) is not None}
 
 
 Records = tuple[list[JsonObject], list[str], JsonObject]
@@ -177,7 +192,8 @@ def _similarity(value: Body) -> Records:
 
 
 _RECORDS: dict[str, Callable[[Body], Records]] = {
-    EMBED: _embed, PREDICT: _predict, RERANK: _rerank, SIMILARITY: _similarity,
+    EMBED: _embed, EMBED_ALL: _embed, EMBED_SPARSE: _embed, PREDICT: _predict, RERANK: _rerank,
+    SIMILARITY: _similarity,
 }  # fmt: skip
 
 
@@ -206,7 +222,7 @@ def check_fit(call: TeiCall, tokenizer: Any, most_characters: int) -> None:
     for request in [] if call.truncate or call.delta.task.long == "windows" else call.requests:
         text, pair = request.record.get("text"), request.record.get("text_pair")
         if call.delta.task.prompts and isinstance(text, str):
-            text = Embedding(call.delta.task).prompts(request.record, request.where)[0] + text
+            text = prompts_for(call.delta.task, request.record, request.where)[0] + text
         sizes = [len(part.encode("utf-8", "replace")) for part in (text, pair) if isinstance(part, str)]
         if sum(sizes) <= most - 4 or not isinstance(text, str):
             continue
@@ -258,6 +274,8 @@ def info(delta: Delta, config: ServerConfig, dtype: str) -> JsonObject:
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     kinds: JsonMapping = {
         EMBEDDING: {"embedding": {"pooling": task.pooling}},
+        SPARSE: {"embedding": {"pooling": "splade"}},
+        MULTI_VECTOR: {"embedding": {"pooling": task.pooling}},
         CLASSIFICATION: {"classifier": names},
         REGRESSION: {"reranker": names},
     }

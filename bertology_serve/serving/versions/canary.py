@@ -104,8 +104,9 @@ def agree(one: JsonMapping, other: JsonMapping) -> bool:
     for name in DECISIONS:
         if name in one or name in other:
             return bool(_decision(one.get(name)) == _decision(other.get(name)))
-    numbers = [_numbers(answer.get("value", answer.get("embedding"))) for answer in (one, other)]
-    return len(numbers[0]) == len(numbers[1]) and all(abs(a - b) <= CLOSE for a, b in zip(*numbers, strict=True))
+    mine, theirs = _numbers(one), _numbers(other)
+    alike = "sparse" in one or mine.keys() == theirs.keys()  # weights that are not there are 0
+    return alike and all(abs(mine.get(key, 0.0) - theirs.get(key, 0.0)) <= CLOSE for key in mine | theirs)
 
 
 def _decision(value: Any) -> Any:
@@ -115,5 +116,11 @@ def _decision(value: Any) -> Any:
     return [_decision(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _numbers(value: Any) -> list[float]:
-    return [float(value)] if isinstance(value, int | float) else [float(number) for number in value or ()]
+def _numbers(answer: JsonMapping) -> dict[int, float]:
+    """What an answer says in numbers, by their place."""
+    if "sparse" in answer:
+        return {entry["index"]: entry["value"] for entry in answer["sparse"]}
+    value = answer.get("value", answer.get("embedding"))
+    if value is None:
+        value = [number for row in answer.get("vectors", ()) for number in row]
+    return dict(enumerate([value] if isinstance(value, int | float) else value))

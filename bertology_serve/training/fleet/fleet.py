@@ -10,7 +10,8 @@ import torch
 
 from bertology_serve.encoder.trainable import Share, run_together
 from bertology_serve.errors import SpecError
-from bertology_serve.training.batches import WHOLE_BATCH, Item, micro_batches
+from bertology_serve.tasks.spec import VECTOR_KINDS
+from bertology_serve.training.batches import Item, micro_batches
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory
 from bertology_serve.training.fleet.member import Member
 from bertology_serve.training.run_directory import random_state, set_random_state
@@ -23,7 +24,8 @@ class Fleet:
     A step takes the next batch of every member that is not done. With a directory the fleet continues from its
     checkpoint: the end is the same to the last bit (on a CPU, with the same number of threads). ``finished`` is told
     of each member as soon as it is done and that is on disk. ``losers`` names, after a step, those members in training
-    that are to make no other.
+    that are to make no other. Once time is up (``late``), none is begun: not a step, nor a pass or an evaluation of the
+    step under way.
     """
 
     def __init__(
@@ -34,19 +36,22 @@ class Fleet:
         save_every: int = 200,
         finished: Callable[[Member], None] = lambda member: None,
         losers: Callable[[Sequence[Member]], Sequence[Member]] = lambda active: (),
+        late: Callable[[], bool] = lambda: False,
     ) -> None:
         _check(members)
         self.members, self.max_tokens = list(members), max_tokens
         self.directory, self.save_every, self.finished, self.losers = directory, save_every, finished, losers
-        self.step = 0
+        self.late, self.step = late, 0
+        for member in self.members:
+            member.late = late
 
     def run(self) -> None:
         """Trains every member to its end."""
         self._begin()
         while active := [member for member in self.members if not member.done]:
             self._step(active)
-            self.step += 1
-            for member in self.losers([member for member in active if not member.done]):
+            left = [member for member in active if not member.done]
+            for member in left if self.late() else self.losers(left):
                 member.drop()
             ended = [member for member in active if member.done]
             if ended or self.step % self.save_every == 0:
@@ -57,7 +62,10 @@ class Fleet:
     def _step(self, active: Sequence[Member]) -> None:
         started = time.perf_counter()
         batches = [member.take() for member in active]
-        losses = gradients(active, batches, self.max_tokens)
+        losses = gradients(active, batches, self.max_tokens, self.late)
+        if losses is None:
+            return
+        self.step += 1
         seconds = time.perf_counter() - started
         tokens = [sum(item.tokens for item in batch) for batch in batches]
         for member, batch, loss, own in zip(active, batches, losses, tokens, strict=True):
@@ -125,8 +133,13 @@ class Piece:
         return sum(item.tokens for item in self.items)
 
 
-def gradients(members: Sequence[Member], batches: Sequence[Sequence[Item]], max_tokens: int) -> list[float]:
-    """Adds to each member's gradients that of its batch's mean loss; returns those losses.
+def gradients(
+    members: Sequence[Member],
+    batches: Sequence[Sequence[Item]],
+    max_tokens: int,
+    late: Callable[[], bool] = lambda: False,
+) -> list[float] | None:
+    """Adds to each member's gradients that of its batch's mean loss; returns those losses; ``None`` once it is late.
 
     A pass has up to ``max_tokens`` rows. Members share passes only with those whose lowest layer is theirs, so that
     no graph is built where none would be without the others.
@@ -134,6 +147,8 @@ def gradients(members: Sequence[Member], batches: Sequence[Sequence[Item]], max_
     losses = dict.fromkeys(map(id, members), 0.0)
     cut = [piece for member, batch in zip(members, batches, strict=True) for piece in pieces(member, batch, max_tokens)]
     for group in joined(cut, max_tokens, padded=not members[0].live.encoder.packs):
+        if late():
+            return None
         with autocast(members[0].config.machine.precision, members[0].live.encoder.device):
             shares = run_together([(p.member.live, [e for item in p.items for e in item.encodings]) for p in group])
         parts = [_loss(piece, share) for piece, share in zip(group, shares, strict=True)]
@@ -147,7 +162,7 @@ def pieces(member: Member, batch: Sequence[Item], max_tokens: int) -> Iterator[P
     """A batch as a run of the member by itself would cut it, or smaller."""
     weight = max(1, member.task.weight([item.target for item in batch]))
     cut = micro_batches(batch, min(max_tokens, member.config.machine.max_tokens), not member.live.encoder.packs)
-    for group in [batch] if member.task.kind in WHOLE_BATCH else cut:
+    for group in [batch] if member.task.kind in VECTOR_KINDS else cut:
         yield Piece(member, tuple(group), weight)
 
 

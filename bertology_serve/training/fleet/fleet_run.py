@@ -21,7 +21,7 @@ from bertology_serve.training.fleet.fleet import Fleet
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.fleet.fleet_spec import FleetSpec
 from bertology_serve.training.fleet.member import Member, check_frozen
-from bertology_serve.training.methods import begin_at_probe, count_parameters, make_live, start_at_mean
+from bertology_serve.training.methods import begin_at_probe, count_parameters, make_live, start_at_data
 from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.publish import publish
 from bertology_serve.training.recipes import Stage, stages
@@ -187,7 +187,7 @@ def enrolled(
     own, spec = plan[-1].config, task_spec(config, shelf.encoder, data.train)
     live, task = make_live(shelf.encoder, own, spec), task_for(spec)
     ready = Prepared(live, task, *(shelf.made(source, spec) for source in (data.train, data.dev, data.ood)))
-    start_at_mean(live, ready.items)
+    start_at_data(live, ready.items)
     ready = replace(ready, items=shaped(task, ready.items, config))
     member = Member(name, live, task, ready.items, own, ready.dev, directory, watcher)
     return Enrolled(member, config, plan, ready, data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -29,7 +29,7 @@ class Member(Trainer):
     """A ``Trainer`` whose steps a ``Fleet`` makes. Its optimizer, clipping, schedule and early stop are its own.
 
     So is the dropout of its head, which is that of a run by itself. ``failure`` says why it was given up; the others
-    go on. ``latest`` are the metrics of its last evaluation.
+    go on. ``latest`` are the metrics of its last evaluation; there is no other once it is ``late``.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Member(Trainer):
         self.name, self.fleet, self.fleet_watcher = name, directory, watcher or Quiet()
         self.failure = ""
         self.latest: Mapping[str, float] = {}
+        self.late: Callable[[], bool] = lambda: False
         self.random = _seeded(live, config.optim.seed)
         self.lowest = lowest_trained(live)
 
@@ -82,6 +83,10 @@ class Member(Trainer):
         if self.done:
             self._leave()
 
+    def _evaluate(self) -> None:
+        if not self.late():
+            super()._evaluate()
+
     def drop(self) -> None:
         """Ends training here: others are better."""
         self.state.stopped = True
@@ -90,6 +95,7 @@ class Member(Trainer):
 
     def _leave(self) -> None:
         self._end()
+        self.optimizer.zero_grad(set_to_none=True)
         self.best = {}
         self.optimizer.state.clear()
 

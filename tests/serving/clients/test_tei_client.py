@@ -126,6 +126,10 @@ def test_the_model_in_the_body(server, path, body, check):
         ("/embed", {"inputs": "a", "prompt_name": "query"}, 400, "this delta has no prompts"),
         ("/embed", {"inputs": "a", "truncation_direction": "Left"}, 400, "cut on the right"),
         ("/embed", {"inputs": "cat " * 60, "model": "sense"}, 413, "62 tokens; at most 32 are read"),
+        ("/embed_sparse", {"inputs": "a"}, 400, "field 'model' is null"),
+        ("/embed_sparse", {"inputs": "a", "model": "sense"}, 400, "/embed_sparse is for sparse"),
+        ("/embed_all", {"inputs": "a", "model": "words"}, 400, "/embed_all is for embedding or multi-vector"),
+        ("/embed_all", {"inputs": "cat " * 60, "model": "late"}, 413, "62 tokens; at most 32 are read"),
         ("/predict", {"inputs": "a"}, 400, "field 'model' is null"),
         ("/predict", {"inputs": [], "model": "mood"}, 400, "expected a text, a pair"),
         ("/predict", {"inputs": ["a", "b", "c"], "model": "mood"}, 400, "expected [text] or [text, pair]"),
@@ -172,3 +176,47 @@ def test_info(server):
     assert get("/info", params={"model": "grade"}).json()["model_type"].keys() == {"reranker"}
     assert get("/tei/names/info").status_code == 400
     assert get("/info", params={"model": "moot"}).status_code == 404
+
+
+def test_sparse_weights_and_vectors_of_tokens(server, client):
+    """As TEI has them (the client parses vectors, but asks for no weights), and as /predict."""
+    texts = ["the great film", "a cat ,"]
+    found = server.post("/tei/words/embed_sparse", {"inputs": texts}).json()
+    assert found == server.post("/embed_sparse", {"inputs": texts, "model": "words"}).json()
+    for text, rows in zip(texts, found, strict=True):
+        direct = server.post("/predict", {"delta": "words", "text": text}).json()["sparse"]
+        weights = {entry["index"]: entry["value"] for entry in direct}
+        assert [list(entry) for entry in rows] == [["index", "value"]] * len(rows)
+        assert [entry["index"] for entry in rows] == sorted(weights)
+        assert {entry["index"]: entry["value"] for entry in rows} == pytest.approx(weights, abs=1e-5)
+    late = client("late").embed_all(texts)
+    assert [len(rows) for rows in late] == [5, 4], "a document's punctuation has no vector"
+    for text, rows in zip(texts, late, strict=True):
+        direct = server.post("/predict", {"delta": "late", "text": text}).json()["vectors"]
+        assert np.asarray(rows) == pytest.approx(np.asarray(direct), abs=1e-5)
+
+
+def test_every_token_s_last_row_is_given_of_embeddings(server, client, encoder):
+    """The mean of base's rows is its embedding; /embed_all has [CLS] and [SEP] among them, as TEI."""
+    (rows,) = server.post("/embed_all", {"inputs": "the cat , not"}).json()
+    assert np.shape(rows) == (6, encoder.anatomy.hidden)
+    (vector,) = server.post("/embed", {"inputs": "the cat , not"}).json()
+    mean = np.mean(rows, 0)
+    assert mean / np.linalg.norm(mean) == pytest.approx(vector, abs=1e-5)
+    (own,) = client("raw").embed_all("the cat")
+    assert own[0] == pytest.approx(client("raw").embed("the cat", normalize=False)[0], abs=1e-5), "it reads [CLS]"
+
+
+@pytest.mark.parametrize("name", ["late", "words", "sense"])
+def test_ranks_by_how_alike_texts_are(server, name):
+    documents = ["a dog", "the cat .", "money"]
+    ranks = server.post("/rerank", {"model": name, "query": "the cat", "texts": documents}).json()
+    expected = [
+        server.post("/predict", {"delta": name, "text": "the cat", "text_pair": text}).json()["similarity"]
+        for text in documents
+    ]
+    assert {rank["index"]: rank["score"] for rank in ranks} == pytest.approx(dict(enumerate(expected)), abs=1e-5)
+    assert [rank["score"] for rank in ranks] == sorted((rank["score"] for rank in ranks), reverse=True)
+    body = {"model": name, "query": "the cat", "documents": documents}
+    others = server.post("/v1/rerank", body).json()["results"]
+    assert [one["index"] for one in others] == [rank["index"] for rank in ranks]

@@ -109,6 +109,7 @@ def test_the_repository(client):
 
 
 def test_the_configuration_says_the_shapes_of_the_metadata(client):
+    types: dict[str, str] = {}
     for name in DELTAS:
         config = client.get_model_config(name, "1", headers=HEADERS)
         metadata = client.get_model_metadata(name, headers=HEADERS)
@@ -117,7 +118,7 @@ def test_the_configuration_says_the_shapes_of_the_metadata(client):
             assert {one["name"]: one["dims"] for one in config[which]} == {
                 one["name"]: one["shape"] for one in metadata[f"{which}s"]
             }
-    types = {one["name"]: one["data_type"] for one in config["output"]}
+        types |= {one["name"]: one["data_type"] for one in config["output"]}
     assert types["embedding"] == "TYPE_FP32"
 
 

@@ -150,12 +150,14 @@ ITEMS: dict[str, Callable[[int], Any]] = {
     "/score": lambda n: {"model": "grade", "text_1": "cat", "text_2": ["dog"] * n},
     "/classify": lambda n: {"model": "mood", "input": ["cat"] * n},
     "/embed": lambda n: {"model": "sense", "inputs": ["cat"] * n},
+    "/embed_sparse": lambda n: {"model": "words", "inputs": ["cat"] * n},
+    "/embed_all": lambda n: {"model": "sense", "inputs": ["cat"] * n},
     "/rerank": lambda n: {"model": "grade", "query": "cat", "texts": ["dog"] * n},
     "/similarity": lambda n: {"inputs": {"source_sentence": "cat", "sentences": ["dog"] * (n - 1)}},
     "/tei/{delta}/predict": lambda n: {"inputs": [["cat"]] * n},
 }
 ITEMS["/v2/models/{delta}/versions/{version}/infer"] = ITEMS["/v2/models/{delta}/infer"]
-for name in ("embed", "rerank", "similarity"):
+for name in ("embed", "embed_sparse", "embed_all", "rerank", "similarity"):
     ITEMS[f"/tei/{{delta}}/{name}"] = ITEMS[f"/{name}"]
 NO_ITEMS = ("/v2/repository/", "tokenize", "decode")
 
@@ -166,7 +168,14 @@ def test_every_route_is_bounded_in_bytes_items_and_rates(pipeline):
         call(server, "spent", "POST", "/predict", ITEM)
         posts = [route.path for route in server.server.config.app.routes if "POST" in route.methods]
         assert {path for path in posts if not any(part in path for part in NO_ITEMS)} == ITEMS.keys()
-        deltas = {"/tei/{delta}/embed": "sense", "/tei/{delta}/similarity": "sense", "/tei/{delta}/rerank": "grade"}
+        deltas = {
+            "embed": "sense",
+            "similarity": "sense",
+            "rerank": "grade",
+            "embed_sparse": "words",
+            "embed_all": "late",
+        }
+        deltas = {f"/tei/{{delta}}/{name}": delta for name, delta in deltas.items()}
         for template in posts:
             path = template.replace("{delta}", deltas.get(template, "mood")).replace("{version}", "1")
             key = "admin" if "repository" in path else "all"

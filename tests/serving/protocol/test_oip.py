@@ -79,6 +79,30 @@ def test_every_task_has_its_tensors(registry, model, inputs, outputs):
     assert {name: (output["datatype"], output["shape"]) for name, output in found.items()} == outputs
 
 
+def test_words_and_vectors_of_texts_are_filled_up_to_the_longest(registry):
+    """Weights with index -1 and value 0, vectors with zeros; how many there are is told."""
+    names = ["the great film", "cat"]
+    answers = [registry.pipeline({"text": name}, "words").answer["sparse"] for name in names]
+    found = infer(registry, "words", {"inputs": [texts("text", *names)]})["outputs"]
+    most = max(map(len, answers))
+    index, value = (np.reshape(found[name]["data"], (2, most)) for name in ("index", "value"))
+    assert {name: (one["datatype"], one["shape"]) for name, one in found.items()} == {
+        "index": ("INT64", [2, most]),
+        "value": ("FP32", [2, most]),
+    }
+    for row, answer in enumerate(answers):
+        assert index[row].tolist() == [one["index"] for one in answer] + [-1] * (most - len(answer))
+        assert value[row] == pytest.approx([one["value"] for one in answer] + [0.0] * (most - len(answer)), abs=1e-5)
+    found = infer(registry, "late", {"inputs": [texts("text", *names)]})["outputs"]
+    assert {name: (one["datatype"], one["shape"]) for name, one in found.items()} == {
+        "vectors": ("FP32", [2, 5, 8]),
+        "vector_count": ("INT64", [2]),
+    }
+    assert found["vector_count"]["data"] == [5, 3]
+    rows = np.reshape(found["vectors"]["data"], (2, 5, 8))
+    assert np.linalg.norm(rows, axis=2) == pytest.approx(np.array([[1] * 5, [1, 1, 1, 0, 0]]), abs=1e-6)
+
+
 @pytest.mark.parametrize("named", [["mood", "finder", ""], "mood, finder,"])
 def test_rows_may_name_their_deltas(registry, named):
     body = {

@@ -61,6 +61,14 @@ def test_mixed_batches_are_those_of_this_process_bit_for_bit(far, pipeline):
     assert far.pipeline.run([]) == []
 
 
+def test_rows_of_tokens_come_from_there_beside_the_delta_s_own_answer(far, pipeline):
+    record = {"text": "the cat , the dog"}
+    requests = [Request(name, record, rows=rows) for name in ("sense", "base", "raw") for rows in (True, False)]
+    found = answers(far.pipeline, requests)
+    assert found == answers(pipeline, requests)
+    assert [len(one.get("vectors", ())) for one in found] == [7, 0] * 3
+
+
 def test_what_is_known_of_a_delta_is_known_here_too(far, registry):
     for name in RECORDS.keys() - {"base"}:
         near, card = registry.find(name), far.find(name)
@@ -148,7 +156,7 @@ def test_nothing_is_held_of_what_has_gone(encoder, remote, tmp_path):
     registry.remove("brief")
     assert key not in remote._held
     with pytest.raises(NotFound, match="did not come back"):
-        remote.supervisor.line().batches.ask(Op.RUN, {"keys": [key], "sizes": (0, 0)})
+        remote.supervisor.line().batches.ask(Op.RUN, {"keys": [(key, False)], "sizes": (0, 0)})
 
 
 def test_a_delta_whose_files_have_gone_does_not_come_back(encoder, remote, far, tmp_path, caplog):
@@ -191,7 +199,7 @@ def test_a_delta_that_is_not_admitted_is_not_held(encoder, remote, far, tmp_path
     assert set(remote._held) == before
     remote.run([remote.prepare(Request("mood", RECORDS["mood"]))])
     with pytest.raises(NotFound, match="did not come back"):  # nor over there
-        remote.supervisor.line().batches.ask(Op.RUN, {"keys": keys, "sizes": (0, 0)})
+        remote.supervisor.line().batches.ask(Op.RUN, {"keys": [(key, False) for key in keys], "sizes": (0, 0)})
 
 
 def test_a_delta_that_was_read_and_not_understood_is_unreferenced(encoder, remote, tmp_path, monkeypatch):
