@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 
 from bertology_serve.encoder.encoder import Encoder
@@ -172,3 +173,20 @@ def test_chunks_over_the_wire_whole_and_in_parts(encoder, pipeline, server):
         found = parted.post("/predict", long).json()["chunks"]
     assert [one["end"] for one in found] == [one["end"] for one in alone]
     assert found[-1]["embedding"] == pytest.approx(alone[-1]["embedding"], abs=1e-5)
+
+
+@pytest.mark.usefixtures("hub_session")
+def test_real_clients_ask_for_prompts_and_dimensions(pipeline, server):
+    from huggingface_hub import InferenceClient
+    from tei_client import HttpClient
+
+    asked = pipeline(PROMPTS[0][1] + TEXT, delta="search").answer["embedding"]
+    hub = InferenceClient(provider="hf-inference", model=f"{server.url}/models/search", token="none")
+    assert hub.feature_extraction(TEXT, prompt_name="query").tolist() == pytest.approx(asked, abs=1e-6)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        more = {"input_type": "query"}
+        (one,) = client.embeddings.create(model="search", input=TEXT, dimensions=8, extra_body=more).data
+    assert one.embedding == pytest.approx(np.array(asked[:8]) / np.linalg.norm(asked[:8]), abs=1e-6)
+    tei = HttpClient(f"{server.url}/tei/search", timeout=120)
+    assert tei.embed(TEXT, prompt_name="query")[0] == pytest.approx(asked, abs=1e-6)
+    tei.client.close()
