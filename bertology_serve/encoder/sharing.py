@@ -88,17 +88,21 @@ class SharedRows:
 
     def __init__(self, depth: int) -> None:
         self._depth = depth
-        self._texts: dict[Text, tuple[int, frozenset[str]]] = {}  # layers run without a delta, and the deltas
+        self._texts: dict[Text, dict[str, int]] = {}  # the deltas asked about it, and the lowest layer of each
 
     def spared(self, asked: Sequences) -> tuple[int, int]:
         """Rows, and their squared lengths' sum, that are computed anyway; a part of the layers is a part of them. One
         row is always left: nothing waits for nothing.
         """
         rows = squares = 0
+        if not self._texts:
+            return rows, squares
         lowest, key = min(asked.entry.lowest, self._depth), _key(asked.entry, self._depth)
         for encoding in asked.encodings:
-            bare, deltas = self._texts.get(text_of(encoding), (0, frozenset[str]()))
-            layers, length = self._depth if key in deltas else min(bare, lowest), len(encoding.ids)
+            deltas = self._texts.get(text_of(encoding))
+            if deltas is None:
+                continue
+            layers, length = self._depth if key in deltas else min(max(deltas.values()), lowest), len(encoding.ids)
             rows += length * layers // self._depth
             squares += length * length * layers // self._depth
         return min(rows, sum([len(encoding.ids) for encoding in asked.encodings]) - 1) if rows else 0, squares
@@ -107,8 +111,7 @@ class SharedRows:
         """From now on it is in the batch."""
         lowest, key = min(asked.entry.lowest, self._depth), _key(asked.entry, self._depth)
         for encoding in asked.encodings:
-            bare, deltas = self._texts.get(text_of(encoding), (0, frozenset[str]()))
-            self._texts[text_of(encoding)] = max(bare, lowest), deltas | {key}
+            self._texts.setdefault(text_of(encoding), {})[key] = lowest
 
 
 def _key(entry: BankEntry, depth: int) -> str:

@@ -27,6 +27,7 @@ from bertology_serve.tasks.spec import (
     REGRESSION,
     SPARSE,
     TOKEN_CLASSIFICATION,
+    ZERO_SHOT,
 )
 from bertology_serve.tasks.vectors import FLOAT, PROMPT_FIELDS, VECTOR_FIELDS
 
@@ -80,7 +81,7 @@ def _request(item: Any, where: str, delta: Delta, options: Options) -> Request:
         raise DataError(f"{where}: is {shown(item)}; expected a text or an object with the fields of {delta.task.kind}")
     if delta.task.kind == QUESTION_ANSWERING and options.top_k is not None:
         item = {**item, "top_k": options.top_k}
-    item = {**item, **options.fields}
+    item = {**options.fields, **item}
     return Request(delta.name, item, "", options.needs_logits, where)
 
 
@@ -115,6 +116,7 @@ _KNOWN = {
     QUESTION_ANSWERING: ("top_k", "offsets"),
     MULTIPLE_CHOICE: (),
     EMBEDDING: (*VECTOR_FIELDS, "truncate", *PROMPT_FIELDS),
+    ZERO_SHOT: ("candidate_labels", "hypothesis_template", "multi_label", "top_k"),
     SPARSE: ("truncate", *PROMPT_FIELDS),
     MULTI_VECTOR: ("normalize", "truncate", *PROMPT_FIELDS),
 }
@@ -122,8 +124,7 @@ FIELDS = (*REDACTION_FIELDS, *PROMPT_FIELDS, *VECTOR_FIELDS)
 # What counts as an option beside ``inputs`` too, where InferenceClient puts those of embeddings; other keys are ignored
 _OPTIONS = frozenset(sum(_KNOWN.values(), ())) | {
     "stride", "align_to_words", "doc_stride", "handle_impossible_answer", "max_answer_len", "max_question_len",
-    "max_seq_len", "truncation_direction", "candidate_labels", "hypothesis_template",
-    "multi_label",
+    "max_seq_len", "truncation_direction",
 }  # fmt: skip
 
 
@@ -131,7 +132,8 @@ _OPTIONS = frozenset(sum(_KNOWN.values(), ())) | {
 class Options:
     """What a call asks for; ``None`` is the task's default.
 
-    ``fields`` is what each item's record has in common: what is asked of redaction, offsets, prompts and vectors.
+    ``fields`` are those that every record of the call gets: what is asked of redaction, offsets, prompts, vectors and
+    labels.
     """
 
     top_k: int | None = None
@@ -147,7 +149,7 @@ class Options:
 
 def read_options(body: JsonObject, delta: Delta) -> Options:
     """The options of a body, under ``parameters`` or beside ``inputs``. Unsupported for those that the task lacks: a
-    delta has decided them in its training, its labels too."""
+    delta has decided them in its training, most deltas their labels too."""
     parameters = body.get("parameters")
     if parameters is not None and not isinstance(parameters, dict):
         raise DataError(f"field 'parameters' is {shown(parameters)}; expected an object")
@@ -162,7 +164,7 @@ def read_options(body: JsonObject, delta: Delta) -> Options:
         top_k=_integer(given, "top_k", 20 if kind == QUESTION_ANSWERING else 100_000),
         transform=_transform(given, kind),
         ignore_labels=_texts(given, "ignore_labels"),
-        fields={name: given[name] for name in FIELDS if name in given},
+        fields={name: given[name] for name in FIELDS if name in given} | _asked(given),
     )
     _choice(given, "aggregation_strategy", GROUPED, "simple")
     if _flag(given, "truncate", True) is False and delta.task.long == "cut":
@@ -205,6 +207,17 @@ def _texts(given: JsonObject, name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise DataError(f"option {name!r} is {shown(value)}; expected a list of labels")
     return tuple(value)
+
+
+def _asked(given: JsonObject) -> JsonObject:
+    """The fields of a zero-shot record that options name; labels may be in one text, with commas."""
+    found = {name: given[option] for option, name in _FIELDS.items() if option in given}
+    if isinstance(labels := found.get("labels"), str):
+        found["labels"] = [label.strip() for label in labels.split(",") if label.strip()]
+    return found
+
+
+_FIELDS = {"candidate_labels": "labels", "hypothesis_template": "template", "multi_label": "multi_label"}
 
 
 @dataclass(frozen=True)
@@ -284,6 +297,7 @@ SHAPES = {
     TOKEN_CLASSIFICATION: AnswerShape(tokens),
     QUESTION_ANSWERING: AnswerShape(question),
     EMBEDDING: AnswerShape(embedding),
+    ZERO_SHOT: AnswerShape(classification),
     SPARSE: AnswerShape(sparse),
     MULTI_VECTOR: AnswerShape(vectors),
     MULTIPLE_CHOICE: AnswerShape(own),

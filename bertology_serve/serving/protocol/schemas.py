@@ -24,6 +24,9 @@ class ItemBody(Struct, omit_defaults=True):
     context: str | None = None
     premise: str | None = None
     choices: list[str] | None = None
+    labels: Annotated[list[str] | None, Meta(description="zero-shot: what to choose from.")] = None
+    multi_label: Annotated[bool | None, Meta(description="zero-shot: any number of labels may apply.")] = None
+    template: Annotated[str | None, Meta(description="zero-shot: put around labels, {} in their place.")] = None
     redact: Annotated[
         bool | str | dict[str, str] | None,
         Meta(description="What becomes of entities: keep, mask, hash or replace, for all or by label (* is the rest)."),
@@ -56,6 +59,9 @@ class SeveralBody(Struct, omit_defaults=True):
     tokens: list[str] | None = None
     question: str | None = None
     context: str | None = None
+    labels: Annotated[list[str] | None, Meta(description="zero-shot: what to choose from.")] = None
+    multi_label: Annotated[bool | None, Meta(description="zero-shot: any number of labels may apply.")] = None
+    template: Annotated[str | None, Meta(description="zero-shot: put around labels, {} in their place.")] = None
 
 
 class SeveralAnswers(Struct, omit_defaults=True):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,9 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bertology_serve.encoder.bank import BARE
+from bertology_serve.encoder.bank import BARE, NEVER, BankEntry
 from bertology_serve.encoder.pipeline import Request
-from bertology_serve.serving.batching.scheduler import CallContext, CallItem, DeltaQueue, FairScheduler, ItemState
+from bertology_serve.serving.batching.scheduler import (
+    CallContext,
+    CallItem,
+    DeltaQueue,
+    FairScheduler,
+    ItemState,
+    Twins,
+)
+from bertology_serve.tasks.spec import Encoding
 
 
 def work(cost: int, delta: str = "d", deadline: float = math.inf, priority: int = 0) -> CallItem:
@@ -246,3 +255,81 @@ def test_priorities_order_one_delta_s_work_and_change_no_shares():
     works = [work(1, "a", 9.0), work(1, "a", 8.0, priority=7), work(1, "a", 9.0, priority=1), work(1, "b", 9.0)]
     made = scheduler(works, 1)
     assert [made.pick(0.0)[0] for _ in works] == [works[2], works[3], works[0], works[1]]
+
+
+# Items of one call about one text: three deltas, of whose six layers they change all, the upper two, none.
+
+LAYERS = 6
+LOWEST = {"all": 0, "upper": 4, "other": 4, "probe": NEVER}
+
+
+def twins(names: Sequence[str], tokens: int = 12, text: int = 0) -> list[CallItem]:
+    """As ``Service`` makes them."""
+    made, call = [], Twins(LAYERS)
+    for name in names:
+        ready: Any = SimpleNamespace(
+            delta=SimpleNamespace(version="1"), entry=BankEntry(name, lowest=LOWEST[name]), prompt_length=0
+        )
+        one = CallItem(Request(name, {}), ready, CallContext())
+        one.take([Encoding((2, 5 + text, *range(tokens - 3), 3), (0,) * tokens)])
+        call.add(one)
+        made.append(one)
+    return made
+
+
+def test_a_call_is_charged_for_the_rows_that_are_computed():
+    assert [one.charged for one in twins(["probe", "upper", "other", "all"])] == [12, 4, 4, 12]
+    assert [one.charged for one in twins(["upper", "probe", "other"])] == [12, 4, 4]  # the probe adds two layers
+    assert [one.charged for one in twins(["probe", "probe", "upper", "upper"])] == [12, 1, 4, 1]  # one row is left
+
+
+def test_twins_go_into_one_batch_out_of_turn():
+    asked = twins(["probe", "upper", "other"])
+    others = [work(3, "busy") for _ in range(10)]
+    made = FairScheduler(40, depth=LAYERS)
+    for one in [asked[0], *others, *asked[1:]]:
+        made.push(one)
+    batch = made.pick(0.0)
+    assert [one for one in batch if one in asked] == asked
+    assert sum(one.charged for one in batch) <= 40 < sum(one.cost for one in batch) + 12
+    assert made.total.tokens == sum(one.charged for one in others if one not in batch)
+    while made.pick(0.0):
+        pass
+    assert (made.total.items, made.total.tokens, made.queues) == (0, 0, {})
+
+
+def test_twins_that_do_not_fit_wait_and_are_charged_then():
+    asked = twins(["all", "probe", "upper"])
+    made = FairScheduler(24, depth=LAYERS)
+    for one in asked:
+        made.push(one)
+    assert made.pick(0.0) == asked[:2]  # 12 rows of its own each: nothing below the first layer is shared with "all"
+    assert [one.charged for one in asked[:2]] == [12, 12]
+    assert made.pick(0.0) == asked[2:]
+    assert asked[2].charged == 12
+
+
+def test_equal_texts_of_different_calls_share_too():
+    first, second = twins(["probe"]), twins(["upper"])
+    made = FairScheduler(100, depth=LAYERS)
+    for one in (*first, *second):
+        made.push(one)
+    assert made.pick(0.0) == [*first, *second]
+    assert [one.charged for one in (*first, *second)] == [12, 4]
+
+
+@given(st.lists(st.tuples(st.lists(st.sampled_from(sorted(LOWEST)), min_size=1, max_size=5), st.integers(0, 3)),
+                max_size=12), st.integers(5, 60))  # fmt: skip
+def test_with_twins_everything_is_picked_once_and_nothing_is_left(calls, budget):
+    made = FairScheduler(budget, depth=LAYERS)
+    pushed = [one for names, text in calls for one in twins(names, text=text)]
+    for one in pushed:
+        made.push(one)
+    seen: list[CallItem] = []
+    while batch := made.pick(0.0):
+        assert len(batch) == 1 or sum(one.size(0.0, one.spared) for one in batch) <= budget
+        counters = made.counters()
+        assert all(name in made.queues for name in counters)
+        seen += batch
+    assert sorted(map(id, seen)) == sorted(map(id, pushed))
+    assert (made.total.items, made.total.tokens, made.queues) == (0, 0, {})
