@@ -53,8 +53,9 @@ class MultiVector(Embedding):
 
     def encode(self, example: EmbeddingExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
         if tokenizer is not self.tokenizer:
-            known = tokenizer.convert_tokens_to_ids(list(string.punctuation))
-            self.punctuation, self.tokenizer = frozenset(known) - {tokenizer.unk_token_id}, tokenizer
+            vocabulary = tokenizer.get_vocab()
+            self.punctuation = frozenset(vocabulary[mark] for mark in string.punctuation if mark in vocabulary)
+            self.tokenizer = tokenizer
         found = [encode_text(tokenizer, text, None, self.spec.max_length) for text in example.texts]
         return [self._marked(one, document=number > 0 or not example.query) for number, one in enumerate(found)]
 
@@ -78,7 +79,7 @@ class MultiVector(Embedding):
         kept[[ends[first] + row for first, target in zip(firsts, targets, strict=False) for row in target.skipped]] = (
             False
         )
-        sizes = [int(part.sum()) for part in kept.split(list(lengths))]
+        sizes = [int(part.sum()) for part in torch.split(kept, list(lengths))]
         texts = MaxSims(rows[kept.to(rows.device)], sizes)
         return LOSSES[targets[0].loss or loss_of(targets[0])](texts, targets) * len(targets)
 
@@ -98,7 +99,7 @@ class MultiVector(Embedding):
         starts = [0, *accumulate(len(document) for document in documents)][:-1]
 
         def search(query: Any) -> Floats:
-            best: Floats = np.maximum.reduceat(table @ unit_rows(query).T, starts, axis=0)
-            return best.sum(1)
+            scores: Floats = np.maximum.reduceat(table @ unit_rows(query).T, starts, axis=0).sum(1)
+            return scores
 
         return search

@@ -73,7 +73,8 @@ class SparseEmbedding(Embedding):
             words, weights = _columns(query)
             own = np.zeros(1 + max(index.max(initial=0), words.max(initial=0)))
             own[words] = weights
-            return np.bincount(owner, own[index] * values, len(documents))
+            scores: Floats = np.bincount(owner, own[index] * values, len(documents)).astype(np.float64)
+            return scores
 
         return search
 

@@ -97,7 +97,7 @@ def write_tei(call: TeiCall, predictions: Sequence[Prediction]) -> bytes:
 def _ranks(call: TeiCall, predictions: Sequence[Prediction]) -> list[JsonObject]:
     """The texts, best first; a regression's value is squeezed into 0..1 unless raw scores are asked for."""
     scores = [score_of(prediction, call.raw) for prediction in predictions]
-    ranks = [{"index": index, "score": score} for index, score in enumerate(scores)]
+    ranks: list[JsonObject] = [{"index": index, "score": score} for index, score in enumerate(scores)]
     if call.with_text:
         ranks = [rank | {"text": text} for rank, text in zip(ranks, call.texts, strict=True)]
     return sorted(ranks, key=lambda rank: -float(rank["score"]))
