@@ -70,8 +70,8 @@ def page(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield (
         f"`python benchmarks/layers.py`, {lines[0]['date'][:10]}. {last['cpu']}, one thread. {last['rows']} rows to "
-        "learn from, as many to choose by. Test accuracy in percent, mean ± standard deviation over seeds; in brackets how "
-        f"often the probe was published. Cost: {DELTAS} such deltas asked about one text, in passes of the encoder."
+        "learn from, as many to choose by. Test accuracy in percent, mean ± standard deviation over seeds; in brackets "
+        f"how often the probe was published. Cost: {DELTAS} such deltas asked about one text, in passes of the encoder."
     )
     yield ""
     yield f"| set | seeds | {' | '.join(f'{count} of {depth} layers' for count in counts)} |"

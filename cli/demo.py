@@ -129,7 +129,7 @@ def _serve(deltas: Path) -> None:
     """The server in a process of its own, and one call with an item for every delta."""
     import urllib.request
 
-    with _server(deltas) as url:
+    with serving(deltas) as url:
         shown = json.dumps(QUESTIONS[:2])[1:-1]
         note(f"curl {url}/predict -d '[{shown}, ...]'")
         body = json.dumps(QUESTIONS).encode()
@@ -143,7 +143,7 @@ def _serve(deltas: Path) -> None:
 
 
 @contextmanager
-def _server(deltas: Path) -> Iterator[str]:
+def serving(deltas: Path) -> Iterator[str]:
     """``bertology-serve serve`` on a free port; yields its address, and drains it afterwards."""
     command = [sys.executable, "-m", "bertology_serve", "serve", "--backbone", MINILM, "--deltas", str(deltas)]
     process = subprocess.Popen(

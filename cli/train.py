@@ -365,7 +365,7 @@ def main_metric(delta: Delta) -> str:
 
 def advice(outcome: Outcome) -> Iterator[str]:
     """What the figures mean for what to do next, a line each."""
-    from bertology_serve.tasks.spec import VECTOR_KINDS
+    from bertology_serve.tasks.spec import WHOLE_BATCH
     from bertology_serve.training.baselines import COSINE
 
     delta, state = outcome.delta, outcome.state
@@ -373,7 +373,7 @@ def advice(outcome: Outcome) -> Iterator[str]:
     known = {name: own[main] for name, own in outcome.baselines.items() if main in own}
     if outcome.unimproved:
         yield "no step was better than the probe on these records: the probe is what was saved"
-    elif delta.task.kind in VECTOR_KINDS and state.metrics and not state.best_step:
+    elif delta.task.kind in WHOLE_BATCH and state.metrics and not state.best_step:
         yield "no step was better than the start on these records: what was saved is the start"
     elif known and main in delta.metrics:
         name = max(known, key=known.__getitem__)

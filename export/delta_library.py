@@ -30,8 +30,7 @@ from bertology_serve.families.family import HeadShape
 from bertology_serve.files import JsonObject
 from bertology_serve.kernels.segments import RowSegment
 from bertology_serve.tasks.heads import Layer
-from bertology_serve.tasks.spec import EMBEDDING as VECTORS
-from bertology_serve.tasks.spec import MULTI_VECTOR, SPARSE
+from bertology_serve.tasks.spec import MULTI_VECTOR, POOLED_KINDS, SPARSE
 
 AGAIN = "export with --multi again"
 FILE, CARDS = "stacks.safetensors", "deltas"
@@ -148,7 +147,7 @@ def _card(encoder: Encoder, delta: Delta) -> LibraryCard:
         name=delta.name,
         version=delta.version,
         task=task.kind,
-        output=EMBEDDING if task.kind == VECTORS else TOKEN_LOGITS if task.per_token else LOGITS,
+        output=EMBEDDING if task.kind in POOLED_KINDS else TOKEN_LOGITS if task.per_token else LOGITS,
         columns=task.outputs or encoder.anatomy.hidden,
         labels=task.labels,
         max_length=longest(encoder, delta),
@@ -167,7 +166,7 @@ def _head(encoder: Encoder, delta: Delta) -> Arrays:
     kind = head_nodes.HEAD_ACTIVATIONS.index(dense.form.activation) if dense else 0
     pooling = head_nodes.POOLINGS.index(task.pooling)
     form = [int(dense is not None), int(out is not None), kind, pooling, int(task.per_token), 0]
-    form[head_nodes.UNIT] = int(task.kind == VECTORS and task.normalize)
+    form[head_nodes.UNIT] = int(task.kind in POOLED_KINDS and task.normalize)
     found: Arrays = {head_nodes.FORM: np.array([form], np.int64)}
     found |= _layer("dense", dense, hidden, hidden) | _layer("out", out, hidden, max(task.outputs, 1))
     if head_eps(encoder) is not None:

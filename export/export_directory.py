@@ -26,15 +26,16 @@ from bertology_serve.families.compat import ATTENTION_SETTINGS, task_classes
 from bertology_serve.files import JsonObject, write_json
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
-    EMBEDDING,
     MULTI_LABEL,
     MULTI_VECTOR,
     MULTIPLE_CHOICE,
+    POOLED_KINDS,
     QUESTION_ANSWERING,
     REGRESSION,
     SPARSE,
     TOKEN_CLASSIFICATION,
-    VECTOR_KINDS,
+    WHOLE_BATCH,
+    ZERO_SHOT,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ TASK_OPTIONS = (
     "aggregate", "width", "max_terms", "skip_punctuation",
 )  # fmt: skip
 """Fields of the task that say how texts are cut and answers read."""
+ZERO_SHOT_OPTIONS = ("label_texts", "template", "scale", "bias")
+"""Those that only zero-shot has."""
 SEMANTICS = (
     "int64 [batch, sequence]; attention_mask is 1 for tokens and 0 for padding, which may stand on either side; "
     "a sequence is at most max_length tokens; a row of padding alone has no meaning"
@@ -62,7 +65,9 @@ def metadata(
         "labels": list(task.labels),
         "pooling": task.pooling,
         "max_length": longest(encoder, delta),
-        "task_options": {name: getattr(task, name) for name in TASK_OPTIONS},
+        "task_options": {
+            name: getattr(task, name) for name in TASK_OPTIONS + ZERO_SHOT_OPTIONS * (task.kind == ZERO_SHOT)
+        },
         "base_name": base_name(delta),
         "base_sha256": delta.base.sha256,
         "base_family": delta.base.family,
@@ -126,7 +131,7 @@ def delta_hash(delta: Delta) -> str:
 
 def _output(delta: Delta) -> str:
     task = delta.task
-    if task.kind == EMBEDDING:
+    if task.kind in POOLED_KINDS:
         unit = "of unit length" if task.normalize else "not normalised"
         return f"float32 [batch, sequence, hidden], zero at padding, and pooled [batch, hidden], {unit}"
     if task.kind == SPARSE:
@@ -197,7 +202,7 @@ def write_directory(
     _write_tokenizer(directory, encoder, int(facts["max_length"]))
     write_json(directory / "config.json", config(encoder, delta, facts))
     write_json(directory / REPORT, report.as_dict())
-    if delta.task.kind == EMBEDDING and model != MODEL["triton"]:
+    if delta.task.kind in POOLED_KINDS and model != MODEL["triton"]:
         _write_modules(directory, delta, encoder.anatomy.hidden, int(facts["max_length"]))
     (directory / "README.md").write_text(card(model, facts, report, cautions), encoding="utf-8")
 
@@ -205,7 +210,7 @@ def write_directory(
 def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> JsonObject:
     """The encoder's configuration with the task's labels, class and, under ``bertology_serve``, the metadata."""
     values = {key: value for key, value in encoder.config.to_dict().items() if key not in _OF_THIS_MACHINE}
-    count = 0 if delta.task.kind in VECTOR_KINDS else delta.task.outputs
+    count = 0 if delta.task.kind in WHOLE_BATCH else delta.task.outputs
     labels = delta.task.labels or tuple(f"LABEL_{i}" for i in range(count))
     values |= {"bertology_serve": dict(facts), "dtype": "float16" if facts["precision"] == "fp16" else "float32"}
     if labels:

@@ -28,7 +28,7 @@ from bertology_serve.kinds.effects import Effects
 from bertology_serve.kinds.slots import BEHIND_NORMS, Anatomy, Slot
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.heads import Head
-from bertology_serve.tasks.spec import EMBEDDING, MULTI_VECTOR, QUESTION_ANSWERING, SPARSE, TaskSpec
+from bertology_serve.tasks.spec import MULTI_VECTOR, POOLED_KINDS, QUESTION_ANSWERING, SPARSE, TaskSpec
 
 WORDS = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -107,7 +107,7 @@ class ExportInputs:
         task, hidden = self.task, self.anatomy.hidden
         if task.kind == QUESTION_ANSWERING:
             return dict.fromkeys((START, END), ("batch", "sequence"))
-        if task.kind == EMBEDDING:
+        if task.kind in POOLED_KINDS:
             return {ROWS: ("batch", "sequence", hidden), POOLED: ("batch", hidden)}
         name = {SPARSE: SPARSE_WEIGHTS, MULTI_VECTOR: VECTORS}.get(task.kind, LOGITS)
         return {name: ("batch", "sequence", task.outputs) if task.per_token else ("batch", task.outputs)}

@@ -24,7 +24,7 @@ from bertology_serve.encoder.loading import load_tokenizer
 from bertology_serve.errors import BertologyError, FormatError, NotFound, Unsupported
 from bertology_serve.export.emitter.delta_inputs import Arrays, Feed, texts
 from bertology_serve.export.emitter.emit import BELOW, emit_hidden, obstacle
-from bertology_serve.export.export_directory import TASK_OPTIONS, save
+from bertology_serve.export.export_directory import TASK_OPTIONS, ZERO_SHOT_OPTIONS, save
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import MODEL, MultiPrecision, Precision, fastest_on_cpu
 from bertology_serve.export.samples import Case
@@ -266,13 +266,13 @@ def _delta(facts: Mapping[str, str]) -> Delta:
     """What the metadata tell of the delta that was exported."""
     lacking = {name: getattr(TaskSpec, name) for name in ("pairs", *LATER)}  # in older exports
     options = lacking | json.loads(facts["task_options"])
-    options["thresholds"] = tuple(options["thresholds"])
+    options |= {name: tuple(options[name]) for name in ("thresholds", "label_texts")}
     task = TaskSpec(
         facts["task"],
         labels=tuple(json.loads(facts["labels"])),
         max_length=int(facts["max_length"]),
         pooling=facts["pooling"],
-        **{name: options[name] for name in TASK_OPTIONS},
+        **{name: options[name] for name in TASK_OPTIONS + ZERO_SHOT_OPTIONS},
     )
     base = BaseRef(facts["base_name"], facts["base_sha256"], facts["base_family"])
     return Delta(facts["name"], base, task, version=facts["delta_version"] or facts["delta_sha256"][:12])

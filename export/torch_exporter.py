@@ -30,7 +30,7 @@ from bertology_serve.export.hf_model import hf_model
 from bertology_serve.families import compat
 from bertology_serve.kernels.segments import ACTIVATIONS
 from bertology_serve.kinds.slots import KEY, Slot
-from bertology_serve.tasks.spec import EMBEDDING, QUESTION_ANSWERING, SPARSE
+from bertology_serve.tasks.spec import POOLED_KINDS, QUESTION_ANSWERING, SPARSE
 
 LOWEST = torch.finfo(torch.float32).min
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -154,7 +154,7 @@ class Graph(nn.Module):
             scores = self.head(self._text(hidden)).masked_fill(~seen[..., None], LOWEST)
             return (scores.amax(1).relu().log1p(),)
         out = self.head(self._pool(hidden, seen, count))
-        if self.task.kind != EMBEDDING:
+        if self.task.kind not in POOLED_KINDS:
             return (out,)
         return callers(self._text(hidden)), self._unit(out)
 

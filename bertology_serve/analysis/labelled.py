@@ -19,7 +19,7 @@ from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import aggregate, outputs_of
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import VECTOR_KINDS, Encoding
+from bertology_serve.tasks.spec import WHOLE_BATCH, Encoding
 
 
 class Gates:
@@ -61,8 +61,8 @@ class TaskEvaluation:
     ) -> None:
         if subject.delta is None:
             raise SpecError("answers are those of a task; give the delta that does it (--delta DIR)")
-        if subject.delta.task.kind in VECTOR_KINDS:
-            raise Unsupported("the loss of embeddings compares examples with each other; expected a task with labels")
+        if subject.delta.task.kind in WHOLE_BATCH:
+            raise Unsupported("its loss compares examples with each other; expected a task with a loss for each")
         self.subject, self.max_tokens = subject, max_tokens
         self.task, self.labelled = self.task_of(subject), labelled
         self.name = data_name(data)

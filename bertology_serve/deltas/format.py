@@ -82,7 +82,10 @@ def _task_record(task: TaskSpec) -> dict[str, object]:
     }
 
 
-LATER = ("thresholds", "abstain", "long", "aggregate", "dimensions", "width", "max_terms", "skip_punctuation")
+LATER = (
+    "thresholds", "abstain", "long", "aggregate", "dimensions", "width", "max_terms", "skip_punctuation", "label_texts",
+    "template", "scale", "bias",
+)  # fmt: skip
 
 # A list of numbers on lines of its own, which then goes on one line. Strings hold no line breaks in JSON.
 _LIST_OF_NUMBERS = re.compile(r"(?<=\[)\n(?:\s*-?[\d.e+-]+,?\n)+\s*(?=\])")

@@ -34,10 +34,12 @@ from bertology_serve.tasks.spec import (
     MULTI_LABEL,
     MULTI_VECTOR,
     MULTIPLE_CHOICE,
+    POOLED_KINDS,
     QUESTION_ANSWERING,
     REGRESSION,
     SPARSE,
     TOKEN_CLASSIFICATION,
+    ZERO_SHOT,
     TaskSpec,
 )
 
@@ -182,6 +184,7 @@ TASK_TYPES: dict[str, str | None] = {
     TOKEN_CLASSIFICATION: "TOKEN_CLS",
     QUESTION_ANSWERING: "QUESTION_ANS",
     EMBEDDING: "FEATURE_EXTRACTION",
+    ZERO_SHOT: "FEATURE_EXTRACTION",
     MULTIPLE_CHOICE: None,
     SPARSE: None,
     MULTI_VECTOR: None,
@@ -190,7 +193,7 @@ TASK_TYPES: dict[str, str | None] = {
 
 def module_root(task: TaskSpec, anatomy: Anatomy) -> str:
     """What encoder modules' names begin with in the task's HuggingFace model; empty for the bare encoder."""
-    return "" if task.kind == EMBEDDING or not anatomy.prefix else f"{anatomy.prefix}."
+    return "" if task.kind in POOLED_KINDS or not anatomy.prefix else f"{anatomy.prefix}."
 
 
 def tensor_root(task: TaskSpec, anatomy: Anatomy) -> str:
@@ -256,7 +259,7 @@ def _method_obstacle(delta: Delta, anatomy: Anatomy, options: JsonObject) -> str
 
 
 def _head_obstacle(task: TaskSpec, family: str, options: JsonObject) -> str:
-    if task.kind == EMBEDDING:
+    if task.kind in POOLED_KINDS:
         return ""
     if task.kind in (SPARSE, MULTI_VECTOR):
         return f"peft has no model for {task.kind}"

@@ -83,6 +83,7 @@ from bertology_serve.tasks.spec import (
     REGRESSION,
     SPARSE,
     TOKEN_CLASSIFICATION,
+    ZERO_SHOT,
     TaskSpec,
 )
 
@@ -324,6 +325,7 @@ _PIPELINE_TAGS = {
     QUESTION_ANSWERING: "question-answering",
     MULTIPLE_CHOICE: "multiple-choice",
     EMBEDDING: "sentence-similarity",
+    ZERO_SHOT: "zero-shot-classification",
     SPARSE: "feature-extraction",
     MULTI_VECTOR: "sentence-similarity",
 }

@@ -20,6 +20,7 @@ from bertology_serve.deltas.delta import BaseRef, Delta, bare
 from bertology_serve.deltas.layout import check_base
 from bertology_serve.encoder.bank import BARE, BankEntry
 from bertology_serve.encoder.encoder import weights_hash
+from bertology_serve.encoder.row_cache import RowCache
 from bertology_serve.errors import BertologyError, NotFound, SpecError, Unsupported, about, nearest
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Example, Task
@@ -96,12 +97,12 @@ class TaskModel(Protocol):
 class LoadedDelta:
     """A delta that can answer: its task, its head, and its rows in the bank, which live as long as it does.
 
-    Where it has a ``model``, that one answers, and head and entry are bare.
+    Where it has a ``model``, that one answers, and head and entry are bare. ``rows`` are those of labels.
     """
 
     def __init__(self, delta: Delta, task: Task, head: Head, entry: BankEntry, model: TaskModel | None = None) -> None:
         self.delta, self.task, self.head, self.entry, self.model = delta, task, head, entry, model
-        self.prompt_length = entry.prompt_length
+        self.prompt_length, self.rows = entry.prompt_length, RowCache()
         self.whole: LoadedDelta | None = None
 
     def every_token(self, hidden: int) -> LoadedDelta:
@@ -122,7 +123,8 @@ class Job:
     """A request for a loaded delta, which it holds on to. ``DeltaSet.tokenise`` adds the rest.
 
     ``cost`` is in rows, as if it were alone, and ``charged`` what is left of it where others need the same rows;
-    ``squares`` sums the squared lengths of its sequences, which attention costs.
+    ``squares`` sums the squared lengths of its sequences, which attention costs. ``beside`` are the texts of
+    ``Task.beside``: the rows of some are ``known``, the sequences of the others are its last ones.
     """
 
     request: Request
@@ -132,6 +134,13 @@ class Job:
     cost: int = field(init=False, default=0)
     charged: int = field(init=False, default=0)
     squares: int = field(init=False, default=0)
+    beside: Sequence[str] = field(init=False, repr=False, default=())
+    known: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
+
+    @property
+    def unknown(self) -> list[str]:
+        """The texts beside it that have to be embedded."""
+        return [text for text in dict.fromkeys(self.beside) if text not in self.known]
 
     @property
     def entry(self) -> BankEntry:
@@ -147,16 +156,22 @@ class Job:
 
     def answered(self, outputs: Sequence[Tensor]) -> Prediction:
         """The answer that the outputs of its sequences make."""
-        delta, windows = self.ready.delta, 1
-        if any([encoding.continues for encoding in self.encodings]):
-            windows = len(self.encodings)
+        delta, windows, new = self.ready.delta, 1, self.unknown
+        own = self.encodings[: len(self.encodings) - len(new)]
+        if any([encoding.continues for encoding in own]):
+            windows = len(own)
             if not delta.task.per_token:
                 outputs = aggregate(torch.stack(list(outputs)), self.encodings, delta.task).unbind(0)
+        if self.beside:
+            rows = self.known | dict(zip(new, outputs[len(outputs) - len(new) :], strict=True))
+            self.ready.rows.keep({text: rows[text] for text in new})
+            beside = torch.stack([rows[text] for text in self.beside])
+            outputs = self.ready.task.compared(outputs[0][None], beside).unbind(0)
         answer = dict(self.ready.task.decode(self.example, self.encodings, outputs))
         if self.request.logits:
             logits = [output.tolist() for output in outputs]
             answer["logits"] = logits[0] if len(logits) == 1 else logits
-        read, cut = (sum(counts) for counts in zip(*((len(one), one.cut) for one in self.encodings), strict=True))
+        read, cut = (sum(counts) for counts in zip(*((len(one), one.cut) for one in own), strict=True))
         return Prediction(
             delta.name, delta.version, delta.task.kind, answer, self.request.id, read, read + cut, windows
         )
@@ -374,7 +389,12 @@ class DeltaSet(ABC):
             job.ready = job.ready.every_token(self.encoder.hidden)
         request, ready = job.request, job.ready
         job.example = ready.task.example(request.record, request.where, labelled=False)
-        job.take(ready.task.encode(job.example, (ready.model or self.encoder).tokenizer))
+        task, tokenizer = ready.task, (ready.model or self.encoder).tokenizer
+        own, job.beside = task.encode(job.example, tokenizer), task.beside(job.example)
+        if job.beside:
+            job.known = ready.rows.known(job.beside)
+            own = [*own, *(task.encode_beside(text, tokenizer) for text in job.unknown)]
+        job.take(own)
 
     def run(self, jobs: Sequence[Job]) -> list[Prediction]:
         """Answers all jobs, of whatever deltas, in one packed batch; in the order given."""

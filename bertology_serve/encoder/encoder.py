@@ -353,9 +353,9 @@ class Encoder:
             yield
 
     def lowest_changed(self, effects: Effects) -> int:
-        """The lowest layer that effects change, before which sequences of one text are one; ``NEVER`` for none.
+        """The lowest layer that effects (stacks [L, ...]) change, before which sequences of one text are one.
 
-        0 where they cannot fork between the layers of this encoder.
+        ``NEVER`` for none; 0 where they cannot fork between the layers of this encoder.
         """
         depth = self.anatomy.layers
         lowest = effects.lowest(depth)

@@ -35,12 +35,14 @@ class Engine(Protocol):
 
 class Pipeline(DeltaSet):
     """An encoder of this process with its resident deltas. ``engine`` runs their batches; it is the encoder unless it
-    was replaced.
+    was replaced. Raises SpecError for what is no encoder.
     """
 
     encoder: Encoder
 
     def __init__(self, encoder: Encoder, deltas: Iterable[Delta] = ()) -> None:
+        if not isinstance(encoder, Encoder):
+            raise SpecError(f"a pipeline runs on an encoder, not on {encoder!r:.60}; give Encoder('minilm')")
         super().__init__(encoder)
         self.engine: Engine = encoder
         self.bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)

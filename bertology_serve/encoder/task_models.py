@@ -29,9 +29,11 @@ from bertology_serve.tasks.spec import (
     LABEL_KINDS,
     MULTI_LABEL,
     MULTIPLE_CHOICE,
+    POOLED_KINDS,
     QUESTION_ANSWERING,
     REGRESSION,
     TOKEN_CLASSIFICATION,
+    ZERO_SHOT,
     Encoding,
     TaskSpec,
 )
@@ -47,8 +49,9 @@ _AUTO = {
     QUESTION_ANSWERING: "AutoModelForQuestionAnswering",
     MULTIPLE_CHOICE: "AutoModelForMultipleChoice",
     EMBEDDING: "AutoModel",
+    ZERO_SHOT: "AutoModel",
 }
-_KINDS = {auto.removeprefix("AutoModel"): kind for kind, auto in reversed(_AUTO.items()) if kind != EMBEDDING}
+_KINDS = {auto.removeprefix("AutoModel"): kind for kind, auto in reversed(_AUTO.items()) if kind not in POOLED_KINDS}
 _LONGEST = 512
 _LENGTHS = (3, 9, 24)
 _TOLERANCE = 1e-4
@@ -136,7 +139,7 @@ def verify_peft(directory: Path, delta: Delta, encoder: Encoder) -> str:
         return "not compared: peft would have to open a pickle, or cannot load the encoder"
     outputs = (
         {}
-        if delta.task.kind in (EMBEDDING, QUESTION_ANSWERING, MULTIPLE_CHOICE)
+        if delta.task.kind in (*POOLED_KINDS, QUESTION_ANSWERING, MULTIPLE_CHOICE)
         else {"num_labels": delta.task.outputs}
     )
     try:
@@ -242,7 +245,7 @@ def _answer(model: torch.nn.Module, encoding: Encoding, task: TaskSpec) -> Tenso
     if task.kind == MULTIPLE_CHOICE:
         batch = {name: values[None] for name, values in batch.items()}
     out = model(**batch)
-    if task.kind == EMBEDDING:
+    if task.kind in POOLED_KINDS:
         rows = out.last_hidden_state[0][-len(encoding) :]
         return pool(rows, torch.arange(len(rows)), torch.tensor([len(rows)]), task.pooling)[0]
     if task.kind == QUESTION_ANSWERING:

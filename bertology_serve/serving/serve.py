@@ -109,6 +109,7 @@ def example(url: str, delta: Delta) -> str:
         "token-classification": '"text": "Ada Lovelace lived in London."',
         "question-answering": '"question": "Who lived in London?", "context": "Ada Lovelace lived in London."',
         "multiple-choice": '"premise": "It rained.", "choices": ["The street is wet.", "The street is dry."]',
+        "zero-shot": '"text": "What a lovely day.", "labels": ["weather", "money"]',
     }.get(delta.task.kind, '"text": "What a lovely day."')
     if delta.task.pairs:
         fields += ', "text_pair": "The sun is shining."'

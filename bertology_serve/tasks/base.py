@@ -95,6 +95,20 @@ class Task(ABC, Generic[E, G]):
         aggregated; [len, C] a sequence.
         """
 
+    def beside(self, example: E) -> Sequence[str]:
+        """Texts that are embedded beside the example's own: its labels. Each is one sequence, of ``encode_beside``,
+        whose row is the same for every example, so that it may be kept; ``compared`` then makes what is decoded.
+        """
+        return ()
+
+    def encode_beside(self, text: str, tokenizer: PreTrainedTokenizerBase) -> Encoding:
+        """The sequence of one such text."""
+        raise NotImplementedError
+
+    def compared(self, rows: Tensor, beside: Tensor) -> Tensor:
+        """What is decoded of examples' rows [N, H] and those of the texts beside them [K, H]: [N, K]."""
+        raise NotImplementedError
+
     @abstractmethod
     def metrics(self, answers: Sequence[Answer], examples: Sequence[E]) -> dict[str, float]:
         """Metrics of decoded answers against labelled examples, as fractions (0.91, not 91), ``main_metric`` first."""

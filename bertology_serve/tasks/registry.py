@@ -54,6 +54,7 @@ TASKS: LazyTable[type[Task]] = LazyTable(
         names.QUESTION_ANSWERING: "bertology_serve.tasks.question_answering:QuestionAnswering",
         names.MULTIPLE_CHOICE: "bertology_serve.tasks.multiple_choice:MultipleChoice",
         names.EMBEDDING: "bertology_serve.tasks.embedding:Embedding",
+        names.ZERO_SHOT: "bertology_serve.tasks.zero_shot:ZeroShot",
         names.SPARSE: "bertology_serve.tasks.sparse_embedding:SparseEmbedding",
         names.MULTI_VECTOR: "bertology_serve.tasks.multi_vector:MultiVector",
     },

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from bertology_serve.config_fields import named_fields
 from bertology_serve.errors import SpecError, nearest
 
 CLASSIFICATION = "classification"
@@ -13,6 +15,7 @@ TOKEN_CLASSIFICATION = "token-classification"
 QUESTION_ANSWERING = "question-answering"
 MULTIPLE_CHOICE = "multiple-choice"
 EMBEDDING = "embedding"
+ZERO_SHOT = "zero-shot"
 SPARSE = "sparse"
 MULTI_VECTOR = "multi-vector"
 TASK_KINDS = (
@@ -23,6 +26,7 @@ TASK_KINDS = (
     QUESTION_ANSWERING,
     MULTIPLE_CHOICE,
     EMBEDDING,
+    ZERO_SHOT,
     SPARSE,
     MULTI_VECTOR,
 )
@@ -30,8 +34,12 @@ TEXT_KINDS = (CLASSIFICATION, MULTI_LABEL, REGRESSION)
 """Tasks that read one text or a pair, and answer once for it."""
 LABEL_KINDS = (CLASSIFICATION, MULTI_LABEL)
 """Those whose answer is among labels, with a probability each."""
+POOLED_KINDS = (EMBEDDING, ZERO_SHOT)
+"""Those without a head: a sequence's output is its pooled row [H]."""
 VECTOR_KINDS = (EMBEDDING, SPARSE, MULTI_VECTOR)
-"""Those whose answer is what texts are compared by; their loss compares all texts of a batch."""
+"""Those whose answer is what texts are compared by."""
+WHOLE_BATCH = (*VECTOR_KINDS, ZERO_SHOT)
+"""Those whose loss compares all examples of a batch."""
 IGNORED = -100
 """What torch and HuggingFace write where there is no label: no class, no term of the loss, counted by no metric."""
 EVEN = 0.5
@@ -43,6 +51,7 @@ AGGREGATES = ("mean", "max")
 LEAST_WINDOW = 8
 
 
+@named_fields
 @dataclass(frozen=True)
 class TaskSpec:
     """What one delta answers.
@@ -58,6 +67,10 @@ class TaskSpec:
     are widths that embeddings were trained to be cut to (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147). ``width``
     is the length of the vectors of multi-vector, and how many words of the vocabulary sparse weighs; ``max_terms`` how
     many weights it keeps (0: all); with ``skip_punctuation`` multi-vector has none for punctuation in documents.
+
+    Zero-shot answers among the ``labels`` where a call brings none. ``label_texts``, one a label or none at all, are
+    what is embedded of them, and ``template`` is put around those and a call's own, in place of ``{}``. ``scale`` times
+    a cosine is a logit; ``bias`` is added to it where each label is judged for itself.
 
     Texts beyond ``max_length`` are cut at their end or, where ``long`` is ``windows``, read in windows of that length
     with ``stride`` tokens of overlap, as question answering always reads its context. ``aggregate`` says what becomes
@@ -82,6 +95,10 @@ class TaskSpec:
     long: str = "cut"
     aggregate: str = "mean"
     dimensions: tuple[int, ...] = ()
+    label_texts: tuple[str, ...] = ()
+    template: str = "{}"
+    scale: float = 20.0
+    bias: float = -10.0
     width: int = 0
     max_terms: int = 0
     skip_punctuation: bool = True
@@ -98,8 +115,8 @@ class TaskSpec:
             raise SpecError("labels repeat; each label must be named once")
         if self.kind in (*LABEL_KINDS, TOKEN_CLASSIFICATION) and not self.labels:
             raise SpecError(f"{self.kind} needs labels")
-        if (self.head == "none") != (self.kind == EMBEDDING):
-            raise SpecError(f"head {self.head!r} does not fit {self.kind}: embeddings, and only they, have none")
+        if (self.head == "none") != (self.kind in POOLED_KINDS):
+            raise SpecError(f"head {self.head!r} does not fit {self.kind}: {' and '.join(POOLED_KINDS)} have none")
         if self.pairs and self.kind not in TEXT_KINDS:
             raise SpecError(f"pairs does not fit {self.kind}; {', '.join(TEXT_KINDS)} read one text or two")
         if self.thresholds and (self.kind != MULTI_LABEL or len(self.thresholds) != len(self.labels)):
@@ -128,6 +145,12 @@ class TaskSpec:
             raise SpecError(f"aggregate {self.aggregate!r} is for windows of a text that has one answer; leave it out")
         if self.dimensions and self.kind != EMBEDDING:
             raise SpecError(f"dimensions do not fit {self.kind}; only embeddings can be cut")
+        if self.label_texts and (self.kind != ZERO_SHOT or len(self.label_texts) != len(self.labels)):
+            raise SpecError(f"{len(self.label_texts)} label_texts do not fit {self.kind} of {len(self.labels)} labels")
+        if "{}" not in self.template:
+            raise SpecError(f"template is {self.template!r}; expected {{}} where a label's name goes")
+        if not (0 < self.scale < math.inf and math.isfinite(self.bias)):
+            raise SpecError(f"scale is {self.scale} and bias {self.bias}; expected finite numbers, scale above 0")
         if len(set(self.dimensions)) != len(self.dimensions) or min(self.dimensions, default=1) < 1:
             raise SpecError(f"dimensions are {self.dimensions}; expected widths from 1 up, each once")
 
@@ -138,7 +161,7 @@ class TaskSpec:
 
     @property
     def outputs(self) -> int:
-        """C: the width of the head's output (0 for embeddings, which have no head)."""
+        """C: the width of the head's output (0 for those that have none)."""
         return {
             CLASSIFICATION: len(self.labels),
             MULTI_LABEL: len(self.labels),
@@ -147,6 +170,7 @@ class TaskSpec:
             MULTIPLE_CHOICE: 1,
             QUESTION_ANSWERING: 2,
             EMBEDDING: 0,
+            ZERO_SHOT: 0,
             SPARSE: self.width,
             MULTI_VECTOR: self.width,
         }[self.kind]
@@ -164,7 +188,7 @@ class TaskSpec:
     @property
     def unit(self) -> bool:
         """Whether its vectors are brought to length 1."""
-        return self.normalize and self.kind in (EMBEDDING, MULTI_VECTOR)
+        return self.normalize and self.kind in (*POOLED_KINDS, MULTI_VECTOR)
 
 
 _CHOICES = {"pooling": POOLINGS, "head": HEADS, "long": LONG, "aggregate": AGGREGATES}

@@ -11,7 +11,7 @@ import torch
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import BASE, Pipeline, Request
 from bertology_serve.tasks.base import Answer, Task
-from bertology_serve.tasks.spec import CLASSIFICATION, LABEL_KINDS, REGRESSION, VECTOR_KINDS
+from bertology_serve.tasks.spec import CLASSIFICATION, LABEL_KINDS, REGRESSION, VECTOR_KINDS, ZERO_SHOT
 from bertology_serve.training.batches import Item
 
 CONSTANT, COSINE, NAMES, PROBE = "constant", "cosine", "label names", "probe"
@@ -34,7 +34,7 @@ def rivals(encoder: Encoder, task: Task, known: Sequence[Any], examples: Sequenc
     to the text.
     """
     found: dict[str, tuple[Task, list[Answer]]] = {}
-    if task.kind in (*LABEL_KINDS, REGRESSION):
+    if task.kind in (*LABEL_KINDS, REGRESSION, ZERO_SHOT):
         prior = task.prior([task.target(example, ()) for example in known])
         if prior is not None:
             found[CONSTANT] = task, [task.decode(example, (), [prior]) for example in examples]
@@ -47,16 +47,17 @@ def rivals(encoder: Encoder, task: Task, known: Sequence[Any], examples: Sequenc
         answers = [dict(found.answer) for found in pipeline.answer(Request(BASE, record) for record in records)]
         found[COSINE] = pipeline.base.task, answers
     named = task.kind == CLASSIFICATION and all(map(_NAMED.match, task.spec.labels))
-    if named and not any(example.text_pair for example in examples):
-        found[NAMES] = task, _nearest(encoder, task.spec.labels, [example.text for example in examples])
+    if (named or task.kind == ZERO_SHOT) and not any(example.text_pair for example in examples):
+        labels, texts = task.spec.labels, [example.text for example in examples]
+        asked = task.beside(examples[0]) or [re.sub(r"[_\W]+", " ", label).strip() for label in labels]
+        found[NAMES] = task, _nearest(encoder, labels, asked, texts)
     return found
 
 
-def _nearest(encoder: Encoder, labels: Sequence[str], texts: Sequence[str]) -> list[Answer]:
+def _nearest(encoder: Encoder, labels: Sequence[str], names: Sequence[str], texts: Sequence[str]) -> list[Answer]:
     """For each text the label whose name, as words, has the nearest embedding."""
-    pipeline = Pipeline(encoder)
-    asked = [*(re.sub(r"[_\W]+", " ", label).strip() for label in labels), *texts]
-    rows = [found.answer["embedding"] for found in pipeline.answer(Request(BASE, {"text": text}) for text in asked)]
+    asked = (Request(BASE, {"text": text}) for text in (*names, *texts))
+    rows = [found.answer["embedding"] for found in Pipeline(encoder).answer(asked)]
     vectors = torch.tensor(rows)
     table = vectors[len(labels) :] @ vectors[: len(labels)].T
     scores = [dict(zip(labels, row, strict=True)) for row in table.tolist()]

@@ -17,7 +17,7 @@ from bertology_serve.data.records import DataLike, Record, name_of, read_records
 from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.classification import LabelTask
-from bertology_serve.tasks.spec import VECTOR_KINDS, Encoding
+from bertology_serve.tasks.spec import VECTOR_KINDS, ZERO_SHOT, Encoding
 from bertology_serve.training.train_config import TrainConfig
 
 
@@ -52,8 +52,22 @@ def make_items(task: Task, records: Iterable[tuple[Fields, str]], tokenizer: Pre
     return items
 
 
-def shaped(task: Task, items: list[Item], config: TrainConfig) -> list[Item]:
-    """Training items with what the configuration adds to their targets: class weights and label smoothing, a loss."""
+def shaped(task: Task, items: list[Item], config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+    """Training items with what the configuration adds to their targets: class weights and label smoothing, a loss, the
+    labels that a text is compared with.
+    """
+    if task.kind == ZERO_SHOT:
+        from bertology_serve.tasks.zero_shot import ZeroShot
+
+        own = cast(ZeroShot, task)
+        labels = [own.encode_beside(text, tokenizer) for text in own.beside(cast(Any, items[0].example))]
+        drawn = own.drawn([item.target for item in items], config.optim.seed)
+        return [
+            replace(
+                item, target=target, encodings=(*item.encodings, *(labels[one] for one in (target, *target.others)))
+            )
+            for item, target in zip(items, drawn, strict=True)
+        ]
     if task.kind in VECTOR_KINDS:
         from bertology_serve.tasks.embedding import Embedding
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -16,9 +16,12 @@ from bertology_serve.tasks.base import Answer
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.metrics import Flags, Floats, calibration_error
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import EVEN, MULTI_LABEL
+from bertology_serve.tasks.spec import EVEN, MULTI_LABEL, ZERO_SHOT
 from bertology_serve.training.batches import Item, micro_batches
 from bertology_serve.training.evaluate import run
+
+if TYPE_CHECKING:
+    from bertology_serve.tasks.zero_shot import ZeroShot
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,12 @@ def _settle(live: TrainableDelta, task: LabelTask, logits: Tensor, dev: Sequence
             by, after = 1.0, before
         found = {"temperature": by, "rows": len(dev), "ece_before": before, "ece": after}
         with torch.no_grad():
-            for parameter in live.head.layers[-1].linear.parameters():  # type: ignore[union-attr]
+            for parameter in live.head.layers[-1].linear.parameters() if live.head.layers else ():  # type: ignore[union-attr]
                 parameter.div_(by)
         logits = logits / by
+        if task.kind == ZERO_SHOT:
+            bias = cast("ZeroShot", task).bias(logits, targets)
+            live.task = replace(live.task, scale=live.task.scale / by, bias=bias)
     if task.kind == MULTI_LABEL:
         has, lacks = task.rows(targets).chunk(2, 1)
         chosen = thresholds(task.probabilities(logits).numpy(), (has > lacks).numpy(), (has + lacks > 0).numpy())
@@ -143,7 +149,7 @@ def _cut(falling: Floats, right: Flags, f1: float, old: float) -> float:
 def _logits(live: TrainableDelta, items: Sequence[Item], max_tokens: int) -> Tensor:
     """The head's outputs [N, C] for items, in their order."""
     place = {id(item): number for number, item in enumerate(items)}
-    rows = torch.empty(len(items), live.task.outputs)
+    rows = torch.empty(len(items), live.task.outputs or len(live.task.labels))
     for group in micro_batches(items, max_tokens, not live.encoder.packs):
         rows[[place[id(item)] for item in group]] = run(live, group)[0].float().cpu()
     return rows

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain, takewhile
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -16,10 +19,13 @@ from bertology_serve.tasks.base import Answer, Task
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.heads import outputs_of
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import VECTOR_KINDS
+from bertology_serve.tasks.spec import WHOLE_BATCH, ZERO_SHOT
 from bertology_serve.training.batches import Item, micro_batches
 from bertology_serve.training.evaluation import Evaluation, Records
 from bertology_serve.training.processes import ALONE, Processes
+
+if TYPE_CHECKING:
+    from bertology_serve.tasks.zero_shot import ZeroShot
 
 
 def evaluate(
@@ -35,12 +41,14 @@ def evaluate(
     DataError naming the record that is wrong, a label that the delta does not know included.
     """
     encoder = encoder or Encoder.for_delta(delta)
-    task = task_for(delta.task)
-    pipeline = Pipeline(encoder)
-    pipeline.add(delta)
     rows = list(records)
     if not rows:
         raise DataError("no records were found; expected at least one")
+    if delta.task.kind == ZERO_SHOT:  # whatever labels it was trained on
+        delta = replace(delta, task=cast("ZeroShot", task_for(delta.task)).among(rows))
+    task = task_for(delta.task)
+    pipeline = Pipeline(encoder)
+    pipeline.add(delta)
     examples = [task.example(fields, where, labelled=True) for fields, where in rows]
     requests = (Request(delta.name, fields, where=where) for fields, where in rows)
     answers: list[Answer] = []
@@ -64,7 +72,8 @@ def measure(
     answers, loss = _answered(live, task, items, max_tokens, processes)
     metrics = task.metrics(answers, [item.example for item in items])
     weight = max(1, task.weight([item.target for item in items]))
-    return metrics if task.kind in VECTOR_KINDS else {**metrics, "loss": loss / weight}
+    alone = isinstance(task, LabelTask) or task.kind not in WHOLE_BATCH
+    return {**metrics, "loss": loss / weight} if alone else metrics
 
 
 def answered(live: TrainableDelta, task: Task, items: Sequence[Item], max_tokens: int) -> list[Answer]:
@@ -86,7 +95,7 @@ def _answered(
             answers[numbers[id(item)]] = task.decode(item.example, item.encodings, own)
             if isinstance(task, LabelTask):
                 logits[numbers[id(item)]] = own[0]
-        if task.kind not in VECTOR_KINDS and not isinstance(task, LabelTask):
+        if task.kind not in WHOLE_BATCH and not isinstance(task, LabelTask):
             loss += float(task.loss(out, _lengths(group), [item.target for item in group]))
     parts = processes.gathered((answers, logits, loss))
     found = {number: answer for own, _, _ in parts for number, answer in own.items()}
@@ -101,12 +110,22 @@ def _answered(
 
 @torch.inference_mode()
 def run(live: TrainableDelta, items: Sequence[Item]) -> tuple[Tensor, list[list[Tensor]]]:
-    """The head's output for one batch as the loss takes it, and for each item what ``decode`` does, float32."""
-    mode = live.training
+    """The head's output for one batch as the loss takes it, and for each item what ``decode`` does, float32.
+
+    Of items that are compared with labels it is the logits of all labels.
+    """
+    mode, encodings = live.training, [item.encodings for item in items]
+    task, tokenizer = task_for(live.task), live.encoder.tokenizer
+    beside = [task.encode_beside(text, tokenizer) for text in task.beside(items[0].example)] if items else []
+    if beside:  # of training items without the labels that were drawn for them
+        encodings = [(own[0], *takewhile(lambda one: one.continues, own[1:])) for own in encodings]
     live.eval()
-    out: Tensor = live([encoding for item in items for encoding in item.encodings])
+    out: Tensor = live([*chain.from_iterable(encodings), *beside])
     live.train(mode)
-    return out, outputs_of(out.float().cpu(), [item.encodings for item in items], live.task)
+    if beside:
+        out = task.compared(out[: -len(beside)], out[-len(beside) :])
+        return out, [[row] for row in out.cpu()]
+    return out, outputs_of(out.float().cpu(), encodings, live.task)
 
 
 def _lengths(items: Sequence[Item]) -> list[int]:

@@ -23,7 +23,7 @@ from bertology_serve.tasks.metrics import (
     paired_effect,
     ratio,
 )
-from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, VECTOR_KINDS
+from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, VECTOR_KINDS, ZERO_SHOT
 
 Records = Iterable[tuple[Mapping[str, Any], str]]
 MOST_SLICES = 20
@@ -135,7 +135,7 @@ class Evaluation:
     @property
     def confusion(self) -> tuple[list[str], list[list[int]]] | None:
         """Labels, and how often each (down) was answered by each (across); None for other tasks than classification."""
-        if self.task.kind != CLASSIFICATION:
+        if self.task.kind not in (CLASSIFICATION, ZERO_SHOT):
             return None
         labels = list(self.task.spec.labels)
         index, table = {label: i for i, label in enumerate(labels)}, [[0] * len(labels) for _ in labels]

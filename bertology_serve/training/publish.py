@@ -49,6 +49,7 @@ def publish(
         stage = delta.save(own / "delta", live.encoder)
         with kept(live):
             live.head.adopt(delta.head)  # what the dev set settled is not in the live one
+            live.task = delta.task
             difference = compare(stage, live, items, records, fresh)
         for path in extra:
             if path.exists():

@@ -91,7 +91,7 @@ def prepare(
     live, task = make_live(encoder, config, spec), task_for(spec)
     items = make_items(task, train.records, encoder.tokenizer)
     start_at_data(live, items)
-    items = shaped(task, items, config)
+    items = shaped(task, items, config, encoder.tokenizer)
     others = [make_items(task, source.records, encoder.tokenizer) if source else [] for source in (dev, ood)]
     return Prepared(live, task, items, *others)
 
@@ -366,8 +366,12 @@ def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
 
 def task_spec(config: TrainConfig, encoder: Encoder, train: Source) -> TaskSpec:
     """The task: with the labels of the training data and a length that the encoder reads where none were given, and
-    whether the data are pairs."""
+    whether the data are pairs; and the texts of its labels."""
     spec = config.task_spec(config.form.labels or infer_labels(config.task, train.records))
     words = len(encoder.model.get_input_embeddings().weight) if config.task == SPARSE else spec.width
     spec = replace(spec, pairs=all_pairs(config.task, train.records), width=words)
+    if config.form.label_texts:
+        from bertology_serve.tasks.zero_shot import read_label_texts
+
+        spec = replace(spec, label_texts=read_label_texts(config.form.label_texts, spec.labels))
     return spec if config.form.max_length else replace(spec, max_length=min(spec.max_length, encoder.max_tokens))

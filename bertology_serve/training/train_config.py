@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from bertology_serve.config_fields import check_fields, check_known, flat, nested, option, split_list
 from bertology_serve.errors import SpecError
 from bertology_serve.tasks.spec import (
-    EMBEDDING,
     LABEL_KINDS,
     MULTI_VECTOR,
+    POOLED_KINDS,
     QUESTION_ANSWERING,
     SPARSE,
     TASK_KINDS,
     TEXT_KINDS,
     VECTOR_KINDS,
+    ZERO_SHOT,
     TaskSpec,
 )
 from bertology_serve.training.method_options import (
@@ -98,6 +99,10 @@ class FormConfig:
     calibrate: bool = option(
         True, "Fit a temperature on --eval and put it into the head: scores then say how often answers are right."
     )
+    label_texts: str | None = option(
+        None, "zero-shot: JSON file of the texts that stand for labels, by name. Default: their names, as words."
+    )
+    template: str = option("{}", "zero-shot: what is put around a label's text, {} in its place.")
     abstain: float = option(0.0, "Least score at which an answer names a label; below it the label is null.")
 
     def __post_init__(self) -> None:
@@ -289,6 +294,8 @@ class TrainConfig:
             raise SpecError(f"flops is for {SPARSE}, not {self.task}; leave it out")
         if self.form.width and self.task != MULTI_VECTOR:
             raise SpecError(f"width is for {MULTI_VECTOR}, not {self.task}; leave it out")
+        if (self.form.label_texts or self.form.template != FormConfig.template) and self.task != ZERO_SHOT:
+            raise SpecError(f"label_texts and template are for {ZERO_SHOT}, not {self.task}; leave them out")
         for name in self.options:
             if name not in self.method:
                 raise SpecError(f"options of {name!r} were given, but the method is {','.join(self.method)}")
@@ -350,7 +357,7 @@ class TrainConfig:
 
     def task_spec(self, labels: tuple[str, ...]) -> TaskSpec:
         """The task with its defaults filled in."""
-        embedding, own = self.task == EMBEDDING, self.task in (SPARSE, MULTI_VECTOR)  # whose head has a form of its own
+        pooled, own = self.task in POOLED_KINDS, self.task in (SPARSE, MULTI_VECTOR)  # whose head has a form of its own
         probe = PROBE in self.method or self.plan.recipe == LP_FT or self.starts_at_probe
         longest = self.form.max_length or (384 if self.task == QUESTION_ANSWERING else TaskSpec.max_length)
         overlap = longest // 4 if self.form.long == "windows" else TaskSpec.stride
@@ -358,17 +365,18 @@ class TrainConfig:
             self.task,
             labels=labels,
             max_length=longest,
-            pooling=self.form.pooling or ("mean" if embedding or (probe and not own) else TaskSpec.pooling),
+            pooling=self.form.pooling or ("mean" if pooled or (probe and not own) else TaskSpec.pooling),
             width=(self.form.width or VECTOR_WIDTH) if self.task == MULTI_VECTOR else 0,
             max_terms=self.form.max_terms,
             skip_punctuation=self.form.skip_punctuation,
-            head=self.form.head or ("none" if embedding else "linear" if probe and not own else TaskSpec.head),
+            head=self.form.head or ("none" if pooled else "linear" if probe and not own else TaskSpec.head),
             stride=overlap if self.form.stride is None else self.form.stride,
             max_answer_length=self.form.max_answer_length or TaskSpec.max_answer_length,
             abstain=self.form.abstain,
             long=self.form.long,
             aggregate=self.form.aggregate,
             dimensions=self.form.matryoshka,
+            template=self.form.template,
         )
 
 

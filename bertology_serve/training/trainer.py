@@ -20,7 +20,7 @@ from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Task
 from bertology_serve.tasks.classification import LabelTask
-from bertology_serve.tasks.spec import VECTOR_KINDS, Encoding
+from bertology_serve.tasks.spec import WHOLE_BATCH, Encoding
 from bertology_serve.training.batches import Buckets, Item, Sampler, micro_batches
 from bertology_serve.training.evaluate import measure
 from bertology_serve.training.layers import layer_norms
@@ -155,7 +155,7 @@ class Trainer:
         """Of embeddings, what training begins with answers already (as the encoder itself does, with most kinds): it
         counts as the first evaluation, so that what is kept is no worse on the dev set.
         """
-        if self.live.task.kind in VECTOR_KINDS and self.config.eval.keep == "best":
+        if self.live.task.kind in WHOLE_BATCH and self.config.eval.keep == "best":
             self._evaluate()
 
     @property
@@ -191,7 +191,7 @@ class Trainer:
             lengths = [len(encoding) for encoding in _encodings(group)]
             return self.task.loss(out, lengths, [item.target for item in group]) / weight
 
-        together = [groups] if self.task.kind in VECTOR_KINDS else [[group] for group in groups]
+        together = [groups] if self.task.kind in WHOLE_BATCH else [[group] for group in groups]
         return sum(add_gradient(parts, run, loss, self.live.encoder.device) for parts in together)
 
     def _learn(self, batch: Sequence[Item], loss: float, started: float) -> None:
@@ -370,7 +370,7 @@ def add_gradient(
 
 def check_divisible(task: Task, processes: Processes) -> None:
     """Raises SpecError where a batch has to stay whole."""
-    if processes.count > 1 and task.kind in VECTOR_KINDS:
+    if processes.count > 1 and task.kind in WHOLE_BATCH:
         raise SpecError(
             f"the loss of {task.kind} compares all pairs of a batch, which {processes.count} processes cannot divide; "
             "run it in one"

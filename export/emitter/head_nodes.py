@@ -11,7 +11,7 @@ from bertology_serve.export.emitter.row_nodes import MixedRows, Rows, Runs, chan
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.session import LOGITS, POOLED, ROWS, SPARSE_WEIGHTS, VECTORS
 from bertology_serve.tasks.heads import Head, Layer, WordScores
-from bertology_serve.tasks.spec import EMBEDDING, MULTI_VECTOR, QUESTION_ANSWERING, SPARSE
+from bertology_serve.tasks.spec import MULTI_VECTOR, POOLED_KINDS, QUESTION_ANSWERING, SPARSE
 
 
 def read(export_inputs: ExportInputs, rows: Rows, hidden: Value) -> dict[str, Value]:
@@ -29,7 +29,7 @@ def read(export_inputs: ExportInputs, rows: Rows, hidden: Value) -> dict[str, Va
     if task.per_token:
         return {LOGITS: rows.callers(_answered(export_inputs, hidden))}
     out = _answered(export_inputs, pooled(rows, hidden, export_inputs.anatomy.hidden, task.pooling))
-    if task.kind != EMBEDDING:
+    if task.kind not in POOLED_KINDS:
         return {LOGITS: out}
     return {ROWS: rows.callers(hidden), POOLED: unit(out) if task.normalize else out}
 

@@ -141,3 +141,32 @@ def test_a_column_that_the_delta_remembers_has_slices_and_other_labels_are_named
         check_comparable(delta, others)
     with pytest.raises(SpecError, match="answers regression, mood classification; give a delta of the same task"):
         check_comparable(delta, replace(others, task=TaskSpec("regression")))
+
+
+def test_zero_shot_is_measured_on_labels_it_never_saw(tmp_path, capsys):
+    """Trained with texts for its labels and a template; then asked about others, beside the nearest label name."""
+    bert, rows = tiny.save("bert", tmp_path / "bert"), sets.zero_shot()
+    seen = sets.write(tmp_path / "seen.jsonl", [row for row in rows if row["label"] != "blue"])
+    new = sets.write(tmp_path / "new.jsonl", [row for row in rows if row["label"] in ("blue", "red")])
+    texts = tmp_path / "texts.json"
+    texts.write_text(json.dumps({"red": "very red"}))
+    command = ["train", "--backbone", bert, "--task", "zero-shot", "--train", seen, "--eval", seen, "--epochs", "2"]
+    delta = tmp_path / "any"
+    assert main([*command, "--label-texts", str(texts), "--template", "it was {}", "--out", str(delta)]) == 0
+    spec = store.load(delta).task
+    assert (spec.labels, spec.template) == (("early_warm", "red", "very_cold"), "it was {}")
+    assert spec.label_texts == ("early warm", "very red", "very cold")
+    assert spec.scale != 20.0, "calibrated"
+    assert spec.bias != -10.0, "trained"
+    capsys.readouterr()
+    assert main(["evaluate", str(delta), "--input", new, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["label"] for one in found["classes"]] == ["blue", "red"]
+    assert found["metrics"].keys() >= {"accuracy", "macro_f1"}
+    assert found["baselines"].keys() == {"constant", "label names"}
+    assert main(["evaluate", str(delta), "--input", new]) == 0
+    assert "accuracy of the label names" in capsys.readouterr().out
+    other = sets.write(tmp_path / "mood.jsonl", sets.classification())
+    mood = ["train", "--backbone", bert, "--task", "classification", "--train", other, "--out", str(tmp_path / "mood")]
+    assert main([*mood, "--template", "it was {}"]) == 2
+    assert "label_texts and template are for zero-shot" in capsys.readouterr().err

@@ -43,6 +43,7 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
     "prefix": ([Prefix(4)], ANSWERS),
     "prefix-shifted": ([Prefix(2, "shifted")], TaskSpec("embedding", max_length=32, head="none", pooling="mean")),
     "all": ([Lora(rank=2), Bitfit(), Adapter("pfeiffer", 3), Prompt(1), Prefix(2)], CLASSES),
+    "labels": ([Lora(rank=2)], TaskSpec("zero-shot", LABELS, 32, "mean", "none")),
     "probe": ([], TaskSpec("classification", ("x", "y"), 32, "max", "linear")),
     "base": ([], TaskSpec("embedding", max_length=32, head="none")),
 }
@@ -72,6 +73,8 @@ def record(task: TaskSpec, i: int) -> dict[str, Any]:
         return {"question": TEXTS[i % 4], "choices": ["the house", "a very cold river bank"]}
     if task.kind == "token-classification":
         return {"tokens": TEXTS[i % 4].split()}
+    if task.kind == "zero-shot":
+        return {"text": TEXTS[i % 4], **({"labels": [f"{TEXTS[i]}_house", "Paris", "very good"]} if i else {})}
     pair = {"text_pair": TEXTS[(i + 1) % 4]} if task.kind == "regression" and i % 2 else {}
     return {"text": TEXTS[i % 4], **pair}
 

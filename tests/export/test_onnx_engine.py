@@ -23,7 +23,7 @@ from bertology_serve.export.exporting import export_delta
 from bertology_serve.export.onnx_engine import OnnxEngine, OnnxModel, buckets, exports
 from bertology_serve.kinds.ia3 import Ia3
 from bertology_serve.kinds.lora import Lora
-from bertology_serve.tasks.spec import TaskSpec
+from bertology_serve.tasks.spec import POOLED_KINDS, TaskSpec
 from tests import tiny
 from tests.encoder.test_mixed import DELTAS, FACTORS, logits, pipeline, record, requests
 from tests.encoder.test_sharing import TEXTS, ZOO, zoo
@@ -239,11 +239,13 @@ def test_the_answers_of_the_deltas_that_were_exported(pair, tmp_path):
         other.add_model(model.delta, model)
 
 
-@pytest.mark.parametrize("kind", ["classification", "token-classification", "embedding"])
+@pytest.mark.parametrize("kind", ["classification", "token-classification", "embedding", "zero-shot"])
 def test_an_export_reads_long_texts_in_windows_too(kind, tmp_path, monkeypatch):
     """The graph knows nothing of it: the export says how, and windows are put together outside."""
-    labels, form = ("O", "B-LOC"), {"head": "none", "pooling": "mean"} if kind == "embedding" else {}
-    task = TaskSpec(kind, () if form else labels, max_length=14, stride=4, long="windows", **form)
+    labels, form = ("O", "B-LOC"), {"head": "none", "pooling": "mean"} if kind in POOLED_KINDS else {}
+    if kind == "zero-shot":
+        form |= {"label_texts": ("a dog", "Paris"), "template": "in {}", "scale": 8.0, "bias": -3.5}
+    task = TaskSpec(kind, () if kind == "embedding" else labels, max_length=14, stride=4, long="windows", **form)
     encoder = tiny.encoder("bert", tmp_path / "encoder")
     delta = tiny.delta(encoder, "it", [Lora(rank=2)], task)
     real = exporting.built_in

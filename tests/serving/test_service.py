@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bertology_serve.encoder.pipeline import Request
+from bertology_serve.encoder.row_cache import RowCache
 from bertology_serve.errors import DataError, Expired, LimitError, NotFound, Overloaded, RateLimited
 from bertology_serve.serving import service as services
 from bertology_serve.serving.batching.queue import BatchTimes
@@ -374,6 +375,40 @@ def test_answers_after_the_loop_has_closed_are_logged_not_raised(pipeline, caplo
     service._deliver([object()], [ValueError()])
     assert "1 answers came after the server had stopped" in caplog.text
     asyncio.run(service.stop())
+
+
+def test_labels_that_are_known_are_not_embedded_again(pipeline):
+    """Rows of labels stay from call to call; what is computed, charged and counted is what was not known."""
+    charged = []
+    asked = {"text": "the dog was late", "labels": ["early_dog", "late_dog", "a cat in London"]}
+
+    async def use(service: Service) -> Any:
+        found = []
+        for record in (asked, asked, {**asked, "labels": ["late_dog", "blue"]}):
+            found += await service.answer(paying(charged.append), [Request("labels", record)])
+        return found
+
+    (first, second, third), metrics = with_service(pipeline, use)
+    assert first.answer["scores"] == pytest.approx(second.answer["scores"], abs=1e-5)
+    assert third.answer["scores"].keys() == {"late_dog", "blue"}
+    text_alone = charged[1]
+    assert charged == [text_alone + 4 + 4 + 6, text_alone, text_alone + 3]
+    assert 'bertology_label_rows_total{delta="labels",result="miss"} 4.0' in metrics
+    assert 'bertology_label_rows_total{delta="labels",result="hit"} 4.0' in metrics
+
+
+def test_a_call_of_more_labels_than_a_batch_takes_is_divided(pipeline):
+    labels = [f"{a} {b}" for a in ("cat", "dog", "river", "house") for b in ("red", "blue", "cold", "good", "early")]
+    request = Request("labels", {"text": "the film was great", "labels": labels}, logits=True)
+    alone = pipeline.run([pipeline.prepare(request)])[0].answer
+    pipeline.loaded("labels").rows = RowCache()
+
+    async def use(service: Service) -> Any:
+        service.queue.times.budget = service.queue.times.hurried = 16
+        return await service.answer(CallContext(), [request])
+
+    (found,), _ = with_service(pipeline, use)
+    assert found.answer["logits"] == pytest.approx(alone["logits"], abs=1e-4)
 
 
 def test_one_text_for_many_deltas_is_one_batch_and_counted_as_what_it_computes(pipeline):

@@ -5,16 +5,16 @@ import torch
 
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.registry import TASKS, task_for, task_named
-from bertology_serve.tasks.spec import TASK_KINDS, VECTOR_KINDS, TaskSpec
+from bertology_serve.tasks.spec import POOLED_KINDS, TASK_KINDS, VECTOR_KINDS, TaskSpec
 
 LABELS = ("O", "B-x", "I-x")
-LABELLED = ("classification", "multi-label", "token-classification")
+LABELLED = ("classification", "multi-label", "token-classification", "zero-shot")
 SPECS = {
     kind: TaskSpec(
         kind,
         LABELS if kind in LABELLED else (),
         16,
-        head="none" if kind == "embedding" else "hf",
+        head="none" if kind in POOLED_KINDS else "hf",
         width=4 if kind in ("sparse", "multi-vector") else 0,
     )
     for kind in TASK_KINDS
@@ -27,12 +27,13 @@ RECORDS = {
     "question-answering": {"question": "who?", "context": "It was Ada .", "answers": ["Ada"]},
     "multiple-choice": {"question": "why?", "choices": ["a", "b", "c"], "label": 2},
     **{kind: {"text": "a", "text_pair": "b", "score": 1} for kind in VECTOR_KINDS},
+    "zero-shot": {"text": "good dog", "label": "O"},
 }
 
 
 def outputs_for(task, encodings, generator):
     """Random head outputs, one a sequence."""
-    width = task.spec.outputs or 6
+    width = task.spec.outputs or len(task.spec.labels) or 6
     return [
         torch.randn((len(encoding), width) if task.spec.per_token else (width,), generator=generator)
         for encoding in encodings

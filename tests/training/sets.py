@@ -70,6 +70,14 @@ def embedding() -> list[dict[str, Any]]:
     return [{"text": f"the {a}", "text_pair": f"a {b}", "score": float(a == b)} for a, b in pairs]
 
 
+def zero_shot() -> list[dict[str, Any]]:
+    """The label whose name is in the text."""
+    labels = ("red", "blue", "very_cold", "early_warm")
+    return [
+        {"text": f"the {thing} was {label.replace('_', ' ')}", "label": label} for label in labels for thing in THINGS
+    ]
+
+
 SETS = {
     "classification": classification,
     "multi-label": multi_label,
@@ -78,6 +86,7 @@ SETS = {
     "question-answering": question_answering,
     "multiple-choice": multiple_choice,
     "embedding": embedding,
+    "zero-shot": zero_shot,
     "sparse": embedding,
     "multi-vector": embedding,
 }

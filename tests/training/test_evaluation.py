@@ -71,9 +71,10 @@ def test_parts_are_the_main_metric_and_right_answers_are_no_errors(bert: Encoder
         "multi-label": ["constant"],
         "regression": ["constant", "cosine"],
         **dict.fromkeys(VECTOR_KINDS, ("cosine",)),
+        "zero-shot": ["constant", "label names"],
     }
     assert list(known) == list(expected.get(kind, []))
-    assert bool(found.classes) == (kind in ("classification", "multi-label", "token-classification"))
+    assert bool(found.classes) == (kind in ("classification", "multi-label", "token-classification", "zero-shot"))
 
 
 def test_a_difference_is_counted_and_tested() -> None:

@@ -18,7 +18,7 @@ from bertology_serve.encoder.opening import open_delta
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import DataError, FormatError, InputError, SpecError
 from bertology_serve.kinds.kinds import parameter_count
-from bertology_serve.tasks.spec import VECTOR_KINDS
+from bertology_serve.tasks.spec import WHOLE_BATCH
 from bertology_serve.training.batches import Data, Source
 from bertology_serve.training.evaluate import evaluate
 from bertology_serve.training.features import pooled
@@ -51,7 +51,7 @@ def test_a_delta_is_trained_published_and_measured(tmp_path: Path, bert: Encoder
     assert {name: value for name, value in delta.metrics.items() if name != "loss"} == pytest.approx(found, abs=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"], "the run directory is gone"
     lines = [json.loads(line) for line in (tmp_path / "mine" / "log.jsonl").read_text().splitlines()]
-    started = task in VECTOR_KINDS  # which is measured before the first step too
+    started = task in WHOLE_BATCH  # which is measured before the first step too
     assert len([line for line in lines if line.get("stage") != 1]) == outcome.state.step + 2 + started
     assert outcome.difference < 1e-5 * max(1.0, 1.0 / delta.provenance.get("calibration", {}).get("temperature", 1.0))
 

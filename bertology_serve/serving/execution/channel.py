@@ -24,7 +24,7 @@ from bertology_serve import errors
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import BertologyError, Overloaded
 from bertology_serve.files import JsonMapping, JsonObject
-from bertology_serve.tasks.spec import EMBEDDING, Encoding
+from bertology_serve.tasks.spec import POOLED_KINDS, Encoding
 
 HEAD = struct.Struct("<BI")  # what it is, bytes of JSON
 LARGEST = 64 * 2**20
@@ -228,6 +228,6 @@ def take_outputs(arena: SharedMemory, count: int, owned: Sequence[tuple[Delta, E
 def shape_of(delta: Delta, encoding: Encoding, hidden: int) -> tuple[int, ...]:
     """The shape of a sequence's output."""
     task = delta.task
-    if task.kind == EMBEDDING:
+    if task.kind in POOLED_KINDS:
         return (hidden,)
     return (len(encoding), task.outputs) if task.per_token else (task.outputs,)

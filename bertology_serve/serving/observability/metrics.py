@@ -142,6 +142,12 @@ class Metrics:
         self._tokens = Counter(
             "bertology_tokens", "Tokens answered by delta, prompts included", ("delta",), registry=own
         )
+        self._label_rows = Counter(
+            "bertology_label_rows",
+            "Labels of zero-shot calls, known (hit) or embedded",
+            ("delta", "result"),
+            registry=own,
+        )
         self._latency = Histogram(
             "bertology_item_seconds", "From queueing an item to its answer", ("delta",), buckets=_SECONDS, registry=own
         )
@@ -186,6 +192,8 @@ class Metrics:
             name = self._label(item.delta)
             self._child(self._items, (name, outcome)).inc()
             if outcome == ANSWERED:
+                for result, texts in (("hit", item.known), ("miss", item.unknown)) if item.beside else ():
+                    self._child(self._label_rows, (name, result)).inc(len(texts))
                 self._child(self._tokens, (name,)).inc(item.cost)
                 self._child(self._latency, (name,)).observe(now - item.arrived)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from bertology_serve.deltas.delta import Delta
@@ -26,6 +26,7 @@ from bertology_serve.tasks.spec import (
     REGRESSION,
     SPARSE,
     TOKEN_CLASSIFICATION,
+    ZERO_SHOT,
 )
 
 
@@ -78,6 +79,7 @@ def _request(item: Any, where: str, delta: Delta, options: Options) -> Request:
         raise DataError(f"{where}: is {shown(item)}; expected a text or an object with the fields of {delta.task.kind}")
     if delta.task.kind == QUESTION_ANSWERING and options.top_k is not None:
         item = {**item, "top_k": options.top_k}
+    item = {**options.fields, **item}
     return Request(delta.name, item, "", options.needs_logits, where)
 
 
@@ -109,14 +111,14 @@ _KNOWN = {
     QUESTION_ANSWERING: ("top_k",),
     MULTIPLE_CHOICE: (),
     EMBEDDING: ("normalize", "dimensions", "truncate"),
+    ZERO_SHOT: ("candidate_labels", "hypothesis_template", "multi_label", "top_k"),
     SPARSE: ("truncate",),
     MULTI_VECTOR: ("normalize", "truncate"),
 }
 # What counts as an option beside ``inputs`` too, where InferenceClient puts those of embeddings; other keys are ignored
 _OPTIONS = frozenset(sum(_KNOWN.values(), ())) | {
     "stride", "align_to_words", "doc_stride", "handle_impossible_answer", "max_answer_len", "max_question_len",
-    "max_seq_len", "prompt_name", "truncation_direction", "encoding_format", "candidate_labels", "hypothesis_template",
-    "multi_label",
+    "max_seq_len", "prompt_name", "truncation_direction", "encoding_format",
 }  # fmt: skip
 
 
@@ -125,6 +127,7 @@ class Options:
     """What a call asks for; ``None`` is the task's default.
 
     ``unit`` says that the delta's embeddings have unit length already, ``normalize`` that the answer's are to.
+    ``fields`` are those that every record of the call gets.
     """
 
     top_k: int | None = None
@@ -133,6 +136,7 @@ class Options:
     normalize: bool = False
     unit: bool = False
     dimensions: int | None = None
+    fields: JsonObject = field(default_factory=dict)
 
     @property
     def needs_logits(self) -> bool:
@@ -142,7 +146,7 @@ class Options:
 
 def read_options(body: JsonObject, delta: Delta) -> Options:
     """The options of a body, under ``parameters`` or beside ``inputs``. Unsupported for those that the task lacks: a
-    delta has decided them in its training, its labels too."""
+    delta has decided them in its training, most deltas their labels too."""
     parameters = body.get("parameters")
     if parameters is not None and not isinstance(parameters, dict):
         raise DataError(f"field 'parameters' is {shown(parameters)}; expected an object")
@@ -161,6 +165,7 @@ def read_options(body: JsonObject, delta: Delta) -> Options:
         normalize=_flag(given, "normalize", unit),
         unit=unit,
         dimensions=_integer(given, "dimensions", 100_000),
+        fields=_asked(given),
     )
     _check(given, options, delta)
     return options
@@ -210,6 +215,17 @@ def _texts(given: JsonObject, name: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise DataError(f"option {name!r} is {shown(value)}; expected a list of labels")
     return tuple(value)
+
+
+def _asked(given: JsonObject) -> JsonObject:
+    """The fields of a zero-shot record that options name; labels may be in one text, with commas."""
+    found = {name: given[option] for option, name in _FIELDS.items() if option in given}
+    if isinstance(labels := found.get("labels"), str):
+        found["labels"] = [label.strip() for label in labels.split(",") if label.strip()]
+    return found
+
+
+_FIELDS = {"candidate_labels": "labels", "hypothesis_template": "template", "multi_label": "multi_label"}
 
 
 @dataclass(frozen=True)
@@ -296,6 +312,7 @@ SHAPES = {
     TOKEN_CLASSIFICATION: AnswerShape(tokens),
     QUESTION_ANSWERING: AnswerShape(question),
     EMBEDDING: AnswerShape(embedding),
+    ZERO_SHOT: AnswerShape(classification),
     SPARSE: AnswerShape(sparse),
     MULTI_VECTOR: AnswerShape(vectors),
     MULTIPLE_CHOICE: AnswerShape(own),

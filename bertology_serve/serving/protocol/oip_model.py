@@ -25,6 +25,7 @@ from bertology_serve.tasks.spec import (
     REGRESSION,
     SPARSE,
     TOKEN_CLASSIFICATION,
+    ZERO_SHOT,
 )
 
 PLATFORM = "bertology_packed"
@@ -62,13 +63,14 @@ _INPUTS: dict[str, dict[str, int]] = {  # name -> dimensions
     TOKEN_CLASSIFICATION: {"text": 1, "tokens": 2},
     QUESTION_ANSWERING: {"question": 1, "context": 1},
     MULTIPLE_CHOICE: {"premise": 1, "question": 1, "choices": 2},
+    ZERO_SHOT: {"text": 1, "text_pair": 1, "labels": 2},
 }
 # One pair of tensors for every task, so that rows of different tasks can share a request
 _GENERAL = {
     QUESTION_ANSWERING: {"text": "question", "text_pair": "context"},
     MULTIPLE_CHOICE: {"text": "premise", "text_pair": "choices"},
 }
-LISTS = ("tokens", "choices")
+LISTS = ("tokens", "choices", "labels")
 INPUTS = tuple(dict.fromkeys(name for inputs in _INPUTS.values() for name in inputs))
 
 

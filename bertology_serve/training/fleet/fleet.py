@@ -10,7 +10,7 @@ import torch
 
 from bertology_serve.encoder.trainable import Share, run_together
 from bertology_serve.errors import SpecError
-from bertology_serve.tasks.spec import VECTOR_KINDS
+from bertology_serve.tasks.spec import WHOLE_BATCH
 from bertology_serve.training.batches import Item, micro_batches
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory
 from bertology_serve.training.fleet.member import Member
@@ -162,7 +162,7 @@ def pieces(member: Member, batch: Sequence[Item], max_tokens: int) -> Iterator[P
     """A batch as a run of the member by itself would cut it, or smaller."""
     weight = max(1, member.task.weight([item.target for item in batch]))
     cut = micro_batches(batch, min(max_tokens, member.config.machine.max_tokens), not member.live.encoder.packs)
-    for group in [batch] if member.task.kind in VECTOR_KINDS else cut:
+    for group in [batch] if member.task.kind in WHOLE_BATCH else cut:
         yield Piece(member, tuple(group), weight)
 
 

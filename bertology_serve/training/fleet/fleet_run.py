@@ -188,7 +188,7 @@ def enrolled(
     live, task = make_live(shelf.encoder, own, spec), task_for(spec)
     ready = Prepared(live, task, *(shelf.made(source, spec) for source in (data.train, data.dev, data.ood)))
     start_at_data(live, ready.items)
-    ready = replace(ready, items=shaped(task, ready.items, config))
+    ready = replace(ready, items=shaped(task, ready.items, config, shelf.encoder.tokenizer))
     member = Member(name, live, task, ready.items, own, ready.dev, directory, watcher)
     return Enrolled(member, config, plan, ready, data)
 

@@ -32,7 +32,7 @@ def test_auto_takes_the_faster_one_and_says_so(seconds, takes, loaded, monkeypat
         name = engine_choice.settle(loaded, "auto")
     assert name.startswith(takes)
     assert isinstance(loaded.engine, OnnxEngine) == (takes == "onnxruntime")
-    assert f"{1e3 * seconds[1]:.1f} ms against torch's {1e3 * seconds[0]:.1f} for 320 rows" in caplog.text
+    assert f"{1e3 * seconds[1]:.1f} ms against torch's {1e3 * seconds[0]:.1f} for " in caplog.text
 
 
 def test_every_route_gives_torchs_answers(loaded, deltas):

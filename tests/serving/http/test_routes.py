@@ -112,6 +112,14 @@ def test_the_client_library_of_huggingface(server):
     assert client("finder").question_answering(question="who", context="Ada met the dog").answer
     assert client("sense").feature_extraction(["the cat", "a dog"]).shape == (2, 32)
     assert client("sense").sentence_similarity("the cat", ["the cat", "a dog"])[0] == pytest.approx(1, abs=1e-6)
+    found = client("labels").zero_shot_classification("the dog", ["a cat", "money", "a dog"])
+    assert sorted(one.label for one in found) == ["a cat", "a dog", "money"]
+    assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
+    assert sum(one.score for one in found) == pytest.approx(1.0)
+    several = client("labels").zero_shot_classification(
+        "the dog", ["cat", "dog"], multi_label=True, hypothesis_template="not {}"
+    )
+    assert {one.label for one in several} == {"cat", "dog"}
     assert client("mood").get_endpoint_info()["task"] == "classification"
     assert client("mood").health_check()
 

@@ -103,6 +103,19 @@ def test_sentence_similarity(registry):
     assert found == pytest.approx(torch.cosine_similarity(vectors[:1], vectors[1:]).tolist(), abs=1e-6)
 
 
+def test_labels_of_a_call(registry):
+    """In one list or in one text, for all inputs, as transformers' pipeline takes them; an item's own come first."""
+    given = {"candidate_labels": ["cat", "cold_river"], "hypothesis_template": "not {}"}
+    found = ask(registry, "labels", ["the cat", {"text": "a dog", "labels": ["house", "cat"]}], **given)
+    assert [{one["label"] for one in own} for own in found] == [{"cat", "cold_river"}, {"house", "cat"}]
+    text = ask(registry, "labels", "the cat", **given | {"candidate_labels": "cat, cold_river,"})
+    assert [one["label"] for one in text] == [one["label"] for one in found[0]]
+    assert [one["score"] for one in text] == pytest.approx([one["score"] for one in found[0]], abs=1e-5)
+    (best,) = ask(registry, "labels", "the cat", **given | {"multi_label": True, "top_k": 1})
+    assert best["label"] == text[0]["label"]
+    assert {one["label"] for one in ask(registry, "labels", "the cat")} == {"good", "bad"}
+
+
 @pytest.mark.parametrize(
     ("name", "body", "error", "message"),
     [
@@ -118,6 +131,7 @@ def test_sentence_similarity(registry):
         ("mood", {"inputs": "a", "candidate_labels": ["x"]}, Unsupported, "has top_k, function_to_apply"),
         ("mood", {"inputs": "a", "parameters": {"topk": 1}}, Unsupported, "option 'topk' is not supported"),
         ("names", {"inputs": "a", "parameters": {"aggregation_strategy": "none"}}, DataError, "expected one of simple"),
+        ("labels", {"inputs": "a", "parameters": {"function_to_apply": "none"}}, Unsupported, "has candidate_labels"),
         ("names", {"inputs": "a", "parameters": {"stride": 3}}, Unsupported, "'stride' is not supported"),
         ("names", {"inputs": "a", "parameters": {"ignore_labels": "O"}}, DataError, "expected a list of labels"),
         ("finder", {"inputs": {}, "parameters": {"max_seq_len": 3}}, Unsupported, "'max_seq_len' is not supported"),
