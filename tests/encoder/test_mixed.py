@@ -74,7 +74,7 @@ def record(task: TaskSpec, i: int) -> dict[str, Any]:
     if task.kind == "token-classification":
         return {"tokens": TEXTS[i % 4].split()}
     if task.kind == "zero-shot":
-        return {"text": TEXTS[i % 4], **({"labels": [f"{TEXTS[i]}_house", "Paris", "very good"]} if i else {})}
+        return {"text": TEXTS[i % 4], **({"labels": [f"{TEXTS[i % 4]}_house", "Paris", "very good"]} if i else {})}
     pair = {"text_pair": TEXTS[(i + 1) % 4]} if task.kind == "regression" and i % 2 else {}
     return {"text": TEXTS[i % 4], **pair}
 
