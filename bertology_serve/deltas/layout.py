@@ -169,8 +169,8 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 def _head_tensors(dense: Dense) -> dict[str, tuple[int, ...]]:
     """Names and shapes that one layer of a head may have."""
-    weight: dict[str, tuple[int, ...]] = {f"{dense.path}.weight": (dense.outputs, dense.inputs)}
-    found = ({} if dense.tied else weight) | {f"{dense.path}.bias": (dense.outputs,)}
+    weight = {} if dense.tied else {f"{dense.path}.weight": (dense.outputs, dense.inputs)}
+    found: dict[str, tuple[int, ...]] = {**weight, f"{dense.path}.bias": (dense.outputs,)}
     if dense.norm:
         found |= {f"{dense.norm}.weight": (dense.outputs,), f"{dense.norm}.bias": (dense.outputs,)}
     return found

@@ -17,16 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Answer
 from bertology_serve.tasks.contrastive import LOSSES, MaxSims, Target
-from bertology_serve.tasks.embedding import Embedding, EmbeddingExample, loss_of, unit_rows
+from bertology_serve.tasks.embedding import QUERY, ROLES, Embedding, EmbeddingExample, loss_of, unit_rows
 from bertology_serve.tasks.encoding import encode_text
-from bertology_serve.tasks.fields import Record, kind_of
+from bertology_serve.tasks.fields import Record
 from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import MULTI_VECTOR, Encoding
-
-QUERY, DOCUMENT = "query", "document"
 
 
 class MultiVector(Embedding):
@@ -46,17 +43,15 @@ class MultiVector(Embedding):
     def example(self, record: Record, where: str, labelled: bool) -> EmbeddingExample:
         found = super().example(record, where, labelled)
         role = record.get("input_type")
-        if role not in (None, QUERY, DOCUMENT):
-            raise DataError(f"{where}: field 'input_type' is {kind_of(role)}; expected {QUERY!r} or {DOCUMENT!r}")
         asks = found.text_pair is not None or record.get("relevant") is not None
-        return replace(found, query=role == QUERY or (asks and role is None))
+        return replace(found, query=asks if role is None else ROLES.get(str(role)) == QUERY)
 
     def encode(self, example: EmbeddingExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
         if tokenizer is not self.tokenizer:
             vocabulary = tokenizer.get_vocab()
             self.punctuation = frozenset(vocabulary[mark] for mark in string.punctuation if mark in vocabulary)
             self.tokenizer = tokenizer
-        found = [encode_text(tokenizer, text, None, self.spec.max_length) for text in example.texts]
+        found = [encode_text(tokenizer, text, None, self.spec.max_length) for text in example.prompted]
         return [self._marked(one, document=number > 0 or not example.query) for number, one in enumerate(found)]
 
     def _marked(self, encoding: Encoding, document: bool) -> Encoding:

@@ -20,6 +20,7 @@ from bertology_serve.tasks.contrastive import LOSSES, Products, Target, flops
 from bertology_serve.tasks.embedding import Embedding, EmbeddingExample, loss_of
 from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import SPARSE, Encoding
+from bertology_serve.tasks.vectors import AS_GIVEN, VectorForm
 
 
 class SparseEmbedding(Embedding):
@@ -51,7 +52,7 @@ class SparseEmbedding(Embedding):
         values, index = rows.topk(self.spec.max_terms)
         return torch.zeros_like(rows).scatter(-1, index, values)
 
-    def written(self, output: Tensor) -> Any:
+    def written(self, output: Tensor, form: VectorForm = AS_GIVEN) -> Any:
         weights = self.kept(output)
         index = weights.nonzero().flatten()
         index = index[weights[index].argsort(descending=True, stable=True)]
