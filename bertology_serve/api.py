@@ -37,9 +37,11 @@ def load_delta(path: str | Path, encoder: Encoder | None = None) -> Delta:
     """A delta from its directory, or the newest of its versions; every byte of it is checked.
 
     With an ``encoder`` it is also fitted to that, and proven to run on it (deltas in peft's format need one). Raises
-    NotFound where there is none, FormatError for one that is damaged, BaseMismatch for one that was made for another
-    encoder, Unsupported for one that it cannot apply.
+    SpecError for what is no path, NotFound where there is none, FormatError for one that is damaged, BaseMismatch for
+    one that was made for another encoder, Unsupported for one that it cannot apply.
     """
+    if not isinstance(path, str | Path):
+        raise SpecError(f"a delta is read from its directory, not from {path!r:.60}; give a path")
     return opening.load_delta(newest(Path(path)), encoder)
 
 

@@ -85,6 +85,20 @@ def test_what_is_filled_in_wrongly_is_a_spec_error(make: Any, message: str):
         make()
 
 
+def test_what_is_asked_wrongly_is_a_spec_error(bert: bs.Encoder):
+    pipeline = bs.Pipeline(bert)
+    for asked in (5, [5], None, b"x"):
+        with pytest.raises(SpecError, match="expected a"):
+            pipeline(asked)  # type: ignore[call-overload]
+    with pytest.raises(SpecError, match="a request was made of 5 and"):
+        pipeline("a", delta=5)  # type: ignore[call-overload]
+    with pytest.raises(SpecError, match=r"expected a delta, got 'mine'; load_delta\(path\) reads one"):
+        pipeline.add("mine")  # type: ignore[arg-type]
+    for call in (bs.load_delta, lambda given: bs.evaluate(given, [])):
+        with pytest.raises(SpecError, match="a delta is read from its directory, not from 5"):
+            call(5)
+
+
 def test_a_delta_of_the_upper_layers(bert: bs.Encoder):
     delta = bs.train(bert, ROWS, method=bs.Bitfit(layers=(1, 2)), **QUICK)
     assert delta.specs == (bs.Bitfit(layers=(1, 2)),)

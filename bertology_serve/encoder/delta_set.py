@@ -40,7 +40,7 @@ class Request:
     """One record for one delta; ``id`` is the caller's own, ``logits`` asks for the head's raw output too, ``rows`` of
     an embedding for every token's last hidden row, as a multi-vector delta would answer.
 
-    With ``version`` no other version of the delta may answer.
+    With ``version`` no other version of the delta may answer. Raises SpecError for a record that is none.
     """
 
     delta: str
@@ -50,6 +50,13 @@ class Request:
     where: str = "request"
     version: str = ""
     rows: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.delta, str) or not isinstance(self.record, Mapping):
+            raise SpecError(
+                f"a request was made of {self.delta!r:.60} and {self.record!r:.60}; expected a delta's name and a "
+                "record, such as {'text': 'I left smiling.'}"
+            )
 
 
 @dataclass(frozen=True)
@@ -303,6 +310,8 @@ class DeltaSet(ABC):
         Raises BaseMismatch for a delta of other weights, Unsupported for what this encoder cannot apply, LimitError
         where its sequences do not fit.
         """
+        if not isinstance(delta, Delta):
+            raise SpecError(f"expected a delta, got {delta!r:.60}; load_delta(path) reads one")
         key = key or self.reserve(delta)
         try:
             ready = self.admit(key, delta)

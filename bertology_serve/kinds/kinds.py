@@ -124,11 +124,7 @@ def spec_from_dict(kind: Kind[S], values: Mapping[str, Any]) -> S:
     for name in values:
         if name not in known:
             raise SpecError(f"{kind.name} has no field {name!r}; {nearest(name, known)}")
-    frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    try:
-        return kind.spec(**frozen)
-    except TypeError as error:
-        raise SpecError(f"{kind.name}: {error}") from None
+    return kind.spec(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def check_choice(field: str, value: str, known: tuple[str, ...]) -> None:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bertology_serve.config_fields import named_fields
 from bertology_serve.errors import FormatError, SpecError
 from bertology_serve.kinds.effects import Effects, LowRank
 from bertology_serve.kinds.kinds import Kind, Tensors, check_positive, zeros
 from bertology_serve.kinds.slots import Anatomy
 
 
+@named_fields
 @dataclass(frozen=True)
 class Sparse:
     """``targets`` are slot names, ``kept`` the number of entries of each, all layers together."""
