@@ -56,9 +56,12 @@ DELTAS: dict[str, tuple[list[Any], TaskSpec]] = {
         [Bitfit()],
         TaskSpec("multi-label", ("a", "b", "c", "d"), max_length=48, thresholds=(0.1, 0.2, 0.3, 0.4)),
     ),
+    "probe": ([], TaskSpec("classification", ("x", "y"), max_length=48, pooling="max", head="linear")),
+}
+# the tasks for which the graph for many has no head
+ALONE: dict[str, tuple[list[Any], TaskSpec]] = {
     "words": ([Lora(rank=2)], TaskSpec("sparse", max_length=32, width=len(tiny.WORDS) + len(tiny.SPECIAL))),
     "vectors": ([Prompt(2)], TaskSpec("multi-vector", max_length=32, width=6)),
-    "probe": ([], TaskSpec("classification", ("x", "y"), max_length=48, pooling="max", head="linear")),
 }
 # the kinds that scale rows: merged, or in the graph for many deltas
 FACTORS: dict[str, tuple[list[Any], TaskSpec]] = {

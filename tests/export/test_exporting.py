@@ -23,10 +23,12 @@ from bertology_serve.errors import BaseMismatch, SpecError, Unsupported, Verific
 from bertology_serve.export import export_directory, exporting
 from bertology_serve.export.export_spec import ExportSpec
 from bertology_serve.export.exporting import Exported, export_delta
+from bertology_serve.export.onnx_engine import OnnxModel
 from bertology_serve.export.samples import Reference
 from bertology_serve.kinds.lora import Lora
 from tests import tiny
 from tests.export.cases import (
+    ALONE,
     ANSWERS,
     CLASSES,
     DELTAS,
@@ -317,3 +319,25 @@ def test_half_precision_is_refused(bert, tmp_path):
             export_delta(bert.encoder, bert.delta, tmp_path / "out")
     finally:
         bert.encoder.model.to(torch.float32)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8-row"])
+@pytest.mark.parametrize("name", ALONE)
+def test_what_texts_are_searched_by(name, precision, tmp_path):
+    """Answered by the file as by torch; the word embeddings are in it once."""
+    encoder = tiny.encoder("bert", tmp_path / "base")
+    delta = tiny.delta(encoder, name, *ALONE[name])
+    spec = ExportSpec(merge=True, bake=True, precision=precision, max_drift=0.1 if precision == "int8-row" else None)
+    done = export_delta(encoder, delta, tmp_path / "out", spec)
+    model = onnx.load(done.directory / "onnx" / "model.onnx")
+    assert [one.name for one in model.graph.output] == ["sparse_embedding" if name == "words" else "token_embeddings"]
+    words = encoder.model.get_input_embeddings().weight.shape
+    assert [sorted(one.dims) for one in model.graph.initializer].count(sorted(words)) == 1
+    if precision == "fp32":
+        served, whole = OnnxModel.open(done.directory), Reference(encoder, delta)
+        assert (served.delta.task.kind, served.delta.task.width) == (delta.task.kind, delta.task.width)
+        texts = encodings((3, 9, 17), typed=True)
+        for mine, theirs in zip(served.outputs(texts), whole.outputs(texts), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+    with pytest.raises(Unsupported, match=f"does {delta.task.kind}, for which a graph for many has no head"):
+        exporting.export_many(encoder, [delta], tmp_path / "many")

@@ -21,7 +21,7 @@ from bertology_serve.export.torch_exporter import Graph, Product, as_products, t
 from bertology_serve.kinds.effects import Effects
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
-from tests.export.cases import CLASSES, DELTAS, EVERYTHING, TAGS, answered, encodings, padded
+from tests.export.cases import ALONE, CLASSES, DELTAS, EVERYTHING, TAGS, answered, encodings, padded
 from tests.export.emitter.test_emit import Run
 from tests.export.emitter.test_emit import difference as off
 
@@ -46,7 +46,7 @@ def difference(encoder: Encoder, delta: Delta, merge: bool) -> float:
 @pytest.mark.parametrize("family", ["bert", "modernbert", "ernie"])
 def test_graph_equals_the_engine(family, tmp_path):
     encoder = tiny.encoder(family, tmp_path)
-    for seed, (name, (specs, task)) in enumerate(DELTAS.items()):
+    for seed, (name, (specs, task)) in enumerate((DELTAS | ALONE).items()):
         delta = tiny.delta(encoder, name, specs, task, seed)
         for merge in (True, False):
             assert difference(encoder, delta, merge) <= 1e-5, f"{name}, merge={merge}"

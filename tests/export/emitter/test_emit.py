@@ -23,7 +23,7 @@ from bertology_serve.kinds.norms import Norms
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
-from tests.export.cases import CLASSES, DELTAS, EVERYTHING, FACTORS, encodings, padded, ran, small
+from tests.export.cases import ALONE, CLASSES, DELTAS, EVERYTHING, FACTORS, encodings, padded, ran, small
 
 LENGTHS = (1, 2, 5, 17, 32)
 
@@ -70,7 +70,7 @@ def difference(run: Run, reference: Reference) -> float:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_kind_equals_the_engine(family, tmp_path, monkeypatch):
     encoder = small(family, tmp_path, monkeypatch)
-    for seed, (name, (specs, task)) in enumerate(DELTAS.items()):
+    for seed, (name, (specs, task)) in enumerate((DELTAS | ALONE).items()):
         delta = tiny.delta(encoder, name, specs, task, seed)
         reference = Reference(encoder, delta)
         for unpad in (False, True):
