@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from bertology_serve.kinds.vera import Vera
     from bertology_serve.serving.config import ServerConfig
     from bertology_serve.serving.serve import serve
+    from bertology_serve.tasks.redaction import Redactor, restore
     from bertology_serve.tasks.spec import TaskSpec
     from bertology_serve.training.method_options import ChildTuning, Full, Mixout, Probe, TopK
 
@@ -50,6 +51,7 @@ __all__ = [
     "Prefix",
     "Probe",
     "Prompt",
+    "Redactor",
     "Request",
     "ServerConfig",
     "TaskSpec",
@@ -60,6 +62,7 @@ __all__ = [
     "evaluate",
     "export",
     "load_delta",
+    "restore",
     "serve",
     "train",
 ]
@@ -83,6 +86,7 @@ _HOMES = {
     "TaskSpec": "tasks.spec",
     "Vera": "kinds.vera",
     "serve": "serving.serve",
+    **dict.fromkeys(("Redactor", "restore"), "tasks.redaction"),
     **dict.fromkeys(("ChildTuning", "Full", "Mixout", "Probe", "TopK"), "training.method_options"),
     **dict.fromkeys(("evaluate", "load_delta", "train"), "api"),
 }

@@ -17,6 +17,7 @@ from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder import opening
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.errors import SpecError
 from bertology_serve.kinds.kinds import kind_of
 from bertology_serve.training.auto import Forwarded, train_auto
 from bertology_serve.training.batches import Data, Source
@@ -72,6 +73,8 @@ def train(
     Raises DataError naming file and row, SpecError for settings that do not fit, InputError where something is in the
     way at ``out``, LimitError for sequences that the encoder cannot read.
     """
+    if not isinstance(encoder, Encoder):
+        raise SpecError(f"a delta is trained on an encoder, not on {encoder!r:.60}; give Encoder('minilm')")
     config = TrainConfig.of(task, **_method(method), **settings)
     source, dev, other = (None if one is None else Source.read(one, columns) for one in (data, eval, ood))
     assert source is not None

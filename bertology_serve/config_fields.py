@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import Field, asdict, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -17,6 +18,26 @@ def option(default: T, text: str, **metadata: object) -> T:
     """A field with a default and its help. ``least`` and ``most`` bound a number, see ``check_fields``."""
     made: T = field(default=default, metadata={"help": text, **metadata})
     return made
+
+
+def named_fields(cls: type[T]) -> type[T]:
+    """Decorator of a dataclass that people fill in: wrong names and values of its fields are a SpecError."""
+    plain: Callable[..., None] = cls.__init__
+
+    @functools.wraps(plain)
+    def init(self: T, *given: Any, **named: Any) -> None:
+        known = [one.name for one in fields(cls)]  # type: ignore[arg-type]
+        wrong = next((name for name in named if name not in known), None)
+        if wrong is not None:
+            hint = nearest(wrong, known) if known else "it has none"
+            raise SpecError(f"{cls.__name__} has no field {wrong!r}; {hint}")
+        try:
+            plain(self, *given, **named)
+        except TypeError as error:
+            raise SpecError(f"{cls.__name__}: {str(error).removeprefix(f'{cls.__name__}.__init__() ')}") from None
+
+    cls.__init__ = init  # type: ignore[assignment]
+    return cls
 
 
 class SpecOption(NamedTuple):

@@ -55,7 +55,8 @@ def _rows(facts: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]
 
 def _shortened(values: Sequence[Any], most: int = 12) -> str:
     more = f" and {len(values) - most} more" if len(values) > most else ""
-    return ", ".join(map(str, values[:most])) + more
+    whole = [one for one in values if isinstance(one, (list, tuple)) and len(one) > most]
+    return f"{len(whole)} times {len(whole[0])}" if whole else ", ".join(map(str, values[:most])) + more
 
 
 def _text(value: Any) -> str:

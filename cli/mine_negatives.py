@@ -69,11 +69,12 @@ def mine_negatives(
 
     with progress() as bar:
 
-        def embed(texts: Sequence[str]) -> Vectors:
+        def embed(texts: Sequence[str], role: str) -> Vectors:
             row = bar.add_task("embed", total=len(texts))
             found = []
             for answer in pipeline.stream(
-                (Request(loaded.name if loaded else BASE, {"text": text}) for text in texts), max_tokens
+                (Request(loaded.name if loaded else BASE, {"text": text, "input_type": role}) for text in texts),
+                max_tokens,
             ):
                 found.append(np.array(answer.answer["embedding"], dtype=np.float32))
                 bar.advance(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
 
@@ -29,6 +30,18 @@ def predict(
     ] = False,
     max_tokens: Annotated[int, typer.Option(help="Tokens a batch.", min=1)] = 2048,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    redact: Annotated[
+        str,
+        typer.Option(
+            help="Redact texts of token classification: keep, mask, hash or replace; or by label, PER=hash,*=keep."
+        ),
+    ] = "",
+    patterns: Annotated[
+        str, typer.Option(help="Expressions to look for beside the model: all, or names, EMAIL,IBAN=hash.")
+    ] = "",
+    redaction_file: Annotated[
+        Path | None, typer.Option(help="JSON file with the key of hashes and patterns of your own, as serve takes it.")
+    ] = None,
 ) -> None:
     """Answer a file of JSON lines; lines for different deltas, kinds and tasks share their batches.
 
@@ -39,12 +52,27 @@ def predict(
 
     check_outputs([output], [input])
     with reading(input) as source:  # what is wrong there is said before anything is loaded
-        options = Lines("stdin" if input == STANDARD else input, logits, skip_bad, max_tokens)
+        asked = {
+            "redact": _policies(redact, lambda policy: ("*", policy)),
+            "patterns": _policies(patterns, lambda name: ("*" if name == "all" else name, "mask")),
+        }
+        fields = {name: policies for name, policies in asked.items() if policies}
+        options = Lines("stdin" if input == STANDARD else input, logits, skip_bad, max_tokens, fields)
         pipeline = _open(backbone, deltas, skip_bad_deltas, device)
+        if redaction_file is not None:
+            from bertology_serve.tasks.redaction import Redactor
+
+            pipeline.redactor = Redactor.read(redaction_file)
         started = time.perf_counter()
         count = _answer(pipeline, source, output, options, _lines_in(input))
     seconds = time.perf_counter() - started
     note(f"{count:,} answers in {seconds:.1f} s ({count / max(seconds, 1e-9):,.0f} a second)")
+
+
+def _policies(text: str, bare: Callable[[str], tuple[str, str]]) -> dict[str, str]:
+    """Policies by label, from an option; ``bare`` says what a part without ``=`` means."""
+    parts = (part.partition("=") for part in text.split(",") if part)
+    return dict((label, policy) if sign else bare(label) for label, sign, policy in parts)
 
 
 def _open(backbone: str, deltas: Path, skip_bad: bool, device: str) -> Pipeline:

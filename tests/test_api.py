@@ -57,6 +57,42 @@ def test_every_public_name_is_there():
         _ = bs.Decoder
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: bs.Probe(x=1), "Probe has no field 'x'; it has none"),
+        (lambda: bs.Full(1), "Full: takes 1 positional argument but 2 were given"),
+        (lambda: bs.TopK(layer=1), "TopK has no field 'layer'; did you mean 'layers'"),
+        (lambda: bs.Mixout(q=1), "Mixout has no field 'q'; known: p"),
+        (lambda: bs.ChildTuning(shar=1), "did you mean 'share'"),
+        (lambda: bs.Lora(rnk=2), "Lora has no field 'rnk'; did you mean 'rank'"),
+        (lambda: bs.Lora(targets="query"), "targets is 'query'; expected names in a list"),
+        (lambda: bs.Bitfit(bias="all"), "did you mean 'biases'"),
+        (lambda: bs.Adapter(widht=3), "did you mean 'width'"),
+        (lambda: bs.Adapter(drop_lowest="x"), "Adapter: '<' not supported"),
+        (lambda: bs.Prompt(lenght=3), "did you mean 'length'"),
+        (lambda: bs.Prefix(lenght=3), "did you mean 'length'"),
+        (lambda: bs.Ia3(target=()), "did you mean 'targets'"),
+        (lambda: bs.Norms(bias=True), "did you mean 'biases'"),
+        (lambda: bs.Vera(rang=1), "did you mean 'rank'"),
+        (lambda: bs.TaskSpec("classification", lables=("a",)), "did you mean 'labels'"),
+        (lambda: bs.Pipeline(5), "a pipeline runs on an encoder, not on 5"),
+        (lambda: bs.train("minilm", []), "a delta is trained on an encoder, not on 'minilm'"),
+    ],
+)
+def test_what_is_filled_in_wrongly_is_a_spec_error(make: Any, message: str):
+    with pytest.raises(SpecError, match=message):
+        make()
+
+
+def test_a_delta_of_the_upper_layers(bert: bs.Encoder):
+    delta = bs.train(bert, ROWS, method=bs.Bitfit(layers=(1, 2)), **QUICK)
+    assert delta.specs == (bs.Bitfit(layers=(1, 2)),)
+    assert not any("embedding" in name for name in delta.tensors)
+    both = bs.train(bert, ROWS, method=[bs.Ia3(), "norms"], layers="top:1", **QUICK)
+    assert [spec.layers for spec in both.specs] == [(2,), (2,)]
+
+
 def test_the_common_job_from_end_to_end(bert: bs.Encoder, tmp_path: Path):
     delta = bs.train(bert, ROWS, eval=ROWS, method=bs.Lora(rank=2), start="random", out=tmp_path / "mood", **QUICK)
     assert (delta.name, delta.kinds, delta.specs[0].rank) == ("mood", ("lora",), 2)

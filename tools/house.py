@@ -110,7 +110,11 @@ def public_api() -> Iterator[tuple[str, object, str, str]]:
             if not inspect.isclass(thing):
                 continue
             made = [vars(thing).get(way) for way in ("__init__", "__post_init__")]
-            own = [one for one in made if inspect.isfunction(one) and one.__code__.co_filename != "<string>"]
+            own = [
+                one
+                for one in made
+                if inspect.isfunction(one) and inspect.unwrap(one).__code__.co_filename != "<string>"
+            ]
             given = [inspect.get_annotations(thing), *(one.__annotations__ for one in own)]
             yield name, thing, "".join(map(inspect.getsource, own)), str(given)
             for method, value in vars(thing).items():

@@ -117,8 +117,8 @@ def vectors_of(answers: Sequence[Answer]) -> list[tuple[float, ...]]:
     """The embeddings of answers. InputError where a delta does not embed."""
     found = []
     for one in answers:
-        if one.embedding is None:
-            raise InputError(f"delta {one.delta!r} does {one.task}, not embeddings; ask another")
+        if not isinstance(one.embedding, tuple):
+            raise InputError(f"delta {one.delta!r} does {one.task}, not embeddings as numbers; ask another")
         found.append(one.embedding)
     return found
 

@@ -125,7 +125,7 @@ class Delta:
         return self.bytes + kinds.unpacked(self.specs, self.tensors, anatomy)
 
 
-def bare(name: str, base: BaseRef, max_length: int) -> Delta:
-    """The base itself as a delta without any change: mean-pooled, normalised embeddings."""
-    task = TaskSpec(EMBEDDING, max_length=max_length, pooling="mean", head="none")
+def bare(name: str, base: BaseRef, max_length: int, prompts: tuple[tuple[str, str], ...] = ()) -> Delta:
+    """The base itself as a delta without any change: mean-pooled, normalised embeddings, with its own prompts."""
+    task = TaskSpec(EMBEDDING, max_length=max_length, pooling="mean", head="none", prompts=prompts)
     return Delta(name, base, task, version=base.sha256[:12])

@@ -84,7 +84,7 @@ def _task_record(task: TaskSpec) -> dict[str, object]:
 
 LATER = (
     "thresholds", "abstain", "long", "aggregate", "dimensions", "width", "max_terms", "skip_punctuation", "label_texts",
-    "template", "scale", "bias",
+    "template", "scale", "bias", "prompts", "ranges",
 )  # fmt: skip
 
 # A list of numbers on lines of its own, which then goes on one line. Strings hold no line breaks in JSON.

@@ -169,9 +169,8 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 def _head_tensors(dense: Dense) -> dict[str, tuple[int, ...]]:
     """Names and shapes that one layer of a head may have."""
-    found: dict[str, tuple[int, ...]] = {f"{dense.path}.bias": (dense.outputs,)}
-    if not dense.tied:
-        found[f"{dense.path}.weight"] = dense.outputs, dense.inputs
+    weight = {} if dense.tied else {f"{dense.path}.weight": (dense.outputs, dense.inputs)}
+    found: dict[str, tuple[int, ...]] = {**weight, f"{dense.path}.bias": (dense.outputs,)}
     if dense.norm:
         found |= {f"{dense.norm}.weight": (dense.outputs,), f"{dense.norm}.bias": (dense.outputs,)}
     return found

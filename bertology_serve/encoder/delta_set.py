@@ -25,8 +25,9 @@ from bertology_serve.errors import BertologyError, NotFound, SpecError, Unsuppor
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Example, Task
 from bertology_serve.tasks.heads import Head, aggregate
+from bertology_serve.tasks.redaction import REDACTION_FIELDS, Redaction, Redactor
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import MULTI_VECTOR, Encoding, TaskSpec
+from bertology_serve.tasks.spec import EMBEDDING, MULTI_VECTOR, Encoding, TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,15 +106,18 @@ class LoadedDelta:
         self.prompt_length, self.rows = entry.prompt_length, RowCache()
         self.whole: LoadedDelta | None = None
 
-    def every_token(self, hidden: int) -> LoadedDelta:
-        """The same delta, answering with the last hidden row [hidden] of every token. ``whole`` is then this one, which
-        keeps its rows in the bank. Raises Unsupported for a whole model.
+    def every_token(self, hidden: int, task: Task | None = None) -> LoadedDelta:
+        """The same delta, answering with the last hidden row [hidden] of every token, or with what a ``task`` makes of
+        them. ``whole`` is then this one, which keeps its rows in the bank. Raises Unsupported for a whole model.
         """
         if self.model is not None:
             raise Unsupported(f"delta {self.delta.name!r} is a whole model, which gives no rows of tokens")
-        most = self.delta.task.max_length
-        task = TaskSpec(MULTI_VECTOR, max_length=most, normalize=False, width=hidden, skip_punctuation=False)
-        found = LoadedDelta(replace(self.delta, task=task), task_for(task), Head(()), self.entry)
+        own = self.delta.task
+        spec = TaskSpec(
+            MULTI_VECTOR, max_length=own.max_length, normalize=False, width=hidden, skip_punctuation=False,
+            prompts=own.prompts,
+        )  # fmt: skip
+        found = LoadedDelta(replace(self.delta, task=spec), task or task_for(spec), Head(()), self.entry)
         found.whole = self
         return found
 
@@ -131,6 +135,7 @@ class Job:
     ready: LoadedDelta = field(repr=False)
     example: Example = field(init=False, repr=False)
     encodings: Sequence[Encoding] = field(init=False, repr=False)
+    redaction: Redaction | None = field(init=False, default=None, repr=False)
     cost: int = field(init=False, default=0)
     charged: int = field(init=False, default=0)
     squares: int = field(init=False, default=0)
@@ -168,12 +173,14 @@ class Job:
             beside = torch.stack([rows[text] for text in self.beside])
             outputs = self.ready.task.compared(outputs[0][None], beside).unbind(0)
         answer = dict(self.ready.task.decode(self.example, self.encodings, outputs))
+        if self.redaction is not None:
+            answer |= self.redaction.of(self.ready.task.spanned(self.example), answer)
         if self.request.logits:
             logits = [output.tolist() for output in outputs]
             answer["logits"] = logits[0] if len(logits) == 1 else logits
         read, cut = (sum(counts) for counts in zip(*((len(one), one.cut) for one in own), strict=True))
         return Prediction(
-            delta.name, delta.version, delta.task.kind, answer, self.request.id, read, read + cut, windows
+            delta.name, delta.version, self.ready.task.kind, answer, self.request.id, read, read + cut, windows
         )
 
 
@@ -207,10 +214,11 @@ class Ledger:
 
 class Backbone(Protocol):
     """What is known of the encoder wherever it runs. ``lock`` is held while a batch does; ``packing`` is "packed" or
-    "padded", and why.
+    "padded", and why; ``prompts`` are those of a sentence encoder.
     """
 
     name: str
+    prompts: tuple[tuple[str, str], ...]
     ref: BaseRef
     tokenizer: PreTrainedTokenizerBase
     lock: RLock
@@ -250,18 +258,19 @@ class DeltaSet(ABC):
     """The deltas of one encoder that answer. Subclasses say where their rows lie and what runs the pass.
 
     ``prepare`` may be called from many threads; ``run``, ``add`` and ``remove`` serialise themselves.
-    The name ``base`` is reserved: the bare encoder, answering mean-pooled, normalised embeddings.
+    The name ``base`` is reserved: the bare encoder, answering mean-pooled, normalised embeddings. ``redactor`` is what
+    calls may ask of redaction.
     """
 
     encoder: Backbone
 
     def __init__(self, encoder: Backbone) -> None:
-        self.encoder = encoder
+        self.encoder, self.redactor = encoder, Redactor()
         self._ready: dict[str, LoadedDelta] = {}
         self._beside: dict[tuple[str, str], LoadedDelta] = {}
         self.ledger = Ledger()
         self._keys = itertools.count(1)
-        base = bare(BASE, encoder.ref, min(256, encoder.max_tokens))
+        base = bare(BASE, encoder.ref, min(256, encoder.max_tokens), encoder.prompts)
         self.base = self._ready[BASE] = LoadedDelta(base, task_for(base.task), Head(()), BARE)
 
     @property
@@ -384,17 +393,27 @@ class DeltaSet(ABC):
         return job
 
     def tokenise(self, job: Job) -> None:
-        """Checks the record of a job and tokenises it. Raises DataError."""
+        """Checks the record of a job and tokenises it. Raises DataError; LimitError for a text to be redacted that
+        would be cut.
+        """
         if job.request.rows and job.ready.whole is None:
             job.ready = job.ready.every_token(self.encoder.hidden)
         request, ready = job.request, job.ready
+        if not REDACTION_FIELDS.isdisjoint(request.record):
+            job.redaction = self.redactor.asked(request.record, request.where, ready.delta.task)
         job.example = ready.task.example(request.record, request.where, labelled=False)
+        if ready.task.kind == EMBEDDING and ready.task.asks_rows(
+            job.example, None if ready.model else self.encoder.hidden
+        ):
+            job.ready = ready if ready.whole else ready.every_token(self.encoder.hidden, ready.task)
         task, tokenizer = ready.task, (ready.model or self.encoder).tokenizer
         own, job.beside = task.encode(job.example, tokenizer), task.beside(job.example)
         if job.beside:
             job.known = ready.rows.known(job.beside)
             own = [*own, *(task.encode_beside(text, tokenizer) for text in job.unknown)]
         job.take(own)
+        if job.redaction is not None:
+            job.redaction.check(sum(encoding.cut for encoding in job.encodings), request.where)
 
     def run(self, jobs: Sequence[Job]) -> list[Prediction]:
         """Answers all jobs, of whatever deltas, in one packed batch; in the order given."""

@@ -36,6 +36,7 @@ from bertology_serve.encoder.loading import (
     load_tokenizer,
     locate,
     read_pooling,
+    read_prompts,
     read_pruning,
 )
 from bertology_serve.encoder.sharing import share
@@ -62,8 +63,10 @@ class Encoder:
     ``model`` is the headless HuggingFace model, its linears and norms wrapped; ``base_head`` holds what the base
     checkpoint has of a head (BERT's pooler), by its name there; ``packs`` says whether rows travel unpadded, and
     ``packing`` in words: "packed" or "padded", and why; ``pruning`` what it was pruned from, if it was;
-    ``pooling`` is a sentence encoder's own, as its checkpoint says.
+    ``pooling`` and ``prompts`` are a sentence encoder's own, as its checkpoint says.
     """
+
+    prompts: tuple[tuple[str, str], ...] = ()
 
     def __init__(self, name: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         """The encoder of a hub id, a local directory or ``minilm`` (the packaged all-MiniLM-L6-v2).
@@ -73,6 +76,7 @@ class Encoder:
         path = locate(str(name))
         model, base_head = load_model(path)
         self._set_up(model, load_tokenizer(path), str(name), base_head, read_pruning(path), read_pooling(path))
+        self.prompts = read_prompts(path)
         model.to(device=torch.device(device), dtype=dtype)
 
     @classmethod
@@ -353,9 +357,9 @@ class Encoder:
             yield
 
     def lowest_changed(self, effects: Effects) -> int:
-        """The lowest layer that effects change, before which sequences of one text are one; ``NEVER`` for none.
+        """The lowest layer that effects (stacks [L, ...]) change, before which sequences of one text are one.
 
-        0 where they cannot fork between the layers of this encoder.
+        ``NEVER`` for none; 0 where they cannot fork between the layers of this encoder.
         """
         depth = self.anatomy.layers
         lowest = effects.lowest(depth)

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, float32, nn
 
-from bertology_serve.deltas.interop.sentence_transformers import POOLING, pooling_modes
+from bertology_serve.deltas.interop.sentence_transformers import POOLING, SETTINGS, pooling_modes, prompts_of
 from bertology_serve.deltas.pruning import PRUNED, Numbers, Pruning, check_kept, pruning_of, sliced_state
 from bertology_serve.deltas.safe_io import Limits, read_json
 from bertology_serve.deltas.store import write_tensors
@@ -34,7 +34,7 @@ from bertology_serve.encoder.anatomy import EXPECTED
 from bertology_serve.encoder.bank import BARE, LiveBank
 from bertology_serve.errors import BertologyError, FormatError, InputError, NotFound, SpecError, Unsupported
 from bertology_serve.families import compat, family_named
-from bertology_serve.files import write_json
+from bertology_serve.files import JsonObject, write_json
 from bertology_serve.kinds.slots import GATE, QKV, Anatomy
 from bertology_serve.tasks.spec import POOLINGS, Encoding
 
@@ -111,14 +111,23 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 def read_pooling(path: str) -> str | None:
     """The pooling of a sentence encoder (sentence-transformers' ``1_Pooling``), one of ``POOLINGS``; else None."""
+    with _reading(f"the pooling of {path}"):
+        modes = pooling_modes(_beside(path, f"{POOLING}/config.json"))
+    return str(modes[0]) if len(modes) == 1 and modes[0] in POOLINGS else None
+
+
+def read_prompts(path: str) -> tuple[tuple[str, str], ...]:
+    """The prompts of a sentence encoder, as ``TaskSpec`` has them."""
+    with _reading(f"the prompts of {path}"):
+        return prompts_of(_beside(path, SETTINGS), path)
+
+
+def _beside(path: str, name: str) -> JsonObject:
+    """A JSON file of a checkpoint; empty where it has none of that name."""
     from transformers.utils.hub import cached_file
 
-    with _reading(f"the pooling of {path}"):
-        file = cached_file(path, f"{POOLING}/config.json", _raise_exceptions_for_missing_entries=False)
-        if file is None:
-            return None
-        modes = pooling_modes(read_json(Path(file), Limits(), Path(file).parents[1])[0])
-    return str(modes[0]) if len(modes) == 1 and modes[0] in POOLINGS else None
+    file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    return {} if file is None else read_json(Path(file), Limits(), Path(file).parents[name.count("/")])[0]
 
 
 def _drop_types(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -35,12 +35,14 @@ class Engine(Protocol):
 
 class Pipeline(DeltaSet):
     """An encoder of this process with its resident deltas. ``engine`` runs their batches; it is the encoder unless it
-    was replaced.
+    was replaced. Raises SpecError for what is no encoder.
     """
 
     encoder: Encoder
 
     def __init__(self, encoder: Encoder, deltas: Iterable[Delta] = ()) -> None:
+        if not isinstance(encoder, Encoder):
+            raise SpecError(f"a pipeline runs on an encoder, not on {encoder!r:.60}; give Encoder('minilm')")
         super().__init__(encoder)
         self.engine: Engine = encoder
         self.bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
@@ -118,16 +120,18 @@ def _outputs(hidden: Tensor, batch: PackedBatch, seats: Sequence[int], owners: S
     members: dict[int, list[int]] = {}
     for i, ready in enumerate(owners):
         members.setdefault(id(ready), []).append(i)
+    taken = {key: list(dict.fromkeys(seats[i] for i in own)) for key, own in members.items()}  # each seat once
     found = []
-    for own in members.values():
+    for key, own in members.items():
         ready = owners[own[0]]
-        found.append(read(hidden, batch, [seats[i] for i in own], ready.delta.task, ready.head))
+        found.append(read(hidden, batch, taken[key], ready.delta.task, ready.head))
     outputs: list[Tensor] = [hidden] * len(owners)
-    for own, out in zip(members.values(), _on_cpu(found), strict=True):
-        lengths = [batch.text_lengths[seats[i]] for i in own]
+    for (key, own), out in zip(members.items(), _on_cpu(found), strict=True):
+        lengths = [batch.text_lengths[seat] for seat in taken[key]]
         parts = torch.split(out, lengths) if owners[own[0]].delta.task.per_token else out.unbind(0)
-        for i, part in zip(own, parts, strict=True):
-            outputs[i] = part
+        answers = dict(zip(taken[key], parts, strict=True))
+        for i in own:
+            outputs[i] = answers[seats[i]]
     return outputs
 
 

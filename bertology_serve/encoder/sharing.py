@@ -29,7 +29,7 @@ def text_of(encoding: Encoding) -> Text:
 
 
 @dataclass(frozen=True)
-class Stage:
+class LayerSpan:
     """The batch that runs from ``layer`` on; ``seats[i]`` is the packed sequence in it that is the caller's i-th."""
 
     layer: int
@@ -51,7 +51,7 @@ def share(
     if len(groups) == len(texts):
         batch = pack(encodings, entries)
         return batch, _seats(batch, range(len(texts)))
-    stages: list[Stage] = []
+    stages: list[LayerSpan] = []
     for layer in sorted({0, *_forks(groups, depth)}):
         places: dict[tuple[Text, str], int] = {}
         chosen: list[tuple[Encoding, BankEntry]] = []
@@ -64,7 +64,7 @@ def share(
                 chosen.append((encoding, entry))
             own.append(place)
         batch = pack(*zip(*chosen, strict=True))
-        stages.append(Stage(layer, batch, _seats(batch, own)))
+        stages.append(LayerSpan(layer, batch, _seats(batch, own)))
     forks = [Fork(now.layer, now.batch, _copies(before, now)) for before, now in pairwise(stages)]
     return replace(stages[0].batch, forks=tuple(forks)), stages[-1].seats
 
@@ -132,7 +132,7 @@ def _seats(batch: PackedBatch, places: Sequence[int]) -> list[int]:
     return [int(packed[place]) for place in places]
 
 
-def _copies(before: Stage, now: Stage) -> torch.Tensor:
+def _copies(before: LayerSpan, now: LayerSpan) -> torch.Tensor:
     """For each row of a stage's batch the row of the batch before that it begins as."""
     source = dict(zip(now.seats, before.seats, strict=True))
     starts = before.batch.starts

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bertology_serve.config_fields import named_fields
 from bertology_serve.errors import SpecError
 from bertology_serve.kinds.effects import Bottleneck, Effects, Layers, spread
 from bertology_serve.kinds.kinds import (
@@ -33,6 +34,7 @@ ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 PRESETS = ("houlsby", "pfeiffer")
 
 
+@named_fields
 @dataclass(frozen=True)
 class Adapter:
     """``preset`` places the adapter (``houlsby``: ``after`` attention, FFN or both; ``pfeiffer``: after the FFN).

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from bertology_serve.config_fields import named_fields
 from bertology_serve.errors import Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, Layers, spread
@@ -35,6 +36,7 @@ from bertology_serve.kinds.peft_format import (
 from bertology_serve.kinds.slots import LINEAR_SLOTS, QKV, UP_GATE, Anatomy, Slot
 
 
+@named_fields
 @dataclass(frozen=True)
 class Bitfit:
     """``biases``: ``all`` (every linear, LayerNorm and the embeddings) or ``attention`` (query, key, value only).

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bertology_serve.config_fields import named_fields
 from bertology_serve.errors import FormatError, SpecError, Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, Layers, spread
-from bertology_serve.kinds.kinds import LATER, Cut, Kind, Tensors, check_layers, layers_of
+from bertology_serve.kinds.kinds import LATER, Cut, Kind, Tensors, check_layers, check_names, layers_of
 from bertology_serve.kinds.peft_format import (
     MERGE,
     Block,
@@ -32,6 +33,7 @@ from bertology_serve.kinds.peft_format import (
 from bertology_serve.kinds.slots import Anatomy
 
 
+@named_fields
 @dataclass(frozen=True)
 class Ia3:
     """``targets`` are slots whose outputs are scaled, ``feedforward`` those whose inputs are, ``layers`` those where
@@ -44,6 +46,7 @@ class Ia3:
 
     def __post_init__(self) -> None:
         check_layers(self, self.layers)
+        check_names(targets=self.targets, feedforward=self.feedforward)
         both = set(self.targets) & set(self.feedforward)
         if both or not (self.targets or self.feedforward):
             what = f"{sorted(both)[0]} in both" if both else "nothing in either"

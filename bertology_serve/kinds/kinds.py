@@ -144,6 +144,13 @@ def check_positive(**values: int | float) -> None:
             raise SpecError(f"{field} is {value!r}; expected a number above 0")
 
 
+def check_names(**values: object) -> None:
+    """Raises SpecError unless every value is several names."""
+    for field, names in values.items():
+        if not isinstance(names, Sequence) or isinstance(names, str) or any(not isinstance(one, str) for one in names):
+            raise SpecError(f"{field} is {names!r}; expected names in a list, such as ['query', 'value']")
+
+
 def check_share(**values: float) -> None:
     """Raises SpecError unless every value lies in [0, 1)."""
     for field, value in values.items():

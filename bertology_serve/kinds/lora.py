@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bertology_serve.config_fields import named_fields
 from bertology_serve.errors import FormatError, Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, Layers, LowRank, spread
@@ -24,6 +25,7 @@ from bertology_serve.kinds.kinds import (
     Tensors,
     check_choice,
     check_layers,
+    check_names,
     check_positive,
     check_share,
     chosen_layers,
@@ -50,6 +52,7 @@ from bertology_serve.kinds.peft_format import (
 from bertology_serve.kinds.slots import Anatomy
 
 
+@named_fields
 @dataclass(frozen=True)
 class Lora:
     """``targets`` are slot names, ``layers`` layer indices from 0 (``None``: all), ``init`` draws A; B starts at zero.
@@ -71,6 +74,7 @@ class Lora:
         check_share(dropout=self.dropout)
         check_choice("init", self.init, ("kaiming", "gaussian"))
         check_layers(self, self.layers)
+        check_names(targets=self.targets)
 
     @property
     def scale(self) -> float:

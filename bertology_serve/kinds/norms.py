@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from bertology_serve.config_fields import named_fields
 from bertology_serve.errors import SpecError
 from bertology_serve.kinds.effects import Effects, Layers, spread
 from bertology_serve.kinds.kinds import LATER, Kind, Tensors, check_layers, layers_of, uncut, zeros
@@ -17,6 +18,7 @@ from bertology_serve.kinds.slots import ATTENTION_NORM, EMBEDDING_NORM, FFN_NORM
 PLACES = (EMBEDDING_NORM, ATTENTION_NORM, FFN_NORM, FINAL_NORM)
 
 
+@named_fields
 @dataclass(frozen=True)
 class Norms:
     """``biases``: whether the norms' biases are tuned too, where they have any. ``layers`` are those whose norms are

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bertology_serve.config_fields import named_fields
 from bertology_serve.errors import FormatError, Unsupported, nearest
 from bertology_serve.families import FAMILIES, family_named
 from bertology_serve.files import JsonObject
@@ -19,6 +20,7 @@ from bertology_serve.kinds.peft_format import PROMPT_EMBEDDINGS, Config, PeftFor
 from bertology_serve.kinds.slots import KEY, Anatomy
 
 
+@named_fields
 @dataclass(frozen=True)
 class Prefix:
     """``length`` is V. ``positions="shifted"`` moves the text's positions by V, as peft does.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bertology_serve.config_fields import named_fields
 from bertology_serve.errors import FormatError
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, PromptEffect
@@ -20,6 +21,7 @@ from bertology_serve.kinds.peft_format import PROMPT_EMBEDDINGS, Config, PeftFor
 from bertology_serve.kinds.slots import Anatomy
 
 
+@named_fields
 @dataclass(frozen=True)
 class Prompt:
     """``length`` is V. ``placement`` is ``after_cls`` or ``before_cls``.

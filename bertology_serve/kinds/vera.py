@@ -16,10 +16,20 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from bertology_serve.config_fields import named_fields
 from bertology_serve.errors import FormatError, SpecError, Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, Layers, LowRank, spread
-from bertology_serve.kinds.kinds import Kind, Tensors, check_layers, check_positive, check_share, chosen_layers, zeros
+from bertology_serve.kinds.kinds import (
+    Kind,
+    Tensors,
+    check_layers,
+    check_names,
+    check_positive,
+    check_share,
+    chosen_layers,
+    zeros,
+)
 from bertology_serve.kinds.peft_format import (
     MERGE,
     PROMPT_ROOT,
@@ -38,6 +48,7 @@ from bertology_serve.kinds.peft_format import (
 from bertology_serve.kinds.slots import Anatomy
 
 
+@named_fields
 @dataclass(frozen=True)
 class Vera:
     """``targets`` are slot names, ``layers`` layer indices from 0 (``None``: all). ``rank`` is R: one number a module.
@@ -59,6 +70,7 @@ class Vera:
         check_positive(rank=self.rank, d_initial=self.d_initial)
         check_share(dropout=self.dropout)
         check_layers(self, self.layers)
+        check_names(targets=self.targets)
         if isinstance(self.key, bool) or not isinstance(self.key, int) or not 0 <= self.key < 2**63:
             raise SpecError(f"key is {repr(self.key)[:60]}; expected a whole number from 0 up")
 

@@ -84,6 +84,13 @@ class DeltaConfig:
             "help": "JSON file of the desired state: version, canary, shadow, weight, pin of each delta. Followed."
         },
     )
+    redaction_file: Path | None = field(
+        default=None,
+        metadata={
+            "help": 'JSON file for redaction: {"key": "of hashes", "patterns": {"ORDER": "a regular expression"}}. '
+            "Without a key hashes are plain SHA-256."
+        },
+    )
     watch_seconds: float = option(
         0.0,
         "Look at the directory of deltas that often: new versions answer, what has gone is taken away. 0: "

@@ -8,7 +8,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -17,6 +17,7 @@ from bertology_serve.errors import BertologyError, DataError, NotFound
 from bertology_serve.files import JsonMapping, JsonObject, replacing
 from bertology_serve.serving.protocol.json_codec import decode, encode
 from bertology_serve.serving.protocol.native import answer_of, read_request
+from bertology_serve.tasks.spec import TOKEN_CLASSIFICATION
 
 WINDOW = 8
 BOM = b"\xef\xbb\xbf"
@@ -25,13 +26,15 @@ BOM = b"\xef\xbb\xbf"
 @dataclass(frozen=True)
 class Lines:
     """``name`` is how messages call the source. ``logits`` gives every answer its logits; with ``skip_bad`` a line that
-    cannot be answered is answered with its ``error``. Batches have up to ``max_tokens``.
+    cannot be answered is answered with its ``error``. Batches have up to ``max_tokens``. ``redaction`` holds the fields
+    that lines for deltas of token classification get where they lack them.
     """
 
     name: str
     logits: bool = False
     skip_bad: bool = False
     max_tokens: int = 2048
+    redaction: JsonMapping = field(default_factory=dict)
 
 
 def answer_lines(
@@ -76,6 +79,8 @@ def _prepared(pipeline: Pipeline, line: bytes, where: str, options: Lines) -> Jo
         value = _decoded(line, where)
         if options.logits and isinstance(value, dict):
             value = value | {"logits": True}
+        if options.redaction and isinstance(value, dict) and _finds_spans(pipeline, value.get("delta")):
+            value = {**options.redaction, **value}
         return pipeline.prepare(read_request(value, where))
     except BertologyError as problem:
         message = str(problem) if str(problem).startswith(where) else f"{where}: {problem}"
@@ -83,6 +88,11 @@ def _prepared(pipeline: Pipeline, line: bytes, where: str, options: Lines) -> Jo
             raise DataError(f"{message} (--skip-bad goes on)") from None
         known = value if isinstance(value, Mapping) else {}
         return {name: known[name] for name in ("id", "delta") if name in known} | {"error": message}
+
+
+def _finds_spans(pipeline: Pipeline, name: object) -> bool:
+    delta = pipeline.resident(name) if isinstance(name, str) else None
+    return delta is not None and delta.task.kind == TOKEN_CLASSIFICATION
 
 
 def _decoded(line: bytes, where: str) -> Any:

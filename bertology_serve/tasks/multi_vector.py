@@ -17,16 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Answer
 from bertology_serve.tasks.contrastive import LOSSES, MaxSims, Target
-from bertology_serve.tasks.embedding import Embedding, EmbeddingExample, loss_of, unit_rows
+from bertology_serve.tasks.embedding import QUERY, ROLES, Embedding, EmbeddingExample, loss_of, unit_rows
 from bertology_serve.tasks.encoding import encode_text
-from bertology_serve.tasks.fields import Record, kind_of
+from bertology_serve.tasks.fields import Record
 from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import MULTI_VECTOR, Encoding
-
-QUERY, DOCUMENT = "query", "document"
 
 
 class MultiVector(Embedding):
@@ -46,16 +43,15 @@ class MultiVector(Embedding):
     def example(self, record: Record, where: str, labelled: bool) -> EmbeddingExample:
         found = super().example(record, where, labelled)
         role = record.get("input_type")
-        if role not in (None, QUERY, DOCUMENT):
-            raise DataError(f"{where}: field 'input_type' is {kind_of(role)}; expected {QUERY!r} or {DOCUMENT!r}")
         asks = found.text_pair is not None or record.get("relevant") is not None
-        return replace(found, query=role == QUERY or (asks and role is None))
+        return replace(found, query=asks if role is None else ROLES.get(str(role)) == QUERY)
 
     def encode(self, example: EmbeddingExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:
         if tokenizer is not self.tokenizer:
-            known = tokenizer.convert_tokens_to_ids(list(string.punctuation))
-            self.punctuation, self.tokenizer = frozenset(known) - {tokenizer.unk_token_id}, tokenizer
-        found = [encode_text(tokenizer, text, None, self.spec.max_length) for text in example.texts]
+            vocabulary = tokenizer.get_vocab()
+            self.punctuation = frozenset(vocabulary[mark] for mark in string.punctuation if mark in vocabulary)
+            self.tokenizer = tokenizer
+        found = [encode_text(tokenizer, text, None, self.spec.max_length) for text in example.prompted]
         return [self._marked(one, document=number > 0 or not example.query) for number, one in enumerate(found)]
 
     def _marked(self, encoding: Encoding, document: bool) -> Encoding:
@@ -78,7 +74,7 @@ class MultiVector(Embedding):
         kept[[ends[first] + row for first, target in zip(firsts, targets, strict=False) for row in target.skipped]] = (
             False
         )
-        sizes = [int(part.sum()) for part in kept.split(list(lengths))]
+        sizes = [int(part.sum()) for part in torch.split(kept, list(lengths))]
         texts = MaxSims(rows[kept.to(rows.device)], sizes)
         return LOSSES[targets[0].loss or loss_of(targets[0])](texts, targets) * len(targets)
 
@@ -98,7 +94,7 @@ class MultiVector(Embedding):
         starts = [0, *accumulate(len(document) for document in documents)][:-1]
 
         def search(query: Any) -> Floats:
-            best: Floats = np.maximum.reduceat(table @ unit_rows(query).T, starts, axis=0)
-            return best.sum(1)
+            scores: Floats = np.maximum.reduceat(table @ unit_rows(query).T, starts, axis=0).sum(1)
+            return scores
 
         return search

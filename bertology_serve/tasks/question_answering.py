@@ -104,6 +104,9 @@ class QuestionAnswering(Task[QuestionExample, Rows]):
             {"answer": answers[0], "answers": answers[: example.top_k]} if example.top_k > 1 else {"answer": answers[0]}
         )
 
+    def spanned(self, example: QuestionExample) -> str:
+        return example.context
+
     def metrics(self, answers: Sequence[Answer], examples: Sequence[QuestionExample]) -> dict[str, float]:
         """Normalised F1 and exact match of SQuAD, the best over gold answers."""
         golds = [[example.context[start:end] for start, end in example.answers or ()] for example in examples]

@@ -20,6 +20,7 @@ from bertology_serve.tasks.contrastive import LOSSES, Products, Target, flops
 from bertology_serve.tasks.embedding import Embedding, EmbeddingExample, loss_of
 from bertology_serve.tasks.metrics import Floats
 from bertology_serve.tasks.spec import SPARSE, Encoding
+from bertology_serve.tasks.vectors import AS_GIVEN, VectorForm
 
 
 class SparseEmbedding(Embedding):
@@ -51,7 +52,7 @@ class SparseEmbedding(Embedding):
         values, index = rows.topk(self.spec.max_terms)
         return torch.zeros_like(rows).scatter(-1, index, values)
 
-    def written(self, output: Tensor) -> Any:
+    def written(self, output: Tensor, form: VectorForm = AS_GIVEN) -> Any:
         weights = self.kept(output)
         index = weights.nonzero().flatten()
         index = index[weights[index].argsort(descending=True, stable=True)]
@@ -73,7 +74,8 @@ class SparseEmbedding(Embedding):
             words, weights = _columns(query)
             own = np.zeros(1 + max(index.max(initial=0), words.max(initial=0)))
             own[words] = weights
-            return np.bincount(owner, own[index] * values, len(documents))
+            scores: Floats = np.bincount(owner, own[index] * values, len(documents)).astype(np.float64)
+            return scores
 
         return search
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 
+from bertology_serve.config_fields import named_fields
 from bertology_serve.errors import SpecError, nearest
 
 CLASSIFICATION = "classification"
@@ -48,8 +50,10 @@ HEADS = ("hf", "linear", "mlp", "none")
 LONG = ("cut", "windows")
 AGGREGATES = ("mean", "max")
 LEAST_WINDOW = 8
+MOST_PROMPTS, LONGEST_PROMPT = 64, 2000
 
 
+@named_fields
 @dataclass(frozen=True)
 class TaskSpec:
     """What one delta answers.
@@ -65,6 +69,9 @@ class TaskSpec:
     are widths that embeddings were trained to be cut to (Matryoshka, Kusupati et al. 2022, arXiv 2205.13147). ``width``
     is the length of the vectors of multi-vector, and how many words of the vocabulary sparse weighs; ``max_terms`` how
     many weights it keeps (0: all); with ``skip_punctuation`` multi-vector has none for punctuation in documents.
+    ``prompts`` are what an embedding of any kind reads before a text, by name (``query: `` before a ``query``,
+    ``passage: `` before a ``document``); that of the empty name stands before texts whose call names none. ``ranges``
+    are the least and the greatest value of each dimension of an embedding's vectors, by which they are made bytes.
 
     Zero-shot answers among the ``labels`` where a call brings none. ``label_texts``, one a label or none at all, are
     what is embedded of them, and ``template`` is put around those and a call's own, in place of ``{}``. ``scale`` times
@@ -100,6 +107,8 @@ class TaskSpec:
     width: int = 0
     max_terms: int = 0
     skip_punctuation: bool = True
+    prompts: tuple[tuple[str, str], ...] = ()
+    ranges: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in TASK_KINDS:
@@ -151,6 +160,18 @@ class TaskSpec:
             raise SpecError(f"scale is {self.scale} and bias {self.bias}; expected finite numbers, scale above 0")
         if len(set(self.dimensions)) != len(self.dimensions) or min(self.dimensions, default=1) < 1:
             raise SpecError(f"dimensions are {self.dimensions}; expected widths from 1 up, each once")
+        if self.prompts and self.kind not in VECTOR_KINDS:
+            raise SpecError(f"prompts do not fit {self.kind}; only embeddings have them")
+        sizes = {len(side) for side in self.ranges}
+        fine = len(self.ranges) == 2 and len(sizes) == 1 and 0 not in sizes and not any(map(operator.gt, *self.ranges))
+        if self.ranges and (self.kind != EMBEDDING or not fine):
+            raise SpecError(f"ranges do not fit {self.kind}; expected the least and the greatest of each dimension")
+        longest = max((len(part) for prompt in self.prompts for part in prompt), default=0)
+        if len(dict(self.prompts)) < len(self.prompts) or len(self.prompts) > MOST_PROMPTS or longest > LONGEST_PROMPT:
+            raise SpecError(
+                f"there are {len(self.prompts)} prompts of at most {longest} characters; expected up to {MOST_PROMPTS} "
+                f"of up to {LONGEST_PROMPT}, each name once"
+            )
 
     @property
     def reads_windows(self) -> bool:

@@ -106,6 +106,9 @@ class TokenClassification(Task[TokensExample, tuple[int, ...]]):
             entities.append({**entity, "score": sum(scores[first:last]) / (last - first)})
         return {"entities": entities, "tags": tags} if example.split else {"entities": entities}
 
+    def spanned(self, example: TokensExample) -> str:
+        return example.text
+
     def metrics(self, answers: Sequence[Answer], examples: Sequence[TokensExample]) -> dict[str, float]:
         """F1, precision and recall of entities, and the accuracy of tags, over the words that have a gold tag."""
         gold, found = _known(answers, examples)

@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.tasks.base import Answer
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.metrics import Flags, Floats, calibration_error
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import EVEN, MULTI_LABEL, ZERO_SHOT
+from bertology_serve.tasks.spec import EMBEDDING, EVEN, MULTI_LABEL, ZERO_SHOT
 from bertology_serve.training.batches import Item, micro_batches
 from bertology_serve.training.evaluate import run
 
 if TYPE_CHECKING:
     from bertology_serve.tasks.zero_shot import ZeroShot
+
+RANGED = 1000  # items by which the ranges of an embedding's dimensions are found
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,22 @@ def _cut(falling: Floats, right: Flags, f1: float, old: float) -> float:
         return old
     edges = np.concatenate([[1.0], falling, [0.0]])
     return float(edges[best] + edges[best + 1]) / 2
+
+
+def with_ranges(delta: Delta, live: TrainableDelta, items: Sequence[Item], max_tokens: int) -> Delta:
+    """An embedding delta with the least and the greatest value of each dimension over the texts of at most so many
+    items, evenly drawn, by which its vectors are made bytes; others as they are.
+    """
+    if live.task.kind != EMBEDDING or not items:
+        return delta
+    drawn, found = items[:: -(-len(items) // RANGED)], []
+    for group in micro_batches(drawn, max_tokens, not live.encoder.packs):
+        rows = run(live, group)[0].float().cpu()
+        rows = F.normalize(rows) if live.task.normalize else rows
+        found.append(torch.stack([rows.amin(0), rows.amax(0)]))
+    table = torch.stack(found)
+    low, high = (tuple(float(f"{x:.7g}") for x in side.tolist()) for side in (table[:, 0].amin(0), table[:, 1].amax(0)))
+    return replace(delta, task=replace(delta.task, ranges=(low, high)))
 
 
 def _logits(live: TrainableDelta, items: Sequence[Item], max_tokens: int) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from bertology_serve.config_fields import named_fields
 from bertology_serve.errors import SpecError, nearest
 
 if TYPE_CHECKING:
@@ -122,16 +123,19 @@ def read_layers(given: Iterable[str], depth: int = 1000) -> tuple[int, ...]:
 MODES = ("d", "f")
 
 
+@named_fields
 @dataclass(frozen=True)
 class Probe:
     """The task's head alone, on the encoder as it is (a linear probe)."""
 
 
+@named_fields
 @dataclass(frozen=True)
 class Full:
     """Full fine-tuning: every weight of the encoder, and the head."""
 
 
+@named_fields
 @dataclass(frozen=True)
 class Mixout:
     """Mixout (Lee et al. 2019, arXiv 1909.11299): ``p`` is the share of a linear's weights put back for a step.
@@ -144,6 +148,7 @@ class Mixout:
         _check_share("p", self.p, 0 <= self.p < 1 if _is_number(self.p) else False, "from 0 up to, not including, 1")
 
 
+@named_fields
 @dataclass(frozen=True)
 class ChildTuning:
     """Child-Tuning (Xu et al. 2021, arXiv 2109.05687): ``share`` of the weights has a gradient.
@@ -161,6 +166,7 @@ class ChildTuning:
         _check_share("share", self.share, 0 < self.share <= 1 if _is_number(self.share) else False, "above 0, up to 1")
 
 
+@named_fields
 @dataclass(frozen=True)
 class TopK:
     """Only the upper ``layers`` layers and the head are trained. Raises SpecError for fewer than one."""

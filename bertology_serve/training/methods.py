@@ -122,13 +122,14 @@ def _high_scores(live: TrainableDelta, encodings: Sequence[Encoding]) -> Tensor:
     mode = live.training
     hidden, batch = live.eval().hidden(encodings)
     sums = torch.zeros(2, live.task.width, dtype=torch.float64, device=hidden.device)
-    for rows in hidden[batch.text_rows].float().split(CHUNK):
+    for rows in torch.split(hidden[batch.text_rows].float(), CHUNK):
         scores = live.head(rows).double()
         sums += torch.stack([scores.sum(0), scores.square().sum(0)])
     live.train(mode)
     mean, square = sums / len(batch.text_rows)
     deviations = NormalDist().inv_cdf(1 - min(0.5, FEW_WORDS / live.task.width))
-    return (mean + deviations * (square - mean.square()).clamp_min(0).sqrt()).float()
+    high: Tensor = mean + deviations * (square - mean.square()).clamp_min(0).sqrt()
+    return high.float()
 
 
 def begin_at_probe(live: TrainableDelta, head: Mapping[str, Tensor]) -> None:

@@ -46,12 +46,12 @@ def mine(
     examples: Sequence[EmbeddingExample],
     corpus: Sequence[str],
     settings: Mining,
-    embed: Callable[[Sequence[str]], Vectors],
+    embed: Callable[[Sequence[str], str], Vectors],
 ) -> Iterator[tuple[EmbeddingExample, list[str]]]:
     """Each pair with its negatives, the nearest first: fewer, or none, where no more fit.
 
-    ``embed`` gives the texts' vectors [N, H] of unit length. ``corpus`` holds further texts to find negatives among.
-    What belongs to the same text in any pair is none of its negatives.
+    ``embed`` gives the vectors [N, H], of unit length, of texts that are each a "document" or a "query". ``corpus``
+    holds further texts to find negatives among. What belongs to the same text in any pair is none of its negatives.
     """
     import numpy as np
 
@@ -62,7 +62,7 @@ def mine(
     for one in examples:
         own[one.text].add(places[str(one.text_pair)])
     rows = {text: row for row, text in enumerate(anchors)}
-    table, asked = embed(documents), embed(anchors)
+    table, asked = embed(documents, "document"), embed(anchors, "query")
     generator = np.random.default_rng(settings.seed)
     for first in range(0, len(examples), ROWS):
         part = examples[first : first + ROWS]

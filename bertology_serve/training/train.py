@@ -23,7 +23,7 @@ from bertology_serve.tasks.registry import task_for, task_named
 from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, SPARSE, VECTOR_KINDS, TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
-from bertology_serve.training.calibration import Judged, settled
+from bertology_serve.training.calibration import Judged, settled, with_ranges
 from bertology_serve.training.config_file import settings_text
 from bertology_serve.training.evaluate import answered, measure
 from bertology_serve.training.evaluation import Evaluation
@@ -256,7 +256,8 @@ def finished(
             answers = scores.answers or answered(live, ready.task, ready.dev, rows)
             own = Evaluation({}, answers, 0, ready.task, [item.example for item in ready.dev], ())
             facts["gain"] = {"over": PROBE, "metric": ready.task.main_metric, **asdict(own.gain(ready.task, probe))}
-        return live.freeze(name, version, metrics, {**facts, "baselines": known, **scores.facts})
+        delta = live.freeze(name, version, metrics, {**facts, "baselines": known, **scores.facts})
+    return with_ranges(delta, live, ready.dev or ready.items, rows) if last else delta
 
 
 def _untouched(probe: TrainableDelta) -> TrainableDelta:
@@ -299,6 +300,12 @@ def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
         "pooling": config.form.pooling or own or ("cls" if first_row else form.pooling),
         "head": config.form.head or ("linear" if own and form.head == "hf" else form.head),
     }
+    if config.task in VECTOR_KINDS and encoder.prompts:
+        from bertology_serve.tasks.embedding import prompt_of
+
+        query, document = config.form.prompt_query, config.form.prompt_document
+        chosen["prompt_query"] = prompt_of("query", encoder.prompts) if query is None else query
+        chosen["prompt_document"] = prompt_of("document", encoder.prompts) if document is None else document
     return config.replaced(**chosen)
 
 

@@ -92,6 +92,13 @@ class FormConfig:
     matryoshka: tuple[int, ...] = option(
         (), "embedding: widths at which vectors can be cut, with commas (384,256,128,64); the loss is summed over them."
     )
+    prompt_query: str | None = option(
+        None,
+        'embedding: what is read before a query (in training the first text), "query: ". Default: the checkpoint\'s.',
+    )
+    prompt_document: str | None = option(
+        None, 'embedding: what is read before a document (what belongs to it, or not), "passage: ". Default: as above.'
+    )
     width: int | None = option(None, "multi-vector: numbers in each vector. Default: 128.", least=1)
     max_terms: int = option(0, "sparse: weights that are kept of each text, the largest; 0: all.", least=0)
     skip_punctuation: bool = option(True, "multi-vector: no vectors for the punctuation of documents.")
@@ -376,6 +383,11 @@ class TrainConfig:
             long=self.form.long,
             aggregate=self.form.aggregate,
             dimensions=self.form.matryoshka,
+            prompts=tuple(
+                (role, prompt)
+                for role, prompt in (("query", self.form.prompt_query), ("document", self.form.prompt_document))
+                if prompt
+            ),
             template=self.form.template,
         )
 

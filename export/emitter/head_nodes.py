@@ -59,6 +59,7 @@ def _answered(export_inputs: ExportInputs, x: Value) -> Value:
     for layer in export_inputs.head.layers:
         assert isinstance(layer, Layer)
         form, linear, norm = layer.form, layer.linear, layer.norm
+        table: Value | None
         if isinstance(linear, WordScores):  # the table that ids are looked up in, which may be float16
             table = x.nodes.weight(export_inputs.words, linear.weight).real().transpose(1, 0)
         else:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bertology_serve.cli.main import main
@@ -31,12 +32,18 @@ def test_pairs_become_triplets_that_train_evaluate_and_mine_again(made, tmp_path
     assert all(row["positive"] not in row["negatives"] for row in rows)
     assert capsys.readouterr().err.startswith("8 negatives for 4 of 4 pairs\n")
     train = ["train", "--backbone", str(made / "bert"), "--task", "embedding", "--train", out, "--eval", out]
-    assert main([*train, "--out", delta, "--epochs", "2", "--matryoshka", "16,8"]) == 0
+    prompts = ["--prompt-query", "the question ? ", "--prompt-document", "the answer . "]
+    assert main([*train, "--out", delta, "--epochs", "2", "--matryoshka", "16,8", *prompts]) == 0
     table, notes = capsys.readouterr()
     assert "loss mnrl" in notes
     assert all(name in table for name in ("ndcg@10", "triplet_accuracy", "ndcg@10_8", "cosine"))
     told = json.loads((tmp_path / "near" / "delta.json").read_text())
     assert told["task"]["dimensions"] == [16, 8]
+    assert told["task"]["prompts"] == [["query", "the question ? "], ["document", "the answer . "]]
+    lows, highs = np.array(told["task"]["ranges"])
+    assert lows.shape == (32,)
+    assert (lows >= -1).all()
+    assert (lows < highs).all()
     assert told["metrics"]["ndcg@10"] >= told["provenance"]["baselines"]["cosine"]["ndcg@10"] - 1e-9
     assert main(["evaluate", delta, "--input", out, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 import sys
+from hashlib import sha256
 from io import BytesIO, TextIOWrapper
 
 import pytest
@@ -139,3 +140,16 @@ def test_a_line_without_an_end_is_refused(predict, tmp_path, capsys, monkeypatch
     assert predict(source=str(tmp_path / name)) == 2
     assert f"{name}:{len(RECORDS) + 1}: a line of more than 1 MiB" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_texts_are_redacted_as_the_options_say(predict, tmp_path):
+    lines = b"".join(line(delta=name, text="Ada met bob@x.org A-17") for name in ("names", "mood"))
+    (tmp_path / "redaction.json").write_text('{"patterns": {"ORDER": "A-[0-9]+"}}')
+    asked = ("--redact", "keep", "--patterns", "EMAIL=hash,ORDER", "--output", str(tmp_path / "out.jsonl"))
+    assert predict(*asked, "--redaction-file", str(tmp_path / "redaction.json"), lines=lines) == 0
+    names, mood = (json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines())
+    assert names["redacted"] == f"Ada met [EMAIL:{sha256(b'bob@x.org').hexdigest()[:12]}] [ORDER]"
+    assert "redacted" not in mood
+    every = ("--redact", "PER=hash,*=keep", "--patterns", "all", "--output", str(tmp_path / "all.jsonl"))
+    assert predict(*every, lines=lines) == 0
+    assert "bob@x.org" not in json.loads((tmp_path / "all.jsonl").read_text().splitlines()[0])["redacted"]

@@ -31,6 +31,7 @@ from bertology_serve.errors import (
 )
 from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.delta_registry import Registry
+from bertology_serve.tasks.redaction import restore
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.serving.running import Running, running
@@ -109,6 +110,18 @@ def test_both_clients_say_the_same(server):
     assert states["mood"] == "UNAVAILABLE"
     assert again.state == "READY"
     assert ready
+
+
+def test_what_an_item_may_ask_beside_its_text_is_typed_too(server):
+    with Client(server.url, ADMIN) as client:
+        text = "\U0001f600 Ada met bob@x.org"
+        found = client.ask("names", {"text": text, "redact": "replace", "patterns": "replace", "offsets": "utf16"})
+        parts = client.ask("base", {"text": text, "pooling": "chunks", "chunk_tokens": 2})
+        bits = client.ask("base", {"text": text, "encoding_format": "ubinary", "dimensions": 16})
+    assert restore(found.redacted, found.placeholders) == text
+    assert found.redactions[-1].end_utf16 == found.redactions[-1].end + 1 == len(text) + 1
+    assert [len(chunk.embedding) for chunk in parts.chunks] == [32] * len(parts.chunks)
+    assert len(bits.embedding) == 2
 
 
 def test_the_two_have_the_same_methods():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM
 
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.encoder.bank import DeltaBank
+from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import FormatError, Unsupported
 from bertology_serve.families import family_named
+from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 
@@ -128,6 +132,52 @@ def test_vectors_are_those_of_sentence_transformers(skip: bool, tmp_path: Path) 
     for text, score in zip(TEXTS, scores.tolist(), strict=True):
         (one,) = pipeline([{"text": TEXTS[0], "text_pair": text}], "tokens")
         assert one.answer["similarity"] == pytest.approx(score, rel=1e-5)
+
+
+def test_one_text_is_asked_for_all_its_vectors_and_a_class_in_one_pass(tmp_path: Path) -> None:
+    """As each delta answers alone; what changes no layer shares all rows, and a text that repeats is read once."""
+    encoder = tiny.encoder("bert", tmp_path)
+    tasks = {
+        "dense": TaskSpec("embedding", max_length=32, pooling="mean", head="none"),
+        "sparse": sparse_task(encoder),
+        "tokens": TaskSpec("multi-vector", max_length=32, width=8),
+        "class": TaskSpec("classification", ("a", "b"), 32),
+    }
+    deltas = [tiny.delta(encoder, name, [], task) for name, task in tasks.items()]
+    deltas.append(tiny.delta(encoder, "lora", [Lora(rank=2)], sparse_task(encoder)))
+    pipeline = Pipeline(encoder, deltas)
+    names = [*tasks, "lora", "sparse"]
+    alone = [dict(pipeline(TEXTS[0], name).answer) for name in names]
+    ran, reads = list[PackedBatch](), list[int]()
+
+    class Watched:
+        def run(self, batch: PackedBatch, pools: DeltaBank) -> Tensor:
+            ran.append(batch)
+            return encoder.run(batch, pools)
+
+    pipeline.engine = Watched()
+    head = pipeline.loaded("sparse").head  # type: ignore[union-attr]
+    before = head.read
+    head.read = lambda rows, lengths, task: reads.append(len(lengths)) or before(rows, lengths, task)  # type: ignore[method-assign,assignment,func-returns-value]
+    found = pipeline.run([pipeline.prepare(Request(name, {"text": TEXTS[0]})) for name in names])
+    assert [batch.sequences for batch in ran] == [2], "one for all that change no layer, one for the LoRA"
+    assert reads == [1]
+    for one, expected in zip(found, alone, strict=True):
+        assert one.answer.keys() == expected.keys()
+        for field, value in expected.items():
+            if field == "sparse":
+                mine, theirs = (
+                    {entry["index"]: entry["value"] for entry in side} for side in (one.answer[field], value)
+                )
+                assert mine == pytest.approx(theirs, abs=1e-5)
+            elif field not in ("label", "tokens"):
+                assert flat(one.answer[field]) == pytest.approx(flat(value), abs=1e-5)
+
+
+def flat(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return torch.tensor(value).flatten().tolist()  # type: ignore[no-any-return]
 
 
 def test_other_words_than_the_encoder_s_are_refused_by_name(tmp_path: Path) -> None:

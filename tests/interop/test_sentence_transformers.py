@@ -97,7 +97,8 @@ def test_without_its_list_the_pooling_is_read_all_the_same(tmp_path: Path) -> No
         ("modules.json", [{"type": "x.Transformer"}, {"type": "x.Pooling", "path": "/etc"}], "cannot read /etc"),
         ("modules.json", {}, "no list of modules"),
         ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case"),
-        ("config_sentence_transformers.json", {"prompts": {"q": "query: "}, "default_prompt_name": "q"}, "'query: '"),
+        ("config_sentence_transformers.json", {"prompts": ["query: "]}, "'prompts' holds no texts by name"),
+        ("config_sentence_transformers.json", {"prompts": {"q": 1}}, "'prompts' holds no texts by name"),
     ],
 )
 def test_what_is_not_computed_alike_is_refused(tmp_path: Path, file: str, values: Any, message: str) -> None:
@@ -132,3 +133,42 @@ def test_the_library_itself_gives_the_same(tmp_path: Path, mode: str, normalize:
     delta = store.load(tmp_path / "x", encoder.anatomy, base=encoder.ref, options=encoder.config.to_dict())
     expected = torch.from_numpy(model.encode(TEXT))
     assert (vector(encoder, delta) - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+def test_the_base_has_the_prompts_of_its_checkpoint(tmp_path: Path) -> None:
+    tiny.save("bert", tmp_path / "base")
+    told = {"prompts": {"query": "the question ? ", "passage": "the text . "}, "default_prompt_name": None}
+    (tmp_path / "base" / "config_sentence_transformers.json").write_text(json.dumps(told))
+    pipeline = Pipeline(Encoder.load(tmp_path / "base"))
+    expected = pipeline("the text . a dog").answer["embedding"]
+    for fields in ({"input_type": "document"}, {"prompt_name": "passage"}):
+        assert pipeline({"text": "a dog", **fields}).answer["embedding"] == pytest.approx(expected, abs=1e-6)
+    (tmp_path / "base" / "config_sentence_transformers.json").write_text('{"prompts": [1]}')
+    with pytest.raises(FormatError, match="'prompts' holds no texts by name"):
+        Encoder.load(tmp_path / "base")
+
+
+def test_prompts_are_read_and_chosen_as_there(tmp_path: Path) -> None:
+    """The prompt's tokens are pooled with the text's, as where sentence-transformers includes them."""
+    encoder = tiny.encoder("bert", tmp_path / "base")
+    pooling = {"pooling_mode": "mean", "include_prompt": True}
+    model = written(tmp_path / "x", tmp_path / "base", pooling, normalize=False)
+    prompts = {"query": "the question ? ", "passage": "the text . ", "none": ""}
+    told = {"prompts": prompts, "default_prompt_name": "passage"}
+    (tmp_path / "x" / "config_sentence_transformers.json").write_text(json.dumps(told))
+    delta = encoder.read_delta(tmp_path / "x")
+    assert dict(delta.task.prompts) == {"query": "the question ? ", "passage": "the text . ", "": "the text . "}
+    pipeline = Pipeline(encoder, [delta])
+    for fields, prompt in (
+        ({"input_type": "query"}, "the question ? "),
+        ({"prompt_name": "query"}, "the question ? "),
+        ({"input_type": "search_document"}, "the text . "),
+        ({}, "the text . "),
+    ):
+        with torch.no_grad():
+            rows = model(**encoder.tokenizer(prompt + "a red house", return_tensors="pt")).last_hidden_state[0]
+        answer = pipeline({"text": "a red house", **fields}, delta=delta.name).answer
+        assert answer["embedding"] == pytest.approx(rows.mean(0).tolist(), abs=1e-5)
+    (tmp_path / "x" / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean", "include_prompt": false}')
+    with pytest.raises(Unsupported, match="include_prompt is false"):
+        encoder.read_delta(tmp_path / "x")

@@ -46,6 +46,23 @@ INFER = st.fixed_dictionaries(
 )
 
 
+BESIDE: dict[str, st.SearchStrategy[Any]] = {
+    "redact": st.booleans()
+    | st.dictionaries(st.sampled_from(["PER", "LOC", "*", "x"]), st.sampled_from(["mask", "x"])),
+    "patterns": st.booleans() | st.lists(st.sampled_from(["EMAIL", "IP", "x"])),
+    "offsets": st.just("utf16"),
+    "input_type": st.sampled_from(["query", "document", "x"]),
+    "prompt_name": st.text(),
+    "dimensions": st.integers(0, 40),
+    "normalize": st.booleans(),
+    "encoding_format": st.sampled_from(["base64", "int8", "binary", "x"]),
+    "embedding_types": st.lists(st.sampled_from(["float", "ubinary", "x"])),
+    "pooling": st.just("chunks"),
+    "chunks": st.lists(st.lists(st.integers(-1, 20), max_size=3), max_size=3),
+    "chunk_tokens": st.integers(-1, 5),
+}
+
+
 def check(server: Running, path: str, template: str, body: Any, **headers: str) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body).encode("utf-8", "surrogatepass")
     response = server.client.post(path, content=content, headers=headers)
@@ -70,6 +87,20 @@ def check(server: Running, path: str, template: str, body: Any, **headers: str) 
 @example({"delta": "mood", "text": "\u200b"})
 def test_predict(server, body):
     check(server, "/predict", "/predict", body)
+
+
+@FAST
+@given(
+    st.sampled_from(["names", "finder", "sense", "raw", "base", "mood"]),
+    st.sampled_from(["Ada met bob@x.org", "\U0001f600 \u0301", "\u200b"]),
+    st.fixed_dictionaries({}, optional={name: values | VALUES for name, values in BESIDE.items()}),
+)
+@example("base", "\u200b", {"pooling": "chunks", "chunk_tokens": 1})
+def test_what_may_stand_beside_a_text(server, name, text, fields):
+    record = {"question": "who", "context": text} if name == "finder" else {"text": text}
+    check(server, "/predict", "/predict", {"delta": name, **record, **fields})
+    check(server, f"/models/{name}", "/models/{delta}", {"inputs": {**record, **fields}, "parameters": {}})
+    check(server, f"/models/{name}", "/models/{delta}", {"inputs": record, "parameters": fields})
 
 
 @FAST
@@ -126,7 +157,7 @@ def test_any_path_and_method(server, method, parts):
     assert server.client.request(method, path).status_code in (200, 404, 405)
 
 
-@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/score", "/classify", "/v1/embeddings"])
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/score", "/classify", "/v1/embeddings", "/v2/embed"])
 @FEWER
 @given(
     st.fixed_dictionaries(
@@ -134,7 +165,8 @@ def test_any_path_and_method(server, method, parts):
         optional={
             name: VALUES | st.lists(st.text() | VALUES, max_size=3) | st.text()
             for name in ("query", "documents", "top_n", "return_documents", "text_1", "text_2", "input", "items",
-                         "use_activation", "truncate_prompt_tokens", "max_tokens_per_doc", "rank_fields")
+                         "texts", "use_activation", "truncate_prompt_tokens", "max_tokens_per_doc", "rank_fields",
+                         "input_type", "embedding_types", "output_dimension")
         },
     )
 )  # fmt: skip

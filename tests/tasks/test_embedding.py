@@ -9,9 +9,9 @@ import torch
 from sklearn.metrics import ndcg_score
 from torch.nn import functional as F
 
-from bertology_serve.errors import DataError
+from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.contrastive import LOSSES, Cosines, Target
-from bertology_serve.tasks.embedding import Embedding
+from bertology_serve.tasks.embedding import Embedding, prompts_for
 from bertology_serve.tasks.spec import TaskSpec
 
 TASK = Embedding(TaskSpec("embedding", max_length=16, pooling="mean", head="none"))
@@ -276,3 +276,54 @@ def test_metrics():
     assert found["spearman"] == pytest.approx(1.0)
     assert 0.9 < found["pearson"] < 1.0
     assert [TASK.target(example, []).score for example in examples] == [1.0, 2.0, 3.0]
+
+
+PROMPTS = (("query", "the question ? "), ("passage", "the text . "), ("sts", "alike ? "))
+
+
+def test_prompts_stand_before_texts_by_their_role(minilm):
+    task = Embedding(TaskSpec("embedding", max_length=32, head="none", prompts=PROMPTS))
+
+    def read(labelled=False, **record):
+        return [minilm.decode(one.ids[1:-1]) for one in task.encode(task.example(record, "x:1", labelled), minilm)]
+
+    assert read(text="a dog") == ["a dog"], "no role, and no prompt before all texts"
+    assert read(text="a dog", input_type="search_query") == ["the question? a dog"]
+    assert read(text="a dog", input_type="document") == ["the text. a dog"]
+    assert read(text="a dog", input_type="clustering") == ["a dog"], "a role without a prompt"
+    assert read(text="a dog", prompt_name="sts") == read(text="a dog", input_type="sts") == ["alike? a dog"]
+    pair = ["the question? a dog", "the text. a cat"]
+    assert read(text="a dog", text_pair="a cat") == pair
+    assert read(text="a dog", text_pair="a cat", input_type="query")[1] == "the question? a cat"
+    record = {"anchor": "a dog", "positive": "a cat", "negatives": ["a bird"]}
+    assert read(labelled=True, **record) == [*pair, "the text. a bird"]
+    assert read(labelled=True, text="a dog", id="q", relevant={"d": 1}) == pair[:1]
+    assert read(labelled=True, text="a cat", id="d") == pair[1:]
+    always = Embedding(replace(task.spec, prompts=(("", "say : "), ("query", "ask : "))))
+    assert prompts_for(always.spec, {}, "x:1") == ("say : ", "say : ")
+    assert prompts_for(always.spec, {}, "x:1", paired=True) == ("ask : ", "say : ")
+
+
+def test_prompts_that_are_not_there_are_named():
+    task = Embedding(TaskSpec("embedding", max_length=32, head="none", prompts=PROMPTS))
+    with pytest.raises(DataError, match=r"x:1: field 'prompt_name' is 'doc' .*prompts for passage, query, sts"):
+        task.example({"text": "a", "prompt_name": "doc"}, "x:1", False)
+    with pytest.raises(DataError, match=r"x:1: field 'input_type' is 'queries' .*did you mean 'query'"):
+        task.example({"text": "a", "input_type": "queries"}, "x:1", False)
+    with pytest.raises(DataError, match="this delta has no prompts"):
+        TASK.example({"text": "a", "prompt_name": "query"}, "x:1", False)
+    assert TASK.example({"text": "a", "input_type": "query"}, "x:1", False).prompts == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompts", "message"),
+    [
+        ("regression", PROMPTS, "prompts do not fit regression"),
+        ("embedding", (("a", "x"), ("a", "y")), "there are 2 prompts .* each name once"),
+        ("embedding", tuple((str(i), "x") for i in range(65)), "there are 65 prompts"),
+        ("embedding", (("a", "x" * 2001),), "of at most 2001 characters"),
+    ],
+)
+def test_prompts_have_bounds(kind, prompts, message):
+    with pytest.raises(SpecError, match=message):
+        TaskSpec(kind, head="none" if kind == "embedding" else "hf", prompts=prompts)

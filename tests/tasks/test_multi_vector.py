@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from bertology_serve.errors import DataError
+from bertology_serve.errors import DataError, Unsupported
 from bertology_serve.tasks.contrastive import LOSSES, MaxSims, Target
 from bertology_serve.tasks.multi_vector import MultiVector
 from bertology_serve.tasks.spec import TaskSpec
@@ -37,7 +39,9 @@ def test_documents_have_no_vectors_for_punctuation_and_queries_have(minilm):
     for role, words in (("query", (0, 1, 2, 3)), ("document", (0, 1, -1, 3))):
         (one,) = TASK.encode(TASK.example({"text": "good?", "input_type": role}, "x:1", False), minilm)
         assert one.words == words
-    with pytest.raises(DataError, match=r"^x:1: field 'input_type' is 'q' .*expected 'query' or 'document'"):
+    with pytest.raises(
+        DataError, match=r"^x:1: field 'input_type' is 'q' .*known: classification, .* document, passage, query"
+    ):
         TASK.example({"text": "good?", "input_type": "q"}, "x:1", False)
     every = MultiVector(TaskSpec("multi-vector", max_length=16, width=4, skip_punctuation=False))
     assert every.encode(example, minilm)[1].words == tuple(range(6))
@@ -104,3 +108,18 @@ def test_punctuation_alone_keeps_its_vectors(minilm):
     task.punctuation = frozenset(minilm("...")["input_ids"])
     (encoding,) = task.encode(task.example({"text": "..."}, "x:1", False), minilm)
     assert min(encoding.words) >= 0
+
+
+def test_prompts_stand_before_queries_and_documents(minilm):
+    task = MultiVector(replace(TASK.spec, prompts=(("query", "ask "), ("document", "say "))))
+    query, document = task.encode(task.example({"text": "good", "text_pair": "bad"}, "x:1", False), minilm)
+    assert [list(one.ids) for one in (query, document)] == minilm(["ask good", "say bad"])["input_ids"]
+    (alone,) = task.encode(task.example({"text": "good!", "input_type": "search_query"}, "x:1", False), minilm)
+    assert list(alone.ids) == minilm("ask good!")["input_ids"]
+    assert min(alone.words) >= 0, "a query has a vector for every token"
+    with pytest.raises(Unsupported, match="field 'dimensions' is not supported for multi-vector"):
+        task.example({"text": "good", "dimensions": 8}, "x:1", False)
+    several = task.example({"text": "good", "dimensions": 8, "deltas": ["a", "b"]}, "x:1", False)
+    assert several.form.dimensions is None, "it is for the other"
+    with pytest.raises(Unsupported, match="field 'pooling' is not supported for multi-vector"):
+        task.example({"text": "good", "pooling": "chunks", "chunk_tokens": 3}, "x:1", False)

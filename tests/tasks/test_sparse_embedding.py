@@ -93,6 +93,7 @@ def words_head(width=11, hidden=5):
 def test_words_are_scored_in_chunks_and_kept_for_no_gradient(chunk, monkeypatch):
     """A text may be longer than a chunk, and a chunk hold several; [n, V] is never there at once."""
     monkeypatch.setattr(heads, "CHUNK", chunk)
+    monkeypatch.setattr(heads, "BLOCK", 4)
     again = []
     monkeypatch.setattr(
         heads, "checkpoint", lambda run, *given, **kw: again.append(given) or checkpoint(run, *given, **kw)

@@ -19,6 +19,7 @@ from bertology_serve.training.auto import Search, candidates, folds, rungs, trai
 from bertology_serve.training.batches import Data, Source
 from bertology_serve.training.fleet import fleet
 from bertology_serve.training.fleet.fleet_directory import Quiet
+from bertology_serve.training.methods import specs_for
 from bertology_serve.training.recipes import stages
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, train
@@ -81,6 +82,15 @@ def test_candidates_are_those_that_suit(bert: Encoder):
     assert {one.optim.learning_rate for one in given.values()} == {0.5}
     assert "lora" in given
     assert "lora-fast" not in given, "it would be the same"
+
+
+def test_candidates_change_the_layers_that_are_named(bert: Encoder):
+    found = candidates(TrainConfig.of("classification", "auto", layers="top:2"), bert, 100_000)
+    specs = [spec for one in found.values() for spec in specs_for(one, bert.anatomy)]
+    assert {spec.layers for spec in specs} == {(1, 2)}
+    assert "prefix" not in found
+    with pytest.raises(SpecError, match="layers is '9'; the encoder has 3 layers"):
+        candidates(TrainConfig.of("classification", "auto", layers="9"), bert, 100)
 
 
 def test_the_worse_end_early_and_the_winner_is_a_run_of_its_own(tmp_path: Path, bert: Encoder, small_dev: None):

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sklearn.metrics import ndcg_score
 
 from bertology_serve.data.records import Record
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import BaseMismatch, DataError
-from bertology_serve.tasks.spec import VECTOR_KINDS
+from bertology_serve.kinds.lora import Lora
+from bertology_serve.tasks.spec import VECTOR_KINDS, TaskSpec
 from bertology_serve.training.evaluate import evaluate, measure
 from bertology_serve.training.train import prepare
 from bertology_serve.training.train_config import TrainConfig
@@ -64,3 +68,25 @@ def test_texts_that_are_cut_are_counted(bert: Encoder):
     assert found.truncated == 1
     assert [answer.get("truncated", False) for answer in found.answers] == [False] * len(source.records) + [True]
     assert found.answers[-1]["tokens_given"] > found.answers[-1]["tokens_read"] == 32
+
+
+@pytest.mark.parametrize("kind", VECTOR_KINDS)
+def test_a_search_ranks_documents_as_pairs_are_scored(bert: Encoder, kind: str):
+    """By scikit-learn's nDCG over the similarity of every query, which keeps its punctuation, with every document."""
+    texts = ["the film , the dog .", "a cat ; good", "money in the bank", "red house !", "Ada went to Paris ?"]
+    asks = ["good cat ?", "the bank , money !"]
+    width = len(bert.model.get_input_embeddings().weight) if kind == "sparse" else 8 if kind == "multi-vector" else 0
+    task = TaskSpec(kind, max_length=32, head="none" if kind == "embedding" else "hf", width=width)
+    delta = tiny.delta(bert, "mine", [Lora(rank=2)], task, size=0.3)
+    grades = np.array([[0, 2, 0, 1, 0], [1, 0, 1, 0, 0]])
+    records = [{"id": f"d{i}", "text": text} for i, text in enumerate(texts)]
+    records += [
+        {"id": f"q{i}", "text": text, "relevant": {f"d{j}": int(grade) for j, grade in enumerate(row) if grade}}
+        for i, (text, row) in enumerate(zip(asks, grades, strict=True))
+    ]
+    found = evaluate(delta, [(record, f"x:{i}") for i, record in enumerate(records)], bert).metrics
+    pipeline = Pipeline(bert, [delta])
+    table = [
+        [pipeline({"text": one, "text_pair": text}, "mine").answer["similarity"] for text in texts] for one in asks
+    ]
+    assert found["ndcg@10"] == pytest.approx(ndcg_score(grades, np.array(table), k=10), abs=1e-9)

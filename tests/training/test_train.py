@@ -152,6 +152,23 @@ def test_scored_pairs_are_measured_beside_the_encoder_s_own_cosine(tmp_path: Pat
         assert known["spearman"] == pytest.approx(spearmanr(gold, cosines).statistic, abs=1e-6)
 
 
+def test_an_embedding_keeps_its_prompts_and_the_ranges_of_its_dimensions(tmp_path: Path, bert: Encoder):
+    """Those of the dev texts behind their prompts, as they are answered; of the training texts without a dev set."""
+    prompts = {"prompt_query": "who ? ", "prompt_document": "the "}
+    for name, more in (("dev", {}), ("alone", {"without_dev": True})):
+        outcome = run(bert, tmp_path / name, "embedding", **prompts, **more)
+        delta = store.load(outcome.path)
+        assert delta.task.prompts == (("query", "who ? "), ("document", "the "))
+        pipeline = Pipeline(bert.fresh(), [delta])
+        records = sets.source("embedding", *(["dev.jsonl"] if name == "dev" else [])).records
+        found = pipeline.answer(Request(delta.name, dict(record.fields)) for record in records)
+        vectors = torch.tensor([one.answer[field] for one in found for field in ("embedding", "embedding_pair")])
+        torch.testing.assert_close(torch.tensor(delta.task.ranges[0]), vectors.amin(0), atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(delta.task.ranges[1]), vectors.amax(0), atol=1e-5, rtol=0)
+        codes = pipeline({"text": "the cat", "encoding_format": "uint8"}, delta=delta.name).answer["embedding"]
+        assert 0 <= min(codes) < max(codes) <= 255
+
+
 def test_the_encoder_says_which_row_is_read(bert: Encoder):
     plain = TrainConfig.of("classification")
     assert (for_encoder(plain, bert).form.pooling, for_encoder(plain, bert).form.head) == ("cls", "linear"), (
@@ -164,6 +181,13 @@ def test_the_encoder_says_which_row_is_read(bert: Encoder):
         found = for_encoder(TrainConfig.of(task), bert)
         assert (found.form.pooling, found.form.head) == ("max", "linear")
     assert for_encoder(TrainConfig.of("embedding"), bert).form.pooling == "max"
+    bert.prompts = (("query", "q: "), ("passage", "p: "), ("sts", "s: "))
+    assert for_encoder(TrainConfig.of("embedding"), bert).task_spec(()).prompts == (
+        ("query", "q: "),
+        ("document", "p: "),
+    )
+    told = for_encoder(TrainConfig.of("embedding", prompt_query="ask: ", prompt_document=""), bert)
+    assert told.task_spec(()).prompts == (("query", "ask: "),)
     asked = TrainConfig.of("regression", pooling="cls", head="hf")
     assert for_encoder(asked, bert) == asked
     tokens = TrainConfig.of("token-classification")

@@ -14,7 +14,7 @@ from bertology_serve.files import JsonObject
 from bertology_serve.tasks.spec import EMBEDDING, POOLINGS, TaskSpec
 
 MODULES, POOLING = "modules.json", "1_Pooling"
-_SETTINGS = "config_sentence_transformers.json"
+SETTINGS = "config_sentence_transformers.json"
 # How its versions before 5 wrote ``pooling_mode``.
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -30,7 +30,7 @@ def embedding_task(directory: Path, longest: int, limits: Limits, root: Path) ->
     """The task of an adapter of sentence embeddings, of at most ``longest`` tokens.
 
     A directory that says nothing of it is mean-pooled and normalised. Raises FormatError for malformed files,
-    Unsupported for another pooling, further modules, or a prompt that is put before texts.
+    Unsupported for another pooling, further modules, or prompts whose tokens are not pooled.
     """
     tokenizer, own = (_optional(directory / name, limits, root) for name in ("tokenizer_config.json", _SENTENCE))
     for told in (tokenizer.get("model_max_length"), own.get("max_seq_length")):
@@ -38,24 +38,34 @@ def embedding_task(directory: Path, longest: int, limits: Limits, root: Path) ->
             longest = min(longest, int(told))
     if own.get("do_lower_case"):
         raise Unsupported(f"{directory / _SENTENCE}: do_lower_case is not read here; give the tokenizer that lowers")
-    settings = _optional(directory / _SETTINGS, limits, root)
-    prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name"))
-    if prompt:
-        raise Unsupported(f"{directory / _SETTINGS} puts {str(prompt)[:40]!r} before every text; send it with the text")
-    pooling, normalize = _modules(directory, limits, root)
-    return TaskSpec(EMBEDDING, max_length=longest, pooling=pooling, head="none", normalize=normalize)
+    prompts = prompts_of(_optional(directory / SETTINGS, limits, root), str(directory / SETTINGS))
+    pooling, normalize = _modules(directory, limits, root, bool(prompts))
+    return TaskSpec(
+        EMBEDDING, max_length=longest, pooling=pooling, head="none", normalize=normalize, prompts=prompts
+    )  # fmt: skip
+
+
+def prompts_of(settings: JsonObject, where: str) -> tuple[tuple[str, str], ...]:
+    """``TaskSpec.prompts`` from ``config_sentence_transformers.json``: its ``prompts`` that are not empty, its
+    ``default_prompt_name`` under the empty name. Raises FormatError for what is no text.
+    """
+    prompts = settings.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise FormatError(f"{where}: 'prompts' holds no texts by name; expected what sentence-transformers writes")
+    default = prompts.get(settings.get("default_prompt_name"))
+    return tuple((name, text) for name, text in {**prompts, "": default}.items() if text)
 
 
 _SENTENCE = "sentence_bert_config.json"
 
 
-def _modules(directory: Path, limits: Limits, root: Path) -> tuple[str, bool]:
-    """The pooling, and whether vectors are normalised."""
+def _modules(directory: Path, limits: Limits, root: Path, prompted: bool) -> tuple[str, bool]:
+    """The pooling, and whether vectors are normalised; ``prompted``: texts may have prompts."""
     if not os.path.lexists(directory / MODULES):
         pooled = os.path.lexists(directory / POOLING / "config.json")
-        return (_pooling(directory / POOLING, limits, root), (directory / "2_Normalize").is_dir()) if pooled else (
-            "mean", True
-        )  # fmt: skip
+        if not pooled:
+            return "mean", True
+        return _pooling(directory / POOLING, limits, root, prompted), (directory / "2_Normalize").is_dir()
     where = str(directory / MODULES)
     listed = parse_json(b'{"modules": %b}' % read_bytes(directory / MODULES, limits.json_bytes, root), where)["modules"]
     if not isinstance(listed, list) or not all(isinstance(module, dict) for module in listed):
@@ -66,11 +76,13 @@ def _modules(directory: Path, limits: Limits, root: Path) -> tuple[str, bool]:
             f"{where} lists {', '.join(names)[:120] or 'nothing'}; read here are Transformer, Pooling and Normalize, "
             "in this order"
         )
-    return _pooling(directory / str(listed[1].get("path")), limits, root), "Normalize" in names
+    return _pooling(directory / str(listed[1].get("path")), limits, root, prompted), "Normalize" in names
 
 
-def _pooling(place: Path, limits: Limits, root: Path) -> str:
+def _pooling(place: Path, limits: Limits, root: Path, prompted: bool) -> str:
     config, _ = read_json(place / "config.json", limits, root)
+    if prompted and config.get("include_prompt") is False:
+        raise Unsupported(f"{place / 'config.json'}: include_prompt is false; here a prompt's tokens are pooled too")
     modes = pooling_modes(config) or ["mean"]
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise Unsupported(

@@ -206,6 +206,7 @@ def outline_of(encoder: Encoder) -> dict[str, object]:
         "depth": encoder.depth,
         "max_tokens": encoder.max_tokens,
         "is_pruned": encoder.is_pruned,
+        "prompts": encoder.prompts,
         "packing": encoder.packing,
     }
 

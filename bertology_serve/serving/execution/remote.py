@@ -45,6 +45,7 @@ class Outline:
         self.ref, self.hidden, self.depth = BaseRef(**known["ref"]), int(known["hidden"]), int(known["depth"])
         self.max_tokens, self.is_pruned = int(known["max_tokens"]), bool(known["is_pruned"])
         self.packing = str(known["packing"])
+        self.prompts = tuple((str(name), str(text)) for name, text in known["prompts"])
         self.lock = threading.RLock()
 
     def check_length(self, tokens: int) -> None:

@@ -89,6 +89,9 @@ def _paths() -> JsonObject:
                 "create_embeddings", "Embeddings in OpenAI's shape", _ref("EmbeddingsBody"), _ref("Embeddings")
             )
         },
+        "/v2/embed": {
+            "post": _post("embed_v2", "Embeddings by type (Cohere's shape)", _ref("EmbedBody"), _ref("TypedEmbeddings"))
+        },
         **{
             f"/{version}/rerank": {
                 "post": _post(

@@ -76,6 +76,7 @@ class Routes:
             get("/models/{delta}/health", self.model_health),
             get("/models", self.models),
             ask("/v1/embeddings", self.embeddings),
+            ask("/v2/embed", self.embed),
             ask("/v1/rerank", self.rerank),
             ask("/v2/rerank", self.rerank),
             ask("/score", self.score),
@@ -186,6 +187,10 @@ class Routes:
     async def embeddings(self, request: Request) -> Response:
         """POST /v1/embeddings"""
         return await self._told(request, openai.read_embeddings, openai.write_embeddings)
+
+    async def embed(self, request: Request) -> Response:
+        """POST /v2/embed"""
+        return await self._told(request, openai.read_embed, openai.write_embed)
 
     async def rerank(self, request: Request) -> Response:
         """POST /v1/rerank and /v2/rerank"""

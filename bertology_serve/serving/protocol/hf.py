@@ -14,8 +14,9 @@ from typing import Any
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
-from bertology_serve.files import JsonObject
+from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, shown
+from bertology_serve.tasks.redaction import REDACTION_FIELDS
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
     EMBEDDING,
@@ -28,6 +29,7 @@ from bertology_serve.tasks.spec import (
     TOKEN_CLASSIFICATION,
     ZERO_SHOT,
 )
+from bertology_serve.tasks.vectors import FLOAT, PROMPT_FIELDS, VECTOR_FIELDS
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,10 @@ def _similarity(inputs: JsonObject, delta: Delta, options: Options, most: float)
     check_items(1 + len(sentences), most)
     texts = [inputs["source_sentence"], *sentences]
     names = ["source_sentence", *(f"sentences[{index}]" for index in range(len(sentences)))]
-    requests = [Request(delta.name, {"text": text}, where=name) for text, name in zip(texts, names, strict=True)]
+    requests = [
+        Request(delta.name, {"text": text, **options.fields, "encoding_format": FLOAT}, where=name)
+        for text, name in zip(texts, names, strict=True)
+    ]
     return TaskCall(delta, options, requests, single=False, similarity=True)
 
 
@@ -107,18 +112,19 @@ _KNOWN = {
     CLASSIFICATION: ("top_k", "function_to_apply"),
     MULTI_LABEL: ("top_k", "function_to_apply"),
     REGRESSION: (),
-    TOKEN_CLASSIFICATION: ("aggregation_strategy", "ignore_labels"),
-    QUESTION_ANSWERING: ("top_k",),
+    TOKEN_CLASSIFICATION: ("aggregation_strategy", "ignore_labels", *sorted(REDACTION_FIELDS)),
+    QUESTION_ANSWERING: ("top_k", "offsets"),
     MULTIPLE_CHOICE: (),
-    EMBEDDING: ("normalize", "dimensions", "truncate"),
+    EMBEDDING: (*VECTOR_FIELDS, "truncate", *PROMPT_FIELDS),
     ZERO_SHOT: ("candidate_labels", "hypothesis_template", "multi_label", "top_k"),
-    SPARSE: ("truncate",),
-    MULTI_VECTOR: ("normalize", "truncate"),
+    SPARSE: ("truncate", *PROMPT_FIELDS),
+    MULTI_VECTOR: ("normalize", "truncate", *PROMPT_FIELDS),
 }
+FIELDS = (*REDACTION_FIELDS, *PROMPT_FIELDS, *VECTOR_FIELDS)
 # What counts as an option beside ``inputs`` too, where InferenceClient puts those of embeddings; other keys are ignored
 _OPTIONS = frozenset(sum(_KNOWN.values(), ())) | {
     "stride", "align_to_words", "doc_stride", "handle_impossible_answer", "max_answer_len", "max_question_len",
-    "max_seq_len", "prompt_name", "truncation_direction", "encoding_format",
+    "max_seq_len", "truncation_direction",
 }  # fmt: skip
 
 
@@ -126,17 +132,14 @@ _OPTIONS = frozenset(sum(_KNOWN.values(), ())) | {
 class Options:
     """What a call asks for; ``None`` is the task's default.
 
-    ``unit`` says that the delta's embeddings have unit length already, ``normalize`` that the answer's are to.
-    ``fields`` are those that every record of the call gets.
+    ``fields`` are those that every record of the call gets: what is asked of redaction, offsets, prompts, vectors and
+    labels.
     """
 
     top_k: int | None = None
     transform: str = ""
     ignore_labels: tuple[str, ...] = ()
-    normalize: bool = False
-    unit: bool = False
-    dimensions: int | None = None
-    fields: JsonObject = field(default_factory=dict)
+    fields: JsonMapping = field(default_factory=dict)
 
     @property
     def needs_logits(self) -> bool:
@@ -157,27 +160,16 @@ def read_options(body: JsonObject, delta: Delta) -> Options:
         if name not in _KNOWN[kind]:
             known = f"; {kind} has {', '.join(_KNOWN[kind])}" if _KNOWN[kind] else ""
             raise Unsupported(f"option {name[:40]!r} is not supported for {kind}; leave it out{known}")
-    unit = delta.task.unit
     options = Options(
         top_k=_integer(given, "top_k", 20 if kind == QUESTION_ANSWERING else 100_000),
         transform=_transform(given, kind),
         ignore_labels=_texts(given, "ignore_labels"),
-        normalize=_flag(given, "normalize", unit),
-        unit=unit,
-        dimensions=_integer(given, "dimensions", 100_000),
-        fields=_asked(given),
+        fields={name: given[name] for name in FIELDS if name in given} | _asked(given),
     )
-    _check(given, options, delta)
-    return options
-
-
-def _check(given: JsonObject, options: Options, delta: Delta) -> None:
-    """Options that are known and yet cannot be honoured."""
     _choice(given, "aggregation_strategy", GROUPED, "simple")
-    if options.unit and not options.normalize:
-        raise Unsupported(f"delta {delta.name!r} gives normalised embeddings; leave 'normalize' out")
     if _flag(given, "truncate", True) is False and delta.task.long == "cut":
         raise Unsupported("texts are always cut to the delta's maximum length; leave 'truncate' out")
+    return options
 
 
 def _integer(given: JsonObject, name: str, most: int) -> int | None:
@@ -251,41 +243,34 @@ def regression(prediction: Prediction, options: Options) -> list[JsonObject]:
     return [{"label": "value", "score": prediction.answer["value"]}]
 
 
-def tokens(prediction: Prediction, options: Options) -> list[JsonObject]:
-    """``[{entity_group, score, word, start, end}]``."""
-    return [
-        {
-            "entity_group": entity["label"],
-            "score": entity["score"],
-            "word": entity["text"],
-            "start": entity["start"],
-            "end": entity["end"],
-        }
+def tokens(prediction: Prediction, options: Options) -> list[JsonObject] | JsonObject:
+    """``[{entity_group, score, word, start, end}]``; those under ``entities`` beside what redaction gives."""
+    found = [
+        {"entity_group": entity["label"], "score": entity["score"], "word": entity["text"], **_ends(entity)}
         for entity in prediction.answer["entities"]
         if entity["label"] not in options.ignore_labels
     ]
+    more = {name: prediction.answer[name] for name in REDACTED if name in prediction.answer}
+    return {"entities": found, **more} if more else found
 
 
 def question(prediction: Prediction, options: Options) -> Any:
     """``{answer, score, start, end}``, or a list of them when more than one was asked for."""
     found = prediction.answer.get("answers", [prediction.answer["answer"]])
-    answers = [
-        {"answer": answer["text"], "score": answer["score"], "start": answer["start"], "end": answer["end"]}
-        for answer in found
-    ]
+    answers = [{"answer": answer["text"], "score": answer["score"], **_ends(answer)} for answer in found]
     return answers if (options.top_k or 1) > 1 else answers[0]
 
 
-def embedding(prediction: Prediction, options: Options) -> list[float]:
-    """The vector; the first ``dimensions`` of it, scaled again to unit length where it had that."""
-    vector: Sequence[float] = prediction.answer["embedding"]
-    if options.dimensions is not None and options.dimensions > len(vector):
-        raise DataError(f"option 'dimensions' is {options.dimensions}; the embedding has {len(vector)}")
-    part = list(vector[: options.dimensions])
-    if not options.normalize or (options.unit and options.dimensions is None):
-        return part
-    size = math.sqrt(sum(number * number for number in part))
-    return [number / size for number in part] if size else part
+REDACTED = ("redacted", "redactions", "placeholders")
+
+
+def _ends(span: JsonMapping) -> JsonObject:
+    return {name: span[name] for name in ("start", "end", "start_utf16", "end_utf16") if name in span}
+
+
+def embedding(prediction: Prediction, options: Options) -> Any:
+    """The vector, as the call's fields have it; by name where an item asks for several, or for chunks."""
+    return prediction.answer.get("embedding", prediction.answer)
 
 
 def sparse(prediction: Prediction, options: Options) -> list[JsonObject]:

@@ -30,7 +30,7 @@ from bertology_serve.serving.protocol.oip_model import (
     record_of,
 )
 from bertology_serve.serving.protocol.tensors import InputTensor, OutputTensor, Parameters, read_texts, split
-from bertology_serve.tasks.spec import SPARSE
+from bertology_serve.tasks.spec import EMBEDDING, SPARSE, VECTOR_KINDS
 
 DELTA = "delta"
 Find = Callable[[str], Delta]
@@ -98,7 +98,11 @@ def read_call(asked: InferRequest, blobs: Sequence[bytes | None], model: Delta, 
     for row, delta in enumerate(deltas):
         texts = {name: column[row] for name, column in columns.items() if name != DELTA}
         where = f"row {row}"
-        requests.append(Request(delta.name, record_of(delta, texts, where), "", logits, where))
+        record = record_of(delta, texts, where)
+        if delta.task.kind in VECTOR_KINDS:
+            asked_for = ("input_type", "dimensions") if delta.task.kind == EMBEDDING else ("input_type",)
+            record |= {name: parameters[name] for name in asked_for if name in parameters}
+        requests.append(Request(delta.name, record, "", logits, where))
     return InferCall(model, asked.id, requests, outputs, fields, _seconds(parameters), _priority(parameters))
 
 

@@ -4,6 +4,8 @@ OpenAI: ``/v1/models`` and ``/v1/embeddings``, as its own client sends and parse
 names the encoder that it shares. Vectors go out as numbers, or, as that client asks unless told otherwise, as base64 of
 little-endian float32.
 
+Cohere: ``/v2/embed`` ``{model, texts, input_type, embedding_types, output_dimension}`` -> vectors by type.
+
 Cohere and Jina: ``{model, query, documents}`` -> documents by relevance. The model is a regression on pairs, whose
 value is squeezed into 0..1, or an embedding of any kind: cosine, product of weights or MaxSim.
 
@@ -13,23 +15,20 @@ regression on pairs or by embeddings; ``/classify`` ``{model, input}`` -> label 
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
 from bertology_serve.files import JsonObject
-from bertology_serve.serving.protocol.hf import Options, embedding, sigmoid
+from bertology_serve.serving.protocol.hf import sigmoid
 from bertology_serve.serving.protocol.json_codec import check_items, encode, encode_list, object_of, shown
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION, VECTOR_KINDS
+from bertology_serve.tasks.vectors import FLOAT, PROMPT_FIELDS
 
-FORMATS = ("float", "base64")
 OWNER = "bertology-serve"
 
 
@@ -49,12 +48,10 @@ class Receipt:
 
 @dataclass(frozen=True)
 class EmbeddingsCall:
-    """One request a text, and how the vectors are wanted."""
+    """One request a text, which says how its vector is wanted."""
 
     delta: Delta
     requests: list[Request]
-    options: Options
-    base64: bool
 
 
 def read_embeddings(body: bytes, find: Callable[[str], Delta], most: float = math.inf) -> EmbeddingsCall:
@@ -62,29 +59,56 @@ def read_embeddings(body: bytes, find: Callable[[str], Delta], most: float = mat
     LimitError for more than ``most`` texts.
     """
     value = object_of(body)
-    wanted = value.get("encoding_format")
-    if wanted not in (None, *FORMATS):
-        raise DataError(f"field 'encoding_format' is not supported with this value; expected {' or '.join(FORMATS)}")
     delta = model_of(value, find, EMBEDDING)
-    unit = delta.task.normalize
-    options = Options(normalize=unit, unit=unit, dimensions=_dimensions(value.get("dimensions")))
-    requests = [
-        Request(delta.name, {"text": text}, where=f"input[{index}]")
-        for index, text in enumerate(texts_of(value.get("input"), "input", most))
+    asked = (*PROMPT_FIELDS, "encoding_format", "dimensions")
+    fields = {name: value[name] for name in asked if value.get(name) is not None}
+    return EmbeddingsCall(delta, _requests(delta, value, "input", fields, most))
+
+
+def _requests(delta: Delta, value: JsonObject, field: str, fields: JsonObject, most: float) -> list[Request]:
+    return [
+        Request(delta.name, {"text": text, **fields}, where=f"{field}[{index}]")
+        for index, text in enumerate(texts_of(value.get(field), field, most))
     ]
-    return EmbeddingsCall(delta, requests, options, wanted == "base64")
 
 
 def write_embeddings(call: EmbeddingsCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
     """The vectors in the order of the texts."""
     data = []
     for index, prediction in enumerate(predictions):
-        vector: Any = embedding(prediction, call.options)
-        if call.base64:
-            vector = base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
-        data.append({"object": "embedding", "index": index, "embedding": vector})
+        data.append({"object": "embedding", "index": index, "embedding": prediction.answer["embedding"]})
     rest = encode({"model": call.delta.name, "usage": receipt.usage})
     return b'{"object":"list","data":' + encode_list(data) + b"," + rest[1:]
+
+
+def read_embed(body: bytes, find: Callable[[str], Delta], most: float = math.inf) -> EmbeddingsCall:
+    """A call of Cohere's ``POST /v2/embed``. Raises as ``read_embeddings``; Unsupported for images."""
+    value = object_of(body)
+    for name in ("images", "inputs"):
+        if value.get(name) is not None:
+            raise Unsupported(f"field {name!r} is not supported: deltas read texts; send 'texts'")
+    if str(value.get("truncate") or "END").upper() != "END":
+        raise Unsupported("option 'truncate' is not supported with this value; texts are cut at their end")
+    delta = model_of(value, find, EMBEDDING)
+    fields = {
+        "embedding_types": value.get("embedding_types") or [FLOAT],
+        "input_type": value.get("input_type"),
+        "dimensions": value.get("output_dimension"),
+    }
+    return EmbeddingsCall(delta, _requests(delta, value, "texts", fields, most))
+
+
+def write_embed(call: EmbeddingsCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
+    """The vectors by type, each in the order of the texts."""
+    rows = [prediction.answer["embeddings"] for prediction in predictions]
+    told = {
+        "id": receipt.id,
+        "texts": [request.record["text"] for request in call.requests],
+        "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": receipt.tokens}},
+        "response_type": "embeddings_by_type",
+    }
+    vectors = b",".join(encode(name) + b":" + encode_list(row[name] for row in rows) for name in rows[0])
+    return encode(told)[:-1] + b',"embeddings":{' + vectors + b"}}"
 
 
 def describe(delta: Delta, started: int, ready: bool) -> JsonObject:
@@ -121,12 +145,6 @@ def texts_of(value: Any, field: str, most: float) -> list[str]:
         if not isinstance(text, str):
             raise DataError(f"field {field!r} holds {shown(text)}; expected texts")
     return texts
-
-
-def _dimensions(value: Any) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise DataError(f"field 'dimensions' is {shown(value)}; expected an integer from 1")
-    return value
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,25 @@ class ItemBody(Struct, omit_defaults=True):
     labels: Annotated[list[str] | None, Meta(description="zero-shot: what to choose from.")] = None
     multi_label: Annotated[bool | None, Meta(description="zero-shot: any number of labels may apply.")] = None
     template: Annotated[str | None, Meta(description="zero-shot: put around labels, {} in their place.")] = None
+    redact: Annotated[
+        bool | str | dict[str, str] | None,
+        Meta(description="What becomes of entities: keep, mask, hash or replace, for all or by label (* is the rest)."),
+    ] = None
+    patterns: Annotated[
+        bool | str | list[str] | dict[str, str] | None,
+        Meta(description="Expressions looked for beside the model: all, some by name, or a policy for each."),
+    ] = None
+    offsets: Annotated[Literal["characters", "utf16"], Meta(description="utf16: spans in those units too.")] = (
+        "characters"
+    )
+    input_type: Annotated[str | None, Meta(description="What an embedding's text is: query, document, ...")] = None
+    prompt_name: Annotated[str | None, Meta(description="A prompt of the delta, by its name.")] = None
+    dimensions: Annotated[int | None, Meta(description="An embedding's first ones alone, scaled anew.")] = None
+    encoding_format: Format = "float"
+    embedding_types: Annotated[list[Format] | None, Meta(description="Several formats, answered by name.")] = None
+    pooling: Annotated[str | None, Meta(description="chunks: a vector of each part of the text.")] = None
+    chunks: Annotated[list[list[int]] | None, Meta(description="Start and end of each part, in characters.")] = None
+    chunk_tokens: Annotated[int | None, Meta(description="Tokens of each part, where there are no chunks.")] = None
 
 
 class SeveralBody(Struct, omit_defaults=True):
@@ -62,21 +81,26 @@ class TaskBody(Struct, omit_defaults=True):
     parameters: JsonObject | None = None
 
 
+Format = Literal["float", "base64", "int8", "uint8", "binary", "ubinary"]
+VectorNumbers = list[float] | str
+
+
 class EmbeddingsBody(Struct, omit_defaults=True):
     """OpenAI's embeddings request; other keys are ignored."""
 
     model: Annotated[str, Meta(description="Name of a delta whose task is embedding, or 'base'.")]
     input: str | list[str]
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Format = "float"
     dimensions: int | None = None
+    input_type: Annotated[str | None, Meta(description="query, document, ...: chooses the delta's prompt.")] = None
 
 
 class Vector(Struct):
-    """One embedding: numbers, or base64 of little-endian float32."""
+    """One embedding: numbers, codes, or base64 of little-endian float32."""
 
     object: Literal["embedding"]
     index: int
-    embedding: list[float] | str
+    embedding: VectorNumbers
 
 
 class Usage(Struct):
@@ -93,6 +117,26 @@ class Embeddings(Struct):
     data: list[Vector]
     model: str
     usage: Usage
+
+
+class EmbedBody(Struct, omit_defaults=True):
+    """Cohere's embeddings request; other keys are ignored."""
+
+    model: Annotated[str, Meta(description="Name of a delta whose task is embedding, or 'base'.")]
+    texts: list[str]
+    input_type: str | None = None
+    embedding_types: list[Format] | None = None
+    output_dimension: int | None = None
+
+
+class TypedEmbeddings(Struct):
+    """The vectors of all texts, by type."""
+
+    id: str
+    texts: list[str]
+    embeddings: dict[str, list[VectorNumbers]]
+    meta: JsonObject
+    response_type: Literal["embeddings_by_type"]
 
 
 class RerankBody(Struct, omit_defaults=True):
@@ -198,6 +242,8 @@ class TeiBody(Struct, omit_defaults=True):
     normalize: bool = True
     truncate: bool = False
     dimensions: int | None = None
+    encoding_format: Format = "float"
+    prompt_name: str | None = None
     raw_scores: bool = False
 
 
@@ -334,5 +380,5 @@ BODIES = (
     ItemBody, Answer, SeveralBody, SeveralAnswers, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest,
     InferResponse, TeiBody, TeiClass, TeiSimilarityBody, TeiRerankBody, TeiTokenizeBody, TeiDecodeBody,
     RerankBody, Ranks, ScoreBody, Scores, ClassifyBody, Classes, PredictBody, Predictions,
-    EmbeddingsBody, Embeddings, IndexRequest, LoadRequest, Version, Problem, OpenAIProblem,
+    EmbeddingsBody, Embeddings, EmbedBody, TypedEmbeddings, IndexRequest, LoadRequest, Version, Problem, OpenAIProblem,
 )  # fmt: skip

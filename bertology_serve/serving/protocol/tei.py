@@ -12,7 +12,7 @@ reads are refused unless ``truncate`` is true, as there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,13 @@ from bertology_serve.encoder.pipeline import BASE, Prediction, Request
 from bertology_serve.errors import DataError, LimitError, Unsupported
 from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.protocol.hf import Options, classification, cosine, embedding, sparse
+from bertology_serve.serving.protocol.hf import Options, classification, cosine, sparse
 from bertology_serve.serving.protocol.json_codec import check_items, check_size, encode, encode_list, object_of, shown
 from bertology_serve.serving.protocol.openai import score_of
+from bertology_serve.tasks.embedding import prompts_for
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, MULTI_VECTOR, REGRESSION, SPARSE, VECTOR_KINDS
+from bertology_serve.tasks.vectors import PROMPT_FIELDS, VECTOR_FIELDS
 
 Find = Callable[[str], Delta]
 Body = JsonMapping
@@ -50,7 +52,6 @@ class TeiCall:
     what: str
     delta: Delta
     requests: list[Request]
-    options: Options
     truncate: bool
     raw: bool = False
     flat: bool = False
@@ -67,15 +68,13 @@ def read_tei(body: bytes, what: str, find: Find, named: str | None = None, most:
     delta = _delta(value, what, find, named)
     check_items(_count(value), most)
     records, names, more = _RECORDS[what](value)
-    rows = what == EMBED_ALL and delta.task.kind == EMBEDDING
+    rows, fields = what == EMBED_ALL and delta.task.kind == EMBEDDING, _fields(value, what)
     requests = [
-        Request(delta.name, record, "", _flag(value, "raw_scores"), where, rows=rows)
+        Request(delta.name, record | fields, "", _flag(value, "raw_scores"), where, rows=rows)
         for record, where in zip(records, names, strict=True)
     ]
-    _refuse(value)
-    return TeiCall(
-        what, delta, requests, _options(value, delta), _flag(value, "truncate"), _flag(value, "raw_scores"), **more
-    )
+    _refuse(value, what)
+    return TeiCall(what, delta, requests, _flag(value, "truncate"), _flag(value, "raw_scores"), **more)
 
 
 def write_tei(call: TeiCall, predictions: Sequence[Prediction]) -> bytes:
@@ -89,15 +88,15 @@ def write_tei(call: TeiCall, predictions: Sequence[Prediction]) -> bytes:
     if call.what == EMBED_ALL:
         return encode_list(prediction.answer["vectors"] for prediction in predictions)
     if call.what == EMBED_SPARSE:
-        return encode_list(sparse(prediction, call.options) for prediction in predictions)
-    vectors = [embedding(prediction, call.options) for prediction in predictions]
+        return encode_list(sparse(prediction, Options()) for prediction in predictions)
+    vectors = [prediction.answer["embedding"] for prediction in predictions]
     return encode_list(vectors if call.what == EMBED else [cosine(vectors[0], other) for other in vectors[1:]])
 
 
 def _ranks(call: TeiCall, predictions: Sequence[Prediction]) -> list[JsonObject]:
     """The texts, best first; a regression's value is squeezed into 0..1 unless raw scores are asked for."""
     scores = [score_of(prediction, call.raw) for prediction in predictions]
-    ranks = [{"index": index, "score": score} for index, score in enumerate(scores)]
+    ranks: list[JsonObject] = [{"index": index, "score": score} for index, score in enumerate(scores)]
     if call.with_text:
         ranks = [rank | {"text": text} for rank, text in zip(ranks, call.texts, strict=True)]
     return sorted(ranks, key=lambda rank: -float(rank["score"]))
@@ -122,21 +121,25 @@ def _delta(value: Body, what: str, find: Find, named: str | None) -> Delta:
     return delta
 
 
-def _refuse(value: Body) -> None:
-    if value.get("prompt_name") is not None:
-        raise Unsupported("option 'prompt_name' is not supported: a delta brings its own prompt; leave it out")
+def _refuse(value: Body, what: str) -> None:
+    if value.get("prompt_name") is not None and what not in _FIELDS:
+        raise Unsupported(f"option 'prompt_name' is not supported by /{what}; leave it out")
     if str(value.get("truncation_direction") or "right").lower() != "right":
         raise Unsupported("option 'truncation_direction' is not supported with this value; texts are cut on the right")
 
 
-def _options(value: Body, delta: Delta) -> Options:
-    unit = delta.task.unit
-    normalize, dimensions = _flag(value, "normalize", True), value.get("dimensions")
-    if unit and not normalize:
-        raise Unsupported(f"delta {delta.name!r} gives normalised embeddings; leave 'normalize' out")
-    if dimensions is not None and (isinstance(dimensions, bool) or not isinstance(dimensions, int) or dimensions < 1):
-        raise DataError(f"field 'dimensions' is {shown(dimensions)}; expected an integer from 1")
-    return Options(normalize=normalize, unit=unit, dimensions=dimensions)
+# What of a body goes into its records: vectors of texts are normalised unless a call says otherwise
+_FIELDS: Mapping[str, tuple[str, ...]] = {
+    EMBED: (*PROMPT_FIELDS, *VECTOR_FIELDS),
+    SIMILARITY: (*PROMPT_FIELDS, "dimensions", "normalize"),
+    EMBED_ALL: PROMPT_FIELDS,
+    EMBED_SPARSE: PROMPT_FIELDS,
+}
+
+
+def _fields(value: Body, what: str) -> JsonObject:
+    known: JsonObject = {"normalize": True} if "normalize" in _FIELDS.get(what, ()) else {}
+    return known | {name: value[name] for name in _FIELDS.get(what, ()) if value.get(name) is not None}
 
 
 Records = tuple[list[JsonObject], list[str], JsonObject]
@@ -218,6 +221,8 @@ def check_fit(call: TeiCall, tokenizer: Any, most_characters: int) -> None:
         check_size(request, most_characters)
     for request in [] if call.truncate or call.delta.task.long == "windows" else call.requests:
         text, pair = request.record.get("text"), request.record.get("text_pair")
+        if call.delta.task.prompts and isinstance(text, str):
+            text = prompts_for(call.delta.task, request.record, request.where)[0] + text
         sizes = [len(part.encode("utf-8", "replace")) for part in (text, pair) if isinstance(part, str)]
         if sum(sizes) <= most - 4 or not isinstance(text, str):
             continue
@@ -232,7 +237,7 @@ def tokenize(value: Body, tokenizer: Any, config: ServerConfig) -> bytes:
     As many texts, as long ones and as many tokens are taken as of calls that the encoder answers; LimitError beyond.
     """
     if value.get("prompt_name") is not None:
-        raise Unsupported("option 'prompt_name' is not supported: a delta brings its own prompt; leave it out")
+        raise Unsupported("option 'prompt_name' is not supported: send the text with its prompt")
     texts = [value["inputs"]] if isinstance(value.get("inputs"), str) else value.get("inputs")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"field 'inputs' is {shown(value.get('inputs'))}; expected a text or a list of texts")

@@ -172,6 +172,21 @@ def test_beft(tmp_path: Path, targets: list[str], biases: str) -> None:
     assert not found["key"].any()
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda names: peft.BeftConfig(task_type="SEQ_CLS", target_modules=names),
+        lambda names: peft.IA3Config(task_type="SEQ_CLS", target_modules=names, feedforward_modules=[]),
+    ],
+)
+def test_biases_and_factors_of_some_layers(tmp_path: Path, config: Any) -> None:
+    names = [f"bert.encoder.layer.{layer}.attention.self.value" for layer in (0, 2)]
+    delta = load(saved(tmp_path, "bert", config(names)), "bert")
+    (spec,) = delta.specs
+    assert spec.layers == (0, 2)
+    assert {len(tensor) for tensor in delta.tensors.values()} == {2}
+
+
 def test_prompt_tuning_keeps_pefts_ways(tmp_path: Path) -> None:
     config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3, token_dim=24)
     path = saved(tmp_path, "electra", config)

@@ -123,7 +123,7 @@ def test_the_model_in_the_body(server, path, body, check):
         ("/embed", {"inputs": "a", "normalize": False}, 400, "gives normalised embeddings"),
         ("/embed", {"inputs": "a", "normalize": 1}, 400, "expected true or false"),
         ("/embed", {"inputs": "a", "dimensions": 0}, 400, "expected an integer from 1"),
-        ("/embed", {"inputs": "a", "prompt_name": "query"}, 400, "brings its own prompt"),
+        ("/embed", {"inputs": "a", "prompt_name": "query"}, 400, "this delta has no prompts"),
         ("/embed", {"inputs": "a", "truncation_direction": "Left"}, 400, "cut on the right"),
         ("/embed", {"inputs": "cat " * 60, "model": "sense"}, 413, "62 tokens; at most 32 are read"),
         ("/embed_sparse", {"inputs": "a"}, 400, "field 'model' is null"),

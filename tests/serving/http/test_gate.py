@@ -146,6 +146,7 @@ ITEMS: dict[str, Callable[[int], Any]] = {
     "/v1/embeddings": lambda n: {"model": "sense", "input": ["cat"] * n},
     "/v1/rerank": lambda n: {"model": "grade", "query": "cat", "documents": ["dog"] * n},
     "/v2/rerank": lambda n: {"model": "grade", "query": "cat", "documents": ["dog"] * n},
+    "/v2/embed": lambda n: {"model": "sense", "texts": ["cat"] * n},
     "/score": lambda n: {"model": "grade", "text_1": "cat", "text_2": ["dog"] * n},
     "/classify": lambda n: {"model": "mood", "input": ["cat"] * n},
     "/embed": lambda n: {"model": "sense", "inputs": ["cat"] * n},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -86,17 +85,6 @@ def test_binary_tensors_as_tritonclient_sends_them(server):
     vector = np.frombuffer(response.content[length:], "<f4")
     assert output["parameters"]["binary_data_size"] == vector.nbytes
     assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
-
-
-@pytest.fixture
-def hub_session() -> Iterator[None]:
-    """The tests' offline mode forbids this client even the loopback; a session without that hook does not."""
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
-
-    set_client_factory(lambda: httpx.Client(timeout=120))
-    yield
-    set_client_factory(default_client_factory)
 
 
 @pytest.mark.usefixtures("hub_session")

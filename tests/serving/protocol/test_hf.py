@@ -9,6 +9,7 @@ import torch
 from bertology_serve.errors import DataError, Unsupported
 from bertology_serve.serving.protocol.hf import read_task, write_task
 from bertology_serve.serving.versions.delta_registry import Registry
+from bertology_serve.tasks.redaction import restore
 
 
 def ask(registry: Registry, name: str, inputs: Any, top: dict[str, Any] | None = None, **parameters: Any) -> Any:
@@ -139,7 +140,7 @@ def test_labels_of_a_call(registry):
         ("sense", {"inputs": "a", "normalize": False}, Unsupported, "gives normalised embeddings"),
         ("sense", {"inputs": "a", "truncate": False}, Unsupported, "always cut"),
         ("sense", {"inputs": "a", "normalize": "yes"}, DataError, "expected true or false"),
-        ("sense", {"inputs": "a", "encoding_format": "base64"}, Unsupported, "'encoding_format' is not supported"),
+        ("sense", {"inputs": "a", "encoding_format": "int4"}, DataError, "expected float, base64, int8"),
         ("sense", {"inputs": "a", "dimensions": 33}, DataError, "the embedding has 32"),
         ("sense", {"inputs": {"source_sentence": "a", "sentences": []}}, DataError, "field 'sentences' is a list"),
         ("sense", {"inputs": {"source_sentence": "a", "sentences": "b"}}, DataError, "field 'sentences' is a text"),
@@ -152,3 +153,25 @@ def test_what_would_not_be_honoured_is_refused(registry, name, body, error, mess
 
 def test_unknown_keys_and_nulls_are_ignored(registry):
     assert ask(registry, "mood", "the cat", {"options": {"wait_for_model": True}, "other": 1}, top_k=None, stride=None)
+
+
+def test_tokens_are_redacted_where_the_call_says_so(registry):
+    text = "Ada went to Paris \U0001f600 ada@x.org Ada"
+    plain = ask(registry, "names", text)
+    found = ask(registry, "names", text, redact="replace", patterns=["EMAIL"], offsets="utf16")
+    ends = [{name: value for name, value in one.items() if "utf16" not in name} for one in found["entities"]]
+    assert ends == plain
+    assert "ada@x.org" not in found["redacted"]
+    assert restore(found["redacted"], found["placeholders"] | {"[EMAIL]": "ada@x.org"}) == text
+    assert found["redactions"][-1]["end_utf16"] == found["redactions"][-1]["end"] + 1
+    beside = answer(registry, "names", {"inputs": text, "redact": True})
+    assert beside["redacted"].count("[") == len(beside["redactions"])
+
+
+def test_spans_in_utf16_units(registry):
+    context = "\U0001f600 Ada met the dog"
+    found = ask(registry, "finder", {"question": "who met the dog", "context": context}, offsets="utf16")
+    before = context[: found["start"]].encode("utf-16-le")
+    assert found["start_utf16"] == len(before) // 2
+    with pytest.raises(Unsupported, match="option 'redact' is not supported for classification"):
+        ask(registry, "mood", "the cat", redact=True)

@@ -6,6 +6,7 @@ import pytest
 
 from bertology_serve.errors import DataError, NotFound, SpecError
 from bertology_serve.training.fleet.fleet_spec import fleet_from_dict, read_fleet
+from bertology_serve.training.method_options import read_layers
 
 FILE = """
 backbone = "minilm"
@@ -100,3 +101,10 @@ def test_missing_file(tmp_path):
 def test_tables_may_come_from_python():
     spec = fleet_from_dict({"delta": {"a": {"task": "regression", "train": "t.csv"}}}, Path("/data"))
     assert spec.members[0].train == "/data/t.csv"
+
+
+@pytest.mark.parametrize("given", ["1-2", [1, 2], "top:2"])
+def test_layers_are_for_any_kind(given: object) -> None:
+    values = {"task": "regression", "train": "t.csv", "method": "bitfit", "layers": given}
+    (member,) = fleet_from_dict({"delta": {"a": values}}).members
+    assert read_layers(member.config.layers, 3) == (1, 2)

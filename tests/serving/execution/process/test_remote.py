@@ -54,6 +54,7 @@ def test_the_fork_server_has_one_thread(remote):
 
 def test_mixed_batches_are_those_of_this_process_bit_for_bit(far, pipeline):
     requests = [Request(name, record, logits=True) for name, record in RECORDS.items()] * 2
+    requests.append(Request("sense", RECORDS["sense"] | {"pooling": "chunks", "chunk_tokens": 2}))
     draw = random.Random(0)
     for one in (far.pipeline, pipeline):  # rows of labels that other tests left come from other batches
         one.loaded("labels").rows = RowCache()
