@@ -173,3 +173,16 @@ def test_many_clients_at_once_get_their_own_answers(server, pipeline):
     for text, answer in zip(texts, asyncio.run(go()), strict=True):
         assert answer["id"] == text
         assert answer["scores"] == pytest.approx(alone[text], abs=1e-5)
+
+
+def test_labels_of_an_open_inference_call(server):
+    """Each row has labels of its own, filled up with empty texts."""
+    texts = {"name": "text", "shape": [2], "datatype": "BYTES", "data": ["the cat", "a dog"]}
+    labels = {"name": "labels", "shape": [2, 3], "datatype": "BYTES", "data": ["cat", "dog", "", "a", "b", "c"]}
+    reply = server.post("/v2/models/labels/infer", {"inputs": [texts, labels]}).json()
+    (output,) = reply["outputs"]
+    assert output["name"] == "result_json"
+    assert [json.loads(row)["scores"].keys() for row in output["data"]] == [{"cat", "dog"}, {"a", "b", "c"}]
+    assert {"name": "labels", "datatype": "BYTES", "shape": [-1, -1]} in server.client.get("/v2/models/labels").json()[
+        "inputs"
+    ]
