@@ -185,7 +185,7 @@ def test_dry_run_counts_and_writes_nothing(bert, train_file, tmp_path, capsys):
         (["--max-length", "1000"], "max_length is 1000, but"),
         (["--task", "regression"], "field 'label' is 'up' (str); expected a finite number"),
         (["--task", "embedding", "--method", "probe"], "field 'text_pair' (or 'positive') is missing"),
-        (["--loss", "mnrl"], "loss mnrl is for embedding, not classification; leave it out"),
+        (["--loss", "mnrl"], "loss mnrl is for embedding, sparse, multi-vector, not classification; leave it out"),
         (["--task", "embedding", "--loss", "mnlr"], "'mnlr'"),
         (["--matryoshka", "8,4"], "dimensions do not fit classification; only embeddings can be cut"),
         (["--device", "gpu"], "unknown device 'gpu'"),
