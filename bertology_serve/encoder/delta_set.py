@@ -416,7 +416,7 @@ class DeltaSet(ABC):
         ):
             job.ready = ready if ready.whole else ready.every_token(self.encoder.hidden, ready.task)
         task, tokenizer = ready.task, (ready.model or self.encoder).tokenizer
-        own, job.beside = task.encode(job.example, tokenizer), task.beside(job.example)
+        job.beside, own = task.beside(job.example), task.encode(job.example, tokenizer)
         if job.beside:
             job.known = ready.rows.known(job.beside)
             own = [*own, *(task.encode_beside(text, tokenizer) for text in job.unknown)]
