@@ -40,7 +40,7 @@ class Request:
     """One record for one delta; ``id`` is the caller's own, ``logits`` asks for the head's raw output too, ``rows`` of
     an embedding for every token's last hidden row, as a multi-vector delta would answer.
 
-    With ``version`` no other version of the delta may answer. Raises SpecError for a record that is none.
+    With ``version`` no other version of the delta may answer.
     """
 
     delta: str
@@ -50,13 +50,6 @@ class Request:
     where: str = "request"
     version: str = ""
     rows: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.delta, str) or not isinstance(self.record, Mapping):
-            raise SpecError(
-                f"a request was made of {self.delta!r:.60} and {self.record!r:.60}; expected a delta's name and a "
-                "record, such as {'text': 'I left smiling.'}"
-            )
 
 
 @dataclass(frozen=True)
@@ -153,11 +146,6 @@ class Job:
     def unknown(self) -> list[str]:
         """The texts beside it that have to be embedded."""
         return [text for text in dict.fromkeys(self.beside) if text not in self.known]
-
-    @property
-    def entry(self) -> BankEntry:
-        """Its delta's place in the bank."""
-        return self.ready.entry
 
     def take(self, encodings: Sequence[Encoding]) -> None:
         """Sets its sequences, and what they cost."""
@@ -389,7 +377,12 @@ class DeltaSet(ABC):
         return self._ready.pop(name, None) is not None
 
     def prepare(self, request: Request) -> Job:
-        """Checks and tokenises one request. Raises NotFound, DataError."""
+        """Checks and tokenises one request. Raises NotFound, DataError; SpecError for what is no request."""
+        if not isinstance(request.delta, str) or not isinstance(request.record, Mapping):
+            raise SpecError(
+                f"a request was made of {request.delta!r:.60} and {request.record!r:.60}; expected a delta's name and "
+                "a record, such as {'text': 'I left smiling.'}"
+            )
         main = self._find(request.delta)
         ready = self.loaded(request.delta, request.version)
         if ready is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ import torch
 from bertology_serve.encoder.bank import BARE, BankEntry
 from bertology_serve.encoder.batch import Fork, PackedBatch
 from bertology_serve.tasks.spec import Encoding
+
+if TYPE_CHECKING:
+    from bertology_serve.encoder.delta_set import Job
 
 Text = tuple[tuple[int, ...], tuple[int, ...]]
 Pack = Callable[[Sequence[Encoding], Sequence[BankEntry]], PackedBatch]
@@ -69,20 +72,6 @@ def share(
     return replace(stages[0].batch, forks=tuple(forks)), stages[-1].seats
 
 
-class Sequences(Protocol):
-    """What asks for sequences: a job."""
-
-    @property
-    def encodings(self) -> Sequence[Encoding]:
-        """Its sequences."""
-        ...
-
-    @property
-    def entry(self) -> BankEntry:
-        """Its delta's."""
-        ...
-
-
 class SharedRows:
     """The texts of a batch as it grows, and how many of their layers' rows what comes next need not compute."""
 
@@ -90,14 +79,14 @@ class SharedRows:
         self._depth = depth
         self._texts: dict[Text, dict[str, int]] = {}  # the deltas asked about it, and the lowest layer of each
 
-    def spared(self, asked: Sequences) -> tuple[int, int]:
+    def spared(self, asked: Job) -> tuple[int, int]:
         """Rows, and their squared lengths' sum, that are computed anyway; a part of the layers is a part of them. One
         row is always left: nothing waits for nothing.
         """
         rows = squares = 0
         if not self._texts:
             return rows, squares
-        lowest, key = min(asked.entry.lowest, self._depth), _key(asked.entry, self._depth)
+        lowest, key = min(asked.ready.entry.lowest, self._depth), _key(asked.ready.entry, self._depth)
         for encoding in asked.encodings:
             deltas = self._texts.get(text_of(encoding))
             if deltas is None:
@@ -107,9 +96,9 @@ class SharedRows:
             squares += length * length * layers // self._depth
         return min(rows, sum([len(encoding.ids) for encoding in asked.encodings]) - 1) if rows else 0, squares
 
-    def add(self, asked: Sequences) -> None:
+    def add(self, asked: Job) -> None:
         """From now on it is in the batch."""
-        lowest, key = min(asked.entry.lowest, self._depth), _key(asked.entry, self._depth)
+        lowest, key = min(asked.ready.entry.lowest, self._depth), _key(asked.ready.entry, self._depth)
         for encoding in asked.encodings:
             self._texts.setdefault(text_of(encoding), {})[key] = lowest
 

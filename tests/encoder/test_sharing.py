@@ -108,7 +108,9 @@ def test_families_that_can_fork_do(tmp_path: Path):
 def test_a_text_is_run_once_for_probes_and_forks_for_deltas_of_upper_layers(pipeline):
     encoder, text = pipeline.encoder, TEXTS[0]
     jobs = [pipeline.prepare(Request(name, {"text": text})) for name in ("probe", "other probe", "top", "other top")]
-    batch, seats = share([job.encodings[0] for job in jobs], [job.entry for job in jobs], encoder.depth, encoder.pack)
+    batch, seats = share(
+        [job.encodings[0] for job in jobs], [job.ready.entry for job in jobs], encoder.depth, encoder.pack
+    )
     assert batch.sequences == 1
     assert [(fork.layer, fork.batch.sequences) for fork in batch.forks] == [(2, 3)]
     assert seats[0] == seats[1]
@@ -120,7 +122,7 @@ def test_what_is_alone_does_not_fork(pipeline):
     encoder = pipeline.encoder
     jobs = [pipeline.prepare(Request("top", {"text": text})) for text in TEXTS]
     jobs.append(pipeline.prepare(Request("all", {"text": TEXTS[0]})))
-    batch, _ = share([job.encodings[0] for job in jobs], [job.entry for job in jobs], encoder.depth, encoder.pack)
+    batch, _ = share([job.encodings[0] for job in jobs], [job.ready.entry for job in jobs], encoder.depth, encoder.pack)
     assert (batch.forks, batch.sequences) == ((), 3)
 
 
@@ -147,7 +149,7 @@ def test_the_last_batch_alone_gives_the_same(pipeline):
     """What an engine runs that cannot fork."""
     encoder = pipeline.encoder
     jobs = [pipeline.prepare(Request(name, {"text": text})) for text in TEXTS for name in ("top", "middle", "probe")]
-    batch, _ = share([job.encodings[0] for job in jobs], [job.entry for job in jobs], encoder.depth, encoder.pack)
+    batch, _ = share([job.encodings[0] for job in jobs], [job.ready.entry for job in jobs], encoder.depth, encoder.pack)
     with torch.inference_mode():
         forked, whole = encoder.run(batch, pipeline.bank), encoder.run(batch.last, pipeline.bank)
     assert len(batch.forks) == 2
@@ -157,7 +159,7 @@ def test_the_last_batch_alone_gives_the_same(pipeline):
 def test_a_context_that_ends_badly_leaves_no_hook_behind(pipeline):
     encoder = pipeline.encoder
     jobs = [pipeline.prepare(Request(name, {"text": TEXTS[0]})) for name in ("top", "probe")]
-    batch, _ = share([job.encodings[0] for job in jobs], [job.entry for job in jobs], encoder.depth, encoder.pack)
+    batch, _ = share([job.encodings[0] for job in jobs], [job.ready.entry for job in jobs], encoder.depth, encoder.pack)
     layer = encoder.model.get_submodule(encoder.anatomy.layer_paths[2])
     with pytest.raises(KeyError, match=r"query"):
         encoder.run(batch, DeltaBank(encoder.anatomy, encoder.dtype, encoder.device))
@@ -172,7 +174,9 @@ LOWEST = st.integers(0, 4)
 
 def asked(text: int, key: str, lowest: int) -> Any:
     ids = (2, 10 + text, *range(11, 16), 3)
-    return SimpleNamespace(encodings=[Encoding(ids, (0,) * 8)], entry=BankEntry(key, lowest=lowest))
+    return SimpleNamespace(
+        encodings=[Encoding(ids, (0,) * 8)], ready=SimpleNamespace(entry=BankEntry(key, lowest=lowest))
+    )
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.sampled_from("abc")), min_size=1, max_size=8), st.data())
@@ -185,7 +189,7 @@ def test_spared_rows_are_those_that_no_layer_runs(pipeline, items, data):
         spared += rows + (rows == 7)  # one row is always left
         known.add(job)
 
-    batch, _ = share([job.encodings[0] for job in jobs], [job.entry for job in jobs], 4, pipeline.encoder.pack)
+    batch, _ = share([job.encodings[0] for job in jobs], [job.ready.entry for job in jobs], 4, pipeline.encoder.pack)
     stages = [(0, batch), *((fork.layer, fork.batch) for fork in batch.forks)]
     ends = [layer for layer, _ in stages[1:]] + [4]
     run = sum(stage.sequences * (end - first) for (first, stage), end in zip(stages, ends, strict=True))
