@@ -166,7 +166,7 @@ def hold(given: argparse.Namespace) -> float:
             made.add(encoder.read_delta(path / "1"))
         engine_of(made, given.engine, given.precision)
         names = [name for name in made.deltas if name != "base"]
-        made.ask_many(text, names)
+        made.ask_many(names, text)
     else:
         models = [OnnxModel.open(path) for path in sorted((given.folder / "merged").iterdir())]
         for model in models:

@@ -25,7 +25,7 @@ from bertology_serve.errors import (
     RateLimited,
     Unauthorized,
 )
-from bertology_serve.tasks.answers import Answer, Model, Version
+from bertology_serve.tasks.answers import Answer, Model, SeveralAnswers, Version
 
 if TYPE_CHECKING:
     from bertology_serve.files import JsonMapping, JsonObject
@@ -104,13 +104,25 @@ def headers_of(key: str | None) -> dict[str, str]:
 
 def answer(items: Iterable[JsonMapping], seconds: float | None) -> Call[tuple[Answer, ...]]:
     """Items of any deltas."""
-    headers = {} if seconds is None else {"X-Request-Timeout-Ms": str(max(1, round(1e3 * seconds)))}
-    return Call("POST", "/predict", tuple[Answer, ...], list(items), headers)
+    return Call("POST", "/predict", tuple[Answer, ...], list(items), _within(seconds))
+
+
+def ask_many(deltas: Iterable[str], text: str | JsonMapping, seconds: float | None) -> Call[SeveralAnswers]:
+    """One item for several deltas."""
+    if isinstance(deltas, str):
+        raise InputError(f"several deltas are asked, not {deltas!r}; expected a list of their names")
+    record = {"text": text} if isinstance(text, str) else text
+    body = {**record, "delta": None, "deltas": list(deltas)}
+    return Call("POST", "/predict", SeveralAnswers, body, _within(seconds))
+
+
+def _within(seconds: float | None) -> dict[str, str]:
+    return {} if seconds is None else {"X-Request-Timeout-Ms": str(max(1, round(1e3 * seconds)))}
 
 
 def items_of(delta: str, texts: Iterable[str | JsonMapping]) -> list[JsonObject]:
     """Texts, or records of the task's fields, as items for one delta."""
-    return [{"delta": delta, **({"text": text} if isinstance(text, str) else text)} for text in texts]
+    return [{**({"text": text} if isinstance(text, str) else text), "delta": delta} for text in texts]
 
 
 def vectors_of(answers: Sequence[Answer]) -> list[tuple[float, ...]]:

@@ -47,10 +47,11 @@ class Client:
     def ask_many(
         self, deltas: Iterable[str], text: str | JsonMapping, *, seconds: float | None = None
     ) -> dict[str, Answer]:
-        """Several deltas' answers to one text, by name; the server computes it once, as far as the deltas let it."""
-        names = list(deltas)
-        items = [item for name in names for item in calls.items_of(name, [text])]
-        return dict(zip(names, self.answer(items, seconds=seconds), strict=True))
+        """Several deltas' answers to one text, by name; the server computes it once, as far as the deltas let it.
+
+        Options that only some of their tasks take are for those.
+        """
+        return (self._send(calls.ask_many(deltas, text, seconds))).deltas
 
     def embed(self, delta: str, texts: Sequence[str], *, seconds: float | None = None) -> list[tuple[float, ...]]:
         """The vectors of texts; ``base`` is the bare encoder."""
@@ -139,10 +140,11 @@ class AsyncClient:
     async def ask_many(
         self, deltas: Iterable[str], text: str | JsonMapping, *, seconds: float | None = None
     ) -> dict[str, Answer]:
-        """Several deltas' answers to one text, by name; the server computes it once, as far as the deltas let it."""
-        names = list(deltas)
-        items = [item for name in names for item in calls.items_of(name, [text])]
-        return dict(zip(names, await self.answer(items, seconds=seconds), strict=True))
+        """Several deltas' answers to one text, by name; the server computes it once, as far as the deltas let it.
+
+        Options that only some of their tasks take are for those.
+        """
+        return (await self._send(calls.ask_many(deltas, text, seconds))).deltas
 
     async def embed(self, delta: str, texts: Sequence[str], *, seconds: float | None = None) -> list[tuple[float, ...]]:
         """The vectors of texts; ``base`` is the bare encoder."""

@@ -19,6 +19,7 @@ from bertology_serve.encoder.delta_set import BASE, DeltaSet, Job, LoadedDelta, 
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.sharing import share
 from bertology_serve.errors import SpecError
+from bertology_serve.tasks.fields import divided
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding
 
@@ -69,13 +70,17 @@ class Pipeline(DeltaSet):
         found = self.answer(Request(delta, record) for record in records)
         return found if several else found[0]
 
-    def ask_many(self, item: str | Mapping[str, Any], deltas: Iterable[str]) -> dict[str, Prediction]:
+    def ask_many(self, deltas: Iterable[str], item: str | Mapping[str, Any]) -> dict[str, Prediction]:
         """Several deltas' answers to one text or record, by name; its rows are computed once, as far as they let it.
 
-        Raises what ``answer`` raises.
+        Options that only some of their tasks take are for those. Raises what ``answer`` raises.
         """
+        if isinstance(deltas, str):
+            raise SpecError(f"several deltas are asked, not {deltas!r}; expected a list of their names")
         record = {"text": item} if isinstance(item, str) else item
-        found = self.run([self.prepare(Request(delta, record)) for delta in deltas])
+        kinds = {name: self._find(name).delta.task.kind for name in deltas}
+        requests = [Request(name, own) for name, own in divided(record, "request", kinds).items()]
+        found = self.run([self.prepare(request) for request in requests])
         return {prediction.delta: prediction for prediction in found}
 
     def read(self, path: Path, name: str) -> Delta:

@@ -119,6 +119,13 @@ class Answer(Struct, frozen=True, omit_defaults=True):
     )
 
 
+class SeveralAnswers(Struct, omit_defaults=True):
+    """The answers of several deltas to one item, by their names."""
+
+    deltas: dict[str, Answer]
+    id: Annotated[str | int | None, Meta(description="The request's own.")] = None
+
+
 class Model(Struct, frozen=True):
     """A delta that answers."""
 

@@ -6,8 +6,8 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from bertology_serve.errors import DataError, nearest
-from bertology_serve.tasks.spec import IGNORED
+from bertology_serve.errors import DataError, Unsupported, nearest
+from bertology_serve.tasks.spec import EMBEDDING, IGNORED, QUESTION_ANSWERING, TOKEN_CLASSIFICATION, VECTOR_KINDS
 
 Record = Mapping[str, object]
 Records = Iterable[tuple[Record, str]]
@@ -287,3 +287,32 @@ def kind_of(value: object) -> str:
     shown = repr(value)
     shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
     return f"{shown} ({type(value).__name__})"
+
+
+_BY_KIND: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("redact", "patterns"), (TOKEN_CLASSIFICATION,)),
+    "offsets": (TOKEN_CLASSIFICATION, QUESTION_ANSWERING),
+    **dict.fromkeys(
+        ("dimensions", "encoding_format", "embedding_types", "pooling", "chunks", "chunk_tokens"), (EMBEDDING,)
+    ),
+    **dict.fromkeys(("input_type", "prompt_name"), VECTOR_KINDS),
+}
+"""Options that tasks of some kinds take, and the others refuse."""
+
+
+def divided(record: Record, where: str, kinds: Mapping[str, str]) -> dict[str, Record]:
+    """One record for several deltas, given the kinds of their tasks: for each of them, by name, what of it is its own.
+
+    An option of some kinds alone is for the deltas of those; Unsupported where none of them is.
+    """
+    options = [name for name in _BY_KIND if record.get(name) is not None]
+    for name in options:
+        if not any(kind in _BY_KIND[name] for kind in kinds.values()):
+            raise Unsupported(
+                f"{where}: field {name!r} is for {' and '.join(_BY_KIND[name])}, which none of the deltas does; "
+                "leave it out"
+            )
+    return {
+        delta: {name: value for name, value in record.items() if name not in options or kind in _BY_KIND[name]}
+        for delta, kind in kinds.items()
+    }

@@ -106,14 +106,12 @@ class Redactor:
 
     def asked(self, record: Record, where: str, task: TaskSpec) -> Redaction | None:
         """What a record asks for beside its text; None: nothing. Raises DataError; Unsupported where the task has no
-        spans, unless the record asks several deltas.
+        spans.
         """
         redact, patterns = record.get("redact"), record.get("patterns")
         utf16 = _choice(record.get("offsets"), where, "offsets", OFFSETS) == "utf16"
         redacts = redact not in (None, False) or patterns not in (None, False)
         if task.kind not in ((TOKEN_CLASSIFICATION,) if redacts else _SPANNED) and (redacts or utf16):
-            if "deltas" in record:  # it is for those of them that find spans
-                return None
             what = "redact" if redacts else "offsets"
             raise Unsupported(f"{where}: {task.kind} finds no spans; leave {what!r} out, or ask {TOKEN_CLASSIFICATION}")
         if not redacts:

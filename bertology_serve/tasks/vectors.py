@@ -54,8 +54,6 @@ class VectorForm:
         if spec.unit and unit is False:
             raise Unsupported(f"{where}: this delta gives normalised embeddings; leave 'normalize' out")
         alien = next((name for name, value in named.items() if value is not None and name != "normalize"), None)
-        if "deltas" in record and spec.kind != EMBEDDING:  # it is for those of them that embed
-            return cls(normalize=unit)
         if alien and spec.kind != EMBEDDING:
             raise Unsupported(f"{where}: field {alien!r} is not supported for {spec.kind}; leave it out")
         several = named["embedding_types"] is not None
@@ -111,8 +109,6 @@ class Chunks:
         no mean of its rows; LimitError for too many chunks.
         """
         pooling, spans, size = (record.get(name) for name in ("pooling", "chunks", "chunk_tokens"))
-        if "deltas" in record and spec.kind != EMBEDDING:
-            return None
         if pooling == "chunks" and spec.kind != EMBEDDING:
             raise Unsupported(f"{where}: field 'pooling' is not supported for {spec.kind}; leave it out")
         if pooling not in (None, "chunks", spec.pooling):

@@ -137,7 +137,7 @@ def test_what_cannot_be_judged(tmp_path: Path) -> None:
         heads(encoder, "rows.jsonl")
     task = TaskSpec("embedding", max_length=32, pooling="mean", head="none")
     delta = tiny.delta(encoder, "d", [Lora(rank=2)], task)
-    with pytest.raises(Unsupported, match="embeddings"):
+    with pytest.raises(Unsupported, match="its loss compares examples with each other"):
         heads(Subject(encoder, delta), "rows.jsonl")
     with pytest.raises(SpecError, match="seeds is -1"):
         HeadSettings(seeds=-1)

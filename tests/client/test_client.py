@@ -124,6 +124,21 @@ def test_what_an_item_may_ask_beside_its_text_is_typed_too(server):
     assert len(bits.embedding) == 2
 
 
+def test_the_delta_that_is_asked_answers(server):
+    """Whatever the record says, as one of /predict does."""
+    with Client(server.url, ADMIN) as client:
+        record = {"text": "the cat", "delta": "names", "deltas": None}
+        assert client.ask("mood", record).delta == "mood"
+        assert {name: one.delta for name, one in client.ask_many(["mood", "base"], record).items()} == {
+            "mood": "mood",
+            "base": "base",
+        }
+        both = client.ask_many(["mood", "names"], {"text": "Ada", "redact": "replace"})
+        assert both["mood"].label
+        with pytest.raises(InputError, match="expected a list of their names"):
+            client.ask_many("mood", "a")
+
+
 def test_the_two_have_the_same_methods():
     def methods(kind: type) -> dict[str, str]:
         return {

@@ -324,7 +324,7 @@ def test_the_graphs_of_a_fork_are_made_beside_and_of_few_layers(tmp_path, monkey
     encoder = tiny.encoder("bert", tmp_path)
     made = Pipeline(encoder, zoo(encoder, ("probe", "top")))
     made.engine = engine = OnnxEngine(encoder)
-    made.ask_many(TEXTS[0], ("probe", "top"))
+    made.ask_many(("probe", "top"), TEXTS[0])
     for thread in threading.enumerate():
         if thread.name == "onnx-forks":
             thread.join(60)
@@ -338,4 +338,4 @@ def test_the_graphs_of_a_fork_are_made_beside_and_of_few_layers(tmp_path, monkey
     for thread in threading.enumerate():
         if thread.name == "onnx-forks":
             thread.join(60)
-    assert made.ask_many(TEXTS[0], ("probe", "top"))["top"].task == "classification"
+    assert made.ask_many(("probe", "top"), TEXTS[0])["top"].task == "classification"

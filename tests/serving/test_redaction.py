@@ -39,7 +39,9 @@ def cut_exactly(span: dict[str, Any], text: str) -> bool:
 def test_two_thousand_texts_of_trouble_are_cut_exactly_and_restored(pipeline):
     texts = trouble(seed=20)
     items = [{"delta": "names", "text": text, **ASKED} for text in texts]
-    call = read_call(json.dumps(items).encode())  # what is no ASCII goes as escapes, in halves of surrogate pairs
+    call = read_call(
+        json.dumps(items).encode(), 2000, pipeline.deltas.__getitem__
+    )  # what is no ASCII goes as escapes, in halves of surrogate pairs
     answers = json.loads(write_answers(call, pipeline.answer(call.requests)))
     assert len(answers) == len(texts) == 2000
     for text, answer in zip(texts, answers, strict=True):
@@ -71,7 +73,7 @@ def test_what_is_not_read_is_not_let_through(pipeline):
 
 def test_of_several_deltas_those_redact_that_find_spans(pipeline):
     item = {"text": "Ada met bob@x.org", "deltas": ["mood", "names"], "redact": "keep", "patterns": True}
-    call = read_call(json.dumps(item).encode())
+    call = read_call(json.dumps(item).encode(), 2, pipeline.deltas.__getitem__)
     found = json.loads(write_answers(call, pipeline.answer(call.requests)))["deltas"]
     assert found["names"]["redacted"] == "Ada met [EMAIL]"
     assert "redacted" not in found["mood"]

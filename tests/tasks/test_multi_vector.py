@@ -119,7 +119,5 @@ def test_prompts_stand_before_queries_and_documents(minilm):
     assert min(alone.words) >= 0, "a query has a vector for every token"
     with pytest.raises(Unsupported, match="field 'dimensions' is not supported for multi-vector"):
         task.example({"text": "good", "dimensions": 8}, "x:1", False)
-    several = task.example({"text": "good", "dimensions": 8, "deltas": ["a", "b"]}, "x:1", False)
-    assert several.form.dimensions is None, "it is for the other"
     with pytest.raises(Unsupported, match="field 'pooling' is not supported for multi-vector"):
         task.example({"text": "good", "pooling": "chunks", "chunk_tokens": 3}, "x:1", False)

@@ -8,8 +8,7 @@ that the task reads.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError
 from bertology_serve.files import JsonObject
 from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, object_of, shown
+from bertology_serve.tasks.fields import divided
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,20 @@ INPUTS = b'"inputs"'  # what no body for TEI's ``/predict`` lacks
 
 
 def is_tei(body: bytes) -> bool:
-    """Whether a body is one for TEI's ``/predict``: an object with ``inputs``, without ``delta``."""
+    """Whether a body is one for TEI's ``/predict``: an object with ``inputs``, without ``delta`` or ``deltas``."""
     value: Any = decode(body)
-    return isinstance(value, dict) and "inputs" in value and "delta" not in value
+    return isinstance(value, dict) and "inputs" in value and not {"delta", "deltas"} & value.keys()
 
 
-def read_call(body: bytes, most: float = math.inf, find: object = None) -> NativeCall:
+def read_call(body: bytes, most: float, find: Callable[[str], Delta]) -> NativeCall:
     """``{"delta", "id"?, "logits"?, ...fields of the record}`` or a list of those, for any deltas together; with
-    ``deltas``, a list of names, in place of ``delta`` an item asks each of them.
+    ``deltas``, a list of names, in place of ``delta`` an item asks each of them. Options that only some of those take
+    are for those; ``find`` is asked for their tasks, and raises what it does.
 
-    LimitError for more than ``most`` answers. What they are does not depend on their deltas: nothing is looked up.
+    LimitError for more than ``most`` answers.
     """
     value: Any = decode(body)
-    if isinstance(value, dict) and "deltas" not in value:
+    if isinstance(value, dict) and value.get("deltas") is None:
         return NativeCall([read_request(value, "request")], single=True)
     if not isinstance(value, list | dict):
         raise DataError(f"the body is {shown(value)}; expected an object with 'delta' and 'text', or a list of those")
@@ -57,10 +58,12 @@ def read_call(body: bytes, most: float = math.inf, find: object = None) -> Nativ
     requests, several = list[Request](), list[range]()
     for index, item in enumerate(items):
         where, first = "request" if single else f"item {index}", len(requests)
-        if isinstance(item, dict) and "deltas" in item:
+        if isinstance(item, dict) and item.get("deltas") is not None:
             names = _names(item, where)
             check_items(first + len(names), most)
-            requests += [read_request({**item, "delta": name}, where) for name in names]
+            record = {name: value for name, value in item.items() if name not in ("deltas", "delta")}
+            own = divided(record, where, {name: find(name).task.kind for name in names})
+            requests += [read_request({**own[name], "delta": name}, where) for name in names]
             several.append(range(first, len(requests)))
         else:
             requests.append(read_request(item, where))
@@ -70,10 +73,15 @@ def read_call(body: bytes, most: float = math.inf, find: object = None) -> Nativ
 def _names(item: JsonObject, where: str) -> list[str]:
     """The deltas that an item asks."""
     names = item["deltas"]
-    if "delta" in item:
+    if item.get("delta") is not None:
         raise DataError(f"{where}: fields 'delta' and 'deltas' both name deltas; send one of them")
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list):
         raise DataError(f"{where}: field 'deltas' is {shown(names)}; expected a list of names of deltas")
+    wrong = next((name for name in names if not isinstance(name, str) or not name), None)
+    if not names or wrong is not None:
+        raise DataError(
+            f"{where}: field 'deltas' holds {shown(wrong) if names else 'nothing'}; expected names of deltas"
+        )
     if len(set(names)) != len(names):
         raise DataError(f"{where}: field 'deltas' names a delta twice; name each once")
     return names

@@ -17,7 +17,7 @@ import msgspec
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
-from bertology_serve.errors import DataError, nearest
+from bertology_serve.errors import DataError, Unsupported, nearest
 from bertology_serve.files import JsonObject
 from bertology_serve.serving.protocol.json_codec import decode, encode, shown
 from bertology_serve.serving.protocol.oip_model import (
@@ -33,6 +33,21 @@ from bertology_serve.serving.protocol.tensors import InputTensor, OutputTensor, 
 from bertology_serve.tasks.spec import EMBEDDING, SPARSE, VECTOR_KINDS
 
 DELTA = "delta"
+ELSEWHERE = (
+    "redact",
+    "patterns",
+    "offsets",
+    "pooling",
+    "chunks",
+    "chunk_tokens",
+    "encoding_format",
+    "embedding_types",
+    "normalize",
+    "prompt_name",
+    "multi_label",
+    "template",
+)
+"""Options of other routes, which would change what is answered."""
 Find = Callable[[str], Delta]
 
 
@@ -88,6 +103,9 @@ def read_call(asked: InferRequest, blobs: Sequence[bytes | None], model: Delta, 
     """
     columns = _columns(asked, blobs, most)
     parameters = asked.parameters or {}
+    alien = next((name for name in ELSEWHERE if parameters.get(name) not in (None, False)), None)
+    if alien:
+        raise Unsupported(f"parameter {alien!r} is not supported under /v2; leave it out, or ask /predict")
     deltas = _deltas(parameters, columns, model, find, most)
     fields = _common_outputs(deltas)
     outputs = _wanted(asked, deltas, fields)

@@ -8,7 +8,7 @@ from msgspec import Meta, Struct
 
 from bertology_serve.files import JsonObject
 from bertology_serve.serving.protocol.oip import InferRequest
-from bertology_serve.tasks.answers import Answer, Model, Version
+from bertology_serve.tasks.answers import Answer, Model, SeveralAnswers, Version
 
 
 class ItemBody(Struct, omit_defaults=True):
@@ -62,13 +62,6 @@ class SeveralBody(Struct, omit_defaults=True):
     labels: Annotated[list[str] | None, Meta(description="zero-shot: what to choose from.")] = None
     multi_label: Annotated[bool | None, Meta(description="zero-shot: any number of labels may apply.")] = None
     template: Annotated[str | None, Meta(description="zero-shot: put around labels, {} in their place.")] = None
-
-
-class SeveralAnswers(Struct, omit_defaults=True):
-    """The answers of several deltas to one item, by their names."""
-
-    deltas: dict[str, Answer]
-    id: Annotated[str | int | None, Meta(description="The request's own.")] = None
 
 
 class TaskBody(Struct, omit_defaults=True):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bertology_serve.encoder.pipeline import Pipeline
-from bertology_serve.errors import DataError, LimitError, NotFound
+from bertology_serve.errors import DataError, LimitError, NotFound, Unsupported
 from bertology_serve.serving.protocol.oip import InferCall, read_infer, write_infer
 from bertology_serve.serving.versions.delta_registry import Registry
 
@@ -169,6 +169,14 @@ def test_what_is_wrong_is_said(registry, body, message):
     with pytest.raises(DataError) as problem:
         read(registry, "mood", body)
     assert message in str(problem.value)
+
+
+@pytest.mark.parametrize("name", ["redact", "patterns", "encoding_format", "pooling", "prompt_name", "multi_label"])
+def test_options_of_other_routes_are_refused(registry, name):
+    """Nothing that was to be redacted goes back as it is."""
+    with pytest.raises(Unsupported, match=f"parameter '{name}' is not supported under /v2"):
+        read(registry, "names", {"inputs": [texts("text", "Ada")], "parameters": {name: "mask"}})
+    assert read(registry, "names", {"inputs": [texts("text", "Ada")], "parameters": {name: False}}).requests
 
 
 def test_several_deltas_for_one_row(registry):
