@@ -89,6 +89,9 @@ def test_rows_of_tokens_are_read_behind_the_prompt_too(pipeline, server):
     mean = rows.mean(0) / np.linalg.norm(rows.mean(0))
     expected = pipeline(PROMPTS[0][1] + TEXT, delta="search").answer["embedding"]
     assert mean.tolist() == pytest.approx(expected, abs=1e-5)
+    for name, value in (("dimensions", 4), ("encoding_format", "int8")):  # of whole texts' vectors
+        refused = server.post("/embed_all", body | {name: value})
+        assert (refused.status_code, f"option '{name}' is not supported by /embed_all" in refused.text) == (400, True)
 
 
 def test_ranking_reads_queries_and_documents(pipeline, server):

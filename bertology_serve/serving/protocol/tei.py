@@ -122,8 +122,9 @@ def _delta(value: Body, what: str, find: Find, named: str | None) -> Delta:
 
 
 def _refuse(value: Body, what: str) -> None:
-    if value.get("prompt_name") is not None and what not in _FIELDS:
-        raise Unsupported(f"option 'prompt_name' is not supported by /{what}; leave it out")
+    for name in ("prompt_name", "dimensions", "encoding_format"):
+        if value.get(name) is not None and name not in _FIELDS.get(what, ()):
+            raise Unsupported(f"option {name!r} is not supported by /{what}; leave it out")
     if str(value.get("truncation_direction") or "right").lower() != "right":
         raise Unsupported("option 'truncation_direction' is not supported with this value; texts are cut on the right")
 
