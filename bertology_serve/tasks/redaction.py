@@ -139,8 +139,8 @@ class Redaction:
         """LimitError where tokens of the text are not read: what stands there would go out as it is."""
         if self.redacts and cut:
             raise LimitError(
-                f"{where}: the last {cut} tokens are not read, so that the text cannot be redacted; send it in parts, "
-                "or train the delta with --long windows"
+                f"{where}: the last {cut} tokens are not read, so that the text cannot be redacted; send it in parts "
+                "(deltas that are trained with --long windows read up to 64 of them)"
             )
 
     def of(self, text: str, answer: Answer) -> Answer:
