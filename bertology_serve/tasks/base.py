@@ -112,11 +112,13 @@ class Task(ABC, Generic[E, G]):
         return ()
 
     def encode_beside(self, text: str, tokenizer: PreTrainedTokenizerBase) -> Encoding:
-        """The sequence of one such text."""
+        """The sequence of one such text; only asked of tasks that have some."""
         raise NotImplementedError
 
     def compared(self, rows: Tensor, beside: Tensor) -> Tensor:
-        """What is decoded of examples' rows [N, H] and those of the texts beside them [K, H]: [N, K]."""
+        """What is decoded of examples' rows [N, H] and those of the texts beside them [K, H]: [N, K]; only asked of
+        tasks that have some.
+        """
         raise NotImplementedError
 
     @abstractmethod

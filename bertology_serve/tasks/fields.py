@@ -289,7 +289,7 @@ def kind_of(value: object) -> str:
     return f"{shown} ({type(value).__name__})"
 
 
-_BY_KIND: dict[str, tuple[str, ...]] = {
+BY_KIND: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("redact", "patterns"), (TOKEN_CLASSIFICATION,)),
     "offsets": (TOKEN_CLASSIFICATION, QUESTION_ANSWERING),
     **dict.fromkeys(
@@ -305,14 +305,14 @@ def divided(record: Record, where: str, kinds: Mapping[str, str]) -> dict[str, R
 
     An option of some kinds alone is for the deltas of those; Unsupported where none of them is.
     """
-    options = [name for name in _BY_KIND if record.get(name) is not None]
+    options = [name for name in BY_KIND if record.get(name) is not None]
     for name in options:
-        if not any(kind in _BY_KIND[name] for kind in kinds.values()):
+        if not any(kind in BY_KIND[name] for kind in kinds.values()):
             raise Unsupported(
-                f"{where}: field {name!r} is for {' and '.join(_BY_KIND[name])}, which none of the deltas does; "
+                f"{where}: field {name!r} is for {' and '.join(BY_KIND[name])}, which none of the deltas does; "
                 "leave it out"
             )
     return {
-        delta: {name: value for name, value in record.items() if name not in options or kind in _BY_KIND[name]}
+        delta: {name: value for name, value in record.items() if name not in options or kind in BY_KIND[name]}
         for delta, kind in kinds.items()
     }

@@ -30,24 +30,13 @@ from bertology_serve.serving.protocol.oip_model import (
     record_of,
 )
 from bertology_serve.serving.protocol.tensors import InputTensor, OutputTensor, Parameters, read_texts, split
+from bertology_serve.tasks.fields import BY_KIND
 from bertology_serve.tasks.spec import EMBEDDING, SPARSE, VECTOR_KINDS
 
 DELTA = "delta"
-ELSEWHERE = (
-    "redact",
-    "patterns",
-    "offsets",
-    "pooling",
-    "chunks",
-    "chunk_tokens",
-    "encoding_format",
-    "embedding_types",
-    "normalize",
-    "prompt_name",
-    "multi_label",
-    "template",
-)
-"""Options of other routes, which would change what is answered."""
+HERE = ("input_type", "dimensions")
+"""Options of some tasks that parameters may be; the others would change what is answered, and are refused."""
+ELSEWHERE = (*(name for name in BY_KIND if name not in HERE), "normalize", "multi_label", "template")
 Find = Callable[[str], Delta]
 
 
@@ -118,7 +107,7 @@ def read_call(asked: InferRequest, blobs: Sequence[bytes | None], model: Delta, 
         where = f"row {row}"
         record = record_of(delta, texts, where)
         if delta.task.kind in VECTOR_KINDS:
-            asked_for = ("input_type", "dimensions") if delta.task.kind == EMBEDDING else ("input_type",)
+            asked_for = HERE if delta.task.kind == EMBEDDING else ("input_type",)
             record |= {name: parameters[name] for name in asked_for if name in parameters}
         requests.append(Request(delta.name, record, "", logits, where))
     return InferCall(model, asked.id, requests, outputs, fields, _seconds(parameters), _priority(parameters))
