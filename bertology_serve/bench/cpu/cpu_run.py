@@ -212,6 +212,7 @@ class _Suite:
         rows = self._rows(worker, one, workload)
         if one.family != MIXED or one.options.get("changed", True) is not False:
             expected = self._expected(form, workload)
+            _check_shapes(rows, expected)
             found["relative"] = float(np.linalg.norm(rows - expected) / np.linalg.norm(expected))
             if not found["relative"] <= one.off:
                 raise Unsupported(
@@ -233,6 +234,7 @@ class _Suite:
         if rows is None:
             with self._open(one, ROWS) as worker:
                 rows = self._rows(worker, one, MIX)
+        _check_shapes(rows, expected)
         each = (rows * expected).sum(1) / (np.linalg.norm(rows, axis=1) * np.linalg.norm(expected, axis=1))
         return {"cosine": float(each.mean()), "worst": float(each.min())}
 
@@ -304,6 +306,11 @@ class _Suite:
         if before is not None:
             told["joules"] = ((joules() or before) - before) / repeats
         self.log.add(TIME, suite=self.suite.name, workload=workload, contender=one.name, turn=turn, **told)
+
+
+def _check_shapes(rows: Rows, expected: Rows) -> None:
+    if rows.shape != expected.shape:
+        raise Unsupported(f"its answers have the shape {list(rows.shape)}, expected {list(expected.shape)}")
 
 
 def filled(options: Mapping[str, object], places: Mapping[str, str]) -> dict[str, object]:

@@ -165,7 +165,7 @@ def openvino(model: str, threads: int, hint: str = "f32", group: int = 0, pool: 
     compiled = core.compile_model(model, "CPU", settings)
     request = compiled.create_infer_request()
     taken = [one.get_any_name() for one in compiled.inputs]
-    given = compiled.output(answer([one.get_any_name() for one in compiled.outputs]))
+    given = next((one for one in compiled.outputs if POOLED in one.names), compiled.outputs[0])
 
     def bind(batch: Batch) -> Call:
         feed = {name: batch[name] for name in taken}
