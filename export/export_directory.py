@@ -186,7 +186,7 @@ PROBLEMS = {
     MULTI_LABEL: "multi_label_classification",
     REGRESSION: "regression",
 }
-_OF_THIS_MACHINE = ("_name_or_path", *ATTENTION_SETTINGS)
+OF_THIS_MACHINE = ("_name_or_path", *ATTENTION_SETTINGS)
 
 
 def write_directory(
@@ -209,7 +209,7 @@ def write_directory(
 
 def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> JsonObject:
     """The encoder's configuration with the task's labels, class and, under ``bertology_serve``, the metadata."""
-    values = {key: value for key, value in encoder.config.to_dict().items() if key not in _OF_THIS_MACHINE}
+    values = {key: value for key, value in encoder.config.to_dict().items() if key not in OF_THIS_MACHINE}
     count = 0 if delta.task.kind in WHOLE_BATCH else delta.task.outputs
     labels = delta.task.labels or tuple(f"LABEL_{i}" for i in range(count))
     values |= {"bertology_serve": dict(facts), "dtype": "float16" if facts["precision"] == "fp16" else "float32"}

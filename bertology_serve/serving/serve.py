@@ -68,6 +68,7 @@ def serve(
             fork_server = stack.enter_context(
                 ForkServer(WorkerOptions(backbone, dtype, config.logging.log_level, config.logging.log_format))
             )
+        from bertology_serve.export.session import drop_kept
         from bertology_serve.serving.batching.warmup import circumstances, find, find_again, recall
         from bertology_serve.serving.execution.engine_choice import EngineConfig, check
         from bertology_serve.serving.observability.background import Background
@@ -91,6 +92,8 @@ def serve(
             say(f"try: {example(url, found[-1])}")
 
         server = Server(registry, config, announce, keyring, background)
+        if time_again:
+            drop_kept()
         queue, known = server.service.queue, None if time_again else recall(where)
         runs, sure = find(opened, queue.times, wanted, where, known)
         if not sure:
