@@ -12,13 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-import onnx_ir
-
 import bertology_serve
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.errors import SpecError
-from bertology_serve.export.emitter.emit import BackEnd
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import MODEL, ExportSpec
 from bertology_serve.export.session import ROWS
@@ -39,6 +36,9 @@ from bertology_serve.tasks.spec import (
 )
 
 if TYPE_CHECKING:
+    import onnx_ir
+
+    from bertology_serve.export.emitter.emit import BackEnd
     from bertology_serve.export.verify import Verification
 
 TASK_OPTIONS = (
@@ -162,6 +162,8 @@ def annotate(model: onnx_ir.Model, metadata: Mapping[str, str]) -> onnx_ir.Model
 
 def save(model: onnx_ir.Model, path: Path, external_over: int | None = None) -> int:
     """Writes the file, and ``model.onnx_data`` beside it for large weights; returns the bytes of both."""
+    import onnx_ir  # half a second, and not for who runs a graph that was kept
+
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     data = path.with_name(path.name + DATA_SUFFIX)
     path.parent.mkdir(exist_ok=True)

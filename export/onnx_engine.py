@@ -23,8 +23,7 @@ from bertology_serve.encoder.batch import Fork, PackedBatch
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.loading import load_tokenizer
 from bertology_serve.errors import BertologyError, FormatError, NotFound, Unsupported
-from bertology_serve.export.emitter.delta_inputs import Arrays, Feed, texts
-from bertology_serve.export.emitter.emit import BELOW, emit_hidden, obstacle
+from bertology_serve.export.emitter.delta_inputs import BELOW, Arrays, Feed, texts
 from bertology_serve.export.export_directory import OF_THIS_MACHINE, TASK_OPTIONS, ZERO_SHOT_OPTIONS, save
 from bertology_serve.export.export_inputs import ExportInputs, calibration, column_scales
 from bertology_serve.export.export_spec import MODEL, ON_CPU, MultiPrecision, Precision, fastest_on_cpu
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+INSTEAD = "take --engine torch"
 MOST_FORKS = 2
 """Layers that graphs are kept for which end, and begin, there: together they hold the weights once more."""
 
@@ -65,6 +65,9 @@ class OnnxEngine:
         """The graph of some layers."""
 
         def make(path: Path) -> None:
+            from bertology_serve.export.emitter.emit import emit_hidden
+
+            check_emitted(self.export_inputs)
             inputs = replace(self.export_inputs, columns=self._columns)
             save(emit_hidden(inputs, self._opset, self.precision, first, end), path, external_over=0)
 
@@ -161,20 +164,28 @@ class OnnxEngine:
         return hidden
 
 
-def bare_inputs(encoder: Encoder, precision: Precision = "fp32", instead: str = "take --engine torch") -> ExportInputs:
+def check_emitted(export_inputs: ExportInputs, instead: str = INSTEAD) -> None:
+    """Raises Unsupported, saying what to do ``instead``, where there is no graph for many deltas of an encoder."""
+    from bertology_serve.export.emitter.emit import obstacle  # with onnx_ir half a second of imports
+
+    if found := obstacle(export_inputs, many=True):
+        raise _no_graph(found, instead)
+
+
+def _no_graph(why: str, instead: str) -> Unsupported:
+    return Unsupported(f"there is no graph for many deltas of this encoder: {why}; {instead}")
+
+
+def bare_inputs(encoder: Encoder, precision: Precision = "fp32", instead: str = INSTEAD) -> ExportInputs:
     """The encoder without a delta, as the graph is made of it; Unsupported, saying what to do ``instead``."""
     if encoder.device.type != "cpu" or encoder.dtype != torch.float32:
         raise Unsupported(
             f"the graph for many deltas is made of float32 encoders on the CPU, this one is {encoder.dtype} on "
             f"{encoder.device}; {instead}"
         )
-    export_inputs = ExportInputs.of(encoder, bare("base", encoder.ref, encoder.max_tokens), False, precision)
-    stands_in_the_way = obstacle(export_inputs, many=True) or (
-        None if encoder.packs else f"{encoder.anatomy.family} is padded"
-    )
-    if stands_in_the_way:
-        raise Unsupported(f"there is no graph for many deltas of this encoder: {stands_in_the_way}; {instead}")
-    return export_inputs
+    if not encoder.packs:
+        raise _no_graph(f"{encoder.anatomy.family} is padded", instead)
+    return ExportInputs.of(encoder, bare("base", encoder.ref, encoder.max_tokens), False, precision)
 
 
 FIXED = 60

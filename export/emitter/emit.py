@@ -10,7 +10,7 @@ from onnx_ir import DataType
 
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.emitter.attention_nodes import Attention
-from bertology_serve.export.emitter.delta_inputs import INDEX, Tables
+from bertology_serve.export.emitter.delta_inputs import BELOW, INDEX, Tables
 from bertology_serve.export.emitter.head_nodes import StackedHeads, activations_of, read
 from bertology_serve.export.emitter.module_nodes import Modules
 from bertology_serve.export.emitter.nodes import ACTIVATION_NODES, Nodes, Output, Value
@@ -117,7 +117,7 @@ def emit(
     return nodes.model(inputs, *(Output(name, answers[name], shape) for name, shape in export_inputs.outputs.items()))
 
 
-HIDDEN, BELOW = "hidden", "below"
+HIDDEN = "hidden"
 LOGITS, TOKEN_LOGITS, EMBEDDING = "logits", "token_logits", "embedding"
 
 

@@ -194,3 +194,36 @@ def test_an_engine_that_a_busy_machine_chose_is_chosen_again(encoder, deltas, tm
         assert np.allclose(before["logits"], after["logits"], atol=1e-4)
     with serving(encoder.name, deltas, start=("-c", MOMENT, str(busy))) as (_, _, lines):
         assert "engine: onnxruntime" in "".join(lines), "the next start begins with it"
+
+
+READY = """
+import json, sys
+from bertology_serve.cli.main import main
+from bertology_serve.serving.server import Server
+
+Server.run = lambda server, sockets: print(json.dumps(sorted(sys.modules)))
+sys.exit(main(sys.argv[1:]))
+"""
+"""The command up to where it would answer: which modules have been imported."""
+UNUSED = {
+    "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy", "scipy",
+    "sklearn", "pandas", "accelerate", "transformers.modeling_utils", "transformers.masking_utils",
+    "transformers.generation.utils",
+}  # fmt: skip
+"""Two seconds of imports and 100 MB that no server of BERT needs."""
+
+
+def test_serve_imports_nothing_that_it_does_not_need(encoder, deltas, tmp_path):  # noqa: F811
+    command = ["-c", READY, "serve", "--backbone", encoder.name, "--deltas", str(deltas), "--port", "0"]
+    environment = os.environ | {"BERTOLOGY_CACHE": str(tmp_path)}
+
+    def imported(engine: str) -> set[str]:
+        run = subprocess.run(
+            [sys.executable, *command, "--engine", engine], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        return set(json.loads(run.stdout))
+
+    assert imported("torch") & UNUSED == set()
+    assert "onnx_ir" in imported("onnx"), "the graph is made"
+    assert imported("onnx") & (UNUSED | {"onnx", "onnx_ir"}) == set(), "and kept"
