@@ -212,6 +212,12 @@ class Head(nn.Module):
                 _copy(name, parameters[name], tensor)
         self._base -= tensors.keys()
 
+    def share(self, base_tensors: Mapping[str, Tensor]) -> None:
+        """Reads what the base brought from the base's own tensors, not from a copy; for heads that are not trained."""
+        for name, base, parameter in self.named():
+            if name in self._base and base is not None:
+                parameter.data = base_tensors[base]
+
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
         """Starts from another head's own tensors; what they lack stays as it is."""
         with torch.no_grad():
