@@ -215,8 +215,8 @@ def embed(modules: Modules, rows: Rows) -> Value:
 
 def post_norm(m: Modules, attend: Attention, layer: int, x: Value) -> Value:
     """BERT (Devlin et al. 2019): ``x = LN(x + attention(x)); x = LN(x + FFN(x))``."""
-    act, grid = ACTIVATION_NODES[m.activation], partial(attend.grid, layer)
-    seen = attend.grids(layer, *(m.linear(slot, layer, x, then=grid) for slot in (QUERY, KEY, VALUE)))
+    act, spread = ACTIVATION_NODES[m.activation], partial(attend.spread, layer)
+    seen = attend.attended(layer, *(m.linear(slot, layer, x, then=spread) for slot in (QUERY, KEY, VALUE)))
     x = m.norm(ATTENTION_NORM, layer, m.linear(OUTPUT, layer, seen, residual=x))
     inner = m.linear(UP, layer, x, then=lambda y: m.gated(DOWN, layer, lambda: act(y)))
     return m.norm(FFN_NORM, layer, m.linear(DOWN, layer, inner, residual=x))
