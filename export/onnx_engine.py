@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,16 +20,15 @@ from bertology_serve.deltas.delta import BaseRef, Delta, bare
 from bertology_serve.deltas.format import LATER
 from bertology_serve.encoder.bank import BankEntry, DeltaBank
 from bertology_serve.encoder.batch import Fork, PackedBatch
-from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.loading import load_tokenizer
 from bertology_serve.errors import BertologyError, FormatError, NotFound, Unsupported
-from bertology_serve.export.emitter.delta_inputs import Arrays, Feed, texts
-from bertology_serve.export.emitter.emit import BELOW, emit_hidden, obstacle
-from bertology_serve.export.export_directory import TASK_OPTIONS, ZERO_SHOT_OPTIONS, save
-from bertology_serve.export.export_inputs import ExportInputs
-from bertology_serve.export.export_spec import MODEL, MultiPrecision, Precision, fastest_on_cpu
+from bertology_serve.export.emitter.delta_inputs import BELOW, Arrays, Feed, texts
+from bertology_serve.export.export_directory import OF_THIS_MACHINE, TASK_OPTIONS, ZERO_SHOT_OPTIONS, save
+from bertology_serve.export.export_inputs import ExportInputs, calibration, column_scales
+from bertology_serve.export.export_spec import MODEL, ON_CPU, MultiPrecision, Precision, fastest_on_cpu
 from bertology_serve.export.samples import Case
-from bertology_serve.export.session import Session
+from bertology_serve.export.session import Session, kept_session
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+INSTEAD = "take --engine torch"
 MOST_FORKS = 2
 """Layers that graphs are kept for which end, and begin, there: together they hold the weights once more."""
 
@@ -53,7 +54,7 @@ class OnnxEngine:
     """
 
     def __init__(self, encoder: Encoder, precision: MultiPrecision = "fp32", opset: int | None = None) -> None:
-        self.encoder, self.export_inputs, self.precision = encoder, bare_inputs(encoder, precision), precision
+        self.encoder, self.export_inputs, self.precision = encoder, bare_inputs(encoder), precision
         self._packs, self._opset = encoder.prepacked, opset or fastest_on_cpu(precision)
         self._feed, self._hidden = Feed(encoder.anatomy), encoder.anatomy.hidden
         self._session = self._made(0, encoder.depth)
@@ -62,12 +63,32 @@ class OnnxEngine:
 
     def _made(self, first: int, end: int) -> Session:
         """The graph of some layers."""
-        with tempfile.TemporaryDirectory(prefix="bertology-serve-") as directory:
-            path = Path(directory) / "model.onnx"
-            # weights in a file of their own are mapped into memory: what is never read, most of the words, takes none
-            graph = emit_hidden(self.export_inputs, self._opset, self.precision, first, end)
-            save(graph, path, external_over=0)
-            return Session(path)
+
+        def make(path: Path) -> None:
+            from bertology_serve.export.emitter.emit import emit_hidden
+
+            check_emitted(self.export_inputs)
+            inputs = replace(self.export_inputs, columns=self._columns)
+            save(emit_hidden(inputs, self._opset, self.precision, first, end), path, external_over=0)
+
+        own = {"precision": self.precision, "opset": self._opset, "first": first, "end": end}
+        return kept_session(self._made_of | own, make)
+
+    @cached_property
+    def _made_of(self) -> JsonObject:
+        """All that its graphs follow from, but for precision, opset and layers."""
+        encoder, config = self.encoder, self.encoder.config.to_dict()
+        return {
+            "weights": weights_hash(self.export_inputs.state),
+            "config": {key: value for key, value in config.items() if key not in OF_THIS_MACHINE},
+            "anatomy": repr(encoder.anatomy),
+            "calibrated on": calibration(encoder).ids.tolist() if self.precision in ON_CPU else [],
+        }
+
+    @cached_property
+    def _columns(self) -> dict[str, Tensor]:
+        """See ``ExportInputs.columns``."""
+        return column_scales(self.encoder, self.export_inputs.state) if self.precision in ON_CPU else {}
 
     def prepare_fork(self, layer: int) -> None:
         """Makes the graphs for sequences that fork before a layer, unless they are there. Takes seconds."""
@@ -143,20 +164,28 @@ class OnnxEngine:
         return hidden
 
 
-def bare_inputs(encoder: Encoder, precision: Precision, instead: str = "take --engine torch") -> ExportInputs:
+def check_emitted(export_inputs: ExportInputs, instead: str = INSTEAD) -> None:
+    """Raises Unsupported, saying what to do ``instead``, where there is no graph for many deltas of an encoder."""
+    from bertology_serve.export.emitter.emit import obstacle  # with onnx_ir half a second of imports
+
+    if found := obstacle(export_inputs, many=True):
+        raise _no_graph(found, instead)
+
+
+def _no_graph(why: str, instead: str) -> Unsupported:
+    return Unsupported(f"there is no graph for many deltas of this encoder: {why}; {instead}")
+
+
+def bare_inputs(encoder: Encoder, precision: Precision = "fp32", instead: str = INSTEAD) -> ExportInputs:
     """The encoder without a delta, as the graph is made of it; Unsupported, saying what to do ``instead``."""
     if encoder.device.type != "cpu" or encoder.dtype != torch.float32:
         raise Unsupported(
             f"the graph for many deltas is made of float32 encoders on the CPU, this one is {encoder.dtype} on "
             f"{encoder.device}; {instead}"
         )
-    export_inputs = ExportInputs.of(encoder, bare("base", encoder.ref, encoder.max_tokens), False, precision)
-    stands_in_the_way = obstacle(export_inputs, many=True) or (
-        None if encoder.packs else f"{encoder.anatomy.family} is padded"
-    )
-    if stands_in_the_way:
-        raise Unsupported(f"there is no graph for many deltas of this encoder: {stands_in_the_way}; {instead}")
-    return export_inputs
+    if not encoder.packs:
+        raise _no_graph(f"{encoder.anatomy.family} is padded", instead)
+    return ExportInputs.of(encoder, bare("base", encoder.ref, encoder.max_tokens), False, precision)
 
 
 FIXED = 60

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import ACT2FN
 
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
 from bertology_serve.families import FAMILIES, family_named
+from bertology_serve.families.bert_layers import UndrawnLinear
+from bertology_serve.families.compat import activation
 from bertology_serve.families.family import Dense, Family, HeadForm, HeadShape, Options, classifier, token_vectors
 from bertology_serve.tasks.spec import (
     MULTI_VECTOR,
@@ -68,13 +69,11 @@ class Layer(nn.Module):
         self.form = form
         self.dropout = nn.Dropout(dropout if form.dropout else 0.0)
         self.linear: nn.Linear | WordScores = (
-            WordScores(form.outputs)
-            if form.tied
-            else nn.Linear(form.inputs, form.outputs, bias=form.bias, device="meta").to_empty(device="cpu")
+            WordScores(form.outputs) if form.tied else UndrawnLinear(form.inputs, form.outputs, bias=form.bias)
         )
         for parameter in self.linear.parameters():
             nn.init.zeros_(parameter)
-        self.activation = _activation(form.activation)
+        self.activation = nn.Identity() if form.activation is None else activation(form.activation)
         self.norm = nn.LayerNorm(form.outputs, form.norm_eps, bias=form.norm_bias) if form.norm else None
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -213,6 +212,12 @@ class Head(nn.Module):
                 _copy(name, parameters[name], tensor)
         self._base -= tensors.keys()
 
+    def share(self, base_tensors: Mapping[str, Tensor]) -> None:
+        """Reads what the base brought from the base's own tensors, not from a copy; for heads that are not trained."""
+        for name, base, parameter in self.named():
+            if name in self._base and base is not None:
+                parameter.data = base_tensors[base]
+
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
         """Starts from another head's own tensors; what they lack stays as it is."""
         with torch.no_grad():
@@ -291,16 +296,6 @@ def _copy(name: str, parameter: Tensor, tensor: Tensor) -> None:
     if parameter.shape != tensor.shape:
         raise FormatError(f"head tensor {name!r} has shape {list(tensor.shape)}; expected {list(parameter.shape)}")
     parameter.copy_(tensor)
-
-
-def _activation(name: str | None) -> nn.Module:
-    if name is None:
-        return nn.Identity()
-    if name not in ACT2FN:
-        raise SpecError(f"unknown activation {name!r} of the head; {nearest(name, ACT2FN)}")
-    activation = ACT2FN[name]
-    assert isinstance(activation, nn.Module)
-    return activation
 
 
 MLP_WIDTH, MLP_STD = 2048, 0.005

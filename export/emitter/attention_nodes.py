@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 import torch
 
 from bertology_serve.encoder.bank import PREFIX
 from bertology_serve.export.emitter.module_nodes import Modules
 from bertology_serve.export.emitter.nodes import CONTRIB, Value, counted, joined
-from bertology_serve.export.emitter.row_nodes import Rows
+from bertology_serve.export.emitter.row_nodes import Group, Packed, Rows
 from bertology_serve.families.compat import deberta_buckets, modernbert_rotation, mpnet_buckets
 from bertology_serve.kinds.slots import KEY, OUTPUT, QUERY
 
 NATIVE_SINCE = 23
 """The opset from which ONNX has an attention of its own."""
-SLIDING = "sliding_attention"
+SLIDING, RELATIVE = "sliding_attention", "encoder.relative_attention_bias.weight"
+FAR_BELOW = -64.0
 FLOAT, INT32 = ir.DataType.FLOAT.value, ir.DataType.INT32.value
 
 
 class Attention:
-    """``softmax(q kᵀ / √D + mask) v`` in the grid [B, R], prefixes in front of the keys.
+    """``softmax(q kᵀ / √D + mask) v`` in the grids of the rows' groups, prefixes in front of the keys.
 
-    In fused graphs ONNX Runtime's ``MultiHeadAttention`` does it, which has the grid's rows as [B, R, H].
+    In fused graphs ONNX Runtime's ``MultiHeadAttention`` does it, which has the rows of a grid as [B, R, H].
     """
 
     def __init__(self, modules: Modules, rows: Rows) -> None:
@@ -36,58 +39,73 @@ class Attention:
         """query, key, value [T, H] -> [T, H]; H as wide as the layer's heads."""
         if self.positions == "rotary":
             query, key = self._rotated(query, layer), self._rotated(key, layer)
-        return self.grids(layer, *(self.grid(layer, x) for x in (query, key, value)))
+        return self.attended(layer, *(self.spread(layer, x) for x in (query, key, value)))
 
-    def grid(self, layer: int, x: Value) -> Value:
-        """[T, H] -> [B, heads, R, D]; in fused graphs [B, 1, R, H]."""
+    def form(self, layer: int) -> tuple[int, int]:
+        """Heads and the width of each; in fused graphs 1 and H."""
         heads = self.anatomy.heads_of(layer)
-        return self.rows.grid(x, 1, heads * self.width) if self.nodes.fused else self.rows.grid(x, heads, self.width)
+        return (1, heads * self.width) if self.nodes.fused else (heads, self.width)
 
-    def grids(self, layer: int, q: Value, k: Value, v: Value) -> Value:
-        """q, k, v as ``grid`` makes them, rotated already -> [T, H]."""
-        heads = self.anatomy.heads_of(layer)
+    def spread(self, layer: int, x: Value) -> Value:
+        """[T, H] -> what ``attended`` takes."""
+        return self.rows.spread(x, *self.form(layer))
+
+    def attended(self, layer: int, query: Value, key: Value, value: Value) -> Value:
+        """query, key, value as ``spread`` makes them, rotated already -> [T, H]."""
+        form, rows = self.form(layer), self.rows
+        masks = [] if self.nodes.fused or self.disentangled else [self._mask(layer, group) for group in rows.groups]
+
+        def of(groups: Sequence[Group]) -> Value:
+            grids = zip(*(rows.grids(x, *form, groups) for x in (query, key, value)), strict=True)
+            numbered = enumerate(zip(groups, grids, strict=True))
+            return rows.gathered(
+                [self._grid(layer, group, *qkv, *masks[i : i + 1]) for i, (group, qkv) in numbered], *form
+            )
+
+        found = self.nodes.choose(rows.several, lambda: of(rows.groups), lambda: of(rows.groups[:1]))
+        return self.modules.gated(OUTPUT, layer, lambda: rows.rejoined(found, *form))
+
+    def _grid(self, layer: int, group: Group, q: Value, k: Value, v: Value, mask: Value | None = None) -> Value:
+        """q, k, v [heads, B, R, D] -> [heads, B, R, D]."""
         if self.nodes.fused:
-            out = self.rows.flat(self._fused(layer, q, k, v).unsqueeze(1), 1, heads * self.width)
-            return self.modules.gated(OUTPUT, layer, lambda: out)
-        mask = self._mask(layer, q, k)
+            return self._fused(layer, group, *(x.squeeze(0) for x in (q, k, v))).unsqueeze(0)
+        seen = self._mask(layer, group, q, k) if mask is None else mask
 
         def prefixed() -> Value:
-            keys, values = self._prefixed(layer, heads, k, v)
-            return self._attended(q, keys, values, self._opened(mask, keys))
+            keys, values = self._prefixed(layer, group, k, v)
+            return self._product(q, keys, values, self._opened(group, seen, keys))
 
-        out = self.nodes.choose(self.updates.used(PREFIX), prefixed, lambda: self._attended(q, k, v, mask))
-        return self.modules.gated(OUTPUT, layer, lambda: self.rows.flat(out, heads, self.width))
+        return self.nodes.choose(self.updates.used(PREFIX), prefixed, lambda: self._product(q, k, v, seen))
 
-    def _prefixed(self, layer: int, heads: int, k: Value, v: Value) -> tuple[Value, Value]:
-        """k, v [B, heads, R, width] behind the prefix of their sequence -> [B, heads, V + R, width]."""
-        width = self.anatomy.heads_of(layer) * self.width // heads
-        return (
-            joined(2, self.updates.prefix("k", layer, heads, width), k),
-            joined(2, self.updates.prefix("v", layer, heads, width), v),
-        )
+    def _prefixed(self, layer: int, group: Group, k: Value, v: Value) -> tuple[Value, Value]:
+        """k, v [heads, B, R, width] behind the prefix of their sequence -> [heads, B, V + R, width]."""
+        keys, values = (self.updates.prefix(column, layer, group, *self.form(layer)) for column in "kv")
+        return joined(2, keys, k), joined(2, values, v)
 
-    def _attended(self, q: Value, k: Value, v: Value, mask: Value) -> Value:
-        """q [B, heads, R, D]; k, v [B, heads, V + R, D] -> [B, heads, R, D]."""
-        if self.nodes.opset >= NATIVE_SINCE:
-            return self.nodes("Attention", q, k, v, self._square(mask), scale=self.scale)
+    def _product(self, q: Value, k: Value, v: Value, mask: Value) -> Value:
+        """q [heads, B, R, D]; k, v [heads, B, V + R, D] -> [heads, B, R, D]."""
         return self.nodes("Softmax", q * self.scale @ k.transpose(0, 1, 3, 2) + mask, axis=-1) @ v
 
-    def _fused(self, layer: int, q: Value, k: Value, v: Value) -> Value:
-        """q, k, v [B, 1, R, H] -> [B, R, H].
+    def _fused(self, layer: int, group: Group, q: Value, k: Value, v: Value) -> Value:
+        """q, k, v [B, R, H] -> [B, R, H].
 
         By the number of keys of each sequence where that says all, by the mask where windows or distances matter.
         """
         heads, prefixed = self.anatomy.heads_of(layer), self.updates.used(PREFIX) is True
-        keys, values = self._prefixed(layer, 1, k, v) if prefixed else (k, v)
+        keys, values = k, v
+        if prefixed:
+            keys, values = (x.squeeze(0) for x in self._prefixed(layer, group, k.unsqueeze(0), v.unsqueeze(0)))
         count, bias = None, None
         if self._slides(layer) or self.positions in ("bias", "disentangled"):
-            by_head = (x.reshape(self.rows.batch, -1, heads, self.width).transpose(0, 2, 1, 3) for x in (q, k))
-            mask = self._mask(layer, *by_head)
-            bias = self._square(self._opened(mask, keys) if prefixed else mask)
+            by_head = (x.reshape(group.batch, -1, heads, self.width).transpose(2, 0, 1, 3) for x in (q, k))
+            mask = self._mask(layer, group, *by_head)
+            mask = self._opened(group, mask, keys.unsqueeze(0)) if prefixed else mask
+            bias = self.nodes("Expand", mask, joined(0, group.columns, self.nodes.value([1]))).transpose(1, 0, 2, 3)
         else:
             seen = self.rows.text.count + self.rows.layout.most
-            count = self.nodes("Cast", (seen + self.updates.prefix_length if prefixed else seen).squeeze(1), to=INT32)
-        q, keys, values = (x.squeeze(1) for x in (q, keys, values))
+            count = self.nodes(
+                "Cast", (seen + self.updates.prefix_length(group) if prefixed else seen).squeeze(1), to=INT32
+            )
         return self.nodes(
             "MultiHeadAttention", q, keys, values, None, count, bias,
             domain=CONTRIB, num_heads=heads, scale=self.scale,
@@ -98,32 +116,37 @@ class Attention:
         kinds: list[str] | None = getattr(self.config, "layer_types", None)
         return kinds is not None and kinds[layer] == SLIDING
 
-    def _mask(self, layer: int, q: Value, k: Value) -> Value:
-        """[B, 1 or heads, 1 or R, R], the lowest float where a row may not look, biases of relative positions added.
-
-        Not minus infinity: rows of padding that see nothing would be NaN. q and k are [B, heads, R, D].
-        """
-        may = self.rows.seen.unsqueeze(1, 2)
+    def _mask(self, layer: int, group: Group, q: Value | None = None, k: Value | None = None) -> Value:
+        """[1 or heads, B, 1 or R, R]: what is added to scores; q and k [heads, B, R, D] where it depends on them."""
+        may, apart = group.seen.unsqueeze(0, 2), self._apart(group)
         if self._slides(layer):
-            may = may & (self.nodes("Abs", self.apart) <= self.config.sliding_window)
-        mask = may.where(0.0, self.nodes.lowest)
-        if self.disentangled:
-            return mask + self.disentangled(layer, q, k) * self.scale
-        return mask + self._relative() if self.positions == "bias" else mask
+            may = may & (self.nodes("Abs", apart) <= self.config.sliding_window)
+        mask = may.where(0.0, self._unseen(layer))
+        if self.disentangled is not None and q is not None and k is not None:
+            return mask + self.disentangled(layer, apart, q, k) * self.scale
+        return mask + self._relative(apart) if self.positions == "bias" else mask
 
-    def _square(self, mask: Value) -> Value:
-        """The mask with R rows, which ONNX Runtime's own attention wants."""
-        return self.nodes("Expand", mask, self.nodes("Concat", self.rows.columns, [1], axis=0))
+    def _unseen(self, layer: int) -> float:
+        """What is added to a score where a row may not look.
 
-    @property
-    def apart(self) -> Value:
+        Where rows are packed, a place of padding is a copy of its sequence's last row: but for what positions add, its
+        score is one of those that the row sees. 64 below the highest is 1.6e-28 of the softmax's largest, nothing in a
+        float32 sum. The lowest float would give subnormal numbers, which processors are slow with: so it stands only
+        where nothing is known of the scores. Not minus infinity: rows of padding that see nothing would be NaN.
+        """
+        if not isinstance(self.rows, Packed) or self._slides(layer) or self.disentangled:
+            return self.nodes.lowest
+        biases = self.modules.state[RELATIVE] if self.positions == "bias" else torch.zeros(1)
+        return FAR_BELOW - (biases.max() - biases.min()).item()
+
+    def _apart(self, group: Group) -> Value:
         """[R, R]: row i's column less row j's."""
-        column = counted(self.nodes, self.rows.columns)
+        column = counted(self.nodes, group.columns)
         return column.unsqueeze(1) - column.unsqueeze(0)
 
-    def of_distance(self, table: torch.Tensor) -> Value:
+    def of_distance(self, table: torch.Tensor, apart: Value) -> Value:
         """[R, R]: entries of ``table`` [2 M - 1], which has the one for a distance d of two of M rows at d + M - 1."""
-        return self.nodes.constant(table.numpy()).gather(self.apart + table.shape[0] // 2)
+        return self.nodes.constant(table.numpy()).gather(apart + table.shape[0] // 2)
 
     @property
     def distances(self) -> torch.Tensor:
@@ -131,12 +154,12 @@ class Attention:
         most = self.anatomy.max_tokens + self.rows.layout.most
         return torch.arange(1 - most, most)
 
-    def _relative(self) -> Value:
-        """[1, heads, R, R]: MPNet's bias for the distance between two rows, from a table of all distances."""
-        table = self.modules.own("encoder.relative_attention_bias.weight")
+    def _relative(self, apart: Value) -> Value:
+        """[heads, 1, R, R]: MPNet's bias for the distance between two rows, from a table of all distances."""
+        table = self.modules.own(RELATIVE)
         assert table is not None
-        biases = table.gather(self.of_distance(mpnet_buckets(-self.distances)))
-        return biases.transpose(2, 0, 1).unsqueeze(0)
+        biases = table.gather(self.of_distance(mpnet_buckets(-self.distances), apart))
+        return biases.transpose(2, 0, 1).unsqueeze(1)
 
     def _rotated(self, x: Value, layer: int) -> Value:
         """Rotary positions (Su et al. 2021): halves (a, b) of each head become (a cos - b sin, b cos + a sin)."""
@@ -149,16 +172,16 @@ class Attention:
         a, b = x.reshape(-1, heads, self.width).split(2, axis=2)
         return joined(2, a * cos - b * sin, b * cos + a * sin).reshape(-1, heads * self.width)
 
-    def _opened(self, mask: Value, keys: Value) -> Value:
-        """The mask [B, 1 or heads, R, V + R], with columns for the prefixes in front of the keys [B, heads, V + R, D].
+    def _opened(self, group: Group, mask: Value, keys: Value) -> Value:
+        """The mask [1 or heads, B, R, V + R], with columns for the prefixes in front of the keys [heads, B, V + R, D].
 
         Every row sees the prefix of its own sequence.
         """
-        one, rows = self.nodes.value([1]), self.rows.columns
-        seen = counted(self.nodes, keys.size(2) - rows).unsqueeze(0) < self.updates.prefix_length
-        shape = joined(0, self.rows.batch, mask.size(1), rows, one)
-        opened = self.nodes("Expand", seen.where(0.0, self.nodes.lowest).unsqueeze(1, 2), shape)
-        return joined(3, opened, self.nodes("Expand", mask, joined(0, self.rows.batch, one, rows, one)))
+        one, rows = self.nodes.value([1]), group.columns
+        seen = counted(self.nodes, keys.size(2) - rows).unsqueeze(0) < self.updates.prefix_length(group)
+        shape = joined(0, mask.size(0), group.batch, rows, one)
+        opened = self.nodes("Expand", seen.where(0.0, self.nodes.lowest).unsqueeze(0, 2), shape)
+        return joined(3, opened, self.nodes("Expand", mask, shape))
 
 
 class Disentangled:
@@ -179,27 +202,27 @@ class Disentangled:
         distances = attention.distances
         self.apart = (deberta_buckets(distances, buckets, most) if buckets > 0 else distances).long()
 
-    def __call__(self, layer: int, q: Value, k: Value) -> Value:
-        """q, k [B, heads, R, D] -> [B, heads, R, R], not yet scaled; 0 without such scores."""
+    def __call__(self, layer: int, apart: Value, q: Value, k: Value) -> Value:
+        """q, k [heads, B, R, D], rows ``apart`` -> [heads, B, R, R], not yet scaled; 0 without such scores."""
         found = []
         if "c2p" in self.kinds:
-            found.append(self._scores(q, self._projected(KEY, layer), 1))
+            found.append(self._scores(apart, q, self._projected(KEY, layer), 1))
         if "p2c" in self.kinds:
-            found.append(self._scores(k, self._projected(QUERY, layer), -1).transpose(0, 1, 3, 2))
+            found.append(self._scores(apart, k, self._projected(QUERY, layer), -1).transpose(0, 1, 3, 2))
         return self.nodes.total(*found) if found else self.nodes.value(0.0)
 
     def _projected(self, slot: str, layer: int) -> Value:
-        """[heads, D, 2 span]: the embeddings of relative positions, normed where the checkpoint does, projected."""
+        """[heads, 1, D, 2 span]: the embeddings of relative positions, normed where the checkpoint does, projected."""
         name = "encoder.rel_embeddings.weight"  # as many as are read: HuggingFace's model makes no more
         rows = self.nodes.weight(name, self.modules.state[name])
         rows = self.modules.norm("relative_norm", 0, rows) if self.modules.has("relative_norm") else rows
         heads, width = self.attention.anatomy.heads_of(layer), self.attention.width
         projected = self.modules.linear(slot if self.shared else f"position_{slot}", layer, rows)
-        return projected.reshape(-1, heads, width).transpose(1, 2, 0)
+        return projected.reshape(-1, heads, width).transpose(1, 2, 0).unsqueeze(1)
 
-    def _scores(self, x: Value, positions: Value, sign: int) -> Value:
-        """x [B, heads, R, D] with the positions of its distances, times ``sign``, to all rows -> [B, heads, R, R]."""
+    def _scores(self, apart: Value, x: Value, positions: Value, sign: int) -> Value:
+        """x [heads, B, R, D] with the positions of its distances, times ``sign``, to all rows -> [heads, B, R, R]."""
         scores = x @ positions
-        index = self.attention.of_distance((sign * self.apart + self.span).clamp(0, 2 * self.span - 1))
+        index = self.attention.of_distance((sign * self.apart + self.span).clamp(0, 2 * self.span - 1), apart)
         shape = self.nodes("Shape", x, start=0, end=3)
         return self.nodes("GatherElements", scores, self.nodes("Expand", index, joined(0, shape, x.size(2))), axis=-1)

@@ -20,20 +20,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bertology_serve.encoder.bank import PREFIX, PROMPT, BankEntry, DeltaBank, adapter, inner, scale
 from bertology_serve.encoder.batch import PackedBatch
-from bertology_serve.export.emitter.nodes import Nodes, Value
 from bertology_serve.kernels.segments import RowSegment
 from bertology_serve.kinds.slots import DOWN, FFN_NORM, OUTPUT, Anatomy
+
+if TYPE_CHECKING:  # not for who runs a graph that was kept
+    from onnx_ir import DataType
+
+    from bertology_serve.export.emitter.nodes import Nodes, Value
 
 ADAPTER_ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 INDEX = "delta"
 """The input [batch] that names each sequence's delta, by its row in the tables."""
+BELOW = "below"
+"""The input [T, H] of a graph that begins with a later layer: the rows that the layers before put out."""
 GATED = (OUTPUT, DOWN)
 """Slots whose inputs have factors in the graph. What the others read, others read too."""
 LENGTH, LEAD, SHIFTED, FIRST = range(4)
@@ -105,20 +111,22 @@ class Tables:
     """The inputs, by the names that ``stacks`` gives them."""
 
     def __init__(self, nodes: Nodes, anatomy: Anatomy) -> None:
+        from onnx_ir import DataType
+
         self.nodes, self.places = nodes, stacks(anatomy)
         self.inputs: dict[str, Value] = {}
         self._flat: dict[str, Value] = {}
         self._heights: dict[str, Value] = {}
         for place in self.places.values():
             for column, width in place.columns.items():
-                stack = self._add(place.input(column), (place.depth, f"{place.name}.height", width), ir.DataType.FLOAT)
+                stack = self._add(place.input(column), (place.depth, f"{place.name}.height", width), DataType.FLOAT)
                 self._flat[place.input(column)] = stack.reshape(-1, width)
                 self._heights.setdefault(place.name, stack.size(1))
             for table in place.tables:
                 columns = place.fixed.get(table, f"{place.input(table)}.width")
-                self._add(place.input(table), ("deltas", columns), ir.DataType.INT64)
+                self._add(place.input(table), ("deltas", columns), DataType.INT64)
 
-    def _add(self, name: str, shape: tuple[str | int, ...], kind: ir.DataType) -> Value:
+    def _add(self, name: str, shape: tuple[str | int, ...], kind: DataType) -> Value:
         self.inputs[name] = self.nodes.input(name, shape, kind)
         return self.inputs[name]
 

@@ -10,7 +10,7 @@ from onnx_ir import DataType
 
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.emitter.attention_nodes import Attention
-from bertology_serve.export.emitter.delta_inputs import INDEX, Tables
+from bertology_serve.export.emitter.delta_inputs import BELOW, INDEX, Tables
 from bertology_serve.export.emitter.head_nodes import StackedHeads, activations_of, read
 from bertology_serve.export.emitter.module_nodes import Modules
 from bertology_serve.export.emitter.nodes import ACTIVATION_NODES, Nodes, Output, Value
@@ -117,7 +117,7 @@ def emit(
     return nodes.model(inputs, *(Output(name, answers[name], shape) for name, shape in export_inputs.outputs.items()))
 
 
-HIDDEN, BELOW = "hidden", "below"
+HIDDEN = "hidden"
 LOGITS, TOKEN_LOGITS, EMBEDDING = "logits", "token_logits", "embedding"
 
 
@@ -215,8 +215,8 @@ def embed(modules: Modules, rows: Rows) -> Value:
 
 def post_norm(m: Modules, attend: Attention, layer: int, x: Value) -> Value:
     """BERT (Devlin et al. 2019): ``x = LN(x + attention(x)); x = LN(x + FFN(x))``."""
-    act, grid = ACTIVATION_NODES[m.activation], partial(attend.grid, layer)
-    seen = attend.grids(layer, *(m.linear(slot, layer, x, then=grid) for slot in (QUERY, KEY, VALUE)))
+    act, spread = ACTIVATION_NODES[m.activation], partial(attend.spread, layer)
+    seen = attend.attended(layer, *(m.linear(slot, layer, x, then=spread) for slot in (QUERY, KEY, VALUE)))
     x = m.norm(ATTENTION_NORM, layer, m.linear(OUTPUT, layer, seen, residual=x))
     inner = m.linear(UP, layer, x, then=lambda y: m.gated(DOWN, layer, lambda: act(y)))
     return m.norm(FFN_NORM, layer, m.linear(DOWN, layer, inner, residual=x))

@@ -8,11 +8,12 @@ T rows, and the attention alone brings them into the grid [B, R] and back.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
+import onnx_ir as ir
 
 from bertology_serve.encoder.bank import PREFIX, PROMPT
 from bertology_serve.export.emitter.delta_inputs import FIRST, LEAD, LENGTH, PREFIX_SHIFTED, SHIFTED, Tables
@@ -47,6 +48,31 @@ def gather(ids: Value, mask: Value, types: Value | None) -> TextBatch:
     ids = nodes("ScatterElements", ids, home, ids, axis=1)
     types = None if types is None else nodes("ScatterElements", types, home, types, axis=1)
     return TextBatch(ids, types, nodes("Max", count, 1), seen, home)
+
+
+@dataclass(frozen=True)
+class Group:
+    """B sequences that attend side by side, in a grid with R columns, as many as the longest has rows.
+
+    ``seen`` [B, R] is true where a sequence has a row; ``which`` [B] numbers them, ``None``: they are all there are.
+    """
+
+    seen: Value
+    which: Value | None = None
+
+    @property
+    def batch(self) -> Value:
+        """B, [1]."""
+        return self.seen.size(0)
+
+    @property
+    def columns(self) -> Value:
+        """R, [1]."""
+        return self.seen.size(1)
+
+    def of(self, values: Value) -> Value:
+        """Those of its sequences, of values [all, ...]."""
+        return values if self.which is None else values.gather(self.which)
 
 
 Number = TypeVar("Number", int, Value)
@@ -109,6 +135,8 @@ class Rows(ABC):
     ``ids``, ``positions`` and ``types`` (``None`` without) [T]; ``virtual`` [T] says which rows are the prompt's and
     ``which`` [T] of its vectors they are (``None`` without a prompt); ``seen`` [B, R] what may be attended to,
     ``spoken`` [B, R] the text of it; ``place`` [B, R] the number of the row at each place of the grid.
+
+    ``groups`` are the grids that sequences attend in. All but the first are empty where ``several`` is false.
     """
 
     def __init__(self, text: TextBatch, layout: PromptLayout[int] | PromptLayout[Value]) -> None:
@@ -133,6 +161,24 @@ class Rows(ABC):
         self.positions = self._everywhere(at + layout.offset)
         self.virtual = None if virtual is None else self._everywhere(virtual)
         self.which = None if virtual is None else self._everywhere(layout.vectors(column - lead))
+        self.several: Condition = False
+        self.groups: tuple[Group, ...] = (Group(self.seen),)
+
+    @abstractmethod
+    def spread(self, rows: Value, heads: int, width: int) -> Value:
+        """[T, heads · width] -> what the groups' ``grids`` are cut from."""
+
+    @abstractmethod
+    def grids(self, spread: Value, heads: int, width: int, groups: Sequence[Group]) -> list[Value]:
+        """``spread`` -> [heads, B, R, width] of each group: of the first alone, or of all."""
+
+    @abstractmethod
+    def gathered(self, grids: Sequence[Value], heads: int, width: int) -> Value:
+        """The way back: [heads, B, R, width] of each group -> what ``rejoined`` takes."""
+
+    @abstractmethod
+    def rejoined(self, spread: Value, heads: int, width: int) -> Value:
+        """-> [T, heads · width]."""
 
     @abstractmethod
     def grid(self, rows: Value, heads: int, width: int) -> Value:
@@ -183,6 +229,18 @@ class Rows(ABC):
 class Padded(Rows):
     """T = B R."""
 
+    def spread(self, rows: Value, heads: int, width: int) -> Value:
+        return rows.reshape(self.batch, self.columns, heads, width).transpose(2, 0, 1, 3)
+
+    def grids(self, spread: Value, heads: int, width: int, groups: Sequence[Group]) -> list[Value]:
+        return [spread]
+
+    def gathered(self, grids: Sequence[Value], heads: int, width: int) -> Value:
+        return grids[0]
+
+    def rejoined(self, spread: Value, heads: int, width: int) -> Value:
+        return spread.transpose(1, 2, 0, 3).reshape(-1, heads * width)
+
     def grid(self, rows: Value, heads: int, width: int) -> Value:
         return rows.reshape(self.batch, self.columns, heads, width).transpose(0, 2, 1, 3)
 
@@ -203,9 +261,73 @@ class Padded(Rows):
 class Packed(Rows):
     """T is the number of rows that are no padding; the grid is as wide as the longest sequence.
 
-    A place of padding in the grid holds a copy of the row before it: it is masked where it would be attended to, and
-    what it attends to itself is dropped. One gather both moves rows and brings heads together: nothing is transposed.
+    A place of padding in the grid holds a copy of its sequence's last row: it is masked where it would be attended to,
+    and what it attends to itself is dropped. One gather both moves rows and brings heads together: nothing is
+    transposed.
+
+    Sequences attend in groups of like length where that spares enough places of the grid: the first group has those
+    longer than half of the longest, the next those longer than a quarter, and so on.
     """
+
+    def __init__(self, text: TextBatch, layout: PromptLayout[int] | PromptLayout[Value]) -> None:
+        super().__init__(text, layout)
+        nodes, empty = self.nodes, self.nodes.constant(np.zeros((0, 0), bool))
+        padding = self.batch * self.columns - self._own_places.size(0)
+        self.several = nodes("Greater", padding * self.columns, SPARED).squeeze(0)
+
+        def one() -> list[Value]:
+            every = counted(nodes, self.batch)
+            nobody = [nodes.constant(np.zeros(0, np.int64)), empty] * (GROUPS - 1)
+            return [self.place.reshape(-1), self._own_places, every, self.seen, *nobody]
+
+        def more() -> list[Value]:
+            own = self.seen.integer().reduce("Sum", 1)  # rows of each sequence
+            doubled = own.unsqueeze(1) * [2**times for times in range(1, GROUPS)]
+            halves = (doubled <= self.columns).integer().reduce("Sum", 1)  # the number of each one's group
+            mine = nodes("Equal", halves.unsqueeze(1), list(range(GROUPS)))
+            widest = mine.where(own.unsqueeze(1), 0).reduce("Max", 0)
+            first = nodes("CumSum", own, 0, exclusive=1)
+            found, places, seen = [], [], []
+            for number in range(GROUPS):
+                which = nodes("NonZero", nodes("Equal", halves, number)).squeeze(0)
+                rows, column = own.gather(which).unsqueeze(1), counted(nodes, widest.gather([number]))
+                seen.append(column < rows)
+                places.append((first.gather(which).unsqueeze(1) + nodes("Min", column, rows - 1)).reshape(-1))
+                found += [which, seen[-1]]
+            place = joined(0, *places)
+            used = nodes("NonZero", joined(0, *(one.reshape(-1) for one in seen))).squeeze(0)
+            home = nodes("ScatterElements", used, place.gather(used), used, axis=0)
+            return [place, home, *found]
+
+        kinds = [ir.DataType.INT64] * 2 + [ir.DataType.INT64, ir.DataType.BOOL] * GROUPS
+        place, home, *found = nodes.choose_all(self.several, kinds, more, one)
+        self._from, self._home = place, self.filled(home)
+        self.groups = tuple(map(Group, found[1::2], found[::2]))
+
+    def spread(self, rows: Value, heads: int, width: int) -> Value:
+        """[heads, N, width]: the places of all groups, one group after the other."""
+        head = self.nodes.constant(np.arange(heads)[:, None])
+        return rows.reshape(-1, width).gather(self._from * heads + head)
+
+    def grids(self, spread: Value, heads: int, width: int, groups: Sequence[Group]) -> list[Value]:
+        nodes, end, found = self.nodes, self.nodes.value([0]), []
+        for group in groups:
+            start, end = end, end + group.batch * group.columns
+            part = nodes("Slice", spread, start, end, [1]) if len(groups) > 1 else spread
+            shape = joined(0, nodes.value([heads]), group.batch, group.columns, nodes.value([width]))
+            found.append(nodes("Reshape", part, shape, allowzero=1))
+        return found
+
+    def gathered(self, grids: Sequence[Value], heads: int, width: int) -> Value:
+        nodes, found = self.nodes, []
+        for grid in grids:
+            shape = joined(0, nodes.value([heads]), grid.size(1) * grid.size(2), nodes.value([width]))
+            found.append(nodes("Reshape", grid, shape, allowzero=1))
+        return found[0] if len(found) == 1 else joined(1, *found)
+
+    def rejoined(self, spread: Value, heads: int, width: int) -> Value:
+        head = self.nodes.constant(np.arange(heads)) * self._from.size(0)
+        return spread.reshape(-1, width).gather(self._home.unsqueeze(1) + head).reshape(-1, heads * width)
 
     def grid(self, rows: Value, heads: int, width: int) -> Value:
         head = self.nodes.constant(np.arange(heads)[:, None])
@@ -230,10 +352,21 @@ class Packed(Rows):
     @property
     def _kept(self) -> Value:
         """[T]: the places of the grid, numbered row by row, that are no padding."""
+        return self.filled(self._own_places)
+
+    @property
+    def _own_places(self) -> Value:
         return self.nodes("NonZero", self.seen.reshape(-1)).squeeze(0)
+
+    def filled(self, rows: Value) -> Value:
+        """[rows of all sequences, ...] -> [T, ...]."""
+        return rows
 
 
 LONGEST_PROMPT = 512
+GROUPS = 4
+SPARED = 16384
+"""Places of the one grid that must be padding's for sequences to attend in groups: what more nodes cost."""
 
 
 class MixedRows(Packed):
@@ -250,15 +383,9 @@ class MixedRows(Packed):
     @property
     def _tiles(self) -> tuple[Value, Value]:
         """Rows a tile, and tiles, [1] each."""
-        return tile(super()._kept.size(0), changes(self.delta).integer().reduce("Sum", 0, keep=True))
-
-    @property
-    def _kept(self) -> Value:
-        found, (each, tiles) = super()._kept, self._tiles
-        return found.gather(self.nodes("Min", counted(self.nodes, each * tiles), found.size(0) - 1))
+        return tile(self._own_places.size(0), changes(self.delta).integer().reduce("Sum", 0, keep=True))
 
     def filled(self, rows: Value) -> Value:
-        """Rows of all sequences [n, H] -> [T, H], filled up as the batch's are."""
         each, tiles = self._tiles
         return rows.gather(self.nodes("Min", counted(self.nodes, each * tiles), rows.size(0) - 1))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from bertology_serve.encoder.bank import PREFIX, PROMPT, adapter, inner, scale, update_layers
 from bertology_serve.export.emitter.delta_inputs import ADAPTER_ACTIVATIONS, LENGTH, Tables
 from bertology_serve.export.emitter.nodes import ACTIVATION_NODES, Condition, Nodes, Value, joined
-from bertology_serve.export.emitter.row_nodes import MixedRows, Rows
+from bertology_serve.export.emitter.row_nodes import Group, MixedRows, Rows
 from bertology_serve.export.export_inputs import ExportInputs
 
 Added = Callable[[Sequence[Value]], Value]
@@ -32,8 +32,6 @@ class Updates(ABC):
     """
 
     nodes: Nodes
-    prefix_length: Value
-    """[B or 1, 1]: the rows of each sequence's prefix."""
 
     @abstractmethod
     def used(self, place: str, layer: int = 0) -> Condition:
@@ -56,8 +54,12 @@ class Updates(ABC):
         """The prompt's vectors [T, E] of those numbers [T]."""
 
     @abstractmethod
-    def prefix(self, column: str, layer: int, heads: int, width: int) -> Value:
-        """[B, heads, V, width]: the trained keys (``k``) or values (``v``) of each sequence."""
+    def prefix(self, column: str, layer: int, group: Group, heads: int, width: int) -> Value:
+        """[heads, B, V, width]: the trained keys (``k``) or values (``v``) of each sequence of a group."""
+
+    @abstractmethod
+    def prefix_length(self, group: Group) -> Value:
+        """[B or 1, 1]: the rows of each sequence's prefix."""
 
 
 class OneDelta(Updates):
@@ -71,9 +73,7 @@ class OneDelta(Updates):
         self._layers |= update_layers(effects)
         self._layers |= {adapter(slot): unit.layers for slot, unit in effects.bottleneck.items()}
         self._layers |= {PROMPT: every} if effects.prompt else {}
-        if effects.prefix is not None:
-            self._layers[PREFIX] = every
-            self.prefix_length = nodes.constant(np.array([[effects.prefix.keys.shape[1]]]))
+        self._layers |= {PREFIX: every} if effects.prefix else {}
 
     def _mine(self, name: str, tensor: Tensor) -> Value:
         return self.nodes.weight(self.export_inputs.named(name), tensor)
@@ -116,12 +116,16 @@ class OneDelta(Updates):
         assert self.effects.prompt is not None
         return self._mine("prompt.vectors", self.effects.prompt.vectors[None]).squeeze(0).gather(which)
 
-    def prefix(self, column: str, layer: int, heads: int, width: int) -> Value:
+    def prefix(self, column: str, layer: int, group: Group, heads: int, width: int) -> Value:
         assert self.effects.prefix is not None
         trained = {"k": self.effects.prefix.keys, "v": self.effects.prefix.values}[column][layer, :, : heads * width]
         by_head = trained.reshape(1, trained.shape[0], heads, width).transpose(1, 2)
-        rows = self._mine(f"prefix.{layer}.{'keys' if column == 'k' else 'values'}", by_head)
-        return self.nodes("Expand", rows, self.nodes("Concat", self.rows.batch, [1], [1], [1], axis=0))
+        rows = self._mine(f"prefix.{layer}.{'keys' if column == 'k' else 'values'}", by_head).transpose(1, 0, 2, 3)
+        return self.nodes("Expand", rows, self.nodes("Concat", [1], group.batch, [1], [1], axis=0))
+
+    def prefix_length(self, group: Group) -> Value:
+        assert self.effects.prefix is not None
+        return self.nodes.constant(np.array([[self.effects.prefix.keys.shape[1]]]))
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ class ManyDeltas(Updates):
             if table in place.tables
         }
         self._prefixes = tables.table(PREFIX, "rows").gather(rows.delta)
-        self.prefix_length = tables.table(PREFIX, "form").gather(rows.delta).gather([LENGTH], 1)
+        self._prefix_lengths = tables.table(PREFIX, "form").gather(rows.delta).gather([LENGTH], 1)
 
     def used(self, place: str, layer: int = 0) -> Condition:
         found = self.tables.places.get(place)
@@ -184,10 +188,13 @@ class ManyDeltas(Updates):
     def vectors(self, which: Value) -> Value:
         return self.tables.rows(PROMPT, "v", 0, which)
 
-    def prefix(self, column: str, layer: int, heads: int, width: int) -> Value:
-        rows = self.tables.rows(PREFIX, column, layer, self._prefixes)
+    def prefix(self, column: str, layer: int, group: Group, heads: int, width: int) -> Value:
+        rows = self.tables.rows(PREFIX, column, layer, group.of(self._prefixes))
         shape = self.nodes("Concat", [0], [0], [heads], [width], axis=0)
-        return self.nodes("Reshape", rows, shape).transpose(0, 2, 1, 3)
+        return self.nodes("Reshape", rows, shape).transpose(2, 0, 1, 3)
+
+    def prefix_length(self, group: Group) -> Value:
+        return group.of(self._prefix_lengths)
 
     def _found(self, place: str, table: str) -> Owned:
         """Looked up where the batch has such a delta."""
