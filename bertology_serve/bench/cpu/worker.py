@@ -126,8 +126,7 @@ def main() -> None:
             worker = worker or Worker(runpy.run_path(sys.argv[1]))
             answer = getattr(worker, request.pop("do"))(**request)
         except BaseException as problem:  # whatever a tool raises is its answer
-            lines = str(problem).strip().splitlines() or [""]
-            answer = {"error": f"{type(problem).__name__}: {lines[0]}"[:300]}
+            answer = {"error": f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:300]}
         print(json.dumps(answer), file=said, flush=True)
 
 
