@@ -25,7 +25,7 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "optimum": (TORCH, OLDER, "optimum-onnx[onnxruntime]==0.1.0"),
     "sentence-transformers": (TORCH, "sentence-transformers==6.2.0"),
     "sentence-transformers-onnx": (TORCH, OLDER, "sentence-transformers==5.1.2", "optimum-onnx[onnxruntime]==0.1.0"),
-    "sentence-transformers-openvino": (TORCH, "sentence-transformers[openvino]==6.2.0"),
+    "sentence-transformers-openvino": (TORCH, OLDER, "sentence-transformers==5.1.2", "optimum-intel[openvino]==1.27.0"),
     "fastembed": ("fastembed==0.9.1",),
     "peft": (TORCH, TRANSFORMERS, "peft==0.21.2"),
     "adapters": (TORCH, "adapters==1.3.0"),
