@@ -96,7 +96,7 @@ def test_the_example_that_is_printed_works_and_exports_answer(encoder, deltas, t
         response = httpx.post(command[1], content=command[3])
         assert response.status_code == 200, response.text
         assert f"{len(DELTAS) + 1} deltas on" in "".join(lines)
-        assert ", fp32, packed through transformers' attention interface), ready after" in "".join(lines)
+        assert ", fp32, packed through modules of our own), ready after" in "".join(lines)
 
 
 @pytest.mark.parametrize("name", RECORDS)
