@@ -187,7 +187,7 @@ def build(cls: type[T], values: object, where: str) -> T:
     lacking = [name for name in needed if name not in table]
     if lacking:
         raise FormatError(f"{where} lacks the field {lacking[0]!r}; write the file again")
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]  # classes are hashable
     checked = {name: conform(value, hints[name], f"{where}.{name}") for name, value in table.items()}
     try:
         return cls(**checked)

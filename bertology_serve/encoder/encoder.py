@@ -428,7 +428,9 @@ class Encoder:
         if self.packs:
             why = probe.gap(self)
             if not why:
-                own = self.family.connect is not None or compat.is_own(self.model)
+                if compat.is_own(self.model):
+                    return "packed through modules of our own"
+                own = self.family.connect is not None
                 return "packed through " + ("an attention of our own" if own else "transformers' attention interface")
             self.packs = compat.disconnect(self.model)
         gap = probe.gap(self)

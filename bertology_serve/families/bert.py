@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from bertology_serve.families.family import (
     Dense,
@@ -36,7 +36,7 @@ def _build(prefix: str, padded_positions: bool, config: PretrainedConfig) -> Hid
     from bertology_serve.families.bert_layers import BertLayers
 
     with torch.device("meta"):
-        return BertLayers(config, prefix, padded_positions)
+        return cast("HiddenModel", BertLayers(config, prefix, padded_positions))
 
 
 _as_bert, _as_roberta = partial(_build, "bert", False), partial(_build, "roberta", True)

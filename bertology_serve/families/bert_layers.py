@@ -7,7 +7,6 @@ and 100 MB of them, for what a server never does. The arithmetic is that of tran
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +57,7 @@ class BertLayers(nn.Module):
         super().__init__()
         self.config, self.base_model_prefix = config, base_model_prefix
         self.embeddings = _Embeddings(config, config.pad_token_id if padded_positions else None)
-        self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = _Stack(config)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The word embeddings."""
@@ -106,20 +104,44 @@ class _Embeddings(nn.Module):
         return out
 
 
+class _Stack(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
+
+
 class _Layer(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.attention = nn.Module()
-        self.attention.self = _Attention(config)
-        self.attention.output = _Output(config, config.hidden_size)
-        self.intermediate = nn.Module()
-        self.intermediate.dense = UndrawnLinear(config.hidden_size, config.intermediate_size)
+        self.attention = _AttentionBlock(config)
+        self.intermediate = _Intermediate(config)
         self.output = _Output(config, config.intermediate_size)
-        self.act: Callable[[Tensor], Tensor] = activation(config.hidden_act)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.attention.output(self.attention.self(x, mask), x)
-        out: Tensor = self.output(self.act(self.intermediate.dense(x)), x)
+        x = self.attention(x, mask)
+        out: Tensor = self.output(self.intermediate(x), x)
+        return out
+
+
+class _AttentionBlock(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.self = _Attention(config)
+        self.output = _Output(config, config.hidden_size)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        out: Tensor = self.output(self.self(x, mask), x)
+        return out
+
+
+class _Intermediate(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.dense = UndrawnLinear(config.hidden_size, config.intermediate_size)
+        self.act = activation(config.hidden_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(self.dense(x))
         return out
 
 

@@ -142,7 +142,7 @@ def use_attention(config: PretrainedConfig, name: str | None) -> None:
     config._attn_implementation = name
 
 
-_PLAIN = {"gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU}
+_PLAIN: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU}
 
 
 def activation(name: str) -> nn.Module:

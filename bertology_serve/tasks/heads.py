@@ -82,10 +82,15 @@ class Layer(nn.Module):
 
     def named(self) -> Iterator[tuple[str, str | None, nn.Parameter]]:
         """(name in HuggingFace's task model, name in the base or None, parameter) of everything trained here."""
-        for part, base in ((self.linear, self.form.base_name), (self.norm, self.form.base_norm)):
-            path = self.form.path if part is self.linear else self.form.norm
-            for name, parameter in part.named_parameters() if part is not None else ():
+        for part, path, base in self.parts():
+            for name, parameter in part.named_parameters():
                 yield f"{path}.{name}", f"{base}.{name}" if base else None, parameter
+
+    def parts(self) -> Iterator[tuple[nn.Module, str, str | None]]:
+        """Linear and norm, each with its name in HuggingFace's task model and in the base, or None."""
+        yield self.linear, self.form.path, self.form.base_name
+        if self.norm is not None:
+            yield self.norm, str(self.form.norm), self.form.base_norm
 
 
 class Head(nn.Module):
@@ -214,9 +219,11 @@ class Head(nn.Module):
 
     def share(self, base_tensors: Mapping[str, Tensor]) -> None:
         """Reads what the base brought from the base's own tensors, not from a copy; for heads that are not trained."""
-        for name, base, parameter in self.named():
-            if name in self._base and base is not None:
-                parameter.data = base_tensors[base]
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            for part, path, base in layer.parts():
+                for name in [name for name, _ in part.named_parameters() if f"{path}.{name}" in self._base]:
+                    setattr(part, name, nn.Parameter(base_tensors[f"{base}.{name}"], requires_grad=False))
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
         """Starts from another head's own tensors; what they lack stays as it is."""
