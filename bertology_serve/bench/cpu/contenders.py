@@ -226,7 +226,8 @@ CONTENDERS: tuple[Contender, ...] = (
               {"models": "{work}/merged-int8-row/NAME.onnx"}, forms=(ROWS,), family=MIXED, only=(LORA8,)),
 )  # fmt: skip
 LEFT_OUT = {
-    "llama.cpp": "its wheel is built from source, and a checkpoint has to be converted by scripts that are no package",
+    "llama.cpp": "its wheel is built from source (15 minutes on two busy cores were not enough), and the scripts that "
+    "convert a checkpoint are in no package",
 }
 """Whom one would look for in vain, and why."""
 
