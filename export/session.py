@@ -109,12 +109,13 @@ def kept_session(made_of: JsonMapping, make: Callable[[Path], object]) -> Sessio
     with tempfile.TemporaryDirectory(prefix="bertology-serve-") as directory:
         path = Path(directory) / GRAPH
         make(path)
+        session = None
         try:
             with _keeping(place) as keep:
-                return Session(path, keep=keep)
+                session = Session(path, keep=keep)
         except (OSError, VerificationError) as problem:
             log.info("the graph is not kept: %s", problem)
-            return Session(path)
+        return Session(path) if session is None else session
 
 
 def graph_key(made_of: JsonMapping) -> str:
