@@ -159,7 +159,7 @@ def test_every_command_is_in_the_table():
         "common",
         "options",
         "bench_alternatives",
-        "bench_export",
+        "bench_cpu",
         "bench_kernels",
         "bench_load",
         "reports",

@@ -95,18 +95,18 @@ class Nodes:
         Only one of the two is computed. Both may use every value made before; what they make is theirs alone. Where the
         condition is known already the other one is not even built.
         """
-        if isinstance(condition, bool):
-            return then() if condition else otherwise()
         return self.choose_all(condition, [ir.DataType.FLOAT], lambda: [then()], lambda: [otherwise()])[0]
 
     def choose_all(
         self,
-        condition: Value,
+        condition: Condition,
         kinds: Sequence[ir.DataType],
         then: Callable[[], Sequence[Value]],
         otherwise: Callable[[], Sequence[Value]],
     ) -> tuple[Value, ...]:
         """The same for several values, of these ``kinds``."""
+        if isinstance(condition, bool):
+            return tuple(then() if condition else otherwise())
         branches = {"then_branch": self._branch(then, kinds), "else_branch": self._branch(otherwise, kinds)}
         node = ir.node("If", [condition.ir], branches, num_outputs=len(kinds))
         self._nodes.append(node)
