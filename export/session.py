@@ -113,13 +113,14 @@ def kept_session(made_of: JsonMapping, make: Callable[[Path], object]) -> Sessio
     with tempfile.TemporaryDirectory(prefix="bertology-serve-") as directory:
         path = Path(directory) / GRAPH
         make(path)
-        session = None
-        try:
-            with _keeping(place) as keep:
-                session = Session(path, keep=keep)
-        except (OSError, VerificationError) as problem:
-            log.info("the graph is not kept: %s", problem)
-        return Session(path) if session is None else session
+        if place is not None:
+            try:
+                with _keeping(place) as keep:
+                    Session(path, keep=keep)
+                return Session(place / GRAPH, optimised=True)  # its weights are mapped
+            except (OSError, VerificationError) as problem:
+                log.info("the graph is not kept: %s", problem)
+        return Session(path)
 
 
 def graph_key(made_of: JsonMapping) -> str:
@@ -169,11 +170,8 @@ def _digests(place: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _keeping(place: Path | None) -> Iterator[Path | None]:
-    """A file to write a graph to, which is then kept at ``place``; None where there is none. Raises OSError."""
-    if place is None:
-        yield None
-        return
+def _keeping(place: Path) -> Iterator[Path]:
+    """A file to write a graph to, which is then kept at ``place``. Raises OSError."""
     stage = hidden(place)
     try:
         stage.mkdir(mode=0o700)
