@@ -24,6 +24,7 @@ JsonObject = dict[str, Any]
 """A JSON object as Python holds it."""
 JsonMapping = Mapping[str, Any]
 """One that is only read."""
+CACHE = "BERTOLOGY_CACHE"
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 
@@ -51,6 +52,32 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(own, path)
     finally:
         own.unlink(missing_ok=True)
+
+
+def cache_folder(name: str) -> Path | None:
+    """This user's own folder of that name for what can be made again, made where it is not there.
+
+    It stands in ``BERTOLOGY_CACHE``, else in ``bertology-serve`` of the user's cache. ``None`` where that variable is
+    empty, where the folder is another user's, and where none can be made.
+    """
+    told = os.environ.get(CACHE)
+    if told == "":
+        return None
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = (Path(told) if told else home / "bertology-serve") / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if not is_own(folder):
+            return None
+        folder.chmod(0o700)
+    except (OSError, RuntimeError):  # no home
+        return None
+    return folder
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file or directory is this user's. Raises OSError."""
+    return path.stat().st_uid == getattr(os, "geteuid", int)()
 
 
 def check_outputs(outputs: Iterable[str | Path | None], inputs: Iterable[str | Path | None]) -> None:

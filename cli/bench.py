@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bertology_serve.cli.bench_alternatives import alternatives
-from bertology_serve.cli.bench_export import export
+from bertology_serve.cli.bench_cpu import cpu
 from bertology_serve.cli.bench_kernels import kernels
 from bertology_serve.cli.bench_load import load
 from bertology_serve.cli.common import note, progress, table
@@ -27,7 +27,8 @@ def _bench() -> None:
 
 
 app.command()(kernels)
-app.command()(export)
+app.command()(cpu)
+app.command("export", hidden=True)(cpu)
 app.command()(load)
 app.command()(alternatives)
 

@@ -33,7 +33,11 @@ EnginePrecision = Annotated[
     MultiPrecision, typer.Option(help="Of the ONNX engine. int8-row: the encoder's products in 8 bits, row by row.")
 ]
 TimeAgain = Annotated[
-    bool, typer.Option("--time-again", help="Time engines and batches, though it was done here within the last week.")
+    bool,
+    typer.Option(
+        "--time-again",
+        help="Time engines and batches, though it was done here within the last week, and make graphs anew.",
+    ),
 ]
 Models = Annotated[
     Path | None, typer.Option(help="An export of a single delta or a whole task model, or a directory of them.")

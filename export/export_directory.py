@@ -12,13 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-import onnx_ir
-
 import bertology_serve
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.errors import SpecError
-from bertology_serve.export.emitter.emit import BackEnd
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import IR, MODEL, ExportSpec
 from bertology_serve.export.session import ROWS
@@ -39,6 +36,9 @@ from bertology_serve.tasks.spec import (
 )
 
 if TYPE_CHECKING:
+    import onnx_ir
+
+    from bertology_serve.export.emitter.emit import BackEnd
     from bertology_serve.export.verify import Verification
 
 TASK_OPTIONS = (
@@ -162,6 +162,8 @@ def annotate(model: onnx_ir.Model, metadata: Mapping[str, str]) -> onnx_ir.Model
 
 def save(model: onnx_ir.Model, path: Path, external_over: int | None = None) -> int:
     """Writes the file, and ``model.onnx_data`` beside it for large weights; returns the bytes of both."""
+    import onnx_ir  # half a second, and not for who runs a graph that was kept
+
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     data = path.with_name(path.name + DATA_SUFFIX)
     path.parent.mkdir(exist_ok=True)
@@ -186,7 +188,7 @@ PROBLEMS = {
     MULTI_LABEL: "multi_label_classification",
     REGRESSION: "regression",
 }
-_OF_THIS_MACHINE = ("_name_or_path", *ATTENTION_SETTINGS)
+OF_THIS_MACHINE = ("_name_or_path", *ATTENTION_SETTINGS)
 
 
 def write_directory(
@@ -209,7 +211,7 @@ def write_directory(
 
 def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> JsonObject:
     """The encoder's configuration with the task's labels, class and, under ``bertology_serve``, the metadata."""
-    values = {key: value for key, value in encoder.config.to_dict().items() if key not in _OF_THIS_MACHINE}
+    values = {key: value for key, value in encoder.config.to_dict().items() if key not in OF_THIS_MACHINE}
     count = 0 if delta.task.kind in WHOLE_BATCH else delta.task.outputs
     labels = delta.task.labels or tuple(f"LABEL_{i}" for i in range(count))
     values |= {"bertology_serve": dict(facts), "dtype": "float16" if facts["precision"] == "fp16" else "float32"}

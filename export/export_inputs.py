@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bertology_serve import examples
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.bank import BARE, DeltaBank
+from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.export.export_spec import ON_CPU, Precision
 from bertology_serve.export.session import END, LOGITS, POOLED, ROWS, SPARSE_WEIGHTS, START, VECTORS
@@ -162,6 +163,12 @@ def column_scales(encoder: Encoder, state: Mapping[str, Tensor]) -> dict[str, Te
     return scales
 
 
+def calibration(encoder: Encoder) -> PackedBatch:
+    """The sentences that columns are calibrated on, in one batch."""
+    texts = plain_texts(encoder, CALIBRATED)
+    return encoder.pack(texts, [BARE] * len(texts))
+
+
 def _largest_inputs(encoder: Encoder) -> dict[str, Tensor]:
     """max |x| [K] of each column that a linear reads, by its path."""
     largest = dict[str, Tensor]()
@@ -172,12 +179,10 @@ def _largest_inputs(encoder: Encoder) -> dict[str, Tensor]:
 
     slots = (slot for name, slot in encoder.anatomy.slots.items() if name in chain(*BEHIND_NORMS))
     paths = {path for slot in slots for path in slot.paths if path is not None}
-    texts = plain_texts(encoder, CALIBRATED)
-    batch = encoder.pack(texts, [BARE] * len(texts))
     with encoder.lock, torch.inference_mode():
         hooks = [encoder.model.get_submodule(path).register_forward_pre_hook(partial(see, path)) for path in paths]
         try:
-            encoder.run(batch, DeltaBank(encoder.anatomy, encoder.dtype, encoder.device))
+            encoder.run(calibration(encoder), DeltaBank(encoder.anatomy, encoder.dtype, encoder.device))
         finally:
             for hook in hooks:
                 hook.remove()

@@ -38,7 +38,7 @@ from bertology_serve.export.export_directory import (
 )
 from bertology_serve.export.export_inputs import ExportInputs, plain_texts
 from bertology_serve.export.export_spec import ExportSpec, MultiPrecision
-from bertology_serve.export.onnx_engine import bare_inputs
+from bertology_serve.export.onnx_engine import bare_inputs, check_emitted
 from bertology_serve.export.openvino_ir import OpenVinoSession, save_ir
 from bertology_serve.export.samples import Case, Reference, built_in, of_encodings
 from bertology_serve.export.session import Session
@@ -203,6 +203,7 @@ def export_many(
     check_target(target, spec.overwrite)
     references, started = references_of(encoder, deltas), time.perf_counter()
     export_inputs, library = bare_inputs(encoder, spec.precision, INSTEAD), library_of(encoder, deltas)
+    check_emitted(export_inputs, INSTEAD)
     model = emit_answers(export_inputs, spec.operators, spec.precision, head_eps(encoder))
     facts = facts_of(_base(encoder), export_inputs, spec, name, min(one.max_length for one in library.cards))
     with staging(target) as stage:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -19,16 +21,15 @@ from bertology_serve.deltas.delta import BaseRef, Delta, bare
 from bertology_serve.deltas.format import LATER
 from bertology_serve.encoder.bank import BankEntry, DeltaBank
 from bertology_serve.encoder.batch import Fork, PackedBatch
-from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.loading import load_tokenizer
 from bertology_serve.errors import BertologyError, FormatError, NotFound, Unsupported
-from bertology_serve.export.emitter.delta_inputs import Arrays, Feed, texts
-from bertology_serve.export.emitter.emit import BELOW, emit_hidden, obstacle
-from bertology_serve.export.export_directory import TASK_OPTIONS, ZERO_SHOT_OPTIONS, save
-from bertology_serve.export.export_inputs import ExportInputs
-from bertology_serve.export.export_spec import MODEL, MultiPrecision, Precision, fastest_on_cpu
+from bertology_serve.export.emitter.delta_inputs import BELOW, Feed, texts
+from bertology_serve.export.export_directory import OF_THIS_MACHINE, TASK_OPTIONS, ZERO_SHOT_OPTIONS, save
+from bertology_serve.export.export_inputs import ExportInputs, calibration, column_scales
+from bertology_serve.export.export_spec import MODEL, ON_CPU, MultiPrecision, Precision, fastest_on_cpu
 from bertology_serve.export.samples import Case
-from bertology_serve.export.session import Session
+from bertology_serve.export.session import Session, kept_session
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.spec import Encoding, TaskSpec
 
@@ -37,8 +38,13 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+INSTEAD = "take --engine torch"
 MOST_FORKS = 2
 """Layers that graphs are kept for which end, and begin, there: together they hold the weights once more."""
+MOST_KINDS, OFTEN = 2, 50
+"""Kinds of batches that graphs are kept for, which hold the weights once more each; and how often one must come."""
+Kind = frozenset[str]
+Asked = TypeVar("Asked", int, Kind)
 
 
 class OnnxEngine:
@@ -48,32 +54,78 @@ class OnnxEngine:
     the encoder's weights of its own. Batches with deltas that the graph has no place for, factors on what several
     linears read, are run by torch. Raises Unsupported for an encoder that it cannot take, or without ONNX Runtime.
 
+    That graph decides by the batch what there is to do, some hundred times. For the kinds of deltas that come most,
+    graphs are made that know it, and take half of the time for a short text: on a thread, for ``MOST_KINDS`` at most.
+
     For batches whose sequences fork, two graphs are made, of the layers below and above: on a thread, when the first
     comes (until then each sequence runs on its own rows), and for ``MOST_FORKS`` layers at most.
     """
 
     def __init__(self, encoder: Encoder, precision: MultiPrecision = "fp32", opset: int | None = None) -> None:
-        self.encoder, self.export_inputs, self.precision = encoder, bare_inputs(encoder, precision), precision
+        self.encoder, self.export_inputs, self.precision = encoder, bare_inputs(encoder), precision
         self._packs, self._opset = encoder.prepacked, opset or fastest_on_cpu(precision)
         self._feed, self._hidden = Feed(encoder.anatomy), encoder.anatomy.hidden
         self._session = self._made(0, encoder.depth)
         self._forks: dict[int, tuple[Session, Session]] = {}
-        self._asked: set[int] = set()
+        self._kinds: dict[Kind, Session] = {}
+        self._seen: Counter[Kind] = Counter()
+        self._asked: set[int | Kind] = set()
 
-    def _made(self, first: int, end: int) -> Session:
-        """The graph of some layers."""
-        with tempfile.TemporaryDirectory(prefix="bertology-serve-") as directory:
-            path = Path(directory) / "model.onnx"
-            # weights in a file of their own are mapped into memory: what is never read, most of the words, takes none
-            graph = emit_hidden(self.export_inputs, self._opset, self.precision, first, end)
+    def _made(self, first: int, end: int, known: Kind | None = None) -> Session:
+        """The graph of some layers, for batches of a kind that is ``known`` or for all."""
+
+        def make(path: Path) -> None:
+            from bertology_serve.export.emitter.emit import emit_hidden
+
+            check_emitted(self.export_inputs)
+            inputs = replace(self.export_inputs, columns=self._columns)
+            graph = emit_hidden(inputs, self._opset, self.precision, first, end, known)
             save(graph, path, external_over=0)
-            return Session(path)
+
+        own = {"precision": self.precision, "opset": self._opset, "first": first, "end": end}
+        own |= {} if known is None else {"known": sorted(known)}
+        return kept_session(self._made_of | own, make)
+
+    @cached_property
+    def _made_of(self) -> JsonObject:
+        """All that its graphs follow from, but for precision, opset and layers."""
+        encoder, config = self.encoder, self.encoder.config.to_dict()
+        return {
+            "weights": weights_hash(self.export_inputs.state),
+            "config": {key: value for key, value in config.items() if key not in OF_THIS_MACHINE},
+            "anatomy": repr(encoder.anatomy),
+            "calibrated on": calibration(encoder).ids.tolist() if self.precision in ON_CPU else [],
+        }
+
+    @cached_property
+    def _columns(self) -> dict[str, Tensor]:
+        """See ``ExportInputs.columns``."""
+        return column_scales(self.encoder, self.export_inputs.state) if self.precision in ON_CPU else {}
 
     def prepare_fork(self, layer: int) -> None:
         """Makes the graphs for sequences that fork before a layer, unless they are there. Takes seconds."""
         self._asked.add(layer)
         if layer not in self._forks:
             self._forks[layer] = self._made(0, layer), self._made(layer, self.encoder.depth)
+
+    def prepare_kind(self, kind: Kind) -> None:
+        """Makes the graph for batches of a kind (``Feed.kind``), unless it is there. Takes a second.
+
+        Where there is no room, that of the kind that came least leaves.
+        """
+        self._asked.add(kind)
+        if kind not in self._kinds:
+            made = self._made(0, self.encoder.depth, kind)
+            kept = sorted(self._kinds, key=lambda one: -self._seen[one])[: MOST_KINDS - 1]
+            self._kinds = {one: self._kinds[one] for one in kept} | {kind: made}
+            self._asked = {one for one in self._asked if isinstance(one, int)} | self._kinds.keys()
+            self._seen.clear()
+
+    def prepare_for(self, entries: Iterable[BankEntry]) -> None:
+        """The same for the kind that most of these deltas are of, each by itself."""
+        kinds = Counter(self._feed.kind([entry]) for entry in entries if self.takes(entry))
+        if kinds:
+            self.prepare_kind(kinds.most_common(1)[0][0])
 
     @property
     def name(self) -> str:
@@ -91,7 +143,6 @@ class OnnxEngine:
         if not self._feed.takes(batch.last.entries):
             self.encoder.prepack(self._packs)
             return self.encoder.run(batch, pools)
-        stacks = self._feed.stacks(pools)
         stages = [batch, *(fork.batch for fork in batch.forks)]
         for number in self._most_first(batch.forks, stages):
             fork = batch.forks[number]
@@ -100,10 +151,10 @@ class OnnxEngine:
                 rows = fork.rows
                 for later in batch.forks[number + 1 :]:
                     rows = rows[later.rows]
-                below = self._rows(stages[number], lower, stacks)[rows]
-                return self._rows(batch.last, upper, stacks, below.numpy())
-            self._ask(fork.layer)
-        return self._rows(batch.last, self._session, stacks)
+                below = self._rows(stages[number], pools, lower)[rows]
+                return self._rows(batch.last, pools, upper, below.numpy())
+            self._ask_fork(fork.layer)
+        return self._rows(batch.last, pools)
 
     @staticmethod
     def _most_first(forks: Sequence[Fork], stages: Sequence[PackedBatch]) -> list[int]:
@@ -111,52 +162,85 @@ class OnnxEngine:
         spared = [(stages[-1].rows - stages[i].rows) * fork.layer for i, fork in enumerate(forks)]
         return sorted(range(len(forks)), key=lambda i: -spared[i])
 
-    def _ask(self, layer: int) -> None:
+    def _ask_fork(self, layer: int) -> None:
         """Has the graphs for a fork made, where there is room for them."""
-        if layer in self._asked or len(self._asked) >= MOST_FORKS:
-            return
-        self._asked.add(layer)
+        if layer not in self._asked and sum(isinstance(one, int) for one in self._asked) < MOST_FORKS:
+            self._ask(layer, self.prepare_fork)
 
-        def prepare() -> None:
+    def _ask(self, what: Asked, prepare: Callable[[Asked], None]) -> None:
+        """Has graphs made on a thread, once."""
+        self._asked.add(what)
+
+        def prepared() -> None:
             try:
-                self.prepare_fork(layer)
+                prepare(what)
             except Exception:  # batches run without them
-                log.exception("no graphs for sequences that fork before layer %d", layer)
+                log.exception("no graphs for %s", what)
 
-        threading.Thread(target=prepare, name="onnx-forks", daemon=True).start()
+        threading.Thread(target=prepared, name="onnx-graphs", daemon=True).start()
+
+    def _session_for(self, entries: Sequence[BankEntry]) -> Session:
+        """The graph that knows this kind of batch, or else the one for all."""
+        kind = self._feed.kind({entry.key: entry for entry in entries}.values())
+        self._seen[kind] += 1
+        session = self._kinds.get(kind)
+        if session is None and kind not in self._asked and self._seen[kind] >= OFTEN:
+            least = min((self._seen[one] for one in self._kinds), default=0)
+            if len(self._kinds) < MOST_KINDS or self._seen[kind] > 2 * least:
+                self._ask(kind, self.prepare_kind)
+        return session or self._session
 
     def _rows(
-        self, batch: PackedBatch, session: Session, stacks: Arrays, below: NDArray[np.float32] | None = None
+        self,
+        batch: PackedBatch,
+        pools: DeltaBank,
+        session: Session | None = None,
+        below: NDArray[np.float32] | None = None,
     ) -> Tensor:
         """The rows [T, H] that a graph makes of a batch; ``below`` [T, H] is what one of upper layers begins with."""
         groups = buckets(batch.lengths, self._hidden)
-        hidden = torch.empty(batch.rows, self._hidden)
+        parts, places = [], []
         for group in groups:
-            starts, lengths = np.array(batch.starts)[group], np.array(batch.lengths)[group]
-            at = np.repeat(starts - (lengths.cumsum() - lengths), lengths) + np.arange(lengths.sum())
-            feeds = stacks | self._feed.tables([batch.entries[i] for i in group])
+            entries = [batch.entries[i] for i in group]
+            graph = session or self._session_for(entries)
+            feeds = self._feed.stacks(pools, graph.inputs) | self._feed.tables(entries)
             feeds |= texts(batch, group, self.export_inputs.inputs)
-            found = torch.from_numpy(session.run(feeds if below is None else feeds | {BELOW: below[at]}))
-            if len(groups) == 1:
-                return found[: len(at)]
-            hidden.index_copy_(0, torch.from_numpy(at), found[: len(at)])
+            starts, lengths = np.array(batch.starts)[group], np.array(batch.lengths)[group]
+            if below is not None or len(groups) > 1:
+                places.append(np.repeat(starts - (lengths.cumsum() - lengths), lengths) + np.arange(lengths.sum()))
+            if below is not None:
+                feeds[BELOW] = below[places[-1]]
+            parts.append(torch.from_numpy(graph.run(feeds))[: int(lengths.sum())])
+        if len(parts) == 1:
+            return parts[0]
+        hidden = torch.empty(batch.rows, self._hidden)
+        for place, part in zip(places, parts, strict=True):
+            hidden.index_copy_(0, torch.from_numpy(place), part)
         return hidden
 
 
-def bare_inputs(encoder: Encoder, precision: Precision, instead: str = "take --engine torch") -> ExportInputs:
+def check_emitted(export_inputs: ExportInputs, instead: str = INSTEAD) -> None:
+    """Raises Unsupported, saying what to do ``instead``, where there is no graph for many deltas of an encoder."""
+    from bertology_serve.export.emitter.emit import obstacle  # with onnx_ir half a second of imports
+
+    if found := obstacle(export_inputs, many=True):
+        raise _no_graph(found, instead)
+
+
+def _no_graph(why: str, instead: str) -> Unsupported:
+    return Unsupported(f"there is no graph for many deltas of this encoder: {why}; {instead}")
+
+
+def bare_inputs(encoder: Encoder, precision: Precision = "fp32", instead: str = INSTEAD) -> ExportInputs:
     """The encoder without a delta, as the graph is made of it; Unsupported, saying what to do ``instead``."""
     if encoder.device.type != "cpu" or encoder.dtype != torch.float32:
         raise Unsupported(
             f"the graph for many deltas is made of float32 encoders on the CPU, this one is {encoder.dtype} on "
             f"{encoder.device}; {instead}"
         )
-    export_inputs = ExportInputs.of(encoder, bare("base", encoder.ref, encoder.max_tokens), False, precision)
-    stands_in_the_way = obstacle(export_inputs, many=True) or (
-        None if encoder.packs else f"{encoder.anatomy.family} is padded"
-    )
-    if stands_in_the_way:
-        raise Unsupported(f"there is no graph for many deltas of this encoder: {stands_in_the_way}; {instead}")
-    return export_inputs
+    if not encoder.packs:
+        raise _no_graph(f"{encoder.anatomy.family} is padded", instead)
+    return ExportInputs.of(encoder, bare("base", encoder.ref, encoder.max_tokens), False, precision)
 
 
 FIXED = 60
@@ -169,6 +253,8 @@ A run reads all weights once and starts some hundred nodes.
 def buckets(lengths: Sequence[int], hidden: int, fixed: int = FIXED) -> list[list[int]]:
     """Indices of sequences, those of a bucket in their order, so cut that ``Σ (count · longest² + fixed · hidden)`` is
     smallest (by dynamic programming over the distinct lengths)."""
+    if len(lengths) == 1:
+        return [[0]]
     sizes, counts = np.unique(np.asarray(lengths), return_counts=True)
     if counts.sum() * int(sizes[-1]) ** 2 - (counts * sizes**2).sum() <= fixed * hidden:
         return [list(range(len(lengths)))]

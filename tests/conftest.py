@@ -13,6 +13,7 @@ from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["BERTOLOGY_CACHE"] = ""  # what is kept of one test is not for another
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as every command has it; see share_cores
 settings.register_profile("untimed", deadline=None)  # how long an example takes decides nothing
 settings.load_profile("untimed")

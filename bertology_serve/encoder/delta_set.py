@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import weakref
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,7 +20,6 @@ from bertology_serve.deltas.delta import BaseRef, Delta, bare
 from bertology_serve.deltas.layout import check_base
 from bertology_serve.encoder.bank import BARE, BankEntry
 from bertology_serve.encoder.encoder import weights_hash
-from bertology_serve.encoder.row_cache import RowCache
 from bertology_serve.errors import BertologyError, NotFound, SpecError, Unsupported, about, nearest
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.base import Example, Task
@@ -93,6 +92,46 @@ class TaskModel(Protocol):
     def outputs(self, encodings: Sequence[Encoding]) -> list[Tensor]:
         """[C], [len, C] or [H] of every sequence, float32 on CPU."""
         ...
+
+
+MOST_ROWS, MOST_BYTES = 4096, 16 * 2**20
+
+
+class RowCache:
+    """Rows [H] of texts that come again, such as labels: the most recent ones of one version of a delta.
+
+    Bounded in rows and in bytes; the least recently used leave first. For any thread.
+    """
+
+    def __init__(self, most_rows: int = MOST_ROWS, most_bytes: int = MOST_BYTES) -> None:
+        self.most_rows, self.most_bytes, self.bytes = most_rows, most_bytes, 0
+        self._rows: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def known(self, texts: Iterable[str]) -> dict[str, Tensor]:
+        """The rows of those texts that are here."""
+        with self._lock:
+            found = {text: self._rows[text] for text in texts if text in self._rows}
+            for text in found:
+                self._rows.move_to_end(text)
+        return found
+
+    def keep(self, rows: Mapping[str, Tensor]) -> None:
+        """Takes rows in."""
+        with self._lock:
+            for text, row in rows.items():
+                self.bytes += _size(text, row) if text not in self._rows else 0
+                self._rows[text] = row.clone()  # not the batch that it is a view of
+                self._rows.move_to_end(text)
+            while len(self._rows) > self.most_rows or self.bytes > self.most_bytes:
+                self.bytes -= _size(*self._rows.popitem(last=False))
+
+
+def _size(text: str, row: Tensor) -> int:
+    return row.numel() * row.element_size() + len(text.encode())
 
 
 class LoadedDelta:

@@ -68,21 +68,27 @@ class Encoder:
 
     prompts: tuple[tuple[str, str], ...] = ()
 
-    def __init__(self, name: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, name: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, light: bool = False
+    ) -> None:
         """The encoder of a hub id, a local directory or ``minilm`` (the packaged all-MiniLM-L6-v2).
 
-        Raises NotFound where there is nothing of that name, Unsupported for models that are no BERT-like encoder.
+        ``light`` makes BERT and RoBERTa of modules of our own with the same names, so that transformers' modelling
+        code, two seconds of imports and 100 MB, stays out; ``model`` is then none of HuggingFace's. Raises NotFound
+        where there is nothing of that name, Unsupported for models that are no BERT-like encoder.
         """
         path = locate(str(name))
-        model, base_head = load_model(path)
+        model, base_head = load_model(path, light)
         self._set_up(model, load_tokenizer(path), str(name), base_head, read_pruning(path), read_pooling(path))
         self.prompts = read_prompts(path)
         model.to(device=torch.device(device), dtype=dtype)
 
     @classmethod
-    def load(cls, name: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Encoder:
+    def load(
+        cls, name: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, light: bool = False
+    ) -> Encoder:
         """The same as ``Encoder(name)``."""
-        return cls(name, device=device, dtype=dtype)
+        return cls(name, device=device, dtype=dtype, light=light)
 
     @classmethod
     def of_model(
@@ -422,6 +428,8 @@ class Encoder:
         if self.packs:
             why = probe.gap(self)
             if not why:
+                if compat.is_own(self.model):
+                    return "packed through modules of our own"
                 own = self.family.connect is not None
                 return "packed through " + ("an attention of our own" if own else "transformers' attention interface")
             self.packs = compat.disconnect(self.model)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, float32, nn
 
@@ -59,17 +59,24 @@ def locate(name: str) -> str:
     return str(Path(package.origin).parent / "model")
 
 
-def load_model(path: str) -> tuple[HiddenModel, dict[str, Tensor]]:
-    """The headless float32 model and what the checkpoint has of a head; raises NotFound or Unsupported."""
-    from transformers import AutoModel
-    from transformers.utils import logging
+def load_model(path: str, light: bool = False) -> tuple[HiddenModel, dict[str, Tensor]]:
+    """The headless float32 model and what the checkpoint has of a head; raises NotFound or Unsupported.
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    ``light``: of modules of our own where the family has them and the checkpoint is as these want it, so that
+    transformers' modelling code is not imported.
+    """
     config = _config(path)
     if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
         raise Unsupported(f"{path} is a {config.model_type} decoder; {EXPECTED}")
     if getattr(config, PRUNED, False):
         return pruned_model(path, config), _head_parts(path, config.model_type)
+    own = _light_model(path, config) if light else None
+    if own is not None:
+        return own, _head_parts(path, config.model_type)
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with _reading(f"the weights of {path}"):
         model, found = AutoModel.from_pretrained(
             path,
@@ -87,6 +94,34 @@ def load_model(path: str) -> tuple[HiddenModel, dict[str, Tensor]]:
             )
         model.pooler = None
         return model, _head_parts(path, config.model_type)
+
+
+def _light_model(path: str, config: PretrainedConfig) -> HiddenModel | None:
+    """The model of our own modules, its weights mapped from the file; ``None`` where transformers should read it."""
+    build, files = family_named(config.model_type).build, _weight_files(path)
+    usual = all(getattr(config, name, None) in (None, value) for name, value in _USUAL.items())
+    if build is None or len(files) != 1 or not usual:
+        return None
+    model = build(config)
+    wanted = model.state_dict()
+    try:
+        with safe_open(files[0], framework="pt") as tensors:
+            names = set(tensors.keys())
+            ways = ("", f"{model.base_model_prefix}.")
+            prefix = next((way for way in ways if all(way + name in names for name in wanted)), None)
+            if prefix is None:
+                return None
+            state = {name: tensors.get_tensor(prefix + name).to(float32) for name in wanted}
+    except (OSError, SafetensorError):
+        return None
+    if any(state[name].shape != tensor.shape for name, tensor in wanted.items()):
+        return None
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+_USUAL = {"position_embedding_type": "absolute", "add_cross_attention": False, "quantization_config": None}
+"""Settings for which our own modules know but one value."""
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -171,8 +206,6 @@ def _reading(what: str) -> Iterator[None]:
 
 def _head_parts(path: str, family: str) -> dict[str, Tensor]:
     """Pooler or prediction-head tensors of the checkpoint, by their name without the encoder's prefix."""
-    from safetensors import safe_open
-
     found: dict[str, Tensor] = {}
     wanted = family_named(family).head_parts
     for file in _weight_files(path):

@@ -97,6 +97,7 @@ class Pipeline(DeltaSet):
         self.check(delta)
         head = self.encoder.head(delta.task)
         head.load(delta.head)
+        head.share(self.encoder.base_head)
         head.to(self.encoder.device).eval().requires_grad_(False)
         effects = self.encoder.allowed(delta.effects(self.encoder.anatomy))
         with self.encoder.lock:  # no batch runs meanwhile, so nothing is done here but copying rows

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 from bertology_serve.families.family import (
     Dense,
@@ -21,6 +23,23 @@ from bertology_serve.families.family import (
     spans,
     word_scores,
 )
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from bertology_serve.families.compat import HiddenModel
+
+
+def _build(prefix: str, padded_positions: bool, config: PretrainedConfig) -> HiddenModel:
+    import torch
+
+    from bertology_serve.families.bert_layers import BertLayers
+
+    with torch.device("meta"):
+        return cast("HiddenModel", BertLayers(config, prefix, padded_positions))
+
+
+_as_bert, _as_roberta = partial(_build, "bert", False), partial(_build, "roberta", True)
 
 
 def _dropped_spans(shape: HeadShape) -> tuple[Dense, ...]:
@@ -53,15 +72,15 @@ _ALBERT = Family("albert", _albert_pooler, _albert_pooler, classifier, spans, wo
 
 def rows() -> Iterator[Family]:
     """All of them."""
-    yield replace(_BERT, emitted=True, token_types=2, peft_prefix=True, adapterhub=True)
+    yield replace(_BERT, build=_as_bert, emitted=True, token_types=2, peft_prefix=True, adapterhub=True)
     for name in ("ernie", "megatron-bert", "roc_bert"):
         yield replace(_BERT, name=name)
     yield replace(_BERT, name="rembert", words=None)
     for name in ("gte", "nomic_bert"):
         yield replace(_BERT, name=name, choice=None, answers=None, words=None)
     for name in ("roberta", "xlm-roberta"):
-        yield replace(_ROBERTA, name=name, emitted=True, peft_prefix=True, adapterhub=True)
-    yield replace(_ROBERTA, name="camembert", emitted=True, peft_prefix=True)
+        yield replace(_ROBERTA, name=name, build=_as_roberta, emitted=True, peft_prefix=True, adapterhub=True)
+    yield replace(_ROBERTA, name="camembert", build=_as_roberta, emitted=True, peft_prefix=True)
     yield replace(_ROBERTA, name="xlm-roberta-xl", peft_prefix=True)
     yield replace(_ROBERTA, name="xmod")
     for name in ("data2vec-text", "roberta-prelayernorm"):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from bertology_serve.errors import Unsupported
+from bertology_serve.errors import SpecError, Unsupported, nearest
 from bertology_serve.families.family import Current, Family
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def connect(model: HiddenModel, modules: Sequence[nn.Module], current: Current, 
     else:
         return False
     model.dense_attention = attention_of(model.config)
-    use_attention(model.config, register(NAME, _attend))
+    use_attention(model.config, NAME if is_own(model) else register(NAME, attend_packed))
     return True
 
 
@@ -85,7 +85,7 @@ def nothing(*_: object, **__: object) -> None:
     """For what a model would make for [T, T] rows, and packed attention needs not."""
 
 
-def _attend(
+def attend_packed(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -119,6 +119,13 @@ def register(name: str, attend: Callable[..., tuple[Tensor, None]]) -> str:
     return name
 
 
+def is_own(model: object) -> bool:
+    """Whether a model's layers are our own, which ask nothing of transformers."""
+    from bertology_serve.families.bert_layers import BertLayers
+
+    return isinstance(model, BertLayers)
+
+
 def has_interface(model: object) -> bool:
     """Whether a model, or its class, calls attention through transformers' interface."""
     return bool(getattr(model, "_supports_attention_backend", False))
@@ -133,6 +140,24 @@ def attention_of(config: PretrainedConfig) -> str | None:
 def use_attention(config: PretrainedConfig, name: str | None) -> None:
     """Asks for an attention by its name."""
     config._attn_implementation = name
+
+
+_PLAIN: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU}
+
+
+def activation(name: str) -> nn.Module:
+    """An activation by the name that configurations give it; raises SpecError for one that is not known.
+
+    The common ones are torch's own, as transformers has them: its table takes two seconds to import.
+    """
+    if name in _PLAIN:
+        return _PLAIN[name]()
+    from transformers.activations import ACT2FN
+
+    if name not in ACT2FN:
+        raise SpecError(f"unknown activation {name!r}; {nearest(name, ACT2FN)}")
+    found: nn.Module = ACT2FN[name]
+    return found
 
 
 def deberta_distances(query: Tensor, key: Tensor, buckets: int, most: int) -> Tensor:

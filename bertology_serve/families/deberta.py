@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 
-from bertology_serve.families.compat import deberta_distances, nothing, patch
+from bertology_serve.families.compat import activation, deberta_distances, nothing, patch
 from bertology_serve.families.family import (
     Current,
     Family,
@@ -140,7 +139,7 @@ def _convolve(module: ConvLayer, current: Current, hidden_states: Tensor, residu
     out = module.conv(padded.transpose(1, 2)).transpose(1, 2)
     flat = torch.cat([out[i, :length] for i, (_, length) in enumerate(extents)])
     flat = current.value.outside("conv", flat)
-    normed: Tensor = module.LayerNorm(residual_states + ACT2FN[module.conv_act](module.dropout(flat))[None])
+    normed: Tensor = module.LayerNorm(residual_states + activation(module.conv_act)(module.dropout(flat))[None])
     return normed
 
 

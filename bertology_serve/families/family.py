@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PretrainedConfig
+
+    from bertology_serve.families.compat import HiddenModel
 
 Options = Mapping[str, Any]
 """Values of a model's configuration."""
@@ -161,7 +164,8 @@ class Family:
     ``base_head`` what a base checkpoint may hold of a head, ``words`` the form of its masked language model's.
 
     ``connect(model, modules, current)`` gives the attention modules of each layer a forward of our own on packed rows,
-    for families that do not go through transformers' attention interface. ``positions`` says how attention knows
+    for families that do not go through transformers' attention interface; ``build(config)`` makes the headless model of
+    modules of our own, on the meta device, for those that have them. ``positions`` says how attention knows
     distances where the exporters write it out: by ``rotary`` embeddings, a ``bias`` that all layers share, or
     ``disentangled``, where query and key project positions too; ``emitted`` whether the ONNX emitter writes the family.
 
@@ -180,6 +184,7 @@ class Family:
     choice_reads: str = ""
     base_head: tuple[str, ...] = ("pooler.dense.weight", "pooler.dense.bias", "pooler.weight", "pooler.bias")
     connect: Callable[[Any, Sequence[nn.Module], Current], None] | None = None
+    build: Callable[[PretrainedConfig], HiddenModel] | None = None
     positions: Literal["", "rotary", "bias", "disentangled"] = ""
     emitted: bool = False
     token_types: int | None = None

@@ -88,7 +88,10 @@ def init(spec: Adapter, anatomy: Anatomy, generator: torch.Generator | None) -> 
     tensors: Tensors = {}
     for place in places(spec, anatomy):
         for name in ("down", "up"):
-            tensors[f"{place}.{name}"] = normal((depth, width, hidden), 0.01, generator).clamp_(-0.02, 0.02)
+            drawn = normal((depth, width, hidden), 0.01, generator)
+            if generator is not None:  # on the meta device this would import torch._dynamo
+                drawn.clamp_(-0.02, 0.02)
+            tensors[f"{place}.{name}"] = drawn
         tensors[f"{place}.down_bias"] = zeros((depth, width), generator)
         tensors[f"{place}.up_bias"] = zeros((depth, hidden), generator)
     return tensors

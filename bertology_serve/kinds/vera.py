@@ -102,7 +102,9 @@ def init(spec: Vera, anatomy: Anatomy, generator: torch.Generator | None) -> Ten
     """
     tensors: Tensors = {}
     for name, layers in _slots(spec, anatomy).items():
-        tensors[f"{name}.d"] = zeros((len(layers), spec.rank), generator) + spec.d_initial
+        tensors[f"{name}.d"] = zeros((len(layers), spec.rank), generator)
+        if generator is not None:  # on the meta device this would import torch._dynamo
+            tensors[f"{name}.d"] += spec.d_initial
         tensors[f"{name}.b"] = zeros((len(layers), anatomy.slot(name).outputs), generator)
     if spec.save_projection:
         inputs, outputs = _widest(spec, anatomy)

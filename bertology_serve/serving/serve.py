@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -50,11 +51,12 @@ def serve(
     """
     config = config or ServerConfig()
     started = time.monotonic()
-    from bertology_serve.serving.execution.executor_handle import ForkServer, WorkerOptions
-    from bertology_serve.serving.execution.startup import settle_memory
-    from bertology_serve.serving.http.binding import bind, url_of
-    from bertology_serve.serving.keys import read_keyring
-    from bertology_serve.serving.observability import logs
+    with _importing():
+        from bertology_serve.serving.execution.executor_handle import ForkServer, WorkerOptions
+        from bertology_serve.serving.execution.startup import settle_memory
+        from bertology_serve.serving.http.binding import bind, url_of
+        from bertology_serve.serving.keys import read_keyring
+        from bertology_serve.serving.observability import logs
 
     logs.set_up(config.logging.log_level, config.logging.log_format)
     keyring = read_keyring(config.listen.keys_file, os.environ)
@@ -68,10 +70,12 @@ def serve(
             fork_server = stack.enter_context(
                 ForkServer(WorkerOptions(backbone, dtype, config.logging.log_level, config.logging.log_format))
             )
-        from bertology_serve.serving.batching.warmup import circumstances, find, find_again, recall
-        from bertology_serve.serving.execution.engine_choice import EngineConfig, check
-        from bertology_serve.serving.observability.background import Background
-        from bertology_serve.serving.server import Server
+        with _importing():
+            from bertology_serve.export.session import drop_kept
+            from bertology_serve.serving.batching.warmup import circumstances, find, find_again, recall
+            from bertology_serve.serving.execution.engine_choice import EngineConfig, check
+            from bertology_serve.serving.observability.background import Background
+            from bertology_serve.serving.server import Server
 
         check(engine, precision)
         background = Background()
@@ -91,6 +95,8 @@ def serve(
             say(f"try: {example(url, found[-1])}")
 
         server = Server(registry, config, announce, keyring, background)
+        if time_again:
+            drop_kept()
         queue, known = server.service.queue, None if time_again else recall(where)
         runs, sure = find(opened, queue.times, wanted, where, known)
         if not sure:
@@ -101,6 +107,17 @@ def serve(
         opened.warmed(max(HUNG, config.batching.max_call_seconds))
         settle_memory()
         server.run(sockets=[bound])
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """What modules make as they are imported stays: the garbage collector need not look at it, now or later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def example(url: str, delta: Delta) -> str:

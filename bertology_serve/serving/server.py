@@ -14,7 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -24,7 +24,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.grpc_server import GrpcServer
 from bertology_serve.serving.http.binding import room_for
 from bertology_serve.serving.http.bodies import JSON_LENGTH, PRIORITY, REQUEST_ID, TIMEOUT
 from bertology_serve.serving.http.connection import limited
@@ -38,6 +37,9 @@ from bertology_serve.serving.service import DRAINING, Service
 from bertology_serve.serving.versions.delta_cache import TierGauges
 from bertology_serve.serving.versions.delta_registry import Registry
 from bertology_serve.serving.versions.watcher import Reconciler, Watcher
+
+if TYPE_CHECKING:
+    from bertology_serve.serving.grpc_server import GrpcServer
 
 log = logging.getLogger(__name__)
 READ_SECONDS = 0.1  # for the calls of connections that had just been taken, before those that rest are closed
@@ -140,7 +142,11 @@ class Server(uvicorn.Server):
             KEEP_ALIVE,
             config.listen.max_connections,
         )
-        self.rpc = None if config.listen.grpc_port is None else GrpcServer(config.listen.host, config.listen.grpc_port)
+        self.rpc: GrpcServer | None = None
+        if config.listen.grpc_port is not None:
+            from bertology_serve.serving.grpc_server import GrpcServer  # not for who serves HTTP alone
+
+            self.rpc = GrpcServer(config.listen.host, config.listen.grpc_port)
         super().__init__(
             uvicorn.Config(
                 make_app(self.service, keyring or Keyring(), self.rpc),

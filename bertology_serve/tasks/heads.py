@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import ACT2FN
 
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
 from bertology_serve.families import FAMILIES, family_named
+from bertology_serve.families.bert_layers import UndrawnLinear
+from bertology_serve.families.compat import activation
 from bertology_serve.families.family import Dense, Family, HeadForm, HeadShape, Options, classifier, token_vectors
 from bertology_serve.tasks.spec import (
     MULTI_VECTOR,
@@ -68,13 +69,11 @@ class Layer(nn.Module):
         self.form = form
         self.dropout = nn.Dropout(dropout if form.dropout else 0.0)
         self.linear: nn.Linear | WordScores = (
-            WordScores(form.outputs)
-            if form.tied
-            else nn.Linear(form.inputs, form.outputs, bias=form.bias, device="meta").to_empty(device="cpu")
+            WordScores(form.outputs) if form.tied else UndrawnLinear(form.inputs, form.outputs, bias=form.bias)
         )
         for parameter in self.linear.parameters():
             nn.init.zeros_(parameter)
-        self.activation = _activation(form.activation)
+        self.activation = nn.Identity() if form.activation is None else activation(form.activation)
         self.norm = nn.LayerNorm(form.outputs, form.norm_eps, bias=form.norm_bias) if form.norm else None
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -83,10 +82,15 @@ class Layer(nn.Module):
 
     def named(self) -> Iterator[tuple[str, str | None, nn.Parameter]]:
         """(name in HuggingFace's task model, name in the base or None, parameter) of everything trained here."""
-        for part, base in ((self.linear, self.form.base_name), (self.norm, self.form.base_norm)):
-            path = self.form.path if part is self.linear else self.form.norm
-            for name, parameter in part.named_parameters() if part is not None else ():
+        for part, path, base in self.parts():
+            for name, parameter in part.named_parameters():
                 yield f"{path}.{name}", f"{base}.{name}" if base else None, parameter
+
+    def parts(self) -> Iterator[tuple[nn.Module, str, str | None]]:
+        """Linear and norm, each with its name in HuggingFace's task model and in the base, or None."""
+        yield self.linear, self.form.path, self.form.base_name
+        if self.norm is not None:
+            yield self.norm, str(self.form.norm), self.form.base_norm
 
 
 class Head(nn.Module):
@@ -213,6 +217,14 @@ class Head(nn.Module):
                 _copy(name, parameters[name], tensor)
         self._base -= tensors.keys()
 
+    def share(self, base_tensors: Mapping[str, Tensor]) -> None:
+        """Reads what the base brought from the base's own tensors, not from a copy; for heads that are not trained."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            for part, path, base in layer.parts():
+                for name in [name for name, _ in part.named_parameters() if f"{path}.{name}" in self._base]:
+                    setattr(part, name, nn.Parameter(base_tensors[f"{base}.{name}"], requires_grad=False))
+
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
         """Starts from another head's own tensors; what they lack stays as it is."""
         with torch.no_grad():
@@ -291,16 +303,6 @@ def _copy(name: str, parameter: Tensor, tensor: Tensor) -> None:
     if parameter.shape != tensor.shape:
         raise FormatError(f"head tensor {name!r} has shape {list(tensor.shape)}; expected {list(parameter.shape)}")
     parameter.copy_(tensor)
-
-
-def _activation(name: str | None) -> nn.Module:
-    if name is None:
-        return nn.Identity()
-    if name not in ACT2FN:
-        raise SpecError(f"unknown activation {name!r} of the head; {nearest(name, ACT2FN)}")
-    activation = ACT2FN[name]
-    assert isinstance(activation, nn.Module)
-    return activation
 
 
 MLP_WIDTH, MLP_STD = 2048, 0.005

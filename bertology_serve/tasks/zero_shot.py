@@ -1,7 +1,7 @@
 """Classification among labels that each call brings: the encoder embeds the labels' texts as it does the text.
 
 A label's logit is the cosine of both rows times ``TaskSpec.scale``. The row of a label is the same whatever the text,
-so whoever answers may keep it (``encoder.row_cache``), and a call with known labels costs its text alone.
+so whoever answers may keep it (``RowCache``), and a call with known labels costs its text alone.
 """
 
 from __future__ import annotations

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
 from bertology_serve.encoder.bank import PREFIX
 from bertology_serve.export.emitter.module_nodes import Modules
-from bertology_serve.export.emitter.nodes import CONTRIB, Value, counted, joined
+from bertology_serve.export.emitter.nodes import CONTRIB, Condition, Value, counted, either, joined
 from bertology_serve.export.emitter.row_nodes import Group, Packed, Rows
 from bertology_serve.families.compat import deberta_buckets, modernbert_rotation, mpnet_buckets
 from bertology_serve.kinds.slots import KEY, OUTPUT, QUERY
@@ -18,6 +20,9 @@ NATIVE_SINCE = 23
 """The opset from which ONNX has an attention of its own."""
 SLIDING, RELATIVE = "sliding_attention", "encoder.relative_attention_bias.weight"
 FAR_BELOW = -64.0
+LONG, BLOCK = 256, 256
+"""Above so many columns a grid is worked off by head and sequence, in blocks of so many rows: what lies between the
+products then stays in the processor's cache, and memory grows with the length, not with its square."""
 FLOAT, INT32 = ir.DataType.FLOAT.value, ir.DataType.INT32.value
 
 
@@ -33,6 +38,8 @@ class Attention:
         self.width = self.anatomy.head_width
         self.positions = modules.positions
         self.disentangled = Disentangled(self) if self.positions == "disentangled" else None
+        self.streams = not self.nodes.fused and self.positions not in ("bias", "disentangled")
+        self.heavy = either(rows.several, self._long(rows.groups[0]))
         self.scale: float = (self.width * (self.disentangled.terms if self.disentangled else 1)) ** -0.5
 
     def __call__(self, layer: int, query: Value, key: Value, value: Value) -> Value:
@@ -53,29 +60,82 @@ class Attention:
     def attended(self, layer: int, query: Value, key: Value, value: Value) -> Value:
         """query, key, value as ``spread`` makes them, rotated already -> [T, H]."""
         form, rows = self.form(layer), self.rows
-        masks = [] if self.nodes.fused or self.disentangled else [self._mask(layer, group) for group in rows.groups]
+        masks = [] if self.nodes.fused or self.disentangled else [self._kept(layer, group) for group in rows.groups]
 
         def of(groups: Sequence[Group]) -> Value:
             grids = zip(*(rows.grids(x, *form, groups) for x in (query, key, value)), strict=True)
             numbered = enumerate(zip(groups, grids, strict=True))
+            light = groups is not rows.groups
             return rows.gathered(
-                [self._grid(layer, group, *qkv, *masks[i : i + 1]) for i, (group, qkv) in numbered], *form
+                [self._grid(layer, group, *qkv, light, *masks[i : i + 1]) for i, (group, qkv) in numbered], *form
             )
 
-        found = self.nodes.choose(rows.several, lambda: of(rows.groups), lambda: of(rows.groups[:1]))
+        found = self.nodes.choose(self.heavy, lambda: of(rows.groups), lambda: of(rows.groups[:1]))
         return self.modules.gated(OUTPUT, layer, lambda: rows.rejoined(found, *form))
 
-    def _grid(self, layer: int, group: Group, q: Value, k: Value, v: Value, mask: Value | None = None) -> Value:
-        """q, k, v [heads, B, R, D] -> [heads, B, R, D]."""
+    def _long(self, group: Group) -> Condition:
+        """Whether a group is worked off in blocks."""
+        return self.nodes("Greater", group.columns.squeeze(0), LONG) if self.streams else False
+
+    def _kept(self, layer: int, group: Group) -> Value:
+        """The mask for all layers alike; one of windows is as large as the scores, so that long groups have none."""
+        if not self._slides(layer):
+            return self._mask(layer, group)
+        none = self.nodes.constant(np.zeros((1, 1, 1, 1), self.nodes.dtype.numpy()))
+        return self.nodes.choose(self._long(group), lambda: none, lambda: self._mask(layer, group))
+
+    def _grid(
+        self, layer: int, group: Group, q: Value, k: Value, v: Value, light: bool, mask: Value | None = None
+    ) -> Value:
+        """q, k, v [heads, B, R, D] -> [heads, B, R, D]; ``light`` where it is known that the group is not long."""
         if self.nodes.fused:
             return self._fused(layer, group, *(x.squeeze(0) for x in (q, k, v))).unsqueeze(0)
         seen = self._mask(layer, group, q, k) if mask is None else mask
 
         def prefixed() -> Value:
             keys, values = self._prefixed(layer, group, k, v)
-            return self._product(q, keys, values, self._opened(group, seen, keys))
+            own = seen if light or not self._slides(layer) else self._mask(layer, group)
+            return self._product(q, keys, values, self._opened(group, own, keys))
 
-        return self.nodes.choose(self.updates.used(PREFIX), prefixed, lambda: self._product(q, k, v, seen))
+        def plain() -> Value:
+            one = partial(self._product, q, k, v, seen)
+            return (
+                one()
+                if light
+                else self.nodes.choose(self._long(group), partial(self._blocks, layer, group, q, k, v), one)
+            )
+
+        return self.nodes.choose(self.updates.used(PREFIX), prefixed, plain)
+
+    def _blocks(self, layer: int, group: Group, q: Value, k: Value, v: Value) -> Value:
+        """The same for one head, one sequence and ``BLOCK`` rows after the other; where windows slide, only the keys
+        that a window reaches take part.
+        """
+        nodes, columns, width = self.nodes, group.columns, self.width
+        count = nodes("Div", columns + (BLOCK - 1), BLOCK)
+        rows = nodes("Pad", q, joined(0, nodes.value([0]), count * BLOCK - columns), None, [2]).reshape(
+            -1, BLOCK, width
+        )
+        keys, values = (x.reshape(-1, columns, width) for x in (k, v))
+        reach = self.config.sliding_window if self._slides(layer) else None
+
+        def attended(number: Value) -> Value:
+            whose = nodes("Div", number, count.squeeze(0))
+            own = [x.gather(whose) for x in (keys, values)]
+            may = group.seen.gather(whose % group.batch.squeeze(0))
+            if reach is not None:
+                first = (number % count.squeeze(0)) * BLOCK
+                ends = nodes("Max", first - reach, 0), nodes("Min", first + (BLOCK + reach), columns.squeeze(0))
+                *own, may = (nodes("Slice", x, *(end.unsqueeze(0) for end in ends), [0]) for x in (*own, may))
+                row, column = nodes("Range", first, first + BLOCK, 1), nodes("Range", *ends, 1)
+                may = may & (nodes("Abs", row.unsqueeze(1) - column.unsqueeze(0)) <= reach)
+            mask = may.where(0.0, self._unseen(layer))
+            scores = rows.gather(number) * self.scale @ own[0].transpose(1, 0) + mask
+            return nodes("Softmax", scores, axis=-1) @ own[1]
+
+        found = nodes.each(counted(nodes, rows.size(0)), attended)
+        shape = joined(0, q.size(0), group.batch, nodes.value([-1]), nodes.value([width]))
+        return nodes("Slice", nodes("Reshape", found, shape), [0], columns, [2])
 
     def _prefixed(self, layer: int, group: Group, k: Value, v: Value) -> tuple[Value, Value]:
         """k, v [heads, B, R, width] behind the prefix of their sequence -> [heads, B, V + R, width]."""

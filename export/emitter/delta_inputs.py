@@ -18,22 +18,28 @@ there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bertology_serve.encoder.bank import PREFIX, PROMPT, BankEntry, DeltaBank, adapter, inner, scale
 from bertology_serve.encoder.batch import PackedBatch
-from bertology_serve.export.emitter.nodes import Nodes, Value
 from bertology_serve.kernels.segments import RowSegment
 from bertology_serve.kinds.slots import DOWN, FFN_NORM, OUTPUT, Anatomy
+
+if TYPE_CHECKING:  # not for who runs a graph that was kept
+    from onnx_ir import DataType
+
+    from bertology_serve.export.emitter.nodes import Condition, Nodes, Value
 
 ADAPTER_ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 INDEX = "delta"
 """The input [batch] that names each sequence's delta, by its row in the tables."""
+BELOW = "below"
+"""The input [T, H] of a graph that begins with a later layer: the rows that the layers before put out."""
 GATED = (OUTPUT, DOWN)
 """Slots whose inputs have factors in the graph. What the others read, others read too."""
 LENGTH, LEAD, SHIFTED, FIRST = range(4)
@@ -102,23 +108,35 @@ def _stacks(anatomy: Anatomy) -> Iterator[Stack]:
 
 
 class Tables:
-    """The inputs, by the names that ``stacks`` gives them."""
+    """The inputs, by the names that ``stacks`` gives them.
 
-    def __init__(self, nodes: Nodes, anatomy: Anatomy) -> None:
-        self.nodes, self.places = nodes, stacks(anatomy)
+    Which tables have columns is for each batch to say, or ``known``: then there are no other places.
+    """
+
+    def __init__(self, nodes: Nodes, anatomy: Anatomy, known: Collection[str] | None = None) -> None:
+        from onnx_ir import DataType
+
+        self.nodes, self.known, every = nodes, known, stacks(anatomy)
+        self.places = {
+            name: place
+            for name, place in every.items()
+            if known is None or any(place.input(table) in known for table in place.tables)
+        }
         self.inputs: dict[str, Value] = {}
         self._flat: dict[str, Value] = {}
         self._heights: dict[str, Value] = {}
         for place in self.places.values():
             for column, width in place.columns.items():
-                stack = self._add(place.input(column), (place.depth, f"{place.name}.height", width), ir.DataType.FLOAT)
+                stack = self._add(place.input(column), (place.depth, f"{place.name}.height", width), DataType.FLOAT)
                 self._flat[place.input(column)] = stack.reshape(-1, width)
                 self._heights.setdefault(place.name, stack.size(1))
             for table in place.tables:
+                if known is not None and place.input(table) not in known:
+                    continue
                 columns = place.fixed.get(table, f"{place.input(table)}.width")
-                self._add(place.input(table), ("deltas", columns), ir.DataType.INT64)
+                self._add(place.input(table), ("deltas", columns), DataType.INT64)
 
-    def _add(self, name: str, shape: tuple[str | int, ...], kind: ir.DataType) -> Value:
+    def _add(self, name: str, shape: tuple[str | int, ...], kind: DataType) -> Value:
         self.inputs[name] = self.nodes.input(name, shape, kind)
         return self.inputs[name]
 
@@ -126,8 +144,10 @@ class Tables:
         """[D, n], int64."""
         return self.inputs[self.places[place].input(table)]
 
-    def used(self, place: str, table: str) -> Value:
+    def used(self, place: str, table: str) -> Condition:
         """Whether a table has columns: then a delta of the batch has something there."""
+        if self.known is not None:
+            return self.places[place].input(table) in self.known
         return self.nodes("Greater", self.table(place, table).size(1).squeeze(0), 0)
 
     def rows(self, place: str, column: str, layer: int, numbers: Value) -> Value:
@@ -145,6 +165,8 @@ class Tables:
 
 Arrays = dict[str, NDArray[np.generic]]
 _BLANK = RowSegment(0, 0, 0, 0)
+LISTS = ("ranks", "units", "rows")
+"""Tables with as many columns as the delta that has most; the others have the same for all deltas."""
 
 
 class Feed:
@@ -153,24 +175,33 @@ class Feed:
     def __init__(self, anatomy: Anatomy) -> None:
         self.places = stacks(anatomy)
         self._blank: dict[int, Arrays] = {}
-        self._empty = {
-            place.input(column): np.zeros((place.depth, 1, width), np.float32)
+        self._stacks = {
+            place.input(column): (place.name, column, np.zeros((place.depth, 1, width), np.float32))
             for place in self.places.values()
             for column, width in place.columns.items()
         }
 
-    def stacks(self, bank: DeltaBank) -> Arrays:
+    def stacks(self, bank: DeltaBank, names: Iterable[str] | None = None) -> Arrays:
         """The bank's pools, float32 and on the CPU, as they lie in memory; one row of zeros where it has none.
 
-        Pools that the graph has no place for are left out.
+        Pools that the graph has no place for are left out; with ``names`` all but those inputs.
         """
         found: Arrays = {}
-        for name, pool in list(bank.pools.items()):
-            if name not in self.places:
-                continue
-            for column, tensor in pool.columns.items():
-                found[self.places[name].input(column)] = tensor.numpy()
-        return self._empty | found
+        for name in self._stacks.keys() if names is None else self._stacks.keys() & names:
+            place, column, empty = self._stacks[name]
+            pool = bank.pools.get(place)
+            found[name] = empty if pool is None else pool.columns[column].numpy()
+        return found
+
+    def kind(self, entries: Collection[BankEntry]) -> frozenset[str]:
+        """The tables that have columns in a batch of these deltas: what a graph for such batches must know."""
+        places = {name for entry in entries for name in entry.rows}
+        return frozenset(
+            self.places[name].input(table)
+            for name in places
+            for table in self.places[name].tables
+            if table not in LISTS or any(_listed(entry.rows.get(name)) for entry in entries)
+        )
 
     def takes(self, entries: Iterable[BankEntry]) -> bool:
         """Whether the graph has a place for all that these deltas change."""
@@ -199,6 +230,11 @@ class Feed:
         return self._blank[deltas]
 
 
+def _listed(segment: RowSegment | None) -> int:
+    """How many rows of a stack a delta has at a place, its bias not counted."""
+    return segment.last - segment.first if segment else 0
+
+
 def _table(
     place: Stack, table: str, rows: Sequence[RowSegment | None], deltas: Sequence[BankEntry]
 ) -> NDArray[np.int64]:
@@ -212,7 +248,7 @@ def _table(
         return np.array(
             [[ADAPTER_ACTIVATIONS.index(one.activation or ADAPTER_ACTIVATIONS[0])] for one in segments], np.int64
         )
-    width = max(one.last - one.first for one in segments)
+    width = max(map(_listed, segments))
     numbers = np.zeros((len(rows), width), np.int64)
     for number, one in enumerate(segments):
         numbers[number, : one.last - one.first] = np.arange(one.first, one.last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,7 +11,7 @@ from onnx_ir import DataType
 
 from bertology_serve.errors import Unsupported
 from bertology_serve.export.emitter.attention_nodes import Attention
-from bertology_serve.export.emitter.delta_inputs import INDEX, Tables
+from bertology_serve.export.emitter.delta_inputs import BELOW, INDEX, Tables
 from bertology_serve.export.emitter.head_nodes import StackedHeads, activations_of, read
 from bertology_serve.export.emitter.module_nodes import Modules
 from bertology_serve.export.emitter.nodes import ACTIVATION_NODES, Nodes, Output, Value
@@ -117,21 +118,27 @@ def emit(
     return nodes.model(inputs, *(Output(name, answers[name], shape) for name, shape in export_inputs.outputs.items()))
 
 
-HIDDEN, BELOW = "hidden", "below"
+HIDDEN = "hidden"
 LOGITS, TOKEN_LOGITS, EMBEDDING = "logits", "token_logits", "embedding"
 
 
 def emit_hidden(
-    export_inputs: ExportInputs, opset: int, precision: Precision = "fp32", first: int = 0, end: int | None = None
+    export_inputs: ExportInputs,
+    opset: int,
+    precision: Precision = "fp32",
+    first: int = 0,
+    end: int | None = None,
+    known: Collection[str] | None = None,
 ) -> onnx_ir.Model:
     """The graph for many deltas; its only output is ``hidden`` [T, H], the rows sequence after sequence.
 
     A sequence's rows are its text and its delta's prompt; what follows the last sequence means nothing. It runs the
     layers from ``first`` up to ``end``, all by default; from a later one on it takes ``below`` [T, H], the rows that
-    the layers before put out.
+    the layers before put out. With ``known`` it is for batches that have columns in those tables alone, and asks for
+    no other: it is quicker to start, having nothing to decide.
     """
     nodes = Nodes(opset)
-    inputs, _, hidden = _mixed(nodes, export_inputs, precision, first, end)
+    inputs, _, hidden = _mixed(nodes, export_inputs, precision, first, end, known)
     return nodes.model(inputs, Output(HIDDEN, hidden, ("rows", export_inputs.anatomy.hidden)))
 
 
@@ -160,11 +167,16 @@ def _texts(nodes: Nodes, export_inputs: ExportInputs) -> tuple[list[Value], Text
 
 
 def _mixed(
-    nodes: Nodes, export_inputs: ExportInputs, precision: Precision, first: int = 0, end: int | None = None
+    nodes: Nodes,
+    export_inputs: ExportInputs,
+    precision: Precision,
+    first: int = 0,
+    end: int | None = None,
+    known: Collection[str] | None = None,
 ) -> tuple[list[Value], MixedRows, Value]:
     """The inputs, the rows of a batch of many deltas, and their hidden states [T, H] after the layers."""
     texts, text = _texts(nodes, export_inputs)
-    delta, tables = nodes.input(INDEX, ("batch",)), Tables(nodes, export_inputs.anatomy)
+    delta, tables = nodes.input(INDEX, ("batch",)), Tables(nodes, export_inputs.anatomy, known)
     rows = MixedRows(text, PromptLayout.of_each(tables, delta, export_inputs.anatomy.position_offset), delta)
     modules, inputs = Modules(export_inputs, ManyDeltas(tables, rows), precision), [*texts, delta]
     x = None

@@ -95,24 +95,34 @@ class Nodes:
         Only one of the two is computed. Both may use every value made before; what they make is theirs alone. Where the
         condition is known already the other one is not even built.
         """
-        if isinstance(condition, bool):
-            return then() if condition else otherwise()
         return self.choose_all(condition, [ir.DataType.FLOAT], lambda: [then()], lambda: [otherwise()])[0]
 
     def choose_all(
         self,
-        condition: Value,
+        condition: Condition,
         kinds: Sequence[ir.DataType],
         then: Callable[[], Sequence[Value]],
         otherwise: Callable[[], Sequence[Value]],
     ) -> tuple[Value, ...]:
         """The same for several values, of these ``kinds``."""
+        if isinstance(condition, bool):
+            return tuple(then() if condition else otherwise())
         branches = {"then_branch": self._branch(then, kinds), "else_branch": self._branch(otherwise, kinds)}
         node = ir.node("If", [condition.ir], branches, num_outputs=len(kinds))
         self._nodes.append(node)
         return tuple(Value(self, self._called(found, "If")) for found in node.outputs)
 
-    def _branch(self, build: Callable[[], Sequence[Value]], kinds: Sequence[ir.DataType]) -> ir.Graph:
+    def each(self, items: Value, body: Callable[[Value], Value]) -> Value:
+        """items [n], int64 -> [n, ...], float32: what ``body`` makes of each item [], one after the other."""
+        item = self._called(ir.val(None, ir.DataType.INT64, []), "Item")
+        graph = self._branch(lambda: [body(Value(self, item))], [ir.DataType.FLOAT], [item])
+        node = ir.node("Scan", [items.ir], {"body": graph, "num_scan_inputs": 1})
+        self._nodes.append(node)
+        return Value(self, self._called(node.outputs[0], "Scan"))
+
+    def _branch(
+        self, build: Callable[[], Sequence[Value]], kinds: Sequence[ir.DataType], inputs: Sequence[ir.Value] = ()
+    ) -> ir.Graph:
         outside, self._nodes, self._made = self._nodes, [], self._made.new_child()
         outputs = []
         for value, kind in zip(build(), kinds, strict=True):
@@ -120,7 +130,7 @@ class Nodes:
             node.outputs[0].type = ir.TensorType(kind)
             self._nodes.append(node)
             outputs.append(self._called(node.outputs[0], "Identity"))
-        graph = ir.Graph([], outputs, nodes=self._nodes, name=f"{outputs[0].name}_branch")
+        graph = ir.Graph(inputs, outputs, nodes=self._nodes, name=f"{outputs[0].name}_branch")
         self._nodes, self._made = outside, self._made.parents
         return graph
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -92,7 +92,7 @@ class PromptLayout(Generic[Number]):
     lead: Number
     shifted: Condition
     first: Number
-    offset: Number
+    offset: int | Value
     most: int
     vectors: Callable[[Value], Value]
 
@@ -113,13 +113,17 @@ class PromptLayout(Generic[Number]):
         )
 
     @staticmethod
-    def of_each(tables: Tables, delta: Value, offset: int) -> PromptLayout[Value]:
+    def of_each(tables: Tables, delta: Value, offset: int) -> PromptLayout[Value] | PromptLayout[int]:
         """Those of the deltas [B] of a batch's sequences."""
         nodes = delta.nodes
+        moved: int | Value = offset
+        if PREFIX in tables.places:
+            prefix = tables.table(PREFIX, "form").gather(delta)
+            moved = prefix.gather([LENGTH], 1) * prefix.gather([PREFIX_SHIFTED], 1) + offset
+        if PROMPT not in tables.places:
+            return replace(PromptLayout.of(None, offset), offset=moved)
         form = tables.table(PROMPT, "form").gather(delta)
         length, lead, shifted, first = (form.gather([part], 1) for part in (LENGTH, LEAD, SHIFTED, FIRST))
-        prefix = tables.table(PREFIX, "form").gather(delta)
-        moved = prefix.gather([LENGTH], 1) * prefix.gather([PREFIX_SHIFTED], 1) + offset
 
         def vectors(at: Value) -> Value:
             rows = tables.table(PROMPT, "rows").gather(delta)
@@ -375,7 +379,7 @@ class MixedRows(Packed):
     The last tile is filled up with copies of the last row.
     """
 
-    def __init__(self, text: TextBatch, layout: PromptLayout[Value], delta: Value) -> None:
+    def __init__(self, text: TextBatch, layout: PromptLayout[int] | PromptLayout[Value], delta: Value) -> None:
         self.delta = delta
         super().__init__(text, layout)
         self.runs = Runs(delta.gather(self.nodes("Div", self._kept, self.columns)), self._tiles[0])

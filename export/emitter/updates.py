@@ -156,8 +156,9 @@ class ManyDeltas(Updates):
             for table in ("ranks", "units")
             if table in place.tables
         }
-        self._prefixes = tables.table(PREFIX, "rows").gather(rows.delta)
-        self._prefix_lengths = tables.table(PREFIX, "form").gather(rows.delta).gather([LENGTH], 1)
+        if PREFIX in tables.places:
+            self._prefixes = tables.table(PREFIX, "rows").gather(rows.delta)
+            self._prefix_lengths = tables.table(PREFIX, "form").gather(rows.delta).gather([LENGTH], 1)
 
     def used(self, place: str, layer: int = 0) -> Condition:
         found = self.tables.places.get(place)

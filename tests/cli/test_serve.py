@@ -37,7 +37,7 @@ def serving(
 ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """The command in a process of its own: process, URL, lines that it has printed."""
     command = [sys.executable, *start, "serve", "--backbone", backbone, "--deltas", str(directory)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(directory.parent / "cache")}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "BERTOLOGY_CACHE": str(directory.parent / "cache")}
     process = subprocess.Popen(
         [*command, "--port", "0", *options], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
@@ -96,7 +96,7 @@ def test_the_example_that_is_printed_works_and_exports_answer(encoder, deltas, t
         response = httpx.post(command[1], content=command[3])
         assert response.status_code == 200, response.text
         assert f"{len(DELTAS) + 1} deltas on" in "".join(lines)
-        assert ", fp32, packed through transformers' attention interface), ready after" in "".join(lines)
+        assert ", fp32, packed through modules of our own), ready after" in "".join(lines)
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -177,15 +177,15 @@ sys.exit(main(sys.argv[2:]))
 def test_an_engine_that_a_busy_machine_chose_is_chosen_again(encoder, deltas, tmp_path):  # noqa: F811
     (busy := tmp_path / "busy").touch()
     item = {"delta": "mood", "text": "the cat was good", "logits": True}
-    kept = deltas.parent / "cache" / "bertology-serve" / "findings"
+    kept = deltas.parent / "cache" / "findings"
     shutil.rmtree(kept, ignore_errors=True)  # what the servers of other tests found on an idle machine
     with serving(encoder.name, deltas, start=("-c", MOMENT, str(busy))) as (process, url, lines):
         before = httpx.post(f"{url}/predict", json=item, timeout=120).json()
         assert "the machine seems busy (load 1000000000.0 on" in "".join(lines)
         assert [line.split("engine: ")[1].split()[0] for line in lines if "engine: " in line] == ["torch"]
-        assert not kept.exists(), "what a busy machine gave is not kept"
+        assert not list(kept.glob("*.json")), "what a busy machine gave is not kept"
         busy.unlink()
-        wait(lambda: list(kept.glob("*.json")) if kept.exists() else [])
+        wait(lambda: list(kept.glob("*.json")))
         (found,) = kept.glob("*.json")
         assert json.loads(found.read_bytes())["setting"]["engine"] == "onnx"
         assert process.stderr is not None
@@ -194,3 +194,41 @@ def test_an_engine_that_a_busy_machine_chose_is_chosen_again(encoder, deltas, tm
         assert np.allclose(before["logits"], after["logits"], atol=1e-4)
     with serving(encoder.name, deltas, start=("-c", MOMENT, str(busy))) as (_, _, lines):
         assert "engine: onnxruntime" in "".join(lines), "the next start begins with it"
+
+
+READY = """
+import json, sys
+from bertology_serve.cli.main import main
+from bertology_serve.serving.server import Server
+
+Server.run = lambda server, sockets: print(json.dumps(sorted(sys.modules)))
+sys.exit(main(sys.argv[1:]))
+"""
+"""The command up to where it would answer: which modules have been imported."""
+TOKENIZER = (
+    "import json, sys, torch; from transformers import AutoTokenizer; AutoTokenizer.from_pretrained(sys.argv[1]); "
+    "print(json.dumps(sorted(sys.modules)))"
+)
+UNUSED = {
+    "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "torch.distributed.fsdp", "sympy", "scipy",
+    "sklearn", "pandas", "accelerate", "transformers.modeling_utils", "transformers.masking_utils",
+    "transformers.generation.utils",
+}  # fmt: skip
+"""Two seconds of imports and 100 MB that no server of BERT needs."""
+
+
+def test_serve_imports_nothing_that_it_does_not_need(encoder, deltas, tmp_path):  # noqa: F811
+    environment = os.environ | {"BERTOLOGY_CACHE": str(tmp_path)}
+
+    def imported(*command: str) -> set[str]:
+        run = subprocess.run(
+            [sys.executable, "-c", *command], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        return set(json.loads(run.stdout))
+
+    served = [READY, "serve", "--backbone", encoder.name, "--deltas", str(deltas), "--port", "0", "--engine"]
+    alone = imported(TOKENIZER, encoder.name) & UNUSED  # transformers up to 5.20 has all of it for a tokenizer
+    assert imported(*served, "torch") & UNUSED <= alone
+    assert "onnx_ir" in imported(*served, "onnx"), "the graph is made"
+    assert imported(*served, "onnx") & (UNUSED | {"onnx", "onnx_ir"}) <= alone, "and kept"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -130,3 +132,16 @@ def test_counts_do_not_change_on_the_way_but_for_zero_blocks() -> None:
     delta = samples.delta("bert", samples.SPECS["all"])
     written = to_disk(delta.tensors, delta.specs, anatomy, "")
     assert sum(tensor.numel() for tensor in written.values()) == kinds.parameter_count(delta.specs, anatomy)
+
+
+def test_shapes_are_known_without_the_compiler_of_torch():
+    """Some operations on the meta device import torch._dynamo, a second of a server's start."""
+    code = (
+        "import sys; from bertology_serve import *; from bertology_serve.deltas.layout import expected_shapes\n"
+        "anatomy, known = Encoder('minilm', light=True).anatomy, set(sys.modules)\n"
+        "for spec in (Lora(), Bitfit(), Adapter(), Prompt(4), Prefix(4), Ia3(), Norms(), Vera()):\n"
+        "    expected_shapes([spec], anatomy)\n"
+        "    assert 'torch._dynamo' not in set(sys.modules) - known, spec"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

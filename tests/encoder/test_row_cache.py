@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from bertology_serve.encoder.delta_set import RowCache
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.encoder.row_cache import RowCache
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny

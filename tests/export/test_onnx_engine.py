@@ -310,7 +310,7 @@ def test_forked_batches_agree_with_torch_before_and_after_their_graphs_are_there
             return torch.cat([out.flatten() for out in made._forward(jobs)])
 
     expected, made.engine = outputs(), OnnxEngine(encoder)
-    made.engine._ask = lambda layer: None
+    made.engine._ask_fork = lambda layer: None
     torch.testing.assert_close(outputs(), expected, atol=1e-5, rtol=1e-5)
     made.engine.prepare_fork(2)
     _, upper = made.engine._forks[2]
@@ -326,16 +326,53 @@ def test_the_graphs_of_a_fork_are_made_beside_and_of_few_layers(tmp_path, monkey
     made.engine = engine = OnnxEngine(encoder)
     made.ask_many(("probe", "top"), TEXTS[0])
     for thread in threading.enumerate():
-        if thread.name == "onnx-forks":
+        if thread.name == "onnx-graphs":
             thread.join(60)
     assert list(engine._forks) == [2]
     engine._asked |= {0}
-    engine._ask(1)
+    engine._ask_fork(1)
     assert engine._asked == {0, 2}
     monkeypatch.setattr(engine, "_made", lambda *_: 1 / 0)
     engine._asked -= {0}
-    engine._ask(1)
+    engine._ask_fork(1)
     for thread in threading.enumerate():
-        if thread.name == "onnx-forks":
+        if thread.name == "onnx-graphs":
             thread.join(60)
     assert made.ask_many(("probe", "top"), TEXTS[0])["top"].task == "classification"
+
+
+def test_the_kinds_that_come_most_have_graphs_that_know_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_engine, "OFTEN", 3)
+    made = pipeline(tiny.encoder("bert", tmp_path))
+    asked = {
+        name: made.prepare(Request(name, record(DELTAS[name][1], 0), logits=True))
+        for name in ("lora-4", "prefix", "houlsby")
+    }
+    expected = {name: logits(made.run([job])[0].as_dict()) for name, job in asked.items()}
+    made.engine = engine = OnnxEngine(made.encoder)
+    kinds = {name: engine._feed.kind([job.ready.entry]) for name, job in asked.items()}
+
+    def come(name: str, times: int) -> None:
+        for _ in range(times):
+            found = logits(made.run([asked[name]])[0].as_dict())
+            assert (found - expected[name]).abs().max() <= 1e-5
+            for thread in threading.enumerate():
+                if thread.name == "onnx-graphs":
+                    thread.join(60)
+
+    come("lora-4", 2)
+    assert not engine._kinds
+    come("lora-4", 1)
+    come("prefix", 3)
+    assert [*engine._kinds] == [kinds["lora-4"], kinds["prefix"]]
+    with monkeypatch.context() as patched:  # they are what runs
+        patched.setattr(engine._session, "run", None)
+        come("lora-4", 4)
+        come("prefix", 5)
+    come("houlsby", 8)  # as often as twice the one that came least, but no more
+    assert kinds["houlsby"] not in engine._kinds
+    come("houlsby", 1)
+    assert {*engine._kinds} == {kinds["prefix"], kinds["houlsby"]}
+    come("lora-4", 2)
+    engine.prepare_for([asked[name].ready.entry for name in ("prefix", "lora-4", "lora-4")])
+    assert kinds["lora-4"] in engine._kinds

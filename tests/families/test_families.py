@@ -39,6 +39,6 @@ def test_an_attention_of_our_own_takes_packed_rows_only(tmp_path, monkeypatch):
 
 def test_registering_again_changes_nothing(tmp_path):
     encoder = tiny.encoder("bert", tmp_path)
-    assert compat.attention_of(encoder.config) == compat.register(compat.NAME, compat._attend)
+    assert compat.attention_of(encoder.config) == compat.register(compat.NAME, compat.attend_packed)
     compat.disconnect(encoder.model)
     assert compat.attention_of(encoder.config) == "sdpa"

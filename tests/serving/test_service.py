@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from bertology_serve.encoder.delta_set import RowCache
 from bertology_serve.encoder.pipeline import Request
-from bertology_serve.encoder.row_cache import RowCache
 from bertology_serve.errors import DataError, Expired, LimitError, NotFound, Overloaded, RateLimited
 from bertology_serve.serving import service as services
 from bertology_serve.serving.batching.queue import BatchTimes

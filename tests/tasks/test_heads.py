@@ -138,6 +138,23 @@ def test_what_the_base_brings_is_frozen_and_not_the_deltas():
     torch.testing.assert_close(head.layers[0].linear.weight.detach(), base["pooler.dense.weight"], atol=0, rtol=0)
 
 
+def test_heads_that_are_not_trained_share_what_the_base_brings():
+    form = head_form("bert", "bert", TaskSpec("classification", LABELS), H, {})
+    base = {"pooler.dense.weight": torch.randn(H, H), "pooler.dense.bias": torch.randn(H)}
+    before = {name: tensor.clone() for name, tensor in base.items()}
+    head, other = (Head.build(form, base, torch.Generator().manual_seed(0)) for _ in range(2))
+    other.load(other.own_tensors() | {"bert.pooler.dense.weight": torch.ones(H, H)})
+    for one in (head, other):
+        one.share(base)
+    pooler = head.layers[0].linear
+    assert pooler.weight.data_ptr() == base["pooler.dense.weight"].data_ptr()
+    assert torch.equal(other.layers[0].linear.weight, torch.ones(H, H)), "the delta's own"
+    assert all(torch.equal(base[name], before[name]) for name in base)
+    rows = torch.randn(2, H)
+    expected = torch.tanh(rows @ before["pooler.dense.weight"].T + before["pooler.dense.bias"])
+    torch.testing.assert_close(head.layers[0](rows), expected)
+
+
 def test_full_fine_tuning_adopts_what_the_base_brings():
     form = head_form("modernbert", "model", TaskSpec("classification", LABELS), H, {})
     base = {"head.dense.weight": torch.randn(H, H), "head.norm.weight": torch.randn(H)}

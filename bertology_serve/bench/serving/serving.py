@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from bertology_serve.bench.export.timing import Timed, interleave
 from bertology_serve.bench.serving import peft_contenders, serving_report
 from bertology_serve.bench.serving.serving_report import Judged
 from bertology_serve.bench.serving.texts_workload import Workload, lengths
+from bertology_serve.bench.timing import Timed, interleave
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import VerificationError
 from bertology_serve.export.installation import environment

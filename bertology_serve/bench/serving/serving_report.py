@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bertology_serve.bench.export.timing import Timed, ratio
 from bertology_serve.bench.serving.texts_workload import Workload
+from bertology_serve.bench.timing import Timed, ratio
 from bertology_serve.errors import SpecError
 
 

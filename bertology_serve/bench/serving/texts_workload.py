@@ -57,20 +57,26 @@ def owners(work: Workload) -> list[int]:
 
 def texts(work: Workload, tokenizer: Any, lines: Sequence[str] = ()) -> list[str]:
     """A text for each length: the words of real ``lines`` in order, or of words that are one token each."""
-    special = len(tokenizer("").input_ids)
     if lines:
-        words = itertools.cycle(word for line in lines for word in line.split())
-        return [_fitted(words, length - special, tokenizer) for length in lengths(work)]
+        return fitted(lengths(work), tokenizer, lines)
+    special = len(tokenizer("").input_ids)
     draw, known = np.random.default_rng(work.seed + 2), _words(tokenizer)
     return [" ".join(draw.choice(known, length - special)) for length in lengths(work)]
+
+
+def fitted(sizes: Sequence[int], tokenizer: Any, lines: Sequence[str]) -> list[str]:
+    """A text of each number of tokens, special tokens included: the words of ``lines`` in order."""
+    special = len(tokenizer("").input_ids)
+    words = itertools.cycle(word for line in lines for word in line.split())
+    return [_fitted(words, size - special, tokenizer) for size in sizes]
 
 
 def _fitted(words: Iterator[str], tokens: int, tokenizer: Any) -> str:
     """The next words that are together so many tokens; those that would be too many are passed over."""
     special, text = len(tokenizer("").input_ids), ""
-    while len(tokenizer(text).input_ids) < tokens + special:
+    while len(tokenizer(text, verbose=False).input_ids) < tokens + special:
         longer = f"{text} {next(words)}".strip()
-        text = longer if len(tokenizer(longer).input_ids) <= tokens + special else text
+        text = longer if len(tokenizer(longer, verbose=False).input_ids) <= tokens + special else text
     return text
 
 

@@ -22,7 +22,7 @@ from bertology_serve.encoder.delta_set import DeltaSet
 from bertology_serve.encoder.pipeline import BASE, Job, Request
 from bertology_serve.errors import DataError
 from bertology_serve.export.installation import environment
-from bertology_serve.files import JsonMapping, JsonObject
+from bertology_serve.files import JsonMapping, JsonObject, cache_folder, is_own
 from bertology_serve.serving.batching.queue import WHOLE, BatchTimes, Sample
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.engine_choice import EngineConfig
@@ -191,9 +191,9 @@ def _doubt(ladder: Sequence[Sample], again: Sequence[Sample]) -> str:
 
 def recall(where: JsonMapping, folder: Path | None = None) -> Findings | None:
     """What was found in the same circumstances within the last week, ``None`` where nothing was that can be read."""
-    path = _path(where, folder)
     try:
-        if time.time() - path.stat().st_mtime > DAYS * 86_400:
+        path = _path(where, folder)
+        if time.time() - path.stat().st_mtime > DAYS * 86_400 or not is_own(path):
             return None
         found = msgspec.json.decode(path.read_bytes(), type=Findings)
     except (OSError, ValueError):
@@ -203,8 +203,8 @@ def recall(where: JsonMapping, folder: Path | None = None) -> Findings | None:
 
 def keep(where: JsonMapping, findings: Findings, folder: Path | None = None) -> None:
     """Writes them down; where that cannot be, the next start measures again."""
-    path = _path(where, folder)
     try:
+        path = _path(where, folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing(str(path)) as file:
             file.write(msgspec.json.encode(findings))
@@ -213,6 +213,8 @@ def keep(where: JsonMapping, findings: Findings, folder: Path | None = None) -> 
 
 
 def _path(where: JsonMapping, folder: Path | None) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    digest = hashlib.sha256(msgspec.json.encode(where, order="sorted")).hexdigest()
-    return (folder or home / "bertology-serve" / "findings") / f"{digest[:32]}.json"
+    """Raises OSError where there is no place."""
+    kept = folder or cache_folder("findings")
+    if kept is None:
+        raise OSError("this user has no cache of their own")
+    return kept / f"{hashlib.sha256(msgspec.json.encode(where, order='sorted')).hexdigest()[:32]}.json"

@@ -179,7 +179,7 @@ def main(descriptor: int, plan: WorkerOptions) -> None:
     control = socket.socket(fileno=descriptor)
     channel = Channel(control)
     try:
-        encoder = Encoder.load(plan.backbone, dtype=getattr(torch, plan.dtype))
+        encoder = Encoder.load(plan.backbone, dtype=getattr(torch, plan.dtype), light=True)
     except BertologyError as problem:
         channel.send(Op.FAULT, fault(problem))
         return

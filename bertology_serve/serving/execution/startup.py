@@ -49,7 +49,7 @@ def open_backbone(
     if nursery is not None:
         remote = Remote(nursery, backbone, device, dtype, background)
         return Startup(remote, device, remote.settle, remote.patience, remote.close)
-    pipeline = Pipeline(Encoder.load(backbone, device=device, dtype=dtype))
+    pipeline = Pipeline(Encoder.load(backbone, device=device, dtype=dtype, light=True))
     return Startup(pipeline, device, partial(apply, pipeline))
 
 

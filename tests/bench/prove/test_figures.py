@@ -268,6 +268,16 @@ def test_hostile(stage, monkeypatch):
     assert not blind.holds
 
 
+def test_what_a_start_takes(stage, monkeypatch):
+    seconds = iter([6.0, 3.0, 6.0, 3.6])
+    monkeypatch.setattr(Near, "cpu", property(lambda server: next(seconds)))
+    monkeypatch.setattr(leaks, "resident_bytes", lambda pid: 380_000_000)
+    found = leaks.start(stage)
+    assert found.words == "6.0 and 3.0 s of CPU, 380 MB"
+    assert found.holds
+    assert not leaks.start(stage).holds
+
+
 def test_accounting(stage, monkeypatch):
     small = dataclasses.replace(stage, pace=0.15, _encoder=stage._encoder)
     found = accounting.measure(small)

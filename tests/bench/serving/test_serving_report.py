@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from bertology_serve.bench.export.timing import Timed
 from bertology_serve.bench.serving.serving_report import BARS, Bar, as_dict, check_suffix, judge, write
 from bertology_serve.bench.serving.texts_workload import Workload
+from bertology_serve.bench.timing import Timed
 from bertology_serve.errors import SpecError
 from bertology_serve.export.installation import environment
 

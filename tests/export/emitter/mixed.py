@@ -57,7 +57,8 @@ class Both:
         """The graph's rows for a packed batch, the last tile's copies left out."""
         arrays = texts(batch, range(batch.sequences), self.parts.inputs)
         fed = arrays | self.feed.stacks(self.bank) | self.feed.tables(batch.entries)
-        return self.session.run(None, fed)[0][: batch.rows]
+        asked = {one.name: fed[one.name] for one in self.session.get_inputs()}
+        return self.session.run(None, asked)[0][: batch.rows]
 
 
 def mixed(family: str, directory: Path, names: Sequence[str], opset: int = 20) -> Both:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bertology_serve.errors import Unsupported
+from bertology_serve.export.emitter import attention_nodes, row_nodes
 from bertology_serve.export.emitter.emit import choose, emit, obstacle
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import ExportSpec, Precision
@@ -75,8 +76,12 @@ def test_every_kind_equals_the_engine(family, tmp_path, monkeypatch):
         reference = Reference(encoder, delta)
         for unpad in (False, True):
             merge, opset = (seed + unpad) % 2 == 0, (18, 20, 23)[seed % 3]
+            monkeypatch.setattr(row_nodes, "SPARED", (0, 2**40)[seed // 2 % 2])  # in groups of like length, or in one
+            long = (seed + unpad) // 2 % 3 == 0  # every grid in blocks of 4 rows
+            monkeypatch.setattr(attention_nodes, "LONG", 0 if long else 256)
+            monkeypatch.setattr(attention_nodes, "BLOCK", 4)
             run = Run(ExportInputs.of(encoder, delta, merge), opset, unpad)
-            assert difference(run, reference) <= 1e-5, f"{name}, merge={merge}, opset={opset}, unpad={unpad}"
+            assert difference(run, reference) <= 1e-5, f"{name}, {merge=}, {opset=}, {unpad=}, {long=}"
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -218,3 +223,32 @@ def test_unpadded_work_follows_the_tokens(tmp_path):
         arrays = dict(zip(parts.inputs, (ids.numpy(), mask.numpy(), types.numpy()), strict=True))
         seen[unpad] = session.run(None, arrays)[1].shape[0]
     assert seen == {False: 3 * 16, True: 3 + 9 + 1}
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_no_value_outside_the_blocks_grows_with_the_square_of_the_length(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(attention_nodes, "LONG", 16)
+    monkeypatch.setattr(attention_nodes, "BLOCK", 8)
+    encoder = small(family, tmp_path, monkeypatch)
+    parts = ExportInputs.of(encoder, tiny.delta(encoder, "x", *DELTAS["lora"]), False)
+    graph = emit(parts, 20, unpad=True).graph
+    assert "Scan" in {node.op_type for node in graph.all_nodes()}
+    made = onnx_ir.to_proto(emit(parts, 20, unpad=True))
+    squares = [node.output[0] for node in made.graph.node if node.op_type in ("Softmax", "Sub", "Abs", "Expand")]
+    made.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in squares)
+    session = onnxruntime.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    ids, mask, types = padded(encodings((32,), typed=len(parts.inputs) == 3), False, 0)
+    arrays = dict(zip(parts.inputs, (ids.numpy(), mask.numpy(), types.numpy()), strict=False))
+    for name, value in zip([one.name for one in session.get_outputs()], session.run(None, arrays), strict=True):
+        assert value.size < 32 * 32 or value.shape[-1] == encoder.anatomy.hidden, name
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_masked_scores_are_no_subnormal_numbers(family, tmp_path, monkeypatch):
+    encoder = small(family, tmp_path, monkeypatch)
+    parts = ExportInputs.of(encoder, tiny.delta(encoder, "x", *DELTAS["folds"]), True)
+    made = onnx_ir.to_proto(emit(parts, 20, unpad=True))
+    weights = [onnx.numpy_helper.to_array(one) for one in made.graph.initializer]
+    assert not any((one == np.finfo(np.float32).min).any() for one in weights if one.dtype == np.float32)
+    lowest = [onnx.numpy_helper.to_array(one) for one in onnx_ir.to_proto(emit(parts, 20, False)).graph.initializer]
+    assert any((one == np.finfo(np.float32).min).any() for one in lowest if one.dtype == np.float32)

@@ -185,7 +185,7 @@ def test_so_they_do_on_the_engine_for_many(tmp_path, monkeypatch):
     with torch.inference_mode():
         exact = encoder.run(batch, bank)
     off = (OnnxEngine(encoder, "int8-row").run(batch, bank) - exact).norm()
-    monkeypatch.setattr("bertology_serve.export.export_inputs.column_scales", lambda encoder, state: {})
+    monkeypatch.setattr("bertology_serve.export.onnx_engine.column_scales", lambda encoder, state: {})
     assert off < (OnnxEngine(encoder, "int8-row").run(batch, bank) - exact).norm() / 3
 
 

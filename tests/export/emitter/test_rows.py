@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
+from bertology_serve.export.emitter import row_nodes
 from bertology_serve.export.emitter.nodes import Nodes, Output
 from bertology_serve.export.emitter.row_nodes import Packed, Padded, PromptLayout, gather
 from bertology_serve.kinds.effects import PromptEffect
@@ -33,6 +34,39 @@ def test_packed_rows_are_the_tokens_and_nothing_else():
     assert run(Packed, None, lambda rows: rows.seen).shape == (3, 2)
     assert run(Padded, None, lambda rows: rows.seen).tolist() == [[1, 1, 0, 0]] * 3
     assert run(Padded, None, lambda rows: rows.positions).tolist() == [2, 3, 4, 5] * 3
+
+
+def test_sequences_attend_with_those_of_like_length_and_come_back(monkeypatch):
+    lengths = [1, 9, 16, 5, 4, 16, 2, 8, 3]
+
+    def asked(ask):
+        nodes = Nodes(20)
+        ids, mask = nodes.input("ids"), nodes.input("mask")
+        rows = Packed(gather(ids, mask, None), PromptLayout.of(None, offset=0))
+        model = nodes.model([ids, mask], *(Output(f"y{i}", y.real(), ("n",)) for i, y in enumerate(ask(rows))))
+        session = onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString())
+        seen = np.arange(16)[None] < np.array(lengths)[:, None]
+        return session.run(None, {"ids": np.arange(9 * 16).reshape(9, 16), "mask": seen.astype(np.int64)})
+
+    def back(rows):
+        hidden = rows.ids.real().unsqueeze(1) * 4.0 + Nodes.constant(rows.nodes, np.arange(4, dtype=np.float32))
+        spread = rows.spread(hidden, 2, 2)
+        grids = rows.grids(spread, 2, 2, rows.groups)
+        return [hidden - rows.rejoined(rows.gathered(grids, 2, 2), 2, 2), *grids, *(one.which for one in rows.groups)]
+
+    monkeypatch.setattr(row_nodes, "SPARED", 0)
+    difference, *found = asked(back)
+    assert not difference.any()
+    assert [grid.shape[:3] for grid in found[:4]] == [(2, 3, 16), (2, 2, 8), (2, 2, 4), (2, 2, 2)]
+    assert [which.tolist() for which in found[4:]] == [[1, 2, 5], [3, 7], [4, 8], [0, 6]]
+    assert [found[2][0, :, 0, 0].tolist(), found[3][1, :, :, 1].tolist()] == [
+        [4 * 16 * 4, 8 * 16 * 4],
+        [[3, 3], [6 * 64 + 3, 6 * 64 + 7]],  # padding is a copy of its sequence's last row
+    ]
+    monkeypatch.setattr(row_nodes, "SPARED", 2**40)
+    difference, *found = asked(back)
+    assert not difference.any()
+    assert [grid.shape[:3] for grid in found[:4]] == [(2, 9, 16), (2, 0, 0), (2, 0, 0), (2, 0, 0)]
 
 
 @pytest.mark.parametrize("kind", [Padded, Packed])

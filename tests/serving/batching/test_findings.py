@@ -73,10 +73,16 @@ def test_where_nothing_can_be_kept_nothing_is(where, tmp_path):
 
 
 def test_in_the_users_cache(where, tmp_path, monkeypatch):
+    keep(where, FOUND)  # BERTOLOGY_CACHE is empty in tests: nothing is kept
+    assert recall(where) is None
+    monkeypatch.delenv("BERTOLOGY_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     keep(where, FOUND)
     assert list((tmp_path / "bertology-serve" / "findings").glob("*.json"))
     assert recall(where) == FOUND
+    monkeypatch.setattr("bertology_serve.files.os.geteuid", lambda: os.getuid() + 1)  # another user's
+    assert recall(where) is None
+    assert recall(where, tmp_path / "bertology-serve" / "findings") is None
 
 
 def test_a_ladder_that_is_known_is_not_timed(pipeline, monkeypatch):

@@ -97,3 +97,11 @@ def test_a_server_without_deltas(tmp_path):
     assert engine_choice.settle(bare, "torch") == "torch"
     slow, fast = engine_choice.race(lambda: sum(range(200_000)), lambda: None)
     assert slow > fast
+
+
+@pytest.mark.parametrize(("short", "mixed", "taken"), [(0.5, 1.1, "onnx"), (0.9, 1.2, "torch"), (1.2, 0.5, "onnx")])
+def test_auto_weighs_a_short_text_and_a_mixed_batch_alike(short, mixed, taken, loaded, monkeypatch):
+    ratios = iter((short, mixed))
+    monkeypatch.setattr(engine_choice, "race", lambda one, other: (1.0, next(ratios)))
+    assert taken in engine_choice.settle(loaded, "auto")
+    assert next(ratios, None) is None

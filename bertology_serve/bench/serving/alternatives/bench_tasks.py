@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from bertology_serve.bench.export.export_contenders import task_model
+from bertology_serve.bench.cpu.subject import task_model
 from bertology_serve.bench.prove.stage import LENGTH, Stage
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.loading import locate

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bertology_serve.encoder.delta_set import RowCache
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.encoder.row_cache import RowCache
 from bertology_serve.errors import Crashed, FormatError, NotFound, Unsupported
 from bertology_serve.serving.execution import executor_handle, fork_server
 from bertology_serve.serving.execution.channel import Lost, Op

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from bertology_serve.bench.export.timing import WARM_UP, Timed, interleave, ratio
 from bertology_serve.bench.serving.peft_contenders import Contender
+from bertology_serve.bench.timing import WARM_UP, Timed, interleave, ratio
 
 
 def test_contenders_take_turns_and_none_always_follows_another():

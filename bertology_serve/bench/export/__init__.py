@@ -1,1 +1,0 @@
-"""Exports beside each other and beside the alternatives: speed, and what each form costs in accuracy."""
