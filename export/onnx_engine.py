@@ -82,7 +82,7 @@ class OnnxEngine:
             graph = emit_hidden(inputs, self._opset, self.precision, first, end, known)
             save(graph, path, external_over=0)
 
-        own = {"precision": self.precision, "opset": self._opset, "first": first, "end": end}
+        own: JsonObject = {"precision": self.precision, "opset": self._opset, "first": first, "end": end}
         own |= {} if known is None else {"known": sorted(known)}
         return kept_session(self._made_of | own, make)
 

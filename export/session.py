@@ -6,10 +6,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -62,6 +63,8 @@ class Session:
             # weights in a file of their own are mapped into memory: what is never read, most of the words, takes none
             options.add_session_config_entry(f"{_EXTERNAL}_file_name", WEIGHTS)
             options.add_session_config_entry(f"{_EXTERNAL}_min_size_in_bytes", "1024")
+            # so are those that were laid out for this processor: processes share them, and unused ones take none
+            options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
         wanted = [name for name in (provider, CPU) if name in runtime.get_available_providers()]
         try:
             self._session = runtime.InferenceSession(str(path), options, providers=list(dict.fromkeys(wanted)))
@@ -86,6 +89,7 @@ class Session:
 
 GRAPH, WEIGHTS, DIGESTS = "model.onnx", "model.onnx_data", "sha256.json"
 _EXTERNAL = "session.optimized_model_external_initializers"
+CPUINFO = Path("/proc/cpuinfo")
 MOST_KEPT = 2 << 30
 """Bytes of graphs that are kept; those that were not used for longest leave first."""
 SOURCES = (".", "deltas", "deltas/interop", "encoder", "export", "export/emitter", "families", "kinds", "tasks")
@@ -109,12 +113,14 @@ def kept_session(made_of: JsonMapping, make: Callable[[Path], object]) -> Sessio
     with tempfile.TemporaryDirectory(prefix="bertology-serve-") as directory:
         path = Path(directory) / GRAPH
         make(path)
-        try:
-            with _keeping(place) as keep:
-                return Session(path, keep=keep)
-        except (OSError, VerificationError) as problem:
-            log.info("the graph is not kept: %s", problem)
-            return Session(path)
+        if place is not None:
+            try:
+                with _keeping(place) as keep:
+                    Session(path, keep=keep)
+                return Session(place / GRAPH, optimised=True)  # its weights are mapped
+            except (OSError, VerificationError) as problem:
+                log.info("the graph is not kept: %s", problem)
+        return Session(path)
 
 
 def graph_key(made_of: JsonMapping) -> str:
@@ -123,6 +129,9 @@ def graph_key(made_of: JsonMapping) -> str:
     digest = hashlib.sha256(json.dumps([made_of, here["cpu"], here["versions"]], default=str).encode())
     for source in sources():
         digest.update(source.read_bytes())
+    with suppress(OSError):  # what the processor can do, as Linux says: two of one name may differ
+        found = re.search(rb"^(flags|Features)\b.*$", CPUINFO.read_bytes(), re.MULTILINE)
+        digest.update(found[0] if found else b"")
     return digest.hexdigest()
 
 
@@ -161,11 +170,8 @@ def _digests(place: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _keeping(place: Path | None) -> Iterator[Path | None]:
-    """A file to write a graph to, which is then kept at ``place``; None where there is none. Raises OSError."""
-    if place is None:
-        yield None
-        return
+def _keeping(place: Path) -> Iterator[Path]:
+    """A file to write a graph to, which is then kept at ``place``. Raises OSError."""
     stage = hidden(place)
     try:
         stage.mkdir(mode=0o700)

@@ -8,7 +8,7 @@ and 100 MB of them, for what a server never does. The arithmetic is that of tran
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +53,11 @@ class BertLayers(nn.Module):
     pooler: None = None
     dense_attention: str | None = None
 
-    def __init__(self, config: Any, base_model_prefix: str, padded_positions: bool = False) -> None:
+    def __init__(self, config: PretrainedConfig, base_model_prefix: str, padded_positions: bool = False) -> None:
         super().__init__()
         self.config, self.base_model_prefix = config, base_model_prefix
         self.embeddings = _Embeddings(config, config.pad_token_id if padded_positions else None)
-        self.encoder = _Stack(config)
+        self.encoder = _LayerStack(config)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The word embeddings."""
@@ -85,7 +85,7 @@ class BertLayers(nn.Module):
 
 
 class _Embeddings(nn.Module):
-    def __init__(self, config: Any, padding: int | None) -> None:
+    def __init__(self, config: PretrainedConfig, padding: int | None) -> None:
         super().__init__()
         self.word_embeddings = UndrawnEmbedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.position_embeddings = UndrawnEmbedding(config.max_position_embeddings, config.hidden_size, padding)
@@ -104,14 +104,14 @@ class _Embeddings(nn.Module):
         return out
 
 
-class _Stack(nn.Module):
-    def __init__(self, config: Any) -> None:
+class _LayerStack(nn.Module):
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
 
 
 class _Layer(nn.Module):
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.attention = _AttentionBlock(config)
         self.intermediate = _Intermediate(config)
@@ -124,7 +124,7 @@ class _Layer(nn.Module):
 
 
 class _AttentionBlock(nn.Module):
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.self = _Attention(config)
         self.output = _Output(config, config.hidden_size)
@@ -135,7 +135,7 @@ class _AttentionBlock(nn.Module):
 
 
 class _Intermediate(nn.Module):
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.dense = UndrawnLinear(config.hidden_size, config.intermediate_size)
         self.act = activation(config.hidden_act)
@@ -146,7 +146,7 @@ class _Intermediate(nn.Module):
 
 
 class _Output(nn.Module):
-    def __init__(self, config: Any, inputs: int) -> None:
+    def __init__(self, config: PretrainedConfig, inputs: int) -> None:
         super().__init__()
         self.dense = UndrawnLinear(inputs, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

@@ -90,12 +90,12 @@ class Nodes:
         return value
 
     def choose(self, condition: Condition, then: Callable[[], Value], otherwise: Callable[[], Value]) -> Value:
-        """A float32 value: what ``then`` builds where the condition, one boolean, is true, else what the other does.
+        """A real value: what ``then`` builds where the condition, one boolean, is true, else what the other does.
 
         Only one of the two is computed. Both may use every value made before; what they make is theirs alone. Where the
         condition is known already the other one is not even built.
         """
-        return self.choose_all(condition, [ir.DataType.FLOAT], lambda: [then()], lambda: [otherwise()])[0]
+        return self.choose_all(condition, [self.dtype], lambda: [then()], lambda: [otherwise()])[0]
 
     def choose_all(
         self,
@@ -113,9 +113,9 @@ class Nodes:
         return tuple(Value(self, self._called(found, "If")) for found in node.outputs)
 
     def each(self, items: Value, body: Callable[[Value], Value]) -> Value:
-        """items [n], int64 -> [n, ...], float32: what ``body`` makes of each item [], one after the other."""
+        """items [n], int64 -> [n, ...], reals: what ``body`` makes of each item [], one after the other."""
         item = self._called(ir.val(None, ir.DataType.INT64, []), "Item")
-        graph = self._branch(lambda: [body(Value(self, item))], [ir.DataType.FLOAT], [item])
+        graph = self._branch(lambda: [body(Value(self, item))], [self.dtype], [item])
         node = ir.node("Scan", [items.ir], {"body": graph, "num_scan_inputs": 1})
         self._nodes.append(node)
         return Value(self, self._called(node.outputs[0], "Scan"))

@@ -100,10 +100,15 @@ def test_of_other_parts_versions_or_sources_it_is_another(graphs, monkeypatch, t
             patched.setattr(session, "environment", lambda other=other: here | other)
             kept_session({"precision": "fp32"}, make)
     assert make.count == 4
+    with monkeypatch.context() as patched:
+        (tmp_path / "cpuinfo").write_text("model name\t: AMD EPYC\nflags\t\t: fpu sse2\n")
+        patched.setattr(session, "CPUINFO", tmp_path / "cpuinfo")
+        kept_session({"precision": "fp32"}, make)
+    assert make.count == 5
     (tmp_path / "new.py").write_text("x = 1")
     monkeypatch.setattr(session, "sources", lambda: iter([*sources(), tmp_path / "new.py"]))
     kept_session({"precision": "fp32"}, make)
-    assert make.count == 5
+    assert make.count == 6
 
 
 def test_another_users_is_not_read(graphs, monkeypatch):

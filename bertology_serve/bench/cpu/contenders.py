@@ -25,7 +25,7 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "optimum": (TORCH, OLDER, "optimum-onnx[onnxruntime]==0.1.0"),
     "sentence-transformers": (TORCH, "sentence-transformers==6.2.0"),
     "sentence-transformers-onnx": (TORCH, OLDER, "sentence-transformers==5.1.2", "optimum-onnx[onnxruntime]==0.1.0"),
-    "sentence-transformers-openvino": (TORCH, "sentence-transformers[openvino]==6.2.0"),
+    "sentence-transformers-openvino": (TORCH, OLDER, "sentence-transformers==5.1.2", "optimum-intel[openvino]==1.27.0"),
     "fastembed": ("fastembed==0.9.1",),
     "peft": (TORCH, TRANSFORMERS, "peft==0.21.2"),
     "adapters": (TORCH, "adapters==1.3.0"),
@@ -226,7 +226,8 @@ CONTENDERS: tuple[Contender, ...] = (
               {"models": "{work}/merged-int8-row/NAME.onnx"}, forms=(ROWS,), family=MIXED, only=(LORA8,)),
 )  # fmt: skip
 LEFT_OUT = {
-    "llama.cpp": "its wheel is built from source, and a checkpoint has to be converted by scripts that are no package",
+    "llama.cpp": "its wheel is built from source (15 minutes on two busy cores were not enough), and the scripts that "
+    "convert a checkpoint are in no package",
 }
 """Whom one would look for in vain, and why."""
 

@@ -100,7 +100,7 @@ class Log:
             return None
         shared = turns[0].keys() & turns[1].keys()
         if shared:
-            return median(turns[0][turn] / turns[1][turn] for turn in shared)
+            return float(median(turns[0][turn] / turns[1][turn] for turn in shared))
         baseline = self.last(SUITE, suite=suite)["baseline"]
         over, under = (self.ratio(suite, workload, name, baseline) for name in (slow, fast))
         return over / under if over and under else None

@@ -26,8 +26,9 @@ SIXTEEN, POOLED = 16, "sentence_embedding"
 def pooled(hidden: Array, mask: Array, pool: str) -> Array:
     """Rows [B, H] of hidden states [B, L, H]."""
     if pool == "mean":
-        hidden = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
-        return hidden / np.linalg.norm(hidden, axis=1, keepdims=True)
+        rows: Array = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows
     return hidden[:, 0] if pool == "cls" else hidden
 
 
@@ -198,7 +199,8 @@ def ctranslate2(model: str, checkpoint: str, threads: int, compute: str, pool: s
         def call() -> Array:
             out = encoder.forward_batch(ids, token_type_ids=types)
             if not pool:
-                return np.array(out.pooler_output) @ weight.T + bias  # type: ignore[union-attr]
+                logits: Array = np.array(out.pooler_output) @ weight.T + bias
+                return logits
             return pooled(np.array(out.last_hidden_state), mask, pool)
 
         return call
@@ -255,7 +257,7 @@ def sentence_transformers(checkpoint: str, threads: int, back_end: str, work: st
 
     def bind(batch: Batch) -> Call:
         model.max_seq_length = max(model.max_seq_length or 0, batch["attention_mask"].shape[1])
-        return lambda: model.encode(batch["texts"], normalize_embeddings=True, show_progress_bar=False)  # type: ignore[no-any-return]
+        return lambda: model.encode(batch["texts"], normalize_embeddings=True, show_progress_bar=False)
 
     return bind
 

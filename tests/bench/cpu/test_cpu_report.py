@@ -60,6 +60,15 @@ def test_every_bar_of_one_model_is_judged(tmp_path):
     assert judge(log)[0].of == "OpenVINO ÷ ours, unpadded"
 
 
+@pytest.mark.parametrize(("accuracy", "fastest"), [(0.79, "None"), (0.796, OV8), (0.9, OV8)])
+def test_who_loses_accuracy_is_not_compared_with(accuracy, fastest, tmp_path):
+    worse = GOOD | {"metrics": {"accuracy": accuracy, "mcc": 0.0}}
+    log = alone(tmp_path / "log.jsonl", TIMES, **ANSWERS | {OV8: worse})
+    found = next(one for one in judge(log) if "8 bits" in one.name)
+    assert (found.measured is None) == (fastest == "None")
+    assert found.of.startswith(fastest if found.measured else "")
+
+
 def test_mixed_texts_have_bars_of_their_own(tmp_path):
     log = alone(tmp_path / "log.jsonl", TIMES | {ENGINE: 1.8}, "64 mixed", **ANSWERS)
     found = verdicts(log)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bertology_serve.bench.cpu import contenders, cpu_run, worker_process
+from bertology_serve.bench.cpu import contenders, cpu_run, subject, worker_process
 from bertology_serve.bench.cpu.contenders import ALONE, ENGINE, LORA8, NO_DELTA, UNPADDED, UNPADDED_ROW, choose
 from bertology_serve.bench.cpu.cpu_log import ANSWERS, EXPORT, HEADER, MISSING, OPENED, SUITE, TIME, Log
 from bertology_serve.bench.cpu.cpu_run import Plan, filled, joules, processor, run
@@ -25,8 +25,17 @@ def plan(only: str, **more) -> Plan:
 
 
 @pytest.fixture
-def measured(encoder, delta, tmp_path):
-    """Runs with some words of ``--only``; what was said is kept in ``said``."""
+def measured(encoder, delta, tmp_path, monkeypatch):
+    """Runs with some words of ``--only``; what was said is kept in ``said``. Files are written once in a test."""
+
+    def prepare(*values):
+        suites = frozenset(values[-1])
+        if suites not in written:
+            written[suites] = subject.prepare(*values)
+        return written[suites]
+
+    written: dict[frozenset[str], subject.Subject] = {}
+    monkeypatch.setattr(cpu_run, "prepare", prepare)
 
     def measure(only: str, inputs: Inputs | None = None, **more) -> Log:
         said.clear()
