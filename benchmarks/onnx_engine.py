@@ -35,7 +35,7 @@ from bertology_serve.export.emitter.delta_inputs import texts as padded
 from bertology_serve.export.emitter.emit import emit
 from bertology_serve.export.export_directory import save
 from bertology_serve.export.export_inputs import ExportInputs
-from bertology_serve.export.export_spec import fastest_on_cpu
+from bertology_serve.export.export_spec import PORTABLE
 from bertology_serve.export.installation import environment
 from bertology_serve.export.onnx_engine import OnnxEngine, buckets
 from bertology_serve.export.samples import SENTENCES
@@ -101,7 +101,7 @@ def merged(encoder: Encoder, precision: Any, directory: Path) -> Session:
     save(
         emit(
             ExportInputs.of(encoder, delta(encoder, "merged", [LORA], 0), True, precision),
-            fastest_on_cpu(precision),
+            PORTABLE,
             True,
             precision,
         ),

@@ -25,8 +25,8 @@ ON_CPU: tuple[Precision, ...] = ("int8-row", "int8-dynamic")
 Neighbours = Literal["nothing", "rounding", "anything"]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 OPSETS = (18, 23)
-NEWEST, PORTABLE = 23, 20
-"""Operator sets: one with an attention of its own, and one that older runtimes have."""
+PORTABLE = 20
+"""The operator set that is the default: it has GELU, and most runtimes have it."""
 MODEL = {"hf": "onnx/model.onnx", "flat": "model.onnx", "triton": "1/model.onnx"}
 """Where the file lies in a directory, by layout."""
 OPENVINO, IR = ("fp32", "int8-static"), "openvino_model.xml"
@@ -38,15 +38,10 @@ def allowed_drift(precision: Precision, layers: int) -> float:
     return DRIFT.get(precision, 0.0) * math.sqrt(layers)
 
 
-def fastest_on_cpu(precision: Precision) -> int:
-    """The operator set: between products in 8 bits, attention written out is faster than an operator of its own."""
-    return NEWEST if precision == "fp32" else PORTABLE
-
-
 @dataclass(frozen=True)
 class ExportSpec:
     """``atol`` bounds |Δ| of every output between ONNX Runtime and torch, ``None``: by what float32 rounds
-    (``verify.Bars``); ``opset`` is the ONNX operator set, ``None`` that of the target (``operators``).
+    (``verify.Bars``); ``opset`` is the ONNX operator set.
 
     ``unpad`` of ``None`` means: for the target ``cpu``, where the direct back end writes the file.
     """
@@ -64,10 +59,7 @@ class ExportSpec:
     )
     opset: int | None = field(
         default=None,
-        metadata={
-            "help": "ONNX operator set, 18 to 23; 23 has an attention of its own. "
-            f"Default: {NEWEST} for the target cpu in fp32, else {PORTABLE}."
-        },
+        metadata={"help": f"ONNX operator set, 18 to 23. Default: {PORTABLE}."},
     )
     target: Literal["cpu", "cuda", "portable", "openvino"] = field(
         default="cpu",
@@ -130,8 +122,7 @@ class ExportSpec:
     @property
     def operators(self) -> int:
         """The ONNX operator set of a file that the direct back end writes."""
-        default = fastest_on_cpu(self.precision) if self.target == "cpu" else PORTABLE
-        return default if self.opset is None else self.opset
+        return PORTABLE if self.opset is None else self.opset
 
     def drift(self, layers: int) -> float:
         """The largest ‖Δ‖/‖torch‖ that passes although single outputs are further off than ``atol``; 0 in float32."""

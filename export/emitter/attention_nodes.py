@@ -16,8 +16,6 @@ from bertology_serve.export.emitter.row_nodes import Group, Packed, Rows
 from bertology_serve.families.compat import deberta_buckets, modernbert_rotation, mpnet_buckets
 from bertology_serve.kinds.slots import KEY, OUTPUT, QUERY
 
-NATIVE_SINCE = 23
-"""The opset from which ONNX has an attention of its own."""
 SLIDING, RELATIVE = "sliding_attention", "encoder.relative_attention_bias.weight"
 FAR_BELOW = -64.0
 LONG, BLOCK = 256, 256

@@ -18,7 +18,7 @@ from bertology_serve.export.emitter.nodes import ACTIVATION_NODES, Nodes, Output
 from bertology_serve.export.emitter.row_nodes import MixedRows, Packed, Padded, PromptLayout, Rows, TextBatch, gather
 from bertology_serve.export.emitter.updates import ManyDeltas, OneDelta
 from bertology_serve.export.export_inputs import ExportInputs
-from bertology_serve.export.export_spec import PORTABLE, ExportSpec, Precision
+from bertology_serve.export.export_spec import ExportSpec, Precision
 from bertology_serve.families import FAMILIES
 from bertology_serve.kinds.slots import (
     ATTENTION_NORM,
@@ -68,7 +68,7 @@ def choose(export_inputs: ExportInputs, spec: ExportSpec) -> BackEnd:
             f"the direct back end cannot write this model: {problem}; leave out --back-end, --unpad and "
             "--precision: torch's exporter then writes it, padded and in float32"
         )
-    return BackEnd(False, False, PORTABLE if spec.opset is None else spec.opset)
+    return BackEnd(False, False, spec.operators)
 
 
 def write(export_inputs: ExportInputs, back_end: BackEnd, spec: ExportSpec) -> onnx_ir.Model:

@@ -129,7 +129,7 @@ def test_the_file_says_what_it_is(made):
     dims = [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim]
     assert dims == ["batch", "sequence"]
     assert [found.name for found in model.graph.output] == OUTPUTS.get(task.kind, ["logits"])
-    assert [(one.domain, one.version) for one in model.opset_import] == [("", 23 if direct else 20)]
+    assert [(one.domain, one.version) for one in model.opset_import] == [("", 20)]
 
 
 @pytest.mark.parametrize("back_end", ["direct", "torch"])

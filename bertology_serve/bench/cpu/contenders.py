@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from bertology_serve.errors import SpecError
-from bertology_serve.export.export_spec import PORTABLE, Precision, fastest_on_cpu
+from bertology_serve.export.export_spec import Precision
 from bertology_serve.serving.execution.engine_choice import Name as Engine
 
 TORCH, TRANSFORMERS, OLDER = "torch==2.13.0", "transformers==5.23.0", "transformers==4.57.6"
@@ -36,7 +36,7 @@ INSTALLING = 1800
 """Seconds after which an installation is given up."""
 MADE = "made.txt"
 """Lies in an environment that is complete: its requirements."""
-Side = Literal["ours", "theirs", "ours in theirs"]
+Side = Literal["ours", "theirs"]
 Step = tuple[str, str, Mapping[str, object]]
 """A maker of ``other_tools``, its environment, its options."""
 LOGITS, ROWS = "logits", "rows"
@@ -83,18 +83,16 @@ class Suite:
     reference: str
 
 
-FORMS: dict[str, tuple[bool, Precision, int]] = {
-    "ours, dense": (False, "fp32", fastest_on_cpu("fp32")),
-    f"ours, dense, opset {PORTABLE}": (False, "fp32", PORTABLE),
-    "ours, unpadded": (True, "fp32", fastest_on_cpu("fp32")),
-    f"ours, unpadded, opset {PORTABLE}": (True, "fp32", PORTABLE),
-    "ours, dense, int8-row": (False, "int8-row", fastest_on_cpu("int8-row")),
-    "ours, unpadded, int8-row": (True, "int8-row", fastest_on_cpu("int8-row")),
-    "ours, unpadded, int8-nbits": (True, "int8-nbits", fastest_on_cpu("int8-nbits")),
-    "ours, dense, int8-dynamic": (False, "int8-dynamic", fastest_on_cpu("int8-dynamic")),
-    "ours, unpadded, int8-dynamic": (True, "int8-dynamic", fastest_on_cpu("int8-dynamic")),
+FORMS: dict[str, tuple[bool, Precision]] = {
+    "ours, dense": (False, "fp32"),
+    "ours, unpadded": (True, "fp32"),
+    "ours, dense, int8-row": (False, "int8-row"),
+    "ours, unpadded, int8-row": (True, "int8-row"),
+    "ours, unpadded, int8-nbits": (True, "int8-nbits"),
+    "ours, dense, int8-dynamic": (False, "int8-dynamic"),
+    "ours, unpadded, int8-dynamic": (True, "int8-dynamic"),
 }
-"""Name -> whether padding is left out, precision, opset."""
+"""Name -> whether padding is left out, and the precision."""
 DENSE, UNPADDED = "ours, dense", "ours, unpadded"
 DENSE_ROW, UNPADDED_ROW = f"{DENSE}, int8-row", f"{UNPADDED}, int8-row"
 EAGER, ENGINE, ONNX_ENGINE = "torch eager", "our torch engine", "our ONNX engine"
@@ -168,7 +166,6 @@ def _sentence_transformers(back_end: str, environment: str) -> Contender:
 
 LORA8, KINDS8, BITFIT8, LORA32 = "8 LoRA deltas", "8 deltas of 5 kinds", "8 BitFit deltas", "32 deltas of a row each"
 LORA = (LORA8, LORA32)
-_DENSE20, _UNPADDED20 = (_graph(f"{name}, opset {PORTABLE}") for name in (DENSE, UNPADDED))
 _O0 = _optimum("O0")
 _INT8: Step = "make_int8", "optimum", {"model": "{made}/model.onnx", "target": "{here}/model.onnx"}
 _QDQ: Step = (*_INT8[:2], _INT8[2] | {"calibration": "{work}/workloads/calibration.npz"})  # type: ignore[operator]
@@ -190,12 +187,10 @@ CONTENDERS: tuple[Contender, ...] = (
     _engine(ONNX_ENGINE, ALONE, "onnx"),
     _engine(f"{ONNX_ENGINE}, int8-row", ALONE, "onnx", "int8-row"),
     *(_engine("our OpenVINO engine", ALONE, name) for name in OPENVINO),
-    _openvino("our graph in OpenVINO", "ours in theirs", _UNPADDED20),
-    _openvino("our graph in OpenVINO, int8 calibrated", "ours in theirs", _UNPADDED20, True),
-    _openvino("our graph in OpenVINO, int8 in groups of 128", "ours in theirs", _UNPADDED20, False, group=128),
-    _openvino("OpenVINO", "theirs", _DENSE20),
-    _openvino("OpenVINO, bf16", "theirs", _DENSE20, hint="bf16"),
-    _openvino("OpenVINO, int8 calibrated", "theirs", _DENSE20, True),
+    _openvino("OpenVINO", "theirs", _graph(DENSE)),
+    _openvino("OpenVINO, bf16", "theirs", _graph(DENSE), hint="bf16"),
+    _openvino("OpenVINO, int8 calibrated", "theirs", _graph(DENSE), True),
+    _openvino("OpenVINO, int8 in groups of 128", "theirs", _graph(DENSE), False, group=128),
     _ctranslate2("CTranslate2", "fp32", "float32"),
     _ctranslate2("CTranslate2, int8", "8 bits", "int8"),
     _optimum_model(OPTIMUM_O0, _O0),

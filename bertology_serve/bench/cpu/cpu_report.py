@@ -305,7 +305,7 @@ def draw(log: Log, path: Path) -> None:
     baseline = log.last(SUITE, suite=ALONE)["baseline"]
     figure = Figure(figsize=(2.2 * len(columns) + 3, 0.22 * len(entries) + 1.2), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    colours = {"ours": "tab:blue", "theirs": "tab:grey", "ours in theirs": "tab:cyan"}
+    colours = {"ours": "tab:blue", "theirs": "tab:grey"}
     for panel, workload in zip(panels, columns, strict=True):
         widths = [log.ratio(ALONE, workload, one["contender"], baseline) or 0.0 for one in entries]
         drawn = panel.barh(range(len(entries)), widths, color=[colours[one["side"]] for one in entries])

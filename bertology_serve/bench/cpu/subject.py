@@ -42,7 +42,7 @@ from bertology_serve.export import hf_model
 from bertology_serve.export.emitter.emit import emit
 from bertology_serve.export.export_directory import architectures, save
 from bertology_serve.export.export_inputs import ExportInputs
-from bertology_serve.export.export_spec import Precision, fastest_on_cpu
+from bertology_serve.export.export_spec import PORTABLE, Precision
 from bertology_serve.export.samples import Case
 from bertology_serve.kinds.adapter import Adapter
 from bertology_serve.kinds.bitfit import Bitfit
@@ -265,13 +265,13 @@ class _Files:
             model.save_pretrained(place)
             self.encoder.tokenizer.save_pretrained(place)
             one.save(self.work / "deltas" / f"{ALONE}-{form}" / delta.name, self.encoder, overwrite=True)
-            for name, (unpad, precision, opset) in FORMS.items():
+            for name, (unpad, precision) in FORMS.items():
                 path = self.work / "ours" / f"{slug(name)}-{form}.onnx"
                 started = time.perf_counter()
-                self._export(one, path, unpad, precision, opset)
+                self._export(one, path, unpad, precision)
                 seconds, first = time.perf_counter() - started, path.read_bytes()
                 if form == LOGITS:
-                    self._export(one, path, unpad, precision, opset)
+                    self._export(one, path, unpad, precision)
                     exports[name] = seconds, path.read_bytes() == first
         return exports
 
@@ -286,11 +286,11 @@ class _Files:
             if suite == LORA8:
                 for folder, precision in (("merged", "fp32"), ("merged-int8-row", "int8-row")):
                     path = self.work / folder / f"{name}.onnx"
-                    self._export(delta, path, True, precision, fastest_on_cpu(precision))  # type: ignore[arg-type]
+                    self._export(delta, path, True, precision)  # type: ignore[arg-type]
         return self.mix(suite, rows, names)
 
-    def _export(self, delta: Delta, path: Path, unpad: bool, precision: Precision, opset: int) -> None:
-        save(emit(ExportInputs.of(self.encoder, delta, True, precision), opset, unpad, precision), path)
+    def _export(self, delta: Delta, path: Path, unpad: bool, precision: Precision) -> None:
+        save(emit(ExportInputs.of(self.encoder, delta, True, precision), PORTABLE, unpad, precision), path)
 
 
 def random_delta(encoder: Encoder, name: str, spec: Spec, task: TaskSpec, seed: int) -> Delta:

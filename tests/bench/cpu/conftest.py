@@ -21,13 +21,17 @@ def delta(encoder):
     return tiny.delta(encoder, "mood", [Lora(rank=2)], CLASSES)
 
 
+AGAIN = f"{UNPADDED}, again"
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Three exported forms, few and small deltas, and workers in this process."""
-    forms = {name: subject.FORMS[name] for name in (DENSE, UNPADDED, f"{UNPADDED}, opset 20", UNPADDED_ROW)}
+    monkeypatch.setitem(contenders.FORMS, AGAIN, contenders.FORMS[UNPADDED])
+    forms = {name: contenders.FORMS[name] for name in (DENSE, UNPADDED, AGAIN, UNPADDED_ROW)}
     monkeypatch.setattr(subject, "FORMS", forms)
     taking = tuple(one for one in contenders.CONTENDERS if one.name not in contenders.FORMS.keys() - forms)
-    monkeypatch.setattr(contenders, "CONTENDERS", taking)
+    monkeypatch.setattr(contenders, "CONTENDERS", (contenders._exported(AGAIN), *taking))
     monkeypatch.setattr(subject, "DELTAS", {contenders.LORA8: (8, 2, (Lora(rank=2),))})
     monkeypatch.setattr(cpu_run, "WorkerProcess", InProcess)
     monkeypatch.setattr(cpu_run, "AT_LEAST", 0.0)

@@ -16,6 +16,7 @@ from bertology_serve.bench.cpu.subject import WORKLOADS, Inputs, bare
 from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.tasks.registry import task_for
 from tests import tiny
+from tests.bench.cpu.conftest import AGAIN
 from tests.bench.cpu.in_process import InProcess
 from tests.export.cases import CLASSES, DELTAS, FOLDS, TAGS
 
@@ -59,7 +60,7 @@ def labelled():
 def test_one_model(measured):
     log = measured("ours, unpadded;torch engine;1x16;64 mixed", labelled())
     by_name = {line["contender"]: line for line in log.of(ANSWERS)}
-    assert set(by_name) == {UNPADDED, f"{UNPADDED}, opset 20", UNPADDED_ROW, ENGINE}
+    assert set(by_name) == {UNPADDED, AGAIN, UNPADDED_ROW, ENGINE}
     for name, answers in by_name.items():
         exact = name != UNPADDED_ROW
         assert answers["relative"] <= (1e-5 if exact else 0.05), name
@@ -83,20 +84,20 @@ def test_one_model(measured):
 
 @pytest.mark.usefixtures("small")
 def test_what_the_log_has_is_not_measured_again(measured):
-    first = measured("ours, unpadded, opset 20;1x16").lines
+    first = measured("ours, unpadded, again;1x16").lines
     InProcess.asked.clear()
-    again = measured("ours, unpadded, opset 20;1x16")
+    again = measured("ours, unpadded, again;1x16")
     assert InProcess.asked == []
     assert len(again.of(TIME)) == len([line for line in first if line["what"] == TIME]) == 2
     more = measured("unpadded, int8-row;1x16")
     assert sorted(line["contender"] for line in more.of(TIME, turn=1)) == [UNPADDED, UNPADDED_ROW]
-    assert more.ratio(ALONE, "1x16", UNPADDED_ROW, f"{UNPADDED}, opset 20") is not None
+    assert more.ratio(ALONE, "1x16", UNPADDED_ROW, AGAIN) is not None
     forgotten = measured("unpadded, int8-row;1x16", again=True)
     assert len(forgotten.of(TIME, contender=UNPADDED_ROW)) == 1
-    assert len(forgotten.of(TIME, contender=f"{UNPADDED}, opset 20")) == 1
+    assert len(forgotten.of(TIME, contender=AGAIN)) == 1
     with pytest.raises(SpecError, match=r"is of other weights or threads; give another --output, or --again$"):
-        measured("opset 20;1x16", threads=2)
-    assert {line["threads"] for line in measured("opset 20;1x16", threads=2, again=True).of(HEADER)} == {2}
+        measured("again;1x16", threads=2)
+    assert {line["threads"] for line in measured("again;1x16", threads=2, again=True).of(HEADER)} == {2}
 
 
 @pytest.mark.usefixtures("small")
@@ -138,14 +139,11 @@ def test_who_computes_something_else_is_not_timed(measured, monkeypatch):
 
     def other(self, worker, one, workload):
         found = rows(self, worker, one, workload)
-        return found * np.float32(1.001) if one.name == f"{UNPADDED}, opset 20" else found
+        return found * np.float32(1.001) if one.name == AGAIN else found
 
     monkeypatch.setattr(cpu_run._Suite, "_rows", other)
-    log = measured("opset 20;1x16")
-    assert (
-        "by 1.0e-03 of their norm (allowed 1e-04): it was not timed"
-        in log.last(MISSING, contender=f"{UNPADDED}, opset 20")["why"]
-    )
+    log = measured("again;1x16")
+    assert "by 1.0e-03 of their norm (allowed 1e-04): it was not timed" in log.last(MISSING, contender=AGAIN)["why"]
     assert {line["contender"] for line in log.of(TIME)} <= {UNPADDED}
 
 
@@ -162,9 +160,9 @@ def test_who_dies_under_way_leaves_the_others(measured, monkeypatch):
 
     mortal: dict[str, InProcess] = {}
     monkeypatch.setattr(InProcess, "ask", dying)
-    log = measured("unpadded, int8-row;opset 20;1x16")
+    log = measured("unpadded, int8-row;again;1x16")
     assert log.last(MISSING, contender=UNPADDED_ROW)["why"] == "it died at time"
-    assert {line["contender"] for line in log.of(TIME)} == {UNPADDED, f"{UNPADDED}, opset 20"}
+    assert {line["contender"] for line in log.of(TIME)} == {UNPADDED, AGAIN}
 
 
 @pytest.mark.usefixtures("small")
@@ -245,6 +243,6 @@ def test_options_are_filled_in():
 def test_real_processes(measured, monkeypatch):
     """As it is measured: a process for each contender."""
     monkeypatch.setattr(cpu_run, "WorkerProcess", worker_process.WorkerProcess)
-    log = measured("opset 20;1x16")
-    assert {line["contender"] for line in log.of(TIME)} == {UNPADDED, f"{UNPADDED}, opset 20"}
+    log = measured("again;1x16")
+    assert {line["contender"] for line in log.of(TIME)} == {UNPADDED, AGAIN}
     assert all(line["rss"] < 400e6 for line in log.of(OPENED, contender=UNPADDED))  # torch is not in it

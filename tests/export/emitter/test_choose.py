@@ -13,12 +13,12 @@ from tests.export.cases import DELTAS
 @pytest.mark.parametrize(
     ("family", "options", "chosen"),
     [
-        ("bert", {}, BackEnd(True, True, 23)),
+        ("bert", {}, BackEnd(True, True, 20)),
         ("bert", {"target": "portable"}, BackEnd(True, False, 20)),
         ("bert", {"target": "portable", "unpad": True}, BackEnd(True, True, 20)),
         ("bert", {"unpad": False, "opset": 18}, BackEnd(True, False, 18)),
         ("bert", {"back_end": "torch"}, BackEnd(False, False, 20)),
-        ("deberta-v3", {}, BackEnd(True, True, 23)),
+        ("deberta-v3", {}, BackEnd(True, True, 20)),
         ("ernie", {}, BackEnd(False, False, 20)),
         ("ernie", {"opset": 21}, BackEnd(False, False, 21)),
     ],
