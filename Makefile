@@ -53,7 +53,7 @@ $(ELSEWHERE)/made:
 	$(PYTHON) -m venv --clear $(ELSEWHERE)/optimum
 	$(ELSEWHERE)/optimum/bin/pip install -qq torch transformers==4.57.6 'optimum-onnx[onnxruntime]==0.1.0' sentence-transformers
 	$(PYTHON) -m venv --clear $(ELSEWHERE)/openvino
-	$(ELSEWHERE)/openvino/bin/pip install -qq openvino numpy
+	$(ELSEWHERE)/openvino/bin/pip install -qq optimum-intel==2.2.0 sentence-transformers
 	-npm install --silent --ignore-scripts --prefix $(ELSEWHERE) @huggingface/transformers
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""``bertology-serve export``: a delta and its encoder as one verified ONNX directory."""
+"""``bertology-serve export``: a delta and its encoder as one verified directory."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ def export(
     verify: Annotated[
         str | None, typer.Option(help="Records to verify with, beside the built-in sentences: .jsonl, .csv ...")
     ] = None,
+    calibrate: Annotated[
+        str | None, typer.Option(help="Records that int8-static takes its scales from. Default: built-in sentences.")
+    ] = None,
 ) -> None:
-    """Export a delta with its encoder to ONNX, run it in ONNX Runtime against torch, publish it if they agree.
+    """Export a delta with its encoder to ONNX or OpenVINO, run it there against torch, publish it if they agree.
 
     With --merge LoRA and BitFit are folded into the weights; without it the delta stays apart in the graph, as
     initialisers called delta.NAME.SLOT.LAYER. BERT, RoBERTa, DistilBERT, ELECTRA, MPNet, DeBERTa and ModernBERT are
@@ -48,12 +51,14 @@ def export(
     With --multi many deltas share one graph: their tensors lie beside it and are its inputs, each row of a batch names
     its delta by number, and with --join further deltas come into an export without a new graph.
     """
+    if calibrate and spec.precision != "int8-static":
+        raise SpecError(f"--calibrate is for --precision int8-static, got {spec.precision}; leave it out")
     if multi:
         done = _many(delta, out, spec, backbone, name, verify, join)
     elif len(delta) > 1 or join:
         raise SpecError(f"got {len(delta)} deltas{' and --join' * join}; one graph for several of them is --multi")
     else:
-        done = _one(delta[0], out, spec, backbone, name, verify)
+        done = _one(delta[0], out, spec, backbone, name, verify, calibrate)
     note(done.report.line())
     for caution in done.cautions:
         note(f"warning: {caution}")
@@ -65,14 +70,20 @@ def export(
 
 
 def _one(
-    delta: Path, out: Path, spec: ExportSpec, backbone: str | None, name: str | None, verify: str | None
+    delta: Path,
+    out: Path,
+    spec: ExportSpec,
+    backbone: str | None,
+    name: str | None,
+    verify: str | None,
+    calibrate: str | None,
 ) -> Exported:
     from bertology_serve.encoder.opening import open_delta
     from bertology_serve.export.exporting import export_delta
 
     loaded, encoder = open_delta(delta, backbone, "cpu")
-    records = _encoded(verify, loaded, encoder) if verify else []
-    return export_delta(encoder, loaded, out, spec, name=name, records=records)
+    records, texts = (_encoded(path, loaded, encoder) if path else [] for path in (verify, calibrate))
+    return export_delta(encoder, loaded, out, spec, name=name, records=records, calibrate=texts)
 
 
 def _many(

@@ -27,7 +27,7 @@ COMMANDS = {
     "evaluate": "Measure a delta on labelled records.",
     "predict": "Answer a file of records, for many deltas at once.",
     "serve": "Answer over HTTP.",
-    "export": "Write delta and encoder as ONNX, compared with torch.",
+    "export": "Write delta and encoder as ONNX or OpenVINO, checked.",
     "analyze": "See what heads, layers and deltas do.",
     "inspect": "Show and validate a delta.",
     "push": "Upload a delta to the HuggingFace hub.",
@@ -38,6 +38,8 @@ COMMANDS = {
 }
 """Each is ``bertology_serve.cli.NAME`` (``-`` as ``_``) with a function NAME or, for subcommands, an ``app``; its
 docstring is its own help, the line here is what ``bertology-serve --help`` says of it."""
+SHARED = {"push": "push_pull", "pull": "push_pull"}
+"""Modules that hold two commands."""
 
 
 def application(asked: str | None = None) -> typer.Typer:
@@ -53,7 +55,7 @@ def application(asked: str | None = None) -> typer.Typer:
         if name != asked:
             app.command(name, help=line)(lambda: None)
             continue
-        module = importlib.import_module(f"bertology_serve.cli.{name.replace('-', '_')}")
+        module = importlib.import_module(f"bertology_serve.cli.{SHARED.get(name, name).replace('-', '_')}")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=name)
         else:

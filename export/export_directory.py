@@ -17,7 +17,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.errors import SpecError
 from bertology_serve.export.export_inputs import ExportInputs
-from bertology_serve.export.export_spec import MODEL, ExportSpec
+from bertology_serve.export.export_spec import IR, MODEL, ExportSpec
 from bertology_serve.export.session import ROWS
 from bertology_serve.families.compat import ATTENTION_SETTINGS, task_classes
 from bertology_serve.files import JsonObject, write_json
@@ -81,7 +81,7 @@ def metadata(
         "precision": spec.precision,
         "target": spec.target,
         "verification": f"answers {_bound(spec, encoder.anatomy.layers)} the unmerged float32 torch engine "
-        "in ONNX Runtime, or this file would not have been published; the figures are in verification.json",
+        "in its runtime, or this file would not have been published; the figures are in verification.json",
         "opset": back_end.opset,
         "back_end": back_end.name,
         "unpadded": back_end.unpad,
@@ -235,11 +235,18 @@ def example(model: str, facts: Mapping[str, str], directory: str) -> str:
     """Three lines of Python that run the file ``directory/model``."""
     inputs = facts["inputs"].split(":")[0].split(", ")
     outputs = [name for name in facts["outputs"].split(":")[0].split(", ") if name != ROWS]
+    path, given = directory + "/" + model, f"{{name: texts[name] for name in {inputs!r}}}"
+    package, session, ran = (
+        ("openvino", f"openvino.compile_model({path!r}, 'CPU', {{'INFERENCE_PRECISION_HINT': 'f32'}})",
+         f"found = session({given}); print([found[name] for name in {outputs!r}])")
+        if model == IR else
+        ("onnxruntime", f"onnxruntime.InferenceSession({path!r}, providers=['CPUExecutionProvider'])",
+         f"print(session.run({outputs!r}, {given}))")
+    )  # fmt: skip
     return (
-        f"import onnxruntime, transformers; tokenizer = transformers.AutoTokenizer.from_pretrained({directory!r})\n"
-        f"session = onnxruntime.InferenceSession({directory + '/' + model!r}, providers=['CPUExecutionProvider'])\n"
-        f"texts = tokenizer(['A text.', 'Another one.'], padding=True, truncation=True, return_tensors='np'); "
-        f"print(session.run({outputs!r}, {{name: texts[name] for name in {inputs!r}}}))"
+        f"import {package}, transformers; tokenizer = transformers.AutoTokenizer.from_pretrained({directory!r})\n"
+        f"session = {session}\n"
+        f"texts = tokenizer(['A text.', 'Another one.'], padding=True, truncation=True, return_tensors='np'); {ran}"
     )
 
 
@@ -329,7 +336,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Raises SpecError where ``target`` may not be written: only an earlier export is ever replaced."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    if not (target / REPORT).is_file() or not any((target / path).is_file() for path in MODEL.values()):
+    if not (target / REPORT).is_file() or not any((target / path).is_file() for path in (*MODEL.values(), IR)):
         raise SpecError(f"{target} exists and is no export; give --out a new directory")
     if not overwrite:
         raise SpecError(f"{target} holds an export already; give --overwrite to replace it, or another --out")

@@ -29,7 +29,7 @@ from bertology_serve.kinds.effects import Effects
 from bertology_serve.kinds.slots import BEHIND_NORMS, Anatomy, Slot
 from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.heads import Head
-from bertology_serve.tasks.spec import MULTI_VECTOR, POOLED_KINDS, QUESTION_ANSWERING, SPARSE, TaskSpec
+from bertology_serve.tasks.spec import MULTI_VECTOR, POOLED_KINDS, QUESTION_ANSWERING, SPARSE, Encoding, TaskSpec
 
 WORDS = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight")
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -140,6 +140,7 @@ def _typed(encoder: Encoder) -> bool:
     return types > 1 and "token_type_ids" in encoder.tokenizer.model_input_names
 
 
+SETS = ("sentiment", "intent", "similarity")
 CALIBRATED, SHARE, SMALLEST = 16, 0.65, 1e-5
 """How many texts of the built-in examples the largest inputs are taken from; how much of a column's size moves into the
 weights (0: nothing, 1: all; from 0.6 to 0.7 MiniLM and MPNet are nearest to float32)."""
@@ -164,10 +165,8 @@ def column_scales(encoder: Encoder, state: Mapping[str, Tensor]) -> dict[str, Te
 
 def calibration(encoder: Encoder) -> PackedBatch:
     """The sentences that columns are calibrated on, in one batch."""
-    with examples.path("sentiment", "train").open(encoding="utf-8") as lines:
-        texts = [json.loads(line)["text"] for line in islice(lines, CALIBRATED)]
-    encodings = [encode_text(encoder.tokenizer, text, None, encoder.max_tokens) for text in texts]
-    return encoder.pack(encodings, [BARE] * len(texts))
+    texts = plain_texts(encoder, CALIBRATED)
+    return encoder.pack(texts, [BARE] * len(texts))
 
 
 def _largest_inputs(encoder: Encoder) -> dict[str, Tensor]:
@@ -188,6 +187,13 @@ def _largest_inputs(encoder: Encoder) -> dict[str, Tensor]:
             for hook in hooks:
                 hook.remove()
     return largest
+
+
+def plain_texts(encoder: Encoder, count: int) -> list[Encoding]:
+    """English sentences of the built-in examples, at most so many: what scales are taken from."""
+    sets = [examples.path(name, "train").read_text(encoding="utf-8").splitlines() for name in SETS]
+    texts = [json.loads(line)["text"] for line in islice(chain(*sets), count)]
+    return [encode_text(encoder.tokenizer, text, None, encoder.max_tokens) for text in texts]
 
 
 def fold(state: Mapping[str, Tensor], effects: Effects, anatomy: Anatomy) -> dict[str, Tensor]:

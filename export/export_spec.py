@@ -9,13 +9,16 @@ from typing import Literal
 from bertology_serve.errors import SpecError
 from bertology_serve.export import MultiPrecision as MultiPrecision
 
-Precision = Literal["fp32", "fp16", "int8-row", "int8-nbits", "int8-dynamic"]
-DRIFT: dict[Precision, float] = {"fp16": 0.004, "int8-row": 0.04, "int8-nbits": 0.02, "int8-dynamic": 0.08}
+Precision = Literal["fp32", "fp16", "int8-row", "int8-nbits", "int8-dynamic", "int8-static"]
+DRIFT: dict[Precision, float] = {
+    "fp16": 0.004, "int8-row": 0.04, "int8-nbits": 0.02, "int8-dynamic": 0.08, "int8-static": 0.08,
+}  # fmt: skip
 """The largest ‖Δ‖/‖torch‖ that one layer may add. Layers round independently: it grows with the root of their number.
 
 Half precision: a step is 2⁻¹¹, and a layer takes some eight. 8 bits: a step is 1/127 of the largest input, and an error
 1/√12 of a step. Where the largest is c times their root mean square, that is c / (127 √12): 4 % for rows with outliers
-(c = 18), twice that with one scale for all rows; in blocks of 32, of rows and weights alike, c is at most √32: 2 %.
+(c = 18), twice that with one scale for all rows, be it from them or from texts before; in blocks of 32, of rows and
+weights alike, c is at most √32: 2 %.
 """
 ON_CPU: tuple[Precision, ...] = ("int8-row", "int8-dynamic")
 """Precisions whose kernels are those of CPUs."""
@@ -26,6 +29,8 @@ PORTABLE = 20
 """The operator set that is the default: it has GELU, and most runtimes have it."""
 MODEL = {"hf": "onnx/model.onnx", "flat": "model.onnx", "triton": "1/model.onnx"}
 """Where the file lies in a directory, by layout."""
+OPENVINO, IR = ("fp32", "int8-static"), "openvino_model.xml"
+"""Precisions of OpenVINO's files, and where others look for one; a ``.bin`` lies beside."""
 
 
 def allowed_drift(precision: Precision, layers: int) -> float:
@@ -56,9 +61,12 @@ class ExportSpec:
         default=None,
         metadata={"help": f"ONNX operator set, 18 to 23. Default: {PORTABLE}."},
     )
-    target: Literal["cpu", "cuda", "portable"] = field(
+    target: Literal["cpu", "cuda", "portable", "openvino"] = field(
         default="cpu",
-        metadata={"help": "What it is to run on: cuda has ONNX Runtime's fused attention; portable is plain ONNX."},
+        metadata={
+            "help": "What it is to run on: cuda has ONNX Runtime's fused attention; portable is plain ONNX; openvino "
+            "is OpenVINO's own format."
+        },
     )
     unpad: bool | None = field(
         default=None, metadata={"help": "Leave padding out of the work. Default: for the target cpu."}
@@ -70,7 +78,8 @@ class ExportSpec:
         default="fp32",
         metadata={
             "help": "fp16, or the encoder's products in 8 bits: int8-row with a scale for each row, int8-nbits for "
-            "each 32 inputs, int8-dynamic for the whole batch, so that answers depend on it."
+            "each 32 inputs, int8-dynamic for the whole batch, so that answers depend on it. For openvino fp32, or "
+            "int8-static with scales that are taken from texts beforehand (--calibrate)."
         },
     )
     max_drift: float | None = field(
@@ -95,6 +104,16 @@ class ExportSpec:
             raise SpecError(f"max_drift is {self.max_drift}; expected a number above 0, such as 0.1")
         if self.back_end == "torch" and (self.unpad or self.precision != "fp32"):
             raise SpecError("torch's exporter neither unpads nor quantises; take the direct back end for it")
+        wrong = self.precision not in OPENVINO if self.target == "openvino" else self.precision == "int8-static"
+        if wrong:
+            raise SpecError(
+                f"precision {self.precision} is not for the target {self.target}; openvino takes "
+                f"{' and '.join(OPENVINO)}, and int8-static is for openvino alone"
+            )
+        if self.target == "openvino" and (self.unpad or self.layout == "triton"):
+            raise SpecError(
+                "--target openvino is padded and lies beside its config.json; leave out --unpad and --layout"
+            )
         if self.target == "cuda" and self.precision in ON_CPU:
             raise SpecError(
                 f"precision {self.precision} is for CPUs; for the target cuda take fp16, fp32 or int8-nbits"
@@ -129,7 +148,7 @@ class ExportSpec:
     @property
     def model(self) -> str:
         """Where the file lies in the directory."""
-        return MODEL[self.layout]
+        return IR if self.target == "openvino" else MODEL[self.layout]
 
     @property
     def unpads(self) -> bool:

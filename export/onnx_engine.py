@@ -130,7 +130,7 @@ class OnnxEngine:
     @property
     def name(self) -> str:
         """For people: the runtime, its version, and the precision."""
-        return f"onnxruntime {self._session.version}, {self.precision}"
+        return f"{self._session.runtime}, {self.precision}"
 
     def takes(self, entry: BankEntry) -> bool:
         """Whether the graph has a place for all that a delta changes."""

@@ -45,7 +45,7 @@ def answer(outputs: Mapping[str, NDArray[np.generic]]) -> NDArray[np.generic]:
 
 class Session:
     """A loaded ONNX file. ``asked`` is the provider that was wanted, ``provider`` the one that really runs it: ONNX
-    Runtime falls back to the CPU without an error. ``version`` is that of ONNX Runtime. ``keep`` writes the graph as
+    Runtime falls back to the CPU without an error. ``runtime`` is its name and version. ``keep`` writes the graph as
     it was optimised to a file, which ``optimised`` loads in a third of the time.
 
     Raises Unsupported without ONNX Runtime, VerificationError where it cannot load the file.
@@ -73,7 +73,7 @@ class Session:
             raise VerificationError(f"ONNX Runtime {runtime.__version__} cannot load the file: {reason}") from error
         self.asked = provider
         self.provider: str = self._session.get_providers()[0]
-        self.version: str = runtime.__version__
+        self.runtime = f"onnxruntime {runtime.__version__}"
         self._names = [found.name for found in self._session.get_outputs()]
         self.inputs: tuple[str, ...] = tuple(found.name for found in self._session.get_inputs())
 

@@ -1,4 +1,4 @@
-"""Runs an exported file in ONNX Runtime beside the torch engine; what does not agree is not published.
+"""Runs an exported file beside the torch engine, in ONNX Runtime or OpenVINO; what does not agree is not published.
 
 A file that passed may still need a warning: what a cast loses of the delta, or what neighbours change.
 """
@@ -183,7 +183,7 @@ class Verification:
 
 
 class VerifiedFile(ABC):
-    """A file in ONNX Runtime beside the torch engine. Cases are counted, and each is the same one on both sides."""
+    """A file in its runtime beside the torch engine. Cases are counted, and each is the same one on both sides."""
 
     session: Session
 
@@ -214,7 +214,7 @@ class VerifiedFile(ABC):
         (off, whole), scale = np.sqrt(squares).tolist(), float(np.max([one.scale for one in compared]))
         neighbours, flips = self._neighbours(cases)
         return Verification(
-            runtime=f"onnxruntime {self.session.version}",
+            runtime=self.session.runtime,
             provider=self.session.provider,
             atol=tolerance.output(scale),
             largest=float(np.max([one.largest for one in compared])),

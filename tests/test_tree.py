@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import bertology_serve
-from bertology_serve.cli.main import COMMANDS
+from bertology_serve.cli.main import COMMANDS, SHARED
 from tools import house
 
 ROOT = Path(__file__).parents[1]
@@ -164,7 +164,7 @@ def test_every_command_is_in_the_table():
         "bench_load",
         "reports",
     }
-    assert modules == {command.replace("-", "_") for command in COMMANDS}
+    assert modules == {SHARED.get(command, command).replace("-", "_") for command in COMMANDS}
 
 
 def test_commands_import_what_is_heavy_inside_functions():

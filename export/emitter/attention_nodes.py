@@ -36,7 +36,9 @@ class Attention:
         self.width = self.anatomy.head_width
         self.positions = modules.positions
         self.disentangled = Disentangled(self) if self.positions == "disentangled" else None
-        self.streams = not self.nodes.fused and self.positions not in ("bias", "disentangled")
+        # padded graphs are for runtimes that have no branches either, such as OpenVINO
+        packed = isinstance(rows, Packed) and not self.nodes.fused
+        self.streams = packed and self.positions not in ("bias", "disentangled")
         self.heavy = either(rows.several, self._long(rows.groups[0]))
         self.scale: float = (self.width * (self.disentangled.terms if self.disentangled else 1)) ** -0.5
 

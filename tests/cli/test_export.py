@@ -80,6 +80,8 @@ def test_what_cannot_be_folded_is_refused_by_name(prefixed, tmp_path, capsys):
         (["--opset", "9"], "opset is 9; expected 18 to 23"),
         (["--atol", "0"], "atol is 0.0; expected a number above 0"),
         (["--back-end", "torch", "--precision", "int8-row"], "torch's exporter neither unpads nor quantises; take "),
+        (["--target", "openvino", "--precision", "int8-row"], "precision int8-row is not for the target openvino; "),
+        (["--calibrate", "own.jsonl"], "--calibrate is for --precision int8-static, got fp32; leave it out"),
         (["--layout", "tar"], "Invalid value for '--layout': "),
         (["--verify", "missing.jsonl"], "no file missing.jsonl"),
         (["--backbone", "minilm"], "delta 'mood' was made for"),

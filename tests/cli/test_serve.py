@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 
-from bertology_serve.bench.prove.process_tree import descendants
+from bertology_serve.bench.prove.cores import descendants
 from bertology_serve.cli.main import main
 from bertology_serve.deltas import store
 from bertology_serve.export.exporting import export_delta

@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from bertology_serve.bench.prove.process_tree import descendants
 from bertology_serve.serving.execution.executor import THREAD
 
 ONE_THREAD: Mapping[str, str] = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -25,6 +24,29 @@ def pair() -> tuple[int, int] | None:
 def family(pid: int) -> list[int]:
     """A process and those that it has started, and theirs."""
     return [pid, *descendants(pid)]
+
+
+def descendants(pid: int) -> list[int]:
+    """The children of a process, then theirs, and so on."""
+    found, parents = list[int](), _parents()
+    known = {pid}
+    while new := sorted(child for child, parent in parents.items() if parent in known and child not in known):
+        known.update(new)
+        found += new
+    return found
+
+
+def _parents() -> dict[int, int]:
+    """The parent of every process that there is; those that have ended and wait to be buried are none."""
+    found: dict[int, int] = {}
+    for path in _PROC.glob("[0-9]*/stat"):
+        try:
+            state, parent = _fields(path)[:2]
+        except OSError:  # it has ended meanwhile
+            continue
+        if state != "Z":
+            found[int(path.parent.name)] = int(parent)
+    return found
 
 
 def cpu_seconds(pid: int) -> float:

@@ -12,9 +12,9 @@ from statistics import median
 
 import msgspec
 
+from bertology_serve.bench.prove.cores import descendants
 from bertology_serve.bench.prove.figure import Measured
 from bertology_serve.bench.prove.isolation import apart, numbers_of
-from bertology_serve.bench.prove.process_tree import descendants
 from bertology_serve.bench.prove.stage import HEADERS, WORDS, ZOO, Served, Stage
 from bertology_serve.bench.serving.wire import Broken, Wire, request_bytes
 from bertology_serve.encoder.pipeline import Pipeline, Request

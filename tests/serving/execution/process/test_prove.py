@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from bertology_serve.bench.prove import crashes
-from bertology_serve.bench.prove.process_tree import descendants
+from bertology_serve.bench.prove.cores import descendants
 from bertology_serve.bench.prove.stage import ADMIN, Stage
 from bertology_serve.serving.execution.remote import Remote
 from bertology_serve.serving.keys import Key, Keyring, digest_of

@@ -1,4 +1,4 @@
-"""``bertology-serve push``: a delta to the HuggingFace hub."""
+"""``bertology-serve push`` and ``pull``: a delta to the HuggingFace hub, and from it."""
 
 from __future__ import annotations
 
@@ -22,3 +22,15 @@ def push(
 
     note(f"uploaded: {run(newest(delta), repository, private=private, revision=revision)}")
     note_next(["pull", repository, "--out", "DIR"])
+
+
+def pull(
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
+    out: Annotated[Path, typer.Option(help="The delta's directory.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Default: main.")] = None,
+) -> None:
+    """Download a delta; nothing appears unless all of it is there and sound."""
+    from bertology_serve.deltas.hub import pull as run
+
+    note(f"saved to {run(repository, out, revision=revision)}; next:")
+    note_next(["inspect", out])
