@@ -121,11 +121,14 @@ class OnnxEngine:
             self._asked = {one for one in self._asked if isinstance(one, int)} | self._kinds.keys()
             self._seen.clear()
 
-    def prepare_for(self, entries: Iterable[BankEntry]) -> None:
-        """The same for the kind that most of these deltas are of, each by itself."""
+    def prepare_for(self, entries: Iterable[BankEntry], wait: bool = True) -> None:
+        """The same for the kind that most of these deltas are of, each by itself; on a thread, unless to ``wait``."""
         kinds = Counter(self._feed.kind([entry]) for entry in entries if self.takes(entry))
-        if kinds:
-            self.prepare_kind(kinds.most_common(1)[0][0])
+        for kind, _ in kinds.most_common(1):
+            if wait:
+                self.prepare_kind(kind)
+            else:
+                self._ask(kind, self.prepare_kind)
 
     @property
     def name(self) -> str:

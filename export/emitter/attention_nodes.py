@@ -12,7 +12,7 @@ import torch
 from bertology_serve.encoder.bank import PREFIX
 from bertology_serve.export.emitter.module_nodes import Modules
 from bertology_serve.export.emitter.nodes import CONTRIB, Condition, Value, counted, either, joined
-from bertology_serve.export.emitter.row_nodes import Group, Packed, Rows
+from bertology_serve.export.emitter.row_nodes import LengthGroup, Packed, Rows
 from bertology_serve.families.compat import deberta_buckets, modernbert_rotation, mpnet_buckets
 from bertology_serve.kinds.slots import KEY, OUTPUT, QUERY
 
@@ -62,7 +62,7 @@ class Attention:
         form, rows = self.form(layer), self.rows
         masks = [self._kept(layer, group) for group in rows.groups]
 
-        def of(groups: Sequence[Group], light: bool = False) -> Value:
+        def of(groups: Sequence[LengthGroup], light: bool = False) -> Value:
             q, k, v = (rows.grids(x, *form, groups) for x in (query, key, value))
             found = [self._grid(layer, *one, light) for one in zip(groups, masks, q, k, v, strict=False)]
             return rows.gathered(found, *form)
@@ -70,11 +70,11 @@ class Attention:
         found = self.nodes.choose(self.heavy, lambda: of(rows.groups), lambda: of(rows.groups[:1], light=True))
         return self.modules.gated(OUTPUT, layer, lambda: rows.rejoined(found, *form))
 
-    def _long(self, group: Group) -> Condition:
+    def _long(self, group: LengthGroup) -> Condition:
         """Whether a group is worked off in blocks."""
         return self.nodes("Greater", group.columns.squeeze(0), LONG) if self.streams else False
 
-    def _kept(self, layer: int, group: Group) -> Value | None:
+    def _kept(self, layer: int, group: LengthGroup) -> Value | None:
         """The mask, where all layers have the same; one of windows is as large as the scores: long groups have none."""
         if self.nodes.fused or self.disentangled:
             return None
@@ -83,7 +83,9 @@ class Attention:
         none = self.nodes.constant(np.zeros((1, 1, 1, 1), self.nodes.dtype.numpy()))
         return self.nodes.choose(self._long(group), lambda: none, lambda: self._mask(layer, group))
 
-    def _grid(self, layer: int, group: Group, mask: Value | None, q: Value, k: Value, v: Value, light: bool) -> Value:
+    def _grid(
+        self, layer: int, group: LengthGroup, mask: Value | None, q: Value, k: Value, v: Value, light: bool
+    ) -> Value:
         """q, k, v [heads, B, R, D] -> [heads, B, R, D]; ``light`` where it is known that the group is not long."""
         if self.nodes.fused:
             return self._fused(layer, group, *(x.squeeze(0) for x in (q, k, v))).unsqueeze(0)
@@ -104,7 +106,7 @@ class Attention:
 
         return self.nodes.choose(self.updates.used(PREFIX), prefixed, plain)
 
-    def _blocks(self, layer: int, group: Group, q: Value, k: Value, v: Value) -> Value:
+    def _blocks(self, layer: int, group: LengthGroup, q: Value, k: Value, v: Value) -> Value:
         """The same for one head, one sequence and ``BLOCK`` rows after the other; where windows slide, only the keys
         that a window reaches take part.
         """
@@ -134,7 +136,7 @@ class Attention:
         shape = joined(0, q.size(0), group.batch, nodes.value([-1]), nodes.value([width]))
         return nodes("Slice", nodes("Reshape", found, shape), [0], columns, [2])
 
-    def _prefixed(self, layer: int, group: Group, k: Value, v: Value) -> tuple[Value, Value]:
+    def _prefixed(self, layer: int, group: LengthGroup, k: Value, v: Value) -> tuple[Value, Value]:
         """k, v [heads, B, R, width] behind the prefix of their sequence -> [heads, B, V + R, width]."""
         keys, values = (self.updates.prefix(column, layer, group, *self.form(layer)) for column in "kv")
         return joined(2, keys, k), joined(2, values, v)
@@ -143,7 +145,7 @@ class Attention:
         """q [heads, B, R, D]; k, v [heads, B, V + R, D] -> [heads, B, R, D]."""
         return self.nodes("Softmax", q * self.scale @ k.transpose(0, 1, 3, 2) + mask, axis=-1) @ v
 
-    def _fused(self, layer: int, group: Group, q: Value, k: Value, v: Value) -> Value:
+    def _fused(self, layer: int, group: LengthGroup, q: Value, k: Value, v: Value) -> Value:
         """q, k, v [B, R, H] -> [B, R, H].
 
         By the number of keys of each sequence where that says all, by the mask where windows or distances matter.
@@ -173,7 +175,7 @@ class Attention:
         kinds: list[str] | None = getattr(self.config, "layer_types", None)
         return kinds is not None and kinds[layer] == SLIDING
 
-    def _mask(self, layer: int, group: Group, q: Value | None = None, k: Value | None = None) -> Value:
+    def _mask(self, layer: int, group: LengthGroup, q: Value | None = None, k: Value | None = None) -> Value:
         """[1 or heads, B, 1 or R, R]: what is added to scores; q and k [heads, B, R, D] where it depends on them."""
         may, apart = group.seen.unsqueeze(0, 2), self._apart(group)
         if self._slides(layer):
@@ -196,7 +198,7 @@ class Attention:
         biases = self.modules.state[RELATIVE] if self.positions == "bias" else torch.zeros(1)
         return FAR_BELOW - (biases.max() - biases.min()).item()
 
-    def _apart(self, group: Group) -> Value:
+    def _apart(self, group: LengthGroup) -> Value:
         """[R, R]: row i's column less row j's."""
         column = counted(self.nodes, group.columns)
         return column.unsqueeze(1) - column.unsqueeze(0)
@@ -229,7 +231,7 @@ class Attention:
         a, b = x.reshape(-1, heads, self.width).split(2, axis=2)
         return joined(2, a * cos - b * sin, b * cos + a * sin).reshape(-1, heads * self.width)
 
-    def _opened(self, group: Group, mask: Value, keys: Value) -> Value:
+    def _opened(self, group: LengthGroup, mask: Value, keys: Value) -> Value:
         """The mask [1 or heads, B, R, V + R], with columns for the prefixes in front of the keys [heads, B, V + R, D].
 
         Every row sees the prefix of its own sequence.

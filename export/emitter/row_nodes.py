@@ -51,7 +51,7 @@ def gather(ids: Value, mask: Value, types: Value | None) -> TextBatch:
 
 
 @dataclass(frozen=True)
-class Group:
+class LengthGroup:
     """B sequences that attend side by side, in a grid with R columns, as many as the longest has rows.
 
     ``seen`` [B, R] is true where a sequence has a row; ``which`` [B] numbers them, ``None``: they are all there are.
@@ -166,14 +166,14 @@ class Rows(ABC):
         self.virtual = None if virtual is None else self._everywhere(virtual)
         self.which = None if virtual is None else self._everywhere(layout.vectors(column - lead))
         self.several: Condition = False
-        self.groups: tuple[Group, ...] = (Group(self.seen),)
+        self.groups: tuple[LengthGroup, ...] = (LengthGroup(self.seen),)
 
     @abstractmethod
     def spread(self, rows: Value, heads: int, width: int) -> Value:
         """[T, heads · width] -> what the groups' ``grids`` are cut from."""
 
     @abstractmethod
-    def grids(self, spread: Value, heads: int, width: int, groups: Sequence[Group]) -> list[Value]:
+    def grids(self, spread: Value, heads: int, width: int, groups: Sequence[LengthGroup]) -> list[Value]:
         """``spread`` -> [heads, B, R, width] of each group: of the first alone, or of all."""
 
     @abstractmethod
@@ -236,7 +236,7 @@ class Padded(Rows):
     def spread(self, rows: Value, heads: int, width: int) -> Value:
         return rows.reshape(self.batch, self.columns, heads, width).transpose(2, 0, 1, 3)
 
-    def grids(self, spread: Value, heads: int, width: int, groups: Sequence[Group]) -> list[Value]:
+    def grids(self, spread: Value, heads: int, width: int, groups: Sequence[LengthGroup]) -> list[Value]:
         return [spread]
 
     def gathered(self, grids: Sequence[Value], heads: int, width: int) -> Value:
@@ -306,14 +306,14 @@ class Packed(Rows):
         kinds = [ir.DataType.INT64] * 2 + [ir.DataType.INT64, ir.DataType.BOOL] * GROUPS
         place, home, *found = nodes.choose_all(self.several, kinds, more, one)
         self._from, self._home = place, self.filled(home)
-        self.groups = tuple(map(Group, found[1::2], found[::2]))
+        self.groups = tuple(map(LengthGroup, found[1::2], found[::2]))
 
     def spread(self, rows: Value, heads: int, width: int) -> Value:
         """[heads, N, width]: the places of all groups, one group after the other."""
         head = self.nodes.constant(np.arange(heads)[:, None])
         return rows.reshape(-1, width).gather(self._from * heads + head)
 
-    def grids(self, spread: Value, heads: int, width: int, groups: Sequence[Group]) -> list[Value]:
+    def grids(self, spread: Value, heads: int, width: int, groups: Sequence[LengthGroup]) -> list[Value]:
         nodes, end, found = self.nodes, self.nodes.value([0]), []
         for group in groups:
             start, end = end, end + group.batch * group.columns

@@ -17,7 +17,7 @@ from torch import Tensor
 from bertology_serve.encoder.bank import PREFIX, PROMPT, adapter, inner, scale, update_layers
 from bertology_serve.export.emitter.delta_inputs import ADAPTER_ACTIVATIONS, LENGTH, Tables
 from bertology_serve.export.emitter.nodes import ACTIVATION_NODES, Condition, Nodes, Value, joined
-from bertology_serve.export.emitter.row_nodes import Group, MixedRows, Rows
+from bertology_serve.export.emitter.row_nodes import LengthGroup, MixedRows, Rows
 from bertology_serve.export.export_inputs import ExportInputs
 
 Added = Callable[[Sequence[Value]], Value]
@@ -54,11 +54,11 @@ class Updates(ABC):
         """The prompt's vectors [T, E] of those numbers [T]."""
 
     @abstractmethod
-    def prefix(self, column: str, layer: int, group: Group, heads: int, width: int) -> Value:
+    def prefix(self, column: str, layer: int, group: LengthGroup, heads: int, width: int) -> Value:
         """[heads, B, V, width]: the trained keys (``k``) or values (``v``) of each sequence of a group."""
 
     @abstractmethod
-    def prefix_length(self, group: Group) -> Value:
+    def prefix_length(self, group: LengthGroup) -> Value:
         """[B or 1, 1]: the rows of each sequence's prefix."""
 
 
@@ -116,14 +116,14 @@ class OneDelta(Updates):
         assert self.effects.prompt is not None
         return self._mine("prompt.vectors", self.effects.prompt.vectors[None]).squeeze(0).gather(which)
 
-    def prefix(self, column: str, layer: int, group: Group, heads: int, width: int) -> Value:
+    def prefix(self, column: str, layer: int, group: LengthGroup, heads: int, width: int) -> Value:
         assert self.effects.prefix is not None
         trained = {"k": self.effects.prefix.keys, "v": self.effects.prefix.values}[column][layer, :, : heads * width]
         by_head = trained.reshape(1, trained.shape[0], heads, width).transpose(1, 2)
         rows = self._mine(f"prefix.{layer}.{'keys' if column == 'k' else 'values'}", by_head).transpose(1, 0, 2, 3)
         return self.nodes("Expand", rows, self.nodes("Concat", [1], group.batch, [1], [1], axis=0))
 
-    def prefix_length(self, group: Group) -> Value:
+    def prefix_length(self, group: LengthGroup) -> Value:
         assert self.effects.prefix is not None
         return self.nodes.constant(np.array([[self.effects.prefix.keys.shape[1]]]))
 
@@ -189,12 +189,12 @@ class ManyDeltas(Updates):
     def vectors(self, which: Value) -> Value:
         return self.tables.rows(PROMPT, "v", 0, which)
 
-    def prefix(self, column: str, layer: int, group: Group, heads: int, width: int) -> Value:
+    def prefix(self, column: str, layer: int, group: LengthGroup, heads: int, width: int) -> Value:
         rows = self.tables.rows(PREFIX, column, layer, group.of(self._prefixes))
         shape = self.nodes("Concat", [0], [0], [heads], [width], axis=0)
         return self.nodes("Reshape", rows, shape).transpose(2, 0, 1, 3)
 
-    def prefix_length(self, group: Group) -> Value:
+    def prefix_length(self, group: LengthGroup) -> Value:
         return group.of(self._prefix_lengths)
 
     def _found(self, place: str, table: str) -> Owned:

@@ -376,3 +376,6 @@ def test_the_kinds_that_come_most_have_graphs_that_know_them(tmp_path, monkeypat
     come("lora-4", 2)
     engine.prepare_for([asked[name].ready.entry for name in ("prefix", "lora-4", "lora-4")])
     assert kinds["lora-4"] in engine._kinds
+    engine.prepare_for([asked["houlsby"].ready.entry], wait=False)
+    come("lora-4", 1)
+    assert kinds["houlsby"] in engine._kinds

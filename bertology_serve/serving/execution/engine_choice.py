@@ -49,7 +49,7 @@ def settle(pipeline: Pipeline, engine: Name, precision: MultiPrecision = "fp32",
         return _taken("torch", "known to be faster" if known else "asked for")
     try:
         onnx = OnnxEngine(pipeline.encoder, precision)
-        onnx.prepare_for(pipeline.bank.entries.values())
+        onnx.prepare_for(pipeline.bank.entries.values(), wait=not known)
         if known:
             pipeline.engine = onnx
             return _taken(onnx.name, "known to agree")
