@@ -49,7 +49,8 @@ def save_ir(model: onnx_ir.Model, path: Path, texts: Sequence[Arrays] = ()) -> i
 def _in_8_bits(graph: Any, texts: Sequence[Arrays]) -> Any:
     """NNCF's post-training quantisation, all linears and products of attention; word embeddings stay as they are.
 
-    Ranges of all texts and ``SMOOTHING`` are nearer to float32 than NNCF's own choice. Correcting biases takes as long again and changes nothing.
+    Ranges of all texts and ``SMOOTHING`` are nearer to float32 than NNCF's own choice.
+    Correcting biases takes as long again and changes nothing.
     """
     os.environ.setdefault("NNCF_CI", "1")  # else it tells its makers of each use
     nncf = _imported("nncf")
