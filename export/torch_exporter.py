@@ -70,6 +70,7 @@ class Graph(nn.Module):
         as_products(self)
         self.delta, self._masks = nn.ParameterDict(), Masks()
         self._layout = PromptLayout.of(effects.prompt, export_inputs.first_position)
+        self._first_position = export_inputs.first_position
         self._accepted = set(inspect.signature(self.model.forward).parameters)
         if effects.prompt is not None:
             self._mine("prompt.vectors", effects.prompt.vectors[None])
@@ -173,7 +174,7 @@ class Graph(nn.Module):
             "inputs_embeds": words,
             "attention_mask": seen.long(),
             "token_type_ids": self._filled(types, 0),
-            "position_ids": (positions if self._layout.shifted else self._filled(positions, 0)) + self._layout.offset,
+            "position_ids": (positions if self._layout.shifted else self._filled(positions, 0)) + self._first_position,
         }
         inputs = {name: value for name, value in inputs.items() if name in self._accepted}
         hidden: Tensor = self.model(**inputs).last_hidden_state

@@ -60,33 +60,30 @@ class Attention:
     def attended(self, layer: int, query: Value, key: Value, value: Value) -> Value:
         """query, key, value as ``spread`` makes them, rotated already -> [T, H]."""
         form, rows = self.form(layer), self.rows
-        masks = [] if self.nodes.fused or self.disentangled else [self._kept(layer, group) for group in rows.groups]
+        masks = [self._kept(layer, group) for group in rows.groups]
 
-        def of(groups: Sequence[Group]) -> Value:
-            grids = zip(*(rows.grids(x, *form, groups) for x in (query, key, value)), strict=True)
-            numbered = enumerate(zip(groups, grids, strict=True))
-            light = groups is not rows.groups
-            return rows.gathered(
-                [self._grid(layer, group, *qkv, light, *masks[i : i + 1]) for i, (group, qkv) in numbered], *form
-            )
+        def of(groups: Sequence[Group], light: bool = False) -> Value:
+            q, k, v = (rows.grids(x, *form, groups) for x in (query, key, value))
+            found = [self._grid(layer, *one, light) for one in zip(groups, masks, q, k, v, strict=False)]
+            return rows.gathered(found, *form)
 
-        found = self.nodes.choose(self.heavy, lambda: of(rows.groups), lambda: of(rows.groups[:1]))
+        found = self.nodes.choose(self.heavy, lambda: of(rows.groups), lambda: of(rows.groups[:1], light=True))
         return self.modules.gated(OUTPUT, layer, lambda: rows.rejoined(found, *form))
 
     def _long(self, group: Group) -> Condition:
         """Whether a group is worked off in blocks."""
         return self.nodes("Greater", group.columns.squeeze(0), LONG) if self.streams else False
 
-    def _kept(self, layer: int, group: Group) -> Value:
-        """The mask for all layers alike; one of windows is as large as the scores, so that long groups have none."""
+    def _kept(self, layer: int, group: Group) -> Value | None:
+        """The mask, where all layers have the same; one of windows is as large as the scores: long groups have none."""
+        if self.nodes.fused or self.disentangled:
+            return None
         if not self._slides(layer):
             return self._mask(layer, group)
         none = self.nodes.constant(np.zeros((1, 1, 1, 1), self.nodes.dtype.numpy()))
         return self.nodes.choose(self._long(group), lambda: none, lambda: self._mask(layer, group))
 
-    def _grid(
-        self, layer: int, group: Group, q: Value, k: Value, v: Value, light: bool, mask: Value | None = None
-    ) -> Value:
+    def _grid(self, layer: int, group: Group, mask: Value | None, q: Value, k: Value, v: Value, light: bool) -> Value:
         """q, k, v [heads, B, R, D] -> [heads, B, R, D]; ``light`` where it is known that the group is not long."""
         if self.nodes.fused:
             return self._fused(layer, group, *(x.squeeze(0) for x in (q, k, v))).unsqueeze(0)

@@ -241,7 +241,9 @@ def _exports(log: Log) -> Iterator[Bar]:
 
 def bars(found: Sequence[Bar]) -> Table:
     """What was promised, and whether it holds."""
-    rows = [(one.name, shown(one.measured, ".4g"), one.promise, one.verdict, one.of) for one in found]
+    rows: list[tuple[str, ...]] = [
+        (one.name, shown(one.measured, ".4g"), one.promise, one.verdict, one.of) for one in found
+    ]
     return ("promise", "measured", "bar", "", "of"), rows
 
 

@@ -268,11 +268,13 @@ class _Suite:
     def _rounds(self, group: Sequence[Contender], opened: dict[str, WorkerProcess], workload: str) -> None:
         """Every turn runs the baseline and each that still lacks a figure, in an order of its own."""
         repeats = dict[str, int]()
+
+        def warm(name: str, worker: WorkerProcess) -> None:
+            repeats[name] = self._warm(worker, workload)
+
         for one in self._with_baseline(group):
             if one.name in opened and self._timed(one, workload) < self.plan.rounds:
-                self._guarded(
-                    one, opened, lambda worker, one=one: repeats.update({one.name: self._warm(worker, workload)})
-                )
+                self._guarded(one, opened, partial(warm, one.name))
         turns = [line["turn"] for line in self.log.of(TIME, suite=self.suite.name, workload=workload)]
         for turn in range(max(turns, default=-1) + 1, max(turns, default=-1) + 1 + self.plan.rounds):
             names = [one for one in group if one.name in repeats and self._timed(one, workload) < self.plan.rounds]

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from bertology_serve import examples
 from bertology_serve.bench.cpu.contenders import (
@@ -82,7 +81,7 @@ class Batches:
 
     def write(self, directory: Path, pad: int) -> None:
         """As ``worker.py`` reads them."""
-        arrays = dict[str, NDArray[np.int64]]()
+        arrays: dict[str, Any] = {}  # savez has an option among the names
         for number, batch in enumerate(self.encodings):
             case = Case(tuple(batch), max(map(len, batch)), left=False)
             arrays |= {f"{number}.{name}": array for name, array in case.arrays(pad).items()}
@@ -244,7 +243,10 @@ class _Files:
     def as_they_come(self, name: str, encodings: Sequence[Encoding], owner: str) -> Batches:
         """Sequences in their own order, 32 a batch."""
         parts = [encodings[at : at + TOGETHER] for at in range(0, len(encodings), TOGETHER)]
-        texts = [[self.encoder.tokenizer.decode(one.ids, skip_special_tokens=True) for one in part] for part in parts]
+        texts = [
+            [str(self.encoder.tokenizer.decode(list(one.ids), skip_special_tokens=True)) for one in part]
+            for part in parts
+        ]
         return Batches(name, texts, parts, [[owner] * len(part) for part in parts])
 
     def gold(self, inputs: Inputs) -> list[Encoding]:
