@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from bertology_serve.export.export_directory import save
 from bertology_serve.export.session import Session
 
 SMOOTHING = 0.8
+"""How much of a column's size moves into the weights."""
 Arrays = Mapping[str, NDArray[np.generic]]
 
 
@@ -47,8 +49,8 @@ def save_ir(model: onnx_ir.Model, path: Path, texts: Sequence[Arrays] = ()) -> i
 def _in_8_bits(graph: Any, texts: Sequence[Arrays]) -> Any:
     """NNCF's post-training quantisation, all linears and products of attention; word embeddings stay as they are.
 
-    Ranges are those of all texts, and SMOOTHING of a column's size moves into the weights: both are nearer to float32
-    than NNCF's own choice. Correcting biases takes as long again and changes nothing.
+    Ranges of all texts and ``SMOOTHING`` are nearer to float32 than NNCF's own choice.
+    Correcting biases takes as long again and changes nothing.
     """
     os.environ.setdefault("NNCF_CI", "1")  # else it tells its makers of each use
     nncf = _imported("nncf")
@@ -91,7 +93,7 @@ class OpenVinoSession(Session):
         return {name: found[one] for one in self._session.outputs for name in one.names}
 
 
-def _loaded(openvino: Any, load: Any, path: Path, *settings: Any) -> Any:
+def _loaded(openvino: ModuleType, load: Callable[..., Any], path: Path, *settings: Any) -> Any:
     try:
         return load(str(path), *settings)
     except RuntimeError as error:
@@ -99,12 +101,12 @@ def _loaded(openvino: Any, load: Any, path: Path, *settings: Any) -> Any:
         raise VerificationError(f"OpenVINO {_version(openvino)} cannot load the file: {reason}") from error
 
 
-def _version(openvino: Any) -> str:
+def _version(openvino: ModuleType) -> str:
     """Without the build."""
     return str(openvino.__version__).partition("-")[0]
 
 
-def _imported(name: str) -> Any:
+def _imported(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError:

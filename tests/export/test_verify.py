@@ -34,7 +34,7 @@ class Reference:
 class Session:
     """The same from the mask, ``off`` added to rows of batches that hold several."""
 
-    asked, provider, version = "TestProvider", "TestProvider", "0.0"
+    asked, provider, runtime = "TestProvider", "TestProvider", "onnxruntime 0.0"
 
     def __init__(self, off=0.0, per_token=False):
         self.off, self.per_token = off, per_token
