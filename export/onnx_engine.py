@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -41,8 +42,9 @@ log = logging.getLogger(__name__)
 INSTEAD = "take --engine torch"
 MOST_FORKS = 2
 """Layers that graphs are kept for which end, and begin, there: together they hold the weights once more."""
-MOST_KINDS, OFTEN = 2, 50
-"""Kinds of batches that graphs are kept for, which hold the weights once more each; and how often one must come."""
+MOST_KINDS, OFTEN, PAUSE = 2, 50, 60.0
+"""Kinds of batches that graphs are kept for, which hold the weights once more each; how often one must come, and the
+seconds until one may take another's place: kinds that come by turns do not keep the processor busy."""
 Kind = frozenset[str]
 Asked = TypeVar("Asked", int, Kind)
 
@@ -69,6 +71,7 @@ class OnnxEngine:
         self._forks: dict[int, tuple[Session, Session]] = {}
         self._kinds: dict[Kind, Session] = {}
         self._seen: Counter[Kind] = Counter()
+        self._changed = -PAUSE
         self._asked: set[int | Kind] = set()
 
     def _made(self, first: int, end: int, known: Kind | None = None) -> Session:
@@ -120,6 +123,7 @@ class OnnxEngine:
             self._kinds = {one: self._kinds[one] for one in kept} | {kind: made}
             self._asked = {one for one in self._asked if isinstance(one, int)} | self._kinds.keys()
             self._seen.clear()
+            self._changed = time.monotonic()
 
     def prepare_for(self, entries: Iterable[BankEntry], wait: bool = True) -> None:
         """The same for the kind that most of these deltas are of, each by itself; on a thread, unless to ``wait``."""
@@ -189,7 +193,8 @@ class OnnxEngine:
         session = self._kinds.get(kind)
         if session is None and kind not in self._asked and self._seen[kind] >= OFTEN:
             least = min((self._seen[one] for one in self._kinds), default=0)
-            if len(self._kinds) < MOST_KINDS or self._seen[kind] > 2 * least:
+            replaces = self._seen[kind] > 2 * least and time.monotonic() - self._changed >= PAUSE
+            if len(self._kinds) < MOST_KINDS or replaces:
                 self._ask(kind, self.prepare_kind)
         return session or self._session
 

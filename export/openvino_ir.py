@@ -54,7 +54,7 @@ def _in_8_bits(graph: Any, texts: Sequence[Arrays]) -> Any:
     """
     os.environ.setdefault("NNCF_CI", "1")  # else it tells its makers of each use
     nncf = _imported("nncf")
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function sets the level of every handler
     ranges = import_module("nncf.quantization.range_estimator").RangeEstimatorParametersSet.MINMAX
     smooth = import_module("nncf.quantization.advanced_parameters").AdvancedSmoothQuantParameters(matmul=SMOOTHING)
     with redirect_stdout(io.StringIO()):  # bars of progress

@@ -371,6 +371,9 @@ def test_the_kinds_that_come_most_have_graphs_that_know_them(tmp_path, monkeypat
         come("prefix", 5)
     come("houlsby", 8)  # as often as twice the one that came least, but no more
     assert kinds["houlsby"] not in engine._kinds
+    come("houlsby", 1)  # more, but the last graph is not a minute old
+    assert kinds["houlsby"] not in engine._kinds
+    monkeypatch.setattr(onnx_engine, "PAUSE", 0.0)
     come("houlsby", 1)
     assert {*engine._kinds} == {kinds["prefix"], kinds["houlsby"]}
     come("lora-4", 2)

@@ -213,7 +213,7 @@ def transformers(checkpoint: str, threads: int, pool: str = "", dtype: str = "fl
     torch, tool = import_module("torch"), import_module("transformers")
     torch.set_num_threads(threads)
     kind = tool.AutoModel if pool else tool.AutoModelForSequenceClassification
-    model = kind.from_pretrained(checkpoint, attn_implementation="sdpa", trust_remote_code=False)
+    model = kind.from_pretrained(checkpoint, trust_remote_code=False)
     return torch_bind(model.to(getattr(torch, dtype)), pool, compiled)
 
 

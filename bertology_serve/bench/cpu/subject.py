@@ -150,7 +150,7 @@ def bare(encoder: Encoder) -> Delta:
 
 
 def task_model(export_inputs: ExportInputs, delta: Delta) -> Any:
-    """HuggingFace's own model for the task, float32, on CPU, not training, its attention SDPA.
+    """HuggingFace's own model for the task, float32, on CPU, not training, its attention the quickest that it has.
 
     ``export_inputs`` are those of the merged delta. Raises Unsupported where something of it does not fold, or where
     HuggingFace has no model for the task.
@@ -158,7 +158,11 @@ def task_model(export_inputs: ExportInputs, delta: Delta) -> Any:
     names = architectures(delta)
     if not names or delta.effects(export_inputs.anatomy).unfoldable:
         raise Unsupported(f"delta {delta.name!r} is no checkpoint that others could export; give one that folds")
-    return hf_model.task_model(export_inputs, names[0], "sdpa")
+    return hf_model.task_model(export_inputs, names[0], _attention(export_inputs))
+
+
+def _attention(export_inputs: ExportInputs) -> str:
+    return "sdpa" if getattr(export_inputs.kind, "_supports_sdpa", False) else "eager"
 
 
 def prepare(encoder: Encoder, delta: Delta, inputs: Inputs, work: Path, suites: Collection[str]) -> Subject:
@@ -262,7 +266,9 @@ class _Files:
         for form, one in ((LOGITS, delta), (ROWS, replace(delta, task=task, head={}))):
             own, place = ExportInputs.of(self.encoder, one, True), self.work / f"checkpoint-{form}"
             model = (
-                task_model(own, one) if form == LOGITS else hf_model.hf_model(own.kind, own.config, own.state, "sdpa")
+                task_model(own, one)
+                if form == LOGITS
+                else hf_model.hf_model(own.kind, own.config, own.state, _attention(own))
             )
             model.save_pretrained(place)
             self.encoder.tokenizer.save_pretrained(place)
