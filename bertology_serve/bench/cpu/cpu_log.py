@@ -90,7 +90,8 @@ class Log:
     def ratio(self, suite: str, workload: str, slow: str, fast: str) -> float | None:
         """How many times as long ``slow`` takes: the median over turns of the ratio within each.
 
-        Of two that share no turn, by way of the baseline, which is in all. ``None`` where one was not timed.
+        Of two that share no turn, by way of the baseline, which is in all. ``None`` where one was not timed, or where the
+        baseline was measured anew since and the other was not.
         """
         turns = [
             {line["turn"]: line["cpu"] for line in self.of(TIME, suite=suite, workload=workload, contender=name)}
@@ -102,6 +103,8 @@ class Log:
         if shared:
             return float(median(turns[0][turn] / turns[1][turn] for turn in shared))
         baseline = self.last(SUITE, suite=suite)["baseline"]
+        if baseline in (slow, fast):
+            return None
         over, under = (self.ratio(suite, workload, name, baseline) for name in (slow, fast))
         return over / under if over and under else None
 

@@ -47,3 +47,11 @@ def test_logs_of_directories_are_found_by_name(tmp_path):
     for name in ("b/y", "a/z", "a/x"):
         Log(tmp_path / f"{name}.jsonl").add(TIME)
     assert [log.path.stem for log in logs([tmp_path / "a", tmp_path / "b"])] == ["x", "z", "y"]
+
+
+def test_a_baseline_that_was_measured_anew_says_nothing_of_what_was_not(tmp_path):
+    log = alone(tmp_path / "log.jsonl", {UNPADDED: 1.0, DENSE: 2.0})
+    log.forget(lambda line: line["what"] == TIME and line["contender"] == UNPADDED)
+    log.add(TIME, suite=ALONE, workload="8x128", contender=UNPADDED, turn=99, cpu=1.0)
+    assert log.ratio(ALONE, "8x128", DENSE, UNPADDED) is None
+    assert log.ratio(ALONE, "8x128", UNPADDED, UNPADDED) == 1.0
