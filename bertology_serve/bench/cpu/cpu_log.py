@@ -90,8 +90,8 @@ class Log:
     def ratio(self, suite: str, workload: str, slow: str, fast: str) -> float | None:
         """How many times as long ``slow`` takes: the median over turns of the ratio within each.
 
-        Of two that share no turn, by way of the baseline, which is in all. ``None`` where one was not timed, or not since
-        the baseline was measured anew.
+        Of two that share no turn, by way of the baseline, which is in all. ``None`` where one was not timed, or not
+        since the baseline was measured anew.
         """
         turns = [
             {line["turn"]: line["cpu"] for line in self.of(TIME, suite=suite, workload=workload, contender=name)}
