@@ -93,10 +93,10 @@ def train(
     from bertology_serve.training import train as training
     from bertology_serve.training.batches import Data, Source, make_items
     from bertology_serve.training.methods import count_parameters, make_live
+    from bertology_serve.training.plots import check_plots, draw_curve
     from bertology_serve.training.processes import check_alone, join
     from bertology_serve.training.recipes import stages
     from bertology_serve.training.run_directory import Destination
-    from bertology_serve.training.run_plots import check_plots, draw_curve
     from bertology_serve.training.trainer import CallbackList
 
     place = Destination(out or Path("dry-run"), name, version, resume, overwrite)

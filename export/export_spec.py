@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bertology_serve.errors import SpecError
-from bertology_serve.export import MultiPrecision as MultiPrecision
 
 Precision = Literal["fp32", "fp16", "int8-row", "int8-nbits", "int8-dynamic", "int8-static"]
 DRIFT: dict[Precision, float] = {

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from bertology_serve.data import formats, retrieval
+from bertology_serve.data import formats
 from bertology_serve.data.formats import HUB_PREFIX, SET_PREFIX, Dataset, Fields, Row
 from bertology_serve.errors import DataError, NotFound, SpecError, nearest
 from bertology_serve.tasks.base import Example, Task
@@ -138,9 +138,9 @@ def _listed_rows(rows: Iterable[object]) -> Iterable[Row]:
 def _named_rows(path: str | Path) -> Iterable[Row]:
     if Path(path).is_file():
         return _read_file(Path(path))
-    searched = retrieval.find_set(str(path))
+    searched = formats.find_retrieval_set(str(path))
     if searched is not None:
-        return retrieval.read_set(*searched)
+        return formats.read_retrieval_set(*searched)
     if not str(path).startswith((HUB_PREFIX, SET_PREFIX)):
         return _read_file(Path(path))
     from bertology_serve.data import set_files

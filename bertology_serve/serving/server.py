@@ -7,12 +7,15 @@ balancers can notice), then the socket closes and what was accepted is answered.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +26,8 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from bertology_serve.errors import InputError
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.http.binding import room_for
 from bertology_serve.serving.http.bodies import JSON_LENGTH, PRIORITY, REQUEST_ID, TIMEOUT
 from bertology_serve.serving.http.connection import limited
 from bertology_serve.serving.http.gate import Gate
@@ -40,6 +43,7 @@ from bertology_serve.serving.versions.watcher import Reconciler, Watcher
 
 if TYPE_CHECKING:
     from bertology_serve.serving.grpc_server import GrpcServer
+
 
 log = logging.getLogger(__name__)
 READ_SECONDS = 0.1  # for the calls of connections that had just been taken, before those that rest are closed
@@ -232,3 +236,58 @@ def _taken(listening: socket.socket) -> Iterator[socket.socket]:
             return
         connection.setblocking(False)
         yield connection
+
+
+KEPT = 48  # descriptors for all else: files that are read, executors that are started again
+LEAST = 8  # connections, however few descriptors there are
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at that address, not yet listening; InputError where it cannot be had.
+
+    Made before anything is loaded, so that a port that is taken is known at once.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as problem:
+        taken = problem.errno == errno.EADDRINUSE
+        raise InputError(
+            f"port {port} of {host} is taken; stop what listens there or choose another --port"
+            if taken
+            else f"cannot listen on {host}:{port}: {problem.strerror or problem}; choose another --host"
+        ) from None
+    return bound
+
+
+def url_of(bound: socket.socket) -> str:
+    """The address of a bound socket, for people."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def room_for(connections: int) -> int:
+    """How many of so many connections the system allows beside what is open now; the soft limit is raised for them."""
+    try:
+        import resource
+
+        open_now = len(os.listdir("/proc/self/fd") if Path("/proc/self/fd").is_dir() else os.listdir("/dev/fd"))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = open_now + KEPT + connections
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    except (ImportError, OSError, ValueError):  # no such limits here, or none that may be seen
+        return connections
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return connections
+    room = max(soft - open_now - KEPT, LEAST)
+    log.warning("room for %d connections, not %d: the system allows %d open files (ulimit -n)", room, connections, soft)
+    return room

@@ -20,7 +20,7 @@ from bertology_serve.tasks.metrics import Flags, Floats, calibration_error
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import EMBEDDING, EVEN, MULTI_LABEL, ZERO_SHOT
 from bertology_serve.training.batches import Item, micro_batches
-from bertology_serve.training.evaluate import run
+from bertology_serve.training.evaluation import run
 
 if TYPE_CHECKING:
     from bertology_serve.tasks.zero_shot import ZeroShot

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from bertology_serve.encoder.batch import PackedBatch
-from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.encoder.trainable import TrainableDelta, lowest_trained
 from bertology_serve.errors import SpecError
 from bertology_serve.files import replacing
 from bertology_serve.tasks.spec import Encoding
 from bertology_serve.training.batches import Item, micro_batches
 from bertology_serve.training.features import origin
-from bertology_serve.training.layers import lowest_trained
 
 
 class FrozenPrefixCache:

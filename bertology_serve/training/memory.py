@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.encoder.trainable import TrainableDelta, recomputed_layers
 from bertology_serve.training.batches import Item, micro_batches
-from bertology_serve.training.layers import recomputed_layers
 from bertology_serve.training.trainer import Trainer
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.trainable import TrainableDelta, trained
+from bertology_serve.encoder.trainable import TrainableDelta, checkpointing, train_upper_layers, trained
 from bertology_serve.errors import LimitError, SpecError
 from bertology_serve.kinds.kinds import kind_named, spec_from_dict
 from bertology_serve.kinds.slots import Anatomy
@@ -24,7 +24,6 @@ from bertology_serve.tasks.heads import CHUNK, Layer
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import REGRESSION, SPARSE, Encoding, TaskSpec
 from bertology_serve.training.batches import Item
-from bertology_serve.training.layers import checkpointing, train_upper_layers
 from bertology_serve.training.method_options import (
     MIXOUT,
     REGULARISED,

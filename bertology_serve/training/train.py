@@ -25,8 +25,7 @@ from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
 from bertology_serve.training.calibration import Judged, settled, with_ranges
 from bertology_serve.training.config_file import settings_text
-from bertology_serve.training.evaluate import answered, measure
-from bertology_serve.training.evaluation import Evaluation
+from bertology_serve.training.evaluation import Evaluation, answered, measure
 from bertology_serve.training.method_options import AUTO
 from bertology_serve.training.methods import (
     ParameterCount,

@@ -9,8 +9,7 @@ import httpx
 import pytest
 
 from bertology_serve.errors import InputError
-from bertology_serve.serving.http.binding import KEPT, LEAST, bind, room_for, url_of
-from bertology_serve.serving.server import _taken
+from bertology_serve.serving.server import KEPT, LEAST, _taken, bind, room_for, url_of
 from tests.serving.running import running, wait
 
 

@@ -17,10 +17,9 @@ from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
 from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
 from bertology_serve.training.calibration import Judged
-from bertology_serve.training.fleet.fleet import Fleet
+from bertology_serve.training.fleet.fleet import Fleet, Member, check_frozen
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.fleet.fleet_spec import FleetSpec
-from bertology_serve.training.fleet.member import Member, check_frozen
 from bertology_serve.training.methods import begin_at_probe, count_parameters, make_live, start_at_data
 from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.publish import publish

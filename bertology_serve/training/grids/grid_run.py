@@ -19,17 +19,16 @@ import transformers
 
 import bertology_serve
 from bertology_serve.data.formats import SET_PREFIX
-from bertology_serve.data.official import official_metrics
 from bertology_serve.data.records import Record
 from bertology_serve.data.set_files import parse
-from bertology_serve.data.sets import set_named
+from bertology_serve.data.sets import official_metrics, set_named
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import InputError, nearest
 from bertology_serve.files import JsonObject, replacing, write_json
+from bertology_serve.training import plots
 from bertology_serve.training.batches import Source
-from bertology_serve.training.evaluate import evaluate
-from bertology_serve.training.grids import grid_plots
+from bertology_serve.training.evaluation import evaluate
 from bertology_serve.training.grids.grid import Grid, GridRun, GridTask
 from bertology_serve.training.grids.grid_tables import Results, long_csv, markdown, wide_csv
 from bertology_serve.training.memory import Peak
@@ -192,11 +191,11 @@ def write_report(grid: Grid, place: GridPlace, draw: bool = True) -> Results:
     for name, text in ((TABLE, markdown(results)), (WIDE, wide_csv(results)), (LONG, long_csv(results))):
         with replacing(place.out / name) as own:
             own.write_text(text, encoding="utf-8")
-    if draw and results.found and grid_plots.available():
+    if draw and results.found and plots.can_plot():
         logs: dict[tuple[str, str], list[Path]] = {}
         for run, _ in results.found:
             logs.setdefault((run.row, run.task.name), []).append(place.directory(run) / LOG)
-        grid_plots.draw_axes(results, place.out)
-        grid_plots.draw_parameters(results, place.out)
-        grid_plots.draw_gradients(results, logs, place.out)
+        plots.draw_axes(results, place.out)
+        plots.draw_parameters(results, place.out)
+        plots.draw_gradients(results, logs, place.out)
     return results
