@@ -65,11 +65,9 @@ class Call(Generic[T]):
 
     @property
     def content(self) -> bytes | None:
-        """The body's bytes."""
         return None if self.body is None else msgspec.json.encode(self.body)
 
     def read(self, status: int, content: bytes, retry_after: str | None) -> T:
-        """The reply, or the error that it tells of."""
         if status != 200:
             raise problem_of(status, content, retry_after)
         try:
@@ -220,11 +218,9 @@ class Client:
         self._http.close()
 
     def __enter__(self) -> Self:
-        """Itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes it."""
         self.close()
 
     def _send(self, call: Call[T]) -> T:
@@ -256,29 +252,23 @@ class AsyncClient:
         self._retries = retries
 
     async def ask(self, delta: str, text: str | JsonMapping, *, seconds: float | None = None) -> Answer:
-        """As ``Client`` does."""
         return (await self.answer(items_of(delta, [text]), seconds=seconds))[0]
 
     async def answer(self, items: Iterable[JsonMapping], *, seconds: float | None = None) -> tuple[Answer, ...]:
-        """As ``Client`` does."""
         return await self._send(answer_call(items, seconds))
 
     async def ask_many(
         self, deltas: Iterable[str], text: str | JsonMapping, *, seconds: float | None = None
     ) -> dict[str, Answer]:
-        """As ``Client`` does."""
         return (await self._send(ask_many_call(deltas, text, seconds))).deltas
 
     async def embed(self, delta: str, texts: Sequence[str], *, seconds: float | None = None) -> list[tuple[float, ...]]:
-        """As ``Client`` does."""
         return vectors_of(await self.answer(items_of(delta, texts), seconds=seconds))
 
     async def deltas(self) -> tuple[Model, ...]:
-        """As ``Client`` does."""
         return await self._send(MODELS)
 
     async def ready(self) -> bool:
-        """As ``Client`` does."""
         try:
             reply = await self._reply(READY)
             return READY.read(reply.status_code, reply.content, None)["ready"]
@@ -286,27 +276,21 @@ class AsyncClient:
             return False
 
     async def index(self) -> tuple[Version, ...]:
-        """As ``Client`` does."""
         return await self._send(INDEX)
 
     async def load(self, delta: str, version: str | None = None) -> Version:
-        """As ``Client`` does."""
         return await self._send(load_call(delta, version))
 
     async def unload(self, delta: str) -> Version:
-        """As ``Client`` does."""
         return await self._send(unload_call(delta))
 
     async def aclose(self) -> None:
-        """Closes its connections."""
         await self._http.aclose()
 
     async def __aenter__(self) -> Self:
-        """Itself."""
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Closes it."""
         await self.aclose()
 
     async def _send(self, call: Call[T]) -> T:

@@ -12,7 +12,6 @@ import typer
 from bertology_serve.cli.bench_cpu import cpu
 from bertology_serve.cli.common import note, progress, table
 from bertology_serve.errors import SpecError, VerificationError
-from bertology_serve.files import write_json
 
 if TYPE_CHECKING:
     from bertology_serve.bench.serving.serving import Result
@@ -113,6 +112,7 @@ def load(
     Open loop: calls come whether or not those before were answered, and their time counts from when they were due.
     """
     from bertology_serve.bench.serving.load import Load, as_dict, check_plot, draw, run
+    from bertology_serve.files import write_json
 
     check_plot(plot)
     if output is not None and output.suffix != ".json":
@@ -258,6 +258,7 @@ def alternatives(
     from bertology_serve.bench.serving.alternatives.alternatives_run import Plan, compare, draw
     from bertology_serve.bench.serving.load import check_plot
     from bertology_serve.export.installation import environment
+    from bertology_serve.files import write_json
 
     check_plot(plot)
     if output is not None and output.suffix != ".json":

@@ -130,7 +130,6 @@ def _run(delta: Delta, encoder: Encoder, records: list[Record], max_tokens: int)
 
 
 def _field_of(column: str, columns: Mapping[str, str]) -> str:
-    """The field that a column was read as."""
     return next((field for field, own in columns.items() if own == column), column)
 
 

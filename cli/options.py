@@ -69,7 +69,6 @@ class HelpLayout(NamedTuple):
 
     @property
     def form(self) -> type[LaidOut]:
-        """The kind of command that is laid out like this."""
         return LaidOut
 
 
@@ -121,7 +120,6 @@ class LaidOut(TyperCommand):
             raise SpecError(f"{problem}{source}") from problem
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """The options by panel."""
         layout: HelpLayout = self.callback.layout  # type: ignore[union-attr]
         panel_of = {name: panel for panel, names in layout.panels.items() for name in names}
         shown: dict[str, list[tuple[str, str]]] = {panel: [] for panel in layout.panels}

@@ -209,7 +209,6 @@ def read_conll(path: Path) -> Iterator[Row]:
 
 
 def _cells(line: str, where: str) -> list[str]:
-    """The columns of a line; none where it is blank."""
     text = line.strip(BLANKS)
     if "\r" in text:
         raise DataError(f"{where}: a carriage return inside the line; save the file with \\n or \\r\\n as line ends")
@@ -347,7 +346,6 @@ def _id(value: object, where: str) -> str:
 
 
 def _judged(folder: Path, split: str) -> Path:
-    """The file of judgements."""
     parts = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
     alone = folder / "qrels.tsv"
     if not split and alone.is_file():

@@ -61,7 +61,7 @@ def read_records(
 
     A hub data set is written ``hub:NAME[:CONFIG][:SPLIT]``, a well-known one ``set:NAME:SPLIT`` (see ``set_files``);
     ``.conll`` files hold a word and its tag a line; a folder with ``corpus.jsonl`` is a retrieval set (see
-    ``retrieval``). ``columns`` maps a field to the column that holds it:
+    ``formats``). ``columns`` maps a field to the column that holds it:
     ``{"text": "sentence"}``, or to several with ``|`` between: ``{"label": "toxic|insult"}``. Where none are given
     those ``remembered`` by a delta count, each in records that have it.
     Cells of CSV and TSV are texts, but lists (``tokens``, ``tags``, ``choices``, ``answers``) are written as JSON, and
@@ -122,7 +122,6 @@ def _is_missing(value: object) -> bool:
 
 
 def _listed_rows(rows: Iterable[object]) -> Iterable[Row]:
-    """Mappings, or records with their places."""
     for row, fields in enumerate(rows, 1):
         if isinstance(fields, Record):
             yield fields

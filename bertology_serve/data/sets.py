@@ -243,7 +243,6 @@ def official_metrics(
 
 
 def _by_group(found: DataSet, positive: str, answers: Answers, records: Records) -> dict[str, float]:
-    """The metrics over questions or queries."""
     groups: dict[str, list[tuple[Fields, Fields]]] = {}
     for answer, (fields, _) in zip(answers, records, strict=True):
         groups.setdefault(fields["group"], []).append((answer, fields))

@@ -64,7 +64,6 @@ class Adapter:
 
     @property
     def nonlinearity(self) -> str:
-        """The activation in use."""
         return self.activation or ("silu" if self.preset == "houlsby" else "relu")
 
 

@@ -69,7 +69,6 @@ class Application(Starlette):
         self._layers = layers
 
     def build_middleware_stack(self) -> ASGIApp:
-        """The layers around the routes."""
         return self._layers(self.router)
 
 
@@ -195,7 +194,6 @@ class Server(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._loop.call_later, self._drain_seconds, self._exit)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to listen."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         for listening in sockets or []:

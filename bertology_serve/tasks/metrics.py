@@ -136,7 +136,6 @@ class Interval:
 
     @property
     def is_sure(self) -> bool:
-        """Whether it is not 0."""
         return self.low > 0 or self.high < 0
 
 

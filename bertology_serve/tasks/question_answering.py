@@ -76,7 +76,6 @@ class QuestionAnswering(Task[QuestionExample, Rows]):
         return tuple(rows_of(encoding, example.answers[0]) for encoding in encodings)
 
     def weight(self, targets: Sequence[Rows]) -> int:
-        """The number of windows."""
         return sum(map(len, targets))
 
     def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Rows]) -> Tensor:

@@ -137,7 +137,6 @@ class Search:
     ends: float = math.inf
 
     def late(self) -> bool:
-        """Whether time is up."""
         return perf_counter() >= self.ends
 
     def losers(self, active: Sequence[Member]) -> Sequence[Member]:
@@ -164,7 +163,6 @@ class Search:
 
     @property
     def metric(self) -> str:
-        """What candidates are judged by."""
         member = next(iter(self.crew.values()))[0].member
         return next(iter(member.latest), member.task.main_metric)
 
@@ -191,7 +189,6 @@ class Search:
 
     @property
     def improves(self) -> bool:
-        """Whether the winner is better than the probe."""
         return self.start is None or self.rank(self.winner)[0] > self.start
 
     @property
@@ -439,9 +436,7 @@ class Forwarded(Quiet):
         self.callback = callback
 
     def stepped(self, name: str, line: Line) -> None:
-        """A candidate made a step."""
         self.callback.stepped({**line, "candidate": name})
 
     def evaluated(self, name: str, line: Line) -> None:
-        """A candidate was measured."""
         self.callback.evaluated({**line, "candidate": name})

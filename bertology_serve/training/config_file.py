@@ -72,7 +72,6 @@ def settings_text(config: TrainConfig, files: Mapping[str, str], prepack: bool) 
 
 
 def _toml(value: object) -> str:
-    """A value as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):

@@ -16,7 +16,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import DataError, SpecError, nearest
-from bertology_serve.tasks.base import Answer, Example, Task
+from bertology_serve.tasks.base import Answer, Example, Item, Task
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.heads import outputs_of
 from bertology_serve.tasks.metrics import (
@@ -33,7 +33,7 @@ from bertology_serve.tasks.metrics import (
 )
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, VECTOR_KINDS, WHOLE_BATCH, ZERO_SHOT
-from bertology_serve.training.batches import Item, micro_batches
+from bertology_serve.training.batches import micro_batches
 from bertology_serve.training.processes import ALONE, Processes
 
 if TYPE_CHECKING:
@@ -94,7 +94,6 @@ class Evaluation:
 
     @property
     def metric(self) -> str:
-        """The main metric's name."""
         return next(iter(self.metrics))
 
     @property
@@ -259,7 +258,6 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 
 def _grouped(values: Sequence[object]) -> list[str]:
-    """The name of each value's group."""
     numbers = [float(value) for value in values if _is_number(value)]
     if len(numbers) < len(values) or len(set(numbers)) <= MOST_SLICES:
         return ["-" if value is None else str(value) for value in values]

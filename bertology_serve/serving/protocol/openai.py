@@ -42,7 +42,6 @@ class Receipt:
 
     @property
     def usage(self) -> dict[str, int]:
-        """As the answers have it."""
         return {"prompt_tokens": self.tokens, "total_tokens": self.tokens}
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from bertology_serve.encoder.trainable import Share, TrainableDelta, lowest_trained, run_together
 from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
-from bertology_serve.tasks.base import Task
+from bertology_serve.tasks.base import Item, Task
 from bertology_serve.tasks.spec import WHOLE_BATCH
-from bertology_serve.training.batches import Item, micro_batches
+from bertology_serve.training.batches import micro_batches
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.methods import count_parameters
 from bertology_serve.training.run_directory import random_state, set_random_state
@@ -51,7 +51,6 @@ class Fleet:
             member.late = late
 
     def run(self) -> None:
-        """Trains every member to its end."""
         self._begin()
         while active := [member for member in self.members if not member.done]:
             self._step(active)
@@ -94,12 +93,10 @@ class Fleet:
 
 
 def _shared(member: Member) -> dict[str, object]:
-    """What members of one pass have in common."""
     return {"precision": member.config.machine.precision, "trunk_dropout": member.live.trunk_dropout}
 
 
 def _check(members: Sequence[Member]) -> None:
-    """Raises SpecError where members cannot share passes."""
     if not members:
         raise SpecError("the fleet has no members; name at least one delta")
     first = members[0]
@@ -124,17 +121,14 @@ class Piece:
 
     @property
     def sequences(self) -> int:
-        """How many sequences it has."""
         return sum(len(item.encodings) for item in self.items)
 
     @property
     def longest(self) -> int:
-        """Tokens of its longest sequence."""
         return max(item.longest for item in self.items)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all its sequences."""
         return sum(item.tokens for item in self.items)
 
 
@@ -231,7 +225,6 @@ class Member(Trainer):
 
     @property
     def done(self) -> bool:
-        """Whether there is no further step to make."""
         return super().done or bool(self.failure)
 
     def begin(self, found: tuple[Mapping[str, Tensor], JsonObject] | None) -> None:
@@ -247,7 +240,6 @@ class Member(Trainer):
             self.measure_start()
 
     def take(self) -> list[Item]:
-        """The next batch."""
         return [self.items[i] for i in self.sampler.take(self.config.optim.batch_size)]
 
     def learn(self, batch: Sequence[Item], loss: float, seconds: float) -> None:
@@ -277,7 +269,6 @@ class Member(Trainer):
         self.optimizer.state.clear()
 
     def fail(self, reason: str) -> None:
-        """Gives the member up."""
         self.failure = reason
         self.optimizer.zero_grad(set_to_none=True)
         self.fleet_watcher.failed(self.name, reason)

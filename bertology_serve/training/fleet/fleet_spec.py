@@ -130,7 +130,6 @@ def _member(name: str, own: Values, shared: Values, root: Path) -> MemberSpec:
 
 
 def _field(flag: str) -> str:
-    """The field of a kind's spec that a flag stands for."""
     return str(next(field.metadata["field"] for field in fields(KindFlags) if field.name == flag))
 
 

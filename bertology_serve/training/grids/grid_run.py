@@ -53,7 +53,6 @@ class GridPlace:
     keep: bool = False
 
     def directory(self, run: GridRun) -> Path:
-        """That of one run."""
         return self.out / "runs" / run.key
 
     def find(self, file: str) -> str:
@@ -120,7 +119,6 @@ def _measured(outcome: Outcome, others: Mapping[str, Source], place: GridPlace, 
 
 
 def _facts(outcome: Outcome, peak: Peak, encoder: Encoder) -> JsonObject:
-    """What a run cost, and on what."""
     text = (outcome.path / LOG).read_text(encoding="utf-8")
     steps = [line for line in map(json.loads, text.splitlines()) if "tokens" in line]
     tokens, seconds = (sum(values) for values in zip(*map(_work, steps), strict=True)) if steps else (0, 0.0)
@@ -142,7 +140,6 @@ def _facts(outcome: Outcome, peak: Peak, encoder: Encoder) -> JsonObject:
 
 
 def _work(line: Line) -> tuple[int, float]:
-    """Tokens and seconds of one step."""
     return line["tokens"], line["tokens"] / line["tokens_per_s"]
 
 
