@@ -16,7 +16,15 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from bertology_serve.cli.common import came_from, note
-from bertology_serve.config_fields import SpecOption, choices_of, join_list, nested, split_list, without_none
+from bertology_serve.config_fields import (
+    SpecOption,
+    check_fits,
+    choices_of,
+    join_list,
+    nested,
+    split_list,
+    without_none,
+)
 from bertology_serve.errors import NotFound, SpecError, nearest
 
 PLAIN = (bool, int, float, str, Path)
@@ -225,9 +233,7 @@ def from_file(context: typer.Context, path: Path | None) -> Path | None:
         twice = next(name for name in values if "-" in name and name.replace("-", "_") in values)
         raise SpecError(f"{path}: {twice} and {twice.replace('-', '_')} are one flag; give it once")
     known = [str(one.name) for one in context.command.params]
-    for name in named:
-        if name not in known:
-            raise SpecError(f"{path}: {context.command.name} has no flag {name!r}; {nearest(name, known)}")
+    check_fits(f"{path}: {context.command.name} has no flag", named, known)
     _fill(context, named)
     return path
 

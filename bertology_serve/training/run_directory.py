@@ -159,26 +159,10 @@ class Follower(RunDirectory):
         """What ``machine`` was at the beginning is for the leader to say."""
         return {}
 
-    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
-        """The leader does it."""
+    def _ignored(self, *given: object) -> None:
+        return
 
-    def log(self, record: Mapping[str, object]) -> None:
-        """The leader does it."""
-
-    def write_config(self, text: str) -> None:
-        """The leader does it."""
-
-    def write_layers(self, layers: Sequence[JsonObject]) -> None:
-        """The leader does it."""
-
-    def write_skipped(self, lines: Sequence[str]) -> None:
-        """The leader does it."""
-
-    def remove(self) -> None:
-        """The leader does it."""
-
-    def _cut_log(self, stage: int, step: int) -> None:
-        """The leader does it."""
+    save = log = write_config = write_layers = write_skipped = remove = _cut_log = _ignored
 
 
 def _place(line: str) -> tuple[int, int]:
