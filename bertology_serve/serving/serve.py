@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from bertology_serve.export.export_spec import MultiPrecision
+from bertology_serve.export import MultiPrecision
 from bertology_serve.serving.config import ServerConfig
 
 if TYPE_CHECKING:
