@@ -38,17 +38,17 @@ from bertology_serve.scale.config import RouterConfig
 from bertology_serve.scale.placement import Placement, ReplicaState
 from bertology_serve.scale.replicas import Replicas, Reply
 from bertology_serve.serving.http.connection import CONNECTION, limited
-from bertology_serve.serving.http.errors import json_response, problem_response
+from bertology_serve.serving.http.errors import id_of, json_response, problem_response
 from bertology_serve.serving.http.listening import DrainingServer, bind, url_of
 from bertology_serve.serving.observability import logs
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.observability.logs import place_of
-from bertology_serve.serving.versions.desired import parse_desired, read_desired
+from bertology_serve.serving.versions.desired import read_desired
 
 log = logging.getLogger(__name__)
 Headers = list[tuple[bytes, bytes]]
 SERVED_BY = b"x-served-by"
-TIMEOUT = b"x-request-timeout-ms"
+TIMEOUT, REQUEST_ID = b"x-request-timeout-ms", b"x-request-id"
 WHOLE_BYTES = 2**18  # of an answer that is passed on in one piece; longer ones as they come
 CHARACTERS, OWN_TOKENS = 4, 16  # bytes of a body for a token, about; tokens of a call without a text
 MOST_RESIDENT = 100_000  # deltas that a replica is thought to hold
@@ -167,6 +167,8 @@ class Router:
             log.error("%s %s raised %s", scope["method"], path, place_of(problem))
             response = problem_response(problem, path)
         self.metrics.call("", response.status_code)
+        given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
+        response.raw_headers.append((REQUEST_ID, id_of(given)))
         await response(scope, receive, send)
 
     async def _live(self, receive: Receive, send: Send) -> None:
@@ -302,7 +304,7 @@ class Router:
             how: Callable[..., Awaitable[Reply]] = getattr(self.replicas, what)
             reply = await how(name, body, headers)
         else:
-            reply = await self.replicas.obey(parse_desired(body, "the body"), headers)
+            reply = await self.replicas.obey(body, headers)
         kept = {
             name: value for name, value in reply.headers.items() if name.lower() in ("retry-after", "www-authenticate")
         }

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -26,9 +30,9 @@ from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.delta_registry import Registry
 from bertology_serve.serving.versions.desired import Wish, read_desired
 from tests import tiny
-from tests.scale.conftest import OK, replica, routing
+from tests.scale.routed import OK, replica, routing
 from tests.serving.conftest import RECORDS, save_version
-from tests.serving.running import Running, running, wait
+from tests.serving.running import ROUTED, Running, running, wait
 
 ADMIN, USER = "an-admin-key-of-the-tests", "a-user-key-of-the-tests"
 RING = [Key("admin", digest_of(ADMIN, ""), admin=True), Key("user", digest_of(USER, ""))]
@@ -55,9 +59,10 @@ def addresses(servers: list[Running]) -> list[str]:
 
 def same(one: httpx.Response, other: httpx.Response) -> None:
     """The same answer but for what names the call."""
-    ignored = {"x-request-id", "x-served-by", "content-length"}
+    ignored = {"x-request-id", "x-served-by", "content-length", "date"}
     assert one.status_code == other.status_code
     assert "content-length" in one.headers
+    assert len(one.headers.get_list("date")) == 1
 
     def kept(answer: httpx.Response) -> dict[str, str]:
         return {name: value for name, value in answer.headers.items() if name not in ignored}
@@ -117,6 +122,7 @@ def test_a_delta_lives_on_one_replica_whatever_the_protocol(servers):
         assert len(seen) == 2
 
 
+ROOT = Path(__file__).parents[2]
 names = st.sampled_from(["mood", "grade", "x"])
 
 
@@ -425,3 +431,14 @@ def test_options_that_make_no_sense(tmp_path):
             ReplicaConfig(**wrong)
     with pytest.raises(NotFound):
         ReplicaConfig(replicas_file=tmp_path / "none").addresses()
+
+
+def test_what_others_wrote_for_the_server_works_through_the_router():
+    """The tests of the client libraries and of the protocols, once more; see ``running``."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+               "tests/serving/clients", "tests/serving/protocol", "tests/serving/http/test_routes.py",
+               "-k", "not test_what_a_person_looks_at"]  # fmt: skip
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
+    done = subprocess.run(command, env=environ | {ROUTED: "1"}, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 200  # type: ignore[index]
