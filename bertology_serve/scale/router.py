@@ -427,6 +427,6 @@ def route(config: RouterConfig, key: str = "", say: Callable[[str], None] = prin
         url = url_of(bound)
 
         def announce() -> None:
-            say(f"{len(router.replicas.ready)} of {len(replicas)} replicas take calls: {url}")
+            say(f"{len(router.replicas.ready)} of {len(replicas)} replicas ready: {url}")
 
         DrainingServer(router, protocol, config.stopping, router.drain, announce).run(sockets=[bound])
