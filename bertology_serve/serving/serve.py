@@ -54,9 +54,9 @@ def serve(
     with _importing():
         from bertology_serve.serving.execution.executor_handle import ForkServer, WorkerOptions
         from bertology_serve.serving.execution.startup import settle_memory
+        from bertology_serve.serving.http.listening import bind, url_of
         from bertology_serve.serving.keys import read_keyring
         from bertology_serve.serving.observability import logs
-        from bertology_serve.serving.server import bind, url_of
 
     logs.set_up(config.logging.log_level, config.logging.log_format)
     keyring = read_keyring(config.listen.keys_file, os.environ)

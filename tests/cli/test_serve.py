@@ -22,8 +22,8 @@ from bertology_serve.bench.prove.cores import descendants
 from bertology_serve.cli.main import main
 from bertology_serve.deltas import store
 from bertology_serve.export.exporting import export_delta
+from bertology_serve.serving.http.listening import bind
 from bertology_serve.serving.serve import example
-from bertology_serve.serving.server import bind
 from bertology_serve.tasks.classification import Classification
 from tests.serving.conftest import DELTAS, RECORDS, deltas, encoder, registry  # noqa: F401 - fixtures
 from tests.serving.running import wait

@@ -10,7 +10,8 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Job, Pipeline, Prediction, Request
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.startup import settle_memory
-from bertology_serve.serving.server import Server, bind, url_of
+from bertology_serve.serving.http.listening import bind, url_of
+from bertology_serve.serving.server import Server
 from bertology_serve.serving.versions.delta_registry import Registry
 
 ANSWER = {"label": "good", "score": 0.7, "scores": {"bad": 0.2, "good": 0.7, "so-so": 0.1}}

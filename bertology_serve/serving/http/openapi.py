@@ -107,6 +107,7 @@ def _paths() -> JsonObject:
         **_model_paths("/v2/models/{delta}", ""),
         **_model_paths("/v2/models/{delta}/versions/{version}", "_version"),
         "/v2/repository/index": _manage("list_repository", "Every version on disk or in service", "index"),
+        "/v2/repository/state": _manage("set_state", "Make deltas what is wanted of them", "state"),
         "/v2/repository/models/{delta}/load": _manage("load_model", "Load a version, or swap to it", "load"),
         "/v2/repository/models/{delta}/rollback": _manage("rollback_model", "Back to the version before", "rollback"),
         "/v2/repository/models/{delta}/unload": _manage("unload_model", "Take a delta away", "unload"),
@@ -194,12 +195,15 @@ def _post(name: str, summary: str, body: JsonObject, answer: JsonObject, binary:
 
 
 def _manage(name: str, summary: str, what: str) -> JsonObject:
-    """A route for API keys with admin rights. Its body may be empty."""
-    body, entry = _ref("IndexRequest" if what == "index" else "LoadRequest"), _ref("Version")
-    answer = _list(entry) if what == "index" else entry
+    """A route for API keys with admin rights. Its body may be empty, but for a desired state."""
+    version = _ref("Version")
+    body, answer = {
+        "index": (_ref("IndexRequest"), _list(version)),
+        "state": (_ref("Desired"), _ref("Reconciled")),
+    }.get(what, (_ref("LoadRequest"), version))
     content = {"application/json": {"schema": answer}}
     responses = {"200": {"description": "OK", "content": content}, **{code: _problem(code) for code in _ITEMS}}
-    request = {"required": False, "content": {"application/json": {"schema": body}}}
+    request = {"required": what == "state", "content": {"application/json": {"schema": body}}}
     about = {"operationId": name, "summary": f"{summary} (admin)", "requestBody": request, "responses": responses}
     return {"post": about}
 
