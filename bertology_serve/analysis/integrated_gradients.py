@@ -134,5 +134,4 @@ def run_vectors(subject: Subject, encoding: Encoding, vectors: Tensor) -> Tensor
     finally:
         handle.remove()
     assert subject.delta is not None
-    packed = sorted(range(batch.sequences), key=batch.order.__getitem__)
-    return read(hidden, batch, packed, subject.delta.task, subject.head)
+    return read(hidden, batch, batch.places, subject.delta.task, subject.head)

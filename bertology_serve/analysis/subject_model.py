@@ -64,7 +64,7 @@ class Subject:
             return cls(encoder, own).checked()
         if encoder is not None and not isinstance(encoder, str | Path):
             raise SpecError(
-                f"an analysis was given a {type(encoder).__name__}; expected an Encoder, its name or its directory"
+                f"an analysis got a {type(encoder).__name__}; expected an Encoder, its name or its directory"
             )
         name = None if encoder is None else str(encoder)
         if isinstance(delta, (str, Path)):
@@ -290,9 +290,8 @@ class TaskEvaluation:
 
     def output(self, batch: PackedBatch, heads: HeadAttention | None = None) -> Tensor:
         """The task head's output in the order of the sequences."""
-        packed = sorted(range(batch.sequences), key=batch.order.__getitem__)
         assert self.subject.delta is not None
-        return read(self.subject.run(batch, heads), batch, packed, self.subject.delta.task, self.subject.head)
+        return read(self.subject.run(batch, heads), batch, batch.places, self.subject.delta.task, self.subject.head)
 
     def loss(self, out: Tensor, items: Sequence[Item]) -> Tensor:
         """The sum of the items' losses, a scalar."""

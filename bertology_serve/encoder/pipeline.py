@@ -63,9 +63,7 @@ class Pipeline(DeltaSet):
         """
         several = not isinstance(items, str | Mapping)
         if several and not isinstance(items, list | tuple):
-            raise SpecError(
-                f"a pipeline was given a {type(items).__name__}; expected a text, a record, or a list of them"
-            )
+            raise SpecError(f"a pipeline got a {type(items).__name__}; expected a text, a record, or a list of them")
         records = [{"text": item} if isinstance(item, str) else item for item in (items if several else [items])]
         found = self.answer(Request(delta, record) for record in records)
         return found if several else found[0]

@@ -65,9 +65,9 @@ def pooled(live: TrainableDelta, items: Sequence[Item], layers: Sequence[int], m
     ends = [0, *accumulate(sum(len(item.encodings) for item in group) for group in groups)]
     passes = encoder.layer_rows(*live.bank(), encodings, [range(*ends) for ends in pairwise(ends)], layers)
     for group, (members, batch, hidden) in zip(groups, passes, strict=True):
-        order, own = sorted(range(batch.sequences), key=batch.order.__getitem__), [encodings[i] for i in members]
+        own = [encodings[i] for i in members]
         for layer, found in hidden.items():
-            read = aggregate(read_rows(found, batch, order, live.task), own, live.task)
+            read = aggregate(read_rows(found, batch, batch.places, live.task), own, live.task)
             rows[layer][[place[id(item)] for item in group]] = read.float().cpu()
     live.train(mode)
     return rows
@@ -234,8 +234,6 @@ def _check(live: TrainableDelta, layer: int) -> None:
     if not live.encoder.packs:
         raise SpecError(f"trunk_cache keeps unpadded rows, but {live.encoder.anatomy.family} is padded; leave it out")
     if layer == 0:
-        raise SpecError(
-            "trunk_cache keeps what the frozen lower layers put out, but the lowest is changed; leave it out"
-        )
+        raise SpecError("trunk_cache keeps what frozen lower layers put out, but the lowest is changed; leave it out")
     if layer == live.encoder.anatomy.layers:
         raise SpecError("trunk_cache has no trained layer to feed: only the head is; take --recipe lp, which caches")

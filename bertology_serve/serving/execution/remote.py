@@ -134,9 +134,7 @@ class Remote(DeltaSet):
 
     def admit(self, key: str, delta: Delta) -> LoadedDelta:
         if not isinstance(delta, Handle):
-            raise Unsupported(
-                f"delta {delta.name!r} is in this process; the executor's process reads its own from disk"
-            )
+            raise Unsupported(f"delta {delta.name!r} is in this process; the executor reads its own from disk")
         self.check(delta)
         self._held[key] = delta  # before it is there: an executor that comes meanwhile has it too
         try:

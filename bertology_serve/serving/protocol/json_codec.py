@@ -40,9 +40,7 @@ def decode(body: bytes | memoryview, kind: type[T] | Any = Any) -> T:
     except msgspec.DecodeError as problem:
         half = _HALF.search(body)
         if half:  # msgspec says of these that the input was truncated
-            raise DataError(
-                f"the body holds {half[0].decode()}, half of a surrogate pair; send both or neither"
-            ) from None
+            raise DataError(f"the body holds {half[0].decode()}, half of a surrogate pair; send both or none") from None
         raise DataError(f"the body is not JSON: {problem}") from None
     except RecursionError:
         raise DataError("the body is nested too deeply") from None
