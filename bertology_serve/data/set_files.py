@@ -122,7 +122,9 @@ def read(name: str) -> Iterator[Row]:
     try:
         import datasets
     except ImportError:
-        raise Unsupported(f"{name}: hub sets need the package datasets; pip install bertology-serve[data]") from None
+        raise Unsupported(
+            f"{name}: hub data sets need the package datasets; pip install bertology-serve[data]"
+        ) from None
     repository, config, split = parse_name(name)
     repository, _, revision = repository.partition("@")
     at = {"revision": revision} if revision else {}

@@ -166,7 +166,9 @@ def _check_directory(directory: Path) -> None:
             f"if you trust it, convert it with bertology-serve convert"
         )
     if (directory / "config.json").exists() and (directory / FULL_WEIGHTS).exists():
-        raise FormatError(f"{directory} holds a whole model; bertology-serve convert or compress makes a delta of it")
+        raise FormatError(
+            f"{directory} holds a whole model; make a delta of it with bertology-serve convert or compress"
+        )
     raise FormatError(f"{directory} is no delta: it lacks {MANIFEST}, or {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS}")
 
 

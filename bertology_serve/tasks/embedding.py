@@ -271,7 +271,9 @@ class Embedding(Task[EmbeddingExample, Target]):
                 grades[str(example.text_pair)] = 1.0
                 found |= zip(example.texts[1:], self._others(answer), strict=True)
         if not asked or not found:
-            raise DataError(f"{examples[0].where}: {len(asked)} queries and {len(found)} documents; expected both")
+            raise DataError(
+                f"{examples[0].where}: there are {len(asked)} queries and {len(found)} documents; expected both"
+            )
         search, places = self.searching(list(found.values())), {name: place for place, name in enumerate(found)}
         results = {}
         for key, (query, grades) in asked.items():

@@ -249,7 +249,9 @@ def _policies(value: object, where: str, field: str, known: Iterable[str], other
     names = [*known, OTHERS]
     for name, policy in value.items():
         if name not in names:
-            raise DataError(f"{where}: field {field!r} names unknown {str(name)[:40]!r}; {nearest(str(name), names)}")
+            raise DataError(
+                f"{where}: field {field!r} names the unknown {str(name)[:40]!r}; {nearest(str(name), names)}"
+            )
         _choice(policy, where, f"{field}.{name}", POLICIES)
     rest = str(value.get(OTHERS) or otherwise)
     return {name: str(value.get(name) or rest) for name in known}

@@ -151,7 +151,9 @@ class Chunks:
             last = np.minimum(first + self.size, len(places))
             spans = list(zip(starts[first].tolist(), ends[last - 1].tolist(), strict=True))
             if len(spans) > MOST_CHUNKS:
-                raise LimitError(f"{where}: {len(spans)} chunks; at most {MOST_CHUNKS} are given, ask for larger")
+                raise LimitError(
+                    f"{where}: there are {len(spans)} chunks; at most {MOST_CHUNKS} are given, ask for larger"
+                )
             return ChunkTokens(rows, places, spans, first, last)
         first, last = (np.searchsorted(starts, [span[side] for span in self.spans]) for side in (0, 1))
         for number, (start, end) in enumerate(self.spans):

@@ -15,7 +15,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
 from bertology_serve.files import JsonMapping, JsonObject
-from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, shown
+from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, flag, shown
 from bertology_serve.tasks import spec as tasks
 from bertology_serve.tasks.redaction import REDACTION_FIELDS
 from bertology_serve.tasks.vectors import FLOAT, PROMPT_FIELDS, VECTOR_FIELDS
@@ -156,7 +156,7 @@ def read_options(body: JsonObject, delta: Delta) -> Options:
         fields={name: given[name] for name in FIELDS if name in given} | _asked(given),
     )
     _choice(given, "aggregation_strategy", GROUPED, "simple")
-    if _flag(given, "truncate", True) is False and delta.task.long == "cut":
+    if not flag(given, "truncate", True, "option") and delta.task.long == "cut":
         raise Unsupported("texts are always cut to the delta's maximum length; leave 'truncate' out")
     return options
 
@@ -167,13 +167,6 @@ def _integer(given: JsonObject, name: str, most: int) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         raise DataError(f"option {name!r} is out of range; expected an integer from 1 to {most}")
-    return value
-
-
-def _flag(given: JsonObject, name: str, default: bool = False) -> bool:
-    value = given.get(name, default)
-    if not isinstance(value, bool):
-        raise DataError(f"option {name!r} is {shown(value)}; expected true or false")
     return value
 
 

@@ -54,11 +54,11 @@ def object_of(body: bytes) -> JsonObject:
     return value
 
 
-def flag(value: JsonMapping, name: str, default: bool = False) -> bool:
+def flag(value: JsonMapping, name: str, default: bool = False, what: str = "field") -> bool:
     """A field that is true or false, or not there; DataError for anything else."""
     found = value.get(name)
     if found is not None and not isinstance(found, bool):
-        raise DataError(f"field {name!r} is {shown(found)}; expected true or false")
+        raise DataError(f"{what} {name!r} is {shown(found)}; expected true or false")
     return default if found is None else found
 
 

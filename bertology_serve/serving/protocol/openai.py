@@ -270,5 +270,7 @@ def _side(value: JsonObject, names: Sequence[str], most: float) -> list[str]:
 
 def _raw(value: JsonObject) -> bool:
     if value.get("truncate_prompt_tokens") not in (None, -1):
-        raise Unsupported("option 'truncate_prompt_tokens' is not supported: texts are cut as trained; leave it out")
+        raise Unsupported(
+            "option 'truncate_prompt_tokens' is not supported: texts are cut where the delta ends; leave it out"
+        )
     return not flag(value, "use_activation", True)
