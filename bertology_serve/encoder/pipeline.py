@@ -82,15 +82,12 @@ class Pipeline(DeltaSet):
         return {prediction.delta: prediction for prediction in found}
 
     def read(self, path: Path, name: str) -> Delta:
-        """A delta from its directory, its tensors on the host."""
         return self.encoder.read_delta(path, name)
 
     def resident_bytes(self, delta: Delta) -> int:
-        """What a delta's tensors take, unpacked."""
         return delta.resident_bytes(self.encoder.anatomy)
 
     def admit(self, key: str, delta: Delta) -> LoadedDelta:
-        """Copies a delta's rows into the bank."""
         delta = self.encoder.fitted(delta)
         self.check(delta)
         head = self.encoder.head(delta.task)
@@ -104,7 +101,6 @@ class Pipeline(DeltaSet):
         return LoadedDelta(delta, task_for(delta.task), head, entry)
 
     def free(self, key: str) -> None:
-        """Frees a delta's rows in the bank."""
         self.bank.remove(key)
 
     def outputs(self, owned: Sequence[tuple[LoadedDelta, Encoding]]) -> list[Tensor]:

@@ -214,7 +214,6 @@ class Search:
         return 10**9 if seconds == math.inf or not each else int(seconds / each / max(rungs(len(self.crew))))
 
     def curve(self, name: str) -> dict[int, float]:
-        """The metric of a candidate by steps, the mean over its folds."""
         found: dict[int, list[float]] = {}
         for member in self.members(name):
             for line in self.directory.lines_of(member.name):

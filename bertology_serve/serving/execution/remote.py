@@ -49,7 +49,6 @@ class Outline:
         self.lock = threading.RLock()
 
     def check_length(self, tokens: int) -> None:
-        """Raises LimitError where sequences of that many tokens do not fit."""
         if tokens > self.max_tokens:
             raise LimitError(f"max_length is {tokens}; {self.name} reads at most {self.max_tokens} tokens")
 
@@ -189,7 +188,6 @@ class Remote(DeltaSet):
                 self.evict(name)
 
     def _let_go(self) -> list[int]:
-        """The numbers of cards that are no more."""
         return [self._unreferenced.popleft() for _ in range(len(self._unreferenced))]
 
 

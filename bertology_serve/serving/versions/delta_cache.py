@@ -101,7 +101,6 @@ class DeltaCache:
         return Tier.HOST if place_of(self.cards[name]) in self._deltas else Tier.DISK
 
     def counts(self) -> dict[Tier, int]:
-        """How many deltas there are in each tier."""
         found = Counter(self.tier(name) for name in list(self.cards))
         return {tier: found[tier] for tier in Tier}
 
@@ -116,7 +115,6 @@ class DeltaCache:
 
     @contextmanager
     def lease(self, names: Iterable[str]) -> Iterator[None]:
-        """Keeps deltas from being evicted meanwhile."""
         held = list(names)
         with self._room:
             self._leases.update(held)
