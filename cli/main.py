@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": "Measure a delta on labelled records.",
     "predict": "Answer a file of records, for many deltas at once.",
     "serve": "Answer over HTTP.",
+    "route": "Send calls to several servers, each where its delta lives.",
     "export": "Write delta and encoder as ONNX or OpenVINO, checked.",
     "analyze": "See what heads, layers and deltas do.",
     "inspect": "Show and validate a delta.",

@@ -30,7 +30,7 @@ from bertology_serve.errors import NotFound, SpecError, nearest
 PLAIN = (bool, int, float, str, Path)
 ALL = "bertology.help_all"
 OTHERS = "Other options"
-ELSEWHERE = ("API_KEYS", "ADMIN_KEYS", "CACHE", "CONFIG", "DATA", "DEBUG", "REAL")
+ELSEWHERE = ("API_KEYS", "ADMIN_KEYS", "CACHE", "CONFIG", "DATA", "DEBUG", "REAL", "ROUTER_KEY")
 """What variables are called that are no options, or not of this command alone."""
 Command = Callable[..., Any]
 
@@ -259,3 +259,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return join_list(f"{name}={own}" for name, own in value.items())
     return join_list(value) if isinstance(value, list) else value
+
+
+File = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", envvar="BERTOLOGY_CONFIG", is_eager=True, callback=from_file,
+        help="TOML file with options by name, such as max-items = 64.",
+    ),
+]  # fmt: skip

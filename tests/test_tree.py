@@ -30,7 +30,7 @@ FLOORS = (
     {"encoder"},
     {"export"},
     {"training", "analysis", "serving"},
-    {"api"},
+    {"api", "scale"},
     {"cli"},
     {"bench"},  # the command line knows its commands by name only
     {"", "__main__"},  # the public names of the package, imported on first use

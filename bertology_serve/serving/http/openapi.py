@@ -196,11 +196,10 @@ def _post(name: str, summary: str, body: JsonObject, answer: JsonObject, binary:
 
 def _manage(name: str, summary: str, what: str) -> JsonObject:
     """A route for API keys with admin rights. Its body may be empty, but for a desired state."""
-    version = _ref("Version")
     body, answer = {
-        "index": (_ref("IndexRequest"), _list(version)),
+        "index": (_ref("IndexRequest"), _list(_ref("Version"))),
         "state": (_ref("Desired"), _ref("Reconciled")),
-    }.get(what, (_ref("LoadRequest"), version))
+    }.get(what, (_ref("LoadRequest"), _ref("Version")))
     content = {"application/json": {"schema": answer}}
     responses = {"200": {"description": "OK", "content": content}, **{code: _problem(code) for code in _ITEMS}}
     request = {"required": what == "state", "content": {"application/json": {"schema": body}}}
