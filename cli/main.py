@@ -39,8 +39,13 @@ COMMANDS = {
 }
 """Each is ``bertology_serve.cli.NAME`` (``-`` as ``_``) with a function NAME or, for subcommands, an ``app``; its
 docstring is its own help, the line here is what ``bertology-serve --help`` says of it."""
-SHARED = {"push": "push_pull", "pull": "push_pull"}
-"""Modules that hold two commands."""
+ELSEWHERE = {
+    "push": "cli.push_pull",
+    "pull": "cli.push_pull",
+    "bench": "bench.commands",
+    "prove": "bench.prove.prove_command",
+}
+"""Commands that stand two in one module, and those of the harness, which stand with it."""
 
 
 def application(asked: str | None = None) -> typer.Typer:
@@ -56,7 +61,8 @@ def application(asked: str | None = None) -> typer.Typer:
         if name != asked:
             app.command(name, help=line)(lambda: None)
             continue
-        module = importlib.import_module(f"bertology_serve.cli.{SHARED.get(name, name).replace('-', '_')}")
+        place = ELSEWHERE.get(name) or f"cli.{name.replace('-', '_')}"
+        module = importlib.import_module(f"bertology_serve.{place}")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=name)
         else:

@@ -43,7 +43,6 @@ class BatchTimes:
         self.start(ladder)
 
     def start(self, ladder: Iterable[Sample]) -> None:
-        """Begins anew from measurements of several sizes."""
         rungs = list(ladder)
         self.bend = bend_of(rungs)
         self._ladder = _sums([(self.size(tokens, squares), seconds) for tokens, squares, seconds in rungs])
@@ -69,7 +68,6 @@ class BatchTimes:
         self._fit()
 
     def seconds(self, size: float) -> float:
-        """What a batch of that size is expected to take."""
         return self.fixed + self.per_token * size
 
     @property

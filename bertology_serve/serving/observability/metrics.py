@@ -193,7 +193,6 @@ class Metrics:
                 self._child(self._latency, (name,)).observe(now - item.arrived)
 
     def refused(self, items: Mapping[str, int]) -> None:
-        """Notes how many items of each delta were refused before they were read."""
         for delta, count in items.items():
             self._child(self._items, (self._label(delta), REFUSED)).inc(count)
 
