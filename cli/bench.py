@@ -12,7 +12,7 @@ from bertology_serve.cli.bench_alternatives import alternatives
 from bertology_serve.cli.bench_cpu import cpu
 from bertology_serve.cli.bench_kernels import kernels
 from bertology_serve.cli.bench_load import load
-from bertology_serve.cli.common import note, progress, table
+from bertology_serve.cli.common import load_library, note, progress, table
 from bertology_serve.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def serving(
 
     Lengths are lognormal, mean 24 tokens, at most 128. Contenders take turns; ratios are medians over the rounds.
     """
+    load_library(backbone=backbone)
     from bertology_serve.bench.serving.serving import run
     from bertology_serve.bench.serving.serving_report import check_suffix, write
     from bertology_serve.bench.serving.texts_workload import Workload

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bertology_serve.cli.common import note, progress, table
+from bertology_serve.cli.common import load_library, note, progress, table
 from bertology_serve.errors import SpecError
 from bertology_serve.files import write_json
 
@@ -29,6 +29,7 @@ def alternatives(
     Each server is a process of its own with one thread for its model; lengths are mixed. They take turns: saturated,
     then all at half of what the slowest can answer. Merged models are written to a temporary directory.
     """
+    load_library(backbone=backbone)
     from bertology_serve.bench.prove.stage import Stage
     from bertology_serve.bench.serving.alternatives.alternatives_run import Plan, compare, draw
     from bertology_serve.bench.serving.load import check_plot

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bertology_serve.cli.common import note
+from bertology_serve.cli.common import load_library, note
 from bertology_serve.errors import SpecError
 
 
@@ -30,6 +30,7 @@ def kernels(
     heights = [_number(text) for text in _listed(rows)]
     if dtype not in ("bfloat16", "float16", "float32"):
         raise SpecError(f"got --dtype {dtype}, expected bfloat16, float16 or float32")
+    load_library()
     from bertology_serve.bench.kernels import kernel_plot, kernel_run
 
     device = kernel_run.cuda()

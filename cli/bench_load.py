@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bertology_serve.cli.common import note, progress, table
+from bertology_serve.cli.common import load_library, note, progress, table
 from bertology_serve.errors import SpecError
 from bertology_serve.files import write_json
 
@@ -33,6 +33,7 @@ def load(
 
     Open loop: calls come whether or not those before were answered, and their time counts from when they were due.
     """
+    load_library(backbone=backbone)
     from bertology_serve.bench.serving.load import Load, as_dict, check_plot, draw, run
 
     check_plot(plot)

@@ -25,6 +25,7 @@ COMMANDS = {
     "mine-negatives": "Find hard negatives for pairs of texts.",
     "convert": "Read adapters of other libraries, and write AdapterHub's.",
     "evaluate": "Measure a delta on labelled records.",
+    "ask": "Ask a delta, or a running server, something.",
     "predict": "Answer a file of records, for many deltas at once.",
     "serve": "Answer over HTTP.",
     "export": "Write delta and encoder as ONNX or OpenVINO, checked.",
@@ -38,6 +39,13 @@ COMMANDS = {
 }
 """Each is ``bertology_serve.cli.NAME`` (``-`` as ``_``) with a function NAME or, for subcommands, an ``app``; its
 docstring is its own help, the line here is what ``bertology-serve --help`` says of it."""
+GREETING = """bertology-serve {version}: one frozen encoder, many small deltas, one packed batch.
+
+  bertology-serve demo      trains a delta of each kind on built-in examples, serves and exports them: minutes
+  bertology-serve train --backbone minilm --task classification --train FILE.csv --out deltas/NAME
+  bertology-serve ask deltas/NAME "A text."
+
+FILE.csv has columns text and label. bertology-serve --help lists all {count} commands."""
 SHARED = {"push": "push_pull", "pull": "push_pull"}
 """Modules that hold two commands."""
 
@@ -73,7 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130: interrupted. Errors are one line on stderr; ``BERTOLOGY_DEBUG=1`` shows where they came from.
     """
     share_cores()
-    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments and COMPLETE not in os.environ:
+        print(GREETING.format(version=bertology_serve.__version__, count=len(COMMANDS)))
+        return 0
     typed = " ".join(os.environ.get(name, "") for name in COMPLETED) if COMPLETE in os.environ else ""
     asked = next((word for word in (*typed.split(), *arguments) if word in COMMANDS), None)
     try:

@@ -7,15 +7,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bertology_serve.cli.common import note, progress
+from bertology_serve.cli.common import load_library, note, progress
 
 if TYPE_CHECKING:
     from bertology_serve.analysis.report import AnalysisReport
     from bertology_serve.analysis.subject_model import Advance, Subject
 
 
-def subject(backbone: str | None, delta: Path | None, device: str) -> Subject:
-    """The encoder, with the delta of a directory (or the newest of its versions) if there is one."""
+def subject(backbone: str | None, delta: Path | None, device: str, *data: str | None) -> Subject:
+    """The encoder, with the delta of a directory (or the newest of its versions) if there is one.
+
+    ``data`` are files that must be there.
+    """
+    load_library(deltas=[delta], data=data, backbone=backbone, device=device)
     from bertology_serve.analysis.subject_model import Subject
     from bertology_serve.encoder.loading import find_device
 

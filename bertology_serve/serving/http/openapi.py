@@ -128,6 +128,7 @@ def _paths() -> JsonObject:
         "/openapi.json": {"get": _get("get_openapi", "This document", _OBJECT)},
         "/": {"get": _get("get_about", "About the server", _OBJECT)},
     }
+    paths["/"]["get"]["responses"]["200"]["content"]["text/html"] = {}
     for path in PUBLIC:
         paths[path]["get"]["security"] = []
     for path in paths:
