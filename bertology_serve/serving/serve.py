@@ -56,7 +56,7 @@ def serve(
     with _importing():
         from bertology_serve.serving.execution.executor_handle import ForkServer, WorkerOptions
         from bertology_serve.serving.execution.startup import settle_memory
-        from bertology_serve.serving.http.binding import bind, url_of
+        from bertology_serve.serving.http.listening import bind, url_of
         from bertology_serve.serving.keys import read_keyring
         from bertology_serve.serving.observability import logs
 

@@ -1,22 +1,12 @@
-"""The server process: a bound socket, uvicorn around the application, and the way it stops.
-
-SIGTERM, SIGINT or SIGHUP: readiness answers 503 at once, calls are still taken for ``drain_seconds`` (so that load
-balancers can notice), then the socket closes and what was accepted is answered. A second signal skips the waiting.
-"""
+"""The application around a service, and the server process."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import signal
-import socket
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
@@ -24,27 +14,24 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.http.binding import room_for
 from bertology_serve.serving.http.bodies import JSON_LENGTH, PRIORITY, REQUEST_ID, TIMEOUT
 from bertology_serve.serving.http.connection import limited
 from bertology_serve.serving.http.gate import Gate
+from bertology_serve.serving.http.listening import DrainingServer
 from bertology_serve.serving.http.routes import Routes
 from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.observability.logs import Tracing
 from bertology_serve.serving.observability.metrics import Metrics
-from bertology_serve.serving.service import DRAINING, Service
+from bertology_serve.serving.service import Service
 from bertology_serve.serving.versions.delta_cache import TierGauges
 from bertology_serve.serving.versions.delta_registry import Registry
-from bertology_serve.serving.versions.watcher import Reconciler, Watcher
+from bertology_serve.serving.versions.watcher import Watcher
 
 if TYPE_CHECKING:
     from bertology_serve.serving.grpc_server import GrpcServer
 
 log = logging.getLogger(__name__)
-READ_SECONDS = 0.1  # for the calls of connections that had just been taken, before those that rest are closed
-BACKLOG, AT_ONCE = 2048, 16  # connections that may wait to be accepted; that asyncio accepts before it tells of any
-STATE_SECONDS = 1.0  # how often the desired-state file is looked at
 SLOTS = 10_000  # deltas that fit, as far as routers are told: memory is the bound
 # What web pages may send and read beyond what browsers always allow
 SENT_HEADERS = ("Authorization", "X-API-Key", "Content-Type", REQUEST_ID, TIMEOUT, PRIORITY, JSON_LENGTH, "traceparent")
@@ -110,16 +97,13 @@ async def _follow(service: Service) -> None:
     """
     config, lifecycle = service.config, service.lifecycle
     if config.deltas.state_file is not None:
-        reconciler = Reconciler(
-            config.deltas.state_file, lifecycle, service.queue, config.deltas.watch_seconds or STATE_SECONDS
-        )
-        await reconciler.look()
-        service.background.loop("reconciler", reconciler.run)
+        await service.reconciler.look()
+        service.background.loop("reconciler", service.reconciler.run)
     elif config.deltas.watch_seconds:
         service.background.loop("watcher", Watcher(lifecycle, config.deltas.watch_seconds).run)
 
 
-class Server(uvicorn.Server):
+class Server(DrainingServer):
     """One service behind HTTP. ``announce`` is called once it answers."""
 
     def __init__(
@@ -132,103 +116,19 @@ class Server(uvicorn.Server):
     ) -> None:
         metrics = Metrics(config.logging.max_metric_deltas)
         metrics.tracing = Tracing() if config.logging.traces else None
-        self._announce = announce
         self.service = Service(registry, config, metrics, background)
-        self._drain_seconds = config.stopping.drain_seconds
-        self._protocol = limited(
-            config.limits.max_header_bytes,
-            config.limits.max_body_bytes,
-            config.limits.max_body_seconds,
-            KEEP_ALIVE,
-            config.listen.max_connections,
-        )
         self.rpc: GrpcServer | None = None
         if config.listen.grpc_port is not None:
             from bertology_serve.serving.grpc_server import GrpcServer  # not for who serves HTTP alone
 
             self.rpc = GrpcServer(config.listen.host, config.listen.grpc_port)
-        super().__init__(
-            uvicorn.Config(
-                make_app(self.service, keyring or Keyring(), self.rpc),
-                http=self._protocol,
-                ws="none",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,  # nothing here asks where a call came from
-                lifespan="on",
-                backlog=AT_ONCE,
-                timeout_graceful_shutdown=max(1, round(config.stopping.shutdown_seconds)),
-            )
+        app = make_app(self.service, keyring or Keyring(), self.rpc)
+        limits = config.limits
+        protocol = limited(
+            limits.max_header_bytes,
+            limits.max_body_bytes,
+            limits.max_body_seconds,
+            KEEP_ALIVE,
+            config.listen.max_connections,
         )
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """As uvicorn does, and SIGHUP (the terminal has gone) like SIGTERM, unless it is ignored (nohup)."""
-        with super().capture_signals():
-            mine = threading.current_thread() is threading.main_thread()
-            if not mine or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-                yield
-                return
-            before = signal.signal(signal.SIGHUP, self.handle_exit)
-            try:
-                yield
-            finally:
-                signal.signal(signal.SIGHUP, before or signal.SIG_DFL)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain; second: close the socket now; third: do not even answer what was accepted."""
-        if self.service.state == DRAINING:
-            self.force_exit = self.should_exit
-            self.should_exit = True
-            return
-        log.info("%s: not ready any more, stopping in %g s", signal.Signals(sig).name, self._drain_seconds)
-        self.drain()
-
-    def drain(self) -> None:
-        """Readiness turns false now, the socket closes after the configured time. For signal handlers and threads."""
-        self.service.drain()
-        self._loop.call_soon_threadsafe(self._loop.call_later, self._drain_seconds, self._exit)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begins to listen."""
-        self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
-        for listening in sockets or []:
-            listening.listen(BACKLOG)
-        crowd = self._protocol.crowd
-        crowd.most = room_for(crowd.most)
-        self._announce()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Takes no more connections. Those that the system has taken already are read first, and answered."""
-        waiting = [connection for listening in sockets or [] for connection in _taken(listening)]
-        for server in self.servers:
-            server.close()
-        for connection in waiting:
-            await self._loop.connect_accepted_socket(self._connection, connection)
-        await asyncio.sleep(READ_SECONDS)
-        await super().shutdown(sockets)
-
-    def _connection(self) -> asyncio.Protocol:
-        """The protocol of one connection, as uvicorn makes it."""
-        kind: Any = self.config.http_protocol_class
-        made: asyncio.Protocol = kind(
-            config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=self._loop
-        )
-        return made
-
-    def _exit(self) -> None:
-        self.should_exit = True
-
-
-def _taken(listening: socket.socket) -> Iterator[socket.socket]:
-    """The connections of a listening socket that nobody has accepted yet; closing it would reset them."""
-    listening.setblocking(False)
-    while True:
-        try:
-            connection, _ = listening.accept()
-        except OSError:  # none is left
-            return
-        connection.setblocking(False)
-        yield connection
+        super().__init__(app, protocol, config.stopping, self.service.drain, announce)

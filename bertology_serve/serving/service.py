@@ -38,9 +38,11 @@ from bertology_serve.serving.protocol.json_codec import check_sizes
 from bertology_serve.serving.versions.canary import LAST, Shadows
 from bertology_serve.serving.versions.delta_registry import Registry
 from bertology_serve.serving.versions.lifecycle import Lifecycle
+from bertology_serve.serving.versions.watcher import Reconciler
 
 log = logging.getLogger(__name__)
 INLINE = 4096  # bytes or characters of a call that is read, tokenised and written without a thread for it
+STATE_SECONDS = 1.0  # how often the desired-state file is looked at
 MOST_ASIDE = 32  # larger ones that are, or wait to be
 READY, RESTARTING, DRAINING = "ready", "restarting", "draining"
 
@@ -92,6 +94,9 @@ class Service:
         times = BatchTimes(1e-3 * config.batching.max_batch_ms, config.batching.max_batch_tokens)
         scheduler = FairScheduler(times.budget, config.batching.weight_of(), self.pipeline.encoder.depth)
         self.queue = WorkQueue(scheduler, times, config.batching.max_queue_tokens, config.batching.max_delta_tokens)
+        self.reconciler = Reconciler(
+            config.deltas.state_file, self.lifecycle, self.queue, config.deltas.watch_seconds or STATE_SECONDS
+        )
         self._executor = Executor(self.queue, self.pipeline.run, self._deliver, metrics.batch, self.background)
         self._shadows = Shadows(self._shadowed, registry.splits, metrics, self.background)
         self._tokenizers, self._aside = ThreadPoolExecutor(2, thread_name_prefix="tokenizer"), 0

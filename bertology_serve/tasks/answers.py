@@ -140,6 +140,12 @@ class Model(Struct, frozen=True):
     pairs: Annotated[bool, Meta(description="It reads pairs of texts alone.")] = False
 
 
+class Reconciled(Struct, frozen=True):
+    """Why which deltas are not as the desired state wants them; empty where all are."""
+
+    failed: dict[str, str]
+
+
 class Version(Struct, frozen=True):
     """One version on the server's disk or in its memory; ``state`` is READY, UNAVAILABLE, LOADING or UNLOADING.
 

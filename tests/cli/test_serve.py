@@ -22,7 +22,7 @@ from bertology_serve.bench.prove.cores import descendants
 from bertology_serve.cli.main import main
 from bertology_serve.deltas import store
 from bertology_serve.export.exporting import export_delta
-from bertology_serve.serving.http.binding import bind
+from bertology_serve.serving.http.listening import bind
 from bertology_serve.serving.serve import MOST_LISTED, example, listing
 from bertology_serve.tasks.classification import Classification
 from tests.serving.conftest import DELTAS, RECORDS, deltas, encoder, registry  # noqa: F401 - fixtures

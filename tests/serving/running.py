@@ -13,7 +13,7 @@ import httpx
 
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.http.binding import bind, url_of
+from bertology_serve.serving.http.listening import bind, url_of
 from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.server import Server
 from bertology_serve.serving.versions.delta_registry import Registry

@@ -16,9 +16,9 @@ from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import BertologyError, FormatError, NotFound, Overloaded
-from bertology_serve.serving.versions.canary import Split
 from bertology_serve.serving.versions.delta_cache import Tier
 from bertology_serve.serving.versions.delta_registry import Registry
+from bertology_serve.serving.versions.desired import Split
 from tests import tiny
 from tests.serving.conftest import DELTAS
 

@@ -9,8 +9,7 @@ import httpx
 import pytest
 
 from bertology_serve.errors import InputError
-from bertology_serve.serving.http.binding import KEPT, LEAST, bind, room_for, url_of
-from bertology_serve.serving.server import _taken
+from bertology_serve.serving.http.listening import KEPT, LEAST, _taken, bind, room_for, url_of
 from tests.serving.running import running, wait
 
 
@@ -134,7 +133,7 @@ def test_connections_that_wait_to_be_accepted_are_taken_before_the_socket_closes
 
 
 def test_calls_of_connections_that_came_just_before_the_end_are_answered(pipeline, monkeypatch):
-    monkeypatch.setattr("bertology_serve.serving.server.READ_SECONDS", 1.0)
+    monkeypatch.setattr("bertology_serve.serving.http.listening.READ_SECONDS", 1.0)
     with running(pipeline) as server:
         url = httpx.URL(server.url)
         body = b'{"delta": "mood", "text": "late"}'

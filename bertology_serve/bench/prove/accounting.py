@@ -18,10 +18,10 @@ from bertology_serve.encoder.bank import RowPool, Rows
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Job, LoadedDelta, Pipeline, Request
 from bertology_serve.errors import BertologyError
-from bertology_serve.serving.versions.canary import Split
 from bertology_serve.serving.versions.cards import read_card
 from bertology_serve.serving.versions.delta_cache import place_of
 from bertology_serve.serving.versions.delta_registry import Registry
+from bertology_serve.serving.versions.desired import Split
 
 NAMES, VERSIONS = ("mood", "grade", "names", "tone"), ("1", "2", "3")
 DEVICE, HOST = 3.0, 1.5  # times the largest delta

@@ -14,7 +14,7 @@ from bertology_serve.encoder.pipeline import DeltaSet, Job, Pipeline, Prediction
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.executor_handle import ForkServer, WorkerOptions
 from bertology_serve.serving.execution.remote import Remote
-from bertology_serve.serving.http.binding import bind, url_of
+from bertology_serve.serving.http.listening import bind, url_of
 from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.server import Server
 from bertology_serve.serving.versions.cards import read_card

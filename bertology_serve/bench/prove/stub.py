@@ -10,7 +10,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Job, Pipeline, Prediction, Request
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.execution.startup import settle_memory
-from bertology_serve.serving.http.binding import bind, url_of
+from bertology_serve.serving.http.listening import bind, url_of
 from bertology_serve.serving.server import Server
 from bertology_serve.serving.versions.delta_registry import Registry
 

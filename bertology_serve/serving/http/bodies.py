@@ -1,4 +1,4 @@
-"""Bodies in and answers out, with their limits, and errors as answers. No Content-Type is needed."""
+"""Bodies in and answers out, with their limits. No Content-Type is needed."""
 
 from __future__ import annotations
 
@@ -8,36 +8,20 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from http import HTTPStatus
-from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Scope
 
 from bertology_serve.encoder.delta_set import Prediction
-from bertology_serve.errors import (
-    BertologyError,
-    DataError,
-    Expired,
-    Forbidden,
-    InputError,
-    LimitError,
-    NotFound,
-    Overloaded,
-    RateLimited,
-    SlowBody,
-    Unauthorized,
-    Unsupported,
-    VerificationError,
-)
+from bertology_serve.errors import DataError, LimitError, SlowBody
 from bertology_serve.serving.batching.scheduler import CallContext
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.http.connection import CONNECTION, WHOLE, Connection
+from bertology_serve.serving.http.errors import JSON
 from bertology_serve.serving.keys import Access
-from bertology_serve.serving.protocol.json_codec import encode
 
-JSON, BINARY = "application/json", "application/octet-stream"
+BINARY = "application/octet-stream"
 JSON_LENGTH = "Inference-Header-Content-Length"
 TIMEOUT, PRIORITY, REQUEST_ID = "X-Request-Timeout-Ms", "X-Request-Priority", "X-Request-Id"
 TRUNCATED = "X-Truncated"
@@ -49,31 +33,12 @@ _PIECE = 4096  # bytes that are decompressed at once, and at most without a thre
 MOST_MEMBERS = 1024  # of one gzip body
 
 
-def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A value as JSON."""
-    return Response(encode(value), status, headers, JSON)
-
-
 def answer_response(
     content: bytes, predictions: Sequence[Prediction], kind: str = JSON, headers: Mapping[str, str] | None = None
 ) -> Response:
     """An encoded answer; X-Truncated says how many of its items were cut, in whatever shape they are answered."""
     cut = sum(prediction.truncated for prediction in predictions)
     return Response(content, headers={**(headers or {}), **({TRUNCATED: str(cut)} if cut else {})}, media_type=kind)
-
-
-def problem_response(problem: Exception, path: str) -> Response:
-    """An error with its status, in the shape of the path."""
-    return error_response(message_of(problem), status_of(problem), path, headers_of(problem))
-
-
-def error_response(message: str, status: int, path: str, headers: Mapping[str, str] | None = None) -> Response:
-    """``{"error": message}``; under ``/v1`` an object, as OpenAI's client reads it, but for KServe's ``:predict``."""
-    error: Any = message
-    if path.startswith("/v1/") and not path.endswith(":predict"):
-        kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-        error = {"message": message, "type": kind, "param": None, "code": None}
-    return json_response({"error": error}, status, headers)
 
 
 async def read_body(request: Request, config: ServerConfig) -> bytes:
@@ -217,41 +182,3 @@ def _decompressed(body: bytes, encoding: str, most: int) -> bytes:
 
 def _too_large(most: int) -> LimitError:
     return LimitError(f"the body is larger than {most} bytes; send less in one call")
-
-
-_STATUS: tuple[tuple[type[BertologyError], HTTPStatus], ...] = (
-    (LimitError, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
-    (SlowBody, HTTPStatus.REQUEST_TIMEOUT),
-    (InputError, HTTPStatus.BAD_REQUEST),
-    (NotFound, HTTPStatus.NOT_FOUND),
-    (Unsupported, HTTPStatus.BAD_REQUEST),
-    (Unauthorized, HTTPStatus.UNAUTHORIZED),
-    (Forbidden, HTTPStatus.FORBIDDEN),
-    (RateLimited, HTTPStatus.TOO_MANY_REQUESTS),
-    (Overloaded, HTTPStatus.SERVICE_UNAVAILABLE),
-    (Expired, HTTPStatus.GATEWAY_TIMEOUT),
-    (VerificationError, HTTPStatus.INTERNAL_SERVER_ERROR),
-)
-UNEXPECTED = "the server failed on this call; the fault is in its log"
-
-
-def status_of(problem: Exception) -> HTTPStatus:
-    """The status of an error, by its place in the tree of ``errors``; 500 for what nobody raised on purpose."""
-    for kind, status in _STATUS:
-        if isinstance(problem, kind):
-            return status
-    return HTTPStatus.INTERNAL_SERVER_ERROR
-
-
-def message_of(problem: Exception) -> str:
-    """What the caller is told: the message of errors raised on purpose, nothing of others."""
-    return " ".join(str(problem).split()) if isinstance(problem, BertologyError) else UNEXPECTED
-
-
-def headers_of(problem: Exception) -> dict[str, str]:
-    """Retry-After in whole seconds where trying again makes sense; how to show a key where none was shown."""
-    if isinstance(problem, Unauthorized):
-        return {"WWW-Authenticate": "Bearer"}
-    if isinstance(problem, SlowBody):
-        return {"Connection": "close"}  # the rest of the body would be read as the next call
-    return {"Retry-After": str(math.ceil(problem.retry_after))} if isinstance(problem, Overloaded) else {}

@@ -117,6 +117,7 @@ def _paths() -> JsonObject:
         **_model_paths("/v2/models/{delta}", ""),
         **_model_paths("/v2/models/{delta}/versions/{version}", "_version"),
         "/v2/repository/index": {"post": _manage("list_repository", "Every version on disk or in service", "index")},
+        "/v2/repository/state": {"post": _manage("set_state", "Make deltas what is wanted of them", "state")},
         "/v2/repository/models/{delta}/load": {"post": _manage("load_model", "Load a version, or swap to it", "load")},
         "/v2/repository/models/{delta}/rollback": {
             "post": _manage("rollback_model", "Back to the version before", "rollback")
@@ -216,13 +217,16 @@ def _post(name: str, summary: str, body: JsonObject, answer: JsonObject, binary:
 
 
 def _manage(name: str, summary: str, what: str) -> JsonObject:
-    """A route for API keys with admin rights. Its body may be empty."""
-    body, entry = _ref("IndexRequest" if what == "index" else "LoadRequest"), _ref("Version")
-    answer = _list(entry) if what == "index" else entry
+    """A route for API keys with admin rights. Its body may be empty, but for a desired state."""
+    version = _ref("Version")
+    body, answer = {
+        "index": (_ref("IndexRequest"), _list(version)),
+        "state": (_ref("Desired"), _ref("Reconciled")),
+    }.get(what, (_ref("LoadRequest"), version))
     return {
         "operationId": name,
         "summary": f"{summary} (admin)",
-        "requestBody": {"required": False, "content": {"application/json": {"schema": body}}},
+        "requestBody": {"required": what == "state", "content": {"application/json": {"schema": body}}},
         "responses": {
             "200": {"description": "OK", "content": {"application/json": {"schema": answer}}},
             **{code: _problem(code) for code in _ITEMS},

@@ -22,24 +22,24 @@ from bertology_serve.errors import Forbidden
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.http.bodies import (
     BINARY,
-    JSON,
     JSON_LENGTH,
     access_of,
     answer_response,
     header_length,
-    json_response,
     read_body,
     receive,
     request_id_of,
 )
+from bertology_serve.serving.http.errors import JSON, json_response
 from bertology_serve.serving.http.gate import Endpoint, Guarded, wants_page
 from bertology_serve.serving.http.openapi import document
 from bertology_serve.serving.observability.metrics import CONTENT_TYPE
 from bertology_serve.serving.protocol import hf, native, oip, oip_model, openai, tei
 from bertology_serve.serving.protocol.json_codec import object_of
 from bertology_serve.serving.service import Find, Parsed, Service
+from bertology_serve.serving.versions.desired import parse_desired
 from bertology_serve.serving.versions.lifecycle import READY, UNAVAILABLE
-from bertology_serve.tasks.answers import Version
+from bertology_serve.tasks.answers import Reconciled, Version
 
 P = TypeVar("P", bound=Parsed)
 
@@ -122,6 +122,7 @@ class Routes:
             get(f"{model}{version}/ready", self.oip_model_ready),
             get("/v2", self.server),
             post("/v2/repository/index", self.index),
+            post("/v2/repository/state", self.state),
             post("/v2/repository/models/{delta}/load", self.load),
             post("/v2/repository/models/{delta}/unload", self.unload),
             post("/v2/repository/models/{delta}/rollback", self.rollback),
@@ -368,6 +369,12 @@ class Routes:
         version = oip_model.read_load(await read_body(request, self.config))
         delta = await self.lifecycle.load(request.path_params["delta"], version)
         return json_response(Version(delta.name, delta.version, READY))
+
+    async def state(self, request: Request) -> Response:
+        """POST /v2/repository/state, this project's own: a desired state as in ``--state-file``, obeyed at once"""
+        access_of(request.scope).check_admin()
+        desired = parse_desired(await read_body(request, self.config), "the body")
+        return json_response(Reconciled(await self.service.reconciler.apply(desired)))
 
     async def rollback(self, request: Request) -> Response:
         """POST /v2/repository/models/{delta}/rollback, this project's own"""

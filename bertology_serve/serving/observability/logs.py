@@ -12,14 +12,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import msgspec
 from starlette.types import Scope
 
 from bertology_serve.errors import Unsupported, printable
 from bertology_serve.files import JsonObject
-from bertology_serve.serving.batching.scheduler import CallItem
+
+if TYPE_CHECKING:
+    from bertology_serve.serving.batching.scheduler import CallItem
 
 CHATTY = ("uvicorn.error", "httpx", "transformers", "grpc")
 CALL = "call"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from bertology_serve.encoder.pipeline import Request
 from bertology_serve.errors import DataError, LimitError
 from bertology_serve.files import JsonObject
+
+if TYPE_CHECKING:
+    from bertology_serve.encoder.pipeline import Request
 
 T = TypeVar("T")
 encode = msgspec.json.Encoder().encode

@@ -8,7 +8,8 @@ from msgspec import Meta, Struct
 
 from bertology_serve.files import JsonObject
 from bertology_serve.serving.protocol.oip import InferRequest
-from bertology_serve.tasks.answers import Answer, Model, SeveralAnswers, Version
+from bertology_serve.serving.versions.desired import Desired
+from bertology_serve.tasks.answers import Answer, Model, Reconciled, SeveralAnswers, Version
 
 
 class ItemBody(Struct, omit_defaults=True):
@@ -373,5 +374,6 @@ BODIES = (
     ItemBody, Answer, SeveralBody, SeveralAnswers, TaskBody, Model, ServerMetadata, ModelMetadata, InferRequest,
     InferResponse, TeiBody, TeiClass, TeiSimilarityBody, TeiRerankBody, TeiTokenizeBody, TeiDecodeBody,
     RerankBody, Ranks, ScoreBody, Scores, ClassifyBody, Classes, PredictBody, Predictions,
-    EmbeddingsBody, Embeddings, EmbedBody, TypedEmbeddings, IndexRequest, LoadRequest, Version, Problem, OpenAIProblem,
+    EmbeddingsBody, Embeddings, EmbedBody, TypedEmbeddings, IndexRequest, LoadRequest, Desired, Reconciled,
+    Version, Problem, OpenAIProblem,
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,22 +14,9 @@ from bertology_serve.errors import BertologyError
 from bertology_serve.files import JsonMapping
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.observability.metrics import Metrics
+from bertology_serve.serving.versions.desired import Split
 
 Ask = Callable[[Sequence[Request]], Awaitable[Sequence[Prediction]]]
-
-
-@dataclass(frozen=True)
-class Split:
-    """``canary`` is the version that answers ``share`` of the calls; ``shadow`` one that is asked too, in vain."""
-
-    canary: str = ""
-    share: float = 0.0
-    shadow: str = ""
-
-    @property
-    def versions(self) -> set[str]:
-        """The versions that stand beside the one that answers."""
-        return {version for version in (self.canary, self.shadow) if version}
 
 
 class Splits(dict[str, Split]):

@@ -16,9 +16,10 @@ from bertology_serve.encoder.task_models import WholeModel, task_models
 from bertology_serve.errors import BertologyError, NotFound, SpecError, nearest, printable
 from bertology_serve.export.onnx_engine import OnnxModel, exports
 from bertology_serve.serving.observability.background import OnceLogger
-from bertology_serve.serving.versions.canary import Split, Splits
+from bertology_serve.serving.versions.canary import Splits
 from bertology_serve.serving.versions.cards import card_of, read_card
 from bertology_serve.serving.versions.delta_cache import DeltaCache
+from bertology_serve.serving.versions.desired import Split
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from bertology_serve.deltas.catalog import DeltaVersion
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import BertologyError, Expired, NotFound, Overloaded
 from bertology_serve.serving.observability.metrics import Metrics
-from bertology_serve.serving.versions.canary import Split
 from bertology_serve.serving.versions.delta_registry import Registry
+from bertology_serve.serving.versions.desired import Split
 from bertology_serve.tasks.answers import Version
 
 log = logging.getLogger(__name__)

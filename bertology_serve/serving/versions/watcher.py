@@ -1,8 +1,4 @@
-"""What changes deltas while the server runs: the desired-state file, or else the served directory.
-
-``{"deltas": {"mood": {"version": "2", "pin": true, "weight": 2, "canary": {"version": "3", "share": 0.1},
-"shadow": "4"}}, "others": "keep"}``. Every field may be left out: without ``version`` the newest answers. ``others``
-are the deltas that are not named: ``keep`` (the default) leaves them alone, ``unload`` takes them away."""
+"""What changes deltas while the server runs: the desired state, by a file or a call, or else the served directory."""
 
 from __future__ import annotations
 
@@ -10,103 +6,41 @@ import asyncio
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-import msgspec
-
-from bertology_serve.deltas.catalog import DeltaVersion, check_name
-from bertology_serve.deltas.safe_io import read_regular
+from bertology_serve.deltas.catalog import DeltaVersion
 from bertology_serve.encoder.pipeline import BASE
-from bertology_serve.errors import BertologyError, FormatError, NotFound, SpecError
+from bertology_serve.errors import BertologyError, NotFound
 from bertology_serve.serving.batching.queue import WorkQueue
 from bertology_serve.serving.observability.background import OnceLogger
-from bertology_serve.serving.versions.canary import Split
+from bertology_serve.serving.versions.desired import Desired, Wish, read_desired
 from bertology_serve.serving.versions.lifecycle import Lifecycle
-
-LARGEST = 16 * 2**20
-
-
-@dataclass(frozen=True)
-class Canary:
-    """A version and its share of the calls."""
-
-    version: str
-    share: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise SpecError(f"share is {self.share}; expected a number from 0 to 1")
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What is wanted of one delta."""
-
-    version: str | None = None
-    pin: bool = False
-    weight: float = 1.0
-    canary: Canary | None = None
-    shadow: str = ""
-
-    def __post_init__(self) -> None:
-        if not 1e-6 <= self.weight <= 1e6:
-            raise SpecError(f"weight is {self.weight}; expected a number from 1e-6 to 1e6")
-
-    @property
-    def split(self) -> Split:
-        """What stands beside the version that answers."""
-        canary = self.canary or Canary("", 0.0)
-        return Split(canary.version, canary.share, self.shadow)
-
-
-@dataclass(frozen=True)
-class Desired:
-    """The whole file."""
-
-    deltas: dict[str, Wish] = field(default_factory=dict)
-    others: Literal["keep", "unload"] = "keep"
-
-
-def read_desired(path: Path) -> Desired:
-    """The file's content. Raises NotFound, FormatError for what is no such file, SpecError naming the field."""
-    if not path.exists():
-        raise NotFound(f"cannot read {path}: there is no such file; expected the desired state as JSON")
-    content = read_regular(path, LARGEST, str(path))
-    try:
-        found = msgspec.json.decode(content, type=Desired, strict=True)
-        for name, wish in found.deltas.items():
-            for word, what in ((name, "delta name"), (wish.version or "1", "version")):
-                check_name(word, what)
-    except (msgspec.DecodeError, UnicodeDecodeError, FormatError, RecursionError) as problem:
-        raise SpecError(f"{path}: {problem}") from None
-    return found
-
 
 log = logging.getLogger(__name__)
 FILE = "the desired state"
 
 
 class Reconciler:
-    """Looks at the file every so many ``seconds``. What cannot be had is told and tried again; the rest is done.
+    """Makes deltas what is wanted of them: by ``apply``, and with ``path`` by a file that is looked at every so many
+    ``seconds``. What cannot be had is told; from a file it is tried again. The rest is done.
 
-    Exports that the server was started with stay, whatever the file says of ``others``.
+    Exports that the server was started with stay, whatever is said of ``others``.
     """
 
-    def __init__(self, path: Path, lifecycle: Lifecycle, queue: WorkQueue, seconds: float) -> None:
+    def __init__(self, path: Path | None, lifecycle: Lifecycle, queue: WorkQueue, seconds: float = 0.0) -> None:
         self._path, self._lifecycle, self._queue, self._seconds = path, lifecycle, queue, seconds
         self._seen: object = None
         self._told = OnceLogger(log)
 
     async def run(self) -> None:
-        """Goes on until it is cancelled."""
+        """Looks at the file until it is cancelled."""
         while True:
             await asyncio.sleep(self._seconds)
             await self.look()
 
     async def look(self) -> None:
         """Acts where the file is new, or something failed when it was."""
+        assert self._path is not None, "without a file there is nothing to look at"
         try:
             found = os.stat(self._path)
             changed = found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
@@ -119,23 +53,32 @@ class Reconciler:
         except OSError as problem:
             self._told.say(FILE, f"cannot read {self._path}: {problem.strerror}; what was wanted before holds")
             return
-        failed = await self._apply(desired)
-        self._told.keep(failed)
+        failed = await self.apply(desired)
+        for name, reason in failed.items():
+            self._told.say(name, reason)
+        self._told.keep(set(failed))
         self._seen = None if failed else changed
 
-    async def _apply(self, desired: Desired) -> set[str]:
-        """The deltas that are not as they should be."""
-        registry, failed = self._lifecycle.registry, set[str]()
+    async def apply(self, desired: Desired) -> dict[str, str]:
+        """Why which deltas are not as they should be; empty where all are."""
+        registry, failed = self._lifecycle.registry, dict[str, str]()
         self._queue.weigh({name: wish.weight for name, wish in desired.deltas.items()})
-        for name, wish in desired.deltas.items():
-            try:
-                await self._grant(name, wish)
-            except BertologyError as problem:
-                self._told.say(name, str(problem))
-                failed.add(name)
+        gone = {name for name, wish in desired.deltas.items() if not wish.loaded}
         if desired.others == "unload":
-            others = {delta.name for delta in registry.all()} - desired.deltas.keys() - registry.models - {BASE}
-            failed |= {name for name in sorted(others) if not await self._unload(name)}
+            gone |= {delta.name for delta in registry.all()} - desired.deltas.keys() - registry.models - {BASE}
+        for name, wish in desired.deltas.items():
+            if wish.loaded:
+                try:
+                    await self._grant(name, wish)
+                except BertologyError as problem:
+                    failed[name] = str(problem)
+        for name in sorted(gone):
+            try:
+                await self._lifecycle.unload(name)
+            except NotFound:  # it is not there, as it should be
+                pass
+            except BertologyError as problem:
+                failed[name] = str(problem)
         return failed
 
     async def _grant(self, name: str, wish: Wish) -> None:
@@ -145,17 +88,6 @@ class Reconciler:
         await self._lifecycle.load(name, wish.version)
         registry.tiers.pin(name, wish.pin)
         await self._lifecycle.split(name, wish.split)
-
-    async def _unload(self, name: str) -> bool:
-        """Whether it is gone."""
-        try:
-            await self._lifecycle.unload(name)
-        except NotFound:  # somebody was faster
-            pass
-        except BertologyError as problem:
-            self._told.say(name, str(problem))
-            return False
-        return True
 
 
 ROOT = "the served directory"

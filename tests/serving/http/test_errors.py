@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bertology_serve import errors
-from bertology_serve.serving.http.bodies import UNEXPECTED, headers_of, message_of, status_of
+from bertology_serve.serving.http.errors import UNEXPECTED, headers_of, message_of, status_of
 
 
 @pytest.mark.parametrize(

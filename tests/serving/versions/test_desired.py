@@ -10,14 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bertology_serve.deltas import store
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import NotFound, SpecError
 from bertology_serve.serving.keys import Key, Keyring, digest_of
-from bertology_serve.serving.versions.canary import Split, Splits, agree
+from bertology_serve.serving.versions.canary import Splits, agree
 from bertology_serve.serving.versions.delta_registry import Registry
-from bertology_serve.serving.versions.watcher import Canary, Desired, Wish, read_desired
+from bertology_serve.serving.versions.desired import (
+    Canary,
+    Desired,
+    Split,
+    Wish,
+    parse_desired,
+    read_desired,
+    write_desired,
+)
 from tests import tiny
 from tests.serving.conftest import DELTAS
 from tests.serving.running import Running, running, wait
@@ -205,3 +215,42 @@ def test_files_that_make_no_sense(state, content, message):
 def test_no_file(state):
     with pytest.raises(NotFound, match="cannot read"):
         read_desired(state)
+
+
+def test_a_call_with_the_desired_state_is_obeyed_at_once(served):
+    def post(**state: Any) -> Any:
+        return served.post("/v2/repository/state", state)
+
+    answer = post(deltas={"mood": {"version": "3"}, "grade": {"loaded": False}, "lost": {"version": "1"}})
+    assert answer.status_code == 200
+    assert answer.json()["failed"].keys() == {"lost"}
+    assert "lost" in answer.json()["failed"]["lost"]
+    assert versions(served, 3) == {"3": 3}
+    assert served.post("/predict", ITEM | {"delta": "grade"}).status_code == 404
+    assert post(deltas={"mood": {"canary": {"version": "1", "share": 2}}}).status_code == 400
+    assert post(deltas={"grade": {}, "mood": {"version": "3"}}).json() == {"failed": {}}
+    assert served.post("/predict", ITEM | {"delta": "grade"}).json()["version"] == "1"
+    assert post(deltas={"mood": {}}, others="unload").json() == {"failed": {}}
+    assert served.post("/predict", ITEM | {"delta": "grade"}).status_code == 404
+    del served.client.headers["X-API-Key"]
+    assert post(deltas={}).status_code == 401
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["mood", "a/b", "x"]),
+        st.builds(
+            Wish,
+            version=st.none() | st.sampled_from(["1", "2"]),
+            loaded=st.booleans(),
+            pin=st.booleans(),
+            weight=st.floats(1e-6, 1e6),
+            canary=st.none() | st.builds(Canary, st.sampled_from(["3", "4"]), st.floats(0, 1)),
+            shadow=st.sampled_from(["", "5"]),
+        ),
+    ),
+    st.sampled_from(["keep", "unload"]),
+)
+def test_what_is_written_is_read_again(deltas, others):
+    desired = Desired({name: wish for name, wish in deltas.items() if "/" not in name}, others)
+    assert parse_desired(write_desired(desired), "here") == desired

@@ -19,10 +19,10 @@ from bertology_serve.deltas import store
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import FormatError, LimitError, NotFound, Overloaded, Unsupported
 from bertology_serve.kinds.lora import Lora
-from bertology_serve.serving.versions.canary import Split
 from bertology_serve.serving.versions.cards import read_card
 from bertology_serve.serving.versions.delta_cache import Tier
 from bertology_serve.serving.versions.delta_registry import Registry
+from bertology_serve.serving.versions.desired import Split
 from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from bertology_serve.bench.serving.alternatives.bench_tasks import Made
 from bertology_serve.bench.serving.alternatives.collector import Collector
 from bertology_serve.bench.serving.alternatives.models import MODELS
-from bertology_serve.serving.http.binding import bind, url_of
+from bertology_serve.serving.http.listening import bind, url_of
 
 
 class Item(BaseModel):

@@ -15,7 +15,7 @@ from bertology_serve.bench.prove import beside_alternatives, cores
 from bertology_serve.bench.prove.stage import Stage
 from bertology_serve.bench.serving.alternatives import alternatives_run, bench_tasks, fastapi_app, models
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
-from bertology_serve.serving.http.binding import bind, url_of
+from bertology_serve.serving.http.listening import bind, url_of
 from tests.serving.running import wait
 
 PLAN = alternatives_run.Plan(tasks=2, many=3, rounds=1, seconds=0.2, clients=2, different=2)
