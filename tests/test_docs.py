@@ -24,8 +24,10 @@ train="bertology-serve train --backbone minilm --epochs 1"
 $train --task classification --train train.jsonl --method lora --rank 4 --out deltas/mood --version 1
 cp -r deltas/mood/1 deltas/mood/2
 $train --task classification --train train.jsonl --method bitfit --out deltas/tone
+$train --task classification --train train.jsonl --method lora --head hf --pooling cls --out made
+mkdir my-adapter && cp made/adapter_* my-adapter
 $train --task token-classification --train entities.jsonl --method lora --out deltas/names
-$train --task classification --train train.jsonl --method adapter --head linear --out deltas/pfeiffer
+$train --task classification --train train.jsonl --method adapter --head linear --pooling cls --out deltas/pfeiffer
 """
 """The deltas that are there on every page, beside ``DATA``; those that a page trains itself are taken away first."""
 DATA = {
@@ -55,6 +57,8 @@ def records(file: str) -> str:
     rows = [json.loads(line) for line in path(*DATA[file]).read_text(encoding="utf-8").splitlines()]
     if file.startswith("pairs"):
         rows = [{"text": row["text"], "positive": row["text_pair"]} for row in rows if row["score"] > 3.5]
+    if file.startswith("intents"):
+        rows = [row for row in rows if row["label"] in ("play_music", "set_alarm", "weather")]
     return "".join(json.dumps(row) + "\n" for row in rows[:MOST_ROWS])
 
 
@@ -102,3 +106,39 @@ def test_how_many_blocks_run(capsys: pytest.CaptureFixture[str]):
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(why.items()))
         print(f"\n{len(PAGES)} pages: {run} blocks run ({commands} commands of ours), {len(found) - run} not ({told})")
     assert run > 2 * (len(found) - run)
+
+
+def test_the_first_hour_of_somebody_who_has_the_readme(forks: Forks, tmp_path: Path):
+    """Their own CSV, trained, asked, served and exported, by six commands of which the first, the installation, is done."""
+    rows = [("I loved every minute", "good"), ("A waste of time", "bad"), ("Warm and wise", "good"),
+            ("I nearly fell asleep", "bad"), ("A joy, go and see it", "good"), ("Dull and far too long", "bad")]  # fmt: skip
+    lines = ["text,label", *(f'"{text}",{label}' for text, label in rows)]
+    (tmp_path / "films.csv").write_text("\n".join(lines), encoding="utf-8")
+    done = forks.run(f"bash {ROOT}/tools/first_hour.sh films.csv 'Wonderful acting!'", tmp_path, INSTALLED="1",
+                     PORT=str(free_port()))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^good \d+ % \(bad \d+ %\)$", done.stdout, re.MULTILINE), done.stdout
+    assert '"label":"good"' in done.stdout
+    assert re.search(r"^5 commands, \d+ s$", done.stdout, re.MULTILINE)
+    assert (tmp_path / "first-hour" / "mine-onnx" / "onnx" / "model.onnx").is_file()
+
+
+def test_links_of_the_documentation_lead_somewhere():
+    """To files, and to headings by GitHub's names for them."""
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+            if "://" in target:
+                continue
+            file, _, anchor = target.partition("#")
+            place = (page.parent / file).resolve() if file else page
+            assert place.exists(), f"{page.name}: {target}"
+            if anchor:
+                titles = re.findall(r"^#+ (.+)$", place.read_text(encoding="utf-8"), re.MULTILINE)
+                known = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert anchor in known, f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "howto").glob("*.md")), ids=lambda page: page.stem)
+def test_a_how_to_page_is_short(page: Path):
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 80
