@@ -72,7 +72,7 @@ class Forks:
     def __init__(self, folder: Path) -> None:
         self.path, self._address = folder / "bin", folder / "forks"
         self.path.mkdir()
-        (folder / ".curlrc").write_text("fail\nsilent\nshow-error\n")  # an error is one for the shell too
+        (folder / ".curlrc").write_text("fail-with-body\nsilent\nshow-error\n")  # an error is one for the shell too
         for name in ("bertology-serve", "python"):
             (self.path / name).write_text(f"#!{sys.executable} -IS\n{CLIENT.format(address=str(self._address))}")
             (self.path / name).chmod(0o755)

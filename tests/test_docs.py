@@ -109,9 +109,9 @@ def test_how_many_blocks_run(capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_first_hour_of_somebody_who_has_the_readme(forks: Forks, tmp_path: Path):
-    """Their own CSV, trained, asked, served and exported, by six commands of which the first, the installation, is done."""
+    """Their own CSV, trained, asked, served and exported; the first of six commands, the installation, is done."""
     rows = [("I loved every minute", "good"), ("A waste of time", "bad"), ("Warm and wise", "good"),
-            ("I nearly fell asleep", "bad"), ("A joy, go and see it", "good"), ("Dull and far too long", "bad")]  # fmt: skip
+            ("I nearly fell asleep", "bad"), ("A joy, go and see it", "good"), ("Far too long", "bad")]  # fmt: skip
     lines = ["text,label", *(f'"{text}",{label}' for text, label in rows)]
     (tmp_path / "films.csv").write_text("\n".join(lines), encoding="utf-8")
     done = forks.run(f"bash {ROOT}/tools/first_hour.sh films.csv 'Wonderful acting!'", tmp_path, INSTALLED="1",

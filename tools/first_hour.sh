@@ -29,7 +29,7 @@ bertology-serve serve --backbone minilm --deltas "$out/deltas" --port "$port" --
 server=$!
 trap 'kill $server 2> /dev/null || true' EXIT
 run curl -s --retry 30 --retry-connrefused "localhost:$port/predict" -d "{\"delta\": \"mine\", \"text\": \"$text\"}"
-kill "$server" && wait "$server"
+kill "$server" && wait "$server" || true
 run bertology-serve export --merge "$out/deltas/mine" --out "$out/mine-onnx"
 
 printf '\n%d commands, %d s\n' "$count" "$((SECONDS - began))"
