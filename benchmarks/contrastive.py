@@ -31,7 +31,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.loading import locate
 from bertology_serve.tasks.metrics import spearman
 from bertology_serve.training.batches import Source
-from bertology_serve.training.evaluate import measure
+from bertology_serve.training.evaluation import measure
 from bertology_serve.training.methods import factor
 from bertology_serve.training.train import prepare
 from bertology_serve.training.train_config import TrainConfig

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bertology_serve.data.records import read_records
-from bertology_serve.tasks.question_answering import squad_scores
+from bertology_serve.tasks.metrics import squad_scores
 from bertology_serve.tasks.token_classification import join_words, spans_of
 
 QUESTIONS = {

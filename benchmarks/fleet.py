@@ -22,8 +22,7 @@ import torch
 from bertology_serve.data.records import Record, read_records
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.training.batches import Source
-from bertology_serve.training.fleet.fleet import Fleet
-from bertology_serve.training.fleet.member import Member
+from bertology_serve.training.fleet.fleet import Fleet, Member
 from bertology_serve.training.train import prepare
 from bertology_serve.training.train_config import TrainConfig
 

@@ -21,8 +21,8 @@ from bertology_serve.errors import SpecError
 from bertology_serve.kinds.kinds import kind_of
 from bertology_serve.training.auto import Forwarded, train_auto
 from bertology_serve.training.batches import Data, Source
-from bertology_serve.training.evaluate import evaluate as measured
 from bertology_serve.training.evaluation import Evaluation
+from bertology_serve.training.evaluation import evaluate as measured
 from bertology_serve.training.method_options import AUTO, SPECS
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import train as run

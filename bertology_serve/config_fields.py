@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import Field, asdict, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -27,10 +27,7 @@ def named_fields(cls: type[T]) -> type[T]:
     @functools.wraps(plain)
     def init(self: T, *given: Any, **named: Any) -> None:
         known = [one.name for one in fields(cls)]  # type: ignore[arg-type]
-        wrong = next((name for name in named if name not in known), None)
-        if wrong is not None:
-            hint = nearest(wrong, known) if known else "it has none"
-            raise SpecError(f"{cls.__name__} has no field {wrong!r}; {hint}")
+        check_fits(f"{cls.__name__} has no field", named, known)
         try:
             plain(self, *given, **named)
         except TypeError as error:
@@ -63,10 +60,9 @@ def choices_of(spec: type, panel: str | None = None, group: str | None = None) -
 def nested(spec: type[T], options: Mapping[str, Any], owner: str) -> T:
     """The configuration of that type with these options. Raises SpecError for one that ``owner`` does not have."""
     known = {choice.field.name: choice.group for choice in choices_of(spec)}
+    check_fits(owner, options, known)
     own, groups = dict[str, Any](), dict[str, dict[str, Any]]()
     for name, value in options.items():
-        if name not in known:
-            raise SpecError(f"{owner} {name!r}; {nearest(name, known)}")
         group = known[name]
         (own if group is None else groups.setdefault(group, {}))[name] = value
     kinds = get_type_hints(spec)
@@ -96,6 +92,13 @@ def check_fields(config: Any) -> None:
             if not least <= number <= most or number == math.inf:
                 limits = f"from {least}" + (f" to {most}" if most < math.inf else " up")
                 raise SpecError(f"{one.name} is {value!r}; expected a number {limits}")
+
+
+def check_fits(lacks: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raises SpecError for the first name that is not known: what ``lacks`` it, the name, and the nearest known one."""
+    for name in names:
+        if name not in known:
+            raise SpecError(f"{lacks} {name!r}; {nearest(name, known) if known else 'it has none'}")
 
 
 def check_known(name: str, value: object, known: tuple[str, ...]) -> None:

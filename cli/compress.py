@@ -48,11 +48,11 @@ def compress(
     from bertology_serve.deltas.catalog import newest
     from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.encoder.loading import find_device
-    from bertology_serve.encoder.task_models import is_task_model, read_task_model
+    from bertology_serve.encoder.opening import is_task_model, read_task_model
     from bertology_serve.errors import InputError, SpecError
     from bertology_serve.training.compress import Budget
     from bertology_serve.training.compress import compress as run
-    from bertology_serve.training.evaluate import evaluate
+    from bertology_serve.training.evaluation import evaluate
     from bertology_serve.training.run_directory import Destination
 
     budget, called = Budget(rank, energy, share, per_tensor), Destination(out, name).open()[0]

@@ -96,7 +96,6 @@ def demo(
 
 
 def _train(encoder: Encoder, deltas: Path) -> None:
-    """One delta a lesson, all on the same frozen encoder."""
     from bertology_serve.examples import path
     from bertology_serve.tasks.registry import task_named
     from bertology_serve.training.batches import Source

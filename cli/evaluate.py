@@ -16,8 +16,8 @@ from bertology_serve.cli.train import read_columns
 from bertology_serve.errors import SpecError
 
 if TYPE_CHECKING:
-    from bertology_serve.data.official import Answers, Records
     from bertology_serve.data.records import Record
+    from bertology_serve.data.sets import Answers, Records
     from bertology_serve.deltas.delta import Delta
     from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.tasks.metrics import Interval
@@ -60,7 +60,7 @@ def evaluate(
     from bertology_serve.files import check_outputs
     from bertology_serve.training.baselines import rivals
     from bertology_serve.training.evaluation import as_json as plain
-    from bertology_serve.training.run_plots import check_plots
+    from bertology_serve.training.plots import check_plots
 
     if plots:
         check_plots()
@@ -87,7 +87,7 @@ def evaluate(
     _write(errors, found.errors() if errors else ())
     _write(output, (found.row(number) for number in range(len(found.answers))) if output else ())
     if plots:
-        from bertology_serve.training.run_plots import draw_evaluation
+        from bertology_serve.training.plots import draw_evaluation
 
         draw_evaluation(found, plots)
     if as_json:
@@ -123,7 +123,7 @@ def evaluate(
 
 
 def _run(delta: Delta, encoder: Encoder, records: list[Record], max_tokens: int) -> Evaluation:
-    from bertology_serve.training.evaluate import evaluate as run
+    from bertology_serve.training.evaluation import evaluate as run
 
     with progress() as bar:
         task = bar.add_task("evaluate", total=len(records))
@@ -131,7 +131,6 @@ def _run(delta: Delta, encoder: Encoder, records: list[Record], max_tokens: int)
 
 
 def _field_of(column: str, columns: Mapping[str, str]) -> str:
-    """The field that a column was read as."""
     return next((field for field, own in columns.items() if own == column), column)
 
 
@@ -219,8 +218,8 @@ def _advice(found: Evaluation, gains: Mapping[str, Interval]) -> Iterator[str]:
 def official(input: str, metrics: Mapping[str, float], answers: Answers, records: Records) -> dict[str, float]:
     """The official metrics where the records are of a known set; they stand first."""
     from bertology_serve.data.formats import SET_PREFIX
-    from bertology_serve.data.official import official_metrics
     from bertology_serve.data.set_files import find_set, parse
+    from bertology_serve.data.sets import official_metrics
 
     return (
         official_metrics(find_set(parse(input)[0]), metrics, answers, records) if input.startswith(SET_PREFIX) else {}

@@ -111,7 +111,6 @@ def _many(
 
 
 def _encoded(path: str, delta: Delta, encoder: Encoder) -> list[list[Encoding]]:
-    """The sequences of each record of a file."""
     from bertology_serve.data.records import load_examples
     from bertology_serve.tasks.registry import task_for
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "ask": "Ask a delta, or a running server, something.",
     "predict": "Answer a file of records, for many deltas at once.",
     "serve": "Answer over HTTP.",
+    "route": "Send calls to several servers, each where its delta lives.",
     "export": "Write delta and encoder as ONNX or OpenVINO, checked.",
     "analyze": "See what heads, layers and deltas do.",
     "inspect": "Show and validate a delta.",

@@ -16,13 +16,21 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from bertology_serve.cli.common import came_from, note
-from bertology_serve.config_fields import SpecOption, choices_of, join_list, nested, split_list, without_none
+from bertology_serve.config_fields import (
+    SpecOption,
+    check_fits,
+    choices_of,
+    join_list,
+    nested,
+    split_list,
+    without_none,
+)
 from bertology_serve.errors import NotFound, SpecError, nearest
 
 PLAIN = (bool, int, float, str, Path)
 ALL = "bertology.help_all"
 OTHERS = "Other options"
-ELSEWHERE = ("API_KEYS", "ADMIN_KEYS", "CACHE", "CONFIG", "DATA", "DEBUG", "KEY", "REAL")
+ELSEWHERE = ("API_KEYS", "ADMIN_KEYS", "CACHE", "CONFIG", "DATA", "DEBUG", "KEY", "REAL", "ROUTER_KEY")
 """What variables are called that are no options, or not of this command alone."""
 Command = Callable[..., Any]
 
@@ -69,7 +77,6 @@ class HelpLayout(NamedTuple):
 
     @property
     def form(self) -> type[LaidOut]:
-        """The kind of command that is laid out like this."""
         return LaidOut
 
 
@@ -121,7 +128,6 @@ class LaidOut(TyperCommand):
             raise SpecError(f"{problem}{source}") from problem
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """The options by panel."""
         layout: HelpLayout = self.callback.layout  # type: ignore[union-attr]
         panel_of = {name: panel for panel, names in layout.panels.items() for name in names}
         shown: dict[str, list[tuple[str, str]]] = {panel: [] for panel in layout.panels}
@@ -227,9 +233,7 @@ def from_file(context: typer.Context, path: Path | None) -> Path | None:
         twice = next(name for name in values if "-" in name and name.replace("-", "_") in values)
         raise SpecError(f"{path}: {twice} and {twice.replace('-', '_')} are one flag; give it once")
     known = [str(one.name) for one in context.command.params]
-    for name in named:
-        if name not in known:
-            raise SpecError(f"{path}: {context.command.name} has no flag {name!r}; {nearest(name, known)}")
+    check_fits(f"{path}: {context.command.name} has no flag", named, known)
     _fill(context, named)
     return path
 
@@ -255,3 +259,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return join_list(f"{name}={own}" for name, own in value.items())
     return join_list(value) if isinstance(value, list) else value
+
+
+File = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", envvar="BERTOLOGY_CONFIG", is_eager=True, callback=from_file,
+        help="TOML file with options by name, such as max-items = 64.",
+    ),
+]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from bertology_serve.cli.common import check_inputs, note
-from bertology_serve.cli.options import from_file, laid_out, options
+from bertology_serve.cli.options import File, laid_out, options
 from bertology_serve.export import MultiPrecision
 from bertology_serve.serving.config import ServerConfig
 
@@ -42,13 +42,6 @@ TimeAgain = Annotated[
 Models = Annotated[
     Path | None, typer.Option(help="An export of a single delta or a whole task model, or a directory of them.")
 ]
-File = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", envvar="BERTOLOGY_CONFIG", is_eager=True, callback=from_file,
-        help="TOML file with options by name, such as max-items = 64.",
-    ),
-]  # fmt: skip
 SkipBad = Annotated[bool, typer.Option("--skip-bad-deltas", help="Leave out deltas that cannot be loaded.")]
 
 

@@ -88,16 +88,17 @@ def train(
 
     from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.encoder.loading import find_device
+    from bertology_serve.tasks.base import make_items
     from bertology_serve.tasks.fields import unnamed_labels
     from bertology_serve.tasks.registry import task_for
     from bertology_serve.tasks.spec import MULTI_LABEL
     from bertology_serve.training import train as training
-    from bertology_serve.training.batches import Data, Source, make_items
+    from bertology_serve.training.batches import Data, Source
     from bertology_serve.training.methods import count_parameters, make_live
+    from bertology_serve.training.plots import check_plots, draw_curve
     from bertology_serve.training.processes import check_alone, join
     from bertology_serve.training.recipes import stages
     from bertology_serve.training.run_directory import Destination
-    from bertology_serve.training.run_plots import check_plots, draw_curve
     from bertology_serve.training.trainer import CallbackList
 
     place = Destination(out or Path("dry-run"), name, version, resume, overwrite)
@@ -236,7 +237,6 @@ class Bar:
         self.title, self.loss, self.epoch = f"stage {stage} of {count}", 0.0, 0
 
     def began(self, step: int, total: int, parameters: ParameterCount) -> None:
-        """Says what is trained, and draws the bar."""
         self._begin()
         note(f"training {counted(parameters)}")
         if step:
@@ -258,7 +258,6 @@ class Bar:
             self._say(f"{place}: loss {self.loss:.3f}, {self.speed:,.0f} tokens/s")
 
     def evaluated(self, line: Mapping[str, Any]) -> None:
-        """Shows the metrics."""
         self.bar.update(self.task, completed=line["step"])
         metrics = ", ".join(f"{name} {value:.4f}" for name, value in line["eval"].items())
         where = f"layer {line['layer']}, C {line['c']:.1e}" if "c" in line else f"step {line['step']}"
@@ -306,8 +305,8 @@ def show_dry_run(live: TrainableDelta, stage: Stage, source: Source, processes: 
 
 def needed(live: TrainableDelta, stage: Stage, source: Source, processes: Processes) -> dict[str, int]:
     """Bytes that training needs by their use; activations are tried on the longest of the first thousand records."""
+    from bertology_serve.tasks.base import make_items
     from bertology_serve.tasks.registry import task_for
-    from bertology_serve.training.batches import make_items
     from bertology_serve.training.memory import estimate
     from bertology_serve.training.trainer import Trainer
 

@@ -89,7 +89,6 @@ class Board:
             self.live.stop()
 
     def drawn(self) -> Table:
-        """The table as it stands."""
         from rich.table import Table
 
         found = Table(*self.COLUMNS, title=self.title, title_justify="left", title_style="bold")
@@ -99,7 +98,6 @@ class Board:
         return found
 
     def joined(self, name: str, step: int, total: int, parameters: ParameterCount) -> None:
-        """A new row."""
         if self.first:
             self._say(self.first, always=True)
         self.first = ""
@@ -117,29 +115,24 @@ class Board:
         row[6] = "training"
 
     def evaluated(self, name: str, line: Mapping[str, Any]) -> None:
-        """The metrics."""
         metrics = ", ".join(f"{metric} {value:.4f}" for metric, value in line["eval"].items())
         self.rows[name][5] = next((f"{metric} {value:.4f}" for metric, value in line["eval"].items()), "-")
         self.results[name] = next(iter(line["eval"].values()))
         self._say(f"{name}, step {line['step']}: {metrics}")
 
     def failed(self, name: str, reason: str) -> None:
-        """The reason."""
         self.rows[name][6] = "failed"
         self._say(f"{name}: given up at {reason}", always=True)
 
     def dropped(self, name: str, step: int) -> None:
-        """That others are better."""
         self.rows[name][6] = "dropped"
         self._say(f"{name}: dropped after step {step}")
 
     def published(self, name: str, difference: float) -> None:
-        """That it is there."""
         self.rows[name][6] = "saved"
         self._say(f"{name}: saved; the saved copy differs by {difference:.1e}")
 
     def noted(self, text: str) -> None:
-        """What it is."""
         self._say(text, always=True)
 
     def _say(self, text: str, always: bool = False) -> None:

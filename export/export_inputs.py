@@ -95,7 +95,6 @@ class ExportInputs:
 
     @property
     def activation(self) -> str:
-        """The name of the activation between up and down."""
         names = ("hidden_activation", "hidden_act", "activation")
         return next(str(getattr(self.config, name)) for name in names if hasattr(self.config, name))
 
@@ -115,7 +114,6 @@ class ExportInputs:
 
     @property
     def words(self) -> str:
-        """The name of the word embeddings."""
         return next(name for name in WORDS if name in self.state)
 
     @property

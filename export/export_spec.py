@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+from bertology_serve.config_fields import option
 from bertology_serve.errors import SpecError
-from bertology_serve.export import MultiPrecision as MultiPrecision
 
 Precision = Literal["fp32", "fp16", "int8-row", "int8-nbits", "int8-dynamic", "int8-static"]
 DRIFT: dict[Precision, float] = {
@@ -46,54 +46,38 @@ class ExportSpec:
     ``unpad`` of ``None`` means: for the target ``cpu``, where the direct back end writes the file.
     """
 
-    merge: bool = field(default=False, metadata={"help": "Fold LoRA, BitFit and head into the weights."})
-    bake: bool = field(
-        default=False, metadata={"help": "With --merge: adapters, prompts and prefixes become nodes of the graph."}
+    merge: bool = option(False, "Fold LoRA, BitFit and head into the weights.")
+    bake: bool = option(False, "With --merge: adapters, prompts and prefixes become nodes of the graph.")
+    atol: float | None = option(
+        None,
+        "In fp32: largest difference from torch that is accepted. "
+        "Default: what float32 rounds in so many layers, 2e-6 of the largest output in each.",
     )
-    atol: float | None = field(
-        default=None,
-        metadata={
-            "help": "In fp32: largest difference from torch that is accepted. "
-            "Default: what float32 rounds in so many layers, 2e-6 of the largest output in each."
-        },
+    opset: int | None = option(None, f"ONNX operator set, 18 to 23. Default: {PORTABLE}.")
+    target: Literal["cpu", "cuda", "portable", "openvino"] = option(
+        "cpu",
+        "What it is to run on: cuda has ONNX Runtime's fused attention; portable is plain ONNX; openvino "
+        "is OpenVINO's own format.",
     )
-    opset: int | None = field(
-        default=None,
-        metadata={"help": f"ONNX operator set, 18 to 23. Default: {PORTABLE}."},
+    unpad: bool | None = option(None, "Leave padding out of the work. Default: for the target cpu.")
+    back_end: Literal["auto", "direct", "torch"] = option(
+        "auto", "Written from the weights, or by torch's exporter; auto: direct if it can."
     )
-    target: Literal["cpu", "cuda", "portable", "openvino"] = field(
-        default="cpu",
-        metadata={
-            "help": "What it is to run on: cuda has ONNX Runtime's fused attention; portable is plain ONNX; openvino "
-            "is OpenVINO's own format."
-        },
+    precision: Precision = option(
+        "fp32",
+        "fp16, or the encoder's products in 8 bits: int8-row with a scale for each row, int8-nbits for "
+        "each 32 inputs, int8-dynamic for the whole batch, so that answers depend on it. For openvino fp32, or "
+        "int8-static with scales that are taken from texts beforehand (--calibrate).",
     )
-    unpad: bool | None = field(
-        default=None, metadata={"help": "Leave padding out of the work. Default: for the target cpu."}
+    max_drift: float | None = option(
+        None,
+        "Below fp32: largest ‖Δ‖/‖torch‖ of all outputs that is accepted. "
+        f"Default: {', '.join(f'{name} {value:g}' for name, value in DRIFT.items())} times the root of the layers.",
     )
-    back_end: Literal["auto", "direct", "torch"] = field(
-        default="auto", metadata={"help": "Written from the weights, or by torch's exporter; auto: direct if it can."}
+    layout: Literal["hf", "flat", "triton"] = option(
+        "hf", "onnx/model.onnx as HuggingFace's tools look for it; flat; a model of NVIDIA Triton's."
     )
-    precision: Precision = field(
-        default="fp32",
-        metadata={
-            "help": "fp16, or the encoder's products in 8 bits: int8-row with a scale for each row, int8-nbits for "
-            "each 32 inputs, int8-dynamic for the whole batch, so that answers depend on it. For openvino fp32, or "
-            "int8-static with scales that are taken from texts beforehand (--calibrate)."
-        },
-    )
-    max_drift: float | None = field(
-        default=None,
-        metadata={
-            "help": "Below fp32: largest ‖Δ‖/‖torch‖ of all outputs that is accepted. "
-            f"Default: {', '.join(f'{name} {value:g}' for name, value in DRIFT.items())} times the root of the layers."
-        },
-    )
-    layout: Literal["hf", "flat", "triton"] = field(
-        default="hf",
-        metadata={"help": "onnx/model.onnx as HuggingFace's tools look for it; flat; a model of NVIDIA Triton's."},
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier export."})
+    overwrite: bool = option(False, "Replace an earlier export.")
 
     def __post_init__(self) -> None:
         if not OPSETS[0] <= self.operators <= OPSETS[1]:
@@ -147,7 +131,6 @@ class ExportSpec:
 
     @property
     def model(self) -> str:
-        """Where the file lies in the directory."""
         return IR if self.target == "openvino" else MODEL[self.layout]
 
     @property

@@ -88,7 +88,6 @@ class OpenVinoSession(Session):
         self.inputs = tuple(one.any_name for one in self._session.inputs)
 
     def outputs(self, arrays: Arrays) -> dict[str, NDArray[np.float32]]:
-        """All outputs, by name."""
         found = self._session({name: arrays[name] for name in self.inputs})
         return {name: found[one] for one in self._session.outputs for name in one.names}
 

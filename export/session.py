@@ -82,7 +82,6 @@ class Session:
         return np.asarray(answer(self.outputs(arrays)))
 
     def outputs(self, arrays: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.float32]]:
-        """All outputs, by name."""
         outputs = self._session.run(self._names, {name: arrays[name] for name in self.inputs})
         return dict(zip(self._names, outputs, strict=True))
 

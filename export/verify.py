@@ -58,7 +58,6 @@ class Tolerance:
 
     @classmethod
     def of(cls, spec: ExportSpec, layers: int) -> Tolerance:
-        """Those of an export."""
         return cls(layers, spec.atol, spec.drift(layers), spec.neighbours)
 
     def output(self, scale: float) -> float:
@@ -137,7 +136,6 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is ``wrong``."""
         return not self.wrong
 
     @property
@@ -163,7 +161,6 @@ class Verification:
         return ""
 
     def line(self) -> str:
-        """The result in one line."""
         shapes = len({one.shape for one in self.shapes})
         decided = "" if self.agreement is None else f", {self.agreement:.2%} of decisions the same"
         drifted = f"drift {self.drift:.2%} (allowed {self.max_drift:.0%}), " if self.max_drift else ""
@@ -178,7 +175,6 @@ class Verification:
         )
 
     def as_dict(self) -> JsonObject:
-        """Ready for JSON."""
         return {"passed": self.passed, **asdict(self)}
 
 
@@ -200,7 +196,6 @@ class VerifiedFile(ABC):
         """What the file answers to each sequence, padding left out; to that of one ``row`` alone, if given."""
 
     def verify(self, cases: Iterable[Case], tolerance: Tolerance) -> Verification:
-        """Compares both on every case."""
         cases, compared = list(cases), list[Compared]()
         same, squares = list[bool](), np.zeros(2)
         for number, case in enumerate(cases):
@@ -326,7 +321,6 @@ def witnesses(encoder: Encoder, delta: Delta, reference: Reference, cases: Seque
 
 
 def _square(values: Output) -> float:
-    """The squared norm."""
     return float(np.square(values, dtype=np.float64).sum())
 
 

@@ -12,7 +12,7 @@ from benchmarks.train_vs_peft.works import BATCH, OPTIONS, STRIDE, Work
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.tasks.spec import QUESTION_ANSWERING
 from bertology_serve.training.batches import Source
-from bertology_serve.training.evaluate import evaluate
+from bertology_serve.training.evaluation import evaluate
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import train
 from bertology_serve.training.train_config import TrainConfig

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from bertology_serve.data.official import official_metrics
 from bertology_serve.data.records import Record, read_records
-from bertology_serve.data.sets import DataSet, set_named
+from bertology_serve.data.sets import DataSet, official_metrics, set_named
 from bertology_serve.tasks.base import Answer, Example, Task
 from bertology_serve.tasks.registry import task_for, task_named
 from bertology_serve.tasks.spec import QUESTION_ANSWERING, TaskSpec

@@ -12,7 +12,7 @@ from torch import Tensor
 from bertology_serve.analysis.figures import Figure, HeatMap
 from bertology_serve.analysis.head_statistics import TextMaps
 from bertology_serve.analysis.integrated_gradients import attributions, check_available, token_names
-from bertology_serve.analysis.labelled import Labelled, TaskEvaluation
+from bertology_serve.analysis.labelled import TaskEvaluation
 from bertology_serve.analysis.report import AnalysisReport, origin
 from bertology_serve.analysis.settings import CompareSettings
 from bertology_serve.analysis.subject_model import Advance, EncoderLike, Subject, data_name, silent
@@ -20,6 +20,7 @@ from bertology_serve.data.records import DataLike, read_records
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.files import JsonObject
+from bertology_serve.tasks.base import Item
 from bertology_serve.tasks.metrics import mcnemar
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, Encoding
 
@@ -114,7 +115,7 @@ def _said(answer: JsonObject) -> str | float:
 
 
 def _row(
-    number: int, item: Labelled, first: tuple[JsonObject, Tensor], second: tuple[JsonObject, Tensor],
+    number: int, item: Item, first: tuple[JsonObject, Tensor], second: tuple[JsonObject, Tensor],
     labelled: bool,
 ) -> JsonObject:  # fmt: skip
     """``gap``: the largest difference of class probabilities, else of the head's outputs."""

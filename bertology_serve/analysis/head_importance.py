@@ -92,7 +92,6 @@ def _curves(
     trial: TaskEvaluation, orders: Mapping[str, list[list[int]]], shares: Sequence[float], advance: Advance
 ) -> Curves:
     """The metric at every share of masked heads. What all orders share, nothing and everything, is measured once."""
-    encoder = trial.subject.encoder
     known: dict[frozenset[int], float] = {}
     curves: dict[str, list[list[float]]] = {}
     total, done = sum(map(len, orders.values())) * len(shares), 0
@@ -102,11 +101,7 @@ def _curves(
             for share in shares:
                 gone = frozenset(order[: round(share * len(order))])
                 if gone not in known:
-                    gates = torch.ones(
-                        encoder.anatomy.layers, encoder.anatomy.heads, dtype=encoder.dtype, device=encoder.device
-                    )
-                    gates.view(-1)[list(gone)] = 0.0
-                    known[gone] = trial.measure(gates)[trial.task.main_metric]
+                    known[gone] = trial.measure(trial.gates(gone))[trial.task.main_metric]
                 curve.append(known[gone])
                 done += 1
                 advance(done, total)
@@ -199,9 +194,7 @@ def left_out(trial: TaskEvaluation, advance: Advance = silent) -> Tensor:
     whole = trial.measure()["loss"]
     numbers = head_numbers(anatomy)
     for done, number in enumerate(numbers, 1):
-        gates = torch.ones(rises.shape, dtype=trial.subject.encoder.dtype, device=trial.subject.encoder.device)
-        gates.view(-1)[number] = 0.0
-        rises.view(-1)[number] = trial.measure(gates)["loss"] - whole
+        rises.view(-1)[number] = trial.measure(trial.gates([number]))["loss"] - whole
         advance(done, len(numbers))
     return rises
 

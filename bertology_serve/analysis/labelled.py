@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bertology_serve.analysis.subject_model import Subject, batches, data_name
-from bertology_serve.data.records import DataLike, Record, read_records
+from bertology_serve.data.records import DataLike, read_records
 from bertology_serve.encoder.attention import Group
 from bertology_serve.encoder.batch import PackedBatch, read
 from bertology_serve.encoder.forward_context import HeadAttention
 from bertology_serve.errors import SpecError, Unsupported
-from bertology_serve.tasks.base import Example, Task
+from bertology_serve.tasks.base import Item, Task, make_items
 from bertology_serve.tasks.heads import aggregate, outputs_of
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import WHOLE_BATCH, Encoding
+from bertology_serve.tasks.spec import WHOLE_BATCH
 
 
 class Gates:
@@ -41,15 +39,6 @@ class Gates:
         return out * values[list(group.sequences), layer][:, :, None, None]
 
 
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """A labelled example, its sequences, and what the loss compares them with."""
-
-    example: Example
-    encodings: tuple[Encoding, ...]
-    target: Any
-
-
 class TaskEvaluation:
     """A subject's task and its examples, answered again and again. Raises SpecError without a delta.
 
@@ -67,30 +56,22 @@ class TaskEvaluation:
         self.task, self.labelled = self.task_of(subject), labelled
         self.name = data_name(data)
         self.records = read_records(data, remembered=subject.delta.columns)[:most]
-        self.items = [self._item(record) for record in self.records]
+        self.items = make_items(self.task, self.records, subject.encoder.tokenizer, labelled)
 
     @staticmethod
     def task_of(subject: Subject) -> Task:
-        """The task of a subject's delta."""
         assert subject.delta is not None
         return task_for(subject.delta.task)
 
-    def _item(self, record: Record) -> Labelled:
-        example = self.task.example(*record, labelled=self.labelled)
-        encodings = tuple(self.task.encode(example, self.subject.encoder.tokenizer))
-        return Labelled(example, encodings, self.task.target(example, encodings) if self.labelled else None)
-
-    def groups(self) -> Iterator[list[Labelled]]:
+    def groups(self) -> Iterator[list[Item]]:
         """The examples in batches, shortest first."""
-        lengths = [sum(map(len, item.encodings)) for item in self.items]
-        for members in batches(lengths, self.max_tokens):
+        for members in batches([item.tokens for item in self.items], self.max_tokens):
             yield [self.items[i] for i in members]
 
-    def pack(self, items: Sequence[Labelled]) -> PackedBatch:
-        """One batch of all sequences of the items."""
+    def pack(self, items: Sequence[Item]) -> PackedBatch:
         return self.subject.pack([encoding for item in items for encoding in item.encodings])
 
-    def owners(self, batch: PackedBatch, items: Sequence[Labelled]) -> Tensor:
+    def owners(self, batch: PackedBatch, items: Sequence[Item]) -> Tensor:
         """The number of the item that each of the batch's rows belongs to: [T], padded [S · Lmax]."""
         numbers = [number for number, item in enumerate(items) for _ in item.encodings]
         own = torch.tensor([numbers[original] for original in batch.order], device=batch.ids.device)
@@ -103,11 +84,18 @@ class TaskEvaluation:
         assert self.subject.delta is not None
         return read(self.subject.run(batch, heads), batch, packed, self.subject.delta.task, self.subject.head)
 
-    def loss(self, out: Tensor, items: Sequence[Labelled]) -> Tensor:
+    def loss(self, out: Tensor, items: Sequence[Item]) -> Tensor:
         """The sum of the items' losses, a scalar."""
         encodings = [encoding for item in items for encoding in item.encodings]
         targets = [item.target for item in items]
         return self.task.loss(aggregate(out, encodings, self.task.spec), list(map(len, encodings)), targets)
+
+    def gates(self, masked: Collection[int]) -> Tensor:
+        """[L, heads]: 0 for the heads of these flat numbers (see ``head_numbers``), 1 for the others."""
+        encoder = self.subject.encoder
+        gates = torch.ones(encoder.anatomy.layers, encoder.anatomy.heads, dtype=encoder.dtype, device=encoder.device)
+        gates.view(-1)[list(masked)] = 0.0
+        return gates
 
     @torch.inference_mode()
     def measure(self, gates: Tensor | None = None) -> dict[str, float]:
@@ -123,7 +111,7 @@ class TaskEvaluation:
         weight = max(1, self.task.weight([item.target for item in self.items]))
         return {**self.task.metrics(answers, examples), "loss": loss / weight}
 
-    def parts(self, out: Tensor, items: Sequence[Labelled]) -> list[list[Tensor]]:
+    def parts(self, out: Tensor, items: Sequence[Item]) -> list[list[Tensor]]:
         """For each item the outputs that ``Task.decode`` takes."""
         groups = [item.encodings for item in items]
         whole = aggregate(out, [encoding for own in groups for encoding in own], self.task.spec)

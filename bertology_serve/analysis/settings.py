@@ -1,68 +1,62 @@
-"""The settings of each analysis; their help is that of the command line. Imports nothing heavy."""
+"""The settings of each analysis; their help is that of the command line. Values that make no sense are a SpecError.
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+from bertology_serve.config_fields import check_fields, option
 from bertology_serve.errors import SpecError
 
+LENGTH, TOKENS, TEXTS = "Tokens a sequence is cut to.", "Tokens a batch.", "Take the first so many texts."
 
-def at_least_one(settings: object, *names: str) -> None:
-    """Raises SpecError for a field below 1."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise SpecError(f"{name} is {value}; expected at least 1")
+
+class _Settings:
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
-class AttentionSettings:
+class AttentionSettings(_Settings):
     """How attention is looked at."""
 
-    max_length: int = field(default=128, metadata={"help": "Tokens a sequence is cut to."})
-    max_tokens: int = field(default=2048, metadata={"help": "Tokens a batch: bounds the maps that are held at once."})
-    most: int | None = field(default=None, metadata={"help": "Take the first so many texts."})
-    clusters: int = field(default=6, metadata={"help": "Clusters of heads."})
-    js_rows: int = field(default=4096, metadata={"help": "Rows that divergences between heads are measured on."})
-    fewest_arcs: int = field(default=20, metadata={"help": "Relations with fewer dependencies are not looked at."})
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "max_length", "max_tokens", "most", "clusters", "js_rows", "fewest_arcs")
+    max_length: int = option(128, LENGTH, least=1)
+    max_tokens: int = option(2048, "Tokens a batch: bounds the maps that are held at once.", least=1)
+    most: int | None = option(None, TEXTS, least=1)
+    clusters: int = option(6, "Clusters of heads.", least=1)
+    js_rows: int = option(4096, "Rows that divergences between heads are measured on.", least=1)
+    fewest_arcs: int = option(20, "Relations with fewer dependencies are not looked at.", least=1)
 
 
 @dataclass(frozen=True)
-class HeadSettings:
-    """How heads are judged. Raises SpecError for values that make no sense."""
+class HeadSettings(_Settings):
+    """How heads are judged."""
 
-    steps: int = field(default=10, metadata={"help": "Equal steps from no head masked to all of them."})
-    seeds: int = field(default=3, metadata={"help": "Random orders to compare with."})
-    seed: int = field(default=0, metadata={"help": "Seed of the random orders."})
-    most: int | None = field(default=None, metadata={"help": "Measure importance on the first so many records."})
-    leave_one_out: bool = field(default=False, metadata={"help": "Mask each head alone too: a pass over --input each."})
-    tolerance: float = field(default=0.01, metadata={"help": "How far the metric may fall, as a fraction."})
-    max_tokens: int = field(default=4096, metadata={"help": "Tokens a batch."})
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "steps", "most", "max_tokens")
-        if self.seeds < 0:
-            raise SpecError(f"seeds is {self.seeds}; expected 0 or more")
+    steps: int = option(10, "Equal steps from no head masked to all of them.", least=1)
+    seeds: int = option(3, "Random orders to compare with.", least=0)
+    seed: int = option(0, "Seed of the random orders.")
+    most: int | None = option(None, "Measure importance on the first so many records.", least=1)
+    leave_one_out: bool = option(False, "Mask each head alone too: a pass over --input each.")
+    tolerance: float = option(0.01, "How far the metric may fall, as a fraction.")
+    max_tokens: int = option(4096, TOKENS, least=1)
 
 
 @dataclass(frozen=True)
-class PruneSettings:
+class PruneSettings(_Settings):
     """What goes, and how what is left is measured. Raises SpecError for values that make no sense."""
 
-    heads: float = field(default=0.3, metadata={"help": "Share of all attention heads that goes."})
-    neurons: float = field(default=0.0, metadata={"help": "Share of all FFN neurons that goes."})
-    multiple: int = field(default=8, metadata={"help": "Neurons a layer stay a multiple of this."})
-    most: int | None = field(default=None, metadata={"help": "Measure importance on the first so many records."})
-    max_tokens: int = field(default=2048, metadata={"help": "Tokens a batch."})
-    atol: float = field(default=1e-5, metadata={"help": "Largest difference from the masked model that is accepted."})
-    rounds: int = field(default=5, metadata={"help": "Turns in which both encoders are timed, one after the other."})
+    heads: float = option(0.3, "Share of all attention heads that goes.")
+    neurons: float = option(0.0, "Share of all FFN neurons that goes.")
+    multiple: int = option(8, "Neurons a layer stay a multiple of this.", least=1)
+    most: int | None = option(None, "Measure importance on the first so many records.", least=1)
+    max_tokens: int = option(2048, TOKENS, least=1)
+    atol: float = option(1e-5, "Largest difference from the masked model that is accepted.")
+    rounds: int = option(5, "Turns in which both encoders are timed, one after the other.", least=1)
 
     def __post_init__(self) -> None:
-        at_least_one(self, "multiple", "most", "max_tokens", "rounds")
+        super().__post_init__()
         for name in ("heads", "neurons"):
             if not 0 <= getattr(self, name) < 1:
                 raise SpecError(f"{name} is {getattr(self, name)}; expected a share from 0 up to, not including, 1")
@@ -71,56 +65,43 @@ class PruneSettings:
 
 
 @dataclass(frozen=True)
-class ProbeSettings:
+class ProbeSettings(_Settings):
     """How layers are probed. Raises SpecError for values that make no sense."""
 
-    tasks: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "Among length, position, content, tags, depth, label. Default: all that the records can answer."
-        },
+    tasks: tuple[str, ...] = option(
+        (), "Among length, position, content, tags, depth, label. Default: all that the records can answer."
     )
-    rows: int = field(
-        default=10_000, metadata={"help": "Most texts or words that one probe trains on, and is judged on."}
-    )
-    most: int | None = field(default=None, metadata={"help": "Take the first so many records of each file."})
-    pooling: Literal["mean", "max", "cls"] = field(default="mean", metadata={"help": "How a text's rows become one."})
-    code: bool = field(default=True, metadata={"help": "Measure the online code too."})
-    mix: bool = field(default=True, metadata={"help": "Fit a probe on a mix of all layers too."})
-    penalty: float = field(default=1e-3, metadata={"help": "Weight of the probe's squared norm."})
-    seed: int = field(default=0, metadata={"help": "Seed of samples, the held-out quarter and control labels."})
-    max_length: int = field(default=128, metadata={"help": "Tokens a sequence is cut to."})
-    max_tokens: int = field(default=4096, metadata={"help": "Tokens a batch."})
+    rows: int = option(10_000, "Most texts or words that one probe trains on, and is judged on.", least=1)
+    most: int | None = option(None, "Take the first so many records of each file.", least=1)
+    pooling: Literal["mean", "max", "cls"] = option("mean", "How a text's rows become one.")
+    code: bool = option(True, "Measure the online code too.")
+    mix: bool = option(True, "Fit a probe on a mix of all layers too.")
+    penalty: float = option(1e-3, "Weight of the probe's squared norm.")
+    seed: int = option(0, "Seed of samples, the held-out quarter and control labels.")
+    max_length: int = option(128, LENGTH, least=1)
+    max_tokens: int = option(4096, TOKENS, least=1)
 
     def __post_init__(self) -> None:
-        at_least_one(self, "rows", "most", "max_length", "max_tokens")
+        super().__post_init__()
         if self.penalty <= 0:
             raise SpecError(f"penalty is {self.penalty}; expected more than 0")
 
 
 @dataclass(frozen=True)
-class DistanceSettings:
+class DistanceSettings(_Settings):
     """How features are compared with the base's."""
 
-    most: int | None = field(default=512, metadata={"help": "Compare features on the first so many texts."})
-    max_length: int = field(default=128, metadata={"help": "Tokens a sequence is cut to."})
-    max_tokens: int = field(default=4096, metadata={"help": "Tokens a batch."})
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "most", "max_length", "max_tokens")
+    most: int | None = option(512, "Compare features on the first so many texts.", least=1)
+    max_length: int = option(128, LENGTH, least=1)
+    max_tokens: int = option(4096, TOKENS, least=1)
 
 
 @dataclass(frozen=True)
-class CompareSettings:
-    """How two deltas are compared. Raises SpecError for values that make no sense."""
+class CompareSettings(_Settings):
+    """How two deltas are compared."""
 
-    most: int | None = field(default=None, metadata={"help": "Take the first so many records."})
-    shown: int = field(default=8, metadata={"help": "Disagreements that are looked into, the widest gaps first."})
-    attributions: bool = field(default=True, metadata={"help": "Show what each token adds (needs captum)."})
-    steps: int = field(default=32, metadata={"help": "Steps of integrated gradients."})
-    max_tokens: int = field(default=4096, metadata={"help": "Tokens a batch."})
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "most", "steps", "max_tokens")
-        if self.shown < 0:
-            raise SpecError(f"shown is {self.shown}; expected 0 or more")
+    most: int | None = option(None, "Take the first so many records.", least=1)
+    shown: int = option(8, "Disagreements that are looked into, the widest gaps first.", least=0)
+    attributions: bool = option(True, "Show what each token adds (needs captum).")
+    steps: int = option(32, "Steps of integrated gradients.", least=1)
+    max_tokens: int = option(4096, TOKENS, least=1)

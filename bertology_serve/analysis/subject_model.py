@@ -88,7 +88,6 @@ class Subject:
 
     @cached_property
     def pools(self) -> LiveBank:
-        """The delta's rows."""
         if self.delta is None or not self.delta.specs:
             return LiveBank([])
         device, dtype = self.encoder.device, self.encoder.dtype
@@ -108,7 +107,6 @@ class Subject:
 
     @property
     def entry(self) -> BankEntry:
-        """The delta's place among ``pools``."""
         return self.pools.entries.get(KEY, BARE)
 
     @cached_property
@@ -121,7 +119,6 @@ class Subject:
             return head.to(self.encoder.device).eval().requires_grad_(False)
 
     def pack(self, encodings: Sequence[Encoding]) -> PackedBatch:
-        """One batch of sequences, the delta on all of them."""
         return self.encoder.pack(encodings, [self.entry] * len(encodings))
 
     def run(self, batch: PackedBatch, heads: HeadAttention | None = None) -> Tensor:
@@ -137,7 +134,6 @@ class Subject:
         return self.encoder.layer_rows(self.pools, self.entry, encodings, groups, layers)
 
     def facts(self) -> JsonObject:
-        """What the report says of it."""
         base, delta = self.encoder.ref, self.delta
         own = None if delta is None else {"name": delta.name, "version": delta.version, "kinds": list(delta.kinds)}
         return {"base": base.name, "family": base.family, "sha256": base.sha256, "delta": own}

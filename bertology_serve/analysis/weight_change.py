@@ -34,7 +34,6 @@ class Move:
         return effective_rank(torch.tensor(self.singular, dtype=torch.float64)) if self.singular else None
 
     def as_row(self) -> JsonObject:
-        """A line of the table."""
         largest = self.singular[0] if self.singular else None
         return {"slot": self.slot, "layer": self.layer, "part": self.part, "frobenius": self.frobenius,
                 "relative": self.relative, "rank": len(self.singular) or None,

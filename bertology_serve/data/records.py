@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from bertology_serve.data import formats, retrieval
+from bertology_serve.data import formats
 from bertology_serve.data.formats import HUB_PREFIX, SET_PREFIX, Dataset, Fields, Row
 from bertology_serve.errors import DataError, NotFound, SpecError, nearest
 from bertology_serve.tasks.base import Example, Task
@@ -61,7 +61,7 @@ def read_records(
 
     A hub data set is written ``hub:NAME[:CONFIG][:SPLIT]``, a well-known one ``set:NAME:SPLIT`` (see ``set_files``);
     ``.conll`` files hold a word and its tag a line; a folder with ``corpus.jsonl`` is a retrieval set (see
-    ``retrieval``). ``columns`` maps a field to the column that holds it:
+    ``formats``). ``columns`` maps a field to the column that holds it:
     ``{"text": "sentence"}``, or to several with ``|`` between: ``{"label": "toxic|insult"}``. Where none are given
     those ``remembered`` by a delta count, each in records that have it.
     Cells of CSV and TSV are texts, but lists (``tokens``, ``tags``, ``choices``, ``answers``) are written as JSON, and
@@ -122,7 +122,6 @@ def _is_missing(value: object) -> bool:
 
 
 def _listed_rows(rows: Iterable[object]) -> Iterable[Row]:
-    """Mappings, or records with their places."""
     for row, fields in enumerate(rows, 1):
         if isinstance(fields, Record):
             yield fields
@@ -138,9 +137,9 @@ def _listed_rows(rows: Iterable[object]) -> Iterable[Row]:
 def _named_rows(path: str | Path) -> Iterable[Row]:
     if Path(path).is_file():
         return _read_file(Path(path))
-    searched = retrieval.find_set(str(path))
+    searched = formats.find_retrieval_set(str(path))
     if searched is not None:
-        return retrieval.read_set(*searched)
+        return formats.read_retrieval_set(*searched)
     if not str(path).startswith((HUB_PREFIX, SET_PREFIX)):
         return _read_file(Path(path))
     from bertology_serve.data import set_files

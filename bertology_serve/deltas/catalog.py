@@ -67,7 +67,6 @@ class InvalidDelta:
 
     @property
     def reason(self) -> str:
-        """Why, in words."""
         return str(self.problem)
 
 

@@ -249,7 +249,6 @@ class DeltaBank:
 
     @property
     def bytes(self) -> int:
-        """Bytes that the pools take."""
         tensors = [column for pool in self.pools.values() for column in pool.columns.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

@@ -233,7 +233,6 @@ class Ledger:
 
     @property
     def total(self) -> int:
-        """Bytes of all of them."""
         return sum(list(self._bytes.values()))
 
     def enter(self, key: str, size: int) -> None:

@@ -60,7 +60,6 @@ class BertLayers(nn.Module):
         self.encoder = _LayerStack(config)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The word embeddings."""
         return self.embeddings.word_embeddings
 
     def forward(

@@ -16,15 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bertology_serve.families.compat import activation, deberta_distances, nothing, patch
-from bertology_serve.families.family import (
-    Current,
-    Family,
-    FamilyContext,
-    bert_words,
-    classifier,
-    hidden_first,
-    spans,
-)
+from bertology_serve.families.family import Current, Family, FamilyContext, bert_words, classifier, hidden_first, spans
 
 if TYPE_CHECKING:
     from bertology_serve.families.compat import ConvLayer, DebertaAttention, DebertaV2Encoder

@@ -149,9 +149,7 @@ class Current(Protocol):
     """Holds the batch that is under way, if any."""
 
     @property
-    def value(self) -> FamilyContext | None:
-        """What is under way."""
-        ...
+    def value(self) -> FamilyContext | None: ...
 
 
 @dataclass(frozen=True)

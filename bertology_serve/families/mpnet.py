@@ -13,15 +13,7 @@ import torch
 from torch import Tensor
 
 from bertology_serve.families.compat import mpnet_buckets, nothing, patch
-from bertology_serve.families.family import (
-    Current,
-    Family,
-    classifier,
-    dense_out_proj,
-    pooler,
-    roberta_words,
-    spans,
-)
+from bertology_serve.families.family import Current, Family, classifier, dense_out_proj, pooler, roberta_words, spans
 
 if TYPE_CHECKING:
     from bertology_serve.families.compat import MPNetEncoder, MPNetSelfAttention

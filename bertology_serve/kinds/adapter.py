@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bertology_serve.config_fields import named_fields
+from bertology_serve.config_fields import check_known, named_fields
 from bertology_serve.errors import SpecError
 from bertology_serve.kinds.effects import Bottleneck, Effects, Layers, spread
 from bertology_serve.kinds.kinds import (
     LATER,
     Kind,
     Tensors,
-    check_choice,
     check_layers,
     check_positive,
     chosen_layers,
@@ -52,10 +51,10 @@ class Adapter:
     layers: Layers = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
-        check_choice("preset", self.preset, PRESETS)
-        check_choice("after", self.after, ("both", "attention", "ffn"))
+        check_known("preset", self.preset, PRESETS)
+        check_known("after", self.after, ("both", "attention", "ffn"))
         check_positive(width=self.width)
-        check_choice("activation", self.nonlinearity, ACTIVATIONS)
+        check_known("activation", self.nonlinearity, ACTIVATIONS)
         if self.drop_lowest < 0:
             raise SpecError(f"drop_lowest is {self.drop_lowest}; expected a number of layers from 0")
         if self.drop_lowest and self.layers is not None:
@@ -64,7 +63,6 @@ class Adapter:
 
     @property
     def nonlinearity(self) -> str:
-        """The activation in use."""
         return self.activation or ("silu" if self.preset == "houlsby" else "relu")
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bertology_serve.config_fields import named_fields
+from bertology_serve.config_fields import check_known, named_fields
 from bertology_serve.errors import Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, Layers, spread
-from bertology_serve.kinds.kinds import LATER, Cut, Kind, Tensors, check_choice, check_layers, layers_of, zeros
+from bertology_serve.kinds.kinds import LATER, Cut, Kind, Tensors, check_layers, layers_of, zeros
 from bertology_serve.kinds.peft_format import (
     Block,
     Config,
@@ -48,7 +48,7 @@ class Bitfit:
     layers: Layers = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
-        check_choice("biases", self.biases, ("all", "attention"))
+        check_known("biases", self.biases, ("all", "attention"))
         check_layers(self, self.layers)
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from bertology_serve.errors import SpecError, nearest
+from bertology_serve.config_fields import check_fits
+from bertology_serve.errors import SpecError
 from bertology_serve.kinds.effects import Effects, Layers, merged
 from bertology_serve.kinds.slots import OUTSIDE, Anatomy, Slot
 from bertology_serve.tasks.registry import LazyTable
@@ -120,17 +121,8 @@ def layers_of(layers: Layers, slot: Slot) -> tuple[int, ...]:
 
 def spec_from_dict(kind: Kind[S], values: Mapping[str, Any]) -> S:
     """Builds a spec from JSON or flags; an unknown field is an error that names the nearest known one."""
-    known = {one.name for one in fields(kind.spec)}
-    for name in values:
-        if name not in known:
-            raise SpecError(f"{kind.name} has no field {name!r}; {nearest(name, known)}")
+    check_fits(f"{kind.name} has no field", values, {one.name for one in fields(kind.spec)})
     return kind.spec(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises SpecError unless ``value`` is one of ``known``."""
-    if value not in known:
-        raise SpecError(f"unknown {field} {value!r}; {nearest(str(value), known)}")
 
 
 def check_positive(**values: int | float) -> None:

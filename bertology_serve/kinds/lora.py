@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bertology_serve.config_fields import named_fields
+from bertology_serve.config_fields import check_known, named_fields
 from bertology_serve.errors import FormatError, Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, Layers, LowRank, spread
@@ -23,7 +23,6 @@ from bertology_serve.kinds.kinds import (
     Cut,
     Kind,
     Tensors,
-    check_choice,
     check_layers,
     check_names,
     check_positive,
@@ -72,7 +71,7 @@ class Lora:
     def __post_init__(self) -> None:
         check_positive(rank=self.rank, alpha=self.alpha)
         check_share(dropout=self.dropout)
-        check_choice("init", self.init, ("kaiming", "gaussian"))
+        check_known("init", self.init, ("kaiming", "gaussian"))
         check_layers(self, self.layers)
         check_names(targets=self.targets)
 

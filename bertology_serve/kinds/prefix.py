@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bertology_serve.config_fields import named_fields
+from bertology_serve.config_fields import check_known, named_fields
 from bertology_serve.errors import FormatError, Unsupported, nearest
 from bertology_serve.families import FAMILIES, family_named
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, PrefixEffect
-from bertology_serve.kinds.kinds import Cut, Kind, Tensors, check_choice, check_positive, normal
+from bertology_serve.kinds.kinds import Cut, Kind, Tensors, check_positive, normal
 from bertology_serve.kinds.peft_format import PROMPT_EMBEDDINGS, Config, PeftFormat, take, virtual_sizes
 from bertology_serve.kinds.slots import KEY, Anatomy
 
@@ -35,7 +35,7 @@ class Prefix:
 
     def __post_init__(self) -> None:
         check_positive(length=self.length, init_std=self.init_std)
-        check_choice("positions", self.positions, ("kept", "shifted"))
+        check_known("positions", self.positions, ("kept", "shifted"))
 
 
 def init(spec: Prefix, anatomy: Anatomy, generator: torch.Generator | None) -> Tensors:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bertology_serve.config_fields import named_fields
+from bertology_serve.config_fields import check_known, named_fields
 from bertology_serve.errors import FormatError
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.effects import Effects, PromptEffect
-from bertology_serve.kinds.kinds import Kind, Tensors, check_choice, check_positive, normal, uncut
+from bertology_serve.kinds.kinds import Kind, Tensors, check_positive, normal, uncut
 from bertology_serve.kinds.peft_format import PROMPT_EMBEDDINGS, Config, PeftFormat, take, virtual_sizes
 from bertology_serve.kinds.slots import Anatomy
 
@@ -38,9 +38,9 @@ class Prompt:
 
     def __post_init__(self) -> None:
         check_positive(length=self.length, init_std=self.init_std)
-        check_choice("placement", self.placement, ("after_cls", "before_cls"))
-        check_choice("positions", self.positions, ("kept", "shifted"))
-        check_choice("head_reads", self.head_reads, ("cls", "first_row"))
+        check_known("placement", self.placement, ("after_cls", "before_cls"))
+        check_known("positions", self.positions, ("kept", "shifted"))
+        check_known("head_reads", self.head_reads, ("cls", "first_row"))
 
 
 def init(spec: Prompt, anatomy: Anatomy, generator: torch.Generator | None) -> Tensors:

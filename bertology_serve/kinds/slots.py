@@ -62,7 +62,6 @@ class Slot:
 
     @property
     def present(self) -> tuple[int, ...]:
-        """The layers that have the module."""
         return tuple(i for i, path in enumerate(self.paths) if path is not None)
 
 
@@ -121,5 +120,4 @@ class Anatomy:
 
     @property
     def linear_slots(self) -> tuple[str, ...]:
-        """Names of the slots that are linear projections."""
         return tuple(name for name in self.slots if name in LINEAR_SLOTS)

@@ -76,7 +76,6 @@ class Vera:
 
 
 def _slots(spec: Vera, anatomy: Anatomy) -> dict[str, tuple[int, ...]]:
-    """The layers of each target slot."""
     return {name: chosen_layers(spec.layers, anatomy.slot(name).depth) for name in anatomy.resolve(spec.targets)}
 
 

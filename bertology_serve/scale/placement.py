@@ -103,6 +103,10 @@ class Placement:
         able = [name for name in ordered(delta, self._names) if self._takes(name, delta)]
         return able[: rate.replicas if rate else 1]
 
+    def in_order(self, delta: str) -> list[ReplicaState]:
+        """The replicas that take calls, in the order of that delta."""
+        return [self.replicas[name] for name in ordered(delta, self._names) if self.replicas[name].ready]
+
     def count(self, delta: str, tokens: float, now: float) -> None:
         """Notes a call for a delta that has come; once for each, however often it is tried."""
         rate = self._rates.get(delta)

@@ -34,21 +34,17 @@ class ListenConfig:
         "Port for the Open Inference Protocol over gRPC; 0 takes a free one. Without it there is none. "
         "Needs the extra grpc.",
     )
-    keys_file: Path | None = field(
-        default=None,
-        metadata={
-            "help": 'JSON file of API keys: {"keys": [{"name", "key" or "sha256", "admin", "deltas", ...}]}. '
-            "BERTOLOGY_API_KEYS and BERTOLOGY_ADMIN_KEYS add plain ones. Without keys every route but "
-            "management is open."
-        },
+    keys_file: Path | None = option(
+        None,
+        'JSON file of API keys: {"keys": [{"name", "key" or "sha256", "admin", "deltas", ...}]}. '
+        "BERTOLOGY_API_KEYS and BERTOLOGY_ADMIN_KEYS add plain ones. Without keys every route but "
+        "management is open.",
     )
     cors_origin: tuple[str, ...] = option(
-        (),
-        "Web pages that may call from a browser: https://HOST[:PORT],... or *. Without it none may.",
+        (), "Web pages that may call from a browser: https://HOST[:PORT],... or *. Without it none may."
     )
     max_connections: int = option(
-        1024,
-        "Most connections at once; a newcomer takes the place of the one that has been idle longest.",
+        1024, "Most connections at once; a newcomer takes the place of the one that has been idle longest."
     )
     gzip_bytes: int = option(0, "Compress answers of at least that many bytes for callers that accept gzip; 0: never.")
 
@@ -74,22 +70,16 @@ class DeltaConfig:
         "are asked. Without it all of them are resident.",
     )
     host_mb: int = option(
-        1024,
-        "Memory for deltas that had to leave the device, in MiB: they come back without being read.",
+        1024, "Memory for deltas that had to leave the device, in MiB: they come back without being read."
     )
     max_cold_calls: int = option(256, "Most calls that wait for deltas to be loaded; beyond that 503 with Retry-After.")
-    state_file: Path | None = field(
-        default=None,
-        metadata={
-            "help": "JSON file of the desired state: version, canary, shadow, weight, pin of each delta. Followed."
-        },
+    state_file: Path | None = option(
+        None, "JSON file of the desired state: version, canary, shadow, weight, pin of each delta. Followed."
     )
-    redaction_file: Path | None = field(
-        default=None,
-        metadata={
-            "help": 'JSON file for redaction: {"key": "of hashes", "patterns": {"ORDER": "a regular expression"}}. '
-            "Without a key hashes are plain SHA-256."
-        },
+    redaction_file: Path | None = option(
+        None,
+        'JSON file for redaction: {"key": "of hashes", "patterns": {"ORDER": "a regular expression"}}. '
+        "Without a key hashes are plain SHA-256.",
     )
     watch_seconds: float = option(
         0.0,
@@ -154,8 +144,7 @@ class LimitsConfig:
         8192, "Most tokens of one item, all its windows or choices together; beyond that 413."
     )
     max_text_characters: int = option(
-        100_000,
-        "Longest text of one item; beyond that 413. Texts are cut to the delta's maximum length.",
+        100_000, "Longest text of one item; beyond that 413. Texts are cut to the delta's maximum length."
     )
     max_header_bytes: int = option(16_384, "Largest path and headers of a call; beyond that 431.")
     max_body_bytes: int = option(4 * 2**20, "Largest body of a call, decompressed; beyond that 413.")
@@ -192,16 +181,13 @@ class LoggingConfig:
     )
     log_format: Literal["text", "json"] = option("text", "Lines for people, or JSON objects for machines.")
     log_calls: bool = option(
-        False,
-        "Log every call: method, path, status, milliseconds, and the name of its key. No texts.",
+        False, "Log every call: method, path, status, milliseconds, and the name of its key. No texts."
     )
     traces: bool = option(
-        False,
-        "OpenTelemetry spans of calls, queue and batches; needs the extra otel and a configured SDK.",
+        False, "OpenTelemetry spans of calls, queue and batches; needs the extra otel and a configured SDK."
     )
     max_metric_deltas: int = option(
-        200,
-        "Most deltas that metrics name; those that come later are counted together, as 'other'.",
+        200, "Most deltas that metrics name; those that come later are counted together, as 'other'."
     )
 
     def __post_init__(self) -> None:

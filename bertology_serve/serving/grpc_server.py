@@ -57,7 +57,6 @@ class GrpcServer:
         self._module = grpc.aio
 
     async def start(self, service: Service, keyring: Keyring) -> None:
-        """Takes calls from now on."""
         config = service.config
         self._server = self._module.server(
             options=(
@@ -97,17 +96,11 @@ PUBLIC = ("ServerLive", "ServerReady")
 class Context(Protocol):
     """What gRPC knows of a call."""
 
-    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]] | None:
-        """The caller's headers."""
-        ...
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]] | None: ...
 
-    def set_trailing_metadata(self, metadata: Sequence[tuple[str, str]]) -> None:
-        """Headers that follow the answer."""
-        ...
+    def set_trailing_metadata(self, metadata: Sequence[tuple[str, str]]) -> None: ...
 
-    def time_remaining(self) -> float | None:
-        """Seconds until the caller's deadline."""
-        ...
+    def time_remaining(self) -> float | None: ...
 
     async def abort(self, code: grpc.StatusCode, details: str, metadata: Sequence[tuple[str, str]]) -> Message:
         """Ends the call with an error; it raises."""
@@ -125,7 +118,6 @@ class Methods:
         self._lifecycle, self._metrics = service.lifecycle, service.metrics
 
     def handler(self) -> object:
-        """What a gRPC server takes."""
         methods = {
             "ServerLive": self.live, "ServerReady": self.ready, "ServerMetadata": self.server,
             "ModelReady": self.model_ready, "ModelMetadata": self.model, "ModelConfig": self.config,
@@ -174,15 +166,12 @@ class Methods:
         return access
 
     async def live(self, asked: Message, access: Access, context: Context) -> Message:
-        """Liveness."""
         return message("ServerLiveResponse")(live=True)
 
     async def ready(self, asked: Message, access: Access, context: Context) -> Message:
-        """Readiness."""
         return message("ServerReadyResponse")(ready=self._service.ready)
 
     async def server(self, asked: Message, access: Access, context: Context) -> Message:
-        """About the server."""
         known = oip_model.server_metadata()
         return message("ServerMetadataResponse")(**known)
 
@@ -195,17 +184,14 @@ class Methods:
         return message("ModelReadyResponse")(ready=self._service.ready)
 
     async def model(self, asked: Message, access: Access, context: Context) -> Message:
-        """A delta's tensors."""
         known = oip_model.metadata(self._find(access, asked))
         del known["parameters"]
         return message("ModelMetadataResponse")(**known)
 
     async def config(self, asked: Message, access: Access, context: Context) -> Message:
-        """A delta's configuration."""
         return config(oip_model.config(self._find(access, asked)))
 
     async def statistics(self, asked: Message, access: Access, context: Context) -> Message:
-        """What a delta, or every one, has done."""
         deltas = [self._find(access, asked)] if asked.name else self._service.visible(access)
         return statistics(self._metrics.statistics.of(deltas)["model_stats"])
 
@@ -226,19 +212,16 @@ class Methods:
         return response
 
     async def index(self, asked: Message, access: Access, context: Context) -> Message:
-        """Every version on disk or in service."""
         access.check_admin()
         entries = [msgspec.structs.asdict(entry) for entry in await self._lifecycle.index(asked.ready)]
         return message("RepositoryIndexResponse")(models=entries)
 
     async def load(self, asked: Message, access: Access, context: Context) -> Message:
-        """Loads a version, or swaps to it."""
         access.check_admin()
         await self._lifecycle.load(asked.model_name, oip_model.read_load(_body(asked)))
         return message("RepositoryModelLoadResponse")()
 
     async def unload(self, asked: Message, access: Access, context: Context) -> Message:
-        """Takes a delta away."""
         access.check_admin()
         await self._lifecycle.unload(asked.model_name)
         return message("RepositoryModelUnloadResponse")()
@@ -248,7 +231,6 @@ class Methods:
 
 
 def _request_id(context: Context) -> str:
-    """The id of a call, as over HTTP."""
     headers = context.invocation_metadata() or ()
     given = [value for name, value in headers if name == "x-request-id" and isinstance(value, str)]
     return id_of(given[-1].encode() if given else b"").decode()

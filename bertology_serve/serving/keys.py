@@ -73,7 +73,6 @@ class Access:
         self.metered = self._tokens is not None
 
     def allows(self, delta: str) -> bool:
-        """Whether it opens the delta of that name."""
         return self._patterns is None or any(fnmatchcase(delta, pattern) for pattern in self._patterns)
 
     def check(self, delta: str) -> None:
@@ -192,7 +191,6 @@ def _from_file(path: Path) -> Iterator[Key]:
 
 
 def _key(entry: Any, where: str) -> Key:
-    """One entry of the file, as ``Key`` checks it."""
     if not isinstance(entry, dict):
         raise SpecError(f"{where}: expected an object with 'name' and 'key' or 'sha256'")
     for key in entry:

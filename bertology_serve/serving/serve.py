@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Literal
 
-from bertology_serve.export.export_spec import MultiPrecision
+from bertology_serve.export import MultiPrecision
 from bertology_serve.serving.config import ServerConfig
 
 if TYPE_CHECKING:

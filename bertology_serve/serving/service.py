@@ -63,9 +63,7 @@ class Parsed(Protocol):
     """What a codec makes of a body."""
 
     @property
-    def requests(self) -> Sequence[Request]:
-        """One for each item."""
-        ...
+    def requests(self) -> Sequence[Request]: ...
 
 
 class Find(Protocol):
@@ -115,11 +113,9 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether new calls are welcome."""
         return self.state == READY
 
     def start(self) -> None:
-        """Takes calls from now on."""
         self._loop = asyncio.get_running_loop()
         self._executor.start()
         self._lag.start(self._loop)
@@ -144,7 +140,6 @@ class Service:
         return self.registry.find(name, version, access.allows)
 
     def visible(self, access: Access) -> list[Delta]:
-        """The deltas that answer the caller."""
         return [delta for delta in self.registry.all() if access.allows(delta.name)]
 
     async def serve(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic
 
@@ -143,6 +143,37 @@ class Task(ABC, Generic[E, G]):
         tasks without labels.
         """
         return []
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An example, its sequences, and what the loss compares them with where it is labelled."""
+
+    example: Example
+    encodings: tuple[Encoding, ...]
+    target: Any
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.encodings))
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.encodings))
+
+
+def make_items(
+    task: Task, records: Iterable[tuple[Record, str]], tokenizer: PreTrainedTokenizerBase, labelled: bool = True
+) -> list[Item]:
+    """Checks and tokenises (fields, where) records once. Raises DataError naming the first that is wrong."""
+    items = []
+    for fields, where in records:
+        example = task.example(fields, where, labelled)
+        encodings = tuple(task.encode(example, tokenizer))
+        items.append(Item(example, encodings, task.target(example, encodings) if labelled else None))
+    if not items:
+        raise DataError("no records were found; expected at least one")
+    return items
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,6 @@ class EmbeddingExample(TextExample):
 
     @property
     def fields(self) -> dict[str, object]:
-        """What of the record is embedded."""
         own = {"text": self.text, "text_pair": self.text_pair, "negatives": list(self.negatives)}
         return {name: value for name, value in own.items() if value}
 
@@ -291,7 +290,6 @@ class Embedding(Task[EmbeddingExample, Target]):
         return [answer[f"{self.field}_pair"], *answer.get(f"{self.field}_negatives", ())]
 
     def _above(self, answer: Answer) -> bool:
-        """Whether the pair is nearer than every negative."""
         scores = self.searching(self._others(answer))(answer[self.field])
         return bool(scores[0] > scores[1:].max())
 
@@ -320,7 +318,6 @@ def prompt_of(role: str, prompts: Iterable[tuple[str, str]]) -> str:
 
 
 def _names(prompts: Mapping[str, str]) -> str:
-    """The names of prompts, for messages."""
     return f"prompts for {', '.join(sorted(filter(None, prompts))[:20])}" if prompts.keys() - {""} else "no prompts"
 
 

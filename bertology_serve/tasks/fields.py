@@ -211,7 +211,6 @@ def _mark(value: object) -> str:
 
 
 def _names(value: object, where: str, separator: str) -> list[str]:
-    """The labels that a value names."""
     if value is None:
         return []
     if isinstance(value, Mapping | list):

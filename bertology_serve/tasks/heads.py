@@ -39,7 +39,6 @@ class WordScores(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The word embeddings."""
         return self.words[0]
 
     def forward(self, rows: Tensor) -> Tensor:

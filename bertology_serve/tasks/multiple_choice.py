@@ -64,7 +64,6 @@ class MultipleChoice(Task[ChoiceExample, tuple[int, int]]):
         return {"choice": choice, "score": scores[choice], "scores": scores}
 
     def metrics(self, answers: Sequence[Answer], examples: Sequence[ChoiceExample]) -> dict[str, float]:
-        """Accuracy."""
         gold = [str(example.label) for example in examples]
         return {"accuracy": metrics.accuracy(gold, [str(answer["choice"]) for answer in answers])}
 

@@ -1,10 +1,7 @@
-"""Extractive question answering: answers as spans of a context read through windows; gold answers; SQuAD's metrics."""
+"""Extractive question answering: answers as spans of a context read through windows; gold answers."""
 
 from __future__ import annotations
 
-import re
-import string
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +16,7 @@ from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Answer, Example, Task
 from bertology_serve.tasks.encoding import encode_windows
 from bertology_serve.tasks.fields import Record, Records, as_list, kind_of, read_integer, read_text, required
-from bertology_serve.tasks.metrics import Floats, of_one
+from bertology_serve.tasks.metrics import Floats, of_one, squad_scores
 from bertology_serve.tasks.spec import QUESTION_ANSWERING, Encoding
 
 NO_ANSWER = "no-answer"
@@ -79,7 +76,6 @@ class QuestionAnswering(Task[QuestionExample, Rows]):
         return tuple(rows_of(encoding, example.answers[0]) for encoding in encodings)
 
     def weight(self, targets: Sequence[Rows]) -> int:
-        """The number of windows."""
         return sum(map(len, targets))
 
     def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[Rows]) -> Tensor:
@@ -230,36 +226,3 @@ def _locate(text: object, start: object, where: str, context: str) -> GoldAnswer
         raise DataError(f"{where}: field 'answers' holds {kind_of(text)}, which the context does not contain")
     nearest = min(found, key=lambda place: abs(place - hint))
     return nearest, nearest + len(text)
-
-
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def normalise(text: str) -> str:
-    """Lower case, without ASCII punctuation, articles and extra white space."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
-
-
-def exact(gold: str, found: str) -> float:
-    """1 if both are equal once normalised, else 0."""
-    return float(normalise(gold) == normalise(found))
-
-
-def overlap_f1(gold: str, found: str) -> float:
-    """F1 of the words that both share; when one side has no words, whether both have none."""
-    gold_words, found_words = normalise(gold).split(), normalise(found).split()
-    if not gold_words or not found_words:
-        return float(gold_words == found_words)
-    shared = sum((Counter(gold_words) & Counter(found_words)).values())
-    return 2 * shared / (len(gold_words) + len(found_words))
-
-
-def squad_scores(golds: Sequence[Sequence[str]], found: Sequence[str]) -> dict[str, float]:
-    """Mean F1 and exact match, each the best over an example's gold answers (no gold answers: the empty text)."""
-    pairs = [(gold or ("",), text) for gold, text in zip(golds, found, strict=True)]
-    count = max(len(pairs), 1)
-    return {
-        "f1": sum(max(overlap_f1(gold, text) for gold in options) for options, text in pairs) / count,
-        "exact": sum(max(exact(gold, text) for gold in options) for options, text in pairs) / count,
-    }

@@ -81,6 +81,5 @@ class SparseEmbedding(Embedding):
 
 
 def _columns(entries: Sequence[Any]) -> tuple[np.ndarray[Any, np.dtype[np.int64]], Floats]:
-    """The indices and values of entries."""
     index = np.array([entry["index"] for entry in entries], np.int64)
     return index, np.array([entry["value"] for entry in entries], np.float64)

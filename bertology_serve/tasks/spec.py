@@ -6,8 +6,8 @@ import math
 import operator
 from dataclasses import dataclass
 
-from bertology_serve.config_fields import named_fields
-from bertology_serve.errors import SpecError, nearest
+from bertology_serve.config_fields import check_known, named_fields
+from bertology_serve.errors import SpecError
 
 CLASSIFICATION = "classification"
 MULTI_LABEL = "multi-label"
@@ -111,11 +111,9 @@ class TaskSpec:
     ranges: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in TASK_KINDS:
-            raise SpecError(f"unknown task {self.kind!r}; {nearest(self.kind, TASK_KINDS)}")
+        check_known("task", self.kind, TASK_KINDS)
         for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise SpecError(f"unknown {name} {getattr(self, name)!r}; {nearest(str(getattr(self, name)), known)}")
+            check_known(name, getattr(self, name), known)
         if self.max_length < 3:
             raise SpecError(f"max_length is {self.max_length}; at least 3 tokens are needed")
         if len(set(self.labels)) != len(self.labels):

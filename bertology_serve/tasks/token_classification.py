@@ -89,7 +89,6 @@ class TokenClassification(Task[TokensExample, tuple[int, ...]]):
         return tuple(target)
 
     def weight(self, targets: Sequence[tuple[int, ...]]) -> int:
-        """The number of labelled rows."""
         return sum(index != IGNORED for target in targets for index in target)
 
     def loss(self, out: Tensor, lengths: Sequence[int], targets: Sequence[tuple[int, ...]]) -> Tensor:

@@ -33,15 +33,14 @@ from bertology_serve.training.baselines import PROBE
 from bertology_serve.training.batches import Data, Source
 from bertology_serve.training.calibration import Judged, judged_on
 from bertology_serve.training.config_file import settings_text
-from bertology_serve.training.evaluate import measure
-from bertology_serve.training.fleet.fleet import Fleet
+from bertology_serve.training.evaluation import measure
+from bertology_serve.training.fleet.fleet import Fleet, Member
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.fleet.fleet_run import Enrolled, Shelf, enrolled, rows_of_a_pass
-from bertology_serve.training.fleet.member import Member
 from bertology_serve.training.method_options import AUTO, Values, read_layers
 from bertology_serve.training.methods import count_parameters, specs_for
+from bertology_serve.training.plots import draw_curves
 from bertology_serve.training.run_directory import CONFIG, SKIPPED, Destination, identity
-from bertology_serve.training.run_plots import draw_curves
 from bertology_serve.training.train import Outcome, for_data, for_encoder, for_rows, lay_out, machine, task_spec
 from bertology_serve.training.train_config import RecipeConfig, TrainConfig, read_budget
 from bertology_serve.training.trainer import Callback, Line
@@ -138,7 +137,6 @@ class Search:
     ends: float = math.inf
 
     def late(self) -> bool:
-        """Whether time is up."""
         return perf_counter() >= self.ends
 
     def losers(self, active: Sequence[Member]) -> Sequence[Member]:
@@ -165,7 +163,6 @@ class Search:
 
     @property
     def metric(self) -> str:
-        """What candidates are judged by."""
         member = next(iter(self.crew.values()))[0].member
         return next(iter(member.latest), member.task.main_metric)
 
@@ -192,7 +189,6 @@ class Search:
 
     @property
     def improves(self) -> bool:
-        """Whether the winner is better than the probe."""
         return self.start is None or self.rank(self.winner)[0] > self.start
 
     @property
@@ -440,9 +436,7 @@ class Forwarded(Quiet):
         self.callback = callback
 
     def stepped(self, name: str, line: Line) -> None:
-        """A candidate made a step."""
         self.callback.stepped({**line, "candidate": name})
 
     def evaluated(self, name: str, line: Line) -> None:
-        """A candidate was measured."""
         self.callback.evaluated({**line, "candidate": name})

@@ -10,9 +10,8 @@ import torch
 
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import BASE, Pipeline, Request
-from bertology_serve.tasks.base import Answer, Task
+from bertology_serve.tasks.base import Answer, Item, Task
 from bertology_serve.tasks.spec import CLASSIFICATION, LABEL_KINDS, REGRESSION, VECTOR_KINDS, ZERO_SHOT
-from bertology_serve.training.batches import Item
 
 CONSTANT, COSINE, NAMES, PROBE = "constant", "cosine", "label names", "probe"
 _NAMED = re.compile(r"(?!label_?\d)\w*[^\W\d_]{3}", re.IGNORECASE)

@@ -1,10 +1,10 @@
-"""The data of a run: its sources, examples made ready, their order, and how a batch is cut into micro-batches."""
+"""The data of a run: its sources, the targets and order of its items, and how a batch is cut into micro-batches."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
@@ -12,44 +12,11 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from bertology_serve.data.formats import Fields
 from bertology_serve.data.records import DataLike, Record, name_of, read_records
-from bertology_serve.errors import DataError
-from bertology_serve.tasks.base import Example, Task
+from bertology_serve.tasks.base import Item, Task
 from bertology_serve.tasks.classification import LabelTask
-from bertology_serve.tasks.spec import VECTOR_KINDS, ZERO_SHOT, Encoding
+from bertology_serve.tasks.spec import VECTOR_KINDS, ZERO_SHOT
 from bertology_serve.training.train_config import TrainConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A labelled example, its sequences, and what the loss compares them with."""
-
-    example: Example
-    encodings: tuple[Encoding, ...]
-    target: Any
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all its sequences."""
-        return sum(map(len, self.encodings))
-
-    @property
-    def longest(self) -> int:
-        """Tokens of its longest sequence."""
-        return max(map(len, self.encodings))
-
-
-def make_items(task: Task, records: Iterable[tuple[Fields, str]], tokenizer: PreTrainedTokenizerBase) -> list[Item]:
-    """Checks and tokenises labelled (fields, where) records once. Raises DataError naming the first that is wrong."""
-    items = []
-    for fields, where in records:
-        example = task.example(fields, where, labelled=True)
-        encodings = tuple(task.encode(example, tokenizer))
-        items.append(Item(example, encodings, task.target(example, encodings)))
-    if not items:
-        raise DataError("no records were found; expected at least one")
-    return items
 
 
 def shaped(task: Task, items: list[Item], config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[Item]:

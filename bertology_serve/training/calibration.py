@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.trainable import TrainableDelta
-from bertology_serve.tasks.base import Answer
+from bertology_serve.tasks.base import Answer, Item
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.metrics import Flags, Floats, calibration_error
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import EMBEDDING, EVEN, MULTI_LABEL, ZERO_SHOT
-from bertology_serve.training.batches import Item, micro_batches
-from bertology_serve.training.evaluate import run
+from bertology_serve.training.batches import micro_batches
+from bertology_serve.training.evaluation import run
 
 if TYPE_CHECKING:
     from bertology_serve.tasks.zero_shot import ZeroShot

@@ -56,7 +56,6 @@ class Budget:
             raise SpecError("per_tensor is for a share of the entries; give --share too, or leave --per-tensor out")
 
     def approximate(self, changes: Changes, anatomy: Anatomy) -> Approximation:
-        """What stands for the changes."""
         if not changes:
             return Approximation()
         if self.share is not None:

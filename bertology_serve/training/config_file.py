@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from bertology_serve.config_fields import choices_of, split_list
-from bertology_serve.errors import SpecError, nearest
+from bertology_serve.config_fields import check_fits, choices_of, split_list
+from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.training.method_options import KindFlags, Values
 from bertology_serve.training.train_config import TrainConfig
@@ -29,9 +29,7 @@ def read_settings(values: Values) -> TrainConfig:
     A list may be a list, or a text with commas. Raises SpecError for an unknown name, naming the nearest.
     """
     named = {name.replace("-", "_"): value for name, value in values.items()}
-    for name in named:
-        if name not in OWN + KINDS:
-            raise SpecError(f"train has no flag {name!r}; {nearest(name, OWN + KINDS)}")
+    check_fits("train has no flag", named, OWN + KINDS)
     config = TrainConfig.of(**{name: _listed(TrainConfig, name, named[name]) for name in OWN if name in named})
     kinds = {name: _listed(KindFlags, name, named[name]) for name in KINDS if name in named}
     return config.replaced(options=KindFlags(**kinds).by_kind())
@@ -72,7 +70,6 @@ def settings_text(config: TrainConfig, files: Mapping[str, str], prepack: bool) 
 
 
 def _toml(value: object) -> str:
-    """A value as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):

@@ -18,8 +18,8 @@ from bertology_serve.deltas.interop.microsoft import read_microsoft_lora, read_t
 from bertology_serve.deltas.interop.peft_import import import_peft, magnitudes, spelt_out, unwrapped
 from bertology_serve.deltas.safe_io import Limits, read_json
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.opening import is_task_model, read_task_model, verify_peft
 from bertology_serve.encoder.pipeline import Pipeline
-from bertology_serve.encoder.task_models import is_task_model, read_task_model, verify_peft
 from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.kinds import Tensors

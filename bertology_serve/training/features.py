@@ -15,8 +15,9 @@ from bertology_serve.encoder.batch import read_rows
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import FormatError
 from bertology_serve.files import JsonObject
+from bertology_serve.tasks.base import Item
 from bertology_serve.tasks.heads import aggregate
-from bertology_serve.training.batches import Item, micro_batches
+from bertology_serve.training.batches import micro_batches
 from bertology_serve.training.run_directory import read_checkpoint, write_checkpoint
 
 Features = dict[int, Tensor]

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from bertology_serve.encoder.batch import PackedBatch
-from bertology_serve.encoder.trainable import TrainableDelta
+from bertology_serve.encoder.trainable import TrainableDelta, lowest_trained
 from bertology_serve.errors import SpecError
 from bertology_serve.files import replacing
+from bertology_serve.tasks.base import Item
 from bertology_serve.tasks.spec import Encoding
-from bertology_serve.training.batches import Item, micro_batches
+from bertology_serve.training.batches import micro_batches
 from bertology_serve.training.features import origin
-from bertology_serve.training.layers import lowest_trained
 
 
 class FrozenPrefixCache:
@@ -128,8 +128,6 @@ def extras(live: TrainableDelta, encodings: Sequence[Encoding], path: str) -> in
 
 @contextmanager
 def _passed_by(module: torch.nn.Module, extras: int | None) -> Iterator[None]:
-    """The module hands its hidden states through."""
-
     def hand_through(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor | None, ...]:
         return hidden_states if extras is None else (hidden_states, *[None] * extras)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bertology_serve.encoder.trainable import TrainableDelta
-from bertology_serve.training.batches import Item, micro_batches
-from bertology_serve.training.layers import recomputed_layers
+from bertology_serve.encoder.trainable import TrainableDelta, recomputed_layers
+from bertology_serve.tasks.base import Item
+from bertology_serve.training.batches import micro_batches
 from bertology_serve.training.trainer import Trainer
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -31,7 +31,6 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(device)
 
     def bytes(self) -> int | None:
-        """The peak so far."""
         if not self.known:
             return None
         if self.device.type == "cuda":
@@ -62,7 +61,6 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """All of them."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from bertology_serve.config_fields import named_fields
+from bertology_serve.config_fields import check_fits, named_fields
 from bertology_serve.errors import SpecError, nearest
 
 if TYPE_CHECKING:
@@ -186,12 +186,8 @@ SPECS: Mapping[str, type[Probe | Full | Options]] = {PROBE: Probe, FULL: Full, *
 
 def read_options(method: str, values: Values) -> Options:
     """The options of a regularised form from JSON or flags. Raises SpecError, naming the nearest known field."""
-    form = REGULARISED[method]
-    known = [field.name for field in fields(form)]
-    for name in values:
-        if name not in known:
-            raise SpecError(f"{method} has no field {name!r}; {nearest(name, known)}")
-    return form(**values)
+    check_fits(f"{method} has no field", values, [field.name for field in fields(REGULARISED[method])])
+    return REGULARISED[method](**values)
 
 
 def _is_number(value: object) -> bool:

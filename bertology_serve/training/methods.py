@@ -15,16 +15,15 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.encoder.trainable import TrainableDelta, trained
+from bertology_serve.encoder.trainable import TrainableDelta, checkpointing, train_upper_layers, trained
 from bertology_serve.errors import LimitError, SpecError
 from bertology_serve.kinds.kinds import kind_named, spec_from_dict
 from bertology_serve.kinds.slots import Anatomy
+from bertology_serve.tasks.base import Item
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.heads import CHUNK, Layer
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import REGRESSION, SPARSE, Encoding, TaskSpec
-from bertology_serve.training.batches import Item
-from bertology_serve.training.layers import checkpointing, train_upper_layers
 from bertology_serve.training.method_options import (
     MIXOUT,
     REGULARISED,
@@ -152,7 +151,6 @@ class ParameterCount:
 
     @property
     def trained(self) -> int:
-        """All that is trained."""
         return self.delta + self.head
 
     @property

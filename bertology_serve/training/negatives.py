@@ -75,7 +75,6 @@ def mine(
 def _chosen(
     cosines: Vectors, own: set[int], positive: int, settings: Mining, generator: np.random.Generator
 ) -> list[int]:
-    """The places of the negatives."""
     import numpy as np
 
     count = min(len(cosines), settings.range_max + len(own))

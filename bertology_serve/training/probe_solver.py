@@ -13,11 +13,10 @@ from torch import Tensor
 
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.files import JsonObject
-from bertology_serve.tasks.base import Answer, Task
+from bertology_serve.tasks.base import Answer, Item, Task
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.logistic import LOOSE, Logistic, Ridge, Solution
 from bertology_serve.tasks.spec import MULTI_LABEL
-from bertology_serve.training.batches import Item
 from bertology_serve.training.features import Features, features
 from bertology_serve.training.methods import count_parameters
 from bertology_serve.training.run_directory import RunDirectory, RunState
@@ -120,11 +119,9 @@ class Solver:
         return state
 
     def answers(self) -> list[Answer]:
-        """The live probe's answers to the dev items."""
         return self._answers(self._logits(self._part(self.dev)), self.dev)
 
     def _choose(self, layer: int, held: Held) -> ChosenC:
-        """The best C of the path for one layer."""
         paths = (self._solutions(layer, fit) for fit, _ in held.folds)
         found = [self._tried(layer, index, solutions, held) for index, solutions in enumerate(zip(*paths, strict=True))]
         best = max(found, key=lambda choice: (choice.rank, -choice.index))

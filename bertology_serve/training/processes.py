@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bertology_serve.errors import SpecError, Unsupported
-from bertology_serve.training.batches import Item
+from bertology_serve.tasks.base import Item
 from bertology_serve.training.run_directory import random_state, set_random_state
 
 Thing = TypeVar("Thing")
@@ -42,7 +42,6 @@ class Processes:
         return sorted(batch, key=lambda item: item.longest)[self.rank :: self.count]
 
     def wait(self) -> None:
-        """Until all have come to this place."""
         if self.count > 1:
             from accelerate import PartialState
 

@@ -21,9 +21,9 @@ from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import VerificationError
 from bertology_serve.files import JsonObject, replace_directory, staging
 from bertology_serve.kinds.kinds import kind_of
-from bertology_serve.training.batches import Item
+from bertology_serve.tasks.base import Item
 from bertology_serve.training.calibration import kept
-from bertology_serve.training.evaluate import run
+from bertology_serve.training.evaluation import run
 
 MOST_TOKENS, MOST_ITEMS = 4096, 64
 

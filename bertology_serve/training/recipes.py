@@ -33,7 +33,6 @@ class Stage:
 
     @property
     def title(self) -> str:
-        """What a person is told."""
         what = " + ".join(self.config.method) + (", solved" if self.solved else "")
         return f"{what}, with the head of the stage before" if self.given_head else what
 

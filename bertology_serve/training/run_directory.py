@@ -71,7 +71,6 @@ class RunDirectory:
         return dict(machine)
 
     def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
-        """Writes the checkpoint."""
         write_checkpoint(self._checkpoint, tensors, state)
 
     def load(self, stage: int = 0) -> tuple[dict[str, Tensor], JsonObject] | None:
@@ -93,11 +92,9 @@ class RunDirectory:
 
     @property
     def unfinished(self) -> bool:
-        """Whether a run can be continued."""
         return self._stored.exists()
 
     def log(self, record: Mapping[str, object]) -> None:
-        """Appends one line to the log."""
         with (self.path / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -106,7 +103,6 @@ class RunDirectory:
         (self.path / CONFIG).write_text(text, encoding="utf-8")
 
     def write_layers(self, layers: Sequence[JsonObject]) -> None:
-        """Leaves what is known of the probe of each layer."""
         write_json(self.path / LAYERS, {"layers": layers})
 
     def write_skipped(self, lines: Sequence[str]) -> None:
@@ -119,7 +115,6 @@ class RunDirectory:
         return [self.path / name for name in (LOG, LAYERS, CONFIG, SKIPPED)]
 
     def remove(self) -> None:
-        """Forgets the run."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     @property
@@ -164,30 +159,13 @@ class Follower(RunDirectory):
         """What ``machine`` was at the beginning is for the leader to say."""
         return {}
 
-    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
-        """The leader does it."""
+    def _ignored(self, *given: object) -> None:
+        return
 
-    def log(self, record: Mapping[str, object]) -> None:
-        """The leader does it."""
-
-    def write_config(self, text: str) -> None:
-        """The leader does it."""
-
-    def write_layers(self, layers: Sequence[JsonObject]) -> None:
-        """The leader does it."""
-
-    def write_skipped(self, lines: Sequence[str]) -> None:
-        """The leader does it."""
-
-    def remove(self) -> None:
-        """The leader does it."""
-
-    def _cut_log(self, stage: int, step: int) -> None:
-        """The leader does it."""
+    save = log = write_config = write_layers = write_skipped = remove = _cut_log = _ignored
 
 
 def _place(line: str) -> tuple[int, int]:
-    """Stage and step of a line of the log."""
     values = json.loads(line)
     return values.get("stage", 0), values["step"]
 
@@ -331,10 +309,8 @@ class RunState:
     seconds: float = 0.0
 
     def as_dict(self) -> JsonObject:
-        """Ready for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: JsonObject) -> RunState:
-        """The inverse of ``as_dict``."""
         return cls(**values)

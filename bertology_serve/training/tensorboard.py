@@ -46,7 +46,6 @@ class TensorBoard:
         self._scalars(line["step"], values)
 
     def evaluated(self, line: Line) -> None:
-        """Every metric."""
         self._scalars(line["step"], {f"eval/{name}": value for name, value in line["eval"].items()})
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:

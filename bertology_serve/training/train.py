@@ -17,16 +17,15 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta, nested
 from bertology_serve.errors import DataError
 from bertology_serve.kinds import kinds
-from bertology_serve.tasks.base import Answer, Task, all_pairs
+from bertology_serve.tasks.base import Answer, Item, Task, all_pairs, make_items
 from bertology_serve.tasks.fields import holds_several
 from bertology_serve.tasks.registry import task_for, task_named
 from bertology_serve.tasks.spec import CLASSIFICATION, MULTI_LABEL, SPARSE, VECTOR_KINDS, TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
-from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
+from bertology_serve.training.batches import Data, Source, shaped
 from bertology_serve.training.calibration import Judged, settled, with_ranges
 from bertology_serve.training.config_file import settings_text
-from bertology_serve.training.evaluate import answered, measure
-from bertology_serve.training.evaluation import Evaluation
+from bertology_serve.training.evaluation import Evaluation, answered, measure
 from bertology_serve.training.method_options import AUTO
 from bertology_serve.training.methods import (
     ParameterCount,
@@ -161,7 +160,6 @@ class StageRun:
     baselines: Mapping[str, Mapping[str, float]]
 
     def stage(self, stage: Stage, number: int, count: int, ready: Prepared, name: str, out: Path) -> Outcome:
-        """Trains one stage and publishes its delta in ``out``."""
         before = store.load(self.directory.stage(number - 1)) if number > 1 else None
         live = ready.live if before is None else _continued(stage, ready, before)
         if stage.config.machine.trunk_cache:

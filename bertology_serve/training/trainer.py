@@ -15,15 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from bertology_serve.encoder.trainable import TrainableDelta, trained
+from bertology_serve.encoder.trainable import TrainableDelta, layer_norms, trained
 from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
-from bertology_serve.tasks.base import Task
+from bertology_serve.tasks.base import Item, Task
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.spec import WHOLE_BATCH, Encoding
-from bertology_serve.training.batches import Buckets, Item, Sampler, micro_batches
-from bertology_serve.training.evaluate import measure
-from bertology_serve.training.layers import layer_norms
+from bertology_serve.training.batches import Buckets, Sampler, micro_batches
+from bertology_serve.training.evaluation import measure
 from bertology_serve.training.methods import (
     ParameterCount,
     count_parameters,
@@ -165,7 +164,6 @@ class Trainer:
 
     @property
     def done(self) -> bool:
-        """Whether there is no further step to make."""
         return self.state.step >= self.total or self.state.stopped
 
     def gradient(self, batch: Sequence[Item]) -> float:

@@ -12,9 +12,8 @@ from sklearn.linear_model import LogisticRegression
 
 from bertology_serve import examples
 from bertology_serve.analysis import probing
-from bertology_serve.analysis.linear_probe import Features, block_ends, fit, fit_mix, gather, online_code, score
 from bertology_serve.analysis.probe_tasks import Control, ProbeItem, content_words, items, length_edges, make_text
-from bertology_serve.analysis.probing import probe
+from bertology_serve.analysis.probing import Features, block_ends, fit, fit_mix, gather, online_code, probe, score
 from bertology_serve.analysis.settings import ProbeSettings
 from bertology_serve.analysis.subject_model import Subject
 from bertology_serve.data.records import Record

@@ -12,7 +12,7 @@ from bertology_serve.tasks.metrics import calibration_error
 from bertology_serve.tasks.multi_label import MultiLabel
 from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.calibration import Settled, settled, thresholds
-from bertology_serve.training.evaluate import evaluate, run
+from bertology_serve.training.evaluation import evaluate, run
 from bertology_serve.training.train import prepare
 from bertology_serve.training.train_config import TrainConfig
 from tests.training import sets

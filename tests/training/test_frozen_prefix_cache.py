@@ -8,9 +8,9 @@ import torch
 
 from bertology_serve.encoder.bank import LiveBank
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.trainable import lowest_trained
 from bertology_serve.errors import SpecError
 from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache, below
-from bertology_serve.training.layers import lowest_trained
 from bertology_serve.training.method_options import EVERYWHERE, KINDS
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import prepare, train

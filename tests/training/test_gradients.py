@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.trainable import layer_norms
 from bertology_serve.tasks.contrastive import LOSSES, Cosines, Target
-from bertology_serve.training.layers import layer_norms
 from bertology_serve.training.trainer import add_gradient
 from tests.training.live import trainer
 

@@ -4,10 +4,10 @@ import pytest
 
 from bertology_serve.data.records import Record
 from bertology_serve.errors import DataError
-from bertology_serve.tasks.base import Example
+from bertology_serve.tasks.base import Example, Item, make_items
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import Encoding, TaskSpec
-from bertology_serve.training.batches import Item, make_items, micro_batches
+from bertology_serve.training.batches import micro_batches
 from tests import tiny
 
 

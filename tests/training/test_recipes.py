@@ -14,7 +14,7 @@ from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.opening import open_delta
 from bertology_serve.errors import InputError, SpecError
-from bertology_serve.training.evaluate import evaluate
+from bertology_serve.training.evaluation import evaluate
 from bertology_serve.training.recipes import stages
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, train

@@ -20,7 +20,7 @@ from bertology_serve.errors import DataError, FormatError, InputError, SpecError
 from bertology_serve.kinds.kinds import parameter_count
 from bertology_serve.tasks.spec import WHOLE_BATCH
 from bertology_serve.training.batches import Data, Source
-from bertology_serve.training.evaluate import evaluate
+from bertology_serve.training.evaluation import evaluate
 from bertology_serve.training.features import pooled
 from bertology_serve.training.method_options import AUTO, LEARNING_RATES, METHODS
 from bertology_serve.training.methods import count_parameters, make_live, specs_for

@@ -17,7 +17,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.linear import Prepacked
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import Unsupported
-from bertology_serve.export.export_spec import MultiPrecision
+from bertology_serve.export import MultiPrecision
 from bertology_serve.serving.execution.engine_choice import Name, settle
 from bertology_serve.tasks.spec import Encoding
 

@@ -21,7 +21,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.loading import load_model, locate
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.export.export_spec import MultiPrecision
+from bertology_serve.export import MultiPrecision
 from bertology_serve.kinds.kinds import init
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.serving.execution.engine_choice import Name, settle

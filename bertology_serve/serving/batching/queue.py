@@ -57,7 +57,6 @@ class BatchTimes:
         return tokens + self.bend * squares
 
     def observe(self, size: float, seconds: float) -> None:
-        """Learns from one batch."""
         y = min(seconds, WILDEST * self.seconds(size))
         weight, xs, ys, xxs, xys = self._recent
         self._recent = (
@@ -144,12 +143,10 @@ class WorkQueue:
 
     @property
     def items(self) -> int:
-        """Pieces of work that wait."""
         return self._scheduler.total.items
 
     @property
     def tokens(self) -> int:
-        """Tokens that wait."""
         return self._scheduler.total.tokens
 
     def put(self, items: Sequence[CallItem], charge: Callable[[int], None] | None = None) -> None:
@@ -210,12 +207,10 @@ class WorkQueue:
         return min(max(tokens / self.times.rate, 1.0), LONGEST_WAIT)
 
     def waiting(self) -> list[str]:
-        """The deltas that work waits for."""
         with self._changed:
             return list(self._scheduler.counters())
 
     def weigh(self, weights: Mapping[str, float]) -> None:
-        """Sets the weights of some deltas from now on."""
         with self._changed:
             self._scheduler.weigh(weights)
 

@@ -200,7 +200,6 @@ class Waiting:
         self.items = self.tokens = 0
 
     def add(self, items: int, tokens: int) -> None:
-        """Counts up, or down."""
         self.items += items
         self.tokens += tokens
 
@@ -221,7 +220,6 @@ class DeltaQueue:
         self._heap: list[tuple[int, float, int, CallItem]] = []
 
     def push(self, item: CallItem) -> None:
-        """Takes in one item."""
         heapq.heappush(self._heap, (item.priority, item.deadline, next(_order), item))
         self._count(1, item.charged)
 
@@ -317,11 +315,9 @@ class FairScheduler:
         return own / (own + others)
 
     def counters(self) -> dict[str, float]:
-        """The counters of the deltas that wait."""
         return {name: queue.counter for name, queue in self.queues.items()}
 
     def push(self, item: CallItem) -> None:
-        """Takes in one piece of waiting item."""
         queue = self.queues.get(item.delta)
         if queue is None:
             queue = self._opened(item.delta)
@@ -346,7 +342,6 @@ class FairScheduler:
         return batch.items
 
     def cancel(self, item: CallItem) -> None:
-        """Takes out one waiting item."""
         queue = self.queues[item.delta]
         queue.cancel(item)
         if not queue.waiting.items:

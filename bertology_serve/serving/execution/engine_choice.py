@@ -18,7 +18,8 @@ from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.loading import rounding
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
-from bertology_serve.export.export_spec import MultiPrecision, allowed_drift
+from bertology_serve.export import MultiPrecision
+from bertology_serve.export.export_spec import allowed_drift
 from bertology_serve.export.onnx_engine import OnnxEngine
 from bertology_serve.tasks.encoding import encode_text
 

@@ -33,7 +33,6 @@ class Quarantine:
         return len(self._until)
 
     def put(self, ready: LoadedDelta) -> Crashed:
-        """Sets a delta aside; what its callers are told."""
         _, before = self._until.get(ready, (0.0, FIRST / 2))
         seconds = min(2 * before, LONGEST)
         self._until[ready] = (self._clock() + seconds, seconds)
@@ -78,7 +77,6 @@ class Executor:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begins to take batches."""
         self._thread = self._background.thread(THREAD, self._loop, vital=True)
 
     def stop(self, timeout: float) -> bool:

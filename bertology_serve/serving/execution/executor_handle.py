@@ -58,7 +58,6 @@ class ExecutorHandle:
             self._free.put(channel)
 
     def outlive(self) -> None:
-        """Returns when the executor has ended."""
         with contextlib.suppress(OSError):
             self._life.recv(1)
         self._ended = True
@@ -201,7 +200,6 @@ class Supervisor:
 
     @property
     def pid(self) -> int | None:
-        """The executor's process."""
         line = self._line
         return line.pid if line else None
 

@@ -66,7 +66,6 @@ class Worker:
         }
 
     def serve(self, channel: Channel) -> None:
-        """Answers one channel until it ends."""
         try:
             while True:
                 channel.send(*self.answer(*channel.receive()))
@@ -74,7 +73,6 @@ class Worker:
             return
 
     def answer(self, op: Op, body: Body) -> tuple[Op, JsonObject]:
-        """The answer to one frame."""
         try:
             return Op.DONE, self._doing[op](body)
         except Lost:
@@ -105,7 +103,6 @@ class Worker:
         return {"prompt": ready.entry.prompt_length, "lowest": ready.entry.lowest}
 
     def free(self, body: Body) -> JsonObject:
-        """Frees the rows of a delta."""
         self._let_go(body)
         with self.pipeline.encoder.lock:
             self._ready.pop(body["key"], None)
@@ -113,7 +110,6 @@ class Worker:
         return {}
 
     def run(self, body: Body) -> JsonObject:
-        """Runs a batch that lies in shared memory."""
         hidden = self.pipeline.encoder.hidden
         found = [(self._found(key), rows) for key, rows in body["keys"]]
         readies = [ready.every_token(hidden) if rows else ready for ready, rows in found]
@@ -123,7 +119,6 @@ class Worker:
         return {"numbers": put_outputs(self._outputs, outputs)}
 
     def settle(self, body: Body) -> JsonObject:
-        """Settles what runs batches."""
         name, found = apply(self.pipeline, msgspec.convert(body["setting"], EngineConfig))
         settle_memory()
         return {"name": name, "setting": asdict(found)}

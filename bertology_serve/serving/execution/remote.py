@@ -102,12 +102,10 @@ class Remote(DeltaSet):
 
     @property
     def is_up(self) -> bool:
-        """Whether an executor is there."""
         return self.supervisor.is_up
 
     @property
     def restarts(self) -> int:
-        """How often the executor was replaced."""
         return self.supervisor.restarts
 
     def settle(self, setting: EngineConfig) -> tuple[str, EngineConfig]:
@@ -135,7 +133,6 @@ class Remote(DeltaSet):
         return delta.resident if isinstance(delta, Handle) else delta.bytes
 
     def admit(self, key: str, delta: Delta) -> LoadedDelta:
-        """Has a delta's rows copied into the bank over there."""
         if not isinstance(delta, Handle):
             raise Unsupported(
                 f"delta {delta.name!r} is in this process; the executor's process reads its own from disk"
@@ -181,7 +178,6 @@ class Remote(DeltaSet):
         self.supervisor.line().batches.patience = seconds
 
     def close(self) -> None:
-        """Ends the executor."""
         self.supervisor.close()
 
     def _load(self, op: Op, body: JsonObject) -> JsonObject:

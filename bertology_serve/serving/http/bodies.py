@@ -27,7 +27,6 @@ TIMEOUT, PRIORITY, REQUEST_ID = "X-Request-Timeout-Ms", "X-Request-Priority", "X
 TRUNCATED = "X-Truncated"
 REQUEST_ID_FIELD = REQUEST_ID.lower().encode()
 ACCESS, NAMED = "bertology.access", "bertology.request_id"  # in the scope: who calls; the id of the call
-_JSON_LENGTH, _TIMEOUT, _PRIORITY = (name.lower().encode() for name in (JSON_LENGTH, TIMEOUT, PRIORITY))
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits
 _PIECE = 4096  # bytes that are decompressed at once, and at most without a thread for it
 MOST_MEMBERS = 1024  # of one gzip body
@@ -92,11 +91,16 @@ def _header(request: Request, name: bytes) -> bytes | None:
 
 def header_length(request: Request) -> int | None:
     """The length of the JSON part of a body with binary tensors, ``None`` for JSON alone."""
-    value = _header(request, _JSON_LENGTH)
+    return _number(request, JSON_LENGTH, 18, "a number of bytes")
+
+
+def _number(request: Request, name: str, digits: int, expected: str, least: int = 0) -> int | None:
+    """The whole number in a header; None where there is none, DataError where it is something else."""
+    value = _header(request, name.lower().encode())
     if value is None:
         return None
-    if not value.isdigit() or len(value) > 18:
-        raise DataError(f"header {JSON_LENGTH} is {value[:40].decode('latin-1')!r}; expected a number of bytes")
+    if not value.isdigit() or len(value) > digits or int(value) < least:
+        raise DataError(f"header {name} is {value[:40].decode('latin-1')!r}; expected {expected}")
     return int(value)
 
 
@@ -123,21 +127,9 @@ async def receive(request: Request, config: ServerConfig) -> tuple[bytes, CallCo
     X-Request-Timeout-Ms, its priority, by X-Request-Priority, and what notices that it has hung up.
     """
     body = await read_body(request, config)
-    seconds, priority = math.inf, 0
-    value = _header(request, _TIMEOUT)
-    if value is not None:
-        if not value.isdigit() or len(value) > 10 or int(value) == 0:
-            raise DataError(
-                f"header {TIMEOUT} is {value[:40].decode('latin-1')!r}; expected a whole number of milliseconds above 0"
-            )
-        seconds = int(value) / 1000
-    value = _header(request, _PRIORITY)
-    if value is not None:
-        if not value.isdigit() or len(value) > 9:
-            raise DataError(
-                f"header {PRIORITY} is {value[:40].decode('latin-1')!r}; expected a whole number, 1 goes first"
-            )
-        priority = int(value)
+    milliseconds = _number(request, TIMEOUT, 10, "a whole number of milliseconds above 0", least=1)
+    seconds = math.inf if milliseconds is None else milliseconds / 1000
+    priority = _number(request, PRIORITY, 9, "a whole number, 1 goes first") or 0
     connection: Connection | None = request.scope.get(CONNECTION)
     watch = partial(_watched, request) if connection is None else connection.watch
     return body, CallContext(request.scope[ACCESS], watch, seconds, priority)

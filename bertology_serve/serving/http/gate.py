@@ -41,7 +41,6 @@ class Guarded:
         self._metrics, self._admit, self._endpoints = metrics, admit, endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one call."""
         path, method = scope["path"], scope["method"]
         try:
             if self._admit is not None and method == "POST":
@@ -129,8 +128,6 @@ def _unrouted(scope: Scope, problem: HTTPException) -> Response:
 
 
 def _traced(span: Any, send: Send) -> Send:
-    """Gives a span the status of the answer."""
-
     async def traced(message: Message) -> None:
         if message["type"] == "http.response.start":
             span.set_attribute("http.response.status_code", message["status"])

@@ -74,60 +74,48 @@ def _paths() -> JsonObject:
     """Every path with its operations; what stands twice is named ``..._version`` or ``tei_...`` the second time."""
     item, model = {"anyOf": [_ref("ItemBody"), _ref("SeveralBody")]}, _ref("Model")
     paths = {
-        "/predict": {
-            "post": _post("predict", "Answer items of any deltas, or TEI's /predict", _items(item), _answers())
-        },
-        "/models": {"get": _get("list_models", "The deltas that answer", _list(model))},
-        "/models/{delta}": {
-            "get": _get("get_model", "About a delta", model, _UNKNOWN),
-            "post": _post("ask_model", "Answer in HuggingFace's task shape", _ref("TaskBody"), {}),
-        },
-        "/models/{delta}/info": {"get": _get("get_model_info", "About a delta", model, _UNKNOWN)},
-        "/models/{delta}/health": {"get": _get("get_model_health", "Readiness", _OBJECT, _UNKNOWN, _BUSY)},
-        "/v1/embeddings": {
-            "post": _post(
-                "create_embeddings", "Embeddings in OpenAI's shape", _ref("EmbeddingsBody"), _ref("Embeddings")
-            )
-        },
-        "/v2/embed": {
-            "post": _post("embed_v2", "Embeddings by type (Cohere's shape)", _ref("EmbedBody"), _ref("TypedEmbeddings"))
-        },
+        "/predict": _post("predict", "Answer items of any deltas, or TEI's /predict", _items(item), _answers()),
+        "/models": _get("list_models", "The deltas that answer", _list(model)),
+        "/models/{delta}": _get("get_model", "About a delta", model, _UNKNOWN)
+        | _post("ask_model", "Answer in HuggingFace's task shape", _ref("TaskBody"), {}),
+        "/models/{delta}/info": _get("get_model_info", "About a delta", model, _UNKNOWN),
+        "/models/{delta}/health": _get("get_model_health", "Readiness", _OBJECT, _UNKNOWN, _BUSY),
+        "/v1/embeddings": _post(
+            "create_embeddings", "Embeddings in OpenAI's shape", _ref("EmbeddingsBody"), _ref("Embeddings")
+        ),
+        "/v2/embed": _post(
+            "embed_v2", "Embeddings by type (Cohere's shape)", _ref("EmbedBody"), _ref("TypedEmbeddings")
+        ),
         **{
-            f"/{version}/rerank": {
-                "post": _post(
-                    f"rerank_{version}", "Rank documents (Cohere's and Jina's shape)", _ref("RerankBody"), _ref("Ranks")
-                )
-            }
+            f"/{version}/rerank": _post(
+                f"rerank_{version}", "Rank documents (Cohere's and Jina's shape)", _ref("RerankBody"), _ref("Ranks")
+            )
             for version in ("v1", "v2")
         },
-        "/score": {"post": _post("score", "Score pairs (vLLM's shape)", _ref("ScoreBody"), _ref("Scores"))},
-        "/classify": {"post": _post("classify", "Classify (vLLM's shape)", _ref("ClassifyBody"), _ref("Classes"))},
-        "/v1/models/{delta}:predict": {
-            "post": _post(
-                "predict_v1", "Answer instances (KServe's first protocol)", _ref("PredictBody"), _ref("Predictions")
-            )
-        },
-        "/v1/models": {"get": _get("list_models_v1", "The deltas in OpenAI's shape", _OBJECT)},
-        "/v1/models/{delta}": {"get": _get("get_model_v1", "A delta in OpenAI's shape", _OBJECT, _UNKNOWN)},
-        "/v2": {"get": _get("get_server", "About the server", _ref("ServerMetadata"))},
-        "/v2/health/live": {"get": _get("is_live", "Liveness", _OBJECT)},
-        "/v2/health/ready": {"get": _get("is_ready", "Readiness", _OBJECT, _BUSY)},
-        "/v2/models": {"get": _get("list_models_v2", "Names of the deltas that answer", _OBJECT)},
-        "/v2/models/stats": {"get": _get("list_statistics", "What each delta has done", _OBJECT)},
+        "/score": _post("score", "Score pairs (vLLM's shape)", _ref("ScoreBody"), _ref("Scores")),
+        "/classify": _post("classify", "Classify (vLLM's shape)", _ref("ClassifyBody"), _ref("Classes")),
+        "/v1/models/{delta}:predict": _post(
+            "predict_v1", "Answer instances (KServe's first protocol)", _ref("PredictBody"), _ref("Predictions")
+        ),
+        "/v1/models": _get("list_models_v1", "The deltas in OpenAI's shape", _OBJECT),
+        "/v1/models/{delta}": _get("get_model_v1", "A delta in OpenAI's shape", _OBJECT, _UNKNOWN),
+        "/v2": _get("get_server", "About the server", _ref("ServerMetadata")),
+        "/v2/health/live": _get("is_live", "Liveness", _OBJECT),
+        "/v2/health/ready": _get("is_ready", "Readiness", _OBJECT, _BUSY),
+        "/v2/models": _get("list_models_v2", "Names of the deltas that answer", _OBJECT),
+        "/v2/models/stats": _get("list_statistics", "What each delta has done", _OBJECT),
         **_model_paths("/v2/models/{delta}", ""),
         **_model_paths("/v2/models/{delta}/versions/{version}", "_version"),
-        "/v2/repository/index": {"post": _manage("list_repository", "Every version on disk or in service", "index")},
-        "/v2/repository/state": {"post": _manage("set_state", "Make deltas what is wanted of them", "state")},
-        "/v2/repository/models/{delta}/load": {"post": _manage("load_model", "Load a version, or swap to it", "load")},
-        "/v2/repository/models/{delta}/rollback": {
-            "post": _manage("rollback_model", "Back to the version before", "rollback")
-        },
-        "/v2/repository/models/{delta}/unload": {"post": _manage("unload_model", "Take a delta away", "unload")},
+        "/v2/repository/index": _manage("list_repository", "Every version on disk or in service", "index"),
+        "/v2/repository/state": _manage("set_state", "Make deltas what is wanted of them", "state"),
+        "/v2/repository/models/{delta}/load": _manage("load_model", "Load a version, or swap to it", "load"),
+        "/v2/repository/models/{delta}/rollback": _manage("rollback_model", "Back to the version before", "rollback"),
+        "/v2/repository/models/{delta}/unload": _manage("unload_model", "Take a delta away", "unload"),
         **_tei_paths(),
-        "/health": {"get": _get("get_health", "State of the server", _OBJECT)},
-        "/metrics": {"get": _get("get_metrics", "Prometheus metrics", None)},
-        "/openapi.json": {"get": _get("get_openapi", "This document", _OBJECT)},
-        "/": {"get": _get("get_about", "About the server", _OBJECT)},
+        "/health": _get("get_health", "State of the server", _OBJECT),
+        "/metrics": _get("get_metrics", "Prometheus metrics", None),
+        "/openapi.json": _get("get_openapi", "This document", _OBJECT),
+        "/": _get("get_about", "About the server", _OBJECT),
     }
     paths["/"]["get"]["responses"]["200"]["content"]["text/html"] = {}
     for path in PUBLIC:
@@ -142,13 +130,11 @@ def _model_paths(base: str, end: str) -> JsonObject:
     """The Open Inference Protocol's paths of a delta, or of one version of it."""
     infer = "Infer (Open Inference Protocol v2)"
     return {
-        base: {"get": _get(f"get_metadata{end}", "Metadata of a delta", _ref("ModelMetadata"), _UNKNOWN)},
-        f"{base}/config": {"get": _get(f"get_config{end}", "Configuration of a delta", _OBJECT, _UNKNOWN)},
-        f"{base}/ready": {"get": _get(f"is_model_ready{end}", "Readiness", _OBJECT, _UNKNOWN, _BUSY)},
-        f"{base}/stats": {"get": _get(f"get_statistics{end}", "What a delta has done", _OBJECT, _UNKNOWN)},
-        f"{base}/infer": {
-            "post": _post(f"infer{end}", infer, _ref("InferRequest"), _ref("InferResponse"), binary=True)
-        },
+        base: _get(f"get_metadata{end}", "Metadata of a delta", _ref("ModelMetadata"), _UNKNOWN),
+        f"{base}/config": _get(f"get_config{end}", "Configuration of a delta", _OBJECT, _UNKNOWN),
+        f"{base}/ready": _get(f"is_model_ready{end}", "Readiness", _OBJECT, _UNKNOWN, _BUSY),
+        f"{base}/stats": _get(f"get_statistics{end}", "What a delta has done", _OBJECT, _UNKNOWN),
+        f"{base}/infer": _post(f"infer{end}", infer, _ref("InferRequest"), _ref("InferResponse"), binary=True),
     }
 
 
@@ -168,11 +154,8 @@ def _tei_paths() -> JsonObject:
     for base, start in (("", ""), ("/tei/{delta}", "tei_")):
         for name, (summary, body, answer) in posts.items():
             if base or name != "predict":
-                paths[f"{base}/{name}"] = {
-                    "post": _post(f"{start}{name}", f"{summary} (TEI's shape)", _ref(body), answer)
-                }
-        about = _get(f"{start}info", "About a delta (TEI's shape)", _OBJECT, _BAD, _UNKNOWN)
-        paths[f"{base}/info"] = {"get": about}
+                paths[f"{base}/{name}"] = _post(f"{start}{name}", f"{summary} (TEI's shape)", _ref(body), answer)
+        paths[f"{base}/info"] = _get(f"{start}info", "About a delta (TEI's shape)", _OBJECT, _BAD, _UNKNOWN)
     model = {"name": "model", "in": "query", "description": "Name of a delta", "schema": {"type": "string"}}
     paths["/info"]["get"]["parameters"] = [model]
     return paths
@@ -193,7 +176,7 @@ def _get(name: str, summary: str, schema: JsonObject | None, *problems: str) -> 
     }
     if _BUSY in problems:
         found[_BUSY] = {"description": "The server is draining.", "content": content}
-    return {"operationId": name, "summary": summary, "responses": found}
+    return {"get": {"operationId": name, "summary": summary, "responses": found}}
 
 
 def _post(name: str, summary: str, body: JsonObject, answer: JsonObject, binary: bool = False) -> JsonObject:
@@ -202,36 +185,25 @@ def _post(name: str, summary: str, body: JsonObject, answer: JsonObject, binary:
         octets: JsonObject = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
         accepted, given = accepted | octets, given | octets
     busy = _problem(_BUSY) | {"description": "The queue is full, or the server is stopping.", "headers": _RETRY}
-    return {
-        "operationId": name,
-        "summary": summary,
-        "parameters": [_TIMEOUT, _PRIORITY],
-        "requestBody": {"required": True, "content": accepted},
-        "responses": {
-            "200": {"description": "OK", "content": given, "headers": _CUT},
-            **{code: _problem(code) for code in _ITEMS},
-            _BUSY: busy,
-            _LATE: _problem(_LATE),
-        },
+    responses = {
+        "200": {"description": "OK", "content": given, "headers": _CUT},
+        **{code: _problem(code) for code in _ITEMS},
+        _BUSY: busy,
+        _LATE: _problem(_LATE),
     }
+    request = {"parameters": [_TIMEOUT, _PRIORITY], "requestBody": {"required": True, "content": accepted}}
+    return {"post": {"operationId": name, "summary": summary, **request, "responses": responses}}
 
 
 def _manage(name: str, summary: str, what: str) -> JsonObject:
-    """A route for API keys with admin rights. Its body may be empty, but for a desired state."""
-    version = _ref("Version")
-    body, answer = {
-        "index": (_ref("IndexRequest"), _list(version)),
-        "state": (_ref("Desired"), _ref("Reconciled")),
-    }.get(what, (_ref("LoadRequest"), version))
-    return {
-        "operationId": name,
-        "summary": f"{summary} (admin)",
-        "requestBody": {"required": what == "state", "content": {"application/json": {"schema": body}}},
-        "responses": {
-            "200": {"description": "OK", "content": {"application/json": {"schema": answer}}},
-            **{code: _problem(code) for code in _ITEMS},
-        },
-    }
+    """A route for API keys with admin rights. Its body may be empty."""
+    body, entry = _ref("IndexRequest" if what == "index" else "LoadRequest"), _ref("Version")
+    answer = _list(entry) if what == "index" else entry
+    content = {"application/json": {"schema": answer}}
+    responses = {"200": {"description": "OK", "content": content}, **{code: _problem(code) for code in _ITEMS}}
+    request = {"required": False, "content": {"application/json": {"schema": body}}}
+    about = {"operationId": name, "summary": f"{summary} (admin)", "requestBody": request, "responses": responses}
+    return {"post": about}
 
 
 def _problem(code: str) -> JsonObject:

@@ -392,7 +392,6 @@ class Routes:
         return json_response(Version(name, "", UNAVAILABLE, "unloaded"))
 
     def _named(self, request: Request) -> Delta:
-        """The delta that the path names."""
         return self.service.find(
             access_of(request.scope), request.path_params["delta"], request.path_params.get("version")
         )

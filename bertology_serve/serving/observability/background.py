@@ -43,7 +43,6 @@ class Background:
 
     @property
     def is_up(self) -> bool:
-        """Whether everything runs that calls need."""
         return all(state.up for state in list(self.works.values()) if state.vital)
 
     def loop(self, name: str, run: Callable[[], Awaitable[None]]) -> None:

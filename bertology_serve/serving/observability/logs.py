@@ -31,7 +31,6 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line: time (RFC 3339), level, logger, message, and what a record of a call says of it."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
         when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = {
             "time": when,

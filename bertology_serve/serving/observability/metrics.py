@@ -31,7 +31,6 @@ class Duration:
     seconds: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """Notes one more."""
         self.count += 1
         self.seconds += seconds
 
@@ -92,7 +91,6 @@ class Statistics:
                     seen.add(id(record))
 
     def finished(self, items: Iterable[CallItem], success: bool, now: float) -> None:
-        """Notes items that were answered, or failed."""
         with self._lock:
             for item in items:
                 record = self._record(item)
@@ -106,7 +104,6 @@ class Statistics:
             return {"model_stats": [self._records.get(key, VersionStatistics()).as_dict(*key) for key in known]}
 
     def keep(self, deltas: Iterable[Delta]) -> None:
-        """Forgets all but those."""
         known = {(delta.name, delta.version) for delta in deltas}
         with self._lock:
             self._records = {key: record for key, record in self._records.items() if key in known}
@@ -165,7 +162,6 @@ class Metrics:
         self._deltas = Gauge("bertology_deltas", "Deltas that answer", registry=own)
 
     def watch(self, queue: WorkQueue) -> None:
-        """Shows what waits in a queue."""
         items = Gauge("bertology_queue_items", "Items waiting", registry=self.registry)
         tokens = Gauge("bertology_queue_tokens", "Tokens waiting", registry=self.registry)
         items.set_function(lambda: queue.items)
@@ -174,7 +170,6 @@ class Metrics:
         budget.set_function(lambda: queue.times.budget)
 
     def batch(self, items: Sequence[CallItem], seconds: float) -> None:
-        """Notes one batch that ran."""
         self._batch.observe(seconds)
         self._batch_tokens.observe(sum(item.charged for item in items))
         self._shared.inc(sum(item.spared[0] for item in items))
@@ -207,7 +202,6 @@ class Metrics:
         self._child(self._shadows, (self._label(delta), version, outcome)).inc()
 
     def call(self, status: int) -> None:
-        """Notes the status of one call."""
         self._child(self._calls, (str(status),)).inc()
 
     def _child(self, metric: Any, labels: tuple[str, ...]) -> Any:
@@ -226,7 +220,6 @@ class Metrics:
         return delta
 
     def deltas(self, count: int) -> None:
-        """Notes how many deltas answer."""
         self._deltas.set(count)
 
     def affinity(self, resident: Callable[[], Iterable[str]], waiting: Callable[[], Iterable[str]], slots: int) -> None:
@@ -234,7 +227,6 @@ class Metrics:
         self.registry.register(Affinity(resident, waiting, slots))
 
     def render(self) -> bytes:
-        """The text that Prometheus reads."""
         return generate_latest(self.registry)
 
 
@@ -280,12 +272,10 @@ class LoopLag:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Looks from now on."""
         due = loop.time() + TICK
         self._timer = loop.call_at(due, self._tick, loop, due)
 
     def stop(self) -> None:
-        """Looks no more."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -306,11 +296,9 @@ class Affinity(Collector):
         self._resident, self._waiting, self._slots = resident, waiting, slots
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
-        """Its name and labels."""
         yield GaugeMetricFamily(NAME, "Deltas loaded and waited for", labels=LABELS)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """One sample."""
         for family in self.describe():
             family.add_metric((str(self._slots), _joined(self._resident()), _joined(self._waiting())), time.time())
             yield family

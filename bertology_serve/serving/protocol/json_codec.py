@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from bertology_serve.errors import DataError, LimitError
-from bertology_serve.files import JsonObject
+from bertology_serve.files import JsonMapping, JsonObject
 
 if TYPE_CHECKING:
     from bertology_serve.encoder.pipeline import Request
@@ -54,6 +54,14 @@ def object_of(body: bytes) -> JsonObject:
     if not isinstance(value, dict):
         raise DataError(f"the body is {shown(value)}; expected an object")
     return value
+
+
+def flag(value: JsonMapping, name: str, default: bool = False) -> bool:
+    """A field that is true or false, or not there; DataError for anything else."""
+    found = value.get(name)
+    if found is not None and not isinstance(found, bool):
+        raise DataError(f"field {name!r} is {shown(found)}; expected true or false")
+    return default if found is None else found
 
 
 def encode_list(values: Iterable[Any]) -> bytes:

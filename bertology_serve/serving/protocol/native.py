@@ -71,7 +71,6 @@ def read_call(body: bytes, most: float, find: Callable[[str], Delta]) -> NativeC
 
 
 def _names(item: JsonObject, where: str) -> list[str]:
-    """The deltas that an item asks."""
     names = item["deltas"]
     if item.get("delta") is not None:
         raise DataError(f"{where}: fields 'delta' and 'deltas' both name deltas; send one of them")

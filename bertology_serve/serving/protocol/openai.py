@@ -25,7 +25,7 @@ from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.serving.protocol.hf import sigmoid
-from bertology_serve.serving.protocol.json_codec import check_items, encode, encode_list, object_of, shown
+from bertology_serve.serving.protocol.json_codec import check_items, encode, encode_list, flag, object_of, shown
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION, VECTOR_KINDS
 from bertology_serve.tasks.vectors import FLOAT, PROMPT_FIELDS
 
@@ -42,19 +42,23 @@ class Receipt:
 
     @property
     def usage(self) -> dict[str, int]:
-        """As the answers have it."""
         return {"prompt_tokens": self.tokens, "total_tokens": self.tokens}
 
 
 @dataclass(frozen=True)
-class EmbeddingsCall:
-    """One request a text, which says how its vector is wanted."""
+class ModelCall:
+    """One request a text, or a pair. ``raw``: as the head gives it, without sigmoid or softmax; of ranked documents the
+    best ``top_n`` are given (``None``: all), ``with_text`` with their texts.
+    """
 
     delta: Delta
     requests: list[Request]
+    raw: bool = False
+    top_n: int | None = None
+    with_text: bool = False
 
 
-def read_embeddings(body: bytes, find: Callable[[str], Delta], most: float = math.inf) -> EmbeddingsCall:
+def read_embeddings(body: bytes, find: Callable[[str], Delta], most: float = math.inf) -> ModelCall:
     """A call of ``POST /v1/embeddings``. Raises DataError, NotFound, Unsupported for token ids and other tasks, and
     LimitError for more than ``most`` texts.
     """
@@ -62,17 +66,19 @@ def read_embeddings(body: bytes, find: Callable[[str], Delta], most: float = mat
     delta = model_of(value, find, EMBEDDING)
     asked = (*PROMPT_FIELDS, "encoding_format", "dimensions")
     fields = {name: value[name] for name in asked if value.get(name) is not None}
-    return EmbeddingsCall(delta, _requests(delta, value, "input", fields, most))
+    return ModelCall(delta, _requests(delta, value, "input", fields, most))
 
 
-def _requests(delta: Delta, value: JsonObject, field: str, fields: JsonObject, most: float) -> list[Request]:
+def _requests(
+    delta: Delta, value: JsonObject, field: str, fields: JsonObject, most: float, logits: bool = False
+) -> list[Request]:
     return [
-        Request(delta.name, {"text": text, **fields}, where=f"{field}[{index}]")
+        Request(delta.name, {"text": text, **fields}, logits=logits, where=f"{field}[{index}]")
         for index, text in enumerate(texts_of(value.get(field), field, most))
     ]
 
 
-def write_embeddings(call: EmbeddingsCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
+def write_embeddings(call: ModelCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
     """The vectors in the order of the texts."""
     data = []
     for index, prediction in enumerate(predictions):
@@ -81,7 +87,7 @@ def write_embeddings(call: EmbeddingsCall, predictions: Sequence[Prediction], re
     return b'{"object":"list","data":' + encode_list(data) + b"," + rest[1:]
 
 
-def read_embed(body: bytes, find: Callable[[str], Delta], most: float = math.inf) -> EmbeddingsCall:
+def read_embed(body: bytes, find: Callable[[str], Delta], most: float = math.inf) -> ModelCall:
     """A call of Cohere's ``POST /v2/embed``. Raises as ``read_embeddings``; Unsupported for images."""
     value = object_of(body)
     for name in ("images", "inputs"):
@@ -95,10 +101,10 @@ def read_embed(body: bytes, find: Callable[[str], Delta], most: float = math.inf
         "input_type": value.get("input_type"),
         "dimensions": value.get("output_dimension"),
     }
-    return EmbeddingsCall(delta, _requests(delta, value, "texts", fields, most))
+    return ModelCall(delta, _requests(delta, value, "texts", fields, most))
 
 
-def write_embed(call: EmbeddingsCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
+def write_embed(call: ModelCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
     """The vectors by type, each in the order of the texts."""
     rows = [prediction.answer["embeddings"] for prediction in predictions]
     told = {
@@ -147,17 +153,7 @@ def texts_of(value: Any, field: str, most: float) -> list[str]:
     return texts
 
 
-@dataclass(frozen=True)
-class RerankCall:
-    """One pair a document; the best ``top_n`` are given (``None``: all), with their texts where those are wanted."""
-
-    delta: Delta
-    requests: list[Request]
-    top_n: int | None
-    with_text: bool
-
-
-def read_rerank(body: bytes, find: Callable[[str], Delta], most: float) -> RerankCall:
+def read_rerank(body: bytes, find: Callable[[str], Delta], most: float) -> ModelCall:
     """A call of ``POST /v1/rerank`` or ``/v2/rerank``. DataError, NotFound; Unsupported for what is not done,
     LimitError for more than ``most`` documents.
     """
@@ -170,16 +166,15 @@ def read_rerank(body: bytes, find: Callable[[str], Delta], most: float) -> Reran
         raise DataError(f"field 'documents' is {shown(documents)}; expected a list of texts")
     texts = texts_of([one.get("text") if isinstance(one, dict) else one for one in documents], "documents", most)
     _refuse(value, delta)
-    top_n, with_text = value.get("top_n"), value.get("return_documents")
+    top_n = value.get("top_n")
     if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 0):
         raise DataError(f"field 'top_n' is {shown(top_n)}; expected a whole number from 1")
-    if with_text is not None and not isinstance(with_text, bool):
-        raise DataError(f"field 'return_documents' is {shown(with_text)}; expected true or false")
     places = [f"documents[{index}]" for index in range(len(texts))]
-    return RerankCall(delta, pairs(delta, [query] * len(texts), texts, places), top_n or None, bool(with_text))
+    requests = pairs(delta, [query] * len(texts), texts, places)
+    return ModelCall(delta, requests, top_n=top_n or None, with_text=flag(value, "return_documents"))
 
 
-def write_rerank(call: RerankCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
+def write_rerank(call: ModelCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
     """The documents, best first."""
     results: list[JsonObject] = []
     for index, (request, prediction) in enumerate(zip(call.requests, predictions, strict=True)):
@@ -225,16 +220,7 @@ def _refuse(value: JsonObject, delta: Delta) -> None:
 SIDES = (("text_1", "queries", "data_1"), ("text_2", "documents", "items", "data_2"))
 
 
-@dataclass(frozen=True)
-class PoolingCall:
-    """One request a score or a text; ``raw``: as the head gives it, without sigmoid or softmax."""
-
-    delta: Delta
-    requests: list[Request]
-    raw: bool
-
-
-def read_score(body: bytes, find: Callable[[str], Delta], most: float) -> PoolingCall:
+def read_score(body: bytes, find: Callable[[str], Delta], most: float) -> ModelCall:
     """A call of ``POST /score``. Raises DataError, NotFound, Unsupported, LimitError for more than ``most`` pairs."""
     value = object_of(body)
     delta, raw = model_of(value, find, REGRESSION, *VECTOR_KINDS), _raw(value)
@@ -243,26 +229,22 @@ def read_score(body: bytes, find: Callable[[str], Delta], most: float) -> Poolin
         ones = ones * len(others)
     if len(ones) != len(others):
         raise DataError(f"there are {len(ones)} texts beside {len(others)}; expected one, or as many")
-    return PoolingCall(delta, pairs(delta, ones, others, [f"pair {index}" for index in range(len(ones))]), raw)
+    return ModelCall(delta, pairs(delta, ones, others, [f"pair {index}" for index in range(len(ones))]), raw)
 
 
-def write_score(call: PoolingCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
+def write_score(call: ModelCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
     """A score for each pair, in their order."""
     return _listed(call, receipt, [{"object": "score", "score": score_of(one, call.raw)} for one in predictions])
 
 
-def read_classify(body: bytes, find: Callable[[str], Delta], most: float) -> PoolingCall:
+def read_classify(body: bytes, find: Callable[[str], Delta], most: float) -> ModelCall:
     """A call of ``POST /classify``. Raises as ``read_score``."""
     value = object_of(body)
     delta, raw = model_of(value, find, CLASSIFICATION), _raw(value)
-    requests = [
-        Request(delta.name, {"text": text}, logits=raw, where=f"input[{index}]")
-        for index, text in enumerate(texts_of(value.get("input"), "input", most))
-    ]
-    return PoolingCall(delta, requests, raw)
+    return ModelCall(delta, _requests(delta, value, "input", {}, most, logits=raw), raw)
 
 
-def write_classify(call: PoolingCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
+def write_classify(call: ModelCall, predictions: Sequence[Prediction], receipt: Receipt) -> bytes:
     """Label and probabilities for each text, in their order."""
     rows = []
     for prediction in predictions:
@@ -272,7 +254,7 @@ def write_classify(call: PoolingCall, predictions: Sequence[Prediction], receipt
     return _listed(call, receipt, rows)
 
 
-def _listed(call: PoolingCall, receipt: Receipt, rows: Sequence[JsonObject]) -> bytes:
+def _listed(call: ModelCall, receipt: Receipt, rows: Sequence[JsonObject]) -> bytes:
     data = [{"index": index, **row} for index, row in enumerate(rows)]
     told = {"id": receipt.id, "object": "list", "created": receipt.created, "model": call.delta.name}
     return encode({**told, "data": data, "usage": receipt.usage})
@@ -291,7 +273,4 @@ def _raw(value: JsonObject) -> bool:
         raise Unsupported(
             "option 'truncate_prompt_tokens' is not supported: texts are cut where the delta ends; leave it out"
         )
-    wanted = value.get("use_activation")
-    if wanted is not None and not isinstance(wanted, bool):
-        raise DataError(f"field 'use_activation' is {shown(wanted)}; expected true or false")
-    return wanted is False
+    return not flag(value, "use_activation", True)

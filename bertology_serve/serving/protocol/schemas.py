@@ -12,22 +12,27 @@ from bertology_serve.serving.versions.desired import Desired
 from bertology_serve.tasks.answers import Answer, Model, Reconciled, SeveralAnswers, Version
 
 
-class ItemBody(Struct, omit_defaults=True):
-    """One item for one delta: the fields that its task reads."""
+class RecordBody(Struct, omit_defaults=True, kw_only=True):
+    """The fields that many tasks read."""
 
-    delta: Annotated[str, Meta(description="Name of a delta, or 'base' for the bare encoder's embeddings.")]
     id: Annotated[str | int | None, Meta(description="Repeated in the answer.")] = None
-    logits: Annotated[bool, Meta(description="Give the head's raw output too.")] = False
+    logits: Annotated[bool, Meta(description="Give the raw output of each head too.")] = False
     text: str | None = None
     text_pair: str | None = None
     tokens: list[str] | None = None
     question: str | None = None
     context: str | None = None
-    premise: str | None = None
-    choices: list[str] | None = None
     labels: Annotated[list[str] | None, Meta(description="zero-shot: what to choose from.")] = None
     multi_label: Annotated[bool | None, Meta(description="zero-shot: any number of labels may apply.")] = None
     template: Annotated[str | None, Meta(description="zero-shot: put around labels, {} in their place.")] = None
+
+
+class ItemBody(RecordBody, omit_defaults=True, kw_only=True):
+    """One item for one delta: the fields that its task reads."""
+
+    delta: Annotated[str, Meta(description="Name of a delta, or 'base' for the bare encoder's embeddings.")]
+    premise: str | None = None
+    choices: list[str] | None = None
     redact: Annotated[
         bool | str | dict[str, str] | None,
         Meta(description="What becomes of entities: keep, mask, hash or replace, for all or by label (* is the rest)."),
@@ -49,20 +54,10 @@ class ItemBody(Struct, omit_defaults=True):
     chunk_tokens: Annotated[int | None, Meta(description="Tokens of each part, where there are no chunks.")] = None
 
 
-class SeveralBody(Struct, omit_defaults=True):
+class SeveralBody(RecordBody, omit_defaults=True, kw_only=True):
     """One item for several deltas: the fields that their tasks read."""
 
     deltas: Annotated[list[str], Meta(description="Names of deltas, each once; 'base' is the bare encoder.")]
-    id: Annotated[str | int | None, Meta(description="Repeated in the answer.")] = None
-    logits: Annotated[bool, Meta(description="Give the heads' raw outputs too.")] = False
-    text: str | None = None
-    text_pair: str | None = None
-    tokens: list[str] | None = None
-    question: str | None = None
-    context: str | None = None
-    labels: Annotated[list[str] | None, Meta(description="zero-shot: what to choose from.")] = None
-    multi_label: Annotated[bool | None, Meta(description="zero-shot: any number of labels may apply.")] = None
-    template: Annotated[str | None, Meta(description="zero-shot: put around labels, {} in their place.")] = None
 
 
 class TaskBody(Struct, omit_defaults=True):
@@ -177,15 +172,20 @@ class Score(Struct):
     score: float
 
 
-class Scores(Struct):
-    """vLLM's answer to pairs."""
+class PoolingAnswer(Struct):
+    """What vLLM's answers have in common."""
 
     id: str
     object: Literal["list"]
     created: int
     model: str
-    data: list[Score]
     usage: Usage
+
+
+class Scores(PoolingAnswer):
+    """vLLM's answer to pairs."""
+
+    data: list[Score]
 
 
 class ClassifyBody(Struct, omit_defaults=True):
@@ -205,15 +205,10 @@ class Class(Struct):
     num_classes: int
 
 
-class Classes(Struct):
+class Classes(PoolingAnswer):
     """vLLM's answer to texts."""
 
-    id: str
-    object: Literal["list"]
-    created: int
-    model: str
     data: list[Class]
-    usage: Usage
 
 
 class PredictBody(Struct):

@@ -23,7 +23,15 @@ from bertology_serve.errors import DataError, LimitError, Unsupported
 from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.protocol.hf import Options, classification, cosine, sparse
-from bertology_serve.serving.protocol.json_codec import check_items, check_size, encode, encode_list, object_of, shown
+from bertology_serve.serving.protocol.json_codec import (
+    check_items,
+    check_size,
+    encode,
+    encode_list,
+    flag,
+    object_of,
+    shown,
+)
 from bertology_serve.serving.protocol.openai import score_of
 from bertology_serve.tasks.embedding import prompts_for
 from bertology_serve.tasks.encoding import encode_text
@@ -70,11 +78,11 @@ def read_tei(body: bytes, what: str, find: Find, named: str | None = None, most:
     records, names, more = _RECORDS[what](value)
     rows, fields = what == EMBED_ALL and delta.task.kind == EMBEDDING, _fields(value, what)
     requests = [
-        Request(delta.name, record | fields, "", _flag(value, "raw_scores"), where, rows=rows)
+        Request(delta.name, record | fields, "", flag(value, "raw_scores"), where, rows=rows)
         for record, where in zip(records, names, strict=True)
     ]
     _refuse(value, what)
-    return TeiCall(what, delta, requests, _flag(value, "truncate"), _flag(value, "raw_scores"), **more)
+    return TeiCall(what, delta, requests, flag(value, "truncate"), flag(value, "raw_scores"), **more)
 
 
 def write_tei(call: TeiCall, predictions: Sequence[Prediction]) -> bytes:
@@ -180,7 +188,7 @@ def _rerank(value: Body) -> Records:
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"field 'texts' is {shown(texts)}; expected a list of texts and nothing else")
     records = [{"text": value.get("query"), "text_pair": text} for text in texts]
-    return records, _places("texts", texts), {"texts": tuple(texts), "with_text": _flag(value, "return_text")}
+    return records, _places("texts", texts), {"texts": tuple(texts), "with_text": flag(value, "return_text")}
 
 
 def _similarity(value: Body) -> Records:
@@ -200,13 +208,6 @@ _RECORDS: dict[str, Callable[[Body], Records]] = {
 
 def _places(name: str, items: Sequence[Any]) -> list[str]:
     return [f"{name}[{index}]" for index in range(len(items))]
-
-
-def _flag(value: Body, name: str, default: bool = False) -> bool:
-    found = value.get(name)
-    if found is not None and not isinstance(found, bool):
-        raise DataError(f"field {name!r} is {shown(found)}; expected true or false")
-    return default if found is None else found
 
 
 ENDLESS = 1 << 40

@@ -31,7 +31,6 @@ class Splits(dict[str, Split]):
         return self.get(name, Split())
 
     def put(self, name: str, split: Split) -> None:
-        """Sets a delta's split, or ends it."""
         if split.versions:
             self[name] = split
         else:
@@ -61,7 +60,6 @@ class Shadows:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def send(self, requests: Sequence[Request], answers: Sequence[Prediction]) -> None:
-        """Asks the shadows of the deltas among the requests."""
         asked = []
         for request, answer in zip(requests, answers, strict=True):
             shadow = self._splits.of(request.delta).shadow
@@ -97,7 +95,6 @@ def agree(one: JsonMapping, other: JsonMapping) -> bool:
 
 
 def _decision(value: Any) -> Any:
-    """Without scores."""
     if isinstance(value, Mapping):
         return {name: part for name, part in value.items() if name != "score"}
     return [_decision(part) for part in value] if isinstance(value, list | tuple) else value

@@ -84,12 +84,10 @@ class DeltaCache:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the tensors of all that is on the device."""
         return self.pipeline.ledger.total
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of the tensors of what is kept on the host."""
         return self._host.used
 
     def tier(self, name: str) -> Tier:
@@ -112,7 +110,6 @@ class DeltaCache:
         return name in self.cards and self.pipeline.resident(name) is None
 
     def touch(self, names: Iterable[str]) -> None:
-        """Notes that deltas were asked."""
         if self.bounded:
             for name in names:
                 self._device.touch(name)
@@ -133,7 +130,6 @@ class DeltaCache:
                         del self._leases[name]
 
     def has_room(self, card: ServedDelta) -> bool:
-        """Whether a delta fits without another leaving."""
         return card.size <= self._device.capacity - self.device_bytes
 
     def register(self, card: ServedDelta) -> None:
@@ -210,7 +206,6 @@ class DeltaCache:
             (self.pins.add if pinned else self.pins.discard)(name)
 
     def _fetched(self, card: ServedDelta) -> Delta:
-        """From the host, or from disk."""
         known = self._deltas.get(place_of(card))
         if known is not None:
             return known
@@ -237,7 +232,6 @@ class DeltaCache:
                     self._put_on_host(old)
 
     def _publish(self, delta: Delta) -> None:
-        """On to the device, to answer there."""
         size = self._make_resident(delta)
         with self._room:
             self._device.put(delta.name, size, self._costs.get(delta.name, CHEAPEST))
@@ -289,7 +283,6 @@ class DeltaCache:
         return freed  # once no call under way holds it: its rows are freed between two batches, nobody waits for that
 
     def _put_on_host(self, delta: Delta) -> None:
-        """On the host, where it fits there at all."""
         if delta.bytes > self._host.capacity:
             return
         self._evict_from_host(delta)
@@ -302,7 +295,6 @@ class DeltaCache:
         self._deltas[place_of(delta)] = delta
 
     def _evict_from_host(self, delta: Delta) -> None:
-        """Keeps that version on the host no longer."""
         self._host.evict(place_of(delta))
         self._deltas.pop(place_of(delta), None)
 
@@ -345,7 +337,6 @@ class TierGauges(Collector):
         yield from ()
 
     def collect(self) -> Iterator[Metric]:
-        """How many deltas are where, and how they moved."""
         tiers = self._tiers
         where = GaugeMetricFamily("bertology_tier_deltas", "Registered deltas by tier", labels=("tier",))
         for tier, count in tiers.counts().items():

@@ -11,8 +11,8 @@ from bertology_serve.deltas import catalog
 from bertology_serve.deltas.catalog import DeltaVersion, InvalidDelta
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.deltas.safe_io import untrusted
+from bertology_serve.encoder.opening import WholeModel, task_models
 from bertology_serve.encoder.pipeline import BASE, DeltaSet
-from bertology_serve.encoder.task_models import WholeModel, task_models
 from bertology_serve.errors import BertologyError, NotFound, SpecError, nearest, printable
 from bertology_serve.export.onnx_engine import OnnxModel, exports
 from bertology_serve.serving.observability.background import OnceLogger

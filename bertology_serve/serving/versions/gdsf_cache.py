@@ -77,5 +77,4 @@ class GdsfCache:
         return name
 
     def too_much(self, size: int) -> bool:
-        """Whether one more of that size does not fit."""
         return self.used + size > self.capacity

@@ -88,7 +88,6 @@ class Lifecycle:
             self.waiting_calls -= 1
 
     def loading(self) -> list[str]:
-        """The deltas that calls wait for."""
         return list(self._flights)
 
     async def index(self, ready_only: bool = False) -> list[Version]:
@@ -112,7 +111,6 @@ class Lifecycle:
         return shelf
 
     def close(self) -> None:
-        """Starts nothing more."""
         for threads in (self._loaders, self._cold_loaders):
             threads.shutdown(wait=False, cancel_futures=True)
 

@@ -53,12 +53,10 @@ class FleetDirectory(RunDirectory):
                 shutil.rmtree(path, ignore_errors=True)
 
     def log_of(self, name: str, record: Line) -> None:
-        """Appends one line to a member's log."""
         with self._log_path(name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def lines_of(self, name: str) -> list[JsonObject]:
-        """The lines of a member's log."""
         path = self._log_path(name)
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 

@@ -12,15 +12,15 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
+from bertology_serve.tasks.base import Item, make_items
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.baselines import PROBE, baselines
-from bertology_serve.training.batches import Data, Item, Source, make_items, shaped
+from bertology_serve.training.batches import Data, Source, shaped
 from bertology_serve.training.calibration import Judged
-from bertology_serve.training.fleet.fleet import Fleet
+from bertology_serve.training.fleet.fleet import Fleet, Member, check_frozen
 from bertology_serve.training.fleet.fleet_directory import FleetDirectory, FleetWatcher, Quiet
 from bertology_serve.training.fleet.fleet_spec import FleetSpec
-from bertology_serve.training.fleet.member import Member, check_frozen
 from bertology_serve.training.methods import begin_at_probe, count_parameters, make_live, start_at_data
 from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.publish import publish
@@ -70,14 +70,12 @@ class Shelf:
     starts: dict[tuple[object, ...], Start] = field(default_factory=dict)
 
     def source(self, path: str, columns: Mapping[str, str]) -> Source:
-        """The records of a file or hub data set."""
         key = path, tuple(sorted(columns.items()))
         if key not in self.sources:
             self.sources[key] = Source.read(path, columns)
         return self.sources[key]
 
     def made(self, source: Source | None, spec: TaskSpec) -> list[Item]:
-        """The records ready for a task."""
         if source is None:
             return []
         key = id(source), spec
@@ -128,7 +126,6 @@ class Enrolled:
 
     @property
     def unimproved(self) -> bool:
-        """Whether the probe is what is to be published."""
         return self.start.solver is not None and (self.beaten or self.member.unimproved)
 
     def publish(

@@ -30,17 +30,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from bertology_serve.config_fields import choices_of
+from bertology_serve.config_fields import check_fits
 from bertology_serve.deltas.catalog import check_name
-from bertology_serve.errors import BertologyError, DataError, InputError, NotFound, SpecError, nearest
-from bertology_serve.files import JsonObject
+from bertology_serve.errors import BertologyError, DataError, InputError, NotFound, SpecError
+from bertology_serve.training.config_file import KINDS, OWN, read_settings
 from bertology_serve.training.method_options import KindFlags, Values
 from bertology_serve.training.train_config import TrainConfig
 
 SOURCES = ("train", "eval", "ood", "columns")
 _TOP = ("backbone", "max_tokens", "save_every", "all", "delta")
-_PLAIN = tuple(choice.field.name for choice in choices_of(TrainConfig) if choice.field.name != "options")
-_KINDS = {field.name: field.metadata["kind"] for field in fields(KindFlags)}
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def read_fleet(path: Path) -> FleetSpec:
 
 def fleet_from_dict(values: Values, root: Path = Path()) -> FleetSpec:
     """The fleet that a table holds; files are relative to ``root``. Raises SpecError."""
-    _check_known("the fleet", values, _TOP)
+    check_fits("the fleet has no field", values, _TOP)
     shared, deltas = _table(values.get("all", {}), "all"), _table(values.get("delta", {}), "delta")
     if not deltas:
         raise SpecError("the fleet has no delta; name at least one: [delta.NAME]")
@@ -114,24 +112,17 @@ def _members(name: str, own: Values, shared: Values, root: Path) -> Iterator[Mem
 def _member(name: str, own: Values, shared: Values, root: Path) -> MemberSpec:
     check_name(name, "delta name")
     for table in (own, shared):
-        _check_known("a delta", table, (*SOURCES, *_PLAIN, *_KINDS))
+        check_fits("a delta has no field", (key for key in table if key != "grid"), (*SOURCES, *OWN, *KINDS))
     values = {**shared, **own}
     method = TrainConfig.of(values.get("task", ""), values.get("method", ())).method
-    options: dict[str, JsonObject] = {}
-    for key, kind in _KINDS.items():
-        if key in own or (key in shared and kind in method):
-            options.setdefault(kind, {})[_field(key)] = values[key]
-    plain: JsonObject = {key: _frozen(value) for key, value in values.items() if key in _PLAIN}
+    kinds = {field.name: field.metadata["kind"] for field in fields(KindFlags)}
+    wanted = {key for key in values if key in own or key in OWN or kinds.get(key) in method} - {*SOURCES}
+    config = read_settings({key: value for key, value in values.items() if key in wanted})
     if "train" not in values:
         raise SpecError("it has no train; name a file of records")
     columns = _table(values.get("columns", {}), "columns")
     sources = {key: _place(key, values.get(key), root) for key in SOURCES[:3]}
-    return MemberSpec(name, TrainConfig.of(**plain, options=options), columns=columns, **sources)  # type: ignore[arg-type]
-
-
-def _field(flag: str) -> str:
-    """The field of a kind's spec that a flag stands for."""
-    return str(next(field.metadata["field"] for field in fields(KindFlags) if field.name == flag))
+    return MemberSpec(name, config, columns=columns, **sources)  # type: ignore[arg-type]
 
 
 def _place(key: str, value: object, root: Path) -> str | None:
@@ -157,17 +148,6 @@ def _table(value: object, name: str) -> Values:
     return value
 
 
-def _frozen(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _worded(value: object) -> str:
     """A value as a part of a delta's name."""
     return re.sub(r"[^a-z0-9.]+", "-", "-".join(map(str, value if isinstance(value, list) else [value])).lower())
-
-
-def _check_known(what: str, values: Values, known: tuple[str, ...]) -> None:
-    allowed = (*known, "grid") if what == "a delta" else known
-    for name in values:
-        if name not in allowed:
-            raise SpecError(f"{what} has no field {name!r}; {nearest(name, known)}")

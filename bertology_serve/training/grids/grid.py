@@ -32,6 +32,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
+from bertology_serve.config_fields import check_fits, check_known
 from bertology_serve.data.sets import set_named
 from bertology_serve.errors import NotFound, SpecError, nearest
 from bertology_serve.files import JsonObject
@@ -129,8 +130,7 @@ class Grid:
     notes: str = ""
 
     def __post_init__(self) -> None:
-        if self.statistic not in STATISTICS:
-            raise SpecError(f"unknown statistic {self.statistic!r}; {nearest(self.statistic, STATISTICS)}")
+        check_known("statistic", self.statistic, STATISTICS)
         for what, entries in (("task", self.tasks), ("method", self.methods)):
             names = [slug(entry.name) for entry in entries]
             if not names or len(set(names)) != len(names):
@@ -214,10 +214,7 @@ def _task(values: Values) -> JsonObject:
 
 
 def _made(form: type[Made], values: Values, where: str) -> Made:
-    known = [one.name for one in fields(form)]
-    for name in values:
-        if name not in known:
-            raise SpecError(f"{where} has no field {name!r}; {nearest(name, known)}")
+    check_fits(f"{where} has no field", values, [one.name for one in fields(form)])
     try:
         return form(**values)
     except TypeError as problem:

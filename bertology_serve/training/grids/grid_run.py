@@ -19,17 +19,16 @@ import transformers
 
 import bertology_serve
 from bertology_serve.data.formats import SET_PREFIX
-from bertology_serve.data.official import official_metrics
 from bertology_serve.data.records import Record
 from bertology_serve.data.set_files import parse
-from bertology_serve.data.sets import set_named
+from bertology_serve.data.sets import official_metrics, set_named
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import InputError, nearest
 from bertology_serve.files import JsonObject, replacing, write_json
+from bertology_serve.training import plots
 from bertology_serve.training.batches import Source
-from bertology_serve.training.evaluate import evaluate
-from bertology_serve.training.grids import grid_plots
+from bertology_serve.training.evaluation import evaluate
 from bertology_serve.training.grids.grid import Grid, GridRun, GridTask
 from bertology_serve.training.grids.grid_tables import Results, long_csv, markdown, wide_csv
 from bertology_serve.training.memory import Peak
@@ -54,7 +53,6 @@ class GridPlace:
     keep: bool = False
 
     def directory(self, run: GridRun) -> Path:
-        """That of one run."""
         return self.out / "runs" / run.key
 
     def find(self, file: str) -> str:
@@ -121,7 +119,6 @@ def _measured(outcome: Outcome, others: Mapping[str, Source], place: GridPlace, 
 
 
 def _facts(outcome: Outcome, peak: Peak, encoder: Encoder) -> JsonObject:
-    """What a run cost, and on what."""
     text = (outcome.path / LOG).read_text(encoding="utf-8")
     steps = [line for line in map(json.loads, text.splitlines()) if "tokens" in line]
     tokens, seconds = (sum(values) for values in zip(*map(_work, steps), strict=True)) if steps else (0, 0.0)
@@ -143,7 +140,6 @@ def _facts(outcome: Outcome, peak: Peak, encoder: Encoder) -> JsonObject:
 
 
 def _work(line: Line) -> tuple[int, float]:
-    """Tokens and seconds of one step."""
     return line["tokens"], line["tokens"] / line["tokens_per_s"]
 
 
@@ -192,11 +188,11 @@ def write_report(grid: Grid, place: GridPlace, draw: bool = True) -> Results:
     for name, text in ((TABLE, markdown(results)), (WIDE, wide_csv(results)), (LONG, long_csv(results))):
         with replacing(place.out / name) as own:
             own.write_text(text, encoding="utf-8")
-    if draw and results.found and grid_plots.available():
+    if draw and results.found and plots.can_plot():
         logs: dict[tuple[str, str], list[Path]] = {}
         for run, _ in results.found:
             logs.setdefault((run.row, run.task.name), []).append(place.directory(run) / LOG)
-        grid_plots.draw_axes(results, place.out)
-        grid_plots.draw_parameters(results, place.out)
-        grid_plots.draw_gradients(results, logs, place.out)
+        plots.draw_axes(results, place.out)
+        plots.draw_parameters(results, place.out)
+        plots.draw_gradients(results, logs, place.out)
     return results

@@ -38,14 +38,12 @@ class Cell:
 
     @property
     def middle(self) -> float | None:
-        """Their mean or median."""
         if not self.values:
             return None
         return (statistics.median if self.statistic == "median" else statistics.fmean)(self.values)
 
     @property
     def spread(self) -> float | None:
-        """Their standard deviation (of a sample)."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
@@ -72,12 +70,10 @@ class Results:
         return [result for run, result in self.found if run.row == row and task in (None, run.task.name)]
 
     def cell(self, row: str, column: Column) -> Cell:
-        """The figures of one cell."""
         values = [100 * one["measured"][column.ood][column.metric] for one in self.of(row, column.task)]
         return Cell(tuple(values), len(self.grid.seeds), self.grid.statistic)
 
     def filled(self) -> list[Column]:
-        """The columns that hold a figure."""
         return [one for one in self.columns if any(self.cell(name, one).values for name, _ in self.rows)]
 
     def average(self, row: str) -> float | None:
@@ -87,11 +83,9 @@ class Results:
         return statistics.fmean(cell.middle or 0.0 for cell in cells) if whole else None
 
     def whole_tasks(self) -> list[str]:
-        """The tasks whose every run is finished."""
         return [task.name for task in self.grid.tasks if not self.missing(task.name)]
 
     def missing(self, task: str) -> int:
-        """How many of a task's runs are not finished."""
         there = sum(run.task.name == task for run, _ in self.found)
         return len(self.rows) * len(self.grid.seeds) - there
 
@@ -210,7 +204,6 @@ def _missing(results: Results) -> str:
 
 
 def _facts(results: Results) -> str:
-    """Data and machines, from the runs themselves."""
     sizes = {}
     for run, result in results.found:
         measured = ", ".join(f"{name or 'own'} {rows:,}" for name, rows in result["measured_rows"].items())

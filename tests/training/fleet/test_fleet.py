@@ -9,8 +9,7 @@ import torch
 
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import SpecError
-from bertology_serve.training.fleet.fleet import Fleet, joined, pieces
-from bertology_serve.training.fleet.member import Member
+from bertology_serve.training.fleet.fleet import Fleet, Member, joined, pieces
 from bertology_serve.training.train import prepare
 from bertology_serve.training.train_config import TrainConfig
 from bertology_serve.training.trainer import Trainer

@@ -13,12 +13,12 @@ from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import InputError, SpecError
 from bertology_serve.training.batches import Source
-from bertology_serve.training.evaluate import evaluate
+from bertology_serve.training.evaluation import evaluate
 from bertology_serve.training.features import pooled
+from bertology_serve.training.fleet.fleet import Member
 from bertology_serve.training.fleet.fleet_directory import Quiet
 from bertology_serve.training.fleet.fleet_run import train_fleet
 from bertology_serve.training.fleet.fleet_spec import FleetSpec, fleet_from_dict
-from bertology_serve.training.fleet.member import Member
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import train
 from bertology_serve.training.train_config import TrainConfig

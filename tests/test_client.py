@@ -13,8 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from bertology_serve.client import AsyncClient, Client
-from bertology_serve.client.calls import Call, problem_of
+from bertology_serve.client import AsyncClient, Call, Client, problem_of
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
@@ -263,8 +262,8 @@ def test_a_refusal_is_repeated_where_it_names_a_time_and_no_other_reply_is(statu
     async def nap(seconds: float) -> None:
         waits.append(seconds)
 
-    monkeypatch.setattr("bertology_serve.client.clients.time", SimpleNamespace(sleep=waits.append))
-    monkeypatch.setattr("bertology_serve.client.clients.asyncio", SimpleNamespace(sleep=nap))
+    monkeypatch.setattr("bertology_serve.client.time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr("bertology_serve.client.asyncio", SimpleNamespace(sleep=nap))
     named = httpx.Response(status, headers={"Retry-After": "2"}, json={"error": "full"})
     assert asked(Replies(named, named, httpx.Response(200, json=[])), "answer", aio) == ()
     assert waits == [2.0, 2.0]

@@ -9,8 +9,7 @@ from scipy import stats
 from seqeval.metrics import f1_score as span_f1
 from sklearn import metrics as reference
 
-from bertology_serve.data.official import official_metrics
-from bertology_serve.data.sets import SETS
+from bertology_serve.data.sets import SETS, official_metrics
 from bertology_serve.tasks.registry import TASKS, task_for
 from bertology_serve.tasks.spec import CLASSIFICATION, REGRESSION, TOKEN_CLASSIFICATION, TaskSpec
 

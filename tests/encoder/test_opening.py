@@ -15,15 +15,8 @@ from torch import Tensor
 
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.opening import WholeModel, is_task_model, read_task_model, task_models, verify, verify_peft
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.encoder.task_models import (
-    WholeModel,
-    is_task_model,
-    read_task_model,
-    task_models,
-    verify,
-    verify_peft,
-)
 from bertology_serve.errors import BaseMismatch, FormatError, InputError, VerificationError
 from tests import tiny
 
