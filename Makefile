@@ -9,7 +9,13 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 BESIDE = -n $(WORKERS) --dist loadfile
 STAMP := $(VENV)/installed
-PIP_FLAGS := -qq --disable-pip-version-check -c constraints.txt
+PIP_FLAGS := --disable-pip-version-check --no-input -c constraints.txt
+# What pip does, in one line that changes; where it fails, the end of what it said
+SHOWN = > $(VENV)/pip.log 2>&1 & pip=$$!; n=0; \
+	while kill -0 $$pip 2>/dev/null; do n=$$((n + 1)); \
+	  test -t 2 && printf '\r\033[K  %s s: %.90s' $$n "$$(grep -E '^ *(Collecting|Downloading|Installing|Building)' $(VENV)/pip.log | tail -n 1)" >&2; \
+	  sleep 1; done; test -t 2 && printf '\r\033[K' >&2; \
+	wait $$pip || { tail -n 30 $(VENV)/pip.log >&2; exit 1; }
 
 # where models are kept that test-real fetches, and the environments of test-elsewhere
 REAL ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bertology-serve
@@ -90,8 +96,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed, $(PYTHON) is %d.%d; name another: make PYTHON=python3.12 ..." % sys.version_info[:2])'
 	@echo 'making $(VENV) (some minutes the first time)'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install $(PIP_FLAGS) pip
-	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
+	@$(BIN)/python -m pip install $(PIP_FLAGS) pip $(SHOWN)
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]' $(SHOWN)
 	@touch $@
 
 clean:

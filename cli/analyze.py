@@ -17,7 +17,7 @@ from bertology_serve.analysis.settings import (
     ProbeSettings,
     PruneSettings,
 )
-from bertology_serve.cli.common import note, note_next, progress, table
+from bertology_serve.cli.common import load_library, note, note_next, progress, table
 from bertology_serve.cli.options import options
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ def attention(
     settings: AttentionSettings,
 ) -> None:
     """What each head attends to on a corpus, and which heads attend alike (Clark et al. 2019)."""
+    one = subject(backbone, delta, device, corpus)
     from bertology_serve import analysis
 
-    one = subject(backbone, delta, device)
     texts = tuple(sentence or ())
 
     report = kept(
@@ -96,9 +96,9 @@ def heads(
     settings: HeadSettings,
 ) -> None:
     """Which heads a delta's task needs: |dL/dξ|, and the metric as heads are masked (Michel et al. 2019)."""
+    one = subject(backbone, delta, device, input, eval)
     from bertology_serve import analysis
 
-    one = subject(backbone, delta, device)
     report = kept(
         out, again, [one], (input, eval), [settings], "heads",
         lambda advance: analysis.heads(one, input, settings, eval=eval, advance=advance),
@@ -124,10 +124,11 @@ def prune(
     settings: PruneSettings,
 ) -> None:
     """Cut out the heads and FFN neurons that a delta's task needs least; its base's deltas run on what is left."""
+    one = subject(backbone, delta, device, input, eval)
     from bertology_serve import analysis
 
     with bar("prune") as advance:
-        report = analysis.prune(subject(backbone, delta, device), input, save, settings, eval=eval, advance=advance)
+        report = analysis.prune(one, input, save, settings, eval=eval, advance=advance)
     facts = report.facts
     rows = [
         ("heads", *facts["heads"]), ("neurons", *facts["neurons"]), ("parameters", *facts["parameters"]),
@@ -154,9 +155,9 @@ def probe(
     settings: ProbeSettings,
 ) -> None:
     """What a linear probe reads from each layer, beside control tasks (Hewitt and Liang 2019)."""
+    one = subject(backbone, delta, device, input, eval)
     from bertology_serve import analysis
 
-    one = subject(backbone, delta, device)
     report = kept(
         out, again, [one], (input, eval), [settings], "probe",
         lambda advance: analysis.probe(one, input, settings, eval=eval, advance=advance),
@@ -191,7 +192,7 @@ def distance(
 
     if beside:
         return side_by_side([delta, *beside], backbone, corpus, out, device, again, settings)
-    one = subject(backbone, delta, device)
+    one = subject(backbone, delta, device, corpus)
     report = kept(
         out, again, [one], (corpus,), [settings], "distance",
         lambda advance: analysis.distance(one, None, corpus, settings, advance=advance),
@@ -215,6 +216,7 @@ def compare(
     settings: CompareSettings,
 ) -> None:
     """Where two deltas disagree, and what each attends to and goes by there (integrated gradients, captum)."""
+    load_library(deltas=[first, second], data=[input], backbone=backbone, device=device)
     from bertology_serve import analysis
 
     pair = [subject(backbone, one, device) for one in (first, second)]
@@ -238,6 +240,7 @@ def side_by_side(
     settings: DistanceSettings,
 ) -> None:  # fmt: skip
     """``distance --beside``."""
+    load_library(deltas=deltas, data=[corpus], backbone=backbone, device=device)
     from bertology_serve import analysis
 
     subjects = [subject(backbone, delta, device) for delta in deltas]
@@ -269,8 +272,12 @@ def extreme(rows: object, name: str) -> tuple[float, float, str]:
     return sum(row[name] for row in cells) / len(cells), best[name], f"layer {best['layer']} head {best['head']}"
 
 
-def subject(backbone: str | None, delta: Path | None, device: str) -> Subject:
-    """The encoder, with the delta of a directory (or the newest of its versions) if there is one."""
+def subject(backbone: str | None, delta: Path | None, device: str, *data: str | None) -> Subject:
+    """The encoder, with the delta of a directory (or the newest of its versions) if there is one.
+
+    ``data`` are files that must be there.
+    """
+    load_library(deltas=[delta], data=data, backbone=backbone, device=device)
     from bertology_serve.analysis.subject_model import Subject
     from bertology_serve.encoder.loading import find_device
 

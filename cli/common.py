@@ -6,12 +6,14 @@ Results go to stdout, everything else to stderr: ``predict --output - | head`` s
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bertology_serve.errors import BertologyError, VerificationError
+from bertology_serve.errors import BertologyError, NotFound, SpecError, VerificationError
 
 if TYPE_CHECKING:
     import typer
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 DIFFERS, BAD_INPUT, FAULT, INTERRUPTED = 1, 2, 70, 130
 DEBUG = "BERTOLOGY_DEBUG"
 PIPE_WIDTH = 120
+DEVICES = re.compile(r"auto|(cpu|cuda|mps|xpu|meta)(:\d+)?")
+FILE = re.compile(r"(?!hub:|set:).*\.(jsonl|ndjson|json|csv|tsv|conll|conllu|parquet|txt)(\.gz)?", re.IGNORECASE)
 POLICY, SPINS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
 SHORT = "10000"
 
@@ -61,6 +65,40 @@ def came_from(context: typer.Context, params: Iterable[Any]) -> str:
             file = context.params.get("file")
             found.append(f"{file or 'the file or set'}: {param.name} = {(context.default_map or {})[param.name]!r}")
     return f", from {' and '.join(found)}" if found else ""
+
+
+def check_inputs(
+    *,
+    deltas: Iterable[Path | None] = (),
+    root: Path | None = None,
+    data: Iterable[str | None] = (),
+    backbone: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Says what can be known to be wrong before anything heavy is imported: deltas, a directory of deltas (``root``),
+    files of records and encoders that are not there, devices that do not exist. Raises NotFound, SpecError.
+    """
+    for path in deltas:
+        if path is not None and not path.exists():
+            raise NotFound(f"no directory {path}; expected a delta's (with delta.json)")
+    if root is not None and not root.is_dir():
+        raise NotFound(f"no directory {root}; expected one with deltas in it (NAME/VERSION/ or bare)")
+    for name in data:
+        if name is not None and FILE.fullmatch(name) and not os.path.exists(name):
+            raise NotFound(f"no file {name}; give a file that exists, or hub:NAME for a hub data set")
+    if backbone is not None and re.match(r"[./~]|.*/.*/", backbone) and not os.path.isdir(backbone):
+        raise NotFound(f"no encoder {backbone!r}: no such directory; expected a hub id, a directory or 'minilm'")
+    if not DEVICES.fullmatch(device):
+        raise SpecError(f"unknown device {device!r}; expected auto, cpu, cuda or cuda:INDEX")
+
+
+def load_library(**given: Any) -> None:
+    """``check_inputs``, and then imports torch and what stands on it: seconds, beside a spinner on a terminal."""
+    check_inputs(**given)
+    if "torch" in sys.modules:
+        return
+    with console_of(stderr=True).status("loading torch and the encoder's library"):
+        import bertology_serve.encoder.opening  # noqa: F401
 
 
 def note(message: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertology_serve.cli.common import note, note_next, table
+from bertology_serve.cli.common import load_library, note, note_next, table
 from bertology_serve.cli.train import read_columns
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def compress(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Write what full fine-tuning changed as a low-rank or sparse delta, and measure what that costs."""
+    load_library(deltas=[delta], data=[eval], backbone=backbone, device=device)
     from bertology_serve.data.records import read_records
     from bertology_serve.deltas import store
     from bertology_serve.deltas.catalog import newest

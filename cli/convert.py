@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from bertology_serve.cli.common import note, note_next
+from bertology_serve.cli.common import load_library, note, note_next
 from bertology_serve.cli.options import listed
-from bertology_serve.errors import InputError, SpecError
+from bertology_serve.errors import InputError, NotFound, SpecError
 
 
 def convert(
@@ -32,6 +32,9 @@ def convert(
     task: Annotated[str | None, typer.Option(help="The kind of the task, where peft's task_type names none.")] = None,
 ) -> None:
     """Convert an adapter; pickles are opened here only, and for tensors only."""
+    if not source.exists():
+        raise NotFound(f"no file or directory {source}; expected a checkpoint")
+    load_library(backbone=backbone)
     from bertology_serve.deltas import store
     from bertology_serve.deltas.catalog import newest
     from bertology_serve.deltas.interop.adapterhub import write_adapterhub

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bertology_serve.cli.common import note, table
+from bertology_serve.cli.ask import asked, shown
+from bertology_serve.cli.common import load_library, note, table
+from bertology_serve.errors import VerificationError
 
 if TYPE_CHECKING:
     from bertology_serve.encoder.encoder import Encoder
@@ -46,28 +48,40 @@ LESSONS = (
     Lesson("choice", "choice", "multiple-choice", "prompt", 5, "mean"),
     Lesson("intent-probe", "intent", "classification", "probe", 8, "mean"),
 )
-QUESTIONS: tuple[dict[str, Any], ...] = (
-    {"delta": "sentiment", "text": "The plot was simple, and I left the cinema smiling."},
-    {"delta": "sentiment", "text": "Cold soup, rude waiter, never again."},
-    {"delta": "intent", "text": "How much money do I have left this month?"},
-    {"delta": "intent-probe", "text": "Wake me at half past six tomorrow."},
-    {"delta": "entities", "text": "Ada Lovelace moved from London to Turin to work for Fiat."},
-    {"delta": "similarity", "text": "A man plays the guitar.", "text_pair": "Somebody is making music."},
-    {
-        "delta": "answers",
-        "question": "Where does the ferry leave?",
-        "context": "The ferry leaves from pier four at noon. Tickets are sold on board.",
-    },
-    {"delta": "choice", "premise": "The glass fell.", "question": "effect", "choices": ["It broke.", "It sang."]},
-    {"delta": "base", "text": "The bare encoder answers with a vector."},
-)
+RIGHT: tuple[tuple[dict[str, Any], str | float | None], ...] = (
+    ({"delta": "sentiment", "text": "The plot was simple, and I left the cinema smiling."}, "positive"),
+    ({"delta": "sentiment", "text": "Cold soup, rude waiter, never again."}, "negative"),
+    ({"delta": "intent", "text": "How much money do I have left this month?"}, "check_balance"),
+    ({"delta": "intent-probe", "text": "Wake me at half past six tomorrow."}, "set_alarm"),
+    (
+        {"delta": "entities", "text": "Ada Lovelace moved from London to Turin to work for Fiat."},
+        "[Ada Lovelace PER] moved from [London LOC] to [Turin LOC] to work for [Fiat ORG].",
+    ),
+    ({"delta": "similarity", "text": "A man plays the guitar.", "text_pair": "A man is playing a guitar."}, 3.0),
+    (
+        {
+            "delta": "answers",
+            "question": "Who repaired the roof?",
+            "context": "The roof was repaired by Anna in May, before the rain.",
+        },
+        "Anna",
+    ),
+    ({"delta": "choice", "premise": "The glass fell.", "question": "effect", "choices": ["It broke.", "It sang."]},
+     "It broke."),
+    ({"delta": "base", "text": "The bare encoder answers with a vector."}, None),
+)  # fmt: skip
+"""Questions, and how the right answer begins; of a value from 0 to 5, the least that is right."""
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Where deltas and the export go; what an earlier demo left is replaced.")]
     = Path("demo-run"),
 ) -> None:  # fmt: skip
-    """Train one delta of each kind, serve them all in one mixed batch, export one merged. Minutes on two cores."""
+    """Train one delta of each kind, serve them all in one mixed batch, export one merged. Minutes on two cores.
+
+    Exit code 1 where an answer is wrong.
+    """
+    load_library()
     from bertology_serve.encoder.encoder import Encoder
 
     started = time.perf_counter()
@@ -129,16 +143,25 @@ def _serve(deltas: Path) -> None:
     import urllib.request
 
     with serving(deltas) as url:
-        shown = json.dumps(QUESTIONS[:2])[1:-1]
-        note(f"curl {url}/predict -d '[{shown}, ...]'")
-        body = json.dumps(QUESTIONS).encode()
+        questions = [question for question, _ in RIGHT]
+        note(f"curl {url}/predict -d '[{json.dumps(questions[:2])[1:-1]}, ...]'")
+        body = json.dumps(questions).encode()
         began = time.perf_counter()
         with urllib.request.urlopen(urllib.request.Request(f"{url}/predict", body), timeout=60) as reply:
             answers = json.loads(reply.read())
         took = time.perf_counter() - began
-    rows = [[a["delta"], a["task"], _asked(q), _answer(a)] for q, a in zip(QUESTIONS, answers, strict=True)]
+    told = [shown(answer, question) for question, answer in zip(questions, answers, strict=True)]
+    rows = [[a["delta"], a["task"], asked(q), text] for q, a, text in zip(questions, answers, told, strict=True)]
     table(f"{len(answers)} answers from one call in {1e3 * took:.0f} ms", ["delta", "task", "asked", "answer"], rows,
           stderr=False)  # fmt: skip
+    wrong = [row for row, (_, right) in zip(rows, RIGHT, strict=True) if not is_right(row[-1], right)]
+    if wrong:
+        raise VerificationError(f"wrong answers: {'; '.join(f'{row[0]}: {row[2]} {row[3]}' for row in wrong)}")
+
+
+def is_right(told: str, right: str | float | None) -> bool:
+    """Whether an answer, as it is shown, is the one of ``RIGHT``."""
+    return right is None or (told.startswith(right) if isinstance(right, str) else float(told) >= right)
 
 
 @contextmanager
@@ -181,29 +204,11 @@ def _export(encoder: Encoder, delta: Path, out: Path) -> None:
     note(f"{out}/onnx/model.onnx: {done.bytes / 1e6:.1f} MB")
 
 
-def _asked(question: dict[str, Any]) -> str:
-    return " / ".join(str(value) for name, value in question.items() if name != "delta")
-
-
-def _answer(answer: dict[str, Any]) -> str:
-    """An answer in a few words."""
-    if "entities" in answer:
-        return ", ".join(f"{entity['text']} ({entity['label']})" for entity in answer["entities"]) or "none"
-    if "answer" in answer:
-        return f"{answer['answer']['text']!r} ({answer['answer']['score']:.2f})"
-    if "embedding" in answer:
-        vector = ", ".join(f"{value:.3f}" for value in answer["embedding"][:3])
-        return f"[{vector}, ...] of {len(answer['embedding'])}"
-    if "value" in answer:
-        return f"{answer['value']:.2f}"
-    return f"{answer.get('label', answer.get('choice'))} ({answer['score']:.2f})"
-
-
 def _next(out: Path) -> list[str]:
     return [
         f"bertology-serve serve --backbone {MINILM} --deltas {out}/deltas --port 8000",
-        "bertology-serve train --backbone minilm --task classification --method lora --train FILE --eval FILE "
-        "--epochs 2 --out DIR",
+        "bertology-serve train --backbone minilm --task classification --train FILE.csv --out DIR",
+        f'bertology-serve ask {out}/deltas/sentiment "A text of your own."',
         f"bertology-serve inspect {out}/deltas/sentiment",
         "bertology-serve --help",
     ]

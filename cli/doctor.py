@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from bertology_serve.cli.common import load_library
+
 BROKEN = 1
 
 
@@ -18,6 +20,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
     """Look at versions, ONNX Runtime, CUDA and Triton; say how to mend what is wrong. Exit code 1 if something is."""
+    load_library(backbone=backbone)
     from bertology_serve.export.installation import findings, look, of_encoder
 
     found = findings(look())

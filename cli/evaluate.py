@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bertology_serve.cli.common import note, progress, table, truncation
+from bertology_serve.cli.common import load_library, note, progress, table, truncation
 from bertology_serve.cli.train import read_columns
 from bertology_serve.errors import SpecError
 
@@ -53,6 +53,7 @@ def evaluate(
 
     The main metric has a 95 % interval (bootstrap over records); gains are paired.
     """
+    load_library(deltas=[delta, against], data=[input], backbone=backbone, device=device)
     from bertology_serve.data.records import read_records
     from bertology_serve.encoder.loading import find_device
     from bertology_serve.encoder.opening import open_delta

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertology_serve.cli.common import note
+from bertology_serve.cli.common import load_library, note
 from bertology_serve.cli.options import options
 from bertology_serve.errors import SpecError
 from bertology_serve.export.export_spec import ExportSpec
@@ -53,6 +53,7 @@ def export(
     """
     if calibrate and spec.precision != "int8-static":
         raise SpecError(f"--calibrate is for --precision int8-static, got {spec.precision}; leave it out")
+    load_library(deltas=delta, data=[verify, calibrate], backbone=backbone)
     if multi:
         done = _many(delta, out, spec, backbone, name, verify, join)
     elif len(delta) > 1 or join:

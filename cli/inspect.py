@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bertology_serve.cli.common import table
+from bertology_serve.cli.common import load_library, table
 
 
 def inspect(
@@ -20,6 +20,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show and validate a delta; of a directory with several deltas, each of them."""
+    load_library(deltas=[delta], backbone=backbone)
     from bertology_serve.deltas.catalog import discover, is_delta
     from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.encoder.opening import load_delta

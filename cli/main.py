@@ -25,6 +25,7 @@ COMMANDS = {
     "mine-negatives": "Find hard negatives for pairs of texts.",
     "convert": "Read adapters of other libraries, and write AdapterHub's.",
     "evaluate": "Measure a delta on labelled records.",
+    "ask": "Ask a delta, or a running server, something.",
     "predict": "Answer a file of records, for many deltas at once.",
     "serve": "Answer over HTTP.",
     "route": "Send calls to several servers, each where its delta lives.",
@@ -46,6 +47,13 @@ ELSEWHERE = {
     "prove": "bench.prove.prove_command",
 }
 """Commands that stand two in one module, and those of the harness, which stand with it."""
+GREETING = """bertology-serve {version}: one frozen encoder, many small deltas, one packed batch.
+
+  bertology-serve demo      trains a delta of each kind on built-in examples, serves and exports them: minutes
+  bertology-serve train --backbone minilm --task classification --train FILE.csv --out deltas/NAME
+  bertology-serve ask deltas/NAME "A text."
+
+FILE.csv has columns text and label. bertology-serve --help lists all {count} commands."""
 
 
 def application(asked: str | None = None) -> typer.Typer:
@@ -80,7 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     130: interrupted. Errors are one line on stderr; ``BERTOLOGY_DEBUG=1`` shows where they came from.
     """
     share_cores()
-    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments and COMPLETE not in os.environ:
+        print(GREETING.format(version=bertology_serve.__version__, count=len(COMMANDS)))
+        return 0
     typed = " ".join(os.environ.get(name, "") for name in COMPLETED) if COMPLETE in os.environ else ""
     asked = next((word for word in (*typed.split(), *arguments) if word in COMMANDS), None)
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertology_serve.cli.common import note, note_next, progress
+from bertology_serve.cli.common import load_library, note, note_next, progress
 from bertology_serve.cli.options import options
 from bertology_serve.cli.train import read_columns
 from bertology_serve.errors import DataError, InputError, SpecError
@@ -40,6 +40,7 @@ def mine_negatives(
         raise InputError(f"{output} exists; choose another --output")
     if (backbone is None) == (delta is None):
         raise SpecError("give --backbone, to search by an encoder, or --delta, whose encoder is the one that it names")
+    load_library(deltas=[delta], data=[input, corpus], backbone=backbone, device=device)
 
     import numpy as np
 

@@ -30,7 +30,7 @@ from bertology_serve.errors import NotFound, SpecError, nearest
 PLAIN = (bool, int, float, str, Path)
 ALL = "bertology.help_all"
 OTHERS = "Other options"
-ELSEWHERE = ("API_KEYS", "ADMIN_KEYS", "CACHE", "CONFIG", "DATA", "DEBUG", "REAL", "ROUTER_KEY")
+ELSEWHERE = ("API_KEYS", "ADMIN_KEYS", "CACHE", "CONFIG", "DATA", "DEBUG", "KEY", "REAL", "ROUTER_KEY")
 """What variables are called that are no options, or not of this command alone."""
 Command = Callable[..., Any]
 

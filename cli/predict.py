@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
-from bertology_serve.cli.common import note, progress, truncation
+from bertology_serve.cli.common import load_library, note, progress, truncation
+from bertology_serve.errors import NotFound
 
 if TYPE_CHECKING:
     from bertology_serve.encoder.pipeline import Pipeline
@@ -47,6 +49,9 @@ def predict(
 
     The output appears when every line is answered. The first bad line ends the run (exit code 2) unless --skip-bad.
     """
+    if input != "-" and not os.path.exists(input):
+        raise NotFound(f"no file {input}; expected JSON lines, or - for standard input")
+    load_library(root=deltas, backbone=backbone, device=device)
     from bertology_serve.files import check_outputs
     from bertology_serve.serving.offline import STANDARD, Lines, reading
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bertology_serve.cli.common import note, note_next
+from bertology_serve.cli.common import load_library, note, note_next
 
 
 def push(
@@ -17,6 +17,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="The branch to write to. Default: main.")] = None,
 ) -> None:
     """Upload a delta; who does it is what the hub's login or HF_TOKEN says."""
+    load_library(deltas=[delta])
     from bertology_serve.deltas.catalog import newest
     from bertology_serve.deltas.hub import push as run
 

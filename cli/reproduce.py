@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertology_serve.cli.common import note, progress, table
+from bertology_serve.cli.common import load_library, note, progress, table
 from bertology_serve.cli.options import listed
 from bertology_serve.errors import SpecError
 
@@ -47,6 +47,7 @@ def reproduce(
         return table(f"{len(runs)} runs: {chosen.title}", ["run", "method", "recipe", "epochs"], rows, stderr=False)
     if out is None:
         raise SpecError("no --out was given; say where runs and table shall lie, or count the runs with --dry-run")
+    load_library(device=device)
 
     from bertology_serve.encoder.loading import find_device
     from bertology_serve.training.grids.grid_run import LONG, TABLE, WIDE, GridPlace, write_report

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bertology_serve.cli.common import note
+from bertology_serve.cli.common import check_inputs, note
 from bertology_serve.cli.options import File, laid_out, options
 from bertology_serve.export import MultiPrecision
 from bertology_serve.serving.config import ServerConfig
@@ -77,6 +77,8 @@ def serve(
     Calls for all deltas share their batches; /openapi.json describes every route. SIGTERM, SIGINT and SIGHUP drain:
     readiness answers 503 at once, every accepted call is answered.
     """
+    check_inputs(root=deltas, backbone=backbone, device=device)
+    note(f"loading {backbone}")
     from bertology_serve.serving.serve import serve as run
 
     run(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bertology_serve.cli.common import note, note_next, progress, table
+from bertology_serve.cli.common import load_library, note, note_next, progress, table
 from bertology_serve.cli.options import from_file, from_set, laid_out, listed, options
 from bertology_serve.errors import SpecError
 from bertology_serve.training.method_options import AUTO, KindFlags
@@ -84,6 +84,7 @@ def train(
     config = config.replaced(options=kinds.by_kind())
     if out is None and not dry_run:
         raise SpecError("no --out was given; say where the delta shall lie, or count its parameters with --dry-run")
+    load_library(data=[train, eval, ood], backbone=backbone, device=device)
 
     from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.encoder.loading import find_device

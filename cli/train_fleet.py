@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bertology_serve.cli.common import note, note_next, table
+from bertology_serve.cli.common import load_library, note, note_next, table
 from bertology_serve.errors import SpecError
 from bertology_serve.training.fleet.fleet_spec import FleetSpec, read_fleet
 
@@ -37,6 +37,7 @@ def train_fleet(
         raise SpecError(f"{file} names no backbone; give one with --backbone")
     if out is None and not dry_run:
         raise SpecError("no --out was given; say where the deltas shall stand, or look at them with --dry-run")
+    load_library(backbone=name, device=device)
 
     from bertology_serve.encoder.encoder import Encoder
     from bertology_serve.encoder.loading import find_device

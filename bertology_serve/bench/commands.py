@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bertology_serve.bench.cpu.cpu_command import cpu
-from bertology_serve.cli.common import note, progress, table
+from bertology_serve.cli.common import load_library, note, progress, table
 from bertology_serve.errors import SpecError, VerificationError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def serving(
 
     Lengths are lognormal, mean 24 tokens, at most 128. Contenders take turns; ratios are medians over the rounds.
     """
+    load_library(backbone=backbone)
     from bertology_serve.bench.serving.serving import run
     from bertology_serve.bench.serving.serving_report import check_suffix, write
     from bertology_serve.bench.serving.texts_workload import Workload
@@ -111,6 +112,7 @@ def load(
 
     Open loop: calls come whether or not those before were answered, and their time counts from when they were due.
     """
+    load_library(backbone=backbone)
     from bertology_serve.bench.serving.load import Load, as_dict, check_plot, draw, run
     from bertology_serve.files import write_json
 
@@ -166,6 +168,7 @@ def kernels(
     heights = [_number(text) for text in _listed(rows)]
     if dtype not in ("bfloat16", "float16", "float32"):
         raise SpecError(f"got --dtype {dtype}, expected bfloat16, float16 or float32")
+    load_library()
     from bertology_serve.bench.kernels import kernel_plot, kernel_run
 
     device = kernel_run.cuda()
@@ -254,6 +257,7 @@ def alternatives(
     Each server is a process of its own with one thread for its model; lengths are mixed. They take turns: saturated,
     then all at half of what the slowest can answer. Merged models are written to a temporary directory.
     """
+    load_library(backbone=backbone)
     from bertology_serve.bench.prove.stage import Stage
     from bertology_serve.bench.serving.alternatives.alternatives_run import Plan, compare, draw
     from bertology_serve.bench.serving.load import check_plot

@@ -7,10 +7,11 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Literal
 
 from bertology_serve.export import MultiPrecision
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from bertology_serve.serving.observability.background import Background
     from bertology_serve.serving.versions.delta_registry import Registry
 
+MOST_LISTED = 20
 HUNG = 60.0  # seconds after which a batch is not waited for; the first ones, which compile, are
 
 
@@ -91,8 +93,12 @@ def serve(
         def announce() -> None:
             seconds = time.monotonic() - started
             how = f"{runs}, {opened.pipeline.encoder.packing}"
-            say(f"{len(found) - 1} deltas on {backbone} ({how}), ready after {seconds:.1f} s: {url}")
-            say(f"try: {example(url, found[-1])}")
+            for line in listing(found[1:]):
+                say(line)
+            count = f"{len(found) - 1} delta{'s' * (len(found) != 2)}"
+            say(f"{count} on {backbone} ({how}), ready after {seconds:.1f} s: {url}")
+            say(f"docs: {url}/ in a browser, {url}/openapi.json, docs/serving.md")
+            say(f"try: {example(url, found[min(1, len(found) - 1)], keyed=bool(keyring))}")
 
         server = Server(registry, config, announce, keyring, background)
         if time_again:
@@ -120,8 +126,20 @@ def _importing() -> Iterator[None]:
         gc.enable()
 
 
-def example(url: str, delta: Delta) -> str:
-    """A curl command that asks a delta something."""
+def listing(deltas: Sequence[Delta]) -> Iterator[str]:
+    """A table of deltas, of the first ``MOST_LISTED``, a line each."""
+    head = ("delta", "version", "task", "labels")
+    rows = [head, *((one.name, one.version, one.task.kind, shorten(", ".join(one.task.labels), 60)) for one in deltas)]
+    rows = rows[: MOST_LISTED + 1]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows if deltas else ():
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    if len(deltas) > MOST_LISTED:
+        yield f"and {len(deltas) - MOST_LISTED:,} more: GET /models"
+
+
+def example(url: str, delta: Delta, keyed: bool = False) -> str:
+    """A curl command that asks a delta something; where ``keyed``, with an API key."""
     fields = {
         "token-classification": '"text": "Ada Lovelace lived in London."',
         "question-answering": '"question": "Who lived in London?", "context": "Ada Lovelace lived in London."',
@@ -130,7 +148,8 @@ def example(url: str, delta: Delta) -> str:
     }.get(delta.task.kind, '"text": "What a lovely day."')
     if delta.task.pairs:
         fields += ', "text_pair": "The sun is shining."'
-    return f'curl {url}/predict -d \'{{"delta": "{delta.name}", {fields}}}\''
+    key = ' -H "Authorization: Bearer $KEY"' if keyed else ""
+    return f'curl {url}/predict{key} -d \'{{"delta": "{delta.name}", {fields}}}\''
 
 
 def _open(backbone: str, device: str, dtype: str, fork_server: ForkServer | None, background: Background) -> Startup:

@@ -137,6 +137,7 @@ class Model(Struct, frozen=True):
     max_length: int
     bytes: int
     metrics: dict[str, float | None]
+    pairs: Annotated[bool, Meta(description="It reads pairs of texts alone.")] = False
 
 
 class Reconciled(Struct, frozen=True):

@@ -50,7 +50,9 @@ def test_help_says_how_options_are_written_in_the_environment(capsys):
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
     seen: list[Any] = []
     monkeypatch.setattr("bertology_serve.serving.serve.serve", lambda *args, **options: seen.append((args, options)))
 
@@ -64,7 +66,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(run, monkeypatch, tmp_path):
     file = tmp_path / "server.toml"
     file.write_text('max-items = 3\ngzip_bytes = 5\nweights = ["a=2", "b=3"]\nport = 1\n')
-    given = ("--backbone", "minilm", "--deltas", "d", "--config", str(file))
+    given = ("--backbone", "minilm", "--deltas", "there", "--config", str(file))
     (_, _, config), _ = run(*given)
     assert (config.limits.max_items, config.listen.gzip_bytes, config.listen.port) == (3, 5, 1)
     assert config.batching.weights == ("a=2", "b=3")

@@ -23,7 +23,7 @@ from bertology_serve.cli.main import main
 from bertology_serve.deltas import store
 from bertology_serve.export.exporting import export_delta
 from bertology_serve.serving.http.listening import bind
-from bertology_serve.serving.serve import example
+from bertology_serve.serving.serve import MOST_LISTED, example, listing
 from bertology_serve.tasks.classification import Classification
 from tests.serving.conftest import DELTAS, RECORDS, deltas, encoder, registry  # noqa: F401 - fixtures
 from tests.serving.running import wait
@@ -96,6 +96,8 @@ def test_the_example_that_is_printed_works_and_exports_answer(encoder, deltas, t
         response = httpx.post(command[1], content=command[3])
         assert response.status_code == 200, response.text
         assert f"{len(DELTAS) + 1} deltas on" in "".join(lines)
+        assert lines[0].startswith("loading ")
+        assert {line.split()[0] for line in lines} >= {"mood", "finder", "exported", "docs:"}
         assert ", fp32, packed through modules of our own), ready after" in "".join(lines)
 
 
@@ -114,12 +116,30 @@ def test_the_example_for_a_delta_of_pairs_is_a_pair(registry):  # noqa: F811
     assert Classification(pairs.task).example(body, "x", labelled=False).text_pair
 
 
+def test_what_is_served_is_listed(registry):  # noqa: F811
+    lines = list(listing([registry.find("mood"), registry.find("finder")]))
+    assert lines == [
+        "delta   version  task                labels",
+        "mood    1        classification      bad, good, so-so",
+        "finder  1        question-answering",
+    ]
+    assert list(listing([])) == []
+    many = list(listing([registry.find("mood")] * (MOST_LISTED + 1000)))
+    assert (len(many), many[-1]) == (MOST_LISTED + 2, "and 1,000 more: GET /models")
+
+
+def test_the_example_has_a_key_where_keys_are_on(registry):  # noqa: F811
+    command = shlex.split(example("http://x", registry.find("mood"), keyed=True))
+    assert command[2:4] == ["-H", "Authorization: Bearer $KEY"]
+
+
 def test_a_taken_port_is_one_line_and_code_2(encoder, deltas, capsys):  # noqa: F811
     with bind("127.0.0.1", 0) as bound:
         bound.listen()
         port = bound.getsockname()[1]
         assert main(["serve", "--backbone", encoder.name, "--deltas", str(deltas), "--port", str(port)]) == 2
     assert capsys.readouterr().err == (
+        f"loading {encoder.name}\n"
         f"error: port {port} of 127.0.0.1 is taken; stop what listens there or choose another --port\n"
     )
 
@@ -130,7 +150,8 @@ def test_options_that_make_no_sense(capsys):
 
 
 def test_bad_keys_are_said_before_anything_is_loaded(tmp_path, capsys):
-    assert main(["serve", "--backbone", "x", "--deltas", "y", "--keys-file", str(tmp_path / "keys.json")]) == 2
+    given = ["--deltas", str(tmp_path), "--keys-file", str(tmp_path / "keys.json")]
+    assert main(["serve", "--backbone", "x", *given]) == 2
     assert "expected a JSON file of API keys" in capsys.readouterr().err
 
 

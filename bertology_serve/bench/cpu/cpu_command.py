@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bertology_serve.cli.common import note, table
+from bertology_serve.cli.common import load_library, note, table
 from bertology_serve.cli.train import read_columns
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
 
@@ -58,6 +58,7 @@ def cpu(
     if render:
         _render(output)
         return
+    load_library(deltas=[delta], data=[data, texts], backbone=backbone)
     import torch
 
     from bertology_serve.bench.cpu.contenders import ENVIRONMENTS, choose

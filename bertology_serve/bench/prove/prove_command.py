@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bertology_serve.cli.common import note, progress, table
+from bertology_serve.cli.common import load_library, note, progress, table
 from bertology_serve.cli.options import listed
 from bertology_serve.errors import SpecError, VerificationError
 from bertology_serve.files import write_json
@@ -26,6 +26,7 @@ def prove(
     Servers run in processes of their own, with random deltas of several kinds. Figures in milliseconds mean little on
     a machine that does other things at the same time.
     """
+    load_library(backbone=backbone)
     from bertology_serve.bench.prove.figure import prove as measure
     from bertology_serve.bench.prove.figures import FIGURES
     from bertology_serve.bench.prove.stage import Stage

@@ -181,7 +181,10 @@ def _only_adapter(delta: Delta, anatomy: Anatomy) -> Adapter:
     if len(delta.specs) != 1 or not isinstance(delta.specs[0], Adapter):
         raise Unsupported(f"AdapterHub's layout holds one bottleneck adapter, not {' + '.join(delta.kinds)}")
     if delta.task.kind != CLASSIFICATION or delta.task.pooling != "cls" or delta.task.head == "none":
-        raise Unsupported(f"AdapterHub's head reads [CLS] for classification, not {delta.task.kind}")
+        raise Unsupported(
+            f"AdapterHub's head reads [CLS] for classification; got {delta.task.kind}, {delta.task.pooling} pooling: "
+            "train with --pooling cls"
+        )
     spec: Adapter = delta.specs[0]
     return spec
 

@@ -90,7 +90,7 @@ class Gate:
                 given = value
         scope[NAMED] = id_of(given)
         try:
-            if scope["path"] not in PUBLIC:
+            if scope["path"] not in PUBLIC and not wants_page(scope):
                 scope[ACCESS] = access = self._keyring.find(headers)
                 if CONNECTION in scope:
                     scope[CONNECTION].known = True
@@ -109,6 +109,12 @@ class Gate:
                 refusal = error_response(message, 431, scope["path"])
         self._metrics.call(refusal.status_code)
         await named(refusal, scope)(scope, receive, send)
+
+
+def wants_page(scope: Scope) -> bool:
+    """Whether a browser asks for the page at ``/``: the same bytes for everybody, so it needs no key."""
+    accepted = next((value for name, value in scope["headers"] if name == b"accept"), b"")
+    return scope["path"] == "/" and scope["method"] in ("GET", "HEAD") and accepted.lstrip().startswith(b"text/html")
 
 
 def _unrouted(scope: Scope, problem: HTTPException) -> Response:

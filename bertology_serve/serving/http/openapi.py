@@ -117,6 +117,7 @@ def _paths() -> JsonObject:
         "/openapi.json": _get("get_openapi", "This document", _OBJECT),
         "/": _get("get_about", "About the server", _OBJECT),
     }
+    paths["/"]["get"]["responses"]["200"]["content"]["text/html"] = {}
     for path in PUBLIC:
         paths[path]["get"]["security"] = []
     for path in paths:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import re
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -27,7 +31,7 @@ from bertology_serve.serving.http.bodies import (
     request_id_of,
 )
 from bertology_serve.serving.http.errors import JSON, json_response
-from bertology_serve.serving.http.gate import Endpoint, Guarded
+from bertology_serve.serving.http.gate import Endpoint, Guarded, wants_page
 from bertology_serve.serving.http.openapi import document
 from bertology_serve.serving.observability.metrics import CONTENT_TYPE
 from bertology_serve.serving.protocol import hf, native, oip, oip_model, openai, tei
@@ -38,6 +42,26 @@ from bertology_serve.serving.versions.lifecycle import READY, UNAVAILABLE
 from bertology_serve.tasks.answers import Reconciled, Version
 
 P = TypeVar("P", bound=Parsed)
+
+
+@cache
+def page() -> tuple[str, dict[str, str]]:
+    """The page of ``GET /`` and its headers. It holds nothing of this server: its script asks for the deltas, with the
+    key that it is given. Nothing but its own style and script runs in it, and it talks to this server alone.
+    """
+    html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    parts = {tag: re.search(f"<{tag}>(.*?)</{tag}>", html, re.DOTALL) for tag in ("style", "script")}
+    hashes = {tag: hashlib.sha256(part[1].encode()).digest() for tag, part in parts.items() if part}
+    allowed = "; ".join(f"{tag}-src 'sha256-{base64.b64encode(own).decode()}'" for tag, own in hashes.items())
+    policy = f"default-src 'none'; {allowed}; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    headers = {
+        "Content-Security-Policy": policy + "frame-ancestors 'none'",
+        "Vary": "Accept",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+    return html, headers
 
 
 class Routes:
@@ -257,16 +281,20 @@ class Routes:
         return json_response(openai.describe(self._named(request), self._started, self.service.ready))
 
     async def about(self, request: Request) -> Response:
-        """GET /"""
+        """GET /: a page for browsers, which asks what it shows by itself, and facts for others"""
+        if wants_page(request.scope):
+            html, headers = page()
+            return Response(html, headers=headers, media_type="text/html")
         return json_response(
-            {
+            headers={"Vary": "Accept"},
+            value={
                 "name": "bertology-serve",
                 "version": __version__,
                 "status": "alive",  # the liveness of KServe's first protocol
                 "backbone": self._encoder.name,
                 "deltas": len(self._visible(request)),
                 "openapi": "/openapi.json",
-            }
+            },
         )
 
     async def models(self, request: Request) -> Response:

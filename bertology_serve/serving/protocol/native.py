@@ -136,6 +136,7 @@ def describe(delta: Delta) -> JsonObject:
         "max_length": task.max_length,
         "bytes": delta.bytes,
         "metrics": dict(delta.metrics),
+        "pairs": task.pairs,
     }
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
+import json
 import re
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -312,3 +317,94 @@ def test_browsers_may_call_where_that_is_allowed_and_nowhere_else(server, pipeli
         for headers in ({**asked, "Origin": "https://evil.example"}, {**asked, "Origin": f"{ORIGIN}.evil"}):
             assert "access-control-allow-origin" not in opened.client.options("/predict", headers=headers).headers
         assert opened.client.options("/predict").status_code == 401
+
+
+BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+
+
+def test_browsers_get_a_page_that_tells_strangers_nothing(guarded, server):
+    page, same = (one.client.get("/", headers=BROWSER) for one in (guarded, server))
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+    assert page.text == same.text, "the page is the same for everybody: it asks for what it shows, with a key"
+    assert not any(name in page.text for name in ("mood", guarded.server.service.registry.pipeline.encoder.name))
+    assert guarded.client.head("/", headers=BROWSER).status_code == 200
+    for method, path in (("GET", "/models"), ("GET", "/openapi.json"), ("POST", "/"), ("GET", "/metrics")):
+        assert guarded.client.request(method, path, headers=BROWSER).status_code == 401
+    assert guarded.client.get("/", headers={"Accept": "application/json, text/html"}).status_code == 401
+
+
+def test_the_page_runs_its_own_script_and_loads_nothing_from_elsewhere(server):
+    page = server.client.get("/", headers=BROWSER)
+    policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    for tag in ("script", "style"):
+        (inside,) = re.findall(f"<{tag}>(.*?)</{tag}>", page.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert not re.search(r"https?://|\bsrc=|innerHTML|\bstyle=|\bon\w+=", page.text)
+    assert page.headers["vary"] == "Accept"
+    assert "html" not in server.client.get("/").headers["content-type"]
+
+
+BROWSED = """
+const fs = require("fs"), html = fs.readFileSync(0, "utf8"), [base, key] = process.argv.slice(1);
+class Element {
+  constructor(tag) { Object.assign(this, { tag, children: [], listeners: {}, value: "", own: "" }) }
+  get textContent() { return this.own + this.children.map(one => one.textContent ?? one).join("") }
+  set textContent(text) { this.own = text; this.children = [] }
+  append(...more) { this.children.push(...more) }
+  replaceChildren(...more) {
+    this.textContent = ""; this.children = more;
+    if (this.id === "delta") this.value = more[0].textContent;
+  }
+  addEventListener(name, act) { this.listeners[name] = act }
+  querySelectorAll(tag) {
+    return this.children.flatMap(one => one instanceof Element ? [one, ...one.querySelectorAll(tag)] : [])
+      .filter(one => one.tag === tag);
+  }
+}
+const known = {}, whole = new Element("main"), real = fetch;
+for (const [, tag, id] of html.matchAll(/<(\\w+)[^>]* id="(\\w+)"/g))
+  known[id] = Object.assign(new Element(tag), { id });
+globalThis.document = { getElementById: id => known[id], createElement: tag => new Element(tag),
+                        querySelector: () => whole, querySelectorAll: () => [] };
+let last = Promise.resolve();
+globalThis.fetch = (path, options) => last = real(base + path, options);
+const settled = async () => { await last; await new Promise(done => setTimeout(done, 50)) };
+eval(html.match(/<script>([^]*?)<\\/script>/)[1].replace('"use strict";', ""));
+(async () => {
+  await settled();
+  const before = { gate: !known.gate.hidden, main: !whole.hidden, told: known.problem.textContent };
+  if (key) { known.key.value = key; known.gate.listeners.submit({ preventDefault() {} }); await settled() }
+  const answers = {};
+  for (const { textContent: name } of known.delta.children) {
+    known.delta.value = name;
+    known.delta.listeners.change();
+    for (const box of known.fields.querySelectorAll("textarea")) box.value = box.textContent;
+    await known.ask.listeners.submit({ preventDefault() {} });
+    answers[name] = [known.answer.textContent, known.call.textContent];
+  }
+  const rows = known.deltas.children.map(row => row.children.map(cell => cell.textContent));
+  console.log(JSON.stringify({ before, answers, rows }));
+})();
+"""
+"""The page's script in Node, with as much of a document as it needs: every delta is asked what stands in its boxes."""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+@pytest.mark.parametrize("key", ["", PLAIN["all"]])
+def test_the_page_asks_every_task(guarded, server, key):
+    started = guarded if key else server
+    page = started.client.get("/", headers=BROWSER).text
+    run = subprocess.run(
+        ["node", "-e", BROWSED, started.url.rstrip("/"), key], input=page, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["before"] == {"gate": bool(key), "main": not key, "told": ""}
+    assert [row[0] for row in found["rows"]] == [*sorted(DELTAS), "base"]
+    for name, (answer, call) in found["answers"].items():
+        assert json.loads(call.split("\n\n", 1)[1])["delta"] == name, call
+        assert answer

@@ -119,5 +119,6 @@ def test_describe(registry):
         "max_length": 32,
         "bytes": registry.find("mood").bytes,
         "metrics": {},
+        "pairs": False,
     }
     assert describe(registry.find("base"))["kinds"] == []
