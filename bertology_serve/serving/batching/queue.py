@@ -138,6 +138,7 @@ class WorkQueue:
         self._changed = threading.Condition()
         self._closed = self._full = False
         self._shut = set[str]()
+        self.running = 0  # items of the batch that was taken last, until the next is waited for
 
     @property
     def items(self) -> int:
@@ -215,9 +216,11 @@ class WorkQueue:
     def take(self) -> list[CallItem]:
         """The next batch; waits for one. Empty once the queue is closed and everything in it was taken."""
         with self._changed:
+            self.running = 0
             while True:
                 batch = self._scheduler.pick(self._clock())
                 if batch:
+                    self.running = len(batch)
                     return batch
                 if self._closed:
                     return []
