@@ -25,7 +25,7 @@ from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import NotFound, SpecError
 from bertology_serve.scale.config import ReplicaConfig
 from bertology_serve.scale.placement import ordered
-from bertology_serve.scale.router import delta_of
+from bertology_serve.scale.router import PEEKED, delta_of
 from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.delta_registry import Registry
 from bertology_serve.serving.versions.desired import Wish, read_desired
@@ -141,6 +141,14 @@ def test_the_delta_of_a_call(asked, one):
     assert len(several) == 1
 
 
+def test_of_a_long_body_the_first_name_counts():
+    items = [{"text": 'say \\"delta\\": \\"not this\\"' * 9, "delta": "mood"}, *({"delta": "grade"},) * 9000]
+    assert len(json.dumps(items)) > PEEKED
+    assert delta_of("/predict", json.dumps(items).encode()) == "mood"
+    assert delta_of("/predict", b'"' + b"x" * 2 * PEEKED) is None
+    assert delta_of("/predict", b"[" * 2 * PEEKED) is None
+
+
 @given(st.binary(max_size=40))
 def test_what_is_no_call_has_no_delta(body):
     assert delta_of("/v2/models/stats", body) is None or body
@@ -200,6 +208,24 @@ def test_an_answer_that_has_begun_is_not_asked_for_again():
         assert reply.status_code == 503
         assert "ended while it answered" in reply.json()["error"]
         assert not good.asked
+
+
+def test_a_long_answer_that_is_cut_off_ends_the_connection():
+    async def long(head: bytes, writer: Any) -> None:
+        writer.write(OK.replace(b"length: 2", b"length: 1000000") + b"x" * 400_000)
+        await writer.drain()
+        writer.close()
+
+    async def whole(head: bytes, writer: Any) -> None:
+        writer.write(OK.replace(b"length: 2", b"length: 1000002") + b"x" * 1_000_000)
+
+    with replica(long) as bad, routing([bad.url]) as routed:
+        wait(lambda: routed.ready)
+        with pytest.raises(httpx.RemoteProtocolError):
+            routed.client.post("/predict", json=ITEM)
+    with replica(whole) as good, routing([good.url]) as routed:
+        wait(lambda: routed.ready)
+        assert len(routed.client.post("/predict", json=ITEM).content) == 1_000_002
 
 
 def test_where_all_are_full_the_caller_hears_what_they_say():
@@ -417,9 +443,10 @@ def test_a_file_of_replicas_is_followed(servers, tmp_path):
         wait(lambda: routed.ready == {one})
         file.write_text(f"{one}\n{other}\n")
         wait(lambda: routed.ready == {one, other})
-        file.write_text("nonsense\n")
-        time.sleep(0.1)
-        assert routed.ready == {one, other}
+        for wrong in ("nonsense\n", ""):
+            file.write_text(wrong)
+            time.sleep(0.1)
+            assert routed.ready == {one, other}, "what was there before is used"
         file.write_text(f"{other}\n")
         wait(lambda: routed.ready == {other})
 
