@@ -191,12 +191,10 @@ class Router:
             return
         delta = delta_of(scope["path"], body)
         query: bytes = scope["query_string"]
-        target = scope["raw_path"] + (b"?" + query if query else b"")
-        headers = CIMultiDict(
-            (name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"] if name not in _HOP
-        )
+        target = (scope["raw_path"] + (b"?" + query if query else b"")).decode("ascii")  # else it was refused
+        headers = CIMultiDict((_text(name), _text(value)) for name, value in scope["headers"] if name not in _HOP)
         tokens = OWN_TOKENS + len(body) / CHARACTERS
-        call = ForwardedCall(scope["method"], target.decode("ascii"), headers, body, delta, tokens, time.monotonic())
+        call = ForwardedCall(scope["method"], target, headers, body, delta, tokens, time.monotonic())
         if delta is not None:
             self.placement.count(delta, tokens, call.started)
         if connection := scope.get(CONNECTION):
@@ -341,6 +339,14 @@ class Router:
             if not any(hmac.compare_digest(one, wanted) for one in given):
                 return problem_response(Unauthorized("the metrics name deltas; show the router's own key"), "/metrics")
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _text(value: bytes) -> str:
+    """A header as aiohttp, which writes UTF-8, writes it again."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
 @lru_cache(maxsize=4096)

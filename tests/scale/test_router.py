@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -268,6 +269,18 @@ def test_deadlines_priorities_keys_and_queries_are_passed_on_and_what_is_between
         assert fields[b"accept"] == b"x/y"
         assert b"te" not in fields
         assert fields[b"host"] == second.url.removeprefix("http://").encode()
+
+
+def test_odd_bytes_reach_the_replica():
+    with replica(answer_ok) as only, routing([only.url]) as routed:
+        wait(lambda: routed.ready)
+        with socket.create_connection(("127.0.0.1", int(routed.url.rpartition(":")[2].strip("/"))), 60) as wire:
+            wire.sendall(
+                b"GET /models/a%20b%2F..?q=1&%zz= HTTP/1.1\r\nHost: x\r\nX-A: caf\xc3\xa9\r\nX-B: \xe9\r\n\r\n"
+            )
+            assert wire.recv(65536).startswith(b"HTTP/1.1 200")
+        assert only.asked[0].startswith(b"GET /models/a%20b%2F..?q=1&%zz= HTTP/1.1")
+        assert b"caf\xc3\xa9" in only.asked[0]
 
 
 def test_bounds_of_a_call():
