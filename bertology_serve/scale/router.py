@@ -36,7 +36,7 @@ from bertology_serve.scale.config import RouterConfig
 from bertology_serve.scale.placement import Placement, ReplicaState
 from bertology_serve.scale.replicas import Replicas, Reply
 from bertology_serve.scale.router_metrics import RouterMetrics
-from bertology_serve.serving.http.connection import CONNECTION, limited
+from bertology_serve.serving.http.connection import CONNECTION, WHOLE, limited
 from bertology_serve.serving.http.errors import id_of, json_response, problem_response
 from bertology_serve.serving.http.listening import DrainingServer, bind, url_of
 from bertology_serve.serving.observability import logs
@@ -186,7 +186,7 @@ class Router:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await self._body(receive)
+        body = await self._body(scope, receive)
         if body is None:
             return
         delta = delta_of(scope["path"], body)
@@ -281,27 +281,32 @@ class Router:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _body(self, receive: Receive) -> bytes | None:
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body of a call, ``None`` where the caller has gone. LimitError, SlowBody."""
-        parts, size, most = list[bytes](), 0, self._config.limits.max_body_bytes
+        if WHOLE in scope:  # what is there already needs no clock
+            return await self._read(receive)
         try:
             async with asyncio.timeout(self._config.limits.max_body_seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    size += len(message["body"])
-                    if size > most:
-                        raise LimitError(f"the body is larger than {most} bytes; send less in one call")
-                    parts.append(message["body"])
-                    if not message.get("more_body"):
-                        return parts[0] if len(parts) == 1 else b"".join(parts)
+                return await self._read(receive)
         except TimeoutError:
             raise SlowBody("the body was not there in time; send it faster, or less in one call") from None
 
+    async def _read(self, receive: Receive) -> bytes | None:
+        parts, size, most = list[bytes](), 0, self._config.limits.max_body_bytes
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            size += len(message["body"])
+            if size > most:
+                raise LimitError(f"the body is larger than {most} bytes; send less in one call")
+            parts.append(message["body"])
+            if not message.get("more_body"):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
     async def _change(self, scope: Scope, receive: Receive) -> Response:
         """What loads, unloads and the like does so on every replica, with the caller's own rights."""
-        body = await self._body(receive) or b""
+        body = await self._body(scope, receive) or b""
         headers = {
             name.decode(): value.decode("latin-1")
             for name, value in scope["headers"]
