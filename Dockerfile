@@ -2,7 +2,7 @@
 # docker run -p 8000:8000 -v ./deltas:/deltas:ro -v ./encoder:/encoder:ro bertology-serve
 FROM python:3.12-slim
 
-ARG EXTRAS=cpu,demo,grpc
+ARG EXTRAS=cpu,demo,grpc,route
 # Torch's wheels for CPU lie in an index of their own; for CUDA: --build-arg TORCH_INDEX=https://pypi.org/simple
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
@@ -10,7 +10,7 @@ WORKDIR /src
 COPY . .
 RUN pip install --no-cache-dir --extra-index-url "$TORCH_INDEX" -c constraints.txt ".[$EXTRAS]" && rm -rf /src/*
 
-RUN useradd --system --create-home server
+RUN useradd --system --uid 999 --create-home server
 USER server
 WORKDIR /home/server
 ENV HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
