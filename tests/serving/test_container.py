@@ -1,4 +1,4 @@
-"""The Dockerfile, the compose file and Kubernetes' files say only what the commands know. No container is built here."""
+"""The Dockerfile, the compose file and Kubernetes' files say only what the commands know. Nothing is built here."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_router_knows_every_pod():
     name, service = servers["metadata"]["name"], servers["spec"]["serviceName"]
     pods = [f"http://{name}-{number}.{service}:8000" for number in range(servers["spec"]["replicas"])]
     assert checked_addresses(routed[routed.index("--replicas") + 1].split(","), "--replicas") == tuple(pods)
-    assert [part for part in kubernetes() if part["kind"] == "Service"][0]["metadata"]["name"] == service
+    assert next(part for part in kubernetes() if part["kind"] == "Service")["metadata"]["name"] == service
 
 
 @pytest.mark.skipif(
