@@ -28,7 +28,7 @@ from bertology_serve.data.records import read_records
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.tasks.logistic import Logistic
 from bertology_serve.training.batches import Source
-from bertology_serve.training.features import pooled
+from bertology_serve.training.frozen_rows import pooled
 from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.recipes import stages
 from bertology_serve.training.run_directory import RunDirectory

@@ -137,9 +137,9 @@ def vectors_of(answers: Sequence[Answer]) -> list[tuple[float, ...]]:
     return found
 
 
-MODELS = Call("GET", "/models", tuple[Model, ...])
-READY = Call("GET", "/v2/health/ready", dict[str, bool])
-INDEX = Call("POST", "/v2/repository/index", tuple[Version, ...])
+MODELS: Call[tuple[Model, ...]] = Call("GET", "/models", tuple[Model, ...])
+READY: Call[dict[str, bool]] = Call("GET", "/v2/health/ready", dict[str, bool])
+INDEX: Call[tuple[Version, ...]] = Call("POST", "/v2/repository/index", tuple[Version, ...])
 
 
 def load_call(name: str, version: str | None) -> Call[Version]:

@@ -40,6 +40,13 @@ COMMANDS = {
 }
 """Each is ``bertology_serve.cli.NAME`` (``-`` as ``_``) with a function NAME or, for subcommands, an ``app``; its
 docstring is its own help, the line here is what ``bertology-serve --help`` says of it."""
+ELSEWHERE = {
+    "push": "cli.push_pull",
+    "pull": "cli.push_pull",
+    "bench": "bench.commands",
+    "prove": "bench.prove.prove_command",
+}
+"""Commands that stand two in one module, and those of the harness, which stand with it."""
 GREETING = """bertology-serve {version}: one frozen encoder, many small deltas, one packed batch.
 
   bertology-serve demo      trains a delta of each kind on built-in examples, serves and exports them: minutes
@@ -47,8 +54,6 @@ GREETING = """bertology-serve {version}: one frozen encoder, many small deltas, 
   bertology-serve ask deltas/NAME "A text."
 
 FILE.csv has columns text and label. bertology-serve --help lists all {count} commands."""
-SHARED = {"push": "push_pull", "pull": "push_pull"}
-"""Modules that hold two commands."""
 
 
 def application(asked: str | None = None) -> typer.Typer:
@@ -64,7 +69,8 @@ def application(asked: str | None = None) -> typer.Typer:
         if name != asked:
             app.command(name, help=line)(lambda: None)
             continue
-        module = importlib.import_module(f"bertology_serve.cli.{SHARED.get(name, name).replace('-', '_')}")
+        place = ELSEWHERE.get(name) or f"cli.{name.replace('-', '_')}"
+        module = importlib.import_module(f"bertology_serve.{place}")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=name)
         else:

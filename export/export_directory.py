@@ -21,19 +21,7 @@ from bertology_serve.export.export_spec import IR, MODEL, ExportSpec
 from bertology_serve.export.session import ROWS
 from bertology_serve.families.compat import ATTENTION_SETTINGS, task_classes
 from bertology_serve.files import JsonObject, write_json
-from bertology_serve.tasks.spec import (
-    CLASSIFICATION,
-    MULTI_LABEL,
-    MULTI_VECTOR,
-    MULTIPLE_CHOICE,
-    POOLED_KINDS,
-    QUESTION_ANSWERING,
-    REGRESSION,
-    SPARSE,
-    TOKEN_CLASSIFICATION,
-    WHOLE_BATCH,
-    ZERO_SHOT,
-)
+from bertology_serve.tasks import spec as tasks
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -66,7 +54,7 @@ def metadata(
         "pooling": task.pooling,
         "max_length": longest(encoder, delta),
         "task_options": {
-            name: getattr(task, name) for name in TASK_OPTIONS + ZERO_SHOT_OPTIONS * (task.kind == ZERO_SHOT)
+            name: getattr(task, name) for name in TASK_OPTIONS + ZERO_SHOT_OPTIONS * (task.kind == tasks.ZERO_SHOT)
         },
         "base_name": base_name(delta),
         "base_sha256": delta.base.sha256,
@@ -131,20 +119,20 @@ def delta_hash(delta: Delta) -> str:
 
 def _output(delta: Delta) -> str:
     task = delta.task
-    if task.kind in POOLED_KINDS:
+    if task.kind in tasks.POOLED_KINDS:
         unit = "of unit length" if task.normalize else "not normalised"
         return f"float32 [batch, sequence, hidden], zero at padding, and pooled [batch, hidden], {unit}"
-    if task.kind == SPARSE:
+    if task.kind == tasks.SPARSE:
         return f"float32 [batch, {task.width}], the weight of each word of the vocabulary, log(1 + max(0, score))"
-    if task.kind == MULTI_VECTOR:
+    if task.kind == tasks.MULTI_VECTOR:
         unit = "of unit length" if task.normalize else "not normalised"
         return f"float32 [batch, sequence, {task.width}], {unit}, zero at padding; punctuation has vectors too"
-    if task.kind == MULTIPLE_CHOICE:
+    if task.kind == tasks.MULTIPLE_CHOICE:
         return "float32 [batch, 1], one row a choice: the caller groups a question's rows and takes the largest"
-    if task.kind == QUESTION_ANSWERING:
+    if task.kind == tasks.QUESTION_ANSWERING:
         return "float32 [batch, sequence] each, before any softmax, zero at padding"
     shape = f"[batch, sequence, {task.outputs}], zero at padding" if task.per_token else f"[batch, {task.outputs}]"
-    return f"float32 {shape}, before any {'sigmoid' if task.kind == MULTI_LABEL else 'softmax'}"
+    return f"float32 {shape}, before any {'sigmoid' if task.kind == tasks.MULTI_LABEL else 'softmax'}"
 
 
 EXTERNAL_OVER = 1_800_000_000
@@ -176,17 +164,17 @@ def save(model: onnx_ir.Model, path: Path, external_over: int | None = None) -> 
 
 REPORT = "verification.json"
 CLASSES = {
-    CLASSIFICATION: "SEQUENCE_CLASSIFICATION",
-    MULTI_LABEL: "SEQUENCE_CLASSIFICATION",
-    REGRESSION: "SEQUENCE_CLASSIFICATION",
-    TOKEN_CLASSIFICATION: "TOKEN_CLASSIFICATION",
-    QUESTION_ANSWERING: "QUESTION_ANSWERING",
-    MULTIPLE_CHOICE: "MULTIPLE_CHOICE",
+    tasks.CLASSIFICATION: "SEQUENCE_CLASSIFICATION",
+    tasks.MULTI_LABEL: "SEQUENCE_CLASSIFICATION",
+    tasks.REGRESSION: "SEQUENCE_CLASSIFICATION",
+    tasks.TOKEN_CLASSIFICATION: "TOKEN_CLASSIFICATION",
+    tasks.QUESTION_ANSWERING: "QUESTION_ANSWERING",
+    tasks.MULTIPLE_CHOICE: "MULTIPLE_CHOICE",
 }
 PROBLEMS = {
-    CLASSIFICATION: "single_label_classification",
-    MULTI_LABEL: "multi_label_classification",
-    REGRESSION: "regression",
+    tasks.CLASSIFICATION: "single_label_classification",
+    tasks.MULTI_LABEL: "multi_label_classification",
+    tasks.REGRESSION: "regression",
 }
 OF_THIS_MACHINE = ("_name_or_path", *ATTENTION_SETTINGS)
 
@@ -204,7 +192,7 @@ def write_directory(
     _write_tokenizer(directory, encoder, int(facts["max_length"]))
     write_json(directory / "config.json", config(encoder, delta, facts))
     write_json(directory / REPORT, report.as_dict())
-    if delta.task.kind in POOLED_KINDS and model != MODEL["triton"]:
+    if delta.task.kind in tasks.POOLED_KINDS and model != MODEL["triton"]:
         _write_modules(directory, delta, encoder.anatomy.hidden, int(facts["max_length"]))
     (directory / "README.md").write_text(card(model, facts, report, cautions), encoding="utf-8")
 
@@ -212,7 +200,7 @@ def write_directory(
 def config(encoder: Encoder, delta: Delta, facts: Mapping[str, str]) -> JsonObject:
     """The encoder's configuration with the task's labels, class and, under ``bertology_serve``, the metadata."""
     values = {key: value for key, value in encoder.config.to_dict().items() if key not in OF_THIS_MACHINE}
-    count = 0 if delta.task.kind in WHOLE_BATCH else delta.task.outputs
+    count = 0 if delta.task.kind in tasks.WHOLE_BATCH else delta.task.outputs
     labels = delta.task.labels or tuple(f"LABEL_{i}" for i in range(count))
     values |= {"bertology_serve": dict(facts), "dtype": "float16" if facts["precision"] == "fp16" else "float32"}
     if labels:
@@ -304,7 +292,7 @@ MOST_ROWS, THREADS = 64, 1
 
 def write_config(directory: Path, export_inputs: ExportInputs, gpu: bool = False) -> None:
     """Writes both files; labels where a row of the output is one decision. ``gpu``: it is to run on one."""
-    labels = export_inputs.task.labels if export_inputs.task.kind == CLASSIFICATION else ()
+    labels = export_inputs.task.labels if export_inputs.task.kind == tasks.CLASSIFICATION else ()
     if labels:
         text = "".join(" ".join(label.split()) + "\n" for label in labels)
         (directory / LABELS).write_text(text, encoding="utf-8")

@@ -95,9 +95,7 @@ class ExportSpec:
                 f"{' and '.join(OPENVINO)}, and int8-static is for openvino alone"
             )
         if self.target == "openvino" and (self.unpad or self.layout == "triton"):
-            raise SpecError(
-                "--target openvino is padded and lies beside its config.json; leave out --unpad and --layout"
-            )
+            raise SpecError("--target openvino is padded, beside its config.json; leave out --unpad and --layout")
         if self.target == "cuda" and self.precision in ON_CPU:
             raise SpecError(
                 f"precision {self.precision} is for CPUs; for the target cuda take fp16, fp32 or int8-nbits"

@@ -136,7 +136,7 @@ class Reference:
         entries = [self._entry] * len(encodings)
         batch = encoder.pack(encodings, entries)
         hidden = encoder.run(batch, self._pipeline.bank)
-        packed = sorted(range(batch.sequences), key=batch.order.__getitem__)
+        packed = batch.places
         out = read(hidden, batch, packed, self.task, self._head)
         if self.task.unit:
             out = F.normalize(out, dim=-1)

@@ -55,9 +55,7 @@ class Graph(nn.Module):
                 f"delta {export_inputs.delta!r} scales rows, which torch's exporter does not; give --merge"
             )
         if effects.prefix is not None and not interface:
-            raise Unsupported(
-                f"a prefix cannot be put into a graph of {self.anatomy.family}; train another kind for it"
-            )
+            raise Unsupported(f"a prefix cannot be put into a graph of {self.anatomy.family}; train another kind")
         attention = compat.register("bertology_dense", _attend) if interface else "eager"
         self.model = hf_model(kind, export_inputs.config, export_inputs.state, attention)
         self.head = copy.deepcopy(export_inputs.head)

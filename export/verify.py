@@ -27,14 +27,8 @@ from bertology_serve.export.hf_model import HfReference
 from bertology_serve.export.samples import Case, Reference
 from bertology_serve.export.session import Session
 from bertology_serve.files import JsonObject
-from bertology_serve.tasks.spec import (
-    CLASSIFICATION,
-    EVEN,
-    MULTI_LABEL,
-    QUESTION_ANSWERING,
-    TOKEN_CLASSIFICATION,
-    TaskSpec,
-)
+from bertology_serve.tasks import spec as tasks
+from bertology_serve.tasks.spec import TaskSpec
 
 Output = NDArray[np.float32]
 NEIGHBOURS, SHORT = 4, 64
@@ -336,11 +330,11 @@ TINY = 1e-12
 
 def _decisions(expected: Output, found: Output, task: TaskSpec) -> list[tuple[int, int]]:
     """Pairs of what each side decides for one sequence."""
-    if task.kind == MULTI_LABEL:
-        least = np.clip(task.thresholds or EVEN, TINY, 1 - TINY)
+    if task.kind == tasks.MULTI_LABEL:
+        least = np.clip(task.thresholds or tasks.EVEN, TINY, 1 - TINY)
         odds = np.log(least) - np.log1p(-least)
         return list(zip((expected >= odds).tolist(), (found >= odds).tolist(), strict=True))
-    axis = {CLASSIFICATION: -1, TOKEN_CLASSIFICATION: -1, QUESTION_ANSWERING: 0}.get(task.kind)
+    axis = {tasks.CLASSIFICATION: -1, tasks.TOKEN_CLASSIFICATION: -1, tasks.QUESTION_ANSWERING: 0}.get(task.kind)
     if axis is None:
         return []
     ours, theirs = (np.atleast_1d(side.argmax(axis)).tolist() for side in (expected, found))

@@ -103,7 +103,8 @@ def test_a_page_runs_from_top_to_bottom(page: Path, forks: Forks, world: Path, t
     port, text = free_port(), script(page)
     for made in re.findall(r"--out (deltas/\w+)", text):
         shutil.rmtree(folder / made, ignore_errors=True)
-    text = text.replace("8000", str(port)).replace("8001", str(free_port()))
+    for printed, own in {"8000": port, "8001": free_port(), "8002": free_port()}.items():
+        text = text.replace(printed, str(own))
     if f"localhost:{port}" in text and f"--port {port}" not in text:
         start = f"bertology-serve serve --backbone minilm --deltas deltas --port {port} --engine torch &\n"
         text = f"{start}curl --retry 60 --retry-delay 1 --retry-connrefused localhost:{port}/health\n{text}"

@@ -77,9 +77,7 @@ def base_of(subject: Subject) -> Subject:
         return Subject(subject.encoder)
     encoder = Encoder.load(subject.delta.base.name, device=str(subject.encoder.device))
     if encoder.ref.sha256 != subject.delta.base.sha256:
-        raise BaseMismatch(
-            f"{encoder.name} is not the base that {subject.delta.name!r} was tuned from; its hash differs"
-        )
+        raise BaseMismatch(f"{encoder.name} is not the base that {subject.delta.name!r} was tuned from: other hash")
     return Subject(encoder)
 
 

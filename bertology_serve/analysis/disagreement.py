@@ -12,10 +12,9 @@ from torch import Tensor
 from bertology_serve.analysis.figures import Figure, HeatMap
 from bertology_serve.analysis.head_statistics import TextMaps
 from bertology_serve.analysis.integrated_gradients import attributions, check_available, token_names
-from bertology_serve.analysis.labelled import TaskEvaluation
 from bertology_serve.analysis.report import AnalysisReport, origin
 from bertology_serve.analysis.settings import CompareSettings
-from bertology_serve.analysis.subject_model import Advance, EncoderLike, Subject, data_name, silent
+from bertology_serve.analysis.subject_model import Advance, EncoderLike, Subject, TaskEvaluation, data_name, silent
 from bertology_serve.data.records import DataLike, read_records
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import DataError, SpecError

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from bertology_serve.analysis.figures import Figure, HeatMap, LineChart
-from bertology_serve.analysis.labelled import Gates, TaskEvaluation
 from bertology_serve.analysis.report import AnalysisReport, origin
 from bertology_serve.analysis.settings import HeadSettings
 from bertology_serve.analysis.subject_model import (
     Advance,
     DeltaLike,
     EncoderLike,
+    Gates,
     Subject,
+    TaskEvaluation,
     head_numbers,
     mapped,
     silent,

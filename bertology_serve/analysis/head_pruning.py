@@ -13,14 +13,15 @@ from torch import Tensor
 
 from bertology_serve.analysis.figures import Figure, HeatMap, LineChart
 from bertology_serve.analysis.head_importance import importance, kept, masked, neuron_importance, normalised
-from bertology_serve.analysis.labelled import Gates, TaskEvaluation
 from bertology_serve.analysis.report import AnalysisReport, origin
 from bertology_serve.analysis.settings import PruneSettings
 from bertology_serve.analysis.subject_model import (
     Advance,
     DeltaLike,
     EncoderLike,
+    Gates,
     Subject,
+    TaskEvaluation,
     head_numbers,
     mapped,
     silent,

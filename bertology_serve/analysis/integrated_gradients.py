@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from bertology_serve.analysis.figures import Figure, HeatMap
-from bertology_serve.analysis.labelled import TaskEvaluation
 from bertology_serve.analysis.report import AnalysisReport, origin
-from bertology_serve.analysis.subject_model import Advance, DeltaLike, EncoderLike, Subject, silent
+from bertology_serve.analysis.subject_model import Advance, DeltaLike, EncoderLike, Subject, TaskEvaluation, silent
 from bertology_serve.data.records import DataLike
 from bertology_serve.encoder.batch import read
 from bertology_serve.errors import Unsupported
@@ -135,5 +134,4 @@ def run_vectors(subject: Subject, encoding: Encoding, vectors: Tensor) -> Tensor
     finally:
         handle.remove()
     assert subject.delta is not None
-    packed = sorted(range(batch.sequences), key=batch.order.__getitem__)
-    return read(hidden, batch, packed, subject.delta.task, subject.head)
+    return read(hidden, batch, batch.places, subject.delta.task, subject.head)

@@ -1,1 +1,1 @@
-"""What measures the rest: ``bench`` and ``prove``. Nothing but the command line imports it."""
+"""What measures the rest: ``bench`` and ``prove``, with their commands. Nothing imports it."""

@@ -193,9 +193,7 @@ def read_conll(path: Path) -> Iterator[Row]:
             tokens, tags = [], []
             continue
         if len(cells) < 2:
-            raise DataError(
-                f"{path}:{number}: the word {cells[0]!r} has no tag; expected a word and its tag in columns"
-            )
+            raise DataError(f"{path}:{number}: the word {cells[0]!r} has no tag; expected word and tag in columns")
         first, width = (first, width) if tokens else (number, len(cells))
         if len(cells) != width:
             raise DataError(
@@ -269,9 +267,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise Unsupported(
-            f"{path}: Parquet needs pyarrow; pip install bertology-serve[data], or save the file as JSONL"
-        ) from None
+        raise Unsupported(f"{path}: Parquet needs pyarrow; pip install bertology-serve[data], or save JSONL") from None
     row = 0
     try:
         with ParquetFile(path) as file:

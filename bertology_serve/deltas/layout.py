@@ -27,21 +27,9 @@ from bertology_serve.kinds import kinds
 from bertology_serve.kinds.kinds import Spec, Tensors, kind_of
 from bertology_serve.kinds.peft_format import MODEL_ROOT, PROMPT_ROOT, PeftFormat
 from bertology_serve.kinds.slots import Anatomy
+from bertology_serve.tasks import spec as tasks
 from bertology_serve.tasks.heads import Dense, head_form, head_pooling
-from bertology_serve.tasks.spec import (
-    CLASSIFICATION,
-    EMBEDDING,
-    MULTI_LABEL,
-    MULTI_VECTOR,
-    MULTIPLE_CHOICE,
-    POOLED_KINDS,
-    QUESTION_ANSWERING,
-    REGRESSION,
-    SPARSE,
-    TOKEN_CLASSIFICATION,
-    ZERO_SHOT,
-    TaskSpec,
-)
+from bertology_serve.tasks.spec import TaskSpec
 
 
 def peft_format(spec: Spec, specs: Sequence[Spec], anatomy: Anatomy) -> PeftFormat[Any] | None:
@@ -178,22 +166,22 @@ def _head_tensors(dense: Dense) -> dict[str, tuple[int, ...]]:
 
 # Multiple choice has no task type in peft: its plain PeftModel runs the task model, the head listed by name.
 TASK_TYPES: dict[str, str | None] = {
-    CLASSIFICATION: "SEQ_CLS",
-    MULTI_LABEL: "SEQ_CLS",
-    REGRESSION: "SEQ_CLS",
-    TOKEN_CLASSIFICATION: "TOKEN_CLS",
-    QUESTION_ANSWERING: "QUESTION_ANS",
-    EMBEDDING: "FEATURE_EXTRACTION",
-    ZERO_SHOT: "FEATURE_EXTRACTION",
-    MULTIPLE_CHOICE: None,
-    SPARSE: None,
-    MULTI_VECTOR: None,
+    tasks.CLASSIFICATION: "SEQ_CLS",
+    tasks.MULTI_LABEL: "SEQ_CLS",
+    tasks.REGRESSION: "SEQ_CLS",
+    tasks.TOKEN_CLASSIFICATION: "TOKEN_CLS",
+    tasks.QUESTION_ANSWERING: "QUESTION_ANS",
+    tasks.EMBEDDING: "FEATURE_EXTRACTION",
+    tasks.ZERO_SHOT: "FEATURE_EXTRACTION",
+    tasks.MULTIPLE_CHOICE: None,
+    tasks.SPARSE: None,
+    tasks.MULTI_VECTOR: None,
 }
 
 
 def module_root(task: TaskSpec, anatomy: Anatomy) -> str:
     """What encoder modules' names begin with in the task's HuggingFace model; empty for the bare encoder."""
-    return "" if task.kind in POOLED_KINDS or not anatomy.prefix else f"{anatomy.prefix}."
+    return "" if task.kind in tasks.POOLED_KINDS or not anatomy.prefix else f"{anatomy.prefix}."
 
 
 def tensor_root(task: TaskSpec, anatomy: Anatomy) -> str:
@@ -208,7 +196,7 @@ def drops_types(task: TaskSpec, family: str, options: JsonObject) -> bool:
     """
     own = family_named(family).token_types
     types = int(options.get("type_vocab_size") or (0 if options else own or 0))
-    return task.kind == QUESTION_ANSWERING and task.token_types and types > 1 and own != 0
+    return task.kind == tasks.QUESTION_ANSWERING and task.token_types and types > 1 and own != 0
 
 
 def obstacle(delta: Delta, anatomy: Anatomy, options: JsonObject) -> str:
@@ -251,7 +239,7 @@ def _method_obstacle(delta: Delta, anatomy: Anatomy, options: JsonObject) -> str
         return reason
     if kind == "prompt" and TASK_TYPES[task.kind] != "SEQ_CLS":
         return f"peft answers {task.kind} with the prompt's rows among the text's"
-    if kind == "prefix" and (not family_named(family).peft_prefix or task.kind == MULTIPLE_CHOICE):
+    if kind == "prefix" and (not family_named(family).peft_prefix or task.kind == tasks.MULTIPLE_CHOICE):
         return f"peft runs no prefixes on {family} for {task.kind}"
     if kind == "prefix" and drops_types(task, family, options):
         return f"peft drops the token types of {family} for {task.kind}"
@@ -259,9 +247,9 @@ def _method_obstacle(delta: Delta, anatomy: Anatomy, options: JsonObject) -> str
 
 
 def _head_obstacle(task: TaskSpec, family: str, options: JsonObject) -> str:
-    if task.kind in POOLED_KINDS:
+    if task.kind in tasks.POOLED_KINDS:
         return ""
-    if task.kind in (SPARSE, MULTI_VECTOR):
+    if task.kind in (tasks.SPARSE, tasks.MULTI_VECTOR):
         return f"peft has no model for {task.kind}"
     if task.head != "hf" or family not in FAMILIES:
         return f"the task models of {family} have no {task.head} head of this form"

@@ -73,19 +73,8 @@ from bertology_serve.files import JsonObject, flush, replace_directory, staging,
 from bertology_serve.kinds.kinds import Tensors
 from bertology_serve.kinds.peft_format import take
 from bertology_serve.kinds.slots import Anatomy
-from bertology_serve.tasks.spec import (
-    CLASSIFICATION,
-    EMBEDDING,
-    MULTI_LABEL,
-    MULTI_VECTOR,
-    MULTIPLE_CHOICE,
-    QUESTION_ANSWERING,
-    REGRESSION,
-    SPARSE,
-    TOKEN_CLASSIFICATION,
-    ZERO_SHOT,
-    TaskSpec,
-)
+from bertology_serve.tasks import spec as tasks
+from bertology_serve.tasks.spec import TaskSpec
 
 __all__ = ["Limits", "check_base", "discover", "find", "identify", "load", "save"]
 
@@ -318,16 +307,16 @@ def _move_files(stage: Path, target: Path) -> None:
 
 
 _PIPELINE_TAGS = {
-    CLASSIFICATION: "text-classification",
-    MULTI_LABEL: "text-classification",
-    REGRESSION: "text-classification",
-    TOKEN_CLASSIFICATION: "token-classification",
-    QUESTION_ANSWERING: "question-answering",
-    MULTIPLE_CHOICE: "multiple-choice",
-    EMBEDDING: "sentence-similarity",
-    ZERO_SHOT: "zero-shot-classification",
-    SPARSE: "feature-extraction",
-    MULTI_VECTOR: "sentence-similarity",
+    tasks.CLASSIFICATION: "text-classification",
+    tasks.MULTI_LABEL: "text-classification",
+    tasks.REGRESSION: "text-classification",
+    tasks.TOKEN_CLASSIFICATION: "token-classification",
+    tasks.QUESTION_ANSWERING: "question-answering",
+    tasks.MULTIPLE_CHOICE: "multiple-choice",
+    tasks.EMBEDDING: "sentence-similarity",
+    tasks.ZERO_SHOT: "zero-shot-classification",
+    tasks.SPARSE: "feature-extraction",
+    tasks.MULTI_VECTOR: "sentence-similarity",
 }
 _LABELS_SHOWN = 20
 

@@ -232,7 +232,6 @@ class DeltaBank:
         self._free(self._extents.pop(key, ()))
 
     def layer(self, pool: str, column: str, layer: int) -> Tensor:
-        """One layer of a pool's column [P, width]."""
         return self.pools[pool].columns[column][layer]
 
     def depth(self, pool: str) -> int:
@@ -287,7 +286,6 @@ class LiveBank:
         self._layers = {name: _unbound(parts) for name, parts in pieces.items()}
 
     def layer(self, pool: str, column: str, layer: int) -> Tensor:
-        """One layer of a pool's column [P, width]."""
         return self._layers[pool][column][layer]
 
 

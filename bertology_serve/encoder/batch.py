@@ -70,6 +70,11 @@ class PackedBatch:
         """S: sequences in the batch."""
         return len(self.lengths)
 
+    @property
+    def places(self) -> list[int]:
+        """The packed sequences in the order in which they were given."""
+        return sorted(range(self.sequences), key=self.order.__getitem__)
+
 
 @dataclass(frozen=True)
 class Fork:

@@ -183,18 +183,15 @@ class Job:
 
     @property
     def unknown(self) -> list[str]:
-        """The texts beside it that have to be embedded."""
         return [text for text in dict.fromkeys(self.beside) if text not in self.known]
 
     def take(self, encodings: Sequence[Encoding]) -> None:
-        """Sets its sequences, and what they cost."""
         lengths = [len(encoding.ids) for encoding in encodings]
         self.encodings = encodings
         self.cost = self.charged = sum(lengths) + len(lengths) * self.ready.prompt_length
         self.squares = sum([length * length for length in lengths])
 
     def answered(self, outputs: Sequence[Tensor]) -> Prediction:
-        """The answer that the outputs of its sequences make."""
         delta, windows, new = self.ready.delta, 1, self.unknown
         own = self.encodings[: len(self.encodings) - len(new)]
         if any([encoding.continues for encoding in own]):

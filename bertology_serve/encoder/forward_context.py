@@ -67,7 +67,6 @@ class ForwardContext:
 
     @property
     def extents(self) -> list[tuple[int, int]]:
-        """First row and number of rows of each sequence."""
         return list(zip(self.batch.starts, self.batch.lengths, strict=True))
 
     def attention(
@@ -105,7 +104,6 @@ class ForwardContext:
         return self.update(SlotPlace(slot, layer), x, y.clone(), [replace(template, lo=0, hi=y.shape[0])])
 
     def outside(self, slot: str, y: Tensor) -> Tensor:
-        """y [T, N] with the biases of a slot that stands outside the layers."""
         return self.update(SlotPlace(slot, 0), None, y)
 
     def linear(self, places: Sequence[SlotPlace], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -24,21 +24,9 @@ from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.loading import locate
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import BaseMismatch, BertologyError, FormatError, InputError, VerificationError
+from bertology_serve.tasks import spec as tasks
 from bertology_serve.tasks.heads import Head, head_form, head_pooling, pool
-from bertology_serve.tasks.spec import (
-    CLASSIFICATION,
-    EMBEDDING,
-    LABEL_KINDS,
-    MULTI_LABEL,
-    MULTIPLE_CHOICE,
-    POOLED_KINDS,
-    QUESTION_ANSWERING,
-    REGRESSION,
-    TOKEN_CLASSIFICATION,
-    ZERO_SHOT,
-    Encoding,
-    TaskSpec,
-)
+from bertology_serve.tasks.spec import Encoding, TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,16 +70,18 @@ def load_delta(path: Path, encoder: Encoder | None = None, name: str | None = No
 
 
 _AUTO = {
-    CLASSIFICATION: "AutoModelForSequenceClassification",
-    MULTI_LABEL: "AutoModelForSequenceClassification",
-    REGRESSION: "AutoModelForSequenceClassification",
-    TOKEN_CLASSIFICATION: "AutoModelForTokenClassification",
-    QUESTION_ANSWERING: "AutoModelForQuestionAnswering",
-    MULTIPLE_CHOICE: "AutoModelForMultipleChoice",
-    EMBEDDING: "AutoModel",
-    ZERO_SHOT: "AutoModel",
+    tasks.CLASSIFICATION: "AutoModelForSequenceClassification",
+    tasks.MULTI_LABEL: "AutoModelForSequenceClassification",
+    tasks.REGRESSION: "AutoModelForSequenceClassification",
+    tasks.TOKEN_CLASSIFICATION: "AutoModelForTokenClassification",
+    tasks.QUESTION_ANSWERING: "AutoModelForQuestionAnswering",
+    tasks.MULTIPLE_CHOICE: "AutoModelForMultipleChoice",
+    tasks.EMBEDDING: "AutoModel",
+    tasks.ZERO_SHOT: "AutoModel",
 }
-_KINDS = {auto.removeprefix("AutoModel"): kind for kind, auto in reversed(_AUTO.items()) if kind not in POOLED_KINDS}
+_KINDS = {
+    auto.removeprefix("AutoModel"): kind for kind, auto in reversed(_AUTO.items()) if kind not in tasks.POOLED_KINDS
+}
 _LONGEST = 512
 _LENGTHS = (3, 9, 24)
 _TOLERANCE = 1e-4
@@ -179,7 +169,7 @@ def verify_peft(directory: Path, delta: Delta, encoder: Encoder) -> str:
         return "not compared: peft would have to open a pickle, or cannot load the encoder"
     outputs = (
         {}
-        if delta.task.kind in (*POOLED_KINDS, QUESTION_ANSWERING, MULTIPLE_CHOICE)
+        if delta.task.kind in (*tasks.POOLED_KINDS, tasks.QUESTION_ANSWERING, tasks.MULTIPLE_CHOICE)
         else {"num_labels": delta.task.outputs}
     )
     try:
@@ -249,15 +239,15 @@ def _kind(directory: Path) -> str | None:
 
 def _task(kind: str, config: Any, encoder: Encoder) -> TaskSpec:
     longest = min(_LONGEST, encoder.max_tokens)
-    if kind == QUESTION_ANSWERING:
+    if kind == tasks.QUESTION_ANSWERING:
         return TaskSpec(kind, max_length=longest, stride=min(128, longest // 4))
-    if kind == CLASSIFICATION and config.problem_type == "multi_label_classification":
-        kind = MULTI_LABEL
-    elif kind == CLASSIFICATION and config.num_labels == 1:
-        kind = REGRESSION
+    if kind == tasks.CLASSIFICATION and config.problem_type == "multi_label_classification":
+        kind = tasks.MULTI_LABEL
+    elif kind == tasks.CLASSIFICATION and config.num_labels == 1:
+        kind = tasks.REGRESSION
     labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     pooling = head_pooling(config.model_type, kind, config.to_dict())
-    named = labels if kind in (*LABEL_KINDS, TOKEN_CLASSIFICATION) else ()
+    named = labels if kind in (*tasks.LABEL_KINDS, tasks.TOKEN_CLASSIFICATION) else ()
     return TaskSpec(kind, named, max_length=longest, pooling=pooling)
 
 
@@ -282,13 +272,13 @@ def _answer(model: torch.nn.Module, encoding: Encoding, task: TaskSpec) -> Tenso
     if any(encoding.types) and "token_type_ids" in inspect.signature(inner.forward).parameters:
         inputs["token_type_ids"] = encoding.types
     batch = {name: torch.tensor([values]) for name, values in inputs.items()}
-    if task.kind == MULTIPLE_CHOICE:
+    if task.kind == tasks.MULTIPLE_CHOICE:
         batch = {name: values[None] for name, values in batch.items()}
     out = model(**batch)
-    if task.kind in POOLED_KINDS:
+    if task.kind in tasks.POOLED_KINDS:
         rows = out.last_hidden_state[0][-len(encoding) :]
         return pool(rows, torch.arange(len(rows)), torch.tensor([len(rows)]), task.pooling)[0]
-    if task.kind == QUESTION_ANSWERING:
+    if task.kind == tasks.QUESTION_ANSWERING:
         return torch.stack([out.start_logits[0], out.end_logits[0]], -1)[-len(encoding) :]
     logits: Tensor = out.logits[0]
     return logits[-len(encoding) :] if task.per_token else logits

@@ -63,9 +63,7 @@ class Pipeline(DeltaSet):
         """
         several = not isinstance(items, str | Mapping)
         if several and not isinstance(items, list | tuple):
-            raise SpecError(
-                f"a pipeline was given a {type(items).__name__}; expected a text, a record, or a list of them"
-            )
+            raise SpecError(f"a pipeline got a {type(items).__name__}; expected a text, a record, or a list of them")
         records = [{"text": item} if isinstance(item, str) else item for item in (items if several else [items])]
         found = self.answer(Request(delta, record) for record in records)
         return found if several else found[0]
@@ -84,15 +82,12 @@ class Pipeline(DeltaSet):
         return {prediction.delta: prediction for prediction in found}
 
     def read(self, path: Path, name: str) -> Delta:
-        """A delta from its directory, its tensors on the host."""
         return self.encoder.read_delta(path, name)
 
     def resident_bytes(self, delta: Delta) -> int:
-        """What a delta's tensors take, unpacked."""
         return delta.resident_bytes(self.encoder.anatomy)
 
     def admit(self, key: str, delta: Delta) -> LoadedDelta:
-        """Copies a delta's rows into the bank."""
         delta = self.encoder.fitted(delta)
         self.check(delta)
         head = self.encoder.head(delta.task)
@@ -106,7 +101,6 @@ class Pipeline(DeltaSet):
         return LoadedDelta(delta, task_for(delta.task), head, entry)
 
     def free(self, key: str) -> None:
-        """Frees a delta's rows in the bank."""
         self.bank.remove(key)
 
     def outputs(self, owned: Sequence[tuple[LoadedDelta, Encoding]]) -> list[Tensor]:

@@ -66,8 +66,7 @@ class TrainableDelta(nn.Module):
     def forward(self, encodings: Sequence[Encoding]) -> Tensor:
         """The head's output for the sequences in the order given, as ``Task.loss`` takes it; float32."""
         hidden, batch = self.hidden(encodings)
-        packed = sorted(range(batch.sequences), key=batch.order.__getitem__)
-        return aggregate(read(hidden, batch, packed, self.task, self.head), encodings, self.task)
+        return aggregate(read(hidden, batch, batch.places, self.task, self.head), encodings, self.task)
 
     def hidden(self, encodings: Sequence[Encoding]) -> tuple[Tensor, PackedBatch]:
         """The encoder's rows [T, H] and the packed batch that they belong to."""
@@ -168,8 +167,7 @@ def run_together(parts: Sequence[tuple[TrainableDelta, Sequence[Encoding]]]) -> 
     encodings = [encoding for _, own in parts for encoding in own]
     batch = encoder.pack(encodings, entries)
     hidden = encoder.run(batch, pools)
-    places = sorted(range(batch.sequences), key=batch.order.__getitem__)
-    shares, at = [], 0
+    shares, at, places = [], 0, batch.places
     for live, own in parts:
         shares.append(Share(live, hidden, batch, own, tuple(places[at : at + len(own)])))
         at += len(own)

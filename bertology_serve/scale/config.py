@@ -52,6 +52,8 @@ class ReplicaConfig:
         except (OSError, UnicodeDecodeError) as problem:
             raise NotFound(f"cannot read {self.replicas_file}: {problem}; expected an address on each line") from None
         named = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not named:  # as one that is being written may be
+            raise SpecError(f"{self.replicas_file} names no replica; expected an address on each line")
         return checked_addresses(named, str(self.replicas_file))
 
 

@@ -25,7 +25,7 @@ from bertology_serve.scale.config import KEY, ReplicaConfig
 from bertology_serve.scale.placement import Placement, ReplicaState
 from bertology_serve.serving.observability.background import OnceLogger
 from bertology_serve.serving.observability.logs import place_of
-from bertology_serve.serving.versions.desired import Desired, Wish, read_desired, write_desired
+from bertology_serve.serving.versions.desired import Desired, Wish, parse_desired, read_desired, write_desired
 from bertology_serve.tasks.answers import Reconciled, Version
 
 log = logging.getLogger(__name__)
@@ -215,20 +215,19 @@ class Replicas:
                 await self._follow(others, Desired({name: Wish(loaded=False)}), headers)
             return reply
 
-    async def obey(self, desired: Desired, headers: Mapping[str, str]) -> Reply:
-        """Everything is as the caller wants it, here and on replicas that come later."""
+    async def obey(self, body: bytes, headers: Mapping[str, str]) -> Reply:
+        """Everything is as the caller wants it, here and on replicas that come later; ``body`` says how."""
         async with self._changing:
             first, *others = self._in_turn("")
-            body = write_desired(desired)
             reply = await self._ask("POST", first, STATE, CHANGE_SECONDS, body, headers)
             if reply.status != 200:
                 return reply
-            self.desired = desired
+            self.desired = parse_desired(body, "the body")
             self._keep()
-            first.stale = set(msgspec.json.decode(reply.body, type=Reconciled).failed)
-            await self._follow(others, desired, headers)
-            failed = {name: f"not on {one.name}" for one in (first, *others) for name in one.stale}
-            failed |= msgspec.json.decode(reply.body, type=Reconciled).failed
+            failed = msgspec.json.decode(reply.body, type=Reconciled).failed
+            first.stale = set(failed)
+            await self._follow(others, self.desired, headers)
+            failed |= {name: f"not on {one.name}" for one in others for name in one.stale}
             return reply._replace(body=msgspec.json.encode(Reconciled(failed)))
 
     async def _publish(self, name: str, how: str, body: bytes, headers: Mapping[str, str]) -> Reply:

@@ -17,7 +17,7 @@ import logging
 import re
 import time
 from collections import Counter as Tally
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import lru_cache
 from typing import NamedTuple
@@ -25,10 +25,8 @@ from typing import NamedTuple
 import aiohttp
 import msgspec
 from multidict import CIMultiDict
-from prometheus_client import CollectorRegistry, Counter, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.registry import Collector
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from yarl import URL
@@ -37,21 +35,21 @@ from bertology_serve.errors import BertologyError, Crashed, Expired, LimitError,
 from bertology_serve.scale.config import RouterConfig
 from bertology_serve.scale.placement import Placement, ReplicaState
 from bertology_serve.scale.replicas import Replicas, Reply
-from bertology_serve.serving.http.connection import CONNECTION, limited
-from bertology_serve.serving.http.errors import json_response, problem_response
+from bertology_serve.scale.router_metrics import RouterMetrics
+from bertology_serve.serving.http.connection import CONNECTION, WHOLE, limited
+from bertology_serve.serving.http.errors import id_of, json_response, problem_response
 from bertology_serve.serving.http.listening import DrainingServer, bind, url_of
 from bertology_serve.serving.observability import logs
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.observability.logs import place_of
-from bertology_serve.serving.versions.desired import parse_desired, read_desired
+from bertology_serve.serving.versions.desired import read_desired
 
 log = logging.getLogger(__name__)
 Headers = list[tuple[bytes, bytes]]
 SERVED_BY = b"x-served-by"
-TIMEOUT = b"x-request-timeout-ms"
+TIMEOUT, REQUEST_ID = b"x-request-timeout-ms", b"x-request-id"
 WHOLE_BYTES = 2**18  # of an answer that is passed on in one piece; longer ones as they come
 CHARACTERS, OWN_TOKENS = 4, 16  # bytes of a body for a token, about; tokens of a call without a text
-MOST_RESIDENT = 100_000  # deltas that a replica is thought to hold
 # what is between two hosts only (RFC 9110, 7.6.1), and what aiohttp says itself
 _HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
@@ -76,6 +74,8 @@ class Named(msgspec.Struct):
 
 
 _named = msgspec.json.Decoder(list[Named] | Named)
+PEEKED = 2**16  # bytes of a body beyond which only the first name in it is looked for
+_FIRST = re.compile(rb'"(?:delta|model)"\s*:\s*"([^"\\]{1,128})"')
 
 
 def delta_of(path: str, body: bytes) -> str | None:
@@ -83,8 +83,9 @@ def delta_of(path: str, body: bytes) -> str | None:
     found = _ON_PATH.match(path)
     if found and found[1] not in NO_DELTA:
         return found[1]
-    if not body:
-        return None
+    if len(body) > PEEKED:
+        first = _FIRST.search(body, 0, PEEKED)
+        return first[1].decode("utf-8", "replace") if first else None
     try:
         named = _named.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -93,6 +94,10 @@ def delta_of(path: str, body: bytes) -> str | None:
         return named.name
     tally = Tally(one.name for one in named if one.name)
     return min(tally, key=lambda name: (-tally[name], name), default=None)
+
+
+class CutOff(Exception):
+    """An answer of which the caller has a part ends here: the connection does too, so that the caller sees it."""
 
 
 class ForwardedCall(NamedTuple):
@@ -113,7 +118,7 @@ class Router:
     def __init__(self, config: RouterConfig, key: str = "") -> None:
         self._config, self._key = config, key
         self.placement, self.background = Placement(), Background()
-        self.metrics = RouterMetrics(self)
+        self.metrics = RouterMetrics(self.placement)
         self.draining = False
         self._own: dict[tuple[str, str], Callable[[Scope], Response]] = {
             ("GET", "/health"): self._health,
@@ -163,10 +168,14 @@ class Router:
                 return
         except (BertologyError, aiohttp.ClientError, TimeoutError) as problem:
             response = problem_response(_as_ours(problem), path)
+        except CutOff:
+            raise
         except Exception as problem:
             log.error("%s %s raised %s", scope["method"], path, place_of(problem))
             response = problem_response(problem, path)
         self.metrics.call("", response.status_code)
+        given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
+        response.raw_headers.append((REQUEST_ID, id_of(given)))
         await response(scope, receive, send)
 
     async def _live(self, receive: Receive, send: Send) -> None:
@@ -177,17 +186,15 @@ class Router:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await self._body(receive)
+        body = await self._body(scope, receive)
         if body is None:
             return
         delta = delta_of(scope["path"], body)
         query: bytes = scope["query_string"]
-        target = scope["raw_path"] + (b"?" + query if query else b"")
-        headers = CIMultiDict(
-            (name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"] if name not in _HOP
-        )
+        target = (scope["raw_path"] + (b"?" + query if query else b"")).decode("ascii")  # else it was refused
+        headers = CIMultiDict((_text(name), _text(value)) for name, value in scope["headers"] if name not in _HOP)
         tokens = OWN_TOKENS + len(body) / CHARACTERS
-        call = ForwardedCall(scope["method"], target.decode("ascii"), headers, body, delta, tokens, time.monotonic())
+        call = ForwardedCall(scope["method"], target, headers, body, delta, tokens, time.monotonic())
         if delta is not None:
             self.placement.count(delta, tokens, call.started)
         if connection := scope.get(CONNECTION):
@@ -262,8 +269,11 @@ class Router:
             return
         self.metrics.call(state.name, reply.status)
         await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-        async for piece in reply.content.iter_any():
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        try:
+            async for piece in reply.content.iter_any():
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except (aiohttp.ClientError, TimeoutError) as problem:
+            raise CutOff(f"{state.name} ended in the middle of an answer") from problem
         await send({"type": "http.response.body", "body": b""})
 
     async def _whole(self, state: ReplicaState, status: int, headers: Headers, body: bytes, send: Send) -> None:
@@ -271,27 +281,32 @@ class Router:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _body(self, receive: Receive) -> bytes | None:
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body of a call, ``None`` where the caller has gone. LimitError, SlowBody."""
-        parts, size, most = list[bytes](), 0, self._config.limits.max_body_bytes
+        if WHOLE in scope:  # what is there already needs no clock
+            return await self._read(receive)
         try:
             async with asyncio.timeout(self._config.limits.max_body_seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    size += len(message["body"])
-                    if size > most:
-                        raise LimitError(f"the body is larger than {most} bytes; send less in one call")
-                    parts.append(message["body"])
-                    if not message.get("more_body"):
-                        return parts[0] if len(parts) == 1 else b"".join(parts)
+                return await self._read(receive)
         except TimeoutError:
             raise SlowBody("the body was not there in time; send it faster, or less in one call") from None
 
+    async def _read(self, receive: Receive) -> bytes | None:
+        parts, size, most = list[bytes](), 0, self._config.limits.max_body_bytes
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            size += len(message["body"])
+            if size > most:
+                raise LimitError(f"the body is larger than {most} bytes; send less in one call")
+            parts.append(message["body"])
+            if not message.get("more_body"):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
     async def _change(self, scope: Scope, receive: Receive) -> Response:
         """What loads, unloads and the like does so on every replica, with the caller's own rights."""
-        body = await self._body(receive) or b""
+        body = await self._body(scope, receive) or b""
         headers = {
             name.decode(): value.decode("latin-1")
             for name, value in scope["headers"]
@@ -302,7 +317,7 @@ class Router:
             how: Callable[..., Awaitable[Reply]] = getattr(self.replicas, what)
             reply = await how(name, body, headers)
         else:
-            reply = await self.replicas.obey(parse_desired(body, "the body"), headers)
+            reply = await self.replicas.obey(body, headers)
         kept = {
             name: value for name, value in reply.headers.items() if name.lower() in ("retry-after", "www-authenticate")
         }
@@ -331,59 +346,12 @@ class Router:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-class RouterMetrics(Collector):
-    """What the router counts, and what it knows of its replicas when it is asked."""
-
-    def __init__(self, router: Router) -> None:
-        self._router = router
-        self.registry = own = CollectorRegistry()
-        self._calls = Counter("bertology_router_calls", "Calls by replica, status", ("replica", "status"), registry=own)
-        self._again = Counter("bertology_router_retries", "Calls sent to another replica", ("reason",), registry=own)
-        self._met = Counter(
-            "bertology_router_resident",
-            "Calls sent where their delta was (hit) or not",
-            ("result",),
-            registry=own,
-        )
-        self._children: dict[tuple[str, int], Counter] = {}
-        self._hit, self._miss = self._met.labels("hit"), self._met.labels("miss")
-        own.register(self)
-
-    def call(self, replica: str, status: int) -> None:
-        """Notes the answer of a replica, or, without a name, of the router itself."""
-        child = self._children.get((replica, status))
-        if child is None:
-            child = self._children[replica, status] = self._calls.labels(replica or "router", str(status))
-        child.inc()
-
-    def again(self, reason: str) -> None:
-        """Notes that a call goes to another replica."""
-        self._again.labels(reason).inc()
-
-    def met(self, state: ReplicaState, delta: str | None) -> None:
-        """Notes whether a replica that a call is sent to has its delta in memory; it soon will."""
-        if delta is None:
-            return
-        (self._hit if delta in state.resident else self._miss).inc()
-        if len(state.resident) < MOST_RESIDENT:
-            state.resident.add(delta)
-
-    def describe(self) -> Iterator[Metric]:
-        """Nothing before it runs."""
-        yield from ()
-
-    def collect(self) -> Iterator[Metric]:
-        """Each replica's readiness and load, and the deltas that have several replicas."""
-        placement = self._router.placement
-        ready = GaugeMetricFamily("bertology_router_ready", "1 while a replica gets calls", labels=("replica",))
-        load = GaugeMetricFamily("bertology_router_tokens", "Tokens, about, of calls under way", labels=("replica",))
-        spread = GaugeMetricFamily("bertology_router_delta_replicas", "Deltas with several replicas", labels=("delta",))
-        for name, state in placement.replicas.items():
-            ready.add_metric((name,), state.ready)
-            load.add_metric((name,), state.load)
-        for delta, count in list(placement.spread().items())[:200]:
-            spread.add_metric((delta,), count)
-        yield from (ready, load, spread)
+def _text(value: bytes) -> str:
+    """A header as aiohttp, which writes UTF-8, writes it again."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
 
 
 @lru_cache(maxsize=4096)
@@ -425,6 +393,6 @@ def route(config: RouterConfig, key: str = "", say: Callable[[str], None] = prin
         url = url_of(bound)
 
         def announce() -> None:
-            say(f"{len(router.replicas.ready)} of {len(replicas)} replicas take calls: {url}")
+            say(f"{len(router.replicas.ready)} of {len(replicas)} replicas ready: {url}")
 
         DrainingServer(router, protocol, config.stopping, router.drain, announce).run(sockets=[bound])

@@ -31,7 +31,6 @@ from bertology_serve.serving.versions.watcher import Watcher
 if TYPE_CHECKING:
     from bertology_serve.serving.grpc_server import GrpcServer
 
-
 log = logging.getLogger(__name__)
 SLOTS = 10_000  # deltas that fit, as far as routers are told: memory is the bound
 # What web pages may send and read beyond what browsers always allow
@@ -53,6 +52,7 @@ class Application(Starlette):
         self._layers = layers
 
     def build_middleware_stack(self) -> ASGIApp:
+        """The layers around the routes."""
         return self._layers(self.router)
 
 

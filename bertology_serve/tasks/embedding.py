@@ -176,7 +176,6 @@ class Embedding(Task[EmbeddingExample, Target]):
         return answer
 
     def written(self, output: Tensor, form: VectorForm = AS_GIVEN) -> Any:
-        """One text's output, ready for JSON."""
         return form.encoded(output, self.spec)
 
     def similarity(self, one: Tensor, other: Tensor) -> float:
@@ -360,7 +359,6 @@ def _negatives(record: Record, where: str) -> tuple[str, ...]:
 
 
 def _scores(record: Record, where: str, negatives: int) -> tuple[float, ...]:
-    """A teacher's scores of the pair and of each negative."""
     if record.get("scores") is None:
         return ()
     values = read_list(record, where, "scores")
@@ -374,7 +372,6 @@ def _scores(record: Record, where: str, negatives: int) -> tuple[float, ...]:
 
 
 def _relevant(record: Record, where: str) -> dict[str, float] | None:
-    """A query's grades by the ids of documents."""
     value = record.get("relevant")
     if value is None:
         return None
@@ -406,7 +403,6 @@ def unit_rows(rows: Sequence[Sequence[float]]) -> Floats:
 
 
 def _cut(answer: Answer, width: int) -> Answer:
-    """An answer of the first dimensions alone."""
     cut: Answer = {name: answer[name][:width] for name in ("embedding", "embedding_pair") if name in answer}
     if "embedding_negatives" in answer:
         cut["embedding_negatives"] = [vector[:width] for vector in answer["embedding_negatives"]]

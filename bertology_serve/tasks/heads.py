@@ -16,15 +16,8 @@ from bertology_serve.families import FAMILIES, family_named
 from bertology_serve.families.bert_layers import UndrawnLinear
 from bertology_serve.families.compat import activation
 from bertology_serve.families.family import Dense, Family, HeadForm, HeadShape, Options, classifier, token_vectors
-from bertology_serve.tasks.spec import (
-    MULTI_VECTOR,
-    MULTIPLE_CHOICE,
-    QUESTION_ANSWERING,
-    SPARSE,
-    TOKEN_CLASSIFICATION,
-    Encoding,
-    TaskSpec,
-)
+from bertology_serve.tasks import spec as tasks
+from bertology_serve.tasks.spec import Encoding, TaskSpec
 
 __all__ = ["Dense", "Head", "head_form", "pool"]
 
@@ -124,9 +117,7 @@ class Head(nn.Module):
         for dense in form:
             if dense.tied and (words is None or words.shape != (dense.outputs, dense.inputs)):
                 found = None if words is None else list(words.shape)
-                raise FormatError(
-                    f"the head weighs {dense.outputs} words, but the encoder's are {found}; train it again"
-                )
+                raise FormatError(f"the head weighs {dense.outputs} words, but the encoder's are {found}; train again")
         head = cls(form, dropout)
         if words is not None:
             head.tie(words)
@@ -159,7 +150,7 @@ class Head(nn.Module):
         score s in any row of a text (Formal et al. 2021, arXiv 2109.10086). The scores [n, V] are made, and in training
         made again, in chunks of 64 rows.
         """
-        if task.kind != SPARSE:
+        if task.kind != tasks.SPARSE:
             return self(rows)  # type: ignore[no-any-return]
         *before, last = self.layers
         for layer in before:
@@ -283,7 +274,7 @@ def aggregate(out: Tensor, encodings: Sequence[Encoding], task: TaskSpec) -> Ten
     found = []
     for first, last in pairwise([*firsts, len(encodings)]):
         rows = F.normalize(out[first:last]) if task.unit and last > first + 1 else out[first:last]
-        if task.aggregate == "max" or task.kind == SPARSE:
+        if task.aggregate == "max" or task.kind == tasks.SPARSE:
             found.append(rows.amax(0))
         else:
             own = rows.new_tensor([encoding.own for encoding in encodings[first:last]])
@@ -327,7 +318,7 @@ def head_form(family: str, prefix: str, spec: TaskSpec, hidden: int, options: Op
             f"transformers' head of {family} for {spec.kind} is not known here, so that answers could differ; "
             f"train with --head linear, or take another encoder; {nearest(family, known)}"
         )
-    if spec.kind == SPARSE and options.get("tie_word_embeddings") is False:
+    if spec.kind == tasks.SPARSE and options.get("tie_word_embeddings") is False:
         raise Unsupported(
             f"the scores of words of this {family} are not made by its word embeddings (tie_word_embeddings is false), "
             "and a delta would have to hold a matrix of that size; take another encoder"
@@ -337,11 +328,11 @@ def head_form(family: str, prefix: str, spec: TaskSpec, hidden: int, options: Op
 
 def _form(family: Family, kind: str) -> HeadForm | None:
     forms = {
-        TOKEN_CLASSIFICATION: family.tokens,
-        QUESTION_ANSWERING: family.answers,
-        MULTIPLE_CHOICE: family.choice,
-        SPARSE: family.words,
-        MULTI_VECTOR: token_vectors,
+        tasks.TOKEN_CLASSIFICATION: family.tokens,
+        tasks.QUESTION_ANSWERING: family.answers,
+        tasks.MULTIPLE_CHOICE: family.choice,
+        tasks.SPARSE: family.words,
+        tasks.MULTI_VECTOR: token_vectors,
     }
     return forms.get(kind, family.sequence)
 
@@ -349,7 +340,11 @@ def _form(family: Family, kind: str) -> HeadForm | None:
 def head_pooling(family: str, kind: str, options: Options) -> str:
     """Which rows the head of HuggingFace's task model reads: ``cls``, ``mean``, or what the configuration says."""
     own = family_named(family)
-    setting = {TOKEN_CLASSIFICATION: "", QUESTION_ANSWERING: "", MULTIPLE_CHOICE: own.choice_reads}.get(kind, own.reads)
+    setting = {
+        tasks.TOKEN_CLASSIFICATION: "",
+        tasks.QUESTION_ANSWERING: "",
+        tasks.MULTIPLE_CHOICE: own.choice_reads,
+    }.get(kind, own.reads)
     read = str(options.get(setting, "cls"))
     return "cls" if read == "first" else read
 

@@ -169,7 +169,6 @@ class Logistic(Scaled):
         return loss, torch.cat([missed.T @ self.rows + decay * weight, missed.sum(0)[:, None]], 1)
 
     def _folded(self, raw: Tensor, loss: float) -> Solution:
-        """Back to rows as they were given."""
         weight, bias = raw[:, :-1], raw[:, -1]
         if self.halved:
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2

@@ -131,13 +131,9 @@ class TaskSpec:
         if self.abstain and self.kind != CLASSIFICATION:
             raise SpecError(f"abstain does not fit {self.kind}; only classification may name no label")
         if self.kind in (SPARSE, MULTI_VECTOR) and self.head != "hf":
-            raise SpecError(
-                f"head {self.head!r} does not fit {self.kind}, whose head has a form of its own; leave it out"
-            )
+            raise SpecError(f"head {self.head!r} does not fit {self.kind}, whose head has its own form; leave it out")
         if self.width < (self.kind == MULTI_VECTOR) or (self.width and self.kind not in (SPARSE, MULTI_VECTOR)):
-            raise SpecError(
-                f"width {self.width} does not fit {self.kind}; multi-vector has vectors of 1 or more numbers"
-            )
+            raise SpecError(f"width {self.width} does not fit {self.kind}; multi-vector has 1 number or more")
         if self.max_terms < 0 or (self.max_terms and self.kind != SPARSE):
             raise SpecError(f"max_terms {self.max_terms} does not fit {self.kind}; {SPARSE} keeps so many weights")
         if self.long != "cut" and self.kind == MULTI_VECTOR:

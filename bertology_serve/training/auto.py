@@ -109,9 +109,7 @@ def folds(data: Data, seed: int, count: int | None = None) -> list[Data]:
         return [data]
     records, count = data.train.records, count or FOLDS
     if len(records) < 2 * count:
-        raise SpecError(
-            f"{count} folds of {len(records)} training records are too few to choose by; give more, or an --eval"
-        )
+        raise SpecError(f"{count} folds of {len(records)} training records are too few; give more, or an --eval")
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     found = []
     for fold in range(count):
@@ -174,9 +172,7 @@ class Search:
         steps = {name: self.members(name)[0].state.step for name in self.crew if not failures[name]}
         whole = [name for name, own in steps.items() if own == max(steps.values())]
         if not whole:
-            raise SpecError(
-                f"no candidate came to its end: {'; '.join(f'{k} failed at {v}' for k, v in failures.items())}"
-            )
+            raise SpecError(f"no candidate ended: {'; '.join(f'{k} failed at {v}' for k, v in failures.items())}")
         if self.start is None and not steps[whole[0]]:
             raise SpecError("time was up before the first step; give a larger --budget, or fewer records")
         return max(whole, key=self.rank)
@@ -218,7 +214,6 @@ class Search:
         return 10**9 if seconds == math.inf or not each else int(seconds / each / max(rungs(len(self.crew))))
 
     def curve(self, name: str) -> dict[int, float]:
-        """The metric of a candidate by steps, the mean over its folds."""
         found: dict[int, list[float]] = {}
         for member in self.members(name):
             for line in self.directory.lines_of(member.name):

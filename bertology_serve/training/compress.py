@@ -247,7 +247,6 @@ def largest_entries(changes: Changes, anatomy: Anatomy, share: float, per_tensor
 
 
 def _names(changes: Changes, anatomy: Anatomy) -> tuple[str, ...]:
-    """The slots that were changed, in the anatomy's order."""
     changed = {name for name, _ in changes}
     return tuple(name for name in anatomy.linear_slots if name in changed)
 

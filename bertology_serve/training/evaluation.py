@@ -322,7 +322,6 @@ def answered(live: TrainableDelta, task: Task, items: Sequence[Item], max_tokens
 def _answered(
     live: TrainableDelta, task: Task, items: Sequence[Item], max_tokens: int, processes: Processes
 ) -> tuple[list[Answer], float]:
-    """The answers, and the sum of the losses."""
     numbers = {id(item): number for number, item in enumerate(items)}
     answers: dict[int, Answer] = {}
     logits: dict[int, Tensor] = {}

@@ -42,11 +42,9 @@ def draw_curve(directory: Path, metric: str) -> Path:
 
     The stages of a recipe stand one after the other, a line between them.
     """
-    from matplotlib.figure import Figure
-
     lines = [json.loads(line) for line in (directory / LOG).read_text(encoding="utf-8").splitlines()]
     places, borders = _places(lines)
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+    figure = _figure(WIDTH, HEIGHT)
     left = figure.subplots()
     left.set(xlabel="step", ylabel="training loss")
     left.plot(*_points(lines, places, lambda line: line.get("loss")), color="tab:blue", linewidth=1)
@@ -55,15 +53,12 @@ def draw_curve(directory: Path, metric: str) -> Path:
     right.plot(*_points(lines, places, lambda line: line.get("eval", {}).get(metric)), color="tab:orange", marker="o")
     for border in borders:
         left.axvline(border, color="grey", linewidth=0.8, linestyle=":")
-    figure.savefig(directory / CURVE)
-    return directory / CURVE
+    return _saved(figure, directory / CURVE)
 
 
 def draw_curves(path: Path, metric: str, curves: Mapping[str, Mapping[int, float]], start: float | None) -> None:
     """Draws the metric of several runs by their steps; ``start`` is what all begin with."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+    figure = _figure(WIDTH, HEIGHT)
     axes = figure.subplots()
     axes.set(xlabel="step", ylabel=metric)
     for name, curve in curves.items():
@@ -109,31 +104,26 @@ def draw_evaluation(found: Evaluation, folder: Path) -> list[Path]:
 
 def _reliability(certainty: Floats, path: Path) -> Path:
     """How often scores came true, by bin, beside what they said, and how many there were of each."""
-    from matplotlib.figure import Figure
-
     scores, true = certainty.T
     place = np.minimum((scores * BINS).astype(int), BINS - 1)
     counts = np.bincount(place, minlength=BINS)
     used = counts > 0
     said, came = (np.bincount(place, side, BINS)[used] / counts[used] for side in (scores, true))
-    figure = Figure(figsize=(4.0, 4.6), dpi=DPI, layout="constrained")
+    figure = _figure(4.0, 4.6)
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     above.plot((0, 1), (0, 1), color="grey", linewidth=0.8, linestyle=":")
     above.plot(said, came, marker="o", color="tab:blue")
     above.set(ylabel="how often right", xlim=(0, 1), ylim=(0, 1))
     below.bar((np.arange(BINS) + 0.5) / BINS, counts, width=0.9 / BINS, color="tab:blue")
     below.set(xlabel="score", ylabel="answers")
-    figure.savefig(path)
-    return path
+    return _saved(figure, path)
 
 
 def _confusion(labels: list[str], table: list[list[int]], path: Path) -> Path:
     """Shares of each row, the gold label; counts are written in where there is room."""
-    from matplotlib.figure import Figure
-
     counts = np.array(table)
     side = min(2.5 + 0.35 * len(labels), 20.0)
-    figure = Figure(figsize=(side, side), dpi=DPI, layout="constrained")
+    figure = _figure(side, side)
     axes = figure.subplots()
     axes.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
     shown = [label if len(label) <= 24 else f"{label[:23]}…" for label in labels]
@@ -145,8 +135,7 @@ def _confusion(labels: list[str], table: list[list[int]], path: Path) -> Path:
             if count:
                 share = count / counts[down].sum()
                 axes.text(across, down, str(count), ha="center", va="center", color="white" if share > 0.6 else "black")
-    figure.savefig(path)
-    return path
+    return _saved(figure, path)
 
 
 Logs = Mapping[tuple[str, str], Sequence[Path]]
@@ -262,15 +251,19 @@ def _order(place: str) -> tuple[int, int]:
 
 def _panels(count: int, **options: Any) -> tuple[Any, list[Any]]:
     """A figure of at most three panels across; those left over are hidden."""
-    from matplotlib.figure import Figure
-
     across = min(count, 3)
     down = -(-count // across)
-    figure = Figure(figsize=(PANEL_WIDTH * across, PANEL_HEIGHT * down), dpi=DPI, layout="constrained")
+    figure = _figure(PANEL_WIDTH * across, PANEL_HEIGHT * down)
     panels = list(figure.subplots(down, across, squeeze=False, **options).ravel())
     for panel in panels[count:]:
         panel.set_visible(False)
     return figure, panels[:count]
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def _saved(figure: Any, path: Path) -> Path:

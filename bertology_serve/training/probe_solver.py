@@ -17,7 +17,7 @@ from bertology_serve.tasks.base import Answer, Item, Task
 from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.logistic import LOOSE, Logistic, Ridge, Solution
 from bertology_serve.tasks.spec import MULTI_LABEL
-from bertology_serve.training.features import Features, features
+from bertology_serve.training.frozen_rows import Features, features
 from bertology_serve.training.methods import count_parameters
 from bertology_serve.training.run_directory import RunDirectory, RunState
 from bertology_serve.training.train_config import TrainConfig

@@ -159,7 +159,7 @@ class Follower(RunDirectory):
         """What ``machine`` was at the beginning is for the leader to say."""
         return {}
 
-    def _ignored(self, *given: object) -> None:
+    def _ignored(self, *given: object, **named: object) -> None:
         return
 
     save = log = write_config = write_layers = write_skipped = remove = _cut_log = _ignored

@@ -163,7 +163,7 @@ class StageRun:
         before = store.load(self.directory.stage(number - 1)) if number > 1 else None
         live = ready.live if before is None else _continued(stage, ready, before)
         if stage.config.machine.trunk_cache:
-            from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache
+            from bertology_serve.training.frozen_rows import FrozenPrefixCache
 
             items, folder = [*ready.items, *ready.dev], self.directory.features
             cache = FrozenPrefixCache(live, items, stage.config.machine.max_tokens, folder)

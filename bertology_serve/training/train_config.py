@@ -8,18 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bertology_serve.config_fields import check_fields, check_known, flat, nested, option, split_list
 from bertology_serve.errors import SpecError
-from bertology_serve.tasks.spec import (
-    LABEL_KINDS,
-    MULTI_VECTOR,
-    POOLED_KINDS,
-    QUESTION_ANSWERING,
-    SPARSE,
-    TASK_KINDS,
-    TEXT_KINDS,
-    VECTOR_KINDS,
-    ZERO_SHOT,
-    TaskSpec,
-)
+from bertology_serve.tasks import spec as tasks
+from bertology_serve.tasks.spec import TaskSpec
 from bertology_serve.training.method_options import (
     AUTO,
     EVERYWHERE,
@@ -39,7 +29,7 @@ if TYPE_CHECKING:
     from bertology_serve.files import JsonObject
 
 ALONE = (*SPECS, AUTO)
-SOLVED = TEXT_KINDS
+SOLVED = tasks.TEXT_KINDS
 """The tasks whose probe can be solved."""
 LP, LP_FT, EH_FT = "lp", "lp-ft", "eh-ft"
 DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP: PROBE, LP_FT: FULL, EH_FT: "lora"}
@@ -259,7 +249,7 @@ class TrainConfig:
     """
 
     task: str = field(
-        metadata={"help": "What the delta answers: " + ", ".join(TASK_KINDS) + ".", "panel": "Task"},
+        metadata={"help": "What the delta answers: " + ", ".join(tasks.TASK_KINDS) + ".", "panel": "Task"},
     )
     method: tuple[str, ...] = option(
         (),
@@ -282,27 +272,29 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", _methods(self.method or DEFAULT_METHODS[self.plan.recipe]))
-        check_known("task", self.task, TASK_KINDS)
+        check_known("task", self.task, tasks.TASK_KINDS)
         _check_recipe(self)
         given: Any = self.layers
         object.__setattr__(self, "layers", tuple(split_list(given) if isinstance(given, str) else map(str, given)))
         _check_layers(self)
-        if (self.optim.balance or self.optim.label_smoothing) and self.task not in LABEL_KINDS:
-            raise SpecError(f"balance and label_smoothing are for {' and '.join(LABEL_KINDS)}, not {self.task}")
+        if (self.optim.balance or self.optim.label_smoothing) and self.task not in tasks.LABEL_KINDS:
+            raise SpecError(f"balance and label_smoothing are for {' and '.join(tasks.LABEL_KINDS)}, not {self.task}")
         if self.plan.budget != RecipeConfig.budget and AUTO not in self.method:
             method = ",".join(self.method)
             raise SpecError(f"budget is what a search may take, and the method is {method}; give --method auto")
         if self.eval.folds and (self.plan.recipe or self.full):
             own = self.plan.recipe or self.method[0]
             raise SpecError(f"folds share one frozen encoder, but {own} trains its own; leave them out")
-        if self.optim.loss != "auto" and self.task not in VECTOR_KINDS:
-            raise SpecError(f"loss {self.optim.loss} is for {', '.join(VECTOR_KINDS)}, not {self.task}; leave it out")
-        if self.optim.flops and self.task != SPARSE:
-            raise SpecError(f"flops is for {SPARSE}, not {self.task}; leave it out")
-        if self.form.width and self.task != MULTI_VECTOR:
-            raise SpecError(f"width is for {MULTI_VECTOR}, not {self.task}; leave it out")
-        if (self.form.label_texts or self.form.template != FormConfig.template) and self.task != ZERO_SHOT:
-            raise SpecError(f"label_texts and template are for {ZERO_SHOT}, not {self.task}; leave them out")
+        if self.optim.loss != "auto" and self.task not in tasks.VECTOR_KINDS:
+            raise SpecError(
+                f"loss {self.optim.loss} is for {', '.join(tasks.VECTOR_KINDS)}, not {self.task}; leave it out"
+            )
+        if self.optim.flops and self.task != tasks.SPARSE:
+            raise SpecError(f"flops is for {tasks.SPARSE}, not {self.task}; leave it out")
+        if self.form.width and self.task != tasks.MULTI_VECTOR:
+            raise SpecError(f"width is for {tasks.MULTI_VECTOR}, not {self.task}; leave it out")
+        if (self.form.label_texts or self.form.template != FormConfig.template) and self.task != tasks.ZERO_SHOT:
+            raise SpecError(f"label_texts and template are for {tasks.ZERO_SHOT}, not {self.task}; leave them out")
         for name in self.options:
             if name not in self.method:
                 raise SpecError(f"options of {name!r} were given, but the method is {','.join(self.method)}")
@@ -314,7 +306,7 @@ class TrainConfig:
     def of(cls, task: str = "", method: str | Iterable[str] = (), **settings: Any) -> "TrainConfig":
         """The configuration with these settings, the groups' by their names. SpecError for an unknown one, too."""
         if not task:
-            raise SpecError(f"field 'task' is missing; expected one of {', '.join(TASK_KINDS)}")
+            raise SpecError(f"field 'task' is missing; expected one of {', '.join(tasks.TASK_KINDS)}")
         return nested(cls, {"task": task, "method": method, **settings}, "training has no field")
 
     def as_dict(self) -> "JsonObject":
@@ -348,7 +340,7 @@ class TrainConfig:
     @property
     def known_task(self) -> TaskSpec:
         """The task as far as it is known without data: labels may stand for others."""
-        labelled = self.task in (*LABEL_KINDS, "token-classification")
+        labelled = self.task in (*tasks.LABEL_KINDS, "token-classification")
         return self.task_spec(("O",) if labelled and not self.form.labels else self.form.labels)
 
     def rate(self, method: str) -> float:
@@ -364,16 +356,19 @@ class TrainConfig:
 
     def task_spec(self, labels: tuple[str, ...]) -> TaskSpec:
         """The task with its defaults filled in."""
-        pooled, own = self.task in POOLED_KINDS, self.task in (SPARSE, MULTI_VECTOR)  # whose head has a form of its own
+        pooled, own = (
+            self.task in tasks.POOLED_KINDS,
+            self.task in (tasks.SPARSE, tasks.MULTI_VECTOR),
+        )  # whose head has a form of its own
         probe = PROBE in self.method or self.plan.recipe == LP_FT or self.starts_at_probe
-        longest = self.form.max_length or (384 if self.task == QUESTION_ANSWERING else TaskSpec.max_length)
+        longest = self.form.max_length or (384 if self.task == tasks.QUESTION_ANSWERING else TaskSpec.max_length)
         overlap = longest // 4 if self.form.long == "windows" else TaskSpec.stride
         return TaskSpec(
             self.task,
             labels=labels,
             max_length=longest,
             pooling=self.form.pooling or ("mean" if pooled or (probe and not own) else TaskSpec.pooling),
-            width=(self.form.width or VECTOR_WIDTH) if self.task == MULTI_VECTOR else 0,
+            width=(self.form.width or VECTOR_WIDTH) if self.task == tasks.MULTI_VECTOR else 0,
             max_terms=self.form.max_terms,
             skip_punctuation=self.form.skip_punctuation,
             head=self.form.head or ("none" if pooled else "linear" if probe and not own else TaskSpec.head),
@@ -439,8 +434,6 @@ def _check_recipe(config: "TrainConfig") -> None:
     if config.plan.recipe == LP and config.form.head not in (None, "linear"):
         raise SpecError(f"recipe lp solves one linear layer; got head {config.form.head!r}; leave --head out")
     if config.plan.recipe == EH_FT and config.method[0] in ALONE:
-        raise SpecError(
-            f"recipe eh-ft begins with a delta, but the method is {names}; expected lora, bitfit or another"
-        )
+        raise SpecError(f"recipe eh-ft begins with a delta, but the method is {names}; give lora, bitfit or another")
     if config.plan.recipe == LP_FT and config.method == (PROBE,):
         raise SpecError("recipe lp-ft begins with the probe, and goes on with another method; expected full or another")

@@ -12,9 +12,8 @@ import torch
 from bertology_serve.analysis import figures, integrated_gradients
 from bertology_serve.analysis.disagreement import compare
 from bertology_serve.analysis.integrated_gradients import attributions, run_vectors
-from bertology_serve.analysis.labelled import TaskEvaluation
 from bertology_serve.analysis.settings import CompareSettings
-from bertology_serve.analysis.subject_model import Subject
+from bertology_serve.analysis.subject_model import Subject, TaskEvaluation
 from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.kinds.prompt import Prompt

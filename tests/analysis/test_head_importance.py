@@ -18,9 +18,8 @@ from bertology_serve.analysis.head_importance import (
     importance,
     normalised,
 )
-from bertology_serve.analysis.labelled import Gates, TaskEvaluation
 from bertology_serve.analysis.settings import HeadSettings
-from bertology_serve.analysis.subject_model import Subject
+from bertology_serve.analysis.subject_model import Gates, Subject, TaskEvaluation
 from bertology_serve.errors import SpecError, Unsupported
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import TaskSpec

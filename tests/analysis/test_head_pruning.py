@@ -12,9 +12,8 @@ from bertology_serve.analysis import head_pruning as pruning
 from bertology_serve.analysis.attention_heads import attention
 from bertology_serve.analysis.head_importance import heads, kept, masked, neuron_importance, watched
 from bertology_serve.analysis.head_pruning import prune
-from bertology_serve.analysis.labelled import Gates, TaskEvaluation
 from bertology_serve.analysis.settings import HeadSettings, PruneSettings
-from bertology_serve.analysis.subject_model import Subject
+from bertology_serve.analysis.subject_model import Gates, Subject, TaskEvaluation
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import SpecError, Unsupported, VerificationError

@@ -11,11 +11,11 @@ from itertools import pairwise
 import pytest
 import torch
 
+from bertology_serve.bench.commands import kernels
 from bertology_serve.bench.kernels import kernel_plot, kernel_run, methods, row_kernels
 from bertology_serve.bench.kernels.gpu_timing import Ceilings, Spread
 from bertology_serve.bench.kernels.kernel_report import Figure, floor_ratio, lines, losses, write_csv
 from bertology_serve.bench.kernels.workload import LENGTHS, MIXES, NOBODY, Workload, batch_segments, inputs, sweep
-from bertology_serve.cli.bench import kernels
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
 from bertology_serve.kernels import tuning
 from bertology_serve.kernels.segments import RowSegment
@@ -218,7 +218,7 @@ def test_the_command_needs_torch_triton_and_typer_alone():
         "            raise ImportError(name)\n"
         "sys.meta_path.insert(0, Block())\n"
         "import typer\n"
-        "from bertology_serve.cli.bench import kernels\n"
+        "from bertology_serve.bench.commands import kernels\n"
         "app = typer.Typer(); app.command()(kernels)\n"
         "app(['--quick'])"
     )

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -21,14 +26,14 @@ from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import NotFound, SpecError
 from bertology_serve.scale.config import ReplicaConfig
 from bertology_serve.scale.placement import ordered
-from bertology_serve.scale.router import delta_of
+from bertology_serve.scale.router import PEEKED, delta_of
 from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.delta_registry import Registry
 from bertology_serve.serving.versions.desired import Wish, read_desired
 from tests import tiny
-from tests.scale.conftest import OK, replica, routing
+from tests.scale.routed import OK, replica, routing
 from tests.serving.conftest import RECORDS, save_version
-from tests.serving.running import Running, running, wait
+from tests.serving.running import ROUTED, Running, running, wait
 
 ADMIN, USER = "an-admin-key-of-the-tests", "a-user-key-of-the-tests"
 RING = [Key("admin", digest_of(ADMIN, ""), admin=True), Key("user", digest_of(USER, ""))]
@@ -55,9 +60,10 @@ def addresses(servers: list[Running]) -> list[str]:
 
 def same(one: httpx.Response, other: httpx.Response) -> None:
     """The same answer but for what names the call."""
-    ignored = {"x-request-id", "x-served-by", "content-length"}
+    ignored = {"x-request-id", "x-served-by", "content-length", "date"}
     assert one.status_code == other.status_code
     assert "content-length" in one.headers
+    assert len(one.headers.get_list("date")) == 1
 
     def kept(answer: httpx.Response) -> dict[str, str]:
         return {name: value for name, value in answer.headers.items() if name not in ignored}
@@ -117,6 +123,7 @@ def test_a_delta_lives_on_one_replica_whatever_the_protocol(servers):
         assert len(seen) == 2
 
 
+ROOT = Path(__file__).parents[2]
 names = st.sampled_from(["mood", "grade", "x"])
 
 
@@ -133,6 +140,14 @@ def test_the_delta_of_a_call(asked, one):
     assert found == delta_of("/predict", json.dumps([{"delta": name} for name in reversed(asked)]).encode())
     several = {delta_of("/predict", json.dumps({"deltas": order}).encode()) for order in (asked, asked[::-1])}
     assert len(several) == 1
+
+
+def test_of_a_long_body_the_first_name_counts():
+    items = [{"text": 'say \\"delta\\": \\"not this\\"' * 9, "delta": "mood"}, *({"delta": "grade"},) * 9000]
+    assert len(json.dumps(items)) > PEEKED
+    assert delta_of("/predict", json.dumps(items).encode()) == "mood"
+    assert delta_of("/predict", b'"' + b"x" * 2 * PEEKED) is None
+    assert delta_of("/predict", b"[" * 2 * PEEKED) is None
 
 
 @given(st.binary(max_size=40))
@@ -196,6 +211,24 @@ def test_an_answer_that_has_begun_is_not_asked_for_again():
         assert not good.asked
 
 
+def test_a_long_answer_that_is_cut_off_ends_the_connection():
+    async def long(head: bytes, writer: Any) -> None:
+        writer.write(OK.replace(b"length: 2", b"length: 1000000") + b"x" * 400_000)
+        await writer.drain()
+        writer.close()
+
+    async def whole(head: bytes, writer: Any) -> None:
+        writer.write(OK.replace(b"length: 2", b"length: 1000002") + b"x" * 1_000_000)
+
+    with replica(long) as bad, routing([bad.url]) as routed:
+        wait(lambda: routed.ready)
+        with pytest.raises(httpx.RemoteProtocolError):
+            routed.client.post("/predict", json=ITEM)
+    with replica(whole) as good, routing([good.url]) as routed:
+        wait(lambda: routed.ready)
+        assert len(routed.client.post("/predict", json=ITEM).content) == 1_000_002
+
+
 def test_where_all_are_full_the_caller_hears_what_they_say():
     with replica(refuse) as one, replica(refuse) as other, routing([one.url, other.url]) as routed:
         wait(lambda: len(routed.ready) == 2)
@@ -236,6 +269,18 @@ def test_deadlines_priorities_keys_and_queries_are_passed_on_and_what_is_between
         assert fields[b"accept"] == b"x/y"
         assert b"te" not in fields
         assert fields[b"host"] == second.url.removeprefix("http://").encode()
+
+
+def test_odd_bytes_reach_the_replica():
+    with replica(answer_ok) as only, routing([only.url]) as routed:
+        wait(lambda: routed.ready)
+        with socket.create_connection(("127.0.0.1", int(routed.url.rpartition(":")[2].strip("/"))), 60) as wire:
+            wire.sendall(
+                b"GET /models/a%20b%2F..?q=1&%zz= HTTP/1.1\r\nHost: x\r\nX-A: caf\xc3\xa9\r\nX-B: \xe9\r\n\r\n"
+            )
+            assert wire.recv(65536).startswith(b"HTTP/1.1 200")
+        assert only.asked[0].startswith(b"GET /models/a%20b%2F..?q=1&%zz= HTTP/1.1")
+        assert b"caf\xc3\xa9" in only.asked[0]
 
 
 def test_bounds_of_a_call():
@@ -411,9 +456,10 @@ def test_a_file_of_replicas_is_followed(servers, tmp_path):
         wait(lambda: routed.ready == {one})
         file.write_text(f"{one}\n{other}\n")
         wait(lambda: routed.ready == {one, other})
-        file.write_text("nonsense\n")
-        time.sleep(0.1)
-        assert routed.ready == {one, other}
+        for wrong in ("nonsense\n", ""):
+            file.write_text(wrong)
+            time.sleep(0.1)
+            assert routed.ready == {one, other}, "what was there before is used"
         file.write_text(f"{other}\n")
         wait(lambda: routed.ready == {other})
 
@@ -425,3 +471,14 @@ def test_options_that_make_no_sense(tmp_path):
             ReplicaConfig(**wrong)
     with pytest.raises(NotFound):
         ReplicaConfig(replicas_file=tmp_path / "none").addresses()
+
+
+def test_what_others_wrote_for_the_server_works_through_the_router():
+    """The tests of the client libraries and of the protocols, once more; see ``running``."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+               "tests/serving/clients", "tests/serving/protocol", "tests/serving/http/test_routes.py",
+               "-k", "not test_what_a_person_looks_at"]  # fmt: skip
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
+    done = subprocess.run(command, env=environ | {ROUTED: "1"}, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 200  # type: ignore[index]

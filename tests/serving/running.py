@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from bertology_serve.serving.http.listening import bind, url_of
 from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.server import Server
 from bertology_serve.serving.versions.delta_registry import Registry
+from tests.scale.routed import routing
+
+ROUTED = "BERTOLOGY_TESTS_ROUTED"
 
 
 class Running:
@@ -50,7 +54,13 @@ def running(
     thread.start()
     try:
         wait(lambda: server.started or not thread.is_alive())
-        with httpx.Client(base_url=url_of(bound), timeout=120) as client:
+        with ExitStack() as stack:
+            url = url_of(bound)
+            if ROUTED in os.environ:  # the same tests through a router
+                routed = stack.enter_context(routing([url], max_body_bytes=config.limits.max_body_bytes))
+                wait(lambda: routed.ready)
+                url = routed.url
+            client = stack.enter_context(httpx.Client(base_url=url, timeout=120))
             yield Running(server, str(client.base_url), client)
     finally:
         server.should_exit = True

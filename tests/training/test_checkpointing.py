@@ -10,7 +10,7 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import nested
 from bertology_serve.errors import SpecError
 from bertology_serve.training.fleet.fleet import check_frozen
-from bertology_serve.training.frozen_prefix_cache import FrozenPrefixCache
+from bertology_serve.training.frozen_rows import FrozenPrefixCache
 from bertology_serve.training.memory import estimate, saved_bytes
 from bertology_serve.training.train_config import TrainConfig
 from tests import tiny

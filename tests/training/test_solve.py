@@ -18,7 +18,7 @@ from bertology_serve.encoder.forward_context import Pools
 from bertology_serve.encoder.opening import open_delta
 from bertology_serve.training import probe_solver
 from bertology_serve.training.evaluation import evaluate
-from bertology_serve.training.features import pooled
+from bertology_serve.training.frozen_rows import pooled
 from bertology_serve.training.probe_solver import Solver
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, prepare, train

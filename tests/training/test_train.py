@@ -21,7 +21,7 @@ from bertology_serve.kinds.kinds import parameter_count
 from bertology_serve.tasks.spec import WHOLE_BATCH
 from bertology_serve.training.batches import Data, Source
 from bertology_serve.training.evaluation import evaluate
-from bertology_serve.training.features import pooled
+from bertology_serve.training.frozen_rows import pooled
 from bertology_serve.training.method_options import AUTO, LEARNING_RATES, METHODS
 from bertology_serve.training.methods import count_parameters, make_live, specs_for
 from bertology_serve.training.publish import describe

@@ -31,16 +31,9 @@ from bertology_serve.kinds.peft_format import MERGE, MODEL_ROOT, PROMPT_ROOT, Pe
 from bertology_serve.kinds.prefix import Prefix
 from bertology_serve.kinds.prompt import Prompt
 from bertology_serve.kinds.slots import Anatomy
+from bertology_serve.tasks import spec as tasks
 from bertology_serve.tasks.heads import Dense, head_form, head_pooling
-from bertology_serve.tasks.spec import (
-    CLASSIFICATION,
-    EMBEDDING,
-    LABEL_KINDS,
-    QUESTION_ANSWERING,
-    REGRESSION,
-    TOKEN_CLASSIFICATION,
-    TaskSpec,
-)
+from bertology_serve.tasks.spec import TaskSpec
 
 # Settings that leave the function alone, or are read here, whatever their value.
 _HARMLESS = {
@@ -151,7 +144,7 @@ def _merged(
     base_head: Mapping[str, Tensor],
 ) -> Tensors:  # fmt: skip
     """The head with the LoRA of its layers merged; embeddings do not read the pooler, whatever its LoRA."""
-    if task.kind == EMBEDDING:
+    if task.kind == tasks.EMBEDDING:
         head = {name: tensor for name, tensor in head.items() if not _POOLER_LORA.fullmatch(name)}
     merge_head(config, head, head_form(anatomy.family, anatomy.prefix, task, anatomy.hidden, options), base_head)
     check_none_left(head, anatomy)
@@ -260,19 +253,21 @@ def _task(
     """The task as far as peft records it; None for embeddings."""
     kind = told or {t: k for k, t in reversed(TASK_TYPES.items()) if t}.get(str(config.get("task_type")))
     if kind is None and not config.get("task_type"):  # what peft's plain model answers shows in its head alone
-        kind = EMBEDDING if not head else QUESTION_ANSWERING if "qa_outputs.weight" in head else None
+        kind = tasks.EMBEDDING if not head else tasks.QUESTION_ANSWERING if "qa_outputs.weight" in head else None
     if kind is None:
         got = str(config.get("task_type"))[:40]
         raise FormatError(f"task_type is {got!r}, which names no task of these; convert it with --task")
-    if kind == EMBEDDING:
+    if kind == tasks.EMBEDDING:
         return None
-    if kind == QUESTION_ANSWERING:
+    if kind == tasks.QUESTION_ANSWERING:
         return TaskSpec(kind, max_length=longest, stride=min(128, longest // 4))
     outputs = next((len(head[n]) for n in ("classifier.out_proj.weight", "classifier.weight") if n in head), 0)
     if not outputs:
         raise FormatError("the checkpoint holds no classifier; train it again with its head in modules_to_save")
-    kind = REGRESSION if kind == CLASSIFICATION and outputs == 1 else kind
-    labels = tuple(f"LABEL_{i}" for i in range(outputs)) if kind in (*LABEL_KINDS, TOKEN_CLASSIFICATION) else ()
+    kind = tasks.REGRESSION if kind == tasks.CLASSIFICATION and outputs == 1 else kind
+    labels = (
+        tuple(f"LABEL_{i}" for i in range(outputs)) if kind in (*tasks.LABEL_KINDS, tasks.TOKEN_CLASSIFICATION) else ()
+    )
     return TaskSpec(kind, labels, max_length=longest, pooling=head_pooling(family, kind, options))
 
 

@@ -43,7 +43,6 @@ class BatchTimes:
         self.start(ladder)
 
     def start(self, ladder: Iterable[Sample]) -> None:
-        """Begins anew from measurements of several sizes."""
         rungs = list(ladder)
         self.bend = bend_of(rungs)
         self._ladder = _sums([(self.size(tokens, squares), seconds) for tokens, squares, seconds in rungs])
@@ -69,7 +68,6 @@ class BatchTimes:
         self._fit()
 
     def seconds(self, size: float) -> float:
-        """What a batch of that size is expected to take."""
         return self.fixed + self.per_token * size
 
     @property
@@ -140,6 +138,7 @@ class WorkQueue:
         self._changed = threading.Condition()
         self._closed = self._full = False
         self._shut = set[str]()
+        self.running = 0  # items of the batch that was taken last, until the next is waited for
 
     @property
     def items(self) -> int:
@@ -217,9 +216,11 @@ class WorkQueue:
     def take(self) -> list[CallItem]:
         """The next batch; waits for one. Empty once the queue is closed and everything in it was taken."""
         with self._changed:
+            self.running = 0
             while True:
                 batch = self._scheduler.pick(self._clock())
                 if batch:
+                    self.running = len(batch)
                     return batch
                 if self._closed:
                     return []

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,29 +49,8 @@ class Outline:
         self.lock = threading.RLock()
 
     def check_length(self, tokens: int) -> None:
-        """Raises LimitError where sequences of that many tokens do not fit."""
         if tokens > self.max_tokens:
             raise LimitError(f"max_length is {tokens}; {self.name} reads at most {self.max_tokens} tokens")
-
-
-@dataclass(frozen=True)
-class Handle(ServedDelta):
-    """A delta that the executor has read and keeps for as long as this is there; ``number`` is what it goes by,
-    ``resident`` the bytes that it takes there.
-    """
-
-    number: int = -1
-    resident: int = 0
-
-    def told(self, key: str) -> JsonObject:
-        """What the executor needs to make it resident, whether or not it still has it."""
-        return {
-            "key": key,
-            "number": self.number,
-            "path": str(self.path),
-            "name": self.name,
-            "version": self.version,
-        }
 
 
 class Remote(DeltaSet):
@@ -94,7 +73,7 @@ class Remote(DeltaSet):
         super().__init__(Outline(backbone, tokenizer, dtype, nursery.outline()))
         self._numbers = itertools.count()
         self._unreferenced: deque[int] = deque()
-        self._held: dict[str, Handle] = {}
+        self._held: dict[str, ServedDelta] = {}
         self._setting: EngineConfig | None = None
         self._patience: float | None = None
         self.supervisor = Supervisor(nursery, WorkerPlace(device, torch.get_num_threads()), self._restore, background)
@@ -115,32 +94,28 @@ class Remote(DeltaSet):
         return answer["name"], self._setting
 
     def read(self, path: Path, name: str) -> Delta:
-        """Has a delta read over there; what is kept here is a handle."""
+        """Has a delta read over there; what is kept here is its card."""
         number = next(self._numbers)
         try:
             answer = self._load(Op.READ, {"path": str(path), "name": name, "number": number})
-            card = from_record(answer["card"])
-            known = {name: getattr(card, name) for name in ServedDelta.__dataclass_fields__}
-            handle = Handle(**known, number=number, resident=int(answer["resident"]))
+            card = from_record(answer["card"], number, int(answer["resident"]))
         except BaseException:
             self._unreferenced.append(number)
             raise
-        weakref.finalize(handle, self._unreferenced.append, number)
-        return handle
+        weakref.finalize(card, self._unreferenced.append, number)
+        return card
 
     def resident_bytes(self, delta: Delta) -> int:
         """What the executor said when it had read the delta."""
-        return delta.resident if isinstance(delta, Handle) else delta.bytes
+        return delta.resident if isinstance(delta, ServedDelta) and delta.number >= 0 else delta.bytes
 
     def admit(self, key: str, delta: Delta) -> LoadedDelta:
-        if not isinstance(delta, Handle):
-            raise Unsupported(
-                f"delta {delta.name!r} is in this process; the executor's process reads its own from disk"
-            )
+        if not isinstance(delta, ServedDelta) or delta.number < 0:
+            raise Unsupported(f"delta {delta.name!r} is in this process; the executor reads its own from disk")
         self.check(delta)
         self._held[key] = delta  # before it is there: an executor that comes meanwhile has it too
         try:
-            answer = self._load(Op.ADMIT, delta.told(key))
+            answer = self._load(Op.ADMIT, _told(key, delta))
         except BaseException:  # whatever it is, nobody will ask for that key; ``add`` has its rows freed
             self._held.pop(key)
             raise
@@ -196,11 +171,11 @@ class Remote(DeltaSet):
         line.batches.patience = START_SECONDS
         line.batches.ask(Op.HELLO, {})
         line.batches.patience = self._patience
-        for key, handle in list(self._held.items()):
+        for key, card in list(self._held.items()):
             try:
-                line.load(Op.ADMIT, handle.told(key))
+                line.load(Op.ADMIT, _told(key, card))
             except (BertologyError, RuntimeError) as problem:
-                log.error("delta %s did not come back: %s", handle.name, problem)
+                log.error("delta %s did not come back: %s", card.name, problem)
                 self._lose(key)
         if self._setting is not None:
             line.load(Op.SETTLE, {"setting": asdict(self._setting)})
@@ -213,5 +188,9 @@ class Remote(DeltaSet):
                 self.evict(name)
 
     def _let_go(self) -> list[int]:
-        """The numbers of handles that are no more."""
         return [self._unreferenced.popleft() for _ in range(len(self._unreferenced))]
+
+
+def _told(key: str, card: ServedDelta) -> JsonObject:
+    """What the executor needs to make a delta resident, whether or not it still has it."""
+    return {"key": key, "number": card.number, "path": str(card.path), "name": card.name, "version": card.version}

@@ -196,12 +196,14 @@ def _post(name: str, summary: str, body: JsonObject, answer: JsonObject, binary:
 
 
 def _manage(name: str, summary: str, what: str) -> JsonObject:
-    """A route for API keys with admin rights. Its body may be empty."""
-    body, entry = _ref("IndexRequest" if what == "index" else "LoadRequest"), _ref("Version")
-    answer = _list(entry) if what == "index" else entry
+    """A route for API keys with admin rights. Its body may be empty, but for a desired state."""
+    body, answer = {
+        "index": (_ref("IndexRequest"), _list(_ref("Version"))),
+        "state": (_ref("Desired"), _ref("Reconciled")),
+    }.get(what, (_ref("LoadRequest"), _ref("Version")))
     content = {"application/json": {"schema": answer}}
     responses = {"200": {"description": "OK", "content": content}, **{code: _problem(code) for code in _ITEMS}}
-    request = {"required": False, "content": {"application/json": {"schema": body}}}
+    request = {"required": what == "state", "content": {"application/json": {"schema": body}}}
     about = {"operationId": name, "summary": f"{summary} (admin)", "requestBody": request, "responses": responses}
     return {"post": about}
 

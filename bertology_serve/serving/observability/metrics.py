@@ -168,6 +168,11 @@ class Metrics:
         tokens.set_function(lambda: queue.tokens)
         budget = Gauge("bertology_batch_budget_tokens", "Tokens that a batch may hold now", registry=self.registry)
         budget.set_function(lambda: queue.times.budget)
+        # by these names the endpoint pickers of Kubernetes' Gateway API tell a busy server from an idle one
+        waiting = Gauge("vllm:num_requests_waiting", "Items waiting", registry=self.registry)
+        running = Gauge("vllm:num_requests_running", "Items in the batch that runs", registry=self.registry)
+        waiting.set_function(lambda: queue.items)
+        running.set_function(lambda: queue.running)
 
     def batch(self, items: Sequence[CallItem], seconds: float) -> None:
         self._batch.observe(seconds)
@@ -193,7 +198,6 @@ class Metrics:
                 self._child(self._latency, (name,)).observe(now - item.arrived)
 
     def refused(self, items: Mapping[str, int]) -> None:
-        """Notes how many items of each delta were refused before they were read."""
         for delta, count in items.items():
             self._child(self._items, (self._label(delta), REFUSED)).inc(count)
 

@@ -15,20 +15,9 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.pipeline import Prediction, Request
 from bertology_serve.errors import DataError, Unsupported
 from bertology_serve.files import JsonMapping, JsonObject
-from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, shown
+from bertology_serve.serving.protocol.json_codec import check_items, decode, encode, encode_list, flag, shown
+from bertology_serve.tasks import spec as tasks
 from bertology_serve.tasks.redaction import REDACTION_FIELDS
-from bertology_serve.tasks.spec import (
-    CLASSIFICATION,
-    EMBEDDING,
-    MULTI_LABEL,
-    MULTI_VECTOR,
-    MULTIPLE_CHOICE,
-    QUESTION_ANSWERING,
-    REGRESSION,
-    SPARSE,
-    TOKEN_CLASSIFICATION,
-    ZERO_SHOT,
-)
 from bertology_serve.tasks.vectors import FLOAT, PROMPT_FIELDS, VECTOR_FIELDS
 
 
@@ -56,7 +45,7 @@ def read_task(body: bytes, delta: Delta, most: float = math.inf) -> TaskCall:
         raise DataError("field 'inputs' is missing; expected a text, an object with the task's fields, or a list")
     options = read_options(value, delta)
     inputs = value["inputs"]
-    if delta.task.kind == EMBEDDING and isinstance(inputs, dict) and "source_sentence" in inputs:
+    if delta.task.kind == tasks.EMBEDDING and isinstance(inputs, dict) and "source_sentence" in inputs:
         return _similarity(inputs, delta, options, most)
     items = inputs if isinstance(inputs, list) else [inputs]
     check_items(len(items), most)
@@ -79,7 +68,7 @@ def _request(item: Any, where: str, delta: Delta, options: Options) -> Request:
         item = {"text": item}
     if not isinstance(item, dict):
         raise DataError(f"{where}: is {shown(item)}; expected a text or an object with the fields of {delta.task.kind}")
-    if delta.task.kind == QUESTION_ANSWERING and options.top_k is not None:
+    if delta.task.kind == tasks.QUESTION_ANSWERING and options.top_k is not None:
         item = {**item, "top_k": options.top_k}
     item = {**options.fields, **item}
     return Request(delta.name, item, "", options.needs_logits, where)
@@ -109,16 +98,16 @@ def cosine(one: Sequence[float], other: Sequence[float]) -> float:
 TRANSFORMS = ("softmax", "sigmoid", "none")
 GROUPED = ("simple", "first", "average", "max")
 _KNOWN = {
-    CLASSIFICATION: ("top_k", "function_to_apply"),
-    MULTI_LABEL: ("top_k", "function_to_apply"),
-    REGRESSION: (),
-    TOKEN_CLASSIFICATION: ("aggregation_strategy", "ignore_labels", *sorted(REDACTION_FIELDS)),
-    QUESTION_ANSWERING: ("top_k", "offsets"),
-    MULTIPLE_CHOICE: (),
-    EMBEDDING: (*VECTOR_FIELDS, "truncate", *PROMPT_FIELDS),
-    ZERO_SHOT: ("candidate_labels", "hypothesis_template", "multi_label", "top_k"),
-    SPARSE: ("truncate", *PROMPT_FIELDS),
-    MULTI_VECTOR: ("normalize", "truncate", *PROMPT_FIELDS),
+    tasks.CLASSIFICATION: ("top_k", "function_to_apply"),
+    tasks.MULTI_LABEL: ("top_k", "function_to_apply"),
+    tasks.REGRESSION: (),
+    tasks.TOKEN_CLASSIFICATION: ("aggregation_strategy", "ignore_labels", *sorted(REDACTION_FIELDS)),
+    tasks.QUESTION_ANSWERING: ("top_k", "offsets"),
+    tasks.MULTIPLE_CHOICE: (),
+    tasks.EMBEDDING: (*VECTOR_FIELDS, "truncate", *PROMPT_FIELDS),
+    tasks.ZERO_SHOT: ("candidate_labels", "hypothesis_template", "multi_label", "top_k"),
+    tasks.SPARSE: ("truncate", *PROMPT_FIELDS),
+    tasks.MULTI_VECTOR: ("normalize", "truncate", *PROMPT_FIELDS),
 }
 FIELDS = (*REDACTION_FIELDS, *PROMPT_FIELDS, *VECTOR_FIELDS)
 # What counts as an option beside ``inputs`` too, where InferenceClient puts those of embeddings; other keys are ignored
@@ -161,13 +150,13 @@ def read_options(body: JsonObject, delta: Delta) -> Options:
             known = f"; {kind} has {', '.join(_KNOWN[kind])}" if _KNOWN[kind] else ""
             raise Unsupported(f"option {name[:40]!r} is not supported for {kind}; leave it out{known}")
     options = Options(
-        top_k=_integer(given, "top_k", 20 if kind == QUESTION_ANSWERING else 100_000),
+        top_k=_integer(given, "top_k", 20 if kind == tasks.QUESTION_ANSWERING else 100_000),
         transform=_transform(given, kind),
         ignore_labels=_texts(given, "ignore_labels"),
         fields={name: given[name] for name in FIELDS if name in given} | _asked(given),
     )
     _choice(given, "aggregation_strategy", GROUPED, "simple")
-    if _flag(given, "truncate", True) is False and delta.task.long == "cut":
+    if not flag(given, "truncate", True, "option") and delta.task.long == "cut":
         raise Unsupported("texts are always cut to the delta's maximum length; leave 'truncate' out")
     return options
 
@@ -181,13 +170,6 @@ def _integer(given: JsonObject, name: str, most: int) -> int | None:
     return value
 
 
-def _flag(given: JsonObject, name: str, default: bool = False) -> bool:
-    value = given.get(name, default)
-    if not isinstance(value, bool):
-        raise DataError(f"option {name!r} is {shown(value)}; expected true or false")
-    return value
-
-
 def _choice(given: JsonObject, name: str, choices: tuple[str, ...], default: str) -> str:
     value = given.get(name, default)
     if value not in choices:
@@ -197,7 +179,7 @@ def _choice(given: JsonObject, name: str, choices: tuple[str, ...], default: str
 
 def _transform(given: JsonObject, kind: str) -> str:
     """What makes scores of logits; empty where that is what the task does anyway."""
-    own = {CLASSIFICATION: "softmax", MULTI_LABEL: "sigmoid"}.get(kind, "softmax")
+    own = {tasks.CLASSIFICATION: "softmax", tasks.MULTI_LABEL: "sigmoid"}.get(kind, "softmax")
     chosen = _choice(given, "function_to_apply", TRANSFORMS, own)
     return "" if chosen == own else chosen
 
@@ -291,16 +273,16 @@ def own(prediction: Prediction, options: Options) -> JsonObject:
 
 
 SHAPES = {
-    CLASSIFICATION: AnswerShape(classification, nested=True),
-    MULTI_LABEL: AnswerShape(classification, nested=True),
-    REGRESSION: AnswerShape(regression, nested=True),
-    TOKEN_CLASSIFICATION: AnswerShape(tokens),
-    QUESTION_ANSWERING: AnswerShape(question),
-    EMBEDDING: AnswerShape(embedding),
-    ZERO_SHOT: AnswerShape(classification),
-    SPARSE: AnswerShape(sparse),
-    MULTI_VECTOR: AnswerShape(vectors),
-    MULTIPLE_CHOICE: AnswerShape(own),
+    tasks.CLASSIFICATION: AnswerShape(classification, nested=True),
+    tasks.MULTI_LABEL: AnswerShape(classification, nested=True),
+    tasks.REGRESSION: AnswerShape(regression, nested=True),
+    tasks.TOKEN_CLASSIFICATION: AnswerShape(tokens),
+    tasks.QUESTION_ANSWERING: AnswerShape(question),
+    tasks.EMBEDDING: AnswerShape(embedding),
+    tasks.ZERO_SHOT: AnswerShape(classification),
+    tasks.SPARSE: AnswerShape(sparse),
+    tasks.MULTI_VECTOR: AnswerShape(vectors),
+    tasks.MULTIPLE_CHOICE: AnswerShape(own),
 }
 
 

@@ -40,9 +40,7 @@ def decode(body: bytes | memoryview, kind: type[T] | Any = Any) -> T:
     except msgspec.DecodeError as problem:
         half = _HALF.search(body)
         if half:  # msgspec says of these that the input was truncated
-            raise DataError(
-                f"the body holds {half[0].decode()}, half of a surrogate pair; send both or neither"
-            ) from None
+            raise DataError(f"the body holds {half[0].decode()}, half of a surrogate pair; send both or none") from None
         raise DataError(f"the body is not JSON: {problem}") from None
     except RecursionError:
         raise DataError("the body is nested too deeply") from None
@@ -56,11 +54,11 @@ def object_of(body: bytes) -> JsonObject:
     return value
 
 
-def flag(value: JsonMapping, name: str, default: bool = False) -> bool:
+def flag(value: JsonMapping, name: str, default: bool = False, what: str = "field") -> bool:
     """A field that is true or false, or not there; DataError for anything else."""
     found = value.get(name)
     if found is not None and not isinstance(found, bool):
-        raise DataError(f"field {name!r} is {shown(found)}; expected true or false")
+        raise DataError(f"{what} {name!r} is {shown(found)}; expected true or false")
     return default if found is None else found
 
 

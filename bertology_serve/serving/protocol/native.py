@@ -78,9 +78,7 @@ def _names(item: JsonObject, where: str) -> list[str]:
         raise DataError(f"{where}: field 'deltas' is {shown(names)}; expected a list of names of deltas")
     wrong = next((name for name in names if not isinstance(name, str) or not name), None)
     if not names or wrong is not None:
-        raise DataError(
-            f"{where}: field 'deltas' holds {shown(wrong) if names else 'nothing'}; expected names of deltas"
-        )
+        raise DataError(f"{where}: field 'deltas' holds {shown(wrong) if names else 'nothing'}; expected names")
     if len(set(names)) != len(names):
         raise DataError(f"{where}: field 'deltas' names a delta twice; name each once")
     return names

@@ -110,7 +110,8 @@ def read_call(asked: InferRequest, blobs: Sequence[bytes | None], model: Delta, 
             asked_for = HERE if delta.task.kind == EMBEDDING else ("input_type",)
             record |= {name: parameters[name] for name in asked_for if name in parameters}
         requests.append(Request(delta.name, record, "", logits, where))
-    return InferCall(model, asked.id, requests, outputs, fields, _seconds(parameters), _priority(parameters))
+    priority = _whole(parameters, "priority", 10**9, "a whole number, 1 goes first")
+    return InferCall(model, asked.id, requests, outputs, fields, _seconds(parameters), priority)
 
 
 def tensors_of(call: InferCall, predictions: Sequence[Prediction]) -> list[OutputTensor]:
@@ -224,16 +225,14 @@ def _wanted(asked: InferRequest, deltas: Sequence[Delta], fields: Mapping[str, F
 
 def _seconds(parameters: Parameters) -> float:
     """``parameters.timeout`` is in microseconds; 0 is none."""
-    value = parameters.get("timeout", 0)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise DataError(f"parameter 'timeout' is {shown(value)}; expected a whole number of microseconds")
+    value = _whole(parameters, "timeout", math.inf, "a whole number of microseconds")
     return min(value, 10**15) / 1e6 if value else math.inf
 
 
-def _priority(parameters: Parameters) -> int:
-    value = parameters.get("priority", 0)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10**9:
-        raise DataError(f"parameter 'priority' is {shown(value)}; expected a whole number, 1 goes first")
+def _whole(parameters: Parameters, name: str, most: float, expected: str) -> int:
+    value = parameters.get(name, 0)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < most:
+        raise DataError(f"parameter {name!r} is {shown(value)}; expected {expected}")
     return value
 
 

@@ -15,18 +15,7 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.errors import DataError, Unsupported, nearest
 from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.protocol.json_codec import decode, shown
-from bertology_serve.tasks.spec import (
-    CLASSIFICATION,
-    EMBEDDING,
-    MULTI_LABEL,
-    MULTI_VECTOR,
-    MULTIPLE_CHOICE,
-    QUESTION_ANSWERING,
-    REGRESSION,
-    SPARSE,
-    TOKEN_CLASSIFICATION,
-    ZERO_SHOT,
-)
+from bertology_serve.tasks import spec as tasks
 
 PLATFORM = "bertology_packed"
 EXTENSIONS = ("binary_tensor_data", "model_repository", "model_configuration", "statistics")
@@ -54,21 +43,21 @@ class Field:
 TEXT, NUMBER, INDEX = Field("BYTES"), Field("FP32"), Field("INT64")
 ANY_TASK = {"delta": TEXT, "version": TEXT, "result_json": TEXT}
 _INPUTS: dict[str, dict[str, int]] = {  # name -> dimensions
-    CLASSIFICATION: {"text": 1, "text_pair": 1},
-    MULTI_LABEL: {"text": 1, "text_pair": 1},
-    REGRESSION: {"text": 1, "text_pair": 1},
-    EMBEDDING: {"text": 1, "text_pair": 1},
-    SPARSE: {"text": 1, "text_pair": 1},
-    MULTI_VECTOR: {"text": 1, "text_pair": 1},
-    TOKEN_CLASSIFICATION: {"text": 1, "tokens": 2},
-    QUESTION_ANSWERING: {"question": 1, "context": 1},
-    MULTIPLE_CHOICE: {"premise": 1, "question": 1, "choices": 2},
-    ZERO_SHOT: {"text": 1, "text_pair": 1, "labels": 2},
+    tasks.CLASSIFICATION: {"text": 1, "text_pair": 1},
+    tasks.MULTI_LABEL: {"text": 1, "text_pair": 1},
+    tasks.REGRESSION: {"text": 1, "text_pair": 1},
+    tasks.EMBEDDING: {"text": 1, "text_pair": 1},
+    tasks.SPARSE: {"text": 1, "text_pair": 1},
+    tasks.MULTI_VECTOR: {"text": 1, "text_pair": 1},
+    tasks.TOKEN_CLASSIFICATION: {"text": 1, "tokens": 2},
+    tasks.QUESTION_ANSWERING: {"question": 1, "context": 1},
+    tasks.MULTIPLE_CHOICE: {"premise": 1, "question": 1, "choices": 2},
+    tasks.ZERO_SHOT: {"text": 1, "text_pair": 1, "labels": 2},
 }
 # One pair of tensors for every task, so that rows of different tasks can share a request
 _GENERAL = {
-    QUESTION_ANSWERING: {"text": "question", "text_pair": "context"},
-    MULTIPLE_CHOICE: {"text": "premise", "text_pair": "choices"},
+    tasks.QUESTION_ANSWERING: {"text": "question", "text_pair": "context"},
+    tasks.MULTIPLE_CHOICE: {"text": "premise", "text_pair": "choices"},
 }
 LISTS = ("tokens", "choices", "labels")
 INPUTS = tuple(dict.fromkeys(name for inputs in _INPUTS.values() for name in inputs))
@@ -108,15 +97,15 @@ def outputs_of(delta: Delta) -> dict[str, Field]:
     """The outputs that a delta can give, those of its task first."""
     labels = len(delta.task.labels)
     own = {
-        CLASSIFICATION: {
+        tasks.CLASSIFICATION: {
             "label": TEXT, "score": NUMBER, "scores": Field("FP32", labels), "logits": Field("FP32", labels),
         },
-        MULTI_LABEL: {"scores": Field("FP32", labels), "logits": Field("FP32", labels)},
-        REGRESSION: {"value": NUMBER, "logits": Field("FP32", 1)},
-        EMBEDDING: {"embedding": Field("FP32", -1)},
-        SPARSE: {"index": Field("INT64", -1), "value": Field("FP32", -1)},
-        MULTI_VECTOR: {"vectors": Field("FP32", -1, delta.task.width), "vector_count": INDEX},
-        MULTIPLE_CHOICE: {"choice": INDEX, "score": NUMBER},
+        tasks.MULTI_LABEL: {"scores": Field("FP32", labels), "logits": Field("FP32", labels)},
+        tasks.REGRESSION: {"value": NUMBER, "logits": Field("FP32", 1)},
+        tasks.EMBEDDING: {"embedding": Field("FP32", -1)},
+        tasks.SPARSE: {"index": Field("INT64", -1), "value": Field("FP32", -1)},
+        tasks.MULTI_VECTOR: {"vectors": Field("FP32", -1, delta.task.width), "vector_count": INDEX},
+        tasks.MULTIPLE_CHOICE: {"choice": INDEX, "score": NUMBER},
     }  # fmt: skip
     return own.get(delta.task.kind, {}) | ANY_TASK
 
@@ -124,7 +113,7 @@ def outputs_of(delta: Delta) -> dict[str, Field]:
 def default_outputs(delta: Delta) -> list[str]:
     """What is given when nothing is asked for; labels of which any number applies are in ``result_json``."""
     own = [name for name in outputs_of(delta) if name not in (*ANY_TASK, "logits")]
-    return [*own, "result_json"] if delta.task.kind == MULTI_LABEL or not own else own
+    return [*own, "result_json"] if delta.task.kind == tasks.MULTI_LABEL or not own else own
 
 
 def metadata(delta: Delta) -> JsonObject:
@@ -152,7 +141,7 @@ def config(delta: Delta) -> JsonObject:
     ``max_batch_size`` is 0: ``dims`` are whole shapes, as in the metadata, and the server batches by itself.
     """
     known = metadata(delta)
-    always = () if delta.task.kind == TOKEN_CLASSIFICATION else ("text",)
+    always = () if delta.task.kind == tasks.TOKEN_CLASSIFICATION else ("text",)
     return {
         "name": delta.name,
         "platform": PLATFORM,

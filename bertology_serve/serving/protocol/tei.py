@@ -282,9 +282,7 @@ def info(delta: Delta, config: ServerConfig, dtype: str) -> JsonObject:
         REGRESSION: {"reranker": names},
     }
     if task.kind not in kinds:
-        raise Unsupported(
-            f"Text Embeddings Inference knows no {task.kind}; GET /models/{delta.name} tells of the delta"
-        )
+        raise Unsupported(f"Text Embeddings Inference knows no {task.kind}; GET /models/{delta.name} tells of it")
     return {
         "model_id": delta.name,
         "model_sha": delta.version,

@@ -21,11 +21,15 @@ from bertology_serve.tasks.spec import TaskSpec
 class ServedDelta(Delta):
     """A delta without tensors, for everything that only asks about it: task, labels, version, kinds, metrics.
 
-    ``path`` is where it lies, ``size`` the bytes of its tensors in float32.
+    ``path`` is where it lies, ``size`` the bytes of its tensors in float32. Where an executor of another process has
+    read it, and keeps it for as long as this is there, ``number`` is what it goes by there, ``resident`` the bytes that
+    it takes.
     """
 
     path: Path = Path()
     size: int = 0
+    number: int = -1
+    resident: int = 0
 
     @property
     def bytes(self) -> int:
@@ -74,8 +78,8 @@ def to_record(card: ServedDelta) -> JsonObject:
     }
 
 
-def from_record(record: JsonMapping) -> ServedDelta:
-    """The card that ``to_record`` wrote; FormatError for what is none."""
+def from_record(record: JsonMapping, number: int = -1, resident: int = 0) -> ServedDelta:
+    """The card that ``to_record`` wrote, as an executor keeps it; FormatError for what is none."""
     where = "the card"
     lacking = {"name", "base", "task", "kinds", "version", "metrics", "path", "size"} - record.keys()
     if lacking:
@@ -89,4 +93,6 @@ def from_record(record: JsonMapping) -> ServedDelta:
         metrics=metrics_of(record["metrics"], f"{where}: metrics"),
         path=Path(conform(record["path"], str, f"{where}: path")),
         size=conform(record["size"], int, f"{where}: size"),
+        number=number,
+        resident=resident,
     )

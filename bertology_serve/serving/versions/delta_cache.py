@@ -101,7 +101,6 @@ class DeltaCache:
         return Tier.HOST if place_of(self.cards[name]) in self._deltas else Tier.DISK
 
     def counts(self) -> dict[Tier, int]:
-        """How many deltas there are in each tier."""
         found = Counter(self.tier(name) for name in list(self.cards))
         return {tier: found[tier] for tier in Tier}
 
@@ -116,7 +115,6 @@ class DeltaCache:
 
     @contextmanager
     def lease(self, names: Iterable[str]) -> Iterator[None]:
-        """Keeps deltas from being evicted meanwhile."""
         held = list(names)
         with self._room:
             self._leases.update(held)
@@ -242,9 +240,7 @@ class DeltaCache:
         """Makes room, then copies rows; the copying is all that batches wait for. The bytes that it takes."""
         size = self.pipeline.resident_bytes(delta)
         if size > self._device.capacity:
-            raise LimitError(
-                f"delta {delta.name!r} has {size} bytes; the device takes {self._device.capacity:g} in all"
-            )
+            raise LimitError(f"delta {delta.name!r} has {size} bytes; the device takes {self._device.capacity:g}")
         with self._room:
             free = self._device.capacity - self.device_bytes
             if not beside:
@@ -270,9 +266,7 @@ class DeltaCache:
     def _evict(self, name: str | None, size: int) -> int:
         """From device to host, and from host to disk what no longer fits there. The bytes that this sets free."""
         if name is None:
-            raise Overloaded(
-                f"no room for {size} bytes on the device: all that is there is pinned or in use; try again", 1.0
-            )
+            raise Overloaded(f"no room for {size} bytes on the device: all there is pinned or in use; try again", 1.0)
         delta, freed = self.pipeline.resident(name), self._device.evict(name)
         self.evictions += 1
         self._left[name] = self._clock()

@@ -190,7 +190,6 @@ class Registry:
         return found
 
     def _read_from(self, path: Path) -> list[str]:
-        """The deltas that answer and were read from a directory or from below it."""
         return [card.name for card in list(self.tiers.cards.values()) if card.path.is_relative_to(path)]
 
     def _read(self, path: Path, name: str) -> Delta:

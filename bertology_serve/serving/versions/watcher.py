@@ -111,6 +111,7 @@ class Watcher:
             self._seen[card.name] = card.version, card.path
 
     async def run(self) -> None:
+        """Goes on until it is cancelled."""
         while True:
             await asyncio.sleep(self._seconds)
             try:
@@ -121,6 +122,7 @@ class Watcher:
                 await self.look(shelf)
 
     async def look(self, shelf: Shelf) -> None:
+        """Acts on what has changed since the last look."""
         self._told.keep(set(shelf))
         for name, versions in shelf.items():
             newest = versions[-1] if versions else None

@@ -229,7 +229,7 @@ def test_contract(stage, monkeypatch):
     assert found.holds, found.words
     assert found.facts["answered"] >= 10
     monkeypatch.setattr(contract, "HEADERS", {"Authorization": "Bearer a-key-that-is-not-known"})
-    monkeypatch.setattr("bertology_serve.serving.http.bodies._STATUS", ())
+    monkeypatch.setattr("bertology_serve.serving.http.errors._STATUS", ())
     blind = contract.measure(dataclasses.replace(stage, pace=0.5, _encoder=stage._encoder))
     assert list(blind.facts["failed"]) == list(some)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -56,7 +56,15 @@ def test_only_so_many_deltas_are_named():
 def test_what_endpoint_pickers_read():
     metrics, made = Metrics(), queue()
     metrics.affinity(lambda: ["b", "a"], made.waiting, 7)
-    made.put([work(2, "c")])
+    metrics.watch(made)
+    made.put([work(2, "c"), work(2, "c")])
     line = next(line for line in metrics.render().decode().splitlines() if line.startswith("vllm:lora_requests_info{"))
     assert 'max_lora="7",running_lora_adapters="a,b",waiting_lora_adapters="c"' in line
     assert float(line.split()[-1]) > 1e9
+    assert "vllm:num_requests_waiting 2.0" in metrics.render().decode()
+    made.take()
+    assert "vllm:num_requests_running 2.0" in metrics.render().decode()
+    assert "vllm:num_requests_waiting 0.0" in metrics.render().decode()
+    made.close()
+    made.take()
+    assert "vllm:num_requests_running 0.0" in metrics.render().decode()

@@ -14,11 +14,11 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import InputError, SpecError
 from bertology_serve.training.batches import Source
 from bertology_serve.training.evaluation import evaluate
-from bertology_serve.training.features import pooled
 from bertology_serve.training.fleet.fleet import Member
 from bertology_serve.training.fleet.fleet_directory import Quiet
 from bertology_serve.training.fleet.fleet_run import train_fleet
 from bertology_serve.training.fleet.fleet_spec import FleetSpec, fleet_from_dict
+from bertology_serve.training.frozen_rows import pooled
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import train
 from bertology_serve.training.train_config import TrainConfig
@@ -129,7 +129,7 @@ def test_members_begin_and_end_as_runs_alone(tmp_path, bert: Encoder, epochs: in
     spec = fleet_from_dict({"all": shared, "delta": {"a": {"method": "lora"}, "b": {"method": "bitfit"}}}, tmp_path)
     taken: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        name = "bertology_serve.training.features.pooled"
+        name = "bertology_serve.training.frozen_rows.pooled"
         patch.setattr(name, lambda live, items, *more: (taken.append(len(items)), pooled(live, items, *more))[1])
         together = train_fleet(spec, bert, tmp_path / "out")
     assert taken == [len(rows)], "features are taken once; the dev rows are the training rows"

@@ -207,7 +207,7 @@ def test_a_delta_that_is_not_admitted_is_not_held(encoder, remote, far, tmp_path
 
 def test_a_delta_that_was_read_and_not_understood_is_unreferenced(encoder, remote, tmp_path, monkeypatch):
     save_version(encoder, tmp_path, "brief", "1", 3)
-    monkeypatch.setattr("bertology_serve.serving.execution.remote.from_record", lambda _: 1 / 0)
+    monkeypatch.setattr("bertology_serve.serving.execution.remote.from_record", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         remote.read(tmp_path / "brief" / "1", "brief")
     assert len(remote._unreferenced) == 1

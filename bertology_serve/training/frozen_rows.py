@@ -1,4 +1,7 @@
-"""The frozen layers' output kept on disk: where only upper layers are trained, the lower ones run once."""
+"""Rows of the frozen encoder, from one pass over the data, kept on disk under the hash of what made them.
+
+``features`` are pooled rows, for probes; ``FrozenPrefixCache`` keeps what enters the lowest layer that is trained.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +17,86 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bertology_serve.encoder.batch import PackedBatch
+from bertology_serve.encoder.batch import PackedBatch, read_rows
+from bertology_serve.encoder.sharing import Text, text_of
 from bertology_serve.encoder.trainable import TrainableDelta, lowest_trained
-from bertology_serve.errors import SpecError
-from bertology_serve.files import replacing
+from bertology_serve.errors import FormatError, SpecError
+from bertology_serve.files import JsonObject, replacing
 from bertology_serve.tasks.base import Item
+from bertology_serve.tasks.heads import aggregate
 from bertology_serve.tasks.spec import Encoding
 from bertology_serve.training.batches import micro_batches
-from bertology_serve.training.features import origin
+from bertology_serve.training.run_directory import read_checkpoint, write_checkpoint
+
+Features = dict[int, Tensor]
+
+
+def features(
+    live: TrainableDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int, folder: Path
+) -> Features:
+    """By layer the rows [N, H] (float32) that a head of the live delta's task would read there, an item each.
+
+    Layer 0 is what the embeddings put out, the last what the encoder does. A text's windows are put together: what a
+    linear head makes of their mean is the mean of what it makes of them. The rows are read from ``folder`` where the
+    same encoder, token ids, pooling and layers, run in the same way, left them; else they are computed and left there.
+    """
+    key = origin(live, items) | {"pooling": live.task.pooling, "layers": list(layers), "max_tokens": max_tokens}
+    path = _place(folder, key, "safetensors")
+    found = _read(path, key)
+    if found is None:
+        found = pooled(live, items, layers, max_tokens)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(path, {str(layer): tensor for layer, tensor in found.items()}, key)
+    return found
+
+
+def _place(folder: Path, key: JsonObject, suffix: str) -> Path:
+    return folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.{suffix}"
+
+
+@torch.inference_mode()
+def pooled(live: TrainableDelta, items: Sequence[Item], layers: Sequence[int], max_tokens: int) -> Features:
+    """The rows themselves, from one pass."""
+    encoder, mode, place = live.encoder, live.training, {id(item): i for i, item in enumerate(items)}
+    live.eval()
+    rows = {layer: torch.empty(len(items), encoder.anatomy.hidden) for layer in layers}
+    groups = micro_batches(items, max_tokens, not encoder.packs)
+    encodings = [one for group in groups for item in group for one in item.encodings]
+    ends = [0, *accumulate(sum(len(item.encodings) for item in group) for group in groups)]
+    passes = encoder.layer_rows(*live.bank(), encodings, [range(*ends) for ends in pairwise(ends)], layers)
+    for group, (members, batch, hidden) in zip(groups, passes, strict=True):
+        own = [encodings[i] for i in members]
+        for layer, found in hidden.items():
+            read = aggregate(read_rows(found, batch, batch.places, live.task), own, live.task)
+            rows[layer][[place[id(item)] for item in group]] = read.float().cpu()
+    live.train(mode)
+    return rows
+
+
+def origin(live: TrainableDelta, items: Sequence[Item]) -> JsonObject:
+    """What the bits of any rows of the frozen encoder depend on."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr([(encoding.ids, encoding.types, encoding.own) for encoding in item.encodings]).encode())
+    encoder = live.encoder
+    return {
+        "weights": encoder.ref.sha256,
+        "dtype": str(encoder.dtype),
+        "device": encoder.device.type,
+        "prepacked": encoder.prepacked,
+        "tokens": digest.hexdigest(),
+    }
+
+
+def _read(path: Path, key: JsonObject) -> Features | None:
+    """What lies there, if it is whole and what it is called; a damaged file is made anew."""
+    if not path.exists():
+        return None
+    try:
+        tensors, state = read_checkpoint(path)
+    except FormatError:
+        return None
+    return {int(name): tensor for name, tensor in tensors.items()} if state == key else None
 
 
 class FrozenPrefixCache:
@@ -34,11 +110,11 @@ class FrozenPrefixCache:
         self.live, self.layer = live, lowest_trained(live)
         _check(live, self.layer)
         self.paths = live.encoder.anatomy.layer_paths
-        self.places: dict[tuple[tuple[int, ...], ...], tuple[int, int]] = {}
+        self.places: dict[Text, tuple[int, int]] = {}
         fresh = [item for item in items if self._enter(item)]
         total = sum(length for _, length in self.places.values())
         key = {**origin(live, fresh), "layer": self.layer, "max_tokens": max_tokens, "rows": total}
-        path = folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.npy"
+        path = _place(folder, key, "npy")
         if not path.exists():
             self._fill(path, fresh, total, max_tokens)
         self.rows = np.load(path, mmap_mode="r")
@@ -47,10 +123,10 @@ class FrozenPrefixCache:
     @contextmanager
     def over(self, encodings: Sequence[Encoding], batch: PackedBatch) -> Iterator[None]:
         """Runs only the layers from the lowest trained one up; all of them where a sequence is not known."""
-        if any(_key(encoding) not in self.places for encoding in encodings):
+        if any(text_of(encoding) not in self.places for encoding in encodings):
             yield
             return
-        extents = [self.places[_key(encodings[i])] for i in batch.order]
+        extents = [self.places[text_of(encodings[i])] for i in batch.order]
         kept = np.concatenate([self.rows[start : start + length] for start, length in extents])
         rows = torch.from_numpy(kept).to(self.live.encoder.device).unsqueeze(0)
         modules = [self.live.encoder.model.get_submodule(path) for path in self.paths]
@@ -62,10 +138,10 @@ class FrozenPrefixCache:
 
     def _enter(self, item: Item) -> bool:
         """Gives an item's sequences their places; whether any of them is new."""
-        new = [encoding for encoding in dict.fromkeys(item.encodings) if _key(encoding) not in self.places]
+        new = [encoding for encoding in dict.fromkeys(item.encodings) if text_of(encoding) not in self.places]
         for encoding in new:
             last = next(reversed(self.places.values()), (0, 0))
-            self.places[_key(encoding)] = (sum(last), len(encoding))
+            self.places[text_of(encoding)] = (sum(last), len(encoding))
         return bool(new)
 
     def _fill(self, path: Path, items: Sequence[Item], total: int, max_tokens: int) -> None:
@@ -77,7 +153,7 @@ class FrozenPrefixCache:
                 encodings = [encoding for item in group for encoding in item.encodings]
                 hidden, batch = below(self.live, encodings, self.paths[self.layer])
                 for packed, original in enumerate(batch.order):
-                    start, length = self.places[_key(encodings[original])]
+                    start, length = self.places[text_of(encodings[original])]
                     first = batch.starts[packed]
                     rows[start : start + length] = hidden[first : first + length].float().cpu().numpy()
             rows.flush()
@@ -153,17 +229,11 @@ def _entered(module: torch.nn.Module, rows: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def _key(encoding: Encoding) -> tuple[tuple[int, ...], ...]:
-    return tuple(encoding.ids), tuple(encoding.types)
-
-
 def _check(live: TrainableDelta, layer: int) -> None:
     """Raises SpecError where there is nothing to keep, or the rows could not be put back."""
     if not live.encoder.packs:
         raise SpecError(f"trunk_cache keeps unpadded rows, but {live.encoder.anatomy.family} is padded; leave it out")
     if layer == 0:
-        raise SpecError(
-            "trunk_cache keeps what the frozen lower layers put out, but the lowest is changed; leave it out"
-        )
+        raise SpecError("trunk_cache keeps what frozen lower layers put out, but the lowest is changed; leave it out")
     if layer == live.encoder.anatomy.layers:
         raise SpecError("trunk_cache has no trained layer to feed: only the head is; take --recipe lp, which caches")

@@ -6,7 +6,6 @@ import pytest
 
 from bertology_serve.bench.serving.alternatives import alternatives_run
 from bertology_serve.cli.main import main
-from tests.serving.conftest import encoder  # noqa: F401 - fixture
 
 SMALL = ("--rounds", "1", "--sequences", "12", "--deltas", "2")
 
@@ -20,7 +19,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
-def test_two_tables_and_a_file(encoder, tmp_path, capsys):  # noqa: F811
+def test_two_tables_and_a_file(encoder, tmp_path, capsys):
     path = tmp_path / "out.json"
     assert main(["bench", "serving", "--backbone", encoder.name, *SMALL, "--output", str(path)]) == 0
     out, err = capsys.readouterr()
@@ -31,7 +30,7 @@ def test_two_tables_and_a_file(encoder, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.mark.usefixtures("small")
-def test_missed_bars_are_an_error_when_asked(encoder, monkeypatch, capsys):  # noqa: F811
+def test_missed_bars_are_an_error_when_asked(encoder, monkeypatch, capsys):
     from bertology_serve.bench.serving import serving_report
 
     monkeypatch.setattr(serving_report.Bar, "holds", lambda bar, measured: False)

@@ -9,12 +9,11 @@ from bertology_serve.cli.main import main
 from bertology_serve.deltas import store
 from bertology_serve.kinds.lora import Lora
 from tests import tiny
-from tests.bench.cpu.conftest import small  # noqa: F401 - fixture
 from tests.export.cases import CLASSES
 
 
 @pytest.fixture
-def mood(tmp_path, small):  # noqa: F811
+def mood(tmp_path, small):
     """A delta's directory, on a small encoder."""
     encoder = tiny.encoder("bert", tmp_path / "base")
     delta = tiny.delta(encoder, "mood", [Lora(rank=2)], CLASSES)

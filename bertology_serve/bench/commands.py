@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bertology_serve.cli.bench_cpu import cpu
+from bertology_serve.bench.cpu.cpu_command import cpu
 from bertology_serve.cli.common import load_library, note, progress, table
 from bertology_serve.errors import SpecError, VerificationError
 
