@@ -174,6 +174,7 @@ def _command(name: str, words: list[str], folder: str, environment: dict[str, st
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     try:
         if name == "python":
             exec(compile(sys.stdin.read(), "<block>", "exec"), {"__name__": "__main__"})

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from bertology_serve.examples import path
 from tests.snippets import ROOT, RUN, Forks, blocks, script
@@ -39,6 +40,25 @@ DATA = {
 MOST_ROWS = 10
 
 
+LAYERS = 2
+
+
+def lowest_layers(minilm: Path, package: Path) -> None:
+    """MiniLM's package with its lowest layers alone, so that a page's commands take seconds."""
+    folder = package / "model"
+    folder.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    for file in minilm.iterdir():
+        if file.is_file() and file.name != "model.safetensors":
+            shutil.copy(file, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS}), encoding="utf-8")
+    tensors = load_file(minilm / "model.safetensors")
+    layers = {name: re.search(r"\blayer\.(\d+)\.", name) for name in tensors}
+    kept = {name: tensors[name] for name, found in layers.items() if found is None or int(found[1]) < LAYERS}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -52,6 +72,10 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     made.close()
 
 
+def environment(world: Path) -> dict[str, str]:
+    return {"BERTOLOGY_CACHE": str(world.with_name("cache")), "PYTHONPATH": str(world.with_name("packages"))}
+
+
 def records(file: str) -> str:
     """Some of the packaged examples; pairs are those that mean the same, without their score."""
     rows = [json.loads(line) for line in path(*DATA[file]).read_text(encoding="utf-8").splitlines()]
@@ -63,20 +87,19 @@ def records(file: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def world(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(forks: Forks, minilm_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
+    lowest_layers(minilm_path, folder.with_name("packages") / minilm_path.parent.name)
     for file in DATA:
         (folder / file).write_text(records(file), encoding="utf-8")
-    done = forks.run("set -e\n" + WORLD, folder, BERTOLOGY_CACHE=str(folder / "cache"))
+    done = forks.run("set -e\n" + WORLD, folder, **environment(folder))
     assert done.returncode == 0, done.stderr
     return folder
 
 
 @pytest.mark.parametrize("page", RUN_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_runs_from_top_to_bottom(page: Path, forks: Forks, world: Path, tmp_path: Path):
-    folder = shutil.copytree(
-        world, tmp_path / "here", ignore=shutil.ignore_patterns("cache", ".*"), copy_function=os.link
-    )
+    folder = shutil.copytree(world, tmp_path / "here", ignore=shutil.ignore_patterns(".*"), copy_function=os.link)
     port, text = free_port(), script(page)
     for made in re.findall(r"--out (deltas/\w+)", text):
         shutil.rmtree(folder / made, ignore_errors=True)
@@ -85,7 +108,7 @@ def test_a_page_runs_from_top_to_bottom(page: Path, forks: Forks, world: Path, t
     if f"localhost:{port}" in text and f"--port {port}" not in text:
         start = f"bertology-serve serve --backbone minilm --deltas deltas --port {port} --engine torch &\n"
         text = f"{start}curl --retry 60 --retry-delay 1 --retry-connrefused localhost:{port}/health\n{text}"
-    done = forks.run(text, folder, BERTOLOGY_CACHE=str(world / "cache"))
+    done = forks.run(text, folder, **environment(world))
     assert done.returncode == 0, f"{done.stderr[-3000:]}\n{done.stdout[-1000:]}"
 
 

@@ -8,7 +8,7 @@
 set -euo pipefail
 
 csv=$(realpath "$1") text=$2 port=${PORT:-8000} out=${OUT:-first-hour} count=0 began=$SECONDS
-[ -n "${INSTALLED:-}" ] || PATH="$PWD/${VENV:-.venv}/bin:$PATH"
+[ -n "${INSTALLED:-}" ] || PATH="$(realpath -m "${VENV:-.venv}")/bin:$PATH"
 
 run() {
     local started=$SECONDS
