@@ -306,7 +306,7 @@ class OnnxModel:
         try:
             delta, hidden = _delta(config[FACTS]), int(config.get("hidden_size") or config["dim"])
         except (KeyError, TypeError, ValueError, BertologyError) as problem:
-            raise FormatError(f"{directory} is no single delta's export ({problem}); export one with --merge") from None
+            raise FormatError(f"{directory}: no export of a single delta ({problem}); export one by --merge") from None
         return cls(delta, Session(model), load_tokenizer(str(directory)), hidden)
 
     def outputs(self, encodings: Sequence[Encoding]) -> list[Tensor]:
