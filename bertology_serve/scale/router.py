@@ -37,7 +37,7 @@ from bertology_serve.scale.placement import Placement, ReplicaState
 from bertology_serve.scale.replicas import Replicas, Reply
 from bertology_serve.scale.router_metrics import RouterMetrics
 from bertology_serve.serving.http.connection import CONNECTION, WHOLE, limited
-from bertology_serve.serving.http.errors import id_of, json_response, problem_response
+from bertology_serve.serving.http.errors import json_response, problem_response
 from bertology_serve.serving.http.listening import DrainingServer, bind, url_of
 from bertology_serve.serving.observability import logs
 from bertology_serve.serving.observability.background import Background
@@ -174,8 +174,7 @@ class Router:
             log.error("%s %s raised %s", scope["method"], path, place_of(problem))
             response = problem_response(problem, path)
         self.metrics.call("", response.status_code)
-        given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
-        response.raw_headers.append((REQUEST_ID, id_of(given)))
+        response.raw_headers += [(name, value[:128]) for name, value in scope["headers"] if name == REQUEST_ID]
         await response(scope, receive, send)
 
     async def _live(self, receive: Receive, send: Send) -> None:

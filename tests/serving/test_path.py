@@ -62,5 +62,5 @@ def test_a_call_enters_few_files_and_goes_straight_through_them(entered, pipelin
     on_loop = [file for name, file in path if name == thread and not file.endswith("background.py")]
     switches = sum(one != other for one, other in pairwise(on_loop))
     files = {file for _, file in path}
-    assert len(files) <= MOST_FILES, sorted(files)
+    assert len(files) <= MOST_FILES, " ".join(sorted(files))
     assert switches <= MOST_SWITCHES, "\n".join(b for a, b in zip(["", *on_loop], on_loop, strict=False) if a != b)

@@ -1,10 +1,8 @@
-"""Errors as answers: their status and what the caller is told, in the shape of the path; the id of each call."""
+"""Errors as answers: their status and what the caller is told, in the shape of the path."""
 
 from __future__ import annotations
 
 import math
-import random
-import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -28,7 +26,6 @@ from bertology_serve.errors import (
 from bertology_serve.serving.protocol.json_codec import encode
 
 JSON = "application/json"
-_SANE = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -86,8 +83,3 @@ def headers_of(problem: Exception) -> dict[str, str]:
     if isinstance(problem, SlowBody):
         return {"Connection": "close"}  # the rest of the body would be read as the next call
     return {"Retry-After": str(math.ceil(problem.retry_after))} if isinstance(problem, Overloaded) else {}
-
-
-def id_of(given: bytes) -> bytes:
-    """The id of a call: the caller's own where that is sane, else one that is made."""
-    return given if _SANE.fullmatch(given) else b"%032x" % random.getrandbits(128)
