@@ -430,7 +430,8 @@ def test_a_replica_that_cannot_follow_gets_no_calls_for_that_delta(fleet, versio
 
 def test_metrics_need_the_key_of_the_router_where_there_is_one(servers):
     with routing(addresses(servers), ADMIN) as routed:
-        assert routed.client.get("/metrics").status_code == 401
+        refused = routed.client.get("/metrics", headers={"X-Request-Id": "call-7"})
+        assert (refused.status_code, refused.headers["x-request-id"]) == (401, "call-7")
         for headers in ({"X-API-Key": ADMIN}, {"Authorization": f"Bearer {ADMIN}"}):
             page = routed.client.get("/metrics", headers=headers)
             assert page.status_code == 200

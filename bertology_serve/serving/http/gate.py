@@ -27,6 +27,7 @@ from bertology_serve.serving.service import ClientGone
 
 log = logging.getLogger(__name__)
 _SANE = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+_IDS = random.Random()  # of its own: whoever seeds the module's does not mean ids
 PUBLIC = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
 CLIENT_GONE = 499  # nobody reads it; it tells the metrics
 
@@ -153,4 +154,4 @@ def _noting(scope: Scope, send: Send) -> Send:
 
 def id_of(given: bytes) -> bytes:
     """The id of a call: the caller's own where that is sane, else one that is made."""
-    return given if _SANE.fullmatch(given) else b"%032x" % random.getrandbits(128)
+    return given if _SANE.fullmatch(given) else b"%032x" % _IDS.getrandbits(128)
