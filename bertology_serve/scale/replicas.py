@@ -160,7 +160,7 @@ class Replicas:
         if not state.ready:
             log.info("%s takes calls", state.name)
             self._told.over(state.name)
-        state.ready = True
+        state.ready = watch.joined  # a call may have found out meanwhile that nobody listens
 
     async def _tell(self, state: ReplicaState, desired: Desired) -> set[str]:
         """The deltas that the replica does not have as they are wanted."""
@@ -177,7 +177,7 @@ class Replicas:
             f"{state.name} takes no desired state (status {reply.status}); "
             f"the router needs a key of its with admin rights in {KEY}",
         )
-        return set()
+        return set(state.stale)
 
     async def _scrape(self, watch: ReplicaWatch) -> None:
         """What it holds, and how many tokens a second its batches have."""

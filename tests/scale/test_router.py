@@ -428,6 +428,21 @@ def test_a_replica_that_cannot_follow_gets_no_calls_for_that_delta(fleet, versio
         assert version_at(broken) == "1"
 
 
+def test_without_a_key_a_replica_that_could_not_follow_stays_without_calls(fleet, monkeypatch):
+    monkeypatch.setattr("bertology_serve.scale.replicas.RETRY_SECONDS", 0.02)
+    with routing(addresses(fleet)) as routed:
+        wait(lambda: len(routed.ready) == 2)
+        first = routed.router.placement.in_order("mood")[0]
+        broken = next(one for one in fleet if one.url.rstrip("/") == first.name)
+        monkeypatch.setattr(broken.server.service.registry, "put", lambda *_: (_ for _ in ()).throw(NotFound("gone")))
+        body, headers = {"parameters": {"version": "1"}}, {"X-API-Key": ADMIN}
+        assert routed.client.post("/v2/repository/models/mood/load", json=body, headers=headers).status_code == 200
+        time.sleep(0.3)
+        assert first.stale == {"mood"}
+        asked = [routed.client.post("/predict", json=ITEM, headers={"X-API-Key": USER}) for _ in range(3)]
+        assert {one.json()["version"] for one in asked} == {"1"}
+
+
 def test_metrics_need_the_key_of_the_router_where_there_is_one(servers):
     with routing(addresses(servers), ADMIN) as routed:
         refused = routed.client.get("/metrics", headers={"X-Request-Id": "call-7"})
