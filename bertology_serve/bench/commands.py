@@ -168,7 +168,6 @@ def kernels(
     heights = [_number(text) for text in _listed(rows)]
     if dtype not in ("bfloat16", "float16", "float32"):
         raise SpecError(f"got --dtype {dtype}, expected bfloat16, float16 or float32")
-    load_library()
     from bertology_serve.bench.kernels import kernel_plot, kernel_run
 
     device = kernel_run.cuda()

@@ -301,7 +301,7 @@ def test_other_forms_are_refused(bert: Encoder, tmp_path: Path, file: str, value
 def test_what_adapterhub_cannot_hold(bert: Encoder, tmp_path: Path) -> None:
     for specs, task, message in (
         ([Lora()], TASK, "holds one bottleneck adapter, not lora"),
-        ([SPECS["houlsby"]], replace(TASK, kind="regression", labels=()), "not regression"),
+        ([SPECS["houlsby"]], replace(TASK, kind="regression", labels=()), "got regression"),
         ([SPECS["houlsby"]], replace(TASK, head="hf"), "takes bert.pooler.dense.weight from the base"),
     ):
         with pytest.raises(Unsupported, match=message):

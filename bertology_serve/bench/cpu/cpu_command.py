@@ -58,6 +58,8 @@ def cpu(
     if render:
         _render(output)
         return
+    if data is not None and delta is None:
+        raise SpecError("--data was given without --delta; a random head has no metric, so give the delta too")
     load_library(deltas=[delta], data=[data, texts], backbone=backbone)
     import torch
 
@@ -66,8 +68,6 @@ def cpu(
     from bertology_serve.bench.cpu.cpu_run import Plan, run
     from bertology_serve.bench.cpu.subject import WORKLOADS
 
-    if data is not None and delta is None:
-        raise SpecError("--data was given without --delta; a random head has no metric, so give the delta too")
     places = {name: environments / name for name in ENVIRONMENTS} if environments is not None else {}
     places |= {name: path for name, path in (("optimum", optimum), ("olive", olive)) if path is not None}
     plan = Plan(choose(only, WORKLOADS, compiled), rounds, threads, again, places)

@@ -183,7 +183,7 @@ def _only_adapter(delta: Delta, anatomy: Anatomy) -> Adapter:
     if delta.task.kind != CLASSIFICATION or delta.task.pooling != "cls" or delta.task.head == "none":
         raise Unsupported(
             f"AdapterHub's head reads [CLS] for classification; got {delta.task.kind}, {delta.task.pooling} pooling: "
-            "train with --pooling cls"
+            "train a classification with --pooling cls"
         )
     spec: Adapter = delta.specs[0]
     return spec
