@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -23,6 +24,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import httptools
 
 from bertology_serve.bench.prove.cores import ONE_THREAD, cpu_seconds
 from bertology_serve.bench.prove.stage import ADMIN, HEADERS, WORDS, Served, Stage, serving
@@ -70,12 +73,12 @@ class Fleet:
 
 
 @contextmanager
-def routed(fleet: Fleet) -> Iterator[Served]:
+def routed(urls: list[str]) -> Iterator[Served]:
     """A router in front of them, once it sends calls to all."""
     command = [sys.executable, "-m", "bertology_serve", "route", "--port", "0", "--log-level", "error",
-               "--replicas", ",".join(fleet.urls)]  # fmt: skip
+               "--replicas", ",".join(urls)]  # fmt: skip
     with serving(command, {KEY: ADMIN}) as router:
-        while f"{len(fleet.urls)}" not in str(ready(router.url)):
+        while ready(router.url) != len(urls):
             time.sleep(0.1)
         yield router
 
@@ -119,7 +122,7 @@ def steady(fleet: Fleet, seconds: float, names: list[str]) -> dict[str, Any]:
         return 1 - (fleet.metric("bertology_delta_loads_total") - before) / count
 
     scattered = share(at_random)
-    with routed(fleet) as router:
+    with routed(fleet.urls) as router:
 
         async def through(length: float, seed: int) -> int:
             return len((await opened(router.url, zipf(random.Random(seed), names), RATE, length, seed)).answered)
@@ -170,7 +173,7 @@ def hot(fleet: Fleet, names: list[str]) -> dict[str, Any]:
             "p99_ratio": percentile(loud.answered, 0.99) / percentile(quiet.answered, 0.99),
         }
 
-    with routed(fleet) as router:
+    with routed(fleet.urls) as router:
         return asyncio.run(run(router.url))
 
 
@@ -216,7 +219,7 @@ def publish(fleet: Fleet, stage: Stage, name: str, times: int) -> dict[str, Any]
             changes = "".join(version for at, version in enumerate(own) if at == 0 or own[at - 1] != version)
             found["went_back"] += not is_subsequence(changes, "1" + "".join(order))
 
-    with routed(fleet) as router:
+    with routed(fleet.urls) as router:
         asyncio.run(run(router.url))
         kill(fleet.served[0])
         while ready(router.url) != len(fleet.urls) - 1:
@@ -269,30 +272,73 @@ def chaos(fleet: Fleet, names: list[str], seconds: float) -> dict[str, Any]:
         return {"answered": len(found.answered), "refused": len(found.refused), "unexplained": found.unexplained,
                 "broken": found.broken, "least_ready": alone, "back_under_load": back}  # fmt: skip
 
-    with routed(fleet) as router:
+    with routed(fleet.urls) as router:
         return asyncio.run(run(router.url))
 
 
-def overhead(stage: Stage, root: Path, name: str, seconds: float, rounds: int) -> dict[str, Any]:
-    """CPU of the router for a call, and calls for a CPU second of the busiest replica: two replicas over one."""
-    draw = random.Random(3)
+class Stub(asyncio.Protocol):
+    """A server that answers everything at once, so that nothing but the router costs anything."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: Any = transport
+        self._parser = httptools.HttpRequestParser(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def on_message_complete(self) -> None:
+        """The whole call is there."""
+        self._transport.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 120\r\n\r\n" + 120 * b" "
+        )
+
+
+def stub(port: int) -> None:
+    """Serves until it is ended."""
+
+    async def run() -> None:
+        server = await asyncio.get_running_loop().create_server(Stub, "127.0.0.1", port)
+        await server.serve_forever()
+
+    asyncio.run(run())
+
+
+def cost(seconds: float, rounds: int) -> float:
+    """Microseconds of the router's CPU for a call, as many as it can take from eight clients."""
+    port, found = free_port(), list[float]()
+    process = multiprocessing.Process(target=stub, args=(port,), daemon=True)
+    process.start()
+    command = [sys.executable, "-m", "bertology_serve", "route", "--port", "0", "--log-level", "error",
+               "--replicas", f"http://127.0.0.1:{port}"]  # fmt: skip
+    with serving(command, {}) as router:
+        for _ in range(rounds + 1):  # the first warms it up
+            before = cpu_seconds(router.pid)
+            answered = asyncio.run(closed(router.url, lambda: predict("mood", "What a lovely day."), 8, seconds))
+            found.append(1e6 * (cpu_seconds(router.pid) - before) / answered.count)
+    process.terminate()
+    return median(found[1:])
+
+
+def overhead(stage: Stage, root: Path, seconds: float, rounds: int) -> dict[str, Any]:
+    """CPU of the router for a call; calls for a CPU second of the busiest replica, two replicas over one.
+
+    Each replica has 16 clients, so that its batches are as large alone as beside another.
+    """
+    draw, one, two = random.Random(3), list[float](), list[float]()
     names = [f"d{number}" for number in range(DELTAS)]
-    router_us, one, two = list[float](), list[float](), list[float]()
-    with Fleet(stage, root, 2) as fleet:
-        single = Fleet.__new__(Fleet)
-        single.__dict__ = {**fleet.__dict__, "ports": fleet.ports[:1]}
-        with routed(single) as first, routed(fleet) as both:
-            for _ in range(rounds):
-                for router, rates in ((first, one), (both, two)):
-                    weights = [served.cpu for served in fleet.served.values()]
-                    own = cpu_seconds(router.pid)
-                    ask = lambda: predict(draw.choice(names), " ".join(draw.choices(WORDS, k=12)))  # noqa: E731
-                    found = asyncio.run(closed(router.url, ask, 16, seconds))
-                    spent = [served.cpu - before for served, before in zip(fleet.served.values(), weights, strict=True)]
-                    rates.append(found.count / max(spent))
-                    router_us.append(1e6 * (cpu_seconds(router.pid) - own) / found.count)
-    return {"router_us": median(router_us), "two_over_one": median(b / a for a, b in zip(one, two, strict=True)),
-            "calls_per_replica_cpu_s": [median(one), median(two)]}  # fmt: skip
+
+    def ask() -> bytes:
+        return predict(draw.choice(names), " ".join(draw.choices(WORDS, k=12)))
+
+    with Fleet(stage, root, 2) as fleet, routed(fleet.urls[:1]) as first, routed(fleet.urls) as both:
+        for _ in range(rounds):
+            for router, clients, rates in ((first, 16, one), (both, 32, two)):
+                before = [served.cpu for served in fleet.served.values()]
+                found = asyncio.run(closed(router.url, ask, clients, seconds))
+                spent = [served.cpu - then for served, then in zip(fleet.served.values(), before, strict=True)]
+                rates.append(found.count / max(spent))
+    ratio = median(b / a for a, b in zip(one, two, strict=True))
+    return {"router_us": cost(4, 5), "two_over_one": ratio, "calls_for_a_cpu_second": [median(one), median(two)]}
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -360,7 +406,7 @@ def main() -> None:
             ):
                 found[what] = run()
                 print(what, json.dumps(found[what]), flush=True)
-        found["overhead"] = overhead(stage, root, names[0], 8, 3)
+        found["overhead"] = overhead(stage, root, 8, 3)
         print("overhead", json.dumps(found["overhead"]), flush=True)
     table = "\n".join(f"| {what} | {bar} | {out} |" for what, bar, out in rows(found))
     page = f"| measured | bar | {found['cpu']}, {found['date']} |\n|---|---|---|\n{table}\n"

@@ -138,7 +138,7 @@ class Router:
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            timeout=aiohttp.ClientTimeout(total=self._config.listen.max_call_seconds, connect=5.0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0, sock_read=self._config.listen.max_call_seconds),
             max_field_size=self._config.limits.max_header_bytes,
         ) as self._session:
             self.replicas = Replicas(self._config.replicas, self.placement, self._session, self._key)
