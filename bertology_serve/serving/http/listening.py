@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -179,6 +179,8 @@ class DrainingServer(uvicorn.Server):
 def _taken(listening: socket.socket) -> Iterator[socket.socket]:
     """The connections of a listening socket that nobody has accepted yet; closing it would reset them."""
     listening.setblocking(False)
+    with suppress(OSError):
+        listening.listen(0)  # so that hardly anybody comes between the last of them and the end
     while True:
         try:
             connection, _ = listening.accept()
