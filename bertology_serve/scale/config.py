@@ -15,7 +15,7 @@ KEY = "BERTOLOGY_ROUTER_KEY"
 OMITTED = (
     "max_items", "max_item_tokens", "max_text_characters", "log_calls", "traces", "max_metric_deltas",
 )  # fmt: skip
-"""Options of a replica's that are of no use to a router: its replicas see to them."""
+"""Options of a server that are of no use to a router: its replicas see to them."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class RouteConfig:
 class RouterConfig:
     """The router's options, by concern."""
 
-    replicas: ReplicaConfig = field(metadata={"panel": "Servers"})
+    replicas: ReplicaConfig = field(metadata={"panel": "Replicas"})
     listen: RouteConfig = field(default_factory=RouteConfig, metadata={"panel": "Listening"})
     limits: LimitsConfig = field(default_factory=LimitsConfig, metadata={"panel": "Limits of a call"})
     stopping: StoppingConfig = field(default_factory=StoppingConfig, metadata={"panel": "Stopping"})

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 from urllib.parse import quote
@@ -19,7 +19,7 @@ from urllib.parse import quote
 import aiohttp
 import msgspec
 
-from bertology_serve.errors import BertologyError, Overloaded
+from bertology_serve.errors import BertologyError, Overloaded, SpecError
 from bertology_serve.files import replacing
 from bertology_serve.scale.config import KEY, ReplicaConfig
 from bertology_serve.scale.placement import Placement, ReplicaState
@@ -168,7 +168,7 @@ class Replicas:
             return set()
         reply = await self._ask("POST", state, STATE, CHANGE_SECONDS, write_desired(desired), self._own)
         if reply.status == 200:
-            failed = msgspec.json.decode(reply.body, type=Reconciled).failed
+            failed = _failed(reply)
             for name, reason in failed.items():
                 self._told.say(f"{state.name} {name}", f"{state.name}: {reason}")
             return set(failed)
@@ -206,71 +206,84 @@ class Replicas:
 
     async def unload(self, name: str, body: bytes, headers: Mapping[str, str]) -> Reply:
         """The delta is taken away everywhere."""
-        path = f"/v2/repository/models/{quote(name, safe='')}/unload"
-        async with self._changing:
-            first, *others = self._in_turn(name)
-            reply = await self._ask("POST", first, path, CHANGE_SECONDS, body, headers)
-            if reply.status == 200:
-                self._want(name, Wish(loaded=False))
-                await self._follow(others, Desired({name: Wish(loaded=False)}), headers)
-            return reply
+        gone = Wish(loaded=False)
+        reply, _ = await self._led(_path(name, "unload"), {name}, body, headers, lambda _: self._want(name, gone))
+        return reply
 
     async def obey(self, body: bytes, headers: Mapping[str, str]) -> Reply:
         """Everything is as the caller wants it, here and on replicas that come later; ``body`` says how."""
-        async with self._changing:
-            first, *others = self._in_turn("")
-            reply = await self._ask("POST", first, STATE, CHANGE_SECONDS, body, headers)
-            if reply.status != 200:
-                return reply
-            self.desired = parse_desired(body, "the body")
+        try:
+            desired = parse_desired(body, "the body")
+        except SpecError:  # the replica says so, to those who may know
+            desired = Desired()
+
+        def wanted(_: Reply) -> Desired:
+            self.desired = desired
             self._keep()
-            failed = msgspec.json.decode(reply.body, type=Reconciled).failed
-            first.stale = set(failed)
-            await self._follow(others, self.desired, headers)
-            failed |= {name: f"not on {one.name}" for one in others for name in one.stale}
-            return reply._replace(body=msgspec.json.encode(Reconciled(failed)))
+            return desired
+
+        reply, others = await self._led(STATE, desired.deltas.keys(), body, headers, wanted)
+        if reply.status != 200:
+            return reply
+        failed = {name: f"not on {one.name}" for one in others for name in one.stale} | _failed(reply)
+        return reply._replace(body=msgspec.json.encode(Reconciled(failed)))
 
     async def _publish(self, name: str, how: str, body: bytes, headers: Mapping[str, str]) -> Reply:
-        path = f"/v2/repository/models/{quote(name, safe='')}/{how}"
+        def wanted(reply: Reply) -> Desired:
+            version = msgspec.json.decode(reply.body, type=Version).version
+            wish = self.desired.deltas.get(name, Wish())
+            return self._want(name, replace(wish, version=version, loaded=True))
+
+        reply, others = await self._led(_path(name, how), {name}, body, headers, wanted)
+        late = ", ".join(one.name for one in others if name in one.stale)
+        if reply.status != 200 or not late:
+            return reply
+        reason = f"{late} could not follow: no calls for it go there, it is tried again"
+        answer = msgspec.json.decode(reply.body, type=Version)
+        return reply._replace(body=msgspec.json.encode(Version(name, answer.version, answer.state, reason)))
+
+    async def _led(
+        self,
+        path: str,
+        names: Collection[str],
+        body: bytes,
+        headers: Mapping[str, str],
+        wanted: Callable[[Reply], Desired],
+    ) -> tuple[Reply, list[ReplicaState]]:
+        """One replica does it first, out of the way of calls for those deltas; then it alone gets them until the others
+        have done so too. Its answer, and the others; where it refuses, nothing has changed.
+        """
         async with self._changing:
-            # the one that has least to do with the delta first: the others go on answering
-            first, *others = reversed(self._in_turn(name))
+            # the one that has least to do with the delta: the others go on answering
+            first, *others = reversed(self._in_turn(min(names, default="")))
             before = set(first.stale)
             if others:
-                first.stale.add(name)
+                first.stale |= set(names)
             reply = Reply(0, b"")
             try:
                 reply = await self._ask("POST", first, path, CHANGE_SECONDS, body, headers)
             finally:
                 if reply.status != 200:
                     first.stale = before
-            if reply.status != 200:
-                return reply
-            version = msgspec.json.decode(reply.body, type=Version).version
-            wish = replace(self.desired.deltas.get(name, Wish()), version=version, loaded=True)
-            self._want(name, wish)
-            for one in others:  # from here on the new version answers
-                one.stale.add(name)
-            first.stale.discard(name)
-            await self._follow(others, Desired({name: wish}), headers)
-            late = [one.name for one in others if name in one.stale]
-            reason = f"{', '.join(late)} could not follow: no calls for it go there, it is tried again" if late else ""
-            return reply._replace(body=msgspec.json.encode(Version(name, version, "READY", reason)))
+            if reply.status == 200:
+                desired = wanted(reply)
+                for one in others:  # from here on it is as it was told to be
+                    one.stale |= set(names)
+                first.stale = (first.stale - set(names)) | (_failed(reply).keys() if path == STATE else set())
+                await self._follow(others, desired, headers)
+            return reply, others
 
     async def _follow(self, others: Iterable[ReplicaState], desired: Desired, headers: Mapping[str, str]) -> None:
         """The other replicas do as the first one did; those that cannot are stale for what they could not do."""
 
         async def one(state: ReplicaState) -> None:
-            state.stale |= desired.deltas.keys()
             try:
-                body = write_desired(desired)
-                reply = await self._ask("POST", state, STATE, CHANGE_SECONDS, body, headers)
+                reply = await self._ask("POST", state, STATE, CHANGE_SECONDS, write_desired(desired), headers)
             except (aiohttp.ClientError, TimeoutError):
                 self.lost(state)
                 return
             if reply.status == 200:
-                failed = msgspec.json.decode(reply.body, type=Reconciled).failed
-                state.stale = (state.stale - desired.deltas.keys()) | failed.keys()
+                state.stale = (state.stale - desired.deltas.keys()) | _failed(reply).keys()
 
         await asyncio.gather(*(one(state) for state in others))
 
@@ -280,9 +293,11 @@ class Replicas:
             raise Overloaded("no replica takes calls; try again in 1 s", 1.0)
         return self.placement.in_order(name)
 
-    def _want(self, name: str, wish: Wish) -> None:
+    def _want(self, name: str, wish: Wish) -> Desired:
+        """Keeps what is wanted of a delta from now on, and says it."""
         self.desired = replace(self.desired, deltas={**self.desired.deltas, name: wish})
         self._keep()
+        return Desired({name: wish})
 
     def _keep(self) -> None:
         if self._config.state_file is not None:
@@ -303,3 +318,12 @@ class Replicas:
             method, state.name + path, data=body, headers=headers, timeout=limit, allow_redirects=False
         ) as found:
             return Reply(found.status, await found.read(), found.headers)
+
+
+def _path(name: str, how: str) -> str:
+    return f"/v2/repository/models/{quote(name, safe='')}/{how}"
+
+
+def _failed(reply: Reply) -> dict[str, str]:
+    """What a replica could not do of a desired state."""
+    return msgspec.json.decode(reply.body, type=Reconciled).failed

@@ -370,6 +370,8 @@ def test_a_version_is_published_on_all_and_one_that_comes_back_gets_it_first(fle
         assert [version_at(one) for one in fleet] == ["3", "3"]
         assert routed.client.post("/v2/repository/state", json={"deltas": {"x": {}}}).json()["failed"].keys() == {"x"}
         assert routed.client.post("/v2/repository/state", json={"deltas": 5}).status_code == 400
+        anonymous = routed.client.post("/v2/repository/state", json={"deltas": 5}, headers={"X-API-Key": "x"})
+        assert anonymous.status_code == 401
     with routing(addresses(fleet), ADMIN, state_file=state) as again:
         assert again.router.replicas.desired.deltas == {"x": Wish()}
 
@@ -407,6 +409,29 @@ def test_while_a_version_is_published_no_call_goes_back_to_the_one_before(fleet)
             assert own
             runs = [version for at, version in enumerate(own) if at == 0 or own[at - 1] != version]
             assert "".join(runs) in "31231", "one version after the other, none twice"
+
+
+@pytest.mark.parametrize("how", ["unload", "state"])
+def test_every_change_goes_to_one_replica_out_of_the_way_of_calls(fleet, how, monkeypatch):
+    """While the first does it, calls are sent to the other; while that one does, to the first."""
+    bodies = {"unload": b"", "state": json.dumps({"deltas": {"mood": {"version": "1"}}}).encode()}
+    paths = {"unload": "/v2/repository/models/mood/unload", "state": "/v2/repository/state"}
+    with routing(addresses(fleet), ADMIN) as routed:
+        wait(lambda: len(routed.ready) == 2)
+        seen, ask = list[set[str]](), routed.router.replicas._ask
+
+        async def noting(method: str, state: Any, path: str, *rest: Any) -> Any:
+            if method == "POST":
+                able = routed.router.placement.homes("mood")
+                assert able != [state.name]
+                seen.append({state.name, *able})
+            return await ask(method, state, path, *rest)
+
+        monkeypatch.setattr(routed.router.replicas, "_ask", noting)
+        reply = routed.client.post(paths[how], content=bodies[how], headers={"X-API-Key": ADMIN})
+        assert reply.status_code == 200, reply.text
+        assert seen == [set(addresses(fleet))] * 2
+        assert not any(one.stale for one in routed.router.placement.replicas.values())
 
 
 def test_a_replica_that_cannot_follow_gets_no_calls_for_that_delta(fleet, versions_root, monkeypatch):
