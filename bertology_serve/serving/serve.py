@@ -107,9 +107,10 @@ def serve(
         runs, sure = find(opened, queue.times, wanted, where, known)
         if not sure:
             ended = threading.Event()
-            stack.callback(ended.set)
             again = partial(find_again, opened, queue.times, wanted, where, lambda: queue.items, ended)
-            background.thread("second timing", again)
+            # left in the middle of a timing, the process would abort as it ends
+            stack.callback(background.thread("second timing", again).join, HUNG)
+            stack.callback(ended.set)
         opened.warmed(max(HUNG, config.batching.max_call_seconds))
         settle_memory()
         server.run(sockets=[bound])
