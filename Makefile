@@ -47,9 +47,10 @@ demo: $(STAMP)
 	$(BIN)/bertology-serve demo
 
 docs: $(STAMP)
-	$(BIN)/python tools/site.py gather
+	$(BIN)/python tools/docs_site.py gather build/docs
+	$(BIN)/python tools/reference.py build/docs/reference
 	$(BIN)/zensical build --clean --strict
-	$(BIN)/python tools/site.py check
+	$(BIN)/python tools/docs_site.py check site
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(BESIDE)

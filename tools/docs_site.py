@@ -1,7 +1,7 @@
 """Gathers the pages of the documentation site: ``make docs`` runs this, then Zensical.
 
-``python tools/site.py gather`` writes build/docs: the README as its first page, docs/, the generated reference, and
-under ``repository/`` what they link to elsewhere in the repository. ``check`` follows every link of the built site/.
+``python tools/docs_site.py gather build/docs`` writes the README as first page, docs/, and under ``repository/`` what
+they link to elsewhere in the repository. ``check site`` follows every link of what was built from them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).parents[1]
-DOCS, GATHERED, SITE = ROOT / "docs", ROOT / "build" / "docs", ROOT / "site"
+DOCS = ROOT / "docs"
 CODE = re.compile(r"^```.*?^```$|(`+)[^`].*?\1", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()[^()\s]+(?=\))|(?<=<img src=\")[^\"]+(?=\")")
 
@@ -33,18 +33,18 @@ def links(text: str) -> Iterator[re.Match[str]]:
 def place(file: Path) -> Path:
     """Where a file of the repository lies among the gathered pages."""
     if file == ROOT / "README.md":
-        return GATHERED / "index.md"
-    return GATHERED / (file.relative_to(DOCS) if DOCS in file.parents else "repository" / file.relative_to(ROOT))
+        return Path("index.md")
+    return file.relative_to(DOCS) if DOCS in file.parents else "repository" / file.relative_to(ROOT)
 
 
-def gather() -> int:
-    """Writes build/docs; the number of its files."""
-    shutil.rmtree(GATHERED, ignore_errors=True)
+def gather(folder: Path) -> int:
+    """Writes a folder anew, and returns the number of its files. Raises SystemExit for a link that leads nowhere."""
+    shutil.rmtree(folder, ignore_errors=True)
     waiting = [ROOT / "README.md", *(file for file in DOCS.rglob("*") if file.is_file())]
     seen = set(waiting)
     while waiting:
         file = waiting.pop()
-        target = place(file)
+        target = folder / place(file)
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix != ".md":
             shutil.copy(file, target)
@@ -58,7 +58,7 @@ def gather() -> int:
             if to not in seen:
                 seen.add(to)
                 waiting.append(to)
-            new = os.path.relpath(place(to), target.parent) if name else ""
+            new = os.path.relpath(place(to), place(file).parent) if name else ""
             text = text[: match.start()] + new + mark + anchor + text[match.end() :]
         target.write_text(text, encoding="utf-8")
     return len(seen)
@@ -82,9 +82,11 @@ class Page(HTMLParser):
             self.loaded += [found[name] for name in ("src", "href") if name in found]
 
 
-def check() -> int:
-    """Follows every link of site/ to a file and to a place in it, without network; how many there are."""
-    pages = {file: Page(file) for file in SITE.rglob("*.html") if file.name != "404.html"}
+def check(site: Path) -> int:
+    """Follows every link of a site to a file and a place in it, without network, and returns how many there are.
+
+    Raises SystemExit for those that lead nowhere, and for pages that load anything from elsewhere."""
+    pages = {file: Page(file) for file in site.resolve().rglob("*.html") if file.name != "404.html"}
     wrong, count = [], 0
     for file, page in pages.items():
         wrong += [f"{file}: loads {address} from elsewhere" for address in page.loaded if urlsplit(address).netloc]
@@ -96,16 +98,14 @@ def check() -> int:
             to = (file.parent / unquote(parts.path)).resolve() if parts.path else file
             to = to / "index.html" if to.is_dir() else to
             if not to.is_file() or (to in pages and unquote(parts.fragment) not in pages[to].names):
-                wrong.append(f"{file.relative_to(SITE)}: {address} leads nowhere")
+                wrong.append(f"{file}: {address} leads nowhere")
     if wrong:
         raise SystemExit("\n".join(wrong))
     return count
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["gather"]:
-        print(f"{gather()} files gathered in {GATHERED.relative_to(ROOT)}")
-    elif sys.argv[1:] == ["check"]:
-        print(f"{check()} links of {SITE.relative_to(ROOT)} lead somewhere")
-    else:
+    if len(sys.argv) != 3 or sys.argv[1] not in ("gather", "check"):
         raise SystemExit(__doc__)
+    work = gather if sys.argv[1] == "gather" else check
+    print(f"{sys.argv[1]}: {work(Path(sys.argv[2]))} {'files' if work is gather else 'links'}")
