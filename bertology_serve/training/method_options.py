@@ -26,7 +26,7 @@ KINDS: Mapping[str, float] = {
 }
 """The kinds that are trained, and the highest learning rate of each.
 
-Tried on MiniLM with batches of 32 and a few hundred steps (docs/training.md). The head starts at random beside a delta
+Tried on MiniLM with batches of 32 and a few hundred steps (docs/results/training.md). The head starts at random beside a delta
 that starts at nothing, so it takes larger steps: with 77 labels, LoRA's own rate leaves it far behind.
 """
 PROBE, FULL = "probe", "full"
