@@ -1,4 +1,4 @@
-"""The families of docs/reference/families.md, each as a small random model: every kind, mixed as alone, and exported."""
+"""The families of docs/reference/families.md, each as a small random model: every kind, mixed, alone and exported."""
 
 from __future__ import annotations
 
