@@ -76,7 +76,9 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 
 def environment(world: Path) -> dict[str, str]:
-    return {"BERTOLOGY_CACHE": str(world.with_name("cache")), "PYTHONPATH": str(world.with_name("packages"))}
+    """Of a page: the small encoder, timings kept from page to page, and servers that build no graphs as they start."""
+    places = {"BERTOLOGY_CACHE": str(world.with_name("cache")), "PYTHONPATH": str(world.with_name("packages"))}
+    return {**places, "BERTOLOGY_ENGINE": "torch"}
 
 
 def records(file: str) -> str:
@@ -109,7 +111,7 @@ def test_a_page_runs_from_top_to_bottom(page: Path, forks: Forks, world: Path, t
     for printed, own in {"8000": port, "8001": free_port(), "8002": free_port()}.items():
         text = text.replace(printed, str(own))
     if f"localhost:{port}" in text and f"--port {port}" not in text:
-        start = f"bertology-serve serve --backbone minilm --deltas deltas --port {port} --engine torch &\n"
+        start = f"bertology-serve serve --backbone minilm --deltas deltas --port {port} &\n"
         text = f"{start}curl --retry 60 --retry-delay 1 --retry-connrefused localhost:{port}/health\n{text}"
     done = forks.run(text, folder, **environment(world))
     assert done.returncode == 0, f"{done.stderr[-3000:]}\n{done.stdout[-1000:]}"

@@ -182,7 +182,7 @@ def read_grid(path: Path) -> Grid:
         seeds = tuple(values.pop("seeds", (0,)))
         return _made(Grid, {**values, "tasks": tasks, "methods": methods, "seeds": seeds}, "the grid")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise SpecError(f"{path}: not TOML ({problem}); see docs/howto/reproduce-a-table.md for a grid's form") from None
+        raise SpecError(f"{path}: not TOML ({problem}); docs/howto/reproduce-a-table.md has a grid's form") from None
     except SpecError as problem:
         raise SpecError(f"{path}: {problem}") from None
 
