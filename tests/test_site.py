@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,14 @@ from tools import docs_site, reference
 
 PAGES = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
+OTHERS = (
+    "--retry --retry-connrefused --retry-delay --retry-all-errors --from-literal --nproc-per-node --num --text".split()
+)
+"""Flags of curl, kubectl, torchrun, accelerate and the examples; those of TEI and vLLM stand on their own pages."""
+ABOUT_OTHERS = ("coming-from-tei.md", "coming-from-vllm-lora.md")
 
 
 def leaves(entry: object) -> Iterator[str]:
@@ -59,6 +68,13 @@ def test_the_reference_names_every_command_option_and_variable():
     assert [line[3:] for line in text.splitlines() if line.startswith("## ")] == list(COMMANDS)
     for told in ("`--learning-rate <float>`", "`BERTOLOGY_MAX_ITEMS`", "[default: 8000]", "### analyze heads"):
         assert told in text
+
+
+def test_every_option_that_a_page_names_is_one():
+    known = {*FLAG.findall(reference.cli()), *OTHERS, "--install-completion"}
+    pages = [ROOT / "README.md", *(ROOT / "docs" / page for page in PAGES if not page.endswith(ABOUT_OTHERS))]
+    named = {flag: page.name for page in pages for flag in FLAG.findall(page.read_text(encoding="utf-8"))}
+    assert {flag: page for flag, page in named.items() if flag not in known} == {}
 
 
 def test_the_reference_has_all_that_the_package_exports():
