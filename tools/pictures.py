@@ -31,7 +31,7 @@ def packed_batch(path: Path) -> None:
     panel.set(xlim=(0, 96), ylim=(0, 39))
     panel.axis("off")
     for x, title in ((1, "requests"), (30, "one packed batch"), (46, "one frozen encoder"), (71, "heads and answers")):
-        panel.text(x, 36.6, title, fontsize=11, weight="bold", va="center")
+        panel.text(x, 36.6, title, fontsize=10, weight="bold", va="center")
     top, unit = 33.5, 1.24
     y = top
     _box(panel, 46, top - 24 * unit, 19, 24 * unit, "#f2f2f2")
