@@ -79,7 +79,7 @@ def _command(command: Any, words: str) -> Iterator[str]:
             continue
         panel = getattr(param, "rich_help_panel", None) or panel_of.get(str(param.name), "")
         text = re.sub(r"\[env var: (\w+)(?:; |(?=\]))", "[", record[1]).replace("[]", "")
-        row = [f"`{record[0]}`", text]
+        row = ["`{}`".format(record[0].replace("|", ", ")), text]
         if layout and layout.prefix:
             variable = param.allow_from_autoenv if hasattr(param, "allow_from_autoenv") else False
             row.append(f"`{layout.prefix}_{str(param.name).upper()}`" if variable else "")
