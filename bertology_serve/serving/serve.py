@@ -97,7 +97,7 @@ def serve(
                 say(line)
             count = f"{len(found) - 1} delta{'s' * (len(found) != 2)}"
             say(f"{count} on {backbone} ({how}), ready after {seconds:.1f} s: {url}")
-            say(f"docs: {url}/ in a browser, {url}/openapi.json, docs/serving.md")
+            say(f"docs: {url}/ in a browser, {url}/openapi.json, docs/howto/ask-a-server.md")
             say(f"try: {example(url, found[min(1, len(found) - 1)], keyed=bool(keyring))}")
 
         server = Server(registry, config, announce, keyring, background)
