@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 WEB, HERE = Path(__file__).parents[2] / "web", Path(__file__).parent
-Ask = Callable[..., list[Any]]
 
 
 @pytest.fixture(scope="session")
@@ -26,16 +25,31 @@ def built() -> Path:
     return WEB
 
 
-@pytest.fixture
-def ask(built: Path, tmp_path: Path) -> Ask:
-    """Asks an export in Node: the answers to each list of requests, or what it was refused with."""
+@dataclass(frozen=True)
+class Ask:
+    """Asks exports in Node: for each list of requests the answers or why it was refused, and the files read until then."""
 
-    def asked(export: Path, *batches: list[Any]) -> list[Any]:
-        (tmp_path / "requests.json").write_text(json.dumps(batches), encoding="utf-8")
-        command = ["node", HERE / "answers.mjs", built / "dist" / "index.js", export, tmp_path / "requests.json"]
+    web: Path
+    folder: Path
+
+    def __call__(self, export: Path, *batches: list[Any]) -> list[Any]:
+        return self.each([export], *batches)[0]
+
+    def each(self, exports: list[Path], *batches: list[Any]) -> list[list[Any]]:
+        (self.folder / "requests.json").write_text(json.dumps(batches), encoding="utf-8")
+        command = [
+            "node",
+            HERE / "answers.mjs",
+            self.web / "dist" / "index.js",
+            self.folder / "requests.json",
+            *exports,
+        ]
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
-        found: list[Any] = json.loads(done.stdout)
+        found: list[list[Any]] = json.loads(done.stdout)
         return found
 
-    return asked
+
+@pytest.fixture
+def ask(built: Path, tmp_path: Path) -> Ask:
+    return Ask(built, tmp_path)

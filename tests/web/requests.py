@@ -69,9 +69,9 @@ OWN: dict[str, list[dict[str, Any]]] = {
 PROMPTS = [{"text": TEXTS[0], **one} for one in ({"input_type": "search_query"}, {"prompt_name": "query"}, {})]
 
 
-def deltas(encoder: Encoder) -> list[Delta]:
+def deltas(encoder: Encoder, size: float = 0.1) -> list[Delta]:
     every = EVERY | DECODED
-    return [tiny.delta(encoder, name, *every[name], seed=seed) for seed, name in enumerate(every)]
+    return [tiny.delta(encoder, name, *every[name], seed=seed, size=size) for seed, name in enumerate(every)]
 
 
 def requests(made: list[Delta]) -> Iterator[dict[str, Any]]:

@@ -47,18 +47,17 @@ export function located(tokenizer: Tokenizer, text: string): Span[] {
   return spans;
 }
 
-/** The normalised text, and for each of its units the span of the text that it came from. */
+/** The normalised text, and for each of its units the span of the character that it came from. */
 function normalised(tokenizer: Tokenizer, text: string): { normal: string; origin: Span[] } {
-  const normal = tokenizer.normalizer?.(text) ?? text;
-  for (const cut of ["character", "grapheme"]) {
-    const parts = cut === "character" ? [...text] : [...new Intl.Segmenter().segment(text)].map(({ segment }) => segment);
-    const origin: Span[] = [];
+  const change = (part: string) => tokenizer.normalizer?.(part) ?? part;
+  const normal = change(text);
+  const together = () => Array.from(new Intl.Segmenter().segment(text), ({ segment }) => segment);
+  for (const parts of [[...text], together()]) {
     let start = 0;
-    for (const part of parts) {
-      const span: Span = [start, start + part.length];
-      for (let unit = (tokenizer.normalizer?.(part) ?? part).length; unit > 0; unit--) origin.push(span);
-      start = span[1];
-    }
+    const origin = parts.flatMap((part) => {
+      const from = [...part].map((character): Span => [start, (start += character.length)]);
+      return [...change(part)].flatMap((found, place) => Array.from(found.split(""), () => from[Math.min(place, from.length - 1)]!));
+    });
     if (origin.length === normal.length) return { normal, origin };
   }
   throw new Unsupported("the tokenizer changes this text as a whole, so that places in it are lost; ask the server");

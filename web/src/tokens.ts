@@ -25,6 +25,7 @@ const SECOND = "\u0000second";
 export class Tokens {
   private readonly whole: Tokenizer;
   private readonly apart: Tokenizer;
+  private readonly sigma: string;
   private readonly templates: Record<"single" | "pair", Row[]>;
 
   /** `file` and `config` are the objects of tokenizer.json and tokenizer_config.json. */
@@ -35,25 +36,34 @@ export class Tokens {
     } catch (problem) {
       throw new FormatError(`tokenizer.json cannot be read (${problem}); export again`);
     }
+    this.sigma = this.whole.normalizer?.("Σ") ?? "Σ";
     this.templates = { single: this.template(null), pair: this.template([SECOND]) };
   }
 
   /** A text, or a text and its pair. */
   text(text: string, pair: string | null): Row[] {
-    const parts = [text, ...(pair === null ? [] : [pair])].map((one) => this.rows(this.whole.tokenize(one)));
-    return this.filled(parts);
+    return this.filled([text, ...(pair === null ? [] : [pair])].map((one) => this.rows(this.cut(one))));
   }
 
   /** A question and its context, whose tokens know where they stand. */
   question(question: string, context: string): Row[] {
-    const spans = located(this.whole, context);
-    const rows = this.rows(this.whole.tokenize(context)).map((row, index) => ({ ...row, span: spans[index] ?? NOWHERE }));
-    return this.filled([this.rows(this.whole.tokenize(question)), rows]);
+    const spans = located(this.whole, this.lowered(context));
+    const rows = this.rows(this.cut(context)).map((row, index) => ({ ...row, span: spans[index] ?? NOWHERE }));
+    return this.filled([this.rows(this.cut(question)), rows]);
   }
 
   /** Words that are apart. Byte-level tokenizers see each with a space before it. */
   words(words: readonly string[]): Row[] {
-    return this.filled([words.flatMap((word, number) => this.rows(this.apart.tokenize(word), number))]);
+    return this.filled([words.flatMap((word, number) => this.rows(this.cut(word, this.apart), number))]);
+  }
+
+  private cut(text: string, tokenizer = this.whole): string[] {
+    return tokenizer.tokenize(this.lowered(text));
+  }
+
+  /** JavaScript writes a last sigma as ς where it makes small letters; the server's tokenizer writes σ everywhere. */
+  private lowered(text: string): string {
+    return text.replaceAll("Σ", this.sigma);
   }
 
   private rows(tokens: readonly string[], word = -1): Row[] {

@@ -3,7 +3,7 @@ export type Span = readonly [start: number, end: number];
 
 // The server's expression, with Python's \w, \d, \s and \b written out.
 const W = "[\\p{L}\\p{N}_]";
-const SPACE = "[\\s\\x1c-\\x1f\\x85]";
+const SPACE = "\\t-\\r\\x1c- \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000";
 const IDEOGRAPHS = "[\\u3400-\\u4dbf\\u4e00-\\u9fff\\uf900-\\ufaff\\u{20000}-\\u{3134f}]";
 const MARKS = "[\\p{M}&&[\\u0300-\\u30ff]]";
 const EDGE = `(?:(?<=${W})(?!${W})|(?<!${W})(?=${W}))`;
@@ -11,16 +11,14 @@ const RUN = `(?:(?!${IDEOGRAPHS})[\\p{L}\\p{N}_${MARKS}\\u200c\\u200d])+`;
 const CLITIC = `['\\u2019](?:s|m|d|re|ve|ll)${EDGE}`;
 const WORD = new RegExp(
   [
-    `(?:https?:\\/\\/|www\\.)[^\\s]*[^\\s.,;:!?\\)\\]\\}>"'\\u2019]`,
+    `(?:https?:\\/\\/|www\\.)[^${SPACE}]*[^${SPACE}.,;:!?\\)\\]\\}>"'\\u2019]`,
     `(?<!${W})[@#]${RUN}`,
     `(?<!${W})(?:[[\\p{L}\\p{N}]--\\p{Nd}]\\.){2,}`,
     `(?<!${W})\\p{Nd}+(?:[.,:]\\p{Nd}+)+(?!${W})`,
     `(?<=${W})${CLITIC}`,
     `${RUN}(?:(?!${CLITIC})[\\-'\\u2019]${RUN})*`,
-    `[^\\s]`,
-  ]
-    .join("|")
-    .replaceAll("\\s", SPACE.slice(1, -1)),
+    `[^${SPACE}]`,
+  ].join("|"),
   "giv",
 );
 
