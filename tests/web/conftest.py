@@ -27,7 +27,7 @@ def built() -> Path:
 
 @dataclass(frozen=True)
 class Ask:
-    """Asks exports in Node: for each list of requests the answers or why it was refused, and the files read until then."""
+    """Asks exports in Node: for each list of requests the answers, or why it was refused; and the files read so far."""
 
     web: Path
     folder: Path
