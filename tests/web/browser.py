@@ -8,6 +8,8 @@ import queue
 import shutil
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,20 +42,34 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def told_by(folder: Path, page: str, profile: Path) -> Any:
-    """What a page of a folder posts first."""
+@contextmanager
+def browsing(
+    folder: Path, page: str, profile: Path, *options: str
+) -> Iterator[tuple[queue.Queue[Any], subprocess.Popen[str]]]:
+    """Chromium on a page of a folder: what it posts, and the process."""
     told: queue.Queue[Any] = queue.Queue()
     handler = partial(Handler, directory=str(folder), told=told)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/{page}"
-        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
-        browser = subprocess.Popen(
-            [chromium(), *options, address], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        common = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+        out = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        browser = subprocess.Popen([*common, *options, address], **out)
         try:
-            return told.get(timeout=LONGEST)
+            yield told, browser
         finally:
             browser.terminate()
-            browser.wait()
+            browser.communicate()
             server.shutdown()
+
+
+def told_by(folder: Path, page: str, profile: Path) -> Any:
+    """What a page posts first."""
+    with browsing(folder, page, profile) as (told, _):
+        return told.get(timeout=LONGEST)
+
+
+def seen_on(folder: Path, page: str, profile: Path) -> str:
+    """A page's HTML once nothing on it moves any more."""
+    with browsing(folder, page, profile, "--virtual-time-budget=60000", "--dump-dom") as (_, browser):
+        return browser.communicate(timeout=LONGEST)[0]

@@ -11,6 +11,13 @@ from typing import Any
 
 import pytest
 
+from bertology_serve.export import exporting
+from bertology_serve.export.export_spec import ExportSpec
+from bertology_serve.export.exporting import export_many
+from tests import tiny
+from tests.export.emitter.mixed import EVERY
+from tests.web.requests import DECODED
+
 WEB, HERE = Path(__file__).parents[2] / "web", Path(__file__).parent
 
 
@@ -53,3 +60,19 @@ class Ask:
 @pytest.fixture
 def ask(built: Path, tmp_path: Path) -> Ask:
     return Ask(built, tmp_path)
+
+
+NAMES = ("lora", "folds", "pfeiffer", "pairs", "words", "prompted")
+
+
+@pytest.fixture(scope="session")
+def export(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small encoder with the base and these deltas."""
+    folder = tmp_path_factory.mktemp("refused")
+    encoder = tiny.encoder("bert", folder / "encoder")
+    with pytest.MonkeyPatch.context() as patched:
+        real = exporting.built_in
+        patched.setattr(exporting, "built_in", lambda tokenizer, longest: list(real(tokenizer, longest))[::12])
+        made = [tiny.delta(encoder, name, *(EVERY | DECODED)[name]) for name in NAMES]
+        export_many(encoder, made, folder / "out", ExportSpec(layout="web"))
+    return folder / "out"

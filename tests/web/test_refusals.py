@@ -9,31 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from safetensors.numpy import load_file, save_file
 
-from bertology_serve.export import exporting
-from bertology_serve.export.export_spec import ExportSpec
-from bertology_serve.export.exporting import export_many
-from tests import tiny
-from tests.export.emitter.mixed import EVERY
 from tests.web.conftest import Ask
-from tests.web.requests import DECODED
-
-NAMES = ("lora", "folds", "pfeiffer", "pairs", "words", "prompted")
-
-
-@pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("refused")
-    encoder = tiny.encoder("bert", folder / "encoder")
-    with pytest.MonkeyPatch.context() as patched:
-        real = exporting.built_in
-        patched.setattr(exporting, "built_in", lambda tokenizer, longest: list(real(tokenizer, longest))[::12])
-        made = [tiny.delta(encoder, name, *(EVERY | DECODED)[name]) for name in NAMES]
-        export_many(encoder, made, folder / "out", ExportSpec(layout="web"))
-    return folder / "out"
-
 
 REQUESTS: dict[str, dict[str, Any]] = {
     "NotFound: there is no delta 'mood'; expected one of base, lora, folds, pfeiffer, pairs, words, prompted": {
@@ -152,6 +130,7 @@ LIES: dict[str, Callable[[Path], None]] = {
     "delta lora: input_ids is int64 [1,1], the graph has none": tensors(
         lambda it: it.update(input_ids=np.zeros((1, 1), np.int64))
     ),
+    "delta lora has a head of 2 columns, the manifest says 3": manifest(lambda it: it["deltas"][1].update(columns=3)),
     "tokenizer.json is no JSON": lambda out: (out / "tokenizer.json").write_text("{") and None,
     "ONNX Runtime cannot load the graph": lambda out: (out / "onnx/model.onnx").write_bytes(
         bytes((out / "onnx/model.onnx").stat().st_size)

@@ -1,5 +1,5 @@
 import type { Answer } from "./answers.js";
-import { DataError, NotFound, Unsupported, WebError } from "./errors.js";
+import { DataError, FormatError, NotFound, Unsupported, WebError } from "./errors.js";
 import { checkFields, type Fields } from "./fields.js";
 import { Folder, type Read } from "./folder.js";
 import { Graph, type Sequence } from "./graph.js";
@@ -115,6 +115,10 @@ export class Pipeline {
     const files = card.files.map(async (path) => parse(await this.folder.bytes(path, this.manifest.files.get(path)), path));
     const tensors = new Map((await Promise.all(files)).flatMap((file) => [...file]));
     this.stacks.check(tensors, card.name);
+    const labels = tensors.get("head.out_bias")?.shape[1] ?? 0;
+    if (card.output !== "embedding" && labels !== card.columns) {
+      throw new FormatError(`delta ${card.name} has a head of ${labels} columns, the manifest says ${card.columns}; export again`);
+    }
     return tensors;
   }
 

@@ -29,10 +29,8 @@ export class Stacks {
 
   constructor(private readonly inputs: readonly GraphInput[]) {
     for (const input of inputs) {
-      const height = stackAxis(input);
-      if (height >= 0 && !this.heights.has(placeOf(input.shape[height]))) {
-        this.heights.set(placeOf(input.shape[height]), input);
-      }
+      const height = input.shape[stackAxis(input)];
+      if (height !== undefined && !this.heights.has(placeOf(height))) this.heights.set(placeOf(height), input);
     }
   }
 
@@ -45,18 +43,16 @@ export class Stacks {
         const expected = input ? `${input.type} [${input.shape}]` : "none";
         throw new FormatError(`delta ${name}: ${own} is ${dtype} [${shape}], the graph has ${expected}; export again`);
       }
-      const height = stackAxis(input);
-      const rows = height < 0 ? 0 : this.height(delta, placeOf(input.shape[height]));
-      if (height >= 0 && shape[height] !== rows) {
-        throw new FormatError(`delta ${name}: ${own} has ${shape[height]} rows, its neighbours ${rows}; export again`);
+      const axis = stackAxis(input);
+      const rows = axis < 0 ? 0 : this.height(delta, placeOf(input.shape[axis]));
+      if (axis >= 0 && shape[axis] !== rows) {
+        throw new FormatError(`delta ${name}: ${own} has ${shape[axis]} rows, its neighbours ${rows}; export again`);
       }
-      if (dtype === "int64") {
-        data.forEach((number, column) => {
-          const place = this.counted(own, column);
-          if (place !== null && (number < 0n || number > this.height(delta, place))) {
-            throw new FormatError(`delta ${name}: ${own} names row ${number} of ${place}, which it lacks; export again`);
-          }
-        });
+      for (const [column, number] of dtype === "int64" ? data.entries() : []) {
+        const place = stackOf(own, column);
+        if (place !== null && (number < 0n || number > this.height(delta, place))) {
+          throw new FormatError(`delta ${name}: ${own} names row ${number} of ${place}, which it lacks; export again`);
+        }
       }
     }
   }
@@ -75,10 +71,9 @@ export class Stacks {
       if (axis === growing) return stacked ? found.reduce((sum, rows) => sum + rows, 1) : deltas.length;
       return typeof size === "number" ? size : Math.max(stacked ? 1 : 0, ...found);
     });
-    const starts = new Map<string, number>();
-    let at = stacked ? 1 : 0;
     if (stacked) {
       const data = new Float32Array(sizeOf(shape));
+      let at = 1;
       for (const tensor of own) {
         if (tensor?.dtype === "float32") copy(tensor, data, shape, growing, at);
         at += tensor?.shape[growing] ?? 0;
@@ -87,28 +82,13 @@ export class Stacks {
     }
     const data = new BigInt64Array(sizeOf(shape));
     for (const [line, tensor] of own.entries()) {
-      if (tensor?.dtype === "int64") {
-        tensor.data.forEach((number, column) => {
-          const place = this.counted(input.name, column);
-          const start = place === null ? 0 : (starts.get(place) ?? 0);
-          data[line * (shape[1] ?? 0) + column] = number && number + BigInt(start);
-        });
-      }
-      for (const place of this.counting(input.name)) {
-        starts.set(place, (starts.get(place) ?? 0) + this.height(deltas[line]!, place));
+      for (const [column, number] of (tensor?.data ?? []).entries()) {
+        const place = stackOf(input.name, column);
+        const above = place && number ? deltas.slice(0, line).map((delta) => this.height(delta, place)) : [];
+        data[line * shape[1]! + column] = BigInt(number) + BigInt(above.reduce((sum, height) => sum + height, 0));
       }
     }
     return { dtype: "int64", shape, data };
-  }
-
-  /** The stack whose rows a column of a table numbers; null where it holds something else. */
-  private counted(table: string, column: number): string | null {
-    if (table === HEAD_FORM) return HEAD_STACKS[column] ?? null;
-    return NUMBERS.test(table) ? table.replace(NUMBERS, "") : null;
-  }
-
-  private counting(table: string): string[] {
-    return table === HEAD_FORM ? HEAD_STACKS : NUMBERS.test(table) ? [table.replace(NUMBERS, "")] : [];
   }
 
   /** How many rows a delta has in the stacks of a place. */
@@ -116,6 +96,12 @@ export class Stacks {
     const input = this.heights.get(place);
     return input ? (delta.get(input.name)?.shape[stackAxis(input)] ?? 0) : 0;
   }
+}
+
+/** The stack whose rows a column of a table numbers; null where it holds something else. */
+function stackOf(table: string, column: number): string | null {
+  if (table === HEAD_FORM) return HEAD_STACKS[column] ?? null;
+  return NUMBERS.test(table) ? table.replace(NUMBERS, "") : null;
 }
 
 /** The axis along which rows of deltas stand in a stack; -1 for tables. */
