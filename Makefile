@@ -56,7 +56,7 @@ test-elsewhere: $(STAMP) $(ELSEWHERE)/made
 	BERTOLOGY_ELSEWHERE="$(abspath $(ELSEWHERE))" $(BIN)/python -m pytest tests/interop/test_exports_elsewhere.py
 
 test-web: $(STAMP)
-	cd web && npm ci --silent --ignore-scripts
+	cd web && npm ci --silent --ignore-scripts && npm run --silent check
 	$(BIN)/python -m pytest tests/web
 
 # optimum's pins exclude this package's

@@ -1,20 +1,31 @@
-// node tokens.mjs DIST TOKENIZER TEXTS: for each text of a JSON file its words, its tokens alone, after another text, and
-// as words that are apart, and where its tokens stand; as JSON.
+// node tokens.mjs DIST TOKENIZER TEXTS: for each text of a JSON file its words, its tokens alone, after another text,
+// and as words that are apart, and where its tokens stand; as JSON.
 import { readFile } from "node:fs/promises";
 import path from "node:path";
 import { pathToFileURL } from "node:url";
 
-const [dist, tokenizer, texts] = process.argv.slice(2).map((file) => path.resolve(file));
+const [dist, tokenizer, texts] = process.argv
+  .slice(2)
+  .map((file) => path.resolve(file));
 const { Tokens } = await import(pathToFileURL(path.join(dist, "tokens.js")));
-const { characters, splitWords } = await import(pathToFileURL(path.join(dist, "words.js")));
-const json = async (...file) => JSON.parse(await readFile(path.join(...file), "utf-8"));
+const { characters, splitWords } = await import(
+  pathToFileURL(path.join(dist, "words.js"))
+);
+const json = async (...file) =>
+  JSON.parse(await readFile(path.join(...file), "utf-8"));
 
-const tokens = new Tokens(await json(tokenizer, "tokenizer.json"), await json(tokenizer, "tokenizer_config.json"));
+const tokens = new Tokens(
+  await json(tokenizer, "tokenizer.json"),
+  await json(tokenizer, "tokenizer_config.json"),
+);
 const ids = (rows) => rows.map((row) => row.id);
 function places(text) {
   const count = characters(text);
   try {
-    return tokens.question("one", text).filter((row) => row.part === 1).map(({ span }) => span.map(count));
+    return tokens
+      .question("one", text)
+      .filter((row) => row.part === 1)
+      .map(({ span }) => span.map(count));
   } catch (problem) {
     return `${problem.name}: ${problem.message}`;
   }

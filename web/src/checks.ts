@@ -13,7 +13,10 @@ function plain<T>(expected: string, fits: (value: unknown) => boolean): Check<T>
 export const text = plain<string>("a text", (value) => typeof value === "string");
 export const flag = plain<boolean>("true or false", (value) => typeof value === "boolean");
 export const number = plain<number>("a finite number", Number.isFinite);
-export const count = plain<number>("a whole number from 0", (value) => Number.isSafeInteger(value) && Number(value) >= 0);
+export const count = plain<number>(
+  "a whole number from 0",
+  (value) => Number.isSafeInteger(value) && Number(value) >= 0,
+);
 
 /** One of some words. */
 export function among<T extends string>(...words: T[]): Check<T> {

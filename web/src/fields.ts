@@ -5,7 +5,15 @@ export type Fields = Readonly<Record<string, unknown>>;
 
 /** What the server answers and this package does not. */
 const SERVERS = [
-  "redact", "patterns", "normalize", "encoding_format", "embedding_types", "pooling", "chunks", "chunk_tokens", "negatives",
+  "redact",
+  "patterns",
+  "normalize",
+  "encoding_format",
+  "embedding_types",
+  "pooling",
+  "chunks",
+  "chunk_tokens",
+  "negatives",
 ];
 
 /** Throws Unsupported for a field that only the server knows. */

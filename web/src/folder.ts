@@ -17,7 +17,10 @@ export class Folder {
   private readonly root: URL;
 
   /** `address` may be relative to the page. */
-  constructor(address: string | URL, private readonly read: Read = fetched) {
+  constructor(
+    address: string | URL,
+    private readonly read: Read = fetched,
+  ) {
     const base = typeof document === "undefined" ? undefined : document.baseURI;
     this.root = new URL(String(address).replace(/\/?$/, "/"), base);
   }

@@ -36,7 +36,9 @@ export class Graph {
     try {
       return new Graph(await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] }));
     } catch (problem) {
-      throw problem instanceof FormatError ? problem : new FormatError(`ONNX Runtime cannot load the graph: ${problem}`);
+      throw problem instanceof FormatError
+        ? problem
+        : new FormatError(`ONNX Runtime cannot load the graph: ${problem}`);
     }
   }
 
@@ -52,7 +54,11 @@ export class Graph {
       }
     }
     const feeds: Record<string, ort.Tensor> = {
-      [INDEX]: new ort.Tensor("int64", BigInt64Array.from(sequences, ({ delta }) => BigInt(delta)), [sequences.length]),
+      [INDEX]: new ort.Tensor(
+        "int64",
+        BigInt64Array.from(sequences, ({ delta }) => BigInt(delta)),
+        [sequences.length],
+      ),
     };
     for (const [name, data] of texts) feeds[name] = new ort.Tensor("int64", data, [sequences.length, length]);
     for (const [name, { dtype, data, shape }] of stacks) feeds[name] = new ort.Tensor(dtype, data, shape);

@@ -50,11 +50,14 @@ const FORMAT = "bertology-serve-web/1";
 export async function readManifest(folder: Folder): Promise<Manifest> {
   const found = manifest(await folder.json(FILE), FILE);
   if (found.format !== FORMAT) {
-    throw new FormatError(`${FILE} has format ${found.format}; expected ${FORMAT}: export again, or upgrade this package`);
+    throw new FormatError(
+      `${FILE} has format ${found.format}; expected ${FORMAT}: export again, or upgrade this package`,
+    );
   }
   for (const { name, task, columns, files } of found.deltas) {
     const lost = [GRAPH, ...files].find((path) => !found.files.has(path));
-    if (lost !== undefined) throw new FormatError(`${FILE}: ${name} reads ${lost}, of which no size is known; export again`);
+    if (lost !== undefined)
+      throw new FormatError(`${FILE}: ${name} reads ${lost}, of which no size is known; export again`);
     if (task.labels.length > columns && task.kind !== "zero-shot" && task.kind !== "question-answering") {
       throw new FormatError(`${FILE}: ${name} has ${task.labels.length} labels and ${columns} columns; export again`);
     }

@@ -11,9 +11,9 @@ interface Parts {
 /**
  * Where each token of a text stands, in UTF-16 units: the tokenizer does not say so itself.
  *
- * The text is normalised character by character to know what each became; the pieces that the tokenizer cuts it into are
- * found in that in turn, and within a piece tokens follow one another. Throws Unsupported for tokenizers that are neither
- * WordPiece nor byte-level, and for texts that hold special tokens.
+ * The text is normalised character by character to know what each became; the pieces that the tokenizer cuts it into
+ * are found in that in turn, and within a piece tokens follow one another. Throws Unsupported for tokenizers that are
+ * neither WordPiece nor byte-level, and for texts that hold special tokens.
  */
 export function located(tokenizer: Tokenizer, text: string): Span[] {
   const { pre_tokenizer, model } = (tokenizer as unknown as { tokenizer: Parts }).tokenizer;
@@ -56,7 +56,9 @@ function normalised(tokenizer: Tokenizer, text: string): { normal: string; origi
     let start = 0;
     const origin = parts.flatMap((part) => {
       const from = [...part].map((character): Span => [start, (start += character.length)]);
-      return [...change(part)].flatMap((found, place) => Array.from(found.split(""), () => from[Math.min(place, from.length - 1)]!));
+      return [...change(part)].flatMap((found, place) =>
+        Array.from(found.split(""), () => from[Math.min(place, from.length - 1)]!),
+      );
     });
     if (origin.length === normal.length) return { normal, origin };
   }

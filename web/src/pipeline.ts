@@ -58,8 +58,8 @@ export class Pipeline {
   }
 
   /**
-   * The answers to requests, in order, of any deltas in one batch. Throws DataError naming the first request whose fields
-   * are wrong, NotFound for an unknown delta, Unsupported for what only the server does.
+   * The answers to requests, in order, of any deltas in one batch. Throws DataError naming the first request whose
+   * fields are wrong, NotFound for an unknown delta, Unsupported for what only the server does.
    */
   async answer(requests: readonly Request[]): Promise<Answer[]> {
     const jobs = requests.map((request, place) => this.prepared(request, place));
@@ -72,7 +72,12 @@ export class Pipeline {
     const outputs: Float32Array[] = [];
     for (let start = 0; start < order.length; start += MOST_SEQUENCES) {
       const chosen = order.slice(start, start + MOST_SEQUENCES);
-      const found = await this.alone(() => this.graph.run(chosen.map((place) => all[place]!), stacks));
+      const found = await this.alone(() =>
+        this.graph.run(
+          chosen.map((place) => all[place]!),
+          stacks,
+        ),
+      );
       for (const [number, place] of chosen.entries()) outputs[place] = found[number]!;
     }
     return jobs.map(({ card, task }) => answered(card, task, outputs.splice(0, task.encodings.length)));
@@ -87,7 +92,9 @@ export class Pipeline {
   private card(name: string): Card {
     const found = this.deltas.find((card) => card.name === name);
     if (found) return found;
-    throw new NotFound(`there is no delta '${name}'; expected one of ${this.deltas.map((card) => card.name).join(", ")}`);
+    throw new NotFound(
+      `there is no delta '${name}'; expected one of ${this.deltas.map((card) => card.name).join(", ")}`,
+    );
   }
 
   private prepared(request: Request, place: number): { card: Card; task: Prepared } {
@@ -112,12 +119,16 @@ export class Pipeline {
   }
 
   private async fetched(card: Card): Promise<DeltaTensors> {
-    const files = card.files.map(async (path) => parse(await this.folder.bytes(path, this.manifest.files.get(path)), path));
+    const files = card.files.map(async (path) =>
+      parse(await this.folder.bytes(path, this.manifest.files.get(path)), path),
+    );
     const tensors = new Map((await Promise.all(files)).flatMap((file) => [...file]));
     this.stacks.check(tensors, card.name);
     const labels = tensors.get("head.out_bias")?.shape[1] ?? 0;
     if (card.output !== "embedding" && labels !== card.columns) {
-      throw new FormatError(`delta ${card.name} has a head of ${labels} columns, the manifest says ${card.columns}; export again`);
+      throw new FormatError(
+        `delta ${card.name} has a head of ${labels} columns, the manifest says ${card.columns}; export again`,
+      );
     }
     return tensors;
   }

@@ -3,8 +3,7 @@ import { FormatError } from "./errors.js";
 
 /** A tensor of a safetensors file, or of the graph's inputs. */
 export type Tensor =
-  | { dtype: "float32"; shape: number[]; data: Float32Array }
-  | { dtype: "int64"; shape: number[]; data: BigInt64Array };
+  { dtype: "float32"; shape: number[]; data: Float32Array } | { dtype: "int64"; shape: number[]; data: BigInt64Array };
 
 const HEADER = 8;
 const WIDTH = { F32: 4, I64: 8 };
@@ -31,7 +30,9 @@ export function parse(bytes: Uint8Array, path: string): Map<string, Tensor> {
   for (const [name, { dtype, shape, data_offsets }] of header(described, path)) {
     const [from = -1, to = -1] = data_offsets;
     if (from > to || start + to > bytes.byteLength || to - from !== sizeOf(shape) * WIDTH[dtype]) {
-      throw new FormatError(`${path}: ${name} is ${dtype} [${shape}] at bytes ${from} to ${to}, which cannot be; copy it anew`);
+      throw new FormatError(
+        `${path}: ${name} is ${dtype} [${shape}] at bytes ${from} to ${to}, which cannot be; copy it anew`,
+      );
     }
     const own = bytes.slice(start + from, start + to).buffer;
     found.set(

@@ -12,7 +12,7 @@ const NO_ANSWER = "no-answer";
 /** Prefixes of tags, and what BMES and BILOU call them. */
 const PREFIXES: Record<string, string> = { B: "B", I: "I", E: "E", S: "S", M: "I", L: "E", U: "S" };
 
-/** Entities `[{label, start, end, text, score}]` of `text`, or of `tokens` joined by a space, then with their `tags`. */
+/** Entities `[{label, start, end, text, score}]` of `text`, or of `tokens` joined by a space, with their `tags`. */
 export const tokenClassification: Prepare = ({ task, max_length }, fields, tokens) => {
   const apart = fields["tokens"] != null;
   const { text, spans } = apart ? joinWords(readTexts(fields, "tokens", 1)) : words(readText(fields, "text", "text_a"));
@@ -86,7 +86,7 @@ function places(fields: Fields, text: string): (span: Span, score: number) => Te
   });
 }
 
-/** (label, first word, word after the last) of each span of tags in IOB, IOBES, BILOU or BMES; bare tags count as I-. */
+/** (label, first word, word after the last) of each span in IOB, IOBES, BILOU or BMES; bare tags count as I-. */
 export function spansOf(tags: readonly string[]): [string, number, number][] {
   const spans: [string, number, number][] = [];
   let [previous, label, start] = ["O", "", 0];
@@ -111,14 +111,18 @@ interface Scored {
   score: number;
 }
 
-/** The best 20 spans of a context over all windows, and the score of no answer: the least that [CLS] has in a window. */
+/** The best 20 spans of a context over all windows, and the score of none: the least that [CLS] has in a window. */
 function bestSpans(context: string, encodings: readonly Encoding[], outputs: readonly Float32Array[], longest: number) {
   const scores = new Map<string, Scored>();
   let none = Infinity;
   for (const [number, { rows }] of encodings.entries()) {
     const logits = outputs[number]!;
     none = Math.min(none, logits[0]! + logits[1]!);
-    for (const { first, last, score } of candidates(rows.map(({ part }) => part === 1), logits, longest)) {
+    for (const { first, last, score } of candidates(
+      rows.map(({ part }) => part === 1),
+      logits,
+      longest,
+    )) {
       const span = trimmed(context, rows[first]!.span[0], rows[last]!.span[1]);
       const known = scores.get(String(span));
       if (span[0] < span[1] && !(known && known.score >= score)) scores.set(String(span), { span, score });
@@ -133,7 +137,9 @@ function bestSpans(context: string, encodings: readonly Encoding[], outputs: rea
 function candidates(inside: readonly boolean[], logits: Float32Array, longest: number) {
   const rows = inside.flatMap((own, row) => (own ? [row] : []));
   const found = rows.flatMap((first, place) =>
-    rows.slice(place, place + longest).map((last) => ({ first, last, score: logits[2 * first]! + logits[2 * last + 1]! })),
+    rows
+      .slice(place, place + longest)
+      .map((last) => ({ first, last, score: logits[2 * first]! + logits[2 * last + 1]! })),
   );
   return found.sort((one, other) => other.score - one.score).slice(0, CANDIDATES);
 }

@@ -19,10 +19,10 @@ const HEAD_STACKS = ["head.dense", "head.out"];
 /**
  * Makes the graph's inputs of any set of deltas.
  *
- * Stacks (`[L, height, width]`, of heads `[height, ...]`) get their rows behind one another, below a row of zeros; tables
- * (`[deltas, width]`, int64) a line for each delta, with their numbers counted from where its rows now stand. What a
- * delta does not change is not in its tensors: its lines are zero, and a table that nobody has gets no columns, so that
- * the graph computes nothing there.
+ * Stacks (`[L, height, width]`, of heads `[height, ...]`) get their rows behind one another, below a row of zeros;
+ * tables (`[deltas, width]`, int64) a line for each delta, with their numbers counted from where its rows now stand.
+ * What a delta does not change is not in its tensors: its lines are zero, and a table that nobody has gets no columns,
+ * so that the graph computes nothing there.
  */
 export class Stacks {
   private readonly heights = new Map<string, GraphInput>();
@@ -38,7 +38,9 @@ export class Stacks {
   check(delta: DeltaTensors, name: string): void {
     for (const [own, { dtype, shape, data }] of delta) {
       const input = this.inputs.find((one) => one.name === own);
-      const fits = input?.shape.every((size, axis) => shape[axis] === size || (size === "deltas" ? shape[axis] === 1 : typeof size === "string"));
+      const fits = input?.shape.every(
+        (size, axis) => shape[axis] === size || (size === "deltas" ? shape[axis] === 1 : typeof size === "string"),
+      );
       if (!input || dtype !== input.type || shape.length !== input.shape.length || !fits) {
         const expected = input ? `${input.type} [${input.shape}]` : "none";
         throw new FormatError(`delta ${name}: ${own} is ${dtype} [${shape}], the graph has ${expected}; export again`);
@@ -114,7 +116,13 @@ function placeOf(height: number | string | undefined): string {
 }
 
 /** Writes a tensor into one that is as large or larger on every axis, `at` further on along `axis`. */
-function copy(from: { shape: number[]; data: Float32Array }, to: Float32Array, shape: number[], axis: number, at: number): void {
+function copy(
+  from: { shape: number[]; data: Float32Array },
+  to: Float32Array,
+  shape: number[],
+  axis: number,
+  at: number,
+): void {
   const width = from.shape.at(-1) ?? 1;
   for (let line = 0; line * width < from.data.length; line++) {
     let rest = line;

@@ -8,8 +8,8 @@ import type { Tokens } from "./tokens.js";
 import { cut, type Encoding, MOST_WINDOWS, windows } from "./windows.js";
 
 /**
- * A request that was read: its sequences, and what makes an answer of their outputs: [C] or [H] for each text (its windows
- * put together), [rows, C] for each sequence of tasks that answer for tokens.
+ * A request that was read: its sequences, and what makes an answer of their outputs: [C] or [H] for each text (its
+ * windows put together), [rows, C] for each sequence of tasks that answer for tokens.
  */
 export interface Prepared {
   encodings: Encoding[];
@@ -21,13 +21,21 @@ export type Prepare = (card: Card, fields: Fields, tokens: Tokens) => Prepared;
 
 const EVEN = 0.5;
 const CAUSES: Record<string, string> = { cause: "What was the cause of this?", effect: "What happened as a result?" };
+const DOCUMENT = ["document", "passage", "corpus"];
 /** What callers say that a text is, and the names under which deltas keep its prompt. */
 const ROLES: Record<string, string[]> = {
-  ...Object.fromEntries(["query", "search_query", "retrieval.query"].map((role) => [role, ["query"]])),
-  ...Object.fromEntries(
-    ["document", "search_document", "retrieval.passage", "passage", "corpus"].map((role) => [role, ["document", "passage", "corpus"]]),
-  ),
-  ...Object.fromEntries(["classification", "clustering", "separation", "text-matching"].map((role) => [role, [role]])),
+  query: ["query"],
+  search_query: ["query"],
+  "retrieval.query": ["query"],
+  document: DOCUMENT,
+  search_document: DOCUMENT,
+  "retrieval.passage": DOCUMENT,
+  passage: DOCUMENT,
+  corpus: DOCUMENT,
+  classification: ["classification"],
+  clustering: ["clustering"],
+  separation: ["separation"],
+  "text-matching": ["text-matching"],
 };
 
 const classification: Prepare = (card, fields, tokens) => ({
@@ -45,7 +53,10 @@ const multiLabel: Prepare = (card, fields, tokens) => ({
   decode([logits]) {
     const { labels, thresholds } = card.task;
     const shares = Array.from(logits!, sigmoid);
-    return { labels: labels.filter((_, place) => shares[place]! >= (thresholds[place] ?? EVEN)), scores: named(labels, shares) };
+    return {
+      labels: labels.filter((_, place) => shares[place]! >= (thresholds[place] ?? EVEN)),
+      scores: named(labels, shares),
+    };
   },
 });
 
@@ -56,11 +67,12 @@ const regression: Prepare = (card, fields, tokens) => ({
 
 const multipleChoice: Prepare = (card, fields, tokens) => {
   const premise = optionalText(fields, "premise");
-  const question = premise === null ? readText(fields, "question") : optionalText(fields, "question");
-  const prompt = [premise, premise === null ? question : (CAUSES[question ?? ""] ?? question)].filter((part) => part !== null);
+  const asked = premise === null ? readText(fields, "question") : optionalText(fields, "question");
+  const question = premise !== null && asked !== null ? (CAUSES[asked] ?? asked) : asked;
+  const prompt = [premise, question].filter((part) => part !== null).join(" ");
   const choices = readTexts(fields, "choices", 2);
   return {
-    encodings: choices.flatMap((choice) => long(card, tokens, prompt.join(" "), choice)),
+    encodings: choices.flatMap((choice) => long(card, tokens, prompt, choice)),
     decode(outputs) {
       const scores = softmax(outputs.map((output) => output[0]!));
       return { choice: best(scores), score: Math.max(...scores), scores };
@@ -76,8 +88,8 @@ const embedding: Prepare = (card, fields, tokens) => {
   return {
     encodings: read.flatMap((text) => long(card, tokens, text, null)),
     decode(outputs) {
-      const whole = outputs.map((output) => (card.task.normalize ? unit(output) : output));
-      const vectors = whole.map((vector) => (width < vector.length && card.task.normalize ? unit(vector.slice(0, width)) : vector.slice(0, width)));
+      const cutOff = outputs.map((output) => output.slice(0, width));
+      const vectors = card.task.normalize ? cutOff.map(unit) : cutOff;
       const [first, second] = vectors.map((vector) => Array.from(vector));
       if (!second) return { embedding: first! };
       return { embedding: first!, embedding_pair: second, similarity: cosine(vectors[0]!, vectors[1]!) };
@@ -91,12 +103,14 @@ const zeroShot: Prepare = (card, fields, tokens) => {
   if (!names.length) throw new DataError("field 'labels' is missing; expected the labels to choose from");
   if (new Set(names).size < names.length) throw new DataError("field 'labels' has a label twice; expected each once");
   const template = optionalText(fields, "template") ?? task.template;
-  if (!template.includes("{}")) throw new DataError(`field 'template' is ${shown(template)}; expected {} where a label goes`);
+  if (!template.includes("{}"))
+    throw new DataError(`field 'template' is ${shown(template)}; expected {} where a label goes`);
   const several = fields["multi_label"] === true || names.length === 1;
   const beside = names.map((name) => {
     const known = task.label_texts[task.labels.indexOf(name)];
     const encoding = cut(tokens.text(template.replaceAll("{}", known || readable(name)), null), card.max_length);
-    if (encoding.cut) throw new DataError(`the label ${shown(name)} has ${encoding.cut} tokens too many; expected a shorter one`);
+    if (encoding.cut)
+      throw new DataError(`the label ${shown(name)} has ${encoding.cut} tokens too many; expected a shorter one`);
     return encoding;
   });
   return {
@@ -104,7 +118,9 @@ const zeroShot: Prepare = (card, fields, tokens) => {
     decode([text, ...rows]) {
       const logits = rows.map((row) => task.scale * cosine(text!, row));
       const numbers = several ? logits.map((logit) => sigmoid(logit + task.bias)) : softmax(logits);
-      const ranked = names.map((name, place) => [name, numbers[place]!] as const).sort((one, other) => other[1] - one[1]);
+      const ranked = names
+        .map((name, place) => [name, numbers[place]!] as const)
+        .sort((one, other) => other[1] - one[1]);
       const scores = Object.fromEntries(ranked);
       if (several) return { labels: ranked.filter(([, score]) => score >= EVEN).map(([name]) => name), scores };
       return { label: ranked[0]![0], score: ranked[0]![1], scores };
@@ -127,13 +143,20 @@ const TASKS: Record<string, Prepare> = {
 export function taskOf(card: Card): Prepare {
   const found = TASKS[card.task.kind];
   if (found) return found;
-  throw new Unsupported(`delta ${card.name} does ${card.task.kind}; expected ${Object.keys(TASKS).join(", ")}: ask the server`);
+  throw new Unsupported(
+    `delta ${card.name} does ${card.task.kind}; expected ${Object.keys(TASKS).join(", ")}: ask the server`,
+  );
 }
 
 /** What a text's windows [C] or [H] come to, a text a row: the mean by tokens of their own, or the largest of each. */
-export function aggregated(task: TaskSpec, encodings: readonly Encoding[], outputs: readonly Float32Array[]): Float32Array[] {
+export function aggregated(
+  task: TaskSpec,
+  encodings: readonly Encoding[],
+  outputs: readonly Float32Array[],
+): Float32Array[] {
   const groups: number[][] = [];
-  for (const [place, { continues }] of encodings.entries()) (continues ? groups.at(-1)! : (groups[groups.push([]) - 1]!)).push(place);
+  for (const [place, { continues }] of encodings.entries())
+    (continues ? groups.at(-1)! : groups[groups.push([]) - 1]!).push(place);
   return groups.map((group) => {
     if (group.length === 1) return outputs[group[0]!]!;
     const total = group.reduce((sum, place) => sum + encodings[place]!.own, 0);
@@ -156,7 +179,9 @@ function textOrPair(card: Card, fields: Fields, tokens: Tokens): Encoding[] {
 /** One text or a pair, cut or in windows as the task says. */
 function long({ task, max_length }: Card, tokens: Tokens, text: string, pair: string | null): Encoding[] {
   const rows = tokens.text(text, pair);
-  return task.long === "windows" ? windows(rows, max_length, task.stride, undefined, MOST_WINDOWS) : [cut(rows, max_length)];
+  return task.long === "windows"
+    ? windows(rows, max_length, task.stride, undefined, MOST_WINDOWS)
+    : [cut(rows, max_length)];
 }
 
 /** What is read before a text, and before its pair. */
@@ -170,7 +195,9 @@ function promptsFor({ prompts }: TaskSpec, fields: Fields, paired: boolean): [st
   const chosen = name ?? role;
   if (chosen === null) return paired ? [of("query"), of("document")] : [known.get("") ?? "", ""];
   if (!known.has(chosen) && (name !== null || !ROLES[chosen])) {
-    throw new DataError(`there is no prompt ${shown(chosen)}; this delta has ${[...known.keys()].join(", ") || "none"}`);
+    throw new DataError(
+      `there is no prompt ${shown(chosen)}; this delta has ${[...known.keys()].join(", ") || "none"}`,
+    );
   }
   return name === null ? [of(chosen), of(chosen)] : [known.get(name)!, known.get(name)!];
 }

@@ -78,7 +78,9 @@ export class Tokens {
 
   /** The special tokens around one text or two, each of which is one row. */
   private template(pair: string[] | null): Row[] {
-    const { tokens, token_type_ids } = this.whole.post_processor?.([FIRST], pair, true) ?? { tokens: [FIRST, ...(pair ?? [])] };
+    const { tokens, token_type_ids } = this.whole.post_processor?.([FIRST], pair, true) ?? {
+      tokens: [FIRST, ...(pair ?? [])],
+    };
     return tokens.map((token, row) => {
       const part = [FIRST, SECOND].indexOf(token);
       return { id: part < 0 ? this.id(token) : -1, type: token_type_ids?.[row] ?? 0, part, span: NOWHERE, word: -1 };

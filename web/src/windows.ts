@@ -29,7 +29,10 @@ export function windows(rows: readonly Row[], most: number, stride: number, of?:
   const longer = of ?? (count(rows, 1) > count(rows, 0) ? 1 : 0);
   const [total, other] = [count(rows, longer), count(rows, 1 - longer)];
   if (rows.length <= most) return [{ rows, cut: 0, continues: false, own: total }];
-  const start = Math.max(rows.findIndex((row) => row.part === longer), 0);
+  const start = Math.max(
+    rows.findIndex((row) => row.part === longer),
+    0,
+  );
   const room = Math.max(most - (rows.length - total - other), 0);
   const kept = Math.min(other, total ? Math.floor(room / 2) : room);
   const size = room - kept;
@@ -38,7 +41,11 @@ export function windows(rows: readonly Row[], most: number, stride: number, of?:
   const lefts = Array.from({ length: number }, (_, window) => start + window * step);
   const right = (window: number) => Math.min(lefts[window]! + size, start + total);
   const border = (window: number) =>
-    window === 0 ? start : window === number ? right(number - 1) : Math.floor((lefts[window]! + right(window - 1) + 1) / 2);
+    window === 0
+      ? start
+      : window === number
+        ? right(number - 1)
+        : Math.floor((lefts[window]! + right(window - 1) + 1) / 2);
   const end = start + total;
   const before = keep(rows.slice(0, start), { 0: kept, 1: kept });
   const after = keep(rows.slice(end), { 0: kept, 1: kept });
