@@ -8,6 +8,7 @@ once.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -54,7 +55,7 @@ def save(directory: Path, encoder: Encoder, deltas: Sequence[Delta]) -> None:
     if (directory / MANIFEST).exists():
         manifest = _manifest(directory)
     else:
-        manifest = {"format": FORMAT, "files": {MODEL["web"]: model.stat().st_size}, "deltas": []}
+        manifest = {"format": FORMAT, "files": {MODEL["web"]: _told(model.read_bytes())}, "deltas": []}
         deltas = [base_of(encoder), *deltas]
     (directory / "deltas").mkdir(exist_ok=True)
     for delta in deltas:
@@ -64,7 +65,9 @@ def save(directory: Path, encoder: Encoder, deltas: Sequence[Delta]) -> None:
             dense = [name for name in parts[own] if name.startswith(("head.dense", "head.norm"))]
             parts[HEAD] = {name: parts[own].pop(name) for name in dense}
         for path, arrays in parts.items():
-            manifest["files"][path] = (directory / path).write_bytes(as_bytes(arrays))
+            content = as_bytes(arrays)
+            (directory / path).write_bytes(content)
+            manifest["files"][path] = _told(content)
         card = {name: value for name, value in asdict(library.cards[0]).items() if name not in OF_TASK}
         manifest["deltas"].append(card | {"task": asdict(delta.task), "files": list(parts)})
     write_json(directory / MANIFEST, manifest)
@@ -80,6 +83,11 @@ def load(directory: Path, encoder: Encoder) -> Library:
         return reduce(Library.join, libraries)
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as problem:
         raise FormatError(f"{directory.name} has no deltas for the web ({problem}); {AGAIN}") from None
+
+
+def _told(content: bytes) -> JsonObject:
+    """What the manifest says of a file: browsers check both, and fetch it anew where the second has changed."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _manifest(directory: Path) -> JsonObject:

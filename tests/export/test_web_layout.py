@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -64,7 +65,12 @@ def test_a_file_holds_what_a_delta_changes_and_nothing_else(encoders, stage):
     }  # fmt: skip
     assert [*load_file(stage / "onnx/head.safetensors")] == ["head.dense", "head.dense_bias"]
     assert manifest["files"] == {
-        str(path.relative_to(stage)): path.stat().st_size for path in stage.rglob("*.*") if path.suffix != ".json"
+        str(path.relative_to(stage)): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in stage.rglob("*.*")
+        if path.suffix != ".json"
     }
 
 

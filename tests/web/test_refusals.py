@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
 from tests.web.conftest import Ask
 
@@ -72,51 +73,54 @@ def manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return changed
 
 
-def tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
-    """Changes those of ``lora``, and what the manifest says of their size."""
+LORA = "deltas/lora.safetensors"
+
+
+def content(change: Callable[[bytes], bytes], path: str = LORA) -> Callable[[Path], None]:
+    """Changes a file, and what the manifest says of it."""
 
     def changed(out: Path) -> None:
-        path = out / "deltas/lora.safetensors"
-        arrays = load_file(path)
-        change(arrays)
-        save_file(arrays, path)
-        manifest(lambda values: values["files"].update({"deltas/lora.safetensors": path.stat().st_size}))(out)
+        made = change((out / path).read_bytes())
+        (out / path).write_bytes(made)
+        told = {"bytes": len(made), "sha256": hashlib.sha256(made).hexdigest()}
+        manifest(lambda values: values["files"].update({path: told}))(out)
 
     return changed
 
 
-def header(out: Path) -> None:
-    path = out / "deltas/lora.safetensors"
-    content = bytearray(path.read_bytes())
-    content[:8] = (1 << 40).to_bytes(8, "little")
-    path.write_bytes(content)
+def tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
+    """Changes those of ``lora``."""
+
+    def changed(before: bytes) -> bytes:
+        arrays = load(before)
+        change(arrays)
+        return save(arrays)
+
+    return content(changed)
 
 
-def offsets(out: Path) -> None:
-    path = out / "deltas/lora.safetensors"
-    path.write_bytes(path.read_bytes().replace(b'"data_offsets":[0,', b'"data_offsets":[8,', 1))
-
-
+TOLD = {"bytes": 1, "sha256": "0" * 64}
 LIES: dict[str, Callable[[Path], None]] = {
     "manifest.json has format 2; expected bertology-serve-web/1": manifest(lambda it: it.update(format="2")),
     "manifest.json.deltas is null; expected a list": manifest(lambda it: it.update(deltas=None)),
     "manifest.json.deltas[1].task.labels[0] is 3; expected a text": manifest(
         lambda it: it["deltas"][1]["task"].update(labels=[3])
     ),
-    "manifest.json: lora reads https://elsewhere/x, of which no size is known": manifest(
+    "manifest.json: lora reads https://elsewhere/x, of which it says nothing": manifest(
         lambda it: it["deltas"][1].update(files=["https://elsewhere/x"])
     ),
     'the path "../secret" is none within the export': manifest(
-        lambda it: (it["files"].update({"../secret": 1}), it["deltas"][1].update(files=["../secret"]))
+        lambda it: (it["files"].update({"../secret": TOLD}), it["deltas"][1].update(files=["../secret"]))
     ),
     'the path "//elsewhere/x" is none within the export': manifest(
-        lambda it: (it["files"].update({"//elsewhere/x": 1}), it["deltas"][1].update(files=["//elsewhere/x"]))
+        lambda it: (it["files"].update({"//elsewhere/x": TOLD}), it["deltas"][1].update(files=["//elsewhere/x"]))
     ),
-    "bytes, the manifest says 1; copy the export anew": manifest(
-        lambda it: it["files"].update({"deltas/lora.safetensors": 1})
+    "bytes, the manifest says 1; copy it anew": manifest(lambda it: it["files"][LORA].update(bytes=1)),
+    "deltas/lora.safetensors has other bytes than the manifest says": manifest(
+        lambda it: it["files"][LORA].update(sha256="0" * 64)
     ),
-    "deltas/lora.safetensors ends within its header": header,
-    "which cannot be; copy it anew": offsets,
+    "deltas/lora.safetensors ends within its header": content(lambda it: (1 << 40).to_bytes(8, "little") + it[8:]),
+    "which cannot be; copy it anew": content(lambda it: it.replace(b'"data_offsets":[0,', b'"data_offsets":[8,', 1)),
     "dtype is \"F16\"; expected one of F32, I64": tensors(
         lambda it: it.update({"key.a": it["key.a"].astype(np.float16)})
     ),
@@ -131,11 +135,8 @@ LIES: dict[str, Callable[[Path], None]] = {
         lambda it: it.update(input_ids=np.zeros((1, 1), np.int64))
     ),
     "delta lora has a head of 2 columns, the manifest says 3": manifest(lambda it: it["deltas"][1].update(columns=3)),
-    "tokenizer.json is no JSON": lambda out: (out / "tokenizer.json").write_text("{") and None,
-    "ONNX Runtime cannot load the graph": lambda out: (out / "onnx/model.onnx").write_bytes(
-        bytes((out / "onnx/model.onnx").stat().st_size)
-    )
-    and None,
+    "tokenizer.json is no JSON": content(lambda it: b"{", "tokenizer.json"),
+    "ONNX Runtime cannot load the graph": content(lambda it: b"0", "onnx/model.onnx"),
 }  # fmt: skip
 
 

@@ -38,9 +38,13 @@ const card = fields({
   files: list(text),
 });
 
-/** `files` are the sizes in bytes of the graph and of all deltas, by their paths. */
+/** `files` say of the graph and of all deltas, by their paths, what their content is. */
 export type Manifest = ReturnType<typeof manifest>;
-const manifest = fields({ format: text, files: mapping(count), deltas: list(card) });
+const manifest = fields({
+  format: text,
+  files: mapping(fields({ bytes: count, sha256: text })),
+  deltas: list(card),
+});
 
 export const GRAPH = "onnx/model.onnx";
 const FILE = "manifest.json";
@@ -57,7 +61,7 @@ export async function readManifest(folder: Folder): Promise<Manifest> {
   for (const { name, task, columns, files } of found.deltas) {
     const lost = [GRAPH, ...files].find((path) => !found.files.has(path));
     if (lost !== undefined)
-      throw new FormatError(`${FILE}: ${name} reads ${lost}, of which no size is known; export again`);
+      throw new FormatError(`${FILE}: ${name} reads ${lost}, of which it says nothing; export again`);
     if (task.labels.length > columns && task.kind !== "zero-shot" && task.kind !== "question-answering") {
       throw new FormatError(`${FILE}: ${name} has ${task.labels.length} labels and ${columns} columns; export again`);
     }
