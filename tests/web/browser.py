@@ -27,11 +27,16 @@ def chromium() -> str:
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files, and what a page posts."""
+    """Files, for pages that may use several threads; and what a page posts."""
 
     def __init__(self, *given: Any, told: queue.Queue[Any], **named: Any) -> None:
         self.told = told
         super().__init__(*given, **named)
+
+    def end_headers(self) -> None:
+        self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        super().end_headers()
 
     def do_POST(self) -> None:
         self.told.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
