@@ -34,6 +34,10 @@ DECODED: dict[str, tuple[list[Any], TaskSpec]] = {
         TaskSpec("embedding", max_length=16, head="none", pooling="mean", prompts=(("query", "find "), ("", "the "))),
     ),
     "raw": (RANKS, TaskSpec("embedding", max_length=12, head="none", normalize=False, long="windows", stride=4)),
+    "scrolls": (
+        RANKS,
+        TaskSpec("zero-shot", ("x", "y"), max_length=12, head="none", pooling="mean", long="windows", stride=4),
+    ),
     "words": (
         RANKS,
         TaskSpec(
@@ -64,7 +68,11 @@ OWN: dict[str, list[dict[str, Any]]] = {
         {"question": "what is good", "choices": ["the river", "the bank"]},
     ],
     "embedding": [{"text": TEXTS[1], "text_pair": TEXTS[0]}, {"text": TEXTS[2], "dimensions": 5}],
-    "zero-shot": [{"text": TEXTS[0]}, {"text": TEXTS[1], "labels": ["good dog", "PlayMusic"], "multi_label": True}],
+    "zero-shot": [
+        {"text": TEXTS[0]},
+        {"text": TEXTS[1], "labels": ["good dog", "PlayMusic"], "multi_label": True},
+        {"text": TEXTS[2], "text_pair": TEXTS[1]},
+    ],
 }
 PROMPTS = [{"text": TEXTS[0], **one} for one in ({"input_type": "search_query"}, {"prompt_name": "query"}, {})]
 

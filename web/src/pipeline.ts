@@ -141,12 +141,12 @@ export class Pipeline {
   }
 }
 
-function answered(card: Card, { encodings, decode }: Prepared, outputs: readonly Float32Array[]): Answer {
+function answered(card: Card, { encodings, own, decode }: Prepared, outputs: readonly Float32Array[]): Answer {
   const whole = card.output === "token_logits" ? outputs : aggregated(card.task, encodings, outputs);
   const answer: Answer = { delta: card.name, version: card.version, task: card.task.kind, ...decode(whole) };
-  const windows = encodings.some(({ continues }) => continues) ? encodings.length : 1;
-  const read = encodings.reduce((sum, { rows }) => sum + rows.length, 0);
-  const given = encodings.reduce((sum, { cut }) => sum + cut, read);
+  const asked = encodings.slice(0, own);
+  const read = asked.reduce((sum, { rows }) => sum + rows.length, 0);
+  const given = asked.reduce((sum, { cut }) => sum + cut, read);
   if (given > read) Object.assign(answer, { truncated: true, tokens_read: read, tokens_given: given });
-  return windows > 1 ? { ...answer, windows } : answer;
+  return asked.some(({ continues }) => continues) ? { ...answer, windows: asked.length } : answer;
 }

@@ -13,6 +13,8 @@ import { cut, type Encoding, MOST_WINDOWS, windows } from "./windows.js";
  */
 export interface Prepared {
   encodings: Encoding[];
+  /** How many of them are the request's own, where others, such as labels, stand behind. */
+  own?: number;
   decode(outputs: readonly Float32Array[]): TaskAnswer;
 }
 
@@ -113,8 +115,10 @@ const zeroShot: Prepare = (card, fields, tokens) => {
       throw new DataError(`the label ${shown(name)} has ${encoding.cut} tokens too many; expected a shorter one`);
     return encoding;
   });
+  const own = textOrPair(card, fields, tokens);
   return {
-    encodings: [...textOrPair(card, fields, tokens), ...beside],
+    encodings: [...own, ...beside],
+    own: own.length,
     decode([text, ...rows]) {
       const logits = rows.map((row) => task.scale * cosine(text!, row));
       const numbers = several ? logits.map((logit) => sigmoid(logit + task.bias)) : softmax(logits);

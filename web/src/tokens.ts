@@ -32,7 +32,8 @@ export class Tokens {
   constructor(file: TokenizerFile, config: object) {
     try {
       this.whole = new Tokenizer(file, config);
-      this.apart = new Tokenizer(prefixed(file) as TokenizerFile, config);
+      const bare = JSON.stringify(file).includes('"add_prefix_space":false');
+      this.apart = bare ? new Tokenizer(prefixed(file) as TokenizerFile, config) : this.whole;
     } catch (problem) {
       throw new FormatError(`tokenizer.json cannot be read (${problem}); export again`);
     }
