@@ -29,7 +29,8 @@ OTHERS = (
     "--retry --retry-connrefused --retry-delay --retry-all-errors --from-literal --nproc-per-node --num --text "
     "--ignore-scripts --directory"
 ).split()
-"""Flags of curl, kubectl, torchrun, accelerate, the examples, npm and http.server; those of TEI and vLLM stand on their own pages."""
+"""Flags of curl, kubectl, torchrun, accelerate, the examples, npm and http.server; those of TEI and vLLM stand on
+their own pages."""
 ABOUT_OTHERS = ("coming-from-tei.md", "coming-from-vllm-lora.md")
 
 
