@@ -43,6 +43,7 @@ PANELS = {
 }
 
 MOST_NAMED = 10
+BEGAN = {"contrastive": "contrastive start", "probe": "probe (contrastive start: no better)"}
 
 
 @laid_out(COMMON, PANELS)
@@ -141,7 +142,13 @@ def train(
         for stage in stages(config) if processes.leads else ():
             show_dry_run(make_live(encoder, stage.config, spec), stage, source, processes)
         return
-    chosen = training.choices(config, encoder, len(source.records), judged=dev is not None)
+    chosen = training.choices(
+        config,
+        encoder,
+        len(source.records),
+        len(training.labels_of(config, source)),
+        judged=bool(dev or config.eval.folds),
+    )
     files = {"backbone": backbone, "train": train, "eval": eval, "ood": ood}
     named = {flag: _lasting(path) for flag, path in files.items() if path} | {"device": device}
     named |= {"columns": columns} if columns else {}
@@ -330,6 +337,7 @@ def show(outcome: Outcome, eval: str | None) -> None:
         ("kind", " + ".join(delta.kinds)),
         ("parameters", f"{count.trained:,} ({percent(count.share)})"),
         ("steps", f"{state.step} (kept: {state.best_step})" if state.metrics else str(state.step)),
+        *([("began at", BEGAN[state.start])] if state.start else []),
         ("time", f"{state.seconds:.1f} s"),
         ("saved copy differs by", f"{outcome.difference:.1e}"),
     ]

@@ -36,7 +36,8 @@ class Stage:
     @property
     def title(self) -> str:
         what = " + ".join(self.config.method) + (", solved" if self.solved else "")
-        return f"{what}, with the head of the stage before" if self.given_head else what
+        what += ", with the head of the stage before" if self.given_head else ""
+        return what + (", after a contrastive start" if self.contrastive else "")
 
 
 def stages(config: TrainConfig) -> tuple[Stage, ...]:

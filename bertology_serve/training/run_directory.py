@@ -239,6 +239,7 @@ def provenance(
         "eval": data.dev.facts() if data.dev else None,
         **({"ood": data.ood.facts()} if data.ood else {}),
         "kept": f"step {state.best_step if config.eval.keep == 'best' and data.dev else state.step} of {state.step}",
+        **({"start": state.start} if state.start else {}),
         "trained_parameters": counts.trained,
         "seconds": round(state.seconds, 1),
         "hardware": several + torch.cuda.get_device_name(device)
@@ -294,7 +295,8 @@ class RunState:
     among them; ``best_step`` got there.
 
     ``metrics`` are those of the state that is kept, ``stale`` counts evaluations since ``best_step``, ``stopped`` says
-    that patience ran out, ``seconds`` is the time spent so far.
+    that patience ran out, ``seconds`` is the time spent so far. ``start`` is where
+    training began: ``contrastive``, or ``probe`` where the dev set found that no better; empty where nothing was tried.
     """
 
     stage: int = 0
@@ -307,6 +309,7 @@ class RunState:
     stale: int = 0
     stopped: bool = False
     seconds: float = 0.0
+    start: str = ""
 
     def as_dict(self) -> JsonObject:
         return asdict(self)

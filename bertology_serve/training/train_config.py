@@ -42,6 +42,8 @@ LEAST_EPOCHS, MOST_EPOCHS, ENOUGH_ROWS = 3, 20, 6000
 FEW_ROWS = 5000
 CONTRASTIVE_ROWS = 200
 """Rows of classification below which a method of ``FEW_ROWS_RATES`` begins by bringing texts of one label together."""
+PAIR_ROWS = 3
+"""Rows a label below which there are hardly any pairs of one."""
 VECTOR_WIDTH = 128
 """The length of multi-vector's vectors where none is given: ColBERT's."""
 FEW_ROWS_RATES: Mapping[str, float] = {"lora": 3e-3}
@@ -447,10 +449,11 @@ def _check_recipe(config: "TrainConfig") -> None:
     if config.plan.recipe == EH_FT and config.method[0] in ALONE:
         raise SpecError(f"recipe eh-ft begins with a delta, but the method is {names}; give lora, bitfit or another")
     if config.plan.start == CONTRASTIVE and (config.task != tasks.CLASSIFICATION or not config.starts_at_probe):
-        own = config.plan.recipe and f"recipe {config.plan.recipe}"
+        own = f"recipe {config.plan.recipe}" if config.plan.recipe else f"method {names}"
+        form = f"head {config.form.head or 'linear'} and aggregate {config.form.aggregate}"
         raise SpecError(
-            f"start contrastive is for a delta's linear head for classification; got {own or names} and task "
-            f"{config.task}; leave it out"
+            "start contrastive is for a delta's linear head for classification, on the mean of windows; got task "
+            f"{config.task}, {own}, {form}; leave it out"
         )
     if config.plan.start == CONTRASTIVE and config.full:
         raise SpecError(f"start contrastive trains a delta, and {names} trains the encoder; leave it out")

@@ -36,7 +36,7 @@ from bertology_serve.training.methods import (
 )
 from bertology_serve.training.processes import ALONE, Processes
 from bertology_serve.training.run_directory import RunDirectory, RunState, random_state, set_random_state
-from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.train_config import CONTRASTIVE, START_PROBE, TrainConfig
 
 Line = Mapping[str, Any]
 
@@ -165,12 +165,15 @@ class Trainer:
         where the dev set finds that no better than the start, it is undone.
         """
         if self.first is not None:
-            before = _copies(self.parameters)
+            before, started = _copies(self.parameters), time.perf_counter()
             self.first()
+            self.state.start = CONTRASTIVE
+            self.state.seconds += time.perf_counter() - started
         if (self.first or self.live.task.kind in WHOLE_BATCH) and self.config.eval.keep == "best":
             self._evaluate()
             if self.first and self.unimproved:
                 self._set_parameters(before)
+                self.state.start = START_PROBE
             self.live.train()
 
     @property

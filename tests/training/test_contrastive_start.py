@@ -17,7 +17,7 @@ from bertology_serve.training.evaluation import evaluate
 from bertology_serve.training.frozen_rows import pooled
 from bertology_serve.training.recipes import stages
 from bertology_serve.training.run_directory import Destination
-from bertology_serve.training.train import Prepared, first_of, prepare, train
+from bertology_serve.training.train import Prepared, choices, first_of, prepare, train
 from bertology_serve.training.train_config import TrainConfig
 from bertology_serve.training.trainer import Trainer
 from tests.training import sets
@@ -71,13 +71,14 @@ def test_it_is_the_same_whatever_was_drawn_before(bert: Encoder):
     assert all(torch.equal(ends[0].tensors[name], ends[1].tensors[name]) for name in ends[0].tensors)
 
 
-def test_with_hardly_a_pair_nothing_is_done(bert: Encoder):
+def test_with_hardly_a_pair_training_begins_at_the_probe(bert: Encoder, tmp_path: Path):
     records = [{"text": f"the film was {word}", "label": word} for word in ("good", "bad", "cold", "good")]
-    one = prepare(stages(CONFIG)[-1].config, bert, Source.read(records))
-    before = one.live.freeze("one")
-    bring_together(one.live, one.task, one.items, CONFIG)
-    after = one.live.freeze("one")
-    assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
+    for config in (CONFIG, TrainConfig.of("classification")):
+        outcome = train(config, bert, Source.read(records), place=Destination(tmp_path / "mine", overwrite=True))
+        facts = outcome.delta.provenance
+        assert outcome.state.step == TrainConfig.of("classification").passes(len(records)), "it is trained as ever"
+        assert ("start" in facts, facts["training"]["start"] or "probe") == (False, "probe")
+    assert "no contrastive start (fewer than 3 rows a label)" in choices(CONFIG, bert, len(records), 3)
 
 
 @pytest.mark.parametrize("metric", [0.0, 1.0])
@@ -89,9 +90,9 @@ def test_the_dev_set_decides_whether_it_stays(ready: Prepared, metric: float):
     before = {name: tensor.clone() for name, tensor in ready.live.named_tensors().items()}
     trainer.prepare()
     moved = any(not torch.equal(before[name], tensor) for name, tensor in ready.live.named_tensors().items())
-    assert (moved, bool(trainer.best), trainer.unimproved) == (
-        (True, True, False) if not metric else (False, False, True)
-    )
+    found = (moved, bool(trainer.best), trainer.unimproved, trainer.state.start)
+    assert found == ((True, True, False, "contrastive") if not metric else (False, False, True, "probe"))
+    assert trainer.state.seconds > 0
 
 
 @pytest.mark.parametrize(("asked", "steps"), [({}, 0), ({"epochs": 1}, 1), ({"max_steps": 1}, 1)])
@@ -100,13 +101,22 @@ def test_without_a_dev_set_it_is_all_unless_steps_are_asked_for(
 ):
     outcome = train(CONFIG.replaced(**asked), bert, sets.source("classification"), place=Destination(tmp_path / "mine"))
     assert (outcome.state.step, outcome.delta.kinds) == (steps, ("lora",))
+    assert (outcome.delta.provenance["start"], outcome.baselines) == ("contrastive", {}), "no dev set measures a probe"
     answers = evaluate(outcome.delta, sets.source("classification").records, bert).metrics
     assert answers["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"task": "regression"}, {"method": "full"}, {"method": "probe"}, {"head": "hf"}, {"recipe": "lp-ft"}]
+    "wrong",
+    [
+        {"task": "regression"},
+        {"method": "full"},
+        {"method": "probe"},
+        {"head": "hf"},
+        {"recipe": "lp-ft"},
+        {"aggregate": "max"},
+    ],
 )
 def test_what_it_is_not_for(wrong: dict[str, str]):
-    with pytest.raises(SpecError, match="start contrastive"):
+    with pytest.raises(SpecError, match="start contrastive.*" + "".join(wrong.values())):
         TrainConfig.of(**{"task": "classification", "start": "contrastive", **wrong})
