@@ -68,7 +68,7 @@ class Library:
         """Both, the other's deltas behind; SpecError where a name is there already, FormatError for other arrays."""
         twice = {card.name for card in self.cards} & {card.name for card in other.cards}
         if twice:
-            raise SpecError(f"delta {min(twice)!r} is there already; export under another name, or leave it out")
+            raise SpecError(f"delta {min(twice)!r} is there already; leave it out, or train it with another --name")
         _check_alike(self.arrays, other.arrays)
         return Library(_joined(self.arrays, other.arrays), self.cards + other.cards)
 

@@ -52,7 +52,7 @@ FEW_ROWS_RATES: Mapping[str, float] = {"lora": 3e-3}
 
 def _check_rate(name: str, rate: float | None) -> None:
     if rate is not None and not 0 < rate < 10:
-        raise SpecError(f"{name} is {rate!r}; expected a number above 0, such as 1e-3")
+        raise SpecError(f"{name} is {rate!r}; expected a number above 0 and below 10, such as 1e-3")
 
 
 @dataclass(frozen=True)

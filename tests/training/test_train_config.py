@@ -204,3 +204,9 @@ def test_imports_no_torch():
     names = "method_options, train_config"
     code = f"import sys; from bertology_serve.training import {names}; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("rate", [0, -1, 10, 1e6])
+def test_a_rate_that_is_refused_lies_outside_of_what_is_said_to_be_expected(rate: float):
+    with pytest.raises(SpecError, match="above 0 and below 10"):
+        TrainConfig.of("classification", learning_rate=rate)
