@@ -302,7 +302,7 @@ def train_auto(
     config = for_encoder(config.replaced(labels=labels), encoder)
     data, (name, free) = Data(train, dev, ood), place.open()
     directory, watcher, shelf = FleetDirectory(free.out.parent, free.path), watcher or Quiet(), Shelf(encoder)
-    single = {"+".join(config.method): for_rows(config, len(train.records))}
+    single = {"+".join(config.method): for_rows(config, train)}
     tried = candidates(config, encoder, len(train.records)) if searches else single
     parts = folds(data, config.optim.seed, config.eval.folds)
     laid_out = machine(config, encoder, prepack)

@@ -30,7 +30,6 @@ from bertology_serve.training.train_config import TrainConfig
 from bertology_serve.training.trainer import add_gradient, autocast
 
 STEPS, BATCH, WARMUP = 24, 64, 0.1
-LEAST_ROWS = 3  # a label: below, there are hardly any pairs of one
 INVERSE_PENALTY = 1.0
 """C of the logistic regression that the head is: as the rows were trained on the same labels, folds of them say
 nothing about it."""
@@ -39,13 +38,10 @@ nothing about it."""
 def bring_together(live: TrainableDelta, task: Task, items: Sequence[Item], config: TrainConfig) -> None:
     """Trains the live delta of a classification for ``STEPS`` steps, and solves its linear head.
 
-    With fewer than ``LEAST_ROWS`` rows a label nothing is done. It takes its own random numbers, so that it is the same
-    in a fleet. The delta is left in eval mode.
+    It takes its own random numbers, so that it is the same in a fleet. The delta is left in eval mode.
     """
     assert isinstance(task, LabelTask)
     device, gold = live.encoder.device, task.rows([item.target for item in items])
-    if len(items) < LEAST_ROWS * gold.shape[1]:
-        return
     label_of = {id(item): label for item, label in zip(items, gold.argmax(1).tolist(), strict=True)}
     sampler, optimizer, parameters = Sampler(len(items), config.optim.seed), make_optimizer(live, config), trained(live)
 

@@ -43,7 +43,14 @@ from bertology_serve.training.processes import ALONE, Processes
 from bertology_serve.training.publish import publish, publish_copy
 from bertology_serve.training.recipes import Stage, stages
 from bertology_serve.training.run_directory import Destination, Follower, RunDirectory, RunState, identity, provenance
-from bertology_serve.training.train_config import CONTRASTIVE, CONTRASTIVE_ROWS, FEW_ROWS, FEW_ROWS_RATES, TrainConfig
+from bertology_serve.training.train_config import (
+    CONTRASTIVE,
+    CONTRASTIVE_ROWS,
+    FEW_ROWS,
+    FEW_ROWS_RATES,
+    LEAST_ROWS,
+    TrainConfig,
+)
 from bertology_serve.training.trainer import Callback, NoCallback, Trainer
 
 
@@ -120,7 +127,7 @@ def train(
     what ``config.toml``, which lies beside the delta in the end, says of the backbone and the data; names by default.
     All of ``processes`` call this with the same arguments but ``encoder``'s device; see there.
     """
-    config = for_rows(for_encoder(for_data(config, train), encoder), len(train.records))
+    config = for_rows(for_encoder(for_data(config, train), encoder), train)
     plan = stages(config)
     name, directory = place.open()
     products = {stage.kept: place.beside(stage.kept).open() for stage in plan if stage.kept}
@@ -356,23 +363,25 @@ def first_of(stage: Stage, live: TrainableDelta, ready: Prepared) -> Callable[[]
     return partial(bring_together, live, ready.task, ready.items, stage.config)
 
 
-def for_rows(config: TrainConfig, rows: int) -> TrainConfig:
+def for_rows(config: TrainConfig, train: Source) -> TrainConfig:
     """The configuration with what suits so many rows where it was not given: where training begins, and the learning
     rate from a probe.
     """
+    rows = len(train.records)
     tried = config.task == CLASSIFICATION and ",".join(config.method) in FEW_ROWS_RATES and config.starts_at_probe
     if tried and rows < CONTRASTIVE_ROWS and config.plan.start is None:
-        config = config.replaced(start=CONTRASTIVE)
+        labels = config.form.labels or infer_labels(config.task, train.records)
+        config = config.replaced(start=CONTRASTIVE) if rows >= LEAST_ROWS * len(labels) else config
     rate = FEW_ROWS_RATES.get(",".join(config.method)) if rows < FEW_ROWS else None
     chosen = config.optim.learning_rate or config.options or not config.starts_at_probe
     return config if chosen or rate is None else config.replaced(learning_rate=rate)
 
 
-def choices(config: TrainConfig, encoder: Encoder, rows: int, judged: bool = True) -> str:
-    """What the defaults came to on that encoder with so many training rows, and why, in one line; ``judged``: there is
-    a dev set.
+def choices(config: TrainConfig, encoder: Encoder, train: Source, judged: bool = True) -> str:
+    """What the defaults came to on that encoder with these training rows, and why, in one line; ``judged``: there is a
+    dev set.
     """
-    chosen, parts = for_rows(for_encoder(config, encoder), rows), []
+    chosen, parts, rows = for_rows(for_encoder(config, encoder), train), [], len(train.records)
     if not chosen.known_task.reads_rows:
         own = "it has a pooler" if chosen.form.pooling == "cls" else "no pooler"
         why = "the checkpoint's own" if encoder.pooling else own

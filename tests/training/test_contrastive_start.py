@@ -11,7 +11,6 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import SpecError
-from bertology_serve.training.batches import Source
 from bertology_serve.training.contrastive_start import bring_together, pair_loss
 from bertology_serve.training.evaluation import evaluate
 from bertology_serve.training.frozen_rows import pooled
@@ -69,15 +68,6 @@ def test_it_is_the_same_whatever_was_drawn_before(bert: Encoder):
         assert torch.equal(torch.get_rng_state(), state)
         ends.append(one.live.freeze("one"))
     assert all(torch.equal(ends[0].tensors[name], ends[1].tensors[name]) for name in ends[0].tensors)
-
-
-def test_with_hardly_a_pair_nothing_is_done(bert: Encoder):
-    records = [{"text": f"the film was {word}", "label": word} for word in ("good", "bad", "cold", "good")]
-    one = prepare(stages(CONFIG)[-1].config, bert, Source.read(records))
-    before = one.live.freeze("one")
-    bring_together(one.live, one.task, one.items, CONFIG)
-    after = one.live.freeze("one")
-    assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
 
 
 @pytest.mark.parametrize("metric", [0.0, 1.0])

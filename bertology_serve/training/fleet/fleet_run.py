@@ -180,7 +180,7 @@ def enrolled(
 ) -> Enrolled:
     """One member, its head at random numbers yet."""
     check_frozen(name, config)
-    config = for_rows(for_encoder(for_data(config, data.train), shelf.encoder), len(data.train.records))
+    config = for_rows(for_encoder(for_data(config, data.train), shelf.encoder), data.train)
     plan = stages(config)
     own, spec = plan[-1].config, task_spec(config, shelf.encoder, data.train)
     live, task = make_live(shelf.encoder, own, spec), task_for(spec)
