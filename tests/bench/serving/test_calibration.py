@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import msgspec
+
+from bertology_serve.bench.serving import calibration
+from bertology_serve.bench.serving.calibration import BatchSums, calibrate
+from bertology_serve.scale.simulation import Calibration
+from tests.bench.prove.test_figures import stage  # noqa: F401 - fixture: servers of this process
+from tests.serving.conftest import encoder  # noqa: F401 - fixture
+
+
+def test_a_server_is_timed_as_plan_reads_it(stage, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(calibration, "LENGTHS", (6, 22))
+    monkeypatch.setattr(calibration, "CLIENTS", (1, 4))
+    found = msgspec.convert(calibrate(stage, 0.1), Calibration)
+    assert found.backbone == stage.backbone
+    assert [len(sample) for sample in found.ladder] == [3] * 4
+    assert all(min(sample) > 0 for sample in found.ladder)
+    alone, several = found.ladder[:2]
+    assert several[0] >= alone[0]
+    assert (found.rank_bytes > 0, found.delta_bytes > 0, found.load_seconds >= 0) == (True, True, True)
+    sizes = [stage.random("x", calibration.Lora(rank=rank), calibration.ZOO["mood"][1], 0).bytes for rank in (1, 5, 9)]
+    assert [more - less for less, more in pairwise(sizes)] == [4 * found.rank_bytes] * 2
+    assert sizes[0] == found.delta_bytes + found.rank_bytes
+
+
+def test_the_batch_in_the_middle():
+    assert BatchSums(seconds=2.0, count=4, tokens=80, items=8).sample == (20, 2 * 100, 0.5)
