@@ -39,20 +39,18 @@ def plan(calibration: Measured, config: PlanConfig, seed: Seed = 0, output: Outp
     from bertology_serve.scale.plan import Planner, as_dict, draw, read_calibration
 
     started = time.monotonic()
-    planner = Planner(
-        config, read_calibration(calibration), lambda one: note(f"{one.replicas} replicas: {one.says}"), seed
-    )
+    planner = Planner(config, read_calibration(calibration), lambda one: note(f"{one.fleet}: {one.says}"), seed)
     chosen, seconds = planner.plan(), time.monotonic() - started
     table(
         f"{config.traffic.deltas:,} deltas, {config.traffic.rate:,.6g} calls/s",
         ("replicas", "MiB for deltas", "resident", "hit rate", "p50 ms", "p99 ms", "calls/s", "busy", "cost/h",
-         "cost/million", "misses"),
+         "per million", "misses"),
         [(one.replicas, one.device_mb, one.resident_deltas, one.hit_rate, one.p50_ms, one.p99_ms, one.calls_per_second,
           one.busy, one.cost_per_hour, one.cost_per_million, ", ".join(one.missed)) for one in planner.trials],
         stderr=False,
     )  # fmt: skip
     cost = f", {chosen.cost_per_hour:,.6g} an hour" if chosen.cost_per_hour else ""
-    note(f"{chosen.replicas} replicas with {chosen.device_mb:,.4g} MiB for deltas each{cost}: {chosen.says}")
+    note(f"{chosen.fleet} with {chosen.device_mb:,.4g} MiB for deltas each{cost}: {chosen.says}")
     if output is not None:
         write_json(output, as_dict(planner, chosen, seconds))
     if plot is not None:

@@ -50,8 +50,13 @@ class Trial:
     lacks: Literal["", "memory", "replicas"]
 
     @property
+    def fleet(self) -> str:
+        """So many replicas."""
+        return f"{self.replicas:,} replica{'s' * (self.replicas != 1)}"
+
+    @property
     def says(self) -> str:
-        """For people, in one line."""
+        """What calls meet, in one line."""
         misses = f"; misses {', '.join(self.missed)}" if self.missed else ""
         return f"p50 {self.p50_ms:.3g} ms, p99 {self.p99_ms:.3g} ms, {self.hit_rate:.1%} resident{misses}"
 

@@ -188,7 +188,7 @@ class SimulatedReplica:
         )
         self.device, self.host = GdsfCache(fleet.memory.device), GdsfCache(fleet.memory.host)
         self.held, self.flights = Counter[str](), dict[str, list[SimulatedCall]]()
-        self._line, self._loading = deque[str](), 0
+        self._line, self._loading, self._landing = deque[str](), 0, list[str]()
         self._loop_free, self._running = 0.0, False
         self._counted = (0.0, 0.0)
 
@@ -245,10 +245,18 @@ class SimulatedReplica:
             self.fleet.at(self.fleet.now + seconds, lambda delta=delta: self._loaded(delta))  # type: ignore[misc]
 
     def _loaded(self, delta: str) -> None:
+        """A delta has been read. Its rows are copied where no batch runs."""
+        if self._running:
+            self._landing.append(delta)
+        else:
+            self._land(delta)
+
+    def _land(self, delta: str) -> None:
         self._loading -= 1
         fits = self.make_resident(delta)
         for call in self.flights.pop(delta):
             if fits:
+                self.device.touch(delta)
                 self._enqueue(call)
             else:
                 self._end(call, math.nan)
@@ -279,9 +287,11 @@ class SimulatedReplica:
         for call in batch:
             assert isinstance(call, SimulatedCall)
             self._end(call, self.fleet.now - call.due)
-        self._running = False
+        self._running, landing, self._landing = False, self._landing, []
         if self.queue.items:
             self._run()
+        for delta in landing:  # as the next batch has been taken
+            self._land(delta)
 
     def _end(self, call: SimulatedCall, seconds: float) -> None:
         self.held[call.delta] -= 1

@@ -26,7 +26,7 @@ def test_a_plan(measured, tmp_path, capsys):
     found = json.loads(out.read_text())
     count = found["plan"]["replicas"]
     assert "50 deltas, 300 calls/s" in shown.out
-    assert f"{count} replicas with " in shown.err
+    assert f"{count} replica" in shown.err
     assert f"{2 * count} an hour" in shown.err
     assert found["traffic"]["ranks"] == [4, 8]
     assert png.read_bytes().startswith(b"\x89PNG")

@@ -7,13 +7,16 @@ import itertools
 import math
 import random
 import re
+import sys
+import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from statistics import mean, median
 from typing import NamedTuple
 
-from bertology_serve.bench.prove.stage import HEADERS, WORDS, ZOO, Stage
-from bertology_serve.bench.prove.traffic import Ask, closed, predict
+from bertology_serve.bench.prove.stage import HEADERS, WORDS, ZOO, Stage, serving
+from bertology_serve.bench.prove.traffic import Ask, Outcomes, closed, predict
 from bertology_serve.export.installation import environment
 from bertology_serve.files import JsonObject
 from bertology_serve.kinds.lora import Lora
@@ -56,6 +59,10 @@ def calibrate(
     room = math.ceil((HOT + 2) * stage.random("x", spec, task, 0).bytes / 2**20)
     with stage.server(root, "--device-mb", str(room), *options, environ=environ) as served:
         found = timed(served.url, seconds)
+        if find_spec("aiohttp"):
+            command = [sys.executable, "-m", "bertology_serve", "route", "--port", "0", "--replicas", served.url]
+            with serving(command, {}) as router:
+                found["route_seconds"] = asyncio.run(further(served.url, router.url, seconds))
     return {
         "backbone": stage.backbone,
         "environment": environment(),
@@ -90,6 +97,16 @@ def timed(url: str, seconds: float) -> JsonObject:
         "load_seconds": max(0.0, median(first) - alone - call),
         "lift_seconds": max(0.0, median(again) - alone - call),
     }
+
+
+async def further(url: str, routed: str, seconds: float) -> float:
+    """What a call takes longer on the second way; both are gone in turns."""
+    ask, ends = asked(range(HOT), LENGTHS[0]), time.perf_counter() + seconds
+    near, far = Outcomes(), Outcomes()
+    while not far.answered or time.perf_counter() < ends:
+        await closed(url, ask, 1, 0, near)
+        await closed(routed, ask, 1, 0, far)
+    return max(0.0, median(far.answered) - median(near.answered))
 
 
 def asked(deltas: range, words: int) -> Ask:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import asyncio
 from itertools import pairwise
 
 import msgspec
+import pytest
 
 from bertology_serve.bench.serving import calibration
 from bertology_serve.bench.serving.calibration import BatchSums, calibrate
@@ -14,6 +16,7 @@ from tests.serving.conftest import encoder  # noqa: F401 - fixture
 def test_a_server_is_timed_as_plan_reads_it(stage, monkeypatch):  # noqa: F811
     monkeypatch.setattr(calibration, "LENGTHS", (6, 22))
     monkeypatch.setattr(calibration, "CLIENTS", (1, 4))
+    monkeypatch.setattr(calibration, "find_spec", lambda name: None)  # the router would be a process of its own
     found = msgspec.convert(calibrate(stage, 0.1), Calibration)
     assert found.backbone == stage.backbone
     assert [len(sample) for sample in found.ladder] == [3] * 4
@@ -28,3 +31,12 @@ def test_a_server_is_timed_as_plan_reads_it(stage, monkeypatch):  # noqa: F811
 
 def test_the_batch_in_the_middle():
     assert BatchSums(seconds=2.0, count=4, tokens=80, items=8).sample == (20, 2 * 100, 0.5)
+
+
+def test_a_longer_way_takes_longer(monkeypatch):
+    async def closed(url, ask, clients, seconds, outcomes):
+        outcomes.answered.append({"near": 0.010, "far": 0.013}[url])
+
+    monkeypatch.setattr(calibration, "closed", closed)
+    assert asyncio.run(calibration.further("near", "far", 0.0)) == pytest.approx(0.003)
+    assert asyncio.run(calibration.further("far", "near", 0.0)) == 0.0
