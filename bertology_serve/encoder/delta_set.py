@@ -318,6 +318,11 @@ class DeltaSet(ABC):
         """How often what runs them had to be started again."""
         return 0
 
+    @property
+    def parallel(self) -> int:
+        """How many batches can run at the same time."""
+        return 1
+
     def reserve(self, delta: Delta) -> str:
         """Counts a delta as resident before it is; the key for ``add``, which counts it no longer where it fails."""
         key = f"{delta.name}#{next(self._keys)}"
