@@ -146,7 +146,7 @@ class Planner:
         return float(max(deltas * sizes.mean(), sizes.max())) / MB
 
     def _all_fit(self, replicas: int) -> bool:
-        return self.device_mb(replicas) * MB >= self.config.traffic.deltas * np.mean(self.sizes)
+        return self.device_mb(replicas) * MB >= self.config.traffic.deltas * float(np.mean(self.sizes))
 
     def _trial(self, replicas: int) -> Trial:
         traffic, hardware, device = self.config.traffic, self.config.hardware, self.device_mb(replicas)

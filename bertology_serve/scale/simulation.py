@@ -111,8 +111,8 @@ class Calls:
 
 def zipf_shares(deltas: int, exponent: float) -> Floats:
     """The share of calls of each delta [D]: the k-th is asked as often as ``k ** -exponent``."""
-    weights = np.arange(1, deltas + 1, dtype=np.float64) ** -exponent
-    return weights / weights.sum()
+    weights: Floats = np.arange(1, deltas + 1, dtype=np.float64) ** -exponent
+    return weights / float(weights.sum())
 
 
 def delta_name(rank: int) -> str:
@@ -141,15 +141,19 @@ class SimulatedCall(CallItem):
 @dataclass
 class Outcome:
     """What became of the calls: seconds of each [N] and when it ended [N], NaN where it was refused; whether its delta
-    was resident [N]. ``batches`` and ``busy`` are their number and seconds on all replicas, ``seconds`` the whole time.
+    was resident [N]. ``busy`` are the seconds of batches on all replicas, ``seconds`` is when the last call ended.
     """
 
     latency: Floats
     ended: Floats
     hit: NDArray[np.bool_]
-    batches: int = 0
     busy: float = 0.0
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, count: int) -> Outcome:
+        """That of so many calls of which none has ended."""
+        return cls(np.full(count, np.nan), np.full(count, np.nan), np.zeros(count, dtype=np.bool_))
 
     def after(self, skipped: float) -> Outcome:
         """Without the first calls, a share of all: what a start has of its own."""
@@ -199,7 +203,7 @@ class SimulatedReplica:
     def receive(self, call: SimulatedCall) -> None:
         """A call has come: the event loop reads it."""
         self._loop_free = max(self._loop_free, self.fleet.now) + self.fleet.calibration.call_seconds
-        self.fleet.at(self._loop_free, lambda: self._admit(call))
+        self.fleet.at(self._loop_free, self._admit, call)
 
     def make_resident(self, delta: str) -> bool:
         """Takes a delta onto the device and what is worth least off it, as ``DeltaCache`` does. False: all are held."""
@@ -242,7 +246,7 @@ class SimulatedReplica:
             delta, known = self._line.popleft(), self.fleet.calibration
             seconds = known.lift_seconds if delta in self.host else known.load_seconds
             self._loading += 1
-            self.fleet.at(self.fleet.now + seconds, lambda delta=delta: self._loaded(delta))  # type: ignore[misc]
+            self.fleet.at(self.fleet.now + seconds, self._loaded, delta)
 
     def _loaded(self, delta: str) -> None:
         """A delta has been read. Its rows are copied where no batch runs."""
@@ -276,13 +280,12 @@ class SimulatedReplica:
         batch, times = self.queue.take(), self.fleet.times
         seconds = times.seconds(sum([item.size(times.bend, item.spared) for item in batch]))
         self._running = True
-        self.fleet.at(self.fleet.now + seconds, lambda: self._finish(batch, seconds))
+        self.fleet.at(self.fleet.now + seconds, self._finish, batch, seconds)
 
     def _finish(self, batch: Sequence[CallItem], seconds: float) -> None:
         tokens, before = self._counted
         self._counted = tokens + sum([item.cost for item in batch]), before + seconds
         self.state.capacity = self._counted[0] / self._counted[1]
-        self.fleet.outcome.batches += 1
         self.fleet.outcome.busy += seconds
         for call in batch:
             assert isinstance(call, SimulatedCall)
@@ -307,15 +310,14 @@ class Fleet:
         self.calibration, self.memory, self.times = calibration, memory or Memory(), calibration.times()
         self.placement = Placement(f"replica-{number}" for number in range(replicas))
         self.replicas = {name: SimulatedReplica(self, state) for name, state in self.placement.replicas.items()}
-        self._route = calibration.route_seconds if replicas > 1 else 0.0
         self.now = 0.0
-        self.outcome = Outcome(*_nothing(0))
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self.outcome = Outcome.of(0)
+        self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._order = itertools.count()
 
-    def at(self, when: float, do: Callable[[], None]) -> None:
+    def at(self, when: float, do: Callable[..., None], *what: object) -> None:
         """Has something done at that time."""
-        heapq.heappush(self._events, (when, next(self._order), do))
+        heapq.heappush(self._events, (when, next(self._order), do, what))
 
     def settle(self, shares: Floats, tokens: float) -> None:
         """What has been so for long at the start: hot deltas have their replicas, and memory holds what is asked most.
@@ -330,10 +332,9 @@ class Fleet:
         left = len(self.replicas) * self.memory.device
         for rank in range(len(shares) if self.memory.device < math.inf else 0):
             delta = delta_name(rank)
-            for home in self.placement.homes(delta):
-                device = self.replicas[home].device
-                if not device.too_much(self.memory.size(delta)):
-                    self.replicas[home].make_resident(delta)
+            for home in (self.replicas[name] for name in self.placement.homes(delta)):
+                if not home.device.too_much(self.memory.size(delta)):
+                    home.make_resident(delta)
             left -= self.memory.size(delta)
             if left < 0:
                 break
@@ -342,12 +343,12 @@ class Fleet:
         """Answers all calls."""
         count = len(calls.due)
         self._calls, self._next = calls, 0
-        self.outcome = Outcome(*_nothing(count))
+        self.outcome = Outcome.of(count)
         for _ in range(min(calls.clients or 1, count)):
             self._come()
         while self._events:
-            self.now, _, do = heapq.heappop(self._events)
-            do()
+            self.now, _, do, what = heapq.heappop(self._events)
+            do(*what)
         self.outcome.seconds = self.now
         return self.outcome
 
@@ -358,7 +359,7 @@ class Fleet:
             return
         self._next += 1
         due = self.now if self._calls.clients else float(self._calls.due[number])
-        self.at(due, lambda: self._arrive(number, due))
+        self.at(due, self._arrive, number, due)
 
     def _arrive(self, number: int, due: float) -> None:
         delta, tokens = delta_name(int(self._calls.ranks[number])), int(self._calls.tokens[number])
@@ -368,7 +369,8 @@ class Fleet:
         replica = self.replicas[state.name]
         self.outcome.hit[number] = replica.holds(delta)
         call = SimulatedCall(number, delta, tokens, due, replica)
-        self.at(self.now + self._route, lambda: replica.receive(call))
+        route = self.calibration.route_seconds if len(self.replicas) > 1 else 0.0
+        self.at(self.now + route, replica.receive, call)
         if not self._calls.clients:
             self._come()
 
@@ -379,7 +381,3 @@ class Fleet:
         self.outcome.ended[call.number] = self.now if seconds == seconds else math.nan
         if self._calls.clients:
             self._come()
-
-
-def _nothing(count: int) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-    return np.full(count, np.nan), np.full(count, np.nan), np.zeros(count, dtype=np.bool_)

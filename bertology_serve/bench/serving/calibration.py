@@ -30,14 +30,14 @@ class BatchSums(NamedTuple):
     """What a server's batches came to: seconds, how many there were, tokens, items."""
 
     seconds: float
-    count: float
+    batches: float
     tokens: float
     items: float
 
     @property
     def sample(self) -> tuple[float, float, float]:
         """Tokens, Σlen² and seconds of the batch in the middle; texts are all equally long."""
-        return self.tokens / self.count, self.tokens**2 / self.items / self.count, self.seconds / self.count
+        return self.tokens / self.batches, self.tokens**2 / self.items / self.batches, self.seconds / self.batches
 
 
 def batches(url: str) -> BatchSums:
@@ -83,7 +83,7 @@ def timed(url: str, seconds: float) -> JsonObject:
         passed = BatchSums(*(now - then for now, then in zip(batches(url), before, strict=True)))
         ladder.append(passed.sample)
         if clients == 1:
-            around.append(mean(found.answered) - passed.seconds / passed.count)
+            around.append(mean(found.answered) - passed.seconds / passed.batches)
     alone = min(sample[2] for sample in ladder)
     cold = asked(range(HOT, HOT + COLD), LENGTHS[0])
     first = asyncio.run(closed(url, cold, 1, 0)).answered

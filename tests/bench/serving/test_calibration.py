@@ -30,7 +30,7 @@ def test_a_server_is_timed_as_plan_reads_it(stage, monkeypatch):  # noqa: F811
 
 
 def test_the_batch_in_the_middle():
-    assert BatchSums(seconds=2.0, count=4, tokens=80, items=8).sample == (20, 2 * 100, 0.5)
+    assert BatchSums(seconds=2.0, batches=4, tokens=80, items=8).sample == (20, 2 * 100, 0.5)
 
 
 def test_a_longer_way_takes_longer(monkeypatch):
