@@ -27,7 +27,7 @@ GPU_OUT ?= benchmarks/results/gpu
 SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2
 
-.PHONY: help demo test test-matrix test-real test-elsewhere check gpu lint format install clean
+.PHONY: help demo docs test test-matrix test-real test-elsewhere check gpu lint format install clean
 
 help:
 	@echo 'make demo     train one delta of each kind, serve a mixed batch, export one to ONNX'
@@ -39,11 +39,18 @@ help:
 	@echo 'make gpu      on a machine with a CUDA GPU: its tests, then its first figures, in eight minutes, into GPU_OUT'
 	@echo 'make lint     format, lint and types only'
 	@echo 'make format   rewrite the files as the formatter wants them'
+	@echo 'make docs     build the documentation site in site/, offline'
 	@echo 'make install  make $(VENV), which all of these do on first use'
 	@echo 'make clean    remove $(VENV), caches and build outputs'
 
 demo: $(STAMP)
 	$(BIN)/bertology-serve demo
+
+docs: $(STAMP)
+	$(BIN)/python tools/docs_site.py gather build/docs
+	$(BIN)/python tools/reference.py build/docs/reference
+	$(BIN)/zensical build --clean --strict
+	$(BIN)/python tools/docs_site.py check site
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(BESIDE)
@@ -101,5 +108,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(ELSEWHERE) build dist demo-run *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ELSEWHERE) build dist site demo-run *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -176,7 +176,7 @@ class OnnxEngine:
             self._ask(layer, self.prepare_fork)
 
     def _ask(self, what: Asked, prepare: Callable[[Asked], None]) -> None:
-        """Has graphs made on a thread, once."""
+        """Has graphs made on a thread, once. Python waits for it at the end: a daemon's C++ would abort the process."""
         self._asked.add(what)
 
         def prepared() -> None:
@@ -185,7 +185,7 @@ class OnnxEngine:
             except Exception:  # batches run without them
                 log.exception("no graphs for %s", what)
 
-        threading.Thread(target=prepared, name="onnx-graphs", daemon=True).start()
+        threading.Thread(target=prepared, name="onnx-graphs").start()
 
     def _session_for(self, entries: Sequence[BankEntry]) -> Session:
         """The graph that knows this kind of batch, or else the one for all."""

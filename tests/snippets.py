@@ -7,6 +7,7 @@ of them seconds. A page marks what a block is in a comment before it: ``<!-- not
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -121,14 +122,19 @@ with socket.socket(socket.AF_UNIX) as server:
 """The command that a page's shell starts: it sends its words and its files, and ends as the forked command does."""
 
 
+IMPORTED = (
+    *("bertology_serve." + name for name in (
+        "analysis", "cli.main", "export.exporting", "serving.offline", "serving.server", "training.train",
+    )),
+    "matplotlib.backends.backend_agg", "rich.progress", "transformers.models.bert.modeling_bert",
+)  # fmt: skip
+"""What commands import: seconds, spent once."""
+
+
 def serve_forks(address: str) -> None:
     """Imports what commands import, and forks one for each connection until SIGTERM."""
-    import bertology_serve.analysis
-    import bertology_serve.cli.main
-    import bertology_serve.export.exporting
-    import bertology_serve.serving.offline
-    import bertology_serve.serving.server
-    import bertology_serve.training.train  # noqa: F401
+    for module in IMPORTED:
+        importlib.import_module(module)
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listening:

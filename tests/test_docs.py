@@ -11,13 +11,16 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import codespell_lib
 import pytest
 from safetensors.torch import load_file, save_file
 
 from bertology_serve.examples import path
 from tests.snippets import ROOT, RUN, Forks, blocks, script
+from tools.docs_site import CODE, links
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "examples").glob("*/README.md"))]
 RUN_PAGES = [page for page in PAGES[1:] if any(block.runs for block in blocks(page))]  # test_readme runs the README
 REASONS = ("needs a GPU", "needs the hub", "needs network", "takes minutes", "needs another program", "is a sketch")
 WORLD = """
@@ -73,7 +76,9 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 
 def environment(world: Path) -> dict[str, str]:
-    return {"BERTOLOGY_CACHE": str(world.with_name("cache")), "PYTHONPATH": str(world.with_name("packages"))}
+    """Of a page: the small encoder, timings kept from page to page, and servers that build no graphs as they start."""
+    places = {"BERTOLOGY_CACHE": str(world.with_name("cache")), "PYTHONPATH": str(world.with_name("packages"))}
+    return {**places, "BERTOLOGY_ENGINE": "torch"}
 
 
 def records(file: str) -> str:
@@ -106,7 +111,7 @@ def test_a_page_runs_from_top_to_bottom(page: Path, forks: Forks, world: Path, t
     for printed, own in {"8000": port, "8001": free_port(), "8002": free_port()}.items():
         text = text.replace(printed, str(own))
     if f"localhost:{port}" in text and f"--port {port}" not in text:
-        start = f"bertology-serve serve --backbone minilm --deltas deltas --port {port} --engine torch &\n"
+        start = f"bertology-serve serve --backbone minilm --deltas deltas --port {port} &\n"
         text = f"{start}curl --retry 60 --retry-delay 1 --retry-connrefused localhost:{port}/health\n{text}"
     done = forks.run(text, folder, **environment(world))
     assert done.returncode == 0, f"{done.stderr[-3000:]}\n{done.stdout[-1000:]}"
@@ -147,20 +152,37 @@ def test_the_first_hour_of_somebody_who_has_the_readme(forks: Forks, tmp_path: P
     assert (tmp_path / "first-hour" / "mine-onnx" / "onnx" / "model.onnx").is_file()
 
 
-def test_links_of_the_documentation_lead_somewhere():
-    """To files, and to headings by GitHub's names for them."""
-    for page in PAGES:
-        prose = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-        for target in re.findall(r"\]\(([^)\s]+)\)", prose):
-            if "://" in target:
-                continue
-            file, _, anchor = target.partition("#")
-            place = (page.parent / file).resolve() if file else page
-            assert place.exists(), f"{page.name}: {target}"
-            if anchor:
-                titles = re.findall(r"^#+ (.+)$", place.read_text(encoding="utf-8"), re.MULTILINE)
-                known = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-                assert anchor in known, f"{page.name}: {target}"
+def headings(page: Path) -> list[str]:
+    """GitHub's names for the headings of a page; those of the site are the same, but for repeated dashes."""
+    titles = re.findall(r"^#+ (.+)$", CODE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(
+        r"\]\[|^\[[^]]+\]: |<a |https?://[^ )]*github\.com/[^ )]*/blob/", CODE.sub("", text), re.MULTILINE
+    )
+    for match in links(text):
+        file, _, anchor = match[0].partition("#")
+        to = (page.parent / file).resolve() if file else page
+        assert to.is_file(), match[0]
+        assert ROOT in to.parents, match[0]
+        if anchor:
+            assert headings(to).count(anchor) == 1, match[0]
+            assert "--" not in anchor, match[0]
+
+
+def test_a_link_inside_of_code_is_none_and_others_are_found():
+    text = "[a](b.md#c) `[d](e.md)`\n\n```\n[f](g.md)\n```\n\n[![h](i.svg)](https://j.example)"
+    assert [match[0] for match in links(text)] == ["b.md#c", "i.svg"]
+
+
+def test_spelling(capsys: pytest.CaptureFixture[str]):
+    """Common misspellings, by codespell's list."""
+    found = codespell_lib.main("--ignore-words-list", "paria", *map(str, [*LINKED, ROOT / "CHANGELOG.md"]))
+    assert found == 0, capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "howto").glob("*.md")), ids=lambda page: page.stem)

@@ -99,7 +99,7 @@ def serve(
                 say(line)
             count = f"{len(found) - 1} delta{'s' * (len(found) != 2)}"
             say(f"{count} on {backbone} ({how}), ready after {seconds:.1f} s: {url}")
-            say(f"docs: {url}/ in a browser, {url}/openapi.json, docs/serving.md")
+            say(f"docs: {url}/ in a browser, {url}/openapi.json, docs/howto/ask-a-server.md")
             say(f"try: {example(url, found[min(1, len(found) - 1)], keyed=bool(keyring))}")
 
         server = Server(registry, config, announce, keyring, background)
@@ -109,9 +109,10 @@ def serve(
         runs, sure = find(opened, queue.times, wanted, where, known)
         if not sure:
             ended = threading.Event()
-            stack.callback(ended.set)
             again = partial(find_again, opened, queue.times, wanted, where, lambda: queue.items, ended)
-            background.thread("second timing", again)
+            # left in the middle of a timing, the process would abort as it ends
+            stack.callback(background.thread("second timing", again).join, HUNG)
+            stack.callback(ended.set)
         opened.warmed(max(HUNG, config.batching.max_call_seconds))
         settle_memory()
         server.run(sockets=[bound])

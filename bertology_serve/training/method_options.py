@@ -26,8 +26,8 @@ KINDS: Mapping[str, float] = {
 }
 """The kinds that are trained, and the highest learning rate of each.
 
-Tried on MiniLM with batches of 32 and a few hundred steps (docs/training.md). The head starts at random beside a delta
-that starts at nothing, so it takes larger steps: with 77 labels, LoRA's own rate leaves it far behind.
+Tried on MiniLM with batches of 32 and a few hundred steps (docs/results/training.md). The head starts at random beside
+a delta that starts at nothing, so it takes larger steps: with 77 labels, LoRA's own rate leaves it far behind.
 """
 PROBE, FULL = "probe", "full"
 MIXOUT, CHILD_TUNING, TOP_K = "mixout", "child-tuning", "top-k"

@@ -110,7 +110,7 @@ class Solver:
         choices = [self._choose(layer, held) for layer in self.layers]
         best, last = choices[-1], self.layers[-1]
         problem = self._problem(whole, last)
-        self._set(problem.solve(best.c, best.solution.raw if dev else None))
+        set_head(self.live, problem.solve(best.c, best.solution.raw if dev else None))
         state.best, state.best_step = best.rank, state.step - len(self.path) + best.index + 1
         state.metrics = self._measure(self._logits(dev), dev) if dev else {}
         state.seconds += time.perf_counter() - started
@@ -169,12 +169,6 @@ class Solver:
         return Part(items, rows, self.task.rows(targets) if isinstance(self.task, LabelTask) else torch.tensor(targets))
 
     @torch.no_grad()
-    def _set(self, solution: Solution) -> None:
-        linear = self.live.head.layers[-1].linear
-        linear.weight.copy_(solution.weight)  # type: ignore[union-attr,operator]
-        linear.bias.copy_(solution.bias)  # type: ignore[union-attr,operator]
-
-    @torch.no_grad()
     def _logits(self, part: Part) -> Tensor:
         """What the head, in float32, says of the last layer's rows."""
         self.live.eval()
@@ -218,3 +212,11 @@ def _folds(whole: Part, seed: int) -> Held:
 
 def _shown(choice: ChosenC) -> JsonObject:
     return {"layer": choice.layer, "c": choice.c, "train_loss": choice.train_loss, **choice.metrics}
+
+
+@torch.no_grad()
+def set_head(live: TrainableDelta, solution: Solution) -> None:
+    """The linear head, as it was solved."""
+    linear = live.head.layers[-1].linear
+    linear.weight.copy_(solution.weight)  # type: ignore[union-attr,operator]
+    linear.bias.copy_(solution.bias)  # type: ignore[union-attr,operator]

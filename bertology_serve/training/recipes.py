@@ -9,7 +9,7 @@ from typing import Any
 from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.training.method_options import AUTO, FULL, KINDS, PROBE
-from bertology_serve.training.train_config import EH_FT, LP, LP_FT, TrainConfig
+from bertology_serve.training.train_config import CONTRASTIVE, EH_FT, LP, LP_FT, RANDOM, TrainConfig
 
 SLOWER = 1 / 3
 """The learning rate of a head that begins at the probe, as a share of the delta's."""
@@ -23,6 +23,7 @@ class Stage:
     ``solved``: the head is found as an optimum, without steps. ``kept`` is what the delta of a stage that is not the
     last adds to the name when it is published as a product of its own; without it that delta serves the next only.
     ``improves``: where the dev set shows it no better than the stage before, that stage's delta is published instead.
+    ``contrastive``: it begins by bringing texts of one label together (see ``contrastive_start``).
     """
 
     config: TrainConfig
@@ -30,6 +31,7 @@ class Stage:
     solved: bool = False
     kept: str = ""
     improves: bool = False
+    contrastive: bool = False
 
     @property
     def title(self) -> str:
@@ -49,7 +51,8 @@ def stages(config: TrainConfig) -> tuple[Stage, ...]:
         return (Stage(config),)
     probe, method = _lp_ft(config)
     rate = config.optim.head_learning_rate or SLOWER * method.config.rate(config.method[0])
-    return probe, replace(method, improves=True, config=method.config.replaced(head_learning_rate=rate))
+    own = method.config.replaced(head_learning_rate=rate)
+    return probe, replace(method, improves=True, config=own, contrastive=config.plan.start == CONTRASTIVE)
 
 
 def _lp(config: TrainConfig) -> tuple[Stage, ...]:
@@ -99,5 +102,5 @@ def _stage(config: TrainConfig, method: tuple[str, ...], **values: Any) -> Train
     own = {name: fields for name, fields in config.options.items() if name in method}
     shared: JsonObject = {"pooling": config.known_task.pooling, "head": config.known_task.head}
     shared["layers"] = config.layers if method[0] in KINDS else ()
-    plain: JsonObject = {"recipe": None, "first_epochs": None, "first_learning_rate": None, "start": "random"}
+    plain: JsonObject = {"recipe": None, "first_epochs": None, "first_learning_rate": None, "start": RANDOM}
     return config.replaced(method=method, options=own, **shared, **plain, **values)

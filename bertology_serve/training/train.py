@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from bertology_serve.training.processes import ALONE, Processes
 from bertology_serve.training.publish import publish, publish_copy
 from bertology_serve.training.recipes import Stage, stages
 from bertology_serve.training.run_directory import Destination, Follower, RunDirectory, RunState, identity, provenance
-from bertology_serve.training.train_config import FEW_ROWS, FEW_ROWS_RATES, TrainConfig
+from bertology_serve.training.train_config import CONTRASTIVE, CONTRASTIVE_ROWS, FEW_ROWS, FEW_ROWS_RATES, TrainConfig
 from bertology_serve.training.trainer import Callback, NoCallback, Trainer
 
 
@@ -187,7 +188,7 @@ class StageRun:
         known = dict(self.baselines)
         if before and stage.improves and isinstance(trainer, Trainer):
             known[PROBE] = before.metrics
-            trainer.begin_at(before.metrics)
+            trainer.begin_at(before.metrics, first_of(stage, live, ready))
         state = trainer.run()
         if before and isinstance(trainer, Trainer) and trainer.unimproved:
             return self._unimproved(before, ready.live if not live.full else _untouched(ready.live), ready, state, out)
@@ -346,8 +347,22 @@ def _usable(config: TrainConfig, source: Source, labels: tuple[str, ...]) -> Sou
     return replace(source, records=good, skipped=skipped)
 
 
+def first_of(stage: Stage, live: TrainableDelta, ready: Prepared) -> Callable[[], None] | None:
+    """What a stage does before its first step."""
+    if not stage.contrastive:
+        return None
+    from bertology_serve.training.contrastive_start import bring_together
+
+    return partial(bring_together, live, ready.task, ready.items, stage.config)
+
+
 def for_rows(config: TrainConfig, rows: int) -> TrainConfig:
-    """The configuration with the learning rate of few rows, where none was given and training begins at the probe."""
+    """The configuration with what suits so many rows where it was not given: where training begins, and the learning
+    rate from a probe.
+    """
+    tried = config.task == CLASSIFICATION and ",".join(config.method) in FEW_ROWS_RATES and config.starts_at_probe
+    if tried and rows < CONTRASTIVE_ROWS and config.plan.start is None:
+        config = config.replaced(start=CONTRASTIVE)
     rate = FEW_ROWS_RATES.get(",".join(config.method)) if rows < FEW_ROWS else None
     chosen = config.optim.learning_rate or config.options or not config.starts_at_probe
     return config if chosen or rate is None else config.replaced(learning_rate=rate)
@@ -362,6 +377,8 @@ def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
         parts.append(f"pooling {chosen.form.pooling} ({'as given' if config.form.pooling else why})")
     form = "hf, at random" if chosen.known_task.head == "hf" else chosen.known_task.head
     parts += [f"loss {chosen.optim.loss}" if chosen.task in VECTOR_KINDS else f"head {form}"]
+    if chosen.plan.start == CONTRASTIVE:
+        parts.append("contrastive start")
     parts += [*(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
     if not config.plan.recipe:
         parts.append(f"{chosen.passes(rows)} epochs")

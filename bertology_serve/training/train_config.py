@@ -32,6 +32,7 @@ ALONE = (*SPECS, AUTO)
 SOLVED = tasks.TEXT_KINDS
 """The tasks whose probe can be solved."""
 LP, LP_FT, EH_FT = "lp", "lp-ft", "eh-ft"
+CONTRASTIVE, RANDOM = "contrastive", "random"
 DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP: PROBE, LP_FT: FULL, EH_FT: "lora"}
 
 HEAD_RATES: Mapping[str, float] = dict.fromkeys((FULL, *REGULARISED), 1e-3)
@@ -39,6 +40,8 @@ HEAD_RATE = 5e-3
 # Epochs where none are given: enough_rows examples are seen in all, within limits.
 LEAST_EPOCHS, MOST_EPOCHS, ENOUGH_ROWS = 3, 20, 6000
 FEW_ROWS = 5000
+CONTRASTIVE_ROWS = 2000
+"""Rows of classification below which a method of ``FEW_ROWS_RATES`` begins by bringing texts of one label together."""
 VECTOR_WIDTH = 128
 """The length of multi-vector's vectors where none is given: ColBERT's."""
 FEW_ROWS_RATES: Mapping[str, float] = {"lora": 3e-3}
@@ -123,10 +126,13 @@ class RecipeConfig:
     )
     lp_path: int = option(10, "lp: values of C that are tried, from 1e-7 to 1e2.", least=1)
     lp_layers: Literal["last", "all"] = option("last", "lp: all: every layer gets a probe, from the same pass.")
-    start: Literal["probe", "random"] = option(
-        "probe",
-        "Where the head begins. probe: at the linear probe, solved on the frozen encoder's rows in seconds "
-        "(classification, multi-label, regression); what is published is never worse on --eval. random: at random.",
+    start: Literal["probe", "contrastive", "random"] | None = option(
+        None,
+        "Where training begins. probe: the head at the linear probe, solved on the frozen encoder's rows in seconds "
+        "(classification, multi-label, regression); what is published is never worse on --eval. contrastive: there, or "
+        "where --eval finds that better, with a delta that a few steps have brought texts of one label together by, as "
+        "SetFit does (classification). random: at random. Default: contrastive for LoRA on fewer than "
+        f"{CONTRASTIVE_ROWS:,} rows of classification, else probe.",
     )
     first_epochs: int | None = option(
         None,
@@ -320,7 +326,7 @@ class TrainConfig:
     @property
     def starts_at_probe(self) -> bool:
         """Whether the probe is solved first, and its head is where training begins."""
-        plain = self.plan.recipe is None and self.plan.start == "probe" and PROBE not in self.method
+        plain = self.plan.recipe is None and self.plan.start != RANDOM and PROBE not in self.method
         return plain and self.task in SOLVED and self.form.head in (None, "linear") and self.form.aggregate == "mean"
 
     def passes(self, rows: int) -> int:
@@ -435,5 +441,13 @@ def _check_recipe(config: "TrainConfig") -> None:
         raise SpecError(f"recipe lp solves one linear layer; got head {config.form.head!r}; leave --head out")
     if config.plan.recipe == EH_FT and config.method[0] in ALONE:
         raise SpecError(f"recipe eh-ft begins with a delta, but the method is {names}; give lora, bitfit or another")
+    if config.plan.start == CONTRASTIVE and (config.task != tasks.CLASSIFICATION or not config.starts_at_probe):
+        own = config.plan.recipe and f"recipe {config.plan.recipe}"
+        raise SpecError(
+            f"start contrastive is for a delta's linear head for classification; got {own or names} and task "
+            f"{config.task}; leave it out"
+        )
+    if config.plan.start == CONTRASTIVE and config.full:
+        raise SpecError(f"start contrastive trains a delta, and {names} trains the encoder; leave it out")
     if config.plan.recipe == LP_FT and config.method == (PROBE,):
         raise SpecError("recipe lp-ft begins with the probe, and goes on with another method; expected full or another")

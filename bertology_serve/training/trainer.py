@@ -125,6 +125,7 @@ class Trainer:
         self.total = min(steps, config.optim.max_steps or steps)
         self.state = RunState(stage)
         self.start: Mapping[str, float] | None = None
+        self.first: Callable[[], None] | None = None
         self.best: dict[str, Tensor] = {}
 
     def run(self) -> RunState:
@@ -142,25 +143,37 @@ class Trainer:
         self._end()
         return self.state
 
-    def begin_at(self, start: Mapping[str, float]) -> None:
+    def begin_at(self, start: Mapping[str, float], first: Callable[[], None] | None = None) -> None:
         """``start`` are the dev metrics of what training begins with: only a state that beats them is kept, in the main
         metric or, where that is the same, in the loss by a hundredth: on few rows the metric says little.
+
+        ``first`` is what is done to the live delta before the first step; what it leaves is such a state, too.
         """
+        self.first = first
         if self.dev and self.config.eval.keep == "best":
             self.start, self.state.metrics = start, dict(start)
             self.state.best = [next(iter(start.values())), -0.99 * start.get("loss", 0.0)]
 
-    def measure_start(self) -> None:
-        """Of embeddings, what training begins with answers already (as the encoder itself does, with most kinds): it
-        counts as the first evaluation, so that what is kept is no worse on the dev set.
+    def prepare(self) -> None:
+        """What comes before the first step of a run that is not continued.
+
+        Of embeddings, what training begins with answers already (as the encoder itself does, with most kinds): it
+        counts as the first evaluation, so that what is kept is no worse on the dev set. So does what ``first`` leaves;
+        where the dev set finds that no better than the start, it is undone.
         """
-        if self.live.task.kind in WHOLE_BATCH and self.config.eval.keep == "best":
+        if self.first is not None:
+            before = _copies(self.parameters)
+            self.first()
+        if (self.first or self.live.task.kind in WHOLE_BATCH) and self.config.eval.keep == "best":
             self._evaluate()
+            if self.first and self.dev and not self.best:
+                self._set_parameters(before)
+            self.live.train()
 
     @property
     def unimproved(self) -> bool:
         """Whether what training began with is still the best."""
-        return self.start is not None and not self.state.best_step
+        return self.start is not None and not self.best
 
     @property
     def done(self) -> bool:
@@ -245,7 +258,7 @@ class Trainer:
         if better or self.config.eval.keep == "last":
             state.metrics = metrics
         if better and self.config.eval.keep == "best":
-            self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+            self.best = _copies(self.parameters)
         state.stopped = self.config.eval.patience is not None and state.stale >= self.config.eval.patience
         state.seconds += time.perf_counter() - started
         line = {**self._place(), "eval": metrics}
@@ -277,7 +290,7 @@ class Trainer:
         self.live.train()
         self.watcher.began(self.state.step, self.total, count_parameters(self.live))
         if found is None:
-            self.measure_start()
+            self.prepare()
 
     def _gradients(self) -> Iterator[None]:
         """Leaves the gradient of each batch of the data, in its order, in the parameters, and clears them after."""
@@ -334,6 +347,10 @@ def _named(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
 
 def _encodings(items: Sequence[Item]) -> list[Encoding]:
     return [encoding for item in items for encoding in item.encodings]
+
+
+def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
 
 
 def add_gradient(

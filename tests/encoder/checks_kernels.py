@@ -47,10 +47,11 @@ def _spied(module: Any, name: str) -> Any:
     return mock.patch.object(module, name, wraps=getattr(module, name))
 
 
-def _same_answers(family: str, joins: bool = False) -> dict[str, int]:
+def _same_answers(family: str, joins: bool = False, every: int = 1) -> dict[str, int]:
+    """The kernels' calls by name for one in ``every`` of the mixed batch's requests, whose answers are compared."""
     with tempfile.TemporaryDirectory() as folder:
         made = pipeline(tiny.encoder(family, Path(folder)))
-    jobs = [made.prepare(request) for request in requests()]
+    jobs = [made.prepare(request) for request in requests()[::every]]
     by_torch = made.run(jobs)
     assert not joins or linear.join(made.encoder.model, made.encoder.anatomy)
     with as_on_hopper() as calls:
@@ -70,7 +71,7 @@ def check_bert(setting: Setting) -> None:
 
 def check_joined(setting: Setting) -> None:
     """BERT's query, key and value as three slices of one launch."""
-    apart, together = _same_answers("bert"), _same_answers("bert", joins=True)
+    apart, together = (_same_answers("bert", joins, every=5) for joins in (False, True))
     assert together["fused_lora_linear"] + together["split_lora_linear"] == (
         apart["fused_lora_linear"] + apart["split_lora_linear"] - 2 * LAYERS
     ), (apart, together)
@@ -78,7 +79,7 @@ def check_joined(setting: Setting) -> None:
 
 def check_modernbert(setting: Setting) -> None:
     """One projection for query, key and value: three slices of one launch."""
-    calls = _same_answers("modernbert")
+    calls = _same_answers("modernbert", every=2)
     assert calls["fused_lora_linear"] + calls["split_lora_linear"] >= 3, calls
 
 

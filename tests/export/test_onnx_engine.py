@@ -327,6 +327,7 @@ def test_the_graphs_of_a_fork_are_made_beside_and_of_few_layers(tmp_path, monkey
     made.ask_many(("probe", "top"), TEXTS[0])
     for thread in threading.enumerate():
         if thread.name == "onnx-graphs":
+            assert not thread.daemon, "Python would end in the middle of its C++, which aborts the process"
             thread.join(60)
     assert list(engine._forks) == [2]
     engine._asked |= {0}

@@ -1,4 +1,4 @@
-"""The families of docs/families.md, each as a small random model: every kind, mixed as alone, and exported."""
+"""The families of docs/reference/families.md, each as a small random model: every kind, mixed, alone and exported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from bertology_serve.tasks.spec import TaskSpec
 from tests import tiny
 from tests.export.test_torch_exporter import difference
 
-DOCS = Path(__file__).parents[2] / "docs" / "families.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "families.md"
 TASK = TaskSpec("embedding", max_length=32, pooling="mean", head="none", normalize=False)
 KINDS: dict[str, Any] = {
     "lora": Lora(rank=2),
@@ -126,7 +126,7 @@ def test_a_delta_is_exported_and_verified(family: str, tmp_path: Path, monkeypat
 
 
 def facts(encoder: Encoder) -> list[str]:
-    """What docs/families.md says of a family: rows, kinds, ONNX of one delta and of many, heads."""
+    """What docs/reference/families.md says of a family: rows, kinds, ONNX of one delta and of many, heads."""
     lacking = []
     for name, spec in KINDS.items():
         try:

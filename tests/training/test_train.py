@@ -27,7 +27,7 @@ from bertology_serve.training.methods import count_parameters, make_live, specs_
 from bertology_serve.training.publish import describe
 from bertology_serve.training.run_directory import Destination
 from bertology_serve.training.train import Outcome, choices, for_encoder, for_rows, prepare, train, usable
-from bertology_serve.training.train_config import FEW_ROWS, FEW_ROWS_RATES, TrainConfig
+from bertology_serve.training.train_config import CONTRASTIVE_ROWS, FEW_ROWS, FEW_ROWS_RATES, TrainConfig
 from bertology_serve.training.trainer import NoCallback
 from tests import tiny
 from tests.bits import same_bits
@@ -51,7 +51,7 @@ def test_a_delta_is_trained_published_and_measured(tmp_path: Path, bert: Encoder
     assert {name: value for name, value in delta.metrics.items() if name != "loss"} == pytest.approx(found, abs=1e-5)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"], "the run directory is gone"
     lines = [json.loads(line) for line in (tmp_path / "mine" / "log.jsonl").read_text().splitlines()]
-    started = task in WHOLE_BATCH  # which is measured before the first step too
+    started = task in (*WHOLE_BATCH, "classification")  # which is measured before the first step too
     assert len([line for line in lines if line.get("stage") != 1]) == outcome.state.step + 2 + started
     assert outcome.difference < 1e-5 * max(1.0, 1.0 / delta.provenance.get("calibration", {}).get("temperature", 1.0))
 
@@ -406,10 +406,16 @@ def test_few_rows_have_a_rate_of_their_own(bert: Encoder):
     few = for_rows(TrainConfig.of("classification"), 100)
     assert few.rate("lora") == FEW_ROWS_RATES["lora"]
     assert for_rows(TrainConfig.of("classification"), FEW_ROWS).rate("lora") == LEARNING_RATES["lora"]
-    for own in ({"learning_rate": 5e-4}, {"start": "random"}, {"method": "bitfit"}, {"recipe": "lp-ft"}):
+    for own in ({"start": "random"}, {"method": "bitfit"}, {"recipe": "lp-ft"}):
         config = TrainConfig.of("classification", **own)
         assert for_rows(config, 100) == config, "as given, as its papers have it, or not tried"
-    assert choices(TrainConfig.of("classification"), bert, 100).endswith("lora at 0.003; 20 epochs (for 100 rows)")
+    given = for_rows(TrainConfig.of("classification", learning_rate=5e-4), 100)
+    assert (given.rate("lora"), given.plan.start) == (5e-4, "contrastive")
+    assert for_rows(TrainConfig.of("classification", start="probe"), 100).plan.start == "probe"
+    assert for_rows(TrainConfig.of("regression"), 100).plan.start is None
+    assert for_rows(TrainConfig.of("classification"), CONTRASTIVE_ROWS).plan.start is None
+    said = "contrastive start; lora at 0.003; 20 epochs (for 100 rows)"
+    assert choices(TrainConfig.of("classification"), bert, 100).endswith(said)
     given = TrainConfig.of("classification", learning_rate=1e-4, epochs=2)
     assert choices(given, bert, 100).endswith("0.0001; 2 epochs")
 

@@ -237,7 +237,7 @@ class Member(Trainer):
         self.live.train()
         self.fleet_watcher.joined(self.name, self.state.step, self.total, count_parameters(self.live))
         if found is None:
-            self.measure_start()
+            self.prepare()
 
     def take(self) -> list[Item]:
         return [self.items[i] for i in self.sampler.take(self.config.optim.batch_size)]

@@ -30,6 +30,7 @@ from bertology_serve.training.train import (
     Outcome,
     Prepared,
     finished,
+    first_of,
     for_data,
     for_encoder,
     for_rows,
@@ -121,7 +122,7 @@ class Enrolled:
         self.start = start
         if start.solver is not None:
             begin_at_probe(self.member.live, start.solver.live.head.own_tensors())
-            self.member.begin_at(start.solver.state.metrics)
+            self.member.begin_at(start.solver.state.metrics, first_of(self.plan[-1], self.member.live, self.ready))
             self.member.state.seconds = start.solver.state.seconds
 
     @property

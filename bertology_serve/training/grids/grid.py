@@ -182,7 +182,7 @@ def read_grid(path: Path) -> Grid:
         seeds = tuple(values.pop("seeds", (0,)))
         return _made(Grid, {**values, "tasks": tasks, "methods": methods, "seeds": seeds}, "the grid")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise SpecError(f"{path}: not TOML ({problem}); see docs/training.md for a grid's form") from None
+        raise SpecError(f"{path}: not TOML ({problem}); docs/howto/reproduce-a-table.md has a grid's form") from None
     except SpecError as problem:
         raise SpecError(f"{path}: {problem}") from None
 
@@ -219,7 +219,7 @@ def _made(form: type[Made], values: Values, where: str) -> Made:
         return form(**values)
     except TypeError as problem:
         raise SpecError(
-            f"{where} lacks a field ({str(problem).partition('missing ')[2]}); see docs/training.md"
+            f"{where} lacks a field ({str(problem).partition('missing ')[2]}); see docs/howto/reproduce-a-table.md"
         ) from None
 
 

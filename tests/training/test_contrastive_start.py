@@ -1,0 +1,98 @@
+"""A delta of few rows begins where texts of one label were brought together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics.pairwise import cosine_similarity
+
+from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.errors import SpecError
+from bertology_serve.training.batches import Source
+from bertology_serve.training.contrastive_start import bring_together, pair_loss
+from bertology_serve.training.frozen_rows import pooled
+from bertology_serve.training.recipes import stages
+from bertology_serve.training.train import Prepared, first_of, prepare
+from bertology_serve.training.train_config import TrainConfig
+from bertology_serve.training.trainer import Trainer
+from tests.training import sets
+
+CONFIG = TrainConfig.of("classification", start="contrastive", learning_rate=1e-2, pooling="mean")
+
+
+@pytest.fixture
+def ready(bert: Encoder) -> Prepared:
+    dev = sets.source("classification", "dev.jsonl")
+    return prepare(stages(CONFIG)[-1].config, bert, sets.source("classification"), dev)
+
+
+def test_the_loss_is_that_of_all_pairs_of_the_batch():
+    rows, labels = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).double(), [0, 1, 0, 2, 1, 0, 3]
+    cosines = cosine_similarity(rows.numpy())
+    pairs = [(i, j) for i in range(7) for j in range(7) if i != j]
+    near = np.mean([(1 - cosines[i, j]) ** 2 for i, j in pairs if labels[i] == labels[j]])
+    far = np.mean([cosines[i, j] ** 2 for i, j in pairs if labels[i] != labels[j]])
+    assert float(pair_loss(rows, torch.tensor(labels))) == pytest.approx(near + far, rel=1e-5)
+    assert float(pair_loss(rows[:3], torch.tensor([0, 0, 0]))) > 0, "one label"
+    assert float(pair_loss(rows[:1], torch.tensor([0]))) == 0, "one text"
+
+
+def apart(ready: Prepared) -> float:
+    """By how much texts of one label are nearer than those of two."""
+    depth = ready.live.encoder.anatomy.layers
+    cosines = cosine_similarity(pooled(ready.live, ready.items, (depth,), 512)[depth].numpy())
+    same = np.equal.outer(*[[item.target for item in ready.items]] * 2)
+    return float(cosines[same].mean() - cosines[~same].mean())
+
+
+def test_texts_of_one_label_come_together_and_the_head_tells_them_apart(ready: Prepared):
+    before = apart(ready)
+    bring_together(ready.live, ready.task, ready.items, CONFIG)
+    assert apart(ready) > before + 0.5
+    with torch.no_grad():
+        found = ready.live([one for item in ready.items for one in item.encodings]).argmax(1)
+    assert found.tolist() == [item.target for item in ready.items]
+
+
+def test_it_is_the_same_whatever_was_drawn_before(bert: Encoder):
+    ends = []
+    for seed in (1, 2):
+        one = prepare(stages(CONFIG)[-1].config, bert, sets.source("classification"))
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        bring_together(one.live, one.task, one.items, CONFIG)
+        assert torch.equal(torch.get_rng_state(), state)
+        ends.append(one.live.freeze("one"))
+    assert all(torch.equal(ends[0].tensors[name], ends[1].tensors[name]) for name in ends[0].tensors)
+
+
+def test_with_hardly_a_pair_nothing_is_done(bert: Encoder):
+    records = [{"text": f"the film was {word}", "label": word} for word in ("good", "bad", "cold", "good")]
+    one = prepare(stages(CONFIG)[-1].config, bert, Source.read(records))
+    before = one.live.freeze("one")
+    bring_together(one.live, one.task, one.items, CONFIG)
+    after = one.live.freeze("one")
+    assert all(torch.equal(before.tensors[name], after.tensors[name]) for name in before.tensors)
+
+
+@pytest.mark.parametrize("metric", [0.0, 1.0])
+def test_the_dev_set_decides_whether_it_stays(ready: Prepared, metric: float):
+    """Beside a start that it beats it is the best state yet; beside one that is perfect it is undone."""
+    stage = stages(CONFIG)[-1]
+    trainer = Trainer(ready.live, ready.task, ready.items, stage.config, ready.dev)
+    trainer.begin_at({"accuracy": metric, "loss": 9.0 if not metric else 0.0}, first_of(stage, ready.live, ready))
+    before = {name: tensor.clone() for name, tensor in ready.live.named_tensors().items()}
+    trainer.prepare()
+    moved = any(not torch.equal(before[name], tensor) for name, tensor in ready.live.named_tensors().items())
+    assert (moved, bool(trainer.best), trainer.unimproved) == (
+        (True, True, False) if not metric else (False, False, True)
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"task": "regression"}, {"method": "full"}, {"method": "probe"}, {"head": "hf"}, {"recipe": "lp-ft"}]
+)
+def test_what_it_is_not_for(wrong: dict[str, str]):
+    with pytest.raises(SpecError, match="start contrastive"):
+        TrainConfig.of(**{"task": "classification", "start": "contrastive", **wrong})
