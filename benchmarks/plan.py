@@ -32,10 +32,10 @@ from benchmarks.router import ROOM, Fleet, routed
 from bertology_serve.bench.prove.cores import ONE_THREAD
 from bertology_serve.bench.prove.stage import ADMIN, WORDS, Served, Stage, serving
 from bertology_serve.bench.prove.traffic import closed, opened, predict
-from bertology_serve.bench.serving.calibration import HOT, further, timed
+from bertology_serve.bench.serving.calibrate import HOT, further, timed
 from bertology_serve.export.installation import environment
 from bertology_serve.scale import simulation
-from bertology_serve.scale.simulation import Calibration, Calls, Memory, zipf_shares
+from bertology_serve.scale.simulation import Calls, Memory, ReplicaCosts, zipf_shares
 from bertology_serve.serving.keys import ADMIN_KEYS
 
 DELTAS, ZIPF, RATE, CLIENTS = 200, 1.1, 30.0, 16
@@ -106,13 +106,13 @@ def expected(seed: int, count: int, start: float, clients: int = 0) -> Calls:
 class Pair:
     """Two replicas, real and simulated, that are asked the same; the figures of each round."""
 
-    def __init__(self, fleet: Fleet, url: str, model: simulation.Fleet) -> None:
+    def __init__(self, fleet: Fleet, url: str, model: simulation.SimulatedFleet) -> None:
         self.fleet, self.url, self.model = fleet, url, model
         self.real, self.simulated = list[dict[str, float]](), list[dict[str, float]]()
 
     def ask(
-        self, seed: int, seconds: float, clients: int, before: Calibration, look: Callable[[], Calibration]
-    ) -> Calibration:
+        self, seed: int, seconds: float, clients: int, before: ReplicaCosts, look: Callable[[], ReplicaCosts]
+    ) -> ReplicaCosts:
         """One round of calls; the simulated ones once it has been looked how long things take. What was found."""
         loads, began = self.fleet.metric("bertology_delta_loads_total"), time.perf_counter()
         own = asyncio.run(opened(self.url, asked(seed), RATE, seconds, seed)).answered
@@ -133,18 +133,18 @@ class Pair:
         return after
 
 
-def between(before: Calibration, after: Calibration) -> Calibration:
+def between(before: ReplicaCosts, after: ReplicaCosts) -> ReplicaCosts:
     """The mean of two."""
     one, other = (np.array(known.ladder) for known in (before, after))
     times = ("call_seconds", "route_seconds", "load_seconds", "lift_seconds")
     mean = {name: (getattr(before, name) + getattr(after, name)) / 2 for name in times}
-    return Calibration(tuple(map(tuple, ((one + other) / 2).tolist())), **mean)
+    return ReplicaCosts(tuple(map(tuple, ((one + other) / 2).tolist())), **mean)
 
 
-def calibrated(url: str, routed: str) -> Calibration:
+def calibrated(url: str, routed: str) -> ReplicaCosts:
     """As ``bench serving --calibration`` finds it."""
     found = timed(url, 0.5) | {"route_seconds": asyncio.run(further(url, routed, 0.5))}
-    return msgspec.convert(found, Calibration)
+    return msgspec.convert(found, ReplicaCosts)
 
 
 def main() -> None:
@@ -173,7 +173,7 @@ def main() -> None:
             routed([alone.url]) as way,
         ):
             before = calibrated(alone.url, way.url)
-            model = simulation.Fleet(2, before, Memory(room * 2**20, 0, (size,)))
+            model = simulation.SimulatedFleet(2, before, Memory(room * 2**20, 0, (size,)))
             warming = Pair(fleet, router.url, model)
             warming.ask(99, 2 * options.seconds, CLIENTS, before, lambda: before)
             pair = Pair(fleet, router.url, model)

@@ -36,7 +36,7 @@ def plan(calibration: Measured, config: PlanConfig, seed: Seed = 0, output: Outp
         if path is not None and path.suffix != suffix:
             raise SpecError(f"cannot write {path}: expected a name that ends in {suffix}")
     check_outputs((output, plot), (calibration,))
-    from bertology_serve.scale.plan import Planner, as_dict, draw, read_calibration
+    from bertology_serve.scale.planner import Planner, as_dict, draw, read_calibration
 
     started = time.monotonic()
     planner = Planner(config, read_calibration(calibration), lambda one: note(f"{one.fleet}: {one.says}"), seed)

@@ -78,7 +78,7 @@ def serving(
 def _calibrated(backbone: str, threads: int | None, engine: str) -> JsonObject:
     """What a server of those threads takes."""
     from bertology_serve.bench.prove.stage import Stage
-    from bertology_serve.bench.serving.calibration import calibrate
+    from bertology_serve.bench.serving.calibrate import calibrate
 
     environ = {"OMP_NUM_THREADS": str(threads)} if threads else None
     with tempfile.TemporaryDirectory() as directory:

@@ -33,7 +33,7 @@ COST = 1.0  # to fetch any delta: they are alike
 
 
 @dataclass(frozen=True)
-class Calibration:
+class ReplicaCosts:
     """What one replica takes, in seconds and bytes; ``bench serving --calibration`` measures it and writes it as JSON.
 
     ``ladder`` are (tokens, Σlen², seconds) of batches. ``call_seconds`` is a call's time outside its batch, which the
@@ -182,7 +182,7 @@ class Outcome:
 class SimulatedReplica:
     """One server: an event loop, deltas on device and host, threads that load them, a queue, one batch at a time."""
 
-    def __init__(self, fleet: Fleet, state: ReplicaState) -> None:
+    def __init__(self, fleet: SimulatedFleet, state: ReplicaState) -> None:
         self.fleet, self.state = fleet, state
         times = fleet.times
         scheduler = FairScheduler(times.budget)
@@ -303,10 +303,10 @@ class SimulatedReplica:
         self.fleet.end(call, seconds)
 
 
-class Fleet:
+class SimulatedFleet:
     """So many replicas, and a router where there are several. ``run`` answers calls."""
 
-    def __init__(self, replicas: int, calibration: Calibration, memory: Memory | None = None) -> None:
+    def __init__(self, replicas: int, calibration: ReplicaCosts, memory: Memory | None = None) -> None:
         self.calibration, self.memory, self.times = calibration, memory or Memory(), calibration.times()
         self.placement = Placement(f"replica-{number}" for number in range(replicas))
         self.replicas = {name: SimulatedReplica(self, state) for name, state in self.placement.replicas.items()}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bertology_serve.bench.serving import calibration
+from bertology_serve.bench.serving import calibrate
 from bertology_serve.bench.serving.alternatives import alternatives_run
 from bertology_serve.cli.main import main
 
@@ -22,7 +22,7 @@ def small(monkeypatch):
 @pytest.mark.usefixtures("small")
 def test_two_tables_and_two_files(encoder, tmp_path, capsys, monkeypatch):
     path, known = tmp_path / "out.json", tmp_path / "known.json"
-    monkeypatch.setattr(calibration, "calibrate", lambda stage, *options: {"backbone": stage.backbone, "x": options})
+    monkeypatch.setattr(calibrate, "calibrate", lambda stage, *options: {"backbone": stage.backbone, "x": options})
     files = ["--output", str(path), "--calibration", str(known)]
     assert main(["bench", "serving", "--backbone", encoder.name, *SMALL, "--threads", "1", *files]) == 0
     out, err = capsys.readouterr()

@@ -5,14 +5,14 @@ import json
 import pytest
 
 from bertology_serve.cli.main import main
-from bertology_serve.scale import plan
+from bertology_serve.scale import planner as planning
 
 TRAFFIC = ["--deltas", "50", "--calls", "300"]
 
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "LEAST", 2000)
+    monkeypatch.setattr(planning, "LEAST", 2000)
     path = tmp_path / "here.json"
     path.write_text('{"ladder": [[10, 100, 0.004], [1000, 10000, 0.103]], "load_seconds": 0.01, "rank_bytes": 1000}')
     return ["plan", "--calibration", str(path)]

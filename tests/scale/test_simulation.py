@@ -13,17 +13,25 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 from bertology_serve.errors import FormatError
-from bertology_serve.scale.simulation import Calibration, Calls, Fleet, Floats, Memory, delta_name, zipf_shares
+from bertology_serve.scale.simulation import (
+    Calls,
+    Floats,
+    Memory,
+    ReplicaCosts,
+    SimulatedFleet,
+    delta_name,
+    zipf_shares,
+)
 from bertology_serve.serving.versions.delta_cache import DeltaCache
 
-SLOW = Calibration(((1, 0, 0.005), (100, 0, 0.5)))  # 5 ms a token: ten tokens fill a batch, which takes 50 ms
-FAST = Calibration(((1, 1, 0.0021), (1000, 1000, 0.102)), call_seconds=0.001, load_seconds=0.02, lift_seconds=0.002)
+SLOW = ReplicaCosts(((1, 0, 0.005), (100, 0, 0.5)))  # 5 ms a token: ten tokens fill a batch, which takes 50 ms
+FAST = ReplicaCosts(((1, 1, 0.0021), (1000, 1000, 0.102)), call_seconds=0.001, load_seconds=0.02, lift_seconds=0.002)
 
 
 def waits(tokens: Floats, rate: float) -> float:
     """Seconds that calls of those lengths wait on average for one server, beside their own batch."""
     due = np.random.default_rng(1).exponential(1 / rate, len(tokens)).cumsum()
-    found = Fleet(1, SLOW).run(Calls(due, np.zeros(len(tokens), np.int64), tokens.astype(np.int64)))
+    found = SimulatedFleet(1, SLOW).run(Calls(due, np.zeros(len(tokens), np.int64), tokens.astype(np.int64)))
     return float((found.latency - 0.005 * tokens).mean())
 
 
@@ -42,7 +50,7 @@ def test_calls_of_several_lengths_wait_as_pollaczek_and_khinchine_say() -> None:
 @pytest.mark.parametrize("clients", [1, 2, 16])
 def test_clients_that_wait_for_their_answers_obey_little(clients: int) -> None:
     shares = zipf_shares(5, 1.0)
-    found = Fleet(1, FAST).run(Calls.drawn(1.0, 2000, shares, 20, clients=clients)).after(0.2)
+    found = SimulatedFleet(1, FAST).run(Calls.drawn(1.0, 2000, shares, 20, clients=clients)).after(0.2)
     assert found.throughput * found.latency.mean() == pytest.approx(clients, rel=0.02)
     if clients == 1:
         assert found.latency.min() > FAST.call_seconds + 0.002
@@ -62,7 +70,7 @@ def lru_hit_rate(shares: Floats, room: int) -> float:
 @pytest.mark.parametrize("exponent", [0.7, 1.1])
 def test_memory_does_better_than_lru_and_no_better_than_knowing_what_is_asked(exponent: float) -> None:
     shares, room = zipf_shares(400, exponent), 40
-    fleet = Fleet(1, Calibration(((1, 1, 1e-5), (1000, 1000, 2e-3))), Memory(room))
+    fleet = SimulatedFleet(1, ReplicaCosts(((1, 1, 1e-5), (1000, 1000, 2e-3))), Memory(room))
     hits = fleet.run(Calls.drawn(100.0, 20_000, shares, 20)).after(0.3).hit.mean()
     assert lru_hit_rate(shares, room) - 0.01 <= hits <= shares[:room].sum() + 0.01
     assert lru_hit_rate(shares, room) + 0.02 < shares[:room].sum(), "else the bounds say nothing"
@@ -98,7 +106,7 @@ class Bank:
 @given(st.lists(st.integers(0, 12), max_size=80), st.integers(5, 30), st.integers(0, 30))
 def test_what_leaves_memory_is_what_leaves_a_servers(asked: list[int], device: int, host: int) -> None:
     memory, bank = Memory(device, host, (1, 5, 2, 3, 4)), Bank()
-    replica = next(iter(Fleet(1, FAST, memory).replicas.values()))
+    replica = next(iter(SimulatedFleet(1, FAST, memory).replicas.values()))
     tiers = DeltaCache(bank, lambda card: card, device, host, clock=lambda: 0.0)  # type: ignore[arg-type, return-value]
     for rank in range(13):
         name = delta_name(rank)
@@ -126,7 +134,7 @@ def test_every_call_ends_once_and_nothing_is_left(
     asked: list[tuple[float, int, int]], replicas: int, room: int, clients: int
 ) -> None:
     gaps, ranks, tokens = (np.array(column) for column in zip(*asked, strict=True))
-    fleet = Fleet(replicas, FAST, Memory(room, 2))
+    fleet = SimulatedFleet(replicas, FAST, Memory(room, 2))
     ended: list[int] = []
     end = fleet.end
     fleet.end = lambda call, seconds: (ended.append(call.number), end(call, seconds))[1]  # type: ignore[method-assign]
@@ -141,7 +149,7 @@ def test_every_call_ends_once_and_nothing_is_left(
 
 
 def test_what_has_been_so_for_long_is_so_at_the_start() -> None:
-    fleet, shares = Fleet(3, FAST, Memory(20)), zipf_shares(400, 1.2)
+    fleet, shares = SimulatedFleet(3, FAST, Memory(20)), zipf_shares(400, 1.2)
     fleet.settle(shares, tokens=4 * fleet.times.rate)
     assert fleet.placement.spread()[delta_name(0)] > 1
     for name in fleet.placement.homes(delta_name(0)):
@@ -150,10 +158,10 @@ def test_what_has_been_so_for_long_is_so_at_the_start() -> None:
 
 
 def test_a_hot_delta_has_all_replicas_and_more_than_they_can_do_is_refused() -> None:
-    one_delta, whole = zipf_shares(1, 1.0), Fleet(1, FAST).times.rate / 20
-    found = Fleet(3, FAST).run(Calls.drawn(2 * whole, 20_000, one_delta, 20)).after(0.5)
+    one_delta, whole = zipf_shares(1, 1.0), SimulatedFleet(1, FAST).times.rate / 20
+    found = SimulatedFleet(3, FAST).run(Calls.drawn(2 * whole, 20_000, one_delta, 20)).after(0.5)
     assert (found.refused, found.milliseconds[0] < 200) == (0, True)
-    assert Fleet(1, FAST).run(Calls.drawn(2 * whole, 20_000, one_delta, 20)).after(0.5).refused > 0.3
+    assert SimulatedFleet(1, FAST).run(Calls.drawn(2 * whole, 20_000, one_delta, 20)).after(0.5).refused > 0.3
 
 
 @pytest.mark.parametrize(
@@ -161,4 +169,4 @@ def test_a_hot_delta_has_all_replicas_and_more_than_they_can_do_is_refused() -> 
 )
 def test_calibrations_that_make_no_sense(values: dict[str, Any]) -> None:
     with pytest.raises(FormatError, match="numbers from 0"):
-        Calibration(**{"ladder": SLOW.ladder, **values})
+        ReplicaCosts(**{"ladder": SLOW.ladder, **values})

@@ -19,7 +19,7 @@ import numpy as np
 from bertology_serve.errors import FormatError, NotFound, SpecError
 from bertology_serve.files import JsonObject
 from bertology_serve.scale.config import PlanConfig, TargetConfig
-from bertology_serve.scale.simulation import Calibration, Calls, Fleet, Floats, Memory, zipf_shares
+from bertology_serve.scale.simulation import Calls, Floats, Memory, ReplicaCosts, SimulatedFleet, zipf_shares
 
 MB = 2**20
 WARM = 0.3  # of the simulated calls, which are not counted: queues and memory find their level
@@ -61,10 +61,10 @@ class Trial:
         return f"p50 {self.p50_ms:.3g} ms, p99 {self.p99_ms:.3g} ms, {self.hit_rate:.1%} resident{misses}"
 
 
-def read_calibration(path: Path) -> Calibration:
+def read_calibration(path: Path) -> ReplicaCosts:
     """What ``bench serving --calibration`` wrote. NotFound, FormatError."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Calibration)
+        return msgspec.json.decode(path.read_bytes(), type=ReplicaCosts)
     except OSError as problem:
         raise NotFound(
             f"cannot read {path}: {problem.strerror}; bench serving --calibration {path} makes one"
@@ -79,7 +79,7 @@ class Planner:
     def __init__(
         self,
         config: PlanConfig,
-        known: Calibration,
+        known: ReplicaCosts,
         advance: Callable[[Trial], None] = lambda trial: None,
         seed: int = 0,
     ) -> None:
@@ -150,7 +150,7 @@ class Planner:
 
     def _trial(self, replicas: int) -> Trial:
         traffic, hardware, device = self.config.traffic, self.config.hardware, self.device_mb(replicas)
-        fleet = Fleet(replicas, self.known, Memory(device * MB, hardware.host_mb * MB, self.sizes))
+        fleet = SimulatedFleet(replicas, self.known, Memory(device * MB, hardware.host_mb * MB, self.sizes))
         count = min(max(LEAST, EACH * replicas), MOST)
         fleet.settle(self.shares, traffic.rate * traffic.mean_tokens)
         calls = Calls.drawn(

@@ -6,17 +6,17 @@ import pytest
 
 from bertology_serve.config_fields import nested
 from bertology_serve.errors import FormatError, NotFound, SpecError
-from bertology_serve.scale import plan
+from bertology_serve.scale import planner as planning
 from bertology_serve.scale.config import PlanConfig
-from bertology_serve.scale.plan import Planner, draw, read_calibration
-from bertology_serve.scale.simulation import Calibration
+from bertology_serve.scale.planner import Planner, draw, read_calibration
+from bertology_serve.scale.simulation import ReplicaCosts
 
-KNOWN = Calibration(((10, 100, 0.004), (1000, 10_000, 0.103)), 0.0005, load_seconds=0.01, delta_bytes=1000)
+KNOWN = ReplicaCosts(((10, 100, 0.004), (1000, 10_000, 0.103)), 0.0005, load_seconds=0.01, delta_bytes=1000)
 
 
 @pytest.fixture(autouse=True)
 def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "LEAST", 3000)
+    monkeypatch.setattr(planning, "LEAST", 3000)
 
 
 def planner(**options: object) -> Planner:
@@ -79,7 +79,7 @@ def test_files_that_are_no_calibration(text: str, tmp_path) -> None:
 def test_files_and_the_picture(tmp_path) -> None:
     one = planner(replicas=1)
     chosen = one.plan()
-    found = json.loads(json.dumps(plan.as_dict(one, chosen, 1.0)))
+    found = json.loads(json.dumps(planning.as_dict(one, chosen, 1.0)))
     assert found["plan"] == found["trials"][0]
     path = tmp_path / "again.json"
     path.write_text(json.dumps(found["calibration"]))
