@@ -1,9 +1,9 @@
 """The planner beside what it plans: two replicas and a router of this machine, and the same in the simulation.
 
-``python benchmarks/plan.py --output benchmarks/results`` (about four minutes on two cores). Every round calibrates a
+``python -m benchmarks.plan --output benchmarks/results`` (about four minutes on two cores). Every round calibrates a
 third server, which is idle otherwise, before and after real calls, so that what else the machine does is in both. Two
 replicas, a router and a client want more than two cores: with ``--device`` batches take their time without a core, as
-on a device of their own, and all else is as ever. Then a plan for a million deltas, which is simulated alone.
+on a device of their own, and all else is as ever.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class WithDevice(Stage):
     @contextmanager
     def server(self, deltas: Path, *options: str, environ: Mapping[str, str] | None = None) -> Iterator[Served]:
         """``bertology-serve serve``, patched."""
-        command = [sys.executable, __file__, "serve", "--backbone", self.backbone, "--port", "0", "--deltas",
-                   str(deltas), "--log-level", "error", *options]  # fmt: skip
+        command = [sys.executable, "-m", "benchmarks.plan", "serve", "--backbone", self.backbone, "--port", "0",
+                   "--deltas", str(deltas), "--log-level", "error", *options]  # fmt: skip
         own = {ADMIN_KEYS: ADMIN, "BERTOLOGY_CACHE": str(self.directory / "cache"), **(environ or {})}
         with serving(command, own) as served:
             yield served

@@ -139,7 +139,7 @@ class SimulatedCall(CallItem):
 
 
 @dataclass
-class Outcome:
+class SimulatedOutcome:
     """What became of the calls: seconds of each [N] and when it ended [N], NaN where it was refused; whether its delta
     was resident [N]. ``busy`` are the seconds of batches on all replicas, ``seconds`` is when the last call ended.
     """
@@ -151,11 +151,11 @@ class Outcome:
     seconds: float = 0.0
 
     @classmethod
-    def of(cls, count: int) -> Outcome:
+    def of(cls, count: int) -> SimulatedOutcome:
         """That of so many calls of which none has ended."""
         return cls(np.full(count, np.nan), np.full(count, np.nan), np.zeros(count, dtype=np.bool_))
 
-    def after(self, skipped: float) -> Outcome:
+    def after(self, skipped: float) -> SimulatedOutcome:
         """Without the first calls, a share of all: what a start has of its own."""
         first = int(skipped * len(self.latency))
         return replace(self, latency=self.latency[first:], ended=self.ended[first:], hit=self.hit[first:])
@@ -311,7 +311,7 @@ class SimulatedFleet:
         self.placement = Placement(f"replica-{number}" for number in range(replicas))
         self.replicas = {name: SimulatedReplica(self, state) for name, state in self.placement.replicas.items()}
         self.now = 0.0
-        self.outcome = Outcome.of(0)
+        self.outcome = SimulatedOutcome.of(0)
         self._events: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._order = itertools.count()
 
@@ -339,11 +339,11 @@ class SimulatedFleet:
             if left < 0:
                 break
 
-    def run(self, calls: Calls) -> Outcome:
+    def run(self, calls: Calls) -> SimulatedOutcome:
         """Answers all calls."""
         count = len(calls.due)
         self._calls, self._next = calls, 0
-        self.outcome = Outcome.of(count)
+        self.outcome = SimulatedOutcome.of(count)
         for _ in range(min(calls.clients or 1, count)):
             self._come()
         while self._events:
