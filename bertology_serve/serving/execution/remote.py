@@ -8,7 +8,8 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -156,28 +157,30 @@ class Remote(DeltaSet):
         """One pass of an executor that is idle. Raises Crashed where it did not live to answer."""
         own = [(ready.entry.key, ready.whole is not None) for ready, _ in owned]
         numbers = {key: n for n, key in enumerate(dict.fromkeys(own))}
-        one = self._taken()
-        line = one.line()
-        try:
-            tokens = [(numbers[key], encoding) for key, (_, encoding) in zip(own, owned, strict=True)]
-            sizes = put_batch(line.inputs, tokens)
-            answer = line.batches.ask(Op.RUN, {"keys": list(numbers), "sizes": sizes})
-            expected = [(ready.delta, encoding) for ready, encoding in owned]
-            return take_outputs(line.outputs, int(answer["numbers"]), expected, self.encoder.hidden)
-        except Lost as problem:
-            one.lost(line)
-            raise Crashed(f"the executor ended while it ran a batch ({problem}); try again in 1 s") from None
-        finally:
-            self._idle.put(one)
+        with self._taken() as one:
+            line = one.line()
+            try:
+                tokens = [(numbers[key], encoding) for key, (_, encoding) in zip(own, owned, strict=True)]
+                sizes = put_batch(line.inputs, tokens)
+                answer = line.batches.ask(Op.RUN, {"keys": list(numbers), "sizes": sizes})
+                expected = [(ready.delta, encoding) for ready, encoding in owned]
+                return take_outputs(line.outputs, int(answer["numbers"]), expected, self.encoder.hidden)
+            except Lost as problem:
+                one.lost(line)
+                raise Crashed(f"the executor ended while it ran a batch ({problem}); try again in 1 s") from None
 
-    def _taken(self) -> Supervisor:
-        """One whose executor is idle; one that has ended only where all have."""
-        while True:
-            one = self._idle.get()
-            if one.is_up or not self.is_up:
-                return one
+    @contextmanager
+    def _taken(self) -> Iterator[Supervisor]:
+        """That of an executor that is idle; of one that has ended only where all have."""
+        one = self._idle.get()
+        while self.is_up and not one.is_up:
             self._idle.put(one)
             time.sleep(PAUSE)  # it comes back, or another is idle first
+            one = self._idle.get()
+        try:
+            yield one
+        finally:
+            self._idle.put(one)
 
     def patience(self, seconds: float) -> None:
         """A batch that takes longer than this has hung from now on, and its executor is replaced."""
