@@ -1,7 +1,8 @@
 """Two executors beside one: ``serve --executors 2`` and ``--executors 1``, in turns, each with a thread.
 
-``python benchmarks/executors.py`` (about two minutes on two cores). Calls for a CPU second of the busiest executor say
-what two cores of their own would do; calls a second are those of this machine, whose cores server and client share.
+``python benchmarks/executors.py`` (about two minutes on two cores). Calls for a CPU second of an executor say what
+cores of their own would do: of the mean one, and of the busiest, which on a busy machine is the one that others leave a
+core to. Calls a second are those of this machine, whose cores server, client and whatever else runs share.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import random
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from bertology_serve.bench.prove.cores import ONE_THREAD, cpu_seconds, descendants
 from bertology_serve.bench.prove.stage import WORDS, Served, Stage
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6.0)
     options = parser.parse_args()
-    draw, by_cpu, by_wall = random.Random(0), {1: list[float](), 2: list[float]()}, {1: list[float](), 2: list[float]()}
+    draw, found = random.Random(0), {name: {1: list[float](), 2: list[float]()} for name in ("mean", "busiest", "wall")}
 
     def ask() -> bytes:
         return predict(f"d{draw.randrange(DELTAS)}", " ".join(draw.choices(WORDS, k=12)))
@@ -54,14 +55,11 @@ def main() -> None:
                     before, began = [cpu_seconds(pid) for pid in pids], time.perf_counter()
                     answered = asyncio.run(closed(served.url, ask, count * CLIENTS, options.seconds)).count
                     spent = [cpu_seconds(pid) - then for pid, then in zip(pids, before, strict=True)]
-                    by_cpu[count].append(answered / max(spent))
-                    by_wall[count].append(answered / (time.perf_counter() - began))
-    ratios = {
-        name: median(b / a for a, b in zip(found[1], found[2], strict=True))
-        for name, found in (("by_cpu", by_cpu), ("by_wall", by_wall))
-    }
-    print(json.dumps(environment() | {"load": os.getloadavg()[0], "calls_for_a_cpu_second": by_cpu,
-                                      "calls_a_second": by_wall, "two_over_one": ratios}, indent=1))  # fmt: skip
+                    passed = time.perf_counter() - began
+                    for name, seconds in (("mean", mean(spent)), ("busiest", max(spent)), ("wall", passed)):
+                        found[name][count].append(answered / seconds)
+    ratios = {name: median(b / a for a, b in zip(one[1], one[2], strict=True)) for name, one in found.items()}
+    print(json.dumps(environment() | {"load": os.getloadavg()[0], "calls_for_a_second": found, "two_over_one": ratios}))
 
 
 if __name__ == "__main__":
