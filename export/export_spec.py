@@ -27,7 +27,7 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 OPSETS = (18, 23)
 PORTABLE = 20
 """The operator set that is the default: it has GELU, and most runtimes have it."""
-MODEL = {"hf": "onnx/model.onnx", "flat": "model.onnx", "triton": "1/model.onnx"}
+MODEL = {"hf": "onnx/model.onnx", "flat": "model.onnx", "triton": "1/model.onnx", "web": "onnx/model.onnx"}
 """Where the file lies in a directory, by layout."""
 OPENVINO, IR = ("fp32", "int8-static"), "openvino_model.xml"
 """Precisions of OpenVINO's files, and where others look for one; a ``.bin`` lies beside."""
@@ -74,8 +74,10 @@ class ExportSpec:
         "Below fp32: largest ‖Δ‖/‖torch‖ of all outputs that is accepted. "
         f"Default: {', '.join(f'{name} {value:g}' for name, value in DRIFT.items())} times the root of the layers.",
     )
-    layout: Literal["hf", "flat", "triton"] = option(
-        "hf", "onnx/model.onnx as HuggingFace's tools look for it; flat; a model of NVIDIA Triton's."
+    layout: Literal["hf", "flat", "triton", "web"] = option(
+        "hf",
+        "onnx/model.onnx as HuggingFace's tools look for it; flat; a model of NVIDIA Triton's; with --multi web: a "
+        "file for each delta, which a browser fetches when it is asked.",
     )
     overwrite: bool = option(False, "Replace an earlier export.")
 

@@ -21,7 +21,7 @@ from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta, bare
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import BaseMismatch, FormatError, SpecError, Unsupported
-from bertology_serve.export import MultiPrecision
+from bertology_serve.export import MultiPrecision, web_layout
 from bertology_serve.export.delta_library import FILE, Library, head_eps, library_of
 from bertology_serve.export.emitter.emit import choose, emit_answers, write
 from bertology_serve.export.export_directory import (
@@ -111,6 +111,8 @@ def export_delta(
     torch differ.
     """
     spec, target = spec or ExportSpec(), out.absolute()
+    if spec.layout == "web":
+        raise SpecError("--layout web is for many deltas; give --multi with it, also for a single one")
     check_target(target, spec.overwrite)
     _check_precision(encoder)
     delta = encoder.fitted(delta)
@@ -209,14 +211,14 @@ def export_many(
     facts = facts_of(_base(encoder), export_inputs, spec, name, min(one.max_length for one in library.cards))
     with staging(target) as stage:
         size = save(annotate(model, facts), stage / spec.model)
-        library.save(stage / FILE)
+        library = _saved(stage, spec.layout == "web", encoder, deltas, library)
         written = time.perf_counter()
         report = _verified(stage, spec, encoder, library, references, records)
         write_directory(stage, spec.model, encoder, _base(encoder), facts | {"delta_name": name}, report)
-        (stage / "README.md").write_text(many_card(spec.model, facts, library, report), encoding="utf-8")
+        (stage / "README.md").write_text(many_card(spec, facts, library, report), encoding="utf-8")
         replace_directory(stage, target)
     took = written - started, time.perf_counter() - written
-    return Exported(out, report, size, *took, many_example(spec.model, facts, library, str(out)))
+    return Exported(out, report, size, *took, many_example(spec, facts, library, str(out)))
 
 
 def join(encoder: Encoder, deltas: Sequence[Delta], directory: Path, spec: ExportSpec | None = None) -> Exported:
@@ -226,23 +228,34 @@ def join(encoder: Encoder, deltas: Sequence[Delta], directory: Path, spec: Expor
     BaseMismatch for one of another encoder, and what ``export_many`` raises; the export is left as it was then.
     """
     spec, target, started = spec or ExportSpec(), directory.absolute(), time.perf_counter()
-    before, facts = Library.load(target / FILE), _facts(target / spec.model)
+    web = (target / web_layout.MANIFEST).is_file()
+    before = web_layout.load(target, encoder) if web else Library.load(target / FILE)
+    facts = _facts(target / spec.model)
     if facts.get("base_sha256") != encoder.ref.sha256:
         raise BaseMismatch(f"{directory} was exported from other weights than {encoder.name}; give its --backbone")
     references, fresh = references_of(encoder, deltas), library_of(encoder, deltas)
     library = before.join(fresh.without_base())
-    spec = replace(spec, precision=cast(MultiPrecision, facts["precision"]))
+    spec = replace(spec, precision=cast(MultiPrecision, facts["precision"]), layout="web" if web else spec.layout)
     with staging(target) as stage:
         shutil.copytree(target, stage, dirs_exist_ok=True)
-        library.save(stage / FILE)
+        library = _saved(stage, web, encoder, deltas, library)
         written = time.perf_counter()
         numbers = [0, *range(len(before.cards), len(library.cards))]
         report = _verified(stage, spec, encoder, library, references, (), numbers)
-        (stage / "README.md").write_text(many_card(spec.model, facts, library, report), encoding="utf-8")
+        (stage / "README.md").write_text(many_card(spec, facts, library, report), encoding="utf-8")
         replace_directory(stage, target)
     took = written - started, time.perf_counter() - written
     size = (target / spec.model).stat().st_size
-    return Exported(directory, report, size, *took, many_example(spec.model, facts, library, str(directory)))
+    return Exported(directory, report, size, *took, many_example(spec, facts, library, str(directory)))
+
+
+def _saved(stage: Path, web: bool, encoder: Encoder, deltas: Sequence[Delta], library: Library) -> Library:
+    """Writes the rows of a library, ``deltas`` its last ones; returns what is to be verified, read back for the web."""
+    if not web:
+        library.save(stage / FILE)
+        return library
+    web_layout.save(stage, encoder, deltas)
+    return web_layout.load(stage, encoder)
 
 
 def references_of(encoder: Encoder, deltas: Iterable[Delta]) -> list[Reference]:
@@ -327,22 +340,29 @@ def facts_of(base: Delta, export_inputs: ExportInputs, spec: ExportSpec, name: s
     return as_texts(facts)
 
 
-def many_example(model: str, facts: Mapping[str, str], library: Library, directory: str) -> str:
-    """Lines of Python that run the file for two deltas at once, with nothing of this package."""
-    inputs = facts["inputs"].split(":")[0].split(", ")
-    last = len(library.cards) - 1
+def many_example(spec: ExportSpec, facts: Mapping[str, str], library: Library, directory: str) -> str:
+    """Lines that run the file: of Python for two deltas, with nothing of this package; for the web of JavaScript."""
+    inputs, last = facts["inputs"].split(":")[0].split(", "), library.cards[-1]
+    if spec.layout == "web":
+        return (
+            'import { Pipeline } from "bertology-serve-web";\n'
+            f'const pipeline = await Pipeline.open("{directory}/");\n'
+            f'console.log(await pipeline.answer([{{ delta: "{last.name}", text: "A text." }}]));'
+        )
+    model = f"{directory}/{spec.model}"
     return (
         f"import numpy, onnxruntime, safetensors.numpy, transformers\n"
         f"tokenizer = transformers.AutoTokenizer.from_pretrained({directory!r})\n"
         f"stacks = safetensors.numpy.load_file({directory + '/' + FILE!r})\n"
-        f"session = onnxruntime.InferenceSession({directory + '/' + model!r}, providers=['CPUExecutionProvider'])\n"
+        f"session = onnxruntime.InferenceSession({model!r}, providers=['CPUExecutionProvider'])\n"
         f"texts = tokenizer(['A text.', 'Another one.'], padding=True, truncation=True, return_tensors='np')\n"
-        f"rows = {{name: texts[name] for name in {inputs!r}}} | {{'delta': numpy.array([{last}, 0])}}\n"
-        f"print(session.run([{library.cards[last].output!r}], rows | stacks)[0])"
+        f"rows = {{name: texts[name] for name in {inputs!r}}} | "
+        f"{{'delta': numpy.array([{len(library.cards) - 1}, 0])}}\n"
+        f"print(session.run([{last.output!r}], rows | stacks)[0])"
     )
 
 
-def many_card(model: str, facts: Mapping[str, str], library: Library, report: Verification) -> str:
+def many_card(spec: ExportSpec, facts: Mapping[str, str], library: Library, report: Verification) -> str:
     """The model card."""
     deltas = "".join(
         f"| {number} | {one.name} | {one.version} | {one.task} | {one.output}[..., :{one.columns}] "
@@ -351,8 +371,9 @@ def many_card(model: str, facts: Mapping[str, str], library: Library, report: Ve
     )
     rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
     return (
-        f"# {facts['name']}\n\n`{model}` is {facts['base_name']} with inputs for many deltas, exported by "
-        f"{facts['tool']}.\n\n{report.line()}.\n\n```python\n{many_example(model, facts, library, '.')}\n```\n\n"
+        f"# {facts['name']}\n\n`{spec.model}` is {facts['base_name']} with inputs for many deltas, exported by "
+        f"{facts['tool']}.\n\n{report.line()}.\n\n```{'js' if spec.layout == 'web' else 'python'}\n"
+        f"{many_example(spec, facts, library, '.')}\n```\n\n"
         f"| number | delta | version | task | output | labels | kinds |\n|---|---|---|---|---|---|---|\n{deltas}\n"
         f"| | |\n|---|---|\n{rows}"
     )

@@ -20,7 +20,11 @@ from tests.snippets import ROOT, RUN, Forks, blocks, script
 from tools.docs_site import CODE, links
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "examples").glob("*/README.md"))]
+LINKED = [
+    *PAGES,
+    *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "web/README.md")),
+    *sorted((ROOT / "examples").glob("*/README.md")),
+]
 RUN_PAGES = [page for page in PAGES[1:] if any(block.runs for block in blocks(page))]  # test_readme runs the README
 REASONS = ("needs a GPU", "needs the hub", "needs network", "takes minutes", "needs another program", "is a sketch")
 WORLD = """

@@ -26,9 +26,11 @@ CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 OTHERS = (
-    "--retry --retry-connrefused --retry-delay --retry-all-errors --from-literal --nproc-per-node --num --text".split()
-)
-"""Flags of curl, kubectl, torchrun, accelerate and the examples; those of TEI and vLLM stand on their own pages."""
+    "--retry --retry-connrefused --retry-delay --retry-all-errors --from-literal --nproc-per-node --num --text "
+    "--ignore-scripts --directory"
+).split()
+"""Flags of curl, kubectl, torchrun, accelerate, the examples, npm and http.server; those of TEI and vLLM stand on
+their own pages."""
 ABOUT_OTHERS = ("coming-from-tei.md", "coming-from-vllm-lora.md")
 
 

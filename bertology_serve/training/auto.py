@@ -42,7 +42,7 @@ from bertology_serve.training.methods import count_parameters, specs_for
 from bertology_serve.training.plots import draw_curves
 from bertology_serve.training.run_directory import CONFIG, SKIPPED, Destination, identity
 from bertology_serve.training.train import Outcome, for_data, for_encoder, for_rows, lay_out, machine, task_spec
-from bertology_serve.training.train_config import RecipeConfig, TrainConfig, read_budget
+from bertology_serve.training.train_config import START_PROBE, RecipeConfig, TrainConfig, read_budget
 from bertology_serve.training.trainer import Callback, Line
 
 BOARD, PLOT = "board.csv", "board.png"
@@ -68,6 +68,8 @@ CANDIDATES: Mapping[str, tuple[str, float, Values]] = {
     "prefix": ("prefix", 1e-2, {}),
 }
 """Method, learning rate and options of what is tried, the likelier first."""
+USUAL = "lora-fast"
+"""Begins where training by default does, the others at the probe: a contrastive start is no pass that they share."""
 MANY_ROWS = {"prefix": 2000}
 """Training rows from which a method stands a chance."""
 
@@ -79,12 +81,14 @@ def candidates(config: TrainConfig, encoder: Encoder, rows: int) -> dict[str, Tr
     for name, (method, rate, options) in CANDIDATES.items():
         own = {method: options} if options else {}
         rate = config.optim.learning_rate or rate
+        plan = {"budget": RecipeConfig.budget, "start": config.plan.start or (None if name == USUAL else START_PROBE)}
         try:
-            one = config.replaced(budget=RecipeConfig.budget, method=(method,), options=own, learning_rate=rate)
+            one = config.replaced(method=(method,), options=own, learning_rate=rate, **plan)
             kinds.init(specs_for(one, encoder.anatomy), encoder.anatomy, torch.Generator())
         except SpecError:
             continue  # not on this encoder, or not on these layers
-        if rows >= MANY_ROWS.get(method, 0) and one not in found.values():
+        known = (other.replaced(start=one.plan.start) for other in found.values())
+        if rows >= MANY_ROWS.get(method, 0) and one not in known:
             found[name] = one
     return found
 

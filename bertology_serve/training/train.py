@@ -368,8 +368,10 @@ def for_rows(config: TrainConfig, rows: int) -> TrainConfig:
     return config if chosen or rate is None else config.replaced(learning_rate=rate)
 
 
-def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
-    """What the defaults came to on that encoder with so many training rows, and why, in one line."""
+def choices(config: TrainConfig, encoder: Encoder, rows: int, judged: bool = True) -> str:
+    """What the defaults came to on that encoder with so many training rows, and why, in one line; ``judged``: there is
+    a dev set.
+    """
     chosen, parts = for_rows(for_encoder(config, encoder), rows), []
     if not chosen.known_task.reads_rows:
         own = "it has a pooler" if chosen.form.pooling == "cls" else "no pooler"
@@ -380,7 +382,9 @@ def choices(config: TrainConfig, encoder: Encoder, rows: int) -> str:
     if chosen.plan.start == CONTRASTIVE:
         parts.append("contrastive start")
     parts += [*(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
-    if not config.plan.recipe:
+    if chosen.plan.start == CONTRASTIVE and not judged and chosen.stops_at_start:
+        parts.append("no epochs without --eval")
+    elif not config.plan.recipe:
         parts.append(f"{chosen.passes(rows)} epochs")
     given = config.plan.recipe or (config.optim.epochs and chosen.optim == config.optim)
     return "; ".join(parts) + ("" if given else f" (for {rows:,} rows)")

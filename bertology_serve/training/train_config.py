@@ -32,7 +32,7 @@ ALONE = (*SPECS, AUTO)
 SOLVED = tasks.TEXT_KINDS
 """The tasks whose probe can be solved."""
 LP, LP_FT, EH_FT = "lp", "lp-ft", "eh-ft"
-CONTRASTIVE, RANDOM = "contrastive", "random"
+START_PROBE, CONTRASTIVE, RANDOM = "probe", "contrastive", "random"
 DEFAULT_METHODS: Mapping[str | None, str] = {None: "lora", LP: PROBE, LP_FT: FULL, EH_FT: "lora"}
 
 HEAD_RATES: Mapping[str, float] = dict.fromkeys((FULL, *REGULARISED), 1e-3)
@@ -40,7 +40,7 @@ HEAD_RATE = 5e-3
 # Epochs where none are given: enough_rows examples are seen in all, within limits.
 LEAST_EPOCHS, MOST_EPOCHS, ENOUGH_ROWS = 3, 20, 6000
 FEW_ROWS = 5000
-CONTRASTIVE_ROWS = 2000
+CONTRASTIVE_ROWS = 200
 """Rows of classification below which a method of ``FEW_ROWS_RATES`` begins by bringing texts of one label together."""
 VECTOR_WIDTH = 128
 """The length of multi-vector's vectors where none is given: ColBERT's."""
@@ -131,8 +131,8 @@ class RecipeConfig:
         "Where training begins. probe: the head at the linear probe, solved on the frozen encoder's rows in seconds "
         "(classification, multi-label, regression); what is published is never worse on --eval. contrastive: there, or "
         "where --eval finds that better, with a delta that a few steps have brought texts of one label together by, as "
-        "SetFit does (classification). random: at random. Default: contrastive for LoRA on fewer than "
-        f"{CONTRASTIVE_ROWS:,} rows of classification, else probe.",
+        "SetFit does (classification); without --eval and --epochs that is all. random: at random. Default: "
+        f"contrastive for LoRA on fewer than {CONTRASTIVE_ROWS} rows of classification, else probe.",
     )
     first_epochs: int | None = option(
         None,
@@ -328,6 +328,11 @@ class TrainConfig:
         """Whether the probe is solved first, and its head is where training begins."""
         plain = self.plan.recipe is None and self.plan.start != RANDOM and PROBE not in self.method
         return plain and self.task in SOLVED and self.form.head in (None, "linear") and self.form.aggregate == "mean"
+
+    @property
+    def stops_at_start(self) -> bool:
+        """Whether a contrastive start is all of the training where there is no dev set: no steps were asked for."""
+        return self.optim.epochs is None and self.optim.max_steps is None
 
     def passes(self, rows: int) -> int:
         """Epochs over that many rows: as given, or three, and more where those would be few steps."""

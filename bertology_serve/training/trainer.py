@@ -147,12 +147,15 @@ class Trainer:
         """``start`` are the dev metrics of what training begins with: only a state that beats them is kept, in the main
         metric or, where that is the same, in the loss by a hundredth: on few rows the metric says little.
 
-        ``first`` is what is done to the live delta before the first step; what it leaves is such a state, too.
+        ``first`` is what is done to the live delta before the first step; what it leaves is such a state, too. Without
+        dev items nothing says when to stop learning few rows by heart: then it is all, unless steps are asked for.
         """
         self.first = first
+        if first and not self.dev and self.config.stops_at_start:
+            self.total = 0
         if self.dev and self.config.eval.keep == "best":
             self.start, self.state.metrics = start, dict(start)
-            self.state.best = [next(iter(start.values())), -0.99 * start.get("loss", 0.0)]
+            self.state.best = _to_beat(start)
 
     def prepare(self) -> None:
         """What comes before the first step of a run that is not continued.
@@ -166,14 +169,14 @@ class Trainer:
             self.first()
         if (self.first or self.live.task.kind in WHOLE_BATCH) and self.config.eval.keep == "best":
             self._evaluate()
-            if self.first and self.dev and not self.best:
+            if self.first and self.unimproved:
                 self._set_parameters(before)
             self.live.train()
 
     @property
     def unimproved(self) -> bool:
         """Whether what training began with is still the best."""
-        return self.start is not None and not self.best
+        return self.start is not None and self.state.best == _to_beat(self.start)
 
     @property
     def done(self) -> bool:
@@ -347,6 +350,11 @@ def _named(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
 
 def _encodings(items: Sequence[Item]) -> list[Encoding]:
     return [encoding for item in items for encoding in item.encodings]
+
+
+def _to_beat(start: Mapping[str, float]) -> list[float]:
+    """What the rank of a state that is kept is above, where training begins with a start of these metrics."""
+    return [next(iter(start.values())), -0.99 * start.get("loss", 0.0)]
 
 
 def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -59,7 +59,8 @@ def test_the_probe_comes_first_and_the_table_shows_what_there_is_to_beat(bert, t
     assert main(arguments(bert, train_file, tmp_path / "mood", "--eval", train_file, "--epochs", "1")) == 0
     table, notes = capsys.readouterr()
     assert notes.startswith(
-        "pooling cls (it has a pooler); head linear; lora at 0.003; 1 epochs (for 16 rows)\nstage 1 of 2: probe, solved"
+        "pooling cls (it has a pooler); head linear; contrastive start; lora at 0.003; 1 epochs (for 16 rows)\n"
+        "stage 1 of 2: probe, solved"
     )
     assert all(name in table for name in ("delta", "constant", "0.5000"))
     assert "no step was better than the probe on these records: the probe is what was saved" in notes
@@ -248,7 +249,7 @@ def test_interrupt_says_how_to_continue(bert, train_file, tmp_path, capsys, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "measure", interrupted)
-    assert main(arguments(bert, train_file, tmp_path / "x", "--eval", train_file)) == 130
+    assert main(arguments(bert, train_file, tmp_path / "x", "--eval", train_file, "--start", "probe")) == 130
     assert "stopped at step 1; --resume continues from the last checkpoint" in capsys.readouterr().err
 
 

@@ -249,4 +249,4 @@ def test_a_model_of_a_model_repository(tmp_path):
     assert not (tmp_path / "flat" / "config.pbtxt").exists()
     assert "`model.onnx` is mood" in (tmp_path / "flat" / "README.md").read_text()
     assert "flat/model.onnx" in flat.example
-    assert set(MODEL) == {"hf", "flat", "triton"}
+    assert set(MODEL) == {"hf", "flat", "triton", "web"}

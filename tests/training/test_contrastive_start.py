@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,11 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import SpecError
 from bertology_serve.training.batches import Source
 from bertology_serve.training.contrastive_start import bring_together, pair_loss
+from bertology_serve.training.evaluation import evaluate
 from bertology_serve.training.frozen_rows import pooled
 from bertology_serve.training.recipes import stages
-from bertology_serve.training.train import Prepared, first_of, prepare
+from bertology_serve.training.run_directory import Destination
+from bertology_serve.training.train import Prepared, first_of, prepare, train
 from bertology_serve.training.train_config import TrainConfig
 from bertology_serve.training.trainer import Trainer
 from tests.training import sets
@@ -88,6 +92,16 @@ def test_the_dev_set_decides_whether_it_stays(ready: Prepared, metric: float):
     assert (moved, bool(trainer.best), trainer.unimproved) == (
         (True, True, False) if not metric else (False, False, True)
     )
+
+
+@pytest.mark.parametrize(("asked", "steps"), [({}, 0), ({"epochs": 1}, 1), ({"max_steps": 1}, 1)])
+def test_without_a_dev_set_it_is_all_unless_steps_are_asked_for(
+    bert: Encoder, tmp_path: Path, asked: dict[str, int], steps: int
+):
+    outcome = train(CONFIG.replaced(**asked), bert, sets.source("classification"), place=Destination(tmp_path / "mine"))
+    assert (outcome.state.step, outcome.delta.kinds) == (steps, ("lora",))
+    answers = evaluate(outcome.delta, sets.source("classification").records, bert).metrics
+    assert answers["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize(

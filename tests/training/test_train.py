@@ -416,6 +416,7 @@ def test_few_rows_have_a_rate_of_their_own(bert: Encoder):
     assert for_rows(TrainConfig.of("classification"), CONTRASTIVE_ROWS).plan.start is None
     said = "contrastive start; lora at 0.003; 20 epochs (for 100 rows)"
     assert choices(TrainConfig.of("classification"), bert, 100).endswith(said)
+    assert "no epochs without --eval (for" in choices(TrainConfig.of("classification"), bert, 100, judged=False)
     given = TrainConfig.of("classification", learning_rate=1e-4, epochs=2)
     assert choices(given, bert, 100).endswith("0.0001; 2 epochs")
 

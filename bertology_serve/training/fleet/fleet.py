@@ -252,6 +252,10 @@ class Member(Trainer):
         if self.done:
             self._leave()
 
+    def prepare(self) -> None:
+        if not self.late():
+            super().prepare()
+
     def _evaluate(self) -> None:
         if not self.late():
             super()._evaluate()
