@@ -29,6 +29,7 @@ COMMANDS = {
     "predict": "Answer a file of records, for many deltas at once.",
     "serve": "Answer over HTTP.",
     "route": "Send calls to several servers, each where its delta lives.",
+    "plan": "Find how many servers given calls need.",
     "export": "Write delta and encoder as ONNX or OpenVINO, checked.",
     "analyze": "See what heads, layers and deltas do.",
     "inspect": "Show and validate a delta.",

@@ -22,6 +22,9 @@ Executor = Annotated[
     Literal["thread", "process"],
     typer.Option(help="Where batches run. process: in one of their own, whose end costs a restart, not the server."),
 ]
+Executors = Annotated[
+    int, typer.Option(min=1, help="How many run batches, each a process: one a GPU, or on its share of the cores.")
+]
 CudaGraphs = Annotated[
     bool, typer.Option("--cuda-graphs", help="Replay recorded passes: fewer launches. On a GPU, in 16 bits.")
 ]
@@ -46,12 +49,12 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad-deltas", help="Leave out delt
 
 
 COMMON = (
-    "backbone", "deltas", "models", "device", "executor", "host", "port", "grpc_port", "keys_file", "device_mb",
-    "state_file", "watch_seconds", "max_batch_ms", "max_queue_tokens", "max_items", "log_level",
+    "backbone", "deltas", "models", "device", "executor", "executors", "host", "port", "grpc_port", "keys_file",
+    "device_mb", "state_file", "watch_seconds", "max_batch_ms", "max_queue_tokens", "max_items", "log_level",
 )  # fmt: skip
 PANELS = {
     "What is served": ("backbone", "deltas", "models", "skip_bad_deltas"),
-    "How batches run": ("device", "dtype", "engine", "precision", "cuda_graphs", "executor", "time_again"),
+    "How batches run": ("device", "dtype", "engine", "precision", "cuda_graphs", "executor", "executors", "time_again"),
 }
 
 
@@ -68,6 +71,7 @@ def serve(
     precision: EnginePrecision = "fp32",
     cuda_graphs: CudaGraphs = False,
     executor: Executor = "thread",
+    executors: Executors = 1,
     time_again: TimeAgain = False,
     models: Models = None,
     file: File = None,
@@ -92,6 +96,7 @@ def serve(
         precision=precision,
         cuda_graphs=cuda_graphs,
         executor=executor,
+        executors=executors,
         time_again=time_again,
         models=models,
         say=note,

@@ -142,13 +142,7 @@ def train(
         for stage in stages(config) if processes.leads else ():
             show_dry_run(make_live(encoder, stage.config, spec), stage, source, processes)
         return
-    chosen = training.choices(
-        config,
-        encoder,
-        len(source.records),
-        len(training.labels_of(config, source)),
-        judged=bool(dev or config.eval.folds),
-    )
+    chosen = training.choices(config, encoder, source, judged=bool(dev or config.eval.folds))
     files = {"backbone": backbone, "train": train, "eval": eval, "ood": ood}
     named = {flag: _lasting(path) for flag, path in files.items() if path} | {"device": device}
     named |= {"columns": columns} if columns else {}

@@ -12,6 +12,7 @@ import typer
 from bertology_serve.bench.cpu.cpu_command import cpu
 from bertology_serve.cli.common import load_library, note, progress, table
 from bertology_serve.errors import SpecError, VerificationError
+from bertology_serve.files import JsonObject, write_json
 
 if TYPE_CHECKING:
     from bertology_serve.bench.serving.serving import Result
@@ -42,6 +43,9 @@ def serving(
     ] = "torch",
     output: Annotated[Path | None, typer.Option(help="Write everything to this .json or .csv file.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with code 1 where a bar is missed.")] = False,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Also time a server, and write to this .json file what plan needs of it.")
+    ] = None,
 ) -> None:
     """Time one mixed batch: this engine, itself without deltas, and peft's adapter_names (where peft is installed).
 
@@ -53,6 +57,8 @@ def serving(
     from bertology_serve.bench.serving.texts_workload import Workload
 
     check_suffix(output)
+    if calibration is not None and calibration.suffix != ".json":
+        raise SpecError(f"cannot write {calibration}: expected a name that ends in .json")
     work = Workload(sequences, deltas, seed=seed)
     with progress() as bar:
         task = bar.add_task("rounds", total=rounds)
@@ -61,9 +67,22 @@ def serving(
     if output is not None:
         write(result.everything, output)
         note(f"written to {output}")
+    if calibration is not None:
+        write_json(calibration, _calibrated(backbone, threads, engine))
+        note(f"written to {calibration}: bertology-serve plan --calibration {calibration} --deltas ... --calls ...")
     missed = [one.bar.name for one in result.judged if one.verdict == "missed"]
     if check and missed:
         raise VerificationError(f"missed: {', '.join(missed)}")
+
+
+def _calibrated(backbone: str, threads: int | None, engine: str) -> JsonObject:
+    """What a server of those threads takes."""
+    from bertology_serve.bench.prove.stage import Stage
+    from bertology_serve.bench.serving.calibrate import calibrate
+
+    environ = {"OMP_NUM_THREADS": str(threads)} if threads else None
+    with tempfile.TemporaryDirectory() as directory:
+        return calibrate(Stage(backbone, Path(directory), quick=True), 1.0, ("--engine", engine), environ)
 
 
 def shown(ratio: float | None) -> str:
@@ -114,7 +133,6 @@ def load(
     """
     load_library(backbone=backbone)
     from bertology_serve.bench.serving.load import Load, as_dict, check_plot, draw, run
-    from bertology_serve.files import write_json
 
     check_plot(plot)
     if output is not None and output.suffix != ".json":
@@ -261,7 +279,6 @@ def alternatives(
     from bertology_serve.bench.serving.alternatives.alternatives_run import Plan, compare, draw
     from bertology_serve.bench.serving.load import check_plot
     from bertology_serve.export.installation import environment
-    from bertology_serve.files import write_json
 
     check_plot(plot)
     if output is not None and output.suffix != ".json":

@@ -7,10 +7,11 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from threading import Lock, RLock
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -243,16 +244,20 @@ class Ledger:
 
 
 class Backbone(Protocol):
-    """What is known of the encoder wherever it runs. ``lock`` is held while a batch does; ``packing`` is "packed" or
-    "padded", and why; ``prompts`` are those of a sentence encoder.
+    """What is known of the encoder wherever it runs. ``packing`` is "packed" or "padded", and why; ``prompts`` are
+    those of a sentence encoder.
     """
 
     name: str
     prompts: tuple[tuple[str, str], ...]
     ref: BaseRef
     tokenizer: PreTrainedTokenizerBase
-    lock: RLock
     packing: str
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """Held by each batch that runs."""
+        ...
 
     @property
     def hidden(self) -> int:
@@ -317,6 +322,11 @@ class DeltaSet(ABC):
     def restarts(self) -> int:
         """How often what runs them had to be started again."""
         return 0
+
+    @property
+    def parallel(self) -> int:
+        """How many batches can run at the same time."""
+        return 1
 
     def reserve(self, delta: Delta) -> str:
         """Counts a delta as resident before it is; the key for ``add``, which counts it no longer where it fails."""

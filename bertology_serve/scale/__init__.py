@@ -1,1 +1,1 @@
-"""One set of deltas on several servers: which of them answers for which delta, and a router that sends calls there."""
+"""One set of deltas on several servers: which answers for which delta, a router that sends calls there, a planner."""

@@ -1,4 +1,4 @@
-"""What the router can be told. The command line takes its options from here, the environment as ``serve`` does."""
+"""What the router and the planner can be told. The command line takes its options from here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bertology_serve.config_fields import option
+from bertology_serve.config_fields import check_fields, option
 from bertology_serve.errors import NotFound, SpecError
 from bertology_serve.serving.config import LimitsConfig, LoggingConfig, StoppingConfig
 
@@ -82,6 +82,69 @@ class RouterConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig, metadata={"panel": "Limits of a call"})
     stopping: StoppingConfig = field(default_factory=StoppingConfig, metadata={"panel": "Stopping"})
     logging: LoggingConfig = field(default_factory=LoggingConfig, metadata={"panel": "Logs"})
+
+
+@dataclass(frozen=True)
+class TrafficConfig:
+    """What is asked. SpecError for values that make no sense."""
+
+    deltas: int = field(metadata={"help": "How many deltas there are.", "least": 1})
+    calls: float | None = option(None, "Calls a second, each of one text.", least=1e-6)
+    tokens: float | None = option(None, "Tokens a second, in place of --calls.", least=1e-6)
+    ranks: tuple[int, ...] = option((8,), "Ranks of the deltas, in turn.")
+    zipf: float = option(1.1, "The k-th delta is asked as often as k to the power of minus this.", least=0, most=10)
+    mean_tokens: float = option(24.0, "Tokens of a text on average; lengths are lognormal.", least=1)
+    spread: float = option(0.6, "Standard deviation of the lengths' logarithm; 0: all are equally long.", least=0)
+    longest: int = option(512, "Tokens beyond which texts are cut.", least=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if (self.calls is None) == (self.tokens is None):
+            raise SpecError("expected --calls or --tokens, one of the two")
+        if not self.ranks or min(self.ranks) < 1:
+            raise SpecError(f"ranks is {self.ranks}; expected numbers from 1")
+
+    @property
+    def rate(self) -> float:
+        """Calls a second."""
+        return self.calls if self.calls is not None else (self.tokens or 0.0) / self.mean_tokens
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """What a replica is. What is not given is looked for. SpecError for values that make no sense."""
+
+    replicas: int | None = option(None, "So many replicas. Without it: as few as meet the targets.", least=1)
+    device_mb: float | None = option(
+        None, "Memory of each for resident deltas, in MiB. Without it: as little as meets the hit rate.", least=1e-6
+    )
+    host_mb: float = option(1024.0, "Memory of each for deltas that had to leave the device, in MiB.", least=0)
+    replica_cost: float = option(0.0, "What one costs an hour, in any currency.", least=0)
+    most_replicas: int = option(10_000, "Replicas beyond which there is no more looking.", least=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """What calls should meet. SpecError for values that make no sense."""
+
+    p50_ms: float | None = option(None, "Half of the calls are answered within so many milliseconds.", least=0)
+    p99_ms: float | None = option(None, "99 of a hundred calls are.", least=0)
+    hit_rate: float = option(0.95, "Share of calls that meet a resident delta.", least=0, most=0.9999)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """All that a plan depends on beside the calibration."""
+
+    traffic: TrafficConfig = field(metadata={"panel": "Traffic"})
+    hardware: HardwareConfig = field(default_factory=HardwareConfig, metadata={"panel": "Hardware"})
+    targets: TargetConfig = field(default_factory=TargetConfig, metadata={"panel": "Targets"})
 
 
 def checked_addresses(named: list[str] | tuple[str, ...], where: str) -> tuple[str, ...]:

@@ -12,11 +12,15 @@ Work is counted in tokens, times in seconds, both by whoever asks.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import islice
 from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
 
 BOUND = 1.25  # times the mean: the work that one replica may have under way
 SLACK = 1024.0  # tokens that any replica may have under way, however little the others have: about one batch
@@ -24,6 +28,8 @@ HOT, COOL = 0.5, 0.35  # shares of a replica's tokens a second: a delta above HO
 HOLD = 30.0  # seconds that a delta must be below COOL for that
 WINDOW = 2.0  # seconds: what came so long ago counts 1/e in a rate
 MOST = 10_000  # deltas whose rate is kept
+FIRST = 16  # replicas of a delta's order that are kept: further ones are asked where these are full or gone
+STALE = 1.0  # seconds for which the replicas' middle capacity is kept
 
 
 @dataclass
@@ -42,10 +48,37 @@ class ReplicaState:
     stale: set[str] = field(default_factory=set)
 
 
-@lru_cache(maxsize=65_536)
 def ordered(delta: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The replicas in the order of that delta: the same for whoever asks, whatever the order of ``names``."""
-    return tuple(sorted(names, key=lambda name: blake2b(f"{delta}\0{name}".encode(), digest_size=8).digest()))
+    """The replicas in the order of that delta: the same for whoever asks, whatever the order of ``names``.
+
+    A replica's place follows from its own hash and the delta's, mixed as SplitMix64 does (Steele, Lea & Flood, Fast
+    splittable pseudorandom number generators, 2014).
+    """
+    return tuple([names[place] for place in _scores(delta, names).argsort()])
+
+
+@lru_cache(maxsize=65_536)
+def _first(delta: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The beginning of that order, which is what most calls need."""
+    scores, count = _scores(delta, names), min(FIRST, len(names))
+    places = scores.argpartition(count - 1)[:count] if count else scores.argsort()
+    return tuple([names[place] for place in places[scores[places].argsort()]])
+
+
+def _scores(delta: str, names: tuple[str, ...]) -> NDArray[np.uint64]:
+    mixed = _hashes(names) ^ _hash(delta)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+@lru_cache(maxsize=8)
+def _hashes(names: tuple[str, ...]) -> NDArray[np.uint64]:
+    return np.array([_hash(name) for name in names], dtype=np.uint64)
+
+
+def _hash(text: str) -> np.uint64:
+    return np.uint64(int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little"))
 
 
 class TokenRate:
@@ -86,12 +119,13 @@ class Placement:
         self.replicas: dict[str, ReplicaState] = {}
         self._names: tuple[str, ...] = ()
         self._rates: dict[str, TokenRate] = {}
+        self._middle, self._looked = 0.0, -math.inf
         self.keep(names)
 
     def keep(self, names: Iterable[str]) -> None:
         """From now on there are these replicas. Those that were there before stay as they are."""
         self.replicas = {name: self.replicas.get(name) or ReplicaState(name) for name in names}
-        self._names = tuple(sorted(self.replicas))
+        self._names, self._looked = tuple(sorted(self.replicas)), -math.inf
 
     def spread(self) -> dict[str, int]:
         """The deltas that have more than one replica, and how many."""
@@ -99,9 +133,7 @@ class Placement:
 
     def homes(self, delta: str) -> list[str]:
         """The replicas that a delta lives on now, the first first; those that are not ready are passed over."""
-        rate = self._rates.get(delta)
-        able = [name for name in ordered(delta, self._names) if self._takes(name, delta)]
-        return able[: rate.replicas if rate else 1]
+        return [one.name for one in islice(self._able(delta), self._count(delta))]
 
     def in_order(self, delta: str) -> list[ReplicaState]:
         """The replicas that take calls, in the order of that delta."""
@@ -115,11 +147,11 @@ class Placement:
                 self._forget(now)
             rate = self._rates[delta] = TokenRate()
         rate.add(tokens, now)
-        rate.settle(self._capacity(), len(self._names), now)
+        rate.settle(self._capacity(now), len(self._names), now)
 
     def cool(self, now: float) -> None:
         """Lets deltas that were asked more before live on fewer replicas; for once in a while."""
-        capacity = self._capacity()
+        capacity = self._capacity(now)
         for rate in self._rates.values():
             rate.settle(capacity, len(self._names), now)
 
@@ -128,39 +160,58 @@ class Placement:
 
         Without a delta any of them does. ``tried`` are those that were asked in vain.
         """
-        order = self._names if delta is None else ordered(delta, self._names)
-        able = [self.replicas[name] for name in order if name not in tried and self._takes(name, delta)]
-        if not able:
-            return None
-        chosen = self._chosen(able, delta, tokens)
-        chosen.load += tokens
+        chosen = self._chosen(delta, tokens, tried)
+        if chosen is not None:
+            chosen.load += tokens
         return chosen
 
     def end(self, replica: ReplicaState, tokens: float) -> None:
         """The call that ``begin`` counted there is over."""
         replica.load = max(0.0, replica.load - tokens)
 
-    def _chosen(self, able: list[ReplicaState], delta: str | None, tokens: float) -> ReplicaState:
+    def _chosen(self, delta: str | None, tokens: float, tried: Collection[str]) -> ReplicaState | None:
         """The least busy one of the delta's own; beyond the bound one that has it already, or the next in its order."""
-        rate = self._rates.get(delta) if delta is not None else None
-        homes = len(able) if delta is None else rate.replicas if rate else 1
-        own = min(able[:homes], key=lambda one: one.load)
-        bound = max(SLACK, BOUND * (sum(one.load for one in able) + tokens) / len(able))
-        if own.load + tokens <= bound or homes >= len(able):
+        homes = len(self._names) if delta is None else self._count(delta)
+        able = self._able(delta, tried)
+        own = min(islice(able, homes), key=lambda one: one.load, default=None)
+        if own is None or own.load + tokens <= SLACK:  # no bound is below that
             return own
-        others = [one for one in able[homes:] if one.load + tokens <= bound]
+        others = list(able)
+        if not others:
+            return own
+        everybody = list(self._able(delta, tried))
+        bound = max(SLACK, BOUND * (sum(one.load for one in everybody) + tokens) / len(everybody))
+        if own.load + tokens <= bound:
+            return own
+        free = [one for one in others if one.load + tokens <= bound]
         return next(
-            (one for one in others if delta in one.resident),
-            others[0] if others else min(able, key=lambda one: one.load),
+            (one for one in free if delta in one.resident),
+            free[0] if free else min(everybody, key=lambda one: one.load),
         )
 
-    def _takes(self, name: str, delta: str | None) -> bool:
-        state = self.replicas[name]
-        return state.ready and delta not in state.stale
+    def _able(self, delta: str | None, tried: Collection[str] = ()) -> Iterator[ReplicaState]:
+        """The replicas that take a call, in the order of its delta."""
+        for name in self._names if delta is None else self._in_order(delta):
+            state = self.replicas[name]
+            if state.ready and delta not in state.stale and name not in tried:
+                yield state
 
-    def _capacity(self) -> float:
-        known = [one.capacity for one in self.replicas.values() if one.capacity]
-        return median(known) if known else 0.0
+    def _in_order(self, delta: str) -> Iterator[str]:
+        yield from _first(delta, self._names)
+        if len(self._names) > FIRST:
+            yield from ordered(delta, self._names)[FIRST:]
+
+    def _count(self, delta: str) -> int:
+        """How many replicas a delta has."""
+        rate = self._rates.get(delta)
+        return rate.replicas if rate else 1
+
+    def _capacity(self, now: float) -> float:
+        """That of the replica in the middle."""
+        if not 0 <= now - self._looked < STALE:
+            known = [one.capacity for one in self.replicas.values() if one.capacity]
+            self._middle, self._looked = (median(known) if known else 0.0), now
+        return self._middle
 
     def _forget(self, now: float) -> None:
         """The half of the deltas that are asked least."""

@@ -41,6 +41,7 @@ def serve(
     precision: MultiPrecision = "fp32",
     cuda_graphs: bool = False,
     executor: Literal["thread", "process"] = "thread",
+    executors: int = 1,
     time_again: bool = False,
     models: str | Path | None = None,
     say: Callable[[str], None] = print,
@@ -48,8 +49,9 @@ def serve(
     """Answers for the deltas of a directory until SIGTERM or SIGINT; what was accepted is answered first.
 
     ``backbone`` is a hub id, a directory or ``minilm``; ``config`` holds the port, the limits and the rest. ``say`` is
-    told the address. Logs and signal handlers of the process are set, so call it from the main thread. Raises NotFound
-    and FormatError for a directory or a delta that cannot be served, InputError where the port is taken.
+    told the address. ``executors`` above 1 are processes, each on a GPU of its own or its share of the cores. Logs and
+    signal handlers of the process are set, so call it from the main thread. Raises NotFound and FormatError for a
+    directory or a delta that cannot be served, InputError where the port is taken.
     """
     config = config or ServerConfig()
     started = time.monotonic()
@@ -68,7 +70,7 @@ def serve(
         # before anything is loaded: is the port free?
         bound = stack.enter_context(bind(config.listen.host, config.listen.port))
         fork_server: ForkServer | None = None
-        if executor == "process":  # it loads the encoder while this process imports torch
+        if executor == "process" or executors > 1:  # it loads the encoder while this process imports torch
             fork_server = stack.enter_context(
                 ForkServer(WorkerOptions(backbone, dtype, config.logging.log_level, config.logging.log_format))
             )
@@ -81,7 +83,7 @@ def serve(
 
         check(engine, precision)
         background = Background()
-        opened = _open(backbone, device, dtype, fork_server, background)
+        opened = _open(backbone, device, dtype, fork_server, background, executors)
         stack.callback(opened.close)
         registry = _load(opened.pipeline, Path(deltas), skip_bad_deltas, config)
         wanted = EngineConfig(engine, precision, cuda_graphs)
@@ -153,13 +155,15 @@ def example(url: str, delta: Delta, keyed: bool = False) -> str:
     return f'curl {url}/predict{key} -d \'{{"delta": "{delta.name}", {fields}}}\''
 
 
-def _open(backbone: str, device: str, dtype: str, fork_server: ForkServer | None, background: Background) -> Startup:
+def _open(
+    backbone: str, device: str, dtype: str, fork_server: ForkServer | None, background: Background, executors: int
+) -> Startup:
     import torch
 
     from bertology_serve.encoder.loading import find_device
     from bertology_serve.serving.execution.startup import open_backbone
 
-    return open_backbone(backbone, str(find_device(device)), getattr(torch, dtype), fork_server, background)
+    return open_backbone(backbone, str(find_device(device)), getattr(torch, dtype), fork_server, background, executors)
 
 
 def _load(pipeline: DeltaSet, deltas: Path, skip_bad: bool, config: ServerConfig) -> Registry:

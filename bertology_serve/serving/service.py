@@ -95,7 +95,9 @@ class Service:
         self.reconciler = Reconciler(
             config.deltas.state_file, self.lifecycle, self.queue, config.deltas.watch_seconds or STATE_SECONDS
         )
-        self._executor = Executor(self.queue, self.pipeline.run, self._deliver, metrics.batch, self.background)
+        self._executor = Executor(
+            self.queue, self.pipeline.run, self._deliver, metrics.batch, self.background, self.pipeline.parallel
+        )
         self._shadows = Shadows(self._shadowed, registry.splits, metrics, self.background)
         self._tokenizers, self._aside = ThreadPoolExecutor(2, thread_name_prefix="tokenizer"), 0
         self._lag = LoopLag(metrics.registry)

@@ -22,6 +22,7 @@ from time import perf_counter
 import torch
 
 from bertology_serve.config_fields import join_list
+from bertology_serve.data.records import infer_labels
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import DataError, LimitError, SpecError
@@ -40,16 +41,7 @@ from bertology_serve.training.method_options import AUTO, Values, read_layers
 from bertology_serve.training.methods import count_parameters, specs_for
 from bertology_serve.training.plots import draw_curves
 from bertology_serve.training.run_directory import CONFIG, SKIPPED, Destination, identity
-from bertology_serve.training.train import (
-    Outcome,
-    for_data,
-    for_encoder,
-    for_rows,
-    labels_of,
-    lay_out,
-    machine,
-    task_spec,
-)
+from bertology_serve.training.train import Outcome, for_data, for_encoder, for_rows, lay_out, machine, task_spec
 from bertology_serve.training.train_config import START_PROBE, RecipeConfig, TrainConfig, read_budget
 from bertology_serve.training.trainer import Callback, Line
 
@@ -306,11 +298,11 @@ def train_auto(
     """
     began_at, searches = perf_counter(), AUTO in config.method
     config = for_data(config, train)
-    labels = labels_of(config, train)
+    labels = config.form.labels or infer_labels(config.task, train.records)
     config = for_encoder(config.replaced(labels=labels), encoder)
     data, (name, free) = Data(train, dev, ood), place.open()
     directory, watcher, shelf = FleetDirectory(free.out.parent, free.path), watcher or Quiet(), Shelf(encoder)
-    single = {"+".join(config.method): for_rows(config, len(train.records), len(labels))}
+    single = {"+".join(config.method): for_rows(config, train)}
     tried = candidates(config, encoder, len(train.records)) if searches else single
     parts = folds(data, config.optim.seed, config.eval.folds)
     laid_out = machine(config, encoder, prepack)

@@ -295,8 +295,8 @@ class RunState:
     among them; ``best_step`` got there.
 
     ``metrics`` are those of the state that is kept, ``stale`` counts evaluations since ``best_step``, ``stopped`` says
-    that patience ran out, ``seconds`` is the time spent so far. ``start`` is where
-    training began: ``contrastive``, or ``probe`` where the dev set found that no better; empty where nothing was tried.
+    that patience ran out, ``seconds`` is the time spent so far. ``start`` is where training
+    began: ``contrastive``, or ``probe`` where the dev set found that no better; empty where it was not tried.
     """
 
     stage: int = 0

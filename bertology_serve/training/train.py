@@ -48,8 +48,7 @@ from bertology_serve.training.train_config import (
     CONTRASTIVE_ROWS,
     FEW_ROWS,
     FEW_ROWS_RATES,
-    PAIR_ROWS,
-    START_PROBE,
+    LEAST_ROWS,
     TrainConfig,
 )
 from bertology_serve.training.trainer import Callback, NoCallback, Trainer
@@ -128,8 +127,7 @@ def train(
     what ``config.toml``, which lies beside the delta in the end, says of the backbone and the data; names by default.
     All of ``processes`` call this with the same arguments but ``encoder``'s device; see there.
     """
-    config = for_encoder(for_data(config, train), encoder)
-    config = for_rows(config, len(train.records), len(labels_of(config, train)))
+    config = for_rows(for_encoder(for_data(config, train), encoder), train)
     plan = stages(config)
     name, directory = place.open()
     products = {stage.kept: place.beside(stage.kept).open() for stage in plan if stage.kept}
@@ -365,25 +363,25 @@ def first_of(stage: Stage, live: TrainableDelta, ready: Prepared) -> Callable[[]
     return partial(bring_together, live, ready.task, ready.items, stage.config)
 
 
-def for_rows(config: TrainConfig, rows: int, labels: int) -> TrainConfig:
+def for_rows(config: TrainConfig, train: Source) -> TrainConfig:
     """The configuration with what suits so many rows where it was not given: where training begins, and the learning
-    rate from a probe. With hardly a pair of one label it begins at the probe, whatever was given.
+    rate from a probe.
     """
+    rows = len(train.records)
     tried = config.task == CLASSIFICATION and ",".join(config.method) in FEW_ROWS_RATES and config.starts_at_probe
     if tried and rows < CONTRASTIVE_ROWS and config.plan.start is None:
-        config = config.replaced(start=CONTRASTIVE)
-    if config.plan.start == CONTRASTIVE and rows < PAIR_ROWS * labels:
-        config = config.replaced(start=START_PROBE)
+        labels = config.form.labels or infer_labels(config.task, train.records)
+        config = config.replaced(start=CONTRASTIVE) if rows >= LEAST_ROWS * len(labels) else config
     rate = FEW_ROWS_RATES.get(",".join(config.method)) if rows < FEW_ROWS else None
     chosen = config.optim.learning_rate or config.options or not config.starts_at_probe
     return config if chosen or rate is None else config.replaced(learning_rate=rate)
 
 
-def choices(config: TrainConfig, encoder: Encoder, rows: int, labels: int, judged: bool = True) -> str:
-    """What the defaults came to on that encoder with so many training rows and labels, and why, in one line;
-    ``judged``: there is a dev set.
+def choices(config: TrainConfig, encoder: Encoder, train: Source, judged: bool = True) -> str:
+    """What the defaults came to on that encoder with these training rows, and why, in one line; ``judged``: there is a
+    dev set.
     """
-    chosen, parts = for_rows(for_encoder(config, encoder), rows, labels), []
+    chosen, parts, rows = for_rows(for_encoder(config, encoder), train), [], len(train.records)
     if not chosen.known_task.reads_rows:
         own = "it has a pooler" if chosen.form.pooling == "cls" else "no pooler"
         why = "the checkpoint's own" if encoder.pooling else own
@@ -392,8 +390,6 @@ def choices(config: TrainConfig, encoder: Encoder, rows: int, labels: int, judge
     parts += [f"loss {chosen.optim.loss}" if chosen.task in VECTOR_KINDS else f"head {form}"]
     if chosen.plan.start == CONTRASTIVE:
         parts.append("contrastive start")
-    elif config.plan.start == CONTRASTIVE:
-        parts.append(f"no contrastive start (fewer than {PAIR_ROWS} rows a label)")
     parts += [*(f"{name} at {chosen.rate(name):g}" for name in chosen.method if name != AUTO)]
     if chosen.plan.start == CONTRASTIVE and not judged and chosen.stops_at_start:
         parts.append("no epochs without --eval")
@@ -403,15 +399,10 @@ def choices(config: TrainConfig, encoder: Encoder, rows: int, labels: int, judge
     return "; ".join(parts) + ("" if given else f" (for {rows:,} rows)")
 
 
-def labels_of(config: TrainConfig, train: Source) -> tuple[str, ...]:
-    """The labels, as given or as the training data have them. Raises DataError where those are too few."""
-    return config.form.labels or infer_labels(config.task, train.records)
-
-
 def task_spec(config: TrainConfig, encoder: Encoder, train: Source) -> TaskSpec:
     """The task: with the labels of the training data and a length that the encoder reads where none were given, and
     whether the data are pairs; and the texts of its labels."""
-    spec = config.task_spec(labels_of(config, train))
+    spec = config.task_spec(config.form.labels or infer_labels(config.task, train.records))
     words = len(encoder.model.get_input_embeddings().weight) if config.task == SPARSE else spec.width
     spec = replace(spec, pairs=all_pairs(config.task, train.records), width=words)
     if config.form.label_texts:

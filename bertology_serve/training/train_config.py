@@ -41,9 +41,9 @@ HEAD_RATE = 5e-3
 LEAST_EPOCHS, MOST_EPOCHS, ENOUGH_ROWS = 3, 20, 6000
 FEW_ROWS = 5000
 CONTRASTIVE_ROWS = 200
-"""Rows of classification below which a method of ``FEW_ROWS_RATES`` begins by bringing texts of one label together."""
-PAIR_ROWS = 3
-"""Rows a label below which there are hardly any pairs of one."""
+LEAST_ROWS = 2
+"""A method of ``FEW_ROWS_RATES`` begins by bringing texts of one label together where there are fewer rows of
+classification than that, and so many a label, without which there are hardly any pairs of one."""
 VECTOR_WIDTH = 128
 """The length of multi-vector's vectors where none is given: ColBERT's."""
 FEW_ROWS_RATES: Mapping[str, float] = {"lora": 3e-3}

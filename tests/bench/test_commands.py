@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from bertology_serve.bench.serving import calibrate
 from bertology_serve.bench.serving.alternatives import alternatives_run
 from bertology_serve.cli.main import main
 
@@ -19,14 +20,19 @@ def small(monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
-def test_two_tables_and_a_file(encoder, tmp_path, capsys):
-    path = tmp_path / "out.json"
-    assert main(["bench", "serving", "--backbone", encoder.name, *SMALL, "--output", str(path)]) == 0
+def test_two_tables_and_two_files(encoder, tmp_path, capsys, monkeypatch):
+    path, known = tmp_path / "out.json", tmp_path / "known.json"
+    monkeypatch.setattr(calibrate, "calibrate", lambda stage, *options: {"backbone": stage.backbone, "x": options})
+    files = ["--output", str(path), "--calibration", str(known)]
+    assert main(["bench", "serving", "--backbone", encoder.name, *SMALL, "--threads", "1", *files]) == 0
     out, err = capsys.readouterr()
     assert "peft, sorted in 16s" in out
     assert "≥ 8×" in out
     assert "torch" in err
     assert len(json.loads(path.read_text())["contenders"]) == 4
+    options = [1.0, ["--engine", "torch"], {"OMP_NUM_THREADS": "1"}]
+    assert json.loads(known.read_text()) == {"backbone": encoder.name, "x": options}
+    assert f"bertology-serve plan --calibration {known}" in err
 
 
 @pytest.mark.usefixtures("small")
@@ -41,6 +47,8 @@ def test_missed_bars_are_an_error_when_asked(encoder, monkeypatch, capsys):
 def test_a_file_that_cannot_be_written_is_said_first(capsys, tmp_path):
     assert main(["bench", "serving", "--backbone", "nowhere", "--output", str(tmp_path / "x.txt")]) == 2
     assert "ends in .json or .csv" in capsys.readouterr().err
+    assert main(["bench", "serving", "--backbone", "nowhere", "--calibration", "x.txt"]) == 2
+    assert "ends in .json" in capsys.readouterr().err
 
 
 @pytest.fixture

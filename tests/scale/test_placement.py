@@ -162,3 +162,14 @@ def test_the_rate_is_that_of_the_calls() -> None:
 def test_calls_without_a_delta_go_to_the_least_busy_one() -> None:
     placement = Placement(["a", "b", "c"])
     assert Counter(placement.begin(None, 10).name for _ in range(30)) == {"a": 10, "b": 10, "c": 10}  # type: ignore[union-attr]
+
+
+def test_a_thousand_replicas_share_the_deltas_and_their_order_has_no_end() -> None:
+    names = tuple(f"http://replica-{number}:8000" for number in range(1000))
+    placement = Placement(names)
+    counts = Counter(placement.homes(delta)[0] for delta in DELTAS)
+    assert len(counts) == pytest.approx(1000 * (1 - math.exp(-2)), rel=0.05)
+    order = ordered("mood", names)
+    for name in order[:40]:
+        assert placement.homes("mood") == [name]
+        placement.replicas[name].ready = False

@@ -11,13 +11,12 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import SpecError
-from bertology_serve.training.batches import Source
 from bertology_serve.training.contrastive_start import bring_together, pair_loss
 from bertology_serve.training.evaluation import evaluate
 from bertology_serve.training.frozen_rows import pooled
 from bertology_serve.training.recipes import stages
 from bertology_serve.training.run_directory import Destination
-from bertology_serve.training.train import Prepared, choices, first_of, prepare, train
+from bertology_serve.training.train import Prepared, first_of, prepare, train
 from bertology_serve.training.train_config import TrainConfig
 from bertology_serve.training.trainer import Trainer
 from tests.training import sets
@@ -69,16 +68,6 @@ def test_it_is_the_same_whatever_was_drawn_before(bert: Encoder):
         assert torch.equal(torch.get_rng_state(), state)
         ends.append(one.live.freeze("one"))
     assert all(torch.equal(ends[0].tensors[name], ends[1].tensors[name]) for name in ends[0].tensors)
-
-
-def test_with_hardly_a_pair_training_begins_at_the_probe(bert: Encoder, tmp_path: Path):
-    records = [{"text": f"the film was {word}", "label": word} for word in ("good", "bad", "cold", "good")]
-    for config in (CONFIG, TrainConfig.of("classification")):
-        outcome = train(config, bert, Source.read(records), place=Destination(tmp_path / "mine", overwrite=True))
-        facts = outcome.delta.provenance
-        assert outcome.state.step == TrainConfig.of("classification").passes(len(records)), "it is trained as ever"
-        assert ("start" in facts, facts["training"]["start"] or "probe") == (False, "probe")
-    assert "no contrastive start (fewer than 3 rows a label)" in choices(CONFIG, bert, len(records), 3)
 
 
 @pytest.mark.parametrize("metric", [0.0, 1.0])

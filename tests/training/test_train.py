@@ -402,23 +402,30 @@ def test_bad_records_are_skipped_and_named(tmp_path: Path, bert: Encoder):
         usable(config, Data(Source("x", bad)))
 
 
+def rows_of(count: int, labels: int = 2) -> Source:
+    return Source("few", [Record({"text": "good", "label": str(i % labels)}, f"few:{i}") for i in range(count)])
+
+
 def test_few_rows_have_a_rate_of_their_own(bert: Encoder):
-    few = for_rows(TrainConfig.of("classification"), 100, 2)
+    few = for_rows(TrainConfig.of("classification"), rows_of(100))
     assert few.rate("lora") == FEW_ROWS_RATES["lora"]
-    assert for_rows(TrainConfig.of("classification"), FEW_ROWS, 2).rate("lora") == LEARNING_RATES["lora"]
+    assert for_rows(TrainConfig.of("classification"), rows_of(FEW_ROWS)).rate("lora") == LEARNING_RATES["lora"]
     for own in ({"start": "random"}, {"method": "bitfit"}, {"recipe": "lp-ft"}):
         config = TrainConfig.of("classification", **own)
-        assert for_rows(config, 100, 2) == config, "as given, as its papers have it, or not tried"
-    given = for_rows(TrainConfig.of("classification", learning_rate=5e-4), 100, 2)
+        assert for_rows(config, rows_of(100)) == config, "as given, as its papers have it, or not tried"
+    given = for_rows(TrainConfig.of("classification", learning_rate=5e-4), rows_of(100))
     assert (given.rate("lora"), given.plan.start) == (5e-4, "contrastive")
-    assert for_rows(TrainConfig.of("classification", start="probe"), 100, 2).plan.start == "probe"
-    assert for_rows(TrainConfig.of("regression"), 100, 2).plan.start is None
-    assert for_rows(TrainConfig.of("classification"), CONTRASTIVE_ROWS, 2).plan.start is None
+    assert for_rows(TrainConfig.of("classification", start="probe"), rows_of(100)).plan.start == "probe"
+    assert for_rows(TrainConfig.of("regression"), rows_of(100)).plan.start is None
+    assert for_rows(TrainConfig.of("classification"), rows_of(CONTRASTIVE_ROWS)).plan.start is None
+    assert for_rows(TrainConfig.of("classification"), rows_of(100, labels=60)).plan.start is None, "hardly a pair"
     said = "contrastive start; lora at 0.003; 20 epochs (for 100 rows)"
-    assert choices(TrainConfig.of("classification"), bert, 100, 2).endswith(said)
-    assert "no epochs without --eval (for" in choices(TrainConfig.of("classification"), bert, 100, 2, judged=False)
+    assert choices(TrainConfig.of("classification"), bert, rows_of(100)).endswith(said)
+    assert "no epochs without --eval (for" in choices(
+        TrainConfig.of("classification"), bert, rows_of(100), judged=False
+    )
     given = TrainConfig.of("classification", learning_rate=1e-4, epochs=2)
-    assert choices(given, bert, 100, 2).endswith("0.0001; 2 epochs")
+    assert choices(given, bert, rows_of(100)).endswith("0.0001; 2 epochs")
 
 
 def test_a_sparse_head_begins_at_the_words_of_a_text_and_sparse(minilm_path: str):

@@ -138,7 +138,8 @@ class WorkQueue:
         self._changed = threading.Condition()
         self._closed = self._full = False
         self._shut = set[str]()
-        self.running = 0  # items of the batch that was taken last, until the next is waited for
+        self._running: dict[int, int] = {}
+        self.takers = 1  # threads that take batches
 
     @property
     def items(self) -> int:
@@ -147,6 +148,11 @@ class WorkQueue:
     @property
     def tokens(self) -> int:
         return self._scheduler.total.tokens
+
+    @property
+    def running(self) -> int:
+        """Items of the batches that were taken last, each until its thread waits for the next."""
+        return sum(list(self._running.values()))
 
     def put(self, items: Sequence[CallItem], charge: Callable[[int], None] | None = None) -> None:
         """Queues a call's work. Overloaded when it does not fit or the server is stopping; RateLimited when there is
@@ -203,7 +209,7 @@ class WorkQueue:
 
     def _seconds(self, tokens: float) -> float:
         """How long that many tokens take, within reason."""
-        return min(max(tokens / self.times.rate, 1.0), LONGEST_WAIT)
+        return min(max(tokens / (self.takers * self.times.rate), 1.0), LONGEST_WAIT)
 
     def waiting(self) -> list[str]:
         with self._changed:
@@ -215,12 +221,13 @@ class WorkQueue:
 
     def take(self) -> list[CallItem]:
         """The next batch; waits for one. Empty once the queue is closed and everything in it was taken."""
+        taker = threading.get_ident()
         with self._changed:
-            self.running = 0
+            self._running.pop(taker, None)
             while True:
                 batch = self._scheduler.pick(self._clock())
                 if batch:
-                    self.running = len(batch)
+                    self._running[taker] = len(batch)
                     return batch
                 if self._closed:
                     return []
@@ -236,11 +243,11 @@ class WorkQueue:
 
     def served(self, items: Sequence[CallItem], seconds: float) -> None:
         """Tells the queue how long a batch took; the next are as large as fits into the time that they may take."""
-        times = self.times
-        times.observe(sum([one.size(times.bend, one.spared) for one in items]), seconds)
-        scheduler = self._scheduler
-        scheduler.max_tokens, scheduler.hurried = times.budget, min(times.hurried, times.budget)
-        scheduler.seconds, scheduler.bend = times.seconds, times.bend
+        times, scheduler = self.times, self._scheduler
+        with self._changed:
+            times.observe(sum([one.size(times.bend, one.spared) for one in items]), seconds)
+            scheduler.max_tokens, scheduler.hurried = times.budget, min(times.hurried, times.budget)
+            scheduler.seconds, scheduler.bend = times.seconds, times.bend
 
     def close(self) -> None:
         """Takes no more work; what is queued is still handed out."""

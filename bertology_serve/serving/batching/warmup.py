@@ -97,7 +97,7 @@ def circumstances(pipeline: DeltaSet, setting: EngineConfig, config: ServerConfi
         "weights": pipeline.encoder.ref.sha256,
         "dtype": str(pipeline.encoder.dtype),
         "device": device,
-        "executor": type(pipeline).__name__,
+        "executor": [type(pipeline).__name__, pipeline.parallel],
         "setting": asdict(setting),
         "batch": [config.batching.max_batch_ms, config.batching.max_batch_tokens],
     }

@@ -1,4 +1,4 @@
-"""The one thread that runs batches, and the deltas that it sets aside because they ended the executor twice running."""
+"""The threads that run batches, and the deltas that they set aside because they ended an executor twice running."""
 
 from __future__ import annotations
 
@@ -60,32 +60,40 @@ Observe = Callable[[Sequence[CallItem], float], None]
 
 
 class Executor:
-    """Takes batches from the queue, runs them, and delivers an outcome for every item.
+    """Takes batches from the queue, runs them, and delivers an outcome for every item; ``parallel`` at the same time.
 
     ``run`` answers the jobs of one batch; when it raises, each job is run by itself, so that one bad job spoils no
     other; when it raises Crashed, each delta is run by itself once more, and set aside where it crashes again.
-    ``deliver`` and ``observe(batch, seconds)`` are called in this thread. Whatever raises in it, the batch in hand is
-    delivered and ``background`` begins it again.
+    ``deliver`` and ``observe(batch, seconds)`` are called in the batch's thread. Whatever raises in it, the batch in
+    hand is delivered and ``background`` begins it again.
     """
 
     def __init__(
-        self, queue: WorkQueue, run: Run, deliver: Deliver, observe: Observe, background: Background | None = None
+        self,
+        queue: WorkQueue,
+        run: Run,
+        deliver: Deliver,
+        observe: Observe,
+        background: Background | None = None,
+        parallel: int = 1,
     ) -> None:
         self._queue, self._run, self._deliver, self._observe = queue, run, deliver, observe
+        queue.takers = parallel
         self.quarantine = Quarantine()
         self._background = background or Background()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        self._thread = self._background.thread(THREAD, self._loop, vital=True)
+        names = [THREAD, *(f"{THREAD} {number}" for number in range(2, self._queue.takers + 1))]
+        self._threads = [self._background.thread(name, self._loop, vital=True) for name in names]
 
     def stop(self, timeout: float) -> bool:
         """Closes the queue and waits for what is in it, at most ``timeout`` seconds; whether all was answered."""
         self._queue.close()
-        if self._thread is None:
-            return True
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        end = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _loop(self) -> None:
         _name_thread()

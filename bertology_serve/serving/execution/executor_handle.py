@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -79,7 +80,7 @@ class ForkServer:
     """The process that forks executors. It loads the encoder on its own; ``outline`` waits for that."""
 
     def __init__(self, plan: WorkerOptions) -> None:
-        self._plan = plan
+        self._plan, self._turn = plan, threading.Lock()
         self._start()
 
     def __enter__(self) -> ForkServer:
@@ -101,14 +102,15 @@ class ForkServer:
         """A new executor. A nursery that has ended, or does not answer within ``FORK_SECONDS``, is started again
         first, which takes as long as at the start.
         """
-        try:
-            return self._fork(place)
-        except Lost as problem:
-            log.warning("the fork server has ended or hangs (%s); starting another", problem)
-            self.close()
-            self._start()
-            self.outline()
-            return self._fork(place)
+        with self._turn:
+            try:
+                return self._fork(place)
+            except Lost as problem:
+                log.warning("the fork server has ended or hangs (%s); starting another", problem)
+                self.close()
+                self._start()
+                self.outline()
+                return self._fork(place)
 
     def close(self) -> None:
         """Ends it; executors go on."""
@@ -156,10 +158,11 @@ class WorkerOptions:
 
 @dataclass(frozen=True)
 class WorkerPlace:
-    """Where an executor runs: the device's name, and how many threads a batch takes."""
+    """Where an executor runs: the device's name, how many threads a batch takes, and on which cores (none: all)."""
 
     device: str
     threads: int
+    cores: tuple[int, ...] = ()
 
 
 CLOSE_SECONDS = 10.0
@@ -170,6 +173,7 @@ class Supervisor:
     """``restore(line)`` tells a new executor what to hold; it may raise Lost. For any thread.
 
     ``restarts`` counts the executors that came after the first. ``background`` runs what watches over them.
+    ``unreferenced`` are numbers of deltas that the executor need not keep.
     """
 
     def __init__(
@@ -183,15 +187,19 @@ class Supervisor:
         self._changed = threading.Condition()
         self._line: ExecutorHandle | None = None
         self._closing = threading.Event()
-        self.restarts = 0
+        self.restarts, self.unreferenced = 0, deque[int]()
         self.seconds = 0.0  # that the last restart took
         self._background = background or Background()
         self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
+    def start(self, name: str = "supervisor") -> None:
         """Starts the first executor, in this thread; raises Lost where it does not come up."""
         self._line = self._born()
-        self._thread = self._background.thread("supervisor", self._watch, vital=True)
+        self._thread = self._background.thread(name, self._watch, vital=True)
+
+    def forgotten(self) -> list[int]:
+        """What the executor is told to keep no longer."""
+        return [self.unreferenced.popleft() for _ in range(len(self.unreferenced))]
 
     @property
     def is_up(self) -> bool:

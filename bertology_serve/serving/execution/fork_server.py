@@ -119,7 +119,8 @@ class Worker:
         return {"numbers": put_outputs(self._outputs, outputs)}
 
     def settle(self, body: Body) -> JsonObject:
-        name, found = apply(self.pipeline, msgspec.convert(body["setting"], EngineConfig))
+        with self.pipeline.encoder.lock:
+            name, found = apply(self.pipeline, msgspec.convert(body["setting"], EngineConfig))
         settle_memory()
         return {"name": name, "setting": asdict(found)}
 
@@ -210,6 +211,8 @@ def _become_worker(encoder: Encoder, place: WorkerPlace, descriptors: list[int])
     """In the forked process; does not return."""
     try:
         torch.set_num_threads(place.threads)
+        if place.cores:
+            os.sched_setaffinity(0, place.cores)
         encoder.model.to(torch.device(place.device))
         batches, _, *others = (Channel(socket.socket(fileno=one)) for one in descriptors[:-2])
         inputs, outputs = (SharedMemory(one) for one in descriptors[-2:])

@@ -1,13 +1,15 @@
-"""The deltas of an executor in a process of its own: the server has everything about them but their tensors."""
+"""The deltas of executors in processes of their own: the server has everything about them but their tensors."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import queue
 import threading
+import time
 import weakref
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,19 +36,20 @@ from bertology_serve.tasks.spec import Encoding
 
 log = logging.getLogger(__name__)
 LOAD_SECONDS = 30.0  # for which a delta to be loaded waits for an executor
+PAUSE = 0.005  # seconds between two looks for an executor that can run a batch
 START_SECONDS = 120.0  # after which one that was forked will not answer
 
 
 class Outline:
-    """What is known of an encoder that another process runs."""
+    """What is known of an encoder that so many other processes run, each a batch at a time."""
 
-    def __init__(self, name: str, tokenizer: Any, dtype: torch.dtype, known: JsonObject) -> None:
+    def __init__(self, name: str, tokenizer: Any, dtype: torch.dtype, known: JsonObject, parallel: int = 1) -> None:
         self.name, self.tokenizer, self.dtype = name, tokenizer, dtype
         self.ref, self.hidden, self.depth = BaseRef(**known["ref"]), int(known["hidden"]), int(known["depth"])
         self.max_tokens, self.is_pruned = int(known["max_tokens"]), bool(known["is_pruned"])
         self.packing = str(known["packing"])
         self.prompts = tuple((str(name), str(text)) for name, text in known["prompts"])
-        self.lock = threading.RLock()
+        self.lock = threading.RLock() if parallel == 1 else threading.Semaphore(parallel)
 
     def check_length(self, tokens: int) -> None:
         if tokens > self.max_tokens:
@@ -54,9 +57,10 @@ class Outline:
 
 
 class Remote(DeltaSet):
-    """Deltas whose rows lie in another process. What that one should hold is known here, so that the next one can.
+    """Deltas whose rows lie in other processes. What those should hold is known here, so that the next ones can.
 
-    Batches that it died of raise Crashed.
+    There is an executor at each of ``places``. All of them hold every delta, so that any runs any batch: nothing waits
+    for one while another is idle, and where one has ended the others go on. Batches that one died of raise Crashed.
     """
 
     encoder: Outline
@@ -65,44 +69,56 @@ class Remote(DeltaSet):
         self,
         nursery: ForkServer,
         backbone: str,
-        device: str = "cpu",
+        places: Sequence[WorkerPlace] = (),
         dtype: torch.dtype = torch.float32,
         background: Background | None = None,
     ) -> None:
+        places = places or [WorkerPlace("cpu", torch.get_num_threads())]
         tokenizer = load_tokenizer(locate(backbone))  # while the nursery reads the weights
-        super().__init__(Outline(backbone, tokenizer, dtype, nursery.outline()))
+        super().__init__(Outline(backbone, tokenizer, dtype, nursery.outline(), len(places)))
         self._numbers = itertools.count()
-        self._unreferenced: deque[int] = deque()
         self._held: dict[str, ServedDelta] = {}
         self._setting: EngineConfig | None = None
         self._patience: float | None = None
-        self.supervisor = Supervisor(nursery, WorkerPlace(device, torch.get_num_threads()), self._restore, background)
-        self.supervisor.start()
+        self._idle, self._freeing = queue.SimpleQueue[Supervisor](), threading.Lock()
+        self.supervisors = [Supervisor(nursery, place, self._restore, background) for place in places]
+        for number, one in enumerate(self.supervisors, 1):
+            one.start(f"supervisor {number}" if number > 1 else "supervisor")
+            self._idle.put(one)
+
+    @property
+    def parallel(self) -> int:
+        return len(self.supervisors)
 
     @property
     def is_up(self) -> bool:
-        return self.supervisor.is_up
+        return any(one.is_up for one in self.supervisors)
 
     @property
     def restarts(self) -> int:
-        return self.supervisor.restarts
+        return sum(one.restarts for one in self.supervisors)
 
     def settle(self, setting: EngineConfig) -> tuple[str, EngineConfig]:
-        """Says what runs the batches, of this executor and of those after it; the engine's name, and what was found."""
-        answer = self._load(Op.SETTLE, {"setting": asdict(setting)})
+        """Says what runs the batches, of these executors and of those after them; the engine's name, and what was
+        found by the first.
+        """
+        first, *others = self.supervisors
+        answer = self._load(first, Op.SETTLE, {"setting": asdict(setting)})
         self._setting = msgspec.convert(answer["setting"], EngineConfig)
+        for one in others:
+            self._load(one, Op.SETTLE, {"setting": asdict(self._setting)})
         return answer["name"], self._setting
 
     def read(self, path: Path, name: str) -> Delta:
-        """Has a delta read over there; what is kept here is its card."""
+        """Has a delta read by the first executor; what is kept here is its card."""
         number = next(self._numbers)
         try:
-            answer = self._load(Op.READ, {"path": str(path), "name": name, "number": number})
+            answer = self._load(self.supervisors[0], Op.READ, {"path": str(path), "name": name, "number": number})
             card = from_record(answer["card"], number, int(answer["resident"]))
         except BaseException:
-            self._unreferenced.append(number)
+            self._let_go(number)
             raise
-        weakref.finalize(card, self._unreferenced.append, number)
+        weakref.finalize(card, self._let_go, number)
         return card
 
     def resident_bytes(self, delta: Delta) -> int:
@@ -115,7 +131,7 @@ class Remote(DeltaSet):
         self.check(delta)
         self._held[key] = delta  # before it is there: an executor that comes meanwhile has it too
         try:
-            answer = self._load(Op.ADMIT, _told(key, delta))
+            answer, *_ = [self._load(one, Op.ADMIT, _told(key, delta)) for one in self.supervisors]
         except BaseException:  # whatever it is, nobody will ask for that key; ``add`` has its rows freed
             self._held.pop(key)
             raise
@@ -124,45 +140,66 @@ class Remote(DeltaSet):
         return LoadedDelta(delta, task_for(delta.task), Head(()), entry)
 
     def free(self, key: str) -> None:
-        """Has the rows freed. No batch runs meanwhile, so this goes over its channel and waits for no disk."""
+        """Has the rows freed, over the channels of batches, which wait for no disk."""
         self._held.pop(key, None)
-        line = self.supervisor.line()
-        try:
-            line.batches.ask(Op.FREE, {"key": key, "unreferenced": self._let_go()})
-        except Lost:
-            self.supervisor.lost(line)  # the next one will not hold it
+        for one in self.supervisors:
+            line = one.line()
+            try:
+                line.batches.ask(Op.FREE, {"key": key, "unreferenced": one.forgotten()})
+            except Lost:
+                one.lost(line)  # the next one will not hold it
+
+    def free_rows(self) -> None:
+        with self._freeing:
+            super().free_rows()
 
     def outputs(self, owned: Sequence[tuple[LoadedDelta, Encoding]]) -> list[Tensor]:
-        """One pass over there. Raises Crashed where the executor did not live to answer."""
+        """One pass of an executor that is idle. Raises Crashed where it did not live to answer."""
         own = [(ready.entry.key, ready.whole is not None) for ready, _ in owned]
         numbers = {key: n for n, key in enumerate(dict.fromkeys(own))}
-        line = self.supervisor.line()
+        with self._taken() as one:
+            line = one.line()
+            try:
+                tokens = [(numbers[key], encoding) for key, (_, encoding) in zip(own, owned, strict=True)]
+                sizes = put_batch(line.inputs, tokens)
+                answer = line.batches.ask(Op.RUN, {"keys": list(numbers), "sizes": sizes})
+                expected = [(ready.delta, encoding) for ready, encoding in owned]
+                return take_outputs(line.outputs, int(answer["numbers"]), expected, self.encoder.hidden)
+            except Lost as problem:
+                one.lost(line)
+                raise Crashed(f"the executor ended while it ran a batch ({problem}); try again in 1 s") from None
+
+    @contextmanager
+    def _taken(self) -> Iterator[Supervisor]:
+        """That of an executor that is idle; of one that has ended only where all have."""
+        one = self._idle.get()
+        while self.is_up and not one.is_up:
+            self._idle.put(one)
+            time.sleep(PAUSE)  # it comes back, or another is idle first
+            one = self._idle.get()
         try:
-            tokens = [(numbers[key], encoding) for key, (_, encoding) in zip(own, owned, strict=True)]
-            sizes = put_batch(line.inputs, tokens)
-            answer = line.batches.ask(Op.RUN, {"keys": list(numbers), "sizes": sizes})
-            expected = [(ready.delta, encoding) for ready, encoding in owned]
-            return take_outputs(line.outputs, int(answer["numbers"]), expected, self.encoder.hidden)
-        except Lost as problem:
-            self.supervisor.lost(line)
-            raise Crashed(f"the executor ended while it ran a batch ({problem}); try again in 1 s") from None
+            yield one
+        finally:
+            self._idle.put(one)
 
     def patience(self, seconds: float) -> None:
         """A batch that takes longer than this has hung from now on, and its executor is replaced."""
         self._patience = seconds
-        self.supervisor.line().batches.patience = seconds
+        for one in self.supervisors:
+            one.line().batches.patience = seconds
 
     def close(self) -> None:
-        self.supervisor.close()
+        for one in self.supervisors:
+            one.close()
 
-    def _load(self, op: Op, body: JsonObject) -> JsonObject:
+    def _load(self, one: Supervisor, op: Op, body: JsonObject) -> JsonObject:
         """An answer that may take its time; asked again of the next executor where one does not live to give it."""
         for _ in range(2):
-            line = self.supervisor.line(LOAD_SECONDS)
+            line = one.line(LOAD_SECONDS)
             try:
-                return line.load(op, body | {"unreferenced": self._let_go()})
+                return line.load(op, body | {"unreferenced": one.forgotten()})
             except Lost as problem:
-                self.supervisor.lost(line)
+                one.lost(line)
                 why = problem
         raise Crashed(f"the executor ended twice over this ({op.name.lower()}: {why}); try again in 5 s", 5.0)
 
@@ -187,8 +224,10 @@ class Remote(DeltaSet):
             if ready.entry.key == key:
                 self.evict(name)
 
-    def _let_go(self) -> list[int]:
-        return [self._unreferenced.popleft() for _ in range(len(self._unreferenced))]
+    def _let_go(self, number: int) -> None:
+        """Nobody refers to the delta of that number any more."""
+        for one in self.supervisors:
+            one.unreferenced.append(number)
 
 
 def _told(key: str, card: ServedDelta) -> JsonObject:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,8 +18,9 @@ import torch
 from bertology_serve.encoder.delta_set import DeltaSet
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.pipeline import Pipeline
+from bertology_serve.errors import SpecError
 from bertology_serve.serving.execution.engine_choice import EngineConfig, apply
-from bertology_serve.serving.execution.executor_handle import ForkServer
+from bertology_serve.serving.execution.executor_handle import ForkServer, WorkerPlace
 from bertology_serve.serving.execution.remote import Remote
 from bertology_serve.serving.observability.background import Background
 
@@ -44,13 +46,35 @@ def open_backbone(
     dtype: torch.dtype,
     nursery: ForkServer | None = None,
     background: Background | None = None,
+    executors: int = 1,
 ) -> Startup:
-    """An encoder without deltas: loaded here, or with a ``nursery`` the one that it has loaded."""
+    """An encoder without deltas: loaded here, or with a ``nursery`` the one that it has loaded, in ``executors``."""
     if nursery is not None:
-        remote = Remote(nursery, backbone, device, dtype, background)
+        remote = Remote(nursery, backbone, places(device, executors), dtype, background)
         return Startup(remote, device, remote.settle, remote.patience, remote.close)
     pipeline = Pipeline(Encoder.load(backbone, device=device, dtype=dtype, light=True))
     return Startup(pipeline, device, partial(apply, pipeline))
+
+
+def places(device: str, executors: int) -> list[WorkerPlace]:
+    """Where that many executors run: on a GPU each, from that one on, or on their shares of threads and cores.
+
+    SpecError where there are not so many.
+    """
+    threads = torch.get_num_threads()
+    if executors == 1:
+        return [WorkerPlace(device, threads)]
+    kind, _, first = device.partition(":")
+    if kind == "cuda":
+        numbers = range(int(first or 0), int(first or 0) + executors)
+        if torch.cuda.device_count() < numbers.stop:
+            raise SpecError(f"--executors {executors} from {device} on: there are {torch.cuda.device_count()} GPUs")
+        return [WorkerPlace(f"cuda:{number}", threads) for number in numbers]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    if executors > len(cores):
+        raise SpecError(f"--executors {executors}: there are {len(cores)} cores, and each needs one")
+    shares = [cores[len(cores) * n // executors : len(cores) * (n + 1) // executors] for n in range(executors)]
+    return [WorkerPlace(device, max(1, threads // executors), tuple(share)) for share in shares]
 
 
 _MAPS = Path("/proc/self/smaps")

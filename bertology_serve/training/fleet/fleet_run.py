@@ -34,7 +34,6 @@ from bertology_serve.training.train import (
     for_data,
     for_encoder,
     for_rows,
-    labels_of,
     lay_out,
     machine,
     task_spec,
@@ -181,8 +180,7 @@ def enrolled(
 ) -> Enrolled:
     """One member, its head at random numbers yet."""
     check_frozen(name, config)
-    config = for_encoder(for_data(config, data.train), shelf.encoder)
-    config = for_rows(config, len(data.train.records), len(labels_of(config, data.train)))
+    config = for_rows(for_encoder(for_data(config, data.train), shelf.encoder), data.train)
     plan = stages(config)
     own, spec = plan[-1].config, task_spec(config, shelf.encoder, data.train)
     live, task = make_live(shelf.encoder, own, spec), task_for(spec)

@@ -51,6 +51,6 @@ def test_crashes(stage, remote, monkeypatch):
 
 def test_families(remote):
     family = descendants(os.getpid())
-    assert remote.supervisor.pid in family
-    assert family.index(remote.supervisor.pid) > family.index(remote.supervisor._nursery._process.pid)
-    assert descendants(remote.supervisor.pid) == []
+    assert remote.supervisors[0].pid in family
+    assert family.index(remote.supervisors[0].pid) > family.index(remote.supervisors[0]._nursery._process.pid)
+    assert descendants(remote.supervisors[0].pid) == []

@@ -16,7 +16,7 @@ from bertology_serve.errors import Crashed, FormatError, NotFound, Unsupported
 from bertology_serve.serving.execution import executor_handle, fork_server
 from bertology_serve.serving.execution.channel import Lost, Op
 from bertology_serve.serving.execution.engine_choice import EngineConfig
-from bertology_serve.serving.execution.executor_handle import WorkerOptions, WorkerPlace
+from bertology_serve.serving.execution.executor_handle import Supervisor, WorkerOptions, WorkerPlace
 from bertology_serve.serving.execution.fork_server import Worker
 from bertology_serve.serving.execution.remote import Remote
 from bertology_serve.serving.versions.delta_registry import Registry
@@ -33,7 +33,7 @@ def answers(pipeline, requests) -> list[dict]:
 
 def kill(remote: Remote) -> None:
     wait(lambda: remote.is_up)
-    os.kill(remote.supervisor.pid, signal.SIGKILL)
+    os.kill(remote.supervisors[0].pid, signal.SIGKILL)
 
 
 def replace(remote: Remote) -> None:
@@ -49,7 +49,7 @@ def threads_of(pid: int) -> int:
 
 
 def test_the_fork_server_has_one_thread(remote):
-    assert threads_of(remote.supervisor._nursery._process.pid) == 1
+    assert threads_of(remote.supervisors[0]._nursery._process.pid) == 1
 
 
 def test_mixed_batches_are_those_of_this_process_bit_for_bit(far, pipeline):
@@ -98,17 +98,17 @@ def test_the_onnx_engine_over_there(far, pipeline, remote):
 
 
 def test_killed_while_idle(far, pipeline, remote):
-    pid = remote.supervisor.pid
+    pid = remote.supervisors[0].pid
     replace(remote)
-    assert remote.supervisor.pid != pid
+    assert remote.supervisors[0].pid != pid
     requests = [Request(name, record) for name, record in RECORDS.items()]
     assert answers(remote, requests) == answers(pipeline, requests)
 
 
 def test_killed_during_a_batch(far, remote, monkeypatch):
     """A stopped process stands for one in the middle of a batch."""
-    job, batches = remote.prepare(Request("mood", RECORDS["mood"])), remote.supervisor.line().batches
-    os.kill(remote.supervisor.pid, signal.SIGSTOP)
+    job, batches = remote.prepare(Request("mood", RECORDS["mood"])), remote.supervisors[0].line().batches
+    os.kill(remote.supervisors[0].pid, signal.SIGSTOP)
     timer, ask = threading.Timer(0.2, kill, (remote,)), batches.ask
     monkeypatch.setattr(batches, "ask", lambda *call: (timer.start(), ask(*call))[1])  # not before it is asked
     with pytest.raises(Crashed, match="ended while it ran a batch"):
@@ -121,7 +121,7 @@ def test_one_that_hangs_is_replaced(far, remote):
     job, restarts = remote.prepare(Request("mood", RECORDS["mood"])), remote.restarts
     remote.patience(0.3)
     try:
-        os.kill(remote.supervisor.pid, signal.SIGSTOP)
+        os.kill(remote.supervisors[0].pid, signal.SIGSTOP)
         with pytest.raises(Crashed, match="timed out"):
             remote.run([job])
         wait(lambda: remote.restarts == restarts + 1)
@@ -159,7 +159,7 @@ def test_nothing_is_held_of_what_has_gone(encoder, remote, tmp_path):
     registry.remove("brief")
     assert key not in remote._held
     with pytest.raises(NotFound, match="did not come back"):
-        remote.supervisor.line().batches.ask(Op.RUN, {"keys": [(key, False)], "sizes": (0, 0)})
+        remote.supervisors[0].line().batches.ask(Op.RUN, {"keys": [(key, False)], "sizes": (0, 0)})
 
 
 def test_a_delta_whose_files_have_gone_does_not_come_back(encoder, remote, far, tmp_path, caplog):
@@ -188,8 +188,8 @@ def test_a_delta_that_is_not_admitted_is_not_held(encoder, remote, far, tmp_path
     registry, load, before = Registry(remote, tmp_path), remote._load, set(remote._held)
     keys: list[str] = []
 
-    def admitted_and_lost(op: Op, body: dict) -> dict:
-        answer = load(op, body)
+    def admitted_and_lost(one: Supervisor, op: Op, body: dict) -> dict:
+        answer = load(one, op, body)
         if op is Op.ADMIT:
             keys.append(body["key"])
             raise problem
@@ -202,7 +202,7 @@ def test_a_delta_that_is_not_admitted_is_not_held(encoder, remote, far, tmp_path
     assert set(remote._held) == before
     remote.run([remote.prepare(Request("mood", RECORDS["mood"]))])
     with pytest.raises(NotFound, match="did not come back"):  # nor over there
-        remote.supervisor.line().batches.ask(Op.RUN, {"keys": [(key, False) for key in keys], "sizes": (0, 0)})
+        remote.supervisors[0].line().batches.ask(Op.RUN, {"keys": [(key, False) for key in keys], "sizes": (0, 0)})
 
 
 def test_a_delta_that_was_read_and_not_understood_is_unreferenced(encoder, remote, tmp_path, monkeypatch):
@@ -210,7 +210,7 @@ def test_a_delta_that_was_read_and_not_understood_is_unreferenced(encoder, remot
     monkeypatch.setattr("bertology_serve.serving.execution.remote.from_record", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         remote.read(tmp_path / "brief" / "1", "brief")
-    assert len(remote._unreferenced) == 1
+    assert len(remote.supervisors[0].unreferenced) == 1
 
 
 def test_a_fork_server_that_hangs_is_not_waited_for(monkeypatch):

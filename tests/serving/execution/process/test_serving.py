@@ -69,7 +69,7 @@ def test_killed_again_and_again_under_load(served, remote, expected):
 
 
 def test_not_ready_while_there_is_no_executor_and_what_comes_waits(served, remote, expected):
-    nursery = remote.supervisor._nursery._process.pid
+    nursery = remote.supervisors[0]._nursery._process.pid
     os.kill(nursery, signal.SIGSTOP)  # no other one comes
     try:
         kill(remote)
@@ -93,7 +93,7 @@ def test_poison(served, remote, encoder, tmp_path, expected, monkeypatch):
 
     def poisoned(owned):
         if any(ready.delta.name == "mood" for ready, _ in owned):
-            remote.supervisor.line().kill()
+            remote.supervisors[0].line().kill()
         return outputs(owned)
 
     monkeypatch.setattr(served.server.service._executor.quarantine, "_clock", lambda: 0.0)  # set aside until the end
