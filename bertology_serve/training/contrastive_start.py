@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from bertology_serve.training.train_config import TrainConfig
 from bertology_serve.training.trainer import add_gradient, autocast
 
 STEPS, BATCH, WARMUP = 24, 64, 0.1
+LEAST, TOKENS = 8, 8192
+"""A batch of long texts is cut at so many tokens, though not below so many texts: long texts would take minutes."""
 INVERSE_PENALTY = 1.0
 """C of the logistic regression that the head is: as the rows were trained on the same labels, folds of them say
 nothing about it."""
@@ -59,7 +62,7 @@ def bring_together(live: TrainableDelta, task: Task, items: Sequence[Item], conf
         live.train()
         for step in range(STEPS):
             set_rate(optimizer, factor(step, STEPS, WARMUP, "linear"))
-            batch = [items[i] for i in sampler.take(BATCH)]
+            batch = _cut([items[i] for i in sampler.take(BATCH)])
             add_gradient(micro_batches(batch, config.machine.max_tokens, not live.encoder.packs), run, loss, device)
             clip_grad_norm_(parameters.values(), config.optim.clip or math.inf)
             optimizer.step()
@@ -68,6 +71,12 @@ def bring_together(live: TrainableDelta, task: Task, items: Sequence[Item], conf
     depth = live.encoder.anatomy.layers
     rows = pooled(live, items, (depth,), config.machine.max_tokens)[depth]
     set_head(live, Logistic(rows, gold).solve(INVERSE_PENALTY))
+
+
+def _cut(batch: Sequence[Item]) -> Sequence[Item]:
+    """The first texts of a batch, as many as its tokens allow."""
+    ends = accumulate(item.tokens for item in batch)
+    return batch[: max(LEAST, sum(end <= TOKENS for end in ends))]
 
 
 def pair_loss(rows: Tensor, labels: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import SpecError
+from bertology_serve.training import contrastive_start
 from bertology_serve.training.contrastive_start import bring_together, pair_loss
 from bertology_serve.training.evaluation import evaluate
 from bertology_serve.training.frozen_rows import pooled
@@ -109,3 +110,11 @@ def test_without_a_dev_set_it_is_all_unless_steps_are_asked_for(
 def test_what_it_is_not_for(wrong: dict[str, str]):
     with pytest.raises(SpecError, match="start contrastive.*" + "".join(wrong.values())):
         TrainConfig.of(**{"task": "classification", "start": "contrastive", **wrong})
+
+
+def test_batches_of_long_texts_are_cut(ready: Prepared, monkeypatch: pytest.MonkeyPatch):
+    batch = ready.items
+    monkeypatch.setattr(contrastive_start, "LEAST", 2)
+    for most, count in ((10**6, len(batch)), (1, 2), (sum(item.tokens for item in batch[:3]), 3)):
+        monkeypatch.setattr(contrastive_start, "TOKENS", most)
+        assert contrastive_start._cut(batch) == batch[:count]
