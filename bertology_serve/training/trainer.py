@@ -173,7 +173,7 @@ class Trainer:
             self._evaluate()
             if self.first and self.unimproved:
                 self._set_parameters(before)
-                self.state.start = START_PROBE
+                self.state.start, self.state.stale, self.state.stopped = START_PROBE, 0, False
             self.live.train()
 
     @property

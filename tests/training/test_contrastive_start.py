@@ -75,7 +75,7 @@ def test_it_is_the_same_whatever_was_drawn_before(bert: Encoder):
 def test_the_dev_set_decides_whether_it_stays(ready: Prepared, metric: float):
     """Beside a start that it beats it is the best state yet; beside one that is perfect it is undone."""
     stage = stages(CONFIG)[-1]
-    trainer = Trainer(ready.live, ready.task, ready.items, stage.config, ready.dev)
+    trainer = Trainer(ready.live, ready.task, ready.items, stage.config.replaced(patience=1), ready.dev)
     trainer.begin_at({"accuracy": metric, "loss": 9.0 if not metric else 0.0}, first_of(stage, ready.live, ready))
     before = {name: tensor.clone() for name, tensor in ready.live.named_tensors().items()}
     trainer.prepare()
@@ -83,6 +83,7 @@ def test_the_dev_set_decides_whether_it_stays(ready: Prepared, metric: float):
     found = (moved, bool(trainer.best), trainer.unimproved, trainer.state.start)
     assert found == ((True, True, False, "contrastive") if not metric else (False, False, True, "probe"))
     assert trainer.state.seconds > 0
+    assert not trainer.done, "one that is undone is no evaluation that patience counts"
 
 
 @pytest.mark.parametrize(("asked", "steps"), [({}, 0), ({"epochs": 1}, 1), ({"max_steps": 1}, 1)])
