@@ -7,7 +7,7 @@ VENV ?= .venv
 COVERAGE ?= 90
 WORKERS ?= 2
 BIN := $(VENV)/bin
-BESIDE = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+BESIDE = -n $(WORKERS) --dist loadfile
 STAMP := $(VENV)/installed
 PIP_FLAGS := --disable-pip-version-check --no-input -c constraints.txt
 # What pip does, in one line that changes; where it fails, the end of what it said

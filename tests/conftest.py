@@ -20,16 +20,7 @@ settings.load_profile("untimed")
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
-LONGEST = (
-    "examples/test_worked.py", "test_docs.py", "encoder/test_kernels.py", "cli/test_serve.py",
-    "bench/kernels/test_gpu_first.py", "export/emitter/test_multi_emit.py", "kernels/test_compiled.py",
-    "bench/cpu/test_cpu_run.py", "training/test_auto.py", "test_readme.py",
-)  # fmt: skip
-"""Files of a minute or so. They come first, so that no process is left alone with one at the end."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not str(item.path).endswith(LONGEST))
     if "BERTOLOGY_REAL" not in os.environ:
         _skip(items, "real", "fetches a model of 440 MB: make test-real")
     if any(item.get_closest_marker("gpu") for item in items):
