@@ -12,10 +12,10 @@ import typer
 from bertology_serve.bench.cpu.cpu_command import cpu
 from bertology_serve.cli.common import load_library, note, progress, table
 from bertology_serve.errors import SpecError, VerificationError
-from bertology_serve.files import JsonObject, write_json
 
 if TYPE_CHECKING:
     from bertology_serve.bench.serving.serving import Result
+    from bertology_serve.files import JsonObject
 
 
 app = typer.Typer(help="Measure speed on this machine, beside the alternatives.", rich_markup_mode=None)
@@ -68,6 +68,8 @@ def serving(
         write(result.everything, output)
         note(f"written to {output}")
     if calibration is not None:
+        from bertology_serve.files import write_json
+
         write_json(calibration, _calibrated(backbone, threads, engine))
         note(f"written to {calibration}: bertology-serve plan --calibration {calibration} --deltas ... --calls ...")
     missed = [one.bar.name for one in result.judged if one.verdict == "missed"]

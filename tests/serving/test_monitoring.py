@@ -142,6 +142,6 @@ def test_no_panel_is_empty(prometheus: httpx.Client, loaded: list[str]):
         time.sleep(SCRAPED)
         for query in list(empty):
             found = asked(prometheus, query[1])
-            if found and all(map(math.isfinite, found)):
+            if any(map(math.isfinite, found)):  # of a delta that was not asked lately there is no time
                 del empty[query]
     assert list(empty) == []
