@@ -156,6 +156,8 @@ def load(
     where = everything["environment"]
     note(f"{where['cpu']}, {where['threads']} of {where['cores']} cores, load {where['load_before']}; {where['date']}")
     if output is not None:
+        from bertology_serve.files import write_json
+
         write_json(output, everything)
     if plot is not None:
         draw(points, plot)
@@ -302,6 +304,8 @@ def alternatives(
         note("one core only: servers and client shared it")
     if output is not None:
         everything = {"benchmark": "alternatives", "backbone": backbone, "environment": where, **found.as_dict()}
+        from bertology_serve.files import write_json
+
         write_json(output, everything)
     if plot is not None:
         draw(found, plot)
