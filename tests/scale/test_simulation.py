@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 from bertology_serve.errors import FormatError
+from bertology_serve.scale import simulation
 from bertology_serve.scale.simulation import (
     Calls,
     Floats,
@@ -22,7 +24,7 @@ from bertology_serve.scale.simulation import (
     delta_name,
     zipf_shares,
 )
-from bertology_serve.serving.versions.delta_cache import DeltaCache
+from bertology_serve.serving.versions.delta_cache import CHEAPEST, DeltaCache
 
 SLOW = ReplicaCosts(((1, 0, 0.005), (100, 0, 0.5)))  # 5 ms a token: ten tokens fill a batch, which takes 50 ms
 FAST = ReplicaCosts(((1, 1, 0.0021), (1000, 1000, 0.102)), call_seconds=0.001, load_seconds=0.02, lift_seconds=0.002)
@@ -102,7 +104,7 @@ class Bank:
         return self.there.pop(name, None) is not None
 
 
-@settings(max_examples=60, derandomize=True)  # rare traces keep another of two that are worth the same
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 12), max_size=80), st.integers(5, 30), st.integers(0, 30))
 def test_what_leaves_memory_is_what_leaves_a_servers(asked: list[int], device: int, host: int) -> None:
     memory, bank = Memory(device, host, (1, 5, 2, 3, 4)), Bank()
@@ -111,16 +113,18 @@ def test_what_leaves_memory_is_what_leaves_a_servers(asked: list[int], device: i
     for rank in range(13):
         name = delta_name(rank)
         tiers.register(SimpleNamespace(name=name, version="1", bytes=memory.size(name)))  # type: ignore[arg-type]
-    for rank in asked:
-        name = delta_name(rank)
-        if bank.resident(name):
-            tiers.touch([name])
-            replica.device.touch(name)
-        else:
-            tiers.raise_up(name)
-            assert replica.make_resident(name)
-        assert set(replica.device) == set(bank.there) == replica.state.resident
-        assert {f"{name}/1" for name in replica.host} == set(tiers._host)
+    # the same cost: of another, rounding breaks ties otherwise
+    with mock.patch.object(simulation, "COST", CHEAPEST):
+        for rank in asked:
+            name = delta_name(rank)
+            if bank.resident(name):
+                tiers.touch([name])
+                replica.device.touch(name)
+            else:
+                tiers.raise_up(name)
+                assert replica.make_resident(name)
+            assert set(replica.device) == set(bank.there) == replica.state.resident
+            assert {f"{name}/1" for name in replica.host} == set(tiers._host)
 
 
 @settings(max_examples=30)
