@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bertology_serve.errors import Unsupported
+from bertology_serve.families.compat import BUILDING
 from bertology_serve.kinds.slots import (
     ATTENTION_NORM,
     DOWN,
@@ -210,6 +211,6 @@ def empty_model(config: PretrainedConfig) -> HiddenModel:
     """The headless encoder of a HuggingFace config on the meta device: shapes without memory."""
     from transformers import AutoModel
 
-    with torch.device("meta"):
+    with BUILDING, torch.device("meta"):
         model: HiddenModel = AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
         return model

@@ -77,7 +77,7 @@ def load_model(path: str, light: bool = False) -> tuple[HiddenModel, dict[str, T
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    with _reading(f"the weights of {path}"):
+    with _reading(f"the weights of {path}"), compat.BUILDING:
         model, found = AutoModel.from_pretrained(
             path,
             config=config,
@@ -399,7 +399,7 @@ def pruned_model(path: str, config: PretrainedConfig) -> HiddenModel:
     from transformers import AutoModel
 
     file = Path(path) / WEIGHTS
-    with torch.random.fork_rng(devices=[]):
+    with compat.BUILDING, torch.random.fork_rng(devices=[]):
         model: HiddenModel = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)  # type: ignore[no-untyped-call]
     model.pooler = None
     try:

@@ -24,6 +24,7 @@ from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.loading import locate
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import BaseMismatch, BertologyError, FormatError, InputError, VerificationError
+from bertology_serve.families import compat
 from bertology_serve.tasks import spec as tasks
 from bertology_serve.tasks.heads import Head, head_form, head_pooling, pool
 from bertology_serve.tasks.spec import Encoding, TaskSpec
@@ -209,16 +210,19 @@ def verify(model: torch.nn.Module, delta: Delta, encoder: Encoder, against: str)
 def load_task_model(path: str, kind: str, whole: bool = True, **more: object) -> PreTrainedModel:
     """HuggingFace's model for a task in float32; with ``whole`` every weight must be in its files (safetensors)."""
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        model, info = getattr(transformers, _AUTO[kind]).from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **more
-        )
-    except Exception as error:  # transformers' and safetensors' errors have no common base
-        raise InputError(f"cannot read {path}: {type(error).__name__}: {str(error).splitlines()[0][:200]}") from None
-    finally:
-        transformers.logging.set_verbosity(level)
+    with compat.BUILDING:
+        level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        try:
+            model, info = getattr(transformers, _AUTO[kind]).from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+                **more,
+            )  # fmt: skip
+        except Exception as error:  # transformers' and safetensors' errors have no common base
+            said = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            raise InputError(f"cannot read {path}: {said}") from None
+        finally:
+            transformers.logging.set_verbosity(level)
     missing = sorted(info["missing_keys"])
     if whole and missing:
         raise FormatError(f"{path} lacks {missing[0]} and so is no whole {type(model).__name__}; save it again")

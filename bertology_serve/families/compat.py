@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
         hidden_states: tuple[Tensor, ...]
 
 
+BUILDING = RLock()
+"""Held while transformers builds a model. It then replaces functions of its classes and of torch for all threads, and
+puts back what it found: of two threads the second leaves what the first had put there, and models stay untied."""
 NAME = "bertology_packed"
 ATTENTION_SETTINGS = ("_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset")
 """What a configuration says of attention on the machine at hand."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import (
     LayoutLMConfig,
     LlamaConfig,
     MobileBertConfig,
+    PreTrainedModel,
     RobertaConfig,
 )
 
@@ -247,3 +250,23 @@ def test_minilm_is_the_real_one(minilm: Encoder) -> None:
     assert minilm.anatomy.layers == 6
     assert minilm.max_tokens == 512
     assert set(minilm.base_head) == {"pooler.dense.weight", "pooler.dense.bias"}
+
+
+def test_encoders_that_load_at_once_leave_transformers_as_it_was(tmp_path: Path, monkeypatch: Any) -> None:
+    """transformers replaces functions of its classes while it loads; two at once would leave every model untied."""
+    tiny.save("bert", tmp_path / "base")
+    tied, at_once, read = PreTrainedModel.tie_weights, list[int](), AutoModel.from_pretrained
+
+    def counted(*given: Any, **more: Any) -> Any:
+        at_once.append(1)
+        time.sleep(0.02)
+        assert len(at_once) == 1
+        found = read(*given, **more)
+        at_once.pop()
+        return found
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", counted)
+    with ThreadPoolExecutor(3) as pool:
+        for loaded in pool.map(Encoder, [str(tmp_path / "base")] * 6):
+            assert loaded.hidden > 0
+    assert PreTrainedModel.tie_weights is tied
