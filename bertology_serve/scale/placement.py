@@ -139,8 +139,10 @@ class Placement:
         """The replicas that take calls, in the order of that delta."""
         return [self.replicas[name] for name in ordered(delta, self._names) if self.replicas[name].ready]
 
-    def count(self, delta: str, tokens: float, now: float) -> None:
+    def count(self, delta: str | None, tokens: float, now: float) -> None:
         """Notes a call for a delta that has come; once for each, however often it is tried."""
+        if delta is None:
+            return
         rate = self._rates.get(delta)
         if rate is None:
             if len(self._rates) >= MOST:

@@ -16,14 +16,12 @@ import hmac
 import logging
 import re
 import time
-from collections import Counter as Tally
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
 import aiohttp
-import msgspec
 from multidict import CIMultiDict
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -32,6 +30,7 @@ from starlette.types import Receive, Scope, Send
 from yarl import URL
 
 from bertology_serve.errors import BertologyError, Crashed, Expired, LimitError, Overloaded, SlowBody, Unauthorized
+from bertology_serve.scale.calls import delta_of, tokens_of
 from bertology_serve.scale.config import RouterConfig
 from bertology_serve.scale.placement import Placement, ReplicaState
 from bertology_serve.scale.replicas import Replicas, Reply
@@ -49,51 +48,12 @@ Headers = list[tuple[bytes, bytes]]
 SERVED_BY = b"x-served-by"
 TIMEOUT, REQUEST_ID = b"x-request-timeout-ms", b"x-request-id"
 WHOLE_BYTES = 2**18  # of an answer that is passed on in one piece; longer ones as they come
-CHARACTERS, OWN_TOKENS = 4, 16  # bytes of a body for a token, about; tokens of a call without a text
 # what is between two hosts only (RFC 9110, 7.6.1), and what aiohttp says itself
 _HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
     b"transfer-encoding", b"upgrade", b"host", b"content-length", b"expect",
 })  # fmt: skip
-_ON_PATH = re.compile(r"/(?:v2/models|models|tei|v1/models)/([^/:]+)")
 _CHANGES = re.compile(r"/v2/repository/models/([^/]+)/(load|unload|rollback)")
-NO_DELTA = frozenset({"stats"})  # words of paths where a delta's name could stand
-
-
-class Named(msgspec.Struct):
-    """What a body says of the deltas that it asks; the rest is skipped, not read."""
-
-    delta: str | None = None
-    deltas: tuple[str, ...] = ()
-    model: str | None = None
-
-    @property
-    def name(self) -> str | None:
-        """One of them, the same whatever their order."""
-        return self.delta or (min(self.deltas) if self.deltas else self.model)
-
-
-_named = msgspec.json.Decoder(list[Named] | Named)
-PEEKED = 2**16  # bytes of a body beyond which only the first name in it is looked for
-_FIRST = re.compile(rb'"(?:delta|model)"\s*:\s*"([^"\\]{1,128})"')
-
-
-def delta_of(path: str, body: bytes) -> str | None:
-    """The delta that a call asks, or asks most: by its path, else by its body. ``None``: any replica will do."""
-    found = _ON_PATH.match(path)
-    if found and found[1] not in NO_DELTA:
-        return found[1]
-    if len(body) > PEEKED:
-        first = _FIRST.search(body, 0, PEEKED)
-        return first[1].decode("utf-8", "replace") if first else None
-    try:
-        named = _named.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None  # the replica says what is wrong with it
-    if isinstance(named, Named):
-        return named.name
-    tally = Tally(one.name for one in named if one.name)
-    return min(tally, key=lambda name: (-tally[name], name), default=None)
 
 
 class CutOff(Exception):
@@ -188,14 +148,12 @@ class Router:
         body = await self._body(scope, receive)
         if body is None:
             return
-        delta = delta_of(scope["path"], body)
+        delta, tokens = delta_of(scope["path"], body), tokens_of(len(body))
         query: bytes = scope["query_string"]
         target = (scope["raw_path"] + (b"?" + query if query else b"")).decode("ascii")  # else it was refused
         headers = CIMultiDict((_text(name), _text(value)) for name, value in scope["headers"] if name not in _HOP)
-        tokens = OWN_TOKENS + len(body) / CHARACTERS
         call = ForwardedCall(scope["method"], target, headers, body, delta, tokens, time.monotonic())
-        if delta is not None:
-            self.placement.count(delta, tokens, call.started)
+        self.placement.count(delta, tokens, call.started)
         if connection := scope.get(CONNECTION):
             task = asyncio.current_task()
             assert task is not None
