@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
 import grpc
+import grpc.aio
 import msgspec
 
 from bertology_serve.deltas.delta import Delta
@@ -27,6 +28,7 @@ from bertology_serve.errors import (
 )
 from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.batching.scheduler import CallContext
+from bertology_serve.serving.config import LimitsConfig
 from bertology_serve.serving.http.errors import headers_of, message_of
 from bertology_serve.serving.http.gate import id_of
 from bertology_serve.serving.keys import EVERYONE, Access, Keyring
@@ -43,34 +45,29 @@ log = logging.getLogger(__name__)
 
 
 class GrpcServer:
-    """Opens ``port`` of ``host`` (0: a free one) at ``start``. ``port`` is then the one that was taken.
+    """Opens ``port`` of ``host`` (0: a free one) at ``start``, for calls that ``handler`` answers.
 
-    Unsupported without the package ``grpcio``; InputError where the port cannot be had.
+    ``port`` is then the one that was taken.
     """
 
-    def __init__(self, host: str, port: int) -> None:
-        try:
-            import grpc.aio
-        except ImportError:
-            raise Unsupported("--grpc-port needs grpcio and protobuf: pip install 'bertology-serve[grpc]'") from None
-        self.host, self.port = host, port
-        self._module = grpc.aio
+    def __init__(self, host: str, port: int, handler: object, limits: LimitsConfig) -> None:
+        self.host, self.port, self._handler, self._limits = host, port, handler, limits
 
-    async def start(self, service: Service, keyring: Keyring) -> None:
-        config = service.config
-        self._server = self._module.server(
+    async def start(self) -> None:
+        """InputError where the port cannot be had."""
+        self._server = grpc.aio.server(
             options=(
-                ("grpc.max_receive_message_length", config.limits.max_body_bytes),
-                ("grpc.max_metadata_size", config.limits.max_header_bytes),
+                ("grpc.max_receive_message_length", self._limits.max_body_bytes),
+                ("grpc.max_metadata_size", self._limits.max_header_bytes),
                 ("grpc.so_reuseport", 0),
             )
         )
-        self._server.add_generic_rpc_handlers((Methods(service, keyring).handler(),))
+        self._server.add_generic_rpc_handlers((self._handler,))
         where = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
         try:
             self.port = self._server.add_insecure_port(where)
         except RuntimeError:
-            raise InputError(f"cannot listen on {where} for gRPC; choose another --grpc-port") from None
+            raise InputError(f"cannot listen on {where} for gRPC; choose another port for it") from None
         await self._server.start()
         log.info("gRPC on port %d", self.port)
 

@@ -13,6 +13,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from bertology_serve.errors import Unsupported
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.http.bodies import JSON_LENGTH, PRIORITY, REQUEST_ID, TIMEOUT
 from bertology_serve.serving.http.connection import limited
@@ -65,7 +66,7 @@ def make_app(service: Service, keyring: Keyring, rpc: GrpcServer | None = None) 
         await _follow(service)
         service.start()
         if rpc:
-            await rpc.start(service, keyring)
+            await rpc.start()
         yield
         await service.background.close()
         if rpc:
@@ -117,13 +118,18 @@ class Server(DrainingServer):
         metrics = Metrics(config.logging.max_metric_deltas)
         metrics.tracing = Tracing() if config.logging.traces else None
         self.service = Service(registry, config, metrics, background)
+        keyring, limits = keyring or Keyring(), config.limits
         self.rpc: GrpcServer | None = None
         if config.listen.grpc_port is not None:
-            from bertology_serve.serving.grpc_server import GrpcServer  # not for who serves HTTP alone
-
-            self.rpc = GrpcServer(config.listen.host, config.listen.grpc_port)
-        app = make_app(self.service, keyring or Keyring(), self.rpc)
-        limits = config.limits
+            try:  # not for who serves HTTP alone
+                from bertology_serve.serving.grpc_server import GrpcServer, Methods
+            except ImportError:
+                raise Unsupported(
+                    "--grpc-port needs grpcio and protobuf: pip install 'bertology-serve[grpc]'"
+                ) from None
+            handler = Methods(self.service, keyring).handler()
+            self.rpc = GrpcServer(config.listen.host, config.listen.grpc_port, handler, limits)
+        app = make_app(self.service, keyring, self.rpc)
         protocol = limited(
             limits.max_header_bytes,
             limits.max_body_bytes,

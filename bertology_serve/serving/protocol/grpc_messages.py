@@ -1,8 +1,8 @@
 """The messages of the Open Inference Protocol's gRPC form, and of NVIDIA's repository and statistics extensions.
 
-Written out from the public definitions. They live in a descriptor pool of their own: clients in the same process, which
-bring generated ones of the same names, do not meet them. Fields are numbered from 1 in the order given, unless a number
-follows "=".
+Written out from the public definitions, as a table. ``messages`` makes its classes, in a descriptor pool of their own:
+clients in the same process, which bring generated ones of the same names, do not meet them. Fields are numbered from 1
+in the order given, unless a number follows "=".
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ _SCALARS = {
 }
 
 
-def _file() -> descriptor_pb2.FileDescriptorProto:
-    found = descriptor_pb2.FileDescriptorProto(name="open_inference.proto", package=PACKAGE, syntax="proto3")
-    for line in filter(None, TABLE.splitlines()):
+def _file(package: str, table: str) -> descriptor_pb2.FileDescriptorProto:
+    found = descriptor_pb2.FileDescriptorProto(name=f"{package}.proto", package=package, syntax="proto3")
+    for line in filter(None, table.splitlines()):
         name, _, fields = line.partition(":")
         message = found.message_type.add(name=name)
         union = "|" in fields
@@ -77,7 +77,7 @@ def _file() -> descriptor_pb2.FileDescriptorProto:
             message.oneof_decl.add(name="parameter_choice")
         for place, (kind, label) in enumerate(_parts(fields.replace("|", ",")), 1):
             label, _, number = label.partition("=")
-            field = _field(message, kind, label, int(number or place))
+            field = _field(message, f".{package}.", kind, label, int(number or place))
             if union:
                 field.oneof_index = 0
     return found
@@ -89,26 +89,22 @@ def _parts(fields: str) -> Iterator[tuple[str, str]]:
         yield kind, label
 
 
-def _field(message: Any, kind: str, label: str, number: int) -> Any:
+def _field(message: Any, scope: str, kind: str, label: str, number: int) -> Any:
     """One field of a message; a map is a repeated message of keys and values, as protobuf has it."""
     many = kind.endswith(("*", "{}"))
     field = message.field.add(name=label, number=number, label=_Field.LABEL_REPEATED if many else _Field.LABEL_OPTIONAL)
     bare = kind.removesuffix("*").removesuffix("{}")
     if kind.endswith("{}"):
-        entry = message.nested_type.add(name=f"{label.title()}Entry")
+        entry = message.nested_type.add(name=f"{label.title().replace('_', '')}Entry")
         entry.options.map_entry = True
-        _field(entry, "string", "key", 1)
-        _field(entry, bare, "value", 2)
-        field.type, field.type_name = _Field.TYPE_MESSAGE, f".{PACKAGE}.{message.name}.{entry.name}"
+        _field(entry, scope, "string", "key", 1)
+        _field(entry, scope, bare, "value", 2)
+        field.type, field.type_name = _Field.TYPE_MESSAGE, f"{scope}{message.name}.{entry.name}"
     elif bare in _SCALARS:
         field.type = _SCALARS[bare]
     else:
-        field.type, field.type_name = _Field.TYPE_MESSAGE, f".{PACKAGE}.{bare}"
+        field.type, field.type_name = _Field.TYPE_MESSAGE, scope + bare
     return field
-
-
-_POOL = descriptor_pool.DescriptorPool()
-_POOL.Add(_file())
 
 
 class Message(Protocol):
@@ -134,6 +130,13 @@ class MessageType(Protocol):
     def __call__(self, **fields: object) -> Message: ...
 
 
-def message(name: str) -> MessageType:
-    """The class of a message."""
-    return cast(MessageType, message_factory.GetMessageClass(_POOL.FindMessageTypeByName(f"{PACKAGE}.{name}")))
+def messages(package: str, table: str) -> Callable[[str], MessageType]:
+    """What gives the class of a message of that table by its name."""
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(_file(package, table))
+    return lambda name: cast(
+        MessageType, message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.{name}"))
+    )
+
+
+message = messages(PACKAGE, TABLE)
