@@ -63,13 +63,23 @@ class RouteConfig:
 
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(8080, "Port to listen on; 0 takes a free one.")
+    ext_proc_port: int | None = option(
+        None,
+        "Port where Envoy asks which replica a call should go to, as its ext_proc filter does; 0 takes a free one. "
+        "Without it there is none. Needs the extra envoy.",
+    )
     max_connections: int = option(1024, "Most connections at once; a newcomer takes the place of the idlest one.")
     max_call_seconds: float = option(
         35.0, "Longest that a replica may take over a call: above its own --max-call-seconds. Beyond that 504."
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65_535 or self.max_connections < 1 or not 0 < self.max_call_seconds <= 86_400:
+        ports = self.port, self.ext_proc_port or 0
+        if (
+            not 0 <= min(ports) <= max(ports) <= 65_535
+            or self.max_connections < 1
+            or not 0 < self.max_call_seconds <= 86_400
+        ):
             raise SpecError("expected a port from 0 to 65535, a connection or more, and seconds above 0")
 
 

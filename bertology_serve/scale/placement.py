@@ -37,7 +37,7 @@ class ReplicaState:
     """What is known of one replica. It takes calls while it is ``ready``, but for deltas that are ``stale`` there.
 
     ``load`` are tokens of calls under way, ``capacity`` its tokens a second (0: not known), ``resident`` the deltas
-    that it answers without loading them first.
+    that it answers without loading them first. ``endpoint`` is its IP:PORT, for those who do not ask by name.
     """
 
     name: str
@@ -46,6 +46,7 @@ class ReplicaState:
     capacity: float = 0.0
     resident: set[str] = field(default_factory=set)
     stale: set[str] = field(default_factory=set)
+    endpoint: str = ""
 
 
 def ordered(delta: str, names: tuple[str, ...]) -> tuple[str, ...]:

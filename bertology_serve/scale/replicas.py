@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
@@ -18,6 +19,7 @@ from urllib.parse import quote
 
 import aiohttp
 import msgspec
+from yarl import URL
 
 from bertology_serve.errors import BertologyError, Overloaded, SpecError
 from bertology_serve.files import replacing
@@ -146,6 +148,8 @@ class Replicas:
             return
         now = time.monotonic()
         try:
+            if not watch.joined:
+                state.endpoint = await endpoint_of(state.name)
             if not watch.joined or (state.stale and now - watch.retried >= RETRY_SECONDS):
                 watch.retried = now
                 async with self._changing:
@@ -318,6 +322,14 @@ class Replicas:
             method, state.name + path, data=body, headers=headers, timeout=limit, allow_redirects=False
         ) as found:
             return Reply(found.status, await found.read(), found.headers)
+
+
+async def endpoint_of(name: str) -> str:
+    """IP:PORT of an address, of IPv4 where it has both. OSError where its name is not known."""
+    url = URL(name)
+    found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+    ip, port = (str(part) for part in min(found)[4][:2])
+    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
 
 def _path(name: str, how: str) -> str:

@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import aiohttp
 from multidict import CIMultiDict
@@ -29,7 +29,16 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 from yarl import URL
 
-from bertology_serve.errors import BertologyError, Crashed, Expired, LimitError, Overloaded, SlowBody, Unauthorized
+from bertology_serve.errors import (
+    BertologyError,
+    Crashed,
+    Expired,
+    LimitError,
+    Overloaded,
+    SlowBody,
+    Unauthorized,
+    Unsupported,
+)
 from bertology_serve.scale.calls import delta_of, tokens_of
 from bertology_serve.scale.config import RouterConfig
 from bertology_serve.scale.placement import Placement, ReplicaState
@@ -42,6 +51,9 @@ from bertology_serve.serving.observability import logs
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.observability.logs import place_of
 from bertology_serve.serving.versions.desired import read_desired
+
+if TYPE_CHECKING:
+    from bertology_serve.serving.grpc_server import GrpcServer
 
 log = logging.getLogger(__name__)
 Headers = list[tuple[bytes, bytes]]
@@ -88,6 +100,27 @@ class Router:
         }
         self.replicas: Replicas
         self._session: aiohttp.ClientSession
+        self.picker = self._make_picker()
+
+    def _make_picker(self) -> GrpcServer | None:
+        """The port for Envoy, not yet open. Unsupported without its packages."""
+        listen, limits = self._config.listen, self._config.limits
+        if listen.ext_proc_port is None:
+            return None
+        try:
+            from bertology_serve.scale.endpoint_picker import EndpointPicker
+            from bertology_serve.serving.grpc_server import GrpcServer
+        except ImportError:
+            raise Unsupported(
+                "--ext-proc-port needs grpcio and protobuf: pip install 'bertology-serve[envoy]'"
+            ) from None
+        picker = EndpointPicker(self.placement, self.metrics, limits.max_body_bytes, lambda: self.is_ready)
+        return GrpcServer(listen.host, listen.ext_proc_port, picker.handlers(), limits)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it should be sent calls."""
+        return not self.draining and bool(self.replicas.ready)
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
@@ -104,7 +137,11 @@ class Router:
             self.replicas = Replicas(self._config.replicas, self.placement, self._session, self._key)
             await asyncio.gather(*(self.replicas.look_at(one) for one in self.replicas.known()))
             self.background.loop("replicas", self.replicas.run)
+            if self.picker:
+                await self.picker.start()
             yield
+            if self.picker:
+                await self.picker.stop(self._config.stopping.shutdown_seconds)
             await self.background.close()
 
     def drain(self) -> None:
@@ -287,8 +324,7 @@ class Router:
         return json_response({"live": True})
 
     def _is_ready(self, scope: Scope) -> Response:
-        ready = not self.draining and bool(self.replicas.ready)
-        return json_response({"ready": ready}, 200 if ready else 503)
+        return json_response({"ready": self.is_ready}, 200 if self.is_ready else 503)
 
     def _metrics(self, scope: Scope) -> Response:
         if self._key:

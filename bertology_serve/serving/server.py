@@ -127,8 +127,8 @@ class Server(DrainingServer):
                 raise Unsupported(
                     "--grpc-port needs grpcio and protobuf: pip install 'bertology-serve[grpc]'"
                 ) from None
-            handler = Methods(self.service, keyring).handler()
-            self.rpc = GrpcServer(config.listen.host, config.listen.grpc_port, handler, limits)
+            handlers = (Methods(self.service, keyring).handler(),)
+            self.rpc = GrpcServer(config.listen.host, config.listen.grpc_port, handlers, limits)
         app = make_app(self.service, keyring, self.rpc)
         protocol = limited(
             limits.max_header_bytes,

@@ -27,7 +27,7 @@ from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.delta_registry import Registry
 from bertology_serve.serving.versions.desired import Wish, read_desired
 from tests import tiny
-from tests.scale.routed import OK, replica, routing
+from tests.scale.routed import OK, answer_ok, first_of, hang_up, refuse, replica, routing
 from tests.serving.conftest import RECORDS, save_version
 from tests.serving.running import ROUTED, Running, running, wait
 
@@ -122,29 +122,6 @@ def test_a_delta_lives_on_one_replica_whatever_the_protocol(servers):
 ROOT = Path(__file__).parents[2]
 
 
-async def answer_ok(head: bytes, writer: Any) -> None:
-    writer.write(OK)
-
-
-async def hang_up(head: bytes, writer: Any) -> None:
-    writer.close()
-
-
-async def half(head: bytes, writer: Any) -> None:
-    writer.write(OK.replace(b"length: 2", b"length: 200"))
-    await writer.drain()
-    writer.close()
-
-
-async def refuse(head: bytes, writer: Any) -> None:
-    writer.write(OK.replace(b"200 OK", b"503 Full").replace(b"content-type", b"retry-after: 3\r\ncontent-type"))
-
-
-def first_of(*urls: str) -> str:
-    """A delta that lives on the first of those replicas."""
-    return next(name for number in range(1000) if ordered(name := f"d{number}", tuple(sorted(urls)))[0] == urls[0])
-
-
 @pytest.mark.parametrize("answer", [hang_up, refuse])
 def test_what_no_replica_has_begun_to_answer_is_sent_to_another(answer):
     with replica(answer) as bad, replica(answer_ok) as good, routing([bad.url, good.url]) as routed:
@@ -166,6 +143,12 @@ def test_what_ends_two_replicas_does_not_end_a_third():
         assert reply.headers["retry-after"] == "1"
         assert "two" in reply.json()["error"]
         assert sum(len(one.asked) for one in fakes) == 2
+
+
+async def half(head: bytes, writer: Any) -> None:
+    writer.write(OK.replace(b"length: 2", b"length: 200"))
+    await writer.drain()
+    writer.close()
 
 
 def test_an_answer_that_has_begun_is_not_asked_for_again():

@@ -18,7 +18,7 @@ from bertology_serve.serving.http.listening import bind, url_of
 from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.server import Server
 from bertology_serve.serving.versions.delta_registry import Registry
-from tests.scale.routed import routing
+from tests.scale.routed import routing, through_envoy
 
 ROUTED = "BERTOLOGY_TESTS_ROUTED"
 
@@ -57,9 +57,11 @@ def running(
         with ExitStack() as stack:
             url = url_of(bound)
             if ROUTED in os.environ:  # the same tests through a router
-                routed = stack.enter_context(routing([url], max_body_bytes=config.limits.max_body_bytes))
+                enveloped = os.environ[ROUTED] == "envoy"
+                options = {"max_body_bytes": config.limits.max_body_bytes, "ext_proc_port": 0 if enveloped else None}
+                routed = stack.enter_context(routing([url], **options))
                 wait(lambda: routed.ready)
-                url = routed.url
+                url = str(stack.enter_context(through_envoy(routed)).base_url) if enveloped else routed.url
             client = stack.enter_context(httpx.Client(base_url=url, timeout=120))
             yield Running(server, str(client.base_url), client)
     finally:

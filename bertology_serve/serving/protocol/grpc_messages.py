@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, cast
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.descriptor import FieldDescriptor
 
 PACKAGE, SERVICE = "inference", "inference.GRPCInferenceService"
 # message: fields; "*" repeats, "name{}" is a map from strings, "|" stands between the members of a oneof
@@ -112,6 +113,14 @@ class Message(Protocol):
 
     def ByteSize(self) -> int:
         """Bytes as it is sent."""
+        ...
+
+    def ListFields(self) -> list[tuple[FieldDescriptor, Any]]:
+        """The fields that are set, and their values, by number."""
+        ...
+
+    def SerializeToString(self) -> bytes:
+        """It as it is sent."""
         ...
 
     def HasField(self, name: str) -> bool:

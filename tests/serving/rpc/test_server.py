@@ -23,7 +23,7 @@ def test_without_its_package_it_says_what_to_install(registry, monkeypatch, abse
 
 def test_a_port_that_is_taken():
     async def start(port: int) -> None:
-        await GrpcServer("127.0.0.1", port, None, LimitsConfig()).start()
+        await GrpcServer("127.0.0.1", port, (), LimitsConfig()).start()
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
