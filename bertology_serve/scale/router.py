@@ -53,7 +53,7 @@ from bertology_serve.serving.observability.logs import place_of
 from bertology_serve.serving.versions.desired import read_desired
 
 if TYPE_CHECKING:
-    from bertology_serve.serving.grpc_server import GrpcServer
+    from bertology_serve.serving.grpc_port import GrpcServer
 
 log = logging.getLogger(__name__)
 Headers = list[tuple[bytes, bytes]]
@@ -109,7 +109,7 @@ class Router:
             return None
         try:
             from bertology_serve.scale.endpoint_picker import EndpointPicker
-            from bertology_serve.serving.grpc_server import GrpcServer
+            from bertology_serve.serving.grpc_port import GrpcServer
         except ImportError:
             raise Unsupported(
                 "--ext-proc-port needs grpcio and protobuf: pip install 'bertology-serve[envoy]'"

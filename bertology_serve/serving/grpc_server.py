@@ -1,4 +1,4 @@
-"""The Open Inference Protocol over gRPC: the port, its methods, and messages to requests and back."""
+"""The Open Inference Protocol over gRPC: its methods, and messages to requests and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
 import grpc
-import grpc.aio
 import msgspec
 
 from bertology_serve.deltas.delta import Delta
@@ -28,7 +27,6 @@ from bertology_serve.errors import (
 )
 from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.batching.scheduler import CallContext
-from bertology_serve.serving.config import LimitsConfig
 from bertology_serve.serving.http.errors import headers_of, message_of
 from bertology_serve.serving.http.gate import id_of
 from bertology_serve.serving.keys import EVERYONE, Access, Keyring
@@ -42,41 +40,6 @@ from bertology_serve.serving.protocol.tensors import InputTensor
 from bertology_serve.serving.service import Find, Service
 
 log = logging.getLogger(__name__)
-
-
-class GrpcServer:
-    """Opens ``port`` of ``host`` (0: a free one) at ``start``, for calls that ``handlers`` answer.
-
-    ``port`` is then the one that was taken.
-    """
-
-    def __init__(self, host: str, port: int, handlers: tuple[object, ...], limits: LimitsConfig) -> None:
-        self.host, self.port, self._handlers, self._limits = host, port, handlers, limits
-
-    async def start(self) -> None:
-        """InputError where the port cannot be had."""
-        self._server = grpc.aio.server(
-            options=(
-                ("grpc.max_receive_message_length", self._limits.max_body_bytes + self._limits.max_header_bytes),
-                ("grpc.max_metadata_size", self._limits.max_header_bytes),
-                ("grpc.so_reuseport", 0),
-            )
-        )
-        self._server.add_generic_rpc_handlers(self._handlers)
-        where = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-        try:
-            self.port = self._server.add_insecure_port(where)
-        except RuntimeError:
-            raise InputError(f"cannot listen on {where} for gRPC; choose another port for it") from None
-        await self._server.start()
-        log.info("gRPC on port %d", self.port)
-
-    async def stop(self, seconds: float) -> None:
-        """Takes no more calls and waits for those under way."""
-        await asyncio.shield(self._server.stop(seconds))
-        del self._server  # it has an end of its own, which should come now and not in whatever collects garbage
-
-
 Code = grpc.StatusCode
 _CODES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (InputError, Code.INVALID_ARGUMENT),

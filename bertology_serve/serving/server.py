@@ -30,7 +30,7 @@ from bertology_serve.serving.versions.delta_registry import Registry
 from bertology_serve.serving.versions.watcher import Watcher
 
 if TYPE_CHECKING:
-    from bertology_serve.serving.grpc_server import GrpcServer
+    from bertology_serve.serving.grpc_port import GrpcServer
 
 log = logging.getLogger(__name__)
 SLOTS = 10_000  # deltas that fit, as far as routers are told: memory is the bound
@@ -122,7 +122,8 @@ class Server(DrainingServer):
         self.rpc: GrpcServer | None = None
         if config.listen.grpc_port is not None:
             try:  # not for who serves HTTP alone
-                from bertology_serve.serving.grpc_server import GrpcServer, Methods
+                from bertology_serve.serving.grpc_port import GrpcServer
+                from bertology_serve.serving.grpc_server import Methods
             except ImportError:
                 raise Unsupported(
                     "--grpc-port needs grpcio and protobuf: pip install 'bertology-serve[grpc]'"

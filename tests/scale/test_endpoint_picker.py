@@ -303,6 +303,12 @@ def test_an_endpoint_is_an_address_and_a_port():
     assert asyncio.run(endpoint_of("https://[::1]:8000")) == "[::1]:8000"
 
 
+def test_it_needs_no_torch():
+    code = "import sys, bertology_serve.scale.router, bertology_serve.scale.endpoint_picker as p; "
+    code += "import bertology_serve.serving.grpc_port; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_without_its_packages_it_says_what_to_install(monkeypatch):
     from bertology_serve.config_fields import nested
     from bertology_serve.scale.router import Router

@@ -8,13 +8,13 @@ import pytest
 
 from bertology_serve.errors import InputError, Unsupported
 from bertology_serve.serving.config import LimitsConfig, ServerConfig
-from bertology_serve.serving.grpc_server import GrpcServer
+from bertology_serve.serving.grpc_port import GrpcServer
 from bertology_serve.serving.server import Server
 
 
 @pytest.mark.parametrize("absent", ["grpc", "grpc.aio", "google.protobuf"])
 def test_without_its_package_it_says_what_to_install(registry, monkeypatch, absent):
-    for loaded in [name for name in sys.modules if name.endswith((".grpc_server", ".grpc_messages"))]:
+    for loaded in [name for name in sys.modules if name.endswith((".grpc_server", ".grpc_port", ".grpc_messages"))]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(Unsupported, match=r"pip install 'bertology-serve\[grpc\]'"):
