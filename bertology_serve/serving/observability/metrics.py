@@ -171,8 +171,10 @@ class Metrics:
         # by these names the endpoint pickers of Kubernetes' Gateway API tell a busy server from an idle one
         waiting = Gauge("vllm:num_requests_waiting", "Items waiting", registry=self.registry)
         running = Gauge("vllm:num_requests_running", "Items in the batch that runs", registry=self.registry)
+        used = Gauge("vllm:kv_cache_usage_perc", "Share of the room for waiting tokens in use", registry=self.registry)
         waiting.set_function(lambda: queue.items)
         running.set_function(lambda: queue.running)
+        used.set_function(lambda: queue.tokens / queue.max_tokens)
 
     def batch(self, items: Sequence[CallItem], seconds: float) -> None:
         self._batch.observe(seconds)

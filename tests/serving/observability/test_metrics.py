@@ -62,7 +62,9 @@ def test_what_endpoint_pickers_read():
     assert 'max_lora="7",running_lora_adapters="a,b",waiting_lora_adapters="c"' in line
     assert float(line.split()[-1]) > 1e9
     assert "vllm:num_requests_waiting 2.0" in metrics.render().decode()
+    assert f"vllm:kv_cache_usage_perc {4 / made.max_tokens}" in metrics.render().decode()
     made.take()
+    assert "vllm:kv_cache_usage_perc 0.0" in metrics.render().decode()
     assert "vllm:num_requests_running 2.0" in metrics.render().decode()
     assert "vllm:num_requests_waiting 0.0" in metrics.render().decode()
     made.close()
