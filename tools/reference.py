@@ -198,7 +198,8 @@ def _type(schema: dict[str, Any]) -> str:
 def metrics() -> str:
     """Name, type, labels and meaning of every metric, from registries that nothing was counted in yet."""
     server = Metrics()
-    server.watch(SimpleNamespace(items=0, tokens=0, running=0, times=SimpleNamespace(budget=0)))  # type: ignore[arg-type]
+    queue = SimpleNamespace(items=0, tokens=0, running=0, max_tokens=1, times=SimpleNamespace(budget=0))
+    server.watch(queue)  # type: ignore[arg-type]
     server.affinity(lambda: (), lambda: (), 0)
     lag = LoopLag(server.registry)
     background = SimpleNamespace(works={})
