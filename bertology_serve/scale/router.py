@@ -136,9 +136,9 @@ class Router:
         ) as self._session:
             self.replicas = Replicas(self._config.replicas, self.placement, self._session, self._key)
             await asyncio.gather(*(self.replicas.look_at(one) for one in self.replicas.known()))
-            self.background.loop("replicas", self.replicas.run)
             if self.picker:
                 await self.picker.start()
+            self.background.loop("replicas", self.replicas.run)
             yield
             if self.picker:
                 await self.picker.stop(self._config.stopping.shutdown_seconds)

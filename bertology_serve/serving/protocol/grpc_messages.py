@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, cast
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto
 
 PACKAGE, SERVICE = "inference", "inference.GRPCInferenceService"
 # message: fields; "*" repeats, "name{}" is a map from strings, "|" stands between the members of a oneof
@@ -61,15 +62,14 @@ RepositoryModelLoadResponse:
 RepositoryModelUnloadRequest: string repository_name, string model_name, ModelRepositoryParameter{} parameters
 RepositoryModelUnloadResponse:
 """
-_Field = descriptor_pb2.FieldDescriptorProto
 _SCALARS = {
-    name: getattr(_Field, f"TYPE_{name.upper()}")
+    name: getattr(FieldDescriptorProto, f"TYPE_{name.upper()}")
     for name in ("bool", "int32", "int64", "uint32", "uint64", "float", "double", "string", "bytes")
 }
 
 
-def _file(package: str, table: str) -> descriptor_pb2.FileDescriptorProto:
-    found = descriptor_pb2.FileDescriptorProto(name=f"{package}.proto", package=package, syntax="proto3")
+def _file(package: str, table: str) -> FileDescriptorProto:
+    found = FileDescriptorProto(name=f"{package}.proto", package=package, syntax="proto3")
     for line in filter(None, table.splitlines()):
         name, _, fields = line.partition(":")
         message = found.message_type.add(name=name)
@@ -90,21 +90,25 @@ def _parts(fields: str) -> Iterator[tuple[str, str]]:
         yield kind, label
 
 
-def _field(message: Any, scope: str, kind: str, label: str, number: int) -> Any:
+def _field(message: DescriptorProto, scope: str, kind: str, label: str, number: int) -> FieldDescriptorProto:
     """One field of a message; a map is a repeated message of keys and values, as protobuf has it."""
     many = kind.endswith(("*", "{}"))
-    field = message.field.add(name=label, number=number, label=_Field.LABEL_REPEATED if many else _Field.LABEL_OPTIONAL)
+    field = message.field.add(
+        name=label,
+        number=number,
+        label=FieldDescriptorProto.LABEL_REPEATED if many else FieldDescriptorProto.LABEL_OPTIONAL,
+    )
     bare = kind.removesuffix("*").removesuffix("{}")
     if kind.endswith("{}"):
         entry = message.nested_type.add(name=f"{label.title().replace('_', '')}Entry")
         entry.options.map_entry = True
         _field(entry, scope, "string", "key", 1)
         _field(entry, scope, bare, "value", 2)
-        field.type, field.type_name = _Field.TYPE_MESSAGE, f"{scope}{message.name}.{entry.name}"
+        field.type, field.type_name = FieldDescriptorProto.TYPE_MESSAGE, f"{scope}{message.name}.{entry.name}"
     elif bare in _SCALARS:
         field.type = _SCALARS[bare]
     else:
-        field.type, field.type_name = _Field.TYPE_MESSAGE, scope + bare
+        field.type, field.type_name = FieldDescriptorProto.TYPE_MESSAGE, scope + bare
     return field
 
 
