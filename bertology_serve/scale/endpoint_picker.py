@@ -72,7 +72,7 @@ class PickedCall:
     path: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
-    duplex: bool = False
+    streamed: tuple[str, ...] = ()  # bodies that come as they come, and go back
     outside: tuple[str, ...] = ()  # replicas that it may not go to
     replica: ReplicaState | None = None
     tokens: float = 0.0
@@ -116,39 +116,37 @@ class EndpointPicker:
 
     def _answers(self, call: PickedCall, part: Message) -> Iterator[bytes]:
         """What Envoy is told after a part of a call. LimitError, Overloaded, RateLimited."""
-        [(kind, content), *_] = part.ListFields()
-        if kind.name == "request_headers":
+        [(descriptor, content), *_] = part.ListFields()
+        kind, streamed = descriptor.name, "request_body" in call.streamed
+        if kind == "request_headers":
             self._read_head(call, part)
             if content.end_of_stream:
-                yield self._choice(call, kind.name)
-            elif not call.duplex:
-                yield _went_on(kind.name)
-        elif kind.name.startswith("request") and call.replica is None:
-            trailers = kind.name == "request_trailers"
+                yield self._choice(call, kind)
+            elif "request_body" not in call.streamed:
+                yield _went_on(kind)
+        elif kind == "request_body" and not streamed and call.replica is None:
+            call.body = content.body
+            yield self._choice(call, kind)
+        elif kind.startswith("request") and streamed and call.replica is None:
+            trailers = kind == "request_trailers"
             call.body += b"" if trailers else content.body
-            if call.duplex and not trailers and not content.end_of_stream and len(call.body) <= PEEKED:
-                return
-            if not call.duplex:
-                yield self._choice(call, kind.name)
-                return
-            yield self._choice(call, "request_headers")
-            yield _streamed("request_body", call.body, not trailers and content.end_of_stream)
-            call.body = b""
-            if trailers:
-                yield _went_on(kind.name)
+            if trailers or content.end_of_stream or len(call.body) > PEEKED:
+                yield self._choice(call, "request_headers")
+                yield _streamed("request_body", call.body, not trailers and content.end_of_stream)
+                if trailers:
+                    yield _went_on(kind)
         else:
-            if kind.name == "response_headers" and call.replica is not None:
+            if kind == "response_headers" and call.replica is not None:
                 self._metrics.call(call.replica.name, int(_heads(content).get(":status", 0)))
                 self._end(call)
-            if call.duplex and kind.name.endswith("body"):
-                yield _streamed(kind.name, content.body, content.end_of_stream)
-            else:
-                yield _went_on(kind.name)
+            yield _streamed(kind, content.body, content.end_of_stream) if kind in call.streamed else _went_on(kind)
 
     def _read_head(self, call: PickedCall, part: Message) -> None:
         call.headers = _heads(part.request_headers)
         call.path = unquote(call.headers.get(":path", "").partition("?")[0])
-        call.duplex = part.protocol_config.request_body_mode == FULL_DUPLEX
+        modes = part.protocol_config
+        bodies = ("request_body", modes.request_body_mode), ("response_body", modes.response_body_mode)
+        call.streamed = tuple(name for name, mode in bodies if mode == FULL_DUPLEX)
         hint = part.metadata_context.filter_metadata
         if "envoy.lb.subset_hint" in hint and SUBSET in hint["envoy.lb.subset_hint"].fields:
             value = hint["envoy.lb.subset_hint"].fields[SUBSET]
@@ -169,7 +167,7 @@ class EndpointPicker:
             raise Overloaded("no replica takes calls for this now; try again in 1 s", 1.0)
         call.replica, call.tokens = replica, tokens
         allowed = _number(call.headers, "x-request-timeout-ms") / 1000
-        if allowed and replica.capacity and replica.load / replica.capacity > allowed:
+        if allowed and replica.capacity and (replica.load - tokens) / replica.capacity > allowed:
             raise RateLimited("what waits takes longer than the time of this call; send less, or allow more", 1.0)
         self._metrics.met(replica, delta)
         other = self._placement.begin(delta, 0.0, (*call.outside, replica.name))

@@ -105,10 +105,12 @@ def test_what_nobody_takes_is_refused_in_the_shape_of_its_path(mode):
         state = routed.router.placement.replicas[only.url]
         with through_envoy(routed, mode) as client:
             assert client.post("/predict", content=b"x" * 200_001).status_code == 413
-            state.capacity = 100.0
-            late = client.post("/predict", content=b"x" * 10_000, headers={"X-Request-Timeout-Ms": "3000"})
+            state.capacity, state.load = 100.0, 400.0
+            late = client.post("/predict", content=b"x", headers={"X-Request-Timeout-Ms": "3000"})
             assert (late.status_code, late.headers["retry-after"]) == (429, "1")
-            assert client.post("/predict", content=b"x", headers={"X-Request-Timeout-Ms": "3000"}).status_code == 200
+            state.load = 0.0
+            patient = client.post("/predict", content=b"x" * 10_000, headers={"X-Request-Timeout-Ms": "3000"})
+            assert patient.status_code == 200
             wait(lambda: not state.load)
             only.ready = False
             wait(lambda: not routed.ready)
@@ -278,6 +280,15 @@ def test_a_body_that_trailers_end_and_an_answer_that_streams(picker):
     streamed = [answers[at].ListFields()[0][1].response.body_mutation.streamed_response for at in (1, 4, 5)]
     assert [(one.body, one.end_of_stream) for one in streamed] == [(body, False), (b"ab", False), (b"", True)]
     assert destination(answers[0])[0] == ordered("mood", tuple(sorted(picker._placement.replicas)))[0][7:]
+
+
+def test_parts_that_need_no_choice_are_passed_on(picker):
+    """Trailers of a body that came whole; bodies in a mode in which the choice comes too late."""
+    whole = {"request_body": {"body": b"{}", "end_of_stream": True}}
+    answers = picked(picker, [head("/predict"), whole, {"request_body": {"body": b"x"}}, {"request_trailers": {}}])
+    kinds = [answer.ListFields()[0][0].name for answer in answers]
+    assert kinds == ["request_headers", "request_body", "request_body", "request_trailers"]
+    assert [answer.HasField("dynamic_metadata") for answer in answers] == [False, True, False, False]
 
 
 def test_a_call_that_ends_early_is_no_load(picker):
