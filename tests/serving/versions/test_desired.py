@@ -87,6 +87,27 @@ def test_the_state_holds_before_the_first_call_and_is_followed(served, state):
     assert registry.tiers.pins == set()
 
 
+def test_a_config_map_of_kubernetes_is_followed(encoder, root, tmp_path):
+    """It is a folder of links to a link to a folder, of which the one in the middle is replaced."""
+
+    def put(version: str) -> None:
+        folder = tmp_path / f"..{version}"
+        folder.mkdir()
+        write(folder / "state.json", mood={"version": version})
+        (tmp_path / "new").symlink_to(folder.name)
+        os.replace(tmp_path / "new", tmp_path / "..data")
+
+    put("1")
+    state = tmp_path / "state.json"
+    state.symlink_to("..data/state.json")
+    registry = Registry(Pipeline(encoder))
+    registry.load(root)
+    with running(registry.pipeline, None, root, registry, state_file=state, watch_seconds=0.05) as server:
+        assert versions(server, 1) == {"1": 1}
+        put("2")
+        wait(lambda: versions(server, 1) == {"2": 1})
+
+
 def test_a_canary_takes_its_share_on_every_route_and_a_version_that_is_named_is_kept(served, state):
     write(state, mood={"version": "2", "canary": {"version": "4", "share": 0.5}})
     wait(lambda: served.server.service.registry.splits)
