@@ -77,8 +77,9 @@ def envoy(ports: dict[str, list[int]], body_mode: str = "BUFFERED") -> Iterator[
             {"endpoint": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": port}}}}
             for port in ports[cluster["name"]]
         ]
+    picking = listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"][0]["typed_config"]
+    picking["message_timeout"] = "120s"  # beyond it calls go to any server
     if body_mode != "BUFFERED":  # as gateways of Kubernetes have it
-        picking = listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"][0]["typed_config"]
         for way in ("request", "response"):
             picking["processing_mode"] |= {f"{way}_body_mode": body_mode, f"{way}_trailer_mode": "SEND"}
         picking["failure_mode_allow"] = False
