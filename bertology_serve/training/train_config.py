@@ -232,7 +232,7 @@ class MachineConfig:
     )
     precision: Literal["auto", "fp32", "bf16"] = option(
         "auto",
-        "bf16: on a GPU the encoder runs under autocast; on a CPU its frozen weights multiply in bfloat16, faster where "
+        "bf16: on a GPU the encoder runs under autocast; on a CPU its frozen weights multiply in bfloat16, faster if "
         "the processor has that. auto: bf16 on GPUs that have it, else fp32.",
     )
     trunk_cache: bool = option(
