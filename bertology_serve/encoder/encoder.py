@@ -117,6 +117,7 @@ class Encoder:
         self.ref = BaseRef(name, weights_hash(model.state_dict()), self.anatomy.family)
         self.lock = threading.RLock()
         self.graphs: Graphs | None = None
+        self._rounded = list[Prepacked]()
         self._current = CurrentContext()
         self._inputs = set(inspect.signature(model.forward).parameters)
         wrap(model, self.anatomy, self._current)
@@ -234,31 +235,60 @@ class Encoder:
                 "layers with weights of their own"
             )
 
-    def prepack(self, wanted: bool | None = None) -> bool:
+    def prepack(self, wanted: bool | None = None, dtype: torch.dtype = torch.float32) -> bool:
         """Lays the frozen linears out for where they are, as long as their weights no longer change.
 
-        On CPU in float32 for oneDNN where that is faster (``None``: a short timing decides); on a GPU query, key and
-        value as one, for a single launch. Says whether it was done.
+        On CPU in float32 for oneDNN where that is faster (``None``: a short timing decides), with ``dtype`` of bfloat16
+        in that: products by frozen weights are rounded, all else stays float32. On a GPU query, key and value as one,
+        for a single launch. Says whether it was done.
         """
         if self._trains:
             return False
         if self.device.type == "cuda":
             return wanted is not False and linear.join(self.model, self.anatomy)
-        if self.device.type != "cpu" or self.dtype != torch.float32 or not (pays() if wanted is None else wanted):
+        if self.device.type != "cpu" or self.dtype != torch.float32:
+            return False
+        if not (pays(dtype) if wanted is None else wanted):
             return False
         keep_freed_memory()
         for module in self._linears():
-            module.prepacked = module.prepacked or Prepacked(module.weight, module.bias)
+            if module.prepacked is None or module.prepacked.dtype != dtype:
+                module.prepacked = Prepacked(module.weight, module.bias, dtype)
         return True
 
     @property
-    def prepacked(self) -> bool:
-        """Whether the linears are laid out for oneDNN."""
-        return any(module.prepacked is not None for module in self._linears())
+    def prepacked(self) -> torch.dtype | None:
+        """The dtype in which the linears are laid out for oneDNN; ``None`` where they are not."""
+        return next((module.prepacked.dtype for module in self._linears() if module.prepacked is not None), None)
+
+    @property
+    def can_round(self) -> bool:
+        """Whether ``rounded`` can be: on a CPU that has bfloat16, in float32, with frozen weights."""
+        plain = self.device.type == "cpu" and self.dtype == torch.float32
+        return plain and not self._trains and linear.available(torch.bfloat16)
+
+    @contextmanager
+    def rounded(self) -> Iterator[None]:
+        """While it holds, frozen linears multiply in bfloat16, forward and backward; see ``prepack``.
+
+        What they are laid out as for it is kept. Where it cannot be, raises what oneDNN does.
+        """
+        modules = list(self._linears())
+        if not self._rounded:
+            self._rounded = [Prepacked(module.weight, module.bias, torch.bfloat16) for module in modules]
+        before = [module.prepacked for module in modules]
+        for module, own in zip(modules, self._rounded, strict=True):
+            module.prepacked = own
+        try:
+            yield
+        finally:
+            for module, prepacked in zip(modules, before, strict=True):
+                module.prepacked = prepacked
 
     def unpack_weights(self) -> None:
         """Back to plain linears: for weights that are about to change, or that something else runs now."""
         linear.part(self.model, self.anatomy)
+        self._rounded = []
         for module in self._linears():
             module.prepacked = None
 
