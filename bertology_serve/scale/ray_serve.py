@@ -343,16 +343,19 @@ def _plain(value: Any) -> Any:
 
 def serve_on_ray(application: serve.Application, config: ServerConfig, say: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT: on the cluster of ``RAY_ADDRESS``, else on one of its own in this machine."""
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+
+    def end(*_: object) -> None:
+        raise SystemExit(0)
+
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(address=os.environ.get("RAY_ADDRESS", "local"), include_dashboard=False, log_to_driver=False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # Ray's own would end it with a dump
+        signal.signal(number, end)
     try:
         serve.start(http_options=HTTPOptions(host=config.listen.host, port=config.listen.port))
         serve.run(application)
         say(f"ready: http://{config.listen.host}:{config.listen.port}")
-        ended.wait()
-        serve.shutdown()
+        threading.Event().wait()
     finally:
+        serve.shutdown()
         ray.shutdown()

@@ -16,11 +16,14 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
+from bertology_serve.cli.main import main
 from bertology_serve.deltas import store
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import SpecError
 from bertology_serve.kinds.lora import Lora
+from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.http.listening import bind, url_of
 from bertology_serve.serving.versions.delta_registry import Registry
 from bertology_serve.serving.versions.desired import Desired, Wish, read_desired
@@ -256,3 +259,64 @@ def test_what_is_wanted_after_a_change():
 def test_arguments_that_make_no_sense(given, message):
     with pytest.raises(SpecError, match=message):
         ray_serve.app(given)
+
+
+class Engines:
+    """A handle whose engines answer as a test wants: a status, or an error, for each call one."""
+
+    def __init__(self, *outcomes: int | Exception) -> None:
+        self.outcomes, self.asked, self.ask = list(outcomes), list[RayCall](), self
+
+    async def remote(self, call: RayCall) -> RayAnswer:
+        self.asked.append(call)
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return RayAnswer(outcome, [], b"{}", f"engine-{len(self.asked)}")
+
+    def broadcast(self, method: str, call: RayCall) -> Engines:
+        return self
+
+    async def results_async(self) -> list[RayAnswer]:
+        return [await self.remote(call("/")) for _ in list(self.outcomes)]
+
+
+DIED = ray.exceptions.RayActorError()
+
+
+@pytest.mark.parametrize(
+    ("path", "outcomes", "status", "tried"),
+    [
+        ("/predict", [200], 200, [()]),
+        ("/predict", [503, 200], 200, [(), ("engine-1",)]),
+        ("/predict", [503, 503], 503, [(), ("engine-1",)]),
+        ("/predict", [DIED, 200], 200, [(), ()]),
+        ("/predict", [DIED, DIED], 503, [(), ()]),
+        ("/predict", [ValueError("x")], 500, [()]),
+        ("/v2/repository/models/mood/unload", [200, 200], 200, [(), ()]),
+        ("/v2/repository/models/mood/unload", [200, 404], 404, [(), ()]),
+        ("/v2/repository/models/mood/unload", [200, DIED], 503, [(), ()]),
+    ],
+)
+def test_a_call_is_sent_again_once_and_a_change_never(path, outcomes, status, tried):
+    engines = Engines(*outcomes)
+    app = ray_serve.RayIngress(engines, ServerConfig()).__serve_build_asgi_app__()
+    with TestClient(app) as client:
+        answer = client.post(path, json={"delta": "mood"})
+    assert answer.status_code == status
+    assert [one.tried for one in engines.asked] == tried
+    if path == "/predict":
+        assert {one.delta for one in engines.asked} == {"mood"}
+
+
+def test_the_command_has_ray_serve_what_it_would(monkeypatch, deltas):
+    made = {}
+    monkeypatch.setattr(ray_serve, "application", lambda *given, **options: made.update(given=given, options=options))
+    monkeypatch.setattr(
+        ray_serve, "serve_on_ray", lambda application, config, say: made.update(port=config.listen.port)
+    )
+    options = ["--ray-replicas", "2-4", "--engine", "torch", "--port", "7", "--max-items", "9"]
+    assert main(["serve", "--backbone", "minilm", "--deltas", str(deltas), *options]) == 0
+    backbone, directory, config, replicas = made["given"]
+    assert (backbone, directory, replicas) == ("minilm", str(deltas), "2-4")
+    assert (config.limits.max_items, made["port"], made["options"]["engine"]) == (9, 7, "torch")
