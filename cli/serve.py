@@ -10,8 +10,7 @@ import typer
 from bertology_serve.cli.common import check_inputs, note
 from bertology_serve.cli.options import File, laid_out, options
 from bertology_serve.errors import Unsupported
-from bertology_serve.export import MultiPrecision
-from bertology_serve.serving.config import ServerConfig
+from bertology_serve.serving.config import EnginePrecision, ServerConfig
 
 Backbone = Annotated[str, typer.Option(help="The encoder: a hub id, a directory, or minilm.")]
 Deltas = Annotated[Path, typer.Option(help="Directory of deltas: NAME/VERSION/ or bare ones.")]
@@ -33,8 +32,12 @@ Engine = Annotated[
     Literal["auto", "torch", "onnx"],
     typer.Option(help="What runs the batches. auto: on a CPU ONNX Runtime where it is there and, timed once, faster."),
 ]
-EnginePrecision = Annotated[
-    MultiPrecision, typer.Option(help="Of the ONNX engine. int8-row: the encoder's products in 8 bits, row by row.")
+Precision = Annotated[
+    EnginePrecision,
+    typer.Option(
+        help="Of the products by the encoder's weights on a CPU. int8-row: in 8 bits, row by row, by the ONNX engine. "
+        "bf16: by torch, where the processor is faster by it."
+    ),
 ]
 TimeAgain = Annotated[
     bool,
@@ -74,7 +77,7 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = "float32",
     engine: Engine = "auto",
-    precision: EnginePrecision = "fp32",
+    precision: Precision = "fp32",
     cuda_graphs: CudaGraphs = False,
     executor: Executor = "thread",
     executors: Executors = 1,

@@ -8,14 +8,10 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bertology_serve.export.exporting import Exported
-
-
-MultiPrecision = Literal["fp32", "int8-row"]
-"""Of graphs for many deltas. It stands here because ``serve --help`` reads it, and nothing else of this package."""
 
 
 class _Callable(ModuleType):

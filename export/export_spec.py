@@ -10,6 +10,8 @@ from bertology_serve.config_fields import option
 from bertology_serve.errors import SpecError
 
 Precision = Literal["fp32", "fp16", "int8-row", "int8-nbits", "int8-dynamic", "int8-static"]
+MultiPrecision = Literal["fp32", "int8-row"]
+"""Of graphs for many deltas."""
 DRIFT: dict[Precision, float] = {
     "fp16": 0.004, "int8-row": 0.04, "int8-nbits": 0.02, "int8-dynamic": 0.08, "int8-static": 0.08,
 }  # fmt: skip

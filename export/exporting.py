@@ -21,7 +21,7 @@ from bertology_serve.deltas.catalog import newest
 from bertology_serve.deltas.delta import Delta, bare
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.errors import BaseMismatch, FormatError, SpecError, Unsupported
-from bertology_serve.export import MultiPrecision, web_layout
+from bertology_serve.export import web_layout
 from bertology_serve.export.delta_library import FILE, Library, head_eps, library_of
 from bertology_serve.export.emitter.emit import choose, emit_answers, write
 from bertology_serve.export.export_directory import (
@@ -38,7 +38,7 @@ from bertology_serve.export.export_directory import (
     write_directory,
 )
 from bertology_serve.export.export_inputs import ExportInputs, plain_texts
-from bertology_serve.export.export_spec import ExportSpec
+from bertology_serve.export.export_spec import ExportSpec, MultiPrecision
 from bertology_serve.export.onnx_engine import bare_inputs, check_emitted
 from bertology_serve.export.openvino_ir import OpenVinoSession, save_ir
 from bertology_serve.export.samples import Case, Reference, built_in, of_encodings

@@ -25,11 +25,10 @@ from bertology_serve.encoder.batch import Fork, PackedBatch
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.loading import load_tokenizer
 from bertology_serve.errors import BertologyError, FormatError, NotFound, Unsupported
-from bertology_serve.export import MultiPrecision
 from bertology_serve.export.emitter.delta_inputs import BELOW, Feed, texts
 from bertology_serve.export.export_directory import OF_THIS_MACHINE, TASK_OPTIONS, ZERO_SHOT_OPTIONS, save
 from bertology_serve.export.export_inputs import ExportInputs, calibration, column_scales
-from bertology_serve.export.export_spec import MODEL, ON_CPU, PORTABLE, Precision
+from bertology_serve.export.export_spec import MODEL, ON_CPU, PORTABLE, MultiPrecision, Precision
 from bertology_serve.export.samples import Case
 from bertology_serve.export.session import Session, kept_session
 from bertology_serve.files import JsonObject

@@ -25,8 +25,7 @@ from bertology_serve.encoder.loading import rounding
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import VerificationError
 from bertology_serve.examples import path
-from bertology_serve.export import MultiPrecision
-from bertology_serve.export.export_spec import ExportSpec, Precision
+from bertology_serve.export.export_spec import ExportSpec, MultiPrecision, Precision
 from bertology_serve.export.exporting import export_delta, export_many
 from bertology_serve.kinds.adapter import Adapter
 from bertology_serve.kinds.bitfit import Bitfit

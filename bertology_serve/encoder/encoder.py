@@ -234,21 +234,25 @@ class Encoder:
                 "layers with weights of their own"
             )
 
-    def prepack(self, wanted: bool | None = None) -> bool:
+    def prepack(self, wanted: bool | None = None, dtype: torch.dtype = torch.float32) -> bool:
         """Lays the frozen linears out for where they are, as long as their weights no longer change.
 
-        On CPU in float32 for oneDNN where that is faster (``None``: a short timing decides); on a GPU query, key and
-        value as one, for a single launch. Says whether it was done.
+        On CPU in float32 for oneDNN where that is faster (``None``: a short timing decides), with ``dtype`` of bfloat16
+        in that: products by frozen weights are rounded, all else stays float32. On a GPU query, key and value as one,
+        for a single launch. Says whether it was done.
         """
         if self._trains:
             return False
         if self.device.type == "cuda":
             return wanted is not False and linear.join(self.model, self.anatomy)
-        if self.device.type != "cpu" or self.dtype != torch.float32 or not (pays() if wanted is None else wanted):
+        if self.device.type != "cpu" or self.dtype != torch.float32:
+            return False
+        if not (pays(dtype) if wanted is None else wanted):
             return False
         keep_freed_memory()
         for module in self._linears():
-            module.prepacked = module.prepacked or Prepacked(module.weight, module.bias)
+            if module.prepacked is None or module.prepacked.dtype != dtype:
+                module.prepacked = Prepacked(module.weight, module.bias, dtype)
         return True
 
     @property

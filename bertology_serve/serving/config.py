@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 from bertology_serve.config_fields import choices_of, nested, option
 from bertology_serve.errors import FormatError, SpecError, nearest
 
+EnginePrecision = Literal["fp32", "bf16", "int8-row"]
 _ORIGIN = re.compile(r"\*|https?://[a-z0-9.\[\]:-]+", re.IGNORECASE)
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Literal
 
-from bertology_serve.export import MultiPrecision
-from bertology_serve.serving.config import ServerConfig
+from bertology_serve.serving.config import EnginePrecision, ServerConfig
 
 if TYPE_CHECKING:
     from bertology_serve.deltas.delta import Delta
@@ -39,7 +38,7 @@ def serve(
     device: str = "auto",
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     engine: Literal["auto", "torch", "onnx"] = "auto",
-    precision: MultiPrecision = "fp32",
+    precision: EnginePrecision = "fp32",
     cuda_graphs: bool = False,
     executor: Literal["thread", "process"] = "thread",
     executors: int = 1,

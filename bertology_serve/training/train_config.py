@@ -282,7 +282,7 @@ class TrainConfig:
         object.__setattr__(self, "method", _methods(self.method or DEFAULT_METHODS[self.plan.recipe]))
         check_known("task", self.task, tasks.TASK_KINDS)
         _check_recipe(self)
-        given: Any = self.layers
+        given: Any = [self.layers] if isinstance(self.layers, int) else self.layers
         object.__setattr__(self, "layers", tuple(split_list(given) if isinstance(given, str) else map(str, given)))
         _check_layers(self)
         if (self.optim.balance or self.optim.label_smoothing) and self.task not in tasks.LABEL_KINDS:

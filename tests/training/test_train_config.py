@@ -149,6 +149,7 @@ def test_flags_become_specs():
 @pytest.mark.parametrize(
     ("given", "layers"),
     [
+        (2, (2,)),
         ("1-2", (1, 2)),
         ("2,0", (0, 2)),
         ("0,1-2", (0, 1, 2)),

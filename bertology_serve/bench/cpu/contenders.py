@@ -149,7 +149,7 @@ def _ctranslate2(name: str, precision: str, compute: str) -> Contender:
 
 def _engine(name: str, family: str, engine: str, precision: str = "fp32", **more: object) -> Contender:
     options = {"base": "{base}", "deltas": "{deltas}", "engine": engine, "precision": precision, **more}
-    bits = "fp32" if precision == "fp32" else "8 bits"
+    bits = {"fp32": "fp32", "bf16": "16 bits"}.get(precision, "8 bits")
     return Contender(name, "ours", bits, "engine", options, package=True, family=family)
 
 
@@ -184,6 +184,7 @@ CONTENDERS: tuple[Contender, ...] = (
     Contender(COMPILED, "theirs", "fp32", "transformers", _TORCH | {"compiled": True}, forms=(LOGITS,)),
     *(_exported(name) for name in FORMS),
     _engine(ENGINE, ALONE, "torch"),
+    _engine(f"{ENGINE}, bf16", ALONE, "torch", "bf16"),
     _engine(ONNX_ENGINE, ALONE, "onnx"),
     _engine(f"{ONNX_ENGINE}, int8-row", ALONE, "onnx", "int8-row"),
     *(_engine("our OpenVINO engine", ALONE, name) for name in OPENVINO),
@@ -206,7 +207,8 @@ CONTENDERS: tuple[Contender, ...] = (
     *(
         _engine(f"{name}{end}", MIXED, engine, precision, **more)
         for name, engine, precision in (
-            (ENGINE, "torch", "fp32"), (ONNX_ENGINE, "onnx", "fp32"), (f"{ONNX_ENGINE}, int8-row", "onnx", "int8-row"),
+            (ENGINE, "torch", "fp32"), (f"{ENGINE}, bf16", "torch", "bf16"), (ONNX_ENGINE, "onnx", "fp32"),
+            (f"{ONNX_ENGINE}, int8-row", "onnx", "int8-row"),
             *(("our OpenVINO engine", name, "fp32") for name in OPENVINO),
         )
         for end, more in (("", {}), (NO_DELTA, {"changed": False}))

@@ -17,8 +17,8 @@ from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.linear import Prepacked
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import Unsupported
-from bertology_serve.export import MultiPrecision
-from bertology_serve.serving.execution.engine_choice import Name, settle
+from bertology_serve.serving.config import EnginePrecision
+from bertology_serve.serving.execution.engine_choice import EngineConfig, Name, apply
 from bertology_serve.tasks.spec import Encoding
 
 NONE = "none"
@@ -32,7 +32,7 @@ def encodings_of(batch: Batch) -> list[Encoding]:
 
 
 def engine(
-    base: str, deltas: str, threads: int, engine: Name, precision: MultiPrecision = "fp32", changed: bool = True
+    base: str, deltas: str, threads: int, engine: Name, precision: EnginePrecision = "fp32", changed: bool = True
 ) -> Bind:
     """The engine that serves, over the deltas of a folder, none of them merged; packing lies inside the timing.
 
@@ -45,8 +45,9 @@ def engine(
     found = [encoder.read_delta(path, path.name) for path in sorted(Path(deltas).iterdir())]
     none = Delta(NONE, encoder.ref, found[0].task, head=found[0].head, version="1")
     pipeline = Pipeline(encoder, [*found, none])
-    encoder.prepack()
-    settle(pipeline, engine, precision)
+    _, taken = apply(pipeline, EngineConfig(engine, precision))
+    if taken.precision != precision:
+        raise Unsupported(f"{precision} is no faster than {taken.precision} on this processor")
     ready = {name: pipeline.loaded(name) for name in pipeline.deltas}
 
     def bind(batch: Batch) -> Call:

@@ -21,10 +21,10 @@ from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.loading import load_model, locate
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.export import MultiPrecision
 from bertology_serve.kinds.kinds import init
 from bertology_serve.kinds.lora import Lora
-from bertology_serve.serving.execution.engine_choice import Name, settle
+from bertology_serve.serving.config import EnginePrecision
+from bertology_serve.serving.execution.engine_choice import EngineConfig, Name, apply
 from bertology_serve.tasks.spec import EMBEDDING, TaskSpec
 
 SORTED_BATCH = 16
@@ -64,19 +64,19 @@ def ours(
     work: Workload,
     deltas: Sequence[Delta],
     engine: Name = "torch",
-    precision: MultiPrecision = "fp32",
+    precision: EnginePrecision = "fp32",
     lines: Sequence[str] = (),
 ) -> list[Contender]:
     """This package with the deltas, and with none: the same task, the same heads, no change of the encoder.
 
-    ``engine`` and ``precision`` as ``settle`` has them, whose errors are raised; ``lines`` are the texts' words.
+    ``engine`` and ``precision`` as ``apply`` has them, whose errors are raised; ``lines`` are the texts' words.
     """
     pipeline = Pipeline(encoder)
     for delta in deltas:
         pipeline.add(delta)
     bare = Delta("none", encoder.ref, deltas[0].task, version="1")
     pipeline.add(bare)
-    runs = settle(pipeline, engine, precision)
+    runs, _ = apply(pipeline, EngineConfig(engine, precision))
     found = texts(work, encoder.tokenizer, lines)
     names = [deltas[owner].name for owner in owners(work)]
 

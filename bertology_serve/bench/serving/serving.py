@@ -40,7 +40,7 @@ def run(
 ) -> Result:
     """Checks that this engine and peft give the same rows, then times them; VerificationError where they differ.
 
-    Raises what ``settle`` raises for the engine.
+    Raises what ``apply`` raises for the engine.
     """
     if threads is not None:
         torch.set_num_threads(threads)

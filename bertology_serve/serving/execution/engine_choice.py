@@ -18,9 +18,9 @@ from bertology_serve.encoder.batch import PackedBatch
 from bertology_serve.encoder.loading import rounding
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import SpecError, Unsupported, VerificationError
-from bertology_serve.export import MultiPrecision
 from bertology_serve.export.export_spec import allowed_drift
 from bertology_serve.export.onnx_engine import OnnxEngine
+from bertology_serve.serving.config import EnginePrecision
 from bertology_serve.tasks.encoding import encode_text
 
 log = logging.getLogger(__name__)
@@ -28,16 +28,20 @@ Name = Literal["auto", "torch", "onnx"]
 SENTENCE = "a sentence of some twenty words or so, as people send them to a server that reads what they mean"
 LENGTHS = (6, 9, 12, 14, 17, 22, 30, 48) * 2
 ROUNDS, WARM, DELTAS = 5, 2, 8
+BF16_DRIFT = 4 * 2.0**-8
+"""The largest ‖Δ‖/‖torch‖ that one layer may add in bf16, whose step is 2⁻⁸; only products round. Measured: 0.005."""
 
 
-def check(engine: Name, precision: MultiPrecision) -> None:
+def check(engine: Name, precision: EnginePrecision) -> None:
     """Raises SpecError for a precision that the engine does not have."""
-    if engine == "torch" and precision != "fp32":
+    if engine == "torch" and precision == "int8-row":
         raise SpecError(f"--precision {precision} is the ONNX engine's; give --engine onnx or auto with it")
+    if engine == "onnx" and precision == "bf16":
+        raise SpecError(f"--precision {precision} is torch's engine's; give --engine torch or auto with it")
 
 
-def settle(pipeline: Pipeline, engine: Name, precision: MultiPrecision = "fp32", known: bool = False) -> str:
-    """Gives a pipeline its engine and returns that one's name.
+def settle(pipeline: Pipeline, engine: Name, precision: EnginePrecision = "fp32", known: bool = False) -> str:
+    """Gives a pipeline its engine and returns that one's name; in ``bf16`` torch's, its linears laid out before.
 
     ``auto`` takes ONNX Runtime's where it can run this encoder, agrees with torch's, and is faster on a short timing of
     one short text and a mixed batch, the product of both ratios deciding; the log says which it was and why. ``onnx``
@@ -46,6 +50,8 @@ def settle(pipeline: Pipeline, engine: Name, precision: MultiPrecision = "fp32",
     """
     check(engine, precision)
     pipeline.engine = pipeline.encoder
+    if precision == "bf16":
+        return _taken("torch, bf16", "known to agree" if known else "asked for")
     if engine == "torch":
         return _taken("torch", "known to be faster" if known else "asked for")
     try:
@@ -54,8 +60,9 @@ def settle(pipeline: Pipeline, engine: Name, precision: MultiPrecision = "fp32",
         if known:
             pipeline.engine = onnx
             return _taken(onnx.name, "known to agree")
-        batch, short = sample(pipeline, onnx), sample(pipeline, onnx, (16,))
-        compare(pipeline, onnx, batch)
+        batch, short = sample(pipeline, onnx.takes), sample(pipeline, onnx.takes, (16,))
+        layers = pipeline.encoder.anatomy.layers
+        compare(onnx.name, precision, _torch(pipeline, batch), onnx.run(batch, pipeline.bank), layers)
     except (Unsupported, VerificationError) as problem:
         if engine == "onnx":
             raise
@@ -79,10 +86,10 @@ def _taken(name: str, why: str) -> str:
     return name
 
 
-def sample(pipeline: Pipeline, onnx: OnnxEngine, lengths: Sequence[int] = LENGTHS) -> PackedBatch:
-    """A batch of texts of these lengths over up to eight of the resident deltas that the graph takes."""
+def sample(pipeline: Pipeline, takes: Callable[[BankEntry], bool], lengths: Sequence[int] = LENGTHS) -> PackedBatch:
+    """A batch of texts of these lengths over up to eight of the resident deltas that an engine takes."""
     encoder, words = pipeline.encoder, " ".join([SENTENCE] * 4)
-    taken = (entry for entry in pipeline.bank.entries.values() if onnx.takes(entry))
+    taken = filter(takes, pipeline.bank.entries.values())
     entries: list[BankEntry] = list(islice(taken, DELTAS)) or [BARE]
     room = encoder.max_tokens - max(entry.prompt_length + entry.prefix_length for entry in entries)
     encodings = [encode_text(encoder.tokenizer, words, None, min(length, room)) for length in lengths]
@@ -90,18 +97,16 @@ def sample(pipeline: Pipeline, onnx: OnnxEngine, lengths: Sequence[int] = LENGTH
     return encoder.pack(encodings, owners)
 
 
-def compare(pipeline: Pipeline, onnx: OnnxEngine, batch: PackedBatch) -> None:
-    """Raises VerificationError where the engines give different rows."""
-    expected, found = _torch(pipeline, batch), onnx.run(batch, pipeline.bank)
+def compare(name: str, precision: EnginePrecision, expected: Tensor, found: Tensor, layers: int) -> None:
+    """Raises VerificationError where an engine's rows [T, H] are others than torch's in float32."""
     largest, drift = (found - expected).abs().max().item(), ((found - expected).norm() / expected.norm()).item()
-    layers = pipeline.encoder.anatomy.layers
-    if onnx.precision == "fp32":
+    if precision == "fp32":
         close = largest <= rounding(layers, expected.abs().max().item())
     else:
-        close = drift <= allowed_drift(onnx.precision, layers)
+        close = drift <= (layers**0.5 * BF16_DRIFT if precision == "bf16" else allowed_drift(precision, layers))
     if not close:
         raise VerificationError(
-            f"{onnx.name} gives other rows than torch: max |Δ| {largest:.1e}, drift {drift:.1%}; take --engine torch"
+            f"{name} gives other rows than torch: max |Δ| {largest:.1e}, drift {drift:.1%}; take --engine torch"
         )
 
 
@@ -129,7 +134,7 @@ class EngineConfig:
     """
 
     engine: Name = "auto"
-    precision: MultiPrecision = "fp32"
+    precision: EnginePrecision = "fp32"
     cuda_graphs: bool = False
     prepack: bool | None = None
     found: bool = False
@@ -140,15 +145,40 @@ def apply(pipeline: Pipeline, setting: EngineConfig) -> tuple[str, EngineConfig]
 
     Raises Unsupported, VerificationError for what cannot be.
     """
-    encoder = pipeline.encoder
-    prepacked = encoder.prepack(setting.prepack)
+    encoder, precision = pipeline.encoder, setting.precision
+    check(setting.engine, precision)
+    encoder.unpack_weights()
+    if precision == "bf16" and not round_products(pipeline, setting.found):
+        precision = "fp32"
+    prepacked = precision == "bf16" or encoder.prepack(setting.prepack)
     if setting.cuda_graphs and not encoder.use_graphs():
         where = f"{str(encoder.dtype).removeprefix('torch.')} on {encoder.device}"
         raise Unsupported(f"--cuda-graphs: got {where}, expected float16 or bfloat16 on cuda")
-    name = settle(pipeline, setting.engine, setting.precision, setting.found)
+    name = settle(pipeline, setting.engine, precision, setting.found)
     engine: Name = "torch" if pipeline.engine is encoder else "onnx"
     if engine == "onnx":
         encoder.unpack_weights()  # ONNX Runtime has laid them out for itself
-    return name, replace(
-        setting, engine=engine, prepack=prepacked if encoder.device.type == "cpu" else None, found=True
-    )
+    prepack = prepacked if encoder.device.type == "cpu" else None
+    return name, replace(setting, engine=engine, precision=precision, prepack=prepack, found=True)
+
+
+def round_products(pipeline: Pipeline, known: bool = False) -> bool:
+    """Has the encoder multiply by its frozen weights in bfloat16, all else in float32; False where that is no faster.
+
+    Raises SpecError for an encoder that is not on a CPU in float32, and VerificationError where rows are too far from
+    those in float32. What is ``known`` here is neither timed nor compared again.
+    """
+    encoder = pipeline.encoder
+    if encoder.device.type != "cpu" or encoder.dtype != torch.float32:
+        got = f"{str(encoder.dtype).removeprefix('torch.')} on {encoder.device}"
+        raise SpecError(
+            f"--precision bf16: got {got}, expected float32 on a CPU; on a GPU give --dtype bfloat16 instead"
+        )
+    batch = sample(pipeline, lambda _: True)
+    expected = None if known else _torch(pipeline, batch)
+    if not encoder.prepack(known or None, torch.bfloat16):
+        log.warning("bf16 is no faster than fp32 on this processor: batches run in fp32")
+        return False
+    if expected is not None:
+        compare("torch in bf16", "bf16", expected, _torch(pipeline, batch), encoder.anatomy.layers)
+    return True

@@ -60,16 +60,22 @@ def labelled():
 def test_one_model(measured):
     log = measured("ours, unpadded;torch engine;1x16;64 mixed", labelled())
     by_name = {line["contender"]: line for line in log.of(ANSWERS)}
-    assert set(by_name) == {UNPADDED, AGAIN, UNPADDED_ROW, ENGINE}
+    lowered = f"{ENGINE}, bf16"  # on processors that are faster by it
+    assert set(by_name) - {lowered} == {UNPADDED, AGAIN, UNPADDED_ROW, ENGINE}
     for name, answers in by_name.items():
-        exact = name != UNPADDED_ROW
+        exact = name not in (UNPADDED_ROW, lowered)
         assert answers["relative"] <= (1e-5 if exact else 0.05), name
         assert answers["cosine"] == pytest.approx(1.0, abs=1e-6 if exact else 1e-2), name
         assert answers["worst"] <= answers["cosine"] + 1e-6
-        assert answers["neighbours"] <= 1e-5, name
+        assert answers["neighbours"] <= (2e-2 if name == lowered else 1e-5), name
         assert set(answers["metrics"]) >= {"accuracy"}
         assert answers["agreement"] >= (1.0 if exact else 0.8)
-    assert len({json.dumps(answers["metrics"]) for name, answers in by_name.items() if name != UNPADDED_ROW}) == 1
+    assert (
+        len(
+            {json.dumps(answers["metrics"]) for name, answers in by_name.items() if name not in (UNPADDED_ROW, lowered)}
+        )
+        == 1
+    )
     for workload, tokens in (("1x16", 16), ("64 mixed", None)):
         times = log.of(TIME, workload=workload)
         assert {line["contender"] for line in times} == set(by_name)
@@ -79,7 +85,7 @@ def test_one_model(measured):
     assert {line["same"] for line in log.of(EXPORT)} == {True}
     assert log.last(HEADER)["processor"] == log.path.parent.name
     assert [line for line in log.of(OPENED, contender=UNPADDED) if line["bytes"] > 0]
-    assert log.of(MISSING) == []
+    assert [line for line in log.of(MISSING) if line["contender"] != lowered] == []
 
 
 @pytest.mark.usefixtures("small")
@@ -103,7 +109,7 @@ def test_what_the_log_has_is_not_measured_again(measured):
 @pytest.mark.usefixtures("small")
 def test_mixed_deltas_beside_none_and_merged_sessions(measured):
     log = measured(f"{ENGINE};merged sessions in turn;{LORA8}")
-    assert log.names(LORA8) == [
+    assert [name for name in log.names(LORA8) if "bf16" not in name] == [
         ENGINE,
         ENGINE + NO_DELTA,
         "merged sessions in turn",
@@ -112,7 +118,7 @@ def test_mixed_deltas_beside_none_and_merged_sessions(measured):
     assert log.last(ANSWERS, contender="merged sessions in turn")["relative"] <= 1e-5
     assert "relative" not in log.last(ANSWERS, contender=ENGINE + NO_DELTA)
     assert log.last(SUITE, suite=LORA8)["workloads"][LORA8]["sequences"] == 8
-    assert log.of(MISSING) == []
+    assert [line for line in log.of(MISSING) if "bf16" not in line["contender"]] == []
 
 
 @pytest.mark.usefixtures("small")
