@@ -17,7 +17,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -35,7 +35,7 @@ from starlette.routing import Mount
 from starlette.types import Message, Receive, Scope, Send
 
 from bertology_serve.errors import BertologyError, Crashed, LimitError, SpecError
-from bertology_serve.files import replacing
+from bertology_serve.files import JsonMapping, JsonObject, replacing
 from bertology_serve.scale.placement import Placement, ReplicaState
 from bertology_serve.scale.router import CHARACTERS, OWN_TOKENS, REQUEST_ID, SERVED_BY, delta_of
 from bertology_serve.serving.config import ServerConfig
@@ -59,7 +59,7 @@ _CHANGES = re.compile(r"/v2/repository/models/([^/]+)/(load|unload|rollback)")
 class RayCall(NamedTuple):
     """A call on its way to an engine: its head, its body, and what is chosen by."""
 
-    head: dict[str, Any]  # of an ASGI scope, as far as an application reads it
+    head: Scope  # of ASGI, as far as an application reads it
     body: bytes
     delta: str | None
     tokens: float
@@ -79,7 +79,7 @@ class RayEngine:
     """One replica: a server that is asked by ``ask`` and not over a port. Arguments are those of ``serving.serve``."""
 
     async def __init__(  # type: ignore[misc]
-        self, backbone: str, deltas: str, config: ServerConfig, options: Mapping[str, Any]
+        self, backbone: str, deltas: str, config: ServerConfig, options: JsonMapping
     ) -> None:
         opened, self._ended = Future[Server](), threading.Event()
 
@@ -120,7 +120,7 @@ class RayEngine:
         body = b"".join(message.get("body", b"") for message in said[1:])
         return RayAnswer(said[0]["status"], [*headers, (SERVED_BY, self._name.encode())], body, self._name)
 
-    def record_routing_stats(self) -> dict[str, Any]:
+    def record_routing_stats(self) -> JsonObject:
         return {"resident": self._service.registry.resident(), "capacity": self._service.queue.times.rate}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -134,7 +134,7 @@ class RayEngine:
 class PlacementRouter(RequestRouter):
     """Chooses engines by ``scale.placement``, for the handles of one ingress: its own calls are what it counts."""
 
-    def __init__(self, *given: Any, **named: Any) -> None:
+    def __init__(self, *given: object, **named: object) -> None:
         super().__init__(*given, **named)
         self.placement = Placement()
         self._under_way: dict[str, tuple[ReplicaState, float]] = {}
@@ -273,7 +273,7 @@ def _wanted(before: Desired, call: RayCall, answer: RayAnswer) -> Desired:
     return replace(before, deltas={**before.deltas, name: wish})
 
 
-def scale_by_queue(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+def scale_by_queue(context: AutoscalingContext) -> tuple[float, JsonObject]:
     """As many engines as let work wait ``WAIT_SECONDS`` in their queues; one less where it hardly waits at all.
 
     Ray's own bounds and delays apply to what this returns.
@@ -293,12 +293,12 @@ def application(
 
     Raises SpecError for numbers that are none, and for gRPC, which is not passed on.
     """
-    least, _, most = replicas.partition("-")
+    least, _, most = str(replicas).partition("-")
     if not (least.isdigit() and (most or least).isdigit() and 1 <= int(least) <= int(most or least)):
         raise SpecError(f"replicas is {replicas!r}; expected a number from 1, or two such as 2-8")
     if config.listen.grpc_port is not None:
         raise SpecError("grpc_port: gRPC does not go through Ray; leave it out")
-    number: dict[str, Any] = {"num_replicas": int(least)}
+    number: JsonObject = {"num_replicas": int(least)}
     if most:
         policy = AutoscalingPolicy(policy_function=f"{__name__}:scale_by_queue")
         bounds = AutoscalingConfig(min_replicas=int(least), max_replicas=int(most), policy=policy)
@@ -320,7 +320,7 @@ def application(
     return ingress.bind(engines.bind(backbone, deltas, config, options), config)
 
 
-def app(arguments: Mapping[str, Any]) -> serve.Application:
+def app(arguments: JsonMapping) -> serve.Application:
     """For ``serve run bertology_serve.scale.ray_serve:app backbone=minilm deltas=/data replicas=2 max_items=64``: the
     arguments of ``application`` and the server's options, by name. Raises SpecError.
     """
