@@ -164,6 +164,20 @@ def test_calls_meet_resident_deltas_and_at_random_they_do_not(client):
     assert 1 - (loads(engines) - before) / MANY <= 0.75
 
 
+def test_a_delta_that_is_asked_much_spreads(client):
+    handle = serve.get_deployment_handle(ENGINES, "default")
+
+    def engines(tokens: float) -> set[str]:
+        call = call_of("POST", "/predict", b'{"delta": "mood", "text": "the cat"}', delta="mood")._replace(
+            tokens=tokens
+        )
+        under_way = [handle.ask.remote(call) for _ in range(8)]
+        return {one.result().engine for one in under_way}
+
+    assert len(engines(10.0)) == 1
+    assert len(engines(1e6)) == 2
+
+
 def test_an_engine_is_killed_and_no_call_is_lost(client, encoder, root):
     save_version(encoder, root, "mood", "2", 2)
     save_version(encoder, root, "mood", "3", 3)
