@@ -117,6 +117,7 @@ class Encoder:
         self.ref = BaseRef(name, weights_hash(model.state_dict()), self.anatomy.family)
         self.lock = threading.RLock()
         self.graphs: Graphs | None = None
+        self._rounded = list[Prepacked]()
         self._current = CurrentContext()
         self._inputs = set(inspect.signature(model.forward).parameters)
         wrap(model, self.anatomy, self._current)
@@ -256,13 +257,38 @@ class Encoder:
         return True
 
     @property
-    def prepacked(self) -> bool:
-        """Whether the linears are laid out for oneDNN."""
-        return any(module.prepacked is not None for module in self._linears())
+    def prepacked(self) -> torch.dtype | None:
+        """The dtype in which the linears are laid out for oneDNN; ``None`` where they are not."""
+        return next((module.prepacked.dtype for module in self._linears() if module.prepacked is not None), None)
+
+    @property
+    def can_round(self) -> bool:
+        """Whether ``rounded`` can be: on a CPU that has bfloat16, in float32, with frozen weights."""
+        plain = self.device.type == "cpu" and self.dtype == torch.float32
+        return plain and not self._trains and linear.available(torch.bfloat16)
+
+    @contextmanager
+    def rounded(self) -> Iterator[None]:
+        """While it holds, frozen linears multiply in bfloat16, forward and backward; see ``prepack``.
+
+        What they are laid out as for it is kept. Where it cannot be, raises what oneDNN does.
+        """
+        modules = list(self._linears())
+        if not self._rounded:
+            self._rounded = [Prepacked(module.weight, module.bias, torch.bfloat16) for module in modules]
+        before = [module.prepacked for module in modules]
+        for module, own in zip(modules, self._rounded, strict=True):
+            module.prepacked = own
+        try:
+            yield
+        finally:
+            for module, prepacked in zip(modules, before, strict=True):
+                module.prepacked = prepacked
 
     def unpack_weights(self) -> None:
         """Back to plain linears: for weights that are about to change, or that something else runs now."""
         linear.part(self.model, self.anatomy)
+        self._rounded = []
         for module in self._linears():
             module.prepacked = None
 

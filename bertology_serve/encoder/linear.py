@@ -236,8 +236,8 @@ class Prepacked:
     def backward(self, gradient: Tensor) -> Tensor:
         """The gradient of x [..., K] from that of y [..., N]."""
         if self._transposed is None:
-            self._transposed = _reorder(self._weight.T.contiguous())
-        return _linear(gradient, self._transposed, None)
+            self._transposed = _reorder(self._weight.T.contiguous().to(self.dtype))
+        return _linear(gradient.to(self.dtype), self._transposed, None).to(gradient.dtype)
 
 
 class _Frozen(torch.autograd.Function):

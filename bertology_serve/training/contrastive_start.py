@@ -28,7 +28,7 @@ from bertology_serve.training.frozen_rows import pooled
 from bertology_serve.training.methods import factor, make_optimizer, set_rate
 from bertology_serve.training.probe_solver import set_head
 from bertology_serve.training.train_config import TrainConfig
-from bertology_serve.training.trainer import add_gradient, autocast
+from bertology_serve.training.trainer import add_gradient, autocast, rounding
 
 STEPS, BATCH, WARMUP = 24, 64, 0.1
 LEAST, TOKENS = 8, 8192
@@ -50,7 +50,7 @@ def bring_together(live: TrainableDelta, task: Task, items: Sequence[Item], conf
 
     def run(group: Sequence[Item]) -> Tensor:
         encodings = [one for item in group for one in item.encodings]
-        with autocast(config.machine.precision, device):
+        with autocast(config.machine.precision, live.encoder):
             hidden, batch = live.hidden(encodings)
             return aggregate(read_rows(hidden, batch, batch.places, live.task), encodings, live.task)
 
@@ -63,7 +63,9 @@ def bring_together(live: TrainableDelta, task: Task, items: Sequence[Item], conf
         for step in range(STEPS):
             set_rate(optimizer, factor(step, STEPS, WARMUP, "linear"))
             batch = _cut([items[i] for i in sampler.take(BATCH)])
-            add_gradient(micro_batches(batch, config.machine.max_tokens, not live.encoder.packs), run, loss, device)
+            groups = micro_batches(batch, config.machine.max_tokens, not live.encoder.packs)
+            with rounding(config.machine.precision, live.encoder):
+                add_gradient(groups, run, loss, device)
             clip_grad_norm_(parameters.values(), config.optim.clip or math.inf)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

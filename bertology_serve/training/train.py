@@ -283,8 +283,8 @@ def _continued(stage: Stage, ready: Prepared, before: Delta) -> TrainableDelta:
 
 def machine(config: TrainConfig, encoder: Encoder, prepack: bool | None = None) -> dict[str, bool]:
     """What a timing decides unless ``prepack`` says it, and must not change in the course of a run."""
-    lowered = encoder.device.type == "cpu" and uses_bf16(config.machine.precision, encoder.device)
-    return {"prepacked": not lowered and encoder.prepack(prepack)}
+    autocast = uses_bf16(config.machine.precision, encoder.device) and not encoder.can_round
+    return {"prepacked": not autocast and encoder.prepack(prepack)}
 
 
 def lay_out(encoder: Encoder, chosen: Mapping[str, bool]) -> None:

@@ -231,7 +231,9 @@ class MachineConfig:
         4096, "Tokens a micro-batch; a batch of more is accumulated, with the same gradient.", least=1
     )
     precision: Literal["auto", "fp32", "bf16"] = option(
-        "auto", "bf16: the encoder runs under autocast; auto: bf16 on GPUs that have it, else fp32."
+        "auto",
+        "bf16: on a GPU the encoder runs under autocast; on a CPU its frozen weights multiply in bfloat16, faster if "
+        "the processor has that. auto: bf16 on GPUs that have it, else fp32.",
     )
     trunk_cache: bool = option(
         False,
@@ -282,7 +284,8 @@ class TrainConfig:
         object.__setattr__(self, "method", _methods(self.method or DEFAULT_METHODS[self.plan.recipe]))
         check_known("task", self.task, tasks.TASK_KINDS)
         _check_recipe(self)
-        given: Any = [self.layers] if isinstance(self.layers, int) else self.layers
+        given: Any = self.layers
+        given = [given] if isinstance(given, int) else given
         object.__setattr__(self, "layers", tuple(split_list(given) if isinstance(given, str) else map(str, given)))
         _check_layers(self)
         if (self.optim.balance or self.optim.label_smoothing) and self.task not in tasks.LABEL_KINDS:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.trainable import TrainableDelta, layer_norms, trained
 from bertology_serve.errors import SpecError
 from bertology_serve.files import JsonObject
@@ -191,7 +192,8 @@ class Trainer:
         Of several processes each runs its share of the batch, and all get the whole gradient and loss.
         """
         weight = max(1, self.task.weight([item.target for item in batch]))
-        with self.processes.drawing(self.live.encoder.device):
+        encoder = self.live.encoder
+        with self.processes.drawing(encoder.device), rounding(self.config.machine.precision, encoder):
             loss = self._add_gradient(self.processes.share(batch), weight)
         self.processes.sum_gradients(self.parameters.values())
         return sum(self.processes.gathered(loss))
@@ -201,7 +203,7 @@ class Trainer:
         groups = micro_batches(items, self.config.machine.max_tokens, not self.live.encoder.packs)
 
         def run(group: Sequence[Item]) -> Tensor:
-            with autocast(self.config.machine.precision, self.live.encoder.device):
+            with autocast(self.config.machine.precision, self.live.encoder):
                 return self.live(_encodings(group))  # type: ignore[no-any-return]
 
         def loss(out: Tensor, group: Sequence[Item]) -> Tensor:
@@ -403,7 +405,17 @@ def check_divisible(task: Task, processes: Processes) -> None:
         )
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """bf16 for the products where the configuration and the hardware say so; parameters stay float32."""
-    bf16 = uses_bf16(precision, device)
-    return torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
+def autocast(precision: str, encoder: Encoder) -> AbstractContextManager[object]:
+    """bf16 for a forward pass where the configuration and the hardware say so, but for ``rounding``; parameters stay
+    float32.
+    """
+    bf16 = uses_bf16(precision, encoder.device) and not encoder.can_round
+    return torch.autocast(encoder.device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
+
+
+def rounding(precision: str, encoder: Encoder) -> AbstractContextManager[object]:
+    """bf16 on a CPU, for a forward pass and the backward pass: of the products by frozen weights alone, which are cast
+    but once.
+    """
+    bf16 = uses_bf16(precision, encoder.device) and encoder.can_round
+    return encoder.rounded() if bf16 else nullcontext()

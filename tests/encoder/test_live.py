@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.linear import available
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import LimitError
@@ -114,6 +115,22 @@ def test_prepacked_training_has_the_same_gradients(tmp_path: Path) -> None:
     for name, parameter in live.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, plain[name], atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.skipif(not available(torch.bfloat16), reason="this processor's oneDNN has no bfloat16")
+def test_training_in_bf16_has_nearly_the_same_gradients(tmp_path: Path) -> None:
+    encoder = tiny.encoder("bert", tmp_path)
+    live, encodings, targets = made(encoder, KINDS["all"])
+    loss_of(live, encodings, targets).backward()
+    exact = torch.cat([p.grad.flatten() for p in live.parameters() if p.grad is not None])
+    live.zero_grad()
+    assert encoder.prepack(True)
+    with encoder.rounded():
+        loss_of(live, encodings, targets).backward()
+    assert encoder.prepacked == torch.float32
+    rounded = torch.cat([p.grad.flatten() for p in live.parameters() if p.grad is not None])
+    assert rounded.dtype == torch.float32
+    assert 1e-5 < (rounded - exact).norm() / exact.norm() < 0.1
 
 
 def test_decay_spares_biases_and_norms(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from bertology_serve.training.fleet.fleet_directory import FleetDirectory, Fleet
 from bertology_serve.training.methods import count_parameters
 from bertology_serve.training.run_directory import random_state, set_random_state
 from bertology_serve.training.train_config import TrainConfig
-from bertology_serve.training.trainer import Line, Trainer, autocast
+from bertology_serve.training.trainer import Line, Trainer, autocast, rounding
 
 
 class Fleet:
@@ -148,10 +148,12 @@ def gradients(
     for group in joined(cut, max_tokens, padded=not members[0].live.encoder.packs):
         if late():
             return None
-        with autocast(members[0].config.machine.precision, members[0].live.encoder.device):
-            shares = run_together([(p.member.live, [e for item in p.items for e in item.encodings]) for p in group])
-        parts = [_loss(piece, share) for piece, share in zip(group, shares, strict=True)]
-        torch.autograd.backward(parts)
+        how = members[0].config.machine.precision, members[0].live.encoder
+        with rounding(*how):
+            with autocast(*how):
+                shares = run_together([(p.member.live, [e for item in p.items for e in item.encodings]) for p in group])
+            parts = [_loss(piece, share) for piece, share in zip(group, shares, strict=True)]
+            torch.autograd.backward(parts)
         for piece, part in zip(group, parts, strict=True):
             losses[id(piece.member)] += part.item()
     return list(losses.values())

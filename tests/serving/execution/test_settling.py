@@ -32,14 +32,14 @@ def pipeline(tmp_path) -> Pipeline:
 @pytest.mark.skipif(not available(), reason="needs a torch with oneDNN")
 def test_weights_are_laid_out_for_the_engine_that_reads_them(pipeline):
     name, found = apply(pipeline, EngineConfig("torch", prepack=True))
-    assert (name, found.engine, pipeline.encoder.prepacked) == ("torch", "torch", True)
+    assert (name, found.engine, pipeline.encoder.prepacked) == ("torch", "torch", torch.float32)
     name, found = apply(pipeline, EngineConfig("onnx", prepack=True))
     assert name.startswith("onnxruntime")
-    assert (found.engine, found.prepack, pipeline.encoder.prepacked) == ("onnx", True, False)
+    assert (found.engine, found.prepack, pipeline.encoder.prepacked) == ("onnx", True, None)
     list(pipeline.answer([Request("outputs", {"text": "red and blue"})]))
-    assert not pipeline.encoder.prepacked
+    assert pipeline.encoder.prepacked is None
     list(pipeline.answer([Request("inputs", {"text": "red and blue"})]))  # the graph has no place for it
-    assert pipeline.encoder.prepacked
+    assert pipeline.encoder.prepacked == torch.float32
 
 
 def batch_of(pipeline: Pipeline) -> tuple[PackedBatch, DeltaBank]:
