@@ -181,15 +181,6 @@ class PlacementRouter(RequestRouter):
             self._over(pending_request.metadata.internal_request_id)
             raise
 
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
-        """The call counts where it went: its own engine may have been full."""
-        key, state = pending_request.metadata.internal_request_id, self.placement.replicas.get(replica_id.unique_id)
-        if state is not None and key in self._under_way and self._under_way[key][0] is not state:
-            tokens = self._under_way[key][1]
-            self._over(key)
-            state.load += tokens
-            self._under_way[key] = state, tokens
-
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         self._over(internal_request_id)
 
