@@ -1,28 +1,36 @@
-"""``bertology-serve predict``: a file of items, each for a delta of its own, answered in mixed batches."""
+"""``bertology-serve predict``: files of items, each for a delta of its own, answered in mixed batches."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from glob import glob
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bertology_serve import __version__
 from bertology_serve.cli.common import load_library, note, progress, truncation
 from bertology_serve.errors import NotFound
 
 if TYPE_CHECKING:
-    from bertology_serve.encoder.pipeline import Pipeline
-    from bertology_serve.serving.offline import Lines
+    from bertology_serve.serving.offline import PredictOptions
+    from bertology_serve.serving.versions.delta_registry import Registry
 
 
 def predict(
     backbone: Annotated[str, typer.Option(help="Encoder: a hub id, a directory, or minilm.")],
     deltas: Annotated[Path, typer.Option(help="Directory of deltas: NAME/VERSION/ or bare ones.")],
     input: Annotated[
-        str, typer.Option(help="JSON lines (.gz too), each with its delta and the fields of its task; - is stdin.")
+        list[str],
+        typer.Option(
+            help="JSON lines (.gz too), each with its delta and the fields of its task; - is stdin. Several times, or "
+            "a pattern in quotes: one file after the other."
+        ),
     ],
     output: Annotated[str, typer.Option(help="Where the answers go, a line each; - is stdout.")],
     logits: Annotated[bool, typer.Option("--logits", help="Give the logits too.")] = False,
@@ -32,6 +40,9 @@ def predict(
     ] = False,
     max_tokens: Annotated[int, typer.Option(help="Tokens a batch.", min=1)] = 2048,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX.")] = "auto",
+    executors: Annotated[
+        int, typer.Option(min=1, help="How many run batches, each a process: one a GPU, or on its share of the cores.")
+    ] = 1,
     redact: Annotated[
         str,
         typer.Option(
@@ -45,33 +56,54 @@ def predict(
         Path | None, typer.Option(help="JSON file with the key of hashes and patterns of your own, as serve takes it.")
     ] = None,
 ) -> None:
-    """Answer a file of JSON lines; lines for different deltas, kinds and tasks share their batches.
+    """Answer files of JSON lines; lines for different deltas, kinds and tasks share their batches.
 
-    The output appears when every line is answered. The first bad line ends the run (exit code 2) unless --skip-bad.
+    The output appears when every line is answered; the same command again goes on where a run was ended. The first bad
+    line ends the run (exit code 2) unless --skip-bad.
     """
-    if input != "-" and not os.path.exists(input):
-        raise NotFound(f"no file {input}; expected JSON lines, or - for standard input")
+    inputs = [name for pattern in input for name in _files(pattern)]
     load_library(root=deltas, backbone=backbone, device=device)
     from bertology_serve.files import check_outputs
-    from bertology_serve.serving.offline import STANDARD, Lines, reading
+    from bertology_serve.serving.offline import AnswerFile, PredictOptions, answer_lines, reading
 
-    check_outputs([output], [input])
-    with reading(input) as source:  # what is wrong there is said before anything is loaded
-        asked = {
-            "redact": _policies(redact, lambda policy: ("*", policy)),
-            "patterns": _policies(patterns, lambda name: ("*" if name == "all" else name, "mask")),
-        }
-        fields = {name: policies for name, policies in asked.items() if policies}
-        options = Lines("stdin" if input == STANDARD else input, logits, skip_bad, max_tokens, fields)
-        pipeline = _open(backbone, deltas, skip_bad_deltas, device)
+    check_outputs([output], inputs)
+    files = [name for name in inputs if os.path.isfile(name)]
+    for name in files:  # what is wrong there is said before anything is loaded
+        with reading(name):
+            pass
+    asked = {
+        "redact": _policies(redact, lambda policy: ("*", policy)),
+        "patterns": _policies(patterns, lambda name: ("*" if name == "all" else name, "mask")),
+    }
+    fields = {name: policies for name, policies in asked.items() if policies}
+    options, file = PredictOptions(logits, skip_bad, max_tokens, fields), AnswerFile(output)
+    with _opened(backbone, deltas, skip_bad_deltas, device, executors, file.progress.prepack) as (registry, prepack):
         if redaction_file is not None:
             from bertology_serve.tasks.redaction import Redactor
 
-            pipeline.redactor = Redactor.read(redaction_file)
-        started = time.perf_counter()
-        count = _answer(pipeline, source, output, options, _lines_in(input))
-    seconds = time.perf_counter() - started
-    note(f"{count:,} answers in {seconds:.1f} s ({count / max(seconds, 1e-9):,.0f} a second)")
+            registry.pipeline.redactor = Redactor.read(redaction_file)
+        key = _key(registry, options, redaction_file) if files == inputs else ""  # what else is read once only
+        with file.opened(key, prepack), progress() as bar:
+            lines, begun = file.rest(inputs), file.progress.lines
+            if begun:
+                note(f"going on after {begun:,} answers, where the run before ended")
+            started = time.perf_counter()
+            task = bar.add_task("predict", total=None if bar.disable else _count(inputs), completed=begun)
+            for answered, answers in answer_lines(registry.pipeline, lines, options):
+                file.write(answered, answers)
+                bar.advance(task, len(answers))
+    seconds, count, cut = time.perf_counter() - started, file.progress.lines, file.progress.cut
+    if cut:
+        note(truncation(cut, count))
+    note(f"{count:,} answers in {seconds:.1f} s ({(count - begun) / max(seconds, 1e-9):,.0f} a second)")
+
+
+def _files(pattern: str) -> list[str]:
+    """The files that an option names. NotFound where there is none."""
+    found = [pattern] if pattern == "-" or os.path.exists(pattern) else sorted(glob(pattern, recursive=True))
+    if not found:
+        raise NotFound(f"no file {pattern}; expected JSON lines, or - for standard input")
+    return found
 
 
 def _policies(text: str, bare: Callable[[str], tuple[str, str]]) -> dict[str, str]:
@@ -80,48 +112,42 @@ def _policies(text: str, bare: Callable[[str], tuple[str, str]]) -> dict[str, st
     return dict((label, policy) if sign else bare(label) for label, sign, policy in parts)
 
 
-def _open(backbone: str, deltas: Path, skip_bad: bool, device: str) -> Pipeline:
-    from bertology_serve.encoder.encoder import Encoder
+@contextmanager
+def _opened(
+    backbone: str, deltas: Path, skip_bad: bool, device: str, executors: int, prepack: bool | None
+) -> Iterator[tuple[Registry, bool | None]]:
+    """The deltas over torch's engine, in this process or in several, and how it has laid out the weights."""
+    import torch
+
     from bertology_serve.encoder.loading import find_device
-    from bertology_serve.encoder.pipeline import Pipeline
+    from bertology_serve.serving.execution.engine_choice import EngineConfig
+    from bertology_serve.serving.execution.executor_handle import ForkServer, WorkerOptions
+    from bertology_serve.serving.execution.startup import open_backbone
     from bertology_serve.serving.versions.delta_registry import Registry
 
-    encoder = Encoder.load(backbone, device=find_device(device))
-    pipeline = Pipeline(encoder)
-    registry = Registry(pipeline)
-    for refused in registry.load(deltas, skip_bad):
-        note(f"left out: {refused.reason}")
-    encoder.prepack()
-    return pipeline
+    with ExitStack() as stack:
+        several = stack.enter_context(ForkServer(WorkerOptions(backbone))) if executors > 1 else None
+        opened = open_backbone(backbone, str(find_device(device)), torch.float32, several, executors=executors)
+        stack.callback(opened.close)
+        registry = Registry(opened.pipeline)
+        for refused in registry.load(deltas, skip_bad):
+            note(f"left out: {refused.reason}")
+        yield registry, opened.settle(EngineConfig("torch", prepack=prepack))[1].prepack
 
 
-def _lines_in(name: str) -> int | None:
+def _key(registry: Registry, options: PredictOptions, redaction_file: Path | None) -> str:
+    """What the answers follow from beside the lines: this version, encoder, the deltas' files, options."""
+    files = [file for card in registry.tiers.cards.values() for file in sorted(card.path.iterdir())]
+    looked = [
+        (str(one), one.stat().st_size, one.stat().st_mtime_ns) for one in [*files, *filter(None, [redaction_file])]
+    ]
+    return hashlib.sha256(repr((__version__, registry.pipeline.encoder.ref, options, looked)).encode()).hexdigest()
+
+
+def _count(names: Sequence[str]) -> int | None:
     """How many lines there are to answer, ``None`` where that is known only at the end."""
-    if name.endswith(".gz") or not Path(name).is_file():
+    from bertology_serve.serving.offline import read_lines
+
+    if any(name.endswith(".gz") or not Path(name).is_file() for name in names):
         return None
-    from bertology_serve.data.formats import bounded_lines
-
-    with open(name, "rb") as file:
-        return sum(1 for _, line in bounded_lines(file, name) if not line.isspace())
-
-
-def _answer(pipeline: Pipeline, source: IO[bytes], output: str, options: Lines, total: int | None) -> int:
-    from bertology_serve.data.formats import bounded_lines
-    from bertology_serve.serving.offline import answer_lines, writing
-
-    count = cut = 0
-
-    def was_cut() -> None:
-        nonlocal cut
-        cut += 1
-
-    with writing(output) as target, progress() as bar:
-        task = bar.add_task("predict", total=total)
-        lines = (line for _, line in bounded_lines(source, options.name))
-        for answer in answer_lines(pipeline, lines, options, was_cut):
-            target.write(answer)
-            count += 1
-            bar.advance(task)
-    if cut:
-        note(truncation(cut, count))
-    return count
+    return sum(1 for _ in read_lines(names))

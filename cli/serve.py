@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from bertology_serve.cli.common import check_inputs, note
 from bertology_serve.cli.options import File, laid_out, options
+from bertology_serve.errors import Unsupported
 from bertology_serve.serving.config import EnginePrecision, ServerConfig
 
 Backbone = Annotated[str, typer.Option(help="The encoder: a hub id, a directory, or minilm.")]
@@ -48,6 +49,10 @@ TimeAgain = Annotated[
 Models = Annotated[
     Path | None, typer.Option(help="An export of a single delta or a whole task model, or a directory of them.")
 ]
+RayReplicas = Annotated[
+    str,
+    typer.Option(help="So many servers behind Ray Serve: 2, or 2-8 for as many as work asks for. Needs the extra ray."),
+]
 SkipBad = Annotated[bool, typer.Option("--skip-bad-deltas", help="Leave out deltas that cannot be loaded.")]
 
 
@@ -58,6 +63,7 @@ COMMON = (
 PANELS = {
     "What is served": ("backbone", "deltas", "models", "skip_bad_deltas"),
     "How batches run": ("device", "dtype", "engine", "precision", "cuda_graphs", "executor", "executors", "time_again"),
+    "Several servers": ("ray_replicas",),
 }
 
 
@@ -77,6 +83,7 @@ def serve(
     executors: Executors = 1,
     time_again: TimeAgain = False,
     models: Models = None,
+    ray_replicas: RayReplicas = "",
     file: File = None,
 ) -> None:
     """Serve deltas over HTTP: /v2 (Open Inference Protocol), /models (HuggingFace's shape), /predict, /metrics.
@@ -85,22 +92,28 @@ def serve(
     readiness answers 503 at once, every accepted call is answered.
     """
     check_inputs(root=deltas, backbone=backbone, device=device)
+    options: dict[str, Any] = {
+        "skip_bad_deltas": skip_bad_deltas,
+        "device": device,
+        "dtype": dtype,
+        "engine": engine,
+        "precision": precision,
+        "cuda_graphs": cuda_graphs,
+        "executor": executor,
+        "executors": executors,
+        "time_again": time_again,
+        "models": models,
+    }
     note(f"loading {backbone}")
+    if ray_replicas:
+        try:
+            from bertology_serve.scale.ray_serve import application, serve_on_ray
+        except ImportError as problem:
+            if (problem.name or "").partition(".")[0] != "ray":
+                raise
+            raise Unsupported("--ray-replicas needs Ray: pip install 'bertology-serve[ray]'") from None
+        serve_on_ray(application(backbone, str(deltas.resolve()), config, ray_replicas, **options), config, note)
+        return
     from bertology_serve.serving.serve import serve as run
 
-    run(
-        backbone,
-        deltas,
-        config,
-        skip_bad_deltas=skip_bad_deltas,
-        device=device,
-        dtype=dtype,
-        engine=engine,
-        precision=precision,
-        cuda_graphs=cuda_graphs,
-        executor=executor,
-        executors=executors,
-        time_again=time_again,
-        models=models,
-        say=note,
-    )
+    run(backbone, deltas, config, **options, say=note)

@@ -11,6 +11,10 @@ from collections import Counter as Tally
 import msgspec
 
 CHARACTERS, OWN_TOKENS = 4, 16  # bytes of a body for a token, about; tokens of a call without a text
+SERVED_BY, REQUEST_ID = b"x-served-by", b"x-request-id"
+STATE = "/v2/repository/state"
+CHANGE = re.compile(r"/v2/repository/models/([^/]+)/(load|unload|rollback)")
+"""Paths of calls that change what is served, and go to every replica."""
 _ON_PATH = re.compile(r"/(?:v2/models|models|tei|v1/models)/([^/:]+)")
 NO_DELTA = frozenset({"stats"})  # words of paths where a delta's name could stand
 

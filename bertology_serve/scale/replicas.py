@@ -23,6 +23,7 @@ from yarl import URL
 
 from bertology_serve.errors import BertologyError, Overloaded, SpecError
 from bertology_serve.files import replacing
+from bertology_serve.scale.calls import STATE
 from bertology_serve.scale.config import KEY, ReplicaConfig
 from bertology_serve.scale.placement import Placement, ReplicaState
 from bertology_serve.serving.observability.background import OnceLogger
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0  # that a replica may take to say whether it is ready
 CHANGE_SECONDS = 120.0  # that it may take to load what it is told to
 SCRAPE_SECONDS, RETRY_SECONDS = 1.0, 5.0  # between two looks at its metrics; two tries of what it could not load
-STATE = "/v2/repository/state"
 MISSED = 2  # looks in vain after which one that was ready is not any more; one where nobody listens
 _RESIDENT = re.compile(rb'^vllm:lora_requests_info\{.*?running_lora_adapters="([^"]*)"', re.MULTILINE)
 _COUNTED = {

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -39,7 +38,7 @@ from bertology_serve.errors import (
     Unauthorized,
     Unsupported,
 )
-from bertology_serve.scale.calls import delta_of, tokens_of
+from bertology_serve.scale.calls import CHANGE, REQUEST_ID, SERVED_BY, STATE, delta_of, tokens_of
 from bertology_serve.scale.config import RouterConfig
 from bertology_serve.scale.placement import Placement, ReplicaState
 from bertology_serve.scale.replicas import Replicas, Reply
@@ -57,15 +56,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Headers = list[tuple[bytes, bytes]]
-SERVED_BY = b"x-served-by"
-TIMEOUT, REQUEST_ID = b"x-request-timeout-ms", b"x-request-id"
+TIMEOUT = b"x-request-timeout-ms"
 WHOLE_BYTES = 2**18  # of an answer that is passed on in one piece; longer ones as they come
 # what is between two hosts only (RFC 9110, 7.6.1), and what aiohttp says itself
 _HOP = frozenset({
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
     b"transfer-encoding", b"upgrade", b"host", b"content-length", b"expect",
 })  # fmt: skip
-_CHANGES = re.compile(r"/v2/repository/models/([^/]+)/(load|unload|rollback)")
 
 
 class CutOff(Exception):
@@ -158,7 +155,7 @@ class Router:
         try:
             if own is not None:
                 response = own(scope)
-            elif scope["method"] == "POST" and (path == "/v2/repository/state" or _CHANGES.fullmatch(path)):
+            elif scope["method"] == "POST" and (path == STATE or CHANGE.fullmatch(path)):
                 response = await self._change(scope, receive)
             else:
                 await self._forward(scope, receive, send)
@@ -306,7 +303,7 @@ class Router:
             for name, value in scope["headers"]
             if name in (b"authorization", b"x-api-key", b"x-request-id")
         }
-        if found := _CHANGES.fullmatch(scope["path"]):
+        if found := CHANGE.fullmatch(scope["path"]):
             name, what = found[1], found[2]
             how: Callable[..., Awaitable[Reply]] = getattr(self.replicas, what)
             reply = await how(name, body, headers)

@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
+import hashlib
 import os
 import sys
+import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, NamedTuple, cast
 
-from bertology_serve.encoder.pipeline import Job, Pipeline
-from bertology_serve.errors import BertologyError, DataError, NotFound
-from bertology_serve.files import JsonMapping, JsonObject, replacing
+import msgspec
+
+from bertology_serve.data.formats import bounded_lines
+from bertology_serve.encoder.delta_set import DeltaSet, Job
+from bertology_serve.errors import BertologyError, Crashed, DataError, NotFound
+from bertology_serve.files import JsonMapping, JsonObject, flush, replacing
 from bertology_serve.serving.protocol.json_codec import decode, encode
 from bertology_serve.serving.protocol.native import answer_of, read_request
 from bertology_serve.tasks.spec import TOKEN_CLASSIFICATION
 
-WINDOW = 8
+WINDOW = 8  # batches whose items are sorted by length together
+BYTES = 4  # of a line for a token of a window, about: windows are the same whoever cuts them, without a tokenizer
+KEEP_SECONDS = 5.0  # between two notes of how far a run is
 BOM = b"\xef\xbb\xbf"
+CUT = b'"truncated":true'
+
+
+Running = tuple[tuple[int, ...], Future[list[JsonObject]]]
+"""The places of a batch's items in their window, and their answers."""
+
+
+class Line(NamedTuple):
+    """One line that is to be answered, and where it stands: ``FILE:NUMBER``."""
+
+    where: str
+    content: bytes
 
 
 @dataclass(frozen=True)
-class Lines:
-    """``name`` is how messages call the source. ``logits`` gives every answer its logits; with ``skip_bad`` a line that
-    cannot be answered is answered with its ``error``. Batches have up to ``max_tokens``. ``redaction`` holds the fields
-    that lines for deltas of token classification get where they lack them.
+class PredictOptions:
+    """``logits`` gives every answer its logits; with ``skip_bad`` a line that cannot be answered is answered with its
+    ``error``. Batches have up to ``max_tokens``. ``redaction`` holds the fields that lines for deltas of token
+    classification get where they lack them.
     """
 
-    name: str
     logits: bool = False
     skip_bad: bool = False
     max_tokens: int = 2048
@@ -38,25 +60,58 @@ class Lines:
 
 
 def answer_lines(
-    pipeline: Pipeline, lines: Iterable[bytes], options: Lines, was_cut: Callable[[], None] = lambda: None
-) -> Iterator[bytes]:
-    """One JSON line for each line that is not blank, in order; ``was_cut`` is called for each whose text was cut.
+    pipeline: DeltaSet, lines: Iterable[Line], options: PredictOptions
+) -> Iterator[tuple[Sequence[Line], list[bytes]]]:
+    """Lines and one JSON line for each, in order, a window at a time.
 
-    Items are tokenised ahead and brought together by length, a window of batches at a time: equal lengths share their
-    attention. Without ``skip_bad`` raises what is wrong with the first bad line, which the message names.
+    A window is tokenised while the one before it runs; its items are brought together by length, since equal lengths
+    share their attention. As many batches run at once as the pipeline can. Without ``skip_bad`` raises what is wrong
+    with the first bad line, which the message names. Raises Crashed for a batch that two executors died of.
     """
-    window: list[Job | JsonObject] = []
-    tokens = 0
-    for number, line in enumerate(lines, 1):
-        line = line.removeprefix(BOM) if number == 1 else line
-        if not line or line.isspace():
-            continue
-        window.append(_prepared(pipeline, line, f"{options.name}:{number}", options))
-        tokens += _cost(window[-1])
-        if tokens >= WINDOW * options.max_tokens or len(window) >= options.max_tokens:
-            yield from _answered(pipeline, window, options, was_cut)
-            window, tokens = [], 0
-    yield from _answered(pipeline, window, options, was_cut)
+    ahead: deque[tuple[list[Line], list[Job | JsonObject], list[Running]]] = deque()
+    pool = ThreadPoolExecutor(pipeline.parallel, "predict")
+    try:
+        for window in _windows(lines, options.max_tokens):
+            items = [_prepared(pipeline, line, options) for line in window]
+            jobs = [(place, item) for place, item in enumerate(items) if isinstance(item, Job)]
+            running = []
+            for batch in batches([job.cost for _, job in jobs], options.max_tokens):
+                places, own = zip(*(jobs[index] for index in batch), strict=True)
+                running.append((places, pool.submit(_run, pipeline, own)))
+            ahead.append((window, items, running))
+            if len(ahead) > 1:
+                yield _answered(*ahead.popleft())
+        while ahead:
+            yield _answered(*ahead.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _windows(lines: Iterable[Line], max_tokens: int) -> Iterator[list[Line]]:
+    window, size = list[Line](), 0
+    for line in lines:
+        window.append(line)
+        size += len(line.content)
+        if size >= WINDOW * BYTES * max_tokens or len(window) >= max_tokens:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window
+
+
+def _run(pipeline: DeltaSet, jobs: Sequence[Job]) -> list[JsonObject]:
+    try:
+        predictions = pipeline.run(jobs)
+    except Crashed:  # the next executor is there in a moment
+        predictions = pipeline.run(jobs)
+    return [answer_of(job.request, prediction) for job, prediction in zip(jobs, predictions, strict=True)]
+
+
+def _answered(
+    window: list[Line], items: Sequence[Job | JsonObject], running: Sequence[Running]
+) -> tuple[list[Line], list[bytes]]:
+    ran = {place: answer for places, batch in running for place, answer in zip(places, batch.result(), strict=True)}
+    return window, [encode(ran.get(place, item)) + b"\n" for place, item in enumerate(items)]
 
 
 def batches(costs: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -72,11 +127,12 @@ def batches(costs: Sequence[int], max_tokens: int) -> list[list[int]]:
     return found
 
 
-def _prepared(pipeline: Pipeline, line: bytes, where: str, options: Lines) -> Job | JsonObject:
+def _prepared(pipeline: DeltaSet, line: Line, options: PredictOptions) -> Job | JsonObject:
     """A job; or, with ``skip_bad``, the answer that says what is wrong."""
     value: Any = None
+    where = line.where
     try:
-        value = _decoded(line, where)
+        value = _decoded(line.content, where)
         if options.logits and isinstance(value, dict):
             value = value | {"logits": True}
         if options.redaction and isinstance(value, dict) and _finds_spans(pipeline, value.get("delta")):
@@ -90,7 +146,7 @@ def _prepared(pipeline: Pipeline, line: bytes, where: str, options: Lines) -> Jo
         return {name: known[name] for name in ("id", "delta") if name in known} | {"error": message}
 
 
-def _finds_spans(pipeline: Pipeline, name: object) -> bool:
+def _finds_spans(pipeline: DeltaSet, name: object) -> bool:
     delta = pipeline.resident(name) if isinstance(name, str) else None
     return delta is not None and delta.task.kind == TOKEN_CLASSIFICATION
 
@@ -102,27 +158,21 @@ def _decoded(line: bytes, where: str) -> Any:
         raise DataError(f"{where}: {str(problem).replace('the body', 'the line')}") from None
 
 
-def _answered(
-    pipeline: Pipeline, window: Sequence[Job | JsonObject], options: Lines, was_cut: Callable[[], None]
-) -> Iterator[bytes]:
-    answers: list[JsonMapping] = [{} if isinstance(item, Job) else item for item in window]
-    jobs = {index: item for index, item in enumerate(window) if isinstance(item, Job)}
-    places = list(jobs)
-    for batch in batches([jobs[place].cost for place in places], options.max_tokens):
-        chosen = [places[index] for index in batch]
-        for place, prediction in zip(chosen, pipeline.run([jobs[place] for place in chosen]), strict=True):
-            answers[place] = answer_of(jobs[place].request, prediction)
-            if prediction.truncated:
-                was_cut()
-    for answer in answers:
-        yield encode(answer) + b"\n"
-
-
-def _cost(item: Job | JsonObject) -> int:
-    return item.cost if isinstance(item, Job) else 0
-
-
 STANDARD = "-"
+
+
+def read_lines(names: Iterable[str]) -> Iterator[Line]:
+    """The lines of files (.gz too) or of standard input, one file after the other, without blank ones.
+
+    Raises what ``reading`` does, and DataError for endless lines.
+    """
+    for name in names:
+        called = "stdin" if name == STANDARD else name
+        with reading(name) as file:
+            for number, line in bounded_lines(file, called):
+                line = line.removeprefix(BOM) if number == 1 else line
+                if line and not line.isspace():
+                    yield Line(f"{called}:{number}", line)
 
 
 @contextmanager
@@ -171,3 +221,101 @@ def writing(name: str) -> Iterator[IO[bytes]]:
             raise DataError(f"cannot write {name}: {problem.strerror}; choose another place") from None
         with file:
             yield file
+
+
+class RunProgress(msgspec.Struct):
+    """How far a run is: what it follows from, the lines that are answered, their SHA-256, how many of their texts were
+    cut, the bytes of the answers. ``prepack``: how it laid out the weights, which a timing decides.
+    """
+
+    key: str = ""
+    prepack: bool | None = None
+    lines: int = 0
+    digest: str = ""
+    cut: int = 0
+    bytes: int = 0
+
+
+class AnswerFile:
+    """Where the answers of a run go. ``progress`` is how far it is, or how far one was that ended before.
+
+    A file's answers stand in ``.NAME.partial`` beside it, which takes its name when all are there;
+    ``.NAME.partial.json`` says how far they are. Standard output and devices get them at once and are not gone on with.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._path = name, Path(name).resolve()  # through links, so that a link stays one
+        self._own = self._path.with_name(f".{self._path.name}.partial")
+        self._note = self._own.with_name(f"{self._own.name}.json")
+        self._whole = name == STANDARD or (self._path.exists() and not self._path.is_file())
+        self._file: IO[bytes] = sys.stdout.buffer
+        self._digest, self._noted, self.progress = hashlib.sha256(), time.monotonic(), RunProgress()
+        with suppress(OSError, msgspec.DecodeError):
+            begun = msgspec.json.decode(self._note.read_bytes(), type=RunProgress)
+            if not self._whole and begun.bytes <= self._own.stat().st_size:
+                self.progress = begun
+
+    @contextmanager
+    def opened(self, key: str, prepack: bool | None) -> Iterator[None]:
+        """Takes the answers of the run that follows from ``key``; what is there of another one is not gone on with, and
+        with an empty one nobody goes on with this one.
+
+        DataError where there is no such directory, where it cannot be written to, or another run writes it.
+        """
+        if self.progress.key != key:
+            self.progress = RunProgress(key, prepack)
+        if self._whole:
+            with writing(self._name) as self._file:
+                yield
+            return
+        try:
+            self._file = self._own.open("ab")
+        except OSError as problem:
+            raise DataError(f"cannot write {self._name}: {problem.strerror}; choose another place") from None
+        with self._file as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.stat(self._own)
+            except (BlockingIOError, FileNotFoundError):
+                raise DataError(f"another run writes {self._name}; wait for it, or choose another place") from None
+            try:
+                file.truncate(self.progress.bytes)
+                yield
+                file.flush()
+                flush(self._own)
+                os.replace(self._own, self._path)
+                self._note.unlink(missing_ok=True)
+            finally:
+                if not self._note.exists():  # what there is took seconds
+                    self._own.unlink(missing_ok=True)
+
+    def rest(self, names: Sequence[str]) -> Iterator[Line]:
+        """The lines of these files that are not answered yet: all of them, unless the first are those that were."""
+        lines = read_lines(names)
+        if self.progress.lines:
+            self._digested(islice(lines, self.progress.lines))
+            if self._digest.hexdigest() != self.progress.digest:
+                self.progress, self._digest = RunProgress(self.progress.key, self.progress.prepack), hashlib.sha256()
+                self._file.truncate(0)
+                return read_lines(names)
+        return lines
+
+    def write(self, lines: Sequence[Line], answers: Sequence[bytes]) -> None:
+        """The answers to the next lines. Every few seconds it is noted how far the run is."""
+        progress = self.progress
+        self._file.writelines(answers)
+        self._digested(lines)
+        progress.lines += len(lines)
+        progress.cut += sum(CUT in answer for answer in answers)
+        progress.bytes += sum(map(len, answers))
+        if progress.key and not self._whole and time.monotonic() - self._noted >= KEEP_SECONDS:
+            self._file.flush()
+            flush(self._own)  # before the note, which must not be ahead of it
+            progress.digest = self._digest.hexdigest()
+            with replacing(self._note) as path:
+                path.write_bytes(msgspec.json.encode(progress))
+            self._noted = time.monotonic()
+
+    def _digested(self, lines: Iterable[Line]) -> None:
+        for where, content in lines:
+            self._digest.update(b"%b %b" % (os.fsencode(where), content))

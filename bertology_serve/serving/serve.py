@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bertology_serve.serving.execution.executor_handle import ForkServer
     from bertology_serve.serving.execution.startup import Startup
     from bertology_serve.serving.observability.background import Background
+    from bertology_serve.serving.server import Server
     from bertology_serve.serving.versions.delta_registry import Registry
 
 MOST_LISTED = 20
@@ -44,13 +45,15 @@ def serve(
     time_again: bool = False,
     models: str | Path | None = None,
     say: Callable[[str], None] = print,
+    run: Callable[[Server], None] | None = None,
 ) -> None:
     """Answers for the deltas of a directory until SIGTERM or SIGINT; what was accepted is answered first.
 
     ``backbone`` is a hub id, a directory or ``minilm``; ``config`` holds the port, the limits and the rest. ``say`` is
     told the address. ``executors`` above 1 are processes, each on a GPU of its own or its share of the cores. Logs and
-    signal handlers of the process are set, so call it from the main thread. Raises NotFound and FormatError for a
-    directory or a delta that cannot be served, InputError where the port is taken.
+    signal handlers of the process are set, so call it from the main thread. With ``run`` nothing listens: that gets the
+    server, and returns when it should end. Raises NotFound and FormatError for a directory or a delta that cannot be
+    served, InputError where the port is taken.
     """
     config = config or ServerConfig()
     started = time.monotonic()
@@ -67,7 +70,7 @@ def serve(
         say(f"anyone who reaches {config.listen.host} may ask: there are no API keys (--keys-file)")
     with ExitStack() as stack:
         # before anything is loaded: is the port free?
-        bound = stack.enter_context(bind(config.listen.host, config.listen.port))
+        bound = None if run else stack.enter_context(bind(config.listen.host, config.listen.port))
         fork_server: ForkServer | None = None
         if executor == "process" or executors > 1:  # it loads the encoder while this process imports torch
             fork_server = stack.enter_context(
@@ -89,7 +92,7 @@ def serve(
         where = circumstances(opened.pipeline, wanted, config, opened.device)
         if models is not None:
             registry.load_models(Path(models))
-        found, url = registry.all(), url_of(bound)
+        found, url = registry.all(), url_of(bound) if bound else ""
 
         def announce() -> None:
             seconds = time.monotonic() - started
@@ -114,7 +117,7 @@ def serve(
             stack.callback(ended.set)
         opened.warmed(max(HUNG, config.batching.max_call_seconds))
         settle_memory()
-        server.run(sockets=[bound])
+        run(server) if run else server.run(sockets=[bound] if bound else None)
 
 
 @contextmanager

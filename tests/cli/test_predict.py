@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import shutil
+import subprocess
 import sys
 from hashlib import sha256
 from io import BytesIO, TextIOWrapper
 
 import pytest
+import torch
 
 from bertology_serve.cli.main import main
 from tests.serving.conftest import RECORDS, deltas, encoder  # noqa: F401 - fixtures
@@ -153,3 +156,104 @@ def test_texts_are_redacted_as_the_options_say(predict, tmp_path):
     every = ("--redact", "PER=hash,*=keep", "--patterns", "all", "--output", str(tmp_path / "all.jsonl"))
     assert predict(*every, lines=lines) == 0
     assert "bob@x.org" not in json.loads((tmp_path / "all.jsonl").read_text().splitlines()[0])["redacted"]
+
+
+@pytest.fixture
+def corpus(predict, tmp_path):
+    """Runs over two files and a pattern, in small windows; nothing is timed first: a note says how the weights lay."""
+    (tmp_path / "a.jsonl").write_bytes(LINES * 20 + b"\n")
+    (tmp_path / "b-1.jsonl.gz").write_bytes(gzip.compress(LINES * 9))
+    (tmp_path / "b-2.jsonl").write_bytes(LINES * 11)
+
+    def run(output: str, *options: str) -> list[str]:
+        note = tmp_path / f".{output}.partial.json"
+        if not note.exists():
+            note.write_text('{"prepack": false}')
+            note.with_suffix("").touch()
+        arguments = ["--input", str(tmp_path / "b-*"), "--output", str(tmp_path / output), "--max-tokens", "64"]
+        return [*arguments, *options]
+
+    return run
+
+
+def test_several_executors_give_the_bytes_of_one_process(predict, corpus, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for output, count in (("one", "1"), ("two", "2")):
+            assert predict(*corpus(output, "--executors", count), source=str(tmp_path / "a.jsonl")) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert (tmp_path / "one").read_bytes().count(b"\n") == 40 * len(RECORDS)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+KILLED = """
+import os, signal, sys
+from bertology_serve.cli.main import main
+from bertology_serve.serving import offline
+offline.KEEP_SECONDS, write, left = 0.0, offline.AnswerFile.write, [5]
+
+def last_words(file, lines, answers):
+    write(file, lines, answers)
+    left[0] -= 1
+    if not left[0]:
+        offline.KEEP_SECONDS = 1e9
+    if left[0] == -3:
+        file._file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+offline.AnswerFile.write = last_words
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_that_was_killed_goes_on(predict, corpus, encoder, deltas, tmp_path, capsys):  # noqa: F811
+    source = str(tmp_path / "a.jsonl")
+    assert predict(*corpus("whole"), source=source) == 0
+    options = ["--backbone", encoder.name, "--deltas", str(deltas), "--input", source, *corpus("out")]
+    ended = subprocess.run([sys.executable, "-c", KILLED, "predict", *options], check=False, timeout=300)
+    assert ended.returncode == -9
+    assert not (tmp_path / "out").exists()
+    noted = json.loads((tmp_path / ".out.partial.json").read_bytes())
+    partial = (tmp_path / ".out.partial").read_bytes()
+    assert 0 < noted["bytes"] < len(partial)
+    assert partial[: noted["bytes"]].count(b"\n") == noted["lines"]
+    for end in ("partial", "partial.json"):
+        shutil.copy(tmp_path / f".out.{end}", tmp_path / f".other.{end}")
+
+    assert predict(*corpus("out"), source=source) == 0
+    assert f"going on after {noted['lines']} answers" in capsys.readouterr().err
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not list(tmp_path.glob(".out.*"))
+
+    (tmp_path / "a.jsonl").write_bytes(LINES.replace(b"cat", b"dog") * 20 + b"\n")  # not what was answered
+    assert predict(*corpus("other"), source=source) == 0
+    assert "going on" not in capsys.readouterr().err
+    assert predict(*corpus("anew"), source=source) == 0
+    assert (tmp_path / "other").read_bytes() == (tmp_path / "anew").read_bytes()
+
+
+def test_a_bad_line_of_many_files_is_named_and_costs_only_what_comes_after_it(
+    predict, corpus, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("bertology_serve.serving.offline.KEEP_SECONDS", 0.0)
+    source, good = str(tmp_path / "a.jsonl"), (tmp_path / "b-2.jsonl").read_bytes()
+    (tmp_path / "b-2.jsonl").write_bytes(good + b"{\n")
+    assert predict(*corpus("out"), source=source) == 2
+    number = 11 * len(RECORDS) + 1
+    assert f"error: {tmp_path}/b-2.jsonl:{number}: the line is not JSON" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "b-2.jsonl").write_bytes(good)
+    assert predict(*corpus("out"), source=source) == 0
+    assert "going on after" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert predict(*corpus("whole"), source=source) == 0
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_two_runs_do_not_write_one_file(predict, tmp_path, capsys):
+    with (tmp_path / ".out.jsonl.partial").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert predict(lines=LINES) == 2
+    assert "another run writes" in capsys.readouterr().err

@@ -255,3 +255,10 @@ def test_serve_imports_nothing_that_it_does_not_need(encoder, deltas, tmp_path):
     assert imported(*served, "torch") & UNUSED <= alone
     assert "onnx_ir" in imported(*served, "onnx"), "the graph is made"
     assert imported(*served, "onnx") & (UNUSED | {"onnx", "onnx_ir"}) <= alone, "and kept"
+
+
+def test_servers_behind_ray_need_ray(deltas, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.delitem(sys.modules, "bertology_serve.scale.ray_serve", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["serve", "--backbone", "minilm", "--deltas", str(deltas), "--ray-replicas", "2"]) == 2
+    assert "pip install 'bertology-serve[ray]'" in capsys.readouterr().err

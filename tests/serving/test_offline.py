@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -9,12 +10,15 @@ from hypothesis import strategies as st
 
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import DataError
-from bertology_serve.serving.offline import Lines, answer_lines, batches
+from bertology_serve.serving.offline import Line, PredictOptions, answer_lines, batches, read_lines
 from tests.serving.conftest import RECORDS
 
 
 def run(pipeline: Pipeline, lines: list[bytes], **options: Any) -> list[Any]:
-    return [json.loads(answer) for answer in answer_lines(pipeline, lines, Lines("in.jsonl", **options))]
+    named = [Line(f"in.jsonl:{number}", one) for number, one in enumerate(lines, 1)]
+    return [
+        json.loads(one) for _, answers in answer_lines(pipeline, named, PredictOptions(**options)) for one in answers
+    ]
 
 
 def line(**fields: Any) -> bytes:
@@ -42,9 +46,16 @@ def test_a_question_that_is_cut_counts_and_a_context_in_windows_does_not(pipelin
     assert long["tokens_given"] - long["tokens_read"] == 40 - (24 - 3) // 2
 
 
-def test_ids_keep_their_type_and_blank_lines_are_passed_over(pipeline):
-    lines = [b"\xef\xbb\xbf" + line(delta="mood", text="cat", id=7), b"\n", b"  \n", line(delta="mood", text="dog")]
-    first, second = run(pipeline, lines)
+def test_files_are_read_one_after_the_other_without_marks_and_blank_lines(tmp_path):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"
+    first.write_bytes(b"\xef\xbb\xbf{}\n\n  \n[]")
+    second.write_bytes(gzip.compress(b"\n7\n"))
+    found = list(read_lines([str(first), str(second)]))
+    assert found == [(f"{first}:1", b"{}\n"), (f"{first}:4", b"[]"), (f"{second}:2", b"7\n")]
+
+
+def test_ids_keep_their_type(pipeline):
+    first, second = run(pipeline, [line(delta="mood", text="cat", id=7), line(delta="mood", text="dog")])
     assert first["id"] == 7
     assert "id" not in second
 
@@ -92,9 +103,9 @@ def test_lines_are_read_a_window_at_a_time(pipeline):
         nonlocal read
         for _ in range(1000):
             read += 1
-            yield line(delta="mood", text="the cat was good")
+            yield Line("x", line(delta="mood", text="the cat was good"))
 
-    answers = answer_lines(pipeline, lines(), Lines("x", max_tokens=12))
+    answers = answer_lines(pipeline, lines(), PredictOptions(max_tokens=12))
     next(answers)
     assert read < 50
     answers.close()
