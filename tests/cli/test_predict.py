@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -212,7 +213,8 @@ def test_a_run_that_was_killed_goes_on(predict, corpus, encoder, deltas, tmp_pat
     source = str(tmp_path / "a.jsonl")
     assert predict(*corpus("whole"), source=source) == 0
     options = ["--backbone", encoder.name, "--deltas", str(deltas), "--input", source, *corpus("out")]
-    ended = subprocess.run([sys.executable, "-c", KILLED, "predict", *options], check=False, timeout=300)
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # of which last bits depend
+    ended = subprocess.run([sys.executable, "-c", KILLED, "predict", *options], env=env, check=False, timeout=300)
     assert ended.returncode == -9
     assert not (tmp_path / "out").exists()
     noted = json.loads((tmp_path / ".out.partial.json").read_bytes())
