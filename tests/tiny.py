@@ -88,6 +88,7 @@ HEADLESS: dict[str, Any] = {
         "eurobert-grouped": ("eurobert", {"num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3}),
         "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 2, "eos_token_id": 3}),
     }.items()
+    if name in CONFIG_MAPPING
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -95,8 +95,9 @@ def obstacle(export_inputs: ExportInputs, many: bool = False) -> str | None:
     unknown = [str(name) for name in activations if name not in ACTIVATION_NODES]
     if unknown:
         return f"the activation {unknown[0]} is not among {', '.join(name for name in ACTIVATION_NODES if name)}"
-    ropes = getattr(config, "rope_parameters", None) or {}
-    growing = [kind for kind, values in ropes.items() if values and values.get("rope_type") in GROWING]
+    ropes = getattr(config, "rope_parameters", None) or {}  # by kind of attention, or some of them for all
+    ropes = {kind: values for kind, values in ropes.items() if isinstance(values, Mapping)} | {"all": ropes}
+    growing = [kind for kind, values in ropes.items() if values.get("rope_type") in GROWING]
     return f"the rotary positions of {growing[0]} depend on a sequence's length" if growing else None
 
 

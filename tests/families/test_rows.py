@@ -150,12 +150,14 @@ TABLE = {
     for cells in [[cell.strip() for cell in line.strip("|").split("|")]]
 }
 MODELS = {
-    **tiny.CONFIGS, **tiny.OTHERS, **NAMED, "eurobert": tiny.HEADLESS["eurobert-grouped"],
+    **tiny.CONFIGS, **tiny.OTHERS, **NAMED,
     "deberta-v2": tiny.CONFIGS["deberta-v3"], "deberta": of_type("deberta"),
     "roberta-prelayernorm": of_type("roberta-prelayernorm"), "xlm-roberta-xl": of_type("xlm-roberta-xl"),
     "data2vec-text": of_type("data2vec-text"), "longformer": of_type("longformer", attention_window=8),
-    "bert-generation": of_type("bert-generation"), "splinter": of_type("splinter"),
+    "splinter": of_type("splinter"),
 }  # fmt: skip
+if "eurobert" in CONFIG_MAPPING:  # what transformers 5.1 has no model of, or no fast tokenizer
+    MODELS |= {"eurobert": tiny.HEADLESS["eurobert-grouped"], "bert-generation": of_type("bert-generation")}
 
 
 def test_the_page_names_every_family_that_is_known() -> None:

@@ -63,6 +63,8 @@ def task_model(family, task, **options):
     config.num_labels = max(spec.outputs, 1)
     torch.manual_seed(0)
     model = auto.from_config(config).double().eval()
+    if spec.kind == "multiple-choice" and getattr(model.base_model, "pooler", model) is None:
+        pytest.skip("this transformers leaves out the pooler that its own head reads")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -100,7 +102,7 @@ def test_logits_equal_those_of_the_task_model(family, task):
 
 def test_a_family_is_proven_above_or_refused_by_name():
     assert set(OPTIONS) == set(FAMILIES)
-    assert len({family for family, _ in PAIRS}) >= 23
+    assert len({family for family, _ in PAIRS}) >= (23 if "eurobert" in CONFIG_MAPPING else 22)
     for family, kind in (
         ("longformer", "classification"),
         ("luke", "token-classification"),

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,8 @@ def test_not_ready_while_there_is_no_executor_and_what_comes_waits(served, remot
         thread.start()
         wait(lambda: served.server.service.queue.items == 0)
     finally:
-        os.kill(nursery, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # on a slow machine it has been given up, and another one stands in for it
+            os.kill(nursery, signal.SIGCONT)
     thread.join(120)
     assert same(found[0].json(), expected)
     wait(lambda: served.client.get("/v2/health/ready").status_code == 200)
