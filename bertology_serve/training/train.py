@@ -45,7 +45,6 @@ from bertology_serve.training.recipes import Stage, stages
 from bertology_serve.training.run_directory import Destination, Follower, RunDirectory, RunState, identity, provenance
 from bertology_serve.training.train_config import (
     CONTRASTIVE,
-    CONTRASTIVE_METHODS,
     CONTRASTIVE_ROWS,
     FEW_ROWS,
     FEW_ROWS_RATES,
@@ -369,8 +368,8 @@ def for_rows(config: TrainConfig, train: Source) -> TrainConfig:
     rate from a probe.
     """
     rows = len(train.records)
-    tried = config.task == CLASSIFICATION and ",".join(config.method) in CONTRASTIVE_METHODS and config.starts_at_probe
-    if tried and rows < CONTRASTIVE_ROWS and config.plan.start is None:
+    delta = config.task == CLASSIFICATION and config.starts_at_probe and not config.full and AUTO not in config.method
+    if delta and rows < CONTRASTIVE_ROWS and config.plan.start is None:
         labels = config.form.labels or infer_labels(config.task, train.records)
         config = config.replaced(start=CONTRASTIVE) if rows >= LEAST_ROWS * len(labels) else config
     rate = FEW_ROWS_RATES.get(",".join(config.method)) if rows < FEW_ROWS else None

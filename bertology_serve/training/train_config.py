@@ -40,9 +40,9 @@ HEAD_RATE = 5e-3
 # Epochs where none are given: enough_rows examples are seen in all, within limits.
 LEAST_EPOCHS, MOST_EPOCHS, ENOUGH_ROWS = 3, 20, 6000
 FEW_ROWS = 5000
-CONTRASTIVE_METHODS, CONTRASTIVE_ROWS, LEAST_ROWS = ("lora", "bitfit", "adapter"), 200, 2
-"""Methods that begin by bringing texts of one label together, where there are fewer rows of classification than that,
-and so many a label, without which there are hardly any pairs of one."""
+CONTRASTIVE_ROWS, LEAST_ROWS = 200, 2
+"""A delta begins by bringing texts of one label together where there are fewer rows of classification than that, and so
+many a label, without which there are hardly any pairs of one."""
 VECTOR_WIDTH = 128
 """The length of multi-vector's vectors where none is given: ColBERT's."""
 FEW_ROWS_RATES: Mapping[str, float] = {"lora": 3e-3}
@@ -133,8 +133,7 @@ class RecipeConfig:
         "(classification, multi-label, regression); what is published is never worse on --eval. contrastive: there, or "
         "where --eval finds that better, with a delta that a few steps have brought texts of one label together by, as "
         "SetFit does (classification); without --eval and --epochs that is all. random: at random. Default: "
-        f"contrastive for {', '.join(CONTRASTIVE_METHODS)} on fewer than {CONTRASTIVE_ROWS} rows of classification; "
-        "else probe.",
+        f"contrastive for a delta of fewer than {CONTRASTIVE_ROWS} rows of classification; else probe.",
     )
     first_epochs: int | None = option(
         None,

@@ -416,13 +416,15 @@ def test_few_rows_have_a_rate_of_their_own(bert: Encoder):
     few = for_rows(TrainConfig.of("classification"), rows_of(100))
     assert few.rate("lora") == FEW_ROWS_RATES["lora"]
     assert for_rows(TrainConfig.of("classification"), rows_of(FEW_ROWS)).rate("lora") == LEARNING_RATES["lora"]
-    for own in ({"start": "random"}, {"method": "ia3"}, {"recipe": "lp-ft"}):
+    for own in ({"start": "random"}, {"method": "full"}, {"method": "auto"}, {"recipe": "lp-ft"}):
         config = TrainConfig.of("classification", **own)
         assert for_rows(config, rows_of(100)) == config, "as given, as its papers have it, or not tried"
     given = for_rows(TrainConfig.of("classification", learning_rate=5e-4), rows_of(100))
     assert (given.rate("lora"), given.plan.start) == (5e-4, "contrastive")
-    adapter = for_rows(TrainConfig.of("classification", "adapter"), rows_of(100))
-    assert (adapter.rate("adapter"), adapter.plan.start) == (LEARNING_RATES["adapter"], "contrastive")
+    for method in ("adapter", "prompt", "lora,bitfit"):
+        own = for_rows(TrainConfig.of("classification", method), rows_of(100))
+        name = method.partition(",")[0]
+        assert (own.rate(name), own.plan.start) == (LEARNING_RATES[name], "contrastive")
     assert for_rows(TrainConfig.of("classification", start="probe"), rows_of(100)).plan.start == "probe"
     assert for_rows(TrainConfig.of("regression"), rows_of(100)).plan.start is None
     assert for_rows(TrainConfig.of("classification"), rows_of(CONTRASTIVE_ROWS)).plan.start is None
