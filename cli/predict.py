@@ -28,8 +28,8 @@ def predict(
     input: Annotated[
         list[str],
         typer.Option(
-            help="JSON lines (.gz too), each with its delta and the fields of its task; - is stdin. Several times, or "
-            "a pattern in quotes: one file after the other."
+            help="JSON lines (.gz too), each with its delta (or deltas) and the fields of its task; - is stdin. "
+            "Several times, or a pattern in quotes: one file after the other."
         ),
     ],
     output: Annotated[str, typer.Option(help="Where the answers go, a line each; - is stdout.")],

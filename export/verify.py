@@ -157,7 +157,7 @@ class Verification:
     def line(self) -> str:
         shapes = len({one.shape for one in self.shapes})
         decided = "" if self.agreement is None else f", {self.agreement:.2%} of decisions the same"
-        drifted = f"drift {self.drift:.2%} (allowed {self.max_drift:.0%}), " if self.max_drift else ""
+        drifted = f"drift {self.drift:.2%} (allowed {self.max_drift:.2%}), " if self.max_drift else ""
         allowed = "" if self.max_drift else f" (allowed {self.atol:.1e}, outputs reach {self.scale:.3g})"
         beside = "".join(f"; {one.line()}" for one in self.witnesses)
         loses = ", ".join(f"{name} {share:.1%}" for name, share in (self.lost or {}).items())

@@ -31,7 +31,7 @@ WORLD = """
 train="bertology-serve train --backbone minilm --epochs 1"
 $train --task classification --train train.jsonl --method lora --rank 4 --out deltas/mood --version 1
 cp -r deltas/mood/1 deltas/mood/2
-$train --task classification --train train.jsonl --method bitfit --out deltas/tone
+$train --task classification --train train.jsonl --method bitfit --start probe --out deltas/tone
 $train --task classification --train train.jsonl --method lora --head hf --pooling cls --out made
 mkdir my-adapter && cp made/adapter_* my-adapter
 $train --task token-classification --train entities.jsonl --method lora --out deltas/names

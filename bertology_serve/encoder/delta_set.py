@@ -391,6 +391,10 @@ class DeltaSet(ABC):
             raise SpecError(f"{delta.name!r} answers already; export the model under another --name")
         self._ready[delta.name] = LoadedDelta(delta, task_for(delta.task), Head(()), BankEntry(delta.name), model)
 
+    def named(self, name: str) -> Delta:
+        """The delta that answers under that name now; raises NotFound."""
+        return self._find(name).delta
+
     def resident(self, name: str, version: str = "") -> Delta | None:
         """The delta that answers under that name now; the one of that version, where one is named."""
         ready = self.loaded(name, version)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import gzip
 import hashlib
+import math
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -21,11 +22,11 @@ from typing import IO, Any, NamedTuple, cast
 import msgspec
 
 from bertology_serve.data.formats import bounded_lines
-from bertology_serve.encoder.delta_set import DeltaSet, Job
+from bertology_serve.encoder.delta_set import DeltaSet, Job, Request
 from bertology_serve.errors import BertologyError, Crashed, DataError, NotFound
 from bertology_serve.files import JsonMapping, JsonObject, flush, replacing
 from bertology_serve.serving.protocol.json_codec import decode, encode
-from bertology_serve.serving.protocol.native import answer_of, read_request
+from bertology_serve.serving.protocol.native import answer_of, as_one, asks_several, read_item
 from bertology_serve.tasks.spec import TOKEN_CLASSIFICATION
 
 WINDOW = 8  # batches whose items are sorted by length together
@@ -35,8 +36,15 @@ BOM = b"\xef\xbb\xbf"
 CUT = b'"truncated":true'
 
 
-Running = tuple[tuple[int, ...], Future[list[JsonObject]]]
-"""The places of a batch's items in their window, and their answers."""
+Running = tuple[list[int], Future[list[JsonObject]]]
+"""The places of a batch's jobs among those of their window, and their answers."""
+
+
+class Asked(NamedTuple):
+    """What one line asks: a delta, or several whose answers stand together."""
+
+    jobs: list[Job]
+    several: bool
 
 
 class Line(NamedTuple):
@@ -68,16 +76,15 @@ def answer_lines(
     share their attention. As many batches run at once as the pipeline can. Without ``skip_bad`` raises what is wrong
     with the first bad line, which the message names. Raises Crashed for a batch that two executors died of.
     """
-    ahead: deque[tuple[list[Line], list[Job | JsonObject], list[Running]]] = deque()
+    ahead: deque[tuple[list[Line], list[Asked | JsonObject], list[Running]]] = deque()
     pool = ThreadPoolExecutor(pipeline.parallel, "predict")
     try:
         for window in _windows(lines, options.max_tokens):
             items = [_prepared(pipeline, line, options) for line in window]
-            jobs = [(place, item) for place, item in enumerate(items) if isinstance(item, Job)]
+            jobs = [job for item in items if isinstance(item, Asked) for job in item.jobs]
             running = []
-            for batch in batches([job.cost for _, job in jobs], options.max_tokens):
-                places, own = zip(*(jobs[index] for index in batch), strict=True)
-                running.append((places, pool.submit(_run, pipeline, own)))
+            for batch in batches([job.cost for job in jobs], options.max_tokens):
+                running.append((batch, pool.submit(_run, pipeline, [jobs[index] for index in batch])))
             ahead.append((window, items, running))
             if len(ahead) > 1:
                 yield _answered(*ahead.popleft())
@@ -108,10 +115,16 @@ def _run(pipeline: DeltaSet, jobs: Sequence[Job]) -> list[JsonObject]:
 
 
 def _answered(
-    window: list[Line], items: Sequence[Job | JsonObject], running: Sequence[Running]
+    window: list[Line], items: Sequence[Asked | JsonObject], running: Sequence[Running]
 ) -> tuple[list[Line], list[bytes]]:
     ran = {place: answer for places, batch in running for place, answer in zip(places, batch.result(), strict=True)}
-    return window, [encode(ran.get(place, item)) + b"\n" for place, item in enumerate(items)]
+    answers, lines = (ran[place] for place in range(len(ran))), list[bytes]()
+    for item in items:
+        if isinstance(item, Asked):
+            own = [next(answers) for _ in item.jobs]
+            item = as_one([job.request.delta for job in item.jobs], own) if item.several else own[0]
+        lines.append(encode(item) + b"\n")
+    return window, lines
 
 
 def batches(costs: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -127,28 +140,29 @@ def batches(costs: Sequence[int], max_tokens: int) -> list[list[int]]:
     return found
 
 
-def _prepared(pipeline: DeltaSet, line: Line, options: PredictOptions) -> Job | JsonObject:
-    """A job; or, with ``skip_bad``, the answer that says what is wrong."""
+def _prepared(pipeline: DeltaSet, line: Line, options: PredictOptions) -> Asked | JsonObject:
+    """What a line asks; or, with ``skip_bad``, the answer that says what is wrong."""
     value: Any = None
     where = line.where
     try:
         value = _decoded(line.content, where)
         if options.logits and isinstance(value, dict):
             value = value | {"logits": True}
-        if options.redaction and isinstance(value, dict) and _finds_spans(pipeline, value.get("delta")):
-            value = {**options.redaction, **value}
-        return pipeline.prepare(read_request(value, where))
+        requests = read_item(value, where, math.inf, pipeline.named)
+        if options.redaction:
+            requests = [_redacted(pipeline, request, options.redaction) for request in requests]
+        return Asked([pipeline.prepare(request) for request in requests], asks_several(value))
     except BertologyError as problem:
         message = str(problem) if str(problem).startswith(where) else f"{where}: {problem}"
         if not options.skip_bad:
             raise DataError(f"{message} (--skip-bad goes on)") from None
         known = value if isinstance(value, Mapping) else {}
-        return {name: known[name] for name in ("id", "delta") if name in known} | {"error": message}
+        return {name: known[name] for name in ("id", "delta", "deltas") if name in known} | {"error": message}
 
 
-def _finds_spans(pipeline: DeltaSet, name: object) -> bool:
-    delta = pipeline.resident(name) if isinstance(name, str) else None
-    return delta is not None and delta.task.kind == TOKEN_CLASSIFICATION
+def _redacted(pipeline: DeltaSet, request: Request, fields: JsonMapping) -> Request:
+    finds_spans = pipeline.named(request.delta).task.kind == TOKEN_CLASSIFICATION
+    return replace(request, record={**fields, **request.record}) if finds_spans else request
 
 
 def _decoded(line: bytes, where: str) -> Any:

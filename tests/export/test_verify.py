@@ -117,7 +117,7 @@ def test_drift_counts_where_it_is_allowed(allowed, passes):
     expected = np.sqrt(6 / sum(n * n + 4 for n in (1, 3, 1, 1, 4, 7)))
     assert report.drift == pytest.approx(expected)
     assert report.passed is passes
-    assert f"drift {expected:.2%} (allowed {allowed:.0%})" in report.line()
+    assert f"drift {expected:.2%} (allowed {allowed:.2%})" in report.line()
     if not passes:
         with pytest.raises(VerificationError, match="give a larger --max-drift if that will do, or leave out --precis"):
             check(report)

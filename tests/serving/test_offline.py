@@ -60,6 +60,28 @@ def test_ids_keep_their_type(pipeline):
     assert "id" not in second
 
 
+def test_a_line_may_ask_several_deltas(pipeline):
+    """Their answers stand together, each as if it had been asked alone."""
+    text = {"text": "the cat was in the house"}
+    lines = [line(deltas=["mood", "names"], id=7, **text), line(delta="mood", **text), line(deltas=["names"], **text)]
+    for max_tokens in (1, 2048):
+        both, mood, tags = run(pipeline, lines, max_tokens=max_tokens, logits=True)
+        assert list(both) == ["id", "deltas"]
+        assert both["id"] == 7
+        assert list(both["deltas"]) == ["mood", "names"]
+        assert list(tags) == ["deltas"]
+        assert both["deltas"]["mood"]["logits"] == pytest.approx(mood["logits"], abs=1e-5)
+        assert both["deltas"]["names"]["entities"] == tags["deltas"]["names"]["entities"]
+
+
+def test_redaction_is_for_those_that_find_spans(pipeline):
+    lines = [line(deltas=["mood", "names"], text="Ada went to Paris"), line(delta="mood", text="Ada went to Paris")]
+    several, one = run(pipeline, lines, redaction={"redact": {"*": "mask"}})
+    assert "redacted" in several["deltas"]["names"]
+    assert "redacted" not in several["deltas"]["mood"]
+    assert "redacted" not in one
+
+
 def test_logits_for_all_lines_or_for_those_that_ask(pipeline):
     lines = [line(delta="mood", text="cat", logits=True), line(delta="mood", text="cat")]
     assert ["logits" in answer for answer in run(pipeline, lines)] == [True, False]
@@ -72,6 +94,8 @@ BAD = [
     (b"[1]", "in.jsonl:2: is a list; expected an object"),
     (line(text="cat"), "in.jsonl:2: field 'delta' is null"),
     (line(delta="moot", text="cat"), "in.jsonl:2: no delta 'moot'"),
+    (line(deltas=["mood", "moot"], text="cat"), "in.jsonl:2: no delta 'moot'"),
+    (line(deltas="mood", text="cat"), "in.jsonl:2: field 'deltas' is a text; expected a list of names of deltas"),
     (line(delta="mood", text=""), "in.jsonl:2: field 'text' is empty"),
     (b"[" * 20_000, "in.jsonl:2: the line is nested too deeply"),
 ]

@@ -57,17 +57,27 @@ def read_call(body: bytes, most: float, find: Callable[[str], Delta]) -> NativeC
     check_items(len(items), most)
     requests, several = list[Request](), list[range]()
     for index, item in enumerate(items):
-        where, first = "request" if single else f"item {index}", len(requests)
-        if isinstance(item, dict) and item.get("deltas") is not None:
-            names = _names(item, where)
-            check_items(first + len(names), most)
-            record = {name: value for name, value in item.items() if name not in ("deltas", "delta")}
-            own = divided(record, where, {name: find(name).task.kind for name in names})
-            requests += [read_request({**own[name], "delta": name}, where) for name in names]
+        first = len(requests)
+        requests += read_item(item, "request" if single else f"item {index}", most, find, first)
+        if asks_several(item):
             several.append(range(first, len(requests)))
-        else:
-            requests.append(read_request(item, where))
     return NativeCall(requests, single, several)
+
+
+def asks_several(item: Any) -> bool:
+    """Whether an item asks ``deltas``, whose answers stand together."""
+    return isinstance(item, dict) and item.get("deltas") is not None
+
+
+def read_item(item: Any, where: str, most: float, find: Callable[[str], Delta], before: int = 0) -> list[Request]:
+    """The requests of one item, one for each delta that it asks; with ``before`` others no more than ``most``."""
+    if not asks_several(item):
+        return [read_request(item, where)]
+    names = _names(item, where)
+    check_items(before + len(names), most)
+    record = {name: value for name, value in item.items() if name not in ("deltas", "delta")}
+    own = divided(record, where, {name: find(name).task.kind for name in names})
+    return [read_request({**own[name], "delta": name}, where) for name in names]
 
 
 def _names(item: JsonObject, where: str) -> list[str]:
@@ -111,11 +121,15 @@ def _grouped(call: NativeCall, answers: Sequence[JsonObject]) -> list[JsonObject
     found, last = list[JsonObject](), 0
     for group in call.several:
         found += answers[last : group.start]
-        own = {call.requests[i].delta: answers[i] for i in group}
-        ids = [answer.pop("id") for answer in own.values() if "id" in answer]
-        found.append({**({"id": ids[0]} if ids else {}), "deltas": own})
+        found.append(as_one([call.requests[i].delta for i in group], answers[group.start : group.stop]))
         last = group.stop
     return [*found, *answers[last:]]
+
+
+def as_one(deltas: Sequence[str], answers: Sequence[JsonObject]) -> JsonObject:
+    """The answers of one item's deltas as one object, with the id that each of them has."""
+    ids = [answer.pop("id") for answer in answers if "id" in answer]
+    return {**({"id": ids[0]} if ids else {}), "deltas": dict(zip(deltas, answers, strict=True))}
 
 
 def answer_of(request: Request, prediction: Prediction) -> JsonObject:
