@@ -28,6 +28,7 @@ from bertology_serve.encoder import forward_context
 from bertology_serve.encoder.bank import BARE, DeltaBank
 from bertology_serve.encoder.batch import pack
 from bertology_serve.encoder.encoder import Encoder, weights_hash
+from bertology_serve.encoder.linear import available
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import InputError, NotFound, Unsupported
 from bertology_serve.families import compat
@@ -250,6 +251,21 @@ def test_minilm_is_the_real_one(minilm: Encoder) -> None:
     assert minilm.anatomy.layers == 6
     assert minilm.max_tokens == 512
     assert set(minilm.base_head) == {"pooler.dense.weight", "pooler.dense.bias"}
+
+
+@pytest.mark.skipif(not available(torch.bfloat16), reason="this processor's oneDNN has no bfloat16")
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_products_in_bfloat16_are_near_in_every_family(family: str, tmp_path: Path) -> None:
+    encoder = tiny.encoder(family, tmp_path)
+    batch, pools = (
+        encoder.pack(encodings((3, 12, 7)), [BARE] * 3),
+        DeltaBank(encoder.anatomy, encoder.dtype, encoder.device),
+    )
+    exact = encoder.run(batch, pools)
+    assert encoder.prepack(True, torch.bfloat16)
+    rows = encoder.run(batch, pools)
+    assert rows.dtype == torch.float32
+    assert 1e-5 < (rows - exact).norm() / exact.norm() < 0.05
 
 
 def test_encoders_that_load_at_once_leave_transformers_as_it_was(tmp_path: Path, monkeypatch: Any) -> None:
