@@ -42,6 +42,12 @@ def hf_model(kind: type[Any], config: Any, state: Mapping[str, Tensor], attentio
     return model.float().eval().requires_grad_(False)
 
 
+def task_models(delta: Delta) -> list[str]:
+    """The task models of transformers' that answer as the delta does, by name; none where its head is another."""
+    answers_alike = delta.task.head == "hf" and (delta.task.per_token or delta.task.pooling == "cls")
+    return architectures(delta) if answers_alike and delta.task.kind in CLASSES else []
+
+
 def task_model(export_inputs: ExportInputs, name: str, attention: str) -> Any:
     """HuggingFace's task model of class ``name`` with merged weights and head.
 
@@ -78,9 +84,9 @@ class HfReference:
     def __init__(self, encoder: Encoder, delta: Delta) -> None:
         self.task, self._pad = delta.task, encoder.tokenizer.pad_token_id or 0
         self._export_inputs = ExportInputs.of(encoder, delta, merge=True)
-        kind, names = self._export_inputs.kind, architectures(delta) if delta.task.kind in CLASSES else []
-        self._whole = bool(names) and delta.task.head == "hf" and (delta.task.per_token or delta.task.pooling == "cls")
-        if self._whole:
+        kind, names = self._export_inputs.kind, task_models(delta)
+        self._whole = bool(names)
+        if names:
             self._model = task_model(self._export_inputs, names[0], "eager")
         else:
             self._model = hf_model(kind, self._export_inputs.config, self._export_inputs.state, "eager")

@@ -65,7 +65,7 @@ class OnnxEngine:
 
     def __init__(self, encoder: Encoder, precision: MultiPrecision = "fp32", opset: int | None = None) -> None:
         self.encoder, self.export_inputs, self.precision = encoder, bare_inputs(encoder), precision
-        self._packs, self._opset = encoder.prepacked is not None, opset or PORTABLE
+        self._packs, self._opset = encoder.prepacked, opset or PORTABLE
         self._feed, self._hidden = Feed(encoder.anatomy), encoder.anatomy.hidden
         self._session = self._made(0, encoder.depth)
         self._forks: dict[int, tuple[Session, Session]] = {}

@@ -18,11 +18,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bertology_serve.kernels.columns import Pools, TileColumns, tile_columns
-from bertology_serve.kernels.segments import ACTIVATIONS, RowSegment, add_low_rank, bottleneck, cuts
+from bertology_serve.kernels.segments import (
+    ACTIVATIONS,
+    RowSegment,
+    SegmentGroup,
+    add_low_rank,
+    bottleneck,
+    cuts,
+    grouped,
+)
 from bertology_serve.kernels.tuning import COLUMNS, SPLIT, TORCH, Config, Point, adapter_config, table
 
 DTYPES = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float"}
 TYPICAL = 4 / 3  # the widest tile counts up to this many times the mean: a rare wider one takes another chunk
+WORTH_A_CALL = 10_000_000
+"""Multiplications that a call of oneDNN's in bfloat16 costs as much time as: measured 30 µs, with AMX."""
 Segments = Sequence[RowSegment]
 
 
@@ -47,6 +57,7 @@ class BatchColumns:
         self._made: dict[tuple[tuple[int, ...], int], tuple[Sequence[Segments], TileColumns]] = {}
         self._widths: dict[int, tuple[Segments, int]] = {}
         self._picked: dict[tuple[int, str], tuple[Segments, list[RowSegment]]] = {}
+        self._groups: dict[tuple[int, int], tuple[Segments, list[SegmentGroup]]] = {}
 
     def get(self, slices: Sequence[Segments], block_m: int) -> TileColumns:
         """The lists of these segment lists (told apart by identity, as the plan hands out the same ones)."""
@@ -63,6 +74,13 @@ class BatchColumns:
         if id(segments) not in self._widths:
             self._widths[id(segments)] = segments, typical(*tile_width(segments, self.rows))
         return self._widths[id(segments)][1]
+
+    def groups(self, segments: Segments, width: int, dtype: torch.dtype) -> list[SegmentGroup]:
+        """The segments' products (of ``width`` K + N) put together where single ones are too small; made once."""
+        key = id(segments), width
+        if key not in self._groups:
+            self._groups[key] = segments, grouped(segments, width, WORTH_A_CALL, dtype)
+        return self._groups[key][1]
 
     def of_activation(self, segments: Segments, activation: str) -> list[RowSegment]:
         """The segments with one activation: the same list every time, as ``get`` asks for."""

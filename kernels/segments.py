@@ -59,6 +59,62 @@ def add_low_rank(
     return y
 
 
+@dataclass(frozen=True)
+class SegmentGroup:
+    """Neighbouring segments as one product over rows ``lo`` to ``hi``, n of them: pool rows ``columns`` [R], ``owned``
+    [n, R] by which rows, and ``biases`` [n, R] of 1 where a row takes its bias.
+
+    What a row does not own is set to 0, not multiplied by it: another delta's infinity is not its own. So pools must
+    be finite.
+    """
+
+    lo: int
+    hi: int
+    columns: Tensor
+    owned: Tensor
+    biases: Tensor
+
+    @classmethod
+    def of(cls, segments: Sequence[RowSegment], dtype: torch.dtype) -> SegmentGroup:
+        """``segments`` in the order of their rows."""
+        lo, hi = segments[0].lo, segments[-1].hi
+        columns = [[*range(s.first, s.last), *([s.bias] if s.bias >= 0 else ())] for s in segments]
+        biases, at = torch.zeros(hi - lo, sum(map(len, columns)), dtype=dtype), 0
+        owned = torch.zeros_like(biases, dtype=torch.bool)
+        for segment, own in zip(segments, columns, strict=True):
+            rows, ranks = slice(segment.lo - lo, segment.hi - lo), segment.last - segment.first
+            owned[rows, at : at + ranks] = True
+            biases[rows, at + ranks : at + len(own)] = 1
+            at += len(own)
+        return cls(lo, hi, torch.tensor([column for own in columns for column in own]), owned, biases)
+
+    def add(self, y: Tensor, x: Tensor | None, a_pool: Tensor | None, b_pool: Tensor) -> None:
+        """The updates of ``add_low_rank``, in place."""
+        coefficients = self.biases
+        if x is not None and a_pool is not None:
+            a = a_pool.index_select(0, self.columns)
+            coefficients = torch.where(self.owned, x[self.lo : self.hi] @ a.T, self.biases)
+        y[self.lo : self.hi].addmm_(coefficients, b_pool.index_select(0, self.columns))
+
+
+def grouped(segments: Sequence[RowSegment], width: int, most: int, dtype: torch.dtype) -> list[SegmentGroup]:
+    """Neighbouring segments together, as long as a group's rows × columns × ``width`` stay below ``most``.
+
+    A product of a few ranks costs a call, hardly its arithmetic; one over rows that own few of its columns is in vain.
+    """
+    parts: list[list[RowSegment]] = []
+    columns = 0
+    for segment in segments:
+        own = segment.last - segment.first + (segment.bias >= 0)
+        if parts and (segment.hi - parts[-1][0].lo) * (columns + own) * width <= most:
+            parts[-1].append(segment)
+            columns += own
+        else:
+            parts.append([segment])
+            columns = own
+    return [SegmentGroup.of(part, dtype) for part in parts]
+
+
 def dropped(rows: Tensor, segment: RowSegment) -> Tensor:
     """A segment's rows of the update's input, after dropout."""
     return F.dropout(rows, segment.dropout) if segment.dropout else rows

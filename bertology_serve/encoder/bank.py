@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from bertology_serve.errors import Unsupported
 from bertology_serve.kernels.segments import RowSegment
 from bertology_serve.kinds.effects import Effects, PrefixEffect, PromptEffect
 from bertology_serve.kinds.slots import Anatomy
@@ -129,6 +130,16 @@ def _entry(key: str, effects: Effects, parts: tuple[dict[str, RowSegment], dict[
     return BankEntry(key, parts[0], parts[1], effects.prompt, effects.prefix)
 
 
+def _held(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows in a type; Unsupported where one of them is too large for it: it would be infinite."""
+    cast = rows.to(dtype)
+    if cast.dtype != rows.dtype and not cast.isfinite().all():
+        largest, most = rows.abs().max().item(), torch.finfo(dtype).max
+        name = str(dtype).removeprefix("torch.")
+        raise Unsupported(f"a value of {largest:.3g} is too large for {name} ({most:.3g}); serve the delta in float32")
+    return cast
+
+
 class RowPool:
     """Growing tensors ``[L, P, width]`` of one place, with extents of rows handed out and taken back."""
 
@@ -152,7 +163,7 @@ class RowPool:
             for name, column in self.columns.items():
                 target = column[:, first : first + count]
                 if name in rows:
-                    target.copy_(rows[name])
+                    target.copy_(_held(rows[name], target.dtype))
                 else:
                     target.zero_()
         except BaseException:
@@ -206,7 +217,7 @@ class DeltaBank:
     def add(self, key: str, effects: Effects, lowest: int = 0) -> BankEntry:
         """Makes a delta resident under ``key``, replacing one of that key. Where that fails, nothing has changed.
 
-        ``lowest`` is the entry's.
+        ``lowest`` is the entry's. Raises Unsupported for values that the bank's type cannot hold.
         """
         rows, templates, layers = pool_rows(effects)
         extents: list[tuple[str, int, int]] = []
@@ -233,6 +244,14 @@ class DeltaBank:
 
     def layer(self, pool: str, column: str, layer: int) -> Tensor:
         return self.pools[pool].columns[column][layer]
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """From now on rows are of that type, those that are there too. Raises Unsupported for one that it cannot hold."""
+        pools = self.pools.values()
+        cast = [{name: _held(column, dtype) for name, column in pool.columns.items()} for pool in pools]
+        for pool, columns in zip(pools, cast, strict=True):
+            pool.columns = columns
+        self.dtype = dtype
 
     def depth(self, pool: str) -> int:
         """L of a pool."""

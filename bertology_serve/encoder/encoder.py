@@ -40,7 +40,7 @@ from bertology_serve.encoder.loading import (
     read_pruning,
 )
 from bertology_serve.encoder.sharing import share
-from bertology_serve.errors import BertologyError, LimitError, Unsupported
+from bertology_serve.errors import BertologyError, LimitError, SpecError, Unsupported
 from bertology_serve.families import compat, family_named
 from bertology_serve.kernels.dispatch import BatchColumns
 from bertology_serve.kinds.effects import Effects
@@ -235,31 +235,38 @@ class Encoder:
                 "layers with weights of their own"
             )
 
-    def prepack(self, wanted: bool | None = None, dtype: torch.dtype = torch.float32) -> bool:
+    def round(self) -> None:
+        """From now on the encoder computes in bfloat16, all of it; there is no way back. Raises SpecError where its
+        weights are trained."""
+        if self._trains:
+            raise SpecError("an encoder that is being trained cannot be rounded to bfloat16")
+        self.unpack_weights()
+        self.model.to(dtype=torch.bfloat16)
+
+    def prepack(self, wanted: bool | None = None) -> bool:
         """Lays the frozen linears out for where they are, as long as their weights no longer change.
 
-        On CPU in float32 for oneDNN where that is faster (``None``: a short timing decides), with ``dtype`` of bfloat16
-        in that: products by frozen weights are rounded, all else stays float32. On a GPU query, key and value as one,
-        for a single launch. Says whether it was done.
+        On CPU in float32 or bfloat16 for oneDNN where that is faster (``None``: a short timing decides). On a GPU
+        query, key and value as one, for a single launch. Says whether it was done.
         """
         if self._trains:
             return False
         if self.device.type == "cuda":
             return wanted is not False and linear.join(self.model, self.anatomy)
-        if self.device.type != "cpu" or self.dtype != torch.float32:
+        if self.device.type != "cpu" or self.dtype not in (torch.float32, torch.bfloat16):
             return False
-        if not (pays(dtype) if wanted is None else wanted):
+        if not (pays(self.dtype) if wanted is None else wanted):
             return False
         keep_freed_memory()
         for module in self._linears():
-            if module.prepacked is None or module.prepacked.dtype != dtype:
-                module.prepacked = Prepacked(module.weight, module.bias, dtype)
+            if module.prepacked is None:
+                module.prepacked = Prepacked(module.weight, module.bias, self.dtype)
         return True
 
     @property
-    def prepacked(self) -> torch.dtype | None:
-        """The dtype in which the linears are laid out for oneDNN; ``None`` where they are not."""
-        return next((module.prepacked.dtype for module in self._linears() if module.prepacked is not None), None)
+    def prepacked(self) -> bool:
+        """Whether the linears are laid out for oneDNN."""
+        return any(module.prepacked is not None for module in self._linears())
 
     @property
     def can_round(self) -> bool:

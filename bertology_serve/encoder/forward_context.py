@@ -176,6 +176,11 @@ class ForwardContext:
         self.lists.by_host()
         lo, hi = place.part or (0, y.shape[1])
         a, b = self._slot_pools(place, active if x is not None else (), 0 if x is None else x.shape[1], hi - lo)
+        if len(active) > 1 and y.device.type == "cpu" and y.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            width = b.shape[1] + (0 if a is None else a.shape[1])
+            for group in self.lists.groups(active, width, y.dtype):
+                group.add(y[:, lo:hi], x, a, b)
+            return y
         if place.part is None:
             return add_low_rank(y, x, a, b, active)
         columns = add_low_rank(y[:, lo:hi], x, a, b, active)

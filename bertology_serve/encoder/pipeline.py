@@ -87,6 +87,15 @@ class Pipeline(DeltaSet):
     def resident_bytes(self, delta: Delta) -> int:
         return delta.resident_bytes(self.encoder.anatomy)
 
+    def round(self) -> None:
+        """From now on the encoder and its resident deltas compute in bfloat16; there is no way back.
+
+        Raises Unsupported, and changes nothing, where a delta's values are too large for that.
+        """
+        with self.encoder.lock:
+            self.bank.cast(torch.bfloat16)
+            self.encoder.round()
+
     def admit(self, key: str, delta: Delta) -> LoadedDelta:
         delta = self.encoder.fitted(delta)
         self.check(delta)
@@ -112,7 +121,7 @@ class Pipeline(DeltaSet):
         encoder, owners = self.encoder, [ready for ready, _ in owned]
         encodings, entries = [encoding for _, encoding in owned], [ready.entry for ready in owners]
         batch, seats = share(encodings, entries, encoder.depth, encoder.pack)
-        return _outputs(self.engine.run(batch, self.bank), batch.last, seats, owners)
+        return _outputs(self.engine.run(batch, self.bank).float(), batch.last, seats, owners)
 
 
 def _outputs(hidden: Tensor, batch: PackedBatch, seats: Sequence[int], owners: Sequence[LoadedDelta]) -> list[Tensor]:

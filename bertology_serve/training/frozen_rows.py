@@ -83,7 +83,7 @@ def origin(live: TrainableDelta, items: Sequence[Item]) -> JsonObject:
         "weights": encoder.ref.sha256,
         "dtype": str(encoder.dtype),
         "device": encoder.device.type,
-        "prepacked": encoder.prepacked is not None,
+        "prepacked": encoder.prepacked,
         "tokens": digest.hexdigest(),
     }
 

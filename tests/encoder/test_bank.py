@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bertology_serve.encoder.bank import DeltaBank, RowPool
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.errors import Unsupported
 from bertology_serve.kinds.effects import Effects, LowRank
 from tests import tiny
 
@@ -96,3 +97,25 @@ def test_pools_are_built_once(encoder: Encoder, monkeypatch: pytest.MonkeyPatch)
     for key in "abc":
         bank.add(key, Effects(bias={"query": torch.ones(3, encoder.anatomy.hidden)}))
     assert len(built) == 1
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
+def test_values_that_a_type_cannot_hold_are_refused_and_nothing_is_changed(
+    first: torch.dtype, encoder: Encoder
+) -> None:
+    """Rounded up they would be infinite, and so would be what others add to them."""
+    bank, shape = DeltaBank(encoder.anatomy, first, CPU), (encoder.depth, 2, encoder.hidden)
+    small = Effects(low_rank={"query": LowRank(torch.ones(shape), torch.full(shape, 0.3))})
+    large = Effects(low_rank={"query": LowRank(torch.ones(shape), torch.full(shape, torch.finfo(torch.float32).max))})
+    bank.add("small", small)
+    entries = dict(bank.entries)
+    with pytest.raises(Unsupported, match=r"3.4e\+38 is too large for bfloat16"):
+        bank.add("large", large)
+        bank.cast(torch.bfloat16)
+    if first == torch.float32:
+        bank.remove("large")
+        assert bank.dtype == bank.layer("query", "b", 0).dtype == torch.float32
+        bank.cast(torch.bfloat16)
+    assert bank.entries == entries
+    held = bank.entries["small"].rows["query"]
+    assert bank.layer("query", "b", 0)[held.first : held.last].unique().tolist() == [torch.tensor(0.3).bfloat16()]

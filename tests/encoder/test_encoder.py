@@ -30,7 +30,7 @@ from bertology_serve.encoder.batch import pack
 from bertology_serve.encoder.encoder import Encoder, weights_hash
 from bertology_serve.encoder.linear import available
 from bertology_serve.encoder.pipeline import Pipeline, Request
-from bertology_serve.errors import InputError, NotFound, Unsupported
+from bertology_serve.errors import InputError, NotFound, SpecError, Unsupported
 from bertology_serve.families import compat
 from bertology_serve.kinds.adapter import Adapter
 from bertology_serve.kinds.bitfit import Bitfit
@@ -255,17 +255,27 @@ def test_minilm_is_the_real_one(minilm: Encoder) -> None:
 
 @pytest.mark.skipif(not available(torch.bfloat16), reason="this processor's oneDNN has no bfloat16")
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_products_in_bfloat16_are_near_in_every_family(family: str, tmp_path: Path) -> None:
+def test_rows_in_bfloat16_are_near_in_every_family(family: str, tmp_path: Path) -> None:
     encoder = tiny.encoder(family, tmp_path)
     batch, pools = (
         encoder.pack(encodings((3, 12, 7)), [BARE] * 3),
         DeltaBank(encoder.anatomy, encoder.dtype, encoder.device),
     )
     exact = encoder.run(batch, pools)
-    assert encoder.prepack(True, torch.bfloat16)
-    rows = encoder.run(batch, pools)
-    assert rows.dtype == torch.float32
-    assert 1e-5 < (rows - exact).norm() / exact.norm() < 0.05
+    encoder.round()
+    for laid_out in (False, True):
+        assert encoder.prepack(laid_out) == encoder.prepacked == laid_out
+        rows = encoder.run(batch, pools)
+        assert rows.dtype == torch.bfloat16
+        assert 1e-5 < (rows.float() - exact).norm() / exact.norm() < 0.05
+
+
+def test_an_encoder_in_training_is_not_rounded(tmp_path: Path) -> None:
+    encoder = tiny.encoder("bert", tmp_path)
+    encoder.model.requires_grad_(True)
+    with pytest.raises(SpecError, match="is being trained"):
+        encoder.round()
+    assert encoder.dtype == torch.float32
 
 
 def test_encoders_that_load_at_once_leave_transformers_as_it_was(tmp_path: Path, monkeypatch: Any) -> None:

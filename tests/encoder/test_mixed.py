@@ -122,6 +122,25 @@ def test_mixed_batch_equals_solo(family: str, prepacked: bool, tmp_path: Path) -
         assert plain.keys() <= alone.as_dict().keys()
 
 
+@pytest.mark.skipif(not available(torch.bfloat16), reason="this processor's oneDNN has no bfloat16")
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_kind_in_bfloat16_is_near_and_is_not_changed_by_neighbours(family: str, tmp_path: Path) -> None:
+    made = pipeline(tiny.encoder(family, tmp_path))
+    for seed, (name, (specs, task)) in enumerate(FACTORS.items()):
+        made.add(tiny.delta(made.encoder, name, specs, task, seed))
+    asked = [Request(name, record(task, i), logits=True) for i in range(2) for name, (_, task) in FACTORS.items()]
+    jobs = [made.prepare(request) for request in (*requests(), *asked)]
+    exact = torch.cat([logits(one.as_dict()) for one in made.run(jobs)])
+    made.round()
+    assert made.encoder.prepack(True)
+    assert {column.dtype for pool in made.bank.pools.values() for column in pool.columns.values()} == {torch.bfloat16}
+    together = [logits(one.as_dict()) for one in made.run(jobs)]
+    assert 1e-5 < (torch.cat(together) - exact).norm() / exact.norm() < 0.05
+    for job, mixed in zip(jobs, together, strict=True):
+        alone = logits(made.run([job])[0].as_dict())
+        assert (alone - mixed).norm() <= 0.03 * mixed.norm() + 0.01
+
+
 @pytest.mark.parametrize("prepacked", [False, True])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_factors_in_a_mixed_batch_equal_solo(family: str, prepacked: bool, tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from bertology_serve.kernels.segments import ACTIVATIONS, RowSegment, add_low_rank, bottleneck
+from bertology_serve.kernels.segments import ACTIVATIONS, RowSegment, add_low_rank, bottleneck, grouped
 
 T, K, N, P = 23, 17, 13, 40
 SEGMENTS = [
@@ -45,6 +46,30 @@ def test_low_rank_rows_and_biases_equal_the_sum_in_float64() -> None:
     assert torch.equal(got[6:9], y.float()[6:9])  # rows of no segment are untouched
     recorded = add_low_rank(y.float(), x.float(), a.float().requires_grad_(), b.float(), SEGMENTS)
     assert error(recorded.detach(), want) < 1e-6
+
+
+@pytest.mark.parametrize(("most", "groups"), [(0, 4), (2_000, 3), (10**9, 1)])
+def test_groups_of_segments_equal_the_sum_in_float64(most: int, groups: int) -> None:
+    y, x, a, b = double(T, N, seed=1), double(T, K, seed=2), double(P, K, seed=3), double(P, N, seed=4)
+    made = grouped(SEGMENTS, K + N, most, torch.float64)
+    assert len(made) == groups
+    got, biases = y.clone(), y.clone()
+    for group in made:
+        group.add(got, x, a, b)
+        group.add(biases, None, None, b)
+    assert error(got, expected(y, x, a, b)) < 1e-14
+    assert torch.equal(got[6:9], y[6:9])
+    assert error(biases, expected(y, x * 0, a, b)) < 1e-14
+
+
+def test_what_overflows_stays_with_the_rows_that_own_it() -> None:
+    y, x, a, b = double(T, N, seed=1), double(T, K, seed=2), double(P, K, seed=3), double(P, N, seed=4)
+    a[21:22] = 1e308  # the last segment's: its products are infinite
+    (group,) = grouped(SEGMENTS, K + N, 10**9, torch.float64)
+    got = y.clone()
+    group.add(got, x * 100, a, b)
+    assert got[16:].isinf().any() or got[16:].isnan().any()
+    assert error(got[:16], expected(y, x * 100, a, b)[:16]) < 1e-14
 
 
 def test_gradients_are_those_of_the_sum() -> None:

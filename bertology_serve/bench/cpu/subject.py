@@ -39,7 +39,7 @@ from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import Unsupported
 from bertology_serve.export import hf_model
 from bertology_serve.export.emitter.emit import emit
-from bertology_serve.export.export_directory import architectures, save
+from bertology_serve.export.export_directory import save
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import PORTABLE, Precision
 from bertology_serve.export.samples import Case
@@ -155,9 +155,12 @@ def task_model(export_inputs: ExportInputs, delta: Delta) -> Any:
     ``export_inputs`` are those of the merged delta. Raises Unsupported where something of it does not fold, or where
     HuggingFace has no model for the task.
     """
-    names = architectures(delta)
+    names = hf_model.task_models(delta)
     if not names or delta.effects(export_inputs.anatomy).unfoldable:
-        raise Unsupported(f"delta {delta.name!r} is no checkpoint that others could export; give one that folds")
+        raise Unsupported(
+            f"delta {delta.name!r} is no checkpoint that others could export; give one that folds, with the head of "
+            "transformers (train --method lora --head hf --pooling cls)"
+        )
     return hf_model.task_model(export_inputs, names[0], _attention(export_inputs))
 
 

@@ -179,6 +179,10 @@ def test_what_others_could_not_run_is_refused(encoder, tmp_path):
             "'x' answers token-classification; expected classification or regression",
         ),
         (tiny.delta(encoder, "x", DELTAS["houlsby"][0], CLASSES), "'x' is no checkpoint that others could export"),
+        (
+            tiny.delta(encoder, "x", FOLDS, replace(CLASSES, head="linear", pooling="mean")),
+            r"with the head of transformers \(train --method lora --head hf --pooling cls\)",
+        ),
     ):
         with pytest.raises(Unsupported, match=why):
             run(encoder, delta, Inputs(), plan("1x16"), tmp_path / "work", tmp_path / "out", lambda _: None)

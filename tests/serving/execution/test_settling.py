@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bertology_serve.encoder import encoder as encoder_module
 from bertology_serve.encoder.bank import BARE, DeltaBank
 from bertology_serve.encoder.batch import PackedBatch
-from bertology_serve.encoder.encoder import Encoder
 from bertology_serve.encoder.linear import available
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import SpecError, VerificationError
@@ -32,14 +30,14 @@ def pipeline(tmp_path) -> Pipeline:
 @pytest.mark.skipif(not available(), reason="needs a torch with oneDNN")
 def test_weights_are_laid_out_for_the_engine_that_reads_them(pipeline):
     name, found = apply(pipeline, EngineConfig("torch", prepack=True))
-    assert (name, found.engine, pipeline.encoder.prepacked) == ("torch", "torch", torch.float32)
+    assert (name, found.engine, pipeline.encoder.prepacked) == ("torch", "torch", True)
     name, found = apply(pipeline, EngineConfig("onnx", prepack=True))
     assert name.startswith("onnxruntime")
-    assert (found.engine, found.prepack, pipeline.encoder.prepacked) == ("onnx", True, None)
+    assert (found.engine, found.prepack, pipeline.encoder.prepacked) == ("onnx", True, False)
     list(pipeline.answer([Request("outputs", {"text": "red and blue"})]))
-    assert pipeline.encoder.prepacked is None
+    assert not pipeline.encoder.prepacked
     list(pipeline.answer([Request("inputs", {"text": "red and blue"})]))  # the graph has no place for it
-    assert pipeline.encoder.prepacked == torch.float32
+    assert pipeline.encoder.prepacked
 
 
 def batch_of(pipeline: Pipeline) -> tuple[PackedBatch, DeltaBank]:
@@ -50,30 +48,26 @@ def batch_of(pipeline: Pipeline) -> tuple[PackedBatch, DeltaBank]:
 
 
 @pytest.mark.skipif(not available(torch.bfloat16), reason="this processor's oneDNN has no bfloat16")
-def test_bf16_rounds_the_products_by_frozen_weights_and_nothing_else(pipeline, monkeypatch):
-    exact, modules = pipeline.encoder.run(*batch_of(pipeline)), list(pipeline.encoder._linears())
-    monkeypatch.setattr(encoder_module, "pays", lambda dtype: True)
+def test_bf16_rounds_the_encoder_and_its_deltas_for_good(pipeline, monkeypatch):
+    exact = pipeline.encoder.run(*batch_of(pipeline))
+    monkeypatch.setattr(engine_choice, "pays", lambda dtype: True)
     name, found = apply(pipeline, EngineConfig("auto", "bf16"))
     assert (name, found.engine, found.precision, found.prepack) == ("torch, bf16", "torch", "bf16", True)
+    assert pipeline.encoder.dtype == pipeline.bank.dtype == torch.bfloat16
     rounded = pipeline.encoder.run(*batch_of(pipeline))
-    drift = float((rounded - exact).norm() / exact.norm())
-    assert 1e-4 < drift < 3**0.5 * BF16_DRIFT
-    x = torch.randn(5, modules[0].in_features)
-    weight, bias = modules[0].weight.bfloat16().double(), modules[0].bias.bfloat16().double()
-    expected = x.bfloat16().double() @ weight.T + bias
-    found_rows = modules[0].prepacked(x)
-    assert found_rows.dtype == torch.float32
-    assert (found_rows - expected).abs().max() <= 2**-8 * expected.abs().max()
-    assert all(parameter.dtype == torch.float32 for parameter in pipeline.encoder.model.parameters())
-    again, _ = apply(pipeline, found)  # as it was found: not timed, and the same rows
-    assert again == name
-    assert torch.equal(pipeline.encoder.run(*batch_of(pipeline)), rounded)
-    apply(pipeline, EngineConfig("torch", prepack=False))
-    assert torch.equal(pipeline.encoder.run(*batch_of(pipeline)), exact)
+    assert rounded.dtype == torch.bfloat16
+    assert 1e-4 < float((rounded.float() - exact).norm() / exact.norm()) < 3**0.5 * BF16_DRIFT
+    answer = next(iter(pipeline.answer([Request("outputs", {"text": "red and blue"}, logits=True)]))).as_dict()
+    assert any(torch.tensor(answer["logits"]) != torch.tensor(answer["logits"]).bfloat16())  # heads stay float32
+    for again in (found, EngineConfig("torch", "bf16")):  # as it was found, and asked anew: the same rows
+        assert apply(pipeline, again)[0] == name
+        assert torch.equal(pipeline.encoder.run(*batch_of(pipeline)), rounded)
+    pipeline.add(tiny.delta(pipeline.encoder, "later", [Ia3(("value",), ())], TASK, 2))
+    assert len(list(pipeline.answer([Request("later", {"text": "red"})]))) == 1
 
 
 def test_where_bf16_is_no_faster_fp32_runs(pipeline, monkeypatch, caplog):
-    monkeypatch.setattr(encoder_module, "pays", lambda dtype: False)
+    monkeypatch.setattr(engine_choice, "pays", lambda dtype: False)
     name, found = apply(pipeline, EngineConfig("torch", "bf16"))
     assert (name, found.precision, found.prepack) == ("torch", "fp32", False)
     assert "bf16 is no faster than fp32 on this processor" in caplog.text
@@ -81,7 +75,7 @@ def test_where_bf16_is_no_faster_fp32_runs(pipeline, monkeypatch, caplog):
 
 @pytest.mark.skipif(not available(torch.bfloat16), reason="this processor's oneDNN has no bfloat16")
 def test_rows_that_bf16_changes_too_much_are_never_served(pipeline, monkeypatch):
-    monkeypatch.setattr(encoder_module, "pays", lambda dtype: True)
+    monkeypatch.setattr(engine_choice, "pays", lambda dtype: True)
     monkeypatch.setattr(engine_choice, "BF16_DRIFT", 1e-6)
     with pytest.raises(
         VerificationError, match=r"torch in bf16 gives other rows than torch: .*; leave out --precision"
@@ -99,6 +93,7 @@ def test_precisions_that_an_engine_does_not_have(pipeline):
 
 
 def test_bf16_is_for_float32_on_a_cpu(tmp_path):
-    encoder = Encoder.load(tiny.save("bert", tmp_path), dtype=torch.bfloat16)
-    with pytest.raises(SpecError, match="got bfloat16 on cpu, expected float32 on a CPU; on a GPU give"):
-        apply(Pipeline(encoder), EngineConfig("torch", "bf16"))
+    pipeline = Pipeline(tiny.encoder("bert", tmp_path))
+    pipeline.encoder.model.to(torch.float16)
+    with pytest.raises(SpecError, match="got float16 on cpu, expected float32 on a CPU; on a GPU give"):
+        apply(pipeline, EngineConfig("torch", "bf16"))
