@@ -246,7 +246,7 @@ class DeltaBank:
         return self.pools[pool].columns[column][layer]
 
     def cast(self, dtype: torch.dtype) -> None:
-        """From now on rows are of that type, those that are there too. Raises Unsupported for one that it cannot hold."""
+        """From now on rows are of that type, those that are there too; Unsupported for one that it cannot hold."""
         pools = self.pools.values()
         cast = [{name: _held(column, dtype) for name, column in pool.columns.items()} for pool in pools]
         for pool, columns in zip(pools, cast, strict=True):
