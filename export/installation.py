@@ -34,7 +34,8 @@ class Machine:
     (``None`` where it is not installed as a distribution). ``gpu``: an NVIDIA driver is there.
 
     ``torch_cuda`` is the CUDA that torch was built for, ``torch_sees`` whether it can use it. ``provider`` is what ONNX
-    Runtime runs on when CUDA is asked for, ``runtime_error`` why it runs nothing at all.
+    Runtime runs on when CUDA is asked for, ``runtime_error`` why it runs nothing at all. ``bf16_pays``: the processor
+    multiplies faster in bfloat16 than in float32 (a timing).
     """
 
     installed: Mapping[str, str] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class Machine:
     torch_sees: bool = False
     provider: str | None = None
     runtime_error: str | None = None
+    bf16_pays: bool = False
 
 
 def look(path: Iterable[str] | None = None) -> Machine:
@@ -63,6 +65,7 @@ def look(path: Iterable[str] | None = None) -> Machine:
         torch_sees=sees,
         provider=provider,
         runtime_error=error,
+        bf16_pays=_bf16_pays(),
     )
 
 
@@ -78,6 +81,16 @@ def _torch() -> tuple[str | None, bool]:
     except (ImportError, OSError):  # missing, or a library of its is
         return None, False
     return torch.version.cuda, torch.cuda.is_available()
+
+
+def _bf16_pays() -> bool:
+    try:
+        import torch
+
+        from bertology_serve.encoder.linear import pays
+    except (ImportError, OSError):
+        return False
+    return pays(torch.bfloat16)
 
 
 def _runtime() -> tuple[str | None, str | None]:
@@ -128,6 +141,7 @@ def findings(machine: Machine) -> list[Finding]:
         *_cuda(machine),
         *_checkup_torch(machine),
         *_triton(machine),
+        *_bf16(machine),
     ]
 
 
@@ -223,6 +237,12 @@ def _triton(machine: Machine) -> Iterator[Finding]:
         yield Finding("broken", "triton", "not installed, and there is a GPU for its kernels", "pip install triton")
     else:
         yield Finding("note", "triton", "not installed: kernels cannot be imported, which only a GPU needs")
+
+
+def _bf16(machine: Machine) -> Iterator[Finding]:
+    if machine.bf16_pays and not machine.gpu:
+        found = "this processor multiplies faster in it than in float32"
+        yield Finding("ok", "bfloat16", found, "serve and train take --precision bf16")
 
 
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "onnxruntime")

@@ -82,6 +82,12 @@ def test_a_healthy_machine():
     assert gpu["CUDA in onnxruntime"][1] == "ok      CUDA in onnxruntime: used when asked for"
 
 
+def test_a_processor_that_multiplies_faster_in_bfloat16():
+    assert found(bf16_pays=True)["bfloat16"][0] == "ok"
+    assert "bfloat16" not in found()
+    assert "bfloat16" not in found(bf16_pays=True, gpu=True)
+
+
 def test_both_onnx_runtimes_at_once():
     for facts, extra in (({}, "cpu"), (GPU, "gpu")):
         state, line = found({"onnxruntime-gpu": "1.31.1"}, **facts)["onnxruntime"]
