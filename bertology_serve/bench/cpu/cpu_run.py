@@ -31,7 +31,7 @@ from bertology_serve.bench.cpu.contenders import (
     slug,
 )
 from bertology_serve.bench.cpu.cpu_log import ANSWERS, EXPORT, HEADER, MISSING, OPENED, SUITE, TIME, Log
-from bertology_serve.bench.cpu.subject import BESIDE, BY_ITSELF, GOLD, MIX, SUITES, Inputs, Subject, prepare
+from bertology_serve.bench.cpu.subject import BESIDE, BY_ITSELF, GOLD, LONG, MIX, SUITES, Inputs, Subject, prepare
 from bertology_serve.bench.cpu.worker_process import WorkerProcess
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
@@ -211,14 +211,9 @@ class _Suite:
         found = dict[str, Any]()
         rows = self._rows(worker, one, workload)
         if one.family != MIXED or one.options.get("changed", True) is not False:
-            expected = self._expected(form, workload)
-            _check_shapes(rows, expected)
-            found["relative"] = float(np.linalg.norm(rows - expected) / np.linalg.norm(expected))
-            if not found["relative"] <= one.off:
-                raise Unsupported(
-                    f"its answers differ from those of {self.suite.reference} by {found['relative']:.1e} of their norm "
-                    f"(allowed {one.off:.0e}): it was not timed"
-                )
+            found["relative"] = self._distance(one, form, workload, rows)
+            if LONG in self.suite.workloads:  # nothing is cut off either
+                self._distance(one, form, LONG, self._rows(worker, one, LONG))
         if self.suite.family == ALONE:
             beside, alone = (self._rows(worker, one, name) for name in (BESIDE, BY_ITSELF))
             found["neighbours"] = float(np.abs(beside - alone).max())
@@ -227,6 +222,18 @@ class _Suite:
             if ROWS in one.forms:
                 found |= self._cosine(one, rows if form == ROWS else None)
         self.log.add(ANSWERS, suite=self.suite.name, contender=one.name, **found)
+
+    def _distance(self, one: Contender, form: str, workload: str, rows: Rows) -> float:
+        """‖Δ‖/‖reference‖ of answers; Unsupported where it is more than is allowed."""
+        expected = self._expected(form, workload)
+        _check_shapes(rows, expected)
+        relative = float(np.linalg.norm(rows - expected) / np.linalg.norm(expected))
+        if not relative <= one.off:
+            raise Unsupported(
+                f"its answers to {workload} differ from those of {self.suite.reference} by {relative:.1e} of their "
+                f"norm (allowed {one.off:.0e}): it was not timed"
+            )
+        return relative
 
     def _cosine(self, one: Contender, rows: Rows | None) -> dict[str, float]:
         """Of unit embeddings with torch's: on average and at worst."""

@@ -270,6 +270,7 @@ def fastembed(model: str, threads: int, width: int) -> Bind:
         sources=told.ModelSource(hf="bench/model"), dim=width, model_file="model.onnx",
     )  # fmt: skip
     embed = tool.TextEmbedding("bench/model", specific_model_path=model, threads=threads)
+    embed.model.tokenizer.no_truncation()  # it takes the checkpoint's shortest limit; texts fit the model
     return lambda batch: lambda: np.stack(list(embed.embed(batch["texts"], batch_size=len(batch["texts"]))))
 
 

@@ -54,7 +54,7 @@ from bertology_serve.tasks.encoding import encode_text
 from bertology_serve.tasks.spec import CLASSIFICATION, EMBEDDING, REGRESSION, Encoding, TaskSpec
 
 SIXTEEN, TOGETHER = 16, 32
-MIX, SORTED = "64 mixed", "64 sorted in 16s"
+MIX, SORTED, LONG = "64 mixed", "64 sorted in 16s", "8x512"
 SHAPES = ((8, 128), (1, 16), (1, 256), (8, 512))
 OWN, GOLD, BESIDE, BY_ITSELF = "texts as they come", "gold", "neighbours", "alone"
 CALIBRATION = "calibration"
@@ -129,7 +129,7 @@ class Subject:
 
 
 SUITES = (
-    Suite(ALONE, ALONE, ("8x128", MIX, SORTED, "1x16", "1x256", "8x512", OWN), UNPADDED, EAGER),
+    Suite(ALONE, ALONE, ("8x128", MIX, SORTED, "1x16", "1x256", LONG, OWN), UNPADDED, EAGER),
     *(Suite(name, MIXED, (name,), ENGINE, ENGINE) for name in (LORA8, KINDS8, BITFIT8, LORA32)),
 )
 DELTAS: Mapping[str, tuple[int, int, Sequence[Spec]]] = {
