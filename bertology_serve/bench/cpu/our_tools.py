@@ -41,7 +41,7 @@ def engine(
     if engine not in get_args(Name):
         raise Unsupported(f"this version has no engine {engine!r}")
     torch.set_num_threads(threads)
-    encoder = Encoder.load(base)
+    encoder = Encoder.load(base, light=True)
     found = [encoder.read_delta(path, path.name) for path in sorted(Path(deltas).iterdir())]
     none = Delta(NONE, encoder.ref, found[0].task, head=found[0].head, version="1")
     pipeline = Pipeline(encoder, [*found, none])
@@ -55,7 +55,8 @@ def engine(
         jobs = [(one, encoding) for one, encoding in zip(owners, encodings_of(batch), strict=True) if one is not None]
 
         def call() -> NDArray[np.float32]:
-            return np.stack([row.numpy() for row in pipeline.outputs(jobs)])
+            with torch.inference_mode():  # as a server asks
+                return np.stack([row.numpy() for row in pipeline.outputs(jobs)])
 
         return call
 
