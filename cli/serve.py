@@ -35,8 +35,8 @@ Engine = Annotated[
 Precision = Annotated[
     EnginePrecision,
     typer.Option(
-        help="On a CPU. int8-row: products by the encoder's weights in 8 bits, row by row, by the ONNX engine. bf16: the "
-        "encoder and its deltas, by torch, where the processor is faster in it (doctor says)."
+        help="On a CPU. int8-row: products by the encoder's weights in 8 bits, row by row, by the ONNX engine. "
+        "bf16: the encoder and its deltas, by torch, where the processor is faster in it (doctor says)."
     ),
 ]
 TimeAgain = Annotated[
