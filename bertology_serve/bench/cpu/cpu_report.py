@@ -146,8 +146,8 @@ def judge(log: Log) -> list[Bar]:
 
 
 def _beside_others(log: Log) -> Iterator[Bar]:
-    """On each workload the fastest of all others ÷ the fastest of ours, in fp32 and in 8 bits."""
-    for precision in ("fp32", "8 bits"):
+    """On each workload the fastest of all others ÷ the fastest of ours, in each precision."""
+    for precision in ("fp32", "16 bits", "8 bits"):
         for workload in workloads(log, ALONE) if ALONE in suites(log) else ():
             ours, theirs = (_fastest(log, workload, side, precision) for side in ("ours", "theirs"))
             measured = log.ratio(ALONE, workload, theirs, ours) if ours and theirs else None

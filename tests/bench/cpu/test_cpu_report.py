@@ -28,7 +28,7 @@ ROW = f"{ONNX_ENGINE}, int8-row"
 OV8, CT8 = "OpenVINO, int8 calibrated", "CTranslate2, int8"
 TIMES = {
     UNPADDED: 2.0, DENSE: 2.1, EAGER: 4.0, OPTIMUM_O0: 2.2, OPTIMUM_O3: 2.2, OLIVE: 2.6, "OpenVINO": 1.9,
-    DENSE_ROW: 1.0, UNPADDED_ROW: 1.25, OV8: 0.9, CT8: 0.5,
+    DENSE_ROW: 1.0, UNPADDED_ROW: 1.25, OV8: 0.9, CT8: 0.5, f"{ENGINE}, bf16": 0.8, "OpenVINO, bf16": 1.2,
 }  # fmt: skip
 GOOD = {"cosine": 0.998, "worst": 0.99, "neighbours": 0.0, "metrics": {"accuracy": 0.8}}
 ANSWERS = {name: GOOD for name in TIMES} | {CT8: GOOD | {"cosine": 0.9}}
@@ -42,6 +42,7 @@ def test_every_bar_of_one_model_is_judged(tmp_path):
     log = alone(tmp_path / "log.jsonl", TIMES, **ANSWERS)
     assert verdicts(log) == {
         "others ÷ ours, fp32, 8x128": (0.95, "missed"),
+        "others ÷ ours, 16 bits, 8x128": (1.5, "holds"),
         "others ÷ ours, 8 bits, 8x128": (0.9, "missed"),  # not CTranslate2, whose rows are others
         "dense against optimum O0, 8x128": (1.048, "holds"),
         "dense against optimum O3, 8x128": (1.048, "missed"),
