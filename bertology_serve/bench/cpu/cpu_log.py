@@ -70,7 +70,7 @@ class Log:
     def of(self, what: str, **fields: Any) -> list[Line]:
         """The lines of a kind that have these values."""
         wanted = {"what": what, **fields}.items()
-        return [line for line in self.lines if wanted <= {k: v for k, v in line.items() if k in dict(wanted)}.items()]
+        return [line for line in self.lines if all(name in line and line[name] == value for name, value in wanted)]
 
     def last(self, what: str, **fields: Any) -> Line:
         """The newest of them, empty where there is none."""
