@@ -128,7 +128,7 @@ def test_training_in_bf16_has_nearly_the_same_gradients(tmp_path: Path) -> None:
     with encoder.rounded():
         loss_of(live, encodings, targets).backward()
     assert encoder.prepacked
-    assert encoder._linears().__next__().prepacked.dtype == torch.float32
+    assert next(encoder._linears()).prepacked.dtype == torch.float32
     rounded = torch.cat([p.grad.flatten() for p in live.parameters() if p.grad is not None])
     assert rounded.dtype == torch.float32
     assert 1e-5 < (rounded - exact).norm() / exact.norm() < 0.1

@@ -168,8 +168,9 @@ def apply(pipeline: Pipeline, setting: EngineConfig) -> tuple[str, EngineConfig]
 def rounded(pipeline: Pipeline, known: bool = False) -> bool:
     """Has the encoder and its deltas compute in bfloat16, for good; False where that is no faster.
 
-    Raises SpecError for an encoder that is not on a CPU in float32, and VerificationError where rows are too far from
-    those in float32. What is ``known`` here is neither timed nor compared again.
+    Raises SpecError for an encoder that is not on a CPU in float32 (or rounded already), Unsupported for a delta whose
+    values are too large, and VerificationError where rows are too far from those in float32: the pipeline is rounded
+    then, and not to be used. What is ``known`` here is neither timed nor compared again.
     """
     encoder = pipeline.encoder
     if encoder.device.type != "cpu" or encoder.dtype not in (torch.float32, torch.bfloat16):
@@ -182,10 +183,12 @@ def rounded(pipeline: Pipeline, known: bool = False) -> bool:
     if not known and not pays(torch.bfloat16):
         log.warning("bf16 is no faster than fp32 on this processor: batches run in fp32")
         return False
+    if known:
+        pipeline.round()
+        return True
     batch = sample(pipeline, lambda _: True)
-    expected = None if known else _torch(pipeline, batch)
+    expected = _torch(pipeline, batch)
     pipeline.round()
-    if expected is not None:
-        encoder.prepack(True)
-        compare("torch in bf16", "bf16", expected, _torch(pipeline, batch).float(), encoder.anatomy.layers)
+    encoder.prepack(True)
+    compare("torch in bf16", "bf16", expected, _torch(pipeline, batch).float(), encoder.anatomy.layers)
     return True
