@@ -380,6 +380,8 @@ def route(config: RouterConfig, key: str = "", say: Callable[[str], None] = prin
         limits.max_header_bytes, limits.max_body_bytes, limits.max_body_seconds, most=listen.max_connections
     )
     with bind(listen.host, listen.port) as bound:
+        if listen.ext_proc_port:
+            bind(listen.host, listen.ext_proc_port, "--ext-proc-port").close()  # gRPC takes no open socket
         url = url_of(bound)
 
         def announce() -> None:

@@ -69,8 +69,10 @@ def serve(
     if not keyring and config.listen.host not in ("127.0.0.1", "::1", "localhost"):
         say(f"anyone who reaches {config.listen.host} may ask: there are no API keys (--keys-file)")
     with ExitStack() as stack:
-        # before anything is loaded: is the port free?
+        # before anything is loaded: are the ports free?
         bound = None if run else stack.enter_context(bind(config.listen.host, config.listen.port))
+        if config.listen.grpc_port and not run:
+            bind(config.listen.host, config.listen.grpc_port, "--grpc-port").close()  # gRPC takes no open socket
         fork_server: ForkServer | None = None
         if executor == "process" or executors > 1:  # it loads the encoder while this process imports torch
             fork_server = stack.enter_context(

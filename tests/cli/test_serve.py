@@ -133,14 +133,16 @@ def test_the_example_has_a_key_where_keys_are_on(registry):  # noqa: F811
     assert command[2:4] == ["-H", "Authorization: Bearer $KEY"]
 
 
-def test_a_taken_port_is_one_line_and_code_2(encoder, deltas, capsys):  # noqa: F811
+@pytest.mark.parametrize("option", ["--port", "--grpc-port"])
+def test_a_taken_port_is_one_line_and_code_2(option, encoder, deltas, capsys):  # noqa: F811
     with bind("127.0.0.1", 0) as bound:
         bound.listen()
         port = bound.getsockname()[1]
-        assert main(["serve", "--backbone", encoder.name, "--deltas", str(deltas), "--port", str(port)]) == 2
+        ports = [] if option == "--port" else ["--port", "0"]
+        assert main(["serve", "--backbone", encoder.name, "--deltas", str(deltas), *ports, option, str(port)]) == 2
     assert capsys.readouterr().err == (
         f"loading {encoder.name}\n"
-        f"error: port {port} of 127.0.0.1 is taken; stop what listens there or choose another --port\n"
+        f"error: port {port} of 127.0.0.1 is taken; stop what listens there or choose another {option}\n"
     )
 
 

@@ -20,9 +20,11 @@ import httpx
 import pytest
 
 from bertology_serve.encoder.pipeline import Pipeline
-from bertology_serve.errors import NotFound, SpecError
-from bertology_serve.scale.config import ReplicaConfig
+from bertology_serve.errors import InputError, NotFound, SpecError
+from bertology_serve.scale.config import ReplicaConfig, RouteConfig, RouterConfig
 from bertology_serve.scale.placement import ordered
+from bertology_serve.scale.router import route
+from bertology_serve.serving.http.listening import bind
 from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.delta_registry import Registry
 from bertology_serve.serving.versions.desired import Wish, read_desired
@@ -452,6 +454,15 @@ def test_a_file_of_replicas_is_followed(servers, tmp_path):
             assert routed.ready == {one, other}, "what was there before is used"
         file.write_text(f"{other}\n")
         wait(lambda: routed.ready == {other})
+
+
+def test_a_taken_port_for_envoy_is_said_before_anything_listens():
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        config = RouterConfig(ReplicaConfig(("http://127.0.0.1:1",)), RouteConfig(port=0, ext_proc_port=port))
+        with pytest.raises(InputError, match=f"port {port} of 127.0.0.1 is taken; .* choose another --ext-proc-port"):
+            route(config)
 
 
 def test_options_that_make_no_sense(tmp_path):

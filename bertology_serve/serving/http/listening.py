@@ -33,8 +33,8 @@ READ_SECONDS = 0.1  # for the calls of connections that had just been taken, bef
 LEAST = 8  # connections, however few descriptors there are
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket at that address, not yet listening; InputError where it cannot be had.
+def bind(host: str, port: int, option: str = "--port") -> socket.socket:
+    """A socket at that address, not yet listening; InputError, which names the ``option``, where it cannot be had.
 
     Made before anything is loaded, so that a port that is taken is known at once.
     """
@@ -50,7 +50,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as problem:
         taken = problem.errno == errno.EADDRINUSE
         raise InputError(
-            f"port {port} of {host} is taken; stop what listens there or choose another --port"
+            f"port {port} of {host} is taken; stop what listens there or choose another {option}"
             if taken
             else f"cannot listen on {host}:{port}: {problem.strerror or problem}; choose another --host"
         ) from None
