@@ -54,8 +54,8 @@ def test_a_file_that_cannot_be_written_is_said_first(capsys, tmp_path):
 @pytest.fixture
 def measured(monkeypatch) -> None:
     rows = [
-        alternatives_run.Row(name, 10.0, 3.5, 20.0, 45.0, 400 << 20, 450 << 20)
-        for name in alternatives_run.NAMES.values()
+        alternatives_run.Row(key, name, 10.0, 3.5, 20.0, 45.0, 400 << 20, 450 << 20)
+        for key, name in alternatives_run.CONTENDERS.items()
     ]
     monkeypatch.setattr(
         alternatives_run, "compare", lambda stage, plan, advance: alternatives_run.Compared(rows, 5.0, False)

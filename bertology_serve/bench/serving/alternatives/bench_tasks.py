@@ -14,13 +14,15 @@ from bertology_serve.encoder.loading import locate
 from bertology_serve.export.emitter.emit import choose, write
 from bertology_serve.export.export_directory import save
 from bertology_serve.export.export_inputs import ExportInputs
-from bertology_serve.export.export_spec import ExportSpec
+from bertology_serve.export.export_spec import ExportSpec, Precision
 from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.spec import CLASSIFICATION, TaskSpec
 
 LABELS = ("bad", "good", "so-so")
 TASK = TaskSpec(CLASSIFICATION, LABELS, LENGTH)
 RANK = 8
+PRECISIONS: tuple[Precision, ...] = ("int8-row", "fp32")
+"""Of the merged ONNX models; checkpoints are those of the last."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,9 @@ class Made:
         """One merged model, as transformers reads it."""
         return self.directory / "checkpoints" / name
 
-    def onnx(self, name: str) -> Path:
+    def onnx(self, name: str, precision: Precision = "fp32") -> Path:
         """One merged model, as ONNX Runtime reads it."""
-        return self.directory / "onnx" / f"{name}.onnx"
+        return self.directory / f"onnx-{precision}" / f"{name}.onnx"
 
 
 def make(stage: Stage, directory: Path, count: int, different: int) -> Made:
@@ -64,7 +66,7 @@ def make(stage: Stage, directory: Path, count: int, different: int) -> Made:
     into memory, where copies by name would be shared; ONNX Runtime reads its files.
     """
     made = Made(directory, Path(locate(stage.backbone)), count)
-    for folder in (made.checkpoint(""), made.onnx("").parent):
+    for folder in (made.checkpoint(""), *(made.onnx("", precision).parent for precision in PRECISIONS)):
         folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(made.names):
         delta = stage.random(name, Lora(rank=RANK), TASK, number)
@@ -76,13 +78,16 @@ def make(stage: Stage, directory: Path, count: int, different: int) -> Made:
         else:
             like = f"d{number % different}"
             shutil.copytree(made.checkpoint(like), made.checkpoint(name))
-            os.link(made.onnx(like), made.onnx(name))
+            for precision in PRECISIONS:
+                os.link(made.onnx(like, precision), made.onnx(name, precision))
     return made
 
 
 def _merge(stage: Stage, made: Made, delta: Delta) -> None:
-    spec, export_inputs = ExportSpec(merge=True), ExportInputs.of(stage.encoder, delta, merge=True)
-    save(write(export_inputs, choose(export_inputs, spec), spec), made.onnx(delta.name))
+    for precision in PRECISIONS:
+        spec = ExportSpec(merge=True, precision=precision)
+        export_inputs = ExportInputs.of(stage.encoder, delta, True, precision)
+        save(write(export_inputs, choose(export_inputs, spec), spec), made.onnx(delta.name, precision))
     model = task_model(export_inputs, delta)
     model.config.id2label, model.config.label2id = dict(enumerate(LABELS)), {name: i for i, name in enumerate(LABELS)}
     model.save_pretrained(made.checkpoint(delta.name))

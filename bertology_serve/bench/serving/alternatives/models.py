@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from bertology_serve.bench.prove.stage import LENGTH
 from bertology_serve.bench.serving.alternatives.bench_tasks import LABELS, Made
 from bertology_serve.bench.serving.alternatives.collector import MOST, Answers
+from bertology_serve.export.export_spec import Precision
 
 
 class PeftMixed:
@@ -62,7 +64,7 @@ class Sessions:
 
     mixed = False
 
-    def __init__(self, made: Made) -> None:
+    def __init__(self, made: Made, precision: Precision = "fp32") -> None:
         import onnxruntime
         from transformers import AutoTokenizer
 
@@ -70,7 +72,9 @@ class Sessions:
         options.intra_op_num_threads = torch.get_num_threads()
         self._tokenizer = AutoTokenizer.from_pretrained(made.base, trust_remote_code=False)
         self._of = {
-            name: onnxruntime.InferenceSession(str(made.onnx(name)), options, providers=["CPUExecutionProvider"])
+            name: onnxruntime.InferenceSession(
+                str(made.onnx(name, precision)), options, providers=["CPUExecutionProvider"]
+            )
             for name in made.names
         }
 
@@ -89,4 +93,9 @@ def labelled(logits: np.ndarray[Any, Any]) -> Answers:
     return [{"label": LABELS[row.argmax()], "score": float(row.max())} for row in scores]
 
 
-MODELS: dict[str, Callable[[Made], Any]] = {"peft": PeftMixed, "pipelines": Pipelines, "sessions": Sessions}
+MODELS: dict[str, Callable[[Made], Any]] = {
+    "peft": PeftMixed,
+    "pipelines": Pipelines,
+    "sessions": Sessions,
+    "sessions, 8 bits": partial(Sessions, precision="int8-row"),
+}
