@@ -224,18 +224,20 @@ class Service:
             await self._warm(call, asked)
         deadline = call.started + self._seconds(call)
         items = [CallItem(one, call.acquired[one.delta], call, deadline, call.priority) for one in requests]
-        await self.aside(characters, lambda: self._tokenise(call, items))
-        most = self.queue.times.budget
-        parts = items if call.tokens <= most else [part for item in items for part in item.parts(most)]
         try:
+            await self.aside(characters, lambda: self._tokenise(call, items))
+            most = self.queue.times.budget
+            parts = items if call.tokens <= most else [part for item in items for part in item.parts(most)]
             await self._computed(call, parts, deadline)
-        finally:
-            call.items = []  # they know the call: what they hold would stay until a garbage collection
+        finally:  # what knows the call, or each other, would hold deltas until a garbage collection
+            call.items = []
+            for item in items:
+                item.twins = ()
         answers = list[Prediction]()
         for part in parts:
             if not isinstance(part.outcome, Prediction):
                 self._finished(parts, outcomes.FAILED)
-                raise part.outcome or RuntimeError("an item has no outcome")
+                raise taken(parts, part)
             answers.append(part.outcome)
         if len(parts) > len(items):
             groups = [list(own) for _, own in groupby(parts, key=attrgetter("whole"))]
@@ -342,6 +344,14 @@ class Service:
             self._loop.call_soon_threadsafe(resolve, batch, found)
         except RuntimeError:  # the loop has closed: nobody is left to be answered
             log.warning("%d answers came after the server had stopped", len(batch))
+
+
+def taken(parts: Sequence[CallItem], failed: CallItem) -> Exception:
+    """The error of the one that failed, which no part knows any more: an error knows all frames that it passes."""
+    problem = failed.outcome
+    for part in parts:
+        part.outcome = None
+    return problem if isinstance(problem, Exception) else RuntimeError("an item has no outcome")
 
 
 def size_of(found: Sequence[Prediction]) -> int:

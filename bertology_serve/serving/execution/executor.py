@@ -139,7 +139,9 @@ class Executor:
         except Exception as problem:
             if not isinstance(problem, BertologyError):
                 log.error("a batch of %d raised %s", len(jobs), place_of(problem))
-            return [problem] if len(jobs) == 1 else [self._outcomes([job], again)[0] for job in jobs]
+            if len(jobs) == 1:
+                return [problem.with_traceback(None)]  # it would hold its jobs, and they hold their deltas
+        return [self._outcomes([job], again)[0] for job in jobs]
 
     def _once_more(self, jobs: Sequence[Job]) -> Sequence[Outcome]:
         """What the executor ended on runs once more, each delta by itself: so it shows which of them it was."""

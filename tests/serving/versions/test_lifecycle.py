@@ -248,15 +248,31 @@ def test_rows_of_jobs_under_way_are_freed_after_them(made):
     assert pipeline.bank.entries == {}
 
 
-def test_rows_of_calls_that_were_answered_wait_for_no_other_batch(made):
+MOOD = {"delta": "mood", "text": TEXT}
+
+
+@pytest.mark.parametrize(
+    ("call", "status"),
+    [
+        (MOOD, 200),
+        ([MOOD, MOOD, {**MOOD, "text": "another text"}], 200),
+        ({"deltas": ["mood", "base"], "text": TEXT}, 200),
+        ([MOOD, {**MOOD, "text": "long " * 40}], 413),
+        ([MOOD, MOOD], 500),
+    ],
+    ids=["one", "some", "several deltas", "one that is too long", "a batch that fails"],
+)
+def test_rows_of_calls_that_were_answered_wait_for_no_other_batch(call, status, made, monkeypatch):
     """Neither for the next one, nor for a garbage collection."""
     made.put("mood", "1")
     ledger = made.pipeline.ledger
-    with running(made.pipeline, root=made.root) as server:
+    if status == 500:
+        monkeypatch.setattr(type(made.pipeline), "run", lambda self, jobs: 1 / 0)
+    with running(made.pipeline, root=made.root, max_item_tokens=30) as server:
         gc.disable()
         try:
             for _ in range(3):
-                assert server.post("/predict", {"delta": "mood", "text": TEXT}).status_code == 200
+                assert server.post("/predict", call).status_code == status
             made.remove("mood")
             wait(lambda: not list(ledger))
         finally:
