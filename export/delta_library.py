@@ -101,8 +101,8 @@ def library_of(encoder: Encoder, deltas: Iterable[Delta]) -> Library:
 
 
 def base_of(encoder: Encoder) -> Delta:
-    """The bare base as a delta: mean-pooled rows of unit length."""
-    return bare("base", encoder.ref, min(256, encoder.max_tokens))
+    """The bare base as a delta."""
+    return bare("base", encoder.ref, encoder.base_task)
 
 
 def borrows_dense(encoder: Encoder, delta: Delta) -> bool:

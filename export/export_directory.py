@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 import bertology_serve
 from bertology_serve.deltas.delta import Delta
+from bertology_serve.deltas.interop.sentence_transformers import SETTINGS
 from bertology_serve.encoder.encoder import Encoder, weights_hash
+from bertology_serve.encoder.loading import drop_types
 from bertology_serve.errors import SpecError
 from bertology_serve.export.export_inputs import ExportInputs
 from bertology_serve.export.export_spec import IR, MODEL, ExportSpec
@@ -189,7 +191,7 @@ def write_directory(
     cautions: Sequence[str] = (),
 ) -> None:
     """Writes everything but the model, which lies at ``model``, into ``directory``."""
-    _write_tokenizer(directory, encoder, int(facts["max_length"]))
+    _write_tokenizer(directory, encoder, int(facts["max_length"]), delta.task.token_types)
     write_json(directory / "config.json", config(encoder, delta, facts))
     write_json(directory / REPORT, report.as_dict())
     if delta.task.kind in tasks.POOLED_KINDS and model != MODEL["triton"]:
@@ -253,9 +255,11 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def _write_tokenizer(directory: Path, encoder: Encoder, max_length: int) -> None:
-    """The tokenizer as it was loaded, its limit the task's."""
+def _write_tokenizer(directory: Path, encoder: Encoder, max_length: int, types: bool) -> None:
+    """The tokenizer as it was loaded, its limit the task's; without ``types`` it gives pairs none."""
     tokenizer = copy.deepcopy(encoder.tokenizer)
+    if not types:
+        drop_types(tokenizer)
     tokenizer.model_max_length = max_length
     for of_this_machine in ("is_local", "local_files_only", "name_or_path"):
         tokenizer.init_kwargs.pop(of_this_machine, None)
@@ -284,6 +288,11 @@ def _write_modules(directory: Path, delta: Delta, hidden: int, max_length: int) 
     write_json(directory / "modules.json", modules)
     write_json(directory / "1_Pooling" / "config.json", {"word_embedding_dimension": hidden} | pooling)
     write_json(directory / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+    prompts = dict(delta.task.prompts)
+    default = prompts.pop("", None)
+    name = next((name for name, text in prompts.items() if text == default), None if default is None else "default")
+    prompts |= {} if name is None or default is None else {name: default}
+    write_json(directory / SETTINGS, {"prompts": prompts, "default_prompt_name": name, "similarity_fn_name": "cosine"})
 
 
 CONFIG, LABELS = "config.pbtxt", "labels.txt"

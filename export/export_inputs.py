@@ -78,7 +78,7 @@ class ExportInputs:
             effects=effects,
             head=head.eval(),
             own_head=frozenset(delta.head),
-            inputs=INPUTS if _typed(encoder) else INPUTS[:2],
+            inputs=INPUTS if _typed(encoder) and delta.task.token_types else INPUTS[:2],
             columns=column_scales(encoder, state) if precision in ON_CPU else {},
         )
 

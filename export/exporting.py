@@ -131,6 +131,7 @@ def export_delta(
         size = save_ir(model, file, texts) if to_openvino else save(model, file)
         written = time.perf_counter()
         cases = [*built_in(encoder.tokenizer, longest(encoder, delta)), *of_encodings(records)]
+        cases = cases if delta.task.token_types else [case.untyped() for case in cases]
         session = OpenVinoSession(file) if to_openvino else Session(file, spec.provider)
         verified = SingleFile(session, reference, encoder.tokenizer.pad_token_id or 0)
         report = verified.verify(cases, Tolerance.of(spec, encoder.anatomy.layers))
@@ -298,7 +299,7 @@ def _check_options(spec: ExportSpec) -> None:
 
 
 def _base(encoder: Encoder) -> Delta:
-    return bare("bare", encoder.ref, min(256, encoder.max_tokens))
+    return bare("bare", encoder.ref, encoder.base_task)
 
 
 def _facts(path: Path) -> Mapping[str, str]:

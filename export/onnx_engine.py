@@ -248,7 +248,7 @@ def bare_inputs(encoder: Encoder, precision: Precision = "fp32", instead: str = 
         )
     if not encoder.packs:
         raise _no_graph(f"{encoder.anatomy.family} is padded", instead)
-    return ExportInputs.of(encoder, bare("base", encoder.ref, encoder.max_tokens), False, precision)
+    return ExportInputs.of(encoder, bare("base", encoder.ref, encoder.base_task), False, precision)
 
 
 FIXED = 60

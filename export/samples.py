@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -65,6 +65,11 @@ class Case:
             at = self.columns(row)
             table[0, row, at], table[1, row, at], table[2, row, at] = encoding.ids, 1, encoding.types
         return {"input_ids": table[0], "attention_mask": table[1], "token_type_ids": table[2]}
+
+    def untyped(self) -> Case:
+        """The same with all tokens of type 0."""
+        encodings = tuple(Encoding(one.ids, (0,) * len(one.ids)) for one in self.encodings)
+        return replace(self, encodings=encodings)
 
     def alone(self, row: int) -> Case:
         """One sequence of it, without padding."""

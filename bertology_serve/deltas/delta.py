@@ -15,7 +15,7 @@ from bertology_serve.kinds import kinds
 from bertology_serve.kinds.effects import Effects
 from bertology_serve.kinds.kinds import Spec
 from bertology_serve.kinds.slots import Anatomy
-from bertology_serve.tasks.spec import EMBEDDING, TaskSpec
+from bertology_serve.tasks.spec import TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -125,7 +125,6 @@ class Delta:
         return self.bytes + kinds.unpacked(self.specs, self.tensors, anatomy)
 
 
-def bare(name: str, base: BaseRef, max_length: int, prompts: tuple[tuple[str, str], ...] = ()) -> Delta:
-    """The base itself as a delta without any change: mean-pooled, normalised embeddings, with its own prompts."""
-    task = TaskSpec(EMBEDDING, max_length=max_length, pooling="mean", head="none", prompts=prompts)
+def bare(name: str, base: BaseRef, task: TaskSpec) -> Delta:
+    """The base itself as a delta without any change."""
     return Delta(name, base, task, version=base.sha256[:12])

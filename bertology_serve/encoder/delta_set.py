@@ -244,12 +244,12 @@ class Ledger:
 
 
 class Backbone(Protocol):
-    """What is known of the encoder wherever it runs. ``packing`` is "packed" or "padded", and why; ``prompts`` are
-    those of a sentence encoder.
+    """What is known of the encoder wherever it runs. ``packing`` is "packed" or "padded", and why; ``refusal`` says
+    why the bare encoder does not answer, if it does not.
     """
 
     name: str
-    prompts: tuple[tuple[str, str], ...]
+    refusal: str
     ref: BaseRef
     tokenizer: PreTrainedTokenizerBase
     packing: str
@@ -257,6 +257,11 @@ class Backbone(Protocol):
     @property
     def lock(self) -> AbstractContextManager[object]:
         """Held by each batch that runs."""
+        ...
+
+    @property
+    def base_task(self) -> TaskSpec:
+        """What the bare encoder answers."""
         ...
 
     @property
@@ -293,8 +298,8 @@ class DeltaSet(ABC):
     """The deltas of one encoder that answer. Subclasses say where their rows lie and what runs the pass.
 
     ``prepare`` may be called from many threads; ``run``, ``add`` and ``remove`` serialise themselves.
-    The name ``base`` is reserved: the bare encoder, answering mean-pooled, normalised embeddings. ``redactor`` is what
-    calls may ask of redaction.
+    The name ``base`` is reserved: the bare encoder, which answers embeddings. ``redactor`` is what calls may ask of
+    redaction.
     """
 
     encoder: Backbone
@@ -305,7 +310,7 @@ class DeltaSet(ABC):
         self._beside: dict[tuple[str, str], LoadedDelta] = {}
         self.ledger = Ledger()
         self._keys = itertools.count(1)
-        base = bare(BASE, encoder.ref, min(256, encoder.max_tokens), encoder.prompts)
+        base = bare(BASE, encoder.ref, encoder.base_task)
         self.base = self._ready[BASE] = LoadedDelta(base, task_for(base.task), Head(()), BARE)
 
     @property
@@ -445,8 +450,10 @@ class DeltaSet(ABC):
 
     def tokenise(self, job: Job) -> None:
         """Checks the record of a job and tokenises it. Raises DataError; LimitError for a text to be redacted that
-        would be cut.
+        would be cut; Unsupported for the bare encoder of a sentence encoder that embeds otherwise than is known here.
         """
+        if self.encoder.refusal and job.request.delta == BASE:
+            raise Unsupported(f"{job.request.where}: the base answers no embeddings here: {self.encoder.refusal}")
         if job.request.rows and job.ready.whole is None:
             job.ready = job.ready.every_token(self.encoder.hidden)
         request, ready = job.request, job.ready

@@ -35,9 +35,8 @@ from bertology_serve.encoder.loading import (
     load_model,
     load_tokenizer,
     locate,
-    read_pooling,
-    read_prompts,
     read_pruning,
+    read_sentence_task,
 )
 from bertology_serve.encoder.sharing import share
 from bertology_serve.errors import BertologyError, LimitError, SpecError, Unsupported
@@ -46,7 +45,7 @@ from bertology_serve.kernels.dispatch import BatchColumns
 from bertology_serve.kinds.effects import Effects
 from bertology_serve.kinds.slots import KEY, QUERY, Anatomy
 from bertology_serve.tasks.heads import Head, head_form
-from bertology_serve.tasks.spec import Encoding, TaskSpec
+from bertology_serve.tasks.spec import EMBEDDING, Encoding, TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,10 +62,12 @@ class Encoder:
     ``model`` is the headless HuggingFace model, its linears and norms wrapped; ``base_head`` holds what the base
     checkpoint has of a head (BERT's pooler), by its name there; ``packs`` says whether rows travel unpadded, and
     ``packing`` in words: "packed" or "padded", and why; ``pruning`` what it was pruned from, if it was;
-    ``pooling`` and ``prompts`` are a sentence encoder's own, as its checkpoint says.
+    ``sentence`` is what a sentence encoder answers by itself, as its checkpoint says; None for others, and, with a
+    ``refusal`` that says why, where that is not computed here.
     """
 
-    prompts: tuple[tuple[str, str], ...] = ()
+    sentence: TaskSpec | None = None
+    refusal = ""
 
     def __init__(
         self, name: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, light: bool = False
@@ -79,8 +80,8 @@ class Encoder:
         """
         path = locate(str(name))
         model, base_head = load_model(path, light)
-        self._set_up(model, load_tokenizer(path), str(name), base_head, read_pruning(path), read_pooling(path))
-        self.prompts = read_prompts(path)
+        self._set_up(model, load_tokenizer(path), str(name), base_head, read_pruning(path))
+        self._read_sentence_task(path)
         model.to(device=torch.device(device), dtype=dtype)
 
     @classmethod
@@ -93,23 +94,23 @@ class Encoder:
     @classmethod
     def of_model(
         cls, model: HiddenModel, tokenizer: PreTrainedTokenizerBase, name: str,
-        base_head: dict[str, Tensor] | None = None, pruning: Pruning | None = None, pooling: str | None = None,
+        base_head: dict[str, Tensor] | None = None, pruning: Pruning | None = None,
     ) -> Encoder:  # fmt: skip
         """The encoder of a headless model that is in memory already; it is changed, and must not be used elsewhere.
         ``base_head`` holds what the checkpoint has of a head ([H, H] and [H] of a pooler), by its names there. Raises
         Unsupported for what is no BERT-like encoder.
         """
         encoder = cls.__new__(cls)
-        encoder._set_up(model, tokenizer, name, base_head, pruning, pooling)
+        encoder._set_up(model, tokenizer, name, base_head, pruning)
         return encoder
 
     def _set_up(
         self, model: HiddenModel, tokenizer: PreTrainedTokenizerBase, name: str, base_head: dict[str, Tensor] | None,
-        pruning: Pruning | None, pooling: str | None,
+        pruning: Pruning | None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
         self.base_head = base_head or {}
-        self.config, self.pruning, self.pooling = model.config, pruning, pooling
+        self.config, self.pruning = model.config, pruning
         with _encoder_like(name, self.config.model_type):
             self.anatomy: Anatomy = find_anatomy(model)
             probe = LoadProof.of(model, self.anatomy)
@@ -126,6 +127,21 @@ class Encoder:
         self.packing = self._settle(probe)
         log.log(logging.INFO if self.packs else logging.WARNING, "%s (%s) is %s", name, self.ref.family, self.packing)
 
+    def _read_sentence_task(self, path: str) -> None:
+        try:
+            self.sentence = read_sentence_task(path, self.max_tokens)
+        except Unsupported as problem:
+            self.refusal = str(problem)
+            log.warning("the base answers no embeddings, deltas do: %s", problem)
+
+    @property
+    def base_task(self) -> TaskSpec:
+        """What the bare encoder answers: a sentence encoder's own embeddings; else the mean of a text's rows, of
+        length 1.
+        """
+        longest = min(256, self.max_tokens)
+        return self.sentence or TaskSpec(EMBEDDING, max_length=longest, pooling="mean", head="none")
+
     def fresh(self) -> Encoder:
         """The same encoder loaded again from where it came, untouched by training."""
         return Encoder(self.name, device=str(self.device), dtype=self.dtype)
@@ -139,7 +155,8 @@ class Encoder:
             whole = pruning is not None and delta.base.sha256 == pruning.parent.sha256
             model.load_state_dict(sliced_state(delta.weights, pruning) if pruning and whole else delta.weights)
         own = name or delta.base.name
-        encoder = cls.of_model(model, load_tokenizer(path), own, head, pruning, read_pooling(path))
+        encoder = cls.of_model(model, load_tokenizer(path), own, head, pruning)
+        encoder._read_sentence_task(path)
         model.to(torch.device(device))
         return encoder
 

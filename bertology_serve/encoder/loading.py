@@ -26,17 +26,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, float32, nn
 
-from bertology_serve.deltas.interop.sentence_transformers import POOLING, SETTINGS, pooling_modes, prompts_of
+from bertology_serve.deltas.interop.sentence_transformers import MODULES, POOLING, SETTINGS, embedding_task
 from bertology_serve.deltas.pruning import PRUNED, Numbers, Pruning, check_kept, pruning_of, sliced_state
-from bertology_serve.deltas.safe_io import Limits, read_json
+from bertology_serve.deltas.safe_io import Limits, read_regular
 from bertology_serve.deltas.store import write_tensors
 from bertology_serve.encoder.anatomy import EXPECTED
 from bertology_serve.encoder.bank import BARE, LiveBank
 from bertology_serve.errors import BertologyError, FormatError, InputError, NotFound, SpecError, Unsupported
 from bertology_serve.families import compat, family_named
-from bertology_serve.files import JsonObject, write_json
+from bertology_serve.files import write_json
 from bertology_serve.kinds.slots import GATE, QKV, Anatomy
-from bertology_serve.tasks.spec import POOLINGS, Encoding
+from bertology_serve.tasks.spec import Encoding, TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -140,33 +140,32 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise Unsupported(f"{path} has no fast tokenizer (tokenizer.json); convert it with transformers first")
     types = getattr(_config(path), "type_vocab_size", None)
     if types is not None and max(pair.get("token_type_ids", ()), default=0) >= types:
-        _drop_types(tokenizer)
+        drop_types(tokenizer)
     return tokenizer
 
 
-def read_pooling(path: str) -> str | None:
-    """The pooling of a sentence encoder (sentence-transformers' ``1_Pooling``), one of ``POOLINGS``; else None."""
-    with _reading(f"the pooling of {path}"):
-        modes = pooling_modes(_beside(path, f"{POOLING}/config.json"))
-    return str(modes[0]) if len(modes) == 1 and modes[0] in POOLINGS else None
+def read_sentence_task(path: str, longest: int) -> TaskSpec | None:
+    """What a sentence encoder answers by itself, of at most ``longest`` tokens, as sentence-transformers wrote it
+    beside the weights; ``None`` for other encoders.
 
+    Raises Unsupported where that is not computed here, FormatError for malformed files.
+    """
 
-def read_prompts(path: str) -> tuple[tuple[str, str], ...]:
-    """The prompts of a sentence encoder, as ``TaskSpec`` has them."""
-    with _reading(f"the prompts of {path}"):
-        return prompts_of(_beside(path, SETTINGS), path)
+    def read(name: str) -> bytes | None:
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        # the hub's cache holds links to files that lie elsewhere in it
+        return None if file is None else read_regular(Path(file).resolve(), Limits().json_bytes, f"{path}/{name}")
 
-
-def _beside(path: str, name: str) -> JsonObject:
-    """A JSON file of a checkpoint; empty where it has none of that name."""
     from transformers.utils.hub import cached_file
 
-    file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-    return {} if file is None else read_json(Path(file), Limits(), Path(file).parents[name.count("/")])[0]
+    with _reading(f"how {path} embeds sentences"):
+        if all(read(name) is None for name in (MODULES, f"{POOLING}/config.json", SETTINGS)):
+            return None
+        return embedding_task(read, path, longest)
 
 
-def _drop_types(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Pairs are then of one type: BERT's tokenizer beside a RoBERTa that has a single row of token types."""
+def drop_types(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pairs are then of one type, as where BERT's tokenizer stands beside a RoBERTa that has a single row of types."""
     names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
 

@@ -37,6 +37,8 @@ def rivals(encoder: Encoder, task: Task, known: Sequence[Any], examples: Sequenc
         prior = task.prior([task.target(example, ()) for example in known])
         if prior is not None:
             found[CONSTANT] = task, [task.decode(example, (), [prior]) for example in examples]
+    if encoder.refusal:
+        return found
     if task.kind in VECTOR_KINDS or (
         task.kind == REGRESSION and all(example.text_pair is not None for example in examples)
     ):
@@ -57,7 +59,7 @@ def _nearest(encoder: Encoder, labels: Sequence[str], names: Sequence[str], text
     """For each text the label whose name, as words, has the nearest embedding."""
     asked = (Request(BASE, {"text": text}) for text in (*names, *texts))
     rows = [found.answer["embedding"] for found in Pipeline(encoder).answer(asked)]
-    vectors = torch.tensor(rows)
+    vectors = torch.nn.functional.normalize(torch.tensor(rows), dim=1)
     table = vectors[len(labels) :] @ vectors[: len(labels)].T
     scores = [dict(zip(labels, row, strict=True)) for row in table.tolist()]
     best = [max(own, key=own.__getitem__) for own in scores]

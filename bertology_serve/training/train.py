@@ -298,7 +298,7 @@ def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
     A sentence encoder's pooled row was trained, so a linear head reads that. Elsewhere a probe reads [CLS] where the
     checkpoint has a pooler, which was trained on it, else the mean.
     """
-    form, own = config.known_task, encoder.pooling
+    form, own = config.known_task, encoder.sentence and encoder.sentence.pooling
     if form.reads_rows:
         return config
     first_row = config.starts_at_probe and "pooler.dense.weight" in encoder.base_head
@@ -306,12 +306,12 @@ def for_encoder(config: TrainConfig, encoder: Encoder) -> TrainConfig:
         "pooling": config.form.pooling or own or ("cls" if first_row else form.pooling),
         "head": config.form.head or ("linear" if own and form.head == "hf" else form.head),
     }
-    if config.task in VECTOR_KINDS and encoder.prompts:
+    if config.task in VECTOR_KINDS and (prompts := encoder.base_task.prompts):
         from bertology_serve.tasks.embedding import prompt_of
 
         query, document = config.form.prompt_query, config.form.prompt_document
-        chosen["prompt_query"] = prompt_of("query", encoder.prompts) if query is None else query
-        chosen["prompt_document"] = prompt_of("document", encoder.prompts) if document is None else document
+        chosen["prompt_query"] = prompt_of("query", prompts) if query is None else query
+        chosen["prompt_document"] = prompt_of("document", prompts) if document is None else document
     return config.replaced(**chosen)
 
 
@@ -384,7 +384,7 @@ def choices(config: TrainConfig, encoder: Encoder, train: Source, judged: bool =
     chosen, parts, rows = for_rows(for_encoder(config, encoder), train), [], len(train.records)
     if not chosen.known_task.reads_rows:
         own = "it has a pooler" if chosen.form.pooling == "cls" else "no pooler"
-        why = "the checkpoint's own" if encoder.pooling else own
+        why = "the checkpoint's own" if encoder.sentence else own
         parts.append(f"pooling {chosen.form.pooling} ({'as given' if config.form.pooling else why})")
     form = "hf, at random" if chosen.known_task.head == "hf" else chosen.known_task.head
     parts += [f"loss {chosen.optim.loss}" if chosen.task in VECTOR_KINDS else f"head {form}"]

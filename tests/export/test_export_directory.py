@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import SpecError
 from bertology_serve.export.emitter.emit import BackEnd
 from bertology_serve.export.export_directory import (
@@ -83,11 +84,18 @@ def test_embeddings_keep_the_architecture_of_the_base(tmp_path):
     assert "session.run(['sentence_embedding'], " in example("model.onnx", facts, "there")
 
 
-@pytest.mark.parametrize(("pooling", "normalize"), [("cls", True), ("mean", False), ("max", True)])
-def test_sentence_transformers_is_told_how_to_pool(pooling, normalize, tmp_path):
-    """Without these files it takes the mean, whatever the task says."""
+@pytest.mark.parametrize(
+    ("pooling", "normalize", "prompts", "told"),
+    [
+        ("cls", True, (("query", "q: "), ("", "q: ")), ({"query": "q: "}, "query")),
+        ("mean", False, (("query", "q: "), ("", "d: ")), ({"query": "q: ", "default": "d: "}, "default")),
+        ("max", True, (), ({}, None)),
+    ],
+)
+def test_sentence_transformers_is_told_how_to_pool(pooling, normalize, prompts, told, tmp_path):
+    """Without these files it takes the mean and no prompt, whatever the task says."""
     encoder = tiny.encoder("bert", tmp_path / "base")
-    task = TaskSpec("embedding", max_length=20, head="none", pooling=pooling, normalize=normalize)
+    task = TaskSpec("embedding", max_length=20, head="none", pooling=pooling, normalize=normalize, prompts=prompts)
     delta = tiny.delta(encoder, "x", DELTAS["lora"][0], task)
     facts = metadata(encoder, delta, ExportInputs.of(encoder, delta, True), ExportSpec(), DENSE, "x")
     (tmp_path / "out").mkdir()
@@ -102,6 +110,23 @@ def test_sentence_transformers_is_told_how_to_pool(pooling, normalize, tmp_path)
         {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "max": "pooling_mode_max_tokens"}[pooling]
     ]
     assert json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text())["max_seq_length"] == 20
+    settings = json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())
+    assert (settings["prompts"], settings["default_prompt_name"]) == told
+
+
+def test_questions_that_were_trained_without_token_types_get_none(tmp_path):
+    """As peft trains them: the graph takes none, and the tokenizer beside it gives none."""
+    encoder = tiny.encoder("bert", tmp_path / "base")
+    task = TaskSpec("question-answering", max_length=40, stride=8, token_types=False)
+    delta = tiny.delta(encoder, "x", DELTAS["lora"][0], task)
+    record = {"question": "who was good", "context": "the cat was very good , not bad"}
+    (asked,) = Pipeline(encoder, [delta]).answer([Request("x", record, logits=True)])
+    out = export_delta(encoder, delta, tmp_path / "out", ExportSpec(merge=True)).directory
+    texts = AutoTokenizer.from_pretrained(out)(*record.values(), return_tensors="np")
+    assert sorted(texts) == ["attention_mask", "input_ids"]
+    session = onnxruntime.InferenceSession(out / MODEL["hf"])
+    found = np.stack(session.run(["start_logits", "end_logits"], dict(texts)), -1)[0]
+    np.testing.assert_allclose(found, np.array(asked.answer["logits"]), atol=1e-5)
 
 
 def test_the_card_survives_any_label(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import bertology_serve as bs
 from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
@@ -94,7 +96,9 @@ def test_without_its_list_the_pooling_is_read_all_the_same(tmp_path: Path) -> No
         ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "cls and mean"),
         ("1_Pooling/config.json", [], "holds a list"),
         ("modules.json", [{"type": "x.Transformer"}, {"type": "x.Pooling"}, {"type": "x.Dense"}], "lists .*Dense"),
-        ("modules.json", [{"type": "x.Transformer"}, {"type": "x.Pooling", "path": "/etc"}], "cannot read /etc"),
+        ("modules.json", [{"type": "x.Transformer"}, {"type": "x.Pooling", "path": "/etc"}], "the folder '/etc'"),
+        ("modules.json", [{"type": "x.Transformer"}, {"type": "x.Pooling", "path": "../x"}], "the folder '../x'"),
+        ("modules.json", [{"type": "x.Transformer"}, {"type": "x.Pooling", "path": "none"}], "the folder 'none'"),
         ("modules.json", {}, "no list of modules"),
         ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case"),
         ("config_sentence_transformers.json", {"prompts": ["query: "]}, "'prompts' holds no texts by name"),
@@ -172,3 +176,67 @@ def test_prompts_are_read_and_chosen_as_there(tmp_path: Path) -> None:
     (tmp_path / "x" / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean", "include_prompt": false}')
     with pytest.raises(Unsupported, match="include_prompt is false"):
         encoder.read_delta(tmp_path / "x")
+
+
+def sentence_encoder(place: Path, pooling: str, *further: str, longest: int | None = None) -> Path:
+    """A tiny encoder with what sentence-transformers writes beside weights, its modules after the pooling among it."""
+    tiny.save("bert", place)
+    names = {"": "Transformer", "1_Pooling": "Pooling"} | {f"{i}_{name}": name for i, name in enumerate(further, 2)}
+    told = {
+        "modules.json": [{"type": MODULES + name, "path": path} for path, name in names.items()],
+        "1_Pooling/config.json": {"pooling_mode": pooling},
+        "config_sentence_transformers.json": {"prompts": {"query": "the question ? "}},
+        "sentence_bert_config.json": {"max_seq_length": longest},
+    }
+    for name, values in told.items():
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text(json.dumps(values))
+    return place
+
+
+@pytest.mark.parametrize(
+    ("mode", "further", "longest"), [("cls", ("Normalize",), None), ("max", (), None), ("mean", (), 6)]
+)
+def test_the_base_embeds_as_its_checkpoint_says(tmp_path: Path, mode: str, further: Any, longest: int | None) -> None:
+    encoder = Encoder.load(sentence_encoder(tmp_path, mode, *further, longest=longest))
+    model = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    inputs = encoder.tokenizer(TEXT, return_tensors="pt", truncation=True, max_length=longest or encoder.max_tokens)
+    with torch.inference_mode():
+        expected = pooled(model(**inputs).last_hidden_state[0], mode)
+    expected = torch.nn.functional.normalize(expected, dim=0) if further else expected
+    assert Pipeline(encoder)(TEXT).answer["embedding"] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "further", "why"),
+    [
+        ("weightedmean", (), "pooling by weightedmean is not computed here"),
+        ("lasttoken", (), "pooling by lasttoken is not computed here"),
+        ("mean", ("Dense",), "lists Transformer, Pooling, Dense"),
+    ],
+)
+def test_a_base_that_embeds_otherwise_answers_no_embeddings(tmp_path: Path, mode: str, further: Any, why: str) -> None:
+    encoder = Encoder.load(sentence_encoder(tmp_path, mode, *further))
+    with pytest.raises(Unsupported, match=f"the base answers no embeddings here: .*{why}"):
+        Pipeline(encoder)(TEXT)
+    rows = [{"text": "a good film", "label": "up"}, {"text": "a bad film", "label": "down"}]
+    delta = bs.train(encoder, rows, eval=rows, max_steps=1, name="mood")
+    assert Pipeline(encoder, [delta])(TEXT, delta="mood").answer["label"] in ("up", "down")
+
+
+def test_a_sentence_encoder_is_read_from_the_cache_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the files of a snapshot are links to others, which lie elsewhere in it."""
+    own = sentence_encoder(tmp_path / "x", "cls", "Normalize")
+    place, commit = tmp_path / "hub" / "models--acme--tiny", "0" * 40
+    for folder in ("refs", "blobs"):
+        (place / folder).mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    for number, file in enumerate(file for file in own.rglob("*") if file.is_file()):
+        shutil.copy(file, place / "blobs" / str(number))
+        link = place / "snapshots" / commit / file.relative_to(own)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(place / "blobs" / str(number))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    encoder = Encoder.load("acme/tiny")
+    assert encoder.base_task == Encoder.load(own).base_task
+    assert (encoder.base_task.pooling, encoder.base_task.prompts) == ("cls", (("query", "the question ? "),))

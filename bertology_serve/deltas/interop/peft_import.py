@@ -17,7 +17,7 @@ from torch import Tensor, float32
 
 from bertology_serve.deltas.catalog import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
-from bertology_serve.deltas.interop.sentence_transformers import embedding_task
+from bertology_serve.deltas.interop.sentence_transformers import embedding_task, reader
 from bertology_serve.deltas.layout import TASK_TYPES, check_head, drops_types, shapes_of
 from bertology_serve.deltas.safe_io import Limits, read_json, read_tensors
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
@@ -110,7 +110,7 @@ def import_peft(
             virtual = spec.length if isinstance(spec, Prompt | Prefix) else 0
             longest = max(3, min(_LONGEST, anatomy.max_tokens - virtual))
             task = _task(config, head, anatomy.family, task, longest, options or {}) or embedding_task(
-                directory, longest, limits, root
+                reader(directory, limits, root), directory, longest
             )
         if config.get("task_type") and drops_types(task, anatomy.family, options or {}):
             task = replace(task, token_types=False)

@@ -1,4 +1,4 @@
-"""What sentence-transformers writes beside a peft adapter: how the rows are pooled, and whether vectors have length 1.
+"""What sentence-transformers writes beside weights: how the rows are pooled, and whether vectors have length 1.
 
 ``modules.json`` lists what a text goes through: Transformer, Pooling (``1_Pooling/config.json``), and Normalize or not.
 """
@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from bertology_serve.deltas.safe_io import Limits, parse_json, read_bytes, read_json
+from bertology_serve.deltas.safe_io import Limits, parse_json, read_bytes
 from bertology_serve.errors import FormatError, Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.tasks.spec import EMBEDDING, POOLINGS, TaskSpec
@@ -26,26 +27,44 @@ _FLAGS = {
 }
 
 
-def embedding_task(directory: Path, longest: int, limits: Limits, root: Path) -> TaskSpec:
-    """The task of an adapter of sentence embeddings, of at most ``longest`` tokens.
+Read = Callable[[str], bytes | None]
+"""The bytes of a file, by its path in a directory; ``None`` where there is none."""
 
-    A directory that says nothing of it is mean-pooled and normalised. Raises FormatError for malformed files,
-    Unsupported for another pooling, further modules, or prompts whose tokens are not pooled.
+
+def reader(directory: Path, limits: Limits, root: Path) -> Read:
+    """That of a delta's directory, whose files lie under ``root``."""
+
+    def read(name: str) -> bytes | None:
+        path = directory / name
+        return read_bytes(path, limits.json_bytes, root) if os.path.lexists(path) else None
+
+    return read
+
+
+def embedding_task(read: Read, directory: str | Path, longest: int) -> TaskSpec:
+    """The task of sentence embeddings of at most ``longest`` tokens, as a directory (or hub id) has it.
+
+    One that says nothing of it is mean-pooled and normalised. Raises FormatError for malformed files, Unsupported for
+    another pooling, further modules, or prompts whose tokens are not pooled.
     """
-    tokenizer, own = (_optional(directory / name, limits, root) for name in ("tokenizer_config.json", _SENTENCE))
-    for told in (tokenizer.get("model_max_length"), own.get("max_seq_length")):
-        if isinstance(told, int | float) and told >= 3:
-            longest = min(longest, int(told))
+    where = str(directory)
+    tokenizer, own = (_object(read, name, where) for name in ("tokenizer_config.json", _SENTENCE))
+    for most in (tokenizer.get("model_max_length"), own.get("max_seq_length")):
+        if isinstance(most, int | float) and most >= 3:
+            longest = min(longest, int(most))
     if own.get("do_lower_case"):
-        raise Unsupported(f"{directory / _SENTENCE}: do_lower_case is not read here; give the tokenizer that lowers")
-    prompts = prompts_of(_optional(directory / SETTINGS, limits, root), str(directory / SETTINGS))
-    pooling, normalize = _modules(directory, limits, root, bool(prompts))
+        raise Unsupported(f"{where}/{_SENTENCE}: do_lower_case is not read here; give the tokenizer that lowers")
+    prompts = _prompts(_object(read, SETTINGS, where), f"{where}/{SETTINGS}")
+    names, place = _modules(read, where)
+    told = _object(read, f"{place}/config.json", where)
+    normalize = not told or Path(where, "2_Normalize").is_dir() if names is None else "Normalize" in names
+    pooling = _pooling(told, f"{where}/{place}/config.json", bool(prompts))
     return TaskSpec(
         EMBEDDING, max_length=longest, pooling=pooling, head="none", normalize=normalize, prompts=prompts
     )  # fmt: skip
 
 
-def prompts_of(settings: JsonObject, where: str) -> tuple[tuple[str, str], ...]:
+def _prompts(settings: JsonObject, where: str) -> tuple[tuple[str, str], ...]:
     """``TaskSpec.prompts`` from ``config_sentence_transformers.json``: its ``prompts`` that are not empty, its
     ``default_prompt_name`` under the empty name. Raises FormatError for what is no text.
     """
@@ -59,44 +78,41 @@ def prompts_of(settings: JsonObject, where: str) -> tuple[tuple[str, str], ...]:
 _SENTENCE = "sentence_bert_config.json"
 
 
-def _modules(directory: Path, limits: Limits, root: Path, prompted: bool) -> tuple[str, bool]:
-    """The pooling, and whether vectors are normalised; ``prompted``: texts may have prompts."""
-    if not os.path.lexists(directory / MODULES):
-        pooled = os.path.lexists(directory / POOLING / "config.json")
-        if not pooled:
-            return "mean", True
-        return _pooling(directory / POOLING, limits, root, prompted), (directory / "2_Normalize").is_dir()
-    where = str(directory / MODULES)
-    listed = parse_json(b'{"modules": %b}' % read_bytes(directory / MODULES, limits.json_bytes, root), where)["modules"]
+def _modules(read: Read, where: str) -> tuple[list[str] | None, str]:
+    """The modules' names, ``None`` where none are listed, and the folder of the pooling."""
+    found = read(MODULES)
+    if found is None:
+        return None, POOLING
+    listed = parse_json(b'{"modules": %b}' % found, f"{where}/{MODULES}")["modules"]
     if not isinstance(listed, list) or not all(isinstance(module, dict) for module in listed):
-        raise FormatError(f"{where} holds no list of modules; expected what sentence-transformers writes")
+        raise FormatError(f"{where}/{MODULES} holds no list of modules; expected what sentence-transformers writes")
     names = [str(module.get("type")).rpartition(".")[2] for module in listed]
     if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise Unsupported(
-            f"{where} lists {', '.join(names)[:120] or 'nothing'}; read here are Transformer, Pooling and Normalize, "
-            "in this order"
+            f"{where}/{MODULES} lists {', '.join(names)[:120] or 'nothing'}; read here are Transformer, Pooling and "
+            "Normalize, in this order"
         )
-    return _pooling(directory / str(listed[1].get("path")), limits, root, prompted), "Normalize" in names
+    place = str(listed[1].get("path"))
+    if Path(place).name != place or place in ("", "..") or read(f"{place}/config.json") is None:
+        raise FormatError(f"{where}/{MODULES} names the folder {place[:80]!r}; expected one with config.json in it")
+    return names, place
 
 
-def _pooling(place: Path, limits: Limits, root: Path, prompted: bool) -> str:
-    config, _ = read_json(place / "config.json", limits, root)
+def _pooling(config: JsonObject, where: str, prompted: bool) -> str:
+    """``prompted``: texts may have prompts."""
     if prompted and config.get("include_prompt") is False:
-        raise Unsupported(f"{place / 'config.json'}: include_prompt is false; here a prompt's tokens are pooled too")
-    modes = pooling_modes(config) or ["mean"]
+        raise Unsupported(f"{where}: include_prompt is false; here a prompt's tokens are pooled too")
+    named = config.get("pooling_mode") or [mode for flag, mode in _FLAGS.items() if config.get(flag)] or ["mean"]
+    modes = [named] if isinstance(named, str) else list(named)  # several are concatenated
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise Unsupported(
-            f"{place / 'config.json'}: pooling by {' and '.join(map(str, modes))[:80]} is not computed here; "
+            f"{where}: pooling by {' and '.join(map(str, modes))[:80]} is not computed here; "
             f"known: {', '.join(POOLINGS)}"
         )
     return str(modes[0])
 
 
-def pooling_modes(config: JsonObject) -> list[str]:
-    """The poolings that ``1_Pooling/config.json`` names; several are concatenated."""
-    modes = config.get("pooling_mode") or [mode for flag, mode in _FLAGS.items() if config.get(flag)]
-    return [modes] if isinstance(modes, str) else list(modes)
-
-
-def _optional(path: Path, limits: Limits, root: Path) -> JsonObject:
-    return read_json(path, limits, root)[0] if os.path.lexists(path) else {}
+def _object(read: Read, name: str, where: str) -> JsonObject:
+    """A JSON file; empty where there is none."""
+    found = read(name)
+    return {} if found is None else parse_json(found, f"{where}/{name}")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from bertology_serve.encoder.delta_set import DeltaSet
-from bertology_serve.encoder.pipeline import BASE, Job, Request
+from bertology_serve.encoder.pipeline import Job, Request
 from bertology_serve.errors import DataError
 from bertology_serve.export.installation import environment
 from bertology_serve.files import JsonMapping, JsonObject, cache_folder, is_own
@@ -60,7 +60,14 @@ def _shuffled(pipeline: DeltaSet, text: str, seed: int) -> Job:
     """A text's words in another order: equal texts would be computed once."""
     words = text.split()
     random.Random(seed).shuffle(words)
-    return pipeline.prepare(Request(BASE, {"text": " ".join(words)}))
+    return _job(pipeline, " ".join(words))
+
+
+def _job(pipeline: DeltaSet, text: str) -> Job:
+    """For the bare encoder, which need not be one that calls may ask."""
+    job = Job(Request("warm-up", {"text": text}), pipeline.base)
+    pipeline.tokenise(job)
+    return job
 
 
 def _timed(pipeline: DeltaSet, jobs: list[Job], clock: Callable[[], float]) -> float:
@@ -108,8 +115,7 @@ def warm_up(pipeline: DeltaSet, times: BatchTimes, known: Sequence[Sample] = ())
     takes one that is ``known``. Returns the ladder, by which ``times`` begin.
     """
     for count in (1, 4):
-        requests = [Request(BASE, {"text": f"{text} {number}"}) for text in WARM_UP for number in range(count)]
-        pipeline.run([pipeline.prepare(request) for request in requests])
+        pipeline.run([_job(pipeline, f"{text} {number}") for text in WARM_UP for number in range(count)])
     ladder = list(known) or climb(pipeline, times.cap, times.most)
     times.start(ladder)
     log.info(

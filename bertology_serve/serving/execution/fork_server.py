@@ -202,7 +202,8 @@ def outline_of(encoder: Encoder) -> dict[str, object]:
         "depth": encoder.depth,
         "max_tokens": encoder.max_tokens,
         "is_pruned": encoder.is_pruned,
-        "prompts": encoder.prompts,
+        "base_task": asdict(encoder.base_task),
+        "refusal": encoder.refusal,
         "packing": encoder.packing,
     }
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bertology_serve.deltas.delta import BaseRef, Delta
+from bertology_serve.deltas.safe_io import build
 from bertology_serve.encoder.bank import PROMPT, BankEntry
 from bertology_serve.encoder.delta_set import DeltaSet, LoadedDelta
 from bertology_serve.encoder.loading import load_tokenizer, locate
@@ -32,7 +33,7 @@ from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.versions.cards import ServedDelta, from_record
 from bertology_serve.tasks.heads import Head
 from bertology_serve.tasks.registry import task_for
-from bertology_serve.tasks.spec import Encoding
+from bertology_serve.tasks.spec import Encoding, TaskSpec
 
 log = logging.getLogger(__name__)
 LOAD_SECONDS = 30.0  # for which a delta to be loaded waits for an executor
@@ -48,7 +49,7 @@ class Outline:
         self.ref, self.hidden, self.depth = BaseRef(**known["ref"]), int(known["hidden"]), int(known["depth"])
         self.max_tokens, self.is_pruned = int(known["max_tokens"]), bool(known["is_pruned"])
         self.packing = str(known["packing"])
-        self.prompts = tuple((str(name), str(text)) for name, text in known["prompts"])
+        self.base_task, self.refusal = build(TaskSpec, known["base_task"], "the outline"), str(known["refusal"])
         self.lock = threading.RLock() if parallel == 1 else threading.Semaphore(parallel)
 
     def check_length(self, tokens: int) -> None:

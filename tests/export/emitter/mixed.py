@@ -33,7 +33,7 @@ class Both:
         self.encoder, self.feed = encoder, Feed(encoder.anatomy)
         self.bank = DeltaBank(encoder.anatomy, encoder.dtype, encoder.device)
         self.entries: dict[str, BankEntry] = {"bare": BARE}
-        self.parts = ExportInputs.of(encoder, bare("bare", encoder.ref, 32), False)
+        self.parts = ExportInputs.of(encoder, bare("bare", encoder.ref, encoder.base_task), False)
         model = onnx_ir.to_proto(emit_hidden(self.parts, opset, precision))
         onnx.checker.check_model(model, full_check=opset < 23)
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

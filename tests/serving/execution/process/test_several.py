@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def two(remote: Remote, encoder, deltas: Path) -> Iterator[Registry]:
     nursery = remote.supervisors[0]._nursery
     outline, patch = remote.encoder, pytest.MonkeyPatch()
     told = {name: getattr(outline, name) for name in ("hidden", "depth", "max_tokens", "is_pruned", "packing")}
-    told |= {"ref": vars(outline.ref), "prompts": outline.prompts}
+    told |= {"ref": vars(outline.ref), "base_task": asdict(outline.base_task), "refusal": ""}
     patch.setattr(nursery, "outline", lambda: told)  # which it says once
     core = min(os.sched_getaffinity(0))
     made = Remote(nursery, encoder.name, [WorkerPlace("cpu", 1, (core,)), WorkerPlace("cpu", 1)])
