@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from bertology_serve.errors import Unsupported
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.http.bodies import JSON_LENGTH, PRIORITY, REQUEST_ID, TIMEOUT
+from bertology_serve.serving.http.bodies import JSON_LENGTH, PRIORITY, REQUEST_ID, TIMEOUT, TRUNCATED
 from bertology_serve.serving.http.connection import limited
 from bertology_serve.serving.http.gate import Gate
 from bertology_serve.serving.http.listening import DrainingServer
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 SLOTS = 10_000  # deltas that fit, as far as routers are told: memory is the bound
 # What web pages may send and read beyond what browsers always allow
 SENT_HEADERS = ("Authorization", "X-API-Key", "Content-Type", REQUEST_ID, TIMEOUT, PRIORITY, JSON_LENGTH, "traceparent")
-TOLD_HEADERS = (REQUEST_ID, "Retry-After", JSON_LENGTH)
+TOLD_HEADERS = (REQUEST_ID, TRUNCATED, "Retry-After", JSON_LENGTH)
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 KEEP_ALIVE = 75  # seconds: longer than load balancers keep an idle connection, so that it is they who end it
 
