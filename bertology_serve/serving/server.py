@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from bertology_serve.errors import Unsupported
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.http.bodies import JSON_LENGTH, PRIORITY, REQUEST_ID, TIMEOUT, TRUNCATED
+from bertology_serve.serving.http.bodies import JSON_LENGTH, PRIORITY, REQUEST_ID, TIMEOUT, TRUNCATED, Compression
 from bertology_serve.serving.http.connection import limited
 from bertology_serve.serving.http.gate import Gate
 from bertology_serve.serving.http.listening import DrainingServer
@@ -78,7 +77,7 @@ def make_app(service: Service, keyring: Keyring, rpc: GrpcServer | None = None) 
         """The gate, and around it what was switched on. Browsers ask before they send keys, so CORS comes first."""
         app = Gate(app, keyring, metrics, config.limits.max_header_bytes, config.logging.log_calls)
         if config.listen.gzip_bytes:
-            app = GZipMiddleware(app, minimum_size=config.listen.gzip_bytes, compresslevel=1)
+            app = Compression(app, config.listen.gzip_bytes)
         if config.listen.cors_origin:
             app = CORSMiddleware(
                 app, config.listen.cors_origin, ("GET", "POST"), SENT_HEADERS, expose_headers=TOLD_HEADERS
