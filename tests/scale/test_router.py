@@ -422,6 +422,19 @@ def test_without_a_key_a_replica_that_could_not_follow_stays_without_calls(fleet
         assert {one.json()["version"] for one in asked} == {"1"}
 
 
+def test_its_own_answers_have_an_id_as_those_of_a_server_have(servers):
+    own = (("GET", "/health"), ("GET", "/metrics"), ("POST", "/v2/repository/state"), ("POST", "/predict"))
+    with routing(addresses(servers), max_body_bytes=1000) as routed:
+        wait(lambda: len(routed.ready) == 2)
+        for method, path in own:
+            body = None if method == "GET" else b"{" if "state" in path else bytes(2000)
+            for given, kept in (("call-7", True), ("a b<", False), ("", False), ("x" * 129, False)):
+                headers = {"X-Request-Id": given} if given else {}
+                answer = routed.client.request(method, path, content=body, headers=headers)
+                (found,) = answer.headers.get_list("x-request-id")
+                assert found == given if kept else re.fullmatch("[0-9a-f]{32}", found), (path, answer.status_code)
+
+
 def test_metrics_need_the_key_of_the_router_where_there_is_one(servers):
     with routing(addresses(servers), ADMIN) as routed:
         refused = routed.client.get("/metrics", headers={"X-Request-Id": "call-7"})

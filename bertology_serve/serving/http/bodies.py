@@ -26,10 +26,9 @@ from bertology_serve.serving.keys import Access
 
 BINARY = "application/octet-stream"
 JSON_LENGTH = "Inference-Header-Content-Length"
-TIMEOUT, PRIORITY, REQUEST_ID = "X-Request-Timeout-Ms", "X-Request-Priority", "X-Request-Id"
+TIMEOUT, PRIORITY = "X-Request-Timeout-Ms", "X-Request-Priority"
 TRUNCATED = "X-Truncated"
-REQUEST_ID_FIELD = REQUEST_ID.lower().encode()
-ACCESS, NAMED = "bertology.access", "bertology.request_id"  # in the scope: who calls; the id of the call
+ACCESS = "bertology.access"  # in the scope: who calls
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits
 _PIECE = 4096  # bytes that are decompressed at once, and at most without a thread for it
 MOST_MEMBERS = 1024  # of one gzip body
@@ -107,18 +106,6 @@ def _number(request: Request, name: str, digits: int, expected: str, least: int 
     if not value.isdigit() or len(value) > digits or int(value) < least:
         raise DataError(f"header {name} is {value[:40].decode('latin-1')!r}; expected {expected}")
     return int(value)
-
-
-def named(response: Response, scope: Scope) -> Response:
-    """The response with the id of its call."""
-    response.raw_headers.append((REQUEST_ID_FIELD, scope[NAMED]))
-    return response
-
-
-def request_id_of(scope: Scope) -> str:
-    """The id of a call. For what lies behind the gate."""
-    found: bytes = scope[NAMED]
-    return found.decode("ascii")
 
 
 def access_of(scope: Scope) -> Access:
