@@ -11,7 +11,7 @@ from collections import Counter as Tally
 import msgspec
 
 CHARACTERS, OWN_TOKENS = 4, 16  # bytes of a body for a token, about; tokens of a call without a text
-SERVED_BY, REQUEST_ID = b"x-served-by", b"x-request-id"
+SERVED_BY = b"x-served-by"
 STATE = "/v2/repository/state"
 CHANGE = re.compile(r"/v2/repository/models/([^/]+)/(load|unload|rollback)")
 """Paths of calls that change what is served, and go to every replica."""

@@ -35,11 +35,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from bertology_serve.errors import BertologyError, Crashed, LimitError, SpecError
 from bertology_serve.files import JsonMapping, JsonObject, replacing
-from bertology_serve.scale.calls import CHANGE, REQUEST_ID, SERVED_BY, STATE, delta_of, tokens_of
+from bertology_serve.scale.calls import CHANGE, SERVED_BY, STATE, delta_of, tokens_of
 from bertology_serve.scale.placement import Placement, ReplicaState
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.http.connection import WHOLE
 from bertology_serve.serving.http.errors import problem_response
+from bertology_serve.serving.http.request_id import REQUEST_ID_FIELD
 from bertology_serve.serving.observability.logs import place_of
 from bertology_serve.serving.serve import serve as serve_here
 from bertology_serve.serving.server import Application, Server
@@ -114,7 +115,7 @@ class RayEngine:
             said.append(message)
 
         await self._app({"type": "http", WHOLE: True, **call.head}, receive, send)
-        headers = [one for one in said[0]["headers"] if one[0] != REQUEST_ID]  # Ray gives it too
+        headers = [one for one in said[0]["headers"] if one[0] != REQUEST_ID_FIELD]  # Ray gives it too
         body = b"".join(message.get("body", b"") for message in said[1:])
         return RayAnswer(said[0]["status"], [*headers, (SERVED_BY, self._name.encode())], body, self._name)
 

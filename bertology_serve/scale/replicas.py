@@ -153,7 +153,8 @@ class Replicas:
             if not watch.joined or (state.stale and now - watch.retried >= RETRY_SECONDS):
                 watch.retried = now
                 async with self._changing:
-                    state.stale = await self._tell(state, self.desired)
+                    wanted = self.desired.only(state.stale) if watch.joined else self.desired
+                    state.stale = await self._tell(state, wanted)
                 watch.joined = True
             if now - watch.scraped >= SCRAPE_SECONDS:
                 watch.scraped = now

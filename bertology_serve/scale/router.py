@@ -38,7 +38,7 @@ from bertology_serve.errors import (
     Unauthorized,
     Unsupported,
 )
-from bertology_serve.scale.calls import CHANGE, REQUEST_ID, SERVED_BY, STATE, delta_of, tokens_of
+from bertology_serve.scale.calls import CHANGE, SERVED_BY, STATE, delta_of, tokens_of
 from bertology_serve.scale.config import RouterConfig
 from bertology_serve.scale.placement import Placement, ReplicaState
 from bertology_serve.scale.replicas import Replicas, Reply
@@ -46,6 +46,7 @@ from bertology_serve.scale.router_metrics import RouterMetrics
 from bertology_serve.serving.http.connection import CONNECTION, WHOLE, limited
 from bertology_serve.serving.http.errors import json_response, problem_response
 from bertology_serve.serving.http.listening import DrainingServer, bind, url_of
+from bertology_serve.serving.http.request_id import NAMED, REQUEST_ID, id_in, named, request_id_of
 from bertology_serve.serving.observability import logs
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.observability.logs import place_of
@@ -151,6 +152,7 @@ class Router:
             await self._live(receive, send)
             return
         path: str = scope["path"]
+        scope[NAMED] = id_in(scope["headers"])
         own = self._own.get((scope["method"], path))
         try:
             if own is not None:
@@ -165,11 +167,10 @@ class Router:
         except CutOff:
             raise
         except Exception as problem:
-            log.error("%s %s raised %s", scope["method"], path, place_of(problem))
+            log.error("%s %s raised %s (request %s)", scope["method"], path, place_of(problem), request_id_of(scope))
             response = problem_response(problem, path)
         self.metrics.call("", response.status_code)
-        response.raw_headers += [(name, value[:128]) for name, value in scope["headers"] if name == REQUEST_ID]
-        await response(scope, receive, send)
+        await named(response, scope)(scope, receive, send)
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -301,8 +302,8 @@ class Router:
         headers = {
             name.decode(): value.decode("latin-1")
             for name, value in scope["headers"]
-            if name in (b"authorization", b"x-api-key", b"x-request-id")
-        }
+            if name in (b"authorization", b"x-api-key")
+        } | {REQUEST_ID: request_id_of(scope)}
         if found := CHANGE.fullmatch(scope["path"]):
             name, what = found[1], found[2]
             how: Callable[..., Awaitable[Reply]] = getattr(self.replicas, what)

@@ -28,7 +28,7 @@ from bertology_serve.errors import (
 from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.batching.scheduler import CallContext
 from bertology_serve.serving.http.errors import headers_of, message_of
-from bertology_serve.serving.http.gate import id_of
+from bertology_serve.serving.http.request_id import id_of
 from bertology_serve.serving.keys import EVERYONE, Access, Keyring
 from bertology_serve.serving.observability.logs import place_of
 from bertology_serve.serving.protocol import oip, oip_model
@@ -224,8 +224,6 @@ def parameters_of(given: JsonMapping) -> JsonObject:
 def read_infer(asked: Message) -> tuple[InferRequest, list[bytes | None]]:
     """A ``ModelInferRequest`` and its tensors' bytes, ``None`` for those whose contents are typed. DataError."""
     raw = list(asked.raw_input_contents)
-    if raw and len(raw) != len(asked.inputs):
-        raise DataError(f"raw_input_contents has {len(raw)} entries for {len(asked.inputs)} inputs; expected as many")
     inputs = [
         InputTensor(
             tensor.name, list(tensor.shape), tensor.datatype, parameters_of(tensor.parameters),
@@ -233,6 +231,8 @@ def read_infer(asked: Message) -> tuple[InferRequest, list[bytes | None]]:
         )
         for tensor in asked.inputs
     ]  # fmt: skip
+    if raw and len(raw) != len(asked.inputs):
+        raise DataError(f"raw_input_contents has {len(raw)} entries for {len(asked.inputs)} inputs; expected as many")
     outputs = [AskedOutput(output.name, parameters_of(output.parameters)) for output in asked.outputs]
     request = InferRequest(inputs, asked.id or None, parameters_of(asked.parameters), outputs or None)
     return request, list(raw) if raw else [None] * len(inputs)

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from bertology_serve.errors import Unsupported
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.http.bodies import JSON_LENGTH, PRIORITY, REQUEST_ID, TIMEOUT
+from bertology_serve.serving.http.bodies import JSON_LENGTH, PRIORITY, TIMEOUT, TRUNCATED, Compression
 from bertology_serve.serving.http.connection import limited
 from bertology_serve.serving.http.gate import Gate
 from bertology_serve.serving.http.listening import DrainingServer
+from bertology_serve.serving.http.request_id import REQUEST_ID
 from bertology_serve.serving.http.routes import Routes
 from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.observability.background import Background
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 SLOTS = 10_000  # deltas that fit, as far as routers are told: memory is the bound
 # What web pages may send and read beyond what browsers always allow
 SENT_HEADERS = ("Authorization", "X-API-Key", "Content-Type", REQUEST_ID, TIMEOUT, PRIORITY, JSON_LENGTH, "traceparent")
-TOLD_HEADERS = (REQUEST_ID, "Retry-After", JSON_LENGTH)
+TOLD_HEADERS = (REQUEST_ID, TRUNCATED, "Retry-After", JSON_LENGTH)
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 KEEP_ALIVE = 75  # seconds: longer than load balancers keep an idle connection, so that it is they who end it
 
@@ -78,7 +78,7 @@ def make_app(service: Service, keyring: Keyring, rpc: GrpcServer | None = None) 
         """The gate, and around it what was switched on. Browsers ask before they send keys, so CORS comes first."""
         app = Gate(app, keyring, metrics, config.limits.max_header_bytes, config.logging.log_calls)
         if config.listen.gzip_bytes:
-            app = GZipMiddleware(app, minimum_size=config.listen.gzip_bytes, compresslevel=1)
+            app = Compression(app, config.listen.gzip_bytes)
         if config.listen.cors_origin:
             app = CORSMiddleware(
                 app, config.listen.cors_origin, ("GET", "POST"), SENT_HEADERS, expose_headers=TOLD_HEADERS

@@ -392,16 +392,19 @@ def test_a_replica_that_cannot_follow_gets_no_calls_for_that_delta(fleet, versio
         routed.client.headers["X-API-Key"] = ADMIN
         first, *_, last = routed.router.placement.in_order("mood")
         broken = next(one for one in fleet if one.url.rstrip("/") == first.name)
-        put = broken.server.service.registry.put
+        put, grade = broken.server.service.registry.put, "/v2/repository/models/grade/"
+        assert routed.client.post(grade + "load").status_code == 200
         monkeypatch.setattr(broken.server.service.registry, "put", lambda *_: (_ for _ in ()).throw(NotFound("gone")))
         reply = routed.client.post("/v2/repository/models/mood/load", json={"parameters": {"version": "1"}})
         assert reply.json()["version"] == "1"
         assert first.name in reply.json()["reason"]
         asked = [routed.client.post("/predict", json=ITEM) for _ in range(3)]
         assert {(one.json()["version"], one.headers["x-served-by"]) for one in asked} == {("1", last.name)}
+        assert broken.client.post(grade + "unload", headers={"X-API-Key": ADMIN}).status_code == 200
         monkeypatch.setattr(broken.server.service.registry, "put", put)
         wait(lambda: not first.stale)
         assert version_at(broken) == "1"
+        assert broken.post("/predict", ITEM | {"delta": "grade"}).status_code == 404, "what is there by hand stays so"
 
 
 def test_without_a_key_a_replica_that_could_not_follow_stays_without_calls(fleet, monkeypatch):
@@ -417,6 +420,19 @@ def test_without_a_key_a_replica_that_could_not_follow_stays_without_calls(fleet
         assert first.stale == {"mood"}
         asked = [routed.client.post("/predict", json=ITEM, headers={"X-API-Key": USER}) for _ in range(3)]
         assert {one.json()["version"] for one in asked} == {"1"}
+
+
+def test_its_own_answers_have_an_id_as_those_of_a_server_have(servers):
+    own = (("GET", "/health"), ("GET", "/metrics"), ("POST", "/v2/repository/state"), ("POST", "/predict"))
+    with routing(addresses(servers), max_body_bytes=1000) as routed:
+        wait(lambda: len(routed.ready) == 2)
+        for method, path in own:
+            body = None if method == "GET" else b"{" if "state" in path else bytes(2000)
+            for given, kept in (("call-7", True), ("a b<", False), ("", False), ("x" * 129, False)):
+                headers = {"X-Request-Id": given} if given else {}
+                answer = routed.client.request(method, path, content=body, headers=headers)
+                (found,) = answer.headers.get_list("x-request-id")
+                assert found == given if kept else re.fullmatch("[0-9a-f]{32}", found), (path, answer.status_code)
 
 
 def test_metrics_need_the_key_of_the_router_where_there_is_one(servers):

@@ -228,6 +228,8 @@ class WorkQueue:
                 batch = self._scheduler.pick(self._clock())
                 if batch:
                     self._running[taker] = len(batch)
+                    if self.items:  # what one call put in may be enough for another taker
+                        self._changed.notify()
                     return batch
                 if self._closed:
                     return []

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
+from starlette.datastructures import Headers
+from starlette.middleware.gzip import GZipResponder, IdentityResponder
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bertology_serve.encoder.delta_set import Prediction
 from bertology_serve.errors import DataError, LimitError, SlowBody
@@ -23,13 +26,14 @@ from bertology_serve.serving.keys import Access
 
 BINARY = "application/octet-stream"
 JSON_LENGTH = "Inference-Header-Content-Length"
-TIMEOUT, PRIORITY, REQUEST_ID = "X-Request-Timeout-Ms", "X-Request-Priority", "X-Request-Id"
+TIMEOUT, PRIORITY = "X-Request-Timeout-Ms", "X-Request-Priority"
 TRUNCATED = "X-Truncated"
-REQUEST_ID_FIELD = REQUEST_ID.lower().encode()
-ACCESS, NAMED = "bertology.access", "bertology.request_id"  # in the scope: who calls; the id of the call
+ACCESS = "bertology.access"  # in the scope: who calls
 _WINDOW = {"gzip": 31, "deflate": 15}  # zlib's wbits
 _PIECE = 4096  # bytes that are decompressed at once, and at most without a thread for it
 MOST_MEMBERS = 1024  # of one gzip body
+LEVEL = 1  # zlib's for answers: the quickest
+_WEIGHT = re.compile(r"\s*q=([01](?:\.\d{0,3})?)\s*")
 
 
 def answer_response(
@@ -104,18 +108,6 @@ def _number(request: Request, name: str, digits: int, expected: str, least: int 
     return int(value)
 
 
-def named(response: Response, scope: Scope) -> Response:
-    """The response with the id of its call."""
-    response.raw_headers.append((REQUEST_ID_FIELD, scope[NAMED]))
-    return response
-
-
-def request_id_of(scope: Scope) -> str:
-    """The id of a call. For what lies behind the gate."""
-    found: bytes = scope[NAMED]
-    return found.decode("ascii")
-
-
 def access_of(scope: Scope) -> Access:
     """Who calls. For routes behind the gate that are not public."""
     access: Access = scope[ACCESS]
@@ -174,3 +166,32 @@ def _decompressed(body: bytes, encoding: str, most: int) -> bytes:
 
 def _too_large(most: int) -> LimitError:
     return LimitError(f"the body is larger than {most} bytes; send less in one call")
+
+
+class Compression:
+    """ASGI middleware: answers of at least so many bytes are compressed. All of those say that they vary.
+
+    Starlette's own looks for the word ``gzip`` alone, which stands in ``gzip;q=0`` too.
+    """
+
+    def __init__(self, app: ASGIApp, least: int) -> None:
+        self._app, self._least = app, least
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif takes_gzip(",".join(Headers(scope=scope).getlist("accept-encoding"))):
+            await GZipResponder(self._app, self._least, LEVEL)(scope, receive, send)
+        else:
+            await IdentityResponder(self._app, self._least)(scope, receive, send)
+
+
+def takes_gzip(accepted: str) -> bool:
+    """Whether an Accept-Encoding takes gzip, no less than plain bytes (RFC 9110, 12.5.3)."""
+    weights: dict[str, float] = {}
+    for part in accepted.lower().split(","):
+        coding, parameter, weight = part.partition(";")
+        found = _WEIGHT.fullmatch(weight)
+        weights[coding.strip()] = 1.0 if not parameter else float(found[1]) if found else 0.0
+    gzip = weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0)))
+    return gzip > 0 and gzip >= weights.get("identity", 0.0)

@@ -30,6 +30,7 @@ from urllib.parse import unquote
 import httptools
 
 from bertology_serve.files import JsonObject
+from bertology_serve.serving.http.request_id import REQUEST_ID_FIELD, id_in
 from bertology_serve.serving.observability.logs import place_of
 
 log = logging.getLogger(__name__)
@@ -64,11 +65,11 @@ class Refused(Exception):
         super().__init__(message)
         self.status, self.message = status, message
 
-    def answer(self) -> bytes:
-        """The whole answer."""
+    def answer(self, headers: Headers) -> bytes:
+        """The whole answer; ``headers`` are those that every answer has."""
         body = b'{"error":"%s"}' % self.message.encode()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        return STATUS[self.status] + head + body
+        return STATUS[self.status] + b"".join(b"%s: %s\r\n" % one for one in headers) + head + body
 
 
 class Crowd:
@@ -359,7 +360,7 @@ class Connection(asyncio.Protocol):
         call = self._incoming
         if call is None or self._parser.should_upgrade():  # what looks like the end goes on, see _ignore_upgrade
             return
-        self._incoming, call.whole = None, True
+        self._incoming, self._headers, call.whole = None, [], True
         call.scope[WHOLE] = True
         call.news.set()
         if call is self._call:
@@ -458,7 +459,7 @@ class Connection(asyncio.Protocol):
             log.error("%s %s raised %s", call.method, call.scope["path"], place_of(problem))
         if not call.answered and not self.lost:  # the application has failed
             if not call.started:
-                self.say(Refused(500, "the server failed on this call; the fault is in its log").answer())
+                self._tell(Refused(500, "the server failed on this call; the fault is in its log"), call.headers)
             self._close()
 
     def has_answered(self, call: HttpCall) -> None:
@@ -484,12 +485,13 @@ class Connection(asyncio.Protocol):
         """The next call that has come, the rest of it, or the wait for it."""
         if self._waiting:
             call = self._waiting.popleft()
+            asked = self._headers if isinstance(call, Refused) else call.headers
             try:
                 if isinstance(call, Refused):
                     raise call
                 self._begin(call)
             except Refused as refused:
-                self.say(refused.answer())
+                self._tell(refused, asked)
                 self._close()
             return
         self._enter(ConnectionState.HEAD, self.max_seconds) if self._in_head else self._enter(
@@ -523,6 +525,10 @@ class Connection(asyncio.Protocol):
         """Writes, unless nobody is there."""
         if data and not self.lost and not self.transport.is_closing():
             self.transport.write(data)
+
+    def _tell(self, refused: Refused, asked: Headers) -> None:
+        """Answers a call with those headers, as far as they have come."""
+        self.say(refused.answer([*self.state.default_headers, (REQUEST_ID_FIELD, id_in(asked))]))
 
     async def drained(self) -> None:
         """Waits until most of what was written has gone."""

@@ -5,8 +5,6 @@ not exist too.
 from __future__ import annotations
 
 import logging
-import random
-import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,17 +15,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertology_serve.errors import BertologyError
-from bertology_serve.serving.http.bodies import ACCESS, NAMED, REQUEST_ID_FIELD, named, request_id_of
+from bertology_serve.serving.http.bodies import ACCESS
 from bertology_serve.serving.http.connection import CONNECTION
 from bertology_serve.serving.http.errors import error_response, problem_response
+from bertology_serve.serving.http.request_id import NAMED, REQUEST_ID_FIELD, id_of, named, request_id_of
 from bertology_serve.serving.keys import Access, Keyring
 from bertology_serve.serving.observability import logs
 from bertology_serve.serving.observability.metrics import Metrics
 from bertology_serve.serving.service import ClientGone
 
 log = logging.getLogger(__name__)
-_SANE = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
-_IDS = random.Random()  # of its own: whoever seeds the module's does not mean ids
 PUBLIC = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
 CLIENT_GONE = 499  # nobody reads it; it tells the metrics
 
@@ -150,8 +147,3 @@ def _noting(scope: Scope, send: Send) -> Send:
         await send(message)
 
     return noting
-
-
-def id_of(given: bytes) -> bytes:
-    """The id of a call: the caller's own where that is sane, else one that is made."""
-    return given if _SANE.fullmatch(given) else b"%032x" % _IDS.getrandbits(128)

@@ -29,7 +29,14 @@ from bertology_serve.serving.protocol.oip_model import (
     outputs_of,
     record_of,
 )
-from bertology_serve.serving.protocol.tensors import InputTensor, OutputTensor, Parameters, read_texts, split
+from bertology_serve.serving.protocol.tensors import (
+    InputTensor,
+    OutputTensor,
+    Parameters,
+    check_parameters,
+    read_texts,
+    split,
+)
 from bertology_serve.tasks.fields import BY_KIND
 from bertology_serve.tasks.spec import EMBEDDING, SPARSE, VECTOR_KINDS
 
@@ -41,10 +48,13 @@ Find = Callable[[str], Delta]
 
 
 class AskedOutput(msgspec.Struct):
-    """One output that the caller wants."""
+    """One output that the caller wants. Raises what ``check_parameters`` does."""
 
     name: str
     parameters: Parameters | None = None
+
+    def __post_init__(self) -> None:
+        check_parameters(f"output {self.name[:80]!r}", self.parameters)
 
 
 class InferRequest(msgspec.Struct):

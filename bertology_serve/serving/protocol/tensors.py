@@ -15,22 +15,39 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from bertology_serve.errors import DataError, LimitError
+from bertology_serve.errors import DataError, LimitError, Unsupported
 from bertology_serve.files import JsonObject
 from bertology_serve.serving.protocol.json_codec import MOST_VALUES, shown
 
 Parameters = JsonObject
+NOT_OFFERED = {
+    "classification": "ask for the outputs label and scores",
+    "shared_memory_region": "no shared memory is offered; send and take data in the call",
+}
+"""Parameters of a tensor that Triton takes and this server refuses, and what to do instead."""
 _NUMPY = {"FP32": "<f4", "INT64": "<i8"}
 
 
+def check_parameters(where: str, parameters: Parameters | None) -> None:
+    """Unsupported for a tensor's parameter that would not be honoured."""
+    for name, advice in NOT_OFFERED.items():
+        if (parameters or {}).get(name) not in (None, False):
+            raise Unsupported(f"{where}: parameter {name!r} is not supported; {advice}")
+
+
 class InputTensor(msgspec.Struct):
-    """One tensor of a request; ``data`` is missing where the binary part holds it."""
+    """One tensor of a request; ``data`` is missing where the binary part holds it. Raises what ``check_parameters``
+    does.
+    """
 
     name: str
     shape: list[int]
     datatype: str
     parameters: Parameters | None = None
     data: list[Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_parameters(f"input {self.name[:80]!r}", self.parameters)
 
 
 @dataclass(frozen=True)

@@ -200,15 +200,17 @@ class Registry:
 
         Raises NotFound, whose message names only deltas that are ``visible`` to the caller.
         """
-        delta = (
-            self.pipeline.resident(name, version or "") or self.pipeline.resident(name) or self.tiers.cards.get(name)
-        )
+        delta = self.pipeline.resident(name, version or "") or self.answering(name)
         if delta is None:
             known = [other for other in {**self.pipeline.deltas, **self.tiers.cards} if visible(other)]
             raise NotFound(f"no delta {name[:80]!r}; {nearest(name, known)}; GET /models lists them")
         if version is not None and version != delta.version:
             raise NotFound(f"delta {name!r} has no version {version[:80]!r} here; it answers with {delta.version!r}")
         return delta
+
+    def answering(self, name: str) -> Delta | None:
+        """The version that answers where a call names none; of one on disk only what it says."""
+        return self.pipeline.resident(name) or self.tiers.cards.get(name)
 
     def resident(self) -> list[str]:
         """The deltas that answer at once, without the bare base."""

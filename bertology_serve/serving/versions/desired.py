@@ -7,6 +7,7 @@ them alone, ``unload`` takes them away."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -74,6 +75,11 @@ class Desired:
 
     deltas: dict[str, Wish] = field(default_factory=dict)
     others: Literal["keep", "unload"] = "keep"
+
+    def only(self, names: Collection[str]) -> Desired:
+        """What it says of these deltas, and nothing of others."""
+        unnamed = dict.fromkeys(names, Wish(loaded=False)) if self.others == "unload" else {}
+        return Desired({name: wish for name, wish in (unnamed | self.deltas).items() if name in names})
 
 
 def read_desired(path: Path) -> Desired:

@@ -44,9 +44,11 @@ class Lifecycle:
     async def load(self, name: str, version: str | None = None) -> Delta:
         """Makes a version answer; the newest where none is named. Raises what is wrong with it, and nothing changes."""
         async with self._lock(name):
+            before = self.registry.answering(name)
             with self._telling(name, LOADING):
                 delta = await self._run(lambda: self.registry.put(name, version))
-        log.info("delta %s: version %s answers", delta.name, delta.version)
+        if before is None or before.version != delta.version:
+            log.info("delta %s: version %s answers", delta.name, delta.version)
         return delta
 
     async def split(self, name: str, split: Split) -> None:

@@ -22,7 +22,7 @@ FILE = "the desired state"
 
 class Reconciler:
     """Makes deltas what is wanted of them: by ``apply``, and with ``path`` by a file that is looked at every so many
-    ``seconds``. What cannot be had is told; from a file it is tried again. The rest is done.
+    ``seconds``. The rest is done where something cannot be had. That is told, and from a file it alone is tried again.
 
     Exports that the server was started with stay, whatever is said of ``others``.
     """
@@ -30,6 +30,7 @@ class Reconciler:
     def __init__(self, path: Path | None, lifecycle: Lifecycle, queue: WorkQueue, seconds: float = 0.0) -> None:
         self._path, self._lifecycle, self._queue, self._seconds = path, lifecycle, queue, seconds
         self._seen: object = None
+        self._left = Desired()  # what the file says and is not so yet
         self._told = OnceLogger(log)
 
     async def run(self) -> None:
@@ -39,25 +40,26 @@ class Reconciler:
             await self.look()
 
     async def look(self) -> None:
-        """Acts where the file is new, or something failed when it was."""
+        """Does what the file says where it is new, and else only what failed so far."""
         assert self._path is not None, "without a file there is nothing to look at"
         try:
             found = os.stat(self._path)
             changed = found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
-            if changed == self._seen:
+            if changed != self._seen:
+                self._left, self._seen = await asyncio.to_thread(read_desired, self._path), changed
+            elif not self._left.deltas:
                 return
-            desired = await asyncio.to_thread(read_desired, self._path)
         except BertologyError as problem:
             self._told.say(FILE, str(problem))
             return
         except OSError as problem:
             self._told.say(FILE, f"cannot read {self._path}: {problem.strerror}; what was wanted before holds")
             return
-        failed = await self.apply(desired)
+        failed = await self.apply(self._left)
         for name, reason in failed.items():
             self._told.say(name, reason)
         self._told.keep(set(failed))
-        self._seen = None if failed else changed
+        self._left = self._left.only(failed)
 
     async def apply(self, desired: Desired) -> dict[str, str]:
         """Why which deltas are not as they should be; empty where all are."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from bertology_serve.errors import Overloaded, RateLimited
 from bertology_serve.serving.batching.queue import BatchTimes, WorkQueue
 from bertology_serve.serving.batching.scheduler import FairScheduler, ItemState
 from tests.serving.batching.test_scheduler import work
+from tests.serving.running import wait
 
 
 def queue(limit: int = 100, budget: int = 10, rate: float = 1e6, **options: Any) -> WorkQueue:
@@ -73,12 +75,12 @@ def test_a_delta_whose_queue_is_full_waits_for_an_eighth_and_others_do_not():
 
 
 def test_retry_after_is_between_a_second_and_a_minute():
-    for rate, wait in ((1e8, 1.0), (1e-8, 60.0)):
+    for rate, seconds in ((1e8, 1.0), (1e-8, 60.0)):
         made = queue(limit=10, rate=rate)
         made.put([work(8)])
         with pytest.raises(Overloaded) as refused:
             made.put([work(8)])
-        assert refused.value.retry_after == wait
+        assert refused.value.retry_after == seconds
 
 
 def test_dropping_makes_room_and_is_counted_once():
@@ -102,6 +104,18 @@ def test_take_waits_for_work():
     made.put([late])
     thread.join(120)
     assert found == [[late]]
+
+
+def test_one_call_of_several_batches_wakes_as_many_takers():
+    made, found = queue(budget=4), SimpleQueue()
+    for _ in range(3):
+        threading.Thread(target=lambda: found.put(made.take()), daemon=True).start()
+    wait(lambda: len(made._changed._waiters) == 3)
+    items = [work(4) for _ in range(3)]
+    made.put(items)
+    taken = [found.get(timeout=60) for _ in items]
+    assert sorted(id(one) for batch in taken for one in batch) == sorted(map(id, items))
+    assert [len(batch) for batch in taken] == [1, 1, 1]
 
 
 def test_a_closed_queue_hands_out_the_rest_and_takes_no_more():

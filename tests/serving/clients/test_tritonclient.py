@@ -85,6 +85,22 @@ def test_rows_of_several_deltas_in_one_request(client):
     assert list(mixed.as_numpy("delta")) == [b"mood", b"names"]
 
 
+def test_what_is_not_honoured_is_refused_by_name(client):
+    classes, region = triton.InferRequestedOutput("scores", class_count=1), triton.InferRequestedOutput("scores")
+    region.set_shared_memory("region", 12)
+    given = triton.InferInput("text", [1], "BYTES")
+    given.set_shared_memory("region", 12)
+    for inputs, outputs, name in (
+        ([tensor("text", TEXTS)], [classes], "output 'scores': parameter 'classification'"),
+        ([tensor("text", TEXTS)], [region], "output 'scores': parameter 'shared_memory_region'"),
+        ([given], None, "input 'text': parameter 'shared_memory_region'"),
+        ([given, tensor("text_pair", ["a"])], None, "input 'text': parameter 'shared_memory_region'"),
+    ):
+        with pytest.raises(InferenceServerException, match=f"{name} is not supported") as refused:
+            client.infer("mood", inputs, outputs=outputs, headers=dict(HEADERS))
+        assert refused.value.status() == "400"
+
+
 def test_statistics(client):
     before = client.get_inference_statistics("raw", headers=HEADERS)["model_stats"][0]
     infer(client, "raw", tensor("text", TEXTS))

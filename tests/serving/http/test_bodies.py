@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 
+from bertology_serve.serving.http.bodies import takes_gzip
 from bertology_serve.serving.protocol import json_codec
 from bertology_serve.serving.service import INLINE
 from bertology_serve.tasks import encoding
@@ -149,3 +150,38 @@ def test_big_answers_are_compressed_where_that_is_asked_for(server, pipeline):
         with triton.InferenceServerClient(small.url.removeprefix("http://").rstrip("/")) as client:
             vectors = client.infer("sense", [tensor], response_compression_algorithm="gzip").as_numpy("embedding")
         assert vectors[19] == pytest.approx(plain.json()[19]["embedding"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "taken"),
+    [
+        ("gzip", True),
+        ("br, GZIP ;q=0.5", True),
+        ("x-gzip", True),
+        ("*", True),
+        ("*;q=0, gzip", True),
+        ("gzip;q=0.001", True),
+        ("", False),
+        ("identity", False),
+        ("gzip;q=0", False),
+        ("gzip; q=0.000", False),
+        ("identity;q=1, gzip;q=0", False),
+        ("identity, gzip;q=0.5", False),
+        ("*, gzip;q=0", False),
+        ("gzip;q=x", False),
+        ("not-gzip", False),
+    ],
+)
+def test_whether_gzip_is_taken(accepted, taken):
+    assert takes_gzip(accepted) is taken
+
+
+def test_answers_are_compressed_for_callers_that_take_it(pipeline):
+    with running(pipeline, gzip_bytes=100) as server:
+        for accepted, encoding in (("gzip", "gzip"), ("gzip;q=0", None), ("identity;q=1, gzip;q=0", None)):
+            answer = server.client.get("/openapi.json", headers={"Accept-Encoding": accepted})
+            assert answer.headers.get("content-encoding") == encoding
+            assert answer.headers["vary"] == "Accept-Encoding"
+            assert answer.json()["openapi"]
+        small = server.client.get("/v2/health/live", headers={"Accept-Encoding": "gzip"})
+        assert small.headers.get("content-encoding") is None

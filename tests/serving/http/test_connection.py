@@ -115,6 +115,7 @@ async def house(app: Any = echo, most: int = 100, **bounds: Any) -> AsyncIterato
     """A server on a free port."""
     kind = limited(**{"max_head": 2000, "max_body": 65_536, "max_seconds": PATIENCE, "most": most, **bounds})
     state = ServerState()
+    state.default_headers = [(b"date", b"today")]
     config = SimpleNamespace(loaded_app=app)
     loop = asyncio.get_running_loop()
     listening = await loop.create_server(lambda: kind(config, state), "127.0.0.1", 0)
@@ -205,6 +206,28 @@ def test_a_refusal_waits_for_the_answers_before_it():
 def test_heads_that_are_taken_and_those_that_are_not(head, status):
     assert statuses(asked(head)) == [status]
     assert statuses(asked(HEAD + b"\r\n" + head)) == [200, status]
+
+
+REFUSED_HEADS = {
+    "two lengths": (b"POST /a HTTP/1.1\r\n%sHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n", 400),
+    "no path": (b"GET http://x HTTP/1.1\r\n%sHost: x\r\n\r\n", 400),
+    "too many fields": (b"GET /a HTTP/1.1\r\n%sHost: x\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431),
+    "too large": (b"GET /a HTTP/1.1\r\n%sHost: x\r\nA: " + b"b" * 20_000 + b"\r\n\r\n", 431),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_HEADS)
+def test_a_refusal_has_the_headers_of_every_answer_and_the_id_of_its_call(what):
+    head, status = REFUSED_HEADS[what]
+    before = HEAD + b"X-Request-Id: another\r\n\r\n"
+    for field, found in ((b"X-Request-Id: call-7\r\n", b"call-7"), (b"X-Request-Id: a b<\r\n", b"[0-9a-f]{32}")):
+        for sent in (head % field, before + head % field):
+            answer = asked(sent)[-1000:].rpartition(b"HTTP/1.1 ")[2]
+            assert answer.startswith(b"%d " % status)
+            assert re.search(b"\r\nx-request-id: " + found + b"\r\n", answer), answer
+            assert b"\r\ndate: today\r\n" in answer
+    junk = asked(before + b"\x16\x03\x01").rpartition(b"HTTP/1.1 ")[2]
+    assert re.search(b"\r\nx-request-id: [0-9a-f]{32}\r\n", junk), "what is no call has no id of another's"
 
 
 ENDLESS = {

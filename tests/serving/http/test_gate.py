@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ import pytest
 
 from bertology_serve.serving.http.gate import PUBLIC
 from bertology_serve.serving.keys import Key, Keyring, digest_of
+from bertology_serve.serving.server import TOLD_HEADERS
 from tests.serving.conftest import DELTAS
 from tests.serving.running import Running, running
 
@@ -296,6 +298,7 @@ def test_calls_are_logged_without_texts(pipeline, caplog):
 
 
 ORIGIN = "https://app.example"
+PROTOCOLS = Path(__file__).parents[3] / "docs" / "reference" / "protocols.md"
 
 
 def test_browsers_may_call_where_that_is_allowed_and_nowhere_else(server, pipeline):
@@ -313,10 +316,17 @@ def test_browsers_may_call_where_that_is_allowed_and_nowhere_else(server, pipeli
         assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, ORIGIN)
         told = opened.client.get("/v2", headers={"Origin": ORIGIN, "X-API-Key": "all-0123456789abcdef"})
         assert told.status_code == 200
-        assert "X-Request-Id" in told.headers["access-control-expose-headers"]
+        exposed = told.headers["access-control-expose-headers"].split(", ")
+        assert exposed == ["X-Request-Id", "X-Truncated", "Retry-After", "Inference-Header-Content-Length"]
         for headers in ({**asked, "Origin": "https://evil.example"}, {**asked, "Origin": f"{ORIGIN}.evil"}):
             assert "access-control-allow-origin" not in opened.client.options("/predict", headers=headers).headers
         assert opened.client.options("/predict").status_code == 401
+
+
+def test_pages_may_read_every_header_that_the_protocols_name():
+    named = set(re.findall(r"`(X-[A-Za-z-]+)`", PROTOCOLS.read_text()))
+    assert named == {"X-Request-Id", "X-Truncated"}
+    assert named < set(TOLD_HEADERS)
 
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}

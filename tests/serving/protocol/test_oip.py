@@ -171,6 +171,24 @@ def test_what_is_wrong_is_said(registry, body, message):
     assert message in str(problem.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("classification", "ask for the outputs label and scores"),
+        ("shared_memory_region", "no shared memory is offered"),
+    ],
+)
+def test_parameters_of_a_tensor_that_are_not_honoured_are_refused(registry, name, advice):
+    one, output = texts("text", "the cat"), {"name": "scores", "parameters": {name: 1}}
+    with pytest.raises(Unsupported, match=f"output 'scores': parameter '{name}' is not supported; {advice}"):
+        read(registry, "mood", {"inputs": [one], "outputs": [output]})
+    empty = {"name": "text", "shape": [1], "datatype": "BYTES", "parameters": {name: 1}}
+    with pytest.raises(Unsupported, match=f"input 'text': parameter '{name}' is not supported; {advice}"):
+        read(registry, "mood", {"inputs": [empty]})
+    output["parameters"] = {name: 0, "binary_data": False}
+    assert list(infer(registry, "mood", {"inputs": [one], "outputs": [output]})["outputs"]) == ["scores"]
+
+
 @pytest.mark.parametrize("name", ["redact", "patterns", "encoding_format", "pooling", "prompt_name", "multi_label"])
 def test_options_of_other_routes_are_refused(registry, name):
     """Nothing that was to be redacted goes back as it is."""

@@ -214,6 +214,13 @@ def test_the_file(state):
     assert wish.split == Split("3", 0.25, "1")
 
 
+def test_a_part_of_what_is_wanted():
+    wish = Wish("2")
+    both = {"mood": wish, "grade": Wish("1")}
+    assert Desired(both).only({"mood", "x"}) == Desired({"mood": wish})
+    assert Desired(both, "unload").only({"mood", "x"}) == Desired({"mood": wish, "x": Wish(loaded=False)})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
