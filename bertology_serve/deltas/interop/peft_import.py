@@ -60,8 +60,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 _WRAPPED = re.compile(r"\.(modules_to_save|base_layer|ln_tuning_layers)(\.default)?(?=\.)")
 _POOLER_LORA = re.compile(r"(.*\.)?pooler\.dense\.lora_[AB]\.weight")
 _LONGEST = 512
-
-
+_HEADLESS = f"train it again with its head in modules_to_save, or {MERGE}"
 NORMS_ALONE = "LN_TUNING"  # nothing but norms, which whoever has the base's weights takes out beforehand
 METHODS: dict[str, tuple[Kind[Any], PeftFormat[Any]]] = {
     kind.peft.method: (kind, kind.peft) for kind in KINDS.values() if not isinstance(kind.peft, str)
@@ -109,7 +108,8 @@ def import_peft(
         if not isinstance(task, TaskSpec):
             virtual = spec.length if isinstance(spec, Prompt | Prefix) else 0
             longest = max(3, min(_LONGEST, anatomy.max_tokens - virtual))
-            task = _task(config, head, anatomy.family, task, longest, options or {}) or embedding_task(
+            inside = bool(anatomy.prefix) and any(n.startswith(f"{MODEL_ROOT}{anatomy.prefix}.") for n in tensors)
+            task = _task(config, head, anatomy.family, task, longest, options or {}, inside) or embedding_task(
                 directory, longest, limits, root
             )
         if config.get("task_type") and drops_types(task, anatomy.family, options or {}):
@@ -248,12 +248,16 @@ def unwrapped(name: str) -> str:
 
 
 def _task(
-    config: JsonObject, head: Tensors, family: str, told: str | None, longest: int, options: JsonObject
-) -> TaskSpec | None:
-    """The task as far as peft records it; None for embeddings."""
+    config: JsonObject, head: Tensors, family: str, told: str | None, longest: int, options: JsonObject,
+    inside: bool,
+) -> TaskSpec | None:  # fmt: skip
+    """The task as far as peft records it; None for embeddings. ``inside``: the encoder is a part of a task model."""
     kind = told or {t: k for k, t in reversed(TASK_TYPES.items()) if t}.get(str(config.get("task_type")))
-    if kind is None and not config.get("task_type"):  # what peft's plain model answers shows in its head alone
-        kind = tasks.EMBEDDING if not head else tasks.QUESTION_ANSWERING if "qa_outputs.weight" in head else None
+    if kind is None and not config.get("task_type"):  # what peft's plain model answers shows in its names alone
+        whole = [name for name in head if ".lora_" not in name]
+        if inside and not whole:
+            raise FormatError(f"it adapts a task model, whose head it does not hold; {_HEADLESS}")
+        kind = tasks.EMBEDDING if not whole else tasks.QUESTION_ANSWERING if "qa_outputs.weight" in head else None
     if kind is None:
         got = str(config.get("task_type"))[:40]
         raise FormatError(f"task_type is {got!r}, which names no task of these; convert it with --task")
@@ -263,7 +267,7 @@ def _task(
         return TaskSpec(kind, max_length=longest, stride=min(128, longest // 4))
     outputs = next((len(head[n]) for n in ("classifier.out_proj.weight", "classifier.weight") if n in head), 0)
     if not outputs:
-        raise FormatError("the checkpoint holds no classifier; train it again with its head in modules_to_save")
+        raise FormatError(f"the checkpoint holds no classifier; {_HEADLESS}")
     kind = tasks.REGRESSION if kind == tasks.CLASSIFICATION and outputs == 1 else kind
     labels = (
         tuple(f"LABEL_{i}" for i in range(outputs)) if kind in (*tasks.LABEL_KINDS, tasks.TOKEN_CLASSIFICATION) else ()

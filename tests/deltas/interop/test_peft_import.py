@@ -28,6 +28,7 @@ AUTO = {
     "TOKEN_CLS": transformers.AutoModelForTokenClassification,
     "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
     "FEATURE_EXTRACTION": transformers.AutoModel,
+    None: transformers.AutoModelForSequenceClassification,
 }
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -144,6 +145,18 @@ def test_the_kind_of_the_task_may_be_given_where_peft_names_none(tmp_path: Path)
     assert (task.kind, task.token_types) == ("question-answering", True)  # peft's plain model hands them on
     path = edited(saved(tmp_path / "c", "bert", lora(task_type="FEATURE_EXTRACTION")), task_type=None)
     assert load(path, "bert").task.kind == "embedding"
+
+
+@pytest.mark.parametrize("targets", [["query"], "all-linear"])
+def test_a_plain_adapter_of_a_task_model_is_no_embedding(tmp_path: Path, targets: Any) -> None:
+    """peft answers with the head of the base, which neither the adapter nor the encoder has."""
+    path = saved(tmp_path / "a", "bert", lora(task_type=None, target_modules=targets))
+    with pytest.raises(FormatError, match=r"adapts a task model, whose head it does not hold; .*or merge it with peft"):
+        load(path, "bert")
+    with pytest.raises(FormatError, match=r"holds no classifier; .*or merge it with peft"):
+        load(path, "bert", task="classification")
+    path = saved(tmp_path / "b", "bert", lora(task_type="FEATURE_EXTRACTION", target_modules=targets))
+    assert load(edited(path, task_type=None), "bert").task.kind == "embedding"  # of the bare encoder, pooler and all
 
 
 def test_a_given_task_is_taken_and_must_fit(tmp_path: Path) -> None:
