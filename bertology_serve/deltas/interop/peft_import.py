@@ -118,7 +118,7 @@ def import_peft(
         if isinstance(spec, Prompt) and pools_the_prompt(task):
             raise Unsupported(
                 f"peft pools the prompt's rows with the text's for {task.kind}, and here the text's alone are pooled; "
-                "train it again with another method (LoRA, prefix tuning)"
+                "train it again with another method, such as LoRA"
             )
         pooled = isinstance(spec, Prefix) and task.kind in tasks.POOLED_KINDS  # peft drops their types too
         if config.get("task_type") and (pooled or drops_types(task, anatomy.family, options or {})):
