@@ -47,8 +47,14 @@ OF_TASK = ("labels", "thresholds")
 def save(directory: Path, encoder: Encoder, deltas: Sequence[Delta]) -> None:
     """Writes the files of deltas and the manifest, in which they stand behind those that are there.
 
-    Raises what ``library_of`` raises, and Unsupported for a graph whose weights are a file of their own.
+    Raises what ``library_of`` raises, and Unsupported for a graph whose weights are a file of their own and for texts
+    that are cut from their start.
     """
+    if encoder.tokenizer.truncation_side == "left":
+        raise Unsupported(
+            f"the tokenizer of {encoder.name} cuts texts from their start (truncation_side), which the web package "
+            "does not; leave out --layout web"
+        )
     model = directory / MODEL["web"]
     if model.with_name(model.name + DATA_SUFFIX).exists():
         raise Unsupported("this encoder has more than 1.8 GB, which no browser tab holds; leave out --layout web")

@@ -229,6 +229,11 @@ def modules_to_save(head: Iterable[str]) -> list[str]:
     return list(dict.fromkeys("classifier" if owner.startswith("classifier.") else owner for owner in owners))
 
 
+def pools_the_prompt(task: TaskSpec) -> bool:
+    """Whether peft's row for a text, or what its rows are pooled to, is made of a prompt's rows too."""
+    return not task.per_token and (TASK_TYPES[task.kind] != "SEQ_CLS" or task.pooling != "cls")
+
+
 def _method_obstacle(delta: Delta, anatomy: Anatomy, options: JsonObject) -> str:
     spec, kind, task, family = delta.specs[0], delta.kinds[0], delta.task, anatomy.family
     stored = kind_of(spec).peft
@@ -237,7 +242,7 @@ def _method_obstacle(delta: Delta, anatomy: Anatomy, options: JsonObject) -> str
     reason = stored.obstacle(spec, anatomy)
     if reason or not stored.virtual:
         return reason
-    if kind == "prompt" and TASK_TYPES[task.kind] != "SEQ_CLS":
+    if kind == "prompt" and (task.per_token or pools_the_prompt(task)):
         return f"peft answers {task.kind} with the prompt's rows among the text's"
     if kind == "prefix" and (not family_named(family).peft_prefix or task.kind == tasks.MULTIPLE_CHOICE):
         return f"peft runs no prefixes on {family} for {task.kind}"

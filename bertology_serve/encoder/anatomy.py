@@ -50,6 +50,8 @@ _ROLES = {
     "position_key": {"pos_key_proj"},
     "position_query": {"pos_query_proj"},
 }
+# DeBERTa (v1) projects positions and mixes heads by linears that no token's row goes through: no delta changes them.
+_BESIDE_THE_ROWS = {"pos_proj", "pos_q_proj", "head_logits_proj", "head_weights_proj"}
 _ATTENTION = re.compile(r"(^|\.)(attention|attn|self_attn|sa_layer_norm|attn_norm)(\.|$)")
 EXPECTED = (
     "expected a BERT-like encoder: bert, roberta, xlm-roberta, camembert, distilbert, electra, albert, mpnet, "
@@ -170,6 +172,8 @@ def _named_roles(layer: nn.Module, hidden: int) -> Iterator[tuple[str, str, nn.M
     down = next((m for p, m in reversed(linears) if not _ATTENTION.search(p) and m.out_features == hidden), None)
     for path, module in linears:
         leaf = path.rsplit(".", 1)[-1]
+        if leaf in _BESIDE_THE_ROWS:
+            continue
         role = next((role for role, names in _ROLES.items() if leaf in names), None)
         if role is None and _ATTENTION.search(path):
             role = OUTPUT

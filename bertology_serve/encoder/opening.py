@@ -249,6 +249,9 @@ def _task(kind: str, config: Any, encoder: Encoder) -> TaskSpec:
         kind = tasks.MULTI_LABEL
     elif kind == tasks.CLASSIFICATION and config.num_labels == 1:
         kind = tasks.REGRESSION
+    if sorted(config.id2label) != list(range(config.num_labels)):
+        got = ", ".join(map(str, sorted(config.id2label)[:8]))
+        raise FormatError(f"id2label of config.json names outputs {got}; expected 0 to {config.num_labels - 1}")
     labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     pooling = head_pooling(config.model_type, kind, config.to_dict())
     named = labels if kind in (*tasks.LABEL_KINDS, tasks.TOKEN_CLASSIFICATION) else ()

@@ -221,9 +221,10 @@ def load(config: Config, tensors: Tensors, anatomy: Anatomy) -> tuple[Lora, Tens
 def check_none_left(tensors: Mapping[str, Tensor], anatomy: Anatomy) -> None:
     """Raises Unsupported for a LoRA tensor that belongs neither to a layer nor to the head."""
     for name in tensors:
-        if name.endswith(".lora_A.weight"):
-            raise unknown(name.removeprefix(MODEL_ROOT).removesuffix(".lora_A.weight"), anatomy)
-        if ".lora_" in name:
+        module, _, part = name.removeprefix(MODEL_ROOT).partition(".lora_")
+        if part in ("A.weight", "B.weight"):
+            raise unknown(module, anatomy)
+        if part:
             raise Unsupported(f"the tensor {name[:120]!r} is no plain LoRA of a linear projection; {MERGE}")
 
 

@@ -102,8 +102,8 @@ def path_of(module: str, anatomy: Anatomy, known: Mapping[str, object]) -> str |
 
 
 def unknown(module: str, anatomy: Anatomy) -> Unsupported:
-    """The error for a module that is no linear of a layer."""
-    return Unsupported(f"{module[:120]!r} is no linear projection of a layer of {anatomy.family}; {MERGE}")
+    """The error for a module that is no linear of a layer, or one that no delta changes."""
+    return Unsupported(f"{module[:120]!r} is no linear projection that deltas of {anatomy.family} change; {MERGE}")
 
 
 def taken(tensors: Tensors, leaf: str) -> dict[str, Tensor]:

@@ -100,5 +100,9 @@ def obstacle(spec: Prefix, _: Anatomy) -> str:
     return "" if spec.positions == "shifted" else "peft computes no prefix in this way"
 
 
-PEFT = PeftFormat("PREFIX_TUNING", write, read, config, load, obstacle=obstacle, virtual=True)
+# What peft saves of a projected prefix is what the projection makes of it.
+PEFT = PeftFormat(
+    "PREFIX_TUNING", write, read, config, load,
+    settings=frozenset({"prefix_projection"}), obstacle=obstacle, virtual=True,
+)  # fmt: skip
 PREFIX = Kind("prefix", Prefix, init, effects, cut, peft=PEFT)

@@ -3,7 +3,7 @@
 Truncation and padding are settings of a Rust tokenizer, shared by everyone who holds it: HuggingFace's call sets them
 anew every time, and two threads doing so meet with "Already borrowed". So each tokenizer is cloned once with both
 switched off, the clone is never changed afterwards, and sequences are cut in Python: the rows that stay are the same
-as with HuggingFace's ``truncation=True``.
+as with HuggingFace's ``truncation=True``, from the side that the tokenizer's ``truncation_side`` names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ Span = tuple[int, int]
 
 
 class _Clone:
-    """A tokenizer's Rust part without truncation and padding, for texts and for words, and whether it has types."""
+    """A tokenizer's Rust part without truncation and padding, for texts and for words, whether it has types, and
+    whether texts are cut from their start.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -45,12 +47,13 @@ class _Clone:
         prefixed = _prefixed(settings)
         self.words = self.texts if prefixed == settings else _clone(json.dumps(prefixed), backend)
         self.types = "token_type_ids" in tokenizer.model_input_names
+        self.left = tokenizer.truncation_side == "left"
 
 
 def encode_text(
     tokenizer: PreTrainedTokenizerBase, text: str, pair: str | None, max_length: int, offsets: bool = False
 ) -> Encoding:
-    """One text or a pair, special tokens included; the longer of a pair is cut first, from its end.
+    """One text or a pair, special tokens included; the longer of a pair is cut first, at the tokenizer's side.
 
     Character ``offsets`` and ``parts`` are filled only when asked for: answers at sequence level do not need them, and
     a large training set would hold gigabytes of them.
@@ -62,7 +65,7 @@ def encode_text(
         parts = _parts(found)
         first, second = parts.count(0), parts.count(1)
         room = max(max_length - (len(parts) - first - second), 0)
-        keep = _kept(parts, *_longest_first(first, second, room))
+        keep = _kept(parts, *_longest_first(first, second, room), clone.left)
         window = _Window(keep, cut=len(parts) - len(keep))
     return _encodings(found, clone.types, [window], *_places(found, offsets))[0]
 
@@ -70,7 +73,7 @@ def encode_text(
 def encode_words(
     tokenizer: PreTrainedTokenizerBase, words: Sequence[str], starts: Sequence[int], max_length: int
 ) -> Encoding:
-    """Words that are already apart (HuggingFace's ``is_split_into_words``), cut from the end.
+    """Words that are already apart (HuggingFace's ``is_split_into_words``), cut at the tokenizer's side.
 
     ``starts`` is the character at which each word starts in the text. Byte-level tokenizers see every word with a
     space before it, as ``add_prefix_space=True`` does.
@@ -93,7 +96,7 @@ def word_windows(
     placed = zip(found.offsets, owners, strict=True)
     spans = [(start + starts[word], end + starts[word]) if word >= 0 else (0, 0) for (start, end), word in placed]
     parts = _parts(found)
-    windows = _windows(parts, max_length, stride, 0, most)
+    windows = _windows(parts, max_length, stride, 0, most, clone.left)
     encodings = _encodings(found, clone.types, windows, spans, parts)
     for number, window in enumerate(windows):
         answered = _pick(owners, window.rows)
@@ -117,8 +120,8 @@ def encode_windows(
     """A text, or each window of one of two (``of``: 0 or 1; by default the longer) beside the other.
 
     Windows overlap by ``stride`` tokens, at most half a window, so that their number stays linear in the text. The
-    other text may take half of the room and is cut beyond it. What it lacks, and what stands behind the last of
-    ``most`` windows, is the first one's ``cut``. A token in two windows belongs to that in which it has more context
+    other text may take half of the room and is cut beyond it. What it lacks, and what stands outside ``most`` windows,
+    is the first one's ``cut``. A token in two windows belongs to that in which it has more context
     (Devlin et al. 2019 do so for SQuAD): the border is the middle of the overlap. ``max_length`` must leave room for
     two tokens.
     """
@@ -126,7 +129,7 @@ def encode_windows(
     found = _encoded(clone.texts, text, pair)
     parts = _parts(found)
     longer = int(parts.count(1) > parts.count(0)) if of is None else of
-    windows = _windows(parts, max_length, stride, longer, most)
+    windows = _windows(parts, max_length, stride, longer, most, clone.left)
     return _encodings(found, clone.types, windows, *_places(found, offsets))
 
 
@@ -160,8 +163,10 @@ class _Window:
     continues: bool = False
 
 
-def _windows(parts: Sequence[int], max_length: int, stride: int, of: int, most: int | None) -> list[_Window]:
-    """See ``encode_windows``; ``parts`` say which text each row is of."""
+def _windows(
+    parts: Sequence[int], max_length: int, stride: int, of: int, most: int | None, left: bool
+) -> list[_Window]:  # fmt: skip
+    """See ``encode_windows``; ``parts`` say which text each row is of, ``left`` that texts lose their start."""
     count, other = parts.count(of), parts.count(1 - of)
     start = parts.index(of) if count else 0
     if len(parts) <= max_length:
@@ -170,12 +175,14 @@ def _windows(parts: Sequence[int], max_length: int, stride: int, of: int, most: 
     kept = min(other, room // 2 if count else room)
     size = room - kept
     step = window_step(size, stride)
+    lost = max(count - size - (most - 1) * step, 0) if left and most else 0  # before the first window
+    start, count = start + lost, count - lost
     lefts = range(start, start + max(count - size, 0) + step, step)[:most]
     rights = [min(left + size, start + count) for left in lefts]
     borders = [start, *((left + right + 1) // 2 for left, right in zip(lefts[1:], rights, strict=False)), rights[-1]]
-    beside = _kept(parts, *((0, kept) if of == 0 else (kept, 0)))
+    beside = _kept(parts, *((0, kept) if of == 0 else (kept, 0)), left)
     before, after = [row for row in beside if row < start], [row for row in beside if row >= start]
-    cut = start + count - rights[-1] + other - kept
+    cut = lost + start + count - rights[-1] + other - kept
     return [
         _Window([*before, *range(left, right), *after], range(*own), 0 if number else cut, number > 0)
         for number, (left, right, own) in enumerate(zip(lefts, rights, pairwise(borders), strict=True))
@@ -237,17 +244,18 @@ def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
     return (short, long) if first <= second else (long, short)
 
 
-def _kept(parts: Sequence[int], first: int, second: int) -> list[int]:
-    """Rows that stay: special tokens, and so many of each text from its start."""
-    left = {0: first, 1: second}
-    keep = []
-    for row, part in enumerate(parts):
+def _kept(parts: Sequence[int], first: int, second: int, left: bool) -> list[int]:
+    """Rows that stay: special tokens, and so many of each text from its start, or where they lose it from its end."""
+    room, keep = {0: first, 1: second}, []
+    rows = range(len(parts))
+    for row in reversed(rows) if left else rows:
+        part = parts[row]
         if part < 0:
             keep.append(row)
-        elif left[part] > 0:
-            left[part] -= 1
+        elif room[part] > 0:
+            room[part] -= 1
             keep.append(row)
-    return keep
+    return sorted(keep)
 
 
 def _encodings(

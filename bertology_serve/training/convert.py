@@ -24,7 +24,7 @@ from bertology_serve.errors import FormatError, NotFound, SpecError, Unsupported
 from bertology_serve.kinds.bitfit import Bitfit
 from bertology_serve.kinds.kinds import Tensors
 from bertology_serve.kinds.norms import Norms
-from bertology_serve.kinds.peft_format import MODEL_ROOT
+from bertology_serve.kinds.peft_format import MERGE, MODEL_ROOT
 from bertology_serve.kinds.slots import Anatomy
 from bertology_serve.training.compress import differences, dropped, moved_biases, moved_norms
 
@@ -120,7 +120,7 @@ def _with_moved(delta: Delta, moved: Mapping[str, Tensor], anatomy: Anatomy, sou
     """The delta, and the differences of biases and norms with it."""
     lost = sorted(dropped(moved, anatomy))
     if lost:
-        raise Unsupported(f"{source} moves {lost[0]}, which no delta holds; train it again without")
+        raise Unsupported(f"{source} moves {lost[0]}, which no delta holds; {MERGE}")
     specs, tensors = list(delta.specs), dict(delta.tensors)
     for spec, parts in (
         (Bitfit(), moved_biases(moved, anatomy)),

@@ -133,9 +133,11 @@ def edited(path: Path, **values: Any) -> None:
         ({"architectures": ["BertForMaskedLM"]}, FormatError, "is no task model"),
         ({"hidden_act": "relu"}, VerificationError, "would answer otherwise here than in transformers"),
         ({"hidden_size": 33}, InputError, "cannot read"),
+        ({"id2label": {"0": "a", "2": "b", "5": "c"}, "label2id": {"a": 0, "b": 2, "c": 5}}, FormatError,
+         "id2label of config.json names outputs 0, 2, 5; expected 0 to 2"),
         ({"model_type": "electra", "architectures": ["ElectraForSequenceClassification"]}, FormatError, "lacks"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_taken_is_refused(tmp_path: Path, values: Any, error: type, message: str) -> None:
     encoder = tiny.encoder("bert", tmp_path / "base")
     tuned(tmp_path / "base", tmp_path / "x", "classification")

@@ -89,10 +89,16 @@ def test_exported_joined_and_verified(encoders, tmp_path, monkeypatch):
         join(encoder, made(encoder, "lora"), out)
 
 
-def test_what_cannot_be(encoders, stage):
+def test_what_cannot_be(encoders, stage, monkeypatch):
     encoder = encoders["bert"]
     with pytest.raises(SpecError, match="--layout web is for many deltas; give --multi"):
         export_delta(encoder, made(encoder, "lora")[0], stage / "out", ExportSpec(layout="web"))
+    with monkeypatch.context() as changed:
+        changed.setattr(encoder.tokenizer, "truncation_side", "left")
+        with pytest.raises(
+            Unsupported, match=r"cuts texts from their start \(truncation_side\), which the web package"
+        ):
+            web_layout.save(stage, encoder, made(encoder, "lora"))
     web_layout.save(stage, encoder, made(encoder, "lora"))
     (stage / "onnx/model.onnx_data").touch()
     with pytest.raises(Unsupported, match=r"more than 1\.8 GB, which no browser tab holds"):

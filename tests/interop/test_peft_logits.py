@@ -230,6 +230,34 @@ def test_dora_made_by_peft_answers_alike_when_converted(lab: Lab, tmp_path: Path
     assert difference(lab.ours(replace(delta, tensors=unscaled))[0], found) > MATTERS
 
 
+@pytest.mark.parametrize(
+    "reached",
+    [r".*(layer\.0\.attention\.self\.query|layer\.1\.attention\.self\.value)", ["query", "dense"]],
+    ids=["other-layers", "pooler"],
+)
+def test_dora_of_other_layers_and_of_the_pooler(tmp_path: Path, reached: Any) -> None:
+    """Slots may be reached in layers of their own, and the head's magnitudes go into its weight."""
+    lab = Lab(tmp_path / "base", tiny.encoder("bert", tmp_path / "base"))
+    for kind, task_type in (("classification", "SEQ_CLS"), ("embedding", "FEATURE_EXTRACTION")):
+        task = samples.TASKS[kind]
+        config = peft.LoraConfig(task_type=task_type, target_modules=reached, r=3, use_dora=True)
+        model = trained(lab, task, config, tmp_path / kind)
+        delta = convert(tmp_path / kind, lab.encoder, "x", ConvertOptions(max_length=32))
+        ours, job = lab.ours(replace(delta, task=task))
+        assert difference(ours, theirs(model, job, kind)) <= ROUNDING
+        assert delta.provenance["verified"].startswith(f"against peft {peft.__version__}")
+
+
+def test_prefixes_of_embeddings_are_compared_as_peft_runs_them(tmp_path: Path) -> None:
+    """peft's model of features drops token types beside a prefix; no text of an embedding has any."""
+    lab = Lab(tmp_path / "base", tiny.encoder("bert", tmp_path / "base"))
+    config = peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3)
+    model = trained(lab, samples.VECTORS, config, tmp_path / "x")
+    delta = convert(tmp_path / "x", lab.encoder, "x", ConvertOptions())
+    ours, job = lab.ours(replace(delta, task=samples.VECTORS))
+    assert difference(ours, theirs(model, job, "embedding")) <= ROUNDING
+
+
 def test_minilm_answers_alike_in_peft(tmp_path: Path, minilm_path: Path) -> None:
     """The real one, with a rank and targets as people use them, and its 24 target modules."""
     minilm = Lab(minilm_path, Encoder.load("minilm"))
@@ -421,4 +449,5 @@ def test_prompts_and_prefixes_made_by_peft_answer_alike_here(lab: Lab, tmp_path:
     common = {"task_type": "SEQ_CLS", "modules_to_save": own_head(lab, task) or None, **sizes}
     check_here(lab, task, peft.PromptTuningConfig(token_dim=anatomy.embedding_width, **common), tmp_path / "prompt")
     if anatomy.family in ("bert", "roberta", "electra"):
-        check_here(lab, task, peft.PrefixTuningConfig(token_dim=anatomy.hidden, **common), tmp_path / "prefix")
+        for name, more in {"prefix": {}, "projected": {"prefix_projection": True, "encoder_hidden_size": 20}}.items():
+            check_here(lab, task, peft.PrefixTuningConfig(token_dim=anatomy.hidden, **common, **more), tmp_path / name)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from bertology_serve.errors import Unsupported
 from bertology_serve.tasks import encoding
@@ -17,9 +18,16 @@ SECOND = "A wonderfully short sentence"
 WORDS = ["Ada", "Lovelace's", "unbelievable", "!", "Zürich", "x" * 30]
 
 
+@pytest.fixture(params=["right", "left"])
+def sided(minilm_path, request):
+    """The same tokenizer, which cuts texts at one side or the other."""
+    return AutoTokenizer.from_pretrained(minilm_path, truncation_side=request.param)
+
+
 @pytest.mark.parametrize("length", range(3, 30))
 @pytest.mark.parametrize("pair", [None, SECOND, FIRST, FIRST + " " + FIRST])
-def test_texts_are_cut_as_huggingface_cuts_them(minilm, length, pair):
+def test_texts_are_cut_as_huggingface_cuts_them(sided, length, pair):
+    minilm = sided
     if pair is not None and length < 5:
         return
     theirs = minilm(FIRST, pair, truncation=True, max_length=length, return_offsets_mapping=True)
@@ -32,7 +40,8 @@ def test_texts_are_cut_as_huggingface_cuts_them(minilm, length, pair):
 
 
 @pytest.mark.parametrize("length", [3, 4, 7, 12, 40])
-def test_words_are_aligned_as_huggingface_aligns_them(minilm, length):
+def test_words_are_aligned_as_huggingface_aligns_them(sided, length):
+    minilm = sided
     theirs = minilm(WORDS, is_split_into_words=True, truncation=True, max_length=length)
     starts = [sum(len(word) + 1 for word in WORDS[:i]) for i in range(len(WORDS))]
     ours = encode_words(minilm, WORDS, starts, length)
@@ -179,6 +188,21 @@ def test_more_windows_than_are_read_are_cut_and_said(minilm):
     assert sum(window.own for window in windows) == 26
     assert len(encode_windows(minilm, "fox " * 5000, None, 12, 2)) == MOST_WINDOWS
     assert encode_windows(minilm, "why " * 50, "\u200b", 20, 2, of=1)[0].cut == 50 - (20 - 3), "of no context at all"
+
+
+def test_windows_where_texts_lose_their_start(minilm, minilm_path):
+    """All windows are the same; of more than are read the last stay."""
+    left = AutoTokenizer.from_pretrained(minilm_path, truncation_side="left")
+    text = " ".join(f"word{i}" for i in range(40))
+    for pair, of in ((None, 0), ("which ?", 0), ("which ?", 1)):
+        texts = (text, pair) if of == 0 else (pair, text)
+        assert encode_windows(left, *texts, 30, 7, of) == encode_windows(minilm, *texts, 30, 7, of)
+    whole = left("fox dog " * 50)["input_ids"]
+    windows = encode_windows(left, "fox dog " * 50, None, 12, 2, offsets=True, most=3)
+    assert [list(window.ids[1:-1]) for window in windows] == [whole[75:85], whole[83:93], whole[91:101]]
+    assert [window.cut for window in windows] == [100 - (8 + 8 + 10), 0, 0]
+    assert windows[-1].offsets[-2] == (396, 399)
+    assert sum(window.own for window in windows) == 26
 
 
 @pytest.mark.parametrize("length", [8, 9])

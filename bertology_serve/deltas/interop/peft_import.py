@@ -18,7 +18,7 @@ from torch import Tensor, float32
 from bertology_serve.deltas.catalog import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from bertology_serve.deltas.delta import BaseRef, Delta, EncoderShape
 from bertology_serve.deltas.interop.sentence_transformers import embedding_task, reader
-from bertology_serve.deltas.layout import TASK_TYPES, check_head, drops_types, shapes_of
+from bertology_serve.deltas.layout import TASK_TYPES, check_head, drops_types, pools_the_prompt, shapes_of
 from bertology_serve.deltas.safe_io import Limits, read_json, read_tensors
 from bertology_serve.errors import FormatError, SpecError, Unsupported, nearest
 from bertology_serve.files import JsonObject
@@ -60,8 +60,9 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 _WRAPPED = re.compile(r"\.(modules_to_save|base_layer|ln_tuning_layers)(\.default)?(?=\.)")
 _POOLER_LORA = re.compile(r"(.*\.)?pooler\.dense\.lora_[AB]\.weight")
 _LONGEST = 512
-
-
+_CONVERT = "convert it with bertology-serve convert"
+_AGAIN = "peft cannot merge it either: train it again without"
+_HEADLESS = f"train it again with its head in modules_to_save, or {MERGE}"
 NORMS_ALONE = "LN_TUNING"  # nothing but norms, which whoever has the base's weights takes out beforehand
 METHODS: dict[str, tuple[Kind[Any], PeftFormat[Any]]] = {
     kind.peft.method: (kind, kind.peft) for kind in KINDS.values() if not isinstance(kind.peft, str)
@@ -99,9 +100,10 @@ def import_peft(
         known = (*METHODS, NORMS_ALONE)
         raise Unsupported(f"{directory} holds peft's {method[:40]}; {_way_out(method)}{nearest(method[:40], known)}")
     kind, stored = METHODS.get(method, (None, None))
-    _check_settings(config, directory, stored.settings if stored else frozenset())
+    _check_settings(config, directory, stored)
     left = {name: tensor.to(float32) for name, tensor in tensors.items()}
     try:
+        _check_no_wholes(left, anatomy)
         if stored is not None and stored.leaf:
             check_whole(config, left, stored.leaf, anatomy)
         spec, components = (None, {}) if kind is None else from_peft(kind, config, left, anatomy)
@@ -109,10 +111,17 @@ def import_peft(
         if not isinstance(task, TaskSpec):
             virtual = spec.length if isinstance(spec, Prompt | Prefix) else 0
             longest = max(3, min(_LONGEST, anatomy.max_tokens - virtual))
-            task = _task(config, head, anatomy.family, task, longest, options or {}) or embedding_task(
+            inside = bool(anatomy.prefix) and any(n.startswith(f"{MODEL_ROOT}{anatomy.prefix}.") for n in tensors)
+            task = _task(config, head, anatomy.family, task, longest, options or {}, inside) or embedding_task(
                 reader(directory, limits, root), directory, longest
             )
-        if config.get("task_type") and drops_types(task, anatomy.family, options or {}):
+        if isinstance(spec, Prompt) and pools_the_prompt(task):
+            raise Unsupported(
+                f"peft pools the prompt's rows with the text's for {task.kind}, and here the text's alone are pooled; "
+                "train it again with another method, such as LoRA"
+            )
+        pooled = isinstance(spec, Prefix) and task.kind in tasks.POOLED_KINDS  # peft drops their types too
+        if config.get("task_type") and (pooled or drops_types(task, anatomy.family, options or {})):
             task = replace(task, token_types=False)
         if method == "LORA":
             head = _merged(config, head, task, anatomy, options or {}, base_head or {})
@@ -127,7 +136,8 @@ def import_peft(
     )  # fmt: skip
 
 
-def _check_settings(config: JsonObject, directory: Path, own: frozenset[str]) -> None:
+def _check_settings(config: JsonObject, directory: Path, stored: PeftFormat[Any] | None) -> None:
+    own = stored.settings if stored else frozenset()
     for name, value in config.items():
         if name in _NEUTRAL:
             fine = any(value is known or (type(value) is type(known) and value == known) for known in _NEUTRAL[name])
@@ -135,7 +145,8 @@ def _check_settings(config: JsonObject, directory: Path, own: frozenset[str]) ->
             fine = name in _HARMLESS or name in own or not value
         if not fine:
             read = name == "use_dora" or (name == "bias" and value in ("all", "lora_only"))
-            way = "convert it with bertology-serve convert" if read else MERGE
+            merge = _AGAIN if stored is not None and stored.virtual else MERGE
+            way = _CONVERT if read else merge
             raise Unsupported(f"{directory}: {name[:60]}={str(value)[:60]} is not read here; {way}")
 
 
@@ -230,16 +241,30 @@ def _named(targets: Any, module: str, doubt: bool) -> bool:
 def _head(tensors: Tensors, root: str, anatomy: Anatomy) -> Tensors:
     """What is left when the method has taken its tensors, by HuggingFace names."""
     head: dict[str, Tensor] = {}
-    changed = {path for slot in anatomy.slots.values() for path in slot.paths}
     for name, tensor in tensors.items():
         if not name.startswith(root):
             raise Unsupported(f"the tensor {name[:120]!r} belongs to no method that is read here; expected {root}...")
-        own = unwrapped(name.removeprefix(root))
-        if own.removeprefix(f"{anatomy.prefix}.").rpartition(".")[0] in changed:
-            raise Unsupported(f"it holds {own[:120]!r} of the encoder whole; convert it with bertology-serve convert")
         if ".original_module." not in name:
-            head[own] = tensor
+            head[unwrapped(name.removeprefix(root))] = tensor
     return head
+
+
+def _check_no_wholes(tensors: Tensors, anatomy: Anatomy) -> None:
+    """Raises Unsupported for weights of the encoder that stand whole in the file, as ``modules_to_save`` leaves them.
+
+    Converting makes differences of biases and norms; a matrix is in no delta beside an adapter.
+    """
+    changed = {path for slot in anatomy.slots.values() for path in slot.paths}
+    wholes: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own = unwrapped(name.removeprefix(MODEL_ROOT).removeprefix(PROMPT_ROOT))
+        module, _, part = own.removeprefix(f"{anatomy.prefix}.").rpartition(".")
+        if part in ("weight", "bias") and (module in changed or module.startswith("embeddings.")):
+            wholes[own] = tensor
+    if wholes:
+        own = max(wholes, key=lambda name: wholes[name].dim())
+        way = _CONVERT if wholes[own].dim() == 1 else MERGE
+        raise Unsupported(f"it holds {own[:120]!r} of the encoder whole; {way}")
 
 
 def unwrapped(name: str) -> str:
@@ -248,12 +273,16 @@ def unwrapped(name: str) -> str:
 
 
 def _task(
-    config: JsonObject, head: Tensors, family: str, told: str | None, longest: int, options: JsonObject
-) -> TaskSpec | None:
-    """The task as far as peft records it; None for embeddings."""
+    config: JsonObject, head: Tensors, family: str, told: str | None, longest: int, options: JsonObject,
+    inside: bool,
+) -> TaskSpec | None:  # fmt: skip
+    """The task as far as peft records it; None for embeddings. ``inside``: the encoder is a part of a task model."""
     kind = told or {t: k for k, t in reversed(TASK_TYPES.items()) if t}.get(str(config.get("task_type")))
-    if kind is None and not config.get("task_type"):  # what peft's plain model answers shows in its head alone
-        kind = tasks.EMBEDDING if not head else tasks.QUESTION_ANSWERING if "qa_outputs.weight" in head else None
+    if kind is None and not config.get("task_type"):  # what peft's plain model answers shows in its names alone
+        whole = [name for name in head if ".lora_" not in name]
+        if inside and not whole:
+            raise FormatError(f"it adapts a task model, whose head it does not hold; {_HEADLESS}")
+        kind = tasks.EMBEDDING if not whole else tasks.QUESTION_ANSWERING if "qa_outputs.weight" in head else None
     if kind is None:
         got = str(config.get("task_type"))[:40]
         raise FormatError(f"task_type is {got!r}, which names no task of these; convert it with --task")
@@ -263,7 +292,7 @@ def _task(
         return TaskSpec(kind, max_length=longest, stride=min(128, longest // 4))
     outputs = next((len(head[n]) for n in ("classifier.out_proj.weight", "classifier.weight") if n in head), 0)
     if not outputs:
-        raise FormatError("the checkpoint holds no classifier; train it again with its head in modules_to_save")
+        raise FormatError(f"the checkpoint holds no classifier; {_HEADLESS}")
     kind = tasks.REGRESSION if kind == tasks.CLASSIFICATION and outputs == 1 else kind
     labels = (
         tuple(f"LABEL_{i}" for i in range(outputs)) if kind in (*tasks.LABEL_KINDS, tasks.TOKEN_CLASSIFICATION) else ()
@@ -297,17 +326,30 @@ def spelt_out(lora: Delta, magnitudes: Magnitudes, weights: Mapping[str, Tensor]
         for index, layer in enumerate(chosen_layers(spec.layers, slot.depth)):
             path, a = str(slot.paths[layer]), tensors[f"lora.{name}.a"][index]
             b = tensors[f"lora.{name}.b"][index]
+            if path not in left and not a.any():
+                continue  # a slot that is changed in other layers only
             gain = _gain(path, left.pop(path, None), weights[f"{path}.weight"], spec.scale * b.double().T @ a.double())
             gains[f"ia3.{name}"][index] = gain.float()
             tensors[f"lora.{name}.b"][index] = (b.double() * gain).float()
             bias = weights.get(f"{path}.bias")
             if bias is not None:
                 biases[f"bitfit.{name}"][index] = ((1.0 - gain) * bias.cpu().double()).float()
-    if left:
-        raise FormatError(f"the magnitudes of {next(iter(left))[:80]} belong to no update; save the checkpoint again")
+    head = _scaled_head(lora, left, anatomy)
     shifted = any(stack.any() for stack in biases.values())
     specs: list[Spec] = [spec, factors, *([shifts] if shifted else [])]
-    return replace(lora, specs=tuple(specs), tensors={**tensors, **gains, **(biases if shifted else {})})
+    return replace(lora, specs=tuple(specs), tensors={**tensors, **gains, **(biases if shifted else {})}, head=head)
+
+
+def _scaled_head(lora: Delta, left: Magnitudes, anatomy: Anatomy) -> Tensors:
+    """The head, whose layers' LoRA is merged already, with the rows that have magnitudes brought to these."""
+    head = dict(lora.head)
+    for path, magnitude in left.items():
+        name = next((n for n in (f"{anatomy.prefix}.{path}.weight", f"{path}.weight") if n in head), None)
+        if name is not None:
+            head[name] = (head[name].double() * _gain(path, magnitude, head[name], torch.zeros(()))[:, None]).float()
+        elif lora.task.kind not in tasks.POOLED_KINDS or path != "pooler.dense":  # embeddings do not read the pooler
+            raise FormatError(f"the magnitudes of {path[:80]} belong to no update; save the checkpoint again")
+    return head
 
 
 def magnitudes(tensors: Tensors, anatomy: Anatomy, root: str) -> dict[str, Tensor]:

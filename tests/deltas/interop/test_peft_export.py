@@ -92,6 +92,9 @@ def test_modernbert_reads_the_rows_that_its_configuration_says() -> None:
     delta = samples.delta("modernbert", samples.SPECS["lora"], replace(samples.CLASSES, pooling="mean"))
     assert "reads cls" in obstacle(delta, samples.anatomy("modernbert"), {})
     assert not obstacle(delta, samples.anatomy("modernbert"), {"classifier_pooling": "mean"})
+    prompt = samples.delta("modernbert", samples.SPECS["prompt-peft"], replace(samples.CLASSES, pooling="mean"))
+    reason = obstacle(prompt, samples.anatomy("modernbert"), {"classifier_pooling": "mean"})
+    assert "rows among the text's" in reason  # peft's mean is of both
 
 
 def test_a_family_whose_head_is_not_known_has_no_configuration_but_for_embeddings() -> None:

@@ -28,6 +28,7 @@ AUTO = {
     "TOKEN_CLS": transformers.AutoModelForTokenClassification,
     "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
     "FEATURE_EXTRACTION": transformers.AutoModel,
+    None: transformers.AutoModelForSequenceClassification,
 }
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -146,6 +147,18 @@ def test_the_kind_of_the_task_may_be_given_where_peft_names_none(tmp_path: Path)
     assert load(path, "bert").task.kind == "embedding"
 
 
+@pytest.mark.parametrize("targets", [["query"], "all-linear"])
+def test_a_plain_adapter_of_a_task_model_is_no_embedding(tmp_path: Path, targets: Any) -> None:
+    """peft answers with the head of the base, which neither the adapter nor the encoder has."""
+    path = saved(tmp_path / "a", "bert", lora(task_type=None, target_modules=targets))
+    with pytest.raises(FormatError, match=r"adapts a task model, whose head it does not hold; .*or merge it with peft"):
+        load(path, "bert")
+    with pytest.raises(FormatError, match=r"holds no classifier; .*or merge it with peft"):
+        load(path, "bert", task="classification")
+    path = saved(tmp_path / "b", "bert", lora(task_type="FEATURE_EXTRACTION", target_modules=targets))
+    assert load(edited(path, task_type=None), "bert").task.kind == "embedding"  # of the bare encoder, pooler and all
+
+
 def test_a_given_task_is_taken_and_must_fit(tmp_path: Path) -> None:
     path = saved(tmp_path, "bert", lora())
     task = TaskSpec("classification", ("a", "b", "c"), 20)
@@ -194,6 +207,15 @@ def test_prompt_tuning_keeps_pefts_ways(tmp_path: Path) -> None:
     assert delta.specs == (samples.PEFT_PROMPT,)
     assert torch.equal(delta.tensors["prompt.vectors"], load_file(path / WEIGHTS)["prompt_embeddings"])
     assert delta.task.max_length == 63
+
+
+def test_a_prompt_whose_rows_peft_pools_is_refused(tmp_path: Path) -> None:
+    """ModernBERT's head may read the mean of all rows, in peft the prompt's among them."""
+    more = {"num_virtual_tokens": 3, "modules_to_save": ["head", "classifier"]}
+    path = saved(tmp_path, "modernbert", peft.PromptTuningConfig(task_type="SEQ_CLS", **more))
+    assert load(path, "modernbert", options=samples.options("modernbert")).specs == (samples.PEFT_PROMPT,)
+    with pytest.raises(Unsupported, match="peft pools the prompt's rows with the text's for classification"):
+        load(path, "modernbert", options=samples.options("modernbert") | {"classifier_pooling": "mean"})
 
 
 def test_prefix_tuning(tmp_path: Path) -> None:
@@ -256,15 +278,21 @@ def test_what_a_pattern_leaves_out_is_not_missed(tmp_path: Path) -> None:
         ("bert", lora(init_lora_weights="pissa"), "init_lora_weights=pissa is not read"),
         ("bert", lora(target_modules=["query", "word_embeddings"]), "lora_embedding_"),
         ("bert", lora(target_modules=["query", "pooler.dense"]), "bert.pooler.dense has LoRA, but neither"),
-        ("bert", lora(modules_to_save=["embeddings"]), "embeddings"),
+        ("bert", lora(modules_to_save=["embeddings"]), "embeddings.* of the encoder whole; merge it with peft"),
+        ("bert", lora(modules_to_save=["intermediate.dense"]),
+         r"layer.\d.intermediate.dense.weight' of the encoder whole; merge it with peft"),
+        ("bert", lora(modules_to_save=["encoder.layer.2"]), r"'bert.encoder.layer.2.*' of the encoder whole; merge it"),
+        ("bert", lora(modules_to_save=["LayerNorm"]), "of the encoder whole; convert it with"),
         ("bert", ia3("pooler.dense"), "is no IA3 on a linear"),
         ("bert", peft.LoHaConfig(task_type="SEQ_CLS", target_modules=["query"]),
          "holds peft's LOHA; peft's convert_to_lora makes a LoRA of it; did you mean"),
         ("bert", peft.OFTConfig(task_type="SEQ_CLS", target_modules=["query"], oft_block_size=8),
          "holds peft's OFT; merge it with peft .* convert that directory"),
         ("bert", peft.LNTuningConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"]), "of the encoder whole"),
-        ("bert", peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2, prefix_projection=True,
-                                         encoder_hidden_size=32), "prefix_projection=True is not read"),
+        ("bert", peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2, num_transformer_submodules=2),
+         "num_transformer_submodules=2 is not read here; peft cannot merge it either: train it again without"),
+        ("bert", peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2),
+         "peft pools the prompt's rows with the text's for embedding, .*train it again with another method"),
         ("mpnet", peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2), "no prefixes on"),
     ],
 )  # fmt: skip
@@ -329,7 +357,7 @@ QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_"
         ({f"{QUERY}A.weight": torch.zeros(4, 31)}, r"expected \[r, 32\]"),
         ({f"{QUERY}A.weight": torch.zeros(0, 32), f"{QUERY}B.weight": torch.zeros(32, 0)}, r"expected \[r, 32\]"),
         ({f"{QUERY}A.weight": torch.zeros(4)}, r"expected \[r, 32\]"),
-        ({f"{QUERY}magnitude_vector": torch.zeros(4)}, "convert it with"),
+        ({f"{QUERY}magnitude_vector": torch.zeros(4)}, "magnitude_vector' is no plain LoRA"),
         ({"evil": torch.zeros(4)}, "belongs to no method"),
         ({"base_model.model.evil": torch.zeros(4)}, "unknown tensor 'evil'"),
         ({"base_model.model.classifier.weight": None, "base_model.model.classifier.bias": None}, "holds no classifier"),
