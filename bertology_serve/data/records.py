@@ -10,6 +10,7 @@ from bertology_serve.data import formats
 from bertology_serve.data.formats import HUB_PREFIX, SET_PREFIX, Dataset, Fields, Row
 from bertology_serve.errors import DataError, NotFound, SpecError, nearest
 from bertology_serve.tasks.base import Example, Task
+from bertology_serve.tasks.fields import with_label_lists
 from bertology_serve.tasks.registry import task_named
 from bertology_serve.tasks.spec import CLASSIFICATION, LABEL_KINDS
 
@@ -78,7 +79,7 @@ def read_records(
     if not records:
         where = data if isinstance(data, str | Path) else name_of(data)
         raise DataError(f"{where}: holds no records; expected at least one")
-    return records
+    return [Record(*row) for row in with_label_lists(records)]
 
 
 def name_of(data: DataLike) -> str:

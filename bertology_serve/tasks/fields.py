@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from bertology_serve.errors import DataError, Unsupported, nearest
 from bertology_serve.tasks.spec import EMBEDDING, IGNORED, QUESTION_ANSWERING, TOKEN_CLASSIFICATION, VECTOR_KINDS
 
 Record = Mapping[str, object]
+Fields = Mapping[str, Any]
 Records = Iterable[tuple[Record, str]]
 """Fields, and where they stand."""
 EMPTY = "is missing (it is null, or an empty cell)"
@@ -129,12 +131,47 @@ def read_class(record: Record, where: str) -> tuple[str, dict[str, float]]:
 SEPARATORS = ("|", ";", ",")
 
 
+class LabelList(list[object]):
+    """A record's list of labels that knows what its data set says of it: ``hot`` lists are 0 and 1 for each label."""
+
+    def __init__(self, items: Iterable[object], hot: bool) -> None:
+        super().__init__(items)
+        self.hot = hot
+
+
+def with_label_lists(records: Iterable[tuple[Fields, str]]) -> list[tuple[Fields, str]]:
+    """A whole data set's records, whose lists of labels know what they are; see ``unnamed_labels``.
+
+    ``[0, 1]`` is the second of two labels in a data set of such lists, and both in one of class indices. No part of
+    the data set can tell them apart later.
+    """
+    rows = list(records)
+    labels = [_labels_field(*row) if {"label", "labels"} & row[0].keys() else ("", None) for row in rows]
+    if not any(isinstance(value, list) for _, value in labels):
+        return rows
+    hot = unnamed_labels(row for row, (name, _) in zip(rows, labels, strict=True) if name) > 0
+    return [
+        ({**fields, name: LabelList(value, hot)}, where) if isinstance(value, list) else (fields, where)
+        for (fields, where), (name, value) in zip(rows, labels, strict=True)
+    ]
+
+
 def unnamed_labels(records: Records) -> int:
-    """How many labels records have that are lists of 0 and 1, one for each label; 0 where they are not."""
-    values = [_labels_field(record, where)[1] for record, where in records]
-    lists = [value for value in values if isinstance(value, list)]
-    alike = len(lists) == len(values) and len({len(value) for value in lists}) == 1 and all(map(_is_hot, lists))
-    return len(lists[0]) if alike else 0
+    """How many labels records have that are lists of 0 and 1, one for each label; 0 where they are not.
+
+    A record that says nothing of its labels (null, -100) is none of those that decide.
+    """
+    size = 0
+    for record, where in records:
+        value = _labels_field(record, where)[1]
+        if value is None or (not isinstance(value, list) and _number(value) == IGNORED):
+            continue
+        if not isinstance(value, list) or size not in (0, len(value)) or not _is_hot(value):
+            return 0
+        if isinstance(value, LabelList) and not value.hot:
+            return 0
+        size = len(value)
+    return size
 
 
 def label_names(records: Records) -> set[str]:
@@ -151,11 +188,12 @@ def label_names(records: Records) -> set[str]:
 def read_labels(record: Record, where: str, known: Mapping[str, int]) -> dict[str, float]:
     """What a record says of its labels: 1 for those it has, -100 where it is not known; all others it has not.
 
-    Under ``label`` or ``labels``: a list of names, or of 0 and 1 for each known label; names in one text, parted by
-    ``|``, ``;`` or a comma; or 0 and 1 (or a share between) by name. Empty: none of the labels.
+    Under ``label`` or ``labels``: a list of names, or of 0 and 1 for each known label (where it could be both, names
+    unless ``with_label_lists`` knows better); names in one text, parted by ``|``, ``;`` or a comma; or 0 and 1 (or a
+    share between) by name. Empty: none of the labels.
     """
     name, value = _labels_field(record, where)
-    if isinstance(value, list) and len(value) == len(known) and _is_hot(value):
+    if isinstance(value, list) and _says_of_each(value, known):
         found = dict(zip(known, (IGNORED if item is None else float(item) for item in value), strict=True))
     elif isinstance(value, Mapping):
         found = {
@@ -196,7 +234,7 @@ def _opened(value: object) -> object:
             return json.loads(value)
         except (ValueError, RecursionError):
             return value
-    items = _items(value)
+    items = None if isinstance(value, list) else _items(value)
     return value if items is None else items
 
 
@@ -204,6 +242,16 @@ def _is_hot(values: Sequence[object]) -> bool:
     """Whether a list says of each label whether it applies (or how much), rather than naming those that do."""
     numbers = (math.nan if isinstance(item, str) else IGNORED if item is None else _number(item) for item in values)
     return len(values) > 1 and all(0 <= number <= 1 or number == IGNORED for number in numbers)
+
+
+def _says_of_each(values: Sequence[object], known: Mapping[str, int]) -> bool:
+    """Whether a list has 0 and 1 for each known label; a bare list that could be names too is names."""
+    if len(values) != len(known) or not _is_hot(values):
+        return False
+    if isinstance(values, LabelList) and values.hot:
+        return True
+    names = {f"{_number(item):g}" for item in values if item is not None and not isinstance(item, bool)}
+    return len(names) < len(values) or not names <= known.keys()
 
 
 def _mark(value: object) -> str:

@@ -18,6 +18,7 @@ from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import DataError, SpecError, nearest
 from bertology_serve.tasks.base import Answer, Example, Item, Task
 from bertology_serve.tasks.classification import LabelTask
+from bertology_serve.tasks.fields import with_label_lists
 from bertology_serve.tasks.heads import outputs_of
 from bertology_serve.tasks.metrics import (
     BINS,
@@ -279,7 +280,7 @@ def evaluate(
     DataError naming the record that is wrong, a label that the delta does not know included.
     """
     encoder = encoder or Encoder.for_delta(delta)
-    rows = list(records)
+    rows = with_label_lists(records)
     if not rows:
         raise DataError("no records were found; expected at least one")
     if delta.task.kind == ZERO_SHOT:  # whatever labels it was trained on

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bertology_serve.data.records import infer_labels
+from bertology_serve.data.records import infer_labels, read_records
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.fields import read_labels
 from bertology_serve.tasks.multi_label import MultiLabel
@@ -60,6 +60,32 @@ def test_what_a_record_has(value, has):
     example = TASK.example({"text": "x", "label": value}, "x:1", True)
     assert "".join(label for label in "abc" if example.labels.get(label)) == has
     assert TASK.example({"text": "x", "labels": value}, "x:1", True) == example
+
+
+PAIR = {"0": 0, "1": 1}
+
+
+@pytest.mark.parametrize("value", [[0, 1], ["0", "1"], "0|1", "[1, 0]"])
+def test_class_indices_are_names_also_where_there_are_two(value):
+    """As scikit-learn's MultiLabelBinarizer has ``[[0, 1]]``."""
+    assert read_labels({"label": value}, "x:1", PAIR) == {"0": 1, "1": 1}
+    rows = [fields for fields, _ in labelled([0], value, [1])]
+    found = [read_labels(*record, PAIR) for record in read_records(rows)]
+    assert found == [{"0": 1}, {"0": 1, "1": 1}, {"1": 1}]
+
+
+@pytest.mark.parametrize("values", [[[0, 1], [1, 1]], [[0, 1], [1, 0]], [[0, 1], None], [[0, 1], -100]])
+def test_lists_of_zero_and_one_are_so_in_the_whole_data_set(values):
+    records = read_records([fields for fields, _ in labelled(*values)])
+    assert MultiLabel.labels_in(records) == ("0", "1")
+    assert read_labels(*records[0], PAIR) == {"0": 0, "1": 1}
+    assert read_labels(*read_records(records[:1])[0], PAIR) == {"0": 0, "1": 1}
+
+
+def test_a_part_of_a_data_set_of_indices_stays_indices():
+    records = read_records([fields for fields, _ in labelled([0], [0, 1], [1])])
+    part = read_records(records[1:2])
+    assert read_labels(*part[0], PAIR) == {"0": 1, "1": 1}
 
 
 def test_a_label_that_is_not_known_teaches_nothing_and_counts_nowhere():
