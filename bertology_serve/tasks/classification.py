@@ -75,7 +75,7 @@ class LabelTask(TextTask[T, G]):
 
     @abstractmethod
     def certainty(self, answers: Sequence[Answer], examples: Sequence[T]) -> Floats:
-        """[M, 2]: the probabilities that answers give, and whether each came true."""
+        """[M, 2]: the probabilities that answers give, and whether each came true; of what is known alone."""
 
 
 class Classification(LabelTask[ClassificationExample, Target]):

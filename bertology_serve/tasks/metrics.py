@@ -22,6 +22,11 @@ def ratio(part: float, whole: float) -> float:
     return float(part / whole) if whole else 0.0
 
 
+def mean(values: Floats | Flags) -> float:
+    """The mean, 0 where there are no values."""
+    return ratio(values.sum(), len(values))
+
+
 def of_one(values: Sequence[float]) -> Floats:
     """[N, 2]: values whose mean is the metric."""
     return np.stack([np.asarray(values, dtype=np.float64), np.ones(len(values))], 1)

@@ -21,7 +21,6 @@ from bertology_serve.tasks.classification import LabelTask
 from bertology_serve.tasks.fields import with_label_lists
 from bertology_serve.tasks.heads import outputs_of
 from bertology_serve.tasks.metrics import (
-    BINS,
     Floats,
     Interval,
     bootstrap,
@@ -162,11 +161,12 @@ class Evaluation:
     @property
     def calibration(self) -> Interval | None:
         """The expected calibration error in 15 bins; None where there are no such scores."""
-        if not isinstance(self.task, LabelTask):
+        if not isinstance(self.task, LabelTask) or not len(self.certainty):
             return None
-        table = gaps(self.certainty).reshape(len(self.answers), -1, BINS).sum(1)
-        each = len(self.certainty) / len(self.answers)
-        found = bootstrap(len(table), lambda drawn: float(np.abs(table[drawn].sum(0)).sum() / (each * len(drawn))))
+        pairs = zip(self.answers, self.examples, strict=True)
+        each = [self.task.certainty([answer], [example]) for answer, example in pairs]
+        table, counts = np.stack([gaps(own).sum(0) for own in each]), np.array([len(own) for own in each])
+        found = bootstrap(len(each), lambda drawn: ratio(np.abs(table[drawn].sum(0)).sum(), counts[drawn].sum()))
         return replace(found, low=max(0.0, found.low))
 
     @property

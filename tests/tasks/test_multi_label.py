@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,10 @@ from torch.nn import functional as F
 from bertology_serve.data.records import infer_labels, read_records
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.fields import read_labels
+from bertology_serve.tasks.metrics import calibration_error
 from bertology_serve.tasks.multi_label import MultiLabel
 from bertology_serve.tasks.spec import TaskSpec
+from bertology_serve.training.evaluation import Evaluation
 
 TASK = MultiLabel(TaskSpec("multi-label", ("a", "b", "c")))
 
@@ -101,6 +105,45 @@ def test_a_label_that_is_not_known_teaches_nothing_and_counts_nowhere():
     answers = [TASK.decode(unsure, [], [out[0].detach()])]
     assert TASK.metrics(answers, [unsure])["exact"] == 1
     assert TASK.metrics(answers, [known])["exact"] == 0
+
+
+def test_what_is_not_known_is_in_no_metric():
+    """As scikit-learn has it over the known cells: of each label for macro F1, of each text for sample F1."""
+    reference = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(1)
+    gold, found = (generator.random((30, 3)) < 0.4 for _ in range(2))
+    known = generator.random((30, 3)) < 0.7
+    known[:, 2], known[:3] = False, False
+    cells = np.where(known, gold, -100).tolist()
+    examples = [TASK.example({"text": "x", "label": row}, "x:1", True) for row in cells]
+    scores = [dict(zip("abc", row, strict=True)) for row in generator.random((30, 3)).tolist()]
+    answers = [
+        {"labels": [label for label, one in zip("abc", row, strict=True) if one], "scores": own}
+        for row, own in zip(found, scores, strict=True)
+    ]
+    f1 = partial(reference.f1_score, zero_division=0)
+    rows = [row for row in range(30) if known[row].any()]
+    expected = {
+        "micro_f1": f1(gold[known], found[known]),
+        "macro_f1": np.mean([f1(gold[known[:, at], at], found[known[:, at], at]) for at in range(2)]),
+        "samples_f1": np.mean([f1(gold[row, known[row]], found[row, known[row]]) for row in rows]),
+        "exact": np.mean([(gold == found)[row, known[row]].all() for row in rows]),
+    }
+    assert TASK.metrics(answers, examples) == pytest.approx(expected)
+    sure = TASK.certainty(answers, examples)
+    said = np.array([list(own.values()) for own in scores])
+    assert sure == pytest.approx(np.stack([said[known], gold[known]], 1))
+    records = [({"text": "x", "label": row}, "x:1") for row in cells]
+    assert Evaluation({}, answers, 0, TASK, examples, records).calibration.value == pytest.approx(
+        calibration_error(sure)
+    )
+
+
+def test_of_texts_without_a_known_label_nothing_is_measured():
+    examples = [TASK.example({"text": "x", "label": -100}, "x:1", True)] * 2
+    answers = [{"labels": ["a"], "scores": {"a": 0.9, "b": 0.1, "c": 0.1}}] * 2
+    assert not any(TASK.metrics(answers, examples).values())
+    assert Evaluation({}, answers, 0, TASK, examples, []).calibration is None
 
 
 def test_labels_above_their_thresholds_are_named():
