@@ -252,6 +252,9 @@ class Embedding(Task[EmbeddingExample, Target]):
     def main(self, parts: Floats) -> float:
         return float(parts[:, 0].mean()) if (parts[:, 1] == 1).all() else metrics.spearman(*parts.T)
 
+    def bounds(self, parts: Floats) -> metrics.Bounds:
+        return metrics.SHARE if (parts[:, 1] == 1).all() else metrics.CORRELATION
+
     def _searched(
         self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]
     ) -> dict[tuple[str, str] | None, dict[str, float]]:

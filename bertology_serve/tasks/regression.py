@@ -73,3 +73,6 @@ class Regression(TextTask[RegressionExample, float]):
 
     def main(self, parts: Floats) -> float:
         return metrics.spearman(*parts.T)
+
+    def bounds(self, parts: Floats) -> metrics.Bounds:
+        return metrics.CORRELATION

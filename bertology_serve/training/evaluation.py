@@ -104,13 +104,17 @@ class Evaluation:
     @property
     def interval(self) -> Interval:
         """The main metric."""
-        parts = self.parts
-        return bootstrap(len(parts), lambda drawn: self.task.main(parts[drawn]))
+        return self._interval(self.parts)
+
+    def _interval(self, parts: Floats) -> Interval:
+        return bootstrap(len(parts), lambda drawn: self.task.main(parts[drawn]), self.task.bounds(parts))
 
     def gain(self, task: Task, answers: Sequence[Answer]) -> Interval:
         """By how much the main metric is above that of other answers to the same examples (paired bootstrap)."""
         own, other = self.parts, task.parts(answers, self.examples)
-        return bootstrap(len(own), lambda drawn: self.task.main(own[drawn]) - task.main(other[drawn]))
+        (low, high), (least, most) = self.task.bounds(own), task.bounds(other)
+        bounds = (low - most, high - least)
+        return bootstrap(len(own), lambda drawn: self.task.main(own[drawn]) - task.main(other[drawn]), bounds)
 
     def against(self, other: Evaluation) -> Comparison:
         """This beside an earlier or another delta. Raises SpecError where both do not answer the same."""
@@ -166,8 +170,7 @@ class Evaluation:
         pairs = zip(self.answers, self.examples, strict=True)
         each = [self.task.certainty([answer], [example]) for answer, example in pairs]
         table, counts = np.stack([gaps(own).sum(0) for own in each]), np.array([len(own) for own in each])
-        found = bootstrap(len(each), lambda drawn: ratio(np.abs(table[drawn].sum(0)).sum(), counts[drawn].sum()))
-        return replace(found, low=max(0.0, found.low))
+        return bootstrap(len(each), lambda drawn: ratio(np.abs(table[drawn].sum(0)).sum(), counts[drawn].sum()))
 
     @property
     def certainty(self) -> Floats:
@@ -190,8 +193,7 @@ class Evaluation:
             largest.sort(key=lambda item: numbers[item[1][0]])
         for name, rows in largest:
             answers, examples = [self.answers[i] for i in rows], [self.examples[i] for i in rows]
-            parts = self.task.parts(answers, examples)
-            interval = bootstrap(len(rows), lambda drawn, parts=parts: self.task.main(parts[drawn]))  # type: ignore[misc]
+            interval = self._interval(self.task.parts(answers, examples))
             found.append(Slice(name, len(rows), self.task.metrics(answers, examples), interval))
         return found
 

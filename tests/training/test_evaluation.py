@@ -95,6 +95,16 @@ def test_a_difference_is_counted_and_tested() -> None:
         better.against(made(GOLD, GOLD))
 
 
+def test_intervals_end_where_the_metric_does() -> None:
+    found = made(GOLD * 4, [*GOLD * 3, *GOLD[:-1], "good"]).interval
+    assert found.low > 0.8
+    assert found.high == 1
+    parts = np.array([[1.0, 3.0], [0.5, 2.0], [0.2, 1.0]])
+    embedding = task_for(TaskSpec("embedding", head="none"))
+    assert task_for(TaskSpec("regression")).bounds(parts) == embedding.bounds(parts) == (-1, 1), "correlations"
+    assert embedding.bounds(np.array([[0.3, 1.0]])) == (0, 1), "nDCG"
+
+
 def test_the_worst_error_is_the_surest() -> None:
     rows = made(GOLD, FOUND, [0.9, 0.9, 0.6, 0.95, 0.7, 0.9, 0.9, 0.9]).errors()
     assert [row["where"] for row in rows] == ["x:4", "x:5", "x:3"]
