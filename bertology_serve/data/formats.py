@@ -244,7 +244,8 @@ def _word(line: str, where: str) -> tuple[str, list[str]] | None:
 def _sentence(words: list[tuple[str, list[str]]]) -> Row:
     heads = []
     for number, (where, columns) in enumerate(words, 1):
-        if columns[0] != str(number) or not columns[6].isdecimal() or int(columns[6]) > len(words):
+        digits = columns[6].isascii() and columns[6].isdecimal()
+        if columns[0] != str(number) or not digits or int(columns[6]) > len(words):
             got = f"word {columns[0][:20]!r} with head {columns[6][:20]!r}"
             raise DataError(f"{where}: {got}; expected word {number} with a head of 0 to {len(words)}")
         heads.append(int(columns[6]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -117,7 +118,7 @@ def read_class(record: Record, where: str) -> tuple[str, dict[str, float]]:
     """
     value = _opened(required(record, where, "label", "a label"))
     if isinstance(value, Mapping):
-        shares = {read_label(name, where, "label"): _number(share) for name, share in value.items()}
+        shares = {read_label(name, where, "label"): number_of(share) for name, share in value.items()}
         total = sum(shares.values())
         if not all(share >= 0 for share in shares.values()) or not 0 < total < math.inf:
             raise DataError(f"{where}: field 'label' is {kind_of(value)}; expected a label, or the share of each")
@@ -164,7 +165,7 @@ def unnamed_labels(records: Records) -> int:
     size = 0
     for record, where in records:
         value = _labels_field(record, where)[1]
-        if value is None or (not isinstance(value, list) and _number(value) == IGNORED):
+        if value is None or (not isinstance(value, list) and number_of(value) == IGNORED):
             continue
         if not isinstance(value, list) or size not in (0, len(value)) or not _is_hot(value):
             return 0
@@ -197,7 +198,7 @@ def read_labels(record: Record, where: str, known: Mapping[str, int]) -> dict[st
         found = dict(zip(known, (IGNORED if item is None else float(item) for item in value), strict=True))
     elif isinstance(value, Mapping):
         found = {
-            read_label(key, where, name): IGNORED if item is None else _number(item) for key, item in value.items()
+            read_label(key, where, name): IGNORED if item is None else number_of(item) for key, item in value.items()
         }
     elif not isinstance(value, str | list) and value is not None and read_label(value, where, name) == str(IGNORED):
         return dict.fromkeys(known, float(IGNORED))
@@ -240,7 +241,7 @@ def _opened(value: object) -> object:
 
 def _is_hot(values: Sequence[object]) -> bool:
     """Whether a list says of each label whether it applies (or how much), rather than naming those that do."""
-    numbers = (math.nan if isinstance(item, str) else IGNORED if item is None else _number(item) for item in values)
+    numbers = (math.nan if isinstance(item, str) else IGNORED if item is None else number_of(item) for item in values)
     return len(values) > 1 and all(0 <= number <= 1 or number == IGNORED for number in numbers)
 
 
@@ -250,7 +251,7 @@ def _says_of_each(values: Sequence[object], known: Mapping[str, int]) -> bool:
         return False
     if isinstance(values, LabelList) and values.hot:
         return True
-    names = {f"{_number(item):g}" for item in values if item is not None and not isinstance(item, bool)}
+    names = {f"{number_of(item):g}" for item in values if item is not None and not isinstance(item, bool)}
     return len(names) < len(values) or not names <= known.keys()
 
 
@@ -274,8 +275,13 @@ def _names(value: object, where: str, separator: str) -> list[str]:
     return [read_label(part, where, "label") for part in parts if not isinstance(part, str) or part.strip()]
 
 
-def _number(value: object) -> float:
-    """A number (digits in a text count), NaN where it is none."""
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def number_of(value: object) -> float:
+    """A number, also where a text is one as a table writes it (``-1.5``, ``2e-3``), NaN where it is none: ``1_5``."""
+    if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
+        return math.nan
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
@@ -302,18 +308,17 @@ def read_score(record: Record, where: str) -> float:
     """A finite number under ``score``, or under ``label`` when there is no score; digits in a text count."""
     name = "label" if record.get("score") is None and record.get("label") is not None else "score"
     value = required(record, where, name, "a number")
-    number = math.nan if isinstance(value, bool) else _number(value)
+    number = math.nan if isinstance(value, bool) else number_of(value)
     if not math.isfinite(number):
         raise DataError(f"{where}: field {name!r} is {kind_of(value)}; expected a finite number")
     return number
 
 
 def read_integer(record: Record, where: str, name: str, least: int, most: int) -> int:
-    """An integer from ``least`` to ``most``; digits in a text and integral floats count."""
+    """An integer from ``least`` to ``most``; integral floats count, and a text of either."""
     value = required(record, where, name, f"an integer from {least} to {most}")
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    digits = isinstance(value, str) and value.strip().isdecimal()
-    number = _number(value) if plain or digits else math.nan
+    plain = isinstance(value, int | float | str) and not isinstance(value, bool)
+    number = number_of(value) if plain else math.nan
     if not number.is_integer() or not least <= number <= most:
         raise DataError(f"{where}: field {name!r} is {kind_of(value)}; expected an integer from {least} to {most}")
     return int(number)
