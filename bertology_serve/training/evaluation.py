@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, takewhile
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import DataError, SpecError, nearest
 from bertology_serve.tasks.base import Answer, Example, Item, Task
 from bertology_serve.tasks.classification import LabelTask
-from bertology_serve.tasks.fields import with_label_lists
+from bertology_serve.tasks.fields import number_of, with_label_lists
 from bertology_serve.tasks.heads import outputs_of
 from bertology_serve.tasks.metrics import (
     Floats,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 Records = Iterable[tuple[Mapping[str, Any], str]]
 MOST_SLICES = 20
+MISSING = "(no value)"
 
 
 @dataclass(frozen=True)
@@ -181,17 +183,11 @@ class Evaluation:
     def slices(self, column: str) -> list[Slice]:
         """The records by what they have in a column, largest first; numbers in order, many of them in four equal parts.
 
-        Raises DataError where no record has the column.
+        Numbers are those of a column that holds nothing else, texts of numbers included. Records without a value are
+        one slice, the rarest of many values another. Raises DataError where no record has the column.
         """
-        values = self.column(column)
-        names = _grouped(values)
-        places = {name: [i for i, own in enumerate(names) if own == name] for name in dict.fromkeys(names)}
         found = []
-        largest = sorted(places.items(), key=lambda item: -len(item[1]))[:MOST_SLICES]
-        numbers = [value for value in values if _is_number(value)]
-        if len(numbers) == len(values):
-            largest.sort(key=lambda item: numbers[item[1][0]])
-        for name, rows in largest:
+        for name, rows in slices_of(self.column(column)):
             answers, examples = [self.answers[i] for i in rows], [self.examples[i] for i in rows]
             interval = self._interval(self.task.parts(answers, examples))
             found.append(Slice(name, len(rows), self.task.metrics(answers, examples), interval))
@@ -256,17 +252,37 @@ def as_json(comparison: Comparison | ClassScores | Slice | Interval) -> dict[str
     return {name: len(value) if name in ("fixed", "broken") else value for name, value in found.items()}
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def slices_of(values: Sequence[object]) -> list[tuple[str, list[int]]]:
+    """The name of each slice and where its values are; see ``Evaluation.slices``. Every value is in one of them."""
+    numbers = [math.nan if isinstance(value, bool) else number_of(value) for value in values]
+    missing = [i for i, value in enumerate(values) if _is_missing(value)]
+    present = sorted({*range(len(values))} - {*missing})
+    numeric = all(math.isfinite(numbers[i]) for i in present)
+    places: dict[object, list[int]] = {}
+    for i in present:
+        places.setdefault(numbers[i] if numeric else str(values[i]), []).append(i)
+    named = [(str(values[rows[0]]), rows) for rows in sorted(places.values(), key=len, reverse=True)]
+    if numeric and len(named) > MOST_SLICES:
+        named = _quarters(numbers, present)
+    elif numeric:
+        named.sort(key=lambda item: numbers[item[1][0]])
+    elif len(named) > MOST_SLICES:
+        rest = named[MOST_SLICES:]
+        named[MOST_SLICES:] = [(f"({len(rest)} other values)", [i for _, rows in rest for i in rows])]
+    return [*named, *([(MISSING, missing)] if missing else [])]
 
 
-def _grouped(values: Sequence[object]) -> list[str]:
-    numbers = [float(value) for value in values if _is_number(value)]
-    if len(numbers) < len(values) or len(set(numbers)) <= MOST_SLICES:
-        return ["-" if value is None else str(value) for value in values]
-    edges = np.quantile(numbers, (0.25, 0.5, 0.75))
-    bounds = [min(numbers), *edges.tolist(), max(numbers)]
-    return [f"{bounds[at]:g} to {bounds[at + 1]:g}" for at in np.searchsorted(edges, numbers).tolist()]
+def _is_missing(value: object) -> bool:
+    blank = isinstance(value, str) and not value.strip()
+    return value is None or blank or (isinstance(value, float) and math.isnan(value))
+
+
+def _quarters(numbers: Sequence[float], present: Sequence[int]) -> list[tuple[str, list[int]]]:
+    edges = np.quantile([numbers[i] for i in present], (0, 0.25, 0.5, 0.75, 1)).tolist()
+    quarters: list[list[int]] = [[], [], [], []]
+    for i in present:
+        quarters[int(np.searchsorted(edges[1:-1], numbers[i]))].append(i)
+    return [(f"{edges[at]:.10g} to {edges[at + 1]:.10g}", rows) for at, rows in enumerate(quarters) if rows]
 
 
 def evaluate(
