@@ -164,8 +164,21 @@ def _read_file(path: Path) -> Iterable[Row]:
     return reader(path)
 
 
+def own_name(column: str) -> str:
+    """What a column of a file is called in a record whose field of that name is read from another column."""
+    return f"{column} (of the file)"
+
+
+def field_of(column: str, columns: Mapping[str, str], records: Iterable[Row]) -> str:
+    """Under which name records hold a column of their file, with these ``columns`` of fields."""
+    field = next((field for field, own in columns.items() if own.strip() == column.strip()), None)
+    hidden = own_name(column)
+    return field or (hidden if any(hidden in fields for fields, _ in records) else column)
+
+
 def _record(fields: Fields, where: str, columns: Mapping[str, str], required: bool) -> Record:
-    """Renames the mapped columns; a field that is mapped replaces its alias too."""
+    """Renames the mapped columns; a field that is mapped replaces its alias too. What a field takes the name of is
+    kept, see ``own_name``."""
     fields = {**fields, **{column: own for column in columns.values() if (own := _together(fields, column))}}
     found = {field: name for field, column in columns.items() if (name := _column(fields, column)) is not None}
     lost = next((field for field in columns if field not in found), None)
@@ -174,7 +187,8 @@ def _record(fields: Fields, where: str, columns: Mapping[str, str], required: bo
         raise DataError(f"{where}: no column {column!r} for {lost!r}; {nearest(column, map(str, fields))}")
     gone = {*found.values(), *(alias for field in found for alias in ALIASES.get(field, ()))}
     kept = {name: value for name, value in fields.items() if name not in gone}
-    named = {**kept, **{field: fields[name] for field, name in found.items()}}
+    hidden = {own_name(name): fields[name] for name in fields if name in {*found, *gone} - {*found.values()}}
+    named = {**kept, **hidden, **{field: fields[name] for field, name in found.items()}}
     return Record(formats.decode_lists(named, where), where)
 
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bertology_serve.data import formats
-from bertology_serve.data.records import read_records
+from bertology_serve.data.records import field_of, read_records
 from bertology_serve.errors import DataError, NotFound, SpecError, Unsupported
 from bertology_serve.tasks.multi_label import MultiLabel
 from bertology_serve.tasks.spec import TaskSpec
@@ -124,8 +124,18 @@ def test_columns_are_renamed_and_replace_aliases(written):
     swapped = read_records(path, {"text": "text_b", "text_pair": "text_a", "label": "y"})
     assert dict(swapped[0].fields) == {"text": "second", "text_pair": "first", "label": 1, "body": "B"}
     mapped = read_records(path, {"text": "body"})
-    assert dict(mapped[0].fields) == {"text": "B", "text_b": "second", "y": 1}
+    assert dict(mapped[0].fields) == {"text": "B", "text_b": "second", "y": 1, "text_a (of the file)": "first"}
     assert read_records(written("t.csv", 'words\n"[""a""]"\n'), {"tokens": "words"})[0].fields == {"tokens": ["a"]}
+
+
+def test_a_column_is_found_under_its_name_in_the_file(written):
+    path = written("x.csv", "text,label,y=1?\na,shop 1,good\n")
+    columns = {"label": "y=1?"}
+    record = read_records(path, columns)[0]
+    found = {name: record.fields[field_of(name, columns, [record])] for name in ("text", "label", "y=1?", " y=1?")}
+    assert found == {"text": "a", "label": "shop 1", "y=1?": "good", " y=1?": "good"}
+    assert record.fields["label"] == "good"
+    assert field_of("label", {}, [record._replace(fields={"label": 1})]) == "label"
 
 
 def test_wrong_columns_name_the_nearest(written):
@@ -288,7 +298,7 @@ def test_remembered_columns_count_where_a_record_has_them(written):
     remembered = {"text": "body", "label": "mood", "of a later version": "x", "score": "value"}
     path = written("x.jsonl", '{"body": "a", "text": "b", "mood": 1}\n{"text": "c", "label": 2}')
     assert [dict(fields) for fields, _ in read_records(path, None, remembered)] == [
-        {"text": "a", "label": 1},
+        {"text": "a", "label": 1, "text (of the file)": "b"},
         {"text": "c", "label": 2},
     ]
     with pytest.raises(DataError, match="no column 'body' for 'text'"):
