@@ -66,7 +66,7 @@ def read_records(
     ``{"text": "sentence"}``, or to several with ``|`` between: ``{"label": "toxic|insult"}``. Where none are given
     those ``remembered`` by a delta count, each in records that have it.
     Cells of CSV and TSV are texts, but lists (``tokens``, ``tags``, ``choices``, ``answers``) are written as JSON, and
-    an empty cell is no value; TSV has no quoting.
+    an empty cell is no value; ``formats`` says which quotes count.
 
     Raises DataError naming file, row and column; NotFound when there is no such file; SpecError for a field in
     ``columns`` that no task reads; Unsupported when the package for Parquet or the hub is missing.

@@ -111,6 +111,39 @@ def test_quotes_are_letters_in_tsv(written):
     assert dict(read_records(path)[0].fields) == {"sentence": "\"it's", "label": "1"}
 
 
+def test_quotes_of_a_writer_are_no_letters_in_tsv(written):
+    """As pandas and Excel write them, where every cell that has quotes is quoted; else all are letters."""
+    rows = [
+        {"text": 'He said ""no""', "label": "a, b"},
+        {"text": "plain", "label": 'x "y"'},
+        {"text": '"', "label": "z"},
+    ]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    assert [dict(fields) for fields, _ in read_records(written("x.tsv", out.getvalue()))] == rows
+    quoted = written("all.tsv", '"text"\t"label"\r\n"He said ""no"""\t""\r\n')
+    assert dict(read_records(quoted)[0].fields) == {"text": 'He said "no"', "label": None}
+    bare = written("glue.tsv", 'text\tlabel\n"He said ""no"""\t0\n"Rear Window"\t1\na 5" disk\t0\n')
+    assert [fields["text"] for fields, _ in read_records(bare)] == ['"He said ""no"""', '"Rear Window"', 'a 5" disk']
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_the_header_says_what_parts_cells(written, mark):
+    rows = [f"text{mark}score", f'"a{mark} ""b"""{mark}0.5', f"c; d{mark}0,5" if mark == "\t" else f"c{mark}1"]
+    records = read_records(written("x.csv", "\n" + "\n".join(rows) + "\n"))
+    assert dict(records[0].fields) == {"text": f'a{mark} "b"', "score": "0.5"}
+    assert records[1].fields["score"] == ("0,5" if mark == "\t" else "1")
+    assert records[1].where.endswith("x.csv:4")
+
+
+def test_commas_and_quoted_marks_of_a_header_come_first(written):
+    assert dict(read_records(written("x.csv", '"a;b",c;d\n1,2\n'))[0].fields) == {"a;b": "1", "c;d": "2"}
+    assert dict(read_records(written("y.csv", '"a;b"\n1\n'))[0].fields) == {"a;b": "1"}
+    assert dict(read_records(written("z.csv", '"a, b";c\n1;2\n'))[0].fields) == {"a, b": "1", "c": "2"}
+
+
 def test_lists_in_cells_are_json_and_empty_cells_are_none(written):
     path = written("x.csv", 'tokens,tags,text\n"[""a"", ""b""]","[0, 1]",\n')
     assert dict(read_records(path)[0].fields) == {"tokens": ["a", "b"], "tags": [0, 1], "text": None}
