@@ -66,6 +66,21 @@ def test_what_a_record_has(value, has):
     assert TASK.example({"text": "x", "labels": value}, "x:1", True) == example
 
 
+@pytest.mark.parametrize("row", ["True,False", "TRUE,FALSE", "1.0,0.0", "1,0"])
+def test_cells_of_columns_say_what_applies(tmp_path, row):
+    path = tmp_path / "x.csv"
+    path.write_text(f"text,toxic,insult\nx,{row}\n")
+    records = read_records(path, {"label": "toxic|insult"})
+    assert read_labels(*records[0], {"toxic": 0, "insult": 1}) == {"toxic": 1, "insult": 0}
+
+
+def test_labels_are_the_same_however_a_file_spells_them():
+    known = {"0.0": 0, "1.0": 1, "2.0": 2}
+    for value in ([0, 2], ["0", "2.0"], "0|2", "0.0, 2", np.array([0, 2]), [np.int64(0), np.int64(2)]):
+        assert read_labels({"label": value}, "x:1", known) == {"0.0": 1, "2.0": 1}, value
+    assert read_labels({"label": "-100.0"}, "x:1", known) == dict.fromkeys(known, -100)
+
+
 PAIR = {"0": 0, "1": 1}
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,15 @@ def test_value_and_squared_error():
 
 
 @pytest.mark.parametrize(
-    "record", [{"score": 3}, {"label": 3.0}, {"score": "3", "label": "?"}, {"label": " 3.0 "}, {"score": ".3e+1"}]
+    "record",
+    [
+        {"score": 3},
+        {"label": 3.0},
+        {"score": "3", "label": "?"},
+        {"label": " 3.0 "},
+        {"score": ".3e+1"},
+        {"score": np.int64(3)},
+    ],
 )
 def test_score_or_label_holds_the_number(record):
     example = TASK.example({"text": "x", **record}, "x:1", True)
