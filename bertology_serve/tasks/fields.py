@@ -124,7 +124,7 @@ def spelled(label: str) -> str:
     return text.lower() if text.lower() in ("true", "false") else text
 
 
-def known_label(label: str, known: Mapping[str, int], where: str, name: str) -> str:
+def known_label(label: str, known: Mapping[str, Any], where: str, name: str) -> str:
     """The known label that a record means: that of its name, else the only one that is spelled alike."""
     if label in known:
         return label
@@ -259,6 +259,7 @@ def _opened(value: object) -> object:
             return json.loads(value)
         except (ValueError, RecursionError):
             return value
+    value = _plain(value)
     items = None if isinstance(value, list) else _items(value)
     return value if items is None else items
 
