@@ -15,7 +15,7 @@ import typer
 from bertology_serve.cli.common import load_library, note
 from bertology_serve.cli.options import listed
 from bertology_serve.errors import InputError
-from bertology_serve.tasks.spec import MULTIPLE_CHOICE, QUESTION_ANSWERING
+from bertology_serve.tasks.spec import MULTIPLE_CHOICE, QUESTION_ANSWERING, ZERO_SHOT
 
 if TYPE_CHECKING:
     from bertology_serve.files import JsonMapping, JsonObject
@@ -47,6 +47,8 @@ def ask(
     """
     own = {"labels": list(chosen)} if (chosen := listed(labels)) else {}
     with _remote(delta, url, key) if url else _local(delta, backbone, device) as (task, pairs, answer):
+        if own and task != ZERO_SHOT:
+            raise InputError(f"--labels are what {ZERO_SHOT} chooses from, and {delta} does {task}; leave them out")
         for group in _groups(texts, 0 if task == MULTIPLE_CHOICE else 2 if pairs else 1):
             records = [{**record_of(task, parts), **own} for parts in group]
             for record, found in zip(records, answer(records), strict=True):

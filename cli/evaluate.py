@@ -54,7 +54,7 @@ def evaluate(
     The main metric has a 95 % interval (bootstrap over records); gains are paired.
     """
     load_library(deltas=[delta, against], data=[input], backbone=backbone, device=device)
-    from bertology_serve.data.records import read_records
+    from bertology_serve.data.records import field_of, read_records
     from bertology_serve.encoder.loading import find_device
     from bertology_serve.encoder.opening import open_delta
     from bertology_serve.files import check_outputs
@@ -82,8 +82,9 @@ def evaluate(
         other, base = open_delta(against, backbone, where)
         check_comparable(loaded, other)
         compared = found.against(_run(other, encoder if other.base == loaded.base else base, records, max_tokens))
-    slices = found.slices(_field_of(by, read_columns(columns) or loaded.columns)) if by else []
-    ranking = found.ranking(query) if query else {}
+    named = read_columns(columns) or loaded.columns
+    slices = found.slices(field_of(by, named, records)) if by else []
+    ranking = found.ranking(field_of(query, named, records)) if query else {}
     _write(errors, found.errors() if errors else ())
     _write(output, (found.row(number) for number in range(len(found.answers))) if output else ())
     if plots:
@@ -128,10 +129,6 @@ def _run(delta: Delta, encoder: Encoder, records: list[Record], max_tokens: int)
     with progress() as bar:
         task = bar.add_task("evaluate", total=len(records))
         return run(delta, records, encoder, max_tokens, advance=lambda count: bar.advance(task, count))
-
-
-def _field_of(column: str, columns: Mapping[str, str]) -> str:
-    return next((field for field, own in columns.items() if own == column), column)
 
 
 def check_comparable(delta: Delta, other: Delta) -> None:

@@ -7,7 +7,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from io import BufferedIOBase
 from itertools import chain, groupby
 from pathlib import Path
@@ -106,14 +106,41 @@ def _object(value: object, where: str) -> Fields:
 LISTS = ("tokens", "tags", "choices", "answers", "negatives", "scores")
 
 
+DELIMITERS = ",;\t"
+_QUOTED = re.compile('"[^"]*"?')
+_CELL = re.compile('[^"]*|"(?:[^"]|"")*"')
+"""A cell of a file whose writer quotes: none of its quotes is bare."""
+
+
 def read_csv(path: Path) -> Iterator[Row]:
-    """(cells by column, where) of each row of a file with commas; cells may be quoted and hold line breaks."""
-    return _read(path, ",", csv.QUOTE_MINIMAL)
+    """(cells by column, where) of each row; cells may be quoted and hold line breaks.
+
+    Commas part cells; where the header line has none, its semicolons do, else its tabs.
+    """
+    lines, head = (line for _, line in read_lines(path)), list[str]()
+    for line in lines:
+        head.append(line)
+        if not line.isspace():
+            break
+    names = _QUOTED.sub("", head[-1]) if head else ""
+    delimiter = next((mark for mark in DELIMITERS if mark in names), DELIMITERS[0])
+    yield from _records(_rows(chain(head, lines), path, delimiter, csv.QUOTE_MINIMAL), path)
 
 
 def read_tsv(path: Path) -> Iterator[Row]:
-    """The same for tabs. Quotes are letters like any other, as in GLUE's files."""
-    return _read(path, "\t", csv.QUOTE_NONE)
+    """The same for tabs, a line a row.
+
+    Quotes are letters like any other, as in GLUE's files, unless each cell that has some is quoted as a whole, its own
+    doubled: so pandas and Excel write.
+    """
+    rows = list(_rows((line for _, line in read_lines(path)), path, "\t", csv.QUOTE_NONE))
+    if all(_CELL.fullmatch(cell) for _, cells in rows for cell in cells):
+        rows = [(where, [_unquoted(cell) for cell in cells]) for where, cells in rows]
+    yield from _records(iter(rows), path)
+
+
+def _unquoted(cell: str) -> str:
+    return cell[1:-1].replace('""', '"') if cell.startswith('"') else cell
 
 
 def decode_lists(fields: Fields, where: str) -> Fields:
@@ -127,10 +154,7 @@ def decode_lists(fields: Fields, where: str) -> Fields:
     return {**fields, **decoded} if decoded else fields
 
 
-def _read(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[Row]:
-    csv.field_size_limit(max(csv.field_size_limit(), MOST_BYTES))  # of the whole process; Python's own is 128 KiB
-    reader = csv.reader((line for _, line in read_lines(path)), delimiter=delimiter, quoting=quoting, strict=True)
-    rows = _rows(reader, path)
+def _records(rows: Iterator[tuple[str, list[str]]], path: Path) -> Iterator[Row]:
     header = _header(next(rows, None), path)
     for where, cells in rows:
         if len(cells) != len(header):
@@ -140,8 +164,10 @@ def _read(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[Row]:
         yield {name: cell or None for name, cell in zip(header, cells, strict=True) if name}, where
 
 
-def _rows(reader: Any, path: Path) -> Iterator[tuple[str, list[str]]]:
+def _rows(lines: Iterable[str], path: Path, delimiter: str, quoting: Literal[0, 3]) -> Iterator[tuple[str, list[str]]]:
     """(where, cells) of each row that is not blank; where names the line on which the row starts."""
+    csv.field_size_limit(max(csv.field_size_limit(), MOST_BYTES))  # of the whole process; Python's own is 128 KiB
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     while True:
         where = f"{path}:{reader.line_num + 1}"
         try:
@@ -244,7 +270,8 @@ def _word(line: str, where: str) -> tuple[str, list[str]] | None:
 def _sentence(words: list[tuple[str, list[str]]]) -> Row:
     heads = []
     for number, (where, columns) in enumerate(words, 1):
-        if columns[0] != str(number) or not columns[6].isdecimal() or int(columns[6]) > len(words):
+        digits = columns[6].isascii() and columns[6].isdecimal()
+        if columns[0] != str(number) or not digits or int(columns[6]) > len(words):
             got = f"word {columns[0][:20]!r} with head {columns[6][:20]!r}"
             raise DataError(f"{where}: {got}; expected word {number} with a head of 0 to {len(words)}")
         heads.append(int(columns[6]))

@@ -10,6 +10,7 @@ from bertology_serve.data import formats
 from bertology_serve.data.formats import HUB_PREFIX, SET_PREFIX, Dataset, Fields, Row
 from bertology_serve.errors import DataError, NotFound, SpecError, nearest
 from bertology_serve.tasks.base import Example, Task
+from bertology_serve.tasks.fields import with_label_lists
 from bertology_serve.tasks.registry import task_named
 from bertology_serve.tasks.spec import CLASSIFICATION, LABEL_KINDS
 
@@ -65,7 +66,7 @@ def read_records(
     ``{"text": "sentence"}``, or to several with ``|`` between: ``{"label": "toxic|insult"}``. Where none are given
     those ``remembered`` by a delta count, each in records that have it.
     Cells of CSV and TSV are texts, but lists (``tokens``, ``tags``, ``choices``, ``answers``) are written as JSON, and
-    an empty cell is no value; TSV has no quoting.
+    an empty cell is no value; ``formats`` says which quotes count.
 
     Raises DataError naming file, row and column; NotFound when there is no such file; SpecError for a field in
     ``columns`` that no task reads; Unsupported when the package for Parquet or the hub is missing.
@@ -78,7 +79,7 @@ def read_records(
     if not records:
         where = data if isinstance(data, str | Path) else name_of(data)
         raise DataError(f"{where}: holds no records; expected at least one")
-    return records
+    return [Record(*row) for row in with_label_lists(records)]
 
 
 def name_of(data: DataLike) -> str:
@@ -163,8 +164,21 @@ def _read_file(path: Path) -> Iterable[Row]:
     return reader(path)
 
 
+def own_name(column: str) -> str:
+    """What a column of a file is called in a record whose field of that name is read from another column."""
+    return f"{column} (of the file)"
+
+
+def field_of(column: str, columns: Mapping[str, str], records: Iterable[Row]) -> str:
+    """Under which name records hold a column of their file, with these ``columns`` of fields."""
+    field = next((field for field, own in columns.items() if own.strip() == column.strip()), None)
+    hidden = own_name(column)
+    return field or (hidden if any(hidden in fields for fields, _ in records) else column)
+
+
 def _record(fields: Fields, where: str, columns: Mapping[str, str], required: bool) -> Record:
-    """Renames the mapped columns; a field that is mapped replaces its alias too."""
+    """Renames the mapped columns; a field that is mapped replaces its alias too. What a field takes the name of is
+    kept, see ``own_name``."""
     fields = {**fields, **{column: own for column in columns.values() if (own := _together(fields, column))}}
     found = {field: name for field, column in columns.items() if (name := _column(fields, column)) is not None}
     lost = next((field for field in columns if field not in found), None)
@@ -173,7 +187,8 @@ def _record(fields: Fields, where: str, columns: Mapping[str, str], required: bo
         raise DataError(f"{where}: no column {column!r} for {lost!r}; {nearest(column, map(str, fields))}")
     gone = {*found.values(), *(alias for field in found for alias in ALIASES.get(field, ()))}
     kept = {name: value for name, value in fields.items() if name not in gone}
-    named = {**kept, **{field: fields[name] for field, name in found.items()}}
+    hidden = {own_name(name): fields[name] for name in fields if name in {*found, *gone} - {*found.values()}}
+    named = {**kept, **hidden, **{field: fields[name] for field, name in found.items()}}
     return Record(formats.decode_lists(named, where), where)
 
 

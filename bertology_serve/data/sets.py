@@ -10,7 +10,7 @@ from typing import Any
 
 from bertology_serve.data.formats import Fields, Row
 from bertology_serve.errors import DataError, NotFound, nearest
-from bertology_serve.tasks.fields import read_class
+from bertology_serve.tasks.fields import known_label, read_class
 from bertology_serve.tasks.metrics import exact, overlap_f1, positive_f1
 from bertology_serve.tasks.spec import (
     CLASSIFICATION,
@@ -233,7 +233,8 @@ def official_metrics(
     """
     own = dict(measured)
     if found.positive:
-        gold, given = [read_class(*record)[0] for record in records], [str(one["label"]) for one in answers]
+        gold = [_gold(record, answer) for record, answer in zip(records, answers, strict=True)]
+        given = [str(one["label"]) for one in answers]
         positive = next(
             (label for label in (found.positive, *ALSO_POSITIVE) if label in (*gold, *given)), found.positive
         )
@@ -242,11 +243,17 @@ def official_metrics(
     return {name: own[name] for name in found.metrics if name in own}
 
 
+def _gold(record: Row, answer: Fields) -> str:
+    """A record's label as the delta that answers calls it."""
+    label = read_class(*record)[0]
+    return known_label(label, answer.get("scores") or {label: 1.0}, record[1], "label")
+
+
 def _by_group(found: DataSet, positive: str, answers: Answers, records: Records) -> dict[str, float]:
     groups: dict[str, list[tuple[Fields, Fields]]] = {}
     for answer, (fields, _) in zip(answers, records, strict=True):
         groups.setdefault(fields["group"], []).append((answer, fields))
-    whole = [all(answer["label"] == read_class(fields, "")[0] for answer, fields in own) for own in groups.values()]
+    whole = [all(answer["label"] == _gold((fields, ""), answer) for answer, fields in own) for own in groups.values()]
     scores = {"em": sum(whole) / len(whole)}
     if "entity_f1" in found.metrics:
         chosen = [max(own, key=lambda pair: pair[0]["scores"][positive])[1] for own in groups.values()]

@@ -21,7 +21,8 @@ from typing import IO, Any, NamedTuple, cast
 
 import msgspec
 
-from bertology_serve.data.formats import bounded_lines
+from bertology_serve.data.formats import bounded_lines, read_jsonl
+from bertology_serve.data.records import READERS
 from bertology_serve.encoder.delta_set import DeltaSet, Job, Request
 from bertology_serve.errors import BertologyError, Crashed, DataError, NotFound
 from bertology_serve.files import JsonMapping, JsonObject, flush, replacing
@@ -195,6 +196,7 @@ def reading(name: str) -> Iterator[IO[bytes]]:
     if name == STANDARD:
         yield sys.stdin.buffer
         return
+    _check_lines(name)
     try:
         opened = cast(IO[bytes], gzip.open(name, "rb")) if name.endswith(".gz") else open(name, "rb")  # noqa: SIM115
     except FileNotFoundError:
@@ -206,6 +208,22 @@ def reading(name: str) -> Iterator[IO[bytes]]:
             yield opened
         except (EOFError, zlib.error, gzip.BadGzipFile) as problem:
             raise DataError(f"{name}: broken gzip file ({problem}); fetch or compress it again") from None
+
+
+CONVERT = (
+    "import json; from bertology_serve.data.records import read_records as read; "
+    "[print(json.dumps({{**row, 'delta': 'NAME'}})) for row, _ in read({name!r})]"
+)
+
+
+def _check_lines(name: str) -> None:
+    """Raises DataError for a file whose name says that it holds no JSON lines, and tells how to make them."""
+    kind = Path(name.removesuffix(".gz")).suffix.lower()
+    if READERS.get(kind, read_jsonl) is not read_jsonl:
+        raise DataError(
+            f"{name}: a {kind} file; expected JSON lines, each with its delta and the fields of its task, which this "
+            f'prints: python -c "{CONVERT.format(name=name)}"'
+        )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing_extensions import TypeVar
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.encoding import encode_long
 from bertology_serve.tasks.fields import Record, Records, optional_text, read_text
-from bertology_serve.tasks.metrics import Floats, ratio
+from bertology_serve.tasks.metrics import SHARE, Bounds, Floats, ratio
 from bertology_serve.tasks.spec import TEXT_KINDS, Encoding, TaskSpec
 
 Answer = dict[str, Any]
@@ -132,6 +132,10 @@ class Task(ABC, Generic[E, G]):
     def main(self, parts: Floats) -> float:
         """The main metric of ``parts`` [N, 2]: the sum of the first column over that of the second."""
         return ratio(*parts.sum(0))
+
+    def bounds(self, parts: Floats) -> Bounds:
+        """The least and the greatest value that the main metric of such ``parts`` can have."""
+        return SHARE
 
     def quality(self, answers: Sequence[Answer], examples: Sequence[E]) -> Floats:
         """[N]: how good each answer is, 1 where nothing is wrong; the least are the worst."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, G, Named, T, TextExample, TextTask
-from bertology_serve.tasks.fields import Record, Records, label_index, read_class, sorted_labels
+from bertology_serve.tasks.fields import Record, Records, known_label, read_class, sorted_labels
 from bertology_serve.tasks.metrics import Floats, of_one
 from bertology_serve.tasks.spec import CLASSIFICATION, Encoding, TaskSpec
 
@@ -75,7 +75,7 @@ class LabelTask(TextTask[T, G]):
 
     @abstractmethod
     def certainty(self, answers: Sequence[Answer], examples: Sequence[T]) -> Floats:
-        """[M, 2]: the probabilities that answers give, and whether each came true."""
+        """[M, 2]: the probabilities that answers give, and whether each came true; of what is known alone."""
 
 
 class Classification(LabelTask[ClassificationExample, Target]):
@@ -96,14 +96,14 @@ class Classification(LabelTask[ClassificationExample, Target]):
 
     def example(self, record: Record, where: str, labelled: bool) -> ClassificationExample:
         label, shares = read_class(record, where) if labelled else (None, {})
-        for name in (*shares, *([label] if label else [])):
-            label_index(name, self.index, where, "label")
+        shares = {known_label(name, self.index, where, "label"): share for name, share in shares.items()}
+        label = known_label(label, self.index, where, "label") if label else None
         return ClassificationExample(where, *self.texts(record, where), label, shares)
 
     def target(self, example: ClassificationExample, encodings: Sequence[Encoding]) -> Target:
         if example.shares:
             return tuple(example.shares.get(label, 0.0) for label in self.spec.labels)
-        return label_index(str(example.label), self.index, example.where, "label")
+        return self.index[str(example.label)]
 
     def rows(self, targets: Sequence[Target]) -> Tensor:
         found = torch.zeros(len(targets), len(self.spec.labels), dtype=torch.float64)

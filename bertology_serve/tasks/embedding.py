@@ -24,7 +24,7 @@ from bertology_serve.tasks.base import Answer, Task, TextExample
 from bertology_serve.tasks.contrastive import COSENT, DISTILL, LOSSES, MARGIN_MSE, MNRL, Cosines, Target
 from bertology_serve.tasks.encoding import encode_long
 from bertology_serve.tasks.fields import Record, check_text, kind_of, optional_text, read_list, read_score, read_text
-from bertology_serve.tasks.metrics import Floats
+from bertology_serve.tasks.metrics import Bounds, Floats
 from bertology_serve.tasks.spec import EMBEDDING, Encoding, TaskSpec
 from bertology_serve.tasks.vectors import AS_GIVEN, Chunks, ChunkTokens, VectorForm
 
@@ -251,6 +251,9 @@ class Embedding(Task[EmbeddingExample, Target]):
 
     def main(self, parts: Floats) -> float:
         return float(parts[:, 0].mean()) if (parts[:, 1] == 1).all() else metrics.spearman(*parts.T)
+
+    def bounds(self, parts: Floats) -> Bounds:
+        return metrics.SHARE if (parts[:, 1] == 1).all() else metrics.CORRELATION
 
     def _searched(
         self, answers: Sequence[Answer], examples: Sequence[EmbeddingExample]

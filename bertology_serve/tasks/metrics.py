@@ -22,6 +22,11 @@ def ratio(part: float, whole: float) -> float:
     return float(part / whole) if whole else 0.0
 
 
+def mean(values: Floats | Flags) -> float:
+    """The mean, 0 where there are no values."""
+    return ratio(values.sum(), len(values))
+
+
 def of_one(values: Sequence[float]) -> Floats:
     """[N, 2]: values whose mean is the metric."""
     return np.stack([np.asarray(values, dtype=np.float64), np.ones(len(values))], 1)
@@ -139,14 +144,21 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def bootstrap(count: int, statistic: Callable[[NDArray[np.int64]], float]) -> Interval:
+Bounds = tuple[float, float]
+"""The least and the greatest value that a metric can have."""
+SHARE: Bounds = (0.0, 1.0)
+CORRELATION: Bounds = (-1.0, 1.0)
+
+
+def bootstrap(count: int, statistic: Callable[[NDArray[np.int64]], float], bounds: Bounds = SHARE) -> Interval:
     """The percentile interval of a statistic of ``count`` items, which gets the numbers of those drawn (Efron 1979).
 
     It is moved by as much as resampling itself moves the statistic: a calibration error, say, is larger on items that
-    are drawn twice. A difference of two metrics on the same items is a paired bootstrap (Koehn 2004).
+    are drawn twice. A difference of two metrics on the same items is a paired bootstrap (Koehn 2004). The interval ends
+    where the statistic does, at its ``bounds``: those of a share unless they are given.
     """
     value, found = statistic(np.arange(count)), np.array([statistic(drawn) for drawn in _draws(count)])
-    low, high = np.percentile(found, (2.5, 97.5)) - (found.mean() - value)
+    low, high = np.clip(np.percentile(found, (2.5, 97.5)) - (found.mean() - value), *bounds)
     return Interval(value, float(low), float(high))
 
 

@@ -88,18 +88,26 @@ class MultiLabel(LabelTask[MultiLabelExample, Weights]):
         return {"labels": [label for (label, score), least in above if score >= least], "scores": scores}
 
     def metrics(self, answers: Sequence[Answer], examples: Sequence[MultiLabelExample]) -> dict[str, float]:
-        """Micro, macro and sample F1, and the share of texts whose labels are all right."""
+        """Micro, macro and sample F1, and the share of texts whose labels are all right; of labels and of texts that
+        something is known of.
+        """
         gold, found = self.tables(answers, examples)
+        known = self.shares(examples) != IGNORED
+        labels, texts = known.any(0), known.any(1)
         return {
             "micro_f1": metrics.ratio(2 * (gold & found).sum(), gold.sum() + found.sum()),
-            "macro_f1": float(np.mean(metrics.f1_of(gold, found, 0))),
-            "samples_f1": float(np.mean(metrics.f1_of(gold, found, 1))),
-            "exact": float(np.mean((gold == found).all(1))),
+            "macro_f1": metrics.mean(metrics.f1_of(gold, found, 0)[labels]),
+            "samples_f1": metrics.mean(metrics.f1_of(gold, found, 1)[texts]),
+            "exact": metrics.mean((gold == found).all(1)[texts]),
         }
+
+    def shares(self, examples: Sequence[MultiLabelExample]) -> Floats:
+        """[N, C]: how much each label applies, -100 where it is not known."""
+        return np.array([[example.labels.get(label, 0.0) for label in self.spec.labels] for example in examples])
 
     def tables(self, answers: Sequence[Answer], examples: Sequence[MultiLabelExample]) -> tuple[Flags, Flags]:
         """[N, C] each: the labels that apply, and those named; neither where it is not known."""
-        shares = np.array([[example.labels.get(label, 0.0) for label in self.spec.labels] for example in examples])
+        shares = self.shares(examples)
         named = [{*answer["labels"]} for answer in answers]
         found = np.array([[label in own for label in self.spec.labels] for own in named])
         return shares >= EVEN, found & (shares != IGNORED)
@@ -118,6 +126,7 @@ class MultiLabel(LabelTask[MultiLabelExample, Weights]):
         return list(zip(*sides, strict=True))
 
     def certainty(self, answers: Sequence[Answer], examples: Sequence[MultiLabelExample]) -> Floats:
-        gold, _ = self.tables(answers, examples)
+        shares = self.shares(examples)
         scores = np.array([list(answer["scores"].values()) for answer in answers])
-        return np.stack([scores.ravel(), gold.ravel()], 1)
+        known = shares != IGNORED
+        return np.stack([scores[known], shares[known] >= EVEN], 1)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from bertology_serve.tasks import metrics
 from bertology_serve.tasks.base import Answer, TextExample, TextTask
 from bertology_serve.tasks.fields import Record, read_score
-from bertology_serve.tasks.metrics import Floats
+from bertology_serve.tasks.metrics import Bounds, Floats
 from bertology_serve.tasks.spec import REGRESSION, Encoding
 
 
@@ -73,3 +73,6 @@ class Regression(TextTask[RegressionExample, float]):
 
     def main(self, parts: Floats) -> float:
         return metrics.spearman(*parts.T)
+
+    def bounds(self, parts: Floats) -> Bounds:
+        return metrics.CORRELATION

@@ -35,6 +35,8 @@ TEXT_KINDS = (CLASSIFICATION, MULTI_LABEL, REGRESSION)
 """Tasks that read one text or a pair, and answer once for it."""
 LABEL_KINDS = (CLASSIFICATION, MULTI_LABEL)
 """Those whose answer is among labels, with a probability each."""
+NAMED_KINDS = (*LABEL_KINDS, TOKEN_CLASSIFICATION, ZERO_SHOT)
+"""Those that have labels, with names."""
 POOLED_KINDS = (EMBEDDING, ZERO_SHOT)
 """Those without a head: a sequence's output is its pooled row [H]."""
 VECTOR_KINDS = (EMBEDDING, SPARSE, MULTI_VECTOR)

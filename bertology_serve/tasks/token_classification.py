@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from bertology_serve.errors import DataError
 from bertology_serve.tasks.base import Answer, Example, Named, Task
 from bertology_serve.tasks.encoding import MOST_WINDOWS, word_windows
-from bertology_serve.tasks.fields import Record, Records, label_index, read_tags, read_text, read_texts, sorted_labels
+from bertology_serve.tasks.fields import Record, Records, read_tags, read_text, read_texts, sorted_labels
 from bertology_serve.tasks.metrics import Floats, accuracy, ratio
 from bertology_serve.tasks.spec import IGNORED, TOKEN_CLASSIFICATION, Encoding, TaskSpec
 
@@ -67,12 +67,9 @@ class TokenClassification(Task[TokensExample, tuple[int, ...]]):
         text, spans = join_words(words)
         tags = None
         if labelled:
-            tags = tuple(read_tags(record, where))
+            tags = tuple(read_tags(record, where, self.index))
             if len(tags) != len(words):
                 raise DataError(f"{where}: field 'tags' has {len(tags)} items; expected {len(words)}, one a token")
-            for index, tag in enumerate(tags):
-                if tag is not None:
-                    label_index(tag, self.index, where, f"tags[{index}]")
         return TokensExample(where, text, tuple(spans), True, tags)
 
     def encode(self, example: TokensExample, tokenizer: PreTrainedTokenizerBase) -> list[Encoding]:

@@ -22,7 +22,7 @@ from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.base import Answer
 from bertology_serve.tasks.classification import Classification, ClassificationExample, Target
 from bertology_serve.tasks.encoding import encode_text
-from bertology_serve.tasks.fields import Record, Records, kind_of, label_index, optional_text, read_texts
+from bertology_serve.tasks.fields import Record, Records, kind_of, optional_text, read_texts
 from bertology_serve.tasks.spec import EVEN, ZERO_SHOT, Encoding, TaskSpec
 
 MOST_LABELS, LONGEST_LABEL = 1000, 500
@@ -110,7 +110,7 @@ class ZeroShot(Classification):
         return self.spec.scale * F.normalize(rows.float()) @ F.normalize(beside.float()).T
 
     def target(self, example: ClassificationExample, encodings: Sequence[Encoding]) -> Target:
-        return label_index(str(example.label), self.index, example.where, "label")
+        return self.index[str(example.label)]
 
     def drawn(self, targets: Sequence[int], seed: int) -> list[Drawn]:
         """Training targets, each with a few other labels of the set, drawn evenly."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, takewhile
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -18,9 +19,9 @@ from bertology_serve.encoder.trainable import TrainableDelta
 from bertology_serve.errors import DataError, SpecError, nearest
 from bertology_serve.tasks.base import Answer, Example, Item, Task
 from bertology_serve.tasks.classification import LabelTask
+from bertology_serve.tasks.fields import number_of, with_label_lists
 from bertology_serve.tasks.heads import outputs_of
 from bertology_serve.tasks.metrics import (
-    BINS,
     Floats,
     Interval,
     bootstrap,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 Records = Iterable[tuple[Mapping[str, Any], str]]
 MOST_SLICES = 20
+MISSING = "(no value)"
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,17 @@ class Evaluation:
     @property
     def interval(self) -> Interval:
         """The main metric."""
-        parts = self.parts
-        return bootstrap(len(parts), lambda drawn: self.task.main(parts[drawn]))
+        return self._interval(self.parts)
+
+    def _interval(self, parts: Floats) -> Interval:
+        return bootstrap(len(parts), lambda drawn: self.task.main(parts[drawn]), self.task.bounds(parts))
 
     def gain(self, task: Task, answers: Sequence[Answer]) -> Interval:
         """By how much the main metric is above that of other answers to the same examples (paired bootstrap)."""
         own, other = self.parts, task.parts(answers, self.examples)
-        return bootstrap(len(own), lambda drawn: self.task.main(own[drawn]) - task.main(other[drawn]))
+        (low, high), (least, most) = self.task.bounds(own), task.bounds(other)
+        bounds = (low - most, high - least)
+        return bootstrap(len(own), lambda drawn: self.task.main(own[drawn]) - task.main(other[drawn]), bounds)
 
     def against(self, other: Evaluation) -> Comparison:
         """This beside an earlier or another delta. Raises SpecError where both do not answer the same."""
@@ -161,12 +167,12 @@ class Evaluation:
     @property
     def calibration(self) -> Interval | None:
         """The expected calibration error in 15 bins; None where there are no such scores."""
-        if not isinstance(self.task, LabelTask):
+        if not isinstance(self.task, LabelTask) or not len(self.certainty):
             return None
-        table = gaps(self.certainty).reshape(len(self.answers), -1, BINS).sum(1)
-        each = len(self.certainty) / len(self.answers)
-        found = bootstrap(len(table), lambda drawn: float(np.abs(table[drawn].sum(0)).sum() / (each * len(drawn))))
-        return replace(found, low=max(0.0, found.low))
+        pairs = zip(self.answers, self.examples, strict=True)
+        each = [self.task.certainty([answer], [example]) for answer, example in pairs]
+        table, counts = np.stack([gaps(own).sum(0) for own in each]), np.array([len(own) for own in each])
+        return bootstrap(len(each), lambda drawn: ratio(np.abs(table[drawn].sum(0)).sum(), counts[drawn].sum()))
 
     @property
     def certainty(self) -> Floats:
@@ -177,20 +183,13 @@ class Evaluation:
     def slices(self, column: str) -> list[Slice]:
         """The records by what they have in a column, largest first; numbers in order, many of them in four equal parts.
 
-        Raises DataError where no record has the column.
+        Numbers are those of a column that holds nothing else, texts of numbers included. Records without a value are
+        one slice, the rarest of many values another. Raises DataError where no record has the column.
         """
-        values = self.column(column)
-        names = _grouped(values)
-        places = {name: [i for i, own in enumerate(names) if own == name] for name in dict.fromkeys(names)}
         found = []
-        largest = sorted(places.items(), key=lambda item: -len(item[1]))[:MOST_SLICES]
-        numbers = [value for value in values if _is_number(value)]
-        if len(numbers) == len(values):
-            largest.sort(key=lambda item: numbers[item[1][0]])
-        for name, rows in largest:
+        for name, rows in slices_of(self.column(column)):
             answers, examples = [self.answers[i] for i in rows], [self.examples[i] for i in rows]
-            parts = self.task.parts(answers, examples)
-            interval = bootstrap(len(rows), lambda drawn, parts=parts: self.task.main(parts[drawn]))  # type: ignore[misc]
+            interval = self._interval(self.task.parts(answers, examples))
             found.append(Slice(name, len(rows), self.task.metrics(answers, examples), interval))
         return found
 
@@ -253,17 +252,37 @@ def as_json(comparison: Comparison | ClassScores | Slice | Interval) -> dict[str
     return {name: len(value) if name in ("fixed", "broken") else value for name, value in found.items()}
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def slices_of(values: Sequence[object]) -> list[tuple[str, list[int]]]:
+    """The name of each slice and where its values are; see ``Evaluation.slices``. Every value is in one of them."""
+    numbers = [math.nan if isinstance(value, bool) else number_of(value) for value in values]
+    missing = [i for i, value in enumerate(values) if _is_missing(value)]
+    present = sorted({*range(len(values))} - {*missing})
+    numeric = all(math.isfinite(numbers[i]) for i in present)
+    places: dict[object, list[int]] = {}
+    for i in present:
+        places.setdefault(numbers[i] if numeric else str(values[i]), []).append(i)
+    named = [(str(values[rows[0]]), rows) for rows in sorted(places.values(), key=len, reverse=True)]
+    if numeric and len(named) > MOST_SLICES:
+        named = _quarters(numbers, present)
+    elif numeric:
+        named.sort(key=lambda item: numbers[item[1][0]])
+    elif len(named) > MOST_SLICES:
+        rest = named[MOST_SLICES:]
+        named[MOST_SLICES:] = [(f"({len(rest)} other values)", [i for _, rows in rest for i in rows])]
+    return [*named, *([(MISSING, missing)] if missing else [])]
 
 
-def _grouped(values: Sequence[object]) -> list[str]:
-    numbers = [float(value) for value in values if _is_number(value)]
-    if len(numbers) < len(values) or len(set(numbers)) <= MOST_SLICES:
-        return ["-" if value is None else str(value) for value in values]
-    edges = np.quantile(numbers, (0.25, 0.5, 0.75))
-    bounds = [min(numbers), *edges.tolist(), max(numbers)]
-    return [f"{bounds[at]:g} to {bounds[at + 1]:g}" for at in np.searchsorted(edges, numbers).tolist()]
+def _is_missing(value: object) -> bool:
+    blank = isinstance(value, str) and not value.strip()
+    return value is None or blank or (isinstance(value, float) and math.isnan(value))
+
+
+def _quarters(numbers: Sequence[float], present: Sequence[int]) -> list[tuple[str, list[int]]]:
+    edges = np.quantile([numbers[i] for i in present], (0, 0.25, 0.5, 0.75, 1)).tolist()
+    quarters: list[list[int]] = [[], [], [], []]
+    for i in present:
+        quarters[int(np.searchsorted(edges[1:-1], numbers[i]))].append(i)
+    return [(f"{edges[at]:.10g} to {edges[at + 1]:.10g}", rows) for at, rows in enumerate(quarters) if rows]
 
 
 def evaluate(
@@ -279,7 +298,7 @@ def evaluate(
     DataError naming the record that is wrong, a label that the delta does not know included.
     """
     encoder = encoder or Encoder.for_delta(delta)
-    rows = list(records)
+    rows = with_label_lists(records)
     if not rows:
         raise DataError("no records were found; expected at least one")
     if delta.task.kind == ZERO_SHOT:  # whatever labels it was trained on

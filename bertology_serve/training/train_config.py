@@ -299,6 +299,8 @@ class TrainConfig:
             raise SpecError(
                 f"loss {self.optim.loss} is for {', '.join(tasks.VECTOR_KINDS)}, not {self.task}; leave it out"
             )
+        if self.form.labels and self.task not in tasks.NAMED_KINDS:
+            raise SpecError(f"labels are for {', '.join(tasks.NAMED_KINDS)}, not {self.task}; leave them out")
         if self.optim.flops and self.task != tasks.SPARSE:
             raise SpecError(f"flops is for {tasks.SPARSE}, not {self.task}; leave it out")
         if self.form.width and self.task != tasks.MULTI_VECTOR:
@@ -355,7 +357,7 @@ class TrainConfig:
     @property
     def known_task(self) -> TaskSpec:
         """The task as far as it is known without data: labels may stand for others."""
-        labelled = self.task in (*tasks.LABEL_KINDS, "token-classification")
+        labelled = self.task in tasks.NAMED_KINDS and self.task != tasks.ZERO_SHOT
         return self.task_spec(("O",) if labelled and not self.form.labels else self.form.labels)
 
     def rate(self, method: str) -> float:

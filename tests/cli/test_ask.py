@@ -71,6 +71,7 @@ def test_labels_of_a_call(server, capsys):  # noqa: F811
         (["moood", "x"], "no delta 'moood' at http://.*did you mean 'mood'"),
         (["finder", "who ?"], "1 texts were given to a delta of pairs; expected them two by two"),
         (["chooser", "alone"], "multiple-choice was given 1 texts; expected a premise and its choices"),
+        (["mood", "x", "--labels", "a,b"], "--labels are what zero-shot chooses from, and mood does classification"),
     ],
 )
 def test_what_cannot_be_asked(given, message, server, capsys):  # noqa: F811

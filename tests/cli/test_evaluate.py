@@ -135,6 +135,11 @@ def test_a_column_that_the_delta_remembers_has_slices_and_other_labels_are_named
     command = ["evaluate", str(made / "mood"), "--input", str(named), "--columns", "text=sentence,label=mood", "--json"]
     assert main([*command, "--by", "mood"]) == 0
     assert sum(one["rows"] for one in json.loads(capsys.readouterr().out)["slices"]) == len(rows)
+    named.write_text(
+        "".join(json.dumps({"text": row["text"], "mood": row["label"], "label": "x"}) + "\n" for row in rows)
+    )
+    assert main([*command[:4], "--columns", "label=mood", "--json", "--by", "label"]) == 0
+    assert [one["value"] for one in json.loads(capsys.readouterr().out)["slices"]] == ["x"], "as the file has it"
     delta = load_delta(made / "mood")
     others = replace(delta, name="others", task=replace(delta.task, labels=("left", *delta.task.labels[1:])))
     with pytest.raises(SpecError, match=r"with other labels \(only one of them has down, left"):

@@ -43,6 +43,7 @@ def test_sentences(tmp_path: Path) -> None:
         ("2\tGo\t_\tVERB\t_\t_\t0\troot\t_\t_", "expected word 1"),
         ("1\tGo\t_\tVERB\t_\t_\t2\troot\t_\t_", "expected word 1 with a head of 0 to 1"),
         ("1\tGo\t_\tVERB\t_\t_\t_\troot\t_\t_", "with head '_'"),
+        ("1\tGo\t_\tVERB\t_\t_\t\uff10\troot\t_\t_", "with head '\uff10'"),
     ],
 )
 def test_what_is_no_conllu_is_said_with_its_line(tmp_path: Path, line: str, message: str) -> None:

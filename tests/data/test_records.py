@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bertology_serve.data import formats
-from bertology_serve.data.records import read_records
+from bertology_serve.data.records import field_of, read_records
 from bertology_serve.errors import DataError, NotFound, SpecError, Unsupported
 from bertology_serve.tasks.multi_label import MultiLabel
 from bertology_serve.tasks.spec import TaskSpec
@@ -111,6 +111,39 @@ def test_quotes_are_letters_in_tsv(written):
     assert dict(read_records(path)[0].fields) == {"sentence": "\"it's", "label": "1"}
 
 
+def test_quotes_of_a_writer_are_no_letters_in_tsv(written):
+    """As pandas and Excel write them, where every cell that has quotes is quoted; else all are letters."""
+    rows = [
+        {"text": 'He said ""no""', "label": "a, b"},
+        {"text": "plain", "label": 'x "y"'},
+        {"text": '"', "label": "z"},
+    ]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    assert [dict(fields) for fields, _ in read_records(written("x.tsv", out.getvalue()))] == rows
+    quoted = written("all.tsv", '"text"\t"label"\r\n"He said ""no"""\t""\r\n')
+    assert dict(read_records(quoted)[0].fields) == {"text": 'He said "no"', "label": None}
+    bare = written("glue.tsv", 'text\tlabel\n"He said ""no"""\t0\n"Rear Window"\t1\na 5" disk\t0\n')
+    assert [fields["text"] for fields, _ in read_records(bare)] == ['"He said ""no"""', '"Rear Window"', 'a 5" disk']
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_the_header_says_what_parts_cells(written, mark):
+    rows = [f"text{mark}score", f'"a{mark} ""b"""{mark}0.5', f"c; d{mark}0,5" if mark == "\t" else f"c{mark}1"]
+    records = read_records(written("x.csv", "\n" + "\n".join(rows) + "\n"))
+    assert dict(records[0].fields) == {"text": f'a{mark} "b"', "score": "0.5"}
+    assert records[1].fields["score"] == ("0,5" if mark == "\t" else "1")
+    assert records[1].where.endswith("x.csv:4")
+
+
+def test_commas_and_quoted_marks_of_a_header_come_first(written):
+    assert dict(read_records(written("x.csv", '"a;b",c;d\n1,2\n'))[0].fields) == {"a;b": "1", "c;d": "2"}
+    assert dict(read_records(written("y.csv", '"a;b"\n1\n'))[0].fields) == {"a;b": "1"}
+    assert dict(read_records(written("z.csv", '"a, b";c\n1;2\n'))[0].fields) == {"a, b": "1", "c": "2"}
+
+
 def test_lists_in_cells_are_json_and_empty_cells_are_none(written):
     path = written("x.csv", 'tokens,tags,text\n"[""a"", ""b""]","[0, 1]",\n')
     assert dict(read_records(path)[0].fields) == {"tokens": ["a", "b"], "tags": [0, 1], "text": None}
@@ -124,8 +157,18 @@ def test_columns_are_renamed_and_replace_aliases(written):
     swapped = read_records(path, {"text": "text_b", "text_pair": "text_a", "label": "y"})
     assert dict(swapped[0].fields) == {"text": "second", "text_pair": "first", "label": 1, "body": "B"}
     mapped = read_records(path, {"text": "body"})
-    assert dict(mapped[0].fields) == {"text": "B", "text_b": "second", "y": 1}
+    assert dict(mapped[0].fields) == {"text": "B", "text_b": "second", "y": 1, "text_a (of the file)": "first"}
     assert read_records(written("t.csv", 'words\n"[""a""]"\n'), {"tokens": "words"})[0].fields == {"tokens": ["a"]}
+
+
+def test_a_column_is_found_under_its_name_in_the_file(written):
+    path = written("x.csv", "text,label,y=1?\na,shop 1,good\n")
+    columns = {"label": "y=1?"}
+    record = read_records(path, columns)[0]
+    found = {name: record.fields[field_of(name, columns, [record])] for name in ("text", "label", "y=1?", " y=1?")}
+    assert found == {"text": "a", "label": "shop 1", "y=1?": "good", " y=1?": "good"}
+    assert record.fields["label"] == "good"
+    assert field_of("label", {}, [record._replace(fields={"label": 1})]) == "label"
 
 
 def test_wrong_columns_name_the_nearest(written):
@@ -288,7 +331,7 @@ def test_remembered_columns_count_where_a_record_has_them(written):
     remembered = {"text": "body", "label": "mood", "of a later version": "x", "score": "value"}
     path = written("x.jsonl", '{"body": "a", "text": "b", "mood": 1}\n{"text": "c", "label": 2}')
     assert [dict(fields) for fields, _ in read_records(path, None, remembered)] == [
-        {"text": "a", "label": 1},
+        {"text": "a", "label": 1, "text (of the file)": "b"},
         {"text": "c", "label": 2},
     ]
     with pytest.raises(DataError, match="no column 'body' for 'text'"):

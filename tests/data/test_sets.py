@@ -75,7 +75,8 @@ def test_record_takes_the_likeliest_entity_of_a_query():
     def row(group: str, entity: str, share: float, *golds: str) -> tuple[Any, Any]:
         label = "True" if entity in golds else "False"
         fields = {"group": group, "entity": entity, "golds": list(golds), "label": label}
-        return (fields, "dev:1"), {"label": "True" if share > 0.5 else "False", "scores": {"True": share}}
+        scores = {"True": share, "False": 1 - share}
+        return (fields, "dev:1"), {"label": "True" if share > 0.5 else "False", "scores": scores}
 
     rows = [row("q", "Ada Lovelace", 0.4, "Ada"), row("q", "Bob", 0.3, "Ada"), row("r", "Paris", 0.9, "paris", "Lyon")]
     own = official_metrics(SETS["superglue/record"], {}, [answer for _, answer in rows], [fields for fields, _ in rows])
@@ -91,3 +92,12 @@ def test_the_positive_label_of_json_and_of_tables(no: Any, yes: Any):
     answers = [{"label": labels[[no, yes].index(label)]} for label in found]
     own = measured("superglue/multirc", TaskSpec(CLASSIFICATION, labels), records, answers)
     assert own == pytest.approx({"f1a": 2 / 3, "em": 0.0})
+
+
+def test_official_metrics_know_labels_however_the_file_spells_them() -> None:
+    """As pandas writes a column of integers with a hole in it."""
+    names, gold, given = ("0", "1"), ["1.0", "0.0", "1.0", "1.0"], ["1", "1", "0", "1"]
+    answers = [{"label": label, "scores": {name: float(name == label) for name in names}} for label in given]
+    records = [({"text": "x", "label": label}, "x:1") for label in gold]
+    found = official_metrics(SETS["glue/mrpc"], {"accuracy": 0.5}, answers, records)
+    assert found["f1"] == pytest.approx(reference.f1_score([1, 0, 1, 1], [1, 1, 0, 1]))

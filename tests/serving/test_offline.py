@@ -141,3 +141,20 @@ def test_batches_hold_everything_once_within_the_budget(costs, budget):
     assert sorted(index for batch in found for index in batch) == list(range(len(costs)))
     assert all(len(batch) == 1 or sum(costs[i] for i in batch) <= budget for batch in found)
     assert all(found)
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.CSV.gz"])
+def test_a_table_is_refused_with_a_program_that_writes_json_lines(name, tmp_path, capsys):
+    path, mark = tmp_path / name, "\t" if ".tsv" in name else ","
+    content = f"text{mark}label\na film{mark}good\n".encode()
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(DataError, match=r"a \.[ct]sv file; expected JSON lines, each with its delta") as caught:
+        list(read_lines([str(path)]))
+    exec(str(caught.value).split('python -c "')[1].removesuffix('"'), {})
+    assert json.loads(capsys.readouterr().out) == {"text": "a film", "label": "good", "delta": "NAME"}
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.conll", "x.conllu"])
+def test_other_files_of_records_are_refused_too(name):
+    with pytest.raises(DataError, match="expected JSON lines, each with its delta"):
+        list(read_lines([name]))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +44,37 @@ def test_labels_are_found_in_a_stable_order(labels, expected):
 def test_integer_labels_match_names_that_are_digits():
     task = Classification(TaskSpec("classification", ("0", "1")))
     assert task.target(task.example({"text": "x", "label": 1}, "x:1", True), []) == 1
+
+
+@pytest.mark.parametrize(
+    ("known", "expected", "values"),
+    [
+        (("False", "True"), "True", [True, "True", "TRUE", "true", np.bool_(True), {"true": 3, False: 1}]),
+        (("false", "true"), "false", [False, "False", "FALSE", np.bool_(False)]),
+        (("0", "1"), "1", [1, "1", 1.0, "1.0", "1.00", np.int64(1), np.float64(1)]),
+        (("0.0", "1.0"), "1.0", [1, "1", 1.0, "1.0", np.int64(1)]),
+        (("-1", "1"), "-1", [-1, "-1.0"]),
+        (("True", "true"), "true", ["true", True]),
+        (("1", "1.0"), "1.0", ["1.0"]),
+        (("v1.0", "v1"), "v1", ["v1"]),
+    ],
+)
+def test_a_label_is_the_same_however_a_file_spells_it(known, expected, values):
+    task = Classification(TaskSpec("classification", known))
+    for value in values:
+        example = task.example({"text": "x", "label": value}, "x:1", True)
+        assert example.label == expected, value
+        assert {*example.shares} <= {*known}
+
+
+def test_names_that_look_alike_stay_apart():
+    names = ["True", "true", "1.0", "1", "v1.0"]
+    assert {*Classification.labels_in([({"label": name}, "x:1") for name in names])} == {*names}
+    task = Classification(TaskSpec("classification", ("True", "true")))
+    with pytest.raises(DataError, match="has the unknown label 'TRUE'"):
+        task.example({"text": "x", "label": "TRUE"}, "x:1", True)
+    with pytest.raises(DataError, match="-100, which means that there is no label"):
+        task.example({"text": "x", "label": "-100.0"}, "x:1", True)
 
 
 @pytest.mark.parametrize("label", [1.5, float("nan"), [], {}, "", "  "])

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from bertology_serve.data.records import infer_labels
+from bertology_serve.data.records import infer_labels, read_records
 from bertology_serve.errors import DataError, SpecError
 from bertology_serve.tasks.fields import read_labels
+from bertology_serve.tasks.metrics import calibration_error
 from bertology_serve.tasks.multi_label import MultiLabel
 from bertology_serve.tasks.spec import TaskSpec
+from bertology_serve.training.evaluation import Evaluation
 
 TASK = MultiLabel(TaskSpec("multi-label", ("a", "b", "c")))
 
@@ -62,6 +66,47 @@ def test_what_a_record_has(value, has):
     assert TASK.example({"text": "x", "labels": value}, "x:1", True) == example
 
 
+@pytest.mark.parametrize("row", ["True,False", "TRUE,FALSE", "1.0,0.0", "1,0"])
+def test_cells_of_columns_say_what_applies(tmp_path, row):
+    path = tmp_path / "x.csv"
+    path.write_text(f"text,toxic,insult\nx,{row}\n")
+    records = read_records(path, {"label": "toxic|insult"})
+    assert read_labels(*records[0], {"toxic": 0, "insult": 1}) == {"toxic": 1, "insult": 0}
+
+
+def test_labels_are_the_same_however_a_file_spells_them():
+    known = {"0.0": 0, "1.0": 1, "2.0": 2}
+    for value in ([0, 2], ["0", "2.0"], "0|2", "0.0, 2", np.array([0, 2]), [np.int64(0), np.int64(2)]):
+        assert read_labels({"label": value}, "x:1", known) == {"0.0": 1, "2.0": 1}, value
+    assert read_labels({"label": "-100.0"}, "x:1", known) == dict.fromkeys(known, -100)
+
+
+PAIR = {"0": 0, "1": 1}
+
+
+@pytest.mark.parametrize("value", [[0, 1], ["0", "1"], "0|1", "[1, 0]"])
+def test_class_indices_are_names_also_where_there_are_two(value):
+    """As scikit-learn's MultiLabelBinarizer has ``[[0, 1]]``."""
+    assert read_labels({"label": value}, "x:1", PAIR) == {"0": 1, "1": 1}
+    rows = [fields for fields, _ in labelled([0], value, [1])]
+    found = [read_labels(*record, PAIR) for record in read_records(rows)]
+    assert found == [{"0": 1}, {"0": 1, "1": 1}, {"1": 1}]
+
+
+@pytest.mark.parametrize("values", [[[0, 1], [1, 1]], [[0, 1], [1, 0]], [[0, 1], None], [[0, 1], -100]])
+def test_lists_of_zero_and_one_are_so_in_the_whole_data_set(values):
+    records = read_records([fields for fields, _ in labelled(*values)])
+    assert MultiLabel.labels_in(records) == ("0", "1")
+    assert read_labels(*records[0], PAIR) == {"0": 0, "1": 1}
+    assert read_labels(*read_records(records[:1])[0], PAIR) == {"0": 0, "1": 1}
+
+
+def test_a_part_of_a_data_set_of_indices_stays_indices():
+    records = read_records([fields for fields, _ in labelled([0], [0, 1], [1])])
+    part = read_records(records[1:2])
+    assert read_labels(*part[0], PAIR) == {"0": 1, "1": 1}
+
+
 def test_a_label_that_is_not_known_teaches_nothing_and_counts_nowhere():
     known = TASK.example({"text": "x", "label": [1, 0, 0]}, "x:1", True)
     unsure = TASK.example({"text": "x", "label": [1, -100, 0]}, "x:1", True)
@@ -75,6 +120,45 @@ def test_a_label_that_is_not_known_teaches_nothing_and_counts_nowhere():
     answers = [TASK.decode(unsure, [], [out[0].detach()])]
     assert TASK.metrics(answers, [unsure])["exact"] == 1
     assert TASK.metrics(answers, [known])["exact"] == 0
+
+
+def test_what_is_not_known_is_in_no_metric():
+    """As scikit-learn has it over the known cells: of each label for macro F1, of each text for sample F1."""
+    reference = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(1)
+    gold, found = (generator.random((30, 3)) < 0.4 for _ in range(2))
+    known = generator.random((30, 3)) < 0.7
+    known[:, 2], known[:3] = False, False
+    cells = np.where(known, gold, -100).tolist()
+    examples = [TASK.example({"text": "x", "label": row}, "x:1", True) for row in cells]
+    scores = [dict(zip("abc", row, strict=True)) for row in generator.random((30, 3)).tolist()]
+    answers = [
+        {"labels": [label for label, one in zip("abc", row, strict=True) if one], "scores": own}
+        for row, own in zip(found, scores, strict=True)
+    ]
+    f1 = partial(reference.f1_score, zero_division=0)
+    rows = [row for row in range(30) if known[row].any()]
+    expected = {
+        "micro_f1": f1(gold[known], found[known]),
+        "macro_f1": np.mean([f1(gold[known[:, at], at], found[known[:, at], at]) for at in range(2)]),
+        "samples_f1": np.mean([f1(gold[row, known[row]], found[row, known[row]]) for row in rows]),
+        "exact": np.mean([(gold == found)[row, known[row]].all() for row in rows]),
+    }
+    assert TASK.metrics(answers, examples) == pytest.approx(expected)
+    sure = TASK.certainty(answers, examples)
+    said = np.array([list(own.values()) for own in scores])
+    assert sure == pytest.approx(np.stack([said[known], gold[known]], 1))
+    records = [({"text": "x", "label": row}, "x:1") for row in cells]
+    assert Evaluation({}, answers, 0, TASK, examples, records).calibration.value == pytest.approx(
+        calibration_error(sure)
+    )
+
+
+def test_of_texts_without_a_known_label_nothing_is_measured():
+    examples = [TASK.example({"text": "x", "label": -100}, "x:1", True)] * 2
+    answers = [{"labels": ["a"], "scores": {"a": 0.9, "b": 0.1, "c": 0.1}}] * 2
+    assert not any(TASK.metrics(answers, examples).values())
+    assert Evaluation({}, answers, 0, TASK, examples, []).calibration is None
 
 
 def test_labels_above_their_thresholds_are_named():

@@ -65,6 +65,7 @@ def test_answer():
         ({"label": True}, r"field 'label' is True"),
         ({"label": "x"}, r"field 'label' is 'x'"),
         ({"label": 0.5}, r"field 'label' is 0.5"),
+        ({"label": "\uff11"}, r"field 'label' is .*; expected an integer from 0 to 1"),
         ({"question": None}, r"fields 'premise' and 'question' are missing"),
     ],
 )

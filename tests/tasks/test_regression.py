@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,13 +16,41 @@ def test_value_and_squared_error():
     assert TASK.loss(torch.tensor([[1.0], [4.0]]), [1, 1], [3.0, 3.0]).item() == 5.0
 
 
-@pytest.mark.parametrize("record", [{"score": 3}, {"label": 3.0}, {"score": "3", "label": "?"}, {"label": " 3.0 "}])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"score": 3},
+        {"label": 3.0},
+        {"score": "3", "label": "?"},
+        {"label": " 3.0 "},
+        {"score": ".3e+1"},
+        {"score": np.int64(3)},
+    ],
+)
 def test_score_or_label_holds_the_number(record):
     example = TASK.example({"text": "x", **record}, "x:1", True)
     assert TASK.target(example, []) == 3.0
 
 
-@pytest.mark.parametrize("score", [True, "high", float("nan"), float("inf"), "nan", "-inf", [1], {}, "", 10**400])
+@pytest.mark.parametrize(
+    "score",
+    [
+        True,
+        "high",
+        float("nan"),
+        float("inf"),
+        "nan",
+        "-inf",
+        [1],
+        {},
+        "",
+        10**400,
+        "1_5",
+        "\uff11",
+        "infinity",
+        " nan",
+    ],
+)
 def test_what_is_no_finite_number_is_refused(score):
     with pytest.raises(DataError, match=r"^x:4: field 'score' is .*; expected a finite number"):
         TASK.example({"text": "x", "score": score}, "x:4", True)

@@ -37,3 +37,12 @@ def test_an_interval_of_a_statistic_that_resampling_raises_holds_its_value() -> 
     values -= values.mean() - 0.01
     found = bootstrap(200, lambda drawn: float(abs(values[drawn].mean())))
     assert found.low <= found.value <= found.high
+
+
+def test_an_interval_ends_where_the_metric_does() -> None:
+    """19 of 20 right: moved by the resamples' mean, its upper end would be above 1."""
+    values = np.array([1.0] * 19 + [0.0])
+    found = bootstrap(20, lambda drawn: float(values[drawn].mean()))
+    assert 0 < found.low < found.value < found.high == 1
+    below = bootstrap(20, lambda drawn: -float(values[drawn].mean()), (-1.0, 1.0))
+    assert (below.low, below.high) == (-1, -found.low)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +120,12 @@ def test_a_sequence_without_labelled_rows_has_a_loss_of_zero():
 def test_bad_records(change, problem):
     with pytest.raises(DataError, match=rf"^x:8: {problem}"):
         TASK.example({"tokens": TOKENS, "tags": TAGS, **change}, "x:8", True)
+
+
+def test_tags_are_the_same_however_a_file_spells_them():
+    task = TokenClassification(TaskSpec("token-classification", ("0", "1")))
+    for tags in ([1, -100], ["1.0", "-100.0"], [np.int64(1), -100.0]):
+        assert task.example({"tokens": ["a", "b"], "tags": tags}, "x:1", True).tags == ("1", None)
 
 
 def test_labels_start_with_o():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from bertology_serve.kinds.lora import Lora
 from bertology_serve.tasks.registry import task_for
 from bertology_serve.tasks.spec import VECTOR_KINDS, TaskSpec
 from bertology_serve.training.baselines import rivals
-from bertology_serve.training.evaluation import Evaluation, evaluate, measure
+from bertology_serve.training.evaluation import Evaluation, evaluate, measure, slices_of
 from bertology_serve.training.plots import draw_evaluation
 from bertology_serve.training.train import prepare
 from bertology_serve.training.train_config import TrainConfig
@@ -95,6 +96,16 @@ def test_a_difference_is_counted_and_tested() -> None:
         better.against(made(GOLD, GOLD))
 
 
+def test_intervals_end_where_the_metric_does() -> None:
+    found = made(GOLD * 4, [*GOLD * 3, *GOLD[:-1], "good"]).interval
+    assert found.low > 0.8
+    assert found.high == 1
+    parts = np.array([[1.0, 3.0], [0.5, 2.0], [0.2, 1.0]])
+    embedding = task_for(TaskSpec("embedding", head="none"))
+    assert task_for(TaskSpec("regression")).bounds(parts) == embedding.bounds(parts) == (-1, 1), "correlations"
+    assert embedding.bounds(np.array([[0.3, 1.0]])) == (0, 1), "nDCG"
+
+
 def test_the_worst_error_is_the_surest() -> None:
     rows = made(GOLD, FOUND, [0.9, 0.9, 0.6, 0.95, 0.7, 0.9, 0.9, 0.9]).errors()
     assert [row["where"] for row in rows] == ["x:4", "x:5", "x:3"]
@@ -114,6 +125,34 @@ def test_slices() -> None:
     assert [one.value for one in replace(whole, records=rows).slices("stars")] == ["2", "9", "10"], "as numbers"
     with pytest.raises(DataError, match=r"no record has the column 'sise'; did you mean 'size'"):
         whole.slices("sise")
+
+
+def test_slices_of_numbers_that_are_texts_are_in_order_and_hold_every_record() -> None:
+    """80 cells of a CSV file, two of them empty."""
+    numbers = [int(x) for x in np.random.default_rng(0).integers(1, 500, 78)]
+    found = slices_of([*map(str, numbers), None, " "])
+    assert sum(len(rows) for _, rows in found) == 80
+    assert found[-1] == ("(no value)", [78, 79])
+    edges = np.quantile(numbers, (0, 0.25, 0.5, 0.75, 1))
+    assert [name for name, _ in found[:-1]] == [f"{a:g} to {b:g}" for a, b in pairwise(edges)]
+    assert [sorted(numbers[i] for i in rows) for _, rows in found[:-1]] == [
+        sorted(n for n in numbers if a < n <= b or n == a == edges[0]) for a, b in pairwise(edges)
+    ]
+    assert [name for name, _ in slices_of([*numbers, None, float("nan")])] == [name for name, _ in found]
+    assert [name for name, _ in slices_of(["10", "9", "2", "", "2.0"])] == ["2", "9", "10", "(no value)"]
+
+
+def test_what_is_beyond_twenty_values_is_one_slice() -> None:
+    found = slices_of([f"shop {i}" for i in range(30)] + ["shop 7", True, None])
+    assert found[0] == ("shop 7", [7, 30])
+    assert [name for name, _ in found[20:]] == ["(11 other values)", "(no value)"]
+    assert sorted(i for _, rows in found for i in rows) == list(range(33))
+
+
+def test_large_numbers_have_parts_of_their_own() -> None:
+    times = [1_700_000_000 + i for i in range(40)]
+    assert [len(rows) for _, rows in slices_of(times)] == [10, 10, 10, 10]
+    assert slices_of(times)[0][0] == "1700000000 to 1700000010"
 
 
 def test_calibration_is_that_of_the_scores() -> None:

@@ -11,6 +11,7 @@ import pytest
 from bertology_serve.errors import SpecError
 from bertology_serve.kinds.kinds import KINDS, kind_of
 from bertology_serve.kinds.sparse import SPARSE
+from bertology_serve.tasks.spec import TASK_KINDS
 from bertology_serve.training.method_options import AUTO, REGULARISED, KindFlags
 from bertology_serve.training.methods import specs_for
 from bertology_serve.training.train_config import (
@@ -211,3 +212,12 @@ def test_imports_no_torch():
 def test_a_rate_that_is_refused_lies_outside_of_what_is_said_to_be_expected(rate: float):
     with pytest.raises(SpecError, match="above 0 and below 10"):
         TrainConfig.of("classification", learning_rate=rate)
+
+
+@pytest.mark.parametrize("task", TASK_KINDS)
+def test_labels_are_refused_where_a_task_has_none(task: str) -> None:
+    if task in ("classification", "multi-label", "token-classification", "zero-shot"):
+        assert TrainConfig.of(task, labels=["a", "b"]).form.labels == ("a", "b")
+    else:
+        with pytest.raises(SpecError, match=f"labels are for classification, .*, not {task}; leave them out"):
+            TrainConfig.of(task, labels=["a", "b"])
