@@ -159,7 +159,9 @@ def read_sentence_task(path: str, longest: int) -> TaskSpec | None:
     from transformers.utils.hub import cached_file
 
     with _reading(f"how {path} embeds sentences"):
-        if all(read(name) is None for name in (MODULES, f"{POOLING}/config.json", SETTINGS)):
+        # of the hub one file is asked for: each that it lacks takes half a minute where it cannot be reached
+        told = (f"{POOLING}/config.json", SETTINGS) if Path(path).is_dir() else ()
+        if all(read(name) is None for name in (MODULES, *told)):
             return None
         return embedding_task(read, path, longest)
 

@@ -17,6 +17,7 @@ import bertology_serve as bs
 from bertology_serve.deltas import store
 from bertology_serve.deltas.delta import Delta
 from bertology_serve.encoder.encoder import Encoder
+from bertology_serve.encoder.loading import read_sentence_task
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import FormatError, Unsupported
 from tests import tiny
@@ -240,3 +241,12 @@ def test_a_sentence_encoder_is_read_from_the_cache_of_the_hub(tmp_path: Path, mo
     encoder = Encoder.load("acme/tiny")
     assert encoder.base_task == Encoder.load(own).base_task
     assert (encoder.base_task.pooling, encoder.base_task.prompts) == ("cls", (("query", "the question ? "),))
+
+
+def test_of_an_encoder_of_the_hub_that_is_no_sentence_encoder_one_file_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("transformers.utils.hub.cached_file", lambda path, name, **_: asked.append(name))
+    assert read_sentence_task("acme/plain", 64) is None
+    assert asked == ["modules.json"]
