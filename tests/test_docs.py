@@ -53,11 +53,8 @@ LAYERS = 2
 def lowest_layers(minilm: Path, package: Path) -> None:
     """MiniLM's package with its lowest layers alone, so that a page's commands take seconds."""
     folder = package / "model"
-    folder.mkdir(parents=True)
+    shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("model.safetensors"))
     (package / "__init__.py").touch()
-    for file in minilm.iterdir():
-        if file.is_file() and file.name != "model.safetensors":
-            shutil.copy(file, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS}), encoding="utf-8")
     tensors = load_file(minilm / "model.safetensors")

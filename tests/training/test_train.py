@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from bertology_serve.encoder.opening import open_delta
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import DataError, FormatError, InputError, SpecError
 from bertology_serve.kinds.kinds import parameter_count
-from bertology_serve.tasks.spec import WHOLE_BATCH
+from bertology_serve.tasks.spec import WHOLE_BATCH, TaskSpec
 from bertology_serve.training.batches import Data, Source
 from bertology_serve.training.evaluation import evaluate
 from bertology_serve.training.frozen_rows import pooled
@@ -179,12 +180,12 @@ def test_the_encoder_says_which_row_is_read(bert: Encoder):
     )
     bert.base_head = {}
     assert for_encoder(plain, bert).form.pooling == "mean"
-    bert.pooling = "max"
+    bert.sentence = TaskSpec("embedding", pooling="max", head="none")
     for task in ("classification", "regression", "multiple-choice"):
         found = for_encoder(TrainConfig.of(task), bert)
         assert (found.form.pooling, found.form.head) == ("max", "linear")
     assert for_encoder(TrainConfig.of("embedding"), bert).form.pooling == "max"
-    bert.prompts = (("query", "q: "), ("passage", "p: "), ("sts", "s: "))
+    bert.sentence = replace(bert.sentence, prompts=(("query", "q: "), ("passage", "p: "), ("sts", "s: ")))
     assert for_encoder(TrainConfig.of("embedding"), bert).task_spec(()).prompts == (
         ("query", "q: "),
         ("document", "p: "),

@@ -94,7 +94,7 @@ def _modules(read: Read, where: str) -> tuple[list[str] | None, str]:
         )
     place = str(listed[1].get("path"))
     if Path(place).name != place or place in ("", "..") or read(f"{place}/config.json") is None:
-        raise FormatError(f"{where}/{MODULES} names the folder {place[:80]!r}; expected one with config.json in it")
+        raise Unsupported(f"{where}/{MODULES} names the folder {place[:80]!r}; expected one with config.json in it")
     return names, place
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from secrets import token_hex
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -16,9 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertology_serve.errors import BertologyError
 from bertology_serve.serving.http.bodies import ACCESS
-from bertology_serve.serving.http.connection import CONNECTION
+from bertology_serve.serving.http.connection import CONNECTION, NAMED, REQUEST_ID_FIELD, SANE, named, request_id_of
 from bertology_serve.serving.http.errors import error_response, problem_response
-from bertology_serve.serving.http.request_id import NAMED, REQUEST_ID_FIELD, id_of, named, request_id_of
 from bertology_serve.serving.keys import Access, Keyring
 from bertology_serve.serving.observability import logs
 from bertology_serve.serving.observability.metrics import Metrics
@@ -51,7 +51,7 @@ class Guarded:
         except Exception as problem:
             log.error("%s %s raised %s (request %s)", method, path, logs.place_of(problem), request_id_of(scope))
             response = problem_response(problem, path)
-        named(response, scope)
+        response.raw_headers.append((REQUEST_ID_FIELD, scope[NAMED]))
         self._metrics.call(response.status_code)
         await response(scope, receive, send)
 
@@ -89,7 +89,7 @@ class Gate:
             size += len(name) + len(value)
             if name == REQUEST_ID_FIELD:
                 given = value
-        scope[NAMED] = id_of(given)
+        scope[NAMED] = given if SANE.fullmatch(given) else token_hex(16).encode()  # as ``id_of`` does
         try:
             if scope["path"] not in PUBLIC and not wants_page(scope):
                 scope[ACCESS] = access = self._keyring.find(headers)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +14,11 @@ class Machine:
     def __init__(self, fixed: float = 0.0) -> None:
         self.now, self.sizes, self.fixed = 0.0, [], fixed
 
-    def prepare(self, request: Any) -> Any:
-        length = 240 if len(request.record["text"]) == len(LONG) else 24
-        return SimpleNamespace(cost=length, squares=length**2)
+    base: Any = None
+
+    def tokenise(self, job: Any) -> None:
+        job.cost = 240 if len(job.request.record["text"]) == len(LONG) else 24
+        job.squares = job.cost**2
 
     def run(self, jobs: Any) -> None:
         self.sizes.append(sum(job.cost for job in jobs))
