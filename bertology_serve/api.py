@@ -70,7 +70,8 @@ def train(
     of a method, or several kinds of delta; ``"auto"`` tries several within ``budget`` (``"10m"``, or passes over the
     data) and keeps the best. With ``out`` the delta is kept in that directory, else only in memory, as ``name``:
     ``delta.save(path)`` writes it. ``settings`` are those of ``TrainConfig.of``: ``epochs=5``. The encoder is left as
-    it was.
+    it was; a pipeline over it must not answer meanwhile with ``trunk_dropout``, ``trunk_cache``, ``checkpointing`` or
+    ``precision="bf16"``, which change how it runs until then.
 
     Raises DataError naming file and row, SpecError for settings that do not fit, InputError where something is in the
     way at ``out``, LimitError for sequences that the encoder cannot read.

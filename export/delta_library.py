@@ -177,6 +177,11 @@ def _head(encoder: Encoder, delta: Delta) -> Arrays:
     head.load(delta.head)
     layers = [layer for layer in head.layers if isinstance(layer, Layer)]
     out, dense = layers[-1] if layers else None, layers[0] if len(layers) == 2 else None
+    if dense is not None and dense.linear.out_features != hidden:
+        raise Unsupported(
+            f"delta {delta.name!r}: its head has a hidden layer of {dense.linear.out_features}, and the graph for many "
+            f"has room for {hidden}; export it by itself (--merge)"
+        )
     kind = head_nodes.HEAD_ACTIVATIONS.index(dense.form.activation) if dense else 0
     pooling = head_nodes.POOLINGS.index(task.pooling)
     form = [int(dense is not None), int(out is not None), kind, pooling, int(task.per_token), 0]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TASK_OPTIONS = (
     "head", "stride", "max_answer_length", "normalize", "token_types", "pairs", "thresholds", "abstain", "long",
-    "aggregate", "width", "max_terms", "skip_punctuation",
+    "aggregate", "width", "max_terms", "skip_punctuation", "prompts", "dimensions", "ranges",
 )  # fmt: skip
 """Fields of the task that say how texts are cut and answers read."""
 ZERO_SHOT_OPTIONS = ("label_texts", "template", "scale", "bias")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bertology_serve.deltas.delta import BaseRef, Delta, bare
 from bertology_serve.deltas.format import LATER
+from bertology_serve.deltas.safe_io import build
 from bertology_serve.encoder.bank import BankEntry, DeltaBank
 from bertology_serve.encoder.batch import Fork, PackedBatch
 from bertology_serve.encoder.encoder import Encoder, weights_hash
@@ -358,13 +359,9 @@ def _delta(facts: Mapping[str, str]) -> Delta:
     """What the metadata tell of the delta that was exported."""
     lacking = {name: getattr(TaskSpec, name) for name in ("pairs", *LATER)}  # in older exports
     options = lacking | json.loads(facts["task_options"])
-    options |= {name: tuple(options[name]) for name in ("thresholds", "label_texts")}
-    task = TaskSpec(
-        facts["task"],
-        labels=tuple(json.loads(facts["labels"])),
-        max_length=int(facts["max_length"]),
-        pooling=facts["pooling"],
-        **{name: options[name] for name in TASK_OPTIONS + ZERO_SHOT_OPTIONS},
-    )
+    told = {"kind": facts["task"], "labels": json.loads(facts["labels"]), "pooling": facts["pooling"]}
+    told |= {"max_length": int(facts["max_length"])}
+    told |= {name: options[name] for name in TASK_OPTIONS + ZERO_SHOT_OPTIONS}
+    task = build(TaskSpec, told, "the task")
     base = BaseRef(facts["base_name"], facts["base_sha256"], facts["base_family"])
     return Delta(facts["name"], base, task, version=facts["delta_version"] or facts["delta_sha256"][:12])

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import bertology_serve as bs
-from bertology_serve.errors import BaseMismatch, DataError, FormatError, NotFound, SpecError
+from bertology_serve.errors import BaseMismatch, DataError, FormatError, NotFound, SpecError, Unsupported
+from bertology_serve.training.trainer import NoCallback
 from tests import tiny
 from tests.training import sets
 
@@ -210,3 +211,23 @@ def test_what_is_wrong_is_said(bert: bs.Encoder, tmp_path: Path):
         bs.train(bert, ["the film was good"])
     with pytest.raises(NotFound):
         bs.load_delta(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, ValueError])
+def test_the_encoder_has_no_dropout_after_a_run_that_was_broken_off(problem: type[BaseException], bert: bs.Encoder):
+    class Stop(NoCallback):
+        def stepped(self, line: object) -> None:
+            raise problem
+
+    rows = [{"text": "a good film", "label": "up"}, {"text": "a bad film", "label": "down"}]
+    with pytest.raises(problem):
+        bs.train(bert, rows, trunk_dropout=True, callbacks=[Stop()])
+    assert not any(module.training for module in bert.model.modules())
+
+
+def test_an_encoder_that_was_tuned_is_not_loaded_again_as_it_was(bert: bs.Encoder):
+    rows = [{"text": "a good film", "label": "up"}, {"text": "a bad film", "label": "down"}]
+    full = bs.train(bert, rows, method="full", max_steps=1)
+    tuned = bs.Encoder.for_delta(full, bert.name)
+    with pytest.raises(Unsupported, match="holds other weights than this encoder"):
+        bs.train(tuned, rows, method="full", max_steps=1)

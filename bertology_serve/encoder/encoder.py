@@ -143,8 +143,16 @@ class Encoder:
         return self.sentence or TaskSpec(EMBEDDING, max_length=longest, pooling="mean", head="none")
 
     def fresh(self) -> Encoder:
-        """The same encoder loaded again from where it came, untouched by training."""
-        return Encoder(self.name, device=str(self.device), dtype=self.dtype)
+        """The same encoder loaded again from where it came, untouched by training. Raises Unsupported where its
+        weights are others than lie there.
+        """
+        found = Encoder(self.name, device=str(self.device), dtype=self.dtype)
+        if found.ref.sha256 != self.ref.sha256:
+            raise Unsupported(
+                f"{self.name} holds other weights than this encoder, which was tuned, or changed there since; save its "
+                "model and tokenizer with save_pretrained, and load that"
+            )
+        return found
 
     @classmethod
     def for_delta(cls, delta: Delta, name: str | None = None, *, device: str = "cpu") -> Encoder:

@@ -130,7 +130,14 @@ class Trainer:
         self.best: dict[str, Tensor] = {}
 
     def run(self) -> RunState:
-        """Trains to the end; the live delta then holds what is to be kept."""
+        """Trains to the end; the live delta then holds what is to be kept. However it ends, dropout is off after it."""
+        try:
+            self._steps()
+        finally:
+            self._end()
+        return self.state
+
+    def _steps(self) -> None:
         self._begin()
         while not self.done:
             started = time.perf_counter()
@@ -141,8 +148,6 @@ class Trainer:
             self._learn(batch, loss, started)
             if self._is_due(self.eval_every) or self._is_due(self.config.eval.save_every):
                 self._save()
-        self._end()
-        return self.state
 
     def begin_at(self, start: Mapping[str, float], first: Callable[[], None] | None = None) -> None:
         """``start`` are the dev metrics of what training begins with: only a state that beats them is kept, in the main
@@ -307,13 +312,13 @@ class Trainer:
             yield
             self.optimizer.zero_grad(set_to_none=True)
 
-    def _end(self) -> None:
-        self.live.eval()
-        self._set_parameters(self.best)
-
     def _save(self) -> None:
         if self.directory is not None:
             self.directory.save(self.tensors() | random_state(self.live.encoder.device), self.state.as_dict())
+
+    def _end(self) -> None:
+        self.live.eval()
+        self._set_parameters(self.best)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint must hold to continue, beside ``state`` and the state of the random generators."""

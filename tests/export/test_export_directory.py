@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from bertology_serve.deltas.delta import BaseRef, Delta
 from bertology_serve.encoder.pipeline import Pipeline, Request
 from bertology_serve.errors import SpecError
+from bertology_serve.export import onnx_engine
 from bertology_serve.export.emitter.emit import BackEnd
 from bertology_serve.export.export_directory import (
     annotate,
@@ -275,3 +276,18 @@ def test_a_model_of_a_model_repository(tmp_path):
     assert "`model.onnx` is mood" in (tmp_path / "flat" / "README.md").read_text()
     assert "flat/model.onnx" in flat.example
     assert set(MODEL) == {"hf", "flat", "triton", "web"}
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        TaskSpec("embedding", head="none", pooling="mean", prompts=(("query", "q: "), ("", "d: ")), dimensions=(32, 8)),
+        TaskSpec("embedding", head="none", pooling="cls", normalize=False, ranges=((-1.0,) * 32, (1.0,) * 32)),
+        TaskSpec("multi-label", ("a", "b"), thresholds=(0.3, 0.6)),
+    ],
+)
+def test_an_export_says_all_of_its_task(task, tmp_path):
+    encoder = tiny.encoder("bert", tmp_path / "base")
+    delta = tiny.delta(encoder, "x", DELTAS["lora"][0], dataclasses.replace(task, max_length=20))
+    facts = metadata(encoder, delta, ExportInputs.of(encoder, delta, True), ExportSpec(), DENSE, "x")
+    assert onnx_engine._delta(facts).task == delta.task

@@ -162,7 +162,7 @@ def test_prompts_are_read_and_chosen_as_there(tmp_path: Path) -> None:
     told = {"prompts": prompts, "default_prompt_name": "passage"}
     (tmp_path / "x" / "config_sentence_transformers.json").write_text(json.dumps(told))
     delta = encoder.read_delta(tmp_path / "x")
-    assert dict(delta.task.prompts) == {"query": "the question ? ", "passage": "the text . ", "": "the text . "}
+    assert dict(delta.task.prompts) == {**prompts, "": "the text . "}
     pipeline = Pipeline(encoder, [delta])
     for fields, prompt in (
         ({"input_type": "query"}, "the question ? "),
@@ -250,3 +250,15 @@ def test_of_an_encoder_of_the_hub_that_is_no_sentence_encoder_one_file_is_asked_
     monkeypatch.setattr("transformers.utils.hub.cached_file", lambda path, name, **_: asked.append(name))
     assert read_sentence_task("acme/plain", 64) is None
     assert asked == ["modules.json"]
+
+
+def test_an_empty_prompt_is_one(tmp_path: Path) -> None:
+    """Where another one is the default, nothing is read before texts of that name."""
+    place = sentence_encoder(tmp_path, "mean")
+    told = {"prompts": {"query": "the question ? ", "document": ""}, "default_prompt_name": "query"}
+    (place / "config_sentence_transformers.json").write_text(json.dumps(told))
+    pipeline = Pipeline(Encoder.load(place))
+    prompted, plain = (pipeline({"text": text, "prompt_name": "document"}) for text in (f"the question ? {TEXT}", TEXT))
+    assert pipeline({"text": TEXT, "input_type": "document"}).answer == plain.answer
+    for asked in ({"text": TEXT}, {"text": TEXT, "input_type": "query"}):
+        assert pipeline(asked).answer["embedding"] == pytest.approx(prompted.answer["embedding"], abs=1e-6)

@@ -58,21 +58,21 @@ def embedding_task(read: Read, directory: str | Path, longest: int) -> TaskSpec:
     names, place = _modules(read, where)
     told = _object(read, f"{place}/config.json", where)
     normalize = not told or Path(where, "2_Normalize").is_dir() if names is None else "Normalize" in names
-    pooling = _pooling(told, f"{where}/{place}/config.json", bool(prompts))
+    pooling = _pooling(told, f"{where}/{place}/config.json", any(dict(prompts).values()))
     return TaskSpec(
         EMBEDDING, max_length=longest, pooling=pooling, head="none", normalize=normalize, prompts=prompts
     )  # fmt: skip
 
 
 def _prompts(settings: JsonObject, where: str) -> tuple[tuple[str, str], ...]:
-    """``TaskSpec.prompts`` from ``config_sentence_transformers.json``: its ``prompts`` that are not empty, its
-    ``default_prompt_name`` under the empty name. Raises FormatError for what is no text.
+    """``TaskSpec.prompts`` from ``config_sentence_transformers.json``: its ``prompts``, empty ones too (nothing is read
+    before such texts), and that of its ``default_prompt_name`` under the empty name. Raises FormatError for no texts.
     """
     prompts = settings.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise FormatError(f"{where}: 'prompts' holds no texts by name; expected what sentence-transformers writes")
     default = prompts.get(settings.get("default_prompt_name"))
-    return tuple((name, text) for name, text in {**prompts, "": default}.items() if text)
+    return (*prompts.items(), *([("", default)] if default else []))
 
 
 _SENTENCE = "sentence_bert_config.json"
