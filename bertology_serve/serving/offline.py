@@ -281,7 +281,7 @@ class AnswerFile:
         self._note = self._own.with_name(f"{self._own.name}.json")
         self._whole = name == STANDARD or (self._path.exists() and not self._path.is_file())
         self._file: IO[bytes] = sys.stdout.buffer
-        self._digest, self._noted, self.progress = hashlib.sha256(), time.monotonic(), RunProgress()
+        self._digest, self._noted, self.progress = hashlib.sha256(), 0.0, RunProgress()
         with suppress(OSError, msgspec.DecodeError):
             begun = msgspec.json.decode(self._note.read_bytes(), type=RunProgress)
             if not self._whole and begun.bytes <= self._own.stat().st_size:
@@ -311,7 +311,7 @@ class AnswerFile:
             except (BlockingIOError, FileNotFoundError):
                 raise DataError(f"another run writes {self._name}; wait for it, or choose another place") from None
             try:
-                file.truncate(self.progress.bytes)
+                self._begin()
                 yield
                 file.flush()
                 flush(self._own)
@@ -328,9 +328,18 @@ class AnswerFile:
             self._digested(islice(lines, self.progress.lines))
             if self._digest.hexdigest() != self.progress.digest:
                 self.progress, self._digest = RunProgress(self.progress.key, self.progress.prepack), hashlib.sha256()
-                self._file.truncate(0)
+                self._begin()
                 return read_lines(names)
         return lines
+
+    def _begin(self) -> None:
+        """Leaves of what is there the answers that this run goes on with. A note of others goes before they do: it
+        would say that the answers of this run are those.
+        """
+        if not self.progress.lines:
+            self._note.unlink(missing_ok=True)
+        self._file.truncate(self.progress.bytes)
+        self._noted = time.monotonic()
 
     def write(self, lines: Sequence[Line], answers: Sequence[bytes]) -> None:
         """The answers to the next lines. Every few seconds it is noted how far the run is."""

@@ -254,6 +254,27 @@ def test_a_bad_line_of_many_files_is_named_and_costs_only_what_comes_after_it(
     assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
+@pytest.mark.parametrize("other", ["options", "lines"])
+def test_what_another_run_left_is_not_gone_on_with_after_a_third(other, predict, corpus, tmp_path, capsys, monkeypatch):
+    """The second run ends before its first note; that of the first must not stand for its answers."""
+    source, good = str(tmp_path / "a.jsonl"), (tmp_path / "b-2.jsonl").read_bytes()
+    first = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "b-2.jsonl").write_bytes(good + b"{\n")
+    monkeypatch.setattr("bertology_serve.serving.offline.KEEP_SECONDS", 0.0)
+    assert predict(*corpus("out"), source=source) == 2
+    monkeypatch.setattr("bertology_serve.serving.offline.KEEP_SECONDS", 1e9)
+    if other == "lines":
+        (tmp_path / "a.jsonl").write_bytes(first.replace(b"cat", b"dog"))
+    assert predict(*corpus("out"), *(["--logits"] if other == "options" else []), source=source) == 2
+    (tmp_path / "a.jsonl").write_bytes(first)
+    (tmp_path / "b-2.jsonl").write_bytes(good)
+    capsys.readouterr()
+    assert predict(*corpus("out"), source=source) == 0
+    assert "going on" not in capsys.readouterr().err
+    assert predict(*corpus("whole"), source=source) == 0
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
 def test_two_runs_do_not_write_one_file(predict, tmp_path, capsys):
     with (tmp_path / ".out.jsonl.partial").open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -76,7 +76,7 @@ class FleetDirectory(RunDirectory):
         """The inverse of ``save_all``; logs are cut back to it. ``None``: begin at the first step."""
         found = read_checkpoint(self._checkpoint) if self._checkpoint.exists() else None
         for name in names:
-            self._cut(name, found[1][name]["run"]["step"] if found else 0)
+            self._cut(name, found[1][name]["run"]["step"] if found else -1)  # step 0 has a line where it is measured
         if found is None:
             return None
         members: dict[str, Stored] = {name: ({}, state) for name, state in found[1].items()}
