@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ from bertology_serve.data.set_files import parse
 from bertology_serve.data.sets import official_metrics, set_named
 from bertology_serve.deltas import store
 from bertology_serve.encoder.encoder import Encoder
-from bertology_serve.errors import InputError, nearest
+from bertology_serve.errors import BertologyError, InputError, nearest
 from bertology_serve.files import JsonObject, replacing, write_json
 from bertology_serve.training import plots
 from bertology_serve.training.batches import Source
@@ -39,7 +40,7 @@ from bertology_serve.training.trainer import Line
 
 Measured = dict[str, dict[str, float]]
 
-RESULT, SPEC, DELTA = "result.json", "spec.json", "delta"
+RESULT, SPEC, DELTA, TRAIN = "result.json", "spec.json", "delta", "train"
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,13 @@ class GridPlace:
 
 
 def result_of(run: GridRun, place: GridPlace) -> JsonObject | None:
-    """What the run gave, if it is finished and still the one that the grid names."""
+    """What the run gave, if it is finished and still the one that the grid names, on the data that is there."""
     path = place.directory(run) / RESULT
     if not path.exists() or not _is_same(run, place):
         return None
     found: JsonObject = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    known, now = found.get("data", {}), _data_of(run, place)
+    return None if any(known[role] != now[role] for role in known.keys() & now.keys()) else found
 
 
 def execute(run: GridRun, place: GridPlace) -> JsonObject:
@@ -83,15 +85,14 @@ def execute(run: GridRun, place: GridPlace) -> JsonObject:
         shutil.rmtree(directory, ignore_errors=True)  # of a grid that has changed since
         directory.mkdir(parents=True)
         write_json(directory / SPEC, _spec(run, place))
-    source = _source(run.task, run.task.train_file, run.task.rows, place)
-    files = {"": run.task.eval_file, **run.task.ood}
-    others = {name: _source(run.task, file, run.task.eval_rows, place) for name, file in files.items()}
+    others = {name: _source(run.task, file, rows, place) for name, (file, rows) in _files(run.task).items()}
+    source = others.pop(TRAIN)
     encoder = Encoder.load(place.backbone, device=place.device)
     peak = Peak(encoder.device)
     dev = others[""] if run.config.eval.keep == "best" else None
     where = Destination(directory / DELTA, name="delta", resume=True, overwrite=True)
     outcome = train(run.config, encoder, source, dev, place=where)
-    result = {**_facts(outcome, peak, encoder), "rows": len(source.records)}
+    result = {**_facts(outcome, peak, encoder), "rows": len(source.records), "data": _data_of(run, place)}
     result["measured"] = measured = _measured(outcome, others, place, run.task.data)
     if run.task.metric not in measured[""]:
         raise InputError(f"{run.task.name} has no metric {run.task.metric!r}; {nearest(run.task.metric, measured[''])}")
@@ -141,6 +142,21 @@ def _facts(outcome: Outcome, peak: Peak, encoder: Encoder) -> JsonObject:
 
 def _work(line: Line) -> tuple[int, float]:
     return line["tokens"], line["tokens"] / line["tokens_per_s"]
+
+
+def _files(task: GridTask) -> dict[str, tuple[str, int | None]]:
+    """The files of a task and how many rows of each, by what they are for: to learn from, or by the metrics' column."""
+    measured = {"": task.eval_file, **task.ood}
+    return {TRAIN: (task.train_file, task.rows), **{name: (file, task.eval_rows) for name, file in measured.items()}}
+
+
+def _data_of(run: GridRun, place: GridPlace) -> JsonObject:
+    """What the files hold now, in a word for each; one that cannot be read now is left out."""
+    found: JsonObject = {}
+    for role, (file, rows) in _files(run.task).items():
+        with suppress(BertologyError):
+            found[role] = _source(run.task, file, rows, place).fingerprint
+    return found
 
 
 def _source(task: GridTask, file: str, rows: int | None, place: GridPlace) -> Source:

@@ -122,7 +122,7 @@ def test_a_member_that_fails_is_named_when_the_others_are_there(tmp_path, bert: 
 def test_members_begin_and_end_as_runs_alone(tmp_path, bert: Encoder, epochs: int):
     rows = sets.classification()[2:]  # more of one label than of the other
     sets.write(tmp_path / "rows.jsonl", rows)
-    own = {"task": "classification", "epochs": epochs, "batch_size": 6}
+    own = {"task": "classification", "epochs": epochs, "batch_size": 6, "start": "probe"}
     # with one C, the smallest, the probe is a constant, which any training is better than
     own |= {"learning_rate": 1e-6} if epochs == 1 else {"learning_rate": 1e-2, "lp_path": 1}
     shared = {**own, "train": "rows.jsonl", "eval": "rows.jsonl"}

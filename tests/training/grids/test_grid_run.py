@@ -64,6 +64,19 @@ def test_what_is_finished_is_not_made_again_and_what_changed_is(place: GridPlace
     assert result_of(run, place) == made, "a field that is newer than the run had its default"
 
 
+def test_a_run_on_other_data_is_made_again(place: GridPlace):
+    run = next(grid(place, LORA).runs())
+    made = execute(run, place)
+    rows = sets.classification()
+    sets.write(place.data / "mood.jsonl", [{**row, "text": f"{row['text']} indeed"} for row in rows])
+    assert result_of(run, place) is None
+    again = execute(run, place)
+    assert again["data"] != made["data"]
+    assert result_of(run, place) == again
+    (place.data / "mood.jsonl").unlink()
+    assert result_of(run, place) == again, "without its data a result is still one"
+
+
 def test_a_killed_run_is_continued(place: GridPlace, monkeypatch: pytest.MonkeyPatch):
     run = next(grid(place, LORA).runs())
     expected = execute(run, place)
