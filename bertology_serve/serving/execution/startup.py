@@ -92,7 +92,7 @@ def settle_memory() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.collect()  # it looks at everything only when a quarter has come since: a quarter of what is not kept from it
+    gc.collect()  # a full one comes when there is a quarter more than at the last: let that not count what is frozen
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.malloc_trim(0)

@@ -15,6 +15,7 @@ from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.errors import Expired, Overloaded
 from bertology_serve.serving.keys import Key, Keyring, digest_of
 from bertology_serve.serving.versions.delta_registry import Registry
+from tests.serving.clients.triton_options import not_honoured
 from tests.serving.conftest import DELTAS
 from tests.serving.running import Running, running
 
@@ -71,16 +72,7 @@ def test_infer(client, served):
 
 
 def test_what_is_not_honoured_is_refused_by_name(client):
-    classes, region = triton.InferRequestedOutput("scores", class_count=1), triton.InferRequestedOutput("scores")
-    region.set_shared_memory("region", 12)
-    given = triton.InferInput("text", [1], "BYTES")
-    given.set_shared_memory("region", 12)
-    for inputs, outputs, name in (
-        ([tensor("text", TEXTS)], [classes], "output 'scores': parameter 'classification'"),
-        ([tensor("text", TEXTS)], [region], "output 'scores': parameter 'shared_memory_region'"),
-        ([given], None, "input 'text': parameter 'shared_memory_region'"),
-        ([given, tensor("text_pair", ["a"])], None, "input 'text': parameter 'shared_memory_region'"),
-    ):
+    for inputs, outputs, name in not_honoured(triton, tensor, TEXTS):
         with pytest.raises(InferenceServerException, match=f"{name} is not supported") as refused:
             client.infer("mood", inputs, outputs=outputs, headers=dict(HEADERS))
         assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"

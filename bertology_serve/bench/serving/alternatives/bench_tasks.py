@@ -21,8 +21,8 @@ from bertology_serve.tasks.spec import CLASSIFICATION, TaskSpec
 LABELS = ("bad", "good", "so-so")
 TASK = TaskSpec(CLASSIFICATION, LABELS, LENGTH)
 RANK = 8
-PRECISIONS: tuple[Precision, ...] = ("int8-row", "fp32")
-"""Of the merged ONNX models; checkpoints are those of the last."""
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8-row")
+"""Of the merged ONNX models."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _merge(stage: Stage, made: Made, delta: Delta) -> None:
         spec = ExportSpec(merge=True, precision=precision)
         export_inputs = ExportInputs.of(stage.encoder, delta, True, precision)
         save(write(export_inputs, choose(export_inputs, spec), spec), made.onnx(delta.name, precision))
-    model = task_model(export_inputs, delta)
+    model = task_model(ExportInputs.of(stage.encoder, delta, True), delta)
     model.config.id2label, model.config.label2id = dict(enumerate(LABELS)), {name: i for i, name in enumerate(LABELS)}
     model.save_pretrained(made.checkpoint(delta.name))
     stage.encoder.tokenizer.save_pretrained(made.checkpoint(delta.name))
