@@ -38,8 +38,9 @@ from bertology_serve.files import JsonMapping, JsonObject, replacing
 from bertology_serve.scale.calls import CHANGE, SERVED_BY, STATE, delta_of, tokens_of
 from bertology_serve.scale.placement import Placement, ReplicaState
 from bertology_serve.serving.config import ServerConfig
-from bertology_serve.serving.http.connection import REQUEST_ID_FIELD, WHOLE
+from bertology_serve.serving.http.connection import WHOLE
 from bertology_serve.serving.http.errors import problem_response
+from bertology_serve.serving.http.request_id import REQUEST_ID_FIELD
 from bertology_serve.serving.observability.logs import place_of
 from bertology_serve.serving.serve import serve as serve_here
 from bertology_serve.serving.server import Application, Server

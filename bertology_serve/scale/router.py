@@ -43,18 +43,10 @@ from bertology_serve.scale.config import RouterConfig
 from bertology_serve.scale.placement import Placement, ReplicaState
 from bertology_serve.scale.replicas import Replicas, Reply
 from bertology_serve.scale.router_metrics import RouterMetrics
-from bertology_serve.serving.http.connection import (
-    CONNECTION,
-    NAMED,
-    REQUEST_ID,
-    WHOLE,
-    id_in,
-    limited,
-    named,
-    request_id_of,
-)
+from bertology_serve.serving.http.connection import CONNECTION, WHOLE, limited
 from bertology_serve.serving.http.errors import json_response, problem_response
 from bertology_serve.serving.http.listening import DrainingServer, bind, url_of
+from bertology_serve.serving.http.request_id import NAMED, REQUEST_ID, id_in, named, request_id_of
 from bertology_serve.serving.observability import logs
 from bertology_serve.serving.observability.background import Background
 from bertology_serve.serving.observability.logs import place_of

@@ -27,8 +27,8 @@ from bertology_serve.errors import (
 )
 from bertology_serve.files import JsonMapping, JsonObject
 from bertology_serve.serving.batching.scheduler import CallContext
-from bertology_serve.serving.http.connection import id_of
 from bertology_serve.serving.http.errors import headers_of, message_of
+from bertology_serve.serving.http.request_id import id_of
 from bertology_serve.serving.keys import EVERYONE, Access, Keyring
 from bertology_serve.serving.observability.logs import place_of
 from bertology_serve.serving.protocol import oip, oip_model

@@ -15,9 +15,10 @@ from starlette.types import ASGIApp
 from bertology_serve.errors import Unsupported
 from bertology_serve.serving.config import ServerConfig
 from bertology_serve.serving.http.bodies import JSON_LENGTH, PRIORITY, TIMEOUT, TRUNCATED, Compression
-from bertology_serve.serving.http.connection import REQUEST_ID, limited
+from bertology_serve.serving.http.connection import limited
 from bertology_serve.serving.http.gate import Gate
 from bertology_serve.serving.http.listening import DrainingServer
+from bertology_serve.serving.http.request_id import REQUEST_ID
 from bertology_serve.serving.http.routes import Routes
 from bertology_serve.serving.keys import Keyring
 from bertology_serve.serving.observability.background import Background

@@ -20,20 +20,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
 from collections import deque
 from collections.abc import Callable, Iterable
 from enum import Enum
 from http import HTTPStatus
-from secrets import token_hex
 from typing import Any
 from urllib.parse import unquote
 
 import httptools
-from starlette.responses import Response
-from starlette.types import Scope
 
 from bertology_serve.files import JsonObject
+from bertology_serve.serving.http.request_id import REQUEST_ID_FIELD, id_in
 from bertology_serve.serving.observability.logs import place_of
 
 log = logging.getLogger(__name__)
@@ -47,36 +44,6 @@ GRACE = 5.0  # seconds beyond max_seconds, in which the application may say that
 BARE = frozenset({204, 304})  # answers without a body
 STATUS = {one.value: b"HTTP/1.1 %d %s\r\n" % (one.value, one.phrase.encode()) for one in HTTPStatus}
 Headers = list[tuple[bytes, bytes]]
-REQUEST_ID = "X-Request-Id"
-REQUEST_ID_FIELD = REQUEST_ID.lower().encode()
-NAMED = "bertology.request_id"  # in the scope: the id of the call
-SANE = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")  # the id of a call that is taken from its caller
-
-
-def id_of(given: bytes) -> bytes:
-    """The id of a call: the caller's own where that is sane, else one that is made."""
-    return given if SANE.fullmatch(given) else token_hex(16).encode()
-
-
-def id_in(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """The same, of a call with these headers; the last one counts."""
-    given = b""
-    for name, value in headers:
-        if name == REQUEST_ID_FIELD:
-            given = value
-    return id_of(given)
-
-
-def named(response: Response, scope: Scope) -> Response:
-    """The response with the id of its call."""
-    response.raw_headers.append((REQUEST_ID_FIELD, scope[NAMED]))
-    return response
-
-
-def request_id_of(scope: Scope) -> str:
-    """The id of a call, once it is in the scope."""
-    found: bytes = scope[NAMED]
-    return found.decode("ascii")
 
 
 class ConnectionState(Enum):

@@ -17,8 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bertology_serve.errors import BertologyError
 from bertology_serve.serving.http.bodies import ACCESS
-from bertology_serve.serving.http.connection import CONNECTION, NAMED, REQUEST_ID_FIELD, SANE, named, request_id_of
+from bertology_serve.serving.http.connection import CONNECTION
 from bertology_serve.serving.http.errors import error_response, problem_response
+from bertology_serve.serving.http.request_id import NAMED, REQUEST_ID_FIELD, SANE, named, request_id_of
 from bertology_serve.serving.keys import Access, Keyring
 from bertology_serve.serving.observability import logs
 from bertology_serve.serving.observability.metrics import Metrics

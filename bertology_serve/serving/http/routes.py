@@ -29,10 +29,10 @@ from bertology_serve.serving.http.bodies import (
     read_body,
     receive,
 )
-from bertology_serve.serving.http.connection import request_id_of
 from bertology_serve.serving.http.errors import JSON, json_response
 from bertology_serve.serving.http.gate import Endpoint, Guarded, wants_page
 from bertology_serve.serving.http.openapi import document
+from bertology_serve.serving.http.request_id import request_id_of
 from bertology_serve.serving.observability.metrics import CONTENT_TYPE
 from bertology_serve.serving.protocol import hf, native, oip, oip_model, openai, tei
 from bertology_serve.serving.protocol.json_codec import object_of

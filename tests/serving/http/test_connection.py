@@ -22,7 +22,7 @@ from uvicorn.server import ServerState
 from bertology_serve.bench.prove.traffic import predict
 from bertology_serve.encoder.pipeline import Pipeline
 from bertology_serve.serving.http import connection
-from bertology_serve.serving.http.connection import CONNECTION, Connection, Crowd, id_in, id_of, limited
+from bertology_serve.serving.http.connection import CONNECTION, Connection, Crowd, limited
 from tests.serving.held import Held
 from tests.serving.running import running, wait
 
@@ -644,20 +644,3 @@ def test_calls_are_refused_unread_while_the_queue_is_full(pipeline: Pipeline):
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
         assert started.post("/predict", b"and this was").status_code == 400
-
-
-@pytest.mark.parametrize("told", [b"a", b"call-7", b"A.z_9:/+=@-", b"x" * 128])
-def test_an_id_that_is_sane_is_kept(told):
-    assert id_of(told) == told
-
-
-@pytest.mark.parametrize("told", [b"", b"a b<", b"a\n", b"x" * 129, "é".encode()])
-def test_ids_that_are_not_sane_are_replaced(told):
-    made = id_of(told)
-    assert re.fullmatch(b"[0-9a-f]{32}", made)
-    assert made != id_of(told)
-
-
-def test_the_last_id_counts():
-    assert id_in([(b"x-request-id", b"a"), (b"host", b"x"), (b"x-request-id", b"b")]) == b"b"
-    assert len(id_in([(b"host", b"x")])) == 32
